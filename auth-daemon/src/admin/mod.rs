@@ -1,0 +1,108 @@
+//! What an operator asks a running daemon: is it ready, and what is it doing. HTTP on the node's loopback.
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{Arc, PoisonError},
+    time::SystemTime,
+};
+
+use axum::{Json, Router, extract::State, http::StatusCode, routing::get};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::{config::Mode, proxy::Node, tunnel::tls::unix_seconds};
+
+/// Status, on the loopback.
+pub const ADMIN_PORT: u16 = 15000;
+/// Readiness, on all addresses: a kubelet may ask from the node's own.
+pub const READINESS_PORT: u16 = 15021;
+
+/// Opens the admin and readiness listeners.
+pub async fn bind() -> anyhow::Result<(TcpListener, TcpListener)> {
+    let admin = listen(SocketAddr::from((Ipv4Addr::LOCALHOST, ADMIN_PORT))).await?;
+    let readiness = match listen((Ipv6Addr::UNSPECIFIED, READINESS_PORT).into()).await {
+        Ok(readiness) => readiness,
+        // A node without IPv6.
+        Err(_) => listen((Ipv4Addr::UNSPECIFIED, READINESS_PORT).into()).await?,
+    };
+    Ok((admin, readiness))
+}
+
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        anyhow::anyhow!("cannot listen on {address}: {error}; is another daemon running here?")
+    })
+}
+
+/// Answers until the runtime ends.
+pub async fn serve(node: Arc<Node>, admin: TcpListener, readiness: TcpListener) {
+    let status_routes = Router::new()
+        .route("/status", get(status))
+        .with_state(node.clone());
+    let ready_routes = Router::new()
+        .route("/healthz/ready", get(ready))
+        .with_state(node);
+    let (admin, readiness) = tokio::join!(
+        axum::serve(admin, status_routes),
+        axum::serve(readiness, ready_routes)
+    );
+    for error in [admin.err(), readiness.err()].into_iter().flatten() {
+        tracing::error!(%error, "admin server ended");
+    }
+}
+
+async fn ready(State(node): State<Arc<Node>>) -> (StatusCode, &'static str) {
+    if node.is_ready() {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not ready: pods are being enrolled, or the daemon is draining\n",
+        )
+    }
+}
+
+async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
+    let (mesh_addresses, originals, pods) = node.kernel.occupancy();
+    let pod_list = node
+        .pods
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    let idle: usize = pod_list.iter().map(|pod| pod.idle_tunnels).sum();
+    let certificates: Vec<_> = node
+        .certificates
+        .list()
+        .into_iter()
+        .map(|(identity, svid)| {
+            json!({
+                "identity": identity.as_str(),
+                "serial": svid.as_ref().map(|svid| &svid.serial),
+                "notBefore": svid.as_ref().map(|svid| rfc3339(svid.not_before)),
+                "notAfter": svid.as_ref().map(|svid| rfc3339(svid.not_after)),
+            })
+        })
+        .collect();
+    Json(json!({
+        "node": node.config.node_name,
+        "trustDomain": node.config.trust_domain.as_str(),
+        "mode": match node.config.mode { Mode::Strict => "STRICT", Mode::Permissive => "PERMISSIVE" },
+        "ready": node.is_ready(),
+        "pods": pod_list,
+        "certificates": certificates,
+        "connections": node.live.list(),
+        "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "pods": pods},
+        "pool": {"idle": idle},
+    }))
+}
+
+fn rfc3339(time: SystemTime) -> String {
+    i64::try_from(unix_seconds(time))
+        .ok()
+        .and_then(|seconds| time::OffsetDateTime::from_unix_timestamp(seconds).ok())
+        .and_then(|time| {
+            time.format(&time::format_description::well_known::Rfc3339)
+                .ok()
+        })
+        .unwrap_or_default()
+}

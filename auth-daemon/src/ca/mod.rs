@@ -1,0 +1,36 @@
+//! The cluster CA: who signs workload certificates.
+
+pub mod embedded;
+
+use std::{fmt, future::Future, pin::Pin, time::Duration};
+
+use rustls::pki_types::CertificateDer;
+
+use crate::{mesh::Identity, tunnel::tls::TrustBundle};
+
+/// Signs the certificates of this node's workloads: a key in a folder now, a server of the trust domain elsewhere.
+pub trait Issuer: Send + Sync + fmt::Debug {
+    /// Signs `csr` (PKCS #10, DER) for `identity`. The key in it is all that is taken from the CSR.
+    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a>;
+
+    /// The roots to believe.
+    fn bundle(&self) -> TrustBundle;
+}
+
+/// What [`Issuer::issue`] returns.
+pub type IssueFuture<'a> = Pin<Box<dyn Future<Output = Result<Issued, IssueError>> + Send + 'a>>;
+
+/// A signed certificate with what leads from it towards a root.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    /// Leaf first, without the root.
+    pub chain: Vec<CertificateDer<'static>>,
+}
+
+/// Why no certificate was issued.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct IssueError(pub String);
+
+/// How much earlier than now a certificate begins: clocks of nodes differ a little.
+pub const BACKDATE: Duration = Duration::from_secs(60);

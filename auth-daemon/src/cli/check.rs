@@ -1,0 +1,43 @@
+//! `auth-daemon check`: what the daemon needs, what is missing, and how to get it.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+
+use crate::{
+    config::{Config, DEFAULT_PINS},
+    datapath::features,
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Check for this configuration, and the configuration itself.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn check(arguments: &Arguments) -> anyhow::Result<()> {
+    let config = arguments.config.as_deref().map(Config::load).transpose()?;
+    let pins = config
+        .as_ref()
+        .map_or_else(|| DEFAULT_PINS.into(), |config| config.pins.clone());
+    let cgroup = config.as_ref().and_then(|config| config.cgroup.clone());
+    let findings = features::check(cgroup.as_deref(), &pins);
+    let missing = findings.iter().filter(|finding| !finding.ok).count();
+    if arguments.json {
+        let report = serde_json::json!({"ok": missing == 0, "findings": findings});
+        println!("{report}");
+    } else {
+        for finding in &findings {
+            let mark = if finding.ok { "ok     " } else { "MISSING" };
+            println!("{mark} {:30} {}", finding.name, finding.detail);
+        }
+    }
+    if missing > 0 {
+        bail!("{missing} of {} requirements are not met", findings.len());
+    }
+    Ok(())
+}

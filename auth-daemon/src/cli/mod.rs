@@ -1,0 +1,40 @@
+//! The command line, one file a subcommand.
+
+mod check;
+mod run;
+mod status;
+mod unload;
+
+use clap::{Parser, Subcommand};
+
+/// Mutual TLS for every pod on this node, without a sidecar.
+#[derive(Debug, Parser)]
+#[command(name = "auth-daemon", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node daemon.
+    Run(run::Arguments),
+    /// Say whether this machine has what the daemon needs.
+    Check(check::Arguments),
+    /// Show what the daemon on this node is doing.
+    Status(status::Arguments),
+    /// Remove everything that a stopped daemon leaves in the kernel.
+    Unload(unload::Arguments),
+}
+
+impl Cli {
+    /// Does what was asked for.
+    pub fn execute(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Run(arguments) => run::run(&arguments),
+            Command::Check(arguments) => check::check(&arguments),
+            Command::Status(arguments) => status::status(&arguments),
+            Command::Unload(arguments) => unload::unload(&arguments),
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! `auth-daemon run`: brings the parts together and runs until SIGTERM.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    admin,
+    ca::embedded::EmbeddedCa,
+    certs::Certificates,
+    config::{Config, LogFormat},
+    datapath::{Kernel, PinLock, mounts},
+    discovery,
+    mesh::Registry,
+    proxy::{Enrolment, Node},
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The configuration file.
+    #[arg(long)]
+    config: PathBuf,
+}
+
+pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let config = Config::load(&arguments.config)?;
+    start_log(&config)?;
+    raise_file_limit();
+
+    let ca = EmbeddedCa::open(
+        &config.ca_directory,
+        &config.trust_domain,
+        config.certificate_lifetime,
+    )?;
+    mounts::ensure_bpffs(&config.pins)?;
+    let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
+    let lock = PinLock::take(&config.pins)?;
+
+    // Connections have a runtime to themselves; discovery, certificates and admin share this thread.
+    let data_path = runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("data-path")
+        .build()
+        .context("cannot start the data path's threads")?;
+    let control = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the control runtime")?;
+    let handle = data_path.handle().clone();
+    control.block_on(async {
+        let (admin, readiness) = admin::bind().await?;
+        let registry = Arc::new(Registry::new());
+        let follow = discovery::files::start(
+            config.manifests.clone(),
+            config.trust_domain.clone(),
+            registry.clone(),
+        )?;
+        let kernel = Kernel::load(lock, &cgroup).map_err(with_causes)?;
+        tracing::info!(
+            node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
+            cgroup = %cgroup.display(), pins = %config.pins.display(), "daemon started"
+        );
+        let certificates = Certificates::new(Arc::new(ca));
+        let node = Arc::new(Node::new(config, registry, kernel, certificates));
+        tokio::spawn(follow);
+        tokio::spawn(admin::serve(node.clone(), admin, readiness));
+        let (stop, stopped) = watch::channel(false);
+        tokio::spawn(async move {
+            if let Err(error) = asked_to_stop().await {
+                tracing::error!(%error, "cannot wait for signals");
+            }
+            stop.send_replace(true);
+        });
+        Enrolment::new(node, handle).run(stopped).await;
+        tracing::info!(
+            "daemon stopped; pods stay captured and are refused until the next one starts"
+        );
+        anyhow::Ok(())
+    })?;
+    data_path.shutdown_timeout(std::time::Duration::from_secs(1));
+    Ok(())
+}
+
+async fn asked_to_stop() -> std::io::Result<()> {
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+fn start_log(config: &Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log_level).context("log.level")?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => log.with_ansi(false).init(),
+        LogFormat::Json => log
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(false)
+            .init(),
+    }
+    Ok(())
+}
+
+/// A connection takes two file descriptors: take as many as the system lets us.
+fn raise_file_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(soft, hard, %error, "cannot raise the limit of open files");
+    }
+}
+
+/// aya's errors keep the kernel's words in their causes.
+fn with_causes(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
+    let error = anyhow::Error::new(error);
+    anyhow::anyhow!("{error:#}")
+}

@@ -1,0 +1,32 @@
+//! `auth-daemon unload`: takes the stopped daemon's programs, maps, rules and routes out of the kernel.
+
+use std::path::PathBuf;
+
+use crate::{
+    config::Config,
+    datapath::{self, PinLock},
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The configuration that the daemon ran with.
+    #[arg(long)]
+    config: PathBuf,
+}
+
+pub(super) fn unload(arguments: &Arguments) -> anyhow::Result<()> {
+    let config = Config::load(&arguments.config)?;
+    if !config.pins.exists() {
+        println!(
+            "nothing is loaded: {} does not exist",
+            config.pins.display()
+        );
+        return Ok(());
+    }
+    let pods = datapath::unload::unload(PinLock::take(&config.pins)?)?;
+    println!(
+        "unloaded: {pods} pods released, {} removed; pods now talk plainly",
+        config.pins.display()
+    );
+    Ok(())
+}

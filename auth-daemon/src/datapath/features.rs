@@ -1,0 +1,168 @@
+//! What the daemon needs of the machine, checked one by one: for `auth-daemon check`.
+
+use std::{fs, path::Path};
+
+use nix::sys::utsname::uname;
+
+use super::{kernel::try_load, mounts, netns::Netns};
+
+/// One requirement and how this machine meets it.
+#[derive(Debug, serde::Serialize)]
+pub struct Finding {
+    /// What is needed.
+    pub name: &'static str,
+    /// Whether it is there.
+    pub ok: bool,
+    /// What was found, and what to do where it is not enough.
+    pub detail: String,
+}
+
+/// The oldest kernel that has every feature: `bpf_get_netns_cookie` in sockops came with 5.15.
+const OLDEST: (u32, u32) = (5, 15);
+
+/// Capabilities that the daemon uses, by number (capability.h).
+const CAPABILITIES: [(u32, &str, &str); 5] = [
+    (12, "CAP_NET_ADMIN", "routes in pods, transparent sockets"),
+    (
+        10,
+        "CAP_NET_BIND_SERVICE",
+        "clients' source ports below 1024",
+    ),
+    (
+        21,
+        "CAP_SYS_ADMIN",
+        "entering pods' namespaces, attaching programs",
+    ),
+    (
+        19,
+        "CAP_SYS_PTRACE",
+        "finding pods' namespaces through /proc",
+    ),
+    (39, "CAP_BPF", "loading programs"),
+];
+
+/// Checks everything that can be checked without changing the machine.
+pub fn check(cgroup: Option<&Path>, pins: &Path) -> Vec<Finding> {
+    vec![
+        kernel_version(),
+        capabilities(),
+        outcome(
+            "cgroup v2",
+            mounts::cgroup_root(cgroup).map(|path| path.display().to_string()),
+        ),
+        bpffs(pins),
+        outcome(
+            "netns cookies",
+            Netns::open(Path::new("/proc/self/ns/net"))
+                .map(|netns| format!("this namespace's is {}", netns.cookie()))
+                .map_err(|error| anyhow::anyhow!("{error}: SO_NETNS_COOKIE came with Linux 5.14")),
+        ),
+        outcome(
+            "marks of accepted connections",
+            fs::metadata("/proc/sys/net/ipv4/tcp_fwmark_accept")
+                .map(|_| "net.ipv4.tcp_fwmark_accept is there".to_owned())
+                .map_err(|error| anyhow::anyhow!("net.ipv4.tcp_fwmark_accept: {error}")),
+        ),
+        outcome(
+            "policy routing",
+            // Only a kernel with CONFIG_IP_MULTIPLE_TABLES shows a rule; the netlink answer would need a change.
+            fs::metadata("/proc/net/fib_triestat")
+                .or_else(|_| fs::metadata("/proc/net/route"))
+                .map(|_| "IPv4 routing is there".to_owned())
+                .map_err(|error| anyhow::anyhow!("{error}")),
+        ),
+        outcome(
+            "eBPF programs",
+            try_load()
+                .map(|()| "connect, getpeername, sockops and sk_lookup load and verify".to_owned())
+                .map_err(|error| anyhow::anyhow!("{}", with_causes(&error))),
+        ),
+    ]
+}
+
+fn kernel_version() -> Finding {
+    let release = uname().map(|name| name.release().to_string_lossy().into_owned());
+    let release = release.unwrap_or_default();
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|part| part.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    Finding {
+        name: "kernel",
+        ok: version >= OLDEST,
+        detail: if version >= OLDEST {
+            release
+        } else {
+            format!(
+                "{release} is older than {}.{}, which brought bpf_get_netns_cookie to sockops; upgrade the node",
+                OLDEST.0, OLDEST.1
+            )
+        },
+    }
+}
+
+fn capabilities() -> Finding {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0);
+    let missing: Vec<_> = CAPABILITIES
+        .iter()
+        .filter(|(bit, ..)| effective & (1 << bit) == 0)
+        .map(|(_, name, purpose)| format!("{name} ({purpose})"))
+        .collect();
+    Finding {
+        name: "capabilities",
+        ok: missing.is_empty(),
+        detail: if missing.is_empty() {
+            "all there".into()
+        } else {
+            format!(
+                "missing: {}; run as root, or add them to the container",
+                missing.join(", ")
+            )
+        },
+    }
+}
+
+fn bpffs(pins: &Path) -> Finding {
+    let there = mounts::is_bpffs(pins);
+    let ours = pins.starts_with("/sys/fs/bpf");
+    Finding {
+        name: "bpf file system",
+        ok: there || ours,
+        detail: match (there, ours) {
+            (true, _) => format!("{} is on one", pins.display()),
+            (false, true) => "none on /sys/fs/bpf yet; the daemon mounts it".into(),
+            (false, false) => format!("{} is not on one; mount one there", pins.display()),
+        },
+    }
+}
+
+fn outcome(name: &'static str, result: anyhow::Result<String>) -> Finding {
+    match result {
+        Ok(detail) => Finding {
+            name,
+            ok: true,
+            detail,
+        },
+        Err(error) => Finding {
+            name,
+            ok: false,
+            detail: format!("{error:#}"),
+        },
+    }
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

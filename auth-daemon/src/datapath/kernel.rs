@@ -1,0 +1,492 @@
+//! Programs, maps and pins.
+//!
+//! Everything is pinned below one folder, so that it works on when the daemon does not: captured connects are then
+//! refused, and pods refuse what comes. The next daemon adopts the maps with what they hold, attaches its own programs
+//! beside the old ones, and only then lets the old ones go: no connect slips through in between.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io,
+    net::{IpAddr, SocketAddr, TcpListener},
+    os::fd::{AsFd, AsRawFd},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use auth_common::{
+    ANY_ADDRESS, Address, Dialled, Inbound, LAYOUT, MeshKind, Pod, SocketKey, mapped,
+};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{
+        HashMap as BpfHashMap, Map, MapData, MapError, SkStorage, SockHash,
+        lpm_trie::{Key, LpmTrie},
+    },
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, ProgramError, SkLookup, SockOps,
+        links::{FdLink, LinkError, PinnedLink},
+    },
+};
+use ipnet::IpNet;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::Netns;
+
+/// The compiled programs.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF_OBJECT"));
+
+const MAPS: [&str; 8] = [
+    "PODS",
+    "MESH",
+    "PENDING",
+    "DIALLED",
+    "BYPASS",
+    "DELIVERIES",
+    "TUNNELS",
+    "INBOUND",
+];
+const CGROUP_PROGRAMS: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
+const SOCK_OPS_PROGRAM: &str = "established";
+const INBOUND_PROGRAM: &str = "inbound";
+/// A link goes by its program's name, with this while the old one is still there.
+const NEW: &str = "new";
+/// Pending entries older than this belong to connections that nobody will accept, in nanoseconds.
+const PENDING_LIFE_NANOSECONDS: u64 = 60_000_000_000;
+
+/// Why the kernel's side cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// Another daemon is running, or is being unloaded.
+    #[error(
+        "another auth-daemon holds {0}: one runs per node; stop it first, or give this one another kernel.pins"
+    )]
+    Locked(PathBuf),
+    /// A pin could not be made, read or removed.
+    #[error("{path}: {error}")]
+    Pin {
+        /// The pin.
+        path: PathBuf,
+        /// What happened.
+        error: io::Error,
+    },
+    /// A map refused.
+    #[error("map {map}: {error}")]
+    Map {
+        /// Its name.
+        map: &'static str,
+        /// What happened.
+        error: MapError,
+    },
+    /// The kernel refused the programs or maps.
+    #[error("cannot load the eBPF programs: {0}; `auth-daemon check` says what this kernel lacks")]
+    Load(#[from] aya::EbpfError),
+    /// The kernel refused one program.
+    #[error("eBPF program {program}: {error}; `auth-daemon check` says what this kernel lacks")]
+    Program {
+        /// Its name.
+        program: String,
+        /// What happened.
+        error: ProgramError,
+    },
+    /// A link could not be taken over.
+    #[error("eBPF link {program}: {error}")]
+    Link {
+        /// Its program.
+        program: String,
+        /// What happened.
+        error: LinkError,
+    },
+    /// The embedded object is not the one that this code was written for.
+    #[error("the embedded eBPF object lacks {0}; rebuild with `cargo xtask build-ebpf`")]
+    Missing(String),
+}
+
+/// Shows that this process alone handles the pins in a folder. The kernel drops it with the process.
+#[derive(Debug)]
+pub struct PinLock {
+    _lock: Flock<File>,
+    folder: PathBuf,
+}
+
+impl PinLock {
+    /// Takes the lock on `pins`, making the folder if there is none.
+    pub fn take(pins: &Path) -> Result<Self, KernelError> {
+        let pin = |error| KernelError::Pin {
+            path: pins.to_owned(),
+            error,
+        };
+        fs::create_dir_all(pins).map_err(pin)?;
+        let file = File::open(pins).map_err(pin)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Self {
+                _lock: lock,
+                folder: pins.to_owned(),
+            }),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(KernelError::Locked(pins.to_owned())),
+            Err((_, error)) => Err(pin(error.into())),
+        }
+    }
+
+    /// The folder that is locked.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// The loaded programs and their maps.
+pub struct Kernel {
+    pins: PathBuf,
+    inbound: Mutex<SkLookupProgram>,
+    pods: Mutex<BpfHashMap<MapData, u64, Pod>>,
+    mesh: Mutex<Mesh>,
+    pending: Mutex<BpfHashMap<MapData, SocketKey, Dialled>>,
+    bypass: Mutex<SkStorage<MapData, u32>>,
+    tunnels: Mutex<SockHash<MapData, Address>>,
+    inbound_modes: Mutex<BpfHashMap<MapData, Address, u32>>,
+    _lock: PinLock,
+}
+
+struct SkLookupProgram(Ebpf);
+
+struct Mesh {
+    map: LpmTrie<MapData, Address, u32>,
+    /// What the map holds.
+    entries: HashMap<(Address, u32), u32>,
+}
+
+impl Kernel {
+    /// Loads the programs, adopts or makes the maps, and attaches to `cgroup`.
+    ///
+    /// Pods enrolled by a daemon before this one stay enrolled: see [`Kernel::enrolled`].
+    pub fn load(lock: PinLock, cgroup: &Path) -> Result<Self, KernelError> {
+        let pins = lock.folder().join(LAYOUT);
+        let maps = pins.join("maps");
+        for folder in [&maps, &pins.join("links"), &pins.join("pods")] {
+            fs::create_dir_all(folder).map_err(|error| KernelError::Pin {
+                path: folder.clone(),
+                error,
+            })?;
+        }
+        let mut loader = EbpfLoader::new();
+        for name in MAPS {
+            loader.map_pin_path(name, maps.join(name));
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        let cgroup_file = File::open(cgroup).map_err(|error| KernelError::Pin {
+            path: cgroup.to_owned(),
+            error,
+        })?;
+        let pods = BpfHashMap::try_from(take_map(&mut ebpf, "PODS")?).map_err(map_error("PODS"))?;
+        let mesh: LpmTrie<_, Address, u32> =
+            LpmTrie::try_from(take_map(&mut ebpf, "MESH")?).map_err(map_error("MESH"))?;
+        let entries = mesh
+            .iter()
+            .map(|entry| entry.map(|(key, kind)| ((key.data(), key.prefix_len()), kind)))
+            .collect::<Result<_, _>>()
+            .map_err(map_error("MESH"))?;
+        let mut pending: BpfHashMap<_, SocketKey, Dialled> =
+            BpfHashMap::try_from(take_map(&mut ebpf, "PENDING")?).map_err(map_error("PENDING"))?;
+        // Nobody accepted these while the daemon was away, and nobody will.
+        let stale: Vec<_> = pending.keys().flatten().collect();
+        for key in stale {
+            let _ = pending.remove(&key);
+        }
+        let bypass =
+            SkStorage::try_from(take_map(&mut ebpf, "BYPASS")?).map_err(map_error("BYPASS"))?;
+        let tunnels =
+            SockHash::try_from(take_map(&mut ebpf, "TUNNELS")?).map_err(map_error("TUNNELS"))?;
+        let inbound_modes =
+            BpfHashMap::try_from(take_map(&mut ebpf, "INBOUND")?).map_err(map_error("INBOUND"))?;
+        for name in CGROUP_PROGRAMS.into_iter().chain([SOCK_OPS_PROGRAM]) {
+            let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
+            replace_pin(&pins.join("links"), name, link)?;
+        }
+        let inbound: &mut SkLookup = program(&mut ebpf, INBOUND_PROGRAM)?;
+        inbound.load().map_err(program_error(INBOUND_PROGRAM))?;
+        Ok(Self {
+            inbound: Mutex::new(SkLookupProgram(ebpf)),
+            pods: Mutex::new(pods),
+            mesh: Mutex::new(Mesh { map: mesh, entries }),
+            pending: Mutex::new(pending),
+            bypass: Mutex::new(bypass),
+            tunnels: Mutex::new(tunnels),
+            inbound_modes: Mutex::new(inbound_modes),
+            pins,
+            _lock: lock,
+        })
+    }
+
+    /// Netns cookies of the pods that are enrolled, with their entries; those of a daemon before this one, too.
+    pub fn enrolled(&self) -> Vec<(u64, Pod)> {
+        lock(&self.pods).iter().flatten().collect()
+    }
+
+    /// Makes the mesh's addresses and networks what `wanted` says, changing only what differs.
+    pub fn set_mesh(&self, wanted: &HashMap<IpNet, MeshKind>) -> Result<(), KernelError> {
+        let wanted: HashMap<(Address, u32), u32> = wanted
+            .iter()
+            .map(|(net, kind)| (trie_key(net), *kind as u32))
+            .collect();
+        let mut mesh = lock(&self.mesh);
+        let Mesh { map, entries } = &mut *mesh;
+        for (key, kind) in &wanted {
+            if entries.get(key) != Some(kind) {
+                map.insert(&Key::new(key.1, key.0), kind, 0)
+                    .map_err(map_error("MESH"))?;
+                entries.insert(*key, *kind);
+            }
+        }
+        let gone: Vec<_> = entries
+            .keys()
+            .filter(|key| !wanted.contains_key(*key))
+            .copied()
+            .collect();
+        for key in gone {
+            map.remove(&Key::new(key.1, key.0))
+                .map_err(map_error("MESH"))?;
+            entries.remove(&key);
+        }
+        Ok(())
+    }
+
+    /// What local addresses admit that belong to no pod known here.
+    pub fn set_default_inbound(&self, mode: Inbound) -> Result<(), KernelError> {
+        lock(&self.inbound_modes)
+            .insert(ANY_ADDRESS, mode as u32, 0)
+            .map_err(map_error("INBOUND"))
+    }
+
+    /// Starts to steer what comes for `addresses` to `listener`, by `mode`.
+    pub fn admit(
+        &self,
+        addresses: &[IpAddr],
+        listener: &TcpListener,
+        mode: Inbound,
+    ) -> Result<(), KernelError> {
+        for address in addresses {
+            let address = wire_address(*address);
+            lock(&self.tunnels)
+                .insert(address, listener.as_raw_fd(), 0)
+                .map_err(map_error("TUNNELS"))?;
+            lock(&self.inbound_modes)
+                .insert(address, mode as u32, 0)
+                .map_err(map_error("INBOUND"))?;
+        }
+        Ok(())
+    }
+
+    /// Runs the inbound program in `netns`, in place of the one that a daemon before this one left there.
+    pub fn attach_inbound(&self, netns: &Netns) -> Result<(), KernelError> {
+        let mut inbound = lock(&self.inbound);
+        let program: &mut SkLookup = program(&mut inbound.0, INBOUND_PROGRAM)?;
+        let id = program
+            .attach(netns.as_fd())
+            .map_err(program_error(INBOUND_PROGRAM))?;
+        let link = program
+            .take_link(id)
+            .map_err(program_error(INBOUND_PROGRAM))?;
+        replace_pin(
+            &self.pins.join("pods"),
+            &netns.cookie().to_string(),
+            link.into(),
+        )
+    }
+
+    /// Starts to capture the connections of the pod in the namespace with `cookie`.
+    pub fn capture(&self, cookie: u64, pod: &Pod) -> Result<(), KernelError> {
+        lock(&self.pods)
+            .insert(cookie, pod, 0)
+            .map_err(map_error("PODS"))
+    }
+
+    /// Undoes [`Kernel::capture`], [`Kernel::attach_inbound`] and [`Kernel::admit`]. What is gone already is no error.
+    pub fn forget(&self, cookie: u64, addresses: &[IpAddr]) {
+        let _ = lock(&self.pods).remove(&cookie);
+        let _ = fs::remove_file(self.pins.join("pods").join(cookie.to_string()));
+        for address in addresses {
+            let address = wire_address(*address);
+            let _ = lock(&self.tunnels).remove(&address);
+            let _ = lock(&self.inbound_modes).remove(&address);
+        }
+    }
+
+    /// Keeps a socket of the daemon's from being captured. `kind` is [`auth_common::DIAL`] or
+    /// [`auth_common::DELIVERY`].
+    pub fn exempt(&self, socket: &socket2::Socket, kind: u32) -> Result<(), KernelError> {
+        lock(&self.bypass)
+            .insert(socket, kind, 0)
+            .map_err(map_error("BYPASS"))
+    }
+
+    /// What the connection from `client`, in the namespace with `cookie`, was dialling; forgets it. `None` if it was
+    /// not captured.
+    pub fn take_dialled(&self, cookie: u64, client: SocketAddr) -> Option<SocketAddr> {
+        let key = SocketKey {
+            netns_cookie: cookie,
+            address: wire_address(client.ip()),
+            port: client.port().into(),
+            padding: 0,
+        };
+        let mut pending = lock(&self.pending);
+        let dialled = pending.get(&key, 0).ok()?;
+        let _ = pending.remove(&key);
+        let ip = IpAddr::from(dialled.address).to_canonical();
+        Some(SocketAddr::new(ip, dialled.port as u16))
+    }
+
+    /// Removes pending connections that nobody will accept any more.
+    pub fn sweep_pending(&self) {
+        let now = monotonic_nanoseconds();
+        let mut pending = lock(&self.pending);
+        let stale: Vec<_> = pending
+            .iter()
+            .flatten()
+            .filter(|(_, dialled)| {
+                now.saturating_sub(dialled.at_nanoseconds) > PENDING_LIFE_NANOSECONDS
+            })
+            .map(|(key, _)| key)
+            .collect();
+        for key in stale {
+            let _ = pending.remove(&key);
+        }
+    }
+
+    /// How many mesh addresses, pending connections and pods the maps hold.
+    pub fn occupancy(&self) -> (usize, usize, usize) {
+        (
+            lock(&self.mesh).entries.len(),
+            lock(&self.pending).keys().flatten().count(),
+            lock(&self.pods).keys().flatten().count(),
+        )
+    }
+}
+
+/// Loads and verifies the programs without attaching or pinning any, then drops them.
+pub(super) fn try_load() -> Result<(), KernelError> {
+    let mut ebpf = EbpfLoader::new().load(OBJECT)?;
+    for name in CGROUP_PROGRAMS {
+        let program: &mut CgroupSockAddr = program(&mut ebpf, name)?;
+        program.load().map_err(program_error(name))?;
+    }
+    let sock_ops: &mut SockOps = program(&mut ebpf, SOCK_OPS_PROGRAM)?;
+    sock_ops.load().map_err(program_error(SOCK_OPS_PROGRAM))?;
+    let inbound: &mut SkLookup = program(&mut ebpf, INBOUND_PROGRAM)?;
+    inbound.load().map_err(program_error(INBOUND_PROGRAM))
+}
+
+/// Entries of the pods map that is pinned below `folder`, if one is.
+pub(super) fn pinned_pods(folder: &Path) -> Vec<(u64, Pod)> {
+    let path = folder.join(LAYOUT).join("maps/PODS");
+    let Ok(map) = MapData::from_pin(path) else {
+        return Vec::new();
+    };
+    match BpfHashMap::<_, u64, Pod>::try_from(Map::HashMap(map)) {
+        Ok(pods) => pods.iter().flatten().collect(),
+        Err(_) => Vec::new(),
+    }
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernel")
+            .field("pins", &self.pins)
+            .finish_non_exhaustive()
+    }
+}
+
+fn attach_to_cgroup(ebpf: &mut Ebpf, name: &str, cgroup: &File) -> Result<FdLink, KernelError> {
+    let mode = CgroupAttachMode::Single;
+    if name == SOCK_OPS_PROGRAM {
+        let program: &mut SockOps = program(ebpf, name)?;
+        program.load().map_err(program_error(name))?;
+        let id = program.attach(cgroup, mode).map_err(program_error(name))?;
+        let link = program.take_link(id).map_err(program_error(name))?;
+        return link.try_into().map_err(link_error(name));
+    }
+    let program: &mut CgroupSockAddr = program(ebpf, name)?;
+    program.load().map_err(program_error(name))?;
+    let id = program.attach(cgroup, mode).map_err(program_error(name))?;
+    let link = program.take_link(id).map_err(program_error(name))?;
+    link.try_into().map_err(link_error(name))
+}
+
+/// Pins `link` as `name` in `folder`; the link that was pinned there works until the new one does.
+fn replace_pin(folder: &Path, name: &str, link: FdLink) -> Result<(), KernelError> {
+    let (path, draft) = (folder.join(name), folder.join(format!("{name}-{NEW}")));
+    let pin = |path: &Path, error| KernelError::Pin {
+        path: path.to_owned(),
+        error,
+    };
+    if draft.exists() {
+        // Left by a daemon that died between the two steps below.
+        fs::remove_file(&draft).map_err(|error| pin(&draft, error))?;
+    }
+    let _pinned: PinnedLink = link
+        .pin(&draft)
+        .map_err(|error| pin(&draft, io::Error::other(error)))?;
+    // bpffs renames over an existing pin, which drops the old link.
+    fs::rename(&draft, &path).map_err(|error| pin(&path, error))
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, KernelError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program>,
+{
+    ebpf.program_mut(name)
+        .and_then(|program| program.try_into().ok())
+        .ok_or_else(|| KernelError::Missing(format!("program {name}")))
+}
+
+fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map, KernelError> {
+    ebpf.take_map(name)
+        .ok_or_else(|| KernelError::Missing(format!("map {name}")))
+}
+
+fn map_error(map: &'static str) -> impl Fn(MapError) -> KernelError {
+    move |error| KernelError::Map { map, error }
+}
+
+fn program_error(program: &str) -> impl Fn(ProgramError) -> KernelError {
+    move |error| KernelError::Program {
+        program: program.to_owned(),
+        error,
+    }
+}
+
+fn link_error(program: &str) -> impl Fn(LinkError) -> KernelError {
+    move |error| KernelError::Link {
+        program: program.to_owned(),
+        error,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these guard are handles: a panic elsewhere leaves none half written.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `address` as the maps have it.
+pub(super) fn wire_address(address: IpAddr) -> Address {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+fn trie_key(net: &IpNet) -> (Address, u32) {
+    let extra = if net.addr().is_ipv4() { 96 } else { 0 };
+    (
+        wire_address(net.network()),
+        extra + u32::from(net.prefix_len()),
+    )
+}
+
+fn monotonic_nanoseconds() -> u64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .map(|time| {
+            let duration = std::time::Duration::from(time);
+            u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+        })
+        .unwrap_or(0)
+}

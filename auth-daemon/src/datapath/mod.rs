@@ -1,0 +1,15 @@
+//! The kernel's side, as the daemon handles it: programs, maps and pins; pods' network namespaces and the sockets and
+//! routes inside them.
+
+pub mod features;
+mod kernel;
+pub mod mounts;
+mod netns;
+mod plumbing;
+mod pods;
+pub mod sockets;
+pub mod unload;
+
+pub use kernel::{Kernel, KernelError, PinLock};
+pub use netns::Netns;
+pub use pods::{EnrolError, Enrolled, forget_others};

@@ -1,0 +1,71 @@
+//! Finds, and where it must makes, the file systems that the kernel's side needs.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
+};
+
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// The cgroup v2 mount: `configured`, or the first one in /proc/mounts.
+pub fn cgroup_root(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(path) = configured {
+        let kind = statfs(path).with_context(|| format!("kernel.cgroup: {}", path.display()))?;
+        if kind.filesystem_type() != CGROUP2_SUPER_MAGIC {
+            bail!(
+                "kernel.cgroup: {} is no cgroup v2 directory",
+                path.display()
+            );
+        }
+        return Ok(path.to_owned());
+    }
+    let mounts = fs::read_to_string("/proc/mounts").context("/proc/mounts")?;
+    mounts
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            let (path, kind) = (fields.next()?, fields.next()?);
+            (kind == "cgroup2").then(|| PathBuf::from(path))
+        })
+        .next()
+        .context(
+            "cgroup v2 is not mounted; run `mount -t cgroup2 none /sys/fs/cgroup/unified` \
+             or name a mount in kernel.cgroup",
+        )
+}
+
+/// Makes sure that `pins` can lie on a bpf file system, mounting one on /sys/fs/bpf if nothing is there.
+pub fn ensure_bpffs(pins: &Path) -> anyhow::Result<()> {
+    if is_bpffs(pins) {
+        return Ok(());
+    }
+    if !pins.starts_with(BPFFS) {
+        bail!(
+            "kernel.pins: {} is not on a bpf file system; run `mount -t bpf bpf <folder>` there, or use the default",
+            pins.display()
+        );
+    }
+    mount(
+        Some("bpf"),
+        BPFFS,
+        Some("bpf"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .with_context(|| format!("cannot mount a bpf file system on {BPFFS}"))?;
+    tracing::info!("mounted a bpf file system on {BPFFS}");
+    Ok(())
+}
+
+/// Whether `path`, or the nearest folder above it that exists, is on a bpf file system.
+pub fn is_bpffs(path: &Path) -> bool {
+    path.ancestors()
+        .find_map(|folder| statfs(folder).ok())
+        .is_some_and(|kind| kind.filesystem_type() == BPF_FS_MAGIC)
+}

@@ -1,0 +1,165 @@
+//! What lets the daemon speak from a client's address inside the server pod's netns, without a netfilter rule.
+//!
+//! A connection to the pod's app is made from the client's address with a mark. The app's replies go to that address,
+//! which is not the pod's; they inherit the mark (`tcp_fwmark_accept`), and a rule sends what is marked to the
+//! loopback, where the daemon's socket waits.
+
+use std::{fs, io, net::IpAddr};
+
+use auth_common::{ORIGINAL_SOURCE_MARK, ORIGINAL_SOURCE_TABLE};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use super::Netns;
+
+const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+const RULE_PREFERENCE: u32 = 100;
+const LOOPBACK_INDEX: u32 = 1;
+
+/// Sets it up in `netns`, for the families of `addresses`. Done twice, it is done once. Returns whether the sysctl is
+/// to be put back to 0 in the end.
+pub(super) fn set_up(netns: &Netns, addresses: &[IpAddr]) -> io::Result<bool> {
+    let families = families(addresses);
+    netns.enter(|| {
+        let was_off = fs::read_to_string(FWMARK_ACCEPT)?.trim() == "0";
+        if was_off {
+            fs::write(FWMARK_ACCEPT, "1")?;
+        }
+        let mut netlink = Netlink::open()?;
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        netlink.request(RouteNetlinkMessage::SetLink(loopback_up()), 0)?;
+        for family in families {
+            for message in [
+                RouteNetlinkMessage::NewRoute(local_route(family)),
+                RouteNetlinkMessage::NewRule(mark_rule(family)),
+            ] {
+                match netlink.request(message, flags) {
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    result => result?,
+                }
+            }
+        }
+        Ok(was_off)
+    })?
+}
+
+/// Undoes [`set_up`] in `netns`. What is gone already is no error.
+pub(super) fn tear_down(netns: &Netns, restore_sysctl: bool) -> io::Result<()> {
+    netns.enter(|| {
+        if restore_sysctl {
+            fs::write(FWMARK_ACCEPT, "0")?;
+        }
+        let mut netlink = Netlink::open()?;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            for message in [
+                RouteNetlinkMessage::DelRule(mark_rule(family)),
+                RouteNetlinkMessage::DelRoute(local_route(family)),
+            ] {
+                match netlink.request(message, 0) {
+                    Err(error)
+                        if matches!(
+                            error.raw_os_error(),
+                            Some(libc::ENOENT | libc::ESRCH | libc::EAFNOSUPPORT | libc::ENODEV)
+                        ) => {}
+                    result => result?,
+                }
+            }
+        }
+        Ok(())
+    })?
+}
+
+fn families(addresses: &[IpAddr]) -> Vec<AddressFamily> {
+    let mut families = Vec::new();
+    if addresses.iter().any(IpAddr::is_ipv4) {
+        families.push(AddressFamily::Inet);
+    }
+    if addresses.iter().any(IpAddr::is_ipv6) {
+        families.push(AddressFamily::Inet6);
+    }
+    families
+}
+
+fn loopback_up() -> netlink_packet_route::link::LinkMessage {
+    use netlink_packet_route::link::{LinkFlags, LinkMessage};
+    let mut message = LinkMessage::default();
+    message.header.index = LOOPBACK_INDEX;
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    message
+}
+
+/// `ip route add local default dev lo table T`
+fn local_route(family: AddressFamily) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header = RouteHeader {
+        address_family: family,
+        table: RouteHeader::RT_TABLE_UNSPEC,
+        protocol: RouteProtocol::Static,
+        scope: RouteScope::Host,
+        kind: RouteType::Local,
+        ..RouteHeader::default()
+    };
+    message.attributes = vec![
+        RouteAttribute::Table(ORIGINAL_SOURCE_TABLE),
+        RouteAttribute::Oif(LOOPBACK_INDEX),
+    ];
+    message
+}
+
+/// `ip rule add fwmark M lookup T pref P`
+fn mark_rule(family: AddressFamily) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family;
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(RULE_PREFERENCE),
+        RuleAttribute::FwMark(ORIGINAL_SOURCE_MARK),
+        RuleAttribute::FwMask(u32::MAX),
+        RuleAttribute::Table(ORIGINAL_SOURCE_TABLE),
+    ];
+    message
+}
+
+/// A route netlink socket of the namespace it was opened in.
+struct Netlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Netlink {
+    fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+        })
+    }
+
+    fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.sequence += 1;
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        request.header.sequence_number = self.sequence;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        let (answer, _) = self.socket.recv_from_full()?;
+        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        match answer.payload {
+            NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+            _ => Ok(()),
+        }
+    }
+}

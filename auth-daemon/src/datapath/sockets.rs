@@ -1,0 +1,308 @@
+//! Sockets inside pods' network namespaces: the daemon's listeners there, and the connections it makes from there.
+
+use std::{
+    collections::HashSet,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener},
+    os::fd::AsRawFd,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use auth_common::{DELIVERY, DIAL, ORIGINAL_SOURCE_MARK, OUTBOUND_PORT, TUNNEL_PORT};
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
+
+use super::{Kernel, Netns};
+
+const BACKLOG: i32 = 4096;
+/// Keep-alive on all legs: a peer that vanished is noticed within about two and a half minutes.
+const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(75))
+    .with_interval(Duration::from_secs(15))
+    .with_retries(5);
+
+/// The daemon's listeners in one pod.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For captured connections, on the pod's loopback: one a family.
+    pub outbound: Vec<TcpListener>,
+    /// For the tunnel, on all addresses and both families where the pod has both.
+    pub tunnel: TcpListener,
+}
+
+/// Opens the listeners of a pod with `addresses`.
+pub fn listen(netns: &Netns, addresses: &[IpAddr]) -> io::Result<Listeners> {
+    let (v4, v6) = (
+        addresses.iter().any(IpAddr::is_ipv4),
+        addresses.iter().any(IpAddr::is_ipv6),
+    );
+    netns.enter(|| {
+        let mut outbound = Vec::new();
+        if v4 {
+            outbound.push(listener((Ipv4Addr::LOCALHOST, OUTBOUND_PORT).into())?);
+        }
+        if v6 {
+            outbound.push(listener((Ipv6Addr::LOCALHOST, OUTBOUND_PORT).into())?);
+        }
+        let any: IpAddr = if v6 {
+            Ipv6Addr::UNSPECIFIED.into()
+        } else {
+            Ipv4Addr::UNSPECIFIED.into()
+        };
+        let tunnel = listener((any, TUNNEL_PORT).into())?;
+        Ok(Listeners { outbound, tunnel })
+    })?
+}
+
+fn listener(address: SocketAddr) -> io::Result<TcpListener> {
+    let named = |error: io::Error| {
+        io::Error::new(
+            error.kind(),
+            format!(
+                "cannot listen on {address} in the pod: {error}; does the pod itself use that port?"
+            ),
+        )
+    };
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking(),
+        Some(Protocol::TCP),
+    )?;
+    socket.set_reuse_address(true)?;
+    if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
+        socket.set_only_v6(false)?;
+    }
+    // Accepted sockets inherit these.
+    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.bind(&address.into()).map_err(named)?;
+    socket.listen(BACKLOG).map_err(named)?;
+    Ok(socket.into())
+}
+
+/// Makes the end of `socket` a RST unless it is ended in good order: whatever happens to the daemon, an app never
+/// takes a broken connection for a finished one.
+pub fn end_with_reset(socket: SockRef<'_>) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))
+}
+
+/// Makes the end of `socket` an ordinary one: what was written still arrives.
+pub fn end_in_good_order(socket: SockRef<'_>) -> io::Result<()> {
+    socket.set_linger(None)
+}
+
+/// Source ports of a pod's tunnels: outside of the range that apps' ports come from by default, because a tunnel and
+/// the app connections that it carries meet in the server's netns under one pair of addresses.
+#[derive(Debug, Default)]
+pub struct SourcePorts {
+    next: AtomicU32,
+    /// Ports in the range that apps of the pod use all the same.
+    taken: Mutex<HashSet<u16>>,
+}
+
+/// First the ports above the usual ephemeral range, then those below.
+const HIGH: std::ops::RangeInclusive<u16> = 61000..=65535;
+const LOW: std::ops::RangeInclusive<u16> = 15100..=32767;
+const ATTEMPTS: u32 = 128;
+
+impl SourcePorts {
+    /// Whether tunnels may use `port` as their source.
+    pub fn contain(port: u16) -> bool {
+        HIGH.contains(&port) || LOW.contains(&port)
+    }
+
+    /// Keeps `port`, an app's, from being used until the guard is dropped.
+    pub fn reserve(&self, port: u16) -> Option<Reserved<'_>> {
+        Self::contain(port).then(|| {
+            self.lock().insert(port);
+            Reserved { ports: self, port }
+        })
+    }
+
+    fn next(&self) -> u16 {
+        let (high, low) = (HIGH.len() as u32, LOW.len() as u32);
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed) % (high + low);
+            let port = if index < high {
+                *HIGH.start() + index as u16
+            } else {
+                *LOW.start() + (index - high) as u16
+            };
+            if !self.lock().contains(&port) {
+                return port;
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashSet<u16>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An app's port that tunnels keep away from.
+#[derive(Debug)]
+pub struct Reserved<'a> {
+    ports: &'a SourcePorts,
+    port: u16,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.ports.lock().remove(&self.port);
+    }
+}
+
+/// Connects from a pod's own address to `endpoint`, past the capture.
+pub async fn dial_endpoint(
+    kernel: &Kernel,
+    netns: &Netns,
+    source: IpAddr,
+    ports: &SourcePorts,
+    endpoint: SocketAddr,
+) -> io::Result<TcpStream> {
+    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for _ in 0..ATTEMPTS {
+        let socket = socket_in(kernel, netns, endpoint, DIAL)?;
+        let from = SocketAddr::new(source, ports.next());
+        let result = match socket.bind(&from.into()) {
+            Ok(()) => into_tokio(socket)?.connect(endpoint).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            // The port is in use, by itself or for this endpoint: there are others.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+                ) =>
+            {
+                last = error;
+            }
+            result => return result,
+        }
+    }
+    Err(last)
+}
+
+/// Connects to the app at `server`, an address of the pod that `netns` is of, from `client`'s address and port. With
+/// `keep_port` false, or when the port cannot be had, from another port of the client's address.
+pub async fn dial_app(
+    kernel: &Kernel,
+    netns: &Netns,
+    client: SocketAddr,
+    keep_port: bool,
+    server: SocketAddr,
+) -> io::Result<TcpStream> {
+    for port in [client.port(), 0] {
+        if port != 0 && !keep_port {
+            continue;
+        }
+        let socket = socket_in(kernel, netns, server, DELIVERY)?;
+        setsockopt(&socket, sockopt::Mark, &ORIGINAL_SOURCE_MARK)?;
+        if server.is_ipv4() {
+            setsockopt(&socket, sockopt::IpTransparent, &true)?;
+        } else {
+            set_ipv6_transparent(&socket)?;
+        }
+        let from = SocketAddr::new(client.ip(), port);
+        let result = match socket.bind(&from.into()) {
+            Ok(()) => into_tokio(socket)?.connect(server).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            // A closed connection of the same four is still in TIME_WAIT.
+            Err(error)
+                if port != 0
+                    && matches!(
+                        error.kind(),
+                        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+                    ) => {}
+            result => return result,
+        }
+    }
+    Err(io::ErrorKind::AddrNotAvailable.into())
+}
+
+fn socket_in(kernel: &Kernel, netns: &Netns, remote: SocketAddr, kind: u32) -> io::Result<Socket> {
+    let socket = netns.enter(|| {
+        Socket::new(
+            Domain::for_address(remote),
+            Type::STREAM.nonblocking(),
+            Some(Protocol::TCP),
+        )
+    })??;
+    kernel.exempt(&socket, kind).map_err(io::Error::other)?;
+    socket.set_reuse_address(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&KEEPALIVE)?;
+    end_with_reset(SockRef::from(&socket))?;
+    Ok(socket)
+}
+
+/// `IPV6_TRANSPARENT` (Linux 2.6.37), which no library here has.
+fn set_ipv6_transparent(socket: &Socket) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: `on` is a readable int and the length says so; the descriptor lives.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_IPV6,
+            libc::IPV6_TRANSPARENT,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn into_tokio(socket: Socket) -> io::Result<TcpSocket> {
+    Ok(TcpSocket::from_std_stream(socket.into()))
+}
+
+/// `address` with an IPv4-mapped IPv6 address as the IPv4 address that it is.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_none() => {
+            // Without flow and scope: addresses are compared.
+            SocketAddrV6::new(*v6.ip(), v6.port(), 0, 0).into()
+        }
+        other => SocketAddr::new(other.ip().to_canonical(), other.port()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn source_ports_go_round_and_avoid_apps() {
+        let ports = SourcePorts::default();
+        assert_eq!(ports.next(), 61000);
+        let reserved = ports.reserve(61001).unwrap();
+        assert_eq!(ports.next(), 61002);
+        drop(reserved);
+        let all = HIGH.len() + LOW.len();
+        let round: HashSet<u16> = (0..all).map(|_| ports.next()).collect();
+        assert_eq!(round.len(), all);
+        assert!(round.iter().all(|port| SourcePorts::contain(*port)));
+        assert!(ports.reserve(40000).is_none());
+        assert!(!SourcePorts::contain(TUNNEL_PORT) && !SourcePorts::contain(OUTBOUND_PORT));
+    }
+
+    #[test]
+    fn mapped_addresses_are_canonical() {
+        let mapped: SocketAddr = "[::ffff:10.0.0.1]:80".parse().unwrap();
+        assert_eq!(canonical(mapped), "10.0.0.1:80".parse().unwrap());
+        let scoped: SocketAddr = "[fe80::1%3]:80".parse().unwrap();
+        assert_eq!(canonical(scoped), "[fe80::1]:80".parse().unwrap());
+    }
+}

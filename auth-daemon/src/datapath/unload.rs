@@ -1,0 +1,33 @@
+//! Takes everything back that the daemon leaves in the kernel on purpose.
+
+use std::fs;
+
+use anyhow::Context;
+use auth_common::LAYOUT;
+
+use super::{PinLock, kernel::pinned_pods, netns, plumbing};
+
+/// Removes the programs, maps, pins, rules, routes and sysctls of the daemon whose pins `lock` guards. Returns how many
+/// pods were enrolled.
+pub fn unload(lock: PinLock) -> anyhow::Result<usize> {
+    let folder = lock.folder().to_owned();
+    let pods = pinned_pods(&folder);
+    let links = folder.join(LAYOUT);
+    // First the links: with them gone, connections go their own way again, and nothing is half captured.
+    for kind in ["links", "pods", "maps"] {
+        let folder = links.join(kind);
+        if folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("{}", folder.display()))?;
+        }
+    }
+    let namespaces = netns::all();
+    for (cookie, entry) in &pods {
+        // A namespace that is gone took its routes along.
+        if let Some(netns) = namespaces.iter().find(|netns| netns.cookie() == *cookie) {
+            plumbing::tear_down(netns, entry.restore_fwmark_accept != 0)
+                .with_context(|| format!("{}: cannot undo routes", netns.path().display()))?;
+        }
+    }
+    fs::remove_dir_all(&folder).with_context(|| format!("{}", folder.display()))?;
+    Ok(pods.len())
+}

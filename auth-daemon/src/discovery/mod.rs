@@ -1,0 +1,4 @@
+//! Where the mesh is learnt from. A source fills the registry; nothing else writes it.
+
+pub mod files;
+pub mod manifest;

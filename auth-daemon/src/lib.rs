@@ -1,0 +1,16 @@
+//! A node daemon that gives every Kubernetes pod mutual TLS without a sidecar.
+//!
+//! `docs/ARCHITECTURE.md` shows how the modules fit; `proxy::outbound` and `proxy::inbound` are the way of a
+//! connection, top to bottom.
+
+pub mod admin;
+pub mod ca;
+pub mod certs;
+pub mod cli;
+pub mod config;
+pub mod datapath;
+pub mod discovery;
+pub mod mesh;
+pub mod policy;
+pub mod proxy;
+pub mod tunnel;

@@ -1,0 +1,282 @@
+//! Connections under way, and the line that each leaves in the log when it ends.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use serde::Serialize;
+
+use crate::{
+    mesh::{Identity, ObjectName},
+    tunnel::Counters,
+};
+
+/// Whether the pod made the connection or got it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// Made by a pod of this node.
+    Outbound,
+    /// Made to one.
+    Inbound,
+}
+
+/// What carries the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// Mutual TLS.
+    Tunnel,
+    /// Without TLS: PERMISSIVE.
+    Plaintext,
+    /// A pod that reached itself through a service.
+    Itself,
+}
+
+/// A connection under way.
+#[derive(Debug)]
+pub struct Connection {
+    direction: Direction,
+    client: SocketAddr,
+    started: Instant,
+    /// Bytes so far.
+    pub counters: Counters,
+    details: Mutex<Details>,
+}
+
+/// What is learnt of a connection on its way.
+#[derive(Clone, Debug)]
+pub struct Details {
+    /// The address dialled.
+    pub destination: Option<SocketAddr>,
+    /// The service it belongs to.
+    pub service: Option<ObjectName>,
+    /// Where the connection went.
+    pub endpoint: Option<SocketAddr>,
+    /// Who called.
+    pub client_identity: Option<Identity>,
+    /// Who answered.
+    pub server_identity: Option<Identity>,
+    /// What carries it.
+    pub path: Path,
+}
+
+/// How a connection ended, in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Both sides finished.
+    Ok,
+    /// It never came to be.
+    Refused,
+    /// It was cut.
+    Reset,
+}
+
+/// The connections under way.
+#[derive(Debug, Default)]
+pub struct Live {
+    connections: Mutex<HashMap<u64, Arc<Connection>>>,
+    next: AtomicU64,
+}
+
+impl Live {
+    /// Notes a connection from `client`. It leaves a line in the log when the guard is finished or dropped.
+    pub fn open(&self, direction: Direction, client: SocketAddr) -> Guard<'_> {
+        let connection = Arc::new(Connection {
+            direction,
+            client,
+            started: Instant::now(),
+            counters: Counters::default(),
+            details: Mutex::new(Details {
+                destination: None,
+                service: None,
+                endpoint: None,
+                client_identity: None,
+                server_identity: None,
+                path: Path::Tunnel,
+            }),
+        });
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        self.lock().insert(id, connection.clone());
+        Guard {
+            live: self,
+            id,
+            connection,
+            finished: false,
+        }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// All of them, oldest first.
+    pub fn list(&self) -> Vec<ConnectionStatus> {
+        let mut connections: Vec<_> = self.lock().values().cloned().collect();
+        connections.sort_by_key(|connection| connection.started);
+        connections
+            .iter()
+            .map(|connection| {
+                let details = connection.details();
+                let (to_server, to_client) = connection.bytes();
+                ConnectionStatus {
+                    direction: connection.direction,
+                    client: connection.client,
+                    destination: details.destination,
+                    service: details.service.map(|name| name.to_string()),
+                    client_identity: details.client_identity.map(|id| id.to_string()),
+                    server_identity: details.server_identity.map(|id| id.to_string()),
+                    bytes_to_server: to_server,
+                    bytes_to_client: to_client,
+                    seconds: connection.started.elapsed().as_secs_f64(),
+                }
+            })
+            .collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
+        self.connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection under way, for `auth-daemon status`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConnectionStatus {
+    /// Made or got.
+    pub direction: Direction,
+    /// The client's own address.
+    pub client: SocketAddr,
+    /// The address it dialled.
+    pub destination: Option<SocketAddr>,
+    /// The service that belongs to.
+    pub service: Option<String>,
+    /// Who called.
+    pub client_identity: Option<String>,
+    /// Who answered.
+    pub server_identity: Option<String>,
+    /// From client to server.
+    pub bytes_to_server: u64,
+    /// From server to client.
+    pub bytes_to_client: u64,
+    /// Since it began.
+    pub seconds: f64,
+}
+
+impl Connection {
+    fn details(&self) -> Details {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Details> {
+        self.details.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To the server, to the client.
+    fn bytes(&self) -> (u64, u64) {
+        let up = self.counters.up.load(Ordering::Relaxed);
+        let down = self.counters.down.load(Ordering::Relaxed);
+        match self.direction {
+            Direction::Outbound => (up, down),
+            // The app here is the server: what it sends goes up the tunnel.
+            Direction::Inbound => (down, up),
+        }
+    }
+}
+
+/// A connection's place among the live ones. Dropped unfinished (the task was ended from outside), it says so.
+#[derive(Debug)]
+pub struct Guard<'a> {
+    live: &'a Live,
+    id: u64,
+    connection: Arc<Connection>,
+    finished: bool,
+}
+
+impl Guard<'_> {
+    /// Adds what was learnt.
+    pub fn learn(&self, change: impl FnOnce(&mut Details)) {
+        change(&mut self.connection.lock());
+    }
+
+    /// Where bytes are counted.
+    pub fn counters(&self) -> &Counters {
+        &self.connection.counters
+    }
+
+    /// Writes the line. `reason` is empty for [`Outcome::Ok`].
+    pub fn finish(mut self, outcome: Outcome, reason: impl fmt::Display) {
+        self.write(outcome, &reason);
+    }
+
+    fn write(&mut self, outcome: Outcome, reason: &dyn fmt::Display) {
+        self.finished = true;
+        let connection = &self.connection;
+        let details = connection.details();
+        let (bytes_to_server, bytes_to_client) = connection.bytes();
+        let direction = match connection.direction {
+            Direction::Outbound => "outbound",
+            Direction::Inbound => "inbound",
+        };
+        let path = match details.path {
+            Path::Tunnel => "tunnel",
+            Path::Plaintext => "plaintext",
+            Path::Itself => "self",
+        };
+        let result = match outcome {
+            Outcome::Ok => "ok",
+            Outcome::Refused => "refused",
+            Outcome::Reset => "reset",
+        };
+        tracing::info!(
+            target: "access",
+            direction,
+            path,
+            client = %connection.client,
+            client_identity = %Shown(&details.client_identity),
+            destination = %Shown(&details.destination),
+            endpoint = %Shown(&details.endpoint),
+            service = %Shown(&details.service),
+            server_identity = %Shown(&details.server_identity),
+            bytes_to_server,
+            bytes_to_client,
+            duration_ms = connection.started.elapsed().as_millis() as u64,
+            result,
+            reason = %reason,
+            "connection"
+        );
+    }
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.write(
+                Outcome::Reset,
+                &"ended by this daemon: the pod left the mesh, or the daemon stops",
+            );
+        }
+        self.live.lock().remove(&self.id);
+    }
+}
+
+/// Nothing, for what is not known.
+struct Shown<'a, T>(&'a Option<T>);
+
+impl<T: fmt::Display> fmt::Display for Shown<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(value) => value.fmt(f),
+            None => Ok(()),
+        }
+    }
+}

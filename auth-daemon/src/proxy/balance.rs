@@ -1,0 +1,147 @@
+//! Which endpoint a connection goes to: of two at random, the one that has fewer of this node's connections.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use crate::mesh::Endpoint;
+
+/// Connections of this node by endpoint.
+#[derive(Debug, Default)]
+pub(super) struct Balance(Mutex<HashMap<SocketAddr, usize>>);
+
+impl Balance {
+    /// Picks among `endpoints`, leaving out those in `tried`. `None` when all are.
+    pub(super) fn pick<'a>(
+        &self,
+        endpoints: &'a [Endpoint],
+        tried: &[SocketAddr],
+    ) -> Option<&'a Endpoint> {
+        if tried.is_empty() && endpoints.len() == 1 {
+            return endpoints.first();
+        }
+        let left: Vec<_> = endpoints
+            .iter()
+            .filter(|endpoint| !tried.contains(&endpoint.address))
+            .collect();
+        match left.len() {
+            0 => None,
+            1 => Some(left[0]),
+            count => {
+                let first = rand::random_range(0..count);
+                // One of the others, each as likely.
+                let second = (first + rand::random_range(1..count)) % count;
+                let (first, second) = (left[first], left[second]);
+                let loads = self.lock();
+                let load = |endpoint: &Endpoint| loads.get(&endpoint.address).copied().unwrap_or(0);
+                Some(if load(second) < load(first) {
+                    second
+                } else {
+                    first
+                })
+            }
+        }
+    }
+
+    /// Counts a connection to `endpoint` until the guard is dropped.
+    pub(super) fn count(&self, endpoint: SocketAddr) -> Counted<'_> {
+        *self.lock().entry(endpoint).or_insert(0) += 1;
+        Counted {
+            balance: self,
+            endpoint,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// See [`Balance::count`].
+#[derive(Debug)]
+pub(super) struct Counted<'a> {
+    balance: &'a Balance,
+    endpoint: SocketAddr,
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        let mut loads = self.balance.lock();
+        if let Some(load) = loads.get_mut(&self.endpoint) {
+            *load -= 1;
+            if *load == 0 {
+                loads.remove(&self.endpoint);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::mesh::{ObjectName, Workload};
+
+    fn endpoints(count: u8) -> Vec<Endpoint> {
+        (1..=count)
+            .map(|number| Endpoint {
+                workload: Arc::new(Workload {
+                    name: ObjectName {
+                        namespace: "default".into(),
+                        name: number.to_string(),
+                    },
+                    uid: String::new(),
+                    identity: "spiffe://a/ns/b/sa/c".parse().unwrap(),
+                    addresses: vec![],
+                    node: String::new(),
+                    ready: true,
+                    labels: Default::default(),
+                    named_ports: Default::default(),
+                    netns: None,
+                }),
+                address: SocketAddr::from(([10, 0, 0, number], 80)),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn of_two_the_less_loaded_is_picked() {
+        let balance = Balance::default();
+        let endpoints = endpoints(2);
+        let held = balance.count(endpoints[0].address);
+        for _ in 0..50 {
+            let picked = balance.pick(&endpoints, &[]).unwrap();
+            assert_eq!(picked.address, endpoints[1].address);
+        }
+        drop(held);
+        assert!(balance.lock().is_empty());
+    }
+
+    #[test]
+    fn what_was_tried_is_left_out() {
+        let balance = Balance::default();
+        let endpoints = endpoints(3);
+        let mut tried = Vec::new();
+        while let Some(endpoint) = balance.pick(&endpoints, &tried) {
+            assert!(!tried.contains(&endpoint.address));
+            tried.push(endpoint.address);
+        }
+        assert_eq!(tried.len(), 3);
+    }
+
+    #[test]
+    fn load_spreads() {
+        let balance = Balance::default();
+        let endpoints = endpoints(5);
+        let held: Vec<_> = (0..500)
+            .map(|_| balance.count(balance.pick(&endpoints, &[]).unwrap().address))
+            .collect();
+        let loads = balance.lock().clone();
+        let (most, least) = (loads.values().max().unwrap(), loads.values().min().unwrap());
+        assert!(most - least <= 10, "{loads:?}");
+        drop(held);
+    }
+}

@@ -1,0 +1,302 @@
+//! The server's side: what comes for a pod, from the first byte on its tunnel listener to the last one of the last
+//! connection that the tunnel carries.
+
+use std::{io, net::SocketAddr, time::Duration};
+
+use tokio::{
+    io::Interest,
+    net::TcpStream,
+    sync::OwnedSemaphorePermit,
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    Node, Pod,
+    access::{Direction, Guard, Outcome, Path},
+    outbound::farewell,
+    plain,
+};
+use crate::{
+    config::Mode,
+    datapath::sockets::{self, end_in_good_order, end_with_reset},
+    policy::{Denied, admit_source},
+    tunnel::{
+        self, ALPN, Channel, ChannelError, Ending,
+        frame::{Connect, Event, ResetCode},
+        hello::{Opening, PEEK_BYTES, classify},
+        relay,
+    },
+};
+
+/// From a connection's start until its CONNECT is read.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// PERMISSIVE: a caller that is silent for so long waits for the server to speak first.
+const SILENCE: Duration = Duration::from_secs(1);
+/// How long a tunnel may idle between two connections; the client's side closes it earlier.
+const IDLE: Duration = Duration::from_secs(60);
+/// How long the app may take to accept.
+const APP_ANSWER: Duration = Duration::from_secs(5);
+
+/// Serves one accepted connection. Returns when it has ended; dropping sockets on the way resets them.
+///
+/// `permit` bounds how many are in their handshake.
+pub(super) async fn serve(
+    node: &Node,
+    pod: &Pod,
+    tcp: TcpStream,
+    from: SocketAddr,
+    permit: OwnedSemaphorePermit,
+) {
+    let deadline = Instant::now() + HANDSHAKE;
+    let access = node.live.open(Direction::Inbound, from);
+    let local = match prepare(&tcp) {
+        Ok(local) => local,
+        Err(error) => return access.finish(Outcome::Refused, error),
+    };
+    access.learn(|details| {
+        details.destination = Some(local);
+        details.endpoint = Some(local);
+        details.server_identity = Some(pod.workload.identity.clone());
+    });
+    match opening(&tcp, node.config.mode, deadline).await {
+        Ok(Opening::Tunnel) => {}
+        Ok(_) if node.config.mode == Mode::Permissive => {
+            drop(permit);
+            return plaintext(node, pod, tcp, from, local, access).await;
+        }
+        Ok(_) => {
+            return access.finish(
+                Outcome::Refused,
+                "plaintext, and STRICT is in force: the caller is not of the mesh",
+            );
+        }
+        Err(error) => return access.finish(Outcome::Refused, error),
+    }
+    let _note = pod.note_tunnel(from, local.port());
+    let channel = match timeout_at(deadline, shake_hands(node, pod, tcp)).await {
+        Ok(Ok(channel)) => channel,
+        Ok(Err(reason)) => return access.finish(Outcome::Refused, reason),
+        Err(_) => return access.finish(Outcome::Refused, late()),
+    };
+    drop(permit);
+    carry(node, pod, channel, from, local, deadline, access).await;
+}
+
+fn prepare(tcp: &TcpStream) -> io::Result<SocketAddr> {
+    end_with_reset(tcp.into())?;
+    Ok(sockets::canonical(tcp.local_addr()?))
+}
+
+fn late() -> String {
+    format!("no handshake within {HANDSHAKE:?}")
+}
+
+/// What the caller's first bytes are. They stay in the socket.
+async fn opening(tcp: &TcpStream, mode: Mode, deadline: Instant) -> io::Result<Opening> {
+    let peek = tcp.async_io(Interest::READABLE, || {
+        let mut bytes = [0; PEEK_BYTES];
+        // SAFETY: initialised bytes are valid as possibly uninitialised ones, and recv writes no others.
+        let room =
+            unsafe { &mut *(&raw mut bytes as *mut [std::mem::MaybeUninit<u8>; PEEK_BYTES]) };
+        let count = socket2::SockRef::from(tcp).peek(room)?;
+        match classify(&bytes[..count], ALPN) {
+            // More may come: wait for it as for the first byte.
+            Opening::Undecided if count > 0 => Err(io::ErrorKind::WouldBlock.into()),
+            opening => Ok(opening),
+        }
+    });
+    let silence = match mode {
+        Mode::Strict => deadline,
+        Mode::Permissive => Instant::now() + SILENCE,
+    };
+    match timeout_at(silence, peek).await {
+        Ok(Ok(Opening::Undecided)) if mode == Mode::Strict => Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "closed without a byte",
+        )),
+        Ok(result) => result,
+        Err(_) if mode == Mode::Permissive => Ok(Opening::Undecided),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, late())),
+    }
+}
+
+async fn shake_hands(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Channel, String> {
+    let certificate = pod
+        .certificate
+        .obtain(HANDSHAKE)
+        .await
+        .ok_or_else(|| format!("no valid certificate for {}", pod.workload.identity))?;
+    let config = certificate.configs.server.clone();
+    tunnel::handshake::accept(tcp, config, node.config.trust_domain.as_str())
+        .await
+        .map_err(|error| error.to_string())
+}
+
+/// One app connection after another, until the client's side closes the tunnel or one ends badly.
+async fn carry(
+    node: &Node,
+    pod: &Pod,
+    mut channel: Channel,
+    from: SocketAddr,
+    local: SocketAddr,
+    deadline: Instant,
+    first: Guard<'_>,
+) {
+    let mut deadline = deadline;
+    let mut access = Some(first);
+    loop {
+        let event = match timeout_at(deadline, channel.receive_control()).await {
+            Ok(event) => event,
+            Err(_) => {
+                return match access {
+                    Some(access) => access.finish(Outcome::Refused, late()),
+                    None => channel.close(),
+                };
+            }
+        };
+        let connect = match event {
+            Ok(Some(Event::Connect(connect))) => Ok(connect),
+            Ok(None) if access.is_none() => return channel.close(),
+            Ok(None) => Err("closed the tunnel without a CONNECT".to_owned()),
+            Ok(Some(_)) => Err(ChannelError::OutOfTurn("a frame other than CONNECT").to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let access = access
+            .take()
+            .unwrap_or_else(|| node.live.open(Direction::Inbound, from));
+        access.learn(|details| {
+            details.client_identity = Some(channel.peer().identity.clone());
+            details.server_identity = Some(pod.workload.identity.clone());
+            details.destination = Some(local);
+            details.endpoint = Some(local);
+        });
+        let clean = match connect {
+            Ok(connect) => one(node, pod, &mut channel, from, local, connect, access).await,
+            Err(reason) => {
+                farewell(&mut channel, ResetCode::Protocol, &reason).await;
+                return access.finish(Outcome::Refused, reason);
+            }
+        };
+        if !clean {
+            return;
+        }
+        deadline = Instant::now() + IDLE;
+    }
+}
+
+/// One app connection. Returns whether the tunnel can carry another.
+async fn one(
+    node: &Node,
+    pod: &Pod,
+    channel: &mut Channel,
+    from: SocketAddr,
+    local: SocketAddr,
+    connect: Connect,
+    access: Guard<'_>,
+) -> bool {
+    access.learn(|details| details.destination = Some(connect.dialled));
+    let mut app = match admit(node, pod, channel, from, local, connect).await {
+        Ok(app) => app,
+        Err((code, reason)) => {
+            farewell(channel, code, &reason).await;
+            access.finish(Outcome::Refused, reason);
+            return false;
+        }
+    };
+    if let Err(error) = channel.send_connected().await {
+        access.finish(Outcome::Reset, error);
+        return false;
+    }
+    match relay(&mut app, channel, access.counters()).await {
+        Ending::Clean => match end_in_good_order((&app).into()) {
+            Ok(()) => {
+                access.finish(Outcome::Ok, "");
+                true
+            }
+            Err(error) => {
+                access.finish(Outcome::Reset, error);
+                false
+            }
+        },
+        Ending::App(error) => {
+            farewell(channel, ResetCode::App, &error.to_string()).await;
+            access.finish(Outcome::Reset, format_args!("the server's app: {error}"));
+            false
+        }
+        Ending::Peer(reset) => {
+            access.finish(
+                Outcome::Reset,
+                format_args!("the client's side: {:?} {}", reset.code, reset.reason),
+            );
+            false
+        }
+        Ending::Tunnel(error) => {
+            if matches!(error, ChannelError::Frame(_) | ChannelError::OutOfTurn(_)) {
+                farewell(channel, ResetCode::Protocol, &error.to_string()).await;
+            }
+            access.finish(Outcome::Reset, error);
+            false
+        }
+    }
+}
+
+/// Checks who calls, then connects to the app as the client would.
+async fn admit(
+    node: &Node,
+    pod: &Pod,
+    channel: &Channel,
+    from: SocketAddr,
+    local: SocketAddr,
+    connect: Connect,
+) -> Result<TcpStream, (ResetCode, String)> {
+    if local.port() == auth_common::TUNNEL_PORT {
+        return Err((
+            ResetCode::Protocol,
+            "the tunnel goes to the app's own port, not to the daemon's".into(),
+        ));
+    }
+    let identity = &channel.peer().identity;
+    let claimed = connect.client.ip();
+    admit_source(&node.registry.snapshot(), identity, from.ip(), claimed)
+        .map_err(|denied: Denied| (ResetCode::Forbidden, denied.to_string()))?;
+    let keep_port = pod.is_free(connect.client, local.port());
+    let netns = &pod.enrolled.netns;
+    let dial = sockets::dial_app(&node.kernel, netns, connect.client, keep_port, local);
+    match timeout(APP_ANSWER, dial).await {
+        Ok(Ok(app)) => Ok(app),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            Err((ResetCode::Refused, format!("{local}: {error}")))
+        }
+        Ok(Err(error)) => Err((ResetCode::Unreachable, format!("{local}: {error}"))),
+        Err(_) => Err((
+            ResetCode::Unreachable,
+            format!("{local}: no answer within {APP_ANSWER:?}"),
+        )),
+    }
+}
+
+/// PERMISSIVE: hands the caller to the app as it is, from the caller's own address.
+async fn plaintext(
+    node: &Node,
+    pod: &Pod,
+    mut caller: TcpStream,
+    from: SocketAddr,
+    local: SocketAddr,
+    access: Guard<'_>,
+) {
+    access.learn(|details| details.path = Path::Plaintext);
+    if local.port() == auth_common::TUNNEL_PORT {
+        return access.finish(Outcome::Refused, "plaintext on the tunnel's own port");
+    }
+    // The caller's port is taken, by its connection to us.
+    let dial = sockets::dial_app(&node.kernel, &pod.enrolled.netns, from, false, local);
+    let mut app = match timeout(APP_ANSWER, dial).await {
+        Ok(Ok(app)) => app,
+        Ok(Err(error)) => return access.finish(Outcome::Refused, error),
+        Err(_) => return access.finish(Outcome::Refused, "the app does not answer"),
+    };
+    match plain::relay(&mut app, &mut caller, access.counters()).await {
+        Ok(()) => access.finish(Outcome::Ok, ""),
+        Err(error) => access.finish(Outcome::Reset, error),
+    }
+}

@@ -1,0 +1,80 @@
+//! A connection's life, from the app's `connect` to the last byte: [`outbound`] on the client's node, [`inbound`] on
+//! the server's. Nothing of the kernel and nothing of TLS's insides.
+
+pub mod access;
+mod balance;
+mod enrolment;
+mod inbound;
+mod outbound;
+mod plain;
+mod pod;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use auth_common::Inbound;
+
+pub use enrolment::{Enrolment, PodStatus};
+pub use pod::Pod;
+
+use crate::{
+    certs::Certificates,
+    config::{Config, Mode},
+    datapath::Kernel,
+    mesh::Registry,
+};
+
+/// What all connections on this node share.
+#[derive(Debug)]
+pub struct Node {
+    /// The configuration it runs by.
+    pub config: Config,
+    /// Who is who.
+    pub registry: Arc<Registry>,
+    /// Programs and maps.
+    pub kernel: Kernel,
+    /// This node's workloads' certificates.
+    pub certificates: Certificates,
+    /// Connections under way.
+    pub live: access::Live,
+    /// Pods as they stand.
+    pub pods: std::sync::Mutex<Vec<PodStatus>>,
+    balance: balance::Balance,
+    ready: AtomicBool,
+}
+
+impl Node {
+    /// Brings the parts together; nothing runs yet.
+    pub fn new(
+        config: Config,
+        registry: Arc<Registry>,
+        kernel: Kernel,
+        certificates: Certificates,
+    ) -> Self {
+        Self {
+            config,
+            registry,
+            kernel,
+            certificates,
+            live: access::Live::default(),
+            pods: std::sync::Mutex::default(),
+            balance: balance::Balance::default(),
+            ready: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether the node's pods have been enrolled once, as far as they can be.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// The mode as the kernel's side has it.
+    pub fn inbound_mode(&self) -> Inbound {
+        match self.config.mode {
+            Mode::Strict => Inbound::Strict,
+            Mode::Permissive => Inbound::Permissive,
+        }
+    }
+}

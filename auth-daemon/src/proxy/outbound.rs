@@ -1,0 +1,307 @@
+//! The client's side: an app's captured connection, from `accept` on the pod's loopback to its end.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    Node, Pod,
+    access::{Direction, Guard, Outcome, Path},
+    plain,
+};
+use crate::{
+    certs::Current,
+    datapath::sockets::{self, end_in_good_order, end_with_reset},
+    mesh::{Destination, Endpoint},
+    tunnel::{
+        self, Channel, ChannelError, Ending, HandshakeError,
+        frame::{Connect, Event, Reset, ResetCode},
+        relay,
+    },
+};
+
+/// How long the app waits at most until its connection stands or is refused.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one endpoint may take to answer a SYN before another is tried.
+const DIAL: Duration = Duration::from_secs(2);
+/// How long a RESET may take to leave.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// Endpoints tried for one connection.
+const MAX_ATTEMPTS: usize = 3;
+
+/// Serves one accepted connection. Returns when it has ended; dropping `app` on the way resets it.
+pub(super) async fn serve(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr) {
+    let client = own_address(pod, from);
+    let access = node.live.open(Direction::Outbound, client);
+    access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));
+    if let Err(error) = end_with_reset((&app).into()) {
+        return access.finish(Outcome::Refused, error);
+    }
+    let cookie = pod.enrolled.netns.cookie();
+    let Some(dialled) = node.kernel.take_dialled(cookie, from) else {
+        return access.finish(
+            Outcome::Refused,
+            "not a captured connection: the app dialled the daemon's own port",
+        );
+    };
+    access.learn(|details| details.destination = Some(dialled));
+    let _reserved = pod.source_ports.reserve(from.port());
+    match open(node, pod, Connect { dialled, client }, &access).await {
+        Ok(Opened::Tunnel(mut tunnel)) => {
+            let _load = node.balance.count(tunnel.endpoint);
+            let ending = relay(&mut app, &mut tunnel.channel, access.counters()).await;
+            finish(pod, app, *tunnel, ending, access).await;
+        }
+        Ok(Opened::Itself(mut server)) => {
+            match plain::relay(&mut app, &mut server, access.counters()).await {
+                Ok(()) => access.finish(Outcome::Ok, ""),
+                Err(error) => access.finish(Outcome::Reset, error),
+            }
+        }
+        Err(refusal) => access.finish(Outcome::Refused, refusal),
+    }
+}
+
+/// A connection that stands.
+enum Opened {
+    Tunnel(Box<Tunnel>),
+    /// The pod's own app: no wire, no tunnel.
+    Itself(TcpStream),
+}
+
+struct Tunnel {
+    channel: Channel,
+    endpoint: SocketAddr,
+    made: std::time::Instant,
+}
+
+/// Why a connection is refused, for the log.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error(transparent)]
+    Unreachable(#[from] crate::mesh::Unreachable),
+    #[error("no valid certificate for {0}; see the daemon's log for why the CA gives none")]
+    NoCertificate(crate::mesh::Identity),
+    #[error("{endpoint}: {why}")]
+    Endpoint { endpoint: SocketAddr, why: Failure },
+    #[error("no endpoint answered within {PATIENCE:?}")]
+    Late,
+    #[error("the pod has no address of the family of {0}")]
+    Family(SocketAddr),
+}
+
+/// Why one endpoint did not do.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("cannot connect: {0}")]
+    Dial(std::io::Error),
+    #[error("does not answer")]
+    Silent,
+    #[error("{0}")]
+    Handshake(#[from] HandshakeError),
+    #[error("secure naming: it presents {presented}, but may only be {allowed}")]
+    Naming { presented: String, allowed: String },
+    #[error("{0}")]
+    Channel(#[from] ChannelError),
+    #[error("{}{}", refused_by(.0.code), if .0.reason.is_empty() { String::new() } else { format!(": {}", .0.reason) })]
+    Reset(Reset),
+    #[error("closed the tunnel instead of answering")]
+    Closed,
+}
+
+fn refused_by(code: ResetCode) -> &'static str {
+    match code {
+        ResetCode::Refused => "its app refuses the connection",
+        ResetCode::Unreachable => "its app does not answer",
+        ResetCode::Forbidden => "its node forbids it",
+        ResetCode::App => "its app reset the connection",
+        ResetCode::Protocol => "its node calls it a breach of protocol",
+        ResetCode::Internal => "its node is in trouble",
+    }
+}
+
+/// Finds an endpoint that takes the connection, with nothing of the app's sent to any that does not.
+async fn open(
+    node: &Node,
+    pod: &Pod,
+    connect: Connect,
+    access: &Guard<'_>,
+) -> Result<Opened, Refusal> {
+    let deadline = Instant::now() + PATIENCE;
+    let destination = node.registry.snapshot().resolve(connect.dialled)?;
+    access.learn(|details| details.service = destination.service.clone());
+    let mut tried = Vec::new();
+    let mut last = None;
+    while tried.len() < MAX_ATTEMPTS
+        && let Some(endpoint) = node.balance.pick(&destination.endpoints, &tried)
+    {
+        let address = endpoint.address;
+        tried.push(address);
+        access.learn(|details| details.endpoint = Some(address));
+        let attempt = attempt(node, pod, &destination, endpoint, &connect, access);
+        match timeout_at(deadline, attempt).await {
+            Ok(Ok(opened)) => return Ok(opened),
+            Ok(Err(refusal)) => last = Some(refusal),
+            Err(_) => return Err(last.unwrap_or(Refusal::Late)),
+        }
+        if let Some(refusal) = &last {
+            tracing::debug!(client = %connect.client, dialled = %connect.dialled, %refusal, "trying another endpoint");
+        }
+    }
+    Err(last.unwrap_or(Refusal::Late))
+}
+
+async fn attempt(
+    node: &Node,
+    pod: &Pod,
+    destination: &Destination,
+    endpoint: &Endpoint,
+    connect: &Connect,
+    access: &Guard<'_>,
+) -> Result<Opened, Refusal> {
+    let address = endpoint.address;
+    let failed = |why| Refusal::Endpoint {
+        endpoint: address,
+        why,
+    };
+    let netns = &pod.enrolled.netns;
+    let source = pod
+        .enrolled
+        .address_like(address.ip())
+        .ok_or(Refusal::Family(address))?;
+    if pod.workload.addresses.contains(&address.ip()) {
+        access.learn(|details| {
+            details.path = Path::Itself;
+            details.server_identity = Some(pod.workload.identity.clone());
+        });
+        let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
+        let server = dial.await.map_err(|error| failed(Failure::Dial(error)))?;
+        return Ok(Opened::Itself(server));
+    }
+    // An idle tunnel may have been closed by the other side a moment ago; then the next, then a new one.
+    while let Some((mut channel, made)) = pod.pool.take(address, &destination.identities) {
+        match establish(&mut channel, connect).await {
+            Ok(()) => return Ok(opened(channel, address, made, access)),
+            Err(Failure::Channel(_) | Failure::Closed) => {}
+            Err(failure) => return Err(failed(failure)),
+        }
+    }
+    let certificate = pod
+        .certificate
+        .obtain(PATIENCE)
+        .await
+        .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
+    let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
+    let tcp = timeout(DIAL, dial)
+        .await
+        .map_err(|_| failed(Failure::Silent))?
+        .map_err(|error| failed(Failure::Dial(error)))?;
+    let mut channel = shake_hands(node, tcp, &certificate, destination)
+        .await
+        .map_err(failed)?;
+    establish(&mut channel, connect).await.map_err(failed)?;
+    Ok(opened(channel, address, std::time::Instant::now(), access))
+}
+
+fn opened(
+    channel: Channel,
+    endpoint: SocketAddr,
+    made: std::time::Instant,
+    access: &Guard<'_>,
+) -> Opened {
+    access.learn(|details| details.server_identity = Some(channel.peer().identity.clone()));
+    Opened::Tunnel(Box::new(Tunnel {
+        channel,
+        endpoint,
+        made,
+    }))
+}
+
+/// TLS, and secure naming: who answers must be one of those that may.
+async fn shake_hands(
+    node: &Node,
+    tcp: TcpStream,
+    certificate: &Current,
+    destination: &Destination,
+) -> Result<Channel, Failure> {
+    let config = certificate.configs.client.clone();
+    let trust_domain = node.config.trust_domain.as_str();
+    let channel = tunnel::handshake::connect(tcp, config, trust_domain).await?;
+    let presented = &channel.peer().identity;
+    if !destination.identities.contains(presented) {
+        let allowed: Vec<_> = destination
+            .identities
+            .iter()
+            .map(|id| id.as_str())
+            .collect();
+        return Err(Failure::Naming {
+            presented: presented.to_string(),
+            allowed: allowed.join(" or "),
+        });
+    }
+    Ok(channel)
+}
+
+/// CONNECT, and the server's answer.
+async fn establish(channel: &mut Channel, connect: &Connect) -> Result<(), Failure> {
+    channel.send_connect(connect).await?;
+    match channel.receive_control().await? {
+        Some(Event::Connected) => Ok(()),
+        Some(Event::Reset(reset)) => Err(Failure::Reset(reset)),
+        Some(_) => Err(ChannelError::OutOfTurn("a frame other than CONNECTED").into()),
+        None => Err(Failure::Closed),
+    }
+}
+
+/// Ends what is to be ended, in the way that it ended, and keeps the tunnel where it can go on.
+async fn finish(pod: &Pod, app: TcpStream, tunnel: Tunnel, ending: Ending, access: Guard<'_>) {
+    let Tunnel {
+        mut channel,
+        endpoint,
+        made,
+    } = tunnel;
+    match ending {
+        Ending::Clean => {
+            let ended = end_in_good_order((&app).into());
+            pod.pool.put(endpoint, channel, made);
+            match ended {
+                Ok(()) => access.finish(Outcome::Ok, ""),
+                Err(error) => access.finish(Outcome::Reset, error),
+            }
+        }
+        Ending::App(error) => {
+            farewell(&mut channel, ResetCode::App, &error.to_string()).await;
+            access.finish(Outcome::Reset, format_args!("the client's app: {error}"));
+        }
+        Ending::Peer(reset) => access.finish(
+            Outcome::Reset,
+            format_args!("the server's side: {:?} {}", reset.code, reset.reason),
+        ),
+        Ending::Tunnel(error) => access.finish(Outcome::Reset, error),
+    }
+}
+
+/// Tells the other side that the connection is over, if its tunnel still takes that.
+pub(super) async fn farewell(channel: &mut Channel, code: ResetCode, reason: &str) {
+    let reset = Reset {
+        code,
+        reason: reason.to_owned(),
+    };
+    // What does not get through ends in a RST of the tunnel, which says the same.
+    if let Ok(Ok(())) = timeout(FAREWELL, channel.send_reset(&reset)).await {
+        let _ = end_in_good_order(channel.socket());
+    }
+}
+
+/// The client's address as the server's app is to see it: the app itself may be bound to the loopback by now.
+fn own_address(pod: &Pod, from: SocketAddr) -> SocketAddr {
+    if !from.ip().is_loopback() {
+        return from;
+    }
+    pod.enrolled
+        .address_like(from.ip())
+        .map_or(from, |ip| SocketAddr::new(ip, from.port()))
+}

@@ -1,0 +1,84 @@
+//! A pod of this node, as its connections see it.
+
+use std::{
+    collections::HashSet,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::sync::Semaphore;
+
+use crate::{
+    certs::Certificate,
+    datapath::{Enrolled, sockets::SourcePorts},
+    mesh::Workload,
+    tunnel::Pool,
+};
+
+/// Connections to one pod that may be in their handshake at once; more are refused, to bound memory.
+const MAX_HANDSHAKES: usize = 8192;
+
+/// An enrolled pod.
+#[derive(Debug)]
+pub struct Pod {
+    /// What discovery says of it.
+    pub workload: Workload,
+    /// Its place in the kernel.
+    pub enrolled: Enrolled,
+    /// Its identity's certificate.
+    pub certificate: Arc<Certificate>,
+    /// Tunnels that its connections left open.
+    pub pool: Pool,
+    pub(super) source_ports: SourcePorts,
+    pub(super) handshakes: Arc<Semaphore>,
+    tunnels: Mutex<HashSet<(SocketAddr, u16)>>,
+}
+
+impl Pod {
+    pub(super) fn new(
+        workload: Workload,
+        enrolled: Enrolled,
+        certificate: Arc<Certificate>,
+    ) -> Self {
+        Self {
+            workload,
+            enrolled,
+            certificate,
+            pool: Pool::default(),
+            source_ports: SourcePorts::default(),
+            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+            tunnels: Mutex::default(),
+        }
+    }
+
+    /// Notes a tunnel from `peer` to this pod's `port`, until the guard is dropped.
+    pub(super) fn note_tunnel(&self, peer: SocketAddr, port: u16) -> TunnelNote<'_> {
+        self.tunnels().insert((peer, port));
+        TunnelNote {
+            pod: self,
+            key: (peer, port),
+        }
+    }
+
+    /// Whether `client` may be the source of a connection to the app on `port`: a tunnel of the same four would get
+    /// its packets.
+    pub(super) fn is_free(&self, client: SocketAddr, port: u16) -> bool {
+        !SourcePorts::contain(client.port()) || !self.tunnels().contains(&(client, port))
+    }
+
+    fn tunnels(&self) -> std::sync::MutexGuard<'_, HashSet<(SocketAddr, u16)>> {
+        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// See [`Pod::note_tunnel`].
+pub(super) struct TunnelNote<'a> {
+    pod: &'a Pod,
+    key: (SocketAddr, u16),
+}
+
+impl Drop for TunnelNote<'_> {
+    fn drop(&mut self) {
+        self.pod.tunnels().remove(&self.key);
+    }
+}

@@ -1,0 +1,432 @@
+//! One tunnel connection after its handshake: frames over TLS records over TCP.
+//!
+//! Split in two halves that share nothing but the key schedule, so that [`super::relay`] can move both directions at
+//! once.
+
+use std::{
+    io,
+    net::SocketAddr,
+    ops::Range,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rustls::{
+    ConnectionTrafficSecrets, Error, client::ClientConnectionData, kernel::KernelConnection,
+    server::ServerConnectionData,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
+
+use super::{
+    buffer::Buffer,
+    frame::{self, Connect, Decoder, Event, InvalidFrame, Reset},
+    record::{
+        self, ContentType, HEADER_BYTES, InvalidRecord, MAX_RECORD_BYTES, Opener, Sealer,
+        TRAILER_BYTES,
+    },
+    svid::Svid,
+};
+
+const KEY_UPDATE: u8 = 24;
+const CLOSE_NOTIFY: [u8; 2] = [1, 0];
+
+/// A tunnel connection, ready for the next app connection.
+#[derive(Debug)]
+pub struct Channel {
+    tcp: TcpStream,
+    sender: Sender,
+    receiver: Receiver,
+    keys: SharedKeys,
+    peer: Svid,
+}
+
+/// How a tunnel connection ended, other than by a clean close between two app connections.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The connection broke.
+    #[error("the tunnel broke: {0}")]
+    Io(#[from] io::Error),
+    /// It was closed in the midst of an app connection.
+    #[error("the peer closed the tunnel in the midst of a connection")]
+    Closed,
+    /// Not TLS, or forged.
+    #[error("the peer broke TLS: {0}")]
+    Record(#[from] InvalidRecord),
+    /// Not our framing.
+    #[error("the peer broke the framing: {0}")]
+    Frame(#[from] InvalidFrame),
+    /// A frame that has no place where it came.
+    #[error("the peer sent {0} out of turn")]
+    OutOfTurn(&'static str),
+    /// A TLS alert other than the clean close.
+    #[error("the peer sent TLS alert {0}")]
+    Alert(u8),
+    /// A post-handshake message that we do not take.
+    #[error("the peer sent post-handshake message {0}")]
+    Handshake(u8),
+    /// Keys could not be changed.
+    #[error("the tunnel's keys cannot be changed: {0}")]
+    Keys(Error),
+}
+
+/// What rustls keeps of the connection: the key schedule.
+pub(super) enum Keys {
+    Client(KernelConnection<ClientConnectionData>),
+    Server(KernelConnection<ServerConnectionData>),
+}
+
+impl Keys {
+    fn next_sending(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
+        match self {
+            Self::Client(keys) => keys.update_tx_secret(),
+            Self::Server(keys) => keys.update_tx_secret(),
+        }
+    }
+
+    fn next_receiving(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
+        match self {
+            Self::Client(keys) => keys.update_rx_secret(),
+            Self::Server(keys) => keys.update_rx_secret(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Keys(..)")
+    }
+}
+
+/// The key schedule, which both halves use, hardly ever.
+#[derive(Debug)]
+pub(super) struct SharedKeys {
+    keys: Mutex<Keys>,
+    /// The peer asked us to change our sending key too.
+    update_requested: AtomicBool,
+}
+
+impl Channel {
+    pub(super) fn new(
+        tcp: TcpStream,
+        sealer: Sealer,
+        opener: Opener,
+        keys: Keys,
+        incoming: Buffer,
+        peer: Svid,
+    ) -> Self {
+        Self {
+            tcp,
+            sender: Sender {
+                sealer,
+                outgoing: Buffer::default(),
+            },
+            receiver: Receiver {
+                opener,
+                incoming,
+                plain: 0..0,
+                record_end: 0,
+                decoder: Decoder::new(),
+            },
+            keys: SharedKeys {
+                keys: Mutex::new(keys),
+                update_requested: AtomicBool::new(false),
+            },
+            peer,
+        }
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> &Svid {
+        &self.peer
+    }
+
+    /// The address at the other end.
+    pub fn peer_address(&self) -> io::Result<SocketAddr> {
+        self.tcp.peer_addr()
+    }
+
+    /// The socket, to set options on.
+    pub fn socket(&self) -> socket2::SockRef<'_> {
+        socket2::SockRef::from(&self.tcp)
+    }
+
+    /// The halves, to be moved at once.
+    pub(super) fn split(
+        &mut self,
+    ) -> (
+        (WriteHalf<'_>, &mut Sender),
+        (ReadHalf<'_>, &mut Receiver),
+        &SharedKeys,
+    ) {
+        let (read, write) = self.tcp.split();
+        (
+            (write, &mut self.sender),
+            (read, &mut self.receiver),
+            &self.keys,
+        )
+    }
+
+    /// Sends a CONNECT.
+    pub async fn send_connect(&mut self, connect: &Connect) -> Result<(), ChannelError> {
+        self.send_control(|out| frame::encode_connect(connect, out))
+            .await
+    }
+
+    /// Sends a CONNECTED.
+    pub async fn send_connected(&mut self) -> Result<(), ChannelError> {
+        self.send_control(frame::encode_connected).await
+    }
+
+    /// Sends a RESET.
+    pub async fn send_reset(&mut self, reset: &Reset) -> Result<(), ChannelError> {
+        self.send_control(|out| frame::encode_reset(reset, out))
+            .await
+    }
+
+    async fn send_control(
+        &mut self,
+        encode: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<(), ChannelError> {
+        let (mut write, sender) = (self.tcp.split().1, &mut self.sender);
+        sender.flush(&mut write).await?;
+        sender.change_key_if_due(&self.keys)?;
+        sender.push_control(encode);
+        sender.flush(&mut write).await?;
+        sender.outgoing.release();
+        Ok(())
+    }
+
+    /// Waits for the next frame that is not DATA. `None`: the peer closed the tunnel, in good order.
+    pub async fn receive_control(&mut self) -> Result<Option<Event>, ChannelError> {
+        let mut read = self.tcp.split().0;
+        loop {
+            match self.receiver.next_event(&self.keys)? {
+                Next::Event(Event::Data(_)) => return Err(ChannelError::OutOfTurn("DATA")),
+                Next::Event(event) => return Ok(Some(event)),
+                Next::Closed => return Ok(None),
+                Next::Starved => {
+                    if !self.receiver.fill(&mut read).await? {
+                        let boundary = self.receiver.at_boundary();
+                        return if boundary {
+                            Ok(None)
+                        } else {
+                            Err(ChannelError::Closed)
+                        };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Resolves when an idle tunnel has something to read: the peer closed it, or broke the protocol.
+    pub async fn stirred(&self) {
+        let _ = self.tcp.readable().await;
+    }
+
+    /// Whether an idle tunnel has nothing to read, and may be used again.
+    pub fn is_quiet(&self) -> bool {
+        let mut byte = [0];
+        self.receiver.incoming.is_empty()
+            && matches!(
+                self.tcp.try_read(&mut byte),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock
+            )
+    }
+
+    /// Ends the tunnel in good order, as far as the socket takes it at once.
+    pub fn close(mut self) {
+        if self.sender.outgoing.is_empty() {
+            self.sender.push(ContentType::Alert, &CLOSE_NOTIFY);
+            let _ = self.tcp.try_write(self.sender.outgoing.filled());
+            let _ = self.socket().set_linger(None);
+        }
+    }
+}
+
+/// The half that sends.
+#[derive(Debug)]
+pub(super) struct Sender {
+    pub(super) sealer: Sealer,
+    /// Sealed records on their way.
+    pub(super) outgoing: Buffer,
+}
+
+impl Sender {
+    /// Writes what is sealed.
+    pub(super) async fn flush(&mut self, write: &mut WriteHalf<'_>) -> io::Result<()> {
+        while !self.outgoing.is_empty() {
+            let written = write.write(self.outgoing.filled()).await?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            self.outgoing.consume(written);
+        }
+        Ok(())
+    }
+
+    /// Seals one small record behind those on their way.
+    pub(super) fn push(&mut self, kind: ContentType, plain: &[u8]) {
+        let room = self.outgoing.spare();
+        room[HEADER_BYTES..HEADER_BYTES + plain.len()].copy_from_slice(plain);
+        let sealed = self.sealer.seal(room, plain.len(), kind);
+        self.outgoing.extend(sealed);
+    }
+
+    pub(super) fn push_control(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
+        let mut plain = Vec::with_capacity(64);
+        encode(&mut plain);
+        self.push(ContentType::ApplicationData, &plain);
+    }
+
+    /// Changes the sending key where its limit is near, or where the peer asked for it (RFC 8446 §4.6.3).
+    pub(super) fn change_key_if_due(&mut self, shared: &SharedKeys) -> Result<(), ChannelError> {
+        let requested = shared.update_requested.load(Ordering::Relaxed);
+        if !requested && !self.sealer.wants_new_key() {
+            return Ok(());
+        }
+        shared.update_requested.store(false, Ordering::Relaxed);
+        self.push(ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 0]);
+        let (sequence, secrets) = shared.lock().next_sending().map_err(ChannelError::Keys)?;
+        self.sealer = Sealer::new(sequence, &secrets)
+            .ok_or_else(|| ChannelError::Keys(Error::General("no TLS 1.3 suite".into())))?;
+        Ok(())
+    }
+}
+
+/// The half that receives.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    opener: Opener,
+    /// Bytes from the wire. The first record may be open already.
+    incoming: Buffer,
+    /// Plaintext of the open record that is not decoded yet, counted from the start of `incoming`.
+    plain: Range<usize>,
+    /// Where the records that are open end, counted likewise.
+    record_end: usize,
+    decoder: Decoder,
+}
+
+/// What the bytes at hand amount to.
+pub(super) enum Next {
+    /// An event. A DATA range counts from the start of the incoming bytes, and holds until [`Receiver::discard`].
+    Event(Event),
+    /// The peer closed the tunnel in good order.
+    Closed,
+    /// More bytes are needed.
+    Starved,
+}
+
+impl Receiver {
+    /// Opens and decodes up to the next event, without I/O. DATA stays where it is until [`Receiver::discard`].
+    pub(super) fn next_event(&mut self, keys: &SharedKeys) -> Result<Next, ChannelError> {
+        loop {
+            if !self.plain.is_empty() {
+                let base = self.plain.start;
+                let (taken, event) = self
+                    .decoder
+                    .decode(&self.incoming.filled()[self.plain.clone()])?;
+                self.plain.start += taken;
+                match event {
+                    Some(Event::Data(range)) => {
+                        return Ok(Next::Event(Event::Data(
+                            base + range.start..base + range.end,
+                        )));
+                    }
+                    Some(event) => return Ok(Next::Event(event)),
+                    None => continue,
+                }
+            }
+            let rest = &mut self.incoming.filled_mut()[self.record_end..];
+            let Some(length) = record::complete(rest)? else {
+                return Ok(Next::Starved);
+            };
+            let (kind, plain) = self.opener.open(&mut rest[..length])?;
+            let start = self.record_end + HEADER_BYTES;
+            let range = start..start + plain;
+            self.record_end += length;
+            match kind {
+                ContentType::ApplicationData => self.plain = range,
+                ContentType::Alert => {
+                    return match self.incoming.filled()[range] {
+                        [_, 0] if self.decoder.at_boundary() => Ok(Next::Closed),
+                        [_, 0] => Err(ChannelError::Closed),
+                        [_, alert] => Err(ChannelError::Alert(alert)),
+                        _ => Err(ChannelError::Alert(0)),
+                    };
+                }
+                ContentType::Handshake => self.post_handshake(range, keys)?,
+            }
+        }
+    }
+
+    fn post_handshake(
+        &mut self,
+        range: Range<usize>,
+        keys: &SharedKeys,
+    ) -> Result<(), ChannelError> {
+        let message = &self.incoming.filled()[range];
+        let &[KEY_UPDATE, 0, 0, 1, requested @ (0 | 1)] = message else {
+            return Err(ChannelError::Handshake(
+                message.first().copied().unwrap_or(0),
+            ));
+        };
+        if requested == 1 {
+            keys.update_requested.store(true, Ordering::Relaxed);
+        }
+        let (sequence, secrets) = keys.lock().next_receiving().map_err(ChannelError::Keys)?;
+        self.opener = Opener::new(sequence, &secrets)
+            .ok_or_else(|| ChannelError::Keys(Error::General("no TLS 1.3 suite".into())))?;
+        Ok(())
+    }
+
+    /// Bytes of a DATA event.
+    pub(super) fn bytes(&self, range: &Range<usize>) -> &[u8] {
+        &self.incoming.filled()[range.clone()]
+    }
+
+    /// Forgets records that are open and decoded. Earlier DATA ranges no longer hold.
+    pub(super) fn discard(&mut self) {
+        let done = if self.plain.is_empty() {
+            self.record_end
+        } else {
+            self.plain.start
+        };
+        self.incoming.consume(done);
+        self.plain = self.plain.start.saturating_sub(done)..self.plain.end.saturating_sub(done);
+        self.record_end -= done;
+    }
+
+    /// Reads more from the wire; holds no memory while it waits with nothing to keep. `false` at the end.
+    pub(super) async fn fill(&mut self, read: &mut ReadHalf<'_>) -> io::Result<bool> {
+        self.discard();
+        if self.incoming.is_empty() {
+            self.incoming.release();
+            read.as_ref().readable().await?;
+        }
+        // A record always fits behind what is held: at most part of one.
+        let count = read.read(self.incoming.spare()).await?;
+        self.incoming.extend(count);
+        Ok(count > 0)
+    }
+
+    fn at_boundary(&self) -> bool {
+        self.incoming.is_empty() && self.decoder.at_boundary()
+    }
+}
+
+impl SharedKeys {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Keys> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+const _: () =
+    assert!(frame::MAX_CONTROL_BYTES + frame::HEADER_BYTES + TRAILER_BYTES < MAX_RECORD_BYTES);

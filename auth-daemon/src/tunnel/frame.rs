@@ -1,0 +1,491 @@
+//! The frames inside the tunnel (docs/WIRE.md): an encoder, and a decoder that takes bytes as they come.
+//!
+//! A frame is a type (one byte), a length (four bytes, network order) and that many bytes. DATA passes through the
+//! decoder without a copy; every other frame is small and is read whole.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::Range,
+};
+
+/// Bytes before a frame's payload.
+pub const HEADER_BYTES: usize = 5;
+/// Largest DATA payload that a peer may announce, in bytes.
+pub const MAX_DATA_BYTES: u32 = 1 << 20;
+/// Largest payload of any other frame, in bytes.
+pub const MAX_CONTROL_BYTES: usize = 256;
+/// Largest reason in a RESET, in bytes.
+const MAX_REASON_BYTES: usize = 200;
+/// The version that this build speaks.
+const VERSION: u8 = 1;
+
+const CONNECT: u8 = 1;
+const CONNECTED: u8 = 2;
+/// Type of DATA frames, for those who lay out the header themselves.
+pub const DATA: u8 = 3;
+const END: u8 = 4;
+const RESET: u8 = 5;
+
+/// Opens an app connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connect {
+    /// What the app dialled: an endpoint's address or a service's.
+    pub dialled: SocketAddr,
+    /// The client's own address, which the server's app is to see.
+    pub client: SocketAddr,
+}
+
+/// Ends an app connection at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reset {
+    /// What kind of end it is.
+    pub code: ResetCode,
+    /// For the log of the other side. Printable, at most 200 bytes.
+    pub reason: String,
+}
+
+/// Why an app connection was reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ResetCode {
+    /// The app reset its connection.
+    App = 1,
+    /// The server's app refused the connection.
+    Refused = 2,
+    /// The server's app did not answer.
+    Unreachable = 3,
+    /// Identity or policy forbids it.
+    Forbidden = 4,
+    /// The other side broke the protocol.
+    Protocol = 5,
+    /// The daemon is ending or in trouble.
+    Internal = 6,
+}
+
+/// What the decoder found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// An app connection begins.
+    Connect(Connect),
+    /// The server's app accepted.
+    Connected,
+    /// App bytes, as a range of the input.
+    Data(Range<usize>),
+    /// This direction is finished.
+    End,
+    /// The app connection is over.
+    Reset(Reset),
+}
+
+/// How a peer broke the framing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidFrame {
+    /// A type outside the table.
+    #[error("unknown frame type {0}")]
+    Type(u8),
+    /// A length that its type does not allow.
+    #[error("frame of type {0} with length {1}")]
+    Length(u8, u32),
+    /// A CONNECT of a version that this build does not speak.
+    #[error("CONNECT of version {0}; this daemon speaks version {VERSION}")]
+    Version(u8),
+    /// A CONNECT whose addresses do not parse.
+    #[error("malformed CONNECT")]
+    Connect,
+    /// A RESET with an unknown code, or a reason that is not UTF-8.
+    #[error("malformed RESET")]
+    Reset,
+}
+
+/// Reads frames from bytes that arrive in any pieces. Holds at most one control frame.
+#[derive(Debug)]
+pub struct Decoder {
+    /// Bytes of a header or a control payload that have come so far.
+    held: [u8; HEADER_BYTES + MAX_CONTROL_BYTES],
+    held_bytes: usize,
+    /// What is left of the current DATA frame.
+    data_left: u32,
+}
+
+impl Decoder {
+    /// At the boundary between two frames.
+    pub fn new() -> Self {
+        Self {
+            held: [0; HEADER_BYTES + MAX_CONTROL_BYTES],
+            held_bytes: 0,
+            data_left: 0,
+        }
+    }
+
+    /// Whether the last byte taken ended a frame.
+    pub fn at_boundary(&self) -> bool {
+        self.held_bytes == 0 && self.data_left == 0
+    }
+
+    /// Takes bytes from the front of `input` up to the next event. Returns how many it took, and the event if one was
+    /// complete; without an event, all of `input` was taken.
+    pub fn decode(&mut self, input: &[u8]) -> Result<(usize, Option<Event>), InvalidFrame> {
+        let mut taken = 0;
+        loop {
+            if self.data_left > 0 {
+                let available = (input.len() - taken).min(self.data_left as usize);
+                if available == 0 {
+                    return Ok((taken, None));
+                }
+                self.data_left -= available as u32;
+                let range = taken..taken + available;
+                return Ok((range.end, Some(Event::Data(range))));
+            }
+            let wanted = if self.held_bytes < HEADER_BYTES {
+                HEADER_BYTES
+            } else {
+                HEADER_BYTES + self.held_length() as usize
+            };
+            let piece = (wanted - self.held_bytes).min(input.len() - taken);
+            self.held[self.held_bytes..self.held_bytes + piece]
+                .copy_from_slice(&input[taken..taken + piece]);
+            self.held_bytes += piece;
+            taken += piece;
+            if self.held_bytes < wanted {
+                return Ok((taken, None));
+            }
+            if wanted == HEADER_BYTES {
+                self.check_header()?;
+                if self.held[0] == DATA {
+                    self.data_left = self.held_length();
+                    self.held_bytes = 0;
+                    continue;
+                }
+                if self.held_length() > 0 {
+                    continue;
+                }
+            }
+            let event = parse_control(self.held[0], &self.held[HEADER_BYTES..self.held_bytes])?;
+            self.held_bytes = 0;
+            return Ok((taken, Some(event)));
+        }
+    }
+
+    fn held_length(&self) -> u32 {
+        u32::from_be_bytes([self.held[1], self.held[2], self.held[3], self.held[4]])
+    }
+
+    fn check_header(&self) -> Result<(), InvalidFrame> {
+        let (kind, length) = (self.held[0], self.held_length());
+        let allowed = match kind {
+            DATA => 1..=MAX_DATA_BYTES,
+            CONNECT | RESET => 1..=MAX_CONTROL_BYTES as u32,
+            CONNECTED | END => 0..=0,
+            _ => return Err(InvalidFrame::Type(kind)),
+        };
+        if allowed.contains(&length) {
+            Ok(())
+        } else {
+            Err(InvalidFrame::Length(kind, length))
+        }
+    }
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn parse_control(kind: u8, payload: &[u8]) -> Result<Event, InvalidFrame> {
+    match kind {
+        CONNECT => {
+            let (&version, rest) = payload.split_first().ok_or(InvalidFrame::Connect)?;
+            if version != VERSION {
+                return Err(InvalidFrame::Version(version));
+            }
+            let (dialled, rest) = parse_address(rest).ok_or(InvalidFrame::Connect)?;
+            let (client, rest) = parse_address(rest).ok_or(InvalidFrame::Connect)?;
+            if !rest.is_empty() {
+                return Err(InvalidFrame::Connect);
+            }
+            Ok(Event::Connect(Connect { dialled, client }))
+        }
+        CONNECTED => Ok(Event::Connected),
+        END => Ok(Event::End),
+        RESET => {
+            let (&code, reason) = payload.split_first().ok_or(InvalidFrame::Reset)?;
+            let reason = std::str::from_utf8(reason).map_err(|_| InvalidFrame::Reset)?;
+            if reason.len() > MAX_REASON_BYTES {
+                return Err(InvalidFrame::Reset);
+            }
+            Ok(Event::Reset(Reset {
+                code: ResetCode::from_byte(code).ok_or(InvalidFrame::Reset)?,
+                reason: printable(reason),
+            }))
+        }
+        _ => Err(InvalidFrame::Type(kind)),
+    }
+}
+
+fn parse_address(bytes: &[u8]) -> Option<(SocketAddr, &[u8])> {
+    let (&family, rest) = bytes.split_first()?;
+    let (ip, rest): (IpAddr, _) = match family {
+        4 => {
+            let (ip, rest) = rest.split_first_chunk::<4>()?;
+            (Ipv4Addr::from(*ip).into(), rest)
+        }
+        6 => {
+            let (ip, rest) = rest.split_first_chunk::<16>()?;
+            let ip = Ipv6Addr::from(*ip);
+            // One address, one spelling.
+            if ip.to_ipv4_mapped().is_some() {
+                return None;
+            }
+            (ip.into(), rest)
+        }
+        _ => return None,
+    };
+    let (port, rest) = rest.split_first_chunk::<2>()?;
+    Some((SocketAddr::new(ip, u16::from_be_bytes(*port)), rest))
+}
+
+/// What a peer says goes into our log: no control characters.
+fn printable(reason: &str) -> String {
+    reason
+        .chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+impl ResetCode {
+    fn from_byte(byte: u8) -> Option<Self> {
+        [
+            Self::App,
+            Self::Refused,
+            Self::Unreachable,
+            Self::Forbidden,
+            Self::Protocol,
+            Self::Internal,
+        ]
+        .into_iter()
+        .find(|code| *code as u8 == byte)
+    }
+}
+
+/// Appends a CONNECT frame to `out`.
+pub fn encode_connect(connect: &Connect, out: &mut Vec<u8>) {
+    let start = begin(CONNECT, out);
+    out.push(VERSION);
+    for address in [connect.dialled, connect.client] {
+        match address.ip().to_canonical() {
+            IpAddr::V4(ip) => {
+                out.push(4);
+                out.extend_from_slice(&ip.octets());
+            }
+            IpAddr::V6(ip) => {
+                out.push(6);
+                out.extend_from_slice(&ip.octets());
+            }
+        }
+        out.extend_from_slice(&address.port().to_be_bytes());
+    }
+    finish(start, out);
+}
+
+/// Appends a CONNECTED frame to `out`.
+pub fn encode_connected(out: &mut Vec<u8>) {
+    let start = begin(CONNECTED, out);
+    finish(start, out);
+}
+
+/// Appends an END frame to `out`.
+pub fn encode_end(out: &mut Vec<u8>) {
+    let start = begin(END, out);
+    finish(start, out);
+}
+
+/// Appends a RESET frame to `out`; a reason that is too long is cut.
+pub fn encode_reset(reset: &Reset, out: &mut Vec<u8>) {
+    let start = begin(RESET, out);
+    out.push(reset.code as u8);
+    let mut end = reset.reason.len().min(MAX_REASON_BYTES);
+    while !reset.reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    out.extend_from_slice(&reset.reason.as_bytes()[..end]);
+    finish(start, out);
+}
+
+/// The header of a DATA frame with `length` bytes to follow.
+pub fn data_header(length: usize) -> [u8; HEADER_BYTES] {
+    debug_assert!(length > 0 && length <= MAX_DATA_BYTES as usize);
+    let [a, b, c, d] = (length as u32).to_be_bytes();
+    [DATA, a, b, c, d]
+}
+
+fn begin(kind: u8, out: &mut Vec<u8>) -> usize {
+    let start = out.len();
+    out.extend_from_slice(&[kind, 0, 0, 0, 0]);
+    start
+}
+
+fn finish(start: usize, out: &mut [u8]) {
+    let length = (out.len() - start - HEADER_BYTES) as u32;
+    out[start + 1..start + HEADER_BYTES].copy_from_slice(&length.to_be_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Feeds `bytes` in pieces of `piece` and gathers the events, DATA as the bytes themselves.
+    fn decode_all(bytes: &[u8], piece: usize) -> Result<Vec<(Event, Vec<u8>)>, InvalidFrame> {
+        let mut decoder = Decoder::new();
+        let mut events = Vec::new();
+        for chunk in bytes.chunks(piece) {
+            let mut rest = chunk;
+            while !rest.is_empty() {
+                let (taken, event) = decoder.decode(rest)?;
+                assert!(taken > 0, "no progress");
+                match event {
+                    Some(Event::Data(range)) => {
+                        events.push((Event::Data(0..0), rest[range].to_vec()));
+                    }
+                    Some(event) => events.push((event, Vec::new())),
+                    None => assert_eq!(taken, rest.len()),
+                }
+                rest = &rest[taken..];
+            }
+        }
+        Ok(events)
+    }
+
+    fn connect() -> Connect {
+        Connect {
+            dialled: "10.96.0.7:80".parse().unwrap(),
+            client: "[fd77::2]:40000".parse().unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_connection_in_any_pieces() {
+        let reset = Reset {
+            code: ResetCode::App,
+            reason: "gone".into(),
+        };
+        let mut bytes = Vec::new();
+        encode_connect(&connect(), &mut bytes);
+        encode_connected(&mut bytes);
+        bytes.extend_from_slice(&data_header(3));
+        bytes.extend_from_slice(b"abc");
+        encode_end(&mut bytes);
+        encode_reset(&reset, &mut bytes);
+        for piece in 1..bytes.len() {
+            let events = decode_all(&bytes, piece).unwrap();
+            let data: Vec<u8> = events.iter().flat_map(|(_, data)| data.clone()).collect();
+            assert_eq!(data, b"abc");
+            let control: Vec<_> = events
+                .into_iter()
+                .map(|(event, _)| event)
+                .filter(|event| !matches!(event, Event::Data(_)))
+                .collect();
+            assert_eq!(
+                control,
+                [
+                    Event::Connect(connect()),
+                    Event::Connected,
+                    Event::End,
+                    Event::Reset(reset.clone())
+                ]
+            );
+        }
+    }
+
+    #[test]
+    fn the_bytes_of_a_connect() {
+        let mut bytes = Vec::new();
+        let connect = Connect {
+            dialled: "10.96.0.7:80".parse().unwrap(),
+            client: "10.1.0.2:40000".parse().unwrap(),
+        };
+        encode_connect(&connect, &mut bytes);
+        let expected = [
+            1, 0, 0, 0, 15, 1, 4, 10, 96, 0, 7, 0, 80, 4, 10, 1, 0, 2, 0x9c, 0x40,
+        ];
+        assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn refuses_bad_frames() {
+        use InvalidFrame as E;
+        let cases: &[(&[u8], E)] = &[
+            (&[0, 0, 0, 0, 0], E::Type(0)),
+            (&[6, 0, 0, 0, 0], E::Type(6)),
+            (&[1, 0xff, 0xff, 0xff, 0xff], E::Length(1, u32::MAX)),
+            (&[3, 0xff, 0xff, 0xff, 0xff], E::Length(3, u32::MAX)),
+            (&[3, 0, 0, 0, 0], E::Length(3, 0)),
+            (&[3, 0, 0x10, 0, 1], E::Length(3, (1 << 20) + 1)),
+            (&[2, 0, 0, 0, 1], E::Length(2, 1)),
+            (&[4, 0, 0, 0, 1], E::Length(4, 1)),
+            (&[1, 0, 0, 0, 0], E::Length(1, 0)),
+            (&[1, 0, 0, 0, 1, 2], E::Version(2)),
+            (&[1, 0, 0, 0, 2, 1, 4], E::Connect),
+            (&[1, 0, 0, 0, 2, 1, 5], E::Connect),
+            (&[5, 0, 0, 0, 1, 0], E::Reset),
+            (&[5, 0, 0, 0, 2, 1, 0xff], E::Reset),
+        ];
+        for (bytes, expected) in cases {
+            assert_eq!(decode_all(bytes, 64).unwrap_err(), *expected, "{bytes:?}");
+        }
+        let mut longer = Vec::new();
+        encode_connect(&connect(), &mut longer);
+        longer.push(0);
+        longer[4] += 1;
+        assert_eq!(decode_all(&longer, 64).unwrap_err(), E::Connect);
+    }
+
+    #[test]
+    fn a_peer_cannot_write_control_characters_into_the_log() {
+        let mut bytes = Vec::new();
+        encode_reset(
+            &Reset {
+                code: ResetCode::Internal,
+                reason: "a\nb\x1b[0m".into(),
+            },
+            &mut bytes,
+        );
+        let events = decode_all(&bytes, 1024).unwrap();
+        let (Event::Reset(reset), _) = &events[0] else {
+            panic!("{events:?}");
+        };
+        assert_eq!(reset.reason, "a?b?[0m");
+    }
+
+    #[test]
+    fn a_long_reason_is_cut_at_a_character() {
+        let mut bytes = Vec::new();
+        encode_reset(
+            &Reset {
+                code: ResetCode::Internal,
+                reason: "ä".repeat(300),
+            },
+            &mut bytes,
+        );
+        assert!(decode_all(&bytes, 1024).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600), piece in 1usize..64) {
+            let _ = decode_all(&bytes, piece);
+        }
+
+        #[test]
+        fn addresses_round_trip(a: [u8; 16], b: [u8; 4], ports: (u16, u16)) {
+            let dialled = SocketAddr::new(IpAddr::from(a).to_canonical(), ports.0);
+            let client = SocketAddr::new(IpAddr::from(b), ports.1);
+            let connect = Connect { dialled, client };
+            let mut bytes = Vec::new();
+            encode_connect(&connect, &mut bytes);
+            prop_assert_eq!(&decode_all(&bytes, 7).unwrap()[0].0, &Event::Connect(connect));
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! The tunnel: TLS 1.3 between two nodes, and inside it one app connection after another.
+//!
+//! [`handshake`] turns a TCP connection into a [`Channel`]; [`Channel`] exchanges control frames; [`relay`] carries an
+//! app connection's bytes. [`frame`], [`record`] and [`hello`] are the formats, without I/O.
+
+mod buffer;
+mod channel;
+pub mod frame;
+pub mod handshake;
+pub mod hello;
+mod pool;
+pub mod record;
+mod relay;
+pub mod svid;
+pub mod tls;
+
+pub use channel::{Channel, ChannelError};
+pub use handshake::HandshakeError;
+pub use pool::Pool;
+pub use relay::{Counters, Ending, relay};
+
+/// The ALPN protocol of the project's own framing (docs/WIRE.md).
+pub const ALPN: &[u8] = b"auth-daemon/1";

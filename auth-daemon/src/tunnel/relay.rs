@@ -1,0 +1,274 @@
+//! Carries one app connection's bytes between the app's socket and the tunnel, both ways at once, until both
+//! directions have ended or something breaks.
+//!
+//! Up, a read from the app lands where the record will be sealed; down, the app is written straight from the opened
+//! records. Buffers are held only while bytes are on their way.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+    sync::Notify,
+};
+
+use super::{
+    channel::{Channel, ChannelError, Next, Receiver, Sender, SharedKeys},
+    frame::{self, Event, Reset},
+    record::{ContentType, HEADER_BYTES, MAX_PLAIN_BYTES, MAX_RECORD_BYTES, TRAILER_BYTES},
+};
+
+/// App bytes in one record: a DATA frame fills it whole.
+const CHUNK_BYTES: usize = MAX_PLAIN_BYTES - frame::HEADER_BYTES;
+/// Where they begin in the record.
+const CHUNK_START: usize = HEADER_BYTES + frame::HEADER_BYTES;
+/// Records sealed per write to the tunnel.
+const RECORDS: usize = 4;
+/// DATA frames gathered per write to the app.
+const MAX_SLICES: usize = 16;
+
+/// Bytes carried, live.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// From the app to the tunnel.
+    pub up: AtomicU64,
+    /// From the tunnel to the app.
+    pub down: AtomicU64,
+}
+
+/// How an app connection ended. Unless it is [`Ending::Clean`], the tunnel is not to be used again.
+#[derive(Debug)]
+pub enum Ending {
+    /// Both directions ended with END: the tunnel can carry the next connection.
+    Clean,
+    /// The app's connection broke, mostly by a RST.
+    App(io::Error),
+    /// The other side reset.
+    Peer(Reset),
+    /// The tunnel broke.
+    Tunnel(ChannelError),
+}
+
+/// Relays until the end. On any other than [`Ending::Clean`] the caller resets what is left.
+pub async fn relay(app: &mut TcpStream, channel: &mut Channel, counters: &Counters) -> Ending {
+    let (mut app_read, mut app_write) = app.split();
+    let ((mut tunnel_write, sender), (mut tunnel_read, receiver), keys) = channel.split();
+    let (up_ended, down_ended) = (Flag::default(), Flag::default());
+    let up = async {
+        up(&mut app_read, &mut tunnel_write, sender, keys, &counters.up).await?;
+        up_ended.raise();
+        // The app may still reset what it reads from; nobody would notice before the next byte for it.
+        tokio::select! {
+            () = down_ended.raised() => Ok(()),
+            broken = app_read.as_ref().ready(Interest::ERROR) => Err(Ending::App(
+                broken.err().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+            )),
+        }
+    };
+    let down = async {
+        down(
+            &mut tunnel_read,
+            receiver,
+            keys,
+            &mut app_write,
+            &counters.down,
+        )
+        .await?;
+        down_ended.raise();
+        await_reset(&mut tunnel_read, receiver, keys, &up_ended).await
+    };
+    match tokio::try_join!(up, down) {
+        Ok(_) => Ending::Clean,
+        Err(ending) => ending,
+    }
+}
+
+async fn up(
+    app: &mut ReadHalf<'_>,
+    tunnel: &mut WriteHalf<'_>,
+    sender: &mut Sender,
+    keys: &SharedKeys,
+    count: &AtomicU64,
+) -> Result<(), Ending> {
+    loop {
+        app.as_ref().readable().await.map_err(Ending::App)?;
+        sender.change_key_if_due(keys).map_err(Ending::Tunnel)?;
+        sender.flush(tunnel).await.map_err(broken_tunnel)?;
+        let room = sender.outgoing.whole();
+        let first = &mut room[CHUNK_START..CHUNK_START + CHUNK_BYTES];
+        let mut read = app.read(first).await.map_err(Ending::App)?;
+        if read == 0 {
+            sender.push_control(frame::encode_end);
+            sender.flush(tunnel).await.map_err(broken_tunnel)?;
+            sender.outgoing.release();
+            return Ok(());
+        }
+        if read == CHUNK_BYTES {
+            read += read_more(app, room).map_err(Ending::App)?;
+        }
+        count.fetch_add(read as u64, Ordering::Relaxed);
+        let mut sealed = 0;
+        while read > 0 {
+            let chunk = read.min(CHUNK_BYTES);
+            let record = &mut room[sealed..];
+            record[HEADER_BYTES..CHUNK_START].copy_from_slice(&frame::data_header(chunk));
+            sealed += sender.sealer.seal(
+                record,
+                frame::HEADER_BYTES + chunk,
+                ContentType::ApplicationData,
+            );
+            read -= chunk;
+        }
+        sender.outgoing.extend(sealed);
+        sender.flush(tunnel).await.map_err(broken_tunnel)?;
+        sender.outgoing.release();
+    }
+}
+
+/// A stream that fills a record has more: what is there already goes with the same write.
+fn read_more(app: &ReadHalf<'_>, room: &mut [u8]) -> io::Result<usize> {
+    let mut slots = room
+        .chunks_exact_mut(MAX_RECORD_BYTES)
+        .skip(1)
+        .map(|record| IoSliceMut::new(&mut record[CHUNK_START..CHUNK_START + CHUNK_BYTES]));
+    let mut slots: [IoSliceMut<'_>; RECORDS - 1] =
+        std::array::from_fn(|_| slots.next().unwrap_or_else(|| IoSliceMut::new(&mut [])));
+    match app.try_read_vectored(&mut slots) {
+        // The end, too, is for the next read to find.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        result => result,
+    }
+}
+
+async fn down(
+    tunnel: &mut ReadHalf<'_>,
+    receiver: &mut Receiver,
+    keys: &SharedKeys,
+    app: &mut WriteHalf<'_>,
+    count: &AtomicU64,
+) -> Result<(), Ending> {
+    loop {
+        let mut ranges = [const { 0..0 }; MAX_SLICES];
+        let mut gathered = 0;
+        let behind = loop {
+            match receiver.next_event(keys).map_err(Ending::Tunnel)? {
+                Next::Event(Event::Data(range)) => {
+                    ranges[gathered] = range;
+                    gathered += 1;
+                    if gathered == MAX_SLICES {
+                        break None;
+                    }
+                }
+                other => break Some(other),
+            }
+        };
+        if gathered > 0 {
+            let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+            for (slice, range) in slices.iter_mut().zip(&ranges[..gathered]) {
+                *slice = IoSlice::new(receiver.bytes(range));
+            }
+            let total: usize = slices.iter().map(|slice| slice.len()).sum();
+            write_all(app, &mut slices[..gathered])
+                .await
+                .map_err(Ending::App)?;
+            count.fetch_add(total as u64, Ordering::Relaxed);
+        }
+        match behind {
+            None => receiver.discard(),
+            Some(Next::Starved) => {
+                if !receiver.fill(tunnel).await.map_err(broken_tunnel)? {
+                    return Err(Ending::Tunnel(ChannelError::Closed));
+                }
+            }
+            Some(Next::Closed) => return Err(Ending::Tunnel(ChannelError::Closed)),
+            Some(Next::Event(Event::End)) => {
+                receiver.discard();
+                return app.shutdown().await.map_err(Ending::App);
+            }
+            Some(Next::Event(Event::Reset(reset))) => return Err(Ending::Peer(reset)),
+            Some(Next::Event(Event::Connect(_))) => {
+                return Err(Ending::Tunnel(ChannelError::OutOfTurn("CONNECT")));
+            }
+            Some(Next::Event(Event::Connected)) => {
+                return Err(Ending::Tunnel(ChannelError::OutOfTurn("CONNECTED")));
+            }
+            Some(Next::Event(Event::Data(_))) => unreachable!("gathered above"),
+        }
+    }
+}
+
+/// The peer's direction has ended, ours has not: a RESET may still come, and nothing else.
+async fn await_reset(
+    tunnel: &mut ReadHalf<'_>,
+    receiver: &mut Receiver,
+    keys: &SharedKeys,
+    up_ended: &Flag,
+) -> Result<(), Ending> {
+    loop {
+        // Once both have ended, what comes is the next connection's, and not to be touched here.
+        if up_ended.is_raised() {
+            return Ok(());
+        }
+        match receiver.next_event(keys).map_err(Ending::Tunnel)? {
+            Next::Starved => tokio::select! {
+                biased;
+                () = up_ended.raised() => return Ok(()),
+                filled = receiver.fill(tunnel) => if !filled.map_err(broken_tunnel)? {
+                    return Err(Ending::Tunnel(ChannelError::Closed));
+                }
+            },
+            Next::Closed => return Err(Ending::Tunnel(ChannelError::Closed)),
+            Next::Event(Event::Reset(reset)) => return Err(Ending::Peer(reset)),
+            Next::Event(_) => {
+                return Err(Ending::Tunnel(ChannelError::OutOfTurn("a frame after END")));
+            }
+        }
+    }
+}
+
+/// Tells one direction that the other has ended.
+#[derive(Default)]
+struct Flag {
+    raised: AtomicBool,
+    notify: Notify,
+}
+
+impl Flag {
+    fn raise(&self) {
+        self.raised.store(true, Ordering::Relaxed);
+        self.notify.notify_one();
+    }
+
+    fn is_raised(&self) -> bool {
+        self.raised.load(Ordering::Relaxed)
+    }
+
+    async fn raised(&self) {
+        while !self.is_raised() {
+            self.notify.notified().await;
+        }
+    }
+}
+
+async fn write_all(app: &mut WriteHalf<'_>, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+    while !slices.is_empty() {
+        let written = app.write_vectored(slices).await?;
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        IoSlice::advance_slices(&mut slices, written);
+    }
+    Ok(())
+}
+
+fn broken_tunnel(error: io::Error) -> Ending {
+    Ending::Tunnel(ChannelError::Io(error))
+}
+
+const _: () = assert!(CHUNK_START + CHUNK_BYTES + TRAILER_BYTES == MAX_RECORD_BYTES);

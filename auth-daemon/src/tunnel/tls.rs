@@ -1,0 +1,263 @@
+//! How this daemon speaks TLS: version, suites, certificates, and who is believed.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName,
+    Error, OtherError, RootCertStore, ServerConfig, SignatureScheme,
+    client::{
+        ResolvesClientCert, Resumption,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_cert_signed_by_trust_anchor,
+    },
+    crypto::{CryptoProvider, aws_lc_rs},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+    server::{
+        NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::{CertifiedKey, SingleCertAndKey},
+    version::TLS13,
+};
+
+use super::{ALPN, svid::Svid};
+use crate::mesh::TrustDomain;
+
+/// The roots of a trust domain.
+#[derive(Clone, Debug)]
+pub struct TrustBundle {
+    /// Whose roots they are.
+    pub trust_domain: TrustDomain,
+    /// Root certificates, DER.
+    pub roots: Vec<CertificateDer<'static>>,
+}
+
+/// Both ends' TLS configurations for one workload identity.
+#[derive(Debug)]
+pub struct Configs {
+    /// For the connections that the workload's pods make.
+    pub client: Arc<ClientConfig>,
+    /// For those they get.
+    pub server: Arc<ServerConfig>,
+}
+
+/// TLS 1.3 suites, the one that two AES-NI cores carry fastest first; post-quantum key exchange preferred.
+pub fn provider() -> CryptoProvider {
+    use aws_lc_rs::{cipher_suite as suites, kx_group as groups};
+    CryptoProvider {
+        cipher_suites: vec![
+            suites::TLS13_AES_128_GCM_SHA256,
+            suites::TLS13_AES_256_GCM_SHA384,
+            suites::TLS13_CHACHA20_POLY1305_SHA256,
+        ],
+        kx_groups: vec![groups::X25519MLKEM768, groups::X25519, groups::SECP256R1],
+        ..aws_lc_rs::default_provider()
+    }
+}
+
+impl Configs {
+    /// Speaks as the holder of `key` and believes `bundle`.
+    pub fn new(key: Arc<CertifiedKey>, bundle: &TrustBundle) -> Result<Self, Error> {
+        let provider = Arc::new(provider());
+        let verifier = Arc::new(Verifier::new(bundle, provider.clone())?);
+        let certificate = Arc::new(SingleCertAndKey::from(key));
+
+        let mut client = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier.clone())
+            .with_client_cert_resolver(certificate.clone() as Arc<dyn ResolvesClientCert>);
+        client.alpn_protocols = vec![ALPN.to_vec()];
+        client.enable_sni = false;
+        client.resumption = Resumption::disabled();
+        // The keys go to our own record layer, after the handshake.
+        client.enable_secret_extraction = true;
+
+        let mut server = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(certificate);
+        server.alpn_protocols = vec![ALPN.to_vec()];
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+        server.send_tls13_tickets = 0;
+        server.enable_secret_extraction = true;
+
+        Ok(Self {
+            client: Arc::new(client),
+            server: Arc::new(server),
+        })
+    }
+}
+
+/// Believes workload certificates of one trust domain: a chain to its roots, and an SVID at the end of it. Whether the
+/// identity may do what it is about to do is for the caller, after the handshake.
+#[derive(Debug)]
+struct Verifier {
+    trust_domain: TrustDomain,
+    roots: Arc<RootCertStore>,
+    clients: Arc<dyn ClientCertVerifier>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl Verifier {
+    fn new(bundle: &TrustBundle, provider: Arc<CryptoProvider>) -> Result<Self, Error> {
+        let mut roots = RootCertStore::empty();
+        for root in &bundle.roots {
+            roots.add(root.clone())?;
+        }
+        let roots = Arc::new(roots);
+        let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+            .build()
+            .map_err(|error| Error::General(error.to_string()))?;
+        Ok(Self {
+            trust_domain: bundle.trust_domain.clone(),
+            roots,
+            clients,
+            provider,
+        })
+    }
+
+    fn check_svid(&self, leaf: &CertificateDer<'_>) -> Result<(), Error> {
+        Svid::parse(leaf, self.trust_domain.as_str())
+            .map(drop)
+            .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))).into())
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        verify_server_cert_signed_by_trust_anchor(
+            &ParsedCertificate::try_from(end_entity)?,
+            &self.roots,
+            intermediates,
+            now,
+            self.provider.signature_verification_algorithms.all,
+        )?;
+        self.check_svid(end_entity)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.2 is not spoken here".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.clients
+            .verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.clients.supported_verify_schemes()
+    }
+}
+
+impl ClientCertVerifier for Verifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // Clients have one certificate to show; naming our roots would only tell strangers about them.
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self
+            .clients
+            .verify_client_cert(end_entity, intermediates, now)?;
+        self.check_svid(end_entity)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ServerCertVerifier::verify_tls12_signature(self, message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.clients
+            .verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.clients.supported_verify_schemes()
+    }
+}
+
+/// Says what went wrong in a handshake in an operator's words, with what to look at next.
+pub fn explain(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(CertificateError::Other(OtherError(why))) => {
+            format!("the peer's certificate is refused: {why}")
+        }
+        Error::InvalidCertificate(CertificateError::NotValidYetContext { time, not_before }) => {
+            format!(
+                "the peer's certificate is not valid yet: it begins {} after this node's clock; \
+                 compare the clocks (NTP) of both nodes",
+                difference(*not_before, *time)
+            )
+        }
+        Error::InvalidCertificate(CertificateError::ExpiredContext { time, not_after }) => format!(
+            "the peer's certificate has expired: it ended {} before this node's clock; \
+             is its renewal failing, or are the clocks (NTP) of the nodes apart?",
+            difference(*time, *not_after)
+        ),
+        Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+            "the peer's certificate is not issued by this trust domain's CA".into()
+        }
+        Error::InvalidCertificate(why) => format!("the peer's certificate is refused: {why:?}"),
+        Error::NoCertificatesPresented => "the peer presents no certificate".into(),
+        Error::AlertReceived(AlertDescription::CertificateExpired) => {
+            "the peer refuses our certificate as expired or not valid yet: compare the clocks (NTP) of both nodes"
+                .into()
+        }
+        Error::AlertReceived(alert) => format!("the peer refuses the handshake: {alert:?}"),
+        other => other.to_string(),
+    }
+}
+
+fn difference(later: UnixTime, earlier: UnixTime) -> String {
+    let seconds = later.as_secs().saturating_sub(earlier.as_secs());
+    match seconds {
+        0..120 => format!("{seconds} seconds"),
+        120..7200 => format!("{} minutes", seconds / 60),
+        _ => format!("{} hours", seconds / 3600),
+    }
+}
+
+/// Seconds of `time` since the Unix epoch.
+pub fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO)
+        .as_secs()
+}

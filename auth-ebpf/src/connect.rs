@@ -1,0 +1,237 @@
+//! cgroup/connect4 and connect6: turn a pod's connect to a mesh address to the daemon's listener on its loopback.
+//!
+//! On the way of every connect on the node, so the cheap answers come first: not TCP, not an enrolled pod, not a mesh
+//! address. Those keep the kernel's own path and leave nothing in any map.
+
+use auth_common::{Address, Dialled, MeshKind, OUTBOUND_PORT, Pod, mapped};
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sock_addr, sockaddr},
+    helpers::{bpf_bind, bpf_get_netns_cookie, bpf_ktime_get_ns},
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+
+use crate::maps::{BYPASS, DIALLED, PODS, dialled, mesh_kind};
+
+const REFUSE: i32 = 0;
+const PROCEED: i32 = 1;
+const AF_INET: u16 = 2;
+const AF_INET6: u16 = 10;
+const IPPROTO_TCP: u32 = 6;
+const LOOPBACK_V4: [u8; 4] = [127, 0, 0, 1];
+const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    let sa = ctx.sock_addr;
+    // SAFETY: the context is the kernel's; its fields are read and written as the words the verifier asks for.
+    let destination = mapped(unsafe { (*sa).user_ip4 }.to_ne_bytes());
+    match capture(&ctx, destination) {
+        Verdict::Leave => PROCEED,
+        Verdict::Refuse => REFUSE,
+        Verdict::Capture(pod) => {
+            // SAFETY: as above.
+            unsafe {
+                if unbound((*sa).__bindgen_anon_1.sk) {
+                    bind4(&ctx, pod);
+                }
+                (*sa).user_ip4 = u32::from_ne_bytes(LOOPBACK_V4);
+                (*sa).user_port = u32::from(OUTBOUND_PORT.to_be());
+            }
+            PROCEED
+        }
+    }
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    let sa = ctx.sock_addr;
+    let destination = user_ip6(sa);
+    match capture(&ctx, destination) {
+        Verdict::Leave => PROCEED,
+        Verdict::Refuse => REFUSE,
+        Verdict::Capture(pod) => {
+            let v4 = is_mapped(&destination);
+            // SAFETY: the context is the kernel's; its fields are read and written as the words the verifier asks for.
+            unsafe {
+                if unbound((*sa).__bindgen_anon_1.sk) {
+                    bind6(&ctx, if v4 { &pod.v4 } else { &pod.v6 });
+                }
+                let listener = if v4 { mapped(LOOPBACK_V4) } else { LOOPBACK_V6 };
+                set_user_ip6(sa, &listener);
+                (*sa).user_port = u32::from(OUTBOUND_PORT.to_be());
+            }
+            PROCEED
+        }
+    }
+}
+
+enum Verdict<'a> {
+    /// Not ours: the kernel's own path.
+    Leave,
+    /// Ours, but it cannot be captured: an error, never plaintext.
+    Refuse,
+    Capture(&'a Pod),
+}
+
+#[inline(always)]
+fn capture<'a>(ctx: &SockAddrContext, destination: Address) -> Verdict<'a> {
+    let sa = ctx.sock_addr;
+    // SAFETY: the context is the kernel's.
+    if unsafe { (*sa).protocol } != IPPROTO_TCP {
+        return Verdict::Leave;
+    }
+    // SAFETY: the helper reads the socket of this context.
+    let cookie = unsafe { bpf_get_netns_cookie(sa.cast()) };
+    // SAFETY: entries are written once, at enrolment, and freed after a grace period.
+    let Some(pod) = (unsafe { PODS.get(cookie) }) else {
+        return Verdict::Leave;
+    };
+    // SAFETY: the context's socket, which the helpers take.
+    unsafe {
+        if !BYPASS.get_ptr_mut(ctx).is_null() {
+            return Verdict::Leave;
+        }
+        let sk: *mut bpf_sock = (*sa).__bindgen_anon_1.sk;
+        // A socket may be dialled again after a failure: forget what it dialled before.
+        if dialled(sk).is_some() {
+            let _ = DIALLED.delete(sk);
+        }
+    }
+    let captured = match mesh_kind(destination) {
+        Some(kind) => kind == MeshKind::Pod as u32 || kind == MeshKind::Service as u32,
+        None => false,
+    };
+    if !captured || destination == pod.v4 || destination == pod.v6 {
+        return Verdict::Leave;
+    }
+    let mut entry = Dialled {
+        address: destination,
+        // SAFETY: a helper without arguments.
+        at_nanoseconds: unsafe { bpf_ktime_get_ns() },
+        // SAFETY: the context is the kernel's; the port is in network byte order in the low half.
+        port: u32::from(u16::from_be(unsafe { (*sa).user_port } as u16)),
+        padding: 0,
+    };
+    // SAFETY: the context's socket, and a value of the map's own type.
+    if unsafe { DIALLED.get_or_insert_ptr_mut(ctx, Some(&mut entry)) }.is_null() {
+        return Verdict::Refuse;
+    }
+    Verdict::Capture(pod)
+}
+
+/// Whether the app left its own address and port to the kernel.
+#[inline(always)]
+unsafe fn unbound(sk: *mut bpf_sock) -> bool {
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: the verifier knows `sk` for a socket of the context.
+    unsafe {
+        (*sk).src_port == 0
+            && (*sk).src_ip4 == 0
+            && (*sk).src_ip6[0] == 0
+            && (*sk).src_ip6[1] == 0
+            && (*sk).src_ip6[2] == 0
+            && (*sk).src_ip6[3] == 0
+    }
+}
+
+#[repr(C)]
+struct SocketAddress4 {
+    family: u16,
+    port: u16,
+    address: [u8; 4],
+    zero: [u8; 8],
+}
+
+#[repr(C)]
+struct SocketAddress6 {
+    family: u16,
+    port: u16,
+    flow: u32,
+    address: Address,
+    scope: u32,
+}
+
+/// Binds the socket to the pod's address, so that the app's `getsockname` says what it would without us and not the
+/// loopback that the connection is about to take. Best effort: the connection works either way.
+#[inline(always)]
+fn bind4(ctx: &SockAddrContext, pod: &Pod) {
+    let v4 = &pod.v4;
+    let mut address = SocketAddress4 {
+        family: AF_INET,
+        port: 0,
+        address: [v4[12], v4[13], v4[14], v4[15]],
+        zero: [0; 8],
+    };
+    bind(ctx, (&raw mut address).cast(), size_of::<SocketAddress4>());
+}
+
+#[inline(always)]
+fn bind6(ctx: &SockAddrContext, pod_address: &Address) {
+    let mut address = SocketAddress6 {
+        family: AF_INET6,
+        port: 0,
+        flow: 0,
+        address: *pod_address,
+        scope: 0,
+    };
+    bind(ctx, (&raw mut address).cast(), size_of::<SocketAddress6>());
+}
+
+#[inline(always)]
+fn bind(ctx: &SockAddrContext, address: *mut sockaddr, length: usize) {
+    // SAFETY: `address` points to `length` initialised bytes on this program's stack.
+    let _ = unsafe { bpf_bind(ctx.sock_addr, address, length as i32) };
+}
+
+/// The IPv6 address in the context: the destination of a connect, the answer of a getpeername.
+#[inline(always)]
+fn user_ip6(sa: *const bpf_sock_addr) -> Address {
+    // SAFETY: the context is the kernel's.
+    words(unsafe { &raw const (*sa).user_ip6 })
+}
+
+/// An IPv6 address in a program's context, word by word: volatile, because the verifier takes no larger loads there and
+/// the compiler would merge them.
+#[inline(always)]
+pub fn words(field: *const [u32; 4]) -> Address {
+    let mut address = [0; 16];
+    for word in 0..4 {
+        // SAFETY: `field` is of a context that the kernel gave.
+        let bytes =
+            unsafe { core::ptr::read_volatile(field.cast::<u32>().add(word)) }.to_ne_bytes();
+        address[4 * word] = bytes[0];
+        address[4 * word + 1] = bytes[1];
+        address[4 * word + 2] = bytes[2];
+        address[4 * word + 3] = bytes[3];
+    }
+    address
+}
+
+/// Writes the IPv6 address in the context.
+#[inline(always)]
+pub fn set_user_ip6(sa: *mut bpf_sock_addr, address: &Address) {
+    for word in 0..4 {
+        let value = u32::from_ne_bytes([
+            address[4 * word],
+            address[4 * word + 1],
+            address[4 * word + 2],
+            address[4 * word + 3],
+        ]);
+        // SAFETY: as for reading.
+        unsafe { core::ptr::write_volatile(&raw mut (*sa).user_ip6[word], value) };
+    }
+}
+
+#[inline(always)]
+fn is_mapped(address: &Address) -> bool {
+    let mut zeros = true;
+    let mut byte = 0;
+    while byte < 10 {
+        zeros &= address[byte] == 0;
+        byte += 1;
+    }
+    zeros && address[10] == 0xff && address[11] == 0xff
+}

@@ -1,0 +1,39 @@
+//! Gives back what comes.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+
+use clap::Args;
+use serde_json::json;
+
+use crate::report::{At, Outcome};
+use crate::server::Listen;
+
+/// Sends back every byte, and ends its direction when the client has ended its own.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EchoServer {
+    #[command(flatten)]
+    listen: Listen,
+}
+
+impl EchoServer {
+    pub(crate) fn run(self) -> Outcome {
+        self.listen.serve(echo)
+    }
+}
+
+fn echo(stream: &mut TcpStream) -> Outcome {
+    stream.set_nodelay(true).at("set TCP_NODELAY")?;
+    let mut buffer = [0; 64 * 1024];
+    let mut bytes = 0;
+    loop {
+        let read = stream.read(&mut buffer).at("read")?;
+        if read == 0 {
+            break;
+        }
+        stream.write_all(&buffer[..read]).at("write")?;
+        bytes += read;
+    }
+    stream.shutdown(Shutdown::Write).at("shutdown")?;
+    Ok(json!({"bytes": bytes}))
+}

@@ -1,0 +1,91 @@
+//! Plays the clients and servers of the scenarios inside pods.
+//!
+//! One subcommand is one behaviour. Each event is one JSON object on one line of standard output, with its kind in
+//! `event`; servers begin with `listening`, say `accepted` and `closed` for every connection (with `errno` where it did
+//! not end well) and run until they are killed. A client that fails says `failed`, with `stage` and `errno`, and exits
+//! with 1.
+
+mod bidi;
+mod chat;
+mod churn;
+mod connect;
+mod echo;
+mod greeter;
+mod half_close;
+mod many;
+mod pattern;
+mod peer;
+mod report;
+mod reset;
+mod server;
+mod transfer;
+mod udp;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::report::Outcome;
+
+#[derive(Parser)]
+#[command(about = "Clients and servers for the scenarios of the mesh")]
+struct Arguments {
+    #[command(subcommand)]
+    behaviour: Behaviour,
+}
+
+#[derive(Subcommand)]
+enum Behaviour {
+    EchoServer(echo::EchoServer),
+    Greeter(greeter::Greeter),
+    Sink(transfer::Sink),
+    Stall(transfer::Stall),
+    Source(transfer::Source),
+    Bidi(bidi::Bidi),
+    HalfClose(half_close::HalfClose),
+    Reset(reset::Reset),
+    Connect(connect::Connect),
+    Chat(chat::Chat),
+    Many(many::Many),
+    Churn(churn::Churn),
+    UdpEcho(udp::UdpEcho),
+    UdpSend(udp::UdpSend),
+}
+
+fn main() -> ExitCode {
+    raise_descriptor_limit();
+    let outcome: Outcome = match Arguments::parse().behaviour {
+        Behaviour::EchoServer(it) => it.run(),
+        Behaviour::Greeter(it) => it.run(),
+        Behaviour::Sink(it) => it.run(),
+        Behaviour::Stall(it) => it.run(),
+        Behaviour::Source(it) => it.run(),
+        Behaviour::Bidi(it) => it.run(),
+        Behaviour::HalfClose(it) => it.run(),
+        Behaviour::Reset(it) => it.run(),
+        Behaviour::Connect(it) => it.run(),
+        Behaviour::Chat(it) => it.run(),
+        Behaviour::Many(it) => it.run(),
+        Behaviour::Churn(it) => it.run(),
+        Behaviour::UdpEcho(it) => it.run(),
+        Behaviour::UdpSend(it) => it.run(),
+    };
+    match outcome {
+        Ok(fields) => {
+            report::event("finished", fields);
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            report::event("failed", failure.fields());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Thousands of connections need as many descriptors; what the hard limit forbids fails later, visibly.
+fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}

@@ -1,0 +1,77 @@
+//! Events on standard output, and failures as events.
+
+use std::io::{self, Write};
+
+use nix::errno::Errno;
+use serde_json::{Value, json};
+
+/// The fields of the event `finished`, or why there is none.
+pub(crate) type Outcome = Result<Value, Failure>;
+
+/// What failed, and when.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    stage: &'static str,
+    error: io::Error,
+    more: Value,
+}
+
+impl Failure {
+    pub(crate) fn new(stage: &'static str, error: impl Into<io::Error>) -> Self {
+        Self {
+            stage,
+            error: error.into(),
+            more: json!({}),
+        }
+    }
+
+    /// Adds fields to the event.
+    pub(crate) fn with(mut self, more: Value) -> Self {
+        merge(&mut self.more, more);
+        self
+    }
+
+    pub(crate) fn fields(&self) -> Value {
+        let mut fields = json!({
+            "stage": self.stage,
+            "errno": errno_name(&self.error),
+            "message": self.error.to_string(),
+        });
+        merge(&mut fields, self.more.clone());
+        fields
+    }
+}
+
+/// Says at which stage an I/O error came.
+pub(crate) trait At<T> {
+    fn at(self, stage: &'static str) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
+    fn at(self, stage: &'static str) -> Result<T, Failure> {
+        self.map_err(|error| Failure::new(stage, error))
+    }
+}
+
+/// Prints an event. Nobody reading is no reason to stop.
+pub(crate) fn event(kind: &str, fields: Value) {
+    let mut line = json!({"event": kind});
+    merge(&mut line, fields);
+    let mut stdout = io::stdout().lock();
+    let _ = writeln!(stdout, "{line}");
+    let _ = stdout.flush();
+}
+
+pub(crate) fn merge(into: &mut Value, more: Value) {
+    if let (Some(into), Value::Object(more)) = (into.as_object_mut(), more) {
+        into.extend(more);
+    }
+}
+
+/// The name as in errno(3), or that of what has no number: `UnexpectedEof`, `InvalidData`.
+pub(crate) fn errno_name(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(number) => format!("{:?}", Errno::from_raw(number)),
+        None => format!("{:?}", error.kind()),
+    }
+}

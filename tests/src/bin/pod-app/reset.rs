@@ -1,0 +1,40 @@
+//! A side that ends with RST.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+use socket2::SockRef;
+
+use crate::peer::Peer;
+use crate::report::{At, Outcome};
+
+/// As a server, reads so many bytes and resets the connection. As a client of an `echo-server`, sends so many, waits for
+/// them to come back, and resets.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Reset {
+    #[command(flatten)]
+    peer: Peer,
+    /// Bytes before the reset.
+    #[arg(long, default_value_t = 0)]
+    after: usize,
+}
+
+impl Reset {
+    pub(crate) fn run(self) -> Outcome {
+        let (after, is_client) = (self.after, self.peer.is_client());
+        self.peer.run(move |stream, _| {
+            let mut bytes = vec![b'r'; after];
+            if is_client {
+                stream.write_all(&bytes).at("write")?;
+            }
+            stream.read_exact(&mut bytes).at("read")?;
+            // Closing then sends RST instead of FIN, see socket(7).
+            SockRef::from(&*stream)
+                .set_linger(Some(Duration::ZERO))
+                .at("set SO_LINGER")?;
+            Ok(json!({"received": after}))
+        })
+    }
+}

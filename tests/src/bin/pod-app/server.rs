@@ -1,0 +1,113 @@
+//! Accepting connections, a thread each.
+
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::thread;
+
+use clap::Args;
+use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::report::{At, Failure, Outcome, event, merge};
+
+/// Where a server listens.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Listen {
+    /// The port to listen on.
+    #[arg(long)]
+    port: u16,
+    /// The address to listen on: by default all, IPv4 and IPv6.
+    #[arg(long, default_value_t = IpAddr::V6(Ipv6Addr::UNSPECIFIED))]
+    bind: IpAddr,
+    /// Report only connections that did not end well.
+    #[arg(long)]
+    quiet: bool,
+}
+
+impl Listen {
+    pub(crate) fn new(port: u16, bind: Option<IpAddr>, quiet: bool) -> Self {
+        Self {
+            port,
+            bind: bind.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
+            quiet,
+        }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        (self.bind, self.port).into()
+    }
+
+    /// Listens and gives each connection to `serve`, which says what it did. It ends only with an error.
+    pub(crate) fn serve<F>(&self, serve: F) -> Outcome
+    where
+        F: Fn(&mut TcpStream) -> Outcome + Send + Sync + 'static,
+    {
+        let listener = self.listener().at("listen")?;
+        event(
+            "listening",
+            json!({"address": self.address(), "port": self.port}),
+        );
+        let serve = Arc::new(serve);
+        let quiet = self.quiet;
+        loop {
+            let (stream, peer) = listener.accept().at("accept")?;
+            let serve = Arc::clone(&serve);
+            thread::Builder::new()
+                .stack_size(STACK)
+                .spawn(move || connection(stream, peer, quiet, &*serve))
+                .at("starting a thread")?;
+        }
+    }
+
+    fn listener(&self) -> io::Result<std::net::TcpListener> {
+        let address = self.address();
+        let socket = Socket::new(
+            Domain::for_address(address),
+            Type::STREAM,
+            Some(Protocol::TCP),
+        )?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(false)?;
+        }
+        socket.bind(&address.into())?;
+        socket.listen(4096)?;
+        Ok(socket.into())
+    }
+}
+
+fn connection(
+    mut stream: TcpStream,
+    peer: SocketAddr,
+    quiet: bool,
+    serve: &dyn Fn(&mut TcpStream) -> Outcome,
+) {
+    let mut fields =
+        json!({"peer": canonical(peer), "local": stream.local_addr().ok().map(canonical)});
+    if !quiet {
+        event("accepted", fields.clone());
+    }
+    match serve(&mut stream) {
+        Ok(_) if quiet => return,
+        Ok(more) => merge(&mut fields, more),
+        Err(failure) => merge(&mut fields, failure.fields()),
+    }
+    event("closed", fields);
+}
+
+/// An IPv4 address as such, also where an IPv6 socket shows it mapped.
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
+    (address.ip().to_canonical(), address.port()).into()
+}
+
+/// Both ends of a connection, as fields of an event.
+pub(crate) fn ends(stream: &TcpStream) -> Result<Value, Failure> {
+    Ok(json!({
+        "local": canonical(stream.local_addr().at("getsockname")?),
+        "peer": canonical(stream.peer_addr().at("getpeername")?),
+    }))
+}
+
+/// Bytes. There may be thousands of threads.
+pub(crate) const STACK: usize = 256 * 1024;

@@ -1,0 +1,86 @@
+//! UDP, which the mesh leaves alone.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+
+use crate::report::{At, Outcome, event};
+use crate::server::canonical;
+
+/// Sends back every datagram.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct UdpEcho {
+    /// The port to receive on.
+    #[arg(long)]
+    port: u16,
+    /// The address to receive on: by default all, IPv4 and IPv6.
+    #[arg(long, default_value_t = IpAddr::V6(Ipv6Addr::UNSPECIFIED))]
+    bind: IpAddr,
+}
+
+impl UdpEcho {
+    pub(crate) fn run(self) -> Outcome {
+        let socket = UdpSocket::bind((self.bind, self.port)).at("bind")?;
+        event(
+            "listening",
+            json!({"address": SocketAddr::from((self.bind, self.port)), "port": self.port}),
+        );
+        let mut buffer = vec![0; 65_536];
+        loop {
+            let (length, from) = socket.recv_from(&mut buffer).at("receive")?;
+            event(
+                "datagram",
+                json!({"peer": canonical(from), "bytes": length}),
+            );
+            socket.send_to(&buffer[..length], from).at("send")?;
+        }
+    }
+}
+
+/// Sends datagrams, one at a time, and waits for each to come back.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct UdpSend {
+    /// Send to this address and port.
+    #[arg(long)]
+    to: SocketAddr,
+    /// What to send.
+    #[arg(long, default_value = "datagram")]
+    message: String,
+    /// So many times.
+    #[arg(long, default_value_t = 1)]
+    count: u64,
+    /// Milliseconds to wait for an answer.
+    #[arg(long, default_value_t = 2000)]
+    timeout: u64,
+}
+
+impl UdpSend {
+    pub(crate) fn run(self) -> Outcome {
+        let any: IpAddr = if self.to.is_ipv4() {
+            [0; 4].into()
+        } else {
+            [0_u16; 8].into()
+        };
+        let socket = UdpSocket::bind((any, 0)).at("bind")?;
+        socket.connect(self.to).at("connect")?;
+        socket
+            .set_read_timeout(Some(Duration::from_millis(self.timeout)))
+            .at("set SO_RCVTIMEO")?;
+        let mut buffer = vec![0; 65_536];
+        for _ in 0..self.count {
+            socket.send(self.message.as_bytes()).at("send")?;
+            let length = socket.recv(&mut buffer).at("receive")?;
+            event(
+                "answer",
+                json!({"bytes": length, "text": String::from_utf8_lossy(&buffer[..length])}),
+            );
+        }
+        Ok(json!({
+            "count": self.count,
+            "local": socket.local_addr().at("getsockname")?,
+            "peer": socket.peer_addr().at("getpeername")?,
+        }))
+    }
+}

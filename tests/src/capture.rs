@@ -1,0 +1,187 @@
+//! Listening on the wire.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType};
+use nix::sys::socket::{recvfrom, setsockopt, socket, sockopt};
+
+use crate::netns::Netns;
+use crate::packet::Packet;
+use crate::plumbing::BRIDGE;
+use crate::recording::Recording;
+
+/// A running capture of the wire. Every packet is taken where it comes in, so none is there twice.
+#[derive(Debug)]
+pub struct Capture {
+    socket: Arc<OwnedFd>,
+    packets: Arc<Mutex<Vec<Packet>>>,
+    stop: Arc<AtomicBool>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Capture {
+    /// It listens when this returns.
+    pub(crate) fn start(netns: &Netns, kept: usize) -> Result<Self> {
+        let (socket, bridge) = netns.enter(open)??;
+        let socket = Arc::new(socket);
+        let packets = Arc::new(Mutex::new(Vec::new()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let reader = thread::Builder::new()
+            .name("capture".to_owned())
+            .spawn({
+                let (socket, packets, stop) =
+                    (Arc::clone(&socket), Arc::clone(&packets), Arc::clone(&stop));
+                move || read(&socket, bridge, kept, &packets, &stop)
+            })
+            .context("starting the thread of the capture")?;
+        Ok(Self {
+            socket,
+            packets,
+            stop,
+            reader: Some(reader),
+        })
+    }
+
+    /// What has been captured until now; the capture goes on.
+    pub fn so_far(&self) -> Recording {
+        Recording::new(
+            self.packets
+                .lock()
+                .expect("no holder of this lock panics")
+                .clone(),
+        )
+    }
+
+    /// Ends the capture and gives all that came before. An error when the kernel had to drop packets.
+    pub fn stop(mut self) -> Result<Recording> {
+        self.end();
+        let dropped = dropped(&self.socket)?;
+        if dropped > 0 {
+            return Err(anyhow!(
+                "the capture lost {dropped} packets: its buffer was full"
+            ));
+        }
+        Ok(Recording::new(std::mem::take(
+            &mut *self.packets.lock().expect("no holder of this lock panics"),
+        )))
+    }
+
+    fn end(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("the reader does not panic");
+        }
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// A packet socket on all interfaces of the namespace, and the number of the bridge.
+fn open() -> Result<(OwnedFd, usize)> {
+    // The protocol given here makes the kernel deliver from now on; no bind is needed.
+    let socket = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        SockProtocol::EthAll,
+    )
+    .context("opening a packet socket")?;
+    setsockopt(&socket, sockopt::RcvBufForce, &BUFFER)
+        .context("enlarging the buffer of the packet socket")?;
+    ignore_outgoing(&socket).context("leaving out what a packet socket sees twice")?;
+    let bridge = nix::net::if_::if_nametoindex(BRIDGE).context("finding the bridge of the wire")?;
+    Ok((socket, bridge as usize))
+}
+
+fn read(
+    socket: &OwnedFd,
+    bridge: usize,
+    kept: usize,
+    packets: &Mutex<Vec<Packet>>,
+    stop: &AtomicBool,
+) {
+    let start = Instant::now();
+    // What is not to be kept is not copied: recvfrom(2) cuts a packet off where its buffer ends.
+    let mut frame = vec![0; kept.saturating_add(LONGEST_HEADERS).min(LONGEST_FRAME)];
+    loop {
+        // Looked at before the socket is emptied: all that came before the order to stop is read.
+        let last = stop.load(Ordering::Acquire);
+        while let Ok((length, Some(from))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut frame) {
+            if from.ifindex() == bridge {
+                continue;
+            }
+            if let Some(packet) = Packet::parse(&frame[..length], start.elapsed(), kept) {
+                packets
+                    .lock()
+                    .expect("no holder of this lock panics")
+                    .push(packet);
+            }
+        }
+        if last {
+            return;
+        }
+        let _ = poll(
+            &mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)],
+            PollTimeout::from(STOP_LATENCY),
+        );
+    }
+}
+
+/// Linux 4.20. Without it every packet would be delivered where it leaves the bridge, too.
+fn ignore_outgoing(socket: &OwnedFd) -> Result<()> {
+    let yes: libc::c_int = 1;
+    // SAFETY: the kernel reads one c_int at the pointer, which is valid during the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_IGNORE_OUTGOING,
+            (&raw const yes).cast(),
+            size_of_val(&yes) as libc::socklen_t,
+        )
+    };
+    nix::errno::Errno::result(result)
+        .map(drop)
+        .context("setting PACKET_IGNORE_OUTGOING")
+}
+
+fn dropped(socket: &OwnedFd) -> Result<u32> {
+    let mut statistics = libc::tpacket_stats {
+        tp_packets: 0,
+        tp_drops: 0,
+    };
+    let mut length = size_of_val(&statistics) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `statistics`, which is plain data of that size and outlives the
+    // call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            (&raw mut statistics).cast(),
+            &raw mut length,
+        )
+    };
+    nix::errno::Errno::result(result).context("reading the statistics of the packet socket")?;
+    Ok(statistics.tp_drops)
+}
+
+/// Bytes, taken only as far as packets wait to be read.
+const BUFFER: usize = 512 << 20;
+/// Segmentation is left to hardware that is not there, so frames are as long as IP packets get.
+const LONGEST_FRAME: usize = 65_536 + 64;
+/// Ethernet, IPv4 or IPv6 with the extensions that TCP is seen with, TCP; in bytes.
+const LONGEST_HEADERS: usize = 192;
+/// Milliseconds.
+const STOP_LATENCY: u8 = 10;

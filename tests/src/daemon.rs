@@ -1,0 +1,266 @@
+//! The daemon of a node, as a process.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::daemon_options::DaemonOptions;
+use crate::eventually::{TIMEOUT, eventually, eventually_ok};
+use crate::http::http_get;
+use crate::locate::auth_daemon;
+use crate::node::Node;
+use crate::process::{Process, json_lines};
+use crate::status::Status;
+
+/// A running daemon. Dropping it kills it with SIGKILL; its pins stay, until the mesh goes.
+#[derive(Debug)]
+pub struct Daemon {
+    node: Node,
+    process: Process,
+    log: PathBuf,
+    /// Where this daemon's lines begin: the log of a node goes on through restarts.
+    start: u64,
+}
+
+impl Daemon {
+    pub(crate) fn spawn(node: &Node, options: DaemonOptions) -> Result<Self> {
+        let folder = node.folder();
+        if let Some(ca) = &options.ca_folder {
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(ca);
+            made.with_context(|| format!("making {}", ca.display()))?;
+        }
+        let config = folder.join(CONFIG);
+        let text = format!("{:#}\n", options.config(node));
+        fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
+        let log = folder.join(LOG);
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("opening {}", log.display()))?;
+        let start = file
+            .metadata()
+            .context("reading the size of the log")?
+            .len();
+        let mut command = node.daemon_place().command(auth_daemon()?)?;
+        command
+            .args(["run", "--config"])
+            .arg(&config)
+            .envs(options.environment);
+        command
+            .stdout(file.try_clone().context("sharing the log")?)
+            .stderr(file);
+        let process =
+            Process::spawn_as_is(command).with_context(|| format!("on {}", node.name()))?;
+        Ok(Self {
+            node: node.clone(),
+            process,
+            log,
+            start,
+        })
+    }
+
+    /// The name of its node.
+    pub fn node(&self) -> &str {
+        self.node.name()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.process.ended(), Ok(None))
+    }
+
+    /// Its process, to signal it or wait for its end.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Waits until readiness answers 200; fails at once when the daemon ends instead.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        let what = format!("the daemon on {} to be ready", self.node());
+        let ready = eventually_ok(TIMEOUT, &what, || {
+            if let Some(status) = self.process.ended()? {
+                return Ok(Err(status));
+            }
+            match http_get(self.node.netns(), READINESS, "/healthz/ready")? {
+                answer if answer.status == 200 => Ok(Ok(())),
+                answer => Err(anyhow!(
+                    "it answers {}: {}",
+                    answer.status,
+                    answer.body.trim()
+                )),
+            }
+        });
+        match ready.with_context(|| format!("its log: {}", self.log_text()))? {
+            Ok(()) => Ok(()),
+            Err(status) => bail!(
+                "the daemon on {} ended with {status}: {}",
+                self.node(),
+                self.log_text()
+            ),
+        }
+    }
+
+    /// Waits until its status has these pods, `namespace/name`, as enrolled.
+    pub fn wait_enrolled<S: AsRef<str>>(&self, pods: &[S]) -> Result<()> {
+        let what = format!("the daemon on {} to enrol its pods", self.node());
+        eventually_ok(TIMEOUT, &what, || {
+            let status = self.status()?;
+            for name in pods {
+                match status.pods.iter().find(|pod| pod.pod == name.as_ref()) {
+                    Some(pod) if pod.enrolled => {}
+                    Some(pod) => bail!("{} is not enrolled: {:?}", pod.pod, pod.reason),
+                    None => bail!("{} is not known", name.as_ref()),
+                }
+            }
+            Ok(())
+        })
+        .with_context(|| format!("its log: {}", self.log_text()))
+    }
+
+    /// Whether readiness answers 200 now.
+    pub fn is_ready(&self) -> bool {
+        http_get(self.node.netns(), READINESS, "/healthz/ready")
+            .is_ok_and(|answer| answer.status == 200)
+    }
+
+    /// Its status now.
+    pub fn status(&self) -> Result<Status> {
+        let value = self.status_json()?;
+        serde_json::from_value(value.clone()).with_context(|| format!("reading the status {value}"))
+    }
+
+    /// Its status now, as it came.
+    pub fn status_json(&self) -> Result<Value> {
+        let answer = http_get(self.node.netns(), ADMIN, "/status")?;
+        if answer.status != 200 {
+            bail!(
+                "the daemon on {} answers {} to /status: {}",
+                self.node(),
+                answer.status,
+                answer.body
+            );
+        }
+        serde_json::from_str(&answer.body)
+            .with_context(|| format!("reading the status {}", answer.body))
+    }
+
+    /// All it has written, which is not only log lines when it panics.
+    pub fn log_text(&self) -> String {
+        read_from(&self.log, self.start)
+    }
+
+    /// Its log lines so far, each an object.
+    pub fn logs(&self) -> Vec<Value> {
+        json_lines(&self.log_text())
+    }
+
+    /// The lines of its access log so far.
+    pub fn access_log(&self) -> Vec<Value> {
+        self.logs().into_iter().filter(is_access).collect()
+    }
+
+    /// A position at the log's end, for [`Daemon::wait_for_log_after`].
+    pub fn log_position(&self) -> u64 {
+        fs::metadata(&self.log).map_or(0, |metadata| metadata.len())
+    }
+
+    /// Waits for a log line, past or future, that the predicate accepts.
+    pub fn wait_for_log(
+        &self,
+        what: &str,
+        deadline: Duration,
+        accept: impl FnMut(&Value) -> bool,
+    ) -> Result<Value> {
+        self.wait_for_log_after(self.start, what, deadline, accept)
+    }
+
+    /// Like [`Daemon::wait_for_log`], for lines after a [`Daemon::log_position`].
+    pub fn wait_for_log_after(
+        &self,
+        position: u64,
+        what: &str,
+        deadline: Duration,
+        mut accept: impl FnMut(&Value) -> bool,
+    ) -> Result<Value> {
+        let mut position = position;
+        eventually(
+            deadline,
+            &format!("the daemon on {} to log {what}", self.node()),
+            || {
+                let news = read_from(&self.log, position);
+                for line in news
+                    .split_inclusive('\n')
+                    .filter(|line| line.ends_with('\n'))
+                {
+                    position += line.len() as u64;
+                    let Ok(value) = serde_json::from_str(line) else {
+                        continue;
+                    };
+                    if accept(&value) {
+                        return Some(value);
+                    }
+                }
+                None
+            },
+        )
+    }
+
+    /// Waits for a line of the access log that the predicate accepts.
+    pub fn wait_for_access(
+        &self,
+        what: &str,
+        deadline: Duration,
+        mut accept: impl FnMut(&Value) -> bool,
+    ) -> Result<Value> {
+        self.wait_for_log(what, deadline, |line| is_access(line) && accept(line))
+    }
+
+    /// Kills it with SIGKILL, as a crash would.
+    pub fn kill(mut self) -> Result<()> {
+        self.process.kill().map(drop)
+    }
+
+    /// Asks it to end with SIGTERM and waits until it has.
+    pub fn terminate(mut self, deadline: Duration) -> Result<ExitStatus> {
+        self.process.signal(Signal::SIGTERM)?;
+        self.process
+            .wait(deadline)
+            .with_context(|| format!("its log: {}", self.log_text()))
+    }
+}
+
+fn is_access(line: &Value) -> bool {
+    line["target"] == "access"
+}
+
+fn read_from(path: &Path, start: u64) -> String {
+    let read = || -> std::io::Result<Vec<u8>> {
+        use std::io::{Read, Seek, SeekFrom};
+        let mut file = fs::File::open(path)?;
+        file.seek(SeekFrom::Start(start))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+/// Its configuration, in the node's folder.
+pub(crate) const CONFIG: &str = "auth-daemon.yaml";
+/// Its log, in the node's folder.
+pub(crate) const LOG: &str = "auth-daemon.log";
+const ADMIN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15000);
+const READINESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15021);

@@ -1,0 +1,91 @@
+//! A daemon's configuration, as a scenario chooses it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+use crate::node::Node;
+
+/// Choices for a daemon; what is not chosen is left to the daemon's own defaults, but for the pods' networks, which are
+/// the mesh's, and the log, which is JSON.
+#[derive(Debug, Clone, Default)]
+pub struct DaemonOptions {
+    settings: Map<String, Value>,
+    pub(crate) ca_folder: Option<PathBuf>,
+    certificate_lifetime: Option<Duration>,
+    log_level: Option<String>,
+    pub(crate) environment: Vec<(String, String)>,
+}
+
+impl DaemonOptions {
+    /// `mode: PERMISSIVE`.
+    pub fn permissive(self) -> Self {
+        self.setting("mode", "PERMISSIVE".into())
+    }
+
+    /// Another trust domain than `cluster.local`. Give it another CA too.
+    pub fn trust_domain(self, name: &str) -> Self {
+        self.setting("trustDomain", name.into())
+    }
+
+    /// How long connections may go on after SIGTERM.
+    pub fn drain(self, time: Duration) -> Self {
+        self.setting("drain", format!("{}ms", time.as_millis()).into())
+    }
+
+    /// The networks that pods' addresses come from.
+    pub fn pod_networks(self, networks: &[&str]) -> Self {
+        self.setting("podNetworks", json!(networks))
+    }
+
+    /// The folder of another CA than the mesh's, made, private to root, when it is not there.
+    pub fn ca_folder(mut self, path: PathBuf) -> Self {
+        self.ca_folder = Some(path);
+        self
+    }
+
+    /// How long certificates are valid.
+    pub fn certificate_lifetime(mut self, time: Duration) -> Self {
+        self.certificate_lifetime = Some(time);
+        self
+    }
+
+    /// Another level of the log than the default `info`, or a filter.
+    pub fn log_level(mut self, level: &str) -> Self {
+        self.log_level = Some(level.to_owned());
+        self
+    }
+
+    /// Any top-level setting, over all others.
+    pub fn setting(mut self, name: &str, value: Value) -> Self {
+        self.settings.insert(name.to_owned(), value);
+        self
+    }
+
+    /// An environment variable of the daemon's process.
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    pub(crate) fn config(&self, node: &Node) -> Value {
+        let mut ca =
+            json!({"directory": self.ca_folder.clone().unwrap_or_else(|| node.ca_folder())});
+        if let Some(time) = self.certificate_lifetime {
+            ca["certificateLifetime"] = format!("{}ms", time.as_millis()).into();
+        }
+        let mut config = json!({
+            "nodeName": node.name(),
+            "discovery": {"files": node.manifests().folder()},
+            "ca": ca,
+            "podNetworks": ["10.77.0.0/16", "fd77::/32"],
+            "log": {"format": "json", "level": self.log_level.as_deref().unwrap_or("info")},
+            "kernel": {"cgroup": node.cgroup(), "pins": node.pins()},
+        });
+        for (name, value) in &self.settings {
+            config[name] = value.clone();
+        }
+        config
+    }
+}

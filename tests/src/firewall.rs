@@ -1,0 +1,94 @@
+//! A packet filter on a node, between its pods and the wire.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::node::Node;
+use crate::place::Place;
+
+/// Rules in a node's namespace, by nftables. They go when the value is dropped, or with the mesh.
+#[derive(Debug)]
+pub struct Firewall {
+    place: Place,
+}
+
+impl Firewall {
+    /// Lets pods' TCP to and from this one port through the node and drops all other TCP that the node forwards, as a
+    /// NetworkPolicy that names the port would.
+    pub fn only_port(node: &Node, port: u16) -> Result<Self> {
+        Self::install(
+            node,
+            &format!(
+                "counter allowed {{}}\ncounter dropped {{}}\n\
+                 chain forward {{\n  type filter hook forward priority 0; policy accept;\n\
+                 \x20 tcp dport {port} counter name allowed accept\n\
+                 \x20 tcp sport {port} counter name allowed accept\n\
+                 \x20 meta l4proto tcp counter name dropped drop\n}}"
+            ),
+        )
+    }
+
+    /// Installs other contents of the table `inet mesh_tests`.
+    pub fn install(node: &Node, contents: &str) -> Result<Self> {
+        let firewall = Self {
+            place: node.place().clone(),
+        };
+        // Deleting what was only just declared empties a table that may be there.
+        firewall.nft(&format!(
+            "table {TABLE} {{}}\ndelete table {TABLE}\ntable {TABLE} {{\n{contents}\n}}\n"
+        ))?;
+        Ok(firewall)
+    }
+
+    /// How many packets a named counter has counted, such as `allowed` and `dropped` of [`Firewall::only_port`].
+    pub fn packets(&self, counter: &str) -> Result<u64> {
+        let listing = self
+            .place
+            .run("nft", ["list", "counter", "inet", "mesh_tests", counter])?
+            .ok()?
+            .stdout;
+        let mut words = listing
+            .split_ascii_whitespace()
+            .skip_while(|word| *word != "packets")
+            .skip(1);
+        let count = words.next().and_then(|count| count.parse().ok());
+        count.with_context(|| format!("no counter in {listing:?}"))
+    }
+
+    fn nft(&self, rules: &str) -> Result<()> {
+        let mut command: Command = self.place.command("nft")?;
+        let mut child = command
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start the program `nft` (package nftables)")?;
+        // A write error means that nft has ended early; its own message says why.
+        let _ = child
+            .stdin
+            .take()
+            .expect("stdin is piped")
+            .write_all(rules.as_bytes());
+        let output = child.wait_with_output().context("waiting for `nft`")?;
+        if !output.status.success() {
+            bail!(
+                "`nft` in {} failed: {}\n{rules}",
+                self.place.name(),
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Firewall {
+    fn drop(&mut self) {
+        // The mesh may be gone already, and the namespace with it.
+        let _ = self.nft(&format!("table {TABLE} {{}}\ndelete table {TABLE}\n"));
+    }
+}
+
+const TABLE: &str = "inet mesh_tests";

@@ -1,0 +1,49 @@
+//! The little of HTTP that asking a daemon needs.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::netns::Netns;
+
+/// An answer: the status code and the body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Response {
+    /// The status code, as 200.
+    pub status: u16,
+    /// What follows the header.
+    pub body: String,
+}
+
+/// Asks for `path` from inside a namespace, with HTTP/1.0 and 5 seconds for every step.
+pub fn http_get(netns: &Netns, server: SocketAddr, path: &str) -> Result<Response> {
+    netns
+        .enter(|| {
+            let mut stream = TcpStream::connect_timeout(&server, STEP)?;
+            stream.set_read_timeout(Some(STEP))?;
+            stream.set_write_timeout(Some(STEP))?;
+            write!(stream, "GET {path} HTTP/1.0\r\nHost: {server}\r\n\r\n")?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            parse(&String::from_utf8_lossy(&answer))
+        })?
+        .with_context(|| format!("asking http://{server}{path} in {}", netns.name()))
+}
+
+fn parse(answer: &str) -> Result<Response> {
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .with_context(|| format!("no HTTP answer: {answer:?}"))?;
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok());
+    Ok(Response {
+        status: status.with_context(|| format!("no HTTP status: {head:?}"))?,
+        body: body.to_owned(),
+    })
+}
+
+const STEP: Duration = Duration::from_secs(5);

@@ -1,0 +1,113 @@
+//! A mesh of several nodes on one machine, for the scenario tests and the demo.
+//!
+//! Every node and every pod is a network namespace and a cgroup of its own; the programs that run in them, the daemon
+//! first, are the real ones. What crosses the link between the nodes can be captured and read.
+//!
+//! ```text
+//!                       wire: bridge br0, no addresses
+//!        ┌───────────────────────┬───────────────────────┐
+//!        n1                      n2                      outside
+//!        │                       │                       │
+//!  eth0 172.31.0.11        eth0 172.31.0.12        eth0 192.0.2.10
+//!       fd31::11                fd31::12                2001:db8::10
+//!  node-a                  node-b                  a host that is not in the mesh
+//!  cni0 10.77.1.1/24       cni0 10.77.2.1/24
+//!       fd77:1::1/64            fd77:2::1/64
+//!        │                       │
+//!  eth0 10.77.1.2          eth0 10.77.2.2
+//!       fd77:1::2               fd77:2::2
+//!  pod                     pod
+//! ```
+//!
+//! Pods and nodes are routed, without NAT, so the outside host sees pods' own addresses. `rp_filter` stays as the kernel
+//! sets it in a new namespace (copied from the first one or 0, see `net.core.devconf_inherit_init_net`). MTU is 1500.
+//! Service addresses need no plumbing: a pod's default route takes them to its node, which has no route for them.
+//!
+//! ```no_run
+//! use mesh_tests::{Mesh, PodSpec, ServiceSpec};
+//!
+//! let mesh = Mesh::builder()
+//!     .node("node-a")
+//!     .node("node-b")
+//!     .pod(PodSpec::new("client").on("node-a").service_account("client"))
+//!     .pod(PodSpec::new("web").on("node-b").service_account("web").label("app", "web").port("http", 8080))
+//!     .service(ServiceSpec::new("web").selector("app", "web").address("10.96.0.10").port(80, 8080))
+//!     .start()?;
+//! let _daemons = mesh.start_daemons()?;
+//! let nginx = mesh_tests::Nginx::start(mesh.pod("web").place(), 8080, "hello")?;
+//! let recording = mesh.wire().capture()?;
+//! mesh.pod("client").run("curl", ["-s", "http://10.96.0.10/"])?.ok()?;
+//! assert!(!recording.stop()?.contains(b"hello"));
+//! # drop(nginx);
+//! # anyhow::Ok(())
+//! ```
+//!
+//! Everything a mesh makes carries its id (the process's id and a counter): namespaces `/run/netns/am<id>-…`, cgroups
+//! and pins `auth-mesh-<id>`, and a temporary folder. Dropping the [`Mesh`] removes them, also while a panic unwinds;
+//! what a killed process left is removed by the next mesh that starts. Root is needed.
+
+mod app;
+mod builder;
+mod capture;
+mod cgroup;
+mod daemon;
+mod daemon_options;
+mod eventually;
+mod firewall;
+mod http;
+mod id;
+mod ip;
+mod leftovers;
+mod locate;
+mod manifests;
+mod mesh;
+mod mounts;
+mod netns;
+mod node;
+mod packet;
+mod place;
+mod plumbing;
+mod pod;
+mod process;
+mod reassembly;
+mod recording;
+mod servers;
+mod snapshot;
+mod sockets;
+mod spec;
+mod status;
+mod tls_records;
+mod wire;
+
+pub use anyhow::{Context, Result};
+
+pub use app::App;
+pub use builder::MeshBuilder;
+pub use capture::Capture;
+pub use daemon::Daemon;
+pub use daemon_options::DaemonOptions;
+pub use eventually::{TIMEOUT, eventually, eventually_ok};
+pub use firewall::Firewall;
+pub use http::{Response, http_get};
+pub use id::MeshId;
+pub use leftovers::{remove_dead, remove_own, traces};
+pub use locate::{auth_daemon, pod_app};
+pub use manifests::Manifests;
+pub use mesh::Mesh;
+pub use netns::Netns;
+pub use node::Node;
+pub use packet::{Packet, Transport};
+pub use place::Place;
+pub use pod::Pod;
+pub use process::{Finished, Process};
+pub use reassembly::Stream;
+pub use recording::Recording;
+pub use servers::{InProcess, Iperf3, Nginx, NginxRequest, OpensslServer};
+pub use snapshot::Snapshot;
+pub use sockets::{Endpoint, SocketCount, TcpState, sockets};
+pub use spec::{PodSpec, ServiceSpec};
+pub use status::{
+    CertificateStatus, ConnectionStatus, KernelStatus, PodStatus, PoolStatus, Status,
+};
+pub use tls_records::{NotTls, TlsRecord, tls_records};
+pub use wire::Wire;

@@ -1,0 +1,274 @@
+//! The mesh as a whole.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+
+use crate::builder::MeshBuilder;
+use crate::daemon::{Daemon, LOG};
+use crate::daemon_options::DaemonOptions;
+use crate::id::MeshId;
+use crate::manifests::Manifests;
+use crate::netns::Netns;
+use crate::node::Node;
+use crate::place::Place;
+use crate::pod::{self, Pod};
+use crate::spec::{Family, PodSpec};
+use crate::wire::Wire;
+use crate::{cgroup, leftovers, plumbing};
+
+/// Nodes, pods, the wire between them and a host outside. Dropping it removes all of it.
+#[derive(Debug)]
+pub struct Mesh {
+    pub(crate) id: MeshId,
+    pub(crate) node_names: Vec<String>,
+    pub(crate) nodes: BTreeMap<String, Node>,
+    pub(crate) pods: Mutex<BTreeMap<String, Pod>>,
+    pub(crate) outside: Place,
+    pub(crate) wire: Wire,
+    pub(crate) manifests: Manifests,
+}
+
+impl Mesh {
+    /// A mesh to declare.
+    pub fn builder() -> MeshBuilder {
+        MeshBuilder::default()
+    }
+
+    /// What tells it from other meshes on the machine.
+    pub fn id(&self) -> MeshId {
+        self.id
+    }
+
+    /// The node of this name.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn node(&self, name: &str) -> &Node {
+        self.nodes
+            .get(name)
+            .unwrap_or_else(|| panic!("the mesh has no node {name}"))
+    }
+
+    /// All nodes, in the order of declaration.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.node_names.iter().map(|name| &self.nodes[name])
+    }
+
+    /// The pod of this name, `namespace/name` or, in namespace `default`, `name`.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn pod(&self, name: &str) -> Pod {
+        let pods = self.lock();
+        pods.get(&full_name(name))
+            .cloned()
+            .unwrap_or_else(|| panic!("the mesh has no pod {name}"))
+    }
+
+    /// All pods, by namespace and name.
+    pub fn pods(&self) -> Vec<Pod> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// The host that is not in the mesh, on the wire.
+    pub fn outside(&self) -> &Place {
+        &self.outside
+    }
+
+    /// The outside host's IPv4 address.
+    pub fn outside_ipv4(&self) -> Ipv4Addr {
+        plumbing::OUTSIDE_IPV4
+    }
+
+    /// The outside host's IPv6 address.
+    pub fn outside_ipv6(&self) -> Ipv6Addr {
+        plumbing::OUTSIDE_IPV6
+    }
+
+    /// The link between the nodes.
+    pub fn wire(&self) -> &Wire {
+        &self.wire
+    }
+
+    /// The manifests of all nodes at once; [`Node::manifests`] are one node's.
+    pub fn manifests(&self) -> &Manifests {
+        &self.manifests
+    }
+
+    /// Makes a pod and writes its manifest and its service account's for all nodes.
+    pub fn add_pod(&self, spec: PodSpec) -> Result<Pod> {
+        let pod = self.add_pod_quietly(spec)?;
+        self.manifests
+            .apply(&pod.spec().service_account_manifest())?;
+        self.manifests.apply(&pod.manifest())?;
+        Ok(pod)
+    }
+
+    /// Makes a pod that no manifest tells of.
+    pub fn add_pod_quietly(&self, spec: PodSpec) -> Result<Pod> {
+        let node_name = spec.node.as_deref().unwrap_or(&self.node_names[0]);
+        let node = self
+            .nodes
+            .get(node_name)
+            .with_context(|| format!("there is no node {node_name}"))?;
+        let number = node.next_pod();
+        let ipv4 = match spec.ipv4 {
+            Family::Chosen => Some(plumbing::pod_ipv4(node.number(), number)),
+            Family::Given(address) => Some(address),
+            Family::None => None,
+        };
+        let ipv6 = match spec.ipv6 {
+            Family::Chosen => Some(plumbing::pod_ipv6(node.number(), number)),
+            Family::Given(address) => Some(address),
+            Family::None => None,
+        };
+        let addresses = ipv4
+            .map(IpAddr::V4)
+            .into_iter()
+            .chain(ipv6.map(IpAddr::V6))
+            .collect();
+        let uid = self.next_uid();
+        self.plug(spec, uid, node, format!("p{number}"), addresses)
+    }
+
+    /// Ends a pod as Kubernetes does: its manifest first, then its processes, its link, its namespace's name, its cgroup.
+    pub fn remove_pod(&self, name: &str) -> Result<()> {
+        let pod = self.pod(name);
+        self.manifests.remove("Pod", pod.namespace(), pod.name())?;
+        self.unplug(&pod)
+    }
+
+    /// Ends a pod's processes and network and makes a new namespace of the same name, with the same addresses: its
+    /// manifest stays true, the namespace's cookie does not. Gives the new pod.
+    pub fn recreate_pod(&self, name: &str) -> Result<Pod> {
+        let pod = self.pod(name);
+        self.unplug(&pod)?;
+        let old = pod.state();
+        let node = self.node(&old.node);
+        self.plug(
+            old.spec.clone(),
+            old.uid.clone(),
+            node,
+            old.link.clone(),
+            old.addresses.clone(),
+        )
+    }
+
+    /// Starts a daemon on every node with defaults, and waits until each is ready and has enrolled its pods.
+    pub fn start_daemons(&self) -> Result<Vec<Daemon>> {
+        self.start_daemons_with(&DaemonOptions::default())
+    }
+
+    /// Starts a daemon on every node, and waits until each is ready and has enrolled its pods.
+    pub fn start_daemons_with(&self, options: &DaemonOptions) -> Result<Vec<Daemon>> {
+        let mut daemons = self
+            .nodes()
+            .map(|node| node.spawn_daemon(options.clone()))
+            .collect::<Result<Vec<_>>>()?;
+        for daemon in &mut daemons {
+            daemon.wait_ready()?;
+            let pods: Vec<String> = self
+                .pods()
+                .iter()
+                .filter(|pod| pod.node() == daemon.node())
+                .map(Pod::full_name)
+                .collect();
+            daemon.wait_enrolled(&pods)?;
+        }
+        Ok(daemons)
+    }
+
+    fn plug(
+        &self,
+        spec: PodSpec,
+        uid: String,
+        node: &Node,
+        link: String,
+        addresses: Vec<IpAddr>,
+    ) -> Result<Pod> {
+        let key = format!("{}/{}", spec.namespace, spec.name);
+        if self.lock().contains_key(&key) {
+            bail!("there is a pod {key} already");
+        }
+        let file = format!("pod-{}-{}", spec.namespace, spec.name);
+        let netns = Netns::create(&[self.id.netns_name(&file)])?.remove(0);
+        plumbing::prepare(&netns, false)?;
+        plumbing::pod(&netns, node.netns(), node.number(), &link, &addresses)?;
+        // As the kubelet names it.
+        let cgroup = node.cgroup().join(format!("pod{uid}"));
+        let place = Place::new(&key, netns, cgroup, self.id.temporary_folder().join(file))?;
+        let pod = Pod::new(pod::State {
+            spec,
+            uid,
+            node: node.name().to_owned(),
+            link,
+            addresses,
+            place,
+        });
+        self.lock().insert(key, pod.clone());
+        Ok(pod)
+    }
+
+    fn unplug(&self, pod: &Pod) -> Result<()> {
+        cgroup::remove(pod.cgroup())?;
+        plumbing::unplug(self.node(pod.node()).netns(), &pod.state().link)?;
+        Netns::remove(pod.netns().name())?;
+        self.lock().remove(&pod.full_name());
+        Ok(())
+    }
+
+    fn next_uid(&self) -> String {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        format!(
+            "{:08x}-0000-4000-8000-{:012x}",
+            self.id.pid(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        )
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Pod>> {
+        self.pods.lock().expect("no holder of this lock panics")
+    }
+
+    /// What the daemons said last, for whoever has to find out why a test failed.
+    fn print_logs(&self) {
+        for node in self.nodes() {
+            let Ok(log) = std::fs::read_to_string(node.folder().join(LOG)) else {
+                continue;
+            };
+            let lines: Vec<&str> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(LINES_OF_LOG)..];
+            eprintln!(
+                "---- last lines of the daemon's log on {}\n{}",
+                node.name(),
+                last.join("\n")
+            );
+        }
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.print_logs();
+        }
+        if let Err(error) = leftovers::remove(self.id) {
+            eprintln!("removing mesh {}: {error:#}", self.id);
+        }
+    }
+}
+
+fn full_name(name: &str) -> String {
+    if name.contains('/') {
+        name.to_owned()
+    } else {
+        format!("default/{name}")
+    }
+}
+
+const LINES_OF_LOG: usize = 60;

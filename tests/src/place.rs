@@ -1,0 +1,153 @@
+//! Where a process runs: a network namespace and a cgroup.
+
+use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, setns};
+
+use crate::app::App;
+use crate::eventually::{TIMEOUT, eventually};
+use crate::netns::Netns;
+use crate::process::{Finished, Process};
+use crate::sockets::{Endpoint, SocketCount, TcpState, sockets};
+
+/// A network namespace and a cgroup, together: a pod, a node, or the outside host, as its processes see it.
+#[derive(Debug, Clone)]
+pub struct Place {
+    name: String,
+    netns: Netns,
+    cgroup: PathBuf,
+    folder: PathBuf,
+}
+
+impl Place {
+    pub(crate) fn new(name: &str, netns: Netns, cgroup: PathBuf, folder: PathBuf) -> Result<Self> {
+        crate::cgroup::create(&cgroup)?;
+        std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        Ok(Self {
+            name: name.to_owned(),
+            netns,
+            cgroup,
+            folder,
+        })
+    }
+
+    /// Its name, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its network namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// Its folder of the cgroup tree.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// A temporary folder for files of programs that run here.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// A command that will run here; for what [`Place::run`] and [`Place::spawn`] do not offer. Give it to
+    /// [`Process::spawn`] so that it ends with the test.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
+        let netns = Arc::clone(self.netns.file());
+        let path = self.cgroup.join("cgroup.procs");
+        let procs = OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("opening {}", path.display()))?;
+        let mut command = Command::new(program);
+        command.current_dir(&self.folder);
+        // SAFETY: between fork and exec only write(2) and setns(2) are called, both async-signal-safe, on files that
+        // the closure owns; nothing is allocated.
+        unsafe {
+            command.pre_exec(move || {
+                nix::unistd::write(&procs, b"0").map_err(io::Error::from)?;
+                setns(&*netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)
+            });
+        }
+        Ok(command)
+    }
+
+    /// Starts a program here. It is killed when the value is dropped.
+    pub fn spawn<A: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Process> {
+        let mut command = self.command(program)?;
+        command.args(arguments);
+        Process::spawn(command).with_context(|| format!("in {}", self.name))
+    }
+
+    /// Runs a program here to its end, at most [`TIMEOUT`]. That it failed is no error: see [`Finished::ok`].
+    pub fn run<A: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Finished> {
+        self.spawn(program, arguments)?
+            .finish(TIMEOUT)
+            .with_context(|| format!("in {}", self.name))
+    }
+
+    /// Starts `pod-app` here with arguments separated by white space (there is no quoting), as in
+    /// `"echo-server --port 7"`. A server is [`App::listening`] a moment later.
+    pub fn app(&self, arguments: &str) -> Result<App> {
+        App::start(self, arguments.split_whitespace())
+    }
+
+    /// Runs `body` on a thread in the namespace, see [`Netns::enter`].
+    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T> {
+        self.netns.enter(body)
+    }
+
+    /// A connection from this namespace that no cgroup program sees, see [`Netns::enter`].
+    pub fn connect(&self, to: SocketAddr) -> Result<TcpStream> {
+        self.enter(|| TcpStream::connect_timeout(&to, TIMEOUT))?
+            .with_context(|| format!("connecting to {to} from {}", self.name))
+    }
+
+    /// A listener in this namespace, for the test itself to accept from.
+    pub fn listen(&self, on: SocketAddr) -> Result<TcpListener> {
+        self.enter(|| TcpListener::bind(on))?
+            .with_context(|| format!("listening on {on} in {}", self.name))
+    }
+
+    /// The TCP sockets of the namespace, by state.
+    pub fn sockets(&self) -> Result<SocketCount> {
+        Ok(sockets(&self.netns)?.into_iter().collect())
+    }
+
+    /// The TCP sockets of the namespace, one by one.
+    pub fn endpoints(&self) -> Result<Vec<Endpoint>> {
+        sockets(&self.netns)
+    }
+
+    /// Waits until something listens on the port.
+    pub fn wait_listening(&self, port: u16) -> Result<()> {
+        eventually(
+            TIMEOUT,
+            &format!("a listener on port {port} in {}", self.name),
+            || {
+                self.endpoints()
+                    .ok()?
+                    .iter()
+                    .any(|socket| socket.state == TcpState::Listen && socket.local.port() == port)
+                    .then_some(())
+            },
+        )
+    }
+}

@@ -1,0 +1,199 @@
+//! Links, addresses and routes.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::Result;
+
+use crate::ip::ip;
+use crate::netns::Netns;
+
+pub(crate) fn node_ipv4(node: u8) -> Ipv4Addr {
+    Ipv4Addr::new(172, 31, 0, 10 + node)
+}
+
+pub(crate) fn node_ipv6(node: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd31, 0, 0, 0, 0, 0, 0, 0x10 + u16::from(node))
+}
+
+/// The address of a node's pod; `pod` 1 is the node's own side.
+pub(crate) fn pod_ipv4(node: u8, pod: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, node, pod)
+}
+
+/// The address of a node's pod; `pod` 1 is the node's own side.
+pub(crate) fn pod_ipv6(node: u8, pod: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd77, u16::from(node), 0, 0, 0, 0, 0, u16::from(pod))
+}
+
+/// The interface on the wire that leads to a node.
+pub(crate) fn node_link(node: u8) -> String {
+    format!("n{node}")
+}
+
+/// Parameters to set before a namespace has any interface: addresses are usable at once and stay the given ones.
+pub(crate) fn prepare(netns: &Netns, forwards: bool) -> Result<()> {
+    let mut parameters = vec![
+        ("net/ipv6/conf/all/accept_dad", "0"),
+        ("net/ipv6/conf/default/accept_dad", "0"),
+    ];
+    if forwards {
+        parameters.extend([
+            ("net/ipv4/ip_forward", "1"),
+            ("net/ipv6/conf/all/forwarding", "1"),
+        ]);
+    }
+    netns.set_parameters(&parameters)
+}
+
+/// The bridge between the nodes, and the other ends of its links in the nodes and the outside host.
+pub(crate) fn wire(wire: &Netns, nodes: &[(u8, &Netns)], outside: &Netns) -> Result<()> {
+    let mut commands = vec![
+        "link set lo up".to_owned(),
+        // Without a multicast querier, snooping may lose neighbour discovery.
+        format!("link add {BRIDGE} type bridge mcast_snooping 0"),
+        format!("link set {BRIDGE} up"),
+    ];
+    let mut attach = |link: &str, netns: &Netns| {
+        commands.push(format!(
+            "link add {link} type veth peer name eth0 netns {}",
+            netns.name()
+        ));
+        commands.push(format!("link set {link} master {BRIDGE} up"));
+    };
+    for (number, netns) in nodes {
+        attach(&node_link(*number), netns);
+    }
+    attach(OUTSIDE_LINK, outside);
+    ip(Some(wire.name()), &commands)
+}
+
+/// A node's addresses, its pods' bridge and its routes to the other nodes' pods.
+pub(crate) fn node(netns: &Netns, number: u8, others: &[u8]) -> Result<()> {
+    let mut commands = vec![
+        "link set lo up".to_owned(),
+        "link set eth0 up".to_owned(),
+        format!("addr add {}/24 dev eth0", node_ipv4(number)),
+        format!("addr add {}/64 dev eth0 nodad", node_ipv6(number)),
+        format!("link add {POD_BRIDGE} type bridge mcast_snooping 0"),
+        format!("link set {POD_BRIDGE} up"),
+        format!("addr add {}/24 dev {POD_BRIDGE}", pod_ipv4(number, GATEWAY)),
+        format!(
+            "addr add {}/64 dev {POD_BRIDGE} nodad",
+            pod_ipv6(number, GATEWAY)
+        ),
+        format!("route add {OUTSIDE_NETWORK4} dev eth0"),
+        format!("route add {OUTSIDE_NETWORK6} dev eth0"),
+    ];
+    for other in others {
+        commands.push(format!(
+            "route add {}/24 via {}",
+            pod_ipv4(*other, 0),
+            node_ipv4(*other)
+        ));
+        commands.push(format!(
+            "route add {}/64 via {}",
+            pod_ipv6(*other, 0),
+            node_ipv6(*other)
+        ));
+    }
+    ip(Some(netns.name()), &commands)
+}
+
+/// The outside host's addresses and its routes to all nodes and pods.
+pub(crate) fn outside(netns: &Netns, nodes: &[u8]) -> Result<()> {
+    let mut commands = vec![
+        "link set lo up".to_owned(),
+        "link set eth0 up".to_owned(),
+        format!("addr add {OUTSIDE_IPV4}/24 dev eth0"),
+        format!("addr add {OUTSIDE_IPV6}/64 dev eth0 nodad"),
+        format!("route add {NODE_NETWORK4} dev eth0"),
+        format!("route add {NODE_NETWORK6} dev eth0"),
+    ];
+    for node in nodes {
+        commands.push(format!(
+            "route add {}/24 via {}",
+            pod_ipv4(*node, 0),
+            node_ipv4(*node)
+        ));
+        commands.push(format!(
+            "route add {}/64 via {}",
+            pod_ipv6(*node, 0),
+            node_ipv6(*node)
+        ));
+    }
+    ip(Some(netns.name()), &commands)
+}
+
+/// A pod's link to its node's bridge, its addresses and its default routes.
+///
+/// The hardware address follows from the first address, so that a pod that is made anew with its old address needs no
+/// neighbour's memory to expire.
+pub(crate) fn pod(
+    pod: &Netns,
+    node: &Netns,
+    node_number: u8,
+    link: &str,
+    addresses: &[IpAddr],
+) -> Result<()> {
+    let hardware = match addresses.first() {
+        Some(IpAddr::V4(address)) => hardware_address(address.octets()),
+        Some(IpAddr::V6(address)) => {
+            let [.., a, b, c, d] = address.octets();
+            hardware_address([a ^ node_number, b, c, d])
+        }
+        None => hardware_address([node_number, 0, 0, 0]),
+    };
+    ip(
+        Some(node.name()),
+        &[
+            format!(
+                "link add {link} type veth peer name eth0 address {hardware} netns {}",
+                pod.name()
+            ),
+            format!("link set {link} master {POD_BRIDGE} up"),
+        ],
+    )?;
+    let mut commands = vec!["link set lo up".to_owned(), "link set eth0 up".to_owned()];
+    for address in addresses {
+        match address {
+            IpAddr::V4(address) => {
+                commands.push(format!("addr add {address}/24 dev eth0"));
+                commands.push(format!(
+                    "route add default via {}",
+                    pod_ipv4(node_number, GATEWAY)
+                ));
+            }
+            IpAddr::V6(address) => {
+                commands.push(format!("addr add {address}/64 dev eth0 nodad"));
+                commands.push(format!(
+                    "route add default via {}",
+                    pod_ipv6(node_number, GATEWAY)
+                ));
+            }
+        }
+    }
+    ip(Some(pod.name()), &commands)
+}
+
+/// Cuts a pod off, as a CNI plugin does at its end: both ends of its link go, even when its namespace lives on.
+pub(crate) fn unplug(node: &Netns, link: &str) -> Result<()> {
+    ip(Some(node.name()), &[format!("link del {link}")])
+}
+
+fn hardware_address([a, b, c, d]: [u8; 4]) -> String {
+    // The locally administered bit is set in the first byte.
+    format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+}
+
+/// The outside host's IPv4 address, of TEST-NET-1 (RFC 5737).
+pub(crate) const OUTSIDE_IPV4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
+/// The outside host's IPv6 address, of the documentation prefix (RFC 3849).
+pub(crate) const OUTSIDE_IPV6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
+const OUTSIDE_NETWORK4: &str = "192.0.2.0/24";
+const OUTSIDE_NETWORK6: &str = "2001:db8::/64";
+const NODE_NETWORK4: &str = "172.31.0.0/24";
+const NODE_NETWORK6: &str = "fd31::/64";
+pub(crate) const OUTSIDE_LINK: &str = "outside";
+pub(crate) const BRIDGE: &str = "br0";
+const POD_BRIDGE: &str = "cni0";
+const GATEWAY: u8 = 1;

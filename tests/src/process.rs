@@ -1,0 +1,281 @@
+//! Child processes: their output as it comes, their end, and the end of them.
+
+use std::io::Read;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::eventually::{eventually, eventually_ok};
+
+/// A running program whose output is collected. Dropping it kills it and the processes of its group.
+#[derive(Debug)]
+pub struct Process {
+    what: String,
+    child: Child,
+    status: Option<ExitStatus>,
+    stdout: Collected,
+    stderr: Collected,
+}
+
+impl Process {
+    /// Starts the command in a process group of its own, its output collected and its input empty.
+    pub fn spawn(mut command: Command) -> Result<Self> {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self::spawn_as_is(command)
+    }
+
+    /// Like [`Process::spawn`], with the output where the command sends it.
+    pub(crate) fn spawn_as_is(mut command: Command) -> Result<Self> {
+        let what = describe(&command);
+        command.process_group(0).stdin(Stdio::null());
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start `{what}`"))?;
+        let stdout = child.stdout.take().map(Collected::from).unwrap_or_default();
+        let stderr = child.stderr.take().map(Collected::from).unwrap_or_default();
+        Ok(Self {
+            what,
+            child,
+            status: None,
+            stdout,
+            stderr,
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has written to standard output so far.
+    pub fn stdout(&self) -> String {
+        self.stdout.text()
+    }
+
+    /// What it has written to standard error so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.text()
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        if self.status.is_none() {
+            self.status = self
+                .child
+                .try_wait()
+                .with_context(|| format!("waiting for `{}`", self.what))?;
+        }
+        Ok(self.status)
+    }
+
+    /// Waits for its end; an error, without ending it, when it still runs at the deadline.
+    pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let what = format!("the end of `{}`", self.what);
+        eventually_ok(deadline, &what, || {
+            self.ended()?.ok_or_else(|| anyhow!("it still runs"))
+        })
+        .with_context(|| format!("it has said: {}{}", self.stdout(), self.stderr()))
+    }
+
+    /// Waits for its end and gives all it has written. At the deadline it is killed and an error given.
+    pub fn finish(mut self, deadline: Duration) -> Result<Finished> {
+        let status = self.wait(deadline)?;
+        // A grandchild may hold the pipe open; what it will say is not waited for.
+        let _ = eventually(Duration::from_secs(1), "the end of its output", || {
+            (self.stdout.at_end() && self.stderr.at_end()).then_some(())
+        });
+        Ok(Finished {
+            what: self.what.clone(),
+            status,
+            stdout: self.stdout(),
+            stderr: self.stderr(),
+        })
+    }
+
+    /// Waits until standard output holds a line for which `find` gives a value.
+    pub fn wait_for_line<T>(
+        &mut self,
+        what: &str,
+        deadline: Duration,
+        mut find: impl FnMut(&str) -> Option<T>,
+    ) -> Result<T> {
+        let mut seen = 0;
+        let mut found = eventually(deadline, what, || {
+            // The end is looked at first: what was said before it is then all there.
+            let ended = self.ended().ok().flatten().is_some() && self.stdout.at_end();
+            let news = self.stdout.text_from(seen);
+            for line in news
+                .split_inclusive('\n')
+                .filter(|line| line.ends_with('\n'))
+            {
+                seen += line.len();
+                if let Some(value) = find(line.trim_end()) {
+                    return Some(Some(value));
+                }
+            }
+            ended.then_some(None)
+        })
+        .with_context(|| {
+            format!(
+                "`{}` has said: {}{}",
+                self.what,
+                self.stdout(),
+                self.stderr()
+            )
+        })?;
+        found.take().ok_or_else(|| {
+            anyhow!(
+                "`{}` ended ({:?}) before {what}: {}{}",
+                self.what,
+                self.status,
+                self.stdout(),
+                self.stderr()
+            )
+        })
+    }
+
+    /// Sends a signal to it alone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        nix::sys::signal::kill(self.as_pid(), signal)
+            .with_context(|| format!("sending {signal} to `{}`", self.what))
+    }
+
+    /// Kills it and its process group with SIGKILL and waits for its end.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        if let Some(status) = self.ended()? {
+            return Ok(status);
+        }
+        // It was not reaped yet, so the group's number is still its own.
+        let _ = killpg(self.as_pid(), Signal::SIGKILL);
+        let status = self
+            .child
+            .wait()
+            .with_context(|| format!("waiting for `{}`", self.what))?;
+        self.status = Some(status);
+        Ok(status)
+    }
+
+    fn as_pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("Linux process ids are below 2^22"))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+/// A program that has ended.
+#[derive(Debug, Clone)]
+pub struct Finished {
+    what: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// All of its standard output.
+    pub stdout: String,
+    /// All of its standard error.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// Itself when the program exited with 0, else an error that says how it ended and what it wrote.
+    pub fn ok(self) -> Result<Self> {
+        if !self.status.success() {
+            bail!(
+                "`{}` ended with {}: {}{}",
+                self.what,
+                describe_status(self.status),
+                self.stderr,
+                self.stdout
+            );
+        }
+        Ok(self)
+    }
+
+    /// The exit code, or none after a signal.
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    /// The lines of standard output that are JSON.
+    pub fn json_lines(&self) -> Vec<Value> {
+        json_lines(&self.stdout)
+    }
+}
+
+/// The lines of a text that are JSON, in order.
+pub(crate) fn json_lines(text: &str) -> Vec<Value> {
+    text.lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect()
+}
+
+/// What a pipe has given so far.
+#[derive(Debug, Clone, Default)]
+struct Collected(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    bytes: Vec<u8>,
+    open: bool,
+}
+
+impl Collected {
+    fn from(mut pipe: impl Read + Send + 'static) -> Self {
+        let collected = Self(Arc::new(Mutex::new(State {
+            bytes: Vec::new(),
+            open: true,
+        })));
+        let state = Arc::clone(&collected.0);
+        thread::spawn(move || {
+            let mut buffer = [0; 64 * 1024];
+            loop {
+                let read = pipe.read(&mut buffer).unwrap_or(0);
+                let mut state = state.lock().expect("no holder of this lock panics");
+                state.bytes.extend_from_slice(&buffer[..read]);
+                if read == 0 {
+                    state.open = false;
+                    return;
+                }
+            }
+        });
+        collected
+    }
+
+    fn text(&self) -> String {
+        self.text_from(0)
+    }
+
+    fn text_from(&self, start: usize) -> String {
+        let state = self.0.lock().expect("no holder of this lock panics");
+        String::from_utf8_lossy(&state.bytes[start..]).into_owned()
+    }
+
+    fn at_end(&self) -> bool {
+        !self.0.lock().expect("no holder of this lock panics").open
+    }
+}
+
+fn describe(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+fn describe_status(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit code {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => status.to_string(),
+    }
+}

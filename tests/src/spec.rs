@@ -1,0 +1,245 @@
+//! What a mesh is declared to hold, and the manifests that say so.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+/// A pod, before it exists.
+#[derive(Debug, Clone)]
+pub struct PodSpec {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) node: Option<String>,
+    pub(crate) ipv4: Family<Ipv4Addr>,
+    pub(crate) ipv6: Family<Ipv6Addr>,
+    service_account: String,
+    labels: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
+    ports: Vec<(String, u16)>,
+    ready: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Family<A> {
+    Chosen,
+    Given(A),
+    None,
+}
+
+impl PodSpec {
+    /// A pod in namespace `default` with service account `default`, on the mesh's first node, ready, with an IPv4 and an
+    /// IPv6 address of its node's networks.
+    pub fn new(name: &str) -> Self {
+        Self {
+            namespace: "default".to_owned(),
+            name: name.to_owned(),
+            node: None,
+            ipv4: Family::Chosen,
+            ipv6: Family::Chosen,
+            service_account: "default".to_owned(),
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            ports: Vec::new(),
+            ready: true,
+        }
+    }
+
+    /// Its node.
+    pub fn on(mut self, node: &str) -> Self {
+        self.node = Some(node.to_owned());
+        self
+    }
+
+    /// Its namespace.
+    pub fn namespace(mut self, namespace: &str) -> Self {
+        self.namespace = namespace.to_owned();
+        self
+    }
+
+    /// Its service account.
+    pub fn service_account(mut self, name: &str) -> Self {
+        self.service_account = name.to_owned();
+        self
+    }
+
+    /// Adds a label.
+    pub fn label(mut self, key: &str, value: &str) -> Self {
+        self.labels.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Adds an annotation. `auth-daemon.io/netns` is there already.
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.annotations.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Adds a named container port.
+    pub fn port(mut self, name: &str, port: u16) -> Self {
+        self.ports.push((name.to_owned(), port));
+        self
+    }
+
+    /// An address to have instead of the next free one. It must lie in its node's network, 10.77.N.0/24 or fd77:N::/64,
+    /// to be routed, and be none that another pod of the node got: those are given from 2 upwards.
+    pub fn address(mut self, address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(address) => self.ipv4 = Family::Given(address),
+            IpAddr::V6(address) => self.ipv6 = Family::Given(address),
+        }
+        self
+    }
+
+    /// Without an IPv6 address.
+    pub fn ipv4_only(mut self) -> Self {
+        self.ipv6 = Family::None;
+        self
+    }
+
+    /// Without an IPv4 address.
+    pub fn ipv6_only(mut self) -> Self {
+        self.ipv4 = Family::None;
+        self
+    }
+
+    /// With the condition Ready at `False` at first.
+    pub fn not_ready(mut self) -> Self {
+        self.ready = false;
+        self
+    }
+
+    pub(crate) fn manifest(
+        &self,
+        uid: &str,
+        node: &str,
+        addresses: &[IpAddr],
+        netns: &Path,
+    ) -> Value {
+        let mut annotations = self.annotations.clone();
+        annotations
+            .entry("auth-daemon.io/netns".to_owned())
+            .or_insert_with(|| netns.display().to_string());
+        let ports: Vec<Value> = self
+            .ports
+            .iter()
+            .map(|(name, port)| json!({"name": name, "containerPort": port}))
+            .collect();
+        json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": self.name,
+                "namespace": self.namespace,
+                "uid": uid,
+                "labels": self.labels,
+                "annotations": annotations,
+            },
+            "spec": {
+                "nodeName": node,
+                "serviceAccountName": self.service_account,
+                "containers": [{"name": "app", "image": "app", "ports": ports}],
+            },
+            "status": {
+                "phase": "Running",
+                "podIP": addresses.first(),
+                "podIPs": addresses.iter().map(|ip| json!({"ip": ip})).collect::<Vec<_>>(),
+                "conditions": [{"type": "Ready", "status": if self.ready { "True" } else { "False" }}],
+            },
+        })
+    }
+
+    pub(crate) fn service_account_manifest(&self) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": {"name": self.service_account, "namespace": self.namespace},
+        })
+    }
+}
+
+/// A service, which is nothing but its manifest.
+#[derive(Debug, Clone)]
+pub struct ServiceSpec {
+    namespace: String,
+    name: String,
+    selector: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
+    addresses: Vec<IpAddr>,
+    ports: Vec<Value>,
+}
+
+impl ServiceSpec {
+    /// A service in namespace `default` without addresses, ports and selector.
+    pub fn new(name: &str) -> Self {
+        Self {
+            namespace: "default".to_owned(),
+            name: name.to_owned(),
+            selector: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            addresses: Vec::new(),
+            ports: Vec::new(),
+        }
+    }
+
+    /// Its namespace.
+    pub fn namespace(mut self, namespace: &str) -> Self {
+        self.namespace = namespace.to_owned();
+        self
+    }
+
+    /// Adds a label that its pods have.
+    pub fn selector(mut self, key: &str, value: &str) -> Self {
+        self.selector.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Adds an address; the first is `clusterIP`. By convention of 10.96.0.0/16 and fd96::/112.
+    ///
+    /// # Panics
+    /// When the text is no IP address.
+    pub fn address(mut self, address: &str) -> Self {
+        self.addresses.push(address.parse().expect("an IP address"));
+        self
+    }
+
+    /// Adds a TCP port and the pods' port behind it.
+    pub fn port(mut self, port: u16, target: u16) -> Self {
+        self.ports.push(json!({"name": format!("p{port}"), "port": port, "targetPort": target, "protocol": "TCP"}));
+        self
+    }
+
+    /// Adds a TCP port and the name of the pods' port behind it.
+    pub fn named_port(mut self, port: u16, target: &str) -> Self {
+        self.ports.push(json!({"name": format!("p{port}"), "port": port, "targetPort": target, "protocol": "TCP"}));
+        self
+    }
+
+    /// Adds an annotation.
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.annotations.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Pins the service accounts that may run it, as in `"web,other-namespace/web"`.
+    pub fn service_accounts(self, accounts: &str) -> Self {
+        self.annotation("auth-daemon.io/service-accounts", accounts)
+    }
+
+    /// Its manifest, for [`crate::Manifests::apply`].
+    pub fn manifest(&self) -> Value {
+        json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": self.name, "namespace": self.namespace, "annotations": self.annotations},
+            "spec": {
+                "type": "ClusterIP",
+                "clusterIP": self.addresses.first(),
+                "clusterIPs": self.addresses,
+                "selector": self.selector,
+                "ports": self.ports,
+            },
+        })
+    }
+}

@@ -1,0 +1,23 @@
+//! `cargo xtask clippy-ebpf`: clippy over the eBPF programs, with the compiler that builds them.
+
+use anyhow::Result;
+
+use crate::build_ebpf::Arguments;
+use crate::step::{self, step};
+use crate::toolchain;
+
+/// Runs clippy with warnings denied.
+///
+/// # Errors
+/// When it finds something, or there is no toolchain for it and none can be installed.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    step("clippy on the eBPF programs", || {
+        let toolchain = toolchain::ensure(arguments.wanted())?;
+        let linter = toolchain::linter(toolchain.kind)?;
+        step::run(
+            toolchain
+                .cargo(Some(&linter))
+                .args(["--", "-D", "warnings"]),
+        )
+    })
+}

@@ -1,0 +1,90 @@
+//! `cargo xtask deny`: licences, sources and duplicates of all dependencies, and advisories against them.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::step::{self, cargo, step, which, workspace};
+use crate::toolchain::cargo_install;
+
+/// Checks the workspace and the eBPF crate by the rules of deny.toml.
+///
+/// # Errors
+/// When a rule is broken, or cargo-deny cannot be installed.
+pub(crate) fn run() -> Result<()> {
+    if which("cargo-deny").is_none() {
+        cargo_install("cargo-deny", CARGO_DENY_VERSION)?;
+    }
+    let mut locked = Vec::new();
+    for manifest in ["Cargo.toml", "auth-ebpf/Cargo.toml"] {
+        if workspace()
+            .join(manifest)
+            .with_file_name("Cargo.lock")
+            .exists()
+        {
+            locked.push(manifest);
+        } else {
+            eprintln!("SKIPPED deny of {manifest}: it has no Cargo.lock yet");
+        }
+    }
+    for manifest in &locked {
+        step(
+            &format!("licences, sources and duplicates of {manifest}"),
+            || step::run(&mut check(manifest, &["licenses", "sources", "bans"])),
+        )?;
+    }
+    if locked.is_empty() || !fetch_advisories() {
+        return Ok(());
+    }
+    for manifest in &locked {
+        step(&format!("advisories against {manifest}"), || {
+            step::run(&mut check(manifest, &["--disable-fetch", "advisories"]))
+        })?;
+    }
+    Ok(())
+}
+
+fn check(manifest: &str, arguments: &[&str]) -> Command {
+    let mut command = cargo_deny(cargo(), manifest);
+    command.arg("check");
+    if manifest != "Cargo.toml" {
+        // The rules are written for the workspace: the small crate need not use every exception.
+        for unused in [
+            "license-not-encountered",
+            "license-exception-not-encountered",
+            "unmatched-skip",
+        ] {
+            command.args(["--allow", unused]);
+        }
+    }
+    command.args(arguments);
+    command
+}
+
+/// Brings the advisory database up to date, and tells whether it could be reached: it is a git repository, and some
+/// networks let only crates through.
+fn fetch_advisories() -> bool {
+    eprintln!("==> fetch the advisory database");
+    let cargo = cargo();
+    let mut limited = Command::new("timeout");
+    limited
+        .current_dir(workspace())
+        .arg("120")
+        .arg(cargo.get_program());
+    let reached = step::run(cargo_deny(limited, "Cargo.toml").args(["fetch", "db"])).is_ok();
+    if !reached {
+        eprintln!("SKIPPED advisories: their database cannot be reached");
+    }
+    reached
+}
+
+fn cargo_deny(mut cargo: Command, manifest: &str) -> Command {
+    // Called as cargo's subcommand, because cargo finds it where it installs programs, on the PATH or not.
+    cargo
+        .args(["deny", "--manifest-path"])
+        .args([manifest, "--all-features"]);
+    cargo.args(["--config", "deny.toml"]);
+    cargo
+}
+
+const CARGO_DENY_VERSION: &str = "0.20.2";

@@ -1,0 +1,64 @@
+//! Everything a contributor runs: `cargo xtask <command>`. One file a command; the helpers they share are
+//! [`step`] (a long step with its progress), [`apt`] and [`toolchain`].
+#![forbid(unsafe_code)]
+
+mod apt;
+mod build;
+mod build_ebpf;
+mod ci;
+mod clippy_ebpf;
+mod deny;
+mod setup;
+mod step;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Build, test and check this project.
+#[derive(Debug, Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build the eBPF object that the daemon embeds: target/bpf/auth-ebpf
+    BuildEbpf(build_ebpf::Arguments),
+    /// Build everything, optimised: the eBPF object, then the workspace
+    Build,
+    /// Run all tests as root, or those whose name contains a filter
+    Test(test::Arguments),
+    /// Install the programs that tests and demo run (nginx, iperf3, …), where they are missing
+    Setup,
+    /// Run clippy on the eBPF programs
+    ClippyEbpf(build_ebpf::Arguments),
+    /// Check licences, sources and duplicates of dependencies; advisories where their database can be reached
+    Deny,
+    /// Run what continuous integration runs: .ci/run
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::BuildEbpf(arguments) => build_ebpf::run(&arguments),
+        Command::Build => build::run(),
+        Command::Test(arguments) => test::run(&arguments),
+        Command::Setup => setup::run(),
+        Command::ClippyEbpf(arguments) => clippy_ebpf::run(&arguments),
+        Command::Deny => deny::run(),
+        Command::Ci => ci::run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Without the backtrace that anyhow would print: what matters here was said by the programs that ran.
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! `cargo xtask setup`: the programs that tests and demo run in their pods and on their wires.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::apt;
+use crate::step::{self, step, which};
+
+/// Installs what is missing; takes no time when nothing is.
+///
+/// # Errors
+/// When something is missing and cannot be installed from here: the message names it.
+pub(crate) fn run() -> Result<()> {
+    let missing: Vec<Program> = PROGRAMS
+        .into_iter()
+        .filter(|program| which(program.command).is_none())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let commands = missing
+        .iter()
+        .map(|program| program.command)
+        .collect::<Vec<_>>()
+        .join(", ");
+    let packages: Vec<String> = missing
+        .iter()
+        .map(|program| program.package.to_owned())
+        .collect();
+    if !apt::present() {
+        bail!("these programs are missing, please install them: {commands}");
+    }
+    if !apt::usable() {
+        bail!(
+            "these programs are missing: {commands}. To install them:\n  sudo apt-get update\n  \
+             sudo apt-get install --no-install-recommends {}\n",
+            packages.join(" ")
+        );
+    }
+    step(&format!("install what the tests run: {commands}"), || {
+        apt::update()?;
+        apt::install(&packages)?;
+        if missing.iter().any(|program| program.command == "nginx")
+            && which("update-rc.d").is_some()
+        {
+            // It was not started just now, and must not take port 80 after the next start of the machine either: only
+            // the tests' own nginx runs, inside a pod.
+            step::run(Command::new("update-rc.d").args(["nginx", "disable"]))?;
+        }
+        Ok(())
+    })
+}
+
+/// A program and the Debian package that brings it.
+#[derive(Clone, Copy, Debug)]
+struct Program {
+    command: &'static str,
+    package: &'static str,
+}
+
+const PROGRAMS: [Program; 10] = [
+    Program {
+        command: "ip",
+        package: "iproute2",
+    },
+    Program {
+        command: "nginx",
+        package: "nginx-light",
+    },
+    Program {
+        command: "iperf3",
+        package: "iperf3",
+    },
+    Program {
+        command: "curl",
+        package: "curl",
+    },
+    Program {
+        command: "tcpdump",
+        package: "tcpdump",
+    },
+    Program {
+        command: "openssl",
+        package: "openssl",
+    },
+    Program {
+        command: "faketime",
+        package: "faketime",
+    },
+    Program {
+        command: "nft",
+        package: "nftables",
+    },
+    Program {
+        command: "python3",
+        package: "python3-minimal",
+    },
+    Program {
+        command: "ps",
+        package: "procps",
+    },
+];
