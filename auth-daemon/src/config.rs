@@ -105,13 +105,13 @@ impl Config {
         let node_name = root
             .parsed("nodeName", &mut faults, node_name)
             .or_else(default_node_name);
-        let trust_domain = root.parsed("trustDomain", &mut faults, |s| TrustDomain::from_str(s));
+        let trust_domain = root.parsed("trustDomain", &mut faults, TrustDomain::from_str);
         let mode = root.parsed("mode", &mut faults, |s| match s {
             "STRICT" => Ok(Mode::Strict),
             "PERMISSIVE" => Ok(Mode::Permissive),
             _ => Err("is neither STRICT nor PERMISSIVE"),
         });
-        let pod_networks = root.list("podNetworks", &mut faults, |s| IpNet::from_str(s));
+        let pod_networks = root.list("podNetworks", &mut faults, IpNet::from_str);
         let drain = root.parsed("drain", &mut faults, |s| {
             duration(s, Duration::ZERO, MAX_DRAIN)
         });

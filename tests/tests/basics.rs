@@ -41,17 +41,11 @@ fn curl_reaches_nginx_through_tls() {
         "10.96.0.7:80".parse().unwrap(),
         "[fd96::7]:80".parse().unwrap(),
     ] {
+        let url = format!("http://{address}/");
         let answer = client
             .run(
                 "curl",
-                &[
-                    "-sS",
-                    "-m",
-                    "10",
-                    "-w",
-                    "\n%{remote_ip} %{local_ip}",
-                    &format!("http://{address}/"),
-                ],
+                ["-sS", "-m", "10", "-w", "\n%{remote_ip} %{local_ip}", &url],
             )
             .unwrap()
             .ok()

@@ -46,7 +46,7 @@ pub enum EnrolError {
         /// The pod.
         pod: ObjectName,
         /// What happened.
-        error: KernelError,
+        error: Box<KernelError>,
     },
 }
 
@@ -118,7 +118,7 @@ impl Enrolled {
     ) -> Result<Listeners, EnrolError> {
         let failed = |error| EnrolError::Kernel {
             pod: pod.clone(),
-            error,
+            error: Box::new(error),
         };
         let listeners = sockets::listen(&self.netns, &self.addresses).map_err(setup)?;
         kernel

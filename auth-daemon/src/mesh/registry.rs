@@ -150,6 +150,11 @@ impl Snapshot {
         self.pods.get(&address)
     }
 
+    /// Whether more than one pod or service says that `address` is its own.
+    pub fn is_disputed(&self, address: IpAddr) -> bool {
+        self.disputed.contains(&address)
+    }
+
     /// Addresses of pods, those in dispute included: what is captured and then cannot be served is refused.
     pub fn pod_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.pods.keys().chain(&self.disputed).copied()

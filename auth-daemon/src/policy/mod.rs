@@ -19,6 +19,9 @@ pub enum Denied {
         /// Whose certificate was presented.
         presented: Identity,
     },
+    /// More than one pod claims the address: nobody can be told from it.
+    #[error("{0} is claimed by more than one pod or service; fix the objects that claim it")]
+    Disputed(IpAddr),
     /// The client speaks for an address that it does not call from.
     #[error("the client at {tunnel} says that it is {claimed}")]
     ClaimedAddress {
@@ -40,6 +43,9 @@ pub fn admit_source(
 ) -> Result<(), Denied> {
     if tunnel != claimed {
         return Err(Denied::ClaimedAddress { tunnel, claimed });
+    }
+    if snapshot.is_disputed(tunnel) {
+        return Err(Denied::Disputed(tunnel));
     }
     match snapshot.pod(tunnel) {
         Some(pod) if pod.identity != *presented => Err(Denied::Impostor {
@@ -63,21 +69,22 @@ mod tests {
         let api: Identity = "spiffe://cluster.local/ns/default/sa/api".parse().unwrap();
         let address: IpAddr = "10.0.0.1".parse().unwrap();
         let other: IpAddr = "10.0.0.2".parse().unwrap();
+        let workload = Workload {
+            name: ObjectName {
+                namespace: "default".into(),
+                name: "web-1".into(),
+            },
+            uid: String::new(),
+            identity: web.clone(),
+            addresses: vec![address],
+            node: "a".into(),
+            ready: true,
+            labels: Default::default(),
+            named_ports: Default::default(),
+            netns: None,
+        };
         let snapshot = Snapshot::new(Inventory {
-            workloads: vec![Workload {
-                name: ObjectName {
-                    namespace: "default".into(),
-                    name: "web-1".into(),
-                },
-                uid: String::new(),
-                identity: web.clone(),
-                addresses: vec![address],
-                node: "a".into(),
-                ready: true,
-                labels: Default::default(),
-                named_ports: Default::default(),
-                netns: None,
-            }],
+            workloads: vec![workload.clone()],
             services: vec![],
         });
         assert_eq!(admit_source(&snapshot, &web, address, address), Ok(()));
@@ -90,5 +97,11 @@ mod tests {
         assert!(denied.to_string().contains("pod default/web-1"), "{denied}");
         let denied = admit_source(&snapshot, &web, address, other).unwrap_err();
         assert!(matches!(denied, Denied::ClaimedAddress { .. }));
+        let disputed = Snapshot::new(Inventory {
+            workloads: vec![workload.clone(), workload],
+            services: vec![],
+        });
+        let denied = admit_source(&disputed, &web, address, address).unwrap_err();
+        assert_eq!(denied, Denied::Disputed(address));
     }
 }

@@ -260,10 +260,12 @@ impl Guard<'_> {
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         if !self.finished {
-            self.write(
-                Outcome::Reset,
-                &"ended by this daemon: the pod left the mesh, or the daemon stops",
-            );
+            let reason = if std::thread::panicking() {
+                "internal error in the daemon; its log has the details"
+            } else {
+                "ended by this daemon: the pod left the mesh, or the daemon stops"
+            };
+            self.write(Outcome::Reset, &reason);
         }
         self.live.lock().remove(&self.id);
     }

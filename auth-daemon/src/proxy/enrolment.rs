@@ -36,7 +36,16 @@ pub struct Enrolment {
     data_path: Handle,
     serving: HashMap<ObjectName, Serving>,
     failing: BTreeMap<ObjectName, Failing>,
+    /// What the kernel's side was told the mesh's addresses are.
+    told: Told,
     draining: watch::Sender<bool>,
+}
+
+/// The sources of the mesh's addresses, as they were when the kernel's side was told.
+#[derive(Default, PartialEq, Eq)]
+struct Told {
+    registry_version: Option<u64>,
+    node_addresses: Vec<IpAddr>,
 }
 
 struct Serving {
@@ -77,6 +86,7 @@ impl Enrolment {
             data_path,
             serving: HashMap::new(),
             failing: BTreeMap::new(),
+            told: Told::default(),
             draining: watch::Sender::new(false),
         }
     }
@@ -87,8 +97,10 @@ impl Enrolment {
         let mut changes = self.node.registry.changes();
         let mut first = true;
         while !*stop.borrow() {
-            changes.mark_unchanged();
+            // The version before the snapshot: a change in between is seen again, never missed.
+            let version = *changes.borrow_and_update();
             let snapshot = self.node.registry.snapshot();
+            self.tell_addresses(version, &snapshot);
             self.reconcile(&snapshot);
             if first {
                 first = false;
@@ -130,17 +142,28 @@ impl Enrolment {
         }
     }
 
+    /// Tells the kernel's side which addresses the mesh has, when that may have changed.
+    fn tell_addresses(&mut self, registry_version: u64, snapshot: &Snapshot) {
+        let now = Told {
+            registry_version: Some(registry_version),
+            node_addresses: node_addresses(),
+        };
+        if now == self.told {
+            return;
+        }
+        let kernel = &self.node.kernel;
+        let told = kernel
+            .set_mesh(&self.mesh_addresses(snapshot, &now.node_addresses))
+            .and_then(|()| kernel.set_default_inbound(self.node.inbound_mode()));
+        match told {
+            Ok(()) => self.told = now,
+            Err(error) => tracing::error!(
+                %error, "cannot tell the kernel's side the mesh's addresses; new ones are not captured"
+            ),
+        }
+    }
+
     fn reconcile(&mut self, snapshot: &Snapshot) {
-        if let Err(error) = self.node.kernel.set_mesh(&self.mesh_addresses(snapshot)) {
-            tracing::error!(%error, "cannot tell the kernel's side the mesh's addresses; new ones are not captured");
-        }
-        if let Err(error) = self
-            .node
-            .kernel
-            .set_default_inbound(self.node.inbound_mode())
-        {
-            tracing::error!(%error, "cannot tell the kernel's side what to admit");
-        }
         let wanted: HashMap<&ObjectName, &Arc<Workload>> = snapshot
             .workloads()
             .iter()
@@ -228,7 +251,11 @@ impl Enrolment {
         tracing::info!(pod = %name, "pod released");
     }
 
-    fn mesh_addresses(&self, snapshot: &Snapshot) -> HashMap<IpNet, MeshKind> {
+    fn mesh_addresses(
+        &self,
+        snapshot: &Snapshot,
+        node_addresses: &[IpAddr],
+    ) -> HashMap<IpNet, MeshKind> {
         let mut addresses = HashMap::new();
         for network in &self.node.config.pod_networks {
             addresses.insert(network.trunc(), MeshKind::PodNetwork);
@@ -239,8 +266,8 @@ impl Enrolment {
         for address in snapshot.pod_addresses() {
             addresses.insert(address.into(), MeshKind::Pod);
         }
-        for address in node_addresses() {
-            addresses.insert(address.into(), MeshKind::Node);
+        for address in node_addresses {
+            addresses.insert((*address).into(), MeshKind::Node);
         }
         addresses
     }
@@ -286,10 +313,10 @@ fn is_same_pod(new: &Workload, old: &Workload) -> bool {
         && new.netns == old.netns
 }
 
-/// The addresses of this node, where probes come from.
+/// The addresses of this node, where probes come from, in order.
 fn node_addresses() -> Vec<IpAddr> {
     let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
-    interfaces
+    let mut addresses: Vec<_> = interfaces
         .filter_map(|interface| {
             let storage = interface.address?;
             let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
@@ -297,7 +324,10 @@ fn node_addresses() -> Vec<IpAddr> {
             v4.or(v6)
         })
         .filter(|address| !address.is_loopback())
-        .collect()
+        .collect();
+    addresses.sort();
+    addresses.dedup();
+    addresses
 }
 
 #[derive(Clone, Copy)]

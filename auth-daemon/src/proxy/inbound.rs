@@ -1,8 +1,14 @@
 //! The server's side: what comes for a pod, from the first byte on its tunnel listener to the last one of the last
 //! connection that the tunnel carries.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::AsRawFd,
+    time::{Duration, SystemTime},
+};
 
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::Interest,
     net::TcpStream,
@@ -25,6 +31,7 @@ use crate::{
         frame::{Connect, Event, ResetCode},
         hello::{Opening, PEEK_BYTES, classify},
         relay,
+        svid::Svid,
     },
 };
 
@@ -78,8 +85,19 @@ pub(super) async fn serve(
         Ok(Err(reason)) => return access.finish(Outcome::Refused, reason),
         Err(_) => return access.finish(Outcome::Refused, late()),
     };
-    drop(permit);
-    carry(node, pod, channel, from, local, deadline, access).await;
+    let first = First {
+        access,
+        deadline,
+        _permit: permit,
+    };
+    carry(node, pod, channel, from, local, first).await;
+}
+
+/// A tunnel whose first CONNECT is due: until then it counts as a handshake.
+struct First<'a> {
+    access: Guard<'a>,
+    deadline: Instant,
+    _permit: OwnedSemaphorePermit,
 }
 
 fn prepare(tcp: &TcpStream) -> io::Result<SocketAddr> {
@@ -93,26 +111,34 @@ fn late() -> String {
 
 /// What the caller's first bytes are. They stay in the socket.
 async fn opening(tcp: &TcpStream, mode: Mode, deadline: Instant) -> io::Result<Opening> {
-    let peek = tcp.async_io(Interest::READABLE, || {
-        let mut bytes = [0; PEEK_BYTES];
-        // SAFETY: initialised bytes are valid as possibly uninitialised ones, and recv writes no others.
-        let room =
-            unsafe { &mut *(&raw mut bytes as *mut [std::mem::MaybeUninit<u8>; PEEK_BYTES]) };
-        let count = socket2::SockRef::from(tcp).peek(room)?;
-        match classify(&bytes[..count], ALPN) {
-            // More may come: wait for it as for the first byte.
-            Opening::Undecided if count > 0 => Err(io::ErrorKind::WouldBlock.into()),
-            opening => Ok(opening),
-        }
-    });
     let silence = match mode {
         Mode::Strict => deadline,
         Mode::Permissive => Instant::now() + SILENCE,
     };
-    match timeout_at(silence, peek).await {
+    let decide = async {
+        loop {
+            let ready = tcp.ready(Interest::READABLE).await?;
+            let peek = tcp.try_io(Interest::READABLE, || {
+                let mut bytes = [0; PEEK_BYTES];
+                let count = recv(tcp.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK)?;
+                match classify(&bytes[..count], ALPN) {
+                    // More may come: wait for it as for the first byte.
+                    Opening::Undecided if !ready.is_read_closed() => {
+                        Err(io::ErrorKind::WouldBlock.into())
+                    }
+                    opening => Ok(opening),
+                }
+            });
+            match peek {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                decided => return decided,
+            }
+        }
+    };
+    match timeout_at(silence, decide).await {
         Ok(Ok(Opening::Undecided)) if mode == Mode::Strict => Err(io::Error::new(
             io::ErrorKind::UnexpectedEof,
-            "closed without a byte",
+            "closed before it said what it speaks",
         )),
         Ok(result) => result,
         Err(_) if mode == Mode::Permissive => Ok(Opening::Undecided),
@@ -139,31 +165,34 @@ async fn carry(
     mut channel: Channel,
     from: SocketAddr,
     local: SocketAddr,
-    deadline: Instant,
-    first: Guard<'_>,
+    first: First<'_>,
 ) {
-    let mut deadline = deadline;
-    let mut access = Some(first);
+    let mut deadline = first.deadline;
+    let mut first = Some(first);
     loop {
         let event = match timeout_at(deadline, channel.receive_control()).await {
             Ok(event) => event,
             Err(_) => {
-                return match access {
-                    Some(access) => access.finish(Outcome::Refused, late()),
+                return match first {
+                    Some(first) => first.access.finish(Outcome::Refused, late()),
                     None => channel.close(),
                 };
             }
         };
         let connect = match event {
             Ok(Some(Event::Connect(connect))) => Ok(connect),
-            Ok(None) if access.is_none() => return channel.close(),
+            // Between two connections nobody is served: however the tunnel ends, it is no connection's end.
+            Ok(None) | Err(ChannelError::Io(_) | ChannelError::Closed) if first.is_none() => {
+                return channel.close();
+            }
             Ok(None) => Err("closed the tunnel without a CONNECT".to_owned()),
             Ok(Some(_)) => Err(ChannelError::OutOfTurn("a frame other than CONNECT").to_string()),
             Err(error) => Err(error.to_string()),
         };
-        let access = access
-            .take()
-            .unwrap_or_else(|| node.live.open(Direction::Inbound, from));
+        let access = match first.take() {
+            Some(first) => first.access,
+            None => node.live.open(Direction::Inbound, from),
+        };
         access.learn(|details| {
             details.client_identity = Some(channel.peer().identity.clone());
             details.server_identity = Some(pod.workload.identity.clone());
@@ -255,7 +284,18 @@ async fn admit(
             "the tunnel goes to the app's own port, not to the daemon's".into(),
         ));
     }
-    let identity = &channel.peer().identity;
+    let Svid {
+        identity,
+        not_after,
+        ..
+    } = channel.peer();
+    // A tunnel may outlive the certificate that it began with.
+    if *not_after <= SystemTime::now() {
+        return Err((
+            ResetCode::Forbidden,
+            format!("the certificate of {identity} has expired since the tunnel began"),
+        ));
+    }
     let claimed = connect.client.ip();
     admit_source(&node.registry.snapshot(), identity, from.ip(), claimed)
         .map_err(|denied: Denied| (ResetCode::Forbidden, denied.to_string()))?;

@@ -33,6 +33,7 @@ use super::{
         TRAILER_BYTES,
     },
     svid::Svid,
+    tls,
 };
 
 const KEY_UPDATE: u8 = 24;
@@ -66,8 +67,8 @@ pub enum ChannelError {
     /// A frame that has no place where it came.
     #[error("the peer sent {0} out of turn")]
     OutOfTurn(&'static str),
-    /// A TLS alert other than the clean close.
-    #[error("the peer sent TLS alert {0}")]
+    /// A TLS alert other than the clean close: how a server refuses a client's certificate (RFC 8446 §4.4.2.4).
+    #[error("{}", tls::explain_alert((*.0).into()))]
     Alert(u8),
     /// A post-handshake message that we do not take.
     #[error("the peer sent post-handshake message {0}")]
@@ -185,10 +186,24 @@ impl Channel {
         self.send_control(frame::encode_connected).await
     }
 
-    /// Sends a RESET.
+    /// Sends a RESET, the tunnel's last frame, and waits for the peer to close in answer.
+    ///
+    /// What the peer sends meanwhile is dropped, but it is read: a socket that is closed with unread bytes sends a RST,
+    /// and that would take the RESET and its reason away from a peer that has not read them yet.
     pub async fn send_reset(&mut self, reset: &Reset) -> Result<(), ChannelError> {
         self.send_control(|out| frame::encode_reset(reset, out))
-            .await
+            .await?;
+        self.tcp.shutdown().await?;
+        loop {
+            self.tcp.readable().await?;
+            // Not held across the wait: it would be part of every connection's state.
+            let mut dropped = [0; 16 * 1024];
+            match self.tcp.try_read(&mut dropped) {
+                Ok(0) => return Ok(()),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error.into()),
+                _ => {}
+            }
+        }
     }
 
     async fn send_control(

@@ -121,6 +121,7 @@ enum Step {
     Again,
     Write,
     Read,
+    Fail(Error),
 }
 
 async fn drive<S: Side>(
@@ -150,10 +151,7 @@ async fn drive<S: Side>(
             }
             // Early data is not offered, and traffic is never shown to rustls.
             Ok(_) => return Err(HandshakeError::Protocol),
-            Err(error) => {
-                send_alert(&mut tcp, &mut side).await;
-                return Err(error.into());
-            }
+            Err(error) => Step::Fail(error),
         };
         let discard = status.discard;
         incoming.consume(discard);
@@ -163,6 +161,11 @@ async fn drive<S: Side>(
             Step::Write => {
                 tcp.write_all(&outgoing).await?;
                 outgoing.clear();
+            }
+            Step::Fail(error) => {
+                let rest = &mut incoming.filled_mut()[..visible];
+                send_alert(&mut tcp, &mut side, rest).await;
+                return Err(error.into());
             }
             Step::Read if !side.common().is_handshaking() => break,
             Step::Read => visible = next_record(&mut tcp, &mut incoming, visible).await?,
@@ -199,17 +202,14 @@ fn encode<D>(mut data: EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(
 }
 
 /// Tells the peer why its handshake failed, as far as its socket takes it at once.
-async fn send_alert<S: Side>(tcp: &mut TcpStream, side: &mut S) {
+///
+/// `rest` is what is left of the bytes that failed: rustls may hold positions of messages in them, and looks there
+/// again before it says that it has nothing more to send.
+async fn send_alert<S: Side>(tcp: &mut TcpStream, side: &mut S, rest: &mut [u8]) {
     let mut outgoing = Vec::new();
-    loop {
-        match side.process(&mut []).state {
-            Ok(ConnectionState::EncodeTlsData(data)) => {
-                if encode(data, &mut outgoing).is_err() {
-                    break;
-                }
-            }
-            Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
-            _ => break,
+    while let Ok(ConnectionState::EncodeTlsData(data)) = side.process(rest).state {
+        if encode(data, &mut outgoing).is_err() {
+            break;
         }
     }
     if tcp.try_write(&outgoing).is_ok() {

@@ -158,7 +158,8 @@ mod tests {
     #[test]
     fn refuses_what_is_no_svid() {
         use InvalidSvid as E;
-        let cases: [(Vec<u8>, fn(&E) -> bool); 8] = [
+        type Expected = fn(&InvalidSvid) -> bool;
+        let cases: [(_, Expected); 8] = [
             (vec![0x30, 0], |e| *e == E::Malformed),
             ([certificate(|_| {}), vec![0]].concat(), |e| {
                 *e == E::Malformed

@@ -232,17 +232,28 @@ pub fn explain(error: &Error) -> String {
              is its renewal failing, or are the clocks (NTP) of the nodes apart?",
             difference(*time, *not_after)
         ),
-        Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
-            "the peer's certificate is not issued by this trust domain's CA".into()
-        }
+        // A root of the same name, but with another key, ends in a bad signature.
+        Error::InvalidCertificate(
+            CertificateError::UnknownIssuer | CertificateError::BadSignature,
+        ) => "the peer's certificate is not issued by this trust domain's CA".into(),
         Error::InvalidCertificate(why) => format!("the peer's certificate is refused: {why:?}"),
         Error::NoCertificatesPresented => "the peer presents no certificate".into(),
-        Error::AlertReceived(AlertDescription::CertificateExpired) => {
+        Error::AlertReceived(alert) => explain_alert(*alert),
+        other => other.to_string(),
+    }
+}
+
+/// Says what a peer's alert means.
+pub fn explain_alert(alert: AlertDescription) -> String {
+    match alert {
+        AlertDescription::CertificateExpired => {
             "the peer refuses our certificate as expired or not valid yet: compare the clocks (NTP) of both nodes"
                 .into()
         }
-        Error::AlertReceived(alert) => format!("the peer refuses the handshake: {alert:?}"),
-        other => other.to_string(),
+        AlertDescription::UnknownCA | AlertDescription::DecryptError => {
+            format!("the peer refuses our certificate ({alert:?}): is its node of another trust domain or CA?")
+        }
+        alert => format!("the peer refuses the handshake: {alert:?}"),
     }
 }
 
