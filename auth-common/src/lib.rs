@@ -62,8 +62,9 @@ pub struct Pod {
     pub v4: Address,
     /// The pod's IPv6 address; zero if it has none.
     pub v6: Address,
-    /// Non-zero if `net.ipv4.tcp_fwmark_accept` was 0 before enrolment, and is to be 0 again after it.
-    pub restore_fwmark_accept: u32,
+    /// Which of the sysctls that enrolment switches on were off before, and are to be off again after it: a bit each, in
+    /// the order of the daemon's list.
+    pub switched_on: u32,
     /// Zero.
     pub padding: u32,
 }

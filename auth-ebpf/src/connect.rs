@@ -3,10 +3,10 @@
 //! On the way of every connect on the node, so the cheap answers come first: not TCP, not an enrolled pod, not a mesh
 //! address. Those keep the kernel's own path and leave nothing in any map.
 
-use auth_common::{Address, Dialled, MeshKind, OUTBOUND_PORT, Pod, mapped};
+use auth_common::{Address, Dialled, MeshKind, OUTBOUND_PORT, mapped};
 use aya_ebpf::{
-    bindings::{bpf_sock, bpf_sock_addr, sockaddr},
-    helpers::{bpf_bind, bpf_get_netns_cookie, bpf_ktime_get_ns},
+    bindings::{bpf_sock, bpf_sock_addr},
+    helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_setsockopt},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -15,11 +15,13 @@ use crate::maps::{BYPASS, DIALLED, PODS, dialled, mesh_kind};
 
 const REFUSE: i32 = 0;
 const PROCEED: i32 = 1;
-const AF_INET: u16 = 2;
-const AF_INET6: u16 = 10;
 const IPPROTO_TCP: u32 = 6;
-const LOOPBACK_V4: [u8; 4] = [127, 0, 0, 1];
-const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+const SOL_SOCKET: i32 = 1;
+const SO_BINDTODEVICE: i32 = 25;
+/// Where the listeners are.
+pub const LOOPBACK_V4: [u8; 4] = [127, 0, 0, 1];
+/// Where the listeners are.
+pub const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
@@ -29,12 +31,9 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
     match capture(&ctx, destination) {
         Verdict::Leave => PROCEED,
         Verdict::Refuse => REFUSE,
-        Verdict::Capture(pod) => {
+        Verdict::Capture => {
             // SAFETY: as above.
             unsafe {
-                if unbound((*sa).__bindgen_anon_1.sk) {
-                    bind4(&ctx, pod);
-                }
                 (*sa).user_ip4 = u32::from_ne_bytes(LOOPBACK_V4);
                 (*sa).user_port = u32::from(OUTBOUND_PORT.to_be());
             }
@@ -50,14 +49,14 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
     match capture(&ctx, destination) {
         Verdict::Leave => PROCEED,
         Verdict::Refuse => REFUSE,
-        Verdict::Capture(pod) => {
-            let v4 = is_mapped(&destination);
+        Verdict::Capture => {
             // SAFETY: the context is the kernel's; its fields are read and written as the words the verifier asks for.
             unsafe {
-                if unbound((*sa).__bindgen_anon_1.sk) {
-                    bind6(&ctx, if v4 { &pod.v4 } else { &pod.v6 });
-                }
-                let listener = if v4 { mapped(LOOPBACK_V4) } else { LOOPBACK_V6 };
+                let listener = if is_mapped(&destination) {
+                    mapped(LOOPBACK_V4)
+                } else {
+                    LOOPBACK_V6
+                };
                 set_user_ip6(sa, &listener);
                 (*sa).user_port = u32::from(OUTBOUND_PORT.to_be());
             }
@@ -66,16 +65,16 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
     }
 }
 
-enum Verdict<'a> {
+enum Verdict {
     /// Not ours: the kernel's own path.
     Leave,
     /// Ours, but it cannot be captured: an error, never plaintext.
     Refuse,
-    Capture(&'a Pod),
+    Capture,
 }
 
 #[inline(always)]
-fn capture<'a>(ctx: &SockAddrContext, destination: Address) -> Verdict<'a> {
+fn capture(ctx: &SockAddrContext, destination: Address) -> Verdict {
     let sa = ctx.sock_addr;
     // SAFETY: the context is the kernel's.
     if unsafe { (*sa).protocol } != IPPROTO_TCP {
@@ -117,78 +116,38 @@ fn capture<'a>(ctx: &SockAddrContext, destination: Address) -> Verdict<'a> {
     if unsafe { DIALLED.get_or_insert_ptr_mut(ctx, Some(&mut entry)) }.is_null() {
         return Verdict::Refuse;
     }
-    Verdict::Capture(pod)
-}
-
-/// Whether the app left its own address and port to the kernel.
-#[inline(always)]
-unsafe fn unbound(sk: *mut bpf_sock) -> bool {
-    if sk.is_null() {
-        return false;
-    }
-    // SAFETY: the verifier knows `sk` for a socket of the context.
-    unsafe {
-        (*sk).src_port == 0
-            && (*sk).src_ip4 == 0
-            && (*sk).src_ip6[0] == 0
-            && (*sk).src_ip6[1] == 0
-            && (*sk).src_ip6[2] == 0
-            && (*sk).src_ip6[3] == 0
+    match unbind_interface(ctx) {
+        Ok(()) => Verdict::Capture,
+        Err(()) => Verdict::Refuse,
     }
 }
 
-#[repr(C)]
-struct SocketAddress4 {
-    family: u16,
-    port: u16,
-    address: [u8; 4],
-    zero: [u8; 8],
-}
-
-#[repr(C)]
-struct SocketAddress6 {
-    family: u16,
-    port: u16,
-    flow: u32,
-    address: Address,
-    scope: u32,
-}
-
-/// Binds the socket to the pod's address, so that the app's `getsockname` says what it would without us and not the
-/// loopback that the connection is about to take. Best effort: the connection works either way.
+/// Lets go of the interface that the app bound its socket to, if it did: the listener is on another one. The app's
+/// packets never leave by this socket.
 #[inline(always)]
-fn bind4(ctx: &SockAddrContext, pod: &Pod) {
-    let v4 = &pod.v4;
-    let mut address = SocketAddress4 {
-        family: AF_INET,
-        port: 0,
-        address: [v4[12], v4[13], v4[14], v4[15]],
-        zero: [0; 8],
+fn unbind_interface(ctx: &SockAddrContext) -> Result<(), ()> {
+    // SAFETY: the context's socket; the verifier knows it for one.
+    let bound = unsafe { (*(*ctx.sock_addr).__bindgen_anon_1.sk).bound_dev_if };
+    if bound == 0 {
+        return Ok(());
+    }
+    let mut none = [0_u8; 4];
+    // SAFETY: `none` is four readable bytes: an empty name.
+    let result = unsafe {
+        bpf_setsockopt(
+            ctx.sock_addr.cast(),
+            SOL_SOCKET,
+            SO_BINDTODEVICE,
+            (&raw mut none).cast(),
+            size_of_val(&none) as i32,
+        )
     };
-    bind(ctx, (&raw mut address).cast(), size_of::<SocketAddress4>());
+    if result == 0 { Ok(()) } else { Err(()) }
 }
 
+/// The IPv6 address in the context: the destination of a connect, the answer of a getpeername or getsockname.
 #[inline(always)]
-fn bind6(ctx: &SockAddrContext, pod_address: &Address) {
-    let mut address = SocketAddress6 {
-        family: AF_INET6,
-        port: 0,
-        flow: 0,
-        address: *pod_address,
-        scope: 0,
-    };
-    bind(ctx, (&raw mut address).cast(), size_of::<SocketAddress6>());
-}
-
-#[inline(always)]
-fn bind(ctx: &SockAddrContext, address: *mut sockaddr, length: usize) {
-    // SAFETY: `address` points to `length` initialised bytes on this program's stack.
-    let _ = unsafe { bpf_bind(ctx.sock_addr, address, length as i32) };
-}
-
-/// The IPv6 address in the context: the destination of a connect, the answer of a getpeername.
-#[inline(always)]
-fn user_ip6(sa: *const bpf_sock_addr) -> Address {
+pub fn user_ip6(sa: *const bpf_sock_addr) -> Address {
     // SAFETY: the context is the kernel's.
     words(unsafe { &raw const (*sa).user_ip6 })
 }

@@ -7,7 +7,7 @@ mod connect;
 mod established;
 mod inbound;
 mod maps;
-mod peername;
+mod names;
 
 /// The kernel refuses GPL-only helpers to programs of another licence.
 #[unsafe(link_section = "license")]

@@ -24,8 +24,11 @@ pub(crate) fn kill(path: &Path) -> Result<()> {
         Duration::from_secs(10),
         &format!("the end of what runs in {}", path.display()),
         || {
-            let events =
-                fs::read_to_string(path.join("cgroup.events")).context("reading cgroup.events")?;
+            let events = match fs::read_to_string(path.join("cgroup.events")) {
+                // Somebody else has removed it meanwhile: another thread that cleans up.
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                events => events.context("reading cgroup.events")?,
+            };
             events
                 .contains("populated 0")
                 .then_some(())

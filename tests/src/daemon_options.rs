@@ -79,7 +79,7 @@ impl DaemonOptions {
             "nodeName": node.name(),
             "discovery": {"files": node.manifests().folder()},
             "ca": ca,
-            "podNetworks": ["10.77.0.0/16", "fd77::/32"],
+            "podNetworks": ["10.77.0.0/16", "fd77::/16"],
             "log": {"format": "json", "level": self.log_level.as_deref().unwrap_or("info")},
             "kernel": {"cgroup": node.cgroup(), "pins": node.pins()},
         });

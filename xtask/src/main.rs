@@ -7,6 +7,7 @@ mod build;
 mod build_ebpf;
 mod ci;
 mod clippy_ebpf;
+mod demo;
 mod deny;
 mod setup;
 mod step;
@@ -33,6 +34,8 @@ enum Command {
     Build,
     /// Run all tests as root, or those whose name contains a filter
     Test(test::Arguments),
+    /// Show on two nodes of network namespaces what the daemon does, with evidence
+    Demo(demo::Arguments),
     /// Install the programs that tests and demo run (nginx, iperf3, …), where they are missing
     Setup,
     /// Run clippy on the eBPF programs
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf(arguments) => build_ebpf::run(&arguments),
         Command::Build => build::run(),
         Command::Test(arguments) => test::run(&arguments),
+        Command::Demo(arguments) => demo::run(&arguments),
         Command::Setup => setup::run(),
         Command::ClippyEbpf(arguments) => clippy_ebpf::run(&arguments),
         Command::Deny => deny::run(),

@@ -60,8 +60,11 @@ pub fn check(cgroup: Option<&Path>, pins: &Path) -> Vec<Finding> {
         outcome(
             "marks of accepted connections",
             fs::metadata("/proc/sys/net/ipv4/tcp_fwmark_accept")
-                .map(|_| "net.ipv4.tcp_fwmark_accept is there".to_owned())
-                .map_err(|error| anyhow::anyhow!("net.ipv4.tcp_fwmark_accept: {error}")),
+                .and(fs::metadata("/proc/sys/net/ipv4/fwmark_reflect"))
+                .map(|_| "net.ipv4.tcp_fwmark_accept and fwmark_reflect are there".to_owned())
+                .map_err(|error| {
+                    anyhow::anyhow!("net.ipv4.tcp_fwmark_accept, fwmark_reflect: {error}")
+                }),
         ),
         outcome(
             "policy routing",
@@ -74,7 +77,10 @@ pub fn check(cgroup: Option<&Path>, pins: &Path) -> Vec<Finding> {
         outcome(
             "eBPF programs",
             try_load()
-                .map(|()| "connect, getpeername, sockops and sk_lookup load and verify".to_owned())
+                .map(|()| {
+                    "connect, getpeername, getsockname, sockops and sk_lookup load and verify"
+                        .to_owned()
+                })
                 .map_err(|error| anyhow::anyhow!("{}", with_causes(&error))),
         ),
     ]

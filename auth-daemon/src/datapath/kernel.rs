@@ -46,7 +46,14 @@ const MAPS: [&str; 8] = [
     "TUNNELS",
     "INBOUND",
 ];
-const CGROUP_PROGRAMS: [&str; 4] = ["connect4", "connect6", "getpeername4", "getpeername6"];
+const CGROUP_PROGRAMS: [&str; 6] = [
+    "connect4",
+    "connect6",
+    "getpeername4",
+    "getpeername6",
+    "getsockname4",
+    "getsockname6",
+];
 const SOCK_OPS_PROGRAM: &str = "established";
 const INBOUND_PROGRAM: &str = "inbound";
 /// A link goes by its program's name, with this while the old one is still there.

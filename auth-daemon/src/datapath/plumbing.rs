@@ -1,8 +1,9 @@
 //! What lets the daemon speak from a client's address inside the server pod's netns, without a netfilter rule.
 //!
 //! A connection to the pod's app is made from the client's address with a mark. The app's replies go to that address,
-//! which is not the pod's; they inherit the mark (`tcp_fwmark_accept`), and a rule sends what is marked to the
-//! loopback, where the daemon's socket waits.
+//! which is not the pod's; they inherit the mark (`tcp_fwmark_accept` for connections, `fwmark_reflect` for the RSTs and
+//! ICMP errors that the kernel answers without one), and a rule sends what is marked to the loopback, where the
+//! daemon's socket waits. Marks end at the namespace's border: nothing from outside carries one.
 
 use std::{fs, io, net::IpAddr};
 
@@ -19,18 +20,33 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use super::Netns;
 
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// Switched on in each pod's netns. The order is kept in pinned maps: append only.
+const SYSCTLS: [&str; 3] = [
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+];
 const RULE_PREFERENCE: u32 = 100;
 const LOOPBACK_INDEX: u32 = 1;
 
-/// Sets it up in `netns`, for the families of `addresses`. Done twice, it is done once. Returns whether the sysctl is
-/// to be put back to 0 in the end.
-pub(super) fn set_up(netns: &Netns, addresses: &[IpAddr]) -> io::Result<bool> {
+/// Sets it up in `netns`, for the families of `addresses`. Done twice, it is done once. Returns which sysctls were
+/// switched on, for [`tear_down`].
+pub(super) fn set_up(netns: &Netns, addresses: &[IpAddr]) -> io::Result<u32> {
     let families = families(addresses);
     netns.enter(|| {
-        let was_off = fs::read_to_string(FWMARK_ACCEPT)?.trim() == "0";
-        if was_off {
-            fs::write(FWMARK_ACCEPT, "1")?;
+        let mut switched_on = 0;
+        for (bit, path) in SYSCTLS.into_iter().enumerate() {
+            let named = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
+            match fs::read_to_string(path) {
+                Ok(value) if value.trim() == "0" => {
+                    fs::write(path, "1").map_err(named)?;
+                    switched_on |= 1 << bit;
+                }
+                Ok(_) => {}
+                // A kernel without IPv6.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && path.contains("ipv6") => {}
+                Err(error) => return Err(named(error)),
+            }
         }
         let mut netlink = Netlink::open()?;
         let flags = NLM_F_CREATE | NLM_F_EXCL;
@@ -46,15 +62,17 @@ pub(super) fn set_up(netns: &Netns, addresses: &[IpAddr]) -> io::Result<bool> {
                 }
             }
         }
-        Ok(was_off)
+        Ok(switched_on)
     })?
 }
 
 /// Undoes [`set_up`] in `netns`. What is gone already is no error.
-pub(super) fn tear_down(netns: &Netns, restore_sysctl: bool) -> io::Result<()> {
+pub(super) fn tear_down(netns: &Netns, switched_on: u32) -> io::Result<()> {
     netns.enter(|| {
-        if restore_sysctl {
-            fs::write(FWMARK_ACCEPT, "0")?;
+        for (bit, path) in SYSCTLS.into_iter().enumerate() {
+            if switched_on & 1 << bit != 0 {
+                fs::write(path, "0")?;
+            }
         }
         let mut netlink = Netlink::open()?;
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {

@@ -1,6 +1,6 @@
 //! Takes a pod into the mesh in its kernel's eyes, and out again.
 
-use std::{io, net::IpAddr, path::PathBuf};
+use std::{collections::HashSet, io, net::IpAddr, path::PathBuf};
 
 use auth_common::{Inbound, Pod};
 
@@ -56,7 +56,7 @@ pub struct Enrolled {
     /// Its network namespace.
     pub netns: Netns,
     addresses: Vec<IpAddr>,
-    restore_sysctl: bool,
+    switched_on: u32,
 }
 
 impl Enrolled {
@@ -92,13 +92,12 @@ impl Enrolled {
             .map(|(_, entry)| entry);
         let switched_on = plumbing::set_up(&netns, &workload.addresses)
             .map_err(setup("cannot prepare its routes"))?;
-        // A daemon before this one may have switched it on already, and knew what it was.
-        let restore_sysctl =
-            switched_on || before.is_some_and(|before| before.restore_fwmark_accept != 0);
+        // A daemon before this one may have switched some on already, and knew what they were.
+        let switched_on = switched_on | before.map_or(0, |before| before.switched_on);
         let enrolled = Self {
             netns,
             addresses: workload.addresses.clone(),
-            restore_sysctl,
+            switched_on,
         };
         match enrolled.connect(kernel, mode, setup("cannot listen inside it"), pod) {
             Ok(listeners) => Ok((enrolled, listeners)),
@@ -143,7 +142,7 @@ impl Enrolled {
     /// gone already.
     pub fn remove(&self, kernel: &Kernel) {
         kernel.forget(self.netns.cookie(), &self.addresses);
-        if let Err(error) = plumbing::tear_down(&self.netns, self.restore_sysctl) {
+        if let Err(error) = plumbing::tear_down(&self.netns, self.switched_on) {
             tracing::warn!(netns = %self.netns.path().display(), %error, "cannot undo a pod's routes");
         }
     }
@@ -158,18 +157,24 @@ impl Enrolled {
         Pod {
             v4: first(true),
             v6: first(false),
-            restore_fwmark_accept: self.restore_sysctl.into(),
+            switched_on: self.switched_on,
             padding: 0,
         }
     }
 }
 
-/// Forgets pods that a daemon before this one enrolled and that nobody claims. `keep` tells those that stay.
-pub fn forget_others(kernel: &Kernel, keep: impl Fn(u64) -> bool) {
+/// Forgets pods that a daemon before this one enrolled and that are not among `served`.
+pub fn forget_others<'a>(kernel: &Kernel, served: impl Iterator<Item = &'a Enrolled>) {
+    let mut cookies = HashSet::new();
+    let mut addresses_served: HashSet<IpAddr> = HashSet::new();
+    for enrolled in served {
+        cookies.insert(enrolled.netns.cookie());
+        addresses_served.extend(&enrolled.addresses);
+    }
     let others: Vec<_> = kernel
         .enrolled()
         .into_iter()
-        .filter(|(cookie, _)| !keep(*cookie))
+        .filter(|(cookie, _)| !cookies.contains(cookie))
         .collect();
     if others.is_empty() {
         return;
@@ -180,6 +185,8 @@ pub fn forget_others(kernel: &Kernel, keep: impl Fn(u64) -> bool) {
             .into_iter()
             .filter(|address| *address != [0; 16])
             .map(|address| IpAddr::from(address).to_canonical())
+            // Another pod may have the address by now.
+            .filter(|address| !addresses_served.contains(address))
             .collect();
         tracing::info!(
             netns_cookie = cookie,
@@ -188,7 +195,7 @@ pub fn forget_others(kernel: &Kernel, keep: impl Fn(u64) -> bool) {
         );
         kernel.forget(cookie, &addresses);
         if let Some(netns) = namespaces.iter().find(|netns| netns.cookie() == cookie)
-            && let Err(error) = plumbing::tear_down(netns, entry.restore_fwmark_accept != 0)
+            && let Err(error) = plumbing::tear_down(netns, entry.switched_on)
         {
             tracing::warn!(netns = %netns.path().display(), %error, "cannot undo a pod's routes");
         }

@@ -96,6 +96,28 @@ pub fn end_in_good_order(socket: SockRef<'_>) -> io::Result<()> {
     socket.set_linger(None)
 }
 
+/// How long an app may take to read what came before a reset.
+const DELIVERY_LIMIT: Duration = Duration::from_secs(2);
+
+/// Resets the connection to a pod's app once the app's kernel has taken what was written before, or has had its time.
+///
+/// A RST counts only where the receiver expects it (RFC 5961 §3). If segments before it were dropped for want of
+/// buffer, the receiver asks back, at an address that nobody in the pod's netns may answer for any more.
+pub async fn reset_when_delivered(app: TcpStream) {
+    let deadline = tokio::time::Instant::now() + DELIVERY_LIMIT;
+    while unsent_bytes(&app) > 0 && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(app);
+}
+
+fn unsent_bytes(socket: &TcpStream) -> libc::c_int {
+    let mut count = 0;
+    // SAFETY: SIOCOUTQ (the number that TIOCOUTQ has, tcp(7)) writes one int to the address it is given.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
+    if result == 0 { count } else { 0 }
+}
+
 /// Source ports of a pod's tunnels: outside of the range that apps' ports come from by default, because a tunnel and
 /// the app connections that it carries meet in the server's netns under one pair of addresses.
 #[derive(Debug, Default)]

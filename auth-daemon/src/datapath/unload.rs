@@ -24,7 +24,7 @@ pub fn unload(lock: PinLock) -> anyhow::Result<usize> {
     for (cookie, entry) in &pods {
         // A namespace that is gone took its routes along.
         if let Some(netns) = namespaces.iter().find(|netns| netns.cookie() == *cookie) {
-            plumbing::tear_down(netns, entry.restore_fwmark_accept != 0)
+            plumbing::tear_down(netns, entry.switched_on)
                 .with_context(|| format!("{}: cannot undo routes", netns.path().display()))?;
         }
     }

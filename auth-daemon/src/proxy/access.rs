@@ -43,7 +43,6 @@ pub enum Path {
 #[derive(Debug)]
 pub struct Connection {
     direction: Direction,
-    client: SocketAddr,
     started: Instant,
     /// Bytes so far.
     pub counters: Counters,
@@ -53,6 +52,8 @@ pub struct Connection {
 /// What is learnt of a connection on its way.
 #[derive(Clone, Debug)]
 pub struct Details {
+    /// The client's own address; until that is known, the address that a tunnel comes from.
+    pub client: SocketAddr,
     /// The address dialled.
     pub destination: Option<SocketAddr>,
     /// The service it belongs to.
@@ -90,10 +91,10 @@ impl Live {
     pub fn open(&self, direction: Direction, client: SocketAddr) -> Guard<'_> {
         let connection = Arc::new(Connection {
             direction,
-            client,
             started: Instant::now(),
             counters: Counters::default(),
             details: Mutex::new(Details {
+                client,
                 destination: None,
                 service: None,
                 endpoint: None,
@@ -128,7 +129,7 @@ impl Live {
                 let (to_server, to_client) = connection.bytes();
                 ConnectionStatus {
                     direction: connection.direction,
-                    client: connection.client,
+                    client: details.client,
                     destination: details.destination,
                     service: details.service.map(|name| name.to_string()),
                     client_identity: details.client_identity.map(|id| id.to_string()),
@@ -241,7 +242,7 @@ impl Guard<'_> {
             target: "access",
             direction,
             path,
-            client = %connection.client,
+            client = %details.client,
             client_identity = %Shown(&details.client_identity),
             destination = %Shown(&details.destination),
             endpoint = %Shown(&details.endpoint),

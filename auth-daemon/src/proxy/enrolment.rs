@@ -104,11 +104,8 @@ impl Enrolment {
             self.reconcile(&snapshot);
             if first {
                 first = false;
-                forget_others(&self.node.kernel, |cookie| {
-                    self.serving
-                        .values()
-                        .any(|serving| serving.pod.enrolled.netns.cookie() == cookie)
-                });
+                let served = self.serving.values().map(|serving| &serving.pod.enrolled);
+                forget_others(&self.node.kernel, served);
                 self.node.ready.store(true, Ordering::Relaxed);
             }
             self.publish_status();

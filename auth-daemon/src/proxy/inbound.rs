@@ -42,7 +42,7 @@ const SILENCE: Duration = Duration::from_secs(1);
 /// How long a tunnel may idle between two connections; the client's side closes it earlier.
 const IDLE: Duration = Duration::from_secs(60);
 /// How long the app may take to accept.
-const APP_ANSWER: Duration = Duration::from_secs(5);
+const APP_ANSWER: Duration = Duration::from_secs(2);
 
 /// Serves one accepted connection. Returns when it has ended; dropping sockets on the way resets them.
 ///
@@ -72,6 +72,7 @@ pub(super) async fn serve(
             return plaintext(node, pod, tcp, from, local, access).await;
         }
         Ok(_) => {
+            access.learn(|details| details.path = Path::Plaintext);
             return access.finish(
                 Outcome::Refused,
                 "plaintext, and STRICT is in force: the caller is not of the mesh",
@@ -223,7 +224,10 @@ async fn one(
     connect: Connect,
     access: Guard<'_>,
 ) -> bool {
-    access.learn(|details| details.destination = Some(connect.dialled));
+    access.learn(|details| {
+        details.client = connect.client;
+        details.destination = Some(connect.dialled);
+    });
     let mut app = match admit(node, pod, channel, from, local, connect).await {
         Ok(app) => app,
         Err((code, reason)) => {
@@ -253,6 +257,7 @@ async fn one(
             false
         }
         Ending::Peer(reset) => {
+            sockets::reset_when_delivered(app).await;
             access.finish(
                 Outcome::Reset,
                 format_args!("the client's side: {:?} {}", reset.code, reset.reason),
@@ -260,6 +265,7 @@ async fn one(
             false
         }
         Ending::Tunnel(error) => {
+            sockets::reset_when_delivered(app).await;
             if matches!(error, ChannelError::Frame(_) | ChannelError::OutOfTurn(_)) {
                 farewell(channel, ResetCode::Protocol, &error.to_string()).await;
             }

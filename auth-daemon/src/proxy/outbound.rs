@@ -27,6 +27,10 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long one endpoint may take to answer a SYN before another is tried.
 const DIAL: Duration = Duration::from_secs(2);
+/// How long its handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(3);
+/// How long it may take to say whether its app accepts: longer than its daemon gives the app.
+const ANSWER: Duration = Duration::from_secs(3);
 /// How long a RESET may take to leave.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Endpoints tried for one connection.
@@ -48,7 +52,11 @@ pub(super) async fn serve(node: &Node, pod: &Pod, mut app: TcpStream, from: Sock
         );
     };
     access.learn(|details| details.destination = Some(dialled));
-    let _reserved = pod.source_ports.reserve(from.port());
+    let reserved = pod.source_ports.reserve(from.port());
+    if reserved.is_some() {
+        // An idle tunnel from this port would keep the server's app from seeing it.
+        pod.pool.forget_source(from.port());
+    }
     match open(node, pod, Connect { dialled, client }, &access).await {
         Ok(Opened::Tunnel(mut tunnel)) => {
             let _load = node.balance.count(tunnel.endpoint);
@@ -186,7 +194,13 @@ async fn attempt(
         match establish(&mut channel, connect).await {
             Ok(()) => return Ok(opened(channel, address, made, access)),
             Err(Failure::Channel(_) | Failure::Closed) => {}
-            Err(failure) => return Err(failed(failure)),
+            Err(failure) => {
+                if matches!(failure, Failure::Silent) {
+                    // It speaks for all: each would cost as long.
+                    pod.pool.forget(address);
+                }
+                return Err(failed(failure));
+            }
         }
     }
     let certificate = pod
@@ -199,8 +213,9 @@ async fn attempt(
         .await
         .map_err(|_| failed(Failure::Silent))?
         .map_err(|error| failed(Failure::Dial(error)))?;
-    let mut channel = shake_hands(node, tcp, &certificate, destination)
+    let mut channel = timeout(HANDSHAKE, shake_hands(node, tcp, &certificate, destination))
         .await
+        .unwrap_or(Err(Failure::Silent))
         .map_err(failed)?;
     establish(&mut channel, connect).await.map_err(failed)?;
     Ok(opened(channel, address, std::time::Instant::now(), access))
@@ -247,8 +262,14 @@ async fn shake_hands(
 
 /// CONNECT, and the server's answer.
 async fn establish(channel: &mut Channel, connect: &Connect) -> Result<(), Failure> {
-    channel.send_connect(connect).await?;
-    match channel.receive_control().await? {
+    let exchange = async {
+        channel.send_connect(connect).await?;
+        channel.receive_control().await
+    };
+    match timeout(ANSWER, exchange)
+        .await
+        .map_err(|_| Failure::Silent)??
+    {
         Some(Event::Connected) => Ok(()),
         Some(Event::Reset(reset)) => Err(Failure::Reset(reset)),
         Some(_) => Err(ChannelError::OutOfTurn("a frame other than CONNECTED").into()),

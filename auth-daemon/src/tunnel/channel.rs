@@ -149,9 +149,9 @@ impl Channel {
         &self.peer
     }
 
-    /// The address at the other end.
-    pub fn peer_address(&self) -> io::Result<SocketAddr> {
-        self.tcp.peer_addr()
+    /// The address at this end.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
     }
 
     /// The socket, to set options on.
@@ -239,11 +239,6 @@ impl Channel {
                 }
             }
         }
-    }
-
-    /// Resolves when an idle tunnel has something to read: the peer closed it, or broke the protocol.
-    pub async fn stirred(&self) {
-        let _ = self.tcp.readable().await;
     }
 
     /// Whether an idle tunnel has nothing to read, and may be used again.

@@ -91,12 +91,27 @@ impl Pool {
 
     /// Closes tunnels that have idled for [`IDLE`] or whose peer has gone.
     pub fn sweep(&self) {
+        self.close_if(|_, idle| idle.since.elapsed() >= IDLE || !idle.channel.is_quiet());
+    }
+
+    /// Closes the tunnels to `endpoint`.
+    pub fn forget(&self, endpoint: SocketAddr) {
+        self.close_if(|of, _| of == endpoint);
+    }
+
+    /// Closes the tunnels that come from `port`.
+    pub fn forget_source(&self, port: u16) {
+        self.close_if(|_, idle| {
+            let local = idle.channel.local_address();
+            local.is_ok_and(|local| local.port() == port)
+        });
+    }
+
+    fn close_if(&self, mut condition: impl FnMut(SocketAddr, &Idle) -> bool) {
         let mut gone = Vec::new();
         let mut state = self.lock();
-        for idle in state.idle.values_mut() {
-            gone.extend(idle.extract_if(.., |idle| {
-                idle.since.elapsed() >= IDLE || !idle.channel.is_quiet()
-            }));
+        for (endpoint, idle) in &mut state.idle {
+            gone.extend(idle.extract_if(.., |idle| condition(*endpoint, idle)));
         }
         state.idle.retain(|_, idle| !idle.is_empty());
         state.count -= gone.len();

@@ -9,6 +9,7 @@ mod bidi;
 mod chat;
 mod churn;
 mod connect;
+mod dial;
 mod echo;
 mod greeter;
 mod half_close;
@@ -46,6 +47,7 @@ enum Behaviour {
     HalfClose(half_close::HalfClose),
     Reset(reset::Reset),
     Connect(connect::Connect),
+    Dial(dial::Dial),
     Chat(chat::Chat),
     Many(many::Many),
     Churn(churn::Churn),
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         Behaviour::HalfClose(it) => it.run(),
         Behaviour::Reset(it) => it.run(),
         Behaviour::Connect(it) => it.run(),
+        Behaviour::Dial(it) => it.run(),
         Behaviour::Chat(it) => it.run(),
         Behaviour::Many(it) => it.run(),
         Behaviour::Churn(it) => it.run(),

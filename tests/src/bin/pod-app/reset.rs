@@ -1,6 +1,7 @@
 //! A side that ends with RST.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::time::Duration;
 
 use clap::Args;
@@ -19,17 +20,23 @@ pub(crate) struct Reset {
     /// Bytes before the reset.
     #[arg(long, default_value_t = 0)]
     after: usize,
+    /// End the own direction before the reset.
+    #[arg(long)]
+    shutdown: bool,
 }
 
 impl Reset {
     pub(crate) fn run(self) -> Outcome {
-        let (after, is_client) = (self.after, self.peer.is_client());
+        let (after, shutdown, is_client) = (self.after, self.shutdown, self.peer.is_client());
         self.peer.run(move |stream, _| {
             let mut bytes = vec![b'r'; after];
             if is_client {
                 stream.write_all(&bytes).at("write")?;
             }
             stream.read_exact(&mut bytes).at("read")?;
+            if shutdown {
+                stream.shutdown(Shutdown::Write).at("shutdown")?;
+            }
             // Closing then sends RST instead of FIN, see socket(7).
             SockRef::from(&*stream)
                 .set_linger(Some(Duration::ZERO))

@@ -1,0 +1,107 @@
+//! Connections made in the ways that only some programs make them.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+
+use clap::Args;
+use nix::libc;
+use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::report::{At, Failure, Outcome};
+
+/// Connects, sends, ends its direction and reads to the end. Addresses are told as getsockname(2) and getpeername(2)
+/// give them: an IPv6 socket's IPv4 address is told mapped.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Dial {
+    /// Connect to this address and port; an IPv4-mapped address makes an IPv6 socket.
+    #[arg(long)]
+    to: SocketAddr,
+    /// First connect the same socket to this address, which must fail.
+    #[arg(long)]
+    first: Option<SocketAddr>,
+    /// Bind this source address first.
+    #[arg(long)]
+    bind: Option<IpAddr>,
+    /// Bind this source port first.
+    #[arg(long, default_value_t = 0)]
+    source_port: u16,
+    /// Bind to this interface first (SO_BINDTODEVICE).
+    #[arg(long)]
+    device: Option<String>,
+    /// Connect with the first bytes: sendto(2) with MSG_FASTOPEN instead of connect(2) and send(2).
+    #[arg(long)]
+    fast_open: bool,
+    /// Multipath TCP (RFC 8684).
+    #[arg(long)]
+    multipath: bool,
+    /// What to send.
+    #[arg(long, default_value = "hello")]
+    send: String,
+}
+
+impl Dial {
+    pub(crate) fn run(self) -> Outcome {
+        let socket = self.socket()?;
+        let mut fields = json!({});
+        if let Some(first) = self.first {
+            fields["first"] = fail(&socket, first)?;
+        }
+        let bytes = self.send.as_bytes();
+        let sent = if self.fast_open {
+            let flags = libc::MSG_FASTOPEN | libc::MSG_NOSIGNAL;
+            socket
+                .send_to_with_flags(bytes, &self.to.into(), flags)
+                .at("connect")?
+        } else {
+            socket.connect(&self.to.into()).at("connect")?;
+            0
+        };
+        let mut stream = TcpStream::from(socket);
+        stream.write_all(&bytes[sent..]).at("write")?;
+        fields["local"] = json!(stream.local_addr().at("getsockname")?);
+        fields["peer"] = json!(stream.peer_addr().at("getpeername")?);
+        stream.shutdown(Shutdown::Write).at("shutdown")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).at("read")?;
+        fields["text"] = json!(answer);
+        Ok(fields)
+    }
+
+    fn socket(&self) -> Result<Socket, Failure> {
+        let protocol = if self.multipath {
+            Protocol::MPTCP
+        } else {
+            Protocol::TCP
+        };
+        let domain = Domain::for_address(self.to);
+        let socket = Socket::new(domain, Type::STREAM, Some(protocol)).at("socket")?;
+        if let Some(device) = &self.device {
+            socket
+                .bind_device(Some(device.as_bytes()))
+                .at("set SO_BINDTODEVICE")?;
+        }
+        if self.bind.is_some() || self.source_port != 0 {
+            let any: IpAddr = if self.to.is_ipv4() {
+                [0; 4].into()
+            } else {
+                [0_u16; 8].into()
+            };
+            let from = SocketAddr::new(self.bind.unwrap_or(any), self.source_port);
+            socket.set_reuse_address(true).at("set SO_REUSEADDR")?;
+            socket.bind(&from.into()).at("bind")?;
+        }
+        Ok(socket)
+    }
+}
+
+/// A connect that must fail, in connect(2) itself.
+fn fail(socket: &Socket, to: SocketAddr) -> Result<Value, Failure> {
+    match socket.connect(&to.into()) {
+        Ok(()) => Err(Failure::new(
+            "first",
+            io::Error::other("it connected, which it was not to do"),
+        )),
+        Err(error) => Ok(json!(crate::report::errno_name(&error))),
+    }
+}

@@ -1,0 +1,89 @@
+//! Two nodes, a client on one and a server on the other.
+#![allow(dead_code, reason = "each file of tests uses a part")]
+
+use std::net::SocketAddr;
+
+use mesh_tests::{Daemon, DaemonOptions, Mesh, Pod, PodSpec, ServiceSpec, TIMEOUT};
+use serde_json::Value;
+
+/// Not to be read on the wire.
+pub(crate) const MARKER: &str = "marker-that-nobody-may-read";
+/// The service in front of `web`, port 80 to 8080.
+pub(crate) const SERVICES: [&str; 2] = ["10.96.0.7:80", "[fd96::7]:80"];
+
+/// `client` on node a and `web` on node b, each with its own service account, and a service in front of `web`.
+pub(crate) fn pair() -> Mesh {
+    Mesh::builder()
+        .node("a")
+        .node("b")
+        .pod(PodSpec::new("client").on("a").service_account("client"))
+        .pod(
+            PodSpec::new("web")
+                .on("b")
+                .service_account("web")
+                .label("app", "web"),
+        )
+        .service(
+            ServiceSpec::new("web")
+                .selector("app", "web")
+                .address("10.96.0.7")
+                .address("fd96::7")
+                .port(80, 8080),
+        )
+        .start()
+        .unwrap()
+}
+
+/// Daemons on both nodes of a [`pair`].
+pub(crate) fn daemons(mesh: &Mesh) -> (Daemon, Daemon) {
+    daemons_with(mesh, &DaemonOptions::default())
+}
+
+/// Daemons on both nodes of a [`pair`], with options.
+pub(crate) fn daemons_with(mesh: &Mesh, options: &DaemonOptions) -> (Daemon, Daemon) {
+    let mut daemons = mesh.start_daemons_with(options).unwrap().into_iter();
+    (daemons.next().unwrap(), daemons.next().unwrap())
+}
+
+/// The ways to `web`: by its own addresses and by its service's, in both families.
+pub(crate) fn ways(web: &Pod) -> [SocketAddr; 4] {
+    let [v4, v6] = SERVICES.map(|service| service.parse().unwrap());
+    [web.at(8080), web.at6(8080), v4, v6]
+}
+
+/// Says [`MARKER`] to an `echo-server` or `greeter` and reads to the end; the last event, whether it worked or not.
+pub(crate) fn call(from: &mesh_tests::Place, to: SocketAddr) -> Value {
+    let arguments = format!("connect --to {to} --timeout 10000 --send {MARKER} --shutdown --read");
+    let mut events = from
+        .app(&arguments)
+        .unwrap()
+        .finish(TIMEOUT)
+        .unwrap()
+        .json_lines();
+    events.pop().unwrap()
+}
+
+/// Like [`call`], which must work and bring the marker back.
+pub(crate) fn echoes(from: &mesh_tests::Place, to: SocketAddr) {
+    let answer = call(from, to);
+    assert_eq!(
+        (&answer["event"], &answer["text"]),
+        (&"finished".into(), &MARKER.into()),
+        "{} to {to}: {answer}",
+        from.name()
+    );
+}
+
+/// Asserts that the event is of a connection that ended with a RST and not with a clean end.
+pub(crate) fn assert_reset(event: &Value) {
+    assert_eq!(event["errno"], "ECONNRESET", "{event}");
+}
+
+/// Asserts that connect(2) itself was refused.
+pub(crate) fn assert_refused(event: &Value) {
+    assert_eq!(
+        (&event["stage"], &event["errno"]),
+        (&"connect".into(), &"ECONNREFUSED".into()),
+        "{event}"
+    );
+}

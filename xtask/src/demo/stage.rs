@@ -1,0 +1,281 @@
+//! What the checks play on: two nodes, their pods, the daemons, and the programs in the pods.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use mesh_tests::{Daemon, Mesh, Nginx, NginxRequest, Place, PodSpec, ServiceSpec, eventually};
+
+use super::Evidence;
+
+/// Dropped from top to bottom: the programs first.
+pub(super) struct Stage {
+    nginx: BTreeMap<&'static str, Nginx>,
+    daemons: BTreeMap<&'static str, Daemon>,
+    /// In every request's path and in every answer; nothing else on the wire holds it.
+    pub(super) marker: String,
+    pub(super) mesh: Mesh,
+}
+
+impl Stage {
+    pub(super) fn set(evidence: &Evidence) -> Result<Self> {
+        let server = |name: &str| PodSpec::new(name).on(NODE_B).service_account("web");
+        let service = |name: &str, v4: &str, v6: &str| {
+            ServiceSpec::new(name)
+                .selector("app", name)
+                .address(v4)
+                .address(v6)
+                .port(80, PORT)
+        };
+        let mesh = Mesh::builder()
+            .node(NODE_A)
+            .node(NODE_B)
+            .pod(PodSpec::new(CLIENT).on(NODE_A).service_account("client"))
+            .pod(server("web-1").label("app", "web"))
+            .pod(server("web-2").label("app", "web"))
+            .pod(server("shop").label("app", "shop"))
+            .service(service("web", WEB, WEB_V6))
+            .service(service("shop", SHOP, SHOP_V6))
+            .start()?;
+        let mut stage = Self {
+            nginx: BTreeMap::new(),
+            daemons: BTreeMap::new(),
+            marker: format!("the-secret-{}", mesh.id()),
+            mesh,
+        };
+        for node in stage.mesh.nodes() {
+            evidence.saw(format!("{}: {}", node.name(), node.ipv4()));
+        }
+        for pod in stage.mesh.pods() {
+            let addresses: Vec<_> = pod.addresses().iter().map(IpAddr::to_string).collect();
+            evidence.saw(format!(
+                "pod {} on {}: {}",
+                pod.name(),
+                pod.node(),
+                addresses.join(", ")
+            ));
+        }
+        for name in SERVERS {
+            let place = stage.mesh.pod(name).place().clone();
+            stage.serve(name, &place, PORT)?;
+        }
+        let outside = stage.mesh.outside().clone();
+        stage.serve(OUTSIDE, &outside, PORT)?;
+        evidence.saw(format!(
+            "host outside of the mesh: {}, {}",
+            stage.mesh.outside_ipv4(),
+            stage.mesh.outside_ipv6()
+        ));
+        evidence.saw(format!(
+            "nginx answers on port {PORT} in {} and outside",
+            SERVERS.join(", ")
+        ));
+        Ok(stage)
+    }
+
+    fn serve(&mut self, name: &'static str, place: &Place, port: u16) -> Result<()> {
+        let body = format!("{} from {name}", self.marker);
+        self.nginx.insert(name, Nginx::start(place, port, &body)?);
+        Ok(())
+    }
+
+    /// Starts the daemons and waits until their pods are enrolled.
+    pub(super) fn start_daemons(&mut self, evidence: &Evidence) -> Result<()> {
+        for daemon in self.mesh.start_daemons()? {
+            let status = daemon.status()?;
+            let pods: Vec<_> = status.pods.iter().map(|pod| pod.pod.as_str()).collect();
+            evidence.saw(format!(
+                "{}: process {}, mode {}, enrolled {}",
+                daemon.node(),
+                daemon.pid(),
+                status.mode,
+                pods.join(", ")
+            ));
+            let name = if daemon.node() == NODE_A {
+                NODE_A
+            } else {
+                NODE_B
+            };
+            self.daemons.insert(name, daemon);
+        }
+        Ok(())
+    }
+
+    /// Starts a node's daemon again and waits until its pods are enrolled.
+    pub(super) fn start_daemon(&mut self, node: &'static str) -> Result<&Daemon> {
+        let daemon = self.mesh.node(node).start_daemon()?;
+        let pods: Vec<_> = self
+            .mesh
+            .pods()
+            .iter()
+            .filter(|pod| pod.node() == node)
+            .map(|pod| pod.full_name())
+            .collect();
+        daemon.wait_enrolled(&pods)?;
+        Ok(self.daemons.entry(node).or_insert(daemon))
+    }
+
+    /// The running daemon of a node.
+    pub(super) fn daemon(&self, node: &str) -> Result<&Daemon> {
+        self.daemons
+            .get(node)
+            .with_context(|| format!("no daemon runs on {node}, as an earlier check has failed"))
+    }
+
+    /// Takes a node's daemon, to end it.
+    pub(super) fn take_daemon(&mut self, node: &str) -> Result<Daemon> {
+        self.daemons
+            .remove(node)
+            .with_context(|| format!("no daemon runs on {node}, as an earlier check has failed"))
+    }
+
+    pub(super) fn nginx(&self, name: &str) -> &Nginx {
+        &self.nginx[name]
+    }
+
+    /// The requests that a server has logged for a path.
+    pub(super) fn requests(&self, name: &str, path: &str) -> Vec<NginxRequest> {
+        let mut requests = self.nginx(name).requests();
+        requests.retain(|request| request.path == path);
+        requests
+    }
+
+    /// Waits for the log line of a request with a path that nothing else has asked for.
+    pub(super) fn request(&self, name: &str, path: &str) -> Result<NginxRequest> {
+        self.nginx(name).wait_for_request(path, LOGGED)
+    }
+
+    /// A path that holds the marker and that no other request has.
+    pub(super) fn path(&self, what: &str) -> String {
+        format!("/{what}/{}", self.marker)
+    }
+
+    /// The client's curl asks a server for a path, and gets the marker in the answer.
+    pub(super) fn ask(&self, server: SocketAddr, path: &str) -> Result<Answer> {
+        let answer = curl(&self.mesh.pod(CLIENT), server, path)?;
+        let Asked::Answered(answer) = answer else {
+            bail!("curl http://{server}{path}: {answer}");
+        };
+        if !answer.body.contains(&self.marker) {
+            bail!(
+                "curl http://{server}{path} got another answer: {}",
+                answer.body
+            );
+        }
+        Ok(answer)
+    }
+
+    /// The same request, where it is to be refused.
+    pub(super) fn ask_in_vain(
+        &self,
+        from: &Place,
+        server: SocketAddr,
+        path: &str,
+    ) -> Result<String> {
+        match curl(from, server, path)? {
+            Asked::Answered(answer) => {
+                bail!(
+                    "curl http://{server}{path} was to be refused, but got: {}",
+                    answer.body
+                )
+            }
+            // An answer that is merely empty would look like one of the app's.
+            Asked::Refused {
+                code: EMPTY_ANSWER, ..
+            } => {
+                bail!("curl http://{server}{path} got an empty answer instead of an error")
+            }
+            Asked::Refused { message, .. } => Ok(message),
+        }
+    }
+
+    /// The last lines of what the daemons have logged.
+    pub(super) fn print_logs(&self) {
+        for (node, daemon) in &self.daemons {
+            let log = daemon.log_text();
+            let lines: Vec<_> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(LINES_OF_LOG)..];
+            eprintln!("---- auth-daemon on {node}\n{}", last.join("\n"));
+        }
+    }
+}
+
+/// What became of a request.
+enum Asked {
+    Answered(Answer),
+    Refused { code: i32, message: String },
+}
+
+/// An answer, and the connection's addresses as curl's own socket has them.
+pub(super) struct Answer {
+    pub(super) body: String,
+    pub(super) local: SocketAddr,
+    pub(super) remote: SocketAddr,
+}
+
+impl std::fmt::Display for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Answered(answer) => f.write_str(&answer.body),
+            Self::Refused { message, .. } => f.write_str(message),
+        }
+    }
+}
+
+fn curl(from: &Place, server: SocketAddr, path: &str) -> Result<Asked> {
+    let url = format!("http://{server}{path}");
+    let addresses = "\n%{local_ip} %{local_port} %{remote_ip} %{remote_port}";
+    let arguments = ["-gsS", "-m", "10", "--noproxy", "*", "-w", addresses, &url];
+    let finished = from.run("curl", arguments)?;
+    if let Some(code) = finished.code().filter(|code| *code != 0) {
+        let message = finished.stderr.trim();
+        let message = message.strip_prefix("curl: ").unwrap_or(message).to_owned();
+        return Ok(Asked::Refused { code, message });
+    }
+    let finished = finished.ok()?;
+    let (body, addresses) = finished
+        .stdout
+        .rsplit_once('\n')
+        .context("curl did not say its addresses")?;
+    let words: Vec<_> = addresses.split(' ').collect();
+    let address = |ip: usize| -> Result<SocketAddr> {
+        let [ip, port] = [words.get(ip), words.get(ip + 1)].map(|word| word.unwrap_or(&""));
+        let ip: IpAddr = ip
+            .parse()
+            .with_context(|| format!("curl said {addresses:?}"))?;
+        Ok((
+            ip,
+            port.parse()
+                .with_context(|| format!("curl said {addresses:?}"))?,
+        )
+            .into())
+    };
+    Ok(Asked::Answered(Answer {
+        body: body.to_owned(),
+        local: address(0)?,
+        remote: address(2)?,
+    }))
+}
+
+/// Waits for something that a program writes down a moment after it has done it.
+pub(super) fn soon<T>(what: &str, probe: impl FnMut() -> Option<T>) -> Result<T> {
+    eventually(LOGGED, what, probe)
+}
+
+pub(super) const NODE_A: &str = "node-a";
+pub(super) const NODE_B: &str = "node-b";
+pub(super) const CLIENT: &str = "client";
+pub(super) const SERVERS: [&str; 3] = ["web-1", "web-2", "shop"];
+pub(super) const OUTSIDE: &str = "outside";
+/// Where all servers listen.
+pub(super) const PORT: u16 = 8080;
+pub(super) const WEB: &str = "10.96.0.10";
+pub(super) const WEB_V6: &str = "fd96::10";
+pub(super) const SHOP: &str = "10.96.0.20";
+const SHOP_V6: &str = "fd96::20";
+/// curl's exit code for `Empty reply from server`.
+const EMPTY_ANSWER: i32 = 52;
+/// How long a log line may take.
+pub(super) const LOGGED: Duration = Duration::from_secs(10);
+const LINES_OF_LOG: usize = 8;
