@@ -38,7 +38,6 @@ pub struct Enrolment {
     failing: BTreeMap<ObjectName, Failing>,
     /// What the kernel's side was told the mesh's addresses are.
     told: Told,
-    draining: watch::Sender<bool>,
 }
 
 /// The sources of the mesh's addresses, as they were when the kernel's side was told.
@@ -87,7 +86,6 @@ impl Enrolment {
             serving: HashMap::new(),
             failing: BTreeMap::new(),
             told: Told::default(),
-            draining: watch::Sender::new(false),
         }
     }
 
@@ -125,7 +123,7 @@ impl Enrolment {
 
     async fn drain(self) {
         self.node.ready.store(false, Ordering::Relaxed);
-        self.draining.send_replace(true);
+        self.node.draining.send_replace(true);
         let started = tokio::time::Instant::now();
         tracing::info!(connections = self.node.live.count(), "draining");
         while self.node.live.count() > 0 && started.elapsed() < self.node.config.drain {
@@ -224,7 +222,7 @@ impl Enrolment {
 
     fn listen(&self, pod: &Arc<Pod>, listener: std::net::TcpListener, side: Side) -> AbortHandle {
         let (node, pod) = (self.node.clone(), pod.clone());
-        let draining = self.draining.subscribe();
+        let draining = self.node.draining.subscribe();
         self.data_path
             .spawn(async move {
                 match TcpListener::from_std(listener) {

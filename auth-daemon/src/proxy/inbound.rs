@@ -170,15 +170,18 @@ async fn carry(
 ) {
     let mut deadline = first.deadline;
     let mut first = Some(first);
+    let mut draining = node.draining.subscribe();
     loop {
-        let event = match timeout_at(deadline, channel.receive_control()).await {
-            Ok(event) => event,
-            Err(_) => {
-                return match first {
-                    Some(first) => first.access.finish(Outcome::Refused, late()),
-                    None => channel.close(),
-                };
-            }
+        let event = tokio::select! {
+            event = timeout_at(deadline, channel.receive_control()) => event,
+            // The client's side dials anew, and is refused by the kernel.
+            _ = draining.wait_for(|draining| *draining), if first.is_none() => return channel.close(),
+        };
+        let Ok(event) = event else {
+            return match first {
+                Some(first) => first.access.finish(Outcome::Refused, late()),
+                None => channel.close(),
+            };
         };
         let connect = match event {
             Ok(Some(Event::Connect(connect))) => Ok(connect),
@@ -224,12 +227,13 @@ async fn one(
     connect: Connect,
     access: Guard<'_>,
 ) -> bool {
-    access.learn(|details| {
-        details.client = connect.client;
-        details.destination = Some(connect.dialled);
-    });
+    access.learn(|details| details.destination = Some(connect.dialled));
     let mut app = match admit(node, pod, channel, from, local, connect).await {
-        Ok(app) => app,
+        Ok(app) => {
+            // Believed only now: no stranger writes lines in another's name.
+            access.learn(|details| details.client = connect.client);
+            app
+        }
         Err((code, reason)) => {
             farewell(channel, code, &reason).await;
             access.finish(Outcome::Refused, reason);
@@ -284,6 +288,12 @@ async fn admit(
     local: SocketAddr,
     connect: Connect,
 ) -> Result<TcpStream, (ResetCode, String)> {
+    if *node.draining.borrow() {
+        return Err((
+            ResetCode::Unreachable,
+            "this node's daemon is ending".into(),
+        ));
+    }
     if local.port() == auth_common::TUNNEL_PORT {
         return Err((
             ResetCode::Protocol,

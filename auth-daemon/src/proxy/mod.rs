@@ -1,4 +1,4 @@
-//! A connection's life, from the app's `connect` to the last byte: [`outbound`] on the client's node, [`inbound`] on
+//! A connection's life, from the app's `connect` to the last byte: `outbound` on the client's node, `inbound` on
 //! the server's. Nothing of the kernel and nothing of TLS's insides.
 
 pub mod access;
@@ -15,6 +15,8 @@ use std::sync::{
 };
 
 use auth_common::Inbound;
+
+use tokio::sync::watch;
 
 pub use enrolment::{Enrolment, PodStatus};
 pub use pod::Pod;
@@ -43,6 +45,8 @@ pub struct Node {
     pub pods: std::sync::Mutex<Vec<PodStatus>>,
     balance: balance::Balance,
     ready: AtomicBool,
+    /// Raised once: from then on no connection begins.
+    draining: watch::Sender<bool>,
 }
 
 impl Node {
@@ -62,6 +66,7 @@ impl Node {
             pods: std::sync::Mutex::default(),
             balance: balance::Balance::default(),
             ready: AtomicBool::new(false),
+            draining: watch::Sender::new(false),
         }
     }
 

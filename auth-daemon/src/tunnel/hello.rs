@@ -2,7 +2,7 @@
 
 /// A ClientHello of ours is far smaller; what announces more is somebody else's, in bytes.
 const MAX_HELLO_BYTES: usize = 8 * 1024;
-/// Enough to peek at: a whole record of [`MAX_HELLO_BYTES`].
+/// Enough to peek at: a whole record of that size.
 pub const PEEK_BYTES: usize = RECORD_HEADER_BYTES + MAX_HELLO_BYTES;
 
 const RECORD_HEADER_BYTES: usize = 5;

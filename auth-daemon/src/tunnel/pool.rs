@@ -89,7 +89,7 @@ impl Pool {
         });
     }
 
-    /// Closes tunnels that have idled for [`IDLE`] or whose peer has gone.
+    /// Closes tunnels that have idled for long or whose peer has gone.
     pub fn sweep(&self) {
         self.close_if(|_, idle| idle.since.elapsed() >= IDLE || !idle.channel.is_quiet());
     }

@@ -7,7 +7,7 @@ use std::{
 
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName,
-    Error, OtherError, RootCertStore, ServerConfig, SignatureScheme,
+    Error, InvalidMessage, OtherError, RootCertStore, ServerConfig, SignatureScheme,
     client::{
         ResolvesClientCert, Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -136,6 +136,8 @@ impl ServerCertVerifier for Verifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
+        // What the certificate says comes first: it explains more than a chain that does not hold.
+        self.check_svid(end_entity)?;
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,
             &self.roots,
@@ -143,7 +145,6 @@ impl ServerCertVerifier for Verifier {
             now,
             self.provider.signature_verification_algorithms.all,
         )?;
-        self.check_svid(end_entity)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -183,11 +184,9 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self
-            .clients
-            .verify_client_cert(end_entity, intermediates, now)?;
         self.check_svid(end_entity)?;
-        Ok(verified)
+        self.clients
+            .verify_client_cert(end_entity, intermediates, now)
     }
 
     fn verify_tls12_signature(
@@ -236,6 +235,17 @@ pub fn explain(error: &Error) -> String {
         Error::InvalidCertificate(
             CertificateError::UnknownIssuer | CertificateError::BadSignature,
         ) => "the peer's certificate is not issued by this trust domain's CA".into(),
+        Error::InvalidCertificate(
+            CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. },
+        ) => "the peer's certificate lacks the extended key usage for its side: servers need serverAuth, clients \
+              clientAuth"
+            .into(),
+        Error::PeerIncompatible(why) => {
+            format!("the peer does not speak TLS 1.3 in a way that is accepted here: {why:?}")
+        }
+        Error::InvalidMessage(
+            InvalidMessage::HandshakePayloadTooLarge | InvalidMessage::MessageTooLarge,
+        ) => "the peer's handshake is too large".into(),
         Error::InvalidCertificate(why) => format!("the peer's certificate is refused: {why:?}"),
         Error::NoCertificatesPresented => "the peer presents no certificate".into(),
         Error::AlertReceived(alert) => explain_alert(*alert),
