@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use nix::sys::utsname::uname;
 
-use super::{kernel::try_load, mounts, netns::Netns};
+use super::{kernel::try_load, mounts, netns::Netns, plumbing};
 
 /// One requirement and how this machine meets it.
 #[derive(Debug, serde::Serialize)]
@@ -68,11 +68,13 @@ pub fn check(cgroup: Option<&Path>, pins: &Path) -> Vec<Finding> {
         ),
         outcome(
             "policy routing",
-            // Only a kernel with CONFIG_IP_MULTIPLE_TABLES shows a rule; the netlink answer would need a change.
-            fs::metadata("/proc/net/fib_triestat")
-                .or_else(|_| fs::metadata("/proc/net/route"))
-                .map(|_| "IPv4 routing is there".to_owned())
-                .map_err(|error| anyhow::anyhow!("{error}")),
+            plumbing::list_rules()
+                .map(|()| "IPv4 and IPv6 have route rules".to_owned())
+                .map_err(|error| {
+                    anyhow::anyhow!(
+                        "{error}; it needs CONFIG_IP_MULTIPLE_TABLES and CONFIG_IPV6_MULTIPLE_TABLES"
+                    )
+                }),
         ),
         outcome(
             "eBPF programs",

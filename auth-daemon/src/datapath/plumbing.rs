@@ -9,7 +9,7 @@ use std::{fs, io, net::IpAddr};
 
 use auth_common::{ORIGINAL_SOURCE_MARK, ORIGINAL_SOURCE_TABLE};
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -92,6 +92,23 @@ pub(super) fn tear_down(netns: &Netns, switched_on: u32) -> io::Result<()> {
         }
         Ok(())
     })?
+}
+
+/// Asks for the route rules of both families, which a kernel without policy routing refuses.
+pub(super) fn list_rules() -> io::Result<()> {
+    for (family, name) in [
+        (AddressFamily::Inet, "IPv4"),
+        (AddressFamily::Inet6, "IPv6"),
+    ] {
+        let mut message = RuleMessage::default();
+        message.header.family = family;
+        Netlink::open()?
+            .request(RouteNetlinkMessage::GetRule(message), NLM_F_DUMP)
+            .map_err(|error| {
+                io::Error::new(error.kind(), format!("{name} route rules: {error}"))
+            })?;
+    }
+    Ok(())
 }
 
 fn families(addresses: &[IpAddr]) -> Vec<AddressFamily> {

@@ -50,6 +50,8 @@ struct Told {
 struct Serving {
     pod: Arc<Pod>,
     tasks: Vec<AbortHandle>,
+    /// The tunnel listener once more, to be given an address that another pod let go of.
+    tunnel: std::net::TcpListener,
 }
 
 struct Failing {
@@ -124,16 +126,20 @@ impl Enrolment {
     async fn drain(self) {
         self.node.ready.store(false, Ordering::Relaxed);
         self.node.draining.send_replace(true);
+        // The listeners close as their accepting tasks hear of it, and their copies here.
+        let tasks: Vec<_> = self
+            .serving
+            .into_values()
+            .flat_map(|serving| serving.tasks)
+            .collect();
         let started = tokio::time::Instant::now();
         tracing::info!(connections = self.node.live.count(), "draining");
         while self.node.live.count() > 0 && started.elapsed() < self.node.config.drain {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         // The pods stay enrolled, so that the kernel refuses what nobody serves now.
-        for serving in self.serving.into_values() {
-            for task in serving.tasks {
-                task.abort();
-            }
+        for task in tasks {
+            task.abort();
         }
     }
 
@@ -212,12 +218,21 @@ impl Enrolment {
         for listener in listeners.outbound {
             tasks.push(self.listen(&pod, listener, Side::Outbound));
         }
+        let tunnel = match listeners.tunnel.try_clone() {
+            Ok(tunnel) => tunnel,
+            Err(error) => {
+                tracing::error!(pod = %workload.name, %error, "cannot keep its listener; trying again");
+                pod.enrolled.remove(&node.kernel);
+                node.certificates.release(&workload.identity);
+                return;
+            }
+        };
         tasks.push(self.listen(&pod, listeners.tunnel, Side::Inbound));
         tracing::info!(
             pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses, "pod enrolled"
         );
         self.serving
-            .insert(workload.name.clone(), Serving { pod, tasks });
+            .insert(workload.name.clone(), Serving { pod, tasks, tunnel });
     }
 
     fn listen(&self, pod: &Arc<Pod>, listener: std::net::TcpListener, side: Side) -> AbortHandle {
@@ -234,7 +249,7 @@ impl Enrolment {
     }
 
     fn release(&mut self, name: &ObjectName) {
-        let Some(Serving { pod, tasks }) = self.serving.remove(name) else {
+        let Some(Serving { pod, tasks, .. }) = self.serving.remove(name) else {
             return;
         };
         // Connections end with a RST as their tasks are dropped.
@@ -243,6 +258,15 @@ impl Enrolment {
         }
         pod.enrolled.remove(&self.node.kernel);
         self.node.certificates.release(&pod.workload.identity);
+        // An address in dispute goes to the pod that is left with it.
+        for other in self.serving.values() {
+            let mut shared = other.pod.workload.addresses.clone();
+            shared.retain(|address| pod.workload.addresses.contains(address));
+            let mode = self.node.inbound_mode();
+            if let Err(error) = self.node.kernel.admit(&shared, &other.tunnel, mode) {
+                tracing::error!(pod = %other.pod.workload.name, %error, "cannot give it its address back");
+            }
+        }
         tracing::info!(pod = %name, "pod released");
     }
 

@@ -5,6 +5,8 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::AsRawFd,
+    pin::pin,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -116,6 +118,7 @@ async fn opening(tcp: &TcpStream, mode: Mode, deadline: Instant) -> io::Result<O
         Mode::Strict => deadline,
         Mode::Permissive => Instant::now() + SILENCE,
     };
+    let begun = AtomicBool::new(false);
     let decide = async {
         loop {
             let ready = tcp.ready(Interest::READABLE).await?;
@@ -125,6 +128,7 @@ async fn opening(tcp: &TcpStream, mode: Mode, deadline: Instant) -> io::Result<O
                 match classify(&bytes[..count], ALPN) {
                     // More may come: wait for it as for the first byte.
                     Opening::Undecided if !ready.is_read_closed() => {
+                        begun.store(true, Ordering::Relaxed);
                         Err(io::ErrorKind::WouldBlock.into())
                     }
                     opening => Ok(opening),
@@ -136,7 +140,13 @@ async fn opening(tcp: &TcpStream, mode: Mode, deadline: Instant) -> io::Result<O
             }
         }
     };
-    match timeout_at(silence, decide).await {
+    let mut decide = pin!(decide);
+    let mut decided = timeout_at(silence, &mut decide).await;
+    if decided.is_err() && begun.load(Ordering::Relaxed) {
+        // Not silent: it has begun what looks like TLS.
+        decided = timeout_at(deadline, decide).await;
+    }
+    match decided {
         Ok(Ok(Opening::Undecided)) if mode == Mode::Strict => Err(io::Error::new(
             io::ErrorKind::UnexpectedEof,
             "closed before it said what it speaks",

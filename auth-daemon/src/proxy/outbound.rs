@@ -25,11 +25,11 @@ use crate::{
 
 /// How long the app waits at most until its connection stands or is refused.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long one endpoint may take to answer a SYN before another is tried.
+/// How long an endpoint may take to answer a SYN, while there is another one to try.
 const DIAL: Duration = Duration::from_secs(2);
-/// How long its handshake may take.
+/// How long its handshake may take, likewise.
 const HANDSHAKE: Duration = Duration::from_secs(3);
-/// How long it may take to say whether its app accepts: longer than its daemon gives the app.
+/// How long it may take to say whether its app accepts, likewise: longer than its daemon gives the app.
 const ANSWER: Duration = Duration::from_secs(3);
 /// How long a RESET may take to leave.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -149,7 +149,9 @@ async fn open(
         let address = endpoint.address;
         tried.push(address);
         access.learn(|details| details.endpoint = Some(address));
-        let attempt = attempt(node, pod, &destination, endpoint, &connect, access);
+        // The last one may take as long as the app has patience for.
+        let others = tried.len() < destination.endpoints.len().min(MAX_ATTEMPTS);
+        let attempt = attempt(node, pod, &destination, endpoint, &connect, others, access);
         match timeout_at(deadline, attempt).await {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(refusal)) => last = Some(refusal),
@@ -168,8 +170,10 @@ async fn attempt(
     destination: &Destination,
     endpoint: &Endpoint,
     connect: &Connect,
+    others: bool,
     access: &Guard<'_>,
 ) -> Result<Opened, Refusal> {
+    let limit = |limit| if others { limit } else { PATIENCE };
     let address = endpoint.address;
     let failed = |why| Refusal::Endpoint {
         endpoint: address,
@@ -191,16 +195,17 @@ async fn attempt(
     }
     // An idle tunnel may have been closed by the other side a moment ago; then the next, then a new one.
     while let Some((mut channel, made)) = pod.pool.take(address, &destination.identities) {
-        match establish(&mut channel, connect).await {
+        match within(ANSWER, establish(&mut channel, connect)).await {
             Ok(()) => return Ok(opened(channel, address, made, access)),
             Err(Failure::Channel(_) | Failure::Closed) => {}
-            Err(failure) => {
-                if matches!(failure, Failure::Silent) {
-                    // It speaks for all: each would cost as long.
-                    pod.pool.forget(address);
+            Err(Failure::Silent) => {
+                // It speaks for all tunnels, each of which would cost as long, but not for the endpoint.
+                pod.pool.forget(address);
+                if others {
+                    return Err(failed(Failure::Silent));
                 }
-                return Err(failed(failure));
             }
+            Err(failure) => return Err(failed(failure)),
         }
     }
     let certificate = pod
@@ -209,16 +214,21 @@ async fn attempt(
         .await
         .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
     let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
-    let tcp = timeout(DIAL, dial)
+    let dial = async { dial.await.map_err(Failure::Dial) };
+    let tcp = within(limit(DIAL), dial).await.map_err(failed)?;
+    let handshake = shake_hands(node, tcp, &certificate, destination);
+    let mut channel = within(limit(HANDSHAKE), handshake).await.map_err(failed)?;
+    within(limit(ANSWER), establish(&mut channel, connect))
         .await
-        .map_err(|_| failed(Failure::Silent))?
-        .map_err(|error| failed(Failure::Dial(error)))?;
-    let mut channel = timeout(HANDSHAKE, shake_hands(node, tcp, &certificate, destination))
-        .await
-        .unwrap_or(Err(Failure::Silent))
         .map_err(failed)?;
-    establish(&mut channel, connect).await.map_err(failed)?;
     Ok(opened(channel, address, std::time::Instant::now(), access))
+}
+
+async fn within<T>(
+    limit: Duration,
+    step: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    timeout(limit, step).await.unwrap_or(Err(Failure::Silent))
 }
 
 fn opened(
@@ -262,14 +272,8 @@ async fn shake_hands(
 
 /// CONNECT, and the server's answer.
 async fn establish(channel: &mut Channel, connect: &Connect) -> Result<(), Failure> {
-    let exchange = async {
-        channel.send_connect(connect).await?;
-        channel.receive_control().await
-    };
-    match timeout(ANSWER, exchange)
-        .await
-        .map_err(|_| Failure::Silent)??
-    {
+    channel.send_connect(connect).await?;
+    match channel.receive_control().await? {
         Some(Event::Connected) => Ok(()),
         Some(Event::Reset(reset)) => Err(Failure::Reset(reset)),
         Some(_) => Err(ChannelError::OutOfTurn("a frame other than CONNECTED").into()),

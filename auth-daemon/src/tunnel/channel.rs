@@ -36,6 +36,7 @@ use super::{
     tls,
 };
 
+const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 
@@ -382,10 +383,21 @@ impl Receiver {
         range: Range<usize>,
         keys: &SharedKeys,
     ) -> Result<(), ChannelError> {
-        let message = &self.incoming.filled()[range];
-        let &[KEY_UPDATE, 0, 0, 1, requested @ (0 | 1)] = message else {
+        let mut messages = &self.incoming.filled()[range];
+        // Tickets to resume with: a server of another make may send some. Connections are kept, not resumed.
+        while let [NEW_SESSION_TICKET, a, b, c, rest @ ..] = messages
+            && keys.is_client()
+            && let Some((_, rest)) =
+                rest.split_at_checked(u32::from_be_bytes([0, *a, *b, *c]) as usize)
+        {
+            if rest.is_empty() {
+                return Ok(());
+            }
+            messages = rest;
+        }
+        let &[KEY_UPDATE, 0, 0, 1, requested @ (0 | 1)] = messages else {
             return Err(ChannelError::Handshake(
-                message.first().copied().unwrap_or(0),
+                messages.first().copied().unwrap_or(0),
             ));
         };
         if requested == 1 {
@@ -433,6 +445,10 @@ impl Receiver {
 }
 
 impl SharedKeys {
+    fn is_client(&self) -> bool {
+        matches!(*self.lock(), Keys::Client(_))
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Keys> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
