@@ -9,7 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use auth_daemon::{
@@ -17,7 +17,7 @@ use auth_daemon::{
     certs::{Certificates, Current},
     mesh::TrustDomain,
     tunnel::{
-        self, ALPN, Channel, Counters, Ending, Pool,
+        self, ALPN, Channel, Counters, Ending, Made, Pool,
         frame::{self, Connect, Event, Reset, ResetCode},
         handshake, relay,
     },
@@ -348,7 +348,7 @@ async fn the_pool_gives_back_what_is_alive_and_allowed() {
         .unwrap()]);
 
     let (near, far) = tunnel_pair(&domain).await;
-    pool.put(endpoint, near, Instant::now());
+    pool.put(endpoint, near, made_now());
     assert_eq!(pool.idle(), 1);
     assert!(
         pool.take(endpoint, &api).is_none(),
@@ -358,7 +358,7 @@ async fn the_pool_gives_back_what_is_alive_and_allowed() {
     drop(far);
 
     let (near, mut far) = tunnel_pair(&domain).await;
-    pool.put(endpoint, near, Instant::now());
+    pool.put(endpoint, near, made_now());
     let (mut near, made) = pool.take(endpoint, &web).unwrap();
     near.send_connect(&connect()).await.unwrap();
     assert!(matches!(
@@ -416,6 +416,13 @@ async fn certificates_are_shared_renewed_and_forgotten() {
     assert_eq!(certificates.list().len(), 1);
     certificates.release(&identity);
     assert!(certificates.list().is_empty());
+}
+
+fn made_now() -> Made {
+    Made {
+        at: Instant::now(),
+        valid_until: SystemTime::now() + Duration::from_secs(60),
+    }
 }
 
 async fn wait_until(mut condition: impl FnMut() -> bool) {

@@ -5,7 +5,7 @@ mod pair;
 
 use std::time::{Duration, Instant};
 
-use mesh_tests::{Mesh, PodSpec, TIMEOUT, eventually};
+use mesh_tests::{DaemonOptions, Mesh, PodSpec, TIMEOUT, eventually};
 use serde_json::Value;
 
 use crate::pair::{MARKER, assert_refused, assert_reset, call, daemons, echoes, pair, ways};
@@ -265,4 +265,35 @@ fn apps_that_do_not_read_find_the_reset_when_they_do() {
     let deadline = Duration::from_secs(5);
     assert_reset(&server.event("closed", deadline).unwrap());
     assert_reset(&reader.failure(deadline).unwrap());
+}
+
+#[test]
+fn permissive_pods_refuse_what_would_have_been_a_tunnel() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let daemons = mesh
+        .start_daemons_with(&DaemonOptions::default().permissive())
+        .unwrap();
+    echoes(&client, web.at(8080));
+    for daemon in daemons {
+        daemon.kill().unwrap();
+    }
+    let capture = mesh.wire().capture().unwrap();
+    for to in ways(&web) {
+        assert_refused(&call(&client, to));
+    }
+    assert!(!capture.stop().unwrap().contains(MARKER.as_bytes()));
+    // Who never was to speak the tunnel is let in, as ever.
+    echoes(mesh.outside(), web.at(8080));
+    echoes(mesh.outside(), web.at6(8080));
+    // What comes from a pod of the mesh, around its own node's capture, is not.
+    let to = web.at(8080);
+    let around = client.enter(|| std::net::TcpStream::connect(to)).unwrap();
+    let kind = around.map(drop).map_err(|error| error.kind());
+    assert_eq!(kind, Err(std::io::ErrorKind::ConnectionRefused));
 }

@@ -9,11 +9,11 @@ use hostile::{
     ALPN, Authority, CONNECTED, Faults, Peer, Presented, RESET, client_config, connect_frame, dial,
     lines_of, self_signed, spiffe, uri,
 };
-use mesh_tests::Result;
+use mesh_tests::{DaemonOptions, Result};
 use rcgen::{
     BasicConstraints, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType, date_time_ymd,
 };
-use stage::{HTTP, Stage};
+use stage::{HTTP, Stage, WITNESS};
 
 /// The code of a RESET.
 const FORBIDDEN: u8 = 4;
@@ -124,6 +124,27 @@ fn cases(stolen: &Authority) -> Result<Vec<Case>> {
             "extended key usage",
         ),
     ];
+    // Whoever holds a workload's certificate is no CA; nor is one that the root made, as its path ends at leaves.
+    for (what, is_ca, reason) in [
+        ("signed by a workload", IsCa::ExplicitNoCa, "not issued"),
+        (
+            "signed by an intermediate CA",
+            IsCa::Ca(BasicConstraints::Unconstrained),
+            "certificate",
+        ),
+    ] {
+        let (below, certificate) = stolen.below(|p| {
+            p.is_ca = is_ca;
+            p.key_usages.push(KeyUsagePurpose::KeyCertSign);
+        })?;
+        let mut presented = below.mint("web")?;
+        presented.chain.push(certificate);
+        cases.push((what, Some(presented), reason));
+    }
+    // Certificates are no secret; keys are.
+    let mut stranger = stolen.mint("web")?;
+    stranger.key_pem = stolen.mint("web")?.key_pem;
+    cases.push(("another's certificate", Some(stranger), "signature"));
     for (what, id) in MALFORMED {
         let certificate = stolen.mint_with(&[], |p| {
             p.subject_alt_names = vec![uri(id).expect("ASCII")];
@@ -190,6 +211,46 @@ fn a_pods_address_is_its_identitys_alone() -> Result<()> {
             assert_eq!(line["client_identity"], says, "{line:#}");
             assert_eq!(line["server_identity"], spiffe("web"), "{line:#}");
         }
+    }
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
+#[test]
+fn permissive_does_not_mean_without_a_certificate() -> Result<()> {
+    let mut stage = Stage::set_with(&DaemonOptions::default().permissive())?;
+    let other = stage.mesh.pod("other");
+    let before = stage.snapshot()?;
+    let mut faults = Faults::default();
+    let strangers = [
+        ("no certificate", None, "presents no certificate"),
+        (
+            "another root",
+            Some(Authority::another()?.mint("other")?),
+            "not issued",
+        ),
+        (
+            "another's identity",
+            Some(stage.authority.mint("client")?),
+            "is the address of pod",
+        ),
+    ];
+    for (what, certificate, reason) in strangers {
+        // A ClientHello of the tunnel is never the app's, whatever comes of it.
+        let server = stage.web().at(WITNESS);
+        let tcp = dial(&other, server)?;
+        let client = tcp.local_addr()?;
+        let mut peer = Peer::client(tcp, client_config(certificate.as_ref(), &[ALPN])?)?;
+        let _ = peer.send(&connect_frame(server, client));
+        let ended = peer.end();
+        faults.check(ended.frames.iter().all(|(kind, _)| *kind == RESET), || {
+            format!("{what}: the daemon answers: {ended:?}")
+        });
+        faults.expect_line(what, &stage.daemon, client, ("refused", reason));
+        faults.check(!stage.was_witnessed(client), || {
+            format!("{what}: the app was reached")
+        });
     }
     faults.finish();
     stage.assert_unharmed(&before, 16 * 1024);

@@ -112,8 +112,9 @@ fn what_is_not_the_tunnel_is_refused_at_once() -> Result<()> {
         let mut tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
         let client = tcp.local_addr()?;
         let start = Instant::now();
-        tcp.write_all(bytes)?;
-        tcp.shutdown(Shutdown::Write)?;
+        // The daemon may have had enough before the end.
+        let _ = tcp.write_all(bytes);
+        let _ = tcp.shutdown(Shutdown::Write);
         let answer = drain(tcp);
         faults.check(answer.len() < 100, || {
             format!("{what}: answered {answer:?}")

@@ -177,7 +177,6 @@ fn it_manages_when_pods_are_gone() {
     // One has ended altogether, the other's namespace is left to its last process.
     mesh.remove_pod("gone").unwrap();
     drop(gone);
-    let name = nameless.netns().name().to_owned();
     mesh.outside()
         .run("umount", ["-l".into(), nameless.netns().path()])
         .unwrap()
@@ -190,8 +189,7 @@ fn it_manages_when_pods_are_gone() {
     assert!(attached_to_node(node).values().all(|count| *count == 0));
     assert_eq!(
         [Routing::of(&mesh.pod("web")), Routing::of(&nameless)],
-        clean,
-        "{name}"
+        clean
     );
     drop(sleeper);
 }

@@ -3,6 +3,7 @@
 #[path = "common/pair.rs"]
 mod pair;
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_tests::{Context, Daemon, Place, Result, Snapshot, TIMEOUT, eventually_ok};
@@ -196,32 +197,40 @@ fn all_four_legs_are_kept_alive() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7")?.listening()?;
     for (to, listener) in [
-        (pair.web.at(7), "127.0.0.1:15001"),
-        (pair.web.at6(7), "[::1]:15001"),
+        (pair.web.at(7), "127.0.0.1:15001".parse()?),
+        (pair.web.at6(7), "[::1]:15001".parse()?),
     ] {
         let mut chat = pair
             .client
             .app(&format!("chat --to {to} --interval 2000"))?;
         chat.event("round", TIMEOUT)?;
         let client = &chat.event("connected", TIMEOUT)?["local"];
-        let client = client.as_str().context("the client's address")?;
-        let to = to.to_string();
-        let is = |legs: &[Leg], local: &str, remote: &str| {
-            let leg = legs
-                .iter()
-                .find(|leg| leg.local == local && leg.remote == remote);
-            leg.is_some_and(|leg| leg.kept_alive)
-        };
+        let client: SocketAddr = client.as_str().context("an address")?.parse()?;
         eventually_ok(TIMEOUT, "keep-alive on all legs", || {
             let (near, far) = (legs(&pair.client)?, legs(&pair.web)?);
             let tunnel = near.iter().find(|leg| leg.remote == to && leg.kept_alive);
-            let source = &tunnel
+            let source = tunnel
                 .with_context(|| format!("the tunnel: {near:?}"))?
                 .local;
+            let kept = |legs: &[Leg], is: &dyn Fn(&Leg) -> bool| {
+                legs.iter().any(|leg| leg.kept_alive && is(leg))
+            };
             for (ok, what) in [
-                (is(&near, listener, client), "app to daemon"),
-                (is(&far, &to, source), "daemon to daemon"),
-                (is(&far, client, &to), "daemon to app"),
+                (
+                    // To the daemon, the app may come from the loopback.
+                    kept(&near, &|leg| {
+                        leg.local == listener && leg.remote.port() == client.port()
+                    }),
+                    "app to daemon",
+                ),
+                (
+                    kept(&far, &|leg| leg.local == to && leg.remote == source),
+                    "daemon to daemon",
+                ),
+                (
+                    kept(&far, &|leg| leg.local == client && leg.remote == to),
+                    "daemon to app",
+                ),
             ] {
                 fail_when(!ok, || format!("{what}: {near:?} {far:?}"))?;
             }
@@ -237,25 +246,23 @@ fn all_four_legs_are_kept_alive() -> Result<()> {
 /// A TCP socket of a pod.
 #[derive(Debug)]
 struct Leg {
-    local: String,
-    remote: String,
+    local: SocketAddr,
+    remote: SocketAddr,
     kept_alive: bool,
 }
 
 fn legs(place: &Place) -> Result<Vec<Leg>> {
     let listing = place.run("ss", ["-Htno"])?.ok()?.stdout;
-    // An IPv6 socket shows an IPv4 address as [::ffff:10.77.2.2].
-    let canonical = |text: &str| {
-        let address: Result<std::net::SocketAddr, _> = text.parse();
-        address.map_or(text.to_owned(), |address| {
-            std::net::SocketAddr::new(address.ip().to_canonical(), address.port()).to_string()
-        })
+    let address = |word: Option<&&str>| {
+        let address: SocketAddr = word?.parse().ok()?;
+        // An IPv6 socket shows an IPv4 address as [::ffff:10.77.2.2].
+        Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
     };
     let leg = |line: &str| {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         Some(Leg {
-            local: canonical(words.get(3)?),
-            remote: canonical(words.get(4)?),
+            local: address(words.get(3))?,
+            remote: address(words.get(4))?,
             kept_alive: line.contains("timer:(keepalive"),
         })
     };

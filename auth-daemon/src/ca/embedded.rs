@@ -66,6 +66,17 @@ pub enum UnusableCa {
         /// Its permission bits.
         mode: u32,
     },
+    /// Others than the owner may put another key in place.
+    #[error(
+        "ca.directory: {path}: {what}: somebody else could put a root of their own here. \
+         Give it to the daemon's user and run `chmod 700 {path}`"
+    )]
+    Writable {
+        /// The folder or file.
+        path: PathBuf,
+        /// Who may write there.
+        what: String,
+    },
     /// Not the PEM that this daemon writes.
     #[error("ca.directory: {path}: {what}")]
     Malformed {
@@ -105,6 +116,7 @@ impl EmbeddedCa {
             .mode(0o700)
             .create(directory)
             .map_err(io)?;
+        check_owner(directory, &fs::metadata(directory).map_err(io)?)?;
         if !path.try_exists().map_err(io)? {
             create(directory, &path, trust_domain).map_err(io)?;
         }
@@ -139,7 +151,9 @@ impl EmbeddedCa {
         };
         let mut file = fs::File::open(path).map_err(io)?;
         // Of the open file: nobody can put another in its place meanwhile.
-        let mode = file.metadata().map_err(io)?.mode() & 0o777;
+        let metadata = file.metadata().map_err(io)?;
+        check_owner(path, &metadata)?;
+        let mode = metadata.mode() & 0o777;
         if mode & 0o077 != 0 {
             return Err(UnusableCa::Exposed {
                 path: path.to_owned(),
@@ -224,6 +238,23 @@ impl std::fmt::Debug for EmbeddedCa {
             .field("trust_domain", &self.trust_domain)
             .finish_non_exhaustive()
     }
+}
+
+/// Refuses what is another user's, or what others may write to.
+fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), UnusableCa> {
+    let writable = |what| UnusableCa::Writable {
+        path: path.to_owned(),
+        what,
+    };
+    let own = nix::unistd::geteuid().as_raw();
+    if metadata.uid() != own && metadata.uid() != 0 {
+        return Err(writable(format!("belongs to user {}", metadata.uid())));
+    }
+    let mode = metadata.mode() & 0o777;
+    if metadata.is_dir() && mode & 0o022 != 0 {
+        return Err(writable(format!("mode {mode:03o} lets others write")));
+    }
+    Ok(())
 }
 
 fn create(directory: &Path, path: &Path, trust_domain: &TrustDomain) -> io::Result<()> {
@@ -385,6 +416,10 @@ mod tests {
             "{error}"
         );
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o770)).unwrap();
+        let error = open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("mode 770 lets others write"), "{error}");
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).unwrap();
         fs::write(&path, "rubbish").unwrap();
         let error = open(folder.path()).unwrap_err().to_string();
         assert!(error.contains("no usable private key"), "{error}");

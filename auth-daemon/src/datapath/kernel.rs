@@ -9,7 +9,7 @@ use std::{
     fs::{self, File},
     io,
     net::{IpAddr, SocketAddr, TcpListener},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, RawFd},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -149,12 +149,21 @@ pub struct Kernel {
     mesh: Mutex<Mesh>,
     pending: Mutex<BpfHashMap<MapData, SocketKey, Dialled>>,
     bypass: Mutex<SkStorage<MapData, u32>>,
-    tunnels: Mutex<SockHash<MapData, Address>>,
-    inbound_modes: Mutex<BpfHashMap<MapData, Address, u32>>,
+    inbound_entries: Mutex<InboundEntries>,
     _lock: PinLock,
 }
 
 struct SkLookupProgram(Ebpf);
+
+struct InboundEntries {
+    modes: BpfHashMap<MapData, Address, u32>,
+    tunnels: SockHash<MapData, Address>,
+    /// What the maps hold: the listener's file descriptor, or [`NO_LISTENER`].
+    entries: HashMap<Address, RawFd>,
+}
+
+/// In place of a listener: of the entry for all other addresses, and of those that a daemon before this one left.
+const NO_LISTENER: RawFd = -1;
 
 struct Mesh {
     map: LpmTrie<MapData, Address, u32>,
@@ -203,8 +212,15 @@ impl Kernel {
             SkStorage::try_from(take_map(&mut ebpf, "BYPASS")?).map_err(map_error("BYPASS"))?;
         let tunnels =
             SockHash::try_from(take_map(&mut ebpf, "TUNNELS")?).map_err(map_error("TUNNELS"))?;
-        let inbound_modes =
+        let modes: BpfHashMap<_, Address, u32> =
             BpfHashMap::try_from(take_map(&mut ebpf, "INBOUND")?).map_err(map_error("INBOUND"))?;
+        // All to be written anew: the listeners are, and the mode may be another one.
+        let left: HashMap<_, _> = modes
+            .keys()
+            .flatten()
+            .filter(|address| *address != ANY_ADDRESS)
+            .map(|address| (address, NO_LISTENER))
+            .collect();
         for name in CGROUP_PROGRAMS.into_iter().chain([SOCK_OPS_PROGRAM]) {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
@@ -217,8 +233,11 @@ impl Kernel {
             mesh: Mutex::new(Mesh { map: mesh, entries }),
             pending: Mutex::new(pending),
             bypass: Mutex::new(bypass),
-            tunnels: Mutex::new(tunnels),
-            inbound_modes: Mutex::new(inbound_modes),
+            inbound_entries: Mutex::new(InboundEntries {
+                modes,
+                tunnels,
+                entries: left,
+            }),
             pins,
             _lock: lock,
         })
@@ -257,29 +276,46 @@ impl Kernel {
         Ok(())
     }
 
-    /// What local addresses admit that belong to no pod known here.
-    pub fn set_default_inbound(&self, mode: Inbound) -> Result<(), KernelError> {
-        lock(&self.inbound_modes)
-            .insert(ANY_ADDRESS, mode as u32, 0)
-            .map_err(map_error("INBOUND"))
-    }
-
-    /// Starts to steer what comes for `addresses` to `listener`, by `mode`.
-    pub fn admit(
+    /// Makes what pods' addresses admit what `wanted` says, by `mode`: each address leads to its listener. An address that
+    /// is in nobody's hands leads nowhere.
+    pub fn set_inbound(
         &self,
-        addresses: &[IpAddr],
-        listener: &TcpListener,
+        wanted: &HashMap<IpAddr, &TcpListener>,
         mode: Inbound,
     ) -> Result<(), KernelError> {
-        for address in addresses {
-            let address = wire_address(*address);
-            lock(&self.tunnels)
-                .insert(address, listener.as_raw_fd(), 0)
-                .map_err(map_error("TUNNELS"))?;
-            lock(&self.inbound_modes)
-                .insert(address, mode as u32, 0)
+        let wanted: HashMap<Address, RawFd> = wanted
+            .iter()
+            .map(|(address, listener)| (wire_address(*address), listener.as_raw_fd()))
+            .chain([(ANY_ADDRESS, NO_LISTENER)])
+            .collect();
+        let mut inbound = lock(&self.inbound_entries);
+        let InboundEntries {
+            modes,
+            tunnels,
+            entries,
+        } = &mut *inbound;
+        for (address, listener) in &wanted {
+            if entries.get(address) == Some(listener) {
+                continue;
+            }
+            if *listener != NO_LISTENER {
+                tunnels
+                    .insert(*address, *listener, 0)
+                    .map_err(map_error("TUNNELS"))?;
+            }
+            modes
+                .insert(*address, mode as u32, 0)
                 .map_err(map_error("INBOUND"))?;
+            entries.insert(*address, *listener);
         }
+        entries.retain(|address, _| {
+            let stays = wanted.contains_key(address);
+            if !stays {
+                let _ = tunnels.remove(address);
+                let _ = modes.remove(address);
+            }
+            stays
+        });
         Ok(())
     }
 
@@ -307,15 +343,10 @@ impl Kernel {
             .map_err(map_error("PODS"))
     }
 
-    /// Undoes [`Kernel::capture`], [`Kernel::attach_inbound`] and [`Kernel::admit`]. What is gone already is no error.
-    pub fn forget(&self, cookie: u64, addresses: &[IpAddr]) {
+    /// Undoes [`Kernel::capture`] and [`Kernel::attach_inbound`]. What is gone already is no error.
+    pub fn forget(&self, cookie: u64) {
         let _ = lock(&self.pods).remove(&cookie);
         let _ = fs::remove_file(self.pins.join("pods").join(cookie.to_string()));
-        for address in addresses {
-            let address = wire_address(*address);
-            let _ = lock(&self.tunnels).remove(&address);
-            let _ = lock(&self.inbound_modes).remove(&address);
-        }
     }
 
     /// Keeps a socket of the daemon's from being captured. `kind` is [`auth_common::DIAL`] or

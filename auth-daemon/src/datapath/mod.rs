@@ -12,4 +12,4 @@ pub mod unload;
 
 pub use kernel::{Kernel, KernelError, PinLock};
 pub use netns::Netns;
-pub use pods::{EnrolError, Enrolled, forget_others};
+pub use pods::{EnrolError, Enrolled, forget_others, open_netns};

@@ -54,9 +54,17 @@ impl Netns {
         &self.path
     }
 
-    /// Whether the path still names this namespace.
-    pub fn is_current(&self) -> bool {
-        std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode)
+    /// Whether the path names another namespace by now. A path that names none says nothing of the pod: the process that
+    /// it went by may have ended while others of the pod live on.
+    pub fn is_replaced(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() != self.inode)
+    }
+
+    /// Whether this is the daemon's own namespace, or that of the machine's first process: a node's, never a pod's.
+    pub fn is_the_nodes(&self) -> bool {
+        ["/proc/self/ns/net", "/proc/1/ns/net"]
+            .into_iter()
+            .any(|path| std::fs::metadata(path).is_ok_and(|m| m.ino() == self.inode))
     }
 
     /// Runs `action` on this thread inside the namespace. `action` must not start threads.

@@ -5,7 +5,7 @@
 //! ICMP errors that the kernel answers without one), and a rule sends what is marked to the loopback, where the
 //! daemon's socket waits. Marks end at the namespace's border: nothing from outside carries one.
 
-use std::{fs, io, net::IpAddr};
+use std::{fs, io};
 
 use auth_common::{ORIGINAL_SOURCE_MARK, ORIGINAL_SOURCE_TABLE};
 use netlink_packet_core::{
@@ -29,10 +29,8 @@ const SYSCTLS: [&str; 3] = [
 const RULE_PREFERENCE: u32 = 100;
 const LOOPBACK_INDEX: u32 = 1;
 
-/// Sets it up in `netns`, for the families of `addresses`. Done twice, it is done once. Returns which sysctls were
-/// switched on, for [`tear_down`].
-pub(super) fn set_up(netns: &Netns, addresses: &[IpAddr]) -> io::Result<u32> {
-    let families = families(addresses);
+/// Sets it up in `netns`. Done twice, it is done once. Returns which sysctls were switched on, for [`tear_down`].
+pub(super) fn set_up(netns: &Netns) -> io::Result<u32> {
     netns.enter(|| {
         let mut switched_on = 0;
         for (bit, path) in SYSCTLS.into_iter().enumerate() {
@@ -51,13 +49,15 @@ pub(super) fn set_up(netns: &Netns, addresses: &[IpAddr]) -> io::Result<u32> {
         let mut netlink = Netlink::open()?;
         let flags = NLM_F_CREATE | NLM_F_EXCL;
         netlink.request(RouteNetlinkMessage::SetLink(loopback_up()), 0)?;
-        for family in families {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             for message in [
                 RouteNetlinkMessage::NewRoute(local_route(family)),
                 RouteNetlinkMessage::NewRule(mark_rule(family)),
             ] {
                 match netlink.request(message, flags) {
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    // Without IPv6, or with it switched off in this namespace, nothing there needs it.
+                    Err(error) if family == AddressFamily::Inet6 && lacks_ipv6(&error) => {}
                     result => result?,
                 }
             }
@@ -84,7 +84,13 @@ pub(super) fn tear_down(netns: &Netns, switched_on: u32) -> io::Result<()> {
                     Err(error)
                         if matches!(
                             error.raw_os_error(),
-                            Some(libc::ENOENT | libc::ESRCH | libc::EAFNOSUPPORT | libc::ENODEV)
+                            Some(
+                                libc::ENOENT
+                                    | libc::ESRCH
+                                    | libc::EAFNOSUPPORT
+                                    | libc::EOPNOTSUPP
+                                    | libc::ENODEV
+                            )
                         ) => {}
                     result => result?,
                 }
@@ -111,15 +117,11 @@ pub(super) fn list_rules() -> io::Result<()> {
     Ok(())
 }
 
-fn families(addresses: &[IpAddr]) -> Vec<AddressFamily> {
-    let mut families = Vec::new();
-    if addresses.iter().any(IpAddr::is_ipv4) {
-        families.push(AddressFamily::Inet);
-    }
-    if addresses.iter().any(IpAddr::is_ipv6) {
-        families.push(AddressFamily::Inet6);
-    }
-    families
+fn lacks_ipv6(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EACCES | libc::ENODEV | libc::EINVAL)
+    )
 }
 
 fn loopback_up() -> netlink_packet_route::link::LinkMessage {

@@ -1,15 +1,10 @@
-//! Takes a pod into the mesh in its kernel's eyes, and out again.
+//! Takes a pod's network namespace into the mesh in the kernel's eyes, and out again.
 
-use std::{collections::HashSet, io, net::IpAddr, path::PathBuf};
+use std::{collections::HashSet, io, net::IpAddr, path::PathBuf, sync::Arc};
 
-use auth_common::{Inbound, Pod};
+use auth_common::Pod;
 
-use super::{
-    Kernel, KernelError, Netns,
-    kernel::wire_address,
-    plumbing,
-    sockets::{self, Listeners},
-};
+use super::{Kernel, KernelError, Netns, kernel::wire_address, plumbing, sockets::Listeners};
 use crate::mesh::{ObjectName, Workload};
 
 /// Why a pod could not be enrolled.
@@ -29,6 +24,28 @@ pub enum EnrolError {
         path: PathBuf,
         /// What happened.
         error: io::Error,
+    },
+    /// What it names is the node's.
+    #[error(
+        "pod {pod}: {path} is the node's own network namespace, not a pod's; is the annotation out of date?"
+    )]
+    NodesOwn {
+        /// The pod.
+        pod: ObjectName,
+        /// What its object names.
+        path: PathBuf,
+    },
+    /// What it names is another pod's.
+    #[error(
+        "pod {pod}: {path} is the network namespace of pod {other}; one of the two objects is wrong"
+    )]
+    Taken {
+        /// The pod.
+        pod: ObjectName,
+        /// What its object names.
+        path: PathBuf,
+        /// Whose it is.
+        other: ObjectName,
     },
     /// Its listeners, routes or rules could not be made.
     #[error("pod {pod}: {what}: {error}")]
@@ -50,34 +67,52 @@ pub enum EnrolError {
     },
 }
 
+/// Opens the network namespace that `workload`'s object names. A node's own is refused.
+pub fn open_netns(workload: &Workload) -> Result<Netns, EnrolError> {
+    let pod = &workload.name;
+    let path = workload
+        .netns
+        .clone()
+        .ok_or_else(|| EnrolError::NoNetns(pod.clone()))?;
+    match Netns::open(&path) {
+        Ok(netns) if netns.is_the_nodes() => Err(EnrolError::NodesOwn {
+            pod: pod.clone(),
+            path,
+        }),
+        Ok(netns) => Ok(netns),
+        Err(error) => Err(EnrolError::Netns {
+            pod: pod.clone(),
+            path,
+            error,
+        }),
+    }
+}
+
 /// A pod whose connections go through the daemon.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Enrolled {
     /// Its network namespace.
-    pub netns: Netns,
+    pub netns: Arc<Netns>,
     addresses: Vec<IpAddr>,
+    /// Which sysctls [`plumbing`] switched on.
     switched_on: u32,
 }
 
 impl Enrolled {
-    /// Enrols `workload`: from here on its connections come to the returned listeners, and what comes for it too.
+    /// Enrols `workload`, which lives in `netns`: its connections come to the returned listeners from here on. What comes
+    /// for it is refused until [`Kernel::set_inbound`] leads it to the tunnel listener.
     ///
-    /// Inbound first, outbound last: a pod never speaks for the mesh before it can be spoken to.
+    /// On failure, only what this attempt did is undone: a pod that a daemon before this one captured stays so.
     pub fn new(
         kernel: &Kernel,
         workload: &Workload,
-        mode: Inbound,
+        netns: Netns,
     ) -> Result<(Self, Listeners), EnrolError> {
-        let pod = &workload.name;
-        let path = workload
-            .netns
-            .clone()
-            .ok_or_else(|| EnrolError::NoNetns(pod.clone()))?;
-        let netns = Netns::open(&path).map_err(|error| EnrolError::Netns {
-            pod: pod.clone(),
-            path,
-            error,
-        })?;
+        let before = kernel
+            .enrolled()
+            .into_iter()
+            .find(|(cookie, _)| *cookie == netns.cookie())
+            .map(|(_, entry)| entry);
         let setup = |what| {
             move |error| EnrolError::Setup {
                 pod: workload.name.clone(),
@@ -85,49 +120,48 @@ impl Enrolled {
                 error,
             }
         };
-        let before = kernel
-            .enrolled()
-            .into_iter()
-            .find(|(cookie, _)| *cookie == netns.cookie())
-            .map(|(_, entry)| entry);
-        let switched_on = plumbing::set_up(&netns, &workload.addresses)
-            .map_err(setup("cannot prepare its routes"))?;
-        // A daemon before this one may have switched some on already, and knew what they were.
-        let switched_on = switched_on | before.map_or(0, |before| before.switched_on);
+        let switched_on = plumbing::set_up(&netns).map_err(setup("cannot prepare its routes"))?;
         let enrolled = Self {
-            netns,
+            netns: Arc::new(netns),
             addresses: workload.addresses.clone(),
-            switched_on,
+            // A daemon before this one may have switched some on already, and knew what they were.
+            switched_on: switched_on | before.map_or(0, |before| before.switched_on),
         };
-        match enrolled.connect(kernel, mode, setup("cannot listen inside it"), pod) {
+        let listeners = Listeners::open(&enrolled.netns).map_err(setup("cannot listen inside it"));
+        let done = listeners.and_then(|listeners| {
+            let attached = kernel.attach_inbound(&enrolled.netns);
+            attached
+                .and_then(|()| kernel.capture(enrolled.netns.cookie(), &enrolled.entry()))
+                .map_err(|error| EnrolError::Kernel {
+                    pod: workload.name.clone(),
+                    error: Box::new(error),
+                })?;
+            Ok(listeners)
+        });
+        match done {
             Ok(listeners) => Ok((enrolled, listeners)),
             Err(error) => {
-                enrolled.remove(kernel);
+                if before.is_none() {
+                    enrolled.remove(kernel);
+                }
                 Err(error)
             }
         }
     }
 
-    fn connect(
-        &self,
-        kernel: &Kernel,
-        mode: Inbound,
-        setup: impl FnOnce(io::Error) -> EnrolError,
-        pod: &ObjectName,
-    ) -> Result<Listeners, EnrolError> {
-        let failed = |error| EnrolError::Kernel {
-            pod: pod.clone(),
-            error: Box::new(error),
+    /// The same namespace, now `workload`'s: it never leaves the kernel's hands.
+    pub fn hand_over(&self, kernel: &Kernel, workload: &Workload) -> Result<Self, EnrolError> {
+        let enrolled = Self {
+            addresses: workload.addresses.clone(),
+            ..self.clone()
         };
-        let listeners = sockets::listen(&self.netns, &self.addresses).map_err(setup)?;
         kernel
-            .admit(&self.addresses, &listeners.tunnel, mode)
-            .map_err(failed)?;
-        kernel.attach_inbound(&self.netns).map_err(failed)?;
-        kernel
-            .capture(self.netns.cookie(), &self.entry())
-            .map_err(failed)?;
-        Ok(listeners)
+            .capture(enrolled.netns.cookie(), &enrolled.entry())
+            .map_err(|error| EnrolError::Kernel {
+                pod: workload.name.clone(),
+                error: Box::new(error),
+            })?;
+        Ok(enrolled)
     }
 
     /// The pod's address of the same family as `address`.
@@ -141,7 +175,7 @@ impl Enrolled {
     /// Takes the pod out of the mesh; its listeners are closed by their owner. What fails is logged: the pod may be
     /// gone already.
     pub fn remove(&self, kernel: &Kernel) {
-        kernel.forget(self.netns.cookie(), &self.addresses);
+        kernel.forget(self.netns.cookie());
         if let Err(error) = plumbing::tear_down(&self.netns, self.switched_on) {
             tracing::warn!(netns = %self.netns.path().display(), %error, "cannot undo a pod's routes");
         }
@@ -163,37 +197,20 @@ impl Enrolled {
     }
 }
 
-/// Forgets pods that a daemon before this one enrolled and that are not among `served`.
-pub fn forget_others<'a>(kernel: &Kernel, served: impl Iterator<Item = &'a Enrolled>) {
-    let mut cookies = HashSet::new();
-    let mut addresses_served: HashSet<IpAddr> = HashSet::new();
-    for enrolled in served {
-        cookies.insert(enrolled.netns.cookie());
-        addresses_served.extend(&enrolled.addresses);
-    }
+/// Forgets pods that a daemon before this one enrolled and whose namespaces are not among `kept`.
+pub fn forget_others(kernel: &Kernel, kept: &HashSet<u64>) {
     let others: Vec<_> = kernel
         .enrolled()
         .into_iter()
-        .filter(|(cookie, _)| !cookies.contains(cookie))
+        .filter(|(cookie, _)| !kept.contains(cookie))
         .collect();
     if others.is_empty() {
         return;
     }
     let namespaces = super::netns::all();
     for (cookie, entry) in others {
-        let addresses: Vec<IpAddr> = [entry.v4, entry.v6]
-            .into_iter()
-            .filter(|address| *address != [0; 16])
-            .map(|address| IpAddr::from(address).to_canonical())
-            // Another pod may have the address by now.
-            .filter(|address| !addresses_served.contains(address))
-            .collect();
-        tracing::info!(
-            netns_cookie = cookie,
-            ?addresses,
-            "a pod left while no daemon ran"
-        );
-        kernel.forget(cookie, &addresses);
+        tracing::info!(netns_cookie = cookie, "a pod left while no daemon ran");
+        kernel.forget(cookie);
         if let Some(netns) = namespaces.iter().find(|netns| netns.cookie() == cookie)
             && let Err(error) = plumbing::tear_down(netns, entry.switched_on)
         {

@@ -35,28 +35,45 @@ pub struct Listeners {
     pub tunnel: TcpListener,
 }
 
-/// Opens the listeners of a pod with `addresses`.
-pub fn listen(netns: &Netns, addresses: &[IpAddr]) -> io::Result<Listeners> {
-    let (v4, v6) = (
-        addresses.iter().any(IpAddr::is_ipv4),
-        addresses.iter().any(IpAddr::is_ipv6),
-    );
-    netns.enter(|| {
-        let mut outbound = Vec::new();
-        if v4 {
-            outbound.push(listener((Ipv4Addr::LOCALHOST, OUTBOUND_PORT).into())?);
-        }
-        if v6 {
-            outbound.push(listener((Ipv6Addr::LOCALHOST, OUTBOUND_PORT).into())?);
-        }
-        let any: IpAddr = if v6 {
-            Ipv6Addr::UNSPECIFIED.into()
-        } else {
-            Ipv4Addr::UNSPECIFIED.into()
-        };
-        let tunnel = listener((any, TUNNEL_PORT).into())?;
-        Ok(Listeners { outbound, tunnel })
-    })?
+impl Listeners {
+    /// Opens a pod's listeners: for IPv4, and for IPv6 where the namespace has it.
+    pub fn open(netns: &Netns) -> io::Result<Self> {
+        netns.enter(|| {
+            let mut outbound = vec![listener((Ipv4Addr::LOCALHOST, OUTBOUND_PORT).into())?];
+            let v6 = match listener((Ipv6Addr::LOCALHOST, OUTBOUND_PORT).into()) {
+                Ok(listener) => {
+                    outbound.push(listener);
+                    true
+                }
+                Err(error) if lacks_ipv6(&error) => false,
+                Err(error) => return Err(error),
+            };
+            let any: IpAddr = if v6 {
+                Ipv6Addr::UNSPECIFIED.into()
+            } else {
+                Ipv4Addr::UNSPECIFIED.into()
+            };
+            let tunnel = listener((any, TUNNEL_PORT).into())?;
+            Ok(Self { outbound, tunnel })
+        })?
+    }
+
+    /// The same sockets once more.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            outbound: self
+                .outbound
+                .iter()
+                .map(TcpListener::try_clone)
+                .collect::<Result<_, _>>()?,
+            tunnel: self.tunnel.try_clone()?,
+        })
+    }
+}
+
+fn lacks_ipv6(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrNotAvailable
+        || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
 }
 
 fn listener(address: SocketAddr) -> io::Result<TcpListener> {

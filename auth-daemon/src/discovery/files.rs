@@ -124,10 +124,16 @@ impl Source {
                 }
             };
             let known = self.files.entry(path.clone()).or_default();
-            if known.text == text && !text.is_empty() {
+            if known.text == text {
                 continue;
             }
-            match parse(&text, &self.trust_domain) {
+            let parsed = if text.trim_ascii().is_empty() && !known.objects.is_empty() {
+                // What a shell's `>` leaves before the writer behind it has written.
+                Err("is empty; remove the file to remove its objects".to_owned())
+            } else {
+                parse(&text, &self.trust_domain)
+            };
+            match parsed {
                 Ok(objects) => known.objects = objects,
                 Err(error) => {
                     tracing::error!(file = %path.display(), %error, "bad manifest; keeping the file's last good state");

@@ -83,6 +83,16 @@ pub enum Unreachable {
     NoEndpoint(ObjectName, u16),
 }
 
+impl Unreachable {
+    /// The service that was dialled, where it is known.
+    pub fn service(&self) -> Option<&ObjectName> {
+        match self {
+            Self::NoPort(service, _) | Self::NoEndpoint(service, _) => Some(service),
+            Self::Unknown(_) | Self::Disputed(_) => None,
+        }
+    }
+}
+
 impl Snapshot {
     /// Indexes `inventory`. Contradictions become [`Snapshot::faults`], and what they touch is refused.
     pub fn new(inventory: Inventory) -> Self {

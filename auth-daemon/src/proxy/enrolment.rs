@@ -20,7 +20,10 @@ use tokio::{
 
 use super::{Node, Pod, inbound, outbound};
 use crate::{
-    datapath::{Enrolled, forget_others, sockets::canonical},
+    datapath::{
+        EnrolError, Enrolled, forget_others, open_netns,
+        sockets::{Listeners, canonical},
+    },
     mesh::{ObjectName, Snapshot, Workload},
 };
 
@@ -36,6 +39,8 @@ pub struct Enrolment {
     data_path: Handle,
     serving: HashMap<ObjectName, Serving>,
     failing: BTreeMap<ObjectName, Failing>,
+    /// Which pod has each address; of two that claim one, the one that was first.
+    owners: HashMap<IpAddr, ObjectName>,
     /// What the kernel's side was told the mesh's addresses are.
     told: Told,
 }
@@ -50,8 +55,8 @@ struct Told {
 struct Serving {
     pod: Arc<Pod>,
     tasks: Vec<AbortHandle>,
-    /// The tunnel listener once more, to be given an address that another pod let go of.
-    tunnel: std::net::TcpListener,
+    /// The pod's listeners once more: to be served for the pod that has the namespace next, and given addresses.
+    listeners: Listeners,
 }
 
 struct Failing {
@@ -79,6 +84,12 @@ pub struct PodStatus {
     pub idle_tunnels: usize,
 }
 
+impl Serving {
+    fn cookie(&self) -> u64 {
+        self.pod.enrolled.netns.cookie()
+    }
+}
+
 impl Enrolment {
     /// Serves no pod yet; connections will run on `data_path`.
     pub fn new(node: Arc<Node>, data_path: Handle) -> Self {
@@ -87,6 +98,7 @@ impl Enrolment {
             data_path,
             serving: HashMap::new(),
             failing: BTreeMap::new(),
+            owners: HashMap::new(),
             told: Told::default(),
         }
     }
@@ -104,8 +116,13 @@ impl Enrolment {
             self.reconcile(&snapshot);
             if first {
                 first = false;
-                let served = self.serving.values().map(|serving| &serving.pod.enrolled);
-                forget_others(&self.node.kernel, served);
+                // Those that cannot be served now stay captured, and refused.
+                let failing = self.failing.values().filter_map(|failing| {
+                    let netns = open_netns(&failing.workload).ok()?;
+                    Some(netns.cookie())
+                });
+                let kept = self.serving.values().map(Serving::cookie).chain(failing);
+                forget_others(&self.node.kernel, &kept.collect());
                 self.node.ready.store(true, Ordering::Relaxed);
             }
             self.publish_status();
@@ -153,9 +170,7 @@ impl Enrolment {
             return;
         }
         let kernel = &self.node.kernel;
-        let told = kernel
-            .set_mesh(&self.mesh_addresses(snapshot, &now.node_addresses))
-            .and_then(|()| kernel.set_default_inbound(self.node.inbound_mode()));
+        let told = kernel.set_mesh(&self.mesh_addresses(snapshot, &now.node_addresses));
         match told {
             Ok(()) => self.told = now,
             Err(error) => tracing::error!(
@@ -165,76 +180,155 @@ impl Enrolment {
     }
 
     fn reconcile(&mut self, snapshot: &Snapshot) {
-        let wanted: HashMap<&ObjectName, &Arc<Workload>> = snapshot
+        let wanted: BTreeMap<&ObjectName, &Arc<Workload>> = snapshot
             .workloads()
             .iter()
             .filter(|workload| workload.node == self.node.config.node_name)
             .map(|workload| (&workload.name, workload))
             .collect();
-        let leaving: Vec<_> = self
-            .serving
-            .iter()
-            .filter(|(name, serving)| {
-                !serving.pod.enrolled.netns.is_current()
-                    || wanted
-                        .get(name)
-                        .is_none_or(|workload| !is_same_pod(workload, &serving.pod.workload))
-            })
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in leaving {
-            self.release(&name);
-        }
+        let (staying, mut leaving): (HashMap<_, _>, HashMap<_, _>) =
+            std::mem::take(&mut self.serving).into_iter().partition(
+                |(name, serving): &(ObjectName, Serving)| {
+                    !serving.pod.enrolled.netns.is_replaced()
+                        && wanted
+                            .get(name)
+                            .is_some_and(|workload| is_same_pod(workload, &serving.pod.workload))
+                },
+            );
+        self.serving = staying;
         self.failing.retain(|name, _| wanted.contains_key(name));
         for (name, workload) in wanted {
-            if !self.serving.contains_key(name) {
-                self.enrol(workload);
+            if !self.serving.contains_key(name)
+                && let Err(error) = self.serve(workload, &mut leaving)
+            {
+                self.note_failure(workload, error.to_string());
             }
         }
+        for (_, serving) in leaving {
+            self.release(serving);
+        }
+        self.settle_addresses();
     }
 
-    fn enrol(&mut self, workload: &Arc<Workload>) {
-        let node = &self.node;
-        let enrolled = Enrolled::new(&node.kernel, workload, node.inbound_mode());
-        let (enrolled, listeners) = match enrolled {
-            Ok(enrolled) => enrolled,
-            Err(error) => {
-                let reason = error.to_string();
-                let known = self.failing.get(&workload.name);
-                if known.is_none_or(|known| known.reason != reason) {
-                    tracing::error!("{reason}");
+    /// Begins to serve `workload`. A namespace that one of `leaving` had is handed over without a gap: it is never
+    /// without a listener, nor out of the kernel's hands.
+    fn serve(
+        &mut self,
+        workload: &Arc<Workload>,
+        leaving: &mut HashMap<ObjectName, Serving>,
+    ) -> Result<(), EnrolError> {
+        let kernel = &self.node.kernel;
+        let netns = open_netns(workload)?;
+        let holds = |serving: &Serving| serving.cookie() == netns.cookie();
+        if let Some(other) = self.serving.values().find(|serving| holds(serving)) {
+            return Err(EnrolError::Taken {
+                pod: workload.name.clone(),
+                path: netns.path().to_owned(),
+                other: other.pod.workload.name.clone(),
+            });
+        }
+        let before = leaving
+            .iter()
+            .find(|(_, serving)| holds(serving))
+            .map(|(name, _)| name.clone());
+        let (enrolled, listeners) = match before.and_then(|name| leaving.remove(&name)) {
+            Some(before) => match before.pod.enrolled.hand_over(kernel, workload) {
+                Ok(enrolled) => {
+                    let listeners = self.end(before);
+                    (enrolled, listeners)
                 }
-                let workload = workload.clone();
-                self.failing
-                    .insert(workload.name.clone(), Failing { workload, reason });
-                return;
+                Err(error) => {
+                    leaving.insert(before.pod.workload.name.clone(), before);
+                    return Err(error);
+                }
+            },
+            None => Enrolled::new(kernel, workload, netns)?,
+        };
+        let to_watch = match listeners.try_clone() {
+            Ok(to_watch) => to_watch,
+            Err(error) => {
+                enrolled.remove(kernel);
+                return Err(EnrolError::Setup {
+                    pod: workload.name.clone(),
+                    what: "cannot keep its listeners",
+                    error,
+                });
             }
         };
-        self.failing.remove(&workload.name);
-        let certificate = node.certificates.acquire(&workload.identity);
+        let certificate = self.node.certificates.acquire(&workload.identity);
         let pod = Arc::new(Pod::new((**workload).clone(), enrolled, certificate));
-        let _runtime = self.data_path.enter();
         let mut tasks = Vec::new();
-        for listener in listeners.outbound {
+        for listener in to_watch.outbound {
             tasks.push(self.listen(&pod, listener, Side::Outbound));
         }
-        let tunnel = match listeners.tunnel.try_clone() {
-            Ok(tunnel) => tunnel,
-            Err(error) => {
-                tracing::error!(pod = %workload.name, %error, "cannot keep its listener; trying again");
-                pod.enrolled.remove(&node.kernel);
-                node.certificates.release(&workload.identity);
-                return;
-            }
-        };
-        tasks.push(self.listen(&pod, listeners.tunnel, Side::Inbound));
+        tasks.push(self.listen(&pod, to_watch.tunnel, Side::Inbound));
         tracing::info!(
             pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses, "pod enrolled"
         );
-        self.serving
-            .insert(workload.name.clone(), Serving { pod, tasks, tunnel });
+        self.failing.remove(&workload.name);
+        let serving = Serving {
+            pod,
+            tasks,
+            listeners,
+        };
+        self.serving.insert(workload.name.clone(), serving);
+        Ok(())
     }
 
+    fn note_failure(&mut self, workload: &Arc<Workload>, reason: String) {
+        let known = self.failing.get(&workload.name);
+        if known.is_none_or(|known| known.reason != reason) {
+            tracing::error!("{reason}");
+        }
+        let workload = workload.clone();
+        self.failing
+            .insert(workload.name.clone(), Failing { workload, reason });
+    }
+
+    /// Takes a pod out of the mesh.
+    fn release(&self, serving: Serving) {
+        serving.pod.enrolled.remove(&self.node.kernel);
+        tracing::info!(pod = %serving.pod.workload.name, "pod released");
+        self.end(serving);
+    }
+
+    /// Ends what a pod has under way: connections end with a RST as their tasks are dropped.
+    fn end(&self, serving: Serving) -> Listeners {
+        for task in serving.tasks {
+            task.abort();
+        }
+        self.node
+            .certificates
+            .release(&serving.pod.workload.identity);
+        serving.listeners
+    }
+
+    /// Leads each address to the pod that has it.
+    fn settle_addresses(&mut self) {
+        let serving = &self.serving;
+        let claims = |name: &ObjectName, address: &IpAddr| {
+            serving
+                .get(name)
+                .is_some_and(|serving| serving.pod.workload.addresses.contains(address))
+        };
+        self.owners.retain(|address, name| claims(name, address));
+        for (name, serving) in serving {
+            for address in &serving.pod.workload.addresses {
+                self.owners.entry(*address).or_insert_with(|| name.clone());
+            }
+        }
+        let wanted = self
+            .owners
+            .iter()
+            .filter_map(|(address, name)| Some((*address, &serving.get(name)?.listeners.tunnel)))
+            .collect();
+        let mode = self.node.inbound_mode();
+        if let Err(error) = self.node.kernel.set_inbound(&wanted, mode) {
+            tracing::error!(%error, "cannot tell the kernel's side what to admit");
+        }
+    }
+
+    /// Watches one of a pod's listeners, on the data path's runtime.
     fn listen(&self, pod: &Arc<Pod>, listener: std::net::TcpListener, side: Side) -> AbortHandle {
         let (node, pod) = (self.node.clone(), pod.clone());
         let draining = self.node.draining.subscribe();
@@ -246,28 +340,6 @@ impl Enrolment {
                 }
             })
             .abort_handle()
-    }
-
-    fn release(&mut self, name: &ObjectName) {
-        let Some(Serving { pod, tasks, .. }) = self.serving.remove(name) else {
-            return;
-        };
-        // Connections end with a RST as their tasks are dropped.
-        for task in tasks {
-            task.abort();
-        }
-        pod.enrolled.remove(&self.node.kernel);
-        self.node.certificates.release(&pod.workload.identity);
-        // An address in dispute goes to the pod that is left with it.
-        for other in self.serving.values() {
-            let mut shared = other.pod.workload.addresses.clone();
-            shared.retain(|address| pod.workload.addresses.contains(address));
-            let mode = self.node.inbound_mode();
-            if let Err(error) = self.node.kernel.admit(&shared, &other.tunnel, mode) {
-                tracing::error!(pod = %other.pod.workload.name, %error, "cannot give it its address back");
-            }
-        }
-        tracing::info!(pod = %name, "pod released");
     }
 
     fn mesh_addresses(

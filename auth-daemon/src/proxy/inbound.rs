@@ -5,8 +5,6 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::AsRawFd,
-    pin::pin,
-    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -67,20 +65,36 @@ pub(super) async fn serve(
         details.endpoint = Some(local);
         details.server_identity = Some(pod.workload.identity.clone());
     });
-    match opening(&tcp, node.config.mode, deadline).await {
-        Ok(Opening::Tunnel) => {}
-        Ok(_) if node.config.mode == Mode::Permissive => {
+    let spoken = match node.config.mode {
+        Mode::Strict => timeout_at(deadline, opening(&tcp))
+            .await
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, late())))
+            .and_then(|opening| match opening {
+                Opening::Undecided => Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "closed before it said what it speaks",
+                )),
+                decided => Ok(decided.into()),
+            }),
+        Mode::Permissive => permissive(node, pod, &tcp, from, local).await,
+    };
+    let mut deadline = deadline;
+    match (spoken, node.config.mode) {
+        (Ok(Spoken::Tunnel), Mode::Strict) => {}
+        // It may have been silent for long before it began.
+        (Ok(Spoken::Tunnel), Mode::Permissive) => deadline = Instant::now() + HANDSHAKE,
+        (Ok(Spoken::Plaintext(app)), Mode::Permissive) => {
             drop(permit);
-            return plaintext(node, pod, tcp, from, local, access).await;
+            return plaintext(node, pod, tcp, app, from, local, access).await;
         }
-        Ok(_) => {
+        (Ok(Spoken::Plaintext(_)), Mode::Strict) => {
             access.learn(|details| details.path = Path::Plaintext);
             return access.finish(
                 Outcome::Refused,
                 "plaintext, and STRICT is in force: the caller is not of the mesh",
             );
         }
-        Err(error) => return access.finish(Outcome::Refused, error),
+        (Err(error), _) => return access.finish(Outcome::Refused, error),
     }
     let _note = pod.note_tunnel(from, local.port());
     let channel = match timeout_at(deadline, shake_hands(node, pod, tcp)).await {
@@ -112,48 +126,67 @@ fn late() -> String {
     format!("no handshake within {HANDSHAKE:?}")
 }
 
-/// What the caller's first bytes are. They stay in the socket.
-async fn opening(tcp: &TcpStream, mode: Mode, deadline: Instant) -> io::Result<Opening> {
-    let silence = match mode {
-        Mode::Strict => deadline,
-        Mode::Permissive => Instant::now() + SILENCE,
-    };
-    let begun = AtomicBool::new(false);
-    let decide = async {
-        loop {
-            let ready = tcp.ready(Interest::READABLE).await?;
-            let peek = tcp.try_io(Interest::READABLE, || {
-                let mut bytes = [0; PEEK_BYTES];
-                let count = recv(tcp.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK)?;
-                match classify(&bytes[..count], ALPN) {
-                    // More may come: wait for it as for the first byte.
-                    Opening::Undecided if !ready.is_read_closed() => {
-                        begun.store(true, Ordering::Relaxed);
-                        Err(io::ErrorKind::WouldBlock.into())
-                    }
-                    opening => Ok(opening),
-                }
-            });
-            match peek {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                decided => return decided,
-            }
+/// What a caller turned out to speak.
+enum Spoken {
+    Tunnel,
+    /// With the app's connection, where the app had to be asked.
+    Plaintext(Option<TcpStream>),
+}
+
+impl From<Opening> for Spoken {
+    fn from(opening: Opening) -> Self {
+        match opening {
+            Opening::Tunnel => Self::Tunnel,
+            Opening::Plaintext | Opening::Undecided => Self::Plaintext(None),
         }
-    };
-    let mut decide = pin!(decide);
-    let mut decided = timeout_at(silence, &mut decide).await;
-    if decided.is_err() && begun.load(Ordering::Relaxed) {
-        // Not silent: it has begun what looks like TLS.
-        decided = timeout_at(deadline, decide).await;
     }
-    match decided {
-        Ok(Ok(Opening::Undecided)) if mode == Mode::Strict => Err(io::Error::new(
-            io::ErrorKind::UnexpectedEof,
-            "closed before it said what it speaks",
-        )),
-        Ok(result) => result,
-        Err(_) if mode == Mode::Permissive => Ok(Opening::Undecided),
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, late())),
+}
+
+/// What the caller's first bytes are. They stay in the socket. A caller that ends before it can be told speaks nothing.
+async fn opening(tcp: &TcpStream) -> io::Result<Opening> {
+    loop {
+        let ready = tcp.ready(Interest::READABLE).await?;
+        let peek = tcp.try_io(Interest::READABLE, || {
+            let mut bytes = [0; PEEK_BYTES];
+            let count = recv(tcp.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK)?;
+            match classify(&bytes[..count], ALPN) {
+                // More may come: wait for it as for the first byte.
+                Opening::Undecided if !ready.is_read_closed() => {
+                    Err(io::ErrorKind::WouldBlock.into())
+                }
+                opening => Ok(opening),
+            }
+        });
+        match peek {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            decided => return decided,
+        }
+    }
+}
+
+/// PERMISSIVE: a caller that stays silent may wait for the server to speak first. Then the app is asked, and whoever
+/// speaks first decides; a tunnel that was only slow is still one.
+async fn permissive(
+    node: &Node,
+    pod: &Pod,
+    tcp: &TcpStream,
+    from: SocketAddr,
+    local: SocketAddr,
+) -> io::Result<Spoken> {
+    if let Ok(opening) = timeout(SILENCE, opening(tcp)).await {
+        return opening.map(Spoken::from);
+    }
+    let app = dial_plain(node, pod, from, local).await?;
+    tokio::select! {
+        biased;
+        opening = opening(tcp) => match opening? {
+            Opening::Tunnel => Ok(Spoken::Tunnel),
+            _ => Ok(Spoken::Plaintext(Some(app))),
+        },
+        ready = app.readable() => {
+            ready?;
+            Ok(Spoken::Plaintext(Some(app)))
+        }
     }
 }
 
@@ -238,12 +271,8 @@ async fn one(
     access: Guard<'_>,
 ) -> bool {
     access.learn(|details| details.destination = Some(connect.dialled));
-    let mut app = match admit(node, pod, channel, from, local, connect).await {
-        Ok(app) => {
-            // Believed only now: no stranger writes lines in another's name.
-            access.learn(|details| details.client = connect.client);
-            app
-        }
+    let mut app = match admit(node, pod, channel, from, local, connect, &access).await {
+        Ok(app) => app,
         Err((code, reason)) => {
             farewell(channel, code, &reason).await;
             access.finish(Outcome::Refused, reason);
@@ -297,6 +326,7 @@ async fn admit(
     from: SocketAddr,
     local: SocketAddr,
     connect: Connect,
+    access: &Guard<'_>,
 ) -> Result<TcpStream, (ResetCode, String)> {
     if *node.draining.borrow() {
         return Err((
@@ -325,6 +355,8 @@ async fn admit(
     let claimed = connect.client.ip();
     admit_source(&node.registry.snapshot(), identity, from.ip(), claimed)
         .map_err(|denied: Denied| (ResetCode::Forbidden, denied.to_string()))?;
+    // Believed only now: no stranger writes lines in another's name.
+    access.learn(|details| details.client = connect.client);
     let keep_port = pod.is_free(connect.client, local.port());
     let netns = &pod.enrolled.netns;
     let dial = sockets::dial_app(&node.kernel, netns, connect.client, keep_port, local);
@@ -346,23 +378,40 @@ async fn plaintext(
     node: &Node,
     pod: &Pod,
     mut caller: TcpStream,
+    app: Option<TcpStream>,
     from: SocketAddr,
     local: SocketAddr,
     access: Guard<'_>,
 ) {
     access.learn(|details| details.path = Path::Plaintext);
-    if local.port() == auth_common::TUNNEL_PORT {
-        return access.finish(Outcome::Refused, "plaintext on the tunnel's own port");
-    }
-    // The caller's port is taken, by its connection to us.
-    let dial = sockets::dial_app(&node.kernel, &pod.enrolled.netns, from, false, local);
-    let mut app = match timeout(APP_ANSWER, dial).await {
-        Ok(Ok(app)) => app,
-        Ok(Err(error)) => return access.finish(Outcome::Refused, error),
-        Err(_) => return access.finish(Outcome::Refused, "the app does not answer"),
+    let mut app = match app {
+        Some(app) => app,
+        None => match dial_plain(node, pod, from, local).await {
+            Ok(app) => app,
+            Err(error) => return access.finish(Outcome::Refused, error),
+        },
     };
     match plain::relay(&mut app, &mut caller, access.counters()).await {
         Ok(()) => access.finish(Outcome::Ok, ""),
         Err(error) => access.finish(Outcome::Reset, error),
     }
+}
+
+async fn dial_plain(
+    node: &Node,
+    pod: &Pod,
+    from: SocketAddr,
+    local: SocketAddr,
+) -> io::Result<TcpStream> {
+    if local.port() == auth_common::TUNNEL_PORT {
+        return Err(io::Error::other("plaintext on the tunnel's own port"));
+    }
+    // The caller's port is taken, by its connection to us.
+    let dial = sockets::dial_app(&node.kernel, &pod.enrolled.netns, from, false, local);
+    timeout(APP_ANSWER, dial).await.unwrap_or_else(|_| {
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the app does not answer",
+        ))
+    })
 }

@@ -17,7 +17,7 @@ use crate::{
     datapath::sockets::{self, end_in_good_order, end_with_reset},
     mesh::{Destination, Endpoint},
     tunnel::{
-        self, Channel, ChannelError, Ending, HandshakeError,
+        self, Channel, ChannelError, Ending, HandshakeError, Made,
         frame::{Connect, Event, Reset, ResetCode},
         relay,
     },
@@ -83,7 +83,7 @@ enum Opened {
 struct Tunnel {
     channel: Channel,
     endpoint: SocketAddr,
-    made: std::time::Instant,
+    made: Made,
 }
 
 /// Why a connection is refused, for the log.
@@ -139,8 +139,14 @@ async fn open(
     access: &Guard<'_>,
 ) -> Result<Opened, Refusal> {
     let deadline = Instant::now() + PATIENCE;
-    let destination = node.registry.snapshot().resolve(connect.dialled)?;
-    access.learn(|details| details.service = destination.service.clone());
+    let resolved = node.registry.snapshot().resolve(connect.dialled);
+    access.learn(|details| {
+        details.service = match &resolved {
+            Ok(destination) => destination.service.clone(),
+            Err(unreachable) => unreachable.service().cloned(),
+        };
+    });
+    let destination = resolved?;
     let mut tried = Vec::new();
     let mut last = None;
     while tried.len() < MAX_ATTEMPTS
@@ -218,10 +224,14 @@ async fn attempt(
     let tcp = within(limit(DIAL), dial).await.map_err(failed)?;
     let handshake = shake_hands(node, tcp, &certificate, destination);
     let mut channel = within(limit(HANDSHAKE), handshake).await.map_err(failed)?;
+    let made = Made {
+        at: std::time::Instant::now(),
+        valid_until: certificate.svid.not_after.min(channel.peer().not_after),
+    };
     within(limit(ANSWER), establish(&mut channel, connect))
         .await
         .map_err(failed)?;
-    Ok(opened(channel, address, std::time::Instant::now(), access))
+    Ok(opened(channel, address, made, access))
 }
 
 async fn within<T>(
@@ -231,12 +241,7 @@ async fn within<T>(
     timeout(limit, step).await.unwrap_or(Err(Failure::Silent))
 }
 
-fn opened(
-    channel: Channel,
-    endpoint: SocketAddr,
-    made: std::time::Instant,
-    access: &Guard<'_>,
-) -> Opened {
+fn opened(channel: Channel, endpoint: SocketAddr, made: Made, access: &Guard<'_>) -> Opened {
     access.learn(|details| details.server_identity = Some(channel.peer().identity.clone()));
     Opened::Tunnel(Box::new(Tunnel {
         channel,

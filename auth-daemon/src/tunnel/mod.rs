@@ -16,7 +16,7 @@ pub mod tls;
 
 pub use channel::{Channel, ChannelError};
 pub use handshake::HandshakeError;
-pub use pool::Pool;
+pub use pool::{Made, Pool};
 pub use relay::{Counters, Ending, relay};
 
 /// The ALPN protocol of the project's own framing (docs/WIRE.md).

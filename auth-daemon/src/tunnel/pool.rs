@@ -21,6 +21,8 @@ const MAX_PER_POD: usize = 512;
 const IDLE: Duration = Duration::from_secs(30);
 /// How old a tunnel may be when it takes a connection: a renewed certificate is in use everywhere soon after.
 const MAX_AGE: Duration = Duration::from_secs(10 * 60);
+/// How long before the end of a certificate a tunnel is not used any more: clocks differ a little.
+const VALIDITY_MARGIN: Duration = Duration::from_secs(2);
 
 /// The idle tunnels of one pod.
 #[derive(Debug, Default)]
@@ -32,20 +34,29 @@ struct State {
     count: usize,
 }
 
+/// How a tunnel began.
+#[derive(Clone, Copy, Debug)]
+pub struct Made {
+    /// When.
+    pub at: Instant,
+    /// Until when both ends' certificates are valid: the other end takes nothing new after it.
+    pub valid_until: SystemTime,
+}
+
 #[derive(Debug)]
 struct Idle {
     channel: Channel,
-    made: Instant,
+    made: Made,
     since: Instant,
 }
 
 impl Pool {
-    /// An idle tunnel to `endpoint`, the one used last, whose peer is among `identities`; with the time it was made.
+    /// An idle tunnel to `endpoint`, the one used last, whose peer is among `identities`.
     pub fn take(
         &self,
         endpoint: SocketAddr,
         identities: &BTreeSet<Identity>,
-    ) -> Option<(Channel, Instant)> {
+    ) -> Option<(Channel, Made)> {
         loop {
             let mut state = self.lock();
             let idle = state.idle.get_mut(&endpoint)?;
@@ -56,8 +67,8 @@ impl Pool {
             let found = found?;
             state.count -= 1;
             drop(state);
-            let usable = found.made.elapsed() < MAX_AGE
-                && found.channel.peer().not_after > SystemTime::now()
+            let usable = found.made.at.elapsed() < MAX_AGE
+                && found.made.valid_until > SystemTime::now() + VALIDITY_MARGIN
                 && identities.contains(&found.channel.peer().identity)
                 && found.channel.is_quiet();
             if usable {
@@ -67,8 +78,8 @@ impl Pool {
         }
     }
 
-    /// Keeps `channel`, which was made at `made`, unless there are enough.
-    pub fn put(&self, endpoint: SocketAddr, channel: Channel, made: Instant) {
+    /// Keeps `channel` unless there are enough.
+    pub fn put(&self, endpoint: SocketAddr, channel: Channel, made: Made) {
         let mut state = self.lock();
         let full = state.count >= MAX_PER_POD
             || state

@@ -63,6 +63,17 @@ impl Authority {
         Ok(Self(Issuer::new(params, KeyPair::generate()?)))
     }
 
+    /// One that this one signs: a workload's certificate, or an intermediate CA's. Gives its certificate too.
+    pub(crate) fn below(
+        &self,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Result<(Self, CertificateDer<'static>)> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let params = params(&[&spiffe("intruder")], change)?;
+        let certificate = params.signed_by(&key, &self.0)?.der().clone();
+        Ok((Self(Issuer::new(params, key)), certificate))
+    }
+
     /// A flawless certificate of `default`'s service account.
     pub(crate) fn mint(&self, account: &str) -> Result<Presented> {
         self.mint_with(&[&spiffe(account)], |_| {})
@@ -152,6 +163,7 @@ pub(crate) fn server_config(presented: &Presented, alpn: &[&[u8]]) -> Result<Ser
         .with_no_client_auth()
         .with_cert_resolver(presented.resolver()?);
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    config.send_tls13_tickets = 0;
     Ok(config)
 }
 
@@ -409,14 +421,17 @@ pub(crate) fn connect_payload(version: u8, dialled: SocketAddr, client: SocketAd
     payload
 }
 
+/// From a connection's end to its line in the log.
+const LOGGED: Duration = Duration::from_secs(8);
+
 /// The access log's lines of the client's address, once there is one.
 pub(crate) fn lines_of(daemon: &Daemon, client: SocketAddr) -> Result<Vec<Value>> {
     let client = client.to_string();
     daemon
-        .wait_for_access(&format!("a line of {client}"), PATIENCE, |line| {
+        .wait_for_access(&format!("a line of {client}"), LOGGED, |line| {
             line["client"] == client.as_str()
         })
-        .with_context(|| daemon.log_text())?;
+        .with_context(|| format!("the whole log: {}", daemon.log_text()))?;
     let lines = daemon.access_log().into_iter();
     Ok(lines
         .filter(|line| line["client"] == client.as_str())
@@ -445,7 +460,7 @@ impl Faults {
     ) {
         let lines = match lines_of(daemon, client) {
             Ok(lines) => lines,
-            Err(error) => return self.0.push(format!("{what}: {error:#}")),
+            Err(error) => return self.0.push(format!("{what}: {}", error.root_cause())),
         };
         let [line] = lines.as_slice() else {
             return self.0.push(format!("{what}: not one line but {lines:#?}"));

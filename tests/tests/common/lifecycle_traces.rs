@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each file of tests uses a part")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -33,9 +34,11 @@ impl Routing {
             lines.sort();
             all.insert(what, lines);
         }
-        let sysctl = || fs::read_to_string("/proc/sys/net/ipv4/tcp_fwmark_accept");
-        let value = place.enter(sysctl).unwrap().unwrap();
-        all.insert("net.ipv4.tcp_fwmark_accept", vec![value.trim().to_owned()]);
+        for sysctl in SYSCTLS {
+            let path = format!("/proc/sys/{}", sysctl.replace('.', "/"));
+            let value = place.enter(|| fs::read_to_string(path)).unwrap().unwrap();
+            all.insert(sysctl, vec![value.trim().to_owned()]);
+        }
         Self(all)
     }
 
@@ -60,6 +63,16 @@ pub(crate) fn files(folder: &Path) -> BTreeSet<PathBuf> {
         }
     }
     found
+}
+
+/// What `/proc/self/fdinfo` says of a pinned map: the fields that are numbers.
+pub(crate) fn pinned_map(path: &Path) -> BTreeMap<String, u64> {
+    let name = CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+    let descriptor = bpf(BPF_OBJ_GET, &mut [name.as_ptr() as u64, 0]).unwrap();
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    let map = unsafe { OwnedFd::from_raw_fd(descriptor) };
+    let info = format!("/proc/self/fdinfo/{}", map.as_raw_fd());
+    numbers(&fs::read_to_string(info).unwrap())
 }
 
 /// How many programs are attached to a node's cgroup, by hook.
@@ -124,13 +137,17 @@ pub(crate) fn descriptors(daemon: &Daemon) -> Vec<BTreeMap<String, u64>> {
     for entry in fs::read_dir(folder).unwrap().flatten() {
         // It may have been closed since.
         let text = fs::read_to_string(entry.path()).unwrap_or_default();
-        let fields = text.lines().filter_map(|line| {
-            let (name, value) = line.split_once(':')?;
-            Some((name.to_owned(), value.trim().parse().ok()?))
-        });
-        all.push(fields.collect());
+        all.push(numbers(&text));
     }
     all
+}
+
+fn numbers(text: &str) -> BTreeMap<String, u64> {
+    let fields = text.lines().filter_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        Some((name.to_owned(), value.trim().parse().ok()?))
+    });
+    fields.collect()
 }
 
 /// `BPF_PROG_QUERY` (Linux 4.15; for network namespaces 5.8): the number of programs on a hook.
@@ -180,6 +197,13 @@ fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
     Ok(result as i32)
 }
 
+/// Those that the daemon changes in a pod.
+const SYSCTLS: [&str; 3] = [
+    "net.ipv4.tcp_fwmark_accept",
+    "net.ipv4.fwmark_reflect",
+    "net.ipv6.fwmark_reflect",
+];
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_MAP_GET_FD_BY_ID: libc::c_long = 14;
 const BPF_PROG_QUERY: libc::c_long = 16;

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mesh_tests::{
-    App, Daemon, InProcess, Mesh, Nginx, Pod, PodSpec, Result, Snapshot, eventually_ok,
+    App, Daemon, DaemonOptions, InProcess, Mesh, Nginx, Pod, PodSpec, Result, Snapshot,
+    eventually_ok,
 };
 
 use super::hostile::{Authority, Peer, Presented, client_config, dial};
@@ -37,6 +38,11 @@ type Ends = Arc<Mutex<Vec<(SocketAddr, String)>>>;
 impl Stage {
     /// Pods `client` on node a, `web` on node b with nginx, an echo server and a witness, and `other` on node a.
     pub(crate) fn set() -> Result<Self> {
+        Self::set_with(&DaemonOptions::default())
+    }
+
+    /// The same with daemons of these options.
+    pub(crate) fn set_with(options: &DaemonOptions) -> Result<Self> {
         let mesh = Mesh::builder()
             .node("a")
             .node("b")
@@ -44,7 +50,7 @@ impl Stage {
             .pod(PodSpec::new("other").on("a").service_account("other"))
             .pod(PodSpec::new("web").on("b").service_account("web"))
             .start()?;
-        let mut daemons = mesh.start_daemons()?;
+        let mut daemons = mesh.start_daemons_with(options)?;
         let (daemon, client_daemon) = (daemons.remove(1), daemons.remove(0));
         let web = mesh.pod("web");
         let ends = Ends::default();
@@ -97,6 +103,12 @@ impl Stage {
             ends.find(|(peer, _)| *peer == client)
                 .map(|(_, end)| end.clone())
         })
+    }
+
+    /// Whether the witness has seen the end of a connection from this host.
+    pub(crate) fn was_witnessed(&self, client: SocketAddr) -> bool {
+        let ends = self.ends.lock().expect("no holder panics");
+        ends.iter().any(|(peer, _)| peer.ip() == client.ip())
     }
 
     /// A request of the honest client is answered.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use mesh_tests::Firewall;
 
 use super::Evidence;
-use super::stage::{CLIENT, NODE_B, PORT, Stage, WEB, WEB_V6, soon};
+use super::stage::{Answer, CLIENT, LOGGED, NODE_A, NODE_B, PORT, Stage, WEB, WEB_V6, soon};
 use super::wire::only_tls;
 
 pub(super) fn peer_address_kept(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
@@ -14,6 +14,7 @@ pub(super) fn peer_address_kept(stage: &mut Stage, evidence: &Evidence) -> Resul
     let path = stage.path("peer");
     let answer = stage.ask(web.at(PORT), &path)?;
     let request = stage.request("web-1", &path)?;
+    through_tunnel(stage, &answer)?;
     evidence.saw(format!(
         "nginx logged the client {}:{}; curl's own socket is {}",
         request.remote_address, request.remote_port, answer.local
@@ -36,6 +37,18 @@ pub(super) fn peer_address_kept(stage: &mut Stage, evidence: &Evidence) -> Resul
             && answer.remote == SocketAddr::new(request.server_address, request.server_port),
         "nginx and curl do not agree on the server"
     );
+    Ok(())
+}
+
+/// Waits for the client's daemon to log that it carried curl's connection: without it, addresses are kept anyway.
+fn through_tunnel(stage: &Stage, answer: &Answer) -> Result<()> {
+    let client = answer.local.to_string();
+    let line = stage.daemon(NODE_A)?.wait_for_access(
+        "that it carried curl's connection",
+        LOGGED,
+        |line| line["client"] == client,
+    )?;
+    ensure!(line["path"] == "tunnel", "it went another way: {line}");
     Ok(())
 }
 
@@ -64,6 +77,13 @@ pub(super) fn port_kept(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
             .all(|syn| syn.source.ip() == client.ipv4() && syn.destination == web.at(PORT)),
         "not all connections go from the client pod to the app's own port"
     );
+    only_tls(
+        &recording,
+        client.ipv4().into(),
+        web.ipv4().into(),
+        &stage.marker,
+        evidence,
+    )?;
     let counts = |when: &str| -> Result<(u64, u64)> {
         let counts = (firewall.packets("allowed")?, firewall.packets("dropped")?);
         evidence.saw(format!(
@@ -78,8 +98,8 @@ pub(super) fn port_kept(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
         "the call did not pass by the rule"
     );
     // The rule must be one that can say no.
-    let why = stage.ask_in_vain(&client, web.at(PORT + 1), "/")?;
-    let (_, dropped) = counts(&format!("after one to port {}, refused ({why})", PORT + 1))?;
+    let why = stage.ask_nobody(&client, web.at(PORT + 1))?;
+    let (_, dropped) = counts(&format!("after one to port {}, {why}", PORT + 1))?;
     ensure!(dropped > 0, "the rule drops nothing, so it shows nothing");
     Ok(())
 }

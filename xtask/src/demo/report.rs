@@ -11,6 +11,7 @@ use super::{AFTER, BEFORE};
 /// Collects the checks' results. For people it writes on stdout; with JSON, which is alone on stdout, on stderr.
 pub(super) struct Report {
     json: bool,
+    text: Box<dyn Write>,
     start: Instant,
     running: Option<Running>,
     done: Vec<Done>,
@@ -32,8 +33,18 @@ struct Done {
 
 impl Report {
     pub(super) fn new(json: bool) -> Self {
+        let text: Box<dyn Write> = if json {
+            Box::new(io::stderr())
+        } else {
+            Box::new(io::stdout())
+        };
+        Self::with(json, text)
+    }
+
+    fn with(json: bool, text: Box<dyn Write>) -> Self {
         Self {
             json,
+            text,
             start: Instant::now(),
             running: None,
             done: Vec::new(),
@@ -92,26 +103,7 @@ impl Report {
 
     /// Prints the end of it and gives the names of the checks that failed or, because of `broken`, were not run.
     pub(super) fn finish(mut self, broken: Option<&Error>) -> Vec<&'static str> {
-        if let Some(broken) = broken {
-            if self
-                .running
-                .as_ref()
-                .is_some_and(|check| check.name.is_some())
-            {
-                // Only a check's own result is an error of that check.
-                let _ = self.ends(Err(anyhow!("{broken:#}")));
-            }
-            self.running = None;
-            let rest: Vec<_> = (BEFORE.iter().chain(&AFTER))
-                .filter(|check| self.done.iter().all(|done| done.name != check.name))
-                .map(|check| Done {
-                    name: check.name,
-                    ok: false,
-                    evidence: vec![format!("not run: {broken:#}")],
-                })
-                .collect();
-            self.done.extend(rest);
-        }
+        self.complete(broken);
         if self.json {
             let _ = writeln!(io::stdout(), "{}", self.object());
         }
@@ -121,15 +113,35 @@ impl Report {
             self.done.len(),
             self.start.elapsed().as_secs_f64()
         ));
-        for done in &self.done {
-            let (mark, reason) = match (done.ok, done.evidence.last()) {
-                (true, _) => ("ok    ", String::new()),
-                (false, reason) => ("FAILED", format!(": {}", reason.map_or("", |r| r))),
-            };
-            self.print(&format!("  {mark}  {}{reason}", done.name));
+        let lines: Vec<_> = self.done.iter().map(Done::line).collect();
+        for line in lines {
+            self.print(&line);
         }
         let failed = self.done.iter().filter(|done| !done.ok);
         failed.map(|done| done.name).collect()
+    }
+
+    /// Gives each check a result.
+    fn complete(&mut self, broken: Option<&Error>) {
+        let why = broken.map_or("the demo ended early".to_owned(), |error| {
+            format!("{error:#}")
+        });
+        if self
+            .running
+            .as_ref()
+            .is_some_and(|check| check.name.is_some())
+        {
+            let _ = self.ends(Err(anyhow!("{why}")));
+        }
+        for check in BEFORE.iter().chain(&AFTER) {
+            if self.done.iter().all(|done| done.name != check.name) {
+                self.done.push(Done {
+                    name: check.name,
+                    ok: false,
+                    evidence: vec![format!("{NOT_RUN}{why}")],
+                });
+            }
+        }
     }
 
     fn object(&self) -> serde_json::Value {
@@ -141,15 +153,26 @@ impl Report {
         json!({ "checks": checks })
     }
 
-    fn print(&self, line: &str) {
+    fn print(&mut self, line: &str) {
         // A reader that has left (`| head`) is no reason to leave the mesh standing.
-        let _ = if self.json {
-            writeln!(io::stderr(), "{line}")
-        } else {
-            writeln!(io::stdout(), "{line}")
-        };
+        let _ = writeln!(self.text, "{line}");
     }
 }
+
+impl Done {
+    /// Its line of the summary.
+    fn line(&self) -> String {
+        let result = match self.evidence.last() {
+            _ if self.ok => "ok",
+            // Why is said once, at the very end.
+            Some(why) if why.starts_with(NOT_RUN) => "not run",
+            _ => "FAILED",
+        };
+        format!("  {result:8}{}", self.name)
+    }
+}
+
+const NOT_RUN: &str = "not run: ";
 
 #[cfg(test)]
 mod tests {
@@ -157,7 +180,7 @@ mod tests {
 
     #[test]
     fn every_check_has_a_result() {
-        let mut report = Report::new(true);
+        let mut report = Report::with(true, Box::new(io::sink()));
         report.begins(None, "set-up");
         report.ends(Ok(())).unwrap();
         report.begins(Some("plaintext-before"), "claim");
@@ -173,18 +196,22 @@ mod tests {
         );
         assert_eq!(object["checks"][1]["ok"], false);
         report.begins(Some("port-kept"), "claim");
-        let failed = report.finish(Some(&anyhow!("interrupted")));
-        assert_eq!(failed.len(), BEFORE.len() + AFTER.len() - 1);
+        report.complete(Some(&anyhow!("interrupted")));
+        assert_eq!(report.done.len(), BEFORE.len() + AFTER.len());
+        assert_eq!(report.done.iter().filter(|done| done.ok).count(), 1);
+        assert_eq!(
+            report.object()["checks"][2]["evidence"],
+            "FAILED: interrupted"
+        );
     }
 
     #[test]
     fn a_failing_part_of_the_set_up_is_an_error() {
-        let mut report = Report::new(true);
+        let mut report = Report::with(true, Box::new(io::sink()));
         report.begins(None, "set-up");
         assert!(report.ends(Err(anyhow!("no"))).is_err());
-        assert_eq!(
-            report.finish(Some(&anyhow!("no"))).len(),
-            BEFORE.len() + AFTER.len()
-        );
+        report.complete(None);
+        assert_eq!(report.done.len(), BEFORE.len() + AFTER.len());
+        assert!(report.done.iter().all(|done| !done.ok));
     }
 }

@@ -153,7 +153,7 @@ impl Stage {
 
     /// The client's curl asks a server for a path, and gets the marker in the answer.
     pub(super) fn ask(&self, server: SocketAddr, path: &str) -> Result<Answer> {
-        let answer = curl(&self.mesh.pod(CLIENT), server, path)?;
+        let answer = curl(&self.mesh.pod(CLIENT), server, path, PATIENCE)?;
         let Asked::Answered(answer) = answer else {
             bail!("curl http://{server}{path}: {answer}");
         };
@@ -166,14 +166,14 @@ impl Stage {
         Ok(answer)
     }
 
-    /// The same request, where it is to be refused.
+    /// The same request, where it is to be refused: at once, and with an error.
     pub(super) fn ask_in_vain(
         &self,
         from: &Place,
         server: SocketAddr,
         path: &str,
     ) -> Result<String> {
-        match curl(from, server, path)? {
+        match curl(from, server, path, PATIENCE)? {
             Asked::Answered(answer) => {
                 bail!(
                     "curl http://{server}{path} was to be refused, but got: {}",
@@ -182,10 +182,21 @@ impl Stage {
             }
             // An answer that is merely empty would look like one of the app's.
             Asked::Refused {
-                code: EMPTY_ANSWER, ..
+                code: code @ (EMPTY_ANSWER | TIMEOUT),
+                message,
             } => {
-                bail!("curl http://{server}{path} got an empty answer instead of an error")
+                bail!(
+                    "curl http://{server}{path} ended with {code} instead of a refusal: {message}"
+                )
             }
+            Asked::Refused { message, .. } => Ok(message),
+        }
+    }
+
+    /// A request whose packets somebody drops.
+    pub(super) fn ask_nobody(&self, from: &Place, server: SocketAddr) -> Result<String> {
+        match curl(from, server, "/", LITTLE_PATIENCE)? {
+            Asked::Answered(answer) => bail!("curl http://{server}/ got: {}", answer.body),
             Asked::Refused { message, .. } => Ok(message),
         }
     }
@@ -223,10 +234,19 @@ impl std::fmt::Display for Asked {
     }
 }
 
-fn curl(from: &Place, server: SocketAddr, path: &str) -> Result<Asked> {
+fn curl(from: &Place, server: SocketAddr, path: &str, seconds: &str) -> Result<Asked> {
     let url = format!("http://{server}{path}");
     let addresses = "\n%{local_ip} %{local_port} %{remote_ip} %{remote_port}";
-    let arguments = ["-gsS", "-m", "10", "--noproxy", "*", "-w", addresses, &url];
+    let arguments = [
+        "-gsS",
+        "-m",
+        seconds,
+        "--noproxy",
+        "*",
+        "-w",
+        addresses,
+        &url,
+    ];
     let finished = from.run("curl", arguments)?;
     if let Some(code) = finished.code().filter(|code| *code != 0) {
         let message = finished.stderr.trim();
@@ -276,6 +296,12 @@ pub(super) const SHOP: &str = "10.96.0.20";
 const SHOP_V6: &str = "fd96::20";
 /// curl's exit code for `Empty reply from server`.
 const EMPTY_ANSWER: i32 = 52;
+/// curl's exit code for `Operation timed out`.
+const TIMEOUT: i32 = 28;
+/// How long curl waits for the end of an answer, in seconds.
+const PATIENCE: &str = "15";
+/// Likewise, where none can come.
+const LITTLE_PATIENCE: &str = "2";
 /// How long a log line may take.
 pub(super) const LOGGED: Duration = Duration::from_secs(10);
 const LINES_OF_LOG: usize = 8;

@@ -1,0 +1,64 @@
+//! Records: never a panic on noise, what is sealed opens to itself, and what was changed on the way does not open.
+#![no_main]
+
+use auth_daemon::tunnel::record::{
+    ContentType, HEADER_BYTES, MAX_PLAIN_BYTES, MAX_RECORD_BYTES, Opener, Sealer, complete,
+};
+use libfuzzer_sys::fuzz_target;
+use rustls::{
+    ConnectionTrafficSecrets,
+    crypto::cipher::{AeadKey, Iv},
+};
+
+fuzz_target!(|input: (u8, u32, &[u8])| {
+    let (suite, change, bytes) = input;
+    noise(suite, bytes);
+    let plain = &bytes[..bytes.len().min(MAX_PLAIN_BYTES)];
+    let kind = [
+        ContentType::ApplicationData,
+        ContentType::Handshake,
+        ContentType::Alert,
+    ][usize::from(suite / 3 % 3)];
+    let mut room = vec![0; MAX_RECORD_BYTES];
+    room[HEADER_BYTES..HEADER_BYTES + plain.len()].copy_from_slice(plain);
+    let length = Sealer::new(7, &secrets(suite))
+        .expect("a suite of TLS 1.3")
+        .seal(&mut room, plain.len(), kind);
+    let record = &mut room[..length];
+    assert_eq!(complete(record), Ok(Some(length)));
+    assert_eq!(complete(&record[..length - 1]), Ok(None));
+    let opener = || Opener::new(7, &secrets(suite)).expect("a suite of TLS 1.3");
+
+    let mut changed = record.to_vec();
+    let bit = change as usize % (length * 8);
+    changed[bit / 8] ^= 1 << (bit % 8);
+    if complete(&changed) == Ok(Some(length)) {
+        assert!(opener().open(&mut changed).is_err(), "bit {bit} was changed");
+    }
+    assert_eq!(opener().open(record), Ok((kind, plain.len())));
+    assert_eq!(&record[HEADER_BYTES..HEADER_BYTES + plain.len()], plain);
+});
+
+/// As the channel takes it: record after record, until one is not whole or not right.
+fn noise(suite: u8, bytes: &[u8]) {
+    let mut bytes = bytes.to_vec();
+    let mut rest = bytes.as_mut_slice();
+    let mut opener = Opener::new(0, &secrets(suite)).expect("a suite of TLS 1.3");
+    while let Ok(Some(length)) = complete(rest) {
+        assert!(length <= rest.len());
+        if opener.open(&mut rest[..length]).is_err() {
+            break;
+        }
+        rest = &mut rest[length..];
+    }
+    // Not that anyone would, but it must not matter.
+    let _ = opener.open(&mut bytes);
+}
+
+fn secrets(suite: u8) -> ConnectionTrafficSecrets {
+    let (key, iv) = (AeadKey::from([7; 32]), Iv::from([9; 12]));
+    match suite % 2 {
+        0 => ConnectionTrafficSecrets::Aes256Gcm { key, iv },
+        _ => ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv },
+    }
+}

@@ -1,0 +1,90 @@
+//! A node whose clock is an hour off: calls fail, and both nodes' logs say that it is the clocks.
+
+use std::path::Path;
+
+use mesh_tests::{Daemon, DaemonOptions, Mesh, Nginx, PodSpec, Result, TIMEOUT};
+use serde_json::Value;
+
+/// The library of Debian's package `faketime`, for programs with threads.
+const LIBRARY: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+
+fn off_by(offset: &str) -> DaemonOptions {
+    DaemonOptions::default()
+        .environment("LD_PRELOAD", LIBRARY)
+        .environment("FAKETIME", offset)
+        // Timers go on as they should: it is the time of day that is wrong.
+        .environment("DONT_FAKE_MONOTONIC", "1")
+}
+
+#[test]
+fn a_clock_that_is_slow_is_told_by_both() -> Result<()> {
+    clock_off("a_clock_that_is_slow_is_told_by_both", "-1h")
+}
+
+#[test]
+fn a_clock_that_is_fast_is_told_by_both() -> Result<()> {
+    clock_off("a_clock_that_is_fast_is_told_by_both", "+1h")
+}
+
+fn clock_off(test: &str, offset: &str) -> Result<()> {
+    if !Path::new(LIBRARY).exists() {
+        println!("SKIPPED {test}: no {LIBRARY}; install the package faketime");
+        return Ok(());
+    }
+    let mesh = Mesh::builder()
+        .node("right")
+        .node("wrong")
+        .pod(PodSpec::new("one").on("right").service_account("one"))
+        .pod(PodSpec::new("two").on("wrong").service_account("two"))
+        .start()?;
+    let right = mesh.node("right").start_daemon()?;
+    let wrong = mesh.node("wrong").start_daemon_with(off_by(offset))?;
+    right.wait_enrolled(&["default/one"])?;
+    wrong.wait_enrolled(&["default/two"])?;
+    let _servers = [
+        Nginx::start(&mesh.pod("one"), 8080, "one")?,
+        Nginx::start(&mesh.pod("two"), 8080, "two")?,
+    ];
+    for (from, to, client_daemon, server_daemon) in [
+        ("one", "two", &right, &wrong),
+        ("two", "one", &wrong, &right),
+    ] {
+        let url = format!("http://{}/", mesh.pod(to).at(8080));
+        let answer = mesh.pod(from).run("curl", ["-sS", "-m", "15", &url])?;
+        // A reset while it connects, sends or receives.
+        assert!(
+            matches!(answer.code(), Some(7 | 55 | 56)) && answer.stdout.is_empty(),
+            "{from} to {to}: curl exits with {:?}: {} {}",
+            answer.code(),
+            answer.stdout,
+            answer.stderr
+        );
+        let client = refusal(client_daemon, "outbound")?;
+        let server = refusal(server_daemon, "inbound")?;
+        println!("{from} to {to}: {client} / {server}");
+        for reason in [&client, &server] {
+            assert!(reason.contains("clock"), "{from} to {to}: {reason}");
+        }
+        // The side whose clock is behind the other's certificate can say by how much.
+        let says = |reason: &str| {
+            ["58 minutes", "59 minutes"]
+                .iter()
+                .any(|m| reason.contains(m))
+        };
+        assert!(
+            says(&client) || says(&server),
+            "{from} to {to}: {client} / {server}"
+        );
+    }
+    Ok(())
+}
+
+/// The reason of the one refusal in this direction.
+fn refusal(daemon: &Daemon, direction: &str) -> Result<String> {
+    let is = |line: &Value| line["direction"] == direction;
+    daemon.wait_for_access(direction, TIMEOUT, is)?;
+    let lines: Vec<_> = daemon.access_log().into_iter().filter(is).collect();
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+    assert_eq!(lines[0]["result"], "refused", "{}", lines[0]);
+    Ok(lines[0]["reason"].as_str().unwrap_or_default().to_owned())
+}
