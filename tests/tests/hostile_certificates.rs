@@ -124,27 +124,15 @@ fn cases(stolen: &Authority) -> Result<Vec<Case>> {
             "extended key usage",
         ),
     ];
-    // Whoever holds a workload's certificate is no CA; nor is one that the root made, as its path ends at leaves.
-    for (what, is_ca, reason) in [
-        ("signed by a workload", IsCa::ExplicitNoCa, "not issued"),
-        (
-            "signed by an intermediate CA",
-            IsCa::Ca(BasicConstraints::Unconstrained),
-            "certificate",
-        ),
-    ] {
-        let (below, certificate) = stolen.below(|p| {
-            p.is_ca = is_ca;
-            p.key_usages.push(KeyUsagePurpose::KeyCertSign);
-        })?;
-        let mut presented = below.mint("web")?;
-        presented.chain.push(certificate);
-        cases.push((what, Some(presented), reason));
-    }
+    // Whoever holds a workload's certificate is no CA.
+    let (workload, certificate) = stolen.below()?;
+    let mut presented = workload.mint("web")?;
+    presented.chain.push(certificate);
+    cases.push(("signed by a workload", Some(presented), "not issued"));
     // Certificates are no secret; keys are.
     let mut stranger = stolen.mint("web")?;
     stranger.key_pem = stolen.mint("web")?.key_pem;
-    cases.push(("another's certificate", Some(stranger), "signature"));
+    cases.push(("another's certificate", Some(stranger), "key"));
     for (what, id) in MALFORMED {
         let certificate = stolen.mint_with(&[], |p| {
             p.subject_alt_names = vec![uri(id).expect("ASCII")];

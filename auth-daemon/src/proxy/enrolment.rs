@@ -471,13 +471,13 @@ fn spawn_inbound(
     from: SocketAddr,
 ) {
     let from = canonical(from);
-    match pod.handshakes.clone().try_acquire_owned() {
-        Ok(permit) => {
+    match pod.handshakes.admit(from.ip()) {
+        Some(place) => {
             connections.spawn(async move {
-                inbound::serve(&node, &pod, tcp, from, permit).await;
+                inbound::serve(&node, &pod, tcp, from, place).await;
             });
         }
-        Err(_) => {
+        None => {
             tracing::warn!(pod = %pod.workload.name, client = %from, "too many handshakes at once; refused");
             let _ = crate::datapath::sockets::end_with_reset((&tcp).into());
         }

@@ -12,13 +12,13 @@ use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::Interest,
     net::TcpStream,
-    sync::OwnedSemaphorePermit,
     time::{Instant, timeout, timeout_at},
 };
 
 use super::{
     Node, Pod,
     access::{Direction, Guard, Outcome, Path},
+    handshakes::Place,
     outbound::farewell,
     plain,
 };
@@ -46,14 +46,8 @@ const APP_ANSWER: Duration = Duration::from_secs(2);
 
 /// Serves one accepted connection. Returns when it has ended; dropping sockets on the way resets them.
 ///
-/// `permit` bounds how many are in their handshake.
-pub(super) async fn serve(
-    node: &Node,
-    pod: &Pod,
-    tcp: TcpStream,
-    from: SocketAddr,
-    permit: OwnedSemaphorePermit,
-) {
+/// `place` is the one that it takes among those in their handshake.
+pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Place) {
     let deadline = Instant::now() + HANDSHAKE;
     let access = node.live.open(Direction::Inbound, from);
     let local = match prepare(&tcp) {
@@ -84,7 +78,7 @@ pub(super) async fn serve(
         // It may have been silent for long before it began.
         (Ok(Spoken::Tunnel), Mode::Permissive) => deadline = Instant::now() + HANDSHAKE,
         (Ok(Spoken::Plaintext(app)), Mode::Permissive) => {
-            drop(permit);
+            drop(place);
             return plaintext(node, pod, tcp, app, from, local, access).await;
         }
         (Ok(Spoken::Plaintext(_)), Mode::Strict) => {
@@ -105,7 +99,7 @@ pub(super) async fn serve(
     let first = First {
         access,
         deadline,
-        _permit: permit,
+        _place: place,
     };
     carry(node, pod, channel, from, local, first).await;
 }
@@ -114,7 +108,7 @@ pub(super) async fn serve(
 struct First<'a> {
     access: Guard<'a>,
     deadline: Instant,
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 fn prepare(tcp: &TcpStream) -> io::Result<SocketAddr> {

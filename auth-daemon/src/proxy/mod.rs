@@ -4,6 +4,7 @@
 pub mod access;
 mod balance;
 mod enrolment;
+mod handshakes;
 mod inbound;
 mod outbound;
 mod plain;

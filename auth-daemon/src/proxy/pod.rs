@@ -6,17 +6,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tokio::sync::Semaphore;
-
+use super::handshakes::Handshakes;
 use crate::{
     certs::Certificate,
     datapath::{Enrolled, sockets::SourcePorts},
     mesh::Workload,
     tunnel::Pool,
 };
-
-/// Connections to one pod that may be in their handshake at once; more are refused, to bound memory.
-const MAX_HANDSHAKES: usize = 8192;
 
 /// An enrolled pod.
 #[derive(Debug)]
@@ -30,7 +26,7 @@ pub struct Pod {
     /// Tunnels that its connections left open.
     pub pool: Pool,
     pub(super) source_ports: SourcePorts,
-    pub(super) handshakes: Arc<Semaphore>,
+    pub(super) handshakes: Arc<Handshakes>,
     tunnels: Mutex<HashSet<(SocketAddr, u16)>>,
 }
 
@@ -46,7 +42,7 @@ impl Pod {
             certificate,
             pool: Pool::default(),
             source_ports: SourcePorts::default(),
-            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+            handshakes: Arc::default(),
             tunnels: Mutex::default(),
         }
     }

@@ -36,6 +36,9 @@ pub enum HandshakeError {
     /// TLS, or the peer's certificate.
     #[error("{}", tls::explain(.0))]
     Tls(#[from] Error),
+    /// What came is no TLS record.
+    #[error("the peer does not speak TLS: it answers in plaintext; is there a daemon on its node?")]
+    NotTls,
     /// The peer speaks TLS, but not our protocol.
     #[error("the peer does not speak {}", String::from_utf8_lossy(ALPN))]
     Protocol,
@@ -219,6 +222,12 @@ async fn send_alert<S: Side>(tcp: &mut TcpStream, side: &mut S, rest: &mut [u8])
     }
 }
 
+/// Whether `bytes`, as far as they go, can be the header of a record (RFC 8446 §5.1).
+fn begins_record(bytes: &[u8]) -> bool {
+    bytes.first().is_none_or(|kind| (20..=24).contains(kind))
+        && bytes.get(1).is_none_or(|major| *major == 3)
+}
+
 /// Reads until `incoming` holds one more whole record behind the `visible` bytes; returns where it ends.
 async fn next_record(
     tcp: &mut TcpStream,
@@ -227,6 +236,9 @@ async fn next_record(
 ) -> Result<usize, HandshakeError> {
     loop {
         let behind = &incoming.filled()[visible..];
+        if !begins_record(behind) {
+            return Err(HandshakeError::NotTls);
+        }
         if let Some(header) = behind.first_chunk::<HEADER_BYTES>() {
             let length = HEADER_BYTES + usize::from(u16::from_be_bytes([header[3], header[4]]));
             if length > MAX_RECORD_BYTES + 256 {
@@ -235,6 +247,11 @@ async fn next_record(
             if behind.len() >= length {
                 return Ok(visible + length);
             }
+        }
+        if incoming.is_empty() {
+            // A peer that keeps us waiting costs no buffer.
+            incoming.release();
+            tcp.readable().await?;
         }
         let spare = incoming.spare();
         if spare.is_empty() {

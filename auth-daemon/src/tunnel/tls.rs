@@ -144,7 +144,8 @@ impl ServerCertVerifier for Verifier {
             intermediates,
             now,
             self.provider.signature_verification_algorithms.all,
-        )?;
+        )
+        .map_err(chain_error)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -165,6 +166,12 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<HandshakeSignatureValid, Error> {
         self.clients
             .verify_tls13_signature(message, certificate, signature)
+            .map_err(|error| match error {
+                Error::InvalidCertificate(CertificateError::BadSignature) => {
+                    CertificateError::Other(OtherError(Arc::new(NotTheHolder))).into()
+                }
+                error => error,
+            })
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -187,6 +194,7 @@ impl ClientCertVerifier for Verifier {
         self.check_svid(end_entity)?;
         self.clients
             .verify_client_cert(end_entity, intermediates, now)
+            .map_err(chain_error)
     }
 
     fn verify_tls12_signature(
@@ -204,12 +212,27 @@ impl ClientCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.clients
-            .verify_tls13_signature(message, certificate, signature)
+        ServerCertVerifier::verify_tls13_signature(self, message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.clients.supported_verify_schemes()
+    }
+}
+
+/// A certificate shown by somebody else than its owner.
+#[derive(Debug, thiserror::Error)]
+#[error("the peer does not hold the key of the certificate that it shows")]
+struct NotTheHolder;
+
+/// What webpki says of a chain in terms of its own (a leaf that signs, a loop, too many certificates) comes down to one
+/// thing: no root of ours stands behind it.
+fn chain_error(error: Error) -> Error {
+    match error {
+        Error::InvalidCertificate(CertificateError::Other(_)) => {
+            CertificateError::UnknownIssuer.into()
+        }
+        error => error,
     }
 }
 

@@ -63,14 +63,13 @@ impl Authority {
         Ok(Self(Issuer::new(params, KeyPair::generate()?)))
     }
 
-    /// One that this one signs: a workload's certificate, or an intermediate CA's. Gives its certificate too.
-    pub(crate) fn below(
-        &self,
-        change: impl FnOnce(&mut CertificateParams),
-    ) -> Result<(Self, CertificateDer<'static>)> {
+    /// A workload with a flawless certificate, which signs others with it. Gives the certificate too.
+    pub(crate) fn below(&self) -> Result<(Self, CertificateDer<'static>)> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let params = params(&[&spiffe("intruder")], change)?;
+        let mut params = params(&[&spiffe("intruder")], |_| {})?;
         let certificate = params.signed_by(&key, &self.0)?.der().clone();
+        // rcgen asks that a signer may sign.
+        params.key_usages.clear();
         Ok((Self(Issuer::new(params, key)), certificate))
     }
 
