@@ -65,8 +65,8 @@ pub struct Pod {
     /// Which of the sysctls that enrolment switches on were off before, and are to be off again after it: a bit each, in
     /// the order of the daemon's list.
     pub switched_on: u32,
-    /// Zero.
-    pub padding: u32,
+    /// Non-zero for a pod that cannot be served (yet): its connections to the mesh are refused, not captured.
+    pub refused: u32,
 }
 
 /// Names a client's socket from both of its ends: the netns it lives in and its local address there.

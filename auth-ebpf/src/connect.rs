@@ -104,6 +104,9 @@ fn capture(ctx: &SockAddrContext, destination: Address) -> Verdict {
     if !captured || destination == pod.v4 || destination == pod.v6 {
         return Verdict::Leave;
     }
+    if pod.refused != 0 {
+        return Verdict::Refuse;
+    }
     let mut entry = Dialled {
         address: destination,
         // SAFETY: a helper without arguments.

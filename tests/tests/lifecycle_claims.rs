@@ -157,3 +157,40 @@ fn a_pod_whose_path_is_gone_stays_guarded() {
         .any(|line| line["message"] == "pod released");
     assert!(!released);
 }
+
+#[test]
+fn a_pod_that_holds_the_daemons_port_is_refused_and_not_left_in_the_plain() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _nginx = Nginx::start(&web, 8080, MARKER).unwrap();
+    let mut squatter = client
+        .app("echo-server --port 15001")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let a = mesh.node("a").start_daemon().unwrap();
+    let _b = mesh.node("b").start_daemon().unwrap();
+    let reason = reason_of(&a, "default/client");
+    assert!(reason.contains("cannot listen inside it"), "{reason}");
+    let capture = mesh.wire().capture().unwrap();
+    for to in [web.at(8080), web.at6(8080)] {
+        let call = client
+            .app(&format!("connect --to {to} --send {MARKER}"))
+            .unwrap();
+        let failed = call.failure(TIMEOUT).unwrap();
+        assert_eq!(
+            (&failed["stage"], &failed["errno"]),
+            (&"connect".into(), &"EPERM".into())
+        );
+    }
+    let sent = capture.stop().unwrap();
+    assert_eq!(
+        sent.only(|packet| packet.touches(client.ipv4().into()))
+            .packets()
+            .len(),
+        0
+    );
+    squatter.process().kill().unwrap();
+    a.wait_enrolled(&["default/client"]).unwrap();
+    assert_guarded(&mesh, &client, &web);
+}

@@ -102,7 +102,8 @@ impl Enrolled {
     /// Enrols `workload`, which lives in `netns`: its connections come to the returned listeners from here on. What comes
     /// for it is refused until [`Kernel::set_inbound`] leads it to the tunnel listener.
     ///
-    /// On failure, only what this attempt did is undone: a pod that a daemon before this one captured stays so.
+    /// A pod in which the daemon cannot listen is left refused in both directions, for the next attempt or for
+    /// [`forget_others`]: it never talks plainly for want of a port.
     pub fn new(
         kernel: &Kernel,
         workload: &Workload,
@@ -127,26 +128,20 @@ impl Enrolled {
             // A daemon before this one may have switched some on already, and knew what they were.
             switched_on: switched_on | before.map_or(0, |before| before.switched_on),
         };
-        let listeners = Listeners::open(&enrolled.netns).map_err(setup("cannot listen inside it"));
-        let done = listeners.and_then(|listeners| {
-            let attached = kernel.attach_inbound(&enrolled.netns);
-            attached
-                .and_then(|()| kernel.capture(enrolled.netns.cookie(), &enrolled.entry()))
-                .map_err(|error| EnrolError::Kernel {
-                    pod: workload.name.clone(),
-                    error: Box::new(error),
-                })?;
-            Ok(listeners)
-        });
-        match done {
-            Ok(listeners) => Ok((enrolled, listeners)),
-            Err(error) => {
-                if before.is_none() {
-                    enrolled.remove(kernel);
-                }
-                Err(error)
-            }
-        }
+        let listeners = Listeners::open(&enrolled.netns);
+        let entry = Pod {
+            refused: listeners.is_err().into(),
+            ..enrolled.entry()
+        };
+        kernel
+            .attach_inbound(&enrolled.netns)
+            .and_then(|()| kernel.capture(enrolled.netns.cookie(), &entry))
+            .map_err(|error| EnrolError::Kernel {
+                pod: workload.name.clone(),
+                error: Box::new(error),
+            })?;
+        let listeners = listeners.map_err(setup("cannot listen inside it"))?;
+        Ok((enrolled, listeners))
     }
 
     /// The same namespace, now `workload`'s: it never leaves the kernel's hands.
@@ -192,12 +187,13 @@ impl Enrolled {
             v4: first(true),
             v6: first(false),
             switched_on: self.switched_on,
-            padding: 0,
+            refused: 0,
         }
     }
 }
 
-/// Forgets pods that a daemon before this one enrolled and whose namespaces are not among `kept`.
+/// Forgets pods whose namespaces are not among `kept`: those that a daemon before this one enrolled, and those that could
+/// not be served and are not wanted any more.
 pub fn forget_others(kernel: &Kernel, kept: &HashSet<u64>) {
     let others: Vec<_> = kernel
         .enrolled()
@@ -209,7 +205,7 @@ pub fn forget_others(kernel: &Kernel, kept: &HashSet<u64>) {
     }
     let namespaces = super::netns::all();
     for (cookie, entry) in others {
-        tracing::info!(netns_cookie = cookie, "a pod left while no daemon ran");
+        tracing::info!(netns_cookie = cookie, "a pod that was not served is gone");
         kernel.forget(cookie);
         if let Some(netns) = namespaces.iter().find(|netns| netns.cookie() == cookie)
             && let Err(error) = plumbing::tear_down(netns, entry.switched_on)

@@ -116,13 +116,6 @@ impl Enrolment {
             self.reconcile(&snapshot);
             if first {
                 first = false;
-                // Those that cannot be served now stay captured, and refused.
-                let failing = self.failing.values().filter_map(|failing| {
-                    let netns = open_netns(&failing.workload).ok()?;
-                    Some(netns.cookie())
-                });
-                let kept = self.serving.values().map(Serving::cookie).chain(failing);
-                forget_others(&self.node.kernel, &kept.collect());
                 self.node.ready.store(true, Ordering::Relaxed);
             }
             self.publish_status();
@@ -207,6 +200,13 @@ impl Enrolment {
         for (_, serving) in leaving {
             self.release(serving);
         }
+        // Those that cannot be served now stay in the kernel's hands, and are refused.
+        let failing = self.failing.values().filter_map(|failing| {
+            let netns = open_netns(&failing.workload).ok()?;
+            Some(netns.cookie())
+        });
+        let kept = self.serving.values().map(Serving::cookie).chain(failing);
+        forget_others(&self.node.kernel, &kept.collect());
         self.settle_addresses();
     }
 
