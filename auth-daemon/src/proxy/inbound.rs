@@ -4,13 +4,10 @@
 use std::{
     io,
     net::SocketAddr,
-    os::fd::AsRawFd,
     time::{Duration, SystemTime},
 };
 
-use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
-    io::Interest,
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
 };
@@ -19,6 +16,7 @@ use super::{
     Node, Pod,
     access::{Direction, Guard, Outcome, Path},
     handshakes::Place,
+    opening::{self, Spoken},
     outbound::farewell,
     plain,
 };
@@ -27,9 +25,8 @@ use crate::{
     datapath::sockets::{self, end_in_good_order, end_with_reset},
     policy::{Denied, admit_source},
     tunnel::{
-        self, ALPN, Channel, ChannelError, Ending,
+        self, Channel, ChannelError, Ending,
         frame::{Connect, Event, ResetCode},
-        hello::{Opening, PEEK_BYTES, classify},
         relay,
         svid::Svid,
     },
@@ -37,8 +34,6 @@ use crate::{
 
 /// From a connection's start until its CONNECT is read.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// PERMISSIVE: a caller that is silent for so long waits for the server to speak first.
-const SILENCE: Duration = Duration::from_secs(1);
 /// How long a tunnel may idle between two connections; the client's side closes it earlier.
 const IDLE: Duration = Duration::from_secs(60);
 /// How long the app may take to accept.
@@ -48,7 +43,6 @@ const APP_ANSWER: Duration = Duration::from_secs(2);
 ///
 /// `place` is the one that it takes among those in their handshake.
 pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Place) {
-    let deadline = Instant::now() + HANDSHAKE;
     let access = node.live.open(Direction::Inbound, from);
     let local = match prepare(&tcp) {
         Ok(local) => local,
@@ -59,36 +53,32 @@ pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAd
         details.endpoint = Some(local);
         details.server_identity = Some(pod.workload.identity.clone());
     });
+    let mut deadline = Instant::now() + HANDSHAKE;
     let spoken = match node.config.mode {
-        Mode::Strict => timeout_at(deadline, opening(&tcp))
+        Mode::Strict => timeout_at(deadline, opening::strict(&tcp))
             .await
-            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, late())))
-            .and_then(|opening| match opening {
-                Opening::Undecided => Err(io::Error::new(
-                    io::ErrorKind::UnexpectedEof,
-                    "closed before it said what it speaks",
-                )),
-                decided => Ok(decided.into()),
-            }),
-        Mode::Permissive => permissive(node, pod, &tcp, from, local).await,
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, late()))),
+        Mode::Permissive => {
+            let spoken = opening::permissive(&tcp, || dial_plain(node, pod, from, local)).await;
+            // It may have been silent for long before it began.
+            deadline = Instant::now() + HANDSHAKE;
+            spoken
+        }
     };
-    let mut deadline = deadline;
-    match (spoken, node.config.mode) {
-        (Ok(Spoken::Tunnel), Mode::Strict) => {}
-        // It may have been silent for long before it began.
-        (Ok(Spoken::Tunnel), Mode::Permissive) => deadline = Instant::now() + HANDSHAKE,
-        (Ok(Spoken::Plaintext(app)), Mode::Permissive) => {
+    match spoken {
+        Ok(Spoken::Tunnel) => {}
+        Ok(Spoken::Plaintext(app)) if node.config.mode == Mode::Permissive => {
             drop(place);
             return plaintext(node, pod, tcp, app, from, local, access).await;
         }
-        (Ok(Spoken::Plaintext(_)), Mode::Strict) => {
+        Ok(Spoken::Plaintext(_)) => {
             access.learn(|details| details.path = Path::Plaintext);
             return access.finish(
                 Outcome::Refused,
                 "plaintext, and STRICT is in force: the caller is not of the mesh",
             );
         }
-        (Err(error), _) => return access.finish(Outcome::Refused, error),
+        Err(error) => return access.finish(Outcome::Refused, error),
     }
     let _note = pod.note_tunnel(from, local.port());
     let channel = match timeout_at(deadline, shake_hands(node, pod, tcp)).await {
@@ -118,70 +108,6 @@ fn prepare(tcp: &TcpStream) -> io::Result<SocketAddr> {
 
 fn late() -> String {
     format!("no handshake within {HANDSHAKE:?}")
-}
-
-/// What a caller turned out to speak.
-enum Spoken {
-    Tunnel,
-    /// With the app's connection, where the app had to be asked.
-    Plaintext(Option<TcpStream>),
-}
-
-impl From<Opening> for Spoken {
-    fn from(opening: Opening) -> Self {
-        match opening {
-            Opening::Tunnel => Self::Tunnel,
-            Opening::Plaintext | Opening::Undecided => Self::Plaintext(None),
-        }
-    }
-}
-
-/// What the caller's first bytes are. They stay in the socket. A caller that ends before it can be told speaks nothing.
-async fn opening(tcp: &TcpStream) -> io::Result<Opening> {
-    loop {
-        let ready = tcp.ready(Interest::READABLE).await?;
-        let peek = tcp.try_io(Interest::READABLE, || {
-            let mut bytes = [0; PEEK_BYTES];
-            let count = recv(tcp.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK)?;
-            match classify(&bytes[..count], ALPN) {
-                // More may come: wait for it as for the first byte.
-                Opening::Undecided if !ready.is_read_closed() => {
-                    Err(io::ErrorKind::WouldBlock.into())
-                }
-                opening => Ok(opening),
-            }
-        });
-        match peek {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            decided => return decided,
-        }
-    }
-}
-
-/// PERMISSIVE: a caller that stays silent may wait for the server to speak first. Then the app is asked, and whoever
-/// speaks first decides; a tunnel that was only slow is still one.
-async fn permissive(
-    node: &Node,
-    pod: &Pod,
-    tcp: &TcpStream,
-    from: SocketAddr,
-    local: SocketAddr,
-) -> io::Result<Spoken> {
-    if let Ok(opening) = timeout(SILENCE, opening(tcp)).await {
-        return opening.map(Spoken::from);
-    }
-    let app = dial_plain(node, pod, from, local).await?;
-    tokio::select! {
-        biased;
-        opening = opening(tcp) => match opening? {
-            Opening::Tunnel => Ok(Spoken::Tunnel),
-            _ => Ok(Spoken::Plaintext(Some(app))),
-        },
-        ready = app.readable() => {
-            ready?;
-            Ok(Spoken::Plaintext(Some(app)))
-        }
-    }
 }
 
 async fn shake_hands(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Channel, String> {

@@ -6,6 +6,7 @@ mod balance;
 mod enrolment;
 mod handshakes;
 mod inbound;
+mod opening;
 mod outbound;
 mod plain;
 mod pod;

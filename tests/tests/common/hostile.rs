@@ -3,30 +3,27 @@
 
 #![allow(dead_code, reason = "every test file takes what it needs from the kit")]
 
-use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use mesh_tests::{Context, Daemon, Place, Result};
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, date_time_ymd,
-};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::aws_lc_rs::{default_provider, sign::any_supported_type};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::crypto::aws_lc_rs::default_provider;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{
     ClientConfig, ClientConnection, Connection, DigitallySignedStruct, Error, ServerConfig,
     ServerConnection, SignatureScheme,
 };
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
+
+#[path = "authority.rs"]
+mod authority;
+#[allow(unused_imports, reason = "as above")]
+pub(crate) use authority::{Authority, Presented, self_signed, spiffe, uri};
 
 pub(crate) const ALPN: &[u8] = b"auth-daemon/1";
 pub(crate) const CONNECT: u8 = 1;
@@ -36,109 +33,6 @@ pub(crate) const END: u8 = 4;
 pub(crate) const RESET: u8 = 5;
 /// Longer than any deadline of the daemon: what has not come by then will not.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(25);
-
-/// The SPIFFE ID of a service account in namespace `default` of `cluster.local`.
-pub(crate) fn spiffe(account: &str) -> String {
-    format!("spiffe://cluster.local/ns/default/sa/{account}")
-}
-
-/// A CA that signs anything.
-pub(crate) struct Authority(Issuer<'static, KeyPair>);
-
-impl Authority {
-    /// The one that daemons share in the folder.
-    pub(crate) fn stolen(folder: &Path) -> Result<Self> {
-        let pem = fs::read_to_string(folder.join("root.pem")).context("reading the root")?;
-        let root = CertificateDer::from_pem_slice(pem.as_bytes()).context("the root")?;
-        let key = KeyPair::from_pem(&pem).context("the root's key")?;
-        Ok(Self(Issuer::from_ca_cert_der(&root, key)?))
-    }
-
-    /// One of its own, that says of itself what the daemons' says.
-    pub(crate) fn another() -> Result<Self> {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        params.subject_alt_names = vec![uri("spiffe://cluster.local")?];
-        Ok(Self(Issuer::new(params, KeyPair::generate()?)))
-    }
-
-    /// A workload with a flawless certificate, which signs others with it. Gives the certificate too.
-    pub(crate) fn below(&self) -> Result<(Self, CertificateDer<'static>)> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut params = params(&[&spiffe("intruder")], |_| {})?;
-        let certificate = params.signed_by(&key, &self.0)?.der().clone();
-        // rcgen asks that a signer may sign.
-        params.key_usages.clear();
-        Ok((Self(Issuer::new(params, key)), certificate))
-    }
-
-    /// A flawless certificate of `default`'s service account.
-    pub(crate) fn mint(&self, account: &str) -> Result<Presented> {
-        self.mint_with(&[&spiffe(account)], |_| {})
-    }
-
-    /// A certificate with these URI SANs and whatever else is wrong with it.
-    pub(crate) fn mint_with(
-        &self,
-        uris: &[&str],
-        change: impl FnOnce(&mut CertificateParams),
-    ) -> Result<Presented> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let certificate = params(uris, change)?.signed_by(&key, &self.0)?;
-        Presented::new(certificate.der().clone(), &key)
-    }
-}
-
-/// A certificate with its key, signed by itself.
-pub(crate) fn self_signed(account: &str) -> Result<Presented> {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-    let certificate = params(&[&spiffe(account)], |_| {})?.self_signed(&key)?;
-    Presented::new(certificate.der().clone(), &key)
-}
-
-fn params(uris: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Result<CertificateParams> {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.subject_alt_names = uris.iter().map(|text| uri(text)).collect::<Result<_>>()?;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![
-        ExtendedKeyUsagePurpose::ServerAuth,
-        ExtendedKeyUsagePurpose::ClientAuth,
-    ];
-    params.is_ca = IsCa::ExplicitNoCa;
-    params.not_before = date_time_ymd(2020, 1, 1);
-    params.not_after = date_time_ymd(2090, 1, 1);
-    change(&mut params);
-    Ok(params)
-}
-
-pub(crate) fn uri(text: &str) -> Result<SanType> {
-    Ok(SanType::URI(text.try_into()?))
-}
-
-/// A certificate and its key, to be presented.
-#[derive(Debug, Clone)]
-pub(crate) struct Presented {
-    pub(crate) chain: Vec<CertificateDer<'static>>,
-    pub(crate) key_pem: String,
-}
-
-impl Presented {
-    fn new(leaf: CertificateDer<'static>, key: &KeyPair) -> Result<Self> {
-        Ok(Self {
-            chain: vec![leaf],
-            key_pem: key.serialize_pem(),
-        })
-    }
-
-    fn resolver(&self) -> Result<Arc<SingleCertAndKey>> {
-        let key = PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).context("a key")?;
-        // Unlike rustls' builders, this does not ask whether the certificate makes sense.
-        let certified = CertifiedKey::new(self.chain.clone(), any_supported_type(&key)?);
-        Ok(Arc::new(SingleCertAndKey::from(certified)))
-    }
-}
 
 /// TLS 1.3 as a client that believes any server.
 pub(crate) fn client_config(presented: Option<&Presented>, alpn: &[&[u8]]) -> Result<ClientConfig> {
