@@ -47,7 +47,7 @@ fn client(stream: &mut TcpStream, header: Header) -> Outcome {
     thread::scope(|scope| {
         let sent = scope.spawn(move || {
             pattern::send(&sender, header.seed, header.length).at("write")?;
-            sender.shutdown(Shutdown::Write).at("shutdown")
+            crate::report::end_sending(&sender).at("shutdown")
         });
         pattern::receive(&*stream, answer_seed(header), header.length, |_| {})
             .inspect_err(|_| give_up(stream))

@@ -1,7 +1,6 @@
 //! Many short connections, one after the other and some at a time.
 
 use std::io;
-use std::net::Shutdown;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -63,7 +62,7 @@ impl Churn {
     fn one(&self, number: u64) -> Result<(), Failure> {
         let mut stream = self.target.connect()?;
         exchange(&mut stream, number)?;
-        stream.shutdown(Shutdown::Write).at("shutdown")?;
+        crate::report::end_sending(&stream).at("shutdown")?;
         expect_end(&stream).at("read")
     }
 }

@@ -70,7 +70,7 @@ impl Connect {
             stream.write_all(text.as_bytes()).at("write")?;
         }
         if self.shutdown {
-            stream.shutdown(Shutdown::Write).at("shutdown")?;
+            crate::report::end_sending(stream).at("shutdown")?;
         }
         if self.read {
             merge(&mut fields, read_to_end(stream)?);

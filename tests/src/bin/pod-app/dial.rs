@@ -1,7 +1,7 @@
 //! Connections made in the ways that only some programs make them.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 
 use clap::Args;
 use nix::libc;
@@ -61,7 +61,7 @@ impl Dial {
         stream.write_all(&bytes[sent..]).at("write")?;
         fields["local"] = json!(stream.local_addr().at("getsockname")?);
         fields["peer"] = json!(stream.peer_addr().at("getpeername")?);
-        stream.shutdown(Shutdown::Write).at("shutdown")?;
+        crate::report::end_sending(&stream).at("shutdown")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).at("read")?;
         fields["text"] = json!(answer);

@@ -1,7 +1,7 @@
 //! Gives back what comes.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 
 use clap::Args;
 use serde_json::json;
@@ -34,6 +34,6 @@ fn echo(stream: &mut TcpStream) -> Outcome {
         stream.write_all(&buffer[..read]).at("write")?;
         bytes += read;
     }
-    stream.shutdown(Shutdown::Write).at("shutdown")?;
+    crate::report::end_sending(stream).at("shutdown")?;
     Ok(json!({"bytes": bytes}))
 }

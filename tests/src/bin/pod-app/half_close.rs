@@ -1,7 +1,7 @@
 //! One direction ends long before the other.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 
 use clap::Args;
 use serde_json::json;
@@ -46,7 +46,7 @@ impl HalfClose {
 
 fn send(stream: &mut TcpStream, message: &str) -> Result<(), crate::report::Failure> {
     stream.write_all(message.as_bytes()).at("write")?;
-    stream.shutdown(Shutdown::Write).at("shutdown")
+    crate::report::end_sending(stream).at("shutdown")
 }
 
 fn read(stream: &mut TcpStream) -> Result<String, crate::report::Failure> {

@@ -1,6 +1,7 @@
 //! Events on standard output, and failures as events.
 
 use std::io::{self, Write};
+use std::net::{Shutdown, TcpStream};
 
 use nix::errno::Errno;
 use serde_json::{Value, json};
@@ -73,5 +74,16 @@ pub(crate) fn errno_name(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(number) => format!("{:?}", Errno::from_raw(number)),
         None => format!("{:?}", error.kind()),
+    }
+}
+
+/// Ends the sending direction. On a connection that was reset meanwhile shutdown(2) only says that there is none: then
+/// the error is the reset that is still pending.
+pub(crate) fn end_sending(stream: &TcpStream) -> io::Result<()> {
+    match stream.shutdown(Shutdown::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => {
+            Err(stream.take_error()?.unwrap_or(error))
+        }
+        result => result,
     }
 }

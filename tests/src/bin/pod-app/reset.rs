@@ -1,7 +1,6 @@
 //! A side that ends with RST.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
 use std::time::Duration;
 
 use clap::Args;
@@ -35,7 +34,7 @@ impl Reset {
             }
             stream.read_exact(&mut bytes).at("read")?;
             if shutdown {
-                stream.shutdown(Shutdown::Write).at("shutdown")?;
+                crate::report::end_sending(stream).at("shutdown")?;
             }
             // Closing then sends RST instead of FIN, see socket(7).
             SockRef::from(&*stream)

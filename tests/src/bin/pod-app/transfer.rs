@@ -1,7 +1,7 @@
 //! Many bytes one way, verified where they arrive and acknowledged with their count.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::thread;
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ impl Source {
             };
             header.write(&*stream).at("write")?;
             pattern::send(&*stream, header.seed, length).at("write")?;
-            stream.shutdown(Shutdown::Write).at("shutdown")?;
+            crate::report::end_sending(stream).at("shutdown")?;
             let mut count = [0; 8];
             stream.read_exact(&mut count).at("read")?;
             if u64::from_be_bytes(count) != length {
