@@ -317,6 +317,42 @@ fn rustls_client(address: SocketAddr, current: &Current) {
     assert_eq!(answer, expected);
 }
 
+/// A server on a stock TLS library sends session tickets behind its handshake, unless told not to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_tickets_are_passed_over() {
+    let domain = Domain::new();
+    let (client, server) = (domain.current("client").await, domain.current("web").await);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut config = (*server.configs.server).clone();
+    config.session_storage = rustls::server::ServerSessionMemoryCache::new(8);
+    config.send_tls13_tickets = 2;
+    let stock_server = tokio::task::spawn_blocking(move || {
+        let (mut tcp, _) = listener.accept().unwrap();
+        let mut tls = rustls::ServerConnection::new(Arc::new(config)).unwrap();
+        let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
+        let mut expected = Vec::new();
+        frame::encode_connect(&connect(), &mut expected);
+        let mut asked = vec![0; expected.len()];
+        stream.read_exact(&mut asked).unwrap();
+        assert_eq!(asked, expected);
+        let mut answer = Vec::new();
+        frame::encode_connected(&mut answer);
+        stream.write_all(&answer).unwrap();
+        stream.flush().unwrap();
+    });
+    let tcp = TcpStream::connect(address).await.unwrap();
+    let mut channel = handshake::connect(tcp, client.configs.client.clone(), DOMAIN)
+        .await
+        .unwrap();
+    channel.send_connect(&connect()).await.unwrap();
+    assert_eq!(
+        channel.receive_control().await.unwrap(),
+        Some(Event::Connected)
+    );
+    stock_server.await.unwrap();
+}
+
 #[tokio::test]
 async fn another_trust_domain_is_refused_by_both_ends() {
     let (ours, theirs) = (Domain::new(), Domain::new());
