@@ -1,7 +1,4 @@
 //! The pair that most scenarios play on: a client on one node, a server on another, a service in front of it.
-//!
-//! (Put together again from its compiled form by the author of the lifecycle tests, who overwrote it by mistake; its own
-//! author may have a better one: replace this then.)
 #![allow(dead_code, reason = "each file of tests uses a part")]
 
 use mesh_tests::{Daemon, DaemonOptions, Mesh, MeshBuilder, Pod, PodSpec, Result, ServiceSpec};
