@@ -102,8 +102,8 @@ impl Enrolled {
     /// Enrols `workload`, which lives in `netns`: its connections come to the returned listeners from here on. What comes
     /// for it is refused until [`Kernel::set_inbound`] leads it to the tunnel listener.
     ///
-    /// A pod in which the daemon cannot listen is left refused in both directions, for the next attempt or for
-    /// [`forget_others`]: it never talks plainly for want of a port.
+    /// A pod in which the daemon cannot work is left refused in both directions, for the next attempt or for
+    /// [`forget_others`]: it never talks plainly for want of a port or a route.
     pub fn new(
         kernel: &Kernel,
         workload: &Workload,
@@ -121,14 +121,18 @@ impl Enrolled {
                 error,
             }
         };
-        let switched_on = plumbing::set_up(&netns).map_err(setup("cannot prepare its routes"))?;
+        let prepared = plumbing::set_up(&netns);
         let enrolled = Self {
             netns: Arc::new(netns),
             addresses: workload.addresses.clone(),
             // A daemon before this one may have switched some on already, and knew what they were.
-            switched_on: switched_on | before.map_or(0, |before| before.switched_on),
+            switched_on: prepared.as_ref().map_or(0, |bits| *bits)
+                | before.map_or(0, |before| before.switched_on),
         };
-        let listeners = Listeners::open(&enrolled.netns);
+        let listeners = match prepared {
+            Ok(_) => Listeners::open(&enrolled.netns).map_err(setup("cannot listen inside it")),
+            Err(error) => Err(setup("cannot prepare its routes")(error)),
+        };
         let entry = Pod {
             refused: listeners.is_err().into(),
             ..enrolled.entry()
@@ -140,8 +144,7 @@ impl Enrolled {
                 pod: workload.name.clone(),
                 error: Box::new(error),
             })?;
-        let listeners = listeners.map_err(setup("cannot listen inside it"))?;
-        Ok((enrolled, listeners))
+        Ok((enrolled, listeners?))
     }
 
     /// The same namespace, now `workload`'s: it never leaves the kernel's hands.

@@ -244,17 +244,12 @@ impl Enrolment {
             },
             None => Enrolled::new(kernel, workload, netns)?,
         };
-        let to_watch = match listeners.try_clone() {
-            Ok(to_watch) => to_watch,
-            Err(error) => {
-                enrolled.remove(kernel);
-                return Err(EnrolError::Setup {
-                    pod: workload.name.clone(),
-                    what: "cannot keep its listeners",
-                    error,
-                });
-            }
-        };
+        // Without them it stays in the kernel's hands, and is refused until the next attempt.
+        let to_watch = listeners.try_clone().map_err(|error| EnrolError::Setup {
+            pod: workload.name.clone(),
+            what: "cannot keep its listeners",
+            error,
+        })?;
         let certificate = self.node.certificates.acquire(&workload.identity);
         let pod = Arc::new(Pod::new((**workload).clone(), enrolled, certificate));
         let mut tasks = Vec::new();
