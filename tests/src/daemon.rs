@@ -172,6 +172,12 @@ impl Daemon {
         self.logs().into_iter().filter(is_access).collect()
     }
 
+    /// The lines of its access log after a [`Daemon::log_position`].
+    pub fn access_log_after(&self, position: u64) -> Vec<Value> {
+        let lines = json_lines(&read_from(&self.log, position));
+        lines.into_iter().filter(is_access).collect()
+    }
+
     /// A position at the log's end, for [`Daemon::wait_for_log_after`].
     pub fn log_position(&self) -> u64 {
         fs::metadata(&self.log).map_or(0, |metadata| metadata.len())

@@ -246,6 +246,8 @@ fn apps_behave_as_they_are_called() -> Result<()> {
         run(&format!("churn --to {ip}:7 --connections 500"))?["failed"],
         0
     );
+    let set_up = run(&format!("set-up --to {ip}:7 --time 50"))?;
+    assert!(set_up["p50"].as_f64() > Some(0.0), "{set_up}");
     assert_eq!(
         run(&format!("chat --to {ip}:7 --rounds 3 --interval 1"))?["rounds"],
         3

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod bench;
 mod build;
 mod build_ebpf;
 mod ci;
@@ -36,7 +37,9 @@ enum Command {
     Test(test::Arguments),
     /// Show on two nodes of network namespaces what the daemon does, with evidence
     Demo(demo::Arguments),
-    /// Install the programs that tests and demo run (nginx, iperf3, …), where they are missing
+    /// Measure it against plain connections and Envoy sidecars, side by side on this machine
+    Bench(bench::Arguments),
+    /// Install the programs that tests, demo and bench run (nginx, iperf3, …), where they are missing
     Setup,
     /// Run clippy on the eBPF programs
     ClippyEbpf(build_ebpf::Arguments),
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Build => build::run(),
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Setup => setup::run(),
         Command::ClippyEbpf(arguments) => clippy_ebpf::run(&arguments),
         Command::Deny => deny::run(),

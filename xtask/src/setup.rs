@@ -1,4 +1,4 @@
-//! `cargo xtask setup`: the programs that tests and demo run in their pods and on their wires.
+//! `cargo xtask setup`: the programs that tests, demo and bench run in their pods and on their wires.
 
 use std::process::Command;
 
@@ -59,7 +59,7 @@ struct Program {
     package: &'static str,
 }
 
-const PROGRAMS: [Program; 10] = [
+const PROGRAMS: [Program; 12] = [
     Program {
         command: "ip",
         package: "iproute2",
@@ -71,6 +71,14 @@ const PROGRAMS: [Program; 10] = [
     Program {
         command: "iperf3",
         package: "iperf3",
+    },
+    Program {
+        command: "wrk",
+        package: "wrk",
+    },
+    Program {
+        command: "setpriv",
+        package: "util-linux",
     },
     Program {
         command: "curl",

@@ -44,6 +44,18 @@ impl Nginx {
     /// # Panics
     /// When the body holds a character that nginx's configuration would take for its own: `"`, `$` or `\`.
     pub fn start(place: &Place, port: u16, body: &str) -> Result<Self> {
+        Self::start_with(place, port, body, "access.log fields")
+    }
+
+    /// Like [`Nginx::start`], but it logs no requests: to be measured.
+    ///
+    /// # Panics
+    /// Likewise.
+    pub fn start_without_log(place: &Place, port: u16, body: &str) -> Result<Self> {
+        Self::start_with(place, port, body, "off")
+    }
+
+    fn start_with(place: &Place, port: u16, body: &str, access_log: &str) -> Result<Self> {
         assert!(
             !body.contains(['"', '$', '\\']),
             "the body is written into nginx's configuration as it is"
@@ -53,6 +65,7 @@ impl Nginx {
             .with_context(|| format!("making {}", prefix.display()))?;
         let config = CONFIG
             .replace("PORT", &port.to_string())
+            .replace("ACCESS_LOG", access_log)
             .replace("BODY", body);
         fs::write(prefix.join("nginx.conf"), config).context("writing nginx's configuration")?;
         let prefix_text = prefix.display().to_string();
@@ -105,7 +118,7 @@ http {
     log_format fields escape=json '{"remote_address":"$remote_addr","remote_port":$remote_port,'
         '"server_address":"$server_addr","server_port":$server_port,"connection":$connection,'
         '"path":"$request_uri","status":$status}';
-    access_log access.log fields;
+    access_log ACCESS_LOG;
     client_body_temp_path temp/body;
     proxy_temp_path temp/proxy;
     fastcgi_temp_path temp/fastcgi;

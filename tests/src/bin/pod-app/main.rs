@@ -19,6 +19,7 @@ mod peer;
 mod report;
 mod reset;
 mod server;
+mod set_up;
 mod transfer;
 mod udp;
 
@@ -51,6 +52,7 @@ enum Behaviour {
     Chat(chat::Chat),
     Many(many::Many),
     Churn(churn::Churn),
+    SetUp(set_up::SetUp),
     UdpEcho(udp::UdpEcho),
     UdpSend(udp::UdpSend),
 }
@@ -71,6 +73,7 @@ fn main() -> ExitCode {
         Behaviour::Chat(it) => it.run(),
         Behaviour::Many(it) => it.run(),
         Behaviour::Churn(it) => it.run(),
+        Behaviour::SetUp(it) => it.run(),
         Behaviour::UdpEcho(it) => it.run(),
         Behaviour::UdpSend(it) => it.run(),
     };

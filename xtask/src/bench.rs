@@ -1,0 +1,192 @@
+//! `cargo xtask bench`: what the daemon costs, measured side by side with plain connections and with Envoy sidecars.
+//!
+//! The loads run on a thread of their own. This thread collects what they show, ends a load that hangs, cleans up after
+//! Ctrl-C, and prints what there is in the end.
+
+mod chart;
+mod envoy;
+mod loads;
+mod machine;
+mod number;
+mod proxies;
+mod report;
+mod results;
+mod runner;
+mod stage;
+mod system;
+mod table;
+mod targets;
+mod usage;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use mesh_tests::remove_own;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::step::{root, workspace};
+use crate::{build, setup};
+
+use report::Report;
+use runner::{Event, Plan};
+use system::System;
+
+/// Options of the benchmark.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// How often each load is put on each system
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    rounds: u64,
+    /// How long each load lasts
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
+    seconds: u64,
+    /// Only rows whose key or name contains this; may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
+    /// Which systems to compare
+    #[arg(long, value_delimiter = ',', default_values_t = [System::Direct, System::Envoy, System::Ours])]
+    systems: Vec<System>,
+    /// Print one JSON object on stdout, and everything else on stderr
+    #[arg(long)]
+    json: bool,
+    /// Draw a chart of the results into this file
+    #[arg(long, value_name = "PATH")]
+    svg: Option<PathBuf>,
+    /// Save the results in docs/bench.json and the chart in docs/bench.svg
+    #[arg(long)]
+    save: bool,
+    /// Measure what is built already
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// Installs and builds what is needed, measures, and prints what there is to tell.
+///
+/// # Errors
+/// When a system cannot be started, when a load fails or does not go the way it is to go, or when interrupted. A slow
+/// result is none.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let plan = prepare(arguments)?;
+    let mut report = Report::new(plan, arguments.json);
+    let measured = measure(&mut report);
+    report.finish(measured.as_ref().err());
+    measured?;
+    if let Some(path) = &arguments.svg {
+        report.draw(path)?;
+    }
+    if arguments.save {
+        report.save(&workspace().join("docs"))?;
+    }
+    ensure!(
+        report.problems.is_empty(),
+        "{} loads did not go well",
+        report.problems.len()
+    );
+    Ok(())
+}
+
+fn prepare(arguments: &Arguments) -> Result<Plan> {
+    let mut systems = arguments.systems.clone();
+    systems.sort_unstable();
+    systems.dedup();
+    let plan = Plan {
+        systems,
+        rounds: usize::try_from(arguments.rounds).context("too many rounds")?,
+        time: Duration::from_secs(arguments.seconds),
+        only: arguments.only.clone(),
+    };
+    ensure!(
+        !plan.loads().is_empty(),
+        "no row is called {}",
+        plan.only.join(" or ")
+    );
+    if arguments.svg.is_some() || arguments.save {
+        ensure!(
+            plan.systems == [System::Direct, System::Envoy, System::Ours],
+            "a chart compares all systems"
+        );
+    }
+    if !root() {
+        bail!(
+            "the benchmark makes network namespaces and loads eBPF programs: run it as root (sudo -E cargo xtask bench)"
+        );
+    }
+    if !arguments.no_build {
+        setup::run()?;
+        build::run()?;
+    }
+    if plan.systems.contains(&System::Envoy) {
+        envoy::binary()?;
+    }
+    Ok(plan)
+}
+
+fn measure(report: &mut Report) -> Result<()> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            .context("cannot wait for signals")?;
+    }
+    let (sender, events) = channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    let measuring = thread::Builder::new()
+        .name("loads".to_owned())
+        .spawn({
+            let (plan, stop) = (report.plan.clone(), Arc::clone(&stop));
+            move || runner::measure(&plan, &sender, &stop)
+        })
+        .context("cannot start a thread")?;
+    let followed = follow(&events, report, &interrupted);
+    if followed.is_err() {
+        stop.store(true, Ordering::Relaxed);
+        eprintln!("cleaning up");
+        // What the running load waits for ends with this, and so does the load.
+        let _ = remove_own();
+        let end = Instant::now() + CLEAN_UP;
+        while events
+            .recv_timeout(end.saturating_duration_since(Instant::now()))
+            .is_ok()
+        {}
+        remove_own().context("cannot clean up")?;
+    }
+    followed?;
+    measuring
+        .join()
+        .map_err(|_| anyhow!("the thread that measures panicked"))?
+}
+
+/// Takes what the loads tell until there is nothing more.
+fn follow(events: &Receiver<Event>, report: &mut Report, interrupted: &AtomicBool) -> Result<()> {
+    let mut current = String::new();
+    let longest = report.plan.time + LONGEST;
+    let mut deadline = Instant::now() + longest;
+    loop {
+        match events.recv_timeout(POLL) {
+            Ok(Event::Begins(what)) => {
+                current = what;
+                deadline = Instant::now() + longest;
+            }
+            Ok(event) => report.take(event),
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if interrupted.load(Ordering::Relaxed) {
+            bail!("interrupted during {current}");
+        }
+        if Instant::now() > deadline {
+            bail!("{current} did not end within {longest:?}");
+        }
+    }
+}
+
+/// How much longer than its time a load may take, with what it takes to start fresh proxies for it.
+const LONGEST: Duration = Duration::from_secs(180);
+/// How long a load that was ended may take to notice it.
+const CLEAN_UP: Duration = Duration::from_secs(10);
+/// How soon Ctrl-C is noticed.
+const POLL: Duration = Duration::from_millis(100);

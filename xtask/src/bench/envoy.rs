@@ -1,0 +1,135 @@
+//! A sidecar: Envoy in a pod, and the rules that lead the pod's connections to it.
+
+mod certificates;
+mod config;
+mod download;
+mod redirect;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use mesh_tests::{Place, Pod, Process, TIMEOUT, eventually_ok};
+use serde::Deserialize;
+
+use config::{ADMIN, IN, INBOUND, OUTBOUND, PASSTHROUGH};
+
+pub(super) use certificates::Authority;
+pub(super) use config::Server;
+pub(super) use download::{VERSION, binary};
+
+/// A running sidecar. Dropping it kills it; its rules stay in the pod.
+pub(super) struct Sidecar {
+    process: Process,
+    pod: Place,
+}
+
+/// What a sidecar has counted since it started.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counters {
+    /// TLS handshakes with callers of its pod.
+    pub(super) handshakes: u64,
+    /// Connections to its pod.
+    pub(super) inbound: u64,
+    /// What they carried both ways, in bytes.
+    pub(super) inbound_bytes: u64,
+    /// Connections of its pod to the rest of the world.
+    pub(super) passed: u64,
+}
+
+impl Sidecar {
+    /// Starts it and waits until it is ready; then leads the pod's connections to it.
+    ///
+    /// It ends with the thread that calls this.
+    pub(super) fn start(
+        binary: &Path,
+        pod: &Pod,
+        account: &str,
+        authority: &Authority,
+        servers: &[Server],
+        ports: &[u16],
+    ) -> Result<Self> {
+        let place = pod.place().clone();
+        let files = authority.issue(account, place.folder())?;
+        let config = config::config(pod.name(), &files, servers, ports);
+        let path = place.folder().join("envoy.json");
+        fs::write(&path, config.to_string())
+            .with_context(|| format!("writing {}", path.display()))?;
+        // With a group of its own the rules can tell it from the pod's app.
+        let mut command = place.command("setpriv")?;
+        command
+            .args(["--regid", &redirect::GROUP.to_string(), "--clear-groups"])
+            .arg(binary)
+            .arg("--config-path")
+            .arg(&path)
+            // Istio's own default, whatever the machine has.
+            .args(["--concurrency", "2", "--disable-hot-restart"])
+            .args(["--log-level", "error"]);
+        let mut sidecar = Self {
+            process: Process::spawn(command)?,
+            pod: place,
+        };
+        sidecar
+            .wait_ready()
+            .with_context(|| format!("Envoy in {} said: {}", pod.name(), sidecar.said()))?;
+        redirect::install(&sidecar.pod)?;
+        Ok(sidecar)
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// What it has written, which is nothing when all is well.
+    pub(super) fn said(&self) -> String {
+        self.process.stderr()
+    }
+
+    pub(super) fn counters(&self) -> Result<Counters> {
+        let answer = self.ask("/stats?format=json&type=Counters")?;
+        let stats: Stats = serde_json::from_str(&answer).context("reading Envoy's counters")?;
+        let counted: BTreeMap<_, _> = stats
+            .stats
+            .into_iter()
+            .filter_map(|stat| Some((stat.name?, stat.value?)))
+            .collect();
+        let of = |name: String| counted.get(&name).copied().unwrap_or(0);
+        Ok(Counters {
+            handshakes: of("listener.inbound.ssl.handshake".to_owned()),
+            inbound: of(format!("tcp.{IN}.downstream_cx_total")),
+            inbound_bytes: of(format!("tcp.{IN}.downstream_cx_rx_bytes_total"))
+                + of(format!("tcp.{IN}.downstream_cx_tx_bytes_total")),
+            passed: of(format!("tcp.{PASSTHROUGH}.downstream_cx_total")),
+        })
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        eventually_ok(TIMEOUT, "Envoy to be ready", || {
+            if let Some(status) = self.process.ended()? {
+                return Ok(Err(anyhow!("it ended with {status}")));
+            }
+            self.ask("/ready").map(|_| Ok(()))
+        })??;
+        self.pod.wait_listening(OUTBOUND)?;
+        self.pod.wait_listening(INBOUND)
+    }
+
+    fn ask(&self, path: &str) -> Result<String> {
+        let url = format!("http://127.0.0.1:{ADMIN}{path}");
+        let arguments = ["-sS", "--fail", "--max-time", "5", &url];
+        Ok(self.pod.run("curl", arguments)?.ok()?.stdout)
+    }
+}
+
+#[derive(Deserialize)]
+struct Stats {
+    stats: Vec<Stat>,
+}
+
+/// Histograms, which have neither, stand among the counters.
+#[derive(Deserialize)]
+struct Stat {
+    name: Option<String>,
+    value: Option<u64>,
+}

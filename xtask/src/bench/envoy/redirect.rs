@@ -1,0 +1,41 @@
+//! Leading a pod's connections to its sidecar, by the rules that Istio writes.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use mesh_tests::Place;
+
+use super::config::{INBOUND, OUTBOUND};
+
+/// Installs the rules in the pod's namespace. They go with it.
+///
+/// # Errors
+/// When `nft` refuses them.
+pub(super) fn install(pod: &Place) -> Result<()> {
+    let path = pod.folder().join("redirect.nft");
+    fs::write(&path, rules()).with_context(|| format!("writing {}", path.display()))?;
+    pod.run("nft", ["-f", &path.display().to_string()])?.ok()?;
+    Ok(())
+}
+
+/// All TCP that comes from another host goes to the inbound listener, all that the pod sends to one to the outbound
+/// listener; the sidecar itself, which has a group of its own, is let through.
+fn rules() -> String {
+    format!(
+        "table ip sidecar {{\n\
+         chain prerouting {{\n\
+         type nat hook prerouting priority dstnat; policy accept;\n\
+         meta l4proto tcp redirect to :{INBOUND}\n\
+         }}\n\
+         chain output {{\n\
+         type nat hook output priority -100; policy accept;\n\
+         oifname lo return\n\
+         meta skgid {GROUP} return\n\
+         meta l4proto tcp redirect to :{OUTBOUND}\n\
+         }}\n\
+         }}\n"
+    )
+}
+
+/// The group that sidecars run with: Istio's.
+pub(super) const GROUP: u32 = 1337;

@@ -1,0 +1,28 @@
+//! What the proxies hold when all is over.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use super::Measured;
+use crate::bench::proxies::Moved;
+use crate::bench::stage::{NGINX_PORT, Stage};
+use crate::bench::system::{Role, Way};
+use crate::bench::usage::memory;
+
+/// MiB resident now and at most, of the client's proxy and of the server's.
+pub(super) fn run(stage: &Stage, way: Way) -> Result<Measured> {
+    let mut values = Vec::new();
+    for role in [Role::Client, Role::Server] {
+        let memory = stage.proxies.process(role).map(memory).transpose()?;
+        let mib = |kib: u64| kib as f64 / 1024.0;
+        values.push(memory.map(|memory| mib(memory.resident)));
+        values.push(memory.map(|memory| mib(memory.peak)));
+    }
+    Ok(Measured {
+        values,
+        moved: Moved::default(),
+        server: SocketAddr::new(stage.server(way), NGINX_PORT),
+        complaints: Vec::new(),
+    })
+}

@@ -1,0 +1,262 @@
+//! The proxies of a system: starting them, what they take, and whether it was them who carried a load.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use mesh_tests::{Daemon, Mesh, TIMEOUT, eventually_ok};
+
+use super::envoy::{Authority, Counters, Server, Sidecar, binary};
+use super::stage::{CLIENT, NEAR, NODE_A, NODE_B, PORTS, WEB};
+use super::system::{Role, System, Way};
+use super::usage;
+
+/// The proxies of one mesh.
+pub(super) enum Proxies {
+    /// There are none.
+    None,
+    /// By pod.
+    Sidecars(BTreeMap<&'static str, Sidecar>),
+    /// By node.
+    Daemons(BTreeMap<&'static str, Daemon>),
+}
+
+/// What the proxies had done when a load began.
+pub(super) enum Mark {
+    None,
+    Sidecars { client: Counters, server: Counters },
+    Daemons { client: u64, server: u64 },
+}
+
+/// What a load has moved at least.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Moved {
+    /// Connections that came about.
+    pub(super) connections: u64,
+    /// Bytes that arrived.
+    pub(super) bytes: u64,
+}
+
+impl Proxies {
+    /// Starts what the system needs and waits until it is ready.
+    pub(super) fn start(system: System, mesh: &Mesh) -> Result<Self> {
+        match system {
+            System::Direct => Ok(Self::None),
+            System::Envoy => sidecars(mesh).map(Self::Sidecars),
+            System::Ours => {
+                let daemons = mesh.start_daemons()?.into_iter();
+                let named = daemons.map(|daemon| {
+                    let on_a = daemon.node() == NODE_A;
+                    (if on_a { NODE_A } else { NODE_B }, daemon)
+                });
+                Ok(Self::Daemons(named.collect()))
+            }
+        }
+    }
+
+    /// CPU time that all of them have taken so far; none without proxies.
+    pub(super) fn cpu(&self) -> Result<Option<Duration>> {
+        let times: Vec<Duration> = self
+            .processes()
+            .into_iter()
+            .map(usage::cpu)
+            .collect::<Result<_>>()?;
+        Ok((!times.is_empty()).then(|| times.iter().sum()))
+    }
+
+    /// The process that serves the client's side or, on the other node, the server's.
+    pub(super) fn process(&self, role: Role) -> Option<u32> {
+        match (self, role) {
+            (Self::None, _) => None,
+            (Self::Sidecars(sidecars), Role::Client) => sidecars.get(CLIENT).map(Sidecar::pid),
+            (Self::Sidecars(sidecars), Role::Server) => sidecars.get(WEB).map(Sidecar::pid),
+            (Self::Daemons(daemons), Role::Client) => daemons.get(NODE_A).map(Daemon::pid),
+            (Self::Daemons(daemons), Role::Server) => daemons.get(NODE_B).map(Daemon::pid),
+        }
+    }
+
+    /// What they have done so far, for [`Proxies::check`].
+    pub(super) fn mark(&self, way: Way) -> Result<Mark> {
+        Ok(match self {
+            Self::None => Mark::None,
+            Self::Sidecars(_) => Mark::Sidecars {
+                client: self.sidecar(CLIENT)?.counters()?,
+                server: self.sidecar(server_pod(way))?.counters()?,
+            },
+            Self::Daemons(_) => Mark::Daemons {
+                client: self.daemon(NODE_A)?.log_position(),
+                server: self.daemon(NODE_B)?.log_position(),
+            },
+        })
+    }
+
+    /// Checks by the proxies' own counts that a load went the way it was to go: through them, encrypted, and none of it
+    /// past them.
+    pub(super) fn check(
+        &self,
+        since: &Mark,
+        way: Way,
+        server: SocketAddr,
+        moved: Moved,
+    ) -> Result<()> {
+        match *since {
+            Mark::None => Ok(()),
+            Mark::Sidecars {
+                client,
+                server: before,
+            } => match way {
+                Way::Outside => {
+                    let passed = self.sidecar(CLIENT)?.counters()?.passed - client.passed;
+                    ensure!(
+                        passed >= moved.connections,
+                        "{} connections were made, but the client's sidecar has passed on {passed}",
+                        moved.connections
+                    );
+                    Ok(())
+                }
+                Way::Across | Way::OneNode => {
+                    let now = self.sidecar(server_pod(way))?.counters()?;
+                    let seen = Moved {
+                        connections: (now.inbound - before.inbound)
+                            .min(now.handshakes - before.handshakes),
+                        bytes: now.inbound_bytes - before.inbound_bytes,
+                    };
+                    all_seen("the server's sidecar", moved, seen)
+                }
+            },
+            Mark::Daemons {
+                client,
+                server: before,
+            } => match way {
+                Way::Across => eventually_ok(TIMEOUT, "the daemon's access log", || {
+                    all_seen(
+                        "the server's daemon",
+                        moved,
+                        tunnelled(self.daemon(NODE_B)?, before, server)?,
+                    )
+                }),
+                // How one pod of a node reaches another there is the daemon's own affair: it may leave it to the kernel.
+                Way::OneNode => Ok(()),
+                Way::Outside => {
+                    let log = self.daemon(NODE_A)?.access_log_after(client);
+                    let to = server.to_string();
+                    let touched = log.iter().filter(|line| line["destination"] == to).count();
+                    ensure!(touched == 0, "the client's daemon has carried {touched}");
+                    Ok(())
+                }
+            },
+        }
+    }
+
+    /// The last of what they have said, for whoever looks for the cause of a failure.
+    pub(super) fn last_words(&self) -> String {
+        let logs: Vec<(&str, String)> = match self {
+            Self::None => Vec::new(),
+            Self::Sidecars(all) => all.iter().map(|(pod, it)| (*pod, it.said())).collect(),
+            Self::Daemons(all) => all
+                .iter()
+                .map(|(node, it)| {
+                    let other = it.logs().into_iter();
+                    let other = other.filter(|line| line["target"] != "access");
+                    let lines: Vec<String> = other.map(|line| line.to_string()).collect();
+                    (*node, lines.join("\n"))
+                })
+                .collect(),
+        };
+        logs.iter()
+            .map(|(place, text)| {
+                let lines: Vec<&str> = text.lines().collect();
+                let last = &lines[lines.len().saturating_sub(LINES)..];
+                format!("---- {place}\n{}\n", last.join("\n"))
+            })
+            .collect()
+    }
+
+    fn processes(&self) -> Vec<u32> {
+        match self {
+            Self::None => Vec::new(),
+            Self::Sidecars(all) => all.values().map(Sidecar::pid).collect(),
+            Self::Daemons(all) => all.values().map(Daemon::pid).collect(),
+        }
+    }
+
+    fn sidecar(&self, pod: &str) -> Result<&Sidecar> {
+        match self {
+            Self::Sidecars(all) => all.get(pod),
+            _ => None,
+        }
+        .with_context(|| format!("{pod} has no sidecar"))
+    }
+
+    fn daemon(&self, node: &str) -> Result<&Daemon> {
+        match self {
+            Self::Daemons(all) => all.get(node),
+            _ => None,
+        }
+        .with_context(|| format!("{node} has no daemon"))
+    }
+}
+
+fn sidecars(mesh: &Mesh) -> Result<BTreeMap<&'static str, Sidecar>> {
+    let binary = binary()?;
+    let authority = Authority::new()?;
+    let servers: Vec<Server> = [WEB, NEAR]
+        .map(|name| Server {
+            name: name.to_owned(),
+            address: mesh.pod(name).ipv4().into(),
+            account: name.to_owned(),
+        })
+        .to_vec();
+    let sidecar = |name: &'static str| {
+        let pod = mesh.pod(name);
+        let sidecar = Sidecar::start(&binary, &pod, name, &authority, &servers, &PORTS)?;
+        anyhow::Ok((name, sidecar))
+    };
+    [CLIENT, WEB, NEAR].into_iter().map(sidecar).collect()
+}
+
+/// Outside there is none; the name then stands for nothing that is looked at.
+fn server_pod(way: Way) -> &'static str {
+    match way {
+        Way::Across | Way::Outside => WEB,
+        Way::OneNode => NEAR,
+    }
+}
+
+/// What a daemon has carried to a server since a position of its log.
+fn tunnelled(daemon: &Daemon, since: u64, server: SocketAddr) -> Result<Moved> {
+    let server = server.to_string();
+    let mut moved = Moved::default();
+    for line in daemon.access_log_after(since) {
+        if line["destination"] != server {
+            continue;
+        }
+        if line["path"] != "tunnel" {
+            bail!("a connection went past the tunnel: {line}");
+        }
+        if line["result"] == "refused" {
+            continue;
+        }
+        moved.connections += 1;
+        for bytes in ["bytes_to_server", "bytes_to_client"] {
+            moved.bytes += line[bytes].as_u64().unwrap_or(0);
+        }
+    }
+    Ok(moved)
+}
+
+fn all_seen(who: &str, moved: Moved, seen: Moved) -> Result<()> {
+    ensure!(
+        seen.connections >= moved.connections && seen.bytes >= moved.bytes,
+        "{} connections with {} bytes were made, but {who} has seen {} with {}",
+        moved.connections,
+        moved.bytes,
+        seen.connections,
+        seen.bytes
+    );
+    Ok(())
+}
+
+/// How many lines of a log are enough to see what went wrong.
+const LINES: usize = 8;

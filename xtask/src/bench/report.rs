@@ -1,0 +1,207 @@
+//! What the benchmark prints and saves: progress as it comes, the table, the targets, and the JSON object for programs.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Error, Result};
+use serde_json::{Value, json};
+
+use super::chart;
+use super::loads::title;
+use super::machine::Machine;
+use super::results::Results;
+use super::runner::{Event, Plan};
+use super::table;
+use super::targets::TARGETS;
+
+/// Collects what the loads tell. For people it writes on stdout; with JSON, which is alone on stdout, on stderr.
+pub(super) struct Report {
+    pub(super) plan: Plan,
+    pub(super) results: Results,
+    /// What went wrong, one line each.
+    pub(super) problems: Vec<String>,
+    json: bool,
+    machine: Machine,
+    start: Instant,
+}
+
+impl Report {
+    pub(super) fn new(plan: Plan, json: bool) -> Self {
+        let report = Self {
+            plan,
+            results: Results::default(),
+            problems: Vec::new(),
+            json,
+            machine: Machine::look(),
+            start: Instant::now(),
+        };
+        let loads = report.plan.loads().len();
+        eprintln!(
+            "{loads} loads of {} s on {} systems, {} rounds",
+            report.plan.time.as_secs(),
+            report.plan.systems.len(),
+            report.plan.rounds
+        );
+        report
+    }
+
+    pub(super) fn take(&mut self, event: Event) {
+        match event {
+            Event::Begins(_) => {}
+            Event::Progress(line) => eprintln!("{:6.0} s  {line}", self.seconds()),
+            Event::Sample {
+                key,
+                system,
+                value,
+                round,
+            } => self.results.add(key, system, round, value),
+            Event::Problem(what) => {
+                eprintln!("{:6.0} s  PROBLEM: {what}", self.seconds());
+                self.problems.push(what);
+            }
+        }
+    }
+
+    /// Prints the end of it; `broken` is why it ended early.
+    pub(super) fn finish(&self, broken: Option<&Error>) {
+        let text = self.text(broken);
+        // A reader that has left (`| head`) is no reason to fail.
+        if self.json {
+            let _ = writeln!(io::stdout(), "{}", self.object(broken));
+            eprint!("{text}");
+        } else {
+            let _ = write!(io::stdout(), "{text}");
+        }
+    }
+
+    /// Writes the chart.
+    pub(super) fn draw(&self, path: &Path) -> Result<()> {
+        let svg = chart::svg(&self.results, &self.machine.line())?;
+        fs::write(path, svg).with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Writes the object and the chart into a folder.
+    pub(super) fn save(&self, folder: &Path) -> Result<()> {
+        let path = folder.join("bench.json");
+        fs::write(&path, format!("{:#}\n", self.object(None)))
+            .with_context(|| format!("writing {}", path.display()))?;
+        self.draw(&folder.join("bench.svg"))
+    }
+
+    fn text(&self, broken: Option<&Error>) -> String {
+        let systems = &self.plan.systems;
+        let table = table::table(&self.results, &self.plan.loads(), systems);
+        let targets = table::targets(&self.results);
+        let mut text = format!("\n{}\n\n{table}\nTargets\n{targets}\n", self.machine.line());
+        for system in systems {
+            text.push_str(&format!("{system:6}  {}\n", system.description()));
+        }
+        for line in self.notes() {
+            text.push_str(&line);
+            text.push('\n');
+        }
+        for problem in &self.problems {
+            text.push_str(&format!("PROBLEM: {problem}\n"));
+        }
+        if let Some(error) = broken {
+            text.push_str(&format!("ended early: {error:#}\n"));
+        }
+        text
+    }
+
+    /// What one has to know to read the numbers.
+    fn notes(&self) -> Vec<String> {
+        let mut notes = vec![format!(
+            "Medians of {} rounds, loads of {} s, in brackets the least and the most; ↓: less is better. A ratio is the \
+             median of the rounds' own ratios.",
+            self.plan.rounds,
+            self.plan.time.as_secs()
+        )];
+        notes.extend(NOTES.map(str::to_owned));
+        if self.machine.busy() {
+            notes.push(
+                "Other programs kept this machine busy: none of this is worth keeping.".to_owned(),
+            );
+        }
+        notes.push(ztunnel());
+        notes
+    }
+
+    fn object(&self, broken: Option<&Error>) -> Value {
+        let systems = &self.plan.systems;
+        let ratios = table::ratios(systems);
+        let mut rows = Vec::new();
+        for load in self.plan.loads() {
+            for row in load.rows.iter().filter(|row| self.results.has(row.key)) {
+                let mut object = json!({
+                    "key": row.key,
+                    "name": title(load, row),
+                    "unit": row.unit,
+                    "better": format!("{:?}", row.better).to_lowercase(),
+                });
+                for system in systems {
+                    let Some(summary) = self.results.summary(row.key, *system) else {
+                        continue;
+                    };
+                    object[system.name()] = json!({
+                        "median": summary.median,
+                        "least": summary.least,
+                        "most": summary.most,
+                        "samples": self.results.samples(row.key, *system),
+                    });
+                }
+                for (of, to) in &ratios {
+                    object[format!("{of}/{to}")] = self.results.ratio(row.key, *of, *to).into();
+                }
+                rows.push(object);
+            }
+        }
+        let targets = TARGETS.iter().map(|target| {
+            let verdict = target.judge(&self.results);
+            json!({
+                "row": verdict.key,
+                "wanted": verdict.wanted,
+                "value": verdict.value,
+                "met": verdict.met,
+            })
+        });
+        let described = systems
+            .iter()
+            .map(|system| (system.name().to_owned(), system.description().into()));
+        json!({
+            "machine": self.machine,
+            "rounds": self.plan.rounds,
+            "seconds": self.plan.time.as_secs(),
+            "systems": described.collect::<serde_json::Map<String, Value>>(),
+            "rows": rows,
+            "targets": targets.collect::<Vec<_>>(),
+            "notes": self.notes(),
+            "problems": self.problems,
+            "ended_early": broken.map(|error| format!("{error:#}")),
+        })
+    }
+
+    fn seconds(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+}
+
+fn ztunnel() -> String {
+    let named = std::env::var_os("ZTUNNEL").is_some();
+    let why = if named {
+        "this benchmark does not know yet how to start one"
+    } else {
+        "ZTUNNEL names no binary, and this benchmark does not know yet how to start one"
+    };
+    format!("ztunnel was not run: {why}.")
+}
+
+const NOTES: [&str; 3] = [
+    "All programs share the machine's cores. Work of the network stack in soft interrupts is charged to whoever runs \
+     at that moment, so CPU times of proxies hold some of the pods' and lack some of their own.",
+    "Memory is VmRSS and, at most, VmHWM; the pages of a program's file count in it, though sidecars of one node share \
+     them.",
+    "A node has one daemon for all of its pods, but a sidecar for each.",
+];

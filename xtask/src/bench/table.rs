@@ -1,0 +1,190 @@
+//! The results as text for people.
+
+use std::fmt::Write;
+
+use super::loads::{Better, Load, Row, title_of};
+use super::number::number;
+use super::results::Results;
+use super::system::System;
+use super::targets::TARGETS;
+
+/// A line for each row that was measured, under a heading for each group: medians, in brackets the least and the most,
+/// and what part of the other systems' values ours are.
+pub(super) fn table(results: &Results, loads: &[&Load], systems: &[System]) -> String {
+    let ratios = ratios(systems);
+    let mut lines = Vec::new();
+    let mut group = None;
+    for load in loads {
+        for row in load.rows.iter().filter(|row| results.has(row.key)) {
+            if group.replace(load.group) != Some(load.group) {
+                lines.push(heading(&load.group.to_string(), systems, &ratios));
+            }
+            lines.push(line(row, results, systems, &ratios));
+        }
+    }
+    align(&lines)
+}
+
+/// A line for each target.
+pub(super) fn targets(results: &Results) -> String {
+    let lines: Vec<_> = TARGETS
+        .iter()
+        .map(|target| {
+            let verdict = target.judge(results);
+            let met = match verdict.met {
+                Some(true) => "met",
+                Some(false) => "missed",
+                None => "not measured",
+            };
+            // With a digit more than the table, or what just misses looks as if it met.
+            let value = verdict.value.map(|value| format!("{value:.3}"));
+            let value = value.unwrap_or_else(|| "–".to_owned());
+            vec![
+                Cell::left(met),
+                Cell::left(&title_of(verdict.key)),
+                Cell::left(&verdict.wanted),
+                Cell::right(&value),
+            ]
+        })
+        .collect();
+    align(&lines)
+}
+
+/// The pairs whose ratio is shown: ours by each other system.
+pub(super) fn ratios(systems: &[System]) -> Vec<(System, System)> {
+    let ours = systems.contains(&System::Ours);
+    let others = systems.iter().filter(|system| **system != System::Ours);
+    others
+        .filter(|_| ours)
+        .map(|other| (System::Ours, *other))
+        .collect()
+}
+
+fn heading(group: &str, systems: &[System], ratios: &[(System, System)]) -> Vec<Cell> {
+    let mut cells = vec![Cell::left(group), Cell::left("")];
+    for system in systems {
+        cells.push(Cell::right(system.name()));
+        cells.push(Cell::left(""));
+    }
+    for (of, to) in ratios {
+        cells.push(Cell::right(&format!("{of}/{to}")));
+    }
+    cells
+}
+
+fn line(
+    row: &Row,
+    results: &Results,
+    systems: &[System],
+    ratios: &[(System, System)],
+) -> Vec<Cell> {
+    let better = match row.better {
+        Better::More => row.unit.to_owned(),
+        Better::Less => format!("{} ↓", row.unit),
+    };
+    let mut cells = vec![Cell::left(&format!("  {}", row.name)), Cell::left(&better)];
+    for system in systems {
+        let summary = results.summary(row.key, *system);
+        let (median, spread) = match summary {
+            None => ("–".to_owned(), String::new()),
+            Some(one) if one.rounds == 1 => (number(one.median), String::new()),
+            Some(all) => (
+                number(all.median),
+                format!("({}–{})", number(all.least), number(all.most)),
+            ),
+        };
+        cells.push(Cell::right(&median));
+        cells.push(Cell::left(&spread));
+    }
+    for (of, to) in ratios {
+        let ratio = results.ratio(row.key, *of, *to);
+        cells.push(Cell::right(
+            &ratio.map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2}")),
+        ));
+    }
+    cells
+}
+
+/// A cell of a table and to which side it goes.
+#[derive(Clone, Debug)]
+struct Cell {
+    text: String,
+    right: bool,
+}
+
+impl Cell {
+    fn left(text: &str) -> Self {
+        Self {
+            text: text.to_owned(),
+            right: false,
+        }
+    }
+
+    fn right(text: &str) -> Self {
+        Self {
+            text: text.to_owned(),
+            right: true,
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.text.chars().count()
+    }
+}
+
+/// Lines of cells, each column as wide as its widest cell, two blanks between them.
+fn align(lines: &[Vec<Cell>]) -> String {
+    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| {
+            let cells = lines.iter().filter_map(|line| line.get(column));
+            cells.map(Cell::width).max().unwrap_or(0)
+        })
+        .collect();
+    let mut text = String::new();
+    for line in lines {
+        let mut one = String::new();
+        for (cell, width) in line.iter().zip(&widths) {
+            // Formatting counts characters, not bytes.
+            let _ = if cell.right {
+                write!(one, "{:>width$}  ", cell.text)
+            } else {
+                write!(one, "{:<width$}  ", cell.text)
+            };
+        }
+        text.push_str(one.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::loads::LOADS;
+
+    #[test]
+    fn rows_are_aligned_and_say_what_is_missing() {
+        let mut results = Results::default();
+        for (round, value) in [14.0, 13.0, 15.0].into_iter().enumerate() {
+            results.add("stream", System::Direct, round, value);
+            results.add("stream", System::Ours, round, value / 2.0);
+        }
+        results.add("stream-cpu", System::Ours, 0, 0.25);
+        let loads: Vec<&Load> = LOADS.iter().collect();
+        let text = table(&results, &loads, &[System::Direct, System::Ours]);
+        let expected = "\
+between nodes                     direct               ours               ours/direct
+  iperf3, 1 stream        Gbit/s    14.0  (13.0–15.0)  7.00  (6.50–7.50)         0.50
+    proxies' CPU per GiB  s ↓          –               0.25                         –
+";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn targets_have_a_line_each() {
+        let text = targets(&Results::default());
+        assert_eq!(text.lines().count(), TARGETS.len());
+        assert!(text.lines().all(|line| line.starts_with("not measured")));
+    }
+}
