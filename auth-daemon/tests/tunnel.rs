@@ -17,11 +17,12 @@ use auth_daemon::{
     certs::{Certificates, Current},
     mesh::TrustDomain,
     tunnel::{
-        self, ALPN, Channel, Counters, Ending, Made, Pool,
+        self, ALPN, Channel, Counters, Ending, Made, Pool, Taken,
         frame::{self, Connect, Event, Reset, ResetCode},
         handshake, relay,
     },
 };
+use rustls::HandshakeKind;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -92,7 +93,7 @@ struct Carried {
 async fn carry(mut near: Channel, mut far: Channel) -> Carried {
     let (established, _) = tokio::join!(
         async {
-            near.send_connect(&connect()).await.unwrap();
+            near.send_connect(&connect(), b"").await.unwrap();
             near.receive_control().await.unwrap()
         },
         async {
@@ -317,40 +318,125 @@ fn rustls_client(address: SocketAddr, current: &Current) {
     assert_eq!(answer, expected);
 }
 
-/// A server on a stock TLS library sends session tickets behind its handshake, unless told not to.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn session_tickets_are_passed_over() {
+/// Our client comes back to a stock server with the ticket that it got, and shows its certificate only once.
+#[tokio::test]
+async fn a_client_resumes_its_session() {
     let domain = Domain::new();
     let (client, server) = (domain.current("client").await, domain.current("web").await);
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let mut config = (*server.configs.server).clone();
-    config.session_storage = rustls::server::ServerSessionMemoryCache::new(8);
+    // As stock servers do, unless told not to.
     config.send_tls13_tickets = 2;
+    let config = Arc::new(config);
     let stock_server = tokio::task::spawn_blocking(move || {
-        let (mut tcp, _) = listener.accept().unwrap();
-        let mut tls = rustls::ServerConnection::new(Arc::new(config)).unwrap();
-        let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
-        let mut expected = Vec::new();
-        frame::encode_connect(&connect(), &mut expected);
-        let mut asked = vec![0; expected.len()];
-        stream.read_exact(&mut asked).unwrap();
-        assert_eq!(asked, expected);
-        let mut answer = Vec::new();
-        frame::encode_connected(&mut answer);
-        stream.write_all(&answer).unwrap();
-        stream.flush().unwrap();
+        [(), (), ()].map(|()| {
+            let (mut tcp, _) = listener.accept().unwrap();
+            let mut tls = rustls::ServerConnection::new(config.clone()).unwrap();
+            let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
+            let mut expected = Vec::new();
+            frame::encode_connect(&connect(), &mut expected);
+            let mut asked = vec![0; expected.len()];
+            stream.read_exact(&mut asked).unwrap();
+            assert_eq!(asked, expected);
+            let mut answer = Vec::new();
+            frame::encode_connected(&mut answer);
+            stream.write_all(&answer).unwrap();
+            stream.flush().unwrap();
+            tls.handshake_kind().unwrap()
+        })
     });
-    let tcp = TcpStream::connect(address).await.unwrap();
-    let mut channel = handshake::connect(tcp, client.configs.client.clone(), DOMAIN)
-        .await
-        .unwrap();
-    channel.send_connect(&connect()).await.unwrap();
+    for _ in 0..3 {
+        let tcp = TcpStream::connect(address).await.unwrap();
+        let mut channel = handshake::connect(tcp, client.configs.client.clone(), DOMAIN)
+            .await
+            .unwrap();
+        channel.send_connect(&connect(), b"").await.unwrap();
+        let answer = channel.receive_control().await.unwrap();
+        assert_eq!(answer, Some(Event::Connected));
+        assert_eq!(channel.peer().identity, server.svid.identity);
+    }
     assert_eq!(
-        channel.receive_control().await.unwrap(),
-        Some(Event::Connected)
+        stock_server.await.unwrap(),
+        [
+            HandshakeKind::Full,
+            HandshakeKind::Resumed,
+            HandshakeKind::Resumed
+        ]
     );
-    stock_server.await.unwrap();
+}
+
+/// Our server takes its ticket back, from the client that it gave it to, and knows who that is.
+#[tokio::test]
+async fn a_server_resumes_a_session() {
+    let domain = Domain::new();
+    let (client, server) = (domain.current("client").await, domain.current("web").await);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let config = client.configs.client.clone();
+    let stock_client = tokio::task::spawn_blocking(move || {
+        [(), ()].map(|()| {
+            let mut tcp = std::net::TcpStream::connect(address).unwrap();
+            let name = rustls::pki_types::ServerName::IpAddress(address.ip().into());
+            let mut tls = rustls::ClientConnection::new(config.clone(), name).unwrap();
+            let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
+            let mut bytes = Vec::new();
+            frame::encode_connect(&connect(), &mut bytes);
+            stream.write_all(&bytes).unwrap();
+            let mut answer = [0; frame::HEADER_BYTES];
+            stream.read_exact(&mut answer).unwrap();
+            tls.handshake_kind().unwrap()
+        })
+    });
+    for _ in 0..2 {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let mut channel = handshake::accept(tcp, server.configs.server.clone(), DOMAIN)
+            .await
+            .unwrap();
+        assert_eq!(channel.peer().identity, client.svid.identity);
+        let event = channel.receive_control().await.unwrap();
+        assert_eq!(event, Some(Event::Connect(connect())));
+        channel.send_connected().await.unwrap();
+    }
+    assert_eq!(
+        stock_client.await.unwrap(),
+        [HandshakeKind::Full, HandshakeKind::Resumed]
+    );
+}
+
+/// A session is the identity's that made it: with another pod's certificate there is nothing to come back with, and a
+/// server with another key cannot read the ticket.
+#[tokio::test]
+async fn a_session_is_of_two_identities() {
+    let domain = Domain::new();
+    let (client, other) = (
+        domain.current("client").await,
+        domain.current("other").await,
+    );
+    let (web, imposter) = (
+        domain.current("web").await,
+        domain.current("imposter").await,
+    );
+    // All at one address, one after the other.
+    for (client, server) in [
+        (&client, &web),
+        (&other, &web),
+        (&client, &imposter),
+        (&client, &web),
+    ] {
+        let (near, far) = tcp_pair().await;
+        let (near, far) = tokio::join!(
+            handshake::connect(near, client.configs.client.clone(), DOMAIN),
+            handshake::accept(far, server.configs.server.clone(), DOMAIN)
+        );
+        let (mut near, mut far) = (near.unwrap(), far.unwrap());
+        near.send_connect(&connect(), b"").await.unwrap();
+        far.receive_control().await.unwrap();
+        far.send_connected().await.unwrap();
+        near.receive_control().await.unwrap();
+        assert_eq!(near.peer().identity, server.svid.identity);
+        assert_eq!(far.peer().identity, client.svid.identity);
+    }
 }
 
 #[tokio::test]
@@ -369,6 +455,19 @@ async fn another_trust_domain_is_refused_by_both_ends() {
     );
     let told = far.unwrap_err().to_string();
     assert!(told.contains("the peer refuses our certificate"), "{told}");
+}
+
+async fn use_once(near: &mut Channel, far: &mut Channel) {
+    near.send_connect(&connect(), b"").await.unwrap();
+    assert!(matches!(
+        far.receive_control().await,
+        Ok(Some(Event::Connect(_)))
+    ));
+    far.send_connected().await.unwrap();
+    assert_eq!(
+        near.receive_control().await.unwrap(),
+        Some(Event::Connected)
+    );
 }
 
 #[tokio::test]
@@ -393,19 +492,15 @@ async fn the_pool_gives_back_what_is_alive_and_allowed() {
     assert_eq!(pool.idle(), 0, "and it is not kept");
     drop(far);
 
-    let (near, mut far) = tunnel_pair(&domain).await;
+    let (mut near, mut far) = tunnel_pair(&domain).await;
+    use_once(&mut near, &mut far).await;
     pool.put(endpoint, near, made_now());
-    let (mut near, made) = pool.take(endpoint, &web).unwrap();
-    near.send_connect(&connect()).await.unwrap();
-    assert!(matches!(
-        far.receive_control().await,
-        Ok(Some(Event::Connect(_)))
-    ));
-    far.send_connected().await.unwrap();
-    assert_eq!(
-        near.receive_control().await.unwrap(),
-        Some(Event::Connected)
-    );
+    let Taken {
+        channel: mut near,
+        made,
+        ..
+    } = pool.take(endpoint, &web).unwrap();
+    use_once(&mut near, &mut far).await;
 
     pool.put(endpoint, near, made);
     far.close();

@@ -140,7 +140,7 @@ fn readers_that_stall_hold_nobody_up() -> Result<()> {
     let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
     let before = [snapshot(&pair.near, &pair)?, snapshot(&pair.far, &pair)?];
     let mut stall = pair.client.app(&format!(
-        "stall --to {} --seconds 3 --streams {STALLED}",
+        "stall --to {} --seconds 30 --streams {STALLED}",
         pair.web.at(13)
     ))?;
     for _ in 0..STALLED {

@@ -19,7 +19,7 @@ use crate::{
     datapath::{Kernel, PinLock, mounts},
     discovery,
     mesh::Registry,
-    proxy::{Enrolment, Node},
+    proxy::{Enrolment, Node, Workers},
 };
 
 #[derive(Debug, clap::Args)]
@@ -43,17 +43,13 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
     let lock = PinLock::take(&config.pins)?;
 
-    // Connections have a runtime to themselves; discovery, certificates and admin share this thread.
-    let data_path = runtime::Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("data-path")
-        .build()
-        .context("cannot start the data path's threads")?;
+    // Connections have threads to themselves; discovery, certificates and admin share this one.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = Workers::start(cores).context("cannot start the data path's threads")?;
     let control = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the control runtime")?;
-    let handle = data_path.handle().clone();
     control.block_on(async {
         let (admin, readiness) = admin::bind().await?;
         let registry = Arc::new(Registry::new());
@@ -78,13 +74,12 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             }
             stop.send_replace(true);
         });
-        Enrolment::new(node, handle).run(stopped).await;
+        Enrolment::new(node, Arc::new(workers)).run(stopped).await;
         tracing::info!(
             "daemon stopped; pods stay captured and are refused until the next one starts"
         );
         anyhow::Ok(())
     })?;
-    data_path.shutdown_timeout(std::time::Duration::from_secs(1));
     Ok(())
 }
 

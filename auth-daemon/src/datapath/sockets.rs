@@ -95,6 +95,7 @@ fn listener(address: SocketAddr) -> io::Result<TcpListener> {
         socket.set_only_v6(false)?;
     }
     // Accepted sockets inherit these.
+    end_with_reset(SockRef::from(&socket))?;
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     socket.set_tcp_nodelay(true)?;
     socket.bind(&address.into()).map_err(named)?;

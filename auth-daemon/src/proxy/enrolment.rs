@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
@@ -13,12 +14,11 @@ use ipnet::IpNet;
 use serde::Serialize;
 use tokio::{
     net::{TcpListener, TcpStream},
-    runtime::Handle,
     sync::watch,
     task::{AbortHandle, JoinSet},
 };
 
-use super::{Node, Pod, inbound, outbound};
+use super::{Node, Pod, Workers, handshakes::Place, inbound, outbound};
 use crate::{
     datapath::{
         EnrolError, Enrolled, forget_others, open_netns,
@@ -29,6 +29,8 @@ use crate::{
 
 /// How often to look for namespaces made anew, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
+/// How long connections may take to end when they are cut.
+const ABORT: Duration = Duration::from_secs(1);
 /// After an accept failed for want of something: file descriptors, memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -36,7 +38,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub struct Enrolment {
     node: Arc<Node>,
     /// Where connections run.
-    data_path: Handle,
+    workers: Arc<Workers>,
     serving: HashMap<ObjectName, Serving>,
     failing: BTreeMap<ObjectName, Failing>,
     /// Which pod has each address; of two that claim one, the one that was first.
@@ -91,11 +93,11 @@ impl Serving {
 }
 
 impl Enrolment {
-    /// Serves no pod yet; connections will run on `data_path`.
-    pub fn new(node: Arc<Node>, data_path: Handle) -> Self {
+    /// Serves no pod yet; connections will run on `workers`.
+    pub fn new(node: Arc<Node>, workers: Arc<Workers>) -> Self {
         Self {
             node,
-            data_path,
+            workers,
             serving: HashMap::new(),
             failing: BTreeMap::new(),
             owners: HashMap::new(),
@@ -150,6 +152,11 @@ impl Enrolment {
         // The pods stay enrolled, so that the kernel refuses what nobody serves now.
         for task in tasks {
             task.abort();
+        }
+        // Each leaves its line in the log on its worker.
+        let aborted = tokio::time::Instant::now();
+        while self.node.live.count() > 0 && aborted.elapsed() < ABORT {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
@@ -323,18 +330,23 @@ impl Enrolment {
         }
     }
 
-    /// Watches one of a pod's listeners, on the data path's runtime.
+    /// Watches one of a pod's listeners.
     fn listen(&self, pod: &Arc<Pod>, listener: std::net::TcpListener, side: Side) -> AbortHandle {
-        let (node, pod) = (self.node.clone(), pod.clone());
+        let acceptor = Acceptor {
+            node: self.node.clone(),
+            pod: pod.clone(),
+            side,
+            workers: self.workers.clone(),
+            connections: JoinSet::new(),
+        };
         let draining = self.node.draining.subscribe();
-        self.data_path
-            .spawn(async move {
-                match TcpListener::from_std(listener) {
-                    Ok(listener) => accept(node, pod, listener, side, draining).await,
-                    Err(error) => tracing::error!(%error, "cannot watch a listener"),
-                }
-            })
-            .abort_handle()
+        let watch = async move {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => acceptor.run(listener, draining).await,
+                Err(error) => tracing::error!(%error, "cannot watch a listener"),
+            }
+        };
+        self.workers.next().runtime.spawn(watch).abort_handle()
     }
 
     fn mesh_addresses(
@@ -422,59 +434,82 @@ enum Side {
     Inbound,
 }
 
-/// Accepts until told to drain, then only waits for what is under way. Dropped, it drops all its connections.
-async fn accept(
+/// Takes what comes to one of a pod's listeners. Dropped, it drops all its connections.
+struct Acceptor {
     node: Arc<Node>,
     pod: Arc<Pod>,
-    listener: TcpListener,
     side: Side,
-    mut draining: watch::Receiver<bool>,
-) {
-    let mut connections = JoinSet::new();
-    while !*draining.borrow() {
-        tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((tcp, from)) => {
-                    let (node, pod) = (node.clone(), pod.clone());
-                    match side {
-                        Side::Outbound => {
-                            connections.spawn(async move {
-                                outbound::serve(&node, &pod, tcp, canonical(from)).await;
-                            });
-                        }
-                        Side::Inbound => spawn_inbound(&mut connections, node, pod, tcp, from),
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(pod = %pod.workload.name, %error, "cannot accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            },
-            Some(_) = connections.join_next() => {}
-            _ = draining.changed() => {}
-        }
-    }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
+    workers: Arc<Workers>,
+    connections: JoinSet<()>,
 }
 
-fn spawn_inbound(
-    connections: &mut JoinSet<()>,
-    node: Arc<Node>,
-    pod: Arc<Pod>,
-    tcp: TcpStream,
-    from: SocketAddr,
-) {
-    let from = canonical(from);
-    match pod.handshakes.admit(from.ip()) {
-        Some(place) => {
-            connections.spawn(async move {
-                inbound::serve(&node, &pod, tcp, from, place).await;
+impl Acceptor {
+    /// Accepts until told to drain, then only waits for what is under way.
+    async fn run(mut self, listener: TcpListener, mut draining: watch::Receiver<bool>) {
+        while !*draining.borrow() {
+            tokio::select! {
+                accepted = listener.accept() => {
+                    if let Err(error) = accepted.and_then(|(tcp, from)| self.take(tcp, from)) {
+                        tracing::warn!(
+                            pod = %self.pod.workload.name, %error, "cannot accept a connection"
+                        );
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                Some(_) = self.connections.join_next() => {}
+                _ = draining.changed() => {}
+            }
+        }
+        drop(listener);
+        while self.connections.join_next().await.is_some() {}
+    }
+
+    /// Gives a connection to the worker that has the fewest.
+    fn take(&mut self, tcp: TcpStream, from: SocketAddr) -> io::Result<()> {
+        let from = canonical(from);
+        let place = match self.side {
+            Side::Outbound => None,
+            Side::Inbound => match self.pod.handshakes.admit(from.ip()) {
+                Some(place) => Some(place),
+                None => {
+                    tracing::warn!(
+                        pod = %self.pod.workload.name, client = %from,
+                        "too many handshakes at once; refused"
+                    );
+                    return Ok(());
+                }
+            },
+        };
+        let worker = self.workers.idlest();
+        let load = worker.count();
+        let (node, pod) = (self.node.clone(), self.pod.clone());
+        if worker.is_current() {
+            self.connections.spawn(async move {
+                serve(&node, &pod, tcp, from, place).await;
+                drop(load);
             });
+            return Ok(());
         }
-        None => {
-            tracing::warn!(pod = %pod.workload.name, client = %from, "too many handshakes at once; refused");
-            let _ = crate::datapath::sockets::end_with_reset((&tcp).into());
-        }
+        // It wakes the thread whose runtime knows it.
+        let tcp = tcp.into_std()?;
+        let elsewhere = async move {
+            match TcpStream::from_std(tcp) {
+                Ok(tcp) => serve(&node, &pod, tcp, from, place).await,
+                Err(error) => tracing::warn!(
+                    pod = %pod.workload.name, client = %from, %error, "cannot serve a connection"
+                ),
+            }
+            drop(load);
+        };
+        self.connections.spawn_on(elsewhere, &worker.runtime);
+        Ok(())
+    }
+}
+
+/// One connection: of a pod that calls, or, with a `place` among the handshakes, of one that is called.
+async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Option<Place>) {
+    match place {
+        None => outbound::serve(node, pod, tcp, from).await,
+        Some(place) => inbound::serve(node, pod, tcp, from, place).await,
     }
 }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     config::Mode,
-    datapath::sockets::{self, end_in_good_order, end_with_reset},
+    datapath::sockets::{self, end_in_good_order},
     policy::{Denied, admit_source},
     tunnel::{
         self, Channel, ChannelError, Ending,
@@ -44,8 +44,8 @@ const APP_ANSWER: Duration = Duration::from_secs(2);
 /// `place` is the one that it takes among those in their handshake.
 pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Place) {
     let access = node.live.open(Direction::Inbound, from);
-    let local = match prepare(&tcp) {
-        Ok(local) => local,
+    let local = match tcp.local_addr() {
+        Ok(local) => sockets::canonical(local),
         Err(error) => return access.finish(Outcome::Refused, error),
     };
     access.learn(|details| {
@@ -59,7 +59,8 @@ pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAd
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, late()))),
         Mode::Permissive => {
-            let spoken = opening::permissive(&tcp, || dial_plain(node, pod, from, local)).await;
+            let dial = || dial_plain(node, pod, from, local);
+            let spoken = Box::pin(opening::permissive(&tcp, dial)).await;
             // It may have been silent for long before it began.
             deadline = Instant::now() + HANDSHAKE;
             spoken
@@ -81,7 +82,8 @@ pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAd
         Err(error) => return access.finish(Outcome::Refused, error),
     }
     let _note = pod.note_tunnel(from, local.port());
-    let channel = match timeout_at(deadline, shake_hands(node, pod, tcp)).await {
+    // On the heap, to be gone when it is over: it is far larger than what the relay needs.
+    let channel = match timeout_at(deadline, Box::pin(shake_hands(node, pod, tcp))).await {
         Ok(Ok(channel)) => channel,
         Ok(Err(reason)) => return access.finish(Outcome::Refused, reason),
         Err(_) => return access.finish(Outcome::Refused, late()),
@@ -101,16 +103,11 @@ struct First<'a> {
     _place: Place,
 }
 
-fn prepare(tcp: &TcpStream) -> io::Result<SocketAddr> {
-    end_with_reset(tcp.into())?;
-    Ok(sockets::canonical(tcp.local_addr()?))
-}
-
 fn late() -> String {
     format!("no handshake within {HANDSHAKE:?}")
 }
 
-async fn shake_hands(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Channel, String> {
+async fn shake_hands(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Box<Channel>, String> {
     let certificate = pod
         .certificate
         .obtain(HANDSHAKE)
@@ -119,6 +116,7 @@ async fn shake_hands(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Channel, 
     let config = certificate.configs.server.clone();
     tunnel::handshake::accept(tcp, config, node.config.trust_domain.as_str())
         .await
+        .map(Box::new)
         .map_err(|error| error.to_string())
 }
 
@@ -126,7 +124,7 @@ async fn shake_hands(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Channel, 
 async fn carry(
     node: &Node,
     pod: &Pod,
-    mut channel: Channel,
+    mut channel: Box<Channel>,
     from: SocketAddr,
     local: SocketAddr,
     first: First<'_>,
@@ -152,7 +150,9 @@ async fn carry(
             Ok(None) | Err(ChannelError::Io(_) | ChannelError::Closed) if first.is_none() => {
                 return channel.close();
             }
-            Ok(None) => Err("closed the tunnel without a CONNECT".to_owned()),
+            Ok(None) | Err(ChannelError::Closed) => {
+                Err("closed the tunnel without a CONNECT".to_owned())
+            }
             Ok(Some(_)) => Err(ChannelError::OutOfTurn("a frame other than CONNECT").to_string()),
             Err(error) => Err(error.to_string()),
         };
@@ -191,7 +191,8 @@ async fn one(
     access: Guard<'_>,
 ) -> bool {
     access.learn(|details| details.destination = Some(connect.dialled));
-    let mut app = match admit(node, pod, channel, from, local, connect, &access).await {
+    let admitted = Box::pin(admit(node, pod, channel, from, local, connect, &access)).await;
+    let mut app = match admitted {
         Ok(app) => app,
         Err((code, reason)) => {
             farewell(channel, code, &reason).await;

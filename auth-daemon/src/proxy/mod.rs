@@ -10,6 +10,7 @@ mod opening;
 mod outbound;
 mod plain;
 mod pod;
+mod workers;
 
 use std::sync::{
     Arc,
@@ -22,6 +23,7 @@ use tokio::sync::watch;
 
 pub use enrolment::{Enrolment, PodStatus};
 pub use pod::Pod;
+pub use workers::Workers;
 
 use crate::{
     certs::Certificates,

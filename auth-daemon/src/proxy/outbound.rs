@@ -1,8 +1,10 @@
 //! The client's side: an app's captured connection, from `accept` on the pod's loopback to its end.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, os::fd::AsRawFd, sync::atomic::Ordering, time::Duration};
 
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
+    io::Interest,
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
 };
@@ -14,10 +16,10 @@ use super::{
 };
 use crate::{
     certs::Current,
-    datapath::sockets::{self, end_in_good_order, end_with_reset},
-    mesh::{Destination, Endpoint},
+    datapath::sockets::{self, end_in_good_order},
+    mesh::Destination,
     tunnel::{
-        self, Channel, ChannelError, Ending, HandshakeError, Made,
+        self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made, Taken,
         frame::{Connect, Event, Reset, ResetCode},
         relay,
     },
@@ -31,6 +33,9 @@ const DIAL: Duration = Duration::from_secs(2);
 const HANDSHAKE: Duration = Duration::from_secs(3);
 /// How long it may take to say whether its app accepts, likewise: longer than its daemon gives the app.
 const ANSWER: Duration = Duration::from_secs(3);
+/// A tunnel that idled for no longer is believed to lead to a daemon that lives: what the app says goes at once. On any
+/// other one the CONNECT goes alone, so that it can be tried elsewhere when no answer comes.
+const FRESH: Duration = Duration::from_millis(5);
 /// How long a RESET may take to leave.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Endpoints tried for one connection.
@@ -41,9 +46,6 @@ pub(super) async fn serve(node: &Node, pod: &Pod, mut app: TcpStream, from: Sock
     let client = own_address(pod, from);
     let access = node.live.open(Direction::Outbound, client);
     access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));
-    if let Err(error) = end_with_reset((&app).into()) {
-        return access.finish(Outcome::Refused, error);
-    }
     let cookie = pod.enrolled.netns.cookie();
     let Some(dialled) = node.kernel.take_dialled(cookie, from) else {
         return access.finish(
@@ -57,13 +59,26 @@ pub(super) async fn serve(node: &Node, pod: &Pod, mut app: TcpStream, from: Sock
         // An idle tunnel from this port would keep the server's app from seeing it.
         pod.pool.forget_source(from.port());
     }
-    match open(node, pod, Connect { dialled, client }, &access).await {
+    let mut call = Call {
+        node,
+        pod,
+        app: &app,
+        connect: Connect { dialled, client },
+        access: &access,
+        early: Early::default(),
+    };
+    // On the heap, to be gone when the connection stands: it is far larger than what the relay needs.
+    match Box::pin(call.open()).await {
         Ok(Opened::Tunnel(mut tunnel)) => {
+            let early = call.early.bytes.len() as u64;
+            drop(call);
+            access.counters().up.fetch_add(early, Ordering::Relaxed);
             let _load = node.balance.count(tunnel.endpoint);
             let ending = relay(&mut app, &mut tunnel.channel, access.counters()).await;
-            finish(pod, app, *tunnel, ending, access).await;
+            finish(pod, app, tunnel, ending, access).await;
         }
         Ok(Opened::Itself(mut server)) => {
+            drop(call);
             match plain::relay(&mut app, &mut server, access.counters()).await {
                 Ok(()) => access.finish(Outcome::Ok, ""),
                 Err(error) => access.finish(Outcome::Reset, error),
@@ -84,6 +99,53 @@ struct Tunnel {
     channel: Channel,
     endpoint: SocketAddr,
     made: Made,
+}
+
+/// What the app says before the server's app has accepted. It goes with the CONNECT, and saves the way there and back.
+///
+/// It is sent to a daemon that has shown that it may answer, and once at most to one that may have handed it on: after
+/// that the connection fails rather than be tried elsewhere.
+#[derive(Debug, Default)]
+struct Early {
+    bytes: Vec<u8>,
+    in_doubt: bool,
+}
+
+impl Early {
+    /// Takes what the app has said by now. The end, and what has broken, is an error here, and for the relay to find.
+    fn take(&mut self, app: &TcpStream) -> io::Result<()> {
+        let mut bytes = vec![0; MAX_EARLY_BYTES];
+        let count = recv(app.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes.truncate(count);
+        bytes.shrink_to_fit();
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    /// Waits until the app has said something; for ever, when it does not.
+    async fn arrived(&mut self, app: &TcpStream) {
+        loop {
+            let ready = app.readable().await;
+            match ready.and_then(|()| app.try_io(Interest::READABLE, || self.take(app))) {
+                Ok(()) => return,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return std::future::pending().await,
+            }
+        }
+    }
+}
+
+/// An app's connection on its way to an endpoint.
+struct Call<'a> {
+    node: &'a Node,
+    pod: &'a Pod,
+    app: &'a TcpStream,
+    connect: Connect,
+    access: &'a Guard<'a>,
+    early: Early,
 }
 
 /// Why a connection is refused, for the log.
@@ -131,107 +193,160 @@ fn refused_by(code: ResetCode) -> &'static str {
     }
 }
 
-/// Finds an endpoint that takes the connection, with nothing of the app's sent to any that does not.
-async fn open(
-    node: &Node,
-    pod: &Pod,
-    connect: Connect,
-    access: &Guard<'_>,
-) -> Result<Opened, Refusal> {
-    let deadline = Instant::now() + PATIENCE;
-    let resolved = node.registry.snapshot().resolve(connect.dialled);
-    access.learn(|details| {
-        details.service = match &resolved {
-            Ok(destination) => destination.service.clone(),
-            Err(unreachable) => unreachable.service().cloned(),
-        };
-    });
-    let destination = resolved?;
-    let mut tried = Vec::new();
-    let mut last = None;
-    while tried.len() < MAX_ATTEMPTS
-        && let Some(endpoint) = node.balance.pick(&destination.endpoints, &tried)
-    {
-        let address = endpoint.address;
-        tried.push(address);
-        access.learn(|details| details.endpoint = Some(address));
-        // The last one may take as long as the app has patience for.
-        let others = tried.len() < destination.endpoints.len().min(MAX_ATTEMPTS);
-        let attempt = attempt(node, pod, &destination, endpoint, &connect, others, access);
-        match timeout_at(deadline, attempt).await {
-            Ok(Ok(opened)) => return Ok(opened),
-            Ok(Err(refusal)) => last = Some(refusal),
-            Err(_) => return Err(last.unwrap_or(Refusal::Late)),
-        }
-        if let Some(refusal) = &last {
-            tracing::debug!(client = %connect.client, dialled = %connect.dialled, %refusal, "trying another endpoint");
-        }
-    }
-    Err(last.unwrap_or(Refusal::Late))
-}
-
-async fn attempt(
-    node: &Node,
-    pod: &Pod,
-    destination: &Destination,
-    endpoint: &Endpoint,
-    connect: &Connect,
-    others: bool,
-    access: &Guard<'_>,
-) -> Result<Opened, Refusal> {
-    let limit = |limit| if others { limit } else { PATIENCE };
-    let address = endpoint.address;
-    let failed = |why| Refusal::Endpoint {
-        endpoint: address,
-        why,
-    };
-    let netns = &pod.enrolled.netns;
-    let source = pod
-        .enrolled
-        .address_like(address.ip())
-        .ok_or(Refusal::Family(address))?;
-    if pod.workload.addresses.contains(&address.ip()) {
-        access.learn(|details| {
-            details.path = Path::Itself;
-            details.server_identity = Some(pod.workload.identity.clone());
+impl Call<'_> {
+    /// Finds an endpoint that takes the connection, with nothing of the app's sent to any that may not.
+    async fn open(&mut self) -> Result<Opened, Refusal> {
+        let deadline = Instant::now() + PATIENCE;
+        let resolved = self.node.registry.snapshot().resolve(self.connect.dialled);
+        self.access.learn(|details| {
+            details.service = match &resolved {
+                Ok(destination) => destination.service.clone(),
+                Err(unreachable) => unreachable.service().cloned(),
+            };
         });
-        let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
-        let server = dial.await.map_err(|error| failed(Failure::Dial(error)))?;
-        return Ok(Opened::Itself(server));
+        let destination = resolved?;
+        let mut tried = Vec::new();
+        let mut last = None;
+        while tried.len() < MAX_ATTEMPTS
+            && let Some(endpoint) = self.node.balance.pick(&destination.endpoints, &tried)
+        {
+            let address = endpoint.address;
+            tried.push(address);
+            self.access
+                .learn(|details| details.endpoint = Some(address));
+            // The last one may take as long as the app has patience for.
+            let others = tried.len() < destination.endpoints.len().min(MAX_ATTEMPTS);
+            let attempt = self.attempt(&destination, address, others);
+            match timeout_at(deadline, attempt).await {
+                Ok(Ok(opened)) => return Ok(opened),
+                Ok(Err(refusal)) if self.early.in_doubt => return Err(refusal),
+                Ok(Err(refusal)) => last = Some(refusal),
+                Err(_) => return Err(last.unwrap_or(Refusal::Late)),
+            }
+            if let Some(refusal) = &last {
+                let Connect { client, dialled } = self.connect;
+                tracing::debug!(%client, %dialled, %refusal, "trying another endpoint");
+            }
+        }
+        Err(last.unwrap_or(Refusal::Late))
     }
-    // An idle tunnel may have been closed by the other side a moment ago; then the next, then a new one.
-    while let Some((mut channel, made)) = pod.pool.take(address, &destination.identities) {
-        match within(ANSWER, establish(&mut channel, connect)).await {
-            Ok(()) => return Ok(opened(channel, address, made, access)),
-            Err(Failure::Channel(_) | Failure::Closed) => {}
-            Err(Failure::Silent) => {
-                // It speaks for all tunnels, each of which would cost as long, but not for the endpoint.
-                pod.pool.forget(address);
-                if others {
-                    return Err(failed(Failure::Silent));
+
+    async fn attempt(
+        &mut self,
+        destination: &Destination,
+        address: SocketAddr,
+        others: bool,
+    ) -> Result<Opened, Refusal> {
+        let limit = |limit| if others { limit } else { PATIENCE };
+        let failed = |why| Refusal::Endpoint {
+            endpoint: address,
+            why,
+        };
+        let (node, pod) = (self.node, self.pod);
+        let netns = &pod.enrolled.netns;
+        let source = pod
+            .enrolled
+            .address_like(address.ip())
+            .ok_or(Refusal::Family(address))?;
+        if pod.workload.addresses.contains(&address.ip()) {
+            self.access.learn(|details| {
+                details.path = Path::Itself;
+                details.server_identity = Some(pod.workload.identity.clone());
+            });
+            let dial =
+                sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
+            let server = dial.await.map_err(|error| failed(Failure::Dial(error)))?;
+            return Ok(Opened::Itself(server));
+        }
+        // An idle tunnel may have been closed by the other side a moment ago; then the next, then a new one.
+        while let Some(taken) = pod.pool.take(address, &destination.identities) {
+            let Taken {
+                mut channel,
+                made,
+                idled,
+            } = taken;
+            match within(ANSWER, self.establish(&mut channel, idled < FRESH)).await {
+                Ok(()) => return Ok(self.opened(channel, address, made)),
+                Err(failure) if self.early.in_doubt => return Err(failed(failure)),
+                Err(Failure::Channel(_) | Failure::Closed) => {}
+                Err(Failure::Silent) => {
+                    // It speaks for all tunnels, each of which would cost as long, but not for the endpoint.
+                    pod.pool.forget(address);
+                    if others {
+                        return Err(failed(Failure::Silent));
+                    }
+                }
+                Err(failure) => return Err(failed(failure)),
+            }
+        }
+        let certificate = pod
+            .certificate
+            .obtain(PATIENCE)
+            .await
+            .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
+        let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
+        let dial = async { dial.await.map_err(Failure::Dial) };
+        let tcp = within(limit(DIAL), dial).await.map_err(failed)?;
+        let handshake = shake_hands(node, tcp, &certificate, destination);
+        let mut channel = within(limit(HANDSHAKE), handshake).await.map_err(failed)?;
+        let made = Made {
+            at: std::time::Instant::now(),
+            valid_until: certificate.svid.not_after.min(channel.peer().not_after),
+        };
+        within(limit(ANSWER), self.establish(&mut channel, true))
+            .await
+            .map_err(failed)?;
+        Ok(self.opened(channel, address, made))
+    }
+
+    /// CONNECT, and the server's answer. On a `fresh` tunnel, what the app says goes without waiting for that.
+    async fn establish(&mut self, channel: &mut Channel, fresh: bool) -> Result<(), Failure> {
+        if fresh && self.early.bytes.is_empty() {
+            // Nothing yet is no trouble.
+            let _ = self.early.take(self.app);
+        }
+        let early: &[u8] = if fresh { &self.early.bytes } else { &[] };
+        self.early.in_doubt = !early.is_empty();
+        channel.send_connect(&self.connect, early).await?;
+        let answer = if self.early.in_doubt || !fresh {
+            channel.receive_control().await?
+        } else {
+            tokio::select! {
+                biased;
+                answer = channel.receive_control() => answer?,
+                () = self.early.arrived(self.app) => {
+                    self.early.in_doubt = true;
+                    channel.send_early(&self.early.bytes).await?;
+                    channel.receive_control().await?
                 }
             }
-            Err(failure) => return Err(failed(failure)),
+        };
+        let answer = match answer {
+            Some(Event::Connected) => Ok(()),
+            Some(Event::Reset(reset)) => Err(Failure::Reset(reset)),
+            Some(_) => return Err(ChannelError::OutOfTurn("a frame other than CONNECTED").into()),
+            None => Err(Failure::Closed),
+        };
+        // The server's side has said itself what became of the connection.
+        self.early.in_doubt = false;
+        if !fresh && answer.is_ok() && !self.early.bytes.is_empty() {
+            // Left from an endpoint that said no.
+            self.early.in_doubt = true;
+            channel.send_early(&self.early.bytes).await?;
         }
+        answer
     }
-    let certificate = pod
-        .certificate
-        .obtain(PATIENCE)
-        .await
-        .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
-    let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
-    let dial = async { dial.await.map_err(Failure::Dial) };
-    let tcp = within(limit(DIAL), dial).await.map_err(failed)?;
-    let handshake = shake_hands(node, tcp, &certificate, destination);
-    let mut channel = within(limit(HANDSHAKE), handshake).await.map_err(failed)?;
-    let made = Made {
-        at: std::time::Instant::now(),
-        valid_until: certificate.svid.not_after.min(channel.peer().not_after),
-    };
-    within(limit(ANSWER), establish(&mut channel, connect))
-        .await
-        .map_err(failed)?;
-    Ok(opened(channel, address, made, access))
+
+    fn opened(&self, channel: Channel, endpoint: SocketAddr, made: Made) -> Opened {
+        self.access.learn(|details| {
+            details.server_identity = Some(channel.peer().identity.clone());
+        });
+        Opened::Tunnel(Box::new(Tunnel {
+            channel,
+            endpoint,
+            made,
+        }))
+    }
 }
 
 async fn within<T>(
@@ -239,15 +354,6 @@ async fn within<T>(
     step: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
     timeout(limit, step).await.unwrap_or(Err(Failure::Silent))
-}
-
-fn opened(channel: Channel, endpoint: SocketAddr, made: Made, access: &Guard<'_>) -> Opened {
-    access.learn(|details| details.server_identity = Some(channel.peer().identity.clone()));
-    Opened::Tunnel(Box::new(Tunnel {
-        channel,
-        endpoint,
-        made,
-    }))
 }
 
 /// TLS, and secure naming: who answers must be one of those that may.
@@ -275,35 +381,25 @@ async fn shake_hands(
     Ok(channel)
 }
 
-/// CONNECT, and the server's answer.
-async fn establish(channel: &mut Channel, connect: &Connect) -> Result<(), Failure> {
-    channel.send_connect(connect).await?;
-    match channel.receive_control().await? {
-        Some(Event::Connected) => Ok(()),
-        Some(Event::Reset(reset)) => Err(Failure::Reset(reset)),
-        Some(_) => Err(ChannelError::OutOfTurn("a frame other than CONNECTED").into()),
-        None => Err(Failure::Closed),
-    }
-}
-
 /// Ends what is to be ended, in the way that it ended, and keeps the tunnel where it can go on.
-async fn finish(pod: &Pod, app: TcpStream, tunnel: Tunnel, ending: Ending, access: Guard<'_>) {
-    let Tunnel {
-        mut channel,
-        endpoint,
-        made,
-    } = tunnel;
+async fn finish(
+    pod: &Pod,
+    app: TcpStream,
+    mut tunnel: Box<Tunnel>,
+    ending: Ending,
+    access: Guard<'_>,
+) {
     match ending {
         Ending::Clean => {
             let ended = end_in_good_order((&app).into());
-            pod.pool.put(endpoint, channel, made);
+            pod.pool.put(tunnel.endpoint, tunnel.channel, tunnel.made);
             match ended {
                 Ok(()) => access.finish(Outcome::Ok, ""),
                 Err(error) => access.finish(Outcome::Reset, error),
             }
         }
         Ending::App(error) => {
-            farewell(&mut channel, ResetCode::App, &error.to_string()).await;
+            farewell(&mut tunnel.channel, ResetCode::App, &error.to_string()).await;
             access.finish(Outcome::Reset, format_args!("the client's app: {error}"));
         }
         Ending::Peer(reset) => access.finish(

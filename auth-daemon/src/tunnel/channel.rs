@@ -7,12 +7,18 @@ use std::{
     io,
     net::SocketAddr,
     ops::Range,
+    os::fd::AsRawFd,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    thread::{self, ThreadId},
 };
 
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
+};
 use rustls::{
     ConnectionTrafficSecrets, Error, client::ClientConnectionData, kernel::KernelConnection,
     server::ServerConnectionData,
@@ -28,10 +34,7 @@ use tokio::{
 use super::{
     buffer::Buffer,
     frame::{self, Connect, Decoder, Event, InvalidFrame, Reset},
-    record::{
-        self, ContentType, HEADER_BYTES, InvalidRecord, MAX_RECORD_BYTES, Opener, Sealer,
-        TRAILER_BYTES,
-    },
+    record::{self, ContentType, HEADER_BYTES, InvalidRecord, Opener, Sealer},
     svid::Svid,
     tls,
 };
@@ -44,6 +47,8 @@ const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 #[derive(Debug)]
 pub struct Channel {
     tcp: TcpStream,
+    /// The thread whose runtime watches `tcp`.
+    home: ThreadId,
     sender: Sender,
     receiver: Receiver,
     keys: SharedKeys,
@@ -56,7 +61,7 @@ pub enum ChannelError {
     /// The connection broke.
     #[error("the tunnel broke: {0}")]
     Io(#[from] io::Error),
-    /// It was closed in the midst of an app connection.
+    /// It was closed in the midst of an app connection, or by TCP alone, which anyone on the way can do.
     #[error("the peer closed the tunnel in the midst of a connection")]
     Closed,
     /// Not TLS, or forged.
@@ -74,6 +79,9 @@ pub enum ChannelError {
     /// A post-handshake message that we do not take.
     #[error("the peer sent post-handshake message {0}")]
     Handshake(u8),
+    /// A ticket to resume with that cannot be read (RFC 8446 §4.6.1).
+    #[error("the peer sent a malformed session ticket: {0}")]
+    Ticket(Error),
     /// Keys could not be changed.
     #[error("the tunnel's keys cannot be changed: {0}")]
     Keys(Error),
@@ -126,6 +134,7 @@ impl Channel {
     ) -> Self {
         Self {
             tcp,
+            home: thread::current().id(),
             sender: Sender {
                 sealer,
                 outgoing: Buffer::default(),
@@ -160,6 +169,23 @@ impl Channel {
         socket2::SockRef::from(&self.tcp)
     }
 
+    /// Whether this thread's runtime watches its socket.
+    pub fn is_at_home(&self) -> bool {
+        self.home == thread::current().id()
+    }
+
+    /// The same tunnel, watched by this thread's runtime.
+    pub fn bring_home(self) -> io::Result<Self> {
+        if self.is_at_home() {
+            return Ok(self);
+        }
+        Ok(Self {
+            tcp: TcpStream::from_std(self.tcp.into_std()?)?,
+            home: thread::current().id(),
+            ..self
+        })
+    }
+
     /// The halves, to be moved at once.
     pub(super) fn split(
         &mut self,
@@ -176,15 +202,27 @@ impl Channel {
         )
     }
 
-    /// Sends a CONNECT.
-    pub async fn send_connect(&mut self, connect: &Connect) -> Result<(), ChannelError> {
-        self.send_control(|out| frame::encode_connect(connect, out))
-            .await
+    /// Sends a CONNECT with the app's first bytes behind it: none, or at most [`MAX_EARLY_BYTES`].
+    pub async fn send_connect(
+        &mut self,
+        connect: &Connect,
+        early: &[u8],
+    ) -> Result<(), ChannelError> {
+        self.send(|out| {
+            frame::encode_connect(connect, out);
+            frame::encode_data(early, out);
+        })
+        .await
+    }
+
+    /// Sends the app's first bytes, at most [`MAX_EARLY_BYTES`], behind a CONNECT that went without them.
+    pub async fn send_early(&mut self, early: &[u8]) -> Result<(), ChannelError> {
+        self.send(|out| frame::encode_data(early, out)).await
     }
 
     /// Sends a CONNECTED.
     pub async fn send_connected(&mut self) -> Result<(), ChannelError> {
-        self.send_control(frame::encode_connected).await
+        self.send(frame::encode_connected).await
     }
 
     /// Sends a RESET, the tunnel's last frame, and waits for the peer to close in answer.
@@ -192,8 +230,7 @@ impl Channel {
     /// What the peer sends meanwhile is dropped, but it is read: a socket that is closed with unread bytes sends a RST,
     /// and that would take the RESET and its reason away from a peer that has not read them yet.
     pub async fn send_reset(&mut self, reset: &Reset) -> Result<(), ChannelError> {
-        self.send_control(|out| frame::encode_reset(reset, out))
-            .await?;
+        self.send(|out| frame::encode_reset(reset, out)).await?;
         self.tcp.shutdown().await?;
         loop {
             self.tcp.readable().await?;
@@ -207,20 +244,18 @@ impl Channel {
         }
     }
 
-    async fn send_control(
-        &mut self,
-        encode: impl FnOnce(&mut Vec<u8>),
-    ) -> Result<(), ChannelError> {
+    async fn send(&mut self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), ChannelError> {
         let (mut write, sender) = (self.tcp.split().1, &mut self.sender);
         sender.flush(&mut write).await?;
         sender.change_key_if_due(&self.keys)?;
-        sender.push_control(encode);
+        sender.push_frames(encode);
         sender.flush(&mut write).await?;
         sender.outgoing.release();
         Ok(())
     }
 
-    /// Waits for the next frame that is not DATA. `None`: the peer closed the tunnel, in good order.
+    /// Waits for the next frame that is not DATA. `None`: the peer closed the tunnel between two app connections and said
+    /// so, which nobody else can. Cancel it as you like: what has come is kept.
     pub async fn receive_control(&mut self) -> Result<Option<Event>, ChannelError> {
         let mut read = self.tcp.split().0;
         loop {
@@ -230,12 +265,7 @@ impl Channel {
                 Next::Closed => return Ok(None),
                 Next::Starved => {
                     if !self.receiver.fill(&mut read).await? {
-                        let boundary = self.receiver.at_boundary();
-                        return if boundary {
-                            Ok(None)
-                        } else {
-                            Err(ChannelError::Closed)
-                        };
+                        return Err(ChannelError::Closed);
                     }
                 }
             }
@@ -244,12 +274,10 @@ impl Channel {
 
     /// Whether an idle tunnel has nothing to read, and may be used again.
     pub fn is_quiet(&self) -> bool {
-        let mut byte = [0];
+        // The socket itself is asked: the runtime may not have heard yet.
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         self.receiver.incoming.is_empty()
-            && matches!(
-                self.tcp.try_read(&mut byte),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock
-            )
+            && recv(self.tcp.as_raw_fd(), &mut [0], peek) == Err(Errno::EAGAIN)
     }
 
     /// Ends the tunnel in good order, as far as the socket takes it at once.
@@ -291,7 +319,8 @@ impl Sender {
         self.outgoing.extend(sealed);
     }
 
-    pub(super) fn push_control(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
+    /// Seals small frames as one record.
+    pub(super) fn push_frames(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
         let mut plain = Vec::with_capacity(64);
         encode(&mut plain);
         self.push(ContentType::ApplicationData, &plain);
@@ -384,12 +413,14 @@ impl Receiver {
         keys: &SharedKeys,
     ) -> Result<(), ChannelError> {
         let mut messages = &self.incoming.filled()[range];
-        // Tickets to resume with: a server of another make may send some. Connections are kept, not resumed.
         while let [NEW_SESSION_TICKET, a, b, c, rest @ ..] = messages
-            && keys.is_client()
-            && let Some((_, rest)) =
+            && let Keys::Client(client) = &mut *keys.lock()
+            && let Some((ticket, rest)) =
                 rest.split_at_checked(u32::from_be_bytes([0, *a, *b, *c]) as usize)
         {
+            client
+                .handle_new_session_ticket(ticket)
+                .map_err(ChannelError::Ticket)?;
             if rest.is_empty() {
                 return Ok(());
             }
@@ -438,21 +469,17 @@ impl Receiver {
         self.incoming.extend(count);
         Ok(count > 0)
     }
-
-    fn at_boundary(&self) -> bool {
-        self.incoming.is_empty() && self.decoder.at_boundary()
-    }
 }
 
 impl SharedKeys {
-    fn is_client(&self) -> bool {
-        matches!(*self.lock(), Keys::Client(_))
-    }
-
     fn lock(&self) -> std::sync::MutexGuard<'_, Keys> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-const _: () =
-    assert!(frame::MAX_CONTROL_BYTES + frame::HEADER_BYTES + TRAILER_BYTES < MAX_RECORD_BYTES);
+/// App bytes that go with a CONNECT at most: one record holds both.
+pub const MAX_EARLY_BYTES: usize = 8 * 1024;
+
+const _: () = assert!(
+    frame::MAX_CONTROL_BYTES + MAX_EARLY_BYTES + 2 * frame::HEADER_BYTES <= record::MAX_PLAIN_BYTES
+);

@@ -288,6 +288,14 @@ pub fn encode_connect(connect: &Connect, out: &mut Vec<u8>) {
     finish(start, out);
 }
 
+/// Appends `data` as a DATA frame to `out`; nothing, if there is none.
+pub fn encode_data(data: &[u8], out: &mut Vec<u8>) {
+    if !data.is_empty() {
+        out.extend_from_slice(&data_header(data.len()));
+        out.extend_from_slice(data);
+    }
+}
+
 /// Appends a CONNECTED frame to `out`.
 pub fn encode_connected(out: &mut Vec<u8>) {
     let start = begin(CONNECTED, out);

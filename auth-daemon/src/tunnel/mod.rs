@@ -14,9 +14,9 @@ mod relay;
 pub mod svid;
 pub mod tls;
 
-pub use channel::{Channel, ChannelError};
+pub use channel::{Channel, ChannelError, MAX_EARLY_BYTES};
 pub use handshake::HandshakeError;
-pub use pool::{Made, Pool};
+pub use pool::{Made, Pool, Taken};
 pub use relay::{Counters, Ending, relay};
 
 /// The ALPN protocol of the project's own framing (docs/WIRE.md).

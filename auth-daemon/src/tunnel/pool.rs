@@ -43,6 +43,17 @@ pub struct Made {
     pub valid_until: SystemTime,
 }
 
+/// A tunnel that was idle.
+#[derive(Debug)]
+pub struct Taken {
+    /// The tunnel.
+    pub channel: Channel,
+    /// How it began.
+    pub made: Made,
+    /// For how long it idled.
+    pub idled: Duration,
+}
+
 #[derive(Debug)]
 struct Idle {
     channel: Channel,
@@ -51,30 +62,32 @@ struct Idle {
 }
 
 impl Pool {
-    /// An idle tunnel to `endpoint`, the one used last, whose peer is among `identities`.
-    pub fn take(
-        &self,
-        endpoint: SocketAddr,
-        identities: &BTreeSet<Identity>,
-    ) -> Option<(Channel, Made)> {
+    /// An idle tunnel to `endpoint` whose peer is among `identities`: the one that this thread used last, else another
+    /// thread's.
+    pub fn take(&self, endpoint: SocketAddr, identities: &BTreeSet<Identity>) -> Option<Taken> {
         loop {
             let mut state = self.lock();
             let idle = state.idle.get_mut(&endpoint)?;
-            let found = idle.pop();
+            let own = idle.iter().rposition(|idle| idle.channel.is_at_home());
+            let found = idle.remove(own.or(idle.len().checked_sub(1))?);
             if idle.is_empty() {
                 state.idle.remove(&endpoint);
             }
-            let found = found?;
             state.count -= 1;
             drop(state);
             let usable = found.made.at.elapsed() < MAX_AGE
                 && found.made.valid_until > SystemTime::now() + VALIDITY_MARGIN
                 && identities.contains(&found.channel.peer().identity)
                 && found.channel.is_quiet();
-            if usable {
-                return Some((found.channel, found.made));
+            if !usable {
+                found.channel.close();
+            } else if let Ok(channel) = found.channel.bring_home() {
+                return Some(Taken {
+                    channel,
+                    made: found.made,
+                    idled: found.since.elapsed(),
+                });
             }
-            found.channel.close();
         }
     }
 

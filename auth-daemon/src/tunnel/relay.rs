@@ -78,6 +78,7 @@ pub async fn relay(app: &mut TcpStream, channel: &mut Channel, counters: &Counte
             keys,
             &mut app_write,
             &counters.down,
+            &up_ended,
         )
         .await?;
         down_ended.raise();
@@ -97,18 +98,14 @@ async fn up(
     count: &AtomicU64,
 ) -> Result<(), Ending> {
     loop {
-        app.as_ref().readable().await.map_err(Ending::App)?;
+        let ready = app.ready(Interest::READABLE).await.map_err(Ending::App)?;
         sender.change_key_if_due(keys).map_err(Ending::Tunnel)?;
         sender.flush(tunnel).await.map_err(broken_tunnel)?;
         let room = sender.outgoing.whole();
         let first = &mut room[CHUNK_START..CHUNK_START + CHUNK_BYTES];
         let mut read = app.read(first).await.map_err(Ending::App)?;
-        if read == 0 {
-            sender.push_control(frame::encode_end);
-            sender.flush(tunnel).await.map_err(broken_tunnel)?;
-            sender.outgoing.release();
-            return Ok(());
-        }
+        // What is short of the room, after the app's FIN had come, is the last: END goes with it.
+        let ended = read == 0 || read < CHUNK_BYTES && ready.is_read_closed() && !ready.is_error();
         if read == CHUNK_BYTES {
             read += read_more(app, room).map_err(Ending::App)?;
         }
@@ -126,8 +123,14 @@ async fn up(
             read -= chunk;
         }
         sender.outgoing.extend(sealed);
+        if ended {
+            sender.push_frames(frame::encode_end);
+        }
         sender.flush(tunnel).await.map_err(broken_tunnel)?;
         sender.outgoing.release();
+        if ended {
+            return Ok(());
+        }
     }
 }
 
@@ -152,6 +155,7 @@ async fn down(
     keys: &SharedKeys,
     app: &mut WriteHalf<'_>,
     count: &AtomicU64,
+    up_ended: &Flag,
 ) -> Result<(), Ending> {
     loop {
         let mut ranges = [const { 0..0 }; MAX_SLICES];
@@ -189,7 +193,12 @@ async fn down(
             Some(Next::Closed) => return Err(Ending::Tunnel(ChannelError::Closed)),
             Some(Next::Event(Event::End)) => {
                 receiver.discard();
-                return app.shutdown().await.map_err(Ending::App);
+                // Where nothing more comes from the app either, the socket is about to be closed, which says the same.
+                return if up_ended.is_raised() {
+                    Ok(())
+                } else {
+                    app.shutdown().await.map_err(Ending::App)
+                };
             }
             Some(Next::Event(Event::Reset(reset))) => return Err(Ending::Peer(reset)),
             Some(Next::Event(Event::Connect(_))) => {
@@ -258,7 +267,10 @@ impl Flag {
 
 async fn write_all(app: &mut WriteHalf<'_>, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
     while !slices.is_empty() {
-        let written = app.write_vectored(slices).await?;
+        let written = match slices {
+            [slice] => app.write(slice).await?,
+            _ => app.write_vectored(slices).await?,
+        };
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }

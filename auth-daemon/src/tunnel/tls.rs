@@ -9,7 +9,7 @@ use rustls::{
     AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName,
     Error, InvalidMessage, OtherError, RootCertStore, ServerConfig, SignatureScheme,
     client::{
-        ResolvesClientCert, Resumption,
+        ResolvesClientCert, Resumption, Tls12Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
     },
@@ -58,6 +58,9 @@ pub fn provider() -> CryptoProvider {
     }
 }
 
+/// Servers that an identity of this node can come back to without showing certificates again.
+const MAX_SESSIONS: usize = 1024;
+
 impl Configs {
     /// Speaks as the holder of `key` and believes `bundle`.
     pub fn new(key: Arc<CertifiedKey>, bundle: &TrustBundle) -> Result<Self, Error> {
@@ -72,7 +75,9 @@ impl Configs {
             .with_client_cert_resolver(certificate.clone() as Arc<dyn ResolvesClientCert>);
         client.alpn_protocols = vec![ALPN.to_vec()];
         client.enable_sni = false;
-        client.resumption = Resumption::disabled();
+        // A session is kept for as long as this certificate: a renewed one is shown to everybody once.
+        client.resumption = Resumption::in_memory_sessions(MAX_SESSIONS)
+            .tls12_resumption(Tls12Resumption::Disabled);
         // The keys go to our own record layer, after the handshake.
         client.enable_secret_extraction = true;
 
@@ -81,8 +86,10 @@ impl Configs {
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(certificate);
         server.alpn_protocols = vec![ALPN.to_vec()];
+        // Nothing is kept for a client that may never come again: its ticket holds it all, sealed.
         server.session_storage = Arc::new(NoServerSessionStorage {});
-        server.send_tls13_tickets = 0;
+        server.ticketer = aws_lc_rs::Ticketer::new()?;
+        server.send_tls13_tickets = 1;
         server.enable_secret_extraction = true;
 
         Ok(Self {

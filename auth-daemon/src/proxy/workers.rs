@@ -1,0 +1,142 @@
+//! The data path's threads. A connection lives on one of them from its first byte to its last: what it waits for wakes
+//! that thread and no other, and nothing it touches moves between cores.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::{self, ThreadId},
+};
+
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::watch,
+};
+
+/// One thread a core.
+#[derive(Debug)]
+pub struct Workers {
+    workers: Vec<Worker>,
+    /// The worker that the next listener goes to.
+    next: AtomicUsize,
+    /// Dropped, it ends the threads.
+    _stop: watch::Sender<()>,
+}
+
+/// A thread with a runtime of its own.
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) runtime: Handle,
+    thread: ThreadId,
+    /// Connections that it has.
+    load: Arc<AtomicUsize>,
+}
+
+impl Workers {
+    /// Starts `count` threads. They end when this is dropped, and what they have under way with them.
+    pub fn start(count: usize) -> io::Result<Self> {
+        let (stop, stopped) = watch::channel(());
+        let workers = (0..count.max(1))
+            .map(|number| Worker::start(number, stopped.clone()))
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            workers,
+            next: AtomicUsize::new(0),
+            _stop: stop,
+        })
+    }
+
+    /// A worker for something that lasts: each in turn.
+    pub(super) fn next(&self) -> &Worker {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        &self.workers[number % self.workers.len()]
+    }
+
+    /// The worker for a connection: the one with the fewest; of equals, the one that asks.
+    pub(super) fn idlest(&self) -> &Worker {
+        let load = |worker: &Worker| {
+            let elsewhere = !worker.is_current();
+            (worker.load.load(Ordering::Relaxed), elsewhere)
+        };
+        let idlest = self.workers.iter().min_by_key(|worker| load(worker));
+        idlest.unwrap_or(&self.workers[0])
+    }
+}
+
+impl Worker {
+    fn start(number: usize, mut stopped: watch::Receiver<()>) -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        let thread = thread::Builder::new()
+            .name(format!("data-path-{number}"))
+            .spawn(move || {
+                runtime.block_on(async {
+                    // Nothing is ever sent: this ends when the sender is gone.
+                    while stopped.changed().await.is_ok() {}
+                });
+                runtime.shutdown_background();
+            })?;
+        Ok(Self {
+            runtime: handle,
+            thread: thread.thread().id(),
+            load: Arc::default(),
+        })
+    }
+
+    /// Whether this is the thread that asks.
+    pub(super) fn is_current(&self) -> bool {
+        self.thread == thread::current().id()
+    }
+
+    /// Counts a connection until the guard is dropped.
+    pub(super) fn count(&self) -> Load {
+        self.load.fetch_add(1, Ordering::Relaxed);
+        Load(self.load.clone())
+    }
+}
+
+/// See [`Worker::count`].
+pub(super) struct Load(Arc<AtomicUsize>);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn connections_go_to_the_worker_with_the_fewest() {
+        let workers = Workers::start(3).unwrap();
+        let first = workers.idlest();
+        let busy = [first.count(), first.count()];
+        let second = workers.idlest();
+        assert_ne!(second.thread, first.thread);
+        let one = second.count();
+        let third = workers.idlest();
+        assert!(third.thread != first.thread && third.thread != second.thread);
+        let two = [third.count(), third.count()];
+        assert_eq!(workers.idlest().thread, second.thread);
+        drop((one, two));
+        assert_ne!(workers.idlest().thread, first.thread);
+        drop(busy);
+    }
+
+    #[tokio::test]
+    async fn of_equals_the_one_that_asks_keeps_it() {
+        let workers = Arc::new(Workers::start(4).unwrap());
+        for _ in 0..4 {
+            let asked = workers.clone();
+            let worker = workers.next();
+            let local = worker
+                .runtime
+                .spawn(async move { asked.idlest().is_current() });
+            assert!(local.await.unwrap());
+        }
+    }
+}
