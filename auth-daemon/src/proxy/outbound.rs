@@ -84,6 +84,7 @@ pub(super) async fn serve(node: &Node, pod: &Pod, mut app: TcpStream, from: Sock
                 Err(error) => access.finish(Outcome::Reset, error),
             }
         }
+        Err(gone @ Refusal::App(_)) => access.finish(Outcome::Reset, gone),
         Err(refusal) => access.finish(Outcome::Refused, refusal),
     }
 }
@@ -112,27 +113,25 @@ struct Early {
 }
 
 impl Early {
-    /// Takes what the app has said by now. The end, and what has broken, is an error here, and for the relay to find.
-    fn take(&mut self, app: &TcpStream) -> io::Result<()> {
+    /// Takes what the app has said by now. `false`: it has ended its direction, which is for the relay to find again.
+    fn take(&mut self, app: &TcpStream) -> io::Result<bool> {
         let mut bytes = vec![0; MAX_EARLY_BYTES];
         let count = recv(app.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT)?;
-        if count == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
         bytes.truncate(count);
         bytes.shrink_to_fit();
         self.bytes = bytes;
-        Ok(())
+        Ok(count > 0)
     }
 
-    /// Waits until the app has said something; for ever, when it does not.
-    async fn arrived(&mut self, app: &TcpStream) {
+    /// Waits until the app has said something; for ever, when it will not.
+    async fn arrived(&mut self, app: &TcpStream) -> io::Result<()> {
         loop {
-            let ready = app.readable().await;
-            match ready.and_then(|()| app.try_io(Interest::READABLE, || self.take(app))) {
-                Ok(()) => return,
+            app.readable().await?;
+            match app.try_io(Interest::READABLE, || self.take(app)) {
+                Ok(true) => return Ok(()),
+                Ok(false) => return std::future::pending().await,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => return std::future::pending().await,
+                Err(error) => return Err(error),
             }
         }
     }
@@ -161,6 +160,8 @@ enum Refusal {
     Late,
     #[error("the pod has no address of the family of {0}")]
     Family(SocketAddr),
+    #[error("the client's app: {0}")]
+    App(io::Error),
 }
 
 /// Why one endpoint did not do.
@@ -180,6 +181,9 @@ enum Failure {
     Reset(Reset),
     #[error("closed the tunnel instead of answering")]
     Closed,
+    /// Not the endpoint's fault.
+    #[error("the client's app: {0}")]
+    App(io::Error),
 }
 
 fn refused_by(code: ResetCode) -> &'static str {
@@ -219,6 +223,7 @@ impl Call<'_> {
             let attempt = self.attempt(&destination, address, others);
             match timeout_at(deadline, attempt).await {
                 Ok(Ok(opened)) => return Ok(opened),
+                Ok(Err(refusal @ Refusal::App(_))) => return Err(refusal),
                 Ok(Err(refusal)) if self.early.in_doubt => return Err(refusal),
                 Ok(Err(refusal)) => last = Some(refusal),
                 Err(_) => return Err(last.unwrap_or(Refusal::Late)),
@@ -267,6 +272,7 @@ impl Call<'_> {
             } = taken;
             match within(ANSWER, self.establish(&mut channel, idled < FRESH)).await {
                 Ok(()) => return Ok(self.opened(channel, address, made)),
+                Err(Failure::App(error)) => return Err(Refusal::App(error)),
                 Err(failure) if self.early.in_doubt => return Err(failed(failure)),
                 Err(Failure::Channel(_) | Failure::Closed) => {}
                 Err(Failure::Silent) => {
@@ -293,17 +299,23 @@ impl Call<'_> {
             at: std::time::Instant::now(),
             valid_until: certificate.svid.not_after.min(channel.peer().not_after),
         };
-        within(limit(ANSWER), self.establish(&mut channel, true))
-            .await
-            .map_err(failed)?;
+        match within(limit(ANSWER), self.establish(&mut channel, true)).await {
+            Ok(()) => {}
+            Err(Failure::App(error)) => return Err(Refusal::App(error)),
+            Err(failure) => return Err(failed(failure)),
+        }
         Ok(self.opened(channel, address, made))
     }
 
     /// CONNECT, and the server's answer. On a `fresh` tunnel, what the app says goes without waiting for that.
     async fn establish(&mut self, channel: &mut Channel, fresh: bool) -> Result<(), Failure> {
         if fresh && self.early.bytes.is_empty() {
-            // Nothing yet is no trouble.
-            let _ = self.early.take(self.app);
+            match self.early.take(self.app) {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Err(Failure::App(error));
+                }
+                _ => {}
+            }
         }
         let early: &[u8] = if fresh { &self.early.bytes } else { &[] };
         self.early.in_doubt = !early.is_empty();
@@ -314,7 +326,8 @@ impl Call<'_> {
             tokio::select! {
                 biased;
                 answer = channel.receive_control() => answer?,
-                () = self.early.arrived(self.app) => {
+                arrived = self.early.arrived(self.app) => {
+                    arrived.map_err(Failure::App)?;
                     self.early.in_doubt = true;
                     channel.send_early(&self.early.bytes).await?;
                     channel.receive_control().await?

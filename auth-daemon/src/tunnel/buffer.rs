@@ -1,16 +1,26 @@
-//! Buffers that connections borrow while bytes are on their way and give back when they idle.
+//! Buffers that connections borrow while bytes are on their way and give back when they idle: small ones, which hold a
+//! request or a handshake's flight, and large ones for streams.
 
 use std::cell::RefCell;
 
 use super::record::MAX_RECORD_BYTES;
 
-/// Size of a buffer, in bytes: four full records.
-pub(super) const BUFFER_BYTES: usize = 4 * MAX_RECORD_BYTES;
-/// Free buffers that each thread keeps.
-const MAX_FREE: usize = 32;
+/// Size of a small buffer, in bytes.
+pub(super) const SMALL_BYTES: usize = 4096;
+/// Size of a large buffer, in bytes: four full records.
+pub(super) const LARGE_BYTES: usize = 4 * MAX_RECORD_BYTES;
+/// Free buffers of each size that a thread keeps.
+const MAX_FREE_SMALL: usize = 64;
+const MAX_FREE_LARGE: usize = 8;
+
+#[derive(Default)]
+struct Free {
+    small: Vec<Box<[u8]>>,
+    large: Vec<Box<[u8]>>,
+}
 
 thread_local! {
-    static FREE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+    static FREE: RefCell<Free> = RefCell::default();
 }
 
 /// Bytes in flight: those between `start` and `end` are filled. Holds memory only while it is not empty.
@@ -19,6 +29,8 @@ pub(super) struct Buffer {
     bytes: Option<Box<[u8]>>,
     start: usize,
     end: usize,
+    /// What it carries is a stream, as far as one can tell.
+    streams: bool,
 }
 
 impl Buffer {
@@ -49,12 +61,25 @@ impl Buffer {
         }
     }
 
-    /// The room behind the filled bytes, which move to the front first where that makes room.
+    /// Says that as much came at once as fills a small buffer, or that less did: the next one is chosen by that.
+    pub(super) fn note_stream(&mut self, streams: bool) {
+        self.streams = streams;
+    }
+
+    /// The room behind the filled bytes, which move to the front first, or to a large buffer, where that makes room.
+    /// Empty when a large buffer is full.
     pub(super) fn spare(&mut self) -> &mut [u8] {
-        let (start, end) = (self.start, self.end);
-        let bytes = self.allocated();
-        if start > 0 && bytes.len() - end < MAX_RECORD_BYTES {
-            bytes.copy_within(start..end, 0);
+        self.spare_for(1)
+    }
+
+    /// As [`Buffer::spare`], for `wanted` bytes, where a large buffer has room for them.
+    pub(super) fn spare_for(&mut self, wanted: usize) -> &mut [u8] {
+        let length = self.allocated().len();
+        if length < LARGE_BYTES && (self.streams || length - (self.end - self.start) < wanted) {
+            self.grow();
+        } else if self.start > 0 && length - self.end < MAX_RECORD_BYTES.max(wanted) {
+            let (start, end) = (self.start, self.end);
+            self.allocated().copy_within(start..end, 0);
             (self.start, self.end) = (0, end - start);
         }
         let end = self.end;
@@ -64,12 +89,15 @@ impl Buffer {
     /// Counts `count` bytes of [`Buffer::spare`] as filled.
     pub(super) fn extend(&mut self, count: usize) {
         self.end += count;
-        debug_assert!(self.end <= BUFFER_BYTES);
+        debug_assert!(self.end <= LARGE_BYTES);
     }
 
     /// The whole buffer, to be laid out by the caller and then [`Buffer::extend`]ed. Only when empty.
     pub(super) fn whole(&mut self) -> &mut [u8] {
         debug_assert!(self.is_empty());
+        if self.streams && self.allocated().len() < LARGE_BYTES {
+            self.grow();
+        }
         self.allocated()
     }
 
@@ -82,11 +110,18 @@ impl Buffer {
         }
     }
 
+    fn grow(&mut self) {
+        let mut large = take(true);
+        let held = self.filled().len();
+        large[..held].copy_from_slice(self.filled());
+        (self.start, self.end) = (0, held);
+        if let Some(small) = self.bytes.replace(large) {
+            give_back(small);
+        }
+    }
+
     fn allocated(&mut self) -> &mut [u8] {
-        self.bytes.get_or_insert_with(|| {
-            FREE.with_borrow_mut(Vec::pop)
-                .unwrap_or_else(|| vec![0; BUFFER_BYTES].into_boxed_slice())
-        })
+        self.bytes.get_or_insert_with(|| take(self.streams))
     }
 }
 
@@ -98,12 +133,28 @@ impl Drop for Buffer {
     }
 }
 
+fn take(large: bool) -> Box<[u8]> {
+    let (free, size) = FREE.with_borrow_mut(|free| {
+        if large {
+            (free.large.pop(), LARGE_BYTES)
+        } else {
+            (free.small.pop(), SMALL_BYTES)
+        }
+    });
+    free.unwrap_or_else(|| vec![0; size].into_boxed_slice())
+}
+
 fn give_back(bytes: Box<[u8]>) {
-    // A thread that is ending has no list any more: the buffer is freed.
+    // A thread that is ending has no lists any more: the buffer is freed.
     let _ = FREE.try_with(|free| {
         let mut free = free.borrow_mut();
-        if free.len() < MAX_FREE {
-            free.push(bytes);
+        let (list, most) = if bytes.len() < LARGE_BYTES {
+            (&mut free.small, MAX_FREE_SMALL)
+        } else {
+            (&mut free.large, MAX_FREE_LARGE)
+        };
+        if list.len() < most {
+            list.push(bytes);
         }
     });
 }
@@ -116,20 +167,47 @@ mod tests {
     fn fills_consumes_and_moves() {
         let mut buffer = Buffer::default();
         assert!(buffer.is_empty() && buffer.bytes.is_none());
+        buffer.note_stream(true);
         let room = buffer.spare().len();
-        assert_eq!(room, BUFFER_BYTES);
+        assert_eq!(room, LARGE_BYTES);
         buffer.spare()[..3].copy_from_slice(b"abc");
         buffer.extend(room);
         assert_eq!(&buffer.filled()[..3], b"abc");
         assert!(buffer.spare().is_empty());
-        buffer.consume(BUFFER_BYTES - 2);
+        buffer.consume(LARGE_BYTES - 2);
         buffer.filled_mut().copy_from_slice(b"yz");
-        assert_eq!(buffer.spare().len(), BUFFER_BYTES - 2, "moved to the front");
+        assert_eq!(buffer.spare().len(), LARGE_BYTES - 2, "moved to the front");
         assert_eq!(buffer.filled(), b"yz");
         buffer.release();
         assert_eq!(buffer.filled(), b"yz", "still held");
         buffer.consume(2);
         buffer.release();
         assert!(buffer.bytes.is_none());
+    }
+
+    #[test]
+    fn grows_with_what_it_holds() {
+        let mut buffer = Buffer::default();
+        assert_eq!(buffer.spare().len(), SMALL_BYTES);
+        buffer.spare().fill(7);
+        buffer.extend(SMALL_BYTES);
+        buffer.consume(1);
+        assert_eq!(
+            buffer.spare().len(),
+            1,
+            "a byte at the front is room enough"
+        );
+        assert_eq!(buffer.spare_for(2).len(), LARGE_BYTES - SMALL_BYTES + 1);
+        assert_eq!(buffer.filled(), &[7; SMALL_BYTES - 1]);
+        buffer.consume(SMALL_BYTES - 1);
+        buffer.release();
+        assert_eq!(buffer.whole().len(), SMALL_BYTES, "small again");
+        buffer.note_stream(true);
+        assert_eq!(buffer.whole().len(), LARGE_BYTES);
+        buffer.release();
+        assert_eq!(buffer.whole().len(), LARGE_BYTES);
+        buffer.release();
+        buffer.note_stream(false);
+        assert_eq!(buffer.whole().len(), SMALL_BYTES);
     }
 }

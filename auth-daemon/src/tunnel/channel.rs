@@ -4,14 +4,17 @@
 //! once.
 
 use std::{
+    future::poll_fn,
     io,
     net::SocketAddr,
     ops::Range,
     os::fd::AsRawFd,
+    pin::Pin,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    task::Poll,
     thread::{self, ThreadId},
 };
 
@@ -24,7 +27,7 @@ use rustls::{
     server::ServerConnectionData,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncWriteExt, ReadBuf},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -32,9 +35,9 @@ use tokio::{
 };
 
 use super::{
-    buffer::Buffer,
+    buffer::{Buffer, SMALL_BYTES},
     frame::{self, Connect, Decoder, Event, InvalidFrame, Reset},
-    record::{self, ContentType, HEADER_BYTES, InvalidRecord, Opener, Sealer},
+    record::{self, ContentType, HEADER_BYTES, InvalidRecord, Opener, Sealer, TRAILER_BYTES},
     svid::Svid,
     tls,
 };
@@ -247,7 +250,7 @@ impl Channel {
     async fn send(&mut self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), ChannelError> {
         let (mut write, sender) = (self.tcp.split().1, &mut self.sender);
         sender.flush(&mut write).await?;
-        sender.change_key_if_due(&self.keys)?;
+        sender.change_key_if_due(&self.keys, &mut write).await?;
         sender.push_frames(encode);
         sender.flush(&mut write).await?;
         sender.outgoing.release();
@@ -270,6 +273,12 @@ impl Channel {
                 }
             }
         }
+    }
+
+    /// Gives back the memory that it needs no more until it is used again.
+    pub(super) fn rest(&mut self) {
+        self.receiver.discard();
+        self.receiver.incoming.release();
     }
 
     /// Whether an idle tunnel has nothing to read, and may be used again.
@@ -313,7 +322,9 @@ impl Sender {
 
     /// Seals one small record behind those on their way.
     pub(super) fn push(&mut self, kind: ContentType, plain: &[u8]) {
-        let room = self.outgoing.spare();
+        let room = self
+            .outgoing
+            .spare_for(HEADER_BYTES + plain.len() + TRAILER_BYTES);
         room[HEADER_BYTES..HEADER_BYTES + plain.len()].copy_from_slice(plain);
         let sealed = self.sealer.seal(room, plain.len(), kind);
         self.outgoing.extend(sealed);
@@ -326,14 +337,24 @@ impl Sender {
         self.push(ContentType::ApplicationData, &plain);
     }
 
-    /// Changes the sending key where its limit is near, or where the peer asked for it (RFC 8446 §4.6.3).
-    pub(super) fn change_key_if_due(&mut self, shared: &SharedKeys) -> Result<(), ChannelError> {
+    /// Changes the sending key where its limit is near, or where the peer asked for it (RFC 8446 §4.6.3). Nothing sealed
+    /// is on its way.
+    pub(super) async fn change_key_if_due(
+        &mut self,
+        shared: &SharedKeys,
+        write: &mut WriteHalf<'_>,
+    ) -> Result<(), ChannelError> {
+        const UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
         let requested = shared.update_requested.load(Ordering::Relaxed);
         if !requested && !self.sealer.wants_new_key() {
             return Ok(());
         }
         shared.update_requested.store(false, Ordering::Relaxed);
-        self.push(ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 0]);
+        let mut record = [0; HEADER_BYTES + UPDATE.len() + TRAILER_BYTES];
+        record[HEADER_BYTES..HEADER_BYTES + UPDATE.len()].copy_from_slice(&UPDATE);
+        self.sealer
+            .seal(&mut record, UPDATE.len(), ContentType::Handshake);
+        write.write_all(&record).await?;
         let (sequence, secrets) = shared.lock().next_sending().map_err(ChannelError::Keys)?;
         self.sealer = Sealer::new(sequence, &secrets)
             .ok_or_else(|| ChannelError::Keys(Error::General("no TLS 1.3 suite".into())))?;
@@ -460,13 +481,23 @@ impl Receiver {
     /// Reads more from the wire; holds no memory while it waits with nothing to keep. `false` at the end.
     pub(super) async fn fill(&mut self, read: &mut ReadHalf<'_>) -> io::Result<bool> {
         self.discard();
-        if self.incoming.is_empty() {
-            self.incoming.release();
-            read.as_ref().readable().await?;
-        }
-        // A record always fits behind what is held: at most part of one.
-        let count = read.read(self.incoming.spare()).await?;
+        let (count, room) = poll_fn(|context| {
+            // A record always fits behind what is held: at most part of one.
+            let room = self.incoming.spare();
+            let bytes = room.len();
+            let mut room = ReadBuf::new(room);
+            match Pin::new(&mut *read).poll_read(context, &mut room) {
+                Poll::Ready(result) => Poll::Ready(result.map(|()| (room.filled().len(), bytes))),
+                Poll::Pending => {
+                    self.incoming.release();
+                    Poll::Pending
+                }
+            }
+        })
+        .await?;
         self.incoming.extend(count);
+        self.incoming
+            .note_stream(count >= SMALL_BYTES || count == room);
         Ok(count > 0)
     }
 }

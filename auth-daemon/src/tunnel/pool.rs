@@ -92,7 +92,8 @@ impl Pool {
     }
 
     /// Keeps `channel` unless there are enough.
-    pub fn put(&self, endpoint: SocketAddr, channel: Channel, made: Made) {
+    pub fn put(&self, endpoint: SocketAddr, mut channel: Channel, made: Made) {
+        channel.rest();
         let mut state = self.lock();
         let full = state.count >= MAX_PER_POD
             || state

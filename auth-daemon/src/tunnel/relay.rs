@@ -5,12 +5,17 @@
 //! records. Buffers are held only while bytes are on their way.
 
 use std::{
+    future::poll_fn,
     io::{self, IoSlice, IoSliceMut},
+    os::fd::AsRawFd,
+    pin::Pin,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    task::Poll,
 };
 
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    io::{AsyncRead, AsyncWriteExt, Interest, ReadBuf},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -19,6 +24,7 @@ use tokio::{
 };
 
 use super::{
+    buffer::{Buffer, SMALL_BYTES},
     channel::{Channel, ChannelError, Next, Receiver, Sender, SharedKeys},
     frame::{self, Event, Reset},
     record::{ContentType, HEADER_BYTES, MAX_PLAIN_BYTES, MAX_RECORD_BYTES, TRAILER_BYTES},
@@ -98,18 +104,20 @@ async fn up(
     count: &AtomicU64,
 ) -> Result<(), Ending> {
     loop {
-        let ready = app.ready(Interest::READABLE).await.map_err(Ending::App)?;
-        sender.change_key_if_due(keys).map_err(Ending::Tunnel)?;
-        sender.flush(tunnel).await.map_err(broken_tunnel)?;
-        let room = sender.outgoing.whole();
-        let first = &mut room[CHUNK_START..CHUNK_START + CHUNK_BYTES];
-        let mut read = app.read(first).await.map_err(Ending::App)?;
-        // What is short of the room, after the app's FIN had come, is the last: END goes with it.
-        let ended = read == 0 || read < CHUNK_BYTES && ready.is_read_closed() && !ready.is_error();
+        let (mut read, room) = read_app(app, &mut sender.outgoing).await?;
+        let chunk = chunk_bytes(room);
+        let streams = read == chunk || read >= SMALL_BYTES;
+        // END goes with the last bytes, where the app's FIN is there already.
+        let ended = read == 0 || read < chunk && has_ended(app)?;
         if read == CHUNK_BYTES {
             read += read_more(app, room).map_err(Ending::App)?;
         }
         count.fetch_add(read as u64, Ordering::Relaxed);
+        sender
+            .change_key_if_due(keys, tunnel)
+            .await
+            .map_err(Ending::Tunnel)?;
+        let room = sender.outgoing.whole();
         let mut sealed = 0;
         while read > 0 {
             let chunk = read.min(CHUNK_BYTES);
@@ -123,6 +131,7 @@ async fn up(
             read -= chunk;
         }
         sender.outgoing.extend(sealed);
+        sender.outgoing.note_stream(streams);
         if ended {
             sender.push_frames(frame::encode_end);
         }
@@ -131,6 +140,47 @@ async fn up(
         if ended {
             return Ok(());
         }
+    }
+}
+
+/// Waits for bytes of the app's, and holds no memory meanwhile. Returns how many there are, and the buffer that they lie
+/// in, where a record's first frame has its payload.
+async fn read_app<'b>(
+    app: &mut ReadHalf<'_>,
+    buffer: &'b mut Buffer,
+) -> Result<(usize, &'b mut [u8]), Ending> {
+    let read = poll_fn(|context| {
+        let room = buffer.whole();
+        let chunk = chunk_bytes(room);
+        let mut room = ReadBuf::new(&mut room[CHUNK_START..CHUNK_START + chunk]);
+        match Pin::new(&mut *app).poll_read(context, &mut room) {
+            Poll::Ready(result) => Poll::Ready(result.map(|()| room.filled().len())),
+            Poll::Pending => {
+                buffer.release();
+                Poll::Pending
+            }
+        }
+    });
+    let read = read.await.map_err(Ending::App)?;
+    Ok((read, buffer.whole()))
+}
+
+/// App bytes that fit a buffer's first record.
+fn chunk_bytes(buffer: &[u8]) -> usize {
+    CHUNK_BYTES.min(buffer.len() - CHUNK_START - TRAILER_BYTES)
+}
+
+/// Whether the app has finished and all that it sent is read. Less than was asked for is no sign of it: a read stops at
+/// urgent data, too.
+fn has_ended(app: &ReadHalf<'_>) -> Result<bool, Ending> {
+    let app = app.as_ref();
+    let peek = app.try_io(Interest::READABLE, || {
+        Ok(recv(app.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK)?)
+    });
+    match peek {
+        Ok(count) => Ok(count == 0),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(Ending::App(error)),
     }
 }
 
