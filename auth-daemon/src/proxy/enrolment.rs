@@ -15,10 +15,10 @@ use serde::Serialize;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
-    task::{AbortHandle, JoinSet},
+    task::AbortHandle,
 };
 
-use super::{Node, Pod, Workers, handshakes::Place, inbound, outbound};
+use super::{Node, Pod, Workers, connections::Connections, handshakes::Place, inbound, outbound};
 use crate::{
     datapath::{
         EnrolError, Enrolled, forget_others, open_netns,
@@ -29,6 +29,8 @@ use crate::{
 
 /// How often to look for namespaces made anew, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
+/// How often a drain looks whether it is over.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
 /// How long connections may take to end when they are cut.
 const ABORT: Duration = Duration::from_secs(1);
 /// After an accept failed for want of something: file descriptors, memory.
@@ -147,7 +149,7 @@ impl Enrolment {
         let started = tokio::time::Instant::now();
         tracing::info!(connections = self.node.live.count(), "draining");
         while self.node.live.count() > 0 && started.elapsed() < self.node.config.drain {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(DRAIN_POLL).await;
         }
         // The pods stay enrolled, so that the kernel refuses what nobody serves now.
         for task in tasks {
@@ -337,7 +339,7 @@ impl Enrolment {
             pod: pod.clone(),
             side,
             workers: self.workers.clone(),
-            connections: JoinSet::new(),
+            connections: Connections::default(),
         };
         let draining = self.node.draining.subscribe();
         let watch = async move {
@@ -440,12 +442,12 @@ struct Acceptor {
     pod: Arc<Pod>,
     side: Side,
     workers: Arc<Workers>,
-    connections: JoinSet<()>,
+    connections: Connections,
 }
 
 impl Acceptor {
     /// Accepts until told to drain, then only waits for what is under way.
-    async fn run(mut self, listener: TcpListener, mut draining: watch::Receiver<bool>) {
+    async fn run(self, listener: TcpListener, mut draining: watch::Receiver<bool>) {
         while !*draining.borrow() {
             tokio::select! {
                 accepted = listener.accept() => {
@@ -456,16 +458,17 @@ impl Acceptor {
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
-                Some(_) = self.connections.join_next() => {}
                 _ = draining.changed() => {}
             }
         }
         drop(listener);
-        while self.connections.join_next().await.is_some() {}
+        while !self.connections.is_empty() {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
     }
 
     /// Gives a connection to the worker that has the fewest.
-    fn take(&mut self, tcp: TcpStream, from: SocketAddr) -> io::Result<()> {
+    fn take(&self, tcp: TcpStream, from: SocketAddr) -> io::Result<()> {
         let from = canonical(from);
         let place = match self.side {
             Side::Outbound => None,
@@ -484,7 +487,7 @@ impl Acceptor {
         let load = worker.count();
         let (node, pod) = (self.node.clone(), self.pod.clone());
         if worker.is_current() {
-            self.connections.spawn(async move {
+            self.connections.spawn(&worker.runtime, async move {
                 serve(&node, &pod, tcp, from, place).await;
                 drop(load);
             });
@@ -501,7 +504,7 @@ impl Acceptor {
             }
             drop(load);
         };
-        self.connections.spawn_on(elsewhere, &worker.runtime);
+        self.connections.spawn(&worker.runtime, elsewhere);
         Ok(())
     }
 }

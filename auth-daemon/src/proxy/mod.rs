@@ -3,6 +3,7 @@
 
 pub mod access;
 mod balance;
+mod connections;
 mod enrolment;
 mod handshakes;
 mod inbound;

@@ -1,0 +1,113 @@
+//! The connections of one listener, on whichever worker each of them runs: they end when this is dropped.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::{runtime::Handle, task::AbortHandle};
+
+/// Tasks that are ended together. One that ends by itself takes its leave without waking anybody.
+#[derive(Debug, Default)]
+pub(super) struct Connections(Arc<Mutex<Running>>);
+
+#[derive(Debug, Default)]
+struct Running {
+    /// Without a handle until it is spawned.
+    tasks: HashMap<u64, Option<AbortHandle>>,
+    next: u64,
+}
+
+impl Connections {
+    /// Runs `connection` on `runtime`.
+    pub(super) fn spawn(
+        &self,
+        runtime: &Handle,
+        connection: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let id = {
+            let mut running = self.lock();
+            running.next += 1;
+            let id = running.next;
+            running.tasks.insert(id, None);
+            id
+        };
+        let leave = Leave(self.0.clone(), id);
+        let task = runtime.spawn(async move {
+            let _leave = leave;
+            connection.await;
+        });
+        // It may have ended already.
+        if let Some(place) = self.lock().tasks.get_mut(&id) {
+            *place = Some(task.abort_handle());
+        }
+    }
+
+    /// Whether all have ended.
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().tasks.is_empty()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Running> {
+        lock(&self.0)
+    }
+}
+
+impl Drop for Connections {
+    fn drop(&mut self) {
+        // Not under the lock: a task that is dropped here and now takes its leave.
+        let tasks = std::mem::take(&mut self.lock().tasks);
+        for task in tasks.into_values().flatten() {
+            task.abort();
+        }
+    }
+}
+
+struct Leave(Arc<Mutex<Running>>, u64);
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        lock(&self.0).tasks.remove(&self.1);
+    }
+}
+
+fn lock(running: &Mutex<Running>) -> MutexGuard<'_, Running> {
+    running.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_ends_is_forgotten() {
+        let connections = Connections::default();
+        let (end, ended) = oneshot::channel();
+        connections.spawn(&Handle::current(), async {
+            let _ = ended.await;
+        });
+        connections.spawn(&Handle::current(), async { panic!("on purpose") });
+        assert!(!connections.is_empty());
+        end.send(()).unwrap();
+        while !connections.is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn dropped_it_ends_them_all() {
+        let connections = Connections::default();
+        let (held, ended) = oneshot::channel::<()>();
+        connections.spawn(&Handle::current(), async {
+            let _held = held;
+            std::future::pending().await
+        });
+        tokio::task::yield_now().await;
+        drop(connections);
+        assert!(ended.await.is_err(), "the task and what it held are gone");
+    }
+}
