@@ -1,10 +1,10 @@
 //! From a TCP connection to a [`Channel`]: the TLS handshake, made by rustls, one record at a time, so that not a byte
 //! behind the handshake is taken by anyone but the channel.
 
-use std::{io, sync::Arc, time::SystemTime};
+use std::{io, sync::Arc};
 
 use rustls::{
-    CertificateError, ClientConfig, Error, ExtractedSecrets, ServerConfig,
+    ClientConfig, Error, ExtractedSecrets, ServerConfig,
     client::{ClientConnectionData, UnbufferedClientConnection},
     kernel::KernelConnection,
     pki_types::ServerName,
@@ -185,9 +185,7 @@ async fn drive<S: Side>(
     let peer =
         Svid::parse(leaf, trust_domain).map_err(|error| Error::General(error.to_string()))?;
     // A session that is resumed shows no certificate, and verifies none.
-    if peer.not_after <= SystemTime::now() {
-        return Err(Error::InvalidCertificate(CertificateError::Expired).into());
-    }
+    tls::check_not_expired(peer.not_after)?;
     let (secrets, keys) = side.into_keys()?;
     let unknown = || Error::General("cipher suite is not of TLS 1.3".into());
     let sealer = Sealer::new(secrets.tx.0, &secrets.tx.1).ok_or_else(unknown)?;

@@ -89,7 +89,8 @@ impl Configs {
         // Nothing is kept for a client that may never come again: its ticket holds it all, sealed.
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.ticketer = aws_lc_rs::Ticketer::new()?;
-        server.send_tls13_tickets = 1;
+        // More than one, so that a burst of tunnels soon finds enough.
+        server.send_tls13_tickets = 2;
         server.enable_secret_extraction = true;
 
         Ok(Self {
@@ -281,6 +282,21 @@ pub fn explain(error: &Error) -> String {
         Error::AlertReceived(alert) => explain_alert(*alert),
         other => other.to_string(),
     }
+}
+
+/// Checks by this node's clock what a resumed session does not: that a certificate good until `not_after` still is.
+pub fn check_not_expired(not_after: SystemTime) -> Result<(), Error> {
+    let now = SystemTime::now();
+    if not_after > now {
+        return Ok(());
+    }
+    let at = |time| UnixTime::since_unix_epoch(Duration::from_secs(unix_seconds(time)));
+    Err(Error::InvalidCertificate(
+        CertificateError::ExpiredContext {
+            time: at(now),
+            not_after: at(not_after),
+        },
+    ))
 }
 
 /// Says what a peer's alert means.

@@ -100,7 +100,17 @@ pub(crate) struct Ended {
 impl Peer {
     /// Shakes hands as a client. Whether the server likes the certificate shows later.
     pub(crate) fn client(tcp: TcpStream, config: ClientConfig) -> io::Result<Self> {
-        let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
+        let server = tcp.peer_addr()?.ip();
+        Self::client_of(tcp, config, server)
+    }
+
+    /// The same, with the sessions that it has with `server`.
+    pub(crate) fn client_of(
+        tcp: TcpStream,
+        config: ClientConfig,
+        server: IpAddr,
+    ) -> io::Result<Self> {
+        let name = ServerName::IpAddress(server.into());
         let connection = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
         Self::shake_hands(tcp, connection.into())
     }

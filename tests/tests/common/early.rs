@@ -1,0 +1,190 @@
+//! What apps say first, and who gets it: scripted apps, servers that keep a ledger, and a server of the wire's own.
+
+#![allow(dead_code, reason = "every test file takes what it needs")]
+
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use mesh_tests::{App, Daemon, InProcess, Place, Result, eventually, eventually_ok};
+use serde_json::Value;
+
+/// How long a script may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Bytes that somebody got on one connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Taken {
+    pub(crate) who: String,
+    pub(crate) from: SocketAddr,
+    pub(crate) bytes: Vec<u8>,
+    /// `end`, or the error; none while it goes on.
+    pub(crate) end: Option<String>,
+}
+
+impl Taken {
+    /// The name that the script gave the connection.
+    pub(crate) fn name(&self) -> String {
+        name_of(&self.bytes)
+    }
+
+    /// Whether the bytes are the connection's first ones, in order.
+    pub(crate) fn is_true(&self) -> bool {
+        self.bytes == piece(&self.name(), 0, self.bytes.len())
+    }
+}
+
+/// All that anyone got.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Ledger(Arc<Mutex<Vec<Taken>>>);
+
+impl Ledger {
+    /// Begins an entry and gives its number.
+    pub(crate) fn open(&self, who: &str, from: SocketAddr) -> usize {
+        let mut entries = self.lock();
+        entries.push(Taken {
+            who: who.to_owned(),
+            from,
+            bytes: Vec::new(),
+            end: None,
+        });
+        entries.len() - 1
+    }
+
+    pub(crate) fn add(&self, entry: usize, bytes: &[u8]) {
+        self.lock()[entry].bytes.extend_from_slice(bytes);
+    }
+
+    pub(crate) fn close(&self, entry: usize, end: impl Into<String>) {
+        self.lock()[entry].end = Some(end.into());
+    }
+
+    pub(crate) fn all(&self) -> Vec<Taken> {
+        self.lock().clone()
+    }
+
+    /// The entries of the connection of this name.
+    pub(crate) fn of(&self, name: &str) -> Vec<Taken> {
+        let entries = self.all().into_iter();
+        entries.filter(|taken| taken.name() == name).collect()
+    }
+
+    /// Who got bytes of the connection of this name.
+    pub(crate) fn takers(&self, name: &str) -> Vec<String> {
+        self.of(name).into_iter().map(|taken| taken.who).collect()
+    }
+
+    /// The entry of a connection from this address, once it has ended.
+    pub(crate) fn ended(&self, from: SocketAddr) -> Result<Taken> {
+        eventually(
+            PATIENCE,
+            &format!("the end of {from} at its server"),
+            || {
+                let mut entries = self.all().into_iter();
+                entries.find(|taken| taken.from == from && taken.end.is_some())
+            },
+        )
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Taken>> {
+        self.0.lock().expect("no holder panics")
+    }
+}
+
+/// An app that notes what comes, gives it back, and ends when its client has ended.
+pub(crate) fn echo(place: &Place, on: SocketAddr, who: &str, ledger: &Ledger) -> Result<InProcess> {
+    let (who, ledger) = (who.to_owned(), ledger.clone());
+    InProcess::start(place, on, move |mut stream, from| {
+        let entry = ledger.open(&who, from);
+        let mut buffer = vec![0; 64 * 1024];
+        let end = loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => break "end".to_owned(),
+                Ok(count) => {
+                    ledger.add(entry, &buffer[..count]);
+                    if let Err(error) = stream.write_all(&buffer[..count]) {
+                        break format!("{:?}", error.kind());
+                    }
+                }
+                Err(error) => break format!("{:?}", error.kind()),
+            }
+        };
+        drop(stream);
+        ledger.close(entry, end);
+    })
+}
+
+/// Starts a script in a pod.
+pub(crate) fn script(pod: &Place, to: SocketAddr, name: &str, steps: &str) -> Result<App> {
+    pod.app(&format!("script --to {to} --name {name} --steps {steps}"))
+}
+
+/// Waits for a script's end and gives what became of each connection.
+pub(crate) fn spoken(app: App) -> Result<Vec<Spoke>> {
+    let finished = app.finish(PATIENCE)?.ok()?;
+    let events = finished.json_lines().into_iter();
+    Ok(events
+        .filter(|event| event["event"] == "spoke")
+        .map(Spoke)
+        .collect())
+}
+
+/// What a script says of one of its connections.
+#[derive(Debug, Clone)]
+pub(crate) struct Spoke(pub(crate) Value);
+
+impl Spoke {
+    pub(crate) fn name(&self) -> &str {
+        self.0["name"].as_str().unwrap_or_default()
+    }
+
+    /// Its own address.
+    pub(crate) fn local(&self) -> SocketAddr {
+        let local = self.0["local"].as_str().unwrap_or_default();
+        local
+            .parse()
+            .unwrap_or_else(|_| panic!("no address: {}", self.0))
+    }
+
+    /// Whether it got an error, and that one.
+    pub(crate) fn was_reset(&self) -> bool {
+        matches!(self.0["errno"].as_str(), Some("ECONNRESET" | "EPIPE"))
+    }
+
+    /// Whether all went as the script says, all that was sent came back, and then the end.
+    pub(crate) fn was_echoed(&self) -> bool {
+        self.0["errno"].is_null()
+            && self.0["echoed"] == true
+            && self.0["ended"] == true
+            && self.0["received"] == self.0["sent"]
+    }
+}
+
+/// The line of the client's connection in the access log; there must be one only.
+pub(crate) fn line_of(daemon: &Daemon, client: SocketAddr) -> Result<Value> {
+    let client = client.to_string();
+    let what = format!("one line of {client}");
+    eventually_ok(PATIENCE, &what, || {
+        let mut lines = daemon.access_log();
+        lines.retain(|line| line["client"] == client.as_str());
+        anyhow::ensure!(lines.len() == 1, "{lines:#?}");
+        Ok(lines.remove(0))
+    })
+}
+
+/// What the connection of this name sends from its `start`th byte on: as `pod-app script` makes it.
+pub(crate) fn piece(name: &str, start: usize, count: usize) -> Vec<u8> {
+    let head = name.as_bytes();
+    let byte = |place: usize| match place.checked_sub(head.len()) {
+        None => head[place],
+        Some(0) => b'|',
+        Some(_) => b'a' + ((place ^ (place >> 8)) * 31 % 26) as u8,
+    };
+    (start..start + count).map(byte).collect()
+}
+
+fn name_of(bytes: &[u8]) -> String {
+    let head = bytes.split(|byte| *byte == b'|').next();
+    String::from_utf8_lossy(head.unwrap_or_default()).into_owned()
+}
