@@ -18,6 +18,7 @@ mod pattern;
 mod peer;
 mod report;
 mod reset;
+mod script;
 mod server;
 mod set_up;
 mod transfer;
@@ -47,6 +48,7 @@ enum Behaviour {
     Bidi(bidi::Bidi),
     HalfClose(half_close::HalfClose),
     Reset(reset::Reset),
+    Script(script::Script),
     Connect(connect::Connect),
     Dial(dial::Dial),
     Chat(chat::Chat),
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Behaviour::Bidi(it) => it.run(),
         Behaviour::HalfClose(it) => it.run(),
         Behaviour::Reset(it) => it.run(),
+        Behaviour::Script(it) => it.run(),
         Behaviour::Connect(it) => it.run(),
         Behaviour::Dial(it) => it.run(),
         Behaviour::Chat(it) => it.run(),
