@@ -5,6 +5,13 @@
 //! both families. Every struct is padded by hand: the kernel compares keys byte by byte.
 #![no_std]
 
+mod same_node;
+
+pub use same_node::{
+    Admitted, Closed, EVENT_BYTES, FLOW_CLIENT, FLOW_DIALLED, FLOW_SERVER, Flow, LEASE_NANOSECONDS,
+    MAX_VERDICTS, Verdict, closed,
+};
+
 /// The layout's version. Pins live in a folder of this name: a daemon never adopts maps of another layout.
 pub const LAYOUT: &str = "v1";
 
@@ -136,4 +143,10 @@ mod user {
     unsafe impl aya::Pod for super::SocketKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Dialled {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Delivery {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Verdict {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Admitted {}
 }

@@ -21,6 +21,15 @@ pub enum Mode {
     Permissive,
 }
 
+/// What two pods of this node talk through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SameNode {
+    /// Their kernel alone, once the daemon has decided: there is no wire between them.
+    Kernel,
+    /// TLS, as between nodes.
+    Tunnel,
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -47,6 +56,8 @@ pub struct Config {
     pub certificate_lifetime: Duration,
     /// Networks that pods live in: in PERMISSIVE, callers from here may be about to speak the tunnel.
     pub pod_networks: Vec<IpNet>,
+    /// Defaults to the kernel.
+    pub same_node: SameNode,
     /// How long SIGTERM waits for connections to end. Defaults to 5 seconds.
     pub drain: Duration,
     /// Defaults to text.
@@ -112,6 +123,11 @@ impl Config {
             _ => Err("is neither STRICT nor PERMISSIVE"),
         });
         let pod_networks = root.list("podNetworks", &mut faults, IpNet::from_str);
+        let same_node = root.parsed("sameNode", &mut faults, |s| match s {
+            "kernel" => Ok(SameNode::Kernel),
+            "tunnel" => Ok(SameNode::Tunnel),
+            _ => Err("is neither kernel nor tunnel"),
+        });
         let drain = root.parsed("drain", &mut faults, |s| {
             duration(s, Duration::ZERO, MAX_DRAIN)
         });
@@ -158,6 +174,7 @@ impl Config {
             ca_directory,
             certificate_lifetime: certificate_lifetime.unwrap_or(MAX_LIFETIME),
             pod_networks: pod_networks.unwrap_or_default(),
+            same_node: same_node.unwrap_or(SameNode::Kernel),
             drain: drain.unwrap_or(Duration::from_secs(5)),
             log_format: log_format.unwrap_or(LogFormat::Text),
             log_level: log_level.unwrap_or_else(|| "info".to_owned()),
@@ -331,6 +348,7 @@ mod tests {
         assert_eq!(config.certificate_lifetime, Duration::from_secs(86400));
         assert_eq!(config.drain, Duration::from_secs(5));
         assert_eq!(config.pins, Path::new(DEFAULT_PINS));
+        assert_eq!(config.same_node, SameNode::Kernel);
     }
 
     #[test]
@@ -342,6 +360,7 @@ mod tests {
              discovery:\n  files: /etc/manifests\n\
              ca:\n  directory: /var/ca\n  certificateLifetime: 20s\n\
              podNetworks: [10.0.0.0/8, 'fd00::/8']\n\
+             sameNode: tunnel\n\
              drain: 0s\n\
              log: {format: json, level: debug}\n\
              kernel: {cgroup: /sys/fs/cgroup/x, pins: /sys/fs/bpf/x}\n",
@@ -350,6 +369,7 @@ mod tests {
         assert_eq!(config.mode, Mode::Permissive);
         assert_eq!(config.pod_networks.len(), 2);
         assert_eq!(config.certificate_lifetime, Duration::from_secs(20));
+        assert_eq!(config.same_node, SameNode::Tunnel);
         assert_eq!(config.drain, Duration::ZERO);
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(
@@ -361,7 +381,7 @@ mod tests {
     #[test]
     fn shows_all_faults_at_once() {
         let faults = Config::parse(
-            "nodeName: ''\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
+            "nodeName: ''\nsameNode: both\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
              drain: 5\nlog: {format: xml, colour: red}\nca: here\n",
         )
         .unwrap_err();
@@ -369,6 +389,7 @@ mod tests {
         for expected in [
             "nodeName: \"\": is not a node name",
             "mode: \"strict\": is neither STRICT nor PERMISSIVE",
+            "sameNode: \"both\": is neither kernel nor tunnel",
             "mood: there is no such field",
             "podNetworks[0]: \"10.0.0.0/33\"",
             "drain: 5 is not a string",

@@ -1,9 +1,10 @@
-//! cgroup/connect4 and connect6: turn a pod's connect to a mesh address to the daemon's listener on its loopback.
+//! cgroup/connect4 and connect6: turn a pod's connect to a mesh address to the daemon's listener on its loopback, or, where
+//! a verdict of the daemon says that it may stay in the kernel, straight to a pod of this node.
 //!
 //! On the way of every connect on the node, so the cheap answers come first: not TCP, not an enrolled pod, not a mesh
 //! address. Those keep the kernel's own path and leave nothing in any map.
 
-use auth_common::{Address, Dialled, MeshKind, OUTBOUND_PORT, mapped};
+use auth_common::{Address, Dialled, MeshKind, OUTBOUND_PORT, Verdict, mapped};
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
     helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_setsockopt},
@@ -11,7 +12,10 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 
-use crate::maps::{BYPASS, DIALLED, PODS, dialled, mesh_kind};
+use crate::{
+    maps::{BYPASS, DIALLED, PODS, delete_flow, dialled, flow, mesh_kind},
+    same_node,
+};
 
 const REFUSE: i32 = 0;
 const PROCEED: i32 = 1;
@@ -28,100 +32,110 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
     // SAFETY: the context is the kernel's; its fields are read and written as the words the verifier asks for.
     let destination = mapped(unsafe { (*sa).user_ip4 }.to_ne_bytes());
-    match capture(&ctx, destination) {
-        Verdict::Leave => PROCEED,
-        Verdict::Refuse => REFUSE,
-        Verdict::Capture => {
-            // SAFETY: as above.
-            unsafe {
-                (*sa).user_ip4 = u32::from_ne_bytes(LOOPBACK_V4);
-                (*sa).user_port = u32::from(OUTBOUND_PORT.to_be());
-            }
-            PROCEED
+    let (address, port) = match route(&ctx, &destination) {
+        Route::Leave => return PROCEED,
+        Route::Refuse => return REFUSE,
+        Route::Capture => (LOOPBACK_V4, OUTBOUND_PORT),
+        Route::SameNode(verdict) => {
+            let a = &verdict.endpoint;
+            ([a[12], a[13], a[14], a[15]], verdict.port as u16)
         }
+    };
+    // SAFETY: as above.
+    unsafe {
+        (*sa).user_ip4 = u32::from_ne_bytes(address);
+        (*sa).user_port = u32::from(port.to_be());
     }
+    PROCEED
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
     let destination = user_ip6(sa);
-    match capture(&ctx, destination) {
-        Verdict::Leave => PROCEED,
-        Verdict::Refuse => REFUSE,
-        Verdict::Capture => {
-            // SAFETY: the context is the kernel's; its fields are read and written as the words the verifier asks for.
-            unsafe {
-                let listener = if is_mapped(&destination) {
-                    mapped(LOOPBACK_V4)
-                } else {
-                    LOOPBACK_V6
-                };
-                set_user_ip6(sa, &listener);
-                (*sa).user_port = u32::from(OUTBOUND_PORT.to_be());
-            }
-            PROCEED
-        }
-    }
+    let (address, port) = match route(&ctx, &destination) {
+        Route::Leave => return PROCEED,
+        Route::Refuse => return REFUSE,
+        Route::Capture if is_mapped(&destination) => (mapped(LOOPBACK_V4), OUTBOUND_PORT),
+        Route::Capture => (LOOPBACK_V6, OUTBOUND_PORT),
+        Route::SameNode(verdict) => (verdict.endpoint, verdict.port as u16),
+    };
+    set_user_ip6(sa, &address);
+    // SAFETY: the context is the kernel's; its fields are read and written as the words the verifier asks for.
+    unsafe { (*sa).user_port = u32::from(port.to_be()) };
+    PROCEED
 }
 
-enum Verdict {
+enum Route {
     /// Not ours: the kernel's own path.
     Leave,
     /// Ours, but it cannot be captured: an error, never plaintext.
     Refuse,
     Capture,
+    /// To a pod of this node, without the daemon.
+    SameNode(&'static Verdict),
 }
 
 #[inline(always)]
-fn capture(ctx: &SockAddrContext, destination: Address) -> Verdict {
+fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
     let sa = ctx.sock_addr;
     // SAFETY: the context is the kernel's.
     if unsafe { (*sa).protocol } != IPPROTO_TCP {
-        return Verdict::Leave;
+        return Route::Leave;
     }
     // SAFETY: the helper reads the socket of this context.
     let cookie = unsafe { bpf_get_netns_cookie(sa.cast()) };
     // SAFETY: entries are written once, at enrolment, and freed after a grace period.
     let Some(pod) = (unsafe { PODS.get(cookie) }) else {
-        return Verdict::Leave;
+        return Route::Leave;
     };
+    // SAFETY: the context is the kernel's; the port is in network byte order in the low half.
+    let port = u32::from(u16::from_be(unsafe { (*sa).user_port } as u16));
     // SAFETY: the context's socket, which the helpers take.
     unsafe {
         if !BYPASS.get_ptr_mut(ctx).is_null() {
-            return Verdict::Leave;
+            return Route::Leave;
         }
         let sk: *mut bpf_sock = (*sa).__bindgen_anon_1.sk;
         // A socket may be dialled again after a failure: forget what it dialled before.
         if dialled(sk).is_some() {
             let _ = DIALLED.delete(sk);
         }
+        if let Some(flow) = flow(sk) {
+            // While one daemon takes over from another, both have their programs here.
+            if let Some(verdict) = same_node::already_led(flow, cookie, destination, port) {
+                return Route::SameNode(verdict);
+            }
+            delete_flow(sk);
+        }
     }
-    let captured = match mesh_kind(destination) {
+    let captured = match mesh_kind(*destination) {
         Some(kind) => kind == MeshKind::Pod as u32 || kind == MeshKind::Service as u32,
         None => false,
     };
-    if !captured || destination == pod.v4 || destination == pod.v6 {
-        return Verdict::Leave;
+    if !captured || *destination == pod.v4 || *destination == pod.v6 {
+        return Route::Leave;
     }
     if pod.refused != 0 {
-        return Verdict::Refuse;
+        return Route::Refuse;
+    }
+    if let Some(verdict) = same_node::dial(ctx, cookie, pod, destination, port) {
+        return Route::SameNode(verdict);
     }
     let mut entry = Dialled {
-        address: destination,
+        address: *destination,
         // SAFETY: a helper without arguments.
         at_nanoseconds: unsafe { bpf_ktime_get_ns() },
-        // SAFETY: the context is the kernel's; the port is in network byte order in the low half.
-        port: u32::from(u16::from_be(unsafe { (*sa).user_port } as u16)),
+        port,
         padding: 0,
     };
     // SAFETY: the context's socket, and a value of the map's own type.
     if unsafe { DIALLED.get_or_insert_ptr_mut(ctx, Some(&mut entry)) }.is_null() {
-        return Verdict::Refuse;
+        return Route::Refuse;
     }
     match unbind_interface(ctx) {
-        Ok(()) => Verdict::Capture,
-        Err(()) => Verdict::Refuse,
+        Ok(()) => Route::Capture,
+        Err(()) => Route::Refuse,
     }
 }
 
@@ -159,17 +173,12 @@ pub fn user_ip6(sa: *const bpf_sock_addr) -> Address {
 /// the compiler would merge them.
 #[inline(always)]
 pub fn words(field: *const [u32; 4]) -> Address {
-    let mut address = [0; 16];
-    for word in 0..4 {
-        // SAFETY: `field` is of a context that the kernel gave.
-        let bytes =
-            unsafe { core::ptr::read_volatile(field.cast::<u32>().add(word)) }.to_ne_bytes();
-        address[4 * word] = bytes[0];
-        address[4 * word + 1] = bytes[1];
-        address[4 * word + 2] = bytes[2];
-        address[4 * word + 3] = bytes[3];
-    }
-    address
+    // SAFETY: `field` is of a context that the kernel gave.
+    let word = |word| unsafe { core::ptr::read_volatile(field.cast::<u32>().add(word)) };
+    // As words: sixteen bytes would take sixteen registers, or as many places on the stack.
+    let words = [word(0), word(1), word(2), word(3)];
+    // SAFETY: both are sixteen plain bytes.
+    unsafe { core::mem::transmute(words) }
 }
 
 /// Writes the IPv6 address in the context.
@@ -188,7 +197,7 @@ pub fn set_user_ip6(sa: *mut bpf_sock_addr, address: &Address) {
 }
 
 #[inline(always)]
-fn is_mapped(address: &Address) -> bool {
+pub fn is_mapped(address: &Address) -> bool {
     let mut zeros = true;
     let mut byte = 0;
     while byte < 10 {

@@ -1,14 +1,14 @@
 //! sk_lookup, in each enrolled pod's netns: a SYN for any port of the pod goes to its tunnel listener, by who sends it.
 //!
 //! Runs when a SYN looks for a listener, never on an established connection. What the pod sends to itself passes, and so
-//! does the daemon on its way to the app.
+//! do the daemon on its way to the app, and whom the kernel itself has seen dial from another pod of this node.
 
 use auth_common::{ANY_ADDRESS, Address, Delivery, Inbound, MeshKind, mapped};
 use aya_ebpf::{bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
 
 use crate::{
     connect::words,
-    maps::{DELIVERIES, INBOUND, TUNNELS, mesh_kind},
+    maps::{ADMITTED, DELIVERIES, INBOUND, TUNNELS, mesh_kind},
 };
 
 const SK_DROP: u32 = 0;
@@ -29,7 +29,7 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     let (local, remote) = addresses(lookup);
     // The kernel gives what a pod sends to its own address for what came by the address's interface (ip_route_output,
     // ip6_rcv_core). From outside nobody gets an answer there: it goes to the pod itself.
-    if local == remote || is_delivery(lookup, local, remote) {
+    if local == remote || is_expected(lookup, local, remote) {
         return SK_PASS;
     }
     // SAFETY: plain words, replaced whole.
@@ -50,9 +50,9 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     }
 }
 
-/// Whether this SYN is the daemon's, on its way to the app.
+/// Whether this SYN is the daemon's, on its way to the app, or of a connection that stays in the kernel.
 #[inline(always)]
-fn is_delivery(lookup: *const bpf_sk_lookup, local: Address, remote: Address) -> bool {
+fn is_expected(lookup: *const bpf_sk_lookup, local: Address, remote: Address) -> bool {
     // SAFETY: the context is the kernel's.
     let (client_port, server_port) = unsafe { ((*lookup).remote_port, (*lookup).local_port) };
     let key = Delivery {
@@ -61,7 +61,7 @@ fn is_delivery(lookup: *const bpf_sk_lookup, local: Address, remote: Address) ->
         client_port: u32::from(u16::from_be(client_port)),
         server_port,
     };
-    DELIVERIES.get_ptr(key).is_some()
+    DELIVERIES.get_ptr(key).is_some() || ADMITTED.get_ptr(key).is_some()
 }
 
 #[inline(always)]

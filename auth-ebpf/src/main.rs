@@ -8,6 +8,7 @@ mod established;
 mod inbound;
 mod maps;
 mod names;
+mod same_node;
 
 /// The kernel refuses GPL-only helpers to programs of another licence.
 #[unsafe(link_section = "license")]

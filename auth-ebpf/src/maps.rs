@@ -1,12 +1,14 @@
 //! The maps, all pinned by the daemon and adopted by the next one. None takes its memory up front but for the bucket
-//! arrays of the hashes (2 MiB each for PENDING and DELIVERIES); the trie and the hashes allocate as they fill.
+//! arrays of the hashes (2 MiB each for PENDING, DELIVERIES, VERDICTS and ADMITTED) and the ring of EVENTS (1 MiB); the
+//! trie and the hashes allocate as they fill.
 
 use auth_common::{
-    Address, DELIVERY, Delivery, Dialled, MAX_MESH_ADDRESSES, MAX_PENDING, MAX_PODS, Pod, SocketKey,
+    Address, Admitted, Closed, DELIVERY, Delivery, Dialled, EVENT_BYTES, Flow, MAX_MESH_ADDRESSES,
+    MAX_PENDING, MAX_PODS, MAX_VERDICTS, Pod, SocketKey, Verdict,
 };
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, bpf_sock},
-    btf_maps::{HashMap, LpmTrie, SkStorage, SockHash, lpm_trie::Key},
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage, SockHash, lpm_trie::Key},
     helpers::generated::bpf_sk_storage_get,
     macros::btf_map,
 };
@@ -48,6 +50,33 @@ pub static TUNNELS: SockHash<Address, { 2 * MAX_PODS as usize }> = SockHash::new
 #[btf_map]
 pub static INBOUND: HashMap<Address, u32, { 2 * MAX_PODS as usize }, ON_DEMAND> = HashMap::new();
 
+/// What the daemon decided on connections between two pods of this node: by the client's netns and what it dials.
+#[btf_map]
+pub static VERDICTS: HashMap<SocketKey, Verdict, { MAX_VERDICTS as usize }, ON_DEMAND> =
+    HashMap::new();
+
+/// Until when VERDICTS hold, by `CLOCK_MONOTONIC`, in nanoseconds. The daemon renews it for as long as it lives.
+#[btf_map]
+pub static LEASE: Array<u64, 1> = Array::new();
+
+/// Connections under a verdict, from before their SYN leaves until the server's socket stands: what the inbound program
+/// lets through.
+#[btf_map]
+pub static ADMITTED: HashMap<Delivery, Admitted, { MAX_VERDICTS as usize }, ON_DEMAND> =
+    HashMap::new();
+
+/// Both ends' sockets of such connections, until they close.
+#[btf_map]
+pub static FLOWS: SkStorage<Flow> = SkStorage::new();
+
+/// How they closed, for the daemon's log.
+#[btf_map]
+pub static EVENTS: RingBuf<Closed, { EVENT_BYTES as usize }> = RingBuf::new();
+
+/// How many ends of connections will leave no line: the ring was full.
+#[btf_map]
+pub static LOST: PerCpuArray<u64, 1> = PerCpuArray::new();
+
 /// What `address` is in the mesh; `None` for the world outside.
 #[inline(always)]
 pub fn mesh_kind(address: Address) -> Option<u32> {
@@ -76,16 +105,59 @@ pub unsafe fn is_delivery(sk: *mut bpf_sock) -> bool {
     unsafe { stored(&BYPASS, sk) }.is_some_and(|kind| *kind == DELIVERY)
 }
 
+/// What is kept on `sk`, if it is an end of a connection between two pods of this node.
+///
+/// # Safety
+///
+/// As for [`dialled`].
+#[inline(always)]
+pub unsafe fn flow<'a>(sk: *mut bpf_sock) -> Option<&'a mut Flow> {
+    // SAFETY: the caller's.
+    unsafe { storage(&FLOWS, sk, core::ptr::null_mut(), 0).as_mut() }
+}
+
+/// The same, all zeros where there was none. `None` when there is no memory for it.
+///
+/// # Safety
+///
+/// As for [`dialled`].
+#[inline(always)]
+pub unsafe fn new_flow<'a>(sk: *mut bpf_sock) -> Option<&'a mut Flow> {
+    let create = BPF_SK_STORAGE_GET_F_CREATE.into();
+    // SAFETY: the caller's.
+    unsafe { storage(&FLOWS, sk, core::ptr::null_mut(), create).as_mut() }
+}
+
+/// Forgets what [`flow`] gives.
+///
+/// # Safety
+///
+/// As for [`dialled`].
+#[inline(always)]
+pub unsafe fn delete_flow(sk: *mut bpf_sock) {
+    if !sk.is_null() {
+        // SAFETY: the caller's.
+        let _ = unsafe { FLOWS.delete(sk) };
+    }
+}
+
 #[inline(always)]
 unsafe fn stored<'a, T>(map: &'static SkStorage<T>, sk: *mut bpf_sock) -> Option<&'a T> {
+    // SAFETY: the caller's.
+    unsafe { storage(map, sk, core::ptr::null_mut(), 0).as_ref() }
+}
+
+#[inline(always)]
+unsafe fn storage<T>(
+    map: &'static SkStorage<T>,
+    sk: *mut bpf_sock,
+    value: *mut T,
+    flags: u64,
+) -> *mut T {
     if sk.is_null() {
-        return None;
+        return core::ptr::null_mut();
     }
     let map = core::ptr::from_ref(map).cast_mut();
     // SAFETY: the verifier knows `sk` for a socket; without the create flag the helper only looks up.
-    unsafe {
-        bpf_sk_storage_get(map.cast(), sk.cast(), core::ptr::null_mut(), 0)
-            .cast::<T>()
-            .as_ref()
-    }
+    unsafe { bpf_sk_storage_get(map.cast(), sk.cast(), value.cast(), flags).cast() }
 }

@@ -1,14 +1,15 @@
-//! cgroup/getpeername and getsockname: an app whose connection was captured sees the addresses that it would see
-//! without us: the one it dialled, and its pod's own.
+//! cgroup/getpeername and getsockname: an app whose connection was captured, or led to a service's pod on this node, sees
+//! the addresses that it would see without us: the one it dialled, and its pod's own.
 
-use auth_common::{Address, OUTBOUND_PORT, Pod, mapped};
+use auth_common::{Address, FLOW_SERVER, OUTBOUND_PORT, Pod, mapped};
 use aya_ebpf::{
-    helpers::bpf_get_netns_cookie, macros::cgroup_sock_addr, programs::SockAddrContext,
+    bindings::bpf_sock_addr, helpers::bpf_get_netns_cookie, macros::cgroup_sock_addr,
+    programs::SockAddrContext,
 };
 
 use crate::{
     connect::{LOOPBACK_V4, LOOPBACK_V6, set_user_ip6, user_ip6},
-    maps::{PODS, dialled},
+    maps::{PODS, dialled, flow},
 };
 
 const PROCEED: i32 = 1;
@@ -18,12 +19,10 @@ pub fn getpeername4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
     // SAFETY: the context and its socket are the kernel's; fields are accessed as the words the verifier asks for.
     unsafe {
-        if at_listener((*sa).user_port)
-            && let Some(dialled) = dialled((*sa).__bindgen_anon_1.sk)
-        {
-            let a = &dialled.address;
+        let peer = mapped((*sa).user_ip4.to_ne_bytes());
+        if let Some((a, port)) = dialled_instead_of(sa, &peer) {
             (*sa).user_ip4 = u32::from_ne_bytes([a[12], a[13], a[14], a[15]]);
-            (*sa).user_port = u32::from((dialled.port as u16).to_be());
+            (*sa).user_port = u32::from((port as u16).to_be());
         }
     }
     PROCEED
@@ -34,19 +33,33 @@ pub fn getpeername6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
     // SAFETY: as in getpeername4.
     unsafe {
-        if at_listener((*sa).user_port)
-            && let Some(dialled) = dialled((*sa).__bindgen_anon_1.sk)
-        {
-            set_user_ip6(sa, &dialled.address);
-            (*sa).user_port = u32::from((dialled.port as u16).to_be());
+        if let Some((address, port)) = dialled_instead_of(sa, &user_ip6(sa)) {
+            set_user_ip6(sa, address);
+            (*sa).user_port = u32::from((port as u16).to_be());
         }
     }
     PROCEED
 }
 
+/// What the app dialled, where we led it to `peer` in its place.
 #[inline(always)]
-fn at_listener(user_port: u32) -> bool {
-    user_port as u16 == OUTBOUND_PORT.to_be()
+fn dialled_instead_of<'a>(sa: *const bpf_sock_addr, peer: &Address) -> Option<(&'a Address, u32)> {
+    // SAFETY: as in getpeername4.
+    unsafe {
+        let sk = (*sa).__bindgen_anon_1.sk;
+        let port = u32::from(u16::from_be((*sa).user_port as u16));
+        if port == u32::from(OUTBOUND_PORT)
+            && let Some(dialled) = dialled(sk)
+        {
+            return Some((&dialled.address, dialled.port));
+        }
+        let flow = flow(sk)?;
+        let is_client = flow.role != FLOW_SERVER;
+        if is_client && flow.endpoint_port == port && flow.endpoint == *peer {
+            return Some((&flow.admitted.dialled, flow.admitted.dialled_port));
+        }
+    }
+    None
 }
 
 #[cgroup_sock_addr(getsockname4)]

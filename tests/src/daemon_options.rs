@@ -24,6 +24,11 @@ impl DaemonOptions {
         self.setting("mode", "PERMISSIVE".into())
     }
 
+    /// `sameNode: tunnel`: TLS between two pods of one node, too.
+    pub fn same_node_tunnel(self) -> Self {
+        self.setting("sameNode", "tunnel".into())
+    }
+
     /// Another trust domain than `cluster.local`. Give it another CA too.
     pub fn trust_domain(self, name: &str) -> Self {
         self.setting("trustDomain", name.into())

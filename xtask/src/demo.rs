@@ -9,6 +9,7 @@ mod failure;
 mod identity;
 mod outside;
 mod report;
+mod same_node;
 mod server_hello;
 mod stage;
 mod wire;
@@ -70,7 +71,7 @@ const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-const AFTER: [Check; 12] = [
+const AFTER: [Check; 13] = [
     Check {
         name: "mtls-on-wire",
         claim: "with it, the same request crosses in TLS 1.3 records and nothing else",
@@ -95,6 +96,11 @@ const AFTER: [Check; 12] = [
         name: "identity-in-log",
         claim: "both daemons log who called whom",
         run: identity::identity_in_log,
+    },
+    Check {
+        name: "same-node",
+        claim: "two pods of one node talk in its kernel, and the log says who",
+        run: same_node::same_node,
     },
     Check {
         name: "secure-naming",

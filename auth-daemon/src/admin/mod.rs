@@ -93,6 +93,7 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
         "connections": node.live.list(),
         "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "pods": pods},
         "pool": {"idle": idle},
+        "sameNode": {"verdicts": node.same_node.count(), "unlogged": node.kernel.same_node.lost()},
     }))
 }
 

@@ -31,12 +31,12 @@ use aya::{
 use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::Netns;
+use super::{Netns, SameNode};
 
 /// The compiled programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF_OBJECT"));
 
-const MAPS: [&str; 8] = [
+const MAPS: [&str; 14] = [
     "PODS",
     "MESH",
     "PENDING",
@@ -45,6 +45,12 @@ const MAPS: [&str; 8] = [
     "DELIVERIES",
     "TUNNELS",
     "INBOUND",
+    "VERDICTS",
+    "LEASE",
+    "ADMITTED",
+    "FLOWS",
+    "EVENTS",
+    "LOST",
 ];
 const CGROUP_PROGRAMS: [&str; 6] = [
     "connect4",
@@ -150,6 +156,8 @@ pub struct Kernel {
     pending: Mutex<BpfHashMap<MapData, SocketKey, Dialled>>,
     bypass: Mutex<SkStorage<MapData, u32>>,
     inbound_entries: Mutex<InboundEntries>,
+    /// Connections between two pods of this node.
+    pub same_node: SameNode,
     _lock: PinLock,
 }
 
@@ -221,6 +229,7 @@ impl Kernel {
             .filter(|address| *address != ANY_ADDRESS)
             .map(|address| (address, NO_LISTENER))
             .collect();
+        let same_node = SameNode::new(&mut ebpf)?;
         for name in CGROUP_PROGRAMS.into_iter().chain([SOCK_OPS_PROGRAM]) {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
@@ -238,6 +247,7 @@ impl Kernel {
                 tunnels,
                 entries: left,
             }),
+            same_node,
             pins,
             _lock: lock,
         })
@@ -369,8 +379,7 @@ impl Kernel {
         let mut pending = lock(&self.pending);
         let dialled = pending.get(&key, 0).ok()?;
         let _ = pending.remove(&key);
-        let ip = IpAddr::from(dialled.address).to_canonical();
-        Some(SocketAddr::new(ip, dialled.port as u16))
+        Some(socket_address(dialled.address, dialled.port))
     }
 
     /// Removes pending connections that nobody will accept any more.
@@ -476,12 +485,12 @@ where
         .ok_or_else(|| KernelError::Missing(format!("program {name}")))
 }
 
-fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map, KernelError> {
+pub(super) fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map, KernelError> {
     ebpf.take_map(name)
         .ok_or_else(|| KernelError::Missing(format!("map {name}")))
 }
 
-fn map_error(map: &'static str) -> impl Fn(MapError) -> KernelError {
+pub(super) fn map_error(map: &'static str) -> impl Fn(MapError) -> KernelError {
     move |error| KernelError::Map { map, error }
 }
 
@@ -499,7 +508,7 @@ fn link_error(program: &str) -> impl Fn(LinkError) -> KernelError {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these guard are handles: a panic elsewhere leaves none half written.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -512,6 +521,11 @@ pub(super) fn wire_address(address: IpAddr) -> Address {
     }
 }
 
+/// What the maps have as an address and a port.
+pub(super) fn socket_address(address: Address, port: u32) -> SocketAddr {
+    SocketAddr::new(IpAddr::from(address).to_canonical(), port as u16)
+}
+
 fn trie_key(net: &IpNet) -> (Address, u32) {
     let extra = if net.addr().is_ipv4() { 96 } else { 0 };
     (
@@ -520,7 +534,7 @@ fn trie_key(net: &IpNet) -> (Address, u32) {
     )
 }
 
-fn monotonic_nanoseconds() -> u64 {
+pub(super) fn monotonic_nanoseconds() -> u64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
         .map(|time| {
             let duration = std::time::Duration::from(time);

@@ -7,9 +7,11 @@ pub mod mounts;
 mod netns;
 mod plumbing;
 mod pods;
+mod same_node;
 pub mod sockets;
 pub mod unload;
 
 pub use kernel::{Kernel, KernelError, PinLock};
 pub use netns::Netns;
 pub use pods::{EnrolError, Enrolled, forget_others, open_netns};
+pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};

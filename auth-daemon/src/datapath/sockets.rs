@@ -268,6 +268,34 @@ pub async fn dial_app(
     Err(io::ErrorKind::AddrNotAvailable.into())
 }
 
+/// Connects to the app at `server`, in another pod of this node, from `client`'s address and port, an address of the pod
+/// that `netns` is of; from another port when that one is taken.
+pub async fn dial_neighbour(
+    kernel: &Kernel,
+    netns: &Netns,
+    client: SocketAddr,
+    server: SocketAddr,
+) -> io::Result<TcpStream> {
+    for port in [client.port(), 0] {
+        let socket = socket_in(kernel, netns, server, DELIVERY)?;
+        let from = SocketAddr::new(client.ip(), port);
+        let result = match socket.bind(&from.into()) {
+            Ok(()) => into_tokio(socket)?.connect(server).await,
+            Err(error) => Err(error),
+        };
+        match result {
+            Err(error)
+                if port != 0
+                    && matches!(
+                        error.kind(),
+                        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+                    ) => {}
+            result => return result,
+        }
+    }
+    Err(io::ErrorKind::AddrNotAvailable.into())
+}
+
 fn socket_in(kernel: &Kernel, netns: &Netns, remote: SocketAddr, kind: u32) -> io::Result<Socket> {
     let socket = netns.enter(|| {
         Socket::new(

@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use serde::Serialize;
@@ -37,6 +37,8 @@ pub enum Path {
     Plaintext,
     /// A pod that reached itself through a service.
     Itself,
+    /// Nothing but this node's kernel: two pods of one node.
+    SameNode,
 }
 
 /// A connection under way.
@@ -45,7 +47,9 @@ pub struct Connection {
     direction: Direction,
     started: Instant,
     /// Bytes so far.
-    pub counters: Counters,
+    pub counters: Arc<Counters>,
+    /// Whether those that go up go to the server.
+    up_is_to_server: bool,
     details: Mutex<Details>,
 }
 
@@ -89,10 +93,12 @@ pub struct Live {
 impl Live {
     /// Notes a connection from `client`. It leaves a line in the log when the guard is finished or dropped.
     pub fn open(&self, direction: Direction, client: SocketAddr) -> Guard<'_> {
-        let connection = Arc::new(Connection {
+        self.insert(Connection {
             direction,
             started: Instant::now(),
-            counters: Counters::default(),
+            counters: Arc::default(),
+            // Inbound, the app here is the server: what it sends goes up the tunnel.
+            up_is_to_server: direction == Direction::Outbound,
             details: Mutex::new(Details {
                 client,
                 destination: None,
@@ -102,7 +108,11 @@ impl Live {
                 server_identity: None,
                 path: Path::Tunnel,
             }),
-        });
+        })
+    }
+
+    fn insert(&self, connection: Connection) -> Guard<'_> {
+        let connection = Arc::new(connection);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.lock().insert(id, connection.clone());
         Guard {
@@ -186,10 +196,10 @@ impl Connection {
     fn bytes(&self) -> (u64, u64) {
         let up = self.counters.up.load(Ordering::Relaxed);
         let down = self.counters.down.load(Ordering::Relaxed);
-        match self.direction {
-            Direction::Outbound => (up, down),
-            // The app here is the server: what it sends goes up the tunnel.
-            Direction::Inbound => (down, up),
+        if self.up_is_to_server {
+            (up, down)
+        } else {
+            (down, up)
         }
     }
 }
@@ -203,7 +213,23 @@ pub struct Guard<'a> {
     finished: bool,
 }
 
-impl Guard<'_> {
+impl<'a> Guard<'a> {
+    /// The same outbound connection once more, as its server's side sees it: it is in the hands of one daemon.
+    pub fn servers_side(&self) -> Guard<'a> {
+        let connection = &self.connection;
+        let details = connection.details();
+        self.live.insert(Connection {
+            direction: Direction::Inbound,
+            started: connection.started,
+            counters: connection.counters.clone(),
+            up_is_to_server: connection.up_is_to_server,
+            details: Mutex::new(Details {
+                service: None,
+                ..details
+            }),
+        })
+    }
+
     /// Adds what was learnt.
     pub fn learn(&self, change: impl FnOnce(&mut Details)) {
         change(&mut self.connection.lock());
@@ -224,16 +250,58 @@ impl Guard<'_> {
         let connection = &self.connection;
         let details = connection.details();
         let (bytes_to_server, bytes_to_client) = connection.bytes();
-        let direction = match connection.direction {
+        let finished = Finished {
+            direction: connection.direction,
+            path: details.path,
+            client: details.client,
+            destination: details.destination,
+            endpoint: details.endpoint,
+            service: details.service,
+            client_identity: details.client_identity,
+            server_identity: details.server_identity,
+            bytes_to_server,
+            bytes_to_client,
+            duration: connection.started.elapsed(),
+            outcome,
+            reason: reason.to_string(),
+        };
+        finished.write();
+    }
+}
+
+/// All that the log says of a connection.
+#[derive(Debug)]
+pub(super) struct Finished {
+    pub(super) direction: Direction,
+    pub(super) path: Path,
+    pub(super) client: SocketAddr,
+    pub(super) destination: Option<SocketAddr>,
+    pub(super) endpoint: Option<SocketAddr>,
+    pub(super) service: Option<ObjectName>,
+    pub(super) client_identity: Option<Identity>,
+    pub(super) server_identity: Option<Identity>,
+    pub(super) bytes_to_server: u64,
+    pub(super) bytes_to_client: u64,
+    pub(super) duration: Duration,
+    pub(super) outcome: Outcome,
+    /// Empty for [`Outcome::Ok`].
+    pub(super) reason: String,
+}
+
+impl Finished {
+    /// Writes the line.
+    pub(super) fn write(&self) {
+        let direction = match self.direction {
             Direction::Outbound => "outbound",
             Direction::Inbound => "inbound",
         };
-        let path = match details.path {
+        let path = match self.path {
             Path::Tunnel => "tunnel",
             Path::Plaintext => "plaintext",
             Path::Itself => "self",
+            Path::SameNode => "same-node",
         };
-        let result = match outcome {
+        let result = match self.outcome {
             Outcome::Ok => "ok",
             Outcome::Refused => "refused",
             Outcome::Reset => "reset",
@@ -242,17 +310,17 @@ impl Guard<'_> {
             target: "access",
             direction,
             path,
-            client = %details.client,
-            client_identity = %Shown(&details.client_identity),
-            destination = %Shown(&details.destination),
-            endpoint = %Shown(&details.endpoint),
-            service = %Shown(&details.service),
-            server_identity = %Shown(&details.server_identity),
-            bytes_to_server,
-            bytes_to_client,
-            duration_ms = connection.started.elapsed().as_millis() as u64,
+            client = %self.client,
+            client_identity = %Shown(&self.client_identity),
+            destination = %Shown(&self.destination),
+            endpoint = %Shown(&self.endpoint),
+            service = %Shown(&self.service),
+            server_identity = %Shown(&self.server_identity),
+            bytes_to_server = self.bytes_to_server,
+            bytes_to_client = self.bytes_to_client,
+            duration_ms = self.duration.as_millis() as u64,
             result,
-            reason = %reason,
+            reason = %self.reason,
             "connection"
         );
     }

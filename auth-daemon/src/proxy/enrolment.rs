@@ -18,7 +18,13 @@ use tokio::{
     task::AbortHandle,
 };
 
-use super::{Node, Pod, Workers, connections::Connections, handshakes::Place, inbound, outbound};
+use super::{
+    Node, Pod, Workers,
+    connections::Connections,
+    handshakes::Place,
+    inbound, outbound,
+    same_node::{self, Resident, Residents},
+};
 use crate::{
     datapath::{
         EnrolError, Enrolled, forget_others, open_netns,
@@ -120,6 +126,12 @@ impl Enrolment {
             self.reconcile(&snapshot);
             if first {
                 first = false;
+                self.node.same_node.adopt(&self.node);
+                tokio::spawn(same_node::keep(self.node.clone()));
+                let worker = self.workers.next();
+                worker
+                    .runtime
+                    .spawn(same_node::log_closed(self.node.clone()));
                 self.node.ready.store(true, Ordering::Relaxed);
             }
             self.publish_status();
@@ -307,7 +319,7 @@ impl Enrolment {
         serving.listeners
     }
 
-    /// Leads each address to the pod that has it.
+    /// Leads each address to the pod that has it, and says which pods there are.
     fn settle_addresses(&mut self) {
         let serving = &self.serving;
         let claims = |name: &ObjectName, address: &IpAddr| {
@@ -329,6 +341,35 @@ impl Enrolment {
         let mode = self.node.inbound_mode();
         if let Err(error) = self.node.kernel.set_inbound(&wanted, mode) {
             tracing::error!(%error, "cannot tell the kernel's side what to admit");
+        }
+        self.node.same_node.settle(&self.node, self.residents());
+    }
+
+    fn residents(&self) -> Residents {
+        let by_cookie: HashMap<_, _> = self
+            .serving
+            .values()
+            .map(|serving| {
+                let workload = &serving.pod.workload;
+                let resident = Resident {
+                    cookie: serving.cookie(),
+                    identity: workload.identity.clone(),
+                    addresses: workload.addresses.clone(),
+                };
+                (resident.cookie, Arc::new(resident))
+            })
+            .collect();
+        let by_address = self
+            .owners
+            .iter()
+            .filter_map(|(address, name)| {
+                let resident = by_cookie.get(&self.serving.get(name)?.cookie())?;
+                Some((*address, resident.clone()))
+            })
+            .collect();
+        Residents {
+            by_cookie,
+            by_address,
         }
     }
 

@@ -11,6 +11,7 @@ mod opening;
 mod outbound;
 mod plain;
 mod pod;
+mod same_node;
 mod workers;
 
 use std::sync::{
@@ -24,6 +25,7 @@ use tokio::sync::watch;
 
 pub use enrolment::{Enrolment, PodStatus};
 pub use pod::Pod;
+pub use same_node::SameNode;
 pub use workers::Workers;
 
 use crate::{
@@ -48,6 +50,8 @@ pub struct Node {
     pub live: access::Live,
     /// Pods as they stand.
     pub pods: std::sync::Mutex<Vec<PodStatus>>,
+    /// Connections between pods of this node that the kernel carries.
+    pub same_node: SameNode,
     balance: balance::Balance,
     ready: AtomicBool,
     /// Raised once: from then on no connection begins.
@@ -69,6 +73,7 @@ impl Node {
             certificates,
             live: access::Live::default(),
             pods: std::sync::Mutex::default(),
+            same_node: SameNode::new(),
             balance: balance::Balance::default(),
             ready: AtomicBool::new(false),
             draining: watch::Sender::new(false),

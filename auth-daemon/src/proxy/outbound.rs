@@ -1,10 +1,16 @@
 //! The client's side: an app's captured connection, from `accept` on the pod's loopback to its end.
 
-use std::{io, net::SocketAddr, os::fd::AsRawFd, sync::atomic::Ordering, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
-    io::Interest,
+    io::{AsyncWriteExt, Interest},
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
 };
@@ -13,9 +19,11 @@ use super::{
     Node, Pod,
     access::{Direction, Guard, Outcome, Path},
     plain,
+    same_node::{Forbidden, Resident, permit},
 };
 use crate::{
     certs::Current,
+    config::SameNode,
     datapath::sockets::{self, end_in_good_order},
     mesh::Destination,
     tunnel::{
@@ -78,10 +86,29 @@ pub(super) async fn serve(node: &Node, pod: &Pod, mut app: TcpStream, from: Sock
             finish(pod, app, tunnel, ending, access).await;
         }
         Ok(Opened::Itself(mut server)) => {
+            let early = std::mem::take(&mut call.early.bytes);
             drop(call);
-            match plain::relay(&mut app, &mut server, access.counters()).await {
+            match carry_plainly(&mut app, &mut server, &early, &access).await {
                 Ok(()) => access.finish(Outcome::Ok, ""),
                 Err(error) => access.finish(Outcome::Reset, error),
+            }
+        }
+        Ok(Opened::SameNode(mut neighbour)) => {
+            let early = std::mem::take(&mut call.early.bytes);
+            drop(call);
+            node.same_node.remember(node, cookie, dialled);
+            let _load = node.balance.count(neighbour.endpoint);
+            let servers_side = access.servers_side();
+            let carried = carry_plainly(&mut app, &mut neighbour.tcp, &early, &access);
+            let ended = tokio::select! {
+                ended = carried => ended,
+                () = node.same_node.gone(&neighbour.resident) => return,
+            };
+            for access in [access, servers_side] {
+                match &ended {
+                    Ok(()) => access.finish(Outcome::Ok, ""),
+                    Err(error) => access.finish(Outcome::Reset, error),
+                }
             }
         }
         Err(gone @ Refusal::App(_)) => access.finish(Outcome::Reset, gone),
@@ -89,11 +116,32 @@ pub(super) async fn serve(node: &Node, pod: &Pod, mut app: TcpStream, from: Sock
     }
 }
 
+/// Relays without TLS. `early` is what was taken of the app's for an endpoint that said no.
+async fn carry_plainly(
+    app: &mut TcpStream,
+    server: &mut TcpStream,
+    early: &[u8],
+    access: &Guard<'_>,
+) -> io::Result<()> {
+    server.write_all(early).await?;
+    let count = early.len() as u64;
+    access.counters().up.fetch_add(count, Ordering::Relaxed);
+    plain::relay(app, server, access.counters()).await
+}
+
 /// A connection that stands.
 enum Opened {
     Tunnel(Box<Tunnel>),
     /// The pod's own app: no wire, no tunnel.
     Itself(TcpStream),
+    /// Another pod's app, on this node.
+    SameNode(Neighbour),
+}
+
+struct Neighbour {
+    tcp: TcpStream,
+    endpoint: SocketAddr,
+    resident: Arc<Resident>,
 }
 
 struct Tunnel {
@@ -171,6 +219,8 @@ enum Failure {
     Dial(std::io::Error),
     #[error("does not answer")]
     Silent,
+    #[error("{0}")]
+    Forbidden(#[from] Forbidden),
     #[error("{0}")]
     Handshake(#[from] HandshakeError),
     #[error("secure naming: it presents {presented}, but may only be {allowed}")]
@@ -263,6 +313,24 @@ impl Call<'_> {
             let server = dial.await.map_err(|error| failed(Failure::Dial(error)))?;
             return Ok(Opened::Itself(server));
         }
+        if node.config.same_node == SameNode::Kernel
+            && let Some(resident) = node.same_node.residents().by_address.get(&address.ip())
+        {
+            self.access.learn(|details| details.path = Path::SameNode);
+            let step = self.reach(destination, resident, source, address);
+            let tcp = within(limit(DIAL), step).await;
+            if let Err(why) = &tcp {
+                self.access.servers_side().finish(Outcome::Refused, why);
+            }
+            self.access.learn(|details| {
+                details.server_identity = Some(resident.identity.clone());
+            });
+            return Ok(Opened::SameNode(Neighbour {
+                tcp: tcp.map_err(failed)?,
+                endpoint: address,
+                resident: resident.clone(),
+            }));
+        }
         // An idle tunnel may have been closed by the other side a moment ago; then the next, then a new one.
         while let Some(taken) = pod.pool.take(address, &destination.identities) {
             let Taken {
@@ -305,6 +373,42 @@ impl Call<'_> {
             Err(failure) => return Err(failed(failure)),
         }
         Ok(self.opened(channel, address, made))
+    }
+
+    /// Connects to the app of a pod of this node, as the client's pod itself would.
+    async fn reach(
+        &self,
+        destination: &Destination,
+        resident: &Arc<Resident>,
+        source: IpAddr,
+        address: SocketAddr,
+    ) -> Result<TcpStream, Failure> {
+        let (node, netns) = (self.node, &self.pod.enrolled.netns);
+        let residents = node.same_node.residents();
+        // Not there between a change of the pod's and the end of its connections.
+        let client = residents.by_cookie.get(&netns.cookie());
+        let client = client.ok_or(Failure::Closed)?;
+        let snapshot = node.registry.snapshot();
+        let claimed = self.connect.client;
+        permit(
+            &snapshot,
+            client,
+            source,
+            claimed.ip(),
+            destination,
+            resident,
+        )?;
+        let from = SocketAddr::new(source, claimed.port());
+        sockets::dial_neighbour(&node.kernel, netns, from, address)
+            .await
+            .map_err(|error| {
+                let code = match error.kind() {
+                    io::ErrorKind::ConnectionRefused => ResetCode::Refused,
+                    _ => ResetCode::Unreachable,
+                };
+                let reason = format!("{address}: {error}");
+                Failure::Reset(Reset { code, reason })
+            })
     }
 
     /// CONNECT, and the server's answer. On a `fresh` tunnel, what the app says goes without waiting for that.

@@ -32,6 +32,11 @@ impl Stage {
             .node(NODE_A)
             .node(NODE_B)
             .pod(PodSpec::new(CLIENT).on(NODE_A).service_account("client"))
+            .pod(
+                PodSpec::new(NEIGHBOUR)
+                    .on(NODE_B)
+                    .service_account(NEIGHBOUR),
+            )
             .pod(server("web-1").label("app", "web"))
             .pod(server("web-2").label("app", "web"))
             .pod(server("shop").label("app", "shop"))
@@ -153,7 +158,12 @@ impl Stage {
 
     /// The client's curl asks a server for a path, and gets the marker in the answer.
     pub(super) fn ask(&self, server: SocketAddr, path: &str) -> Result<Answer> {
-        let answer = curl(&self.mesh.pod(CLIENT), server, path, PATIENCE)?;
+        self.ask_from(&self.mesh.pod(CLIENT), server, path)
+    }
+
+    /// The same from another place.
+    pub(super) fn ask_from(&self, from: &Place, server: SocketAddr, path: &str) -> Result<Answer> {
+        let answer = curl(from, server, path, PATIENCE)?;
         let Asked::Answered(answer) = answer else {
             bail!("curl http://{server}{path}: {answer}");
         };
@@ -286,6 +296,8 @@ pub(super) fn soon<T>(what: &str, probe: impl FnMut() -> Option<T>) -> Result<T>
 pub(super) const NODE_A: &str = "node-a";
 pub(super) const NODE_B: &str = "node-b";
 pub(super) const CLIENT: &str = "client";
+/// On the servers' node.
+pub(super) const NEIGHBOUR: &str = "neighbour";
 pub(super) const SERVERS: [&str; 3] = ["web-1", "web-2", "shop"];
 pub(super) const OUTSIDE: &str = "outside";
 /// Where all servers listen.

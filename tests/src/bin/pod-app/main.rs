@@ -21,6 +21,7 @@ mod reset;
 mod script;
 mod server;
 mod set_up;
+mod steps;
 mod transfer;
 mod udp;
 
@@ -49,6 +50,7 @@ enum Behaviour {
     HalfClose(half_close::HalfClose),
     Reset(reset::Reset),
     Script(script::Script),
+    Steps(steps::Steps),
     Connect(connect::Connect),
     Dial(dial::Dial),
     Chat(chat::Chat),
@@ -71,6 +73,7 @@ fn main() -> ExitCode {
         Behaviour::HalfClose(it) => it.run(),
         Behaviour::Reset(it) => it.run(),
         Behaviour::Script(it) => it.run(),
+        Behaviour::Steps(it) => it.run(),
         Behaviour::Connect(it) => it.run(),
         Behaviour::Dial(it) => it.run(),
         Behaviour::Chat(it) => it.run(),

@@ -1,0 +1,429 @@
+//! The maps of connections between two pods of this node: verdicts and their lease, what is on its way, and how each end
+//! closed.
+
+use std::{io, net::SocketAddr, sync::Mutex, time::Duration};
+
+use auth_common::{
+    Admitted, Closed, Delivery, FLOW_CLIENT, FLOW_SERVER, LEASE_NANOSECONDS, SocketKey, Verdict,
+    closed as flag,
+};
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+};
+use tokio::io::unix::AsyncFd;
+
+use super::kernel::{
+    KernelError, lock, map_error, monotonic_nanoseconds, socket_address, take_map, wire_address,
+};
+
+/// Verdicts, and what came of them.
+pub struct SameNode {
+    verdicts: Mutex<BpfHashMap<MapData, SocketKey, Verdict>>,
+    admitted: Mutex<BpfHashMap<MapData, Delivery, Admitted>>,
+    lease: Mutex<Array<MapData, u64>>,
+    lost: PerCpuArray<MapData, u64>,
+    events: Mutex<Option<RingBuf<MapData>>>,
+}
+
+/// A verdict: the client in this namespace may go to this endpoint when it dials that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Cookie of the client's namespace.
+    pub client_cookie: u64,
+    /// What it dials.
+    pub dialled: SocketAddr,
+    /// Where that leads.
+    pub endpoint: SocketAddr,
+    /// Cookie of the server's namespace.
+    pub server_cookie: u64,
+    /// Its name, never used again.
+    pub id: u64,
+}
+
+impl SameNode {
+    pub(super) fn new(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
+        fn open<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, KernelError>
+        where
+            T: TryFrom<Map, Error = MapError>,
+        {
+            T::try_from(take_map(ebpf, name)?).map_err(map_error(name))
+        }
+        Ok(Self {
+            verdicts: Mutex::new(open(ebpf, "VERDICTS")?),
+            admitted: Mutex::new(open(ebpf, "ADMITTED")?),
+            lease: Mutex::new(open(ebpf, "LEASE")?),
+            lost: open(ebpf, "LOST")?,
+            events: Mutex::new(Some(open(ebpf, "EVENTS")?)),
+        })
+    }
+
+    /// Lets such connections stay in the kernel from now on, for as long as the lease holds.
+    pub fn grant(&self, grant: &Grant) -> Result<(), KernelError> {
+        let verdict = Verdict {
+            endpoint: wire_address(grant.endpoint.ip()),
+            server_cookie: grant.server_cookie,
+            id: grant.id,
+            port: grant.endpoint.port().into(),
+            padding: 0,
+        };
+        lock(&self.verdicts)
+            .insert(key(grant.client_cookie, grant.dialled), verdict, 0)
+            .map_err(map_error("VERDICTS"))
+    }
+
+    /// Takes verdicts back, each by its client's cookie and what it dials, and with them the connections that are on
+    /// their way.
+    pub fn withdraw(&self, verdicts: &[(u64, SocketAddr)]) {
+        let mut map = lock(&self.verdicts);
+        for (cookie, dialled) in verdicts {
+            let _ = map.remove(&key(*cookie, *dialled));
+        }
+        drop(map);
+        self.sweep();
+    }
+
+    /// All verdicts, those of a daemon before this one too.
+    pub fn granted(&self) -> Vec<Grant> {
+        lock(&self.verdicts)
+            .iter()
+            .flatten()
+            .map(|(key, verdict)| Grant {
+                client_cookie: key.netns_cookie,
+                dialled: socket_address(key.address, key.port),
+                endpoint: socket_address(verdict.endpoint, verdict.port),
+                server_cookie: verdict.server_cookie,
+                id: verdict.id,
+            })
+            .collect()
+    }
+
+    /// Forgets connections on their way whose verdict is gone.
+    fn sweep(&self) {
+        let verdicts = lock(&self.verdicts);
+        let mut admitted = lock(&self.admitted);
+        let gone: Vec<_> = admitted
+            .iter()
+            .flatten()
+            .filter(|(_, connection)| {
+                let key = SocketKey {
+                    netns_cookie: connection.client_cookie,
+                    address: connection.dialled,
+                    port: connection.dialled_port,
+                    padding: 0,
+                };
+                verdicts
+                    .get(&key, 0)
+                    .map_or(true, |verdict| verdict.id != connection.verdict)
+            })
+            .map(|(four, _)| four)
+            .collect();
+        for four in gone {
+            let _ = admitted.remove(&four);
+        }
+    }
+
+    /// Lets verdicts hold for [`LEASE_NANOSECONDS`] from now on.
+    pub fn renew_lease(&self) -> Result<(), KernelError> {
+        self.lease_until(monotonic_nanoseconds() + LEASE_NANOSECONDS)
+    }
+
+    /// Lets none hold.
+    pub fn end_lease(&self) -> Result<(), KernelError> {
+        self.lease_until(0)
+    }
+
+    fn lease_until(&self, until: u64) -> Result<(), KernelError> {
+        lock(&self.lease)
+            .set(0, until, 0)
+            .map_err(map_error("LEASE"))
+    }
+
+    /// How connections closed, those that closed while no daemon ran first. There is one reader.
+    pub fn closed(&self) -> io::Result<ClosedEvents> {
+        let ring = lock(&self.events).take();
+        let ring = ring.ok_or_else(|| io::Error::other("the events are being read already"))?;
+        // SAFETY: the ring owns its descriptor, gives the same one each time, and closes it when it is dropped.
+        Ok(ClosedEvents(unsafe { AsyncFd::register(ring) }?))
+    }
+
+    /// How many closings left no event since the maps were made.
+    pub fn lost(&self) -> u64 {
+        self.lost.get(&0, 0).map_or(0, |counts| counts.iter().sum())
+    }
+}
+
+impl std::fmt::Debug for SameNode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SameNode").finish_non_exhaustive()
+    }
+}
+
+fn key(client_cookie: u64, dialled: SocketAddr) -> SocketKey {
+    SocketKey {
+        netns_cookie: client_cookie,
+        address: wire_address(dialled.ip()),
+        port: dialled.port().into(),
+        padding: 0,
+    }
+}
+
+/// The kernel's events, on the runtime that it was made on.
+pub struct ClosedEvents(AsyncFd<RingBuf<MapData>>);
+
+impl ClosedEvents {
+    /// Waits for events and hands over each.
+    pub async fn next(&mut self, mut take: impl FnMut(Closing)) -> io::Result<()> {
+        let mut ready = self.0.readable_mut().await?;
+        let ring = ready.get_inner_mut();
+        while let Some(event) = ring.next() {
+            match Closing::parse(&event) {
+                Some(closing) => take(closing),
+                None => tracing::warn!(bytes = event.len(), "the kernel's side sent no event"),
+            }
+        }
+        ready.clear_ready();
+        Ok(())
+    }
+}
+
+/// Whose end of a connection closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The client's.
+    Client,
+    /// The server's.
+    Server,
+}
+
+/// How it closed, as that end saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Both directions ended, or this end's did and its app waited for no more.
+    InOrder,
+    /// Cut.
+    Reset,
+    /// It never stood: the server's kernel said no.
+    Refused,
+    /// It never stood: nobody answered, or the app gave up.
+    Unanswered,
+}
+
+/// One end of a connection has closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Closing {
+    /// Whose end.
+    pub side: Side,
+    /// The client's address.
+    pub client: SocketAddr,
+    /// The server's.
+    pub server: SocketAddr,
+    /// What the client dialled.
+    pub dialled: SocketAddr,
+    /// Cookie of the client's namespace.
+    pub client_cookie: u64,
+    /// Cookie of the server's namespace.
+    pub server_cookie: u64,
+    /// The verdict's name.
+    pub verdict: u64,
+    /// Bytes of the apps.
+    pub to_server: u64,
+    /// Bytes of the apps.
+    pub to_client: u64,
+    /// From connect to close.
+    pub duration: Duration,
+    /// How.
+    pub ending: Ending,
+    /// Whether a socket in the server's namespace was seen to take it. Known on the client's end.
+    pub claimed: bool,
+}
+
+// The kernel's tcp_states.h.
+const SYN_SENT: u8 = 2;
+const FIN_WAIT2: u8 = 5;
+const CLOSE_WAIT: u8 = 8;
+const LAST_ACK: u8 = 9;
+const CLOSING: u8 = 11;
+
+impl Closing {
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != size_of::<Closed>() {
+            return None;
+        }
+        // SAFETY: as many bytes as it has, of which every pattern is one.
+        let event = unsafe { bytes.as_ptr().cast::<Closed>().read_unaligned() };
+        Self::from_event(&event)
+    }
+
+    /// What TCP counted, without SYN and FINs.
+    fn from_event(event: &Closed) -> Option<Self> {
+        let side = match u32::from(event.role) {
+            FLOW_CLIENT => Side::Client,
+            FLOW_SERVER => Side::Server,
+            _ => return None,
+        };
+        let has = |bit| event.flags & bit != 0;
+        // Acknowledged, in its last state by the segment that closed it.
+        let own_fin = match event.state {
+            FIN_WAIT2 => true,
+            CLOSING | LAST_ACK => has(flag::ALL_ACKED) && has(flag::IN_ORDER),
+            _ => false,
+        };
+        let peers_fin = match event.state {
+            CLOSE_WAIT | CLOSING | LAST_ACK => true,
+            FIN_WAIT2 => has(flag::FIN_RECEIVED),
+            _ => false,
+        };
+        let ending = match event.state {
+            SYN_SENT if has(flag::ANSWERED) => Ending::Refused,
+            SYN_SENT => Ending::Unanswered,
+            FIN_WAIT2 if peers_fin || has(flag::IN_ORDER) => Ending::InOrder,
+            CLOSING | LAST_ACK if own_fin => Ending::InOrder,
+            _ => Ending::Reset,
+        };
+        let syn = u64::from(side == Side::Client);
+        let sent = event.acked.saturating_sub(syn + u64::from(own_fin));
+        let received = event.received.saturating_sub(peers_fin.into());
+        let (to_server, to_client) = match side {
+            Side::Client => (sent, received),
+            Side::Server => (received, sent),
+        };
+        let Admitted {
+            dialled,
+            client_cookie,
+            server_cookie,
+            verdict,
+            started,
+            dialled_port,
+            ..
+        } = event.admitted;
+        Some(Self {
+            side,
+            client: socket_address(event.client, event.client_port.into()),
+            server: socket_address(event.server, event.server_port.into()),
+            dialled: socket_address(dialled, dialled_port),
+            client_cookie,
+            server_cookie,
+            verdict,
+            to_server,
+            to_client,
+            duration: Duration::from_nanos(event.ended.saturating_sub(started)),
+            ending,
+            claimed: !has(flag::UNCLAIMED),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ESTABLISHED: u8 = 1;
+    const FIN_WAIT1: u8 = 4;
+
+    fn event(role: u32, state: u8, flags: u16, acked: u64, received: u64) -> Closed {
+        Closed {
+            client: wire_address([10, 0, 0, 1].into()),
+            server: wire_address([10, 0, 0, 2].into()),
+            admitted: Admitted {
+                dialled: wire_address([10, 96, 0, 1].into()),
+                client_cookie: 1,
+                server_cookie: 2,
+                verdict: 3,
+                started: 1_000_000,
+                dialled_port: 80,
+                padding: 0,
+            },
+            ended: 3_000_000,
+            acked,
+            received,
+            client_port: 40000,
+            server_port: 8080,
+            role: role as u8,
+            state,
+            flags,
+        }
+    }
+
+    fn of(event: &Closed) -> (u64, u64, Ending) {
+        let closing = Closing::from_event(event).unwrap();
+        (closing.to_server, closing.to_client, closing.ending)
+    }
+
+    #[test]
+    fn syns_and_fins_are_not_the_apps() {
+        let all = flag::ALL_ACKED | flag::IN_ORDER;
+        for (event, expected) in [
+            // The client ends first, the server's FIN comes.
+            (
+                event(FLOW_CLIENT, FIN_WAIT2, all | flag::FIN_RECEIVED, 12, 21),
+                (10, 20, Ending::InOrder),
+            ),
+            // The client closes and waits for nothing.
+            (
+                event(FLOW_CLIENT, FIN_WAIT2, all, 12, 20),
+                (10, 20, Ending::InOrder),
+            ),
+            // A RST in place of the server's FIN.
+            (
+                event(FLOW_CLIENT, FIN_WAIT2, flag::ALL_ACKED, 12, 20),
+                (10, 20, Ending::Reset),
+            ),
+            // The server ends last, and its FIN is acknowledged.
+            (
+                event(FLOW_SERVER, LAST_ACK, all, 21, 11),
+                (10, 20, Ending::InOrder),
+            ),
+            // Its FIN never left: zero window, then a RST.
+            (
+                event(FLOW_SERVER, LAST_ACK, flag::ALL_ACKED, 20, 11),
+                (10, 20, Ending::Reset),
+            ),
+            // Both end at once.
+            (
+                event(FLOW_CLIENT, CLOSING, all, 12, 21),
+                (10, 20, Ending::InOrder),
+            ),
+            // A RST into a connection that stands, and into one that the other side has ended.
+            (
+                event(FLOW_CLIENT, ESTABLISHED, 0, 11, 20),
+                (10, 20, Ending::Reset),
+            ),
+            (
+                event(FLOW_SERVER, CLOSE_WAIT, 0, 20, 11),
+                (10, 20, Ending::Reset),
+            ),
+            // The own FIN never left, though all that did is acknowledged.
+            (
+                event(FLOW_CLIENT, FIN_WAIT1, flag::ALL_ACKED, 11, 20),
+                (10, 20, Ending::Reset),
+            ),
+            (
+                event(FLOW_CLIENT, SYN_SENT, flag::ANSWERED, 0, 0),
+                (0, 0, Ending::Refused),
+            ),
+            (
+                event(FLOW_CLIENT, SYN_SENT, 0, 0, 0),
+                (0, 0, Ending::Unanswered),
+            ),
+        ] {
+            assert_eq!(of(&event), expected, "{event:?}");
+        }
+    }
+
+    #[test]
+    fn events_are_checked() {
+        let event = event(FLOW_CLIENT, ESTABLISHED, flag::UNCLAIMED, 1, 0);
+        // SAFETY: plain integers without padding between them.
+        let bytes: [u8; size_of::<Closed>()] = unsafe { std::mem::transmute(event) };
+        let closing = Closing::parse(&bytes).unwrap();
+        assert_eq!(closing.client, "10.0.0.1:40000".parse().unwrap());
+        assert_eq!(closing.server, "10.0.0.2:8080".parse().unwrap());
+        assert_eq!(closing.dialled, "10.96.0.1:80".parse().unwrap());
+        assert_eq!(closing.duration, Duration::from_millis(2));
+        assert!(!closing.claimed);
+        assert_eq!(Closing::parse(&bytes[1..]), None);
+        let nobodys = Closed { role: 7, ..event };
+        assert_eq!(Closing::from_event(&nobodys), None);
+    }
+}

@@ -1,0 +1,546 @@
+//! Connections between two pods of this node. The daemon decides on the first of each kind and carries it; the kernel
+//! carries the others by that verdict, for as long as the daemon would decide the same.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+use super::{
+    Node,
+    access::{Direction, Finished, Outcome, Path},
+};
+use crate::{
+    config,
+    datapath::{Closing, Ending, Grant, Side},
+    mesh::{Destination, Identity, ObjectName, Registry, Snapshot},
+    policy::{Denied, admit_source},
+};
+
+/// How often the lease is renewed; it holds for a few times that.
+const RENEWAL: Duration = Duration::from_secs(1);
+/// Verdicts taken back of which connections may still be open: so many are remembered, for their lines in the log.
+const REMEMBERED: usize = 16_384;
+
+/// An enrolled pod of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Resident {
+    /// Of its namespace.
+    pub(super) cookie: u64,
+    /// As which it is served.
+    pub(super) identity: Identity,
+    /// Its addresses, the one that it speaks from first in each family.
+    pub(super) addresses: Vec<IpAddr>,
+}
+
+impl Resident {
+    fn address_like(&self, address: IpAddr) -> Option<IpAddr> {
+        self.addresses
+            .iter()
+            .find(|own| own.is_ipv4() == address.is_ipv4())
+            .copied()
+    }
+}
+
+/// The enrolled pods of this node.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Residents {
+    pub(super) by_cookie: HashMap<u64, Arc<Resident>>,
+    pub(super) by_address: HashMap<IpAddr, Arc<Resident>>,
+}
+
+/// Why a pod may not talk to another of its node.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Forbidden {
+    #[error("secure naming: it is {}, but may only be {allowed}", server.identity)]
+    Naming {
+        server: Arc<Resident>,
+        allowed: String,
+    },
+    #[error(transparent)]
+    Client(#[from] Denied),
+}
+
+/// Whether `client` may talk to `server` when it dials what `destination` is of: the same that both ends of a tunnel ask.
+/// `source` is the address that it is to speak from, `claimed` the one that its app speaks from.
+pub(super) fn permit(
+    snapshot: &Snapshot,
+    client: &Resident,
+    source: IpAddr,
+    claimed: IpAddr,
+    destination: &Destination,
+    server: &Arc<Resident>,
+) -> Result<(), Forbidden> {
+    if !destination.identities.contains(&server.identity) {
+        let allowed: Vec<_> = destination
+            .identities
+            .iter()
+            .map(|id| id.as_str())
+            .collect();
+        return Err(Forbidden::Naming {
+            server: server.clone(),
+            allowed: allowed.join(" or "),
+        });
+    }
+    Ok(admit_source(snapshot, &client.identity, source, claimed)?)
+}
+
+/// What holds for a client pod and an address, if it can be said once for all connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Decision {
+    endpoint: SocketAddr,
+    server_cookie: u64,
+    facts: Facts,
+}
+
+/// What the log says of a connection beside its own numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Facts {
+    service: Option<ObjectName>,
+    client: Option<Identity>,
+    server: Option<Identity>,
+}
+
+/// `None` where the kernel cannot decide alone: no pod of this node, more than one endpoint to choose from, or not
+/// permitted.
+fn decide(
+    snapshot: &Snapshot,
+    residents: &Residents,
+    client_cookie: u64,
+    dialled: SocketAddr,
+) -> Option<Decision> {
+    let destination = snapshot.resolve(dialled).ok()?;
+    let [endpoint] = &*destination.endpoints else {
+        return None;
+    };
+    let address = endpoint.address;
+    let client = residents.by_cookie.get(&client_cookie)?;
+    let server = residents.by_address.get(&address.ip())?;
+    let source = client.address_like(address.ip())?;
+    if client.cookie == server.cookie {
+        return None;
+    }
+    // A pod that has become another one is not served as that yet.
+    let is_current = endpoint.workload.identity == server.identity
+        && snapshot.pod(source)?.identity == client.identity;
+    if !is_current || permit(snapshot, client, source, source, &destination, server).is_err() {
+        return None;
+    }
+    Some(Decision {
+        endpoint: address,
+        server_cookie: server.cookie,
+        facts: Facts {
+            service: destination.service,
+            client: Some(client.identity.clone()),
+            server: Some(server.identity.clone()),
+        },
+    })
+}
+
+/// The verdicts that hold.
+#[derive(Debug)]
+pub struct SameNode {
+    residents: watch::Sender<Arc<Residents>>,
+    /// Held over a decision and what becomes of it in the kernel.
+    verdicts: Mutex<Verdicts>,
+}
+
+#[derive(Debug)]
+struct Verdicts {
+    given: HashMap<(u64, SocketAddr), (u64, Decision)>,
+    next: u64,
+    /// By the verdict's id: of those that hold, and of some that did.
+    facts: HashMap<u64, Facts>,
+    past: VecDeque<u64>,
+    /// What all were last seen to follow from.
+    basis: Option<(Arc<Snapshot>, Arc<Residents>)>,
+}
+
+impl SameNode {
+    pub(super) fn new() -> Self {
+        let since_boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+        let since_boot = since_boot.map_or(0, |time| Duration::from(time).as_nanos());
+        Self {
+            residents: watch::Sender::default(),
+            verdicts: Mutex::new(Verdicts {
+                given: HashMap::new(),
+                // Above all that a daemon before this one can have come to.
+                next: since_boot as u64,
+                facts: HashMap::new(),
+                past: VecDeque::new(),
+                basis: None,
+            }),
+        }
+    }
+
+    /// The pods of this node.
+    pub(super) fn residents(&self) -> Arc<Residents> {
+        self.residents.borrow().clone()
+    }
+
+    /// How many verdicts hold.
+    pub fn count(&self) -> usize {
+        self.lock().given.len()
+    }
+
+    /// Returns when `server` is no pod of this node any more, or not the same.
+    pub(super) async fn gone(&self, server: &Resident) {
+        let is_gone =
+            |now: &Arc<Residents>| now.by_cookie.get(&server.cookie).map(|r| &**r) != Some(server);
+        if self.residents.subscribe().wait_for(is_gone).await.is_err() {
+            // The sender is this value's own.
+            std::future::pending().await
+        }
+    }
+
+    /// The pods of this node are these now.
+    pub(super) fn settle(&self, node: &Node, residents: Residents) {
+        let changed = self.residents.send_if_modified(|now| {
+            let changed = **now != residents;
+            if changed {
+                *now = Arc::new(residents);
+            }
+            changed
+        });
+        if changed {
+            self.revise(node);
+        }
+    }
+
+    /// Takes over the verdicts of a daemon before this one that this one would give too, and takes the others back.
+    /// Called once, when the pods are served.
+    pub(super) fn adopt(&self, node: &Node) {
+        let mut verdicts = self.lock();
+        let (snapshot, residents) = self.basis(&node.registry);
+        let mut gone = Vec::new();
+        for grant in node.kernel.same_node.granted() {
+            let key = (grant.client_cookie, grant.dialled);
+            let decision = decide(&snapshot, &residents, key.0, key.1).filter(|decision| {
+                node.config.same_node == config::SameNode::Kernel
+                    && decision.endpoint == grant.endpoint
+                    && decision.server_cookie == grant.server_cookie
+            });
+            match decision {
+                Some(decision) => verdicts.insert(key, grant.id, decision),
+                None => gone.push(key),
+            }
+        }
+        node.kernel.same_node.withdraw(&gone);
+    }
+
+    /// Lets the kernel carry what the client pod dials there from now on, if that can be said.
+    pub(super) fn remember(&self, node: &Node, client_cookie: u64, dialled: SocketAddr) {
+        if node.config.same_node == config::SameNode::Tunnel {
+            return;
+        }
+        let mut verdicts = self.lock();
+        if verdicts.given.contains_key(&(client_cookie, dialled)) {
+            return;
+        }
+        let (snapshot, residents) = self.basis(&node.registry);
+        let Some(decision) = decide(&snapshot, &residents, client_cookie, dialled) else {
+            return;
+        };
+        let id = verdicts.next;
+        verdicts.next += 1;
+        let granted = node.kernel.same_node.grant(&Grant {
+            client_cookie,
+            dialled,
+            endpoint: decision.endpoint,
+            server_cookie: decision.server_cookie,
+            id,
+        });
+        match granted {
+            Ok(()) => verdicts.insert((client_cookie, dialled), id, decision),
+            // The daemon carries them, then.
+            Err(error) => tracing::debug!(%dialled, %error, "a verdict does not reach the kernel"),
+        }
+    }
+
+    /// Takes back each verdict that would not be given again. Called after every change of what they follow from.
+    pub(super) fn revise(&self, node: &Node) {
+        let mut verdicts = self.lock();
+        let (snapshot, residents) = self.basis(&node.registry);
+        if verdicts
+            .basis
+            .as_ref()
+            .is_some_and(|(was, were)| Arc::ptr_eq(was, &snapshot) && Arc::ptr_eq(were, &residents))
+        {
+            return;
+        }
+        let gone: Vec<_> = verdicts
+            .given
+            .iter()
+            .filter(|((cookie, dialled), (_, decision))| {
+                decide(&snapshot, &residents, *cookie, *dialled).as_ref() != Some(decision)
+            })
+            .map(|(key, _)| *key)
+            .collect();
+        if !gone.is_empty() {
+            node.kernel.same_node.withdraw(&gone);
+        }
+        for key in gone {
+            if let Some((id, _)) = verdicts.given.remove(&key) {
+                verdicts.past.push_back(id);
+            }
+        }
+        while verdicts.past.len() > REMEMBERED
+            && let Some(id) = verdicts.past.pop_front()
+        {
+            verdicts.facts.remove(&id);
+        }
+        verdicts.basis = Some((snapshot, residents));
+    }
+
+    fn basis(&self, registry: &Registry) -> (Arc<Snapshot>, Arc<Residents>) {
+        (registry.snapshot(), self.residents())
+    }
+
+    fn facts(&self, closing: &Closing) -> Facts {
+        if let Some(facts) = self.lock().facts.get(&closing.verdict) {
+            return facts.clone();
+        }
+        // A verdict of a daemon before this one.
+        let residents = self.residents();
+        let identity = |cookie| Some(residents.by_cookie.get(&cookie)?.identity.clone());
+        Facts {
+            service: None,
+            client: identity(closing.client_cookie),
+            server: identity(closing.server_cookie),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Verdicts> {
+        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Verdicts {
+    fn insert(&mut self, key: (u64, SocketAddr), id: u64, decision: Decision) {
+        self.facts.insert(id, decision.facts.clone());
+        self.given.insert(key, (id, decision));
+    }
+}
+
+/// Keeps verdicts true to the registry and their lease alive.
+pub(super) async fn keep(node: Arc<Node>) {
+    let kernel = &node.kernel.same_node;
+    if node.config.same_node == config::SameNode::Tunnel {
+        if let Err(error) = kernel.end_lease() {
+            tracing::error!(%error, "cannot end the lease of verdicts");
+        }
+        return;
+    }
+    let mut changes = node.registry.changes();
+    let mut lost = kernel.lost();
+    loop {
+        changes.borrow_and_update();
+        node.same_node.revise(&node);
+        if let Err(error) = kernel.renew_lease() {
+            tracing::error!(%error, "cannot renew the lease of verdicts; the daemon carries all connections");
+        }
+        let more = kernel.lost();
+        if more > lost {
+            tracing::warn!(
+                lines = more - lost,
+                "connections between pods of this node closed faster than they could be logged"
+            );
+            lost = more;
+        }
+        let _ = tokio::time::timeout(RENEWAL, changes.changed()).await;
+    }
+}
+
+/// Writes a line for each end of a connection that the kernel carried.
+pub(super) async fn log_closed(node: Arc<Node>) {
+    let log = async {
+        let mut events = node.kernel.same_node.closed()?;
+        loop {
+            events
+                .next(|closing| line(&closing, node.same_node.facts(&closing)).write())
+                .await?;
+        }
+    };
+    let Err::<std::convert::Infallible, std::io::Error>(error) = log.await;
+    tracing::error!(%error, "cannot read how connections between pods of this node close");
+}
+
+fn line(closing: &Closing, facts: Facts) -> Finished {
+    let (direction, service) = match closing.side {
+        Side::Client => (Direction::Outbound, facts.service),
+        Side::Server => (Direction::Inbound, None),
+    };
+    let (outcome, reason) = match closing.ending {
+        Ending::InOrder => (Outcome::Ok, ""),
+        Ending::Reset => (Outcome::Reset, "one of the apps reset it, or it timed out"),
+        Ending::Refused => (Outcome::Refused, "its app refuses the connection"),
+        Ending::Unanswered => (Outcome::Refused, "its app does not answer"),
+    };
+    // That the server's namespace took the connection says who answered.
+    let answered = closing.claimed || closing.side == Side::Server;
+    Finished {
+        direction,
+        path: Path::SameNode,
+        client: closing.client,
+        destination: Some(closing.dialled),
+        endpoint: Some(closing.server),
+        service,
+        client_identity: facts.client,
+        server_identity: facts.server.filter(|_| answered),
+        bytes_to_server: closing.to_server,
+        bytes_to_client: closing.to_client,
+        duration: closing.duration,
+        outcome,
+        reason: reason.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::{Inventory, Port, Service, TargetPort, Workload};
+
+    fn name(name: &str) -> ObjectName {
+        ObjectName {
+            namespace: "default".into(),
+            name: name.into(),
+        }
+    }
+
+    fn pod(pod: &str, account: &str, address: &str) -> Workload {
+        Workload {
+            name: name(pod),
+            uid: String::new(),
+            identity: format!("spiffe://a/ns/default/sa/{account}")
+                .parse()
+                .unwrap(),
+            addresses: vec![address.parse().unwrap()],
+            node: "a".into(),
+            ready: true,
+            labels: [("app".to_owned(), account.to_owned())].into(),
+            named_ports: Default::default(),
+            netns: None,
+        }
+    }
+
+    fn service() -> Service {
+        Service {
+            name: name("web"),
+            addresses: vec!["10.96.0.7".parse().unwrap()],
+            ports: vec![Port {
+                port: 80,
+                target: TargetPort::Number(8080),
+            }],
+            selector: [("app".to_owned(), "web".to_owned())].into(),
+            pinned_identities: None,
+            publish_not_ready: false,
+        }
+    }
+
+    fn snapshot(workloads: Vec<Workload>) -> Snapshot {
+        Snapshot::new(Inventory {
+            workloads,
+            services: vec![service()],
+        })
+    }
+
+    /// Their cookies count from 1.
+    fn residents(pods: &[Workload]) -> Residents {
+        let mut residents = Residents::default();
+        for (cookie, pod) in (1..).zip(pods) {
+            let resident = Arc::new(Resident {
+                cookie,
+                identity: pod.identity.clone(),
+                addresses: pod.addresses.clone(),
+            });
+            residents.by_cookie.insert(cookie, resident.clone());
+            for address in &pod.addresses {
+                residents.by_address.insert(*address, resident.clone());
+            }
+        }
+        residents
+    }
+
+    const CLIENT: u64 = 1;
+
+    fn decided(workloads: &[Workload], enrolled: &[Workload], dialled: &str) -> Option<Decision> {
+        decide(
+            &snapshot(workloads.to_vec()),
+            &residents(enrolled),
+            CLIENT,
+            dialled.parse().unwrap(),
+        )
+    }
+
+    #[test]
+    fn a_pod_of_the_node_is_decided_on_by_its_address_and_by_its_services() {
+        let pods = [
+            pod("client", "client", "10.1.0.1"),
+            pod("web", "web", "10.1.0.2"),
+        ];
+        let by_address = decided(&pods, &pods, "10.1.0.2:8080").unwrap();
+        assert_eq!(by_address.server_cookie, 2);
+        assert_eq!(by_address.facts.service, None);
+        let by_service = decided(&pods, &pods, "10.96.0.7:80").unwrap();
+        assert_eq!(by_service.endpoint, "10.1.0.2:8080".parse().unwrap());
+        assert_eq!(by_service.facts.service, Some(name("web")));
+        assert_eq!(by_service.facts.server, Some(pods[1].identity.clone()));
+        assert_eq!(by_service.facts.client, Some(pods[0].identity.clone()));
+    }
+
+    #[test]
+    fn the_kernel_alone_decides_nothing_else() {
+        let (client, web) = (
+            pod("client", "client", "10.1.0.1"),
+            pod("web", "web", "10.1.0.2"),
+        );
+        let second = pod("second", "web", "10.1.0.3");
+        let both = [client.clone(), web.clone()];
+        // The other pod is not enrolled here, or the client is not.
+        assert_eq!(decided(&both, &both[..1], "10.1.0.2:8080"), None);
+        assert_eq!(decided(&both, &[], "10.1.0.2:8080"), None);
+        // Two to choose from, of which only one is here.
+        let three = [client.clone(), web.clone(), second];
+        assert_eq!(decided(&three, &both, "10.96.0.7:80"), None);
+        // The pod itself, no port of the service, nobody.
+        assert_eq!(decided(&both, &both, "10.1.0.1:8080"), None);
+        assert_eq!(decided(&both, &both, "10.96.0.7:81"), None);
+        assert_eq!(decided(&both, &both, "10.1.0.9:8080"), None);
+        // One of the two has become another since it was enrolled.
+        let became = [client.clone(), pod("web", "promoted", "10.1.0.2")];
+        assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
+        let became = [pod("client", "promoted", "10.1.0.1"), web.clone()];
+        assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
+        // Another pod claims the client's address.
+        let disputed = [client, web, pod("thief", "thief", "10.1.0.1")];
+        assert_eq!(decided(&disputed, &both, "10.1.0.2:8080"), None);
+    }
+
+    #[test]
+    fn naming_and_addresses_are_asked_for() {
+        let pods = [
+            pod("client", "client", "10.1.0.1"),
+            pod("web", "web", "10.1.0.2"),
+        ];
+        let (snapshot, residents) = (snapshot(pods.to_vec()), residents(&pods));
+        let destination = snapshot.resolve("10.1.0.2:80".parse().unwrap()).unwrap();
+        let (client, web) = (&residents.by_cookie[&1], &residents.by_cookie[&2]);
+        let own = client.addresses[0];
+        let ask = |claimed, server| permit(&snapshot, client, own, claimed, &destination, server);
+        assert_eq!(ask(own, web), Ok(()));
+        let wrong = ask(own, client).unwrap_err().to_string();
+        assert_eq!(
+            wrong,
+            "secure naming: it is spiffe://a/ns/default/sa/client, but may only be spiffe://a/ns/default/sa/web"
+        );
+        let forged = ask(web.addresses[0], web).unwrap_err();
+        assert!(matches!(
+            forged,
+            Forbidden::Client(Denied::ClaimedAddress { .. })
+        ));
+    }
+}
