@@ -200,7 +200,7 @@ async fn one(
             return false;
         }
     };
-    if let Err(error) = channel.send_connected().await {
+    if let Err(error) = channel.answer_connected().await {
         access.finish(Outcome::Reset, error);
         return false;
     }

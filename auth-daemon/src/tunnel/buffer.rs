@@ -7,8 +7,10 @@ use super::record::MAX_RECORD_BYTES;
 
 /// Size of a small buffer, in bytes.
 pub(super) const SMALL_BYTES: usize = 4096;
-/// Size of a large buffer, in bytes: four full records.
-pub(super) const LARGE_BYTES: usize = 4 * MAX_RECORD_BYTES;
+/// Full records in a large buffer.
+pub(super) const RECORDS: usize = 4;
+/// Size of a large buffer, in bytes.
+pub(super) const LARGE_BYTES: usize = RECORDS * MAX_RECORD_BYTES;
 /// Free buffers of each size that a thread keeps.
 const MAX_FREE_SMALL: usize = 64;
 const MAX_FREE_LARGE: usize = 8;
@@ -90,15 +92,6 @@ impl Buffer {
     pub(super) fn extend(&mut self, count: usize) {
         self.end += count;
         debug_assert!(self.end <= LARGE_BYTES);
-    }
-
-    /// The whole buffer, to be laid out by the caller and then [`Buffer::extend`]ed. Only when empty.
-    pub(super) fn whole(&mut self) -> &mut [u8] {
-        debug_assert!(self.is_empty());
-        if self.streams && self.allocated().len() < LARGE_BYTES {
-            self.grow();
-        }
-        self.allocated()
     }
 
     /// Gives the memory back if nothing is held.
@@ -201,13 +194,13 @@ mod tests {
         assert_eq!(buffer.filled(), &[7; SMALL_BYTES - 1]);
         buffer.consume(SMALL_BYTES - 1);
         buffer.release();
-        assert_eq!(buffer.whole().len(), SMALL_BYTES, "small again");
+        assert_eq!(buffer.spare().len(), SMALL_BYTES, "small again");
         buffer.note_stream(true);
-        assert_eq!(buffer.whole().len(), LARGE_BYTES);
+        assert_eq!(buffer.spare().len(), LARGE_BYTES);
         buffer.release();
-        assert_eq!(buffer.whole().len(), LARGE_BYTES);
+        assert_eq!(buffer.spare().len(), LARGE_BYTES);
         buffer.release();
         buffer.note_stream(false);
-        assert_eq!(buffer.whole().len(), SMALL_BYTES);
+        assert_eq!(buffer.spare().len(), SMALL_BYTES);
     }
 }

@@ -35,9 +35,12 @@ use tokio::{
 };
 
 use super::{
-    buffer::{Buffer, SMALL_BYTES},
+    buffer::{Buffer, RECORDS, SMALL_BYTES},
     frame::{self, Connect, Decoder, Event, InvalidFrame, Reset},
-    record::{self, ContentType, HEADER_BYTES, InvalidRecord, Opener, Sealer, TRAILER_BYTES},
+    record::{
+        self, ContentType, HEADER_BYTES, InvalidRecord, MAX_RECORD_BYTES, Opener, Sealer,
+        TRAILER_BYTES,
+    },
     svid::Svid,
     tls,
 };
@@ -135,12 +138,14 @@ impl Channel {
         incoming: Buffer,
         peer: Svid,
     ) -> Self {
+        let slot_bytes = slot_bytes(socket2::SockRef::from(&tcp).tcp_mss().ok());
         Self {
             tcp,
             home: thread::current().id(),
             sender: Sender {
                 sealer,
                 outgoing: Buffer::default(),
+                slot_bytes,
             },
             receiver: Receiver {
                 opener,
@@ -228,6 +233,16 @@ impl Channel {
         self.send(frame::encode_connected).await
     }
 
+    /// As [`Channel::send_connected`]; but where the client's first bytes are here already, and no more wait for this, it
+    /// goes with what the server's app answers, or a moment later.
+    pub async fn answer_connected(&mut self) -> Result<(), ChannelError> {
+        if (1..MAX_EARLY_BYTES).contains(&self.receiver.plain.len()) {
+            self.sender.push_frames(frame::encode_connected);
+            return Ok(());
+        }
+        self.send_connected().await
+    }
+
     /// Sends a RESET, the tunnel's last frame, and waits for the peer to close in answer.
     ///
     /// What the peer sends meanwhile is dropped, but it is read: a socket that is closed with unread bytes sends a RST,
@@ -250,7 +265,9 @@ impl Channel {
     async fn send(&mut self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), ChannelError> {
         let (mut write, sender) = (self.tcp.split().1, &mut self.sender);
         sender.flush(&mut write).await?;
-        sender.change_key_if_due(&self.keys, &mut write).await?;
+        if sender.is_key_change_due(&self.keys) {
+            sender.change_key(&self.keys, &mut write).await?;
+        }
         sender.push_frames(encode);
         sender.flush(&mut write).await?;
         sender.outgoing.release();
@@ -305,6 +322,20 @@ pub(super) struct Sender {
     pub(super) sealer: Sealer,
     /// Sealed records on their way.
     pub(super) outgoing: Buffer,
+    /// Size of a stream's records, in bytes.
+    pub(super) slot_bytes: usize,
+}
+
+/// Size of a stream's records, in bytes: as many as go into one write make whole segments, and no more than the kernel
+/// hands on in one piece. What is left over would go all the way by itself.
+fn slot_bytes(mss: Option<u32>) -> usize {
+    /// 64 KiB, less what the kernel keeps free for headers (tcp_tso_autosize, Linux 6.18).
+    const PIECE_BYTES: usize = 65_536 - 1 - 320;
+    let mss = mss.map_or(0, |mss| mss as usize);
+    match PIECE_BYTES.checked_rem(mss) {
+        Some(rest) if rest < PIECE_BYTES => MAX_RECORD_BYTES.min((PIECE_BYTES - rest) / RECORDS),
+        _ => MAX_RECORD_BYTES,
+    }
 }
 
 impl Sender {
@@ -337,18 +368,20 @@ impl Sender {
         self.push(ContentType::ApplicationData, &plain);
     }
 
-    /// Changes the sending key where its limit is near, or where the peer asked for it (RFC 8446 §4.6.3). Nothing sealed
-    /// is on its way.
-    pub(super) async fn change_key_if_due(
+    /// Whether the sending key is to be changed before the next byte of the app's: its limit is near, or the peer has
+    /// asked for it (RFC 8446 §4.6.3).
+    pub(super) fn is_key_change_due(&self, shared: &SharedKeys) -> bool {
+        shared.update_requested.load(Ordering::Relaxed) || self.sealer.wants_new_key()
+    }
+
+    /// Changes the sending key, behind what is sealed.
+    pub(super) async fn change_key(
         &mut self,
         shared: &SharedKeys,
         write: &mut WriteHalf<'_>,
     ) -> Result<(), ChannelError> {
         const UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
-        let requested = shared.update_requested.load(Ordering::Relaxed);
-        if !requested && !self.sealer.wants_new_key() {
-            return Ok(());
-        }
+        self.flush(write).await?;
         shared.update_requested.store(false, Ordering::Relaxed);
         let mut record = [0; HEADER_BYTES + UPDATE.len() + TRAILER_BYTES];
         record[HEADER_BYTES..HEADER_BYTES + UPDATE.len()].copy_from_slice(&UPDATE);

@@ -11,6 +11,7 @@ use std::{
     pin::Pin,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     task::Poll,
+    time::Duration,
 };
 
 use nix::sys::socket::{MsgFlags, recv};
@@ -24,18 +25,18 @@ use tokio::{
 };
 
 use super::{
-    buffer::{Buffer, SMALL_BYTES},
+    buffer::{Buffer, RECORDS, SMALL_BYTES},
     channel::{Channel, ChannelError, Next, Receiver, Sender, SharedKeys},
     frame::{self, Event, Reset},
-    record::{ContentType, HEADER_BYTES, MAX_PLAIN_BYTES, MAX_RECORD_BYTES, TRAILER_BYTES},
+    record::{ContentType, HEADER_BYTES, TRAILER_BYTES},
 };
 
-/// App bytes in one record: a DATA frame fills it whole.
-const CHUNK_BYTES: usize = MAX_PLAIN_BYTES - frame::HEADER_BYTES;
-/// Where they begin in the record.
+/// Where the app's bytes begin in a record.
 const CHUNK_START: usize = HEADER_BYTES + frame::HEADER_BYTES;
-/// Records sealed per write to the tunnel.
-const RECORDS: usize = 4;
+/// What a record holds beside the app's bytes: a DATA frame fills it whole.
+const OVERHEAD_BYTES: usize = CHUNK_START + TRAILER_BYTES;
+/// How long CONNECTED waits for bytes of the app's to go with.
+const CONNECTED_WAITS: Duration = Duration::from_millis(1);
 /// DATA frames gathered per write to the app.
 const MAX_SLICES: usize = 16;
 
@@ -103,24 +104,43 @@ async fn up(
     keys: &SharedKeys,
     count: &AtomicU64,
 ) -> Result<(), Ending> {
+    let slot = sender.slot_bytes;
     loop {
-        let (mut read, room) = read_app(app, &mut sender.outgoing).await?;
-        let chunk = chunk_bytes(room);
+        let mut read = if sender.outgoing.is_empty() {
+            read_app(app, &mut sender.outgoing, slot).await?
+        } else {
+            // CONNECTED waits for the app's first bytes, but not for long.
+            tokio::select! {
+                biased;
+                read = read_app(app, &mut sender.outgoing, slot) => read?,
+                () = tokio::time::sleep(CONNECTED_WAITS) => {
+                    sender.flush(tunnel).await.map_err(broken_tunnel)?;
+                    continue;
+                }
+            }
+        };
+        let room = sender.outgoing.spare();
+        let chunk = chunk_bytes(room, slot);
         let streams = read == chunk || read >= SMALL_BYTES;
         // END goes with the last bytes, where the app's FIN is there already.
         let ended = read == 0 || read < chunk && has_ended(app)?;
-        if read == CHUNK_BYTES {
-            read += read_more(app, room).map_err(Ending::App)?;
+        if read == slot - OVERHEAD_BYTES {
+            read += read_more(app, room, slot).map_err(Ending::App)?;
         }
         count.fetch_add(read as u64, Ordering::Relaxed);
-        sender
-            .change_key_if_due(keys, tunnel)
-            .await
-            .map_err(Ending::Tunnel)?;
-        let room = sender.outgoing.whole();
+        if sender.is_key_change_due(keys) {
+            // Seldom: what is sealed with the old key goes first, from the same buffer.
+            let unsealed = sender.outgoing.spare().to_vec();
+            sender
+                .change_key(keys, tunnel)
+                .await
+                .map_err(Ending::Tunnel)?;
+            sender.outgoing.spare()[..unsealed.len()].copy_from_slice(&unsealed);
+        }
+        let room = sender.outgoing.spare();
         let mut sealed = 0;
         while read > 0 {
-            let chunk = read.min(CHUNK_BYTES);
+            let chunk = read.min(slot - OVERHEAD_BYTES);
             let record = &mut room[sealed..];
             record[HEADER_BYTES..CHUNK_START].copy_from_slice(&frame::data_header(chunk));
             sealed += sender.sealer.seal(
@@ -143,15 +163,16 @@ async fn up(
     }
 }
 
-/// Waits for bytes of the app's, and holds no memory meanwhile. Returns how many there are, and the buffer that they lie
-/// in, where a record's first frame has its payload.
-async fn read_app<'b>(
+/// Waits for bytes of the app's, and holds no memory meanwhile. Returns how many there are: they lie in the buffer's spare
+/// room, where the first frame of a record has its payload.
+async fn read_app(
     app: &mut ReadHalf<'_>,
-    buffer: &'b mut Buffer,
-) -> Result<(usize, &'b mut [u8]), Ending> {
+    buffer: &mut Buffer,
+    slot: usize,
+) -> Result<usize, Ending> {
     let read = poll_fn(|context| {
-        let room = buffer.whole();
-        let chunk = chunk_bytes(room);
+        let room = buffer.spare();
+        let chunk = chunk_bytes(room, slot);
         let mut room = ReadBuf::new(&mut room[CHUNK_START..CHUNK_START + chunk]);
         match Pin::new(&mut *app).poll_read(context, &mut room) {
             Poll::Ready(result) => Poll::Ready(result.map(|()| room.filled().len())),
@@ -161,13 +182,12 @@ async fn read_app<'b>(
             }
         }
     });
-    let read = read.await.map_err(Ending::App)?;
-    Ok((read, buffer.whole()))
+    read.await.map_err(Ending::App)
 }
 
-/// App bytes that fit a buffer's first record.
-fn chunk_bytes(buffer: &[u8]) -> usize {
-    CHUNK_BYTES.min(buffer.len() - CHUNK_START - TRAILER_BYTES)
+/// App bytes that go into the first record in `room`, of records of `slot` bytes.
+fn chunk_bytes(room: &[u8], slot: usize) -> usize {
+    slot.min(room.len()) - OVERHEAD_BYTES
 }
 
 /// Whether the app has finished and all that it sent is read. Less than was asked for is no sign of it: a read stops at
@@ -185,11 +205,11 @@ fn has_ended(app: &ReadHalf<'_>) -> Result<bool, Ending> {
 }
 
 /// A stream that fills a record has more: what is there already goes with the same write.
-fn read_more(app: &ReadHalf<'_>, room: &mut [u8]) -> io::Result<usize> {
+fn read_more(app: &ReadHalf<'_>, room: &mut [u8], slot: usize) -> io::Result<usize> {
     let mut slots = room
-        .chunks_exact_mut(MAX_RECORD_BYTES)
+        .chunks_exact_mut(slot)
         .skip(1)
-        .map(|record| IoSliceMut::new(&mut record[CHUNK_START..CHUNK_START + CHUNK_BYTES]));
+        .map(|record| IoSliceMut::new(&mut record[CHUNK_START..slot - TRAILER_BYTES]));
     let mut slots: [IoSliceMut<'_>; RECORDS - 1] =
         std::array::from_fn(|_| slots.next().unwrap_or_else(|| IoSliceMut::new(&mut [])));
     match app.try_read_vectored(&mut slots) {
@@ -332,5 +352,3 @@ async fn write_all(app: &mut WriteHalf<'_>, mut slices: &mut [IoSlice<'_>]) -> i
 fn broken_tunnel(error: io::Error) -> Ending {
     Ending::Tunnel(ChannelError::Io(error))
 }
-
-const _: () = assert!(CHUNK_START + CHUNK_BYTES + TRAILER_BYTES == MAX_RECORD_BYTES);
