@@ -7,8 +7,8 @@ use super::record::MAX_RECORD_BYTES;
 
 /// Size of a small buffer, in bytes.
 pub(super) const SMALL_BYTES: usize = 4096;
-/// Full records in a large buffer.
-pub(super) const RECORDS: usize = 4;
+/// Full records in a large buffer: more save wake-ups, and cost memory for each stream whose reader stalls.
+pub(super) const RECORDS: usize = 8;
 /// Size of a large buffer, in bytes.
 pub(super) const LARGE_BYTES: usize = RECORDS * MAX_RECORD_BYTES;
 /// Free buffers of each size that a thread keeps.

@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use super::{
-    buffer::{Buffer, RECORDS, SMALL_BYTES},
+    buffer::{Buffer, SMALL_BYTES},
     frame::{self, Connect, Decoder, Event, InvalidFrame, Reset},
     record::{
         self, ContentType, HEADER_BYTES, InvalidRecord, MAX_RECORD_BYTES, Opener, Sealer,
@@ -326,14 +326,14 @@ pub(super) struct Sender {
     pub(super) slot_bytes: usize,
 }
 
-/// Size of a stream's records, in bytes: as many as go into one write make whole segments, and no more than the kernel
-/// hands on in one piece. What is left over would go all the way by itself.
+/// Size of a stream's records, in bytes: four of them make whole segments, and no more than the kernel hands on in one
+/// piece. What is left over would go all the way by itself.
 fn slot_bytes(mss: Option<u32>) -> usize {
     /// 64 KiB, less what the kernel keeps free for headers (tcp_tso_autosize, Linux 6.18).
     const PIECE_BYTES: usize = 65_536 - 1 - 320;
     let mss = mss.map_or(0, |mss| mss as usize);
     match PIECE_BYTES.checked_rem(mss) {
-        Some(rest) if rest < PIECE_BYTES => MAX_RECORD_BYTES.min((PIECE_BYTES - rest) / RECORDS),
+        Some(rest) if rest < PIECE_BYTES => MAX_RECORD_BYTES.min((PIECE_BYTES - rest) / 4),
         _ => MAX_RECORD_BYTES,
     }
 }
@@ -547,3 +547,27 @@ pub const MAX_EARLY_BYTES: usize = 8 * 1024;
 const _: () = assert!(
     frame::MAX_CONTROL_BYTES + MAX_EARLY_BYTES + 2 * frame::HEADER_BYTES <= record::MAX_PLAIN_BYTES
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_records_of_a_stream_are_whole_segments() {
+        for mss in [536, 1220, 1398, 1448, 8948, 32_000] {
+            let slot = slot_bytes(Some(mss));
+            let rest = 4 * slot % mss as usize;
+            let short = (mss as usize - rest) % mss as usize;
+            assert!(short < 4, "{mss}: {slot} leaves {short}");
+            assert!(4 * slot <= 65_215, "{mss}: {slot}");
+        }
+    }
+
+    #[test]
+    fn a_segment_size_that_helps_nothing_is_left_alone() {
+        for mss in [None, Some(0), Some(65_483), Some(u32::MAX)] {
+            assert_eq!(slot_bytes(mss), MAX_RECORD_BYTES, "{mss:?}");
+        }
+        assert!((12_000..=MAX_RECORD_BYTES).contains(&slot_bytes(Some(1))));
+    }
+}

@@ -58,6 +58,16 @@ pub fn provider() -> CryptoProvider {
     }
 }
 
+/// Certificates between a workload's and the root. A client's are part of every ticket that it gets.
+const MAX_INTERMEDIATES: usize = 8;
+
+/// A chain of more than [`MAX_INTERMEDIATES`].
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "its chain is too large: {0} certificates between it and the root, at most {MAX_INTERMEDIATES} are read"
+)]
+struct ChainTooLarge(usize);
+
 /// Servers that an identity of this node can come back to without showing certificates again.
 const MAX_SESSIONS: usize = 1024;
 
@@ -128,7 +138,15 @@ impl Verifier {
         })
     }
 
-    fn check_svid(&self, leaf: &CertificateDer<'_>) -> Result<(), Error> {
+    fn check_svid(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+    ) -> Result<(), Error> {
+        if intermediates.len() > MAX_INTERMEDIATES {
+            let error = ChainTooLarge(intermediates.len());
+            return Err(CertificateError::Other(OtherError(Arc::new(error))).into());
+        }
         Svid::parse(leaf, self.trust_domain.as_str())
             .map(drop)
             .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))).into())
@@ -145,7 +163,7 @@ impl ServerCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         // What the certificate says comes first: it explains more than a chain that does not hold.
-        self.check_svid(end_entity)?;
+        self.check_svid(end_entity, intermediates)?;
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,
             &self.roots,
@@ -199,7 +217,7 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.check_svid(end_entity)?;
+        self.check_svid(end_entity, intermediates)?;
         self.clients
             .verify_client_cert(end_entity, intermediates, now)
             .map_err(chain_error)
