@@ -238,6 +238,9 @@ fn a_new_pod_takes_part_within_a_second() {
     eventually(TIMEOUT, "the new pod's enrolment", enrolled).unwrap();
     let took = since.elapsed();
     assert!(took < Duration::from_secs(1), "enrolled after {took:?}");
+    // The client's node hears of it by itself; until then the new pod refuses what comes without the tunnel.
+    let answered = || (call(&client, new.at(8080))["event"] == "finished").then_some(());
+    eventually(TIMEOUT, "the client's node to know the new pod", answered).unwrap();
     echoes(&client, new.at(8080));
     assert_reset(&call(mesh.outside(), new.at(8080)));
 }
