@@ -205,28 +205,14 @@ pub async fn dial_endpoint(
     ports: &SourcePorts,
     endpoint: SocketAddr,
 ) -> io::Result<TcpStream> {
-    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for _ in 0..ATTEMPTS {
         let socket = socket_in(kernel, netns, endpoint, DIAL)?;
         let from = SocketAddr::new(source, ports.next());
-        let result = match socket.bind(&from.into()) {
-            Ok(()) => into_tokio(socket)?.connect(endpoint).await,
-            Err(error) => Err(error),
-        };
-        match result {
-            // The port is in use, by itself or for this endpoint: there are others.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
-                ) =>
-            {
-                last = error;
-            }
-            result => return result,
+        if let Some(connected) = connect_from(socket, from, endpoint).await? {
+            return Ok(connected);
         }
     }
-    Err(last)
+    Err(io::ErrorKind::AddrNotAvailable.into())
 }
 
 /// Connects to the app at `server`, an address of the pod that `netns` is of, from `client`'s address and port. With
@@ -250,19 +236,8 @@ pub async fn dial_app(
             set_ipv6_transparent(&socket)?;
         }
         let from = SocketAddr::new(client.ip(), port);
-        let result = match socket.bind(&from.into()) {
-            Ok(()) => into_tokio(socket)?.connect(server).await,
-            Err(error) => Err(error),
-        };
-        match result {
-            // A closed connection of the same four is still in TIME_WAIT.
-            Err(error)
-                if port != 0
-                    && matches!(
-                        error.kind(),
-                        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
-                    ) => {}
-            result => return result,
+        if let Some(connected) = connect_from(socket, from, server).await? {
+            return Ok(connected);
         }
     }
     Err(io::ErrorKind::AddrNotAvailable.into())
@@ -279,21 +254,36 @@ pub async fn dial_neighbour(
     for port in [client.port(), 0] {
         let socket = socket_in(kernel, netns, server, DELIVERY)?;
         let from = SocketAddr::new(client.ip(), port);
-        let result = match socket.bind(&from.into()) {
-            Ok(()) => into_tokio(socket)?.connect(server).await,
-            Err(error) => Err(error),
-        };
-        match result {
-            Err(error)
-                if port != 0
-                    && matches!(
-                        error.kind(),
-                        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
-                    ) => {}
-            result => return result,
+        if let Some(connected) = connect_from(socket, from, server).await? {
+            return Ok(connected);
         }
     }
     Err(io::ErrorKind::AddrNotAvailable.into())
+}
+
+/// `None` when the address and port cannot be had: they are in use, or a closed connection of the same four is still in
+/// TIME_WAIT.
+async fn connect_from(
+    socket: Socket,
+    from: SocketAddr,
+    to: SocketAddr,
+) -> io::Result<Option<TcpStream>> {
+    let connected = match socket.bind(&from.into()) {
+        Ok(()) => TcpSocket::from_std_stream(socket.into()).connect(to).await,
+        Err(error) => Err(error),
+    };
+    match connected {
+        Ok(connected) => Ok(Some(connected)),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn socket_in(kernel: &Kernel, netns: &Netns, remote: SocketAddr, kind: u32) -> io::Result<Socket> {
@@ -330,10 +320,6 @@ fn set_ipv6_transparent(socket: &Socket) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
-}
-
-fn into_tokio(socket: Socket) -> io::Result<TcpSocket> {
-    Ok(TcpSocket::from_std_stream(socket.into()))
 }
 
 /// `address` with an IPv4-mapped IPv6 address as the IPv4 address that it is.
