@@ -57,6 +57,14 @@ pub struct Destination {
     pub identities: Arc<BTreeSet<Identity>>,
 }
 
+impl Destination {
+    /// The identities that may answer, for an error.
+    pub fn allowed(&self) -> String {
+        let allowed: Vec<_> = self.identities.iter().map(Identity::as_str).collect();
+        allowed.join(" or ")
+    }
+}
+
 /// A server behind a destination.
 #[derive(Clone, Debug)]
 pub struct Endpoint {

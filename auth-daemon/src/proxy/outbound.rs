@@ -485,14 +485,9 @@ async fn shake_hands(
     let channel = tunnel::handshake::connect(tcp, config, trust_domain).await?;
     let presented = &channel.peer().identity;
     if !destination.identities.contains(presented) {
-        let allowed: Vec<_> = destination
-            .identities
-            .iter()
-            .map(|id| id.as_str())
-            .collect();
         return Err(Failure::Naming {
             presented: presented.to_string(),
-            allowed: allowed.join(" or "),
+            allowed: destination.allowed(),
         });
     }
     Ok(channel)

@@ -76,14 +76,9 @@ pub(super) fn permit(
     server: &Arc<Resident>,
 ) -> Result<(), Forbidden> {
     if !destination.identities.contains(&server.identity) {
-        let allowed: Vec<_> = destination
-            .identities
-            .iter()
-            .map(|id| id.as_str())
-            .collect();
         return Err(Forbidden::Naming {
             server: server.clone(),
-            allowed: allowed.join(" or "),
+            allowed: destination.allowed(),
         });
     }
     Ok(admit_source(snapshot, &client.identity, source, claimed)?)
