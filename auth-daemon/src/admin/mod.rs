@@ -77,7 +77,7 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
         .map(|(identity, svid)| {
             json!({
                 "identity": identity.as_str(),
-                "serial": svid.as_ref().map(|svid| &svid.serial),
+                "serial": svid.as_ref().map(|svid| &*svid.serial),
                 "notBefore": svid.as_ref().map(|svid| rfc3339(svid.not_before)),
                 "notAfter": svid.as_ref().map(|svid| rfc3339(svid.not_after)),
             })

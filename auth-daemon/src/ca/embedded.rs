@@ -7,6 +7,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -25,7 +26,7 @@ use x509_parser::{
 use super::{BACKDATE, IssueError, IssueFuture, Issued, Issuer};
 use crate::{
     mesh::{Identity, TrustDomain},
-    tunnel::tls::TrustBundle,
+    tunnel::trust::{Trust, TrustBundle, TrustStore},
 };
 
 /// Root key and certificate, PEM, in one file so that they come to be at one instant. Mode 0600.
@@ -40,7 +41,7 @@ const ROOT_BACKDATE: Duration = Duration::from_secs(24 * 60 * 60);
 pub struct EmbeddedCa {
     trust_domain: TrustDomain,
     issuer: rcgen::Issuer<'static, KeyPair>,
-    root: CertificateDer<'static>,
+    trust: Arc<TrustStore>,
     lifetime: Duration,
 }
 
@@ -180,7 +181,10 @@ impl EmbeddedCa {
         Ok(Self {
             trust_domain: trust_domain.clone(),
             issuer,
-            root,
+            trust: Arc::new(TrustStore::new(Trust::fixed(TrustBundle {
+                trust_domain: trust_domain.clone(),
+                roots: vec![root],
+            }))),
             lifetime,
         })
     }
@@ -224,11 +228,8 @@ impl Issuer for EmbeddedCa {
         Box::pin(async move { self.sign(identity, csr) })
     }
 
-    fn bundle(&self) -> TrustBundle {
-        TrustBundle {
-            trust_domain: self.trust_domain.clone(),
-            roots: vec![self.root.clone()],
-        }
+    fn trust(&self) -> &Arc<TrustStore> {
+        &self.trust
     }
 }
 
@@ -353,7 +354,7 @@ mod tests {
         let directory = folder.path().join("ca");
         let roots: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8)
-                .map(|_| scope.spawn(|| open(&directory).unwrap().root))
+                .map(|_| scope.spawn(|| open(&directory).unwrap().trust.current()))
                 .collect();
             threads
                 .into_iter()

@@ -2,19 +2,19 @@
 
 pub mod embedded;
 
-use std::{fmt, future::Future, pin::Pin, time::Duration};
+use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use rustls::pki_types::CertificateDer;
 
-use crate::{mesh::Identity, tunnel::tls::TrustBundle};
+use crate::{mesh::Identity, tunnel::trust::TrustStore};
 
 /// Signs the certificates of this node's workloads: a key in a folder now, a server of the trust domain elsewhere.
 pub trait Issuer: Send + Sync + fmt::Debug {
     /// Signs `csr` (PKCS #10, DER) for `identity`. The key in it is all that is taken from the CSR.
     fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a>;
 
-    /// The roots to believe.
-    fn bundle(&self) -> TrustBundle;
+    /// Whom to believe, kept up to date for as long as the issuer lives.
+    fn trust(&self) -> &Arc<TrustStore>;
 }
 
 /// What [`Issuer::issue`] returns.
@@ -34,3 +34,8 @@ pub struct IssueError(pub String);
 
 /// How much earlier than now a certificate begins: clocks of nodes differ a little.
 pub const BACKDATE: Duration = Duration::from_secs(60);
+
+pub mod attest;
+pub mod authority;
+pub mod proto;
+pub mod store;

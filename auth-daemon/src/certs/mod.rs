@@ -190,7 +190,7 @@ async fn request(issuer: &dyn Issuer, identity: &Identity) -> Result<Current, Is
         .serialize_request(&key)
         .map_err(|error| failed(&error))?;
     let issued = issuer.issue(identity, csr.der()).await?;
-    let bundle = issuer.bundle();
+    let bundle = &issuer.trust().current().bundle;
     let leaf = issued
         .chain
         .first()
@@ -206,6 +206,6 @@ async fn request(issuer: &dyn Issuer, identity: &Identity) -> Result<Current, Is
     let signing = any_ecdsa_type(&key).map_err(|error| failed(&error))?;
     let certified = CertifiedKey::new(issued.chain, signing);
     certified.keys_match().map_err(|error| failed(&error))?;
-    let configs = Configs::new(Arc::new(certified), &bundle).map_err(|error| failed(&error))?;
+    let configs = Configs::new(Arc::new(certified), bundle).map_err(|error| failed(&error))?;
     Ok(Current { svid, configs })
 }

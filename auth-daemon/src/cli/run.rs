@@ -15,7 +15,7 @@ use crate::{
     admin,
     ca::embedded::EmbeddedCa,
     certs::Certificates,
-    config::{Config, LogFormat},
+    config::{CaSource, Config, Log, LogFormat},
     datapath::{Kernel, PinLock, mounts},
     discovery,
     mesh::Registry,
@@ -31,14 +31,13 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = Config::load(&arguments.config)?;
-    start_log(&config)?;
+    start_log(&config.log)?;
     raise_file_limit();
 
-    let ca = EmbeddedCa::open(
-        &config.ca_directory,
-        &config.trust_domain,
-        config.certificate_lifetime,
-    )?;
+    let CaSource::Directory(directory) = &config.ca else {
+        anyhow::bail!("ca.address: cannot be used yet");
+    };
+    let ca = EmbeddedCa::open(directory, &config.trust_domain, config.certificate_lifetime)?;
     mounts::ensure_bpffs(&config.pins)?;
     let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
     let lock = PinLock::take(&config.pins)?;
@@ -95,14 +94,14 @@ async fn asked_to_stop() -> std::io::Result<()> {
     Ok(())
 }
 
-fn start_log(config: &Config) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&config.log_level).context("log.level")?;
-    let log = tracing_subscriber::fmt()
+pub(super) fn start_log(log: &Log) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&log.level).context("log.level")?;
+    let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
-    match config.log_format {
-        LogFormat::Text => log.with_ansi(false).init(),
-        LogFormat::Json => log
+    match log.format {
+        LogFormat::Text => lines.with_ansi(false).init(),
+        LogFormat::Json => lines
             .json()
             .flatten_event(true)
             .with_current_span(false)

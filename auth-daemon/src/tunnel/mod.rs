@@ -13,6 +13,7 @@ pub mod record;
 mod relay;
 pub mod svid;
 pub mod tls;
+pub mod trust;
 
 pub use channel::{Channel, ChannelError, MAX_EARLY_BYTES};
 pub use handshake::HandshakeError;

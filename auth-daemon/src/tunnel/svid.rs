@@ -1,6 +1,9 @@
 //! X.509-SVIDs: which identity a certificate carries, and whether it may (SPIFFE X509-SVID §2 to §4).
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use x509_parser::{
     certificate::X509Certificate,
@@ -16,7 +19,7 @@ pub struct Svid {
     /// Whose it is.
     pub identity: Identity,
     /// Serial number, in lower-case hexadecimal.
-    pub serial: String,
+    pub serial: Arc<str>,
     /// Not valid before.
     pub not_before: SystemTime,
     /// Not valid after.
@@ -101,7 +104,8 @@ impl Svid {
                 .raw_serial()
                 .iter()
                 .map(|byte| format!("{byte:02x}"))
-                .collect(),
+                .collect::<String>()
+                .into(),
             not_before: at(validity.not_before.timestamp()),
             not_after: at(validity.not_after.timestamp()),
         })

@@ -23,17 +23,8 @@ use rustls::{
     version::TLS13,
 };
 
-use super::{ALPN, svid::Svid};
+use super::{ALPN, svid::Svid, trust::TrustBundle};
 use crate::mesh::TrustDomain;
-
-/// The roots of a trust domain.
-#[derive(Clone, Debug)]
-pub struct TrustBundle {
-    /// Whose roots they are.
-    pub trust_domain: TrustDomain,
-    /// Root certificates, DER.
-    pub roots: Vec<CertificateDer<'static>>,
-}
 
 /// Both ends' TLS configurations for one workload identity.
 #[derive(Debug)]

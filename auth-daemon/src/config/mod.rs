@@ -1,14 +1,20 @@
 //! The daemon's configuration file: YAML, checked as a whole, so that one run shows every fault.
 
+mod log;
+mod section;
+
 use std::{
-    fmt, fs,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
 };
 
 use ipnet::IpNet;
-use serde_json::{Map, Value};
+use serde_json::Value;
+
+pub use log::{Log, LogFormat};
+pub use section::InvalidConfig;
+use section::{Section, absolute, duration};
 
 use crate::mesh::TrustDomain;
 
@@ -30,13 +36,26 @@ pub enum SameNode {
     Tunnel,
 }
 
-/// How log lines look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
+/// Where certificates come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CaSource {
+    /// A folder with the trust domain's root key and certificate: this daemon signs.
+    Directory(PathBuf),
+    /// The trust domain's CA.
+    Server(CaServer),
+}
+
+/// How to reach the trust domain's CA.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CaServer {
+    /// Host and port.
+    pub address: String,
+    /// The name in the CA's certificate. Defaults to the address's host.
+    pub server_name: String,
+    /// PEM file with the roots to believe the CA by. Read again at each connection.
+    pub root_file: PathBuf,
+    /// File with the bearer token that says which node this is. Read again when it is used.
+    pub token_file: PathBuf,
 }
 
 /// A checked configuration.
@@ -50,9 +69,9 @@ pub struct Config {
     pub mode: Mode,
     /// Folder of Kubernetes manifests to watch.
     pub manifests: PathBuf,
-    /// Folder with the trust domain's root key and certificate.
-    pub ca_directory: PathBuf,
-    /// Life of the certificates made here. Defaults to 24 hours, between 10 seconds and 24 hours.
+    /// Where certificates come from.
+    pub ca: CaSource,
+    /// Life of the certificates that are asked for. Defaults to 24 hours, between 10 seconds and 24 hours.
     pub certificate_lifetime: Duration,
     /// Networks that pods live in: in PERMISSIVE, callers from here may be about to speak the tunnel.
     pub pod_networks: Vec<IpNet>,
@@ -60,34 +79,13 @@ pub struct Config {
     pub same_node: SameNode,
     /// How long SIGTERM waits for connections to end. Defaults to 5 seconds.
     pub drain: Duration,
-    /// Defaults to text.
-    pub log_format: LogFormat,
-    /// A tracing filter such as `info` or `auth_daemon=debug`. Defaults to `info`.
-    pub log_level: String,
+    /// What is logged, and how.
+    pub log: Log,
     /// Where the programs attach. Defaults to the cgroup v2 mount.
     pub cgroup: Option<PathBuf>,
     /// Where links and maps are pinned. Defaults to `/sys/fs/bpf/auth-daemon`.
     pub pins: PathBuf,
 }
-
-/// Everything that is wrong with a configuration file.
-#[derive(Debug)]
-pub struct InvalidConfig {
-    file: PathBuf,
-    faults: Vec<String>,
-}
-
-impl fmt::Display for InvalidConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} cannot be used:", self.file.display())?;
-        for fault in &self.faults {
-            write!(f, "\n  {fault}")?;
-        }
-        Ok(())
-    }
-}
-
-impl std::error::Error for InvalidConfig {}
 
 /// Where pins go unless told otherwise.
 pub const DEFAULT_PINS: &str = "/sys/fs/bpf/auth-daemon";
@@ -98,13 +96,7 @@ const MAX_DRAIN: Duration = Duration::from_secs(60 * 60);
 impl Config {
     /// Reads and checks `file`.
     pub fn load(file: &Path) -> Result<Self, InvalidConfig> {
-        let invalid = |faults| InvalidConfig {
-            file: file.to_owned(),
-            faults,
-        };
-        let text = fs::read_to_string(file)
-            .map_err(|error| invalid(vec![format!("cannot be read: {error}")]))?;
-        Self::parse(&text).map_err(invalid)
+        section::load(file, Self::parse)
     }
 
     /// Checks `text`; every fault names its field.
@@ -134,23 +126,15 @@ impl Config {
         let mut discovery = root.section("discovery", &mut faults);
         let manifests = discovery.required("files", &mut faults, absolute);
         let mut ca = root.section("ca", &mut faults);
-        let ca_directory = ca.required("directory", &mut faults, absolute);
+        let ca_source = ca_source(&mut ca, &mut faults);
         let certificate_lifetime = ca.parsed("certificateLifetime", &mut faults, |s| {
             duration(s, MIN_LIFETIME, MAX_LIFETIME)
         });
-        let mut log = root.section("log", &mut faults);
-        let log_format = log.parsed("format", &mut faults, |s| match s {
-            "text" => Ok(LogFormat::Text),
-            "json" => Ok(LogFormat::Json),
-            _ => Err("is neither text nor json"),
-        });
-        let log_level = log.parsed("level", &mut faults, |s| {
-            tracing_subscriber::EnvFilter::try_new(s).map(|_| s.to_owned())
-        });
+        let log = Log::read(&mut root, &mut faults);
         let mut kernel = root.section("kernel", &mut faults);
         let cgroup = kernel.parsed("cgroup", &mut faults, absolute);
         let pins = kernel.parsed("pins", &mut faults, absolute);
-        for section in [discovery, ca, log, kernel, root] {
+        for section in [discovery, ca, kernel, root] {
             section.refuse_the_rest(&mut faults);
         }
         if node_name.is_none() {
@@ -158,125 +142,95 @@ impl Config {
                 "nodeName: is missing, and neither $NODE_NAME nor the host name says it".into(),
             );
         }
-        let (Some(node_name), Some(manifests), Some(ca_directory), []) =
-            (node_name, manifests, ca_directory, faults.as_slice())
+        let (Some(node_name), Some(manifests), Some(ca), []) =
+            (node_name, manifests, ca_source, faults.as_slice())
         else {
             return Err(faults);
         };
         Ok(Self {
             node_name,
-            trust_domain: trust_domain.unwrap_or_else(|| {
-                // A literal that the parser takes: see the tests.
-                "cluster.local".parse().expect("well-formed")
-            }),
+            trust_domain: trust_domain.unwrap_or_else(default_trust_domain),
             mode: mode.unwrap_or(Mode::Strict),
             manifests,
-            ca_directory,
+            ca,
             certificate_lifetime: certificate_lifetime.unwrap_or(MAX_LIFETIME),
             pod_networks: pod_networks.unwrap_or_default(),
             same_node: same_node.unwrap_or(SameNode::Kernel),
             drain: drain.unwrap_or(Duration::from_secs(5)),
-            log_format: log_format.unwrap_or(LogFormat::Text),
-            log_level: log_level.unwrap_or_else(|| "info".to_owned()),
+            log,
             cgroup,
             pins: pins.unwrap_or_else(|| DEFAULT_PINS.into()),
         })
     }
 }
 
-/// A mapping of the file, emptied as its fields are taken, so that what is left is what nobody knows.
-struct Section {
-    path: String,
-    fields: Map<String, Value>,
+/// Either a folder, or an address with what belongs to it.
+fn ca_source(ca: &mut Section, faults: &mut Vec<String>) -> Option<CaSource> {
+    let has = |field| ca.has(field);
+    match (has("directory"), has("address")) {
+        (true, true) => {
+            faults.push("ca: has directory and address; it is one or the other".into());
+            for field in [
+                "directory",
+                "address",
+                "serverName",
+                "rootFile",
+                "tokenFile",
+            ] {
+                ca.skip(field);
+            }
+            None
+        }
+        (true, false) => ca
+            .required("directory", faults, absolute)
+            .map(CaSource::Directory),
+        (false, true) => {
+            let address = ca.required("address", faults, host_and_port);
+            let server_name = ca.parsed("serverName", faults, server_name);
+            let root_file = ca.required("rootFile", faults, absolute);
+            let token_file = ca.required("tokenFile", faults, absolute);
+            let (host, port) = address?;
+            Some(CaSource::Server(CaServer {
+                address: format!("{host}:{port}"),
+                server_name: server_name
+                    .unwrap_or_else(|| host.trim_matches(['[', ']']).to_owned()),
+                root_file: root_file?,
+                token_file: token_file?,
+            }))
+        }
+        (false, false) => {
+            faults.push(
+                "ca: has neither directory, a folder with the root key, nor address, where the CA is".into(),
+            );
+            None
+        }
+    }
 }
 
-impl Section {
-    fn new(path: &str, value: Value, faults: &mut Vec<String>) -> Self {
-        let fields = match value {
-            Value::Object(fields) => fields,
-            Value::Null => Map::new(),
-            _ => {
-                let name = if path.is_empty() { "the file" } else { path };
-                faults.push(format!("{name}: is not a mapping of fields"));
-                Map::new()
-            }
-        };
-        Self {
-            path: path.to_owned(),
-            fields,
-        }
+/// `host:port`, with a name or an address (IPv6 in brackets) as the host.
+fn host_and_port(text: &str) -> Result<(String, u16), &'static str> {
+    let (host, port) = text.rsplit_once(':').ok_or("is not host:port")?;
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    if bare.is_none() && host.contains(':') {
+        return Err("is not host:port; an IPv6 address goes in brackets");
     }
+    server_name(bare.unwrap_or(host))?;
+    match port.parse() {
+        Ok(port) if port != 0 => Ok((host.to_owned(), port)),
+        _ => Err("has no port from 1 to 65535"),
+    }
+}
 
-    fn field(&self, name: &str) -> String {
-        if self.path.is_empty() {
-            name.to_owned()
-        } else {
-            format!("{}.{name}", self.path)
-        }
-    }
+fn server_name(name: &str) -> Result<String, &'static str> {
+    rustls::pki_types::ServerName::try_from(name)
+        .map(|_| name.to_owned())
+        .map_err(|_| "is neither a DNS name nor an IP address")
+}
 
-    fn section(&mut self, name: &str, faults: &mut Vec<String>) -> Self {
-        let value = self.fields.remove(name).unwrap_or(Value::Null);
-        Self::new(&self.field(name), value, faults)
-    }
-
-    fn parsed<T, E: fmt::Display>(
-        &mut self,
-        name: &str,
-        faults: &mut Vec<String>,
-        parse: impl FnOnce(&str) -> Result<T, E>,
-    ) -> Option<T> {
-        let field = self.field(name);
-        match self.fields.remove(name)? {
-            Value::String(text) => parse(&text)
-                .map_err(|error| faults.push(format!("{field}: {text:?}: {error}")))
-                .ok(),
-            other => {
-                faults.push(format!("{field}: {other} is not a string"));
-                None
-            }
-        }
-    }
-
-    fn required<T, E: fmt::Display>(
-        &mut self,
-        name: &str,
-        faults: &mut Vec<String>,
-        parse: impl FnOnce(&str) -> Result<T, E>,
-    ) -> Option<T> {
-        if !self.fields.contains_key(name) {
-            faults.push(format!("{}: is missing", self.field(name)));
-        }
-        self.parsed(name, faults, parse)
-    }
-
-    fn list<T, E: fmt::Display>(
-        &mut self,
-        name: &str,
-        faults: &mut Vec<String>,
-        parse: impl Fn(&str) -> Result<T, E>,
-    ) -> Option<Vec<T>> {
-        let field = self.field(name);
-        let Value::Array(items) = self.fields.remove(name)? else {
-            faults.push(format!("{field}: is not a list"));
-            return None;
-        };
-        let mut parsed = Vec::new();
-        for (index, item) in items.into_iter().enumerate() {
-            match item.as_str().map(&parse) {
-                Some(Ok(value)) => parsed.push(value),
-                Some(Err(error)) => faults.push(format!("{field}[{index}]: {item}: {error}")),
-                None => faults.push(format!("{field}[{index}]: {item} is not a string")),
-            }
-        }
-        Some(parsed)
-    }
-
-    fn refuse_the_rest(self, faults: &mut Vec<String>) {
-        for name in self.fields.keys() {
-            faults.push(format!("{}: there is no such field", self.field(name)));
-        }
-    }
+/// Where nothing else is said, as everywhere in this field.
+fn default_trust_domain() -> TrustDomain {
+    // A literal that the parser takes: see the tests.
+    "cluster.local".parse().expect("well-formed")
 }
 
 fn node_name(name: &str) -> Result<String, &'static str> {
@@ -297,41 +251,6 @@ fn default_node_name() -> Option<String> {
     environment
         .or_else(|| nix::unistd::gethostname().ok()?.into_string().ok())
         .and_then(|name| node_name(&name).ok())
-}
-
-fn absolute(path: &str) -> Result<PathBuf, &'static str> {
-    let path = PathBuf::from(path);
-    if path.is_absolute() {
-        Ok(path)
-    } else {
-        Err("is not an absolute path")
-    }
-}
-
-/// A whole number with the unit `ms`, `s`, `m` or `h`.
-fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let milliseconds = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60 * 1000,
-        "h" => 60 * 60 * 1000,
-        _ => return Err("is not a duration such as 500ms, 5s, 10m or 24h".into()),
-    };
-    let duration = number
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(milliseconds))
-        .map(Duration::from_millis)
-        .ok_or("is not a duration such as 500ms, 5s, 10m or 24h")?;
-    if (min..=max).contains(&duration) {
-        Ok(duration)
-    } else {
-        Err(format!("is not between {min:?} and {max:?}"))
-    }
 }
 
 #[cfg(test)]
@@ -371,7 +290,7 @@ mod tests {
         assert_eq!(config.certificate_lifetime, Duration::from_secs(20));
         assert_eq!(config.same_node, SameNode::Tunnel);
         assert_eq!(config.drain, Duration::ZERO);
-        assert_eq!(config.log_format, LogFormat::Json);
+        assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(
             config.cgroup.as_deref(),
             Some(Path::new("/sys/fs/cgroup/x"))
@@ -395,7 +314,7 @@ mod tests {
             "drain: 5 is not a string",
             "discovery.files: is missing",
             "ca: is not a mapping",
-            "ca.directory: is missing",
+            "ca: has neither directory",
             "log.format: \"xml\": is neither text nor json",
             "log.colour: there is no such field",
         ] {
@@ -404,18 +323,63 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_yaml_mapping() {
-        assert!(Config::parse("[]").unwrap_err()[0].contains("not a mapping"));
-        assert!(Config::parse("a: [").unwrap_err()[0].contains("is not YAML"));
+    fn certificates_come_from_a_folder_or_from_a_server() {
+        let parse = |ca: &str| {
+            Config::parse(&format!(
+                "nodeName: a\ndiscovery: {{files: /m}}\nca: {{{ca}}}\n"
+            ))
+        };
+        let folder = parse("directory: /ca").unwrap();
+        assert_eq!(folder.ca, CaSource::Directory("/ca".into()));
+        let server = |address: &str, name: &str| {
+            Ok(CaSource::Server(CaServer {
+                address: address.into(),
+                server_name: name.into(),
+                root_file: "/r".into(),
+                token_file: "/t".into(),
+            }))
+        };
+        let source = |ca: &str| parse(ca).map(|config| config.ca);
+        let files = "rootFile: /r, tokenFile: /t";
+        assert_eq!(
+            source(&format!("address: 'ca.example:15012', {files}")),
+            server("ca.example:15012", "ca.example")
+        );
+        assert_eq!(
+            source(&format!("address: '[fd00::1]:15012', {files}")),
+            server("[fd00::1]:15012", "fd00::1")
+        );
+        assert_eq!(
+            source(&format!("address: '10.0.0.1:1', serverName: ca.x, {files}")),
+            server("10.0.0.1:1", "ca.x")
+        );
+        for (wrong, fault) in [
+            (
+                "address: 'ca:1', directory: /ca",
+                "ca: has directory and address",
+            ),
+            ("address: 'ca:1'", "ca.rootFile: is missing"),
+            ("address: 'ca:1'", "ca.tokenFile: is missing"),
+            ("address: ca", "ca.address: \"ca\": is not host:port"),
+            ("address: 'fd00::1:15012'", "IPv6 address goes in brackets"),
+            ("address: 'ca:0'", "has no port"),
+            ("address: 'c a:1'", "neither a DNS name nor an IP address"),
+            (
+                "directory: /ca, tokenFile: /t",
+                "ca.tokenFile: there is no such field",
+            ),
+        ] {
+            let faults = source(wrong).unwrap_err().join("\n");
+            assert!(
+                faults.contains(fault),
+                "{wrong}: {fault:?} is not in:\n{faults}"
+            );
+        }
     }
 
     #[test]
-    fn durations() {
-        let any = |text| duration(text, Duration::ZERO, Duration::MAX);
-        assert_eq!(any("250ms"), Ok(Duration::from_millis(250)));
-        assert_eq!(any("2h"), Ok(Duration::from_secs(7200)));
-        for bad in ["", "s", "5", "-5s", "5 s", "1d", "99999999999999999999s"] {
-            assert!(any(bad).is_err(), "{bad}");
-        }
+    fn refuses_what_is_no_yaml_mapping() {
+        assert!(Config::parse("[]").unwrap_err()[0].contains("not a mapping"));
+        assert!(Config::parse("a: [").unwrap_err()[0].contains("is not YAML"));
     }
 }
