@@ -2,7 +2,13 @@
 
 use std::net::IpAddr;
 
-use crate::mesh::{Identity, ObjectName, Snapshot};
+use crate::{
+    mesh::{Identity, ObjectName, Snapshot},
+    tunnel::{
+        svid::Svid,
+        trust::{Revocations, Revoked},
+    },
+};
 
 /// Why a caller is not admitted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +36,29 @@ pub enum Denied {
         /// What CONNECT claims.
         claimed: IpAddr,
     },
+}
+
+/// Whether the CA still lets the holder of `svid` be believed, who is at `address`.
+pub fn check_revoked(
+    snapshot: &Snapshot,
+    revoked: &Revocations,
+    svid: &Svid,
+    address: IpAddr,
+) -> Result<(), Revoked> {
+    revoked.check(svid)?;
+    check_revoked_node(snapshot, revoked, address)
+}
+
+/// Whether it still lets the pods be believed that run where the one with `address` does.
+pub fn check_revoked_node(
+    snapshot: &Snapshot,
+    revoked: &Revocations,
+    address: IpAddr,
+) -> Result<(), Revoked> {
+    match snapshot.pod(address) {
+        Some(pod) => revoked.check_node(&pod.node),
+        None => Ok(()),
+    }
 }
 
 /// Whether the holder of `presented` may speak as the client at `claimed`, through a tunnel from `tunnel`.
@@ -61,7 +90,10 @@ pub fn admit_source(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::{Inventory, Workload};
+    use crate::{
+        mesh::{Inventory, Workload},
+        tunnel::trust::Reason,
+    };
 
     #[test]
     fn a_known_address_is_its_pods_alone() {
@@ -103,5 +135,56 @@ mod tests {
         });
         let denied = admit_source(&disputed, &web, address, address).unwrap_err();
         assert_eq!(denied, Denied::Disputed(address));
+    }
+
+    #[test]
+    fn revoked_is_a_certificate_an_identity_or_a_node() {
+        let web: Identity = "spiffe://cluster.local/ns/default/sa/web".parse().unwrap();
+        let address: IpAddr = "10.0.0.1".parse().unwrap();
+        let snapshot = Snapshot::new(Inventory {
+            workloads: vec![Workload {
+                name: ObjectName {
+                    namespace: "default".into(),
+                    name: "web-1".into(),
+                },
+                uid: String::new(),
+                identity: web.clone(),
+                addresses: vec![address],
+                node: "a".into(),
+                ready: true,
+                labels: Default::default(),
+                named_ports: Default::default(),
+                netns: None,
+            }],
+            services: vec![],
+        });
+        let svid = Svid {
+            identity: web.clone(),
+            serial: "0a".into(),
+            not_before: std::time::UNIX_EPOCH,
+            not_after: std::time::UNIX_EPOCH,
+        };
+        let check = |revoked: &Revocations, address: &str| {
+            let address = address.parse().unwrap();
+            check_revoked(&snapshot, revoked, &svid, address).map_err(|why| why.to_string())
+        };
+        let mut revoked = Revocations::default();
+        assert_eq!(check(&revoked, "10.0.0.1"), Ok(()));
+        revoked.nodes.insert("a".into(), Reason::KeyCompromise);
+        assert_eq!(
+            check(&revoked, "10.0.0.1").unwrap_err(),
+            "node a is revoked (keyCompromise)"
+        );
+        assert_eq!(check(&revoked, "10.0.0.2"), Ok(()), "of no known node");
+        revoked.serials.insert("0a".into(), Reason::Superseded);
+        assert_eq!(
+            check(&revoked, "10.0.0.2").unwrap_err(),
+            "certificate 0a of spiffe://cluster.local/ns/default/sa/web is revoked (superseded)"
+        );
+        revoked.identities.insert(web, Reason::Unspecified);
+        assert_eq!(
+            check(&revoked, "10.0.0.2").unwrap_err(),
+            "spiffe://cluster.local/ns/default/sa/web is revoked (unspecified)"
+        );
     }
 }

@@ -5,17 +5,18 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use futures_util::future::AbortHandle;
 use serde::Serialize;
 
 use crate::{
     mesh::{Identity, ObjectName},
-    tunnel::Counters,
+    tunnel::{Counters, svid::Svid},
 };
 
 /// Whether the pod made the connection or got it.
@@ -51,6 +52,9 @@ pub struct Connection {
     /// Whether those that go up go to the server.
     up_is_to_server: bool,
     details: Mutex<Details>,
+    /// Ends its task, and why it was used.
+    cut: AbortHandle,
+    cut_because: OnceLock<String>,
 }
 
 /// What is learnt of a connection on its way.
@@ -68,6 +72,8 @@ pub struct Details {
     pub client_identity: Option<Identity>,
     /// Who answered.
     pub server_identity: Option<Identity>,
+    /// The certificate that the other end of its tunnel showed.
+    pub peer: Option<Svid>,
     /// What carries it.
     pub path: Path,
 }
@@ -91,8 +97,9 @@ pub struct Live {
 }
 
 impl Live {
-    /// Notes a connection from `client`. It leaves a line in the log when the guard is finished or dropped.
-    pub fn open(&self, direction: Direction, client: SocketAddr) -> Guard<'_> {
+    /// Notes a connection from `client`. It leaves a line in the log when the guard is finished or dropped. `cut` ends
+    /// the task that holds the guard.
+    pub fn open(&self, direction: Direction, client: SocketAddr, cut: AbortHandle) -> Guard<'_> {
         self.insert(Connection {
             direction,
             started: Instant::now(),
@@ -106,8 +113,11 @@ impl Live {
                 endpoint: None,
                 client_identity: None,
                 server_identity: None,
+                peer: None,
                 path: Path::Tunnel,
             }),
+            cut,
+            cut_because: OnceLock::new(),
         })
     }
 
@@ -120,6 +130,18 @@ impl Live {
             id,
             connection,
             finished: false,
+        }
+    }
+
+    /// Cuts those for which `condition` has a reason: they end with a RST at both ends, and a line that says it.
+    pub fn cut(&self, condition: impl Fn(Direction, &Details) -> Option<String>) {
+        let connections: Vec<_> = self.lock().values().cloned().collect();
+        for connection in connections {
+            let reason = condition(connection.direction, &connection.lock());
+            if let Some(reason) = reason {
+                let _ = connection.cut_because.set(reason);
+                connection.cut.abort();
+            }
         }
     }
 
@@ -227,6 +249,8 @@ impl<'a> Guard<'a> {
                 service: None,
                 ..details
             }),
+            cut: connection.cut.clone(),
+            cut_because: OnceLock::new(),
         })
     }
 
@@ -329,8 +353,11 @@ impl Finished {
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         if !self.finished {
+            let connection = self.connection.clone();
             let reason = if std::thread::panicking() {
                 "internal error in the daemon; its log has the details"
+            } else if let Some(reason) = connection.cut_because.get() {
+                reason
             } else {
                 "ended by this daemon: the pod left the mesh, or the daemon stops"
             };

@@ -22,7 +22,7 @@ use super::{
     Node, Pod, Workers,
     connections::Connections,
     handshakes::Place,
-    inbound, outbound,
+    inbound, outbound, revocation,
     same_node::{self, Resident, Residents},
 };
 use crate::{
@@ -128,6 +128,7 @@ impl Enrolment {
                 first = false;
                 self.node.same_node.adopt(&self.node);
                 tokio::spawn(same_node::keep(self.node.clone()));
+                tokio::spawn(revocation::keep(self.node.clone()));
                 let worker = self.workers.next();
                 worker
                     .runtime

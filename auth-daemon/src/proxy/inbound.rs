@@ -7,6 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::{AbortHandle, Abortable};
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
@@ -23,7 +24,7 @@ use super::{
 use crate::{
     config::Mode,
     datapath::sockets::{self, end_in_good_order},
-    policy::{Denied, admit_source},
+    policy::{admit_source, check_revoked},
     tunnel::{
         self, Channel, ChannelError, Ending,
         frame::{Connect, Event, ResetCode},
@@ -39,11 +40,23 @@ const IDLE: Duration = Duration::from_secs(60);
 /// How long the app may take to accept.
 const APP_ANSWER: Duration = Duration::from_secs(2);
 
-/// Serves one accepted connection. Returns when it has ended; dropping sockets on the way resets them.
+/// Serves one accepted connection. Returns when it has ended, or was cut; dropping sockets on the way resets them.
 ///
 /// `place` is the one that it takes among those in their handshake.
 pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Place) {
-    let access = node.live.open(Direction::Inbound, from);
+    let (cut, registration) = AbortHandle::new_pair();
+    let _ = Abortable::new(take(node, pod, tcp, from, place, cut), registration).await;
+}
+
+async fn take(
+    node: &Node,
+    pod: &Pod,
+    tcp: TcpStream,
+    from: SocketAddr,
+    place: Place,
+    cut: AbortHandle,
+) {
+    let access = node.live.open(Direction::Inbound, from, cut.clone());
     let local = match tcp.local_addr() {
         Ok(local) => sockets::canonical(local),
         Err(error) => return access.finish(Outcome::Refused, error),
@@ -93,7 +106,7 @@ pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAd
         deadline,
         _place: place,
     };
-    carry(node, pod, channel, from, local, first).await;
+    carry(node, pod, channel, from, local, first, cut).await;
 }
 
 /// A tunnel whose first CONNECT is due: until then it counts as a handshake.
@@ -128,6 +141,7 @@ async fn carry(
     from: SocketAddr,
     local: SocketAddr,
     first: First<'_>,
+    cut: AbortHandle,
 ) {
     let mut deadline = first.deadline;
     let mut first = Some(first);
@@ -158,10 +172,11 @@ async fn carry(
         };
         let access = match first.take() {
             Some(first) => first.access,
-            None => node.live.open(Direction::Inbound, from),
+            None => node.live.open(Direction::Inbound, from, cut.clone()),
         };
         access.learn(|details| {
             details.client_identity = Some(channel.peer().identity.clone());
+            details.peer = Some(channel.peer().clone());
             details.server_identity = Some(pod.workload.identity.clone());
             details.destination = Some(local);
             details.endpoint = Some(local);
@@ -273,9 +288,15 @@ async fn admit(
             format!("the certificate of {identity} has expired since the tunnel began"),
         ));
     }
+    let snapshot = node.registry.snapshot();
+    // Asked now, that the connection is among the live ones: what is revoked from here on cuts it.
+    let revoked = &node.certificates.trust().current().revoked;
+    check_revoked(&snapshot, revoked, channel.peer(), from.ip())
+        .and_then(|()| revoked.check_identity(&pod.workload.identity))
+        .map_err(|revoked| (ResetCode::Forbidden, revoked.to_string()))?;
     let claimed = connect.client.ip();
-    admit_source(&node.registry.snapshot(), identity, from.ip(), claimed)
-        .map_err(|denied: Denied| (ResetCode::Forbidden, denied.to_string()))?;
+    admit_source(&snapshot, identity, from.ip(), claimed)
+        .map_err(|denied| (ResetCode::Forbidden, denied.to_string()))?;
     // Believed only now: no stranger writes lines in another's name.
     access.learn(|details| details.client = connect.client);
     let keep_port = pod.is_free(connect.client, local.port());

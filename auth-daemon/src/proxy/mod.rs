@@ -11,6 +11,7 @@ mod opening;
 mod outbound;
 mod plain;
 mod pod;
+mod revocation;
 mod same_node;
 mod workers;
 

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::{AbortHandle, Abortable};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::{AsyncWriteExt, Interest},
@@ -26,10 +27,12 @@ use crate::{
     config::SameNode,
     datapath::sockets::{self, end_in_good_order},
     mesh::Destination,
+    policy::check_revoked,
     tunnel::{
         self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made, Taken,
         frame::{Connect, Event, Reset, ResetCode},
         relay,
+        trust::Revoked,
     },
 };
 
@@ -49,10 +52,15 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// Endpoints tried for one connection.
 const MAX_ATTEMPTS: usize = 3;
 
-/// Serves one accepted connection. Returns when it has ended; dropping `app` on the way resets it.
-pub(super) async fn serve(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr) {
+/// Serves one accepted connection. Returns when it has ended, or was cut; dropping `app` on the way resets it.
+pub(super) async fn serve(node: &Node, pod: &Pod, app: TcpStream, from: SocketAddr) {
+    let (cut, registration) = AbortHandle::new_pair();
+    let _ = Abortable::new(take(node, pod, app, from, cut), registration).await;
+}
+
+async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut: AbortHandle) {
     let client = own_address(pod, from);
-    let access = node.live.open(Direction::Outbound, client);
+    let access = node.live.open(Direction::Outbound, client, cut);
     access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));
     let cookie = pod.enrolled.netns.cookie();
     let Some(dialled) = node.kernel.take_dialled(cookie, from) else {
@@ -204,6 +212,8 @@ enum Refusal {
     NoCertificate(crate::mesh::Identity),
     #[error("{endpoint}: {why}")]
     Endpoint { endpoint: SocketAddr, why: Failure },
+    #[error(transparent)]
+    Revoked(#[from] Revoked),
     #[error("no endpoint answered within {PATIENCE:?}")]
     Late,
     #[error("the pod has no address of the family of {0}")]
@@ -225,6 +235,8 @@ enum Failure {
     Handshake(#[from] HandshakeError),
     #[error("secure naming: it presents {presented}, but may only be {allowed}")]
     Naming { presented: String, allowed: String },
+    #[error("{0}")]
+    Revoked(#[from] Revoked),
     #[error("{0}")]
     Channel(#[from] ChannelError),
     #[error("{}{}", refused_by(.0.code), if .0.reason.is_empty() { String::new() } else { format!(": {}", .0.reason) })]
@@ -259,6 +271,8 @@ impl Call<'_> {
             };
         });
         let destination = resolved?;
+        let revoked = &self.node.certificates.trust().current().revoked;
+        revoked.check_identity(&self.pod.workload.identity)?;
         let mut tried = Vec::new();
         let mut last = None;
         while tried.len() < MAX_ATTEMPTS
@@ -325,6 +339,9 @@ impl Call<'_> {
             self.access.learn(|details| {
                 details.server_identity = Some(resident.identity.clone());
             });
+            // Once more, now that the live connections tell whose it is.
+            let revoked = &node.certificates.trust().current().revoked;
+            revoked.check_identity(&resident.identity)?;
             return Ok(Opened::SameNode(Neighbour {
                 tcp: tcp.map_err(failed)?,
                 endpoint: address,
@@ -338,6 +355,10 @@ impl Call<'_> {
                 made,
                 idled,
             } = taken;
+            if self.believe(&channel, address).is_err() {
+                channel.close();
+                continue;
+            }
             match within(ANSWER, self.establish(&mut channel, idled < FRESH)).await {
                 Ok(()) => return Ok(self.opened(channel, address, made)),
                 Err(Failure::App(error)) => return Err(Refusal::App(error)),
@@ -363,6 +384,8 @@ impl Call<'_> {
         let tcp = within(limit(DIAL), dial).await.map_err(failed)?;
         let handshake = shake_hands(node, tcp, &certificate, destination);
         let mut channel = within(limit(HANDSHAKE), handshake).await.map_err(failed)?;
+        self.believe(&channel, address)
+            .map_err(|revoked| failed(revoked.into()))?;
         let made = Made {
             at: std::time::Instant::now(),
             valid_until: certificate.svid.not_after.min(channel.peer().not_after),
@@ -373,6 +396,16 @@ impl Call<'_> {
             Err(failure) => return Err(failed(failure)),
         }
         Ok(self.opened(channel, address, made))
+    }
+
+    /// Whether the CA still lets who answers at the other end of `channel` be believed. Asked of each tunnel before
+    /// anything goes into it, once the connection is among the live ones: what is revoked from then on cuts it.
+    fn believe(&self, channel: &Channel, address: SocketAddr) -> Result<(), Revoked> {
+        let peer = channel.peer();
+        self.access
+            .learn(|details| details.peer = Some(peer.clone()));
+        let revoked = &self.node.certificates.trust().current().revoked;
+        check_revoked(&self.node.registry.snapshot(), revoked, peer, address.ip())
     }
 
     /// Connects to the app of a pod of this node, as the client's pod itself would.
@@ -388,10 +421,14 @@ impl Call<'_> {
         // Not there between a change of the pod's and the end of its connections.
         let client = residents.by_cookie.get(&netns.cookie());
         let client = client.ok_or(Failure::Closed)?;
-        let snapshot = node.registry.snapshot();
+        let (snapshot, trust) = (
+            node.registry.snapshot(),
+            node.certificates.trust().current(),
+        );
         let claimed = self.connect.client;
         permit(
             &snapshot,
+            &trust.revoked,
             client,
             source,
             claimed.ip(),

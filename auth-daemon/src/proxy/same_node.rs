@@ -17,8 +17,9 @@ use super::{
 use crate::{
     config,
     datapath::{Closing, Ending, Grant, Side},
-    mesh::{Destination, Identity, ObjectName, Registry, Snapshot},
-    policy::{Denied, admit_source},
+    mesh::{Destination, Identity, ObjectName, Snapshot},
+    policy::{Denied, admit_source, check_revoked_node},
+    tunnel::trust::{Revocations, Revoked, Trust},
 };
 
 /// How often the lease is renewed; it holds for a few times that.
@@ -63,18 +64,25 @@ pub(super) enum Forbidden {
     },
     #[error(transparent)]
     Client(#[from] Denied),
+    #[error(transparent)]
+    Revoked(#[from] Revoked),
 }
 
 /// Whether `client` may talk to `server` when it dials what `destination` is of: the same that both ends of a tunnel ask.
 /// `source` is the address that it is to speak from, `claimed` the one that its app speaks from.
 pub(super) fn permit(
     snapshot: &Snapshot,
+    revoked: &Revocations,
     client: &Resident,
     source: IpAddr,
     claimed: IpAddr,
     destination: &Destination,
     server: &Arc<Resident>,
 ) -> Result<(), Forbidden> {
+    for identity in [&client.identity, &server.identity] {
+        revoked.check_identity(identity)?;
+    }
+    check_revoked_node(snapshot, revoked, source)?;
     if !destination.identities.contains(&server.identity) {
         return Err(Forbidden::Naming {
             server: server.clone(),
@@ -104,6 +112,7 @@ struct Facts {
 /// permitted.
 fn decide(
     snapshot: &Snapshot,
+    revoked: &Revocations,
     residents: &Residents,
     client_cookie: u64,
     dialled: SocketAddr,
@@ -122,7 +131,18 @@ fn decide(
     // A pod that has become another one is not served as that yet.
     let is_current = endpoint.workload.identity == server.identity
         && snapshot.pod(source)?.identity == client.identity;
-    if !is_current || permit(snapshot, client, source, source, &destination, server).is_err() {
+    if !is_current
+        || permit(
+            snapshot,
+            revoked,
+            client,
+            source,
+            source,
+            &destination,
+            server,
+        )
+        .is_err()
+    {
         return None;
     }
     Some(Decision {
@@ -152,7 +172,41 @@ struct Verdicts {
     facts: HashMap<u64, Facts>,
     past: VecDeque<u64>,
     /// What all were last seen to follow from.
-    basis: Option<(Arc<Snapshot>, Arc<Residents>)>,
+    basis: Option<Basis>,
+}
+
+/// What verdicts follow from.
+#[derive(Clone, Debug)]
+struct Basis {
+    snapshot: Arc<Snapshot>,
+    residents: Arc<Residents>,
+    trust: Arc<Trust>,
+}
+
+impl Basis {
+    fn of(node: &Node) -> Self {
+        Self {
+            snapshot: node.registry.snapshot(),
+            residents: node.same_node.residents(),
+            trust: node.certificates.trust().current(),
+        }
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.snapshot, &other.snapshot)
+            && Arc::ptr_eq(&self.residents, &other.residents)
+            && Arc::ptr_eq(&self.trust, &other.trust)
+    }
+
+    fn decide(&self, client_cookie: u64, dialled: SocketAddr) -> Option<Decision> {
+        decide(
+            &self.snapshot,
+            &self.trust.revoked,
+            &self.residents,
+            client_cookie,
+            dialled,
+        )
+    }
 }
 
 impl SameNode {
@@ -210,11 +264,11 @@ impl SameNode {
     /// Called once, when the pods are served.
     pub(super) fn adopt(&self, node: &Node) {
         let mut verdicts = self.lock();
-        let (snapshot, residents) = self.basis(&node.registry);
+        let basis = Basis::of(node);
         let mut gone = Vec::new();
         for grant in node.kernel.same_node.granted() {
             let key = (grant.client_cookie, grant.dialled);
-            let decision = decide(&snapshot, &residents, key.0, key.1).filter(|decision| {
+            let decision = basis.decide(key.0, key.1).filter(|decision| {
                 node.config.same_node == config::SameNode::Kernel
                     && decision.endpoint == grant.endpoint
                     && decision.server_cookie == grant.server_cookie
@@ -236,8 +290,7 @@ impl SameNode {
         if verdicts.given.contains_key(&(client_cookie, dialled)) {
             return;
         }
-        let (snapshot, residents) = self.basis(&node.registry);
-        let Some(decision) = decide(&snapshot, &residents, client_cookie, dialled) else {
+        let Some(decision) = Basis::of(node).decide(client_cookie, dialled) else {
             return;
         };
         let id = verdicts.next;
@@ -259,19 +312,15 @@ impl SameNode {
     /// Takes back each verdict that would not be given again. Called after every change of what they follow from.
     pub(super) fn revise(&self, node: &Node) {
         let mut verdicts = self.lock();
-        let (snapshot, residents) = self.basis(&node.registry);
-        if verdicts
-            .basis
-            .as_ref()
-            .is_some_and(|(was, were)| Arc::ptr_eq(was, &snapshot) && Arc::ptr_eq(were, &residents))
-        {
+        let basis = Basis::of(node);
+        if verdicts.basis.as_ref().is_some_and(|was| was.is(&basis)) {
             return;
         }
         let gone: Vec<_> = verdicts
             .given
             .iter()
             .filter(|((cookie, dialled), (_, decision))| {
-                decide(&snapshot, &residents, *cookie, *dialled).as_ref() != Some(decision)
+                basis.decide(*cookie, *dialled).as_ref() != Some(decision)
             })
             .map(|(key, _)| *key)
             .collect();
@@ -288,11 +337,7 @@ impl SameNode {
         {
             verdicts.facts.remove(&id);
         }
-        verdicts.basis = Some((snapshot, residents));
-    }
-
-    fn basis(&self, registry: &Registry) -> (Arc<Snapshot>, Arc<Residents>) {
-        (registry.snapshot(), self.residents())
+        verdicts.basis = Some(basis);
     }
 
     fn facts(&self, closing: &Closing) -> Facts {
@@ -331,9 +376,11 @@ pub(super) async fn keep(node: Arc<Node>) {
         return;
     }
     let mut changes = node.registry.changes();
+    let mut trust = node.certificates.trust().changes();
     let mut lost = kernel.lost();
     loop {
         changes.borrow_and_update();
+        trust.borrow_and_update();
         node.same_node.revise(&node);
         if let Err(error) = kernel.renew_lease() {
             tracing::error!(%error, "cannot renew the lease of verdicts; the daemon carries all connections");
@@ -346,7 +393,11 @@ pub(super) async fn keep(node: Arc<Node>) {
             );
             lost = more;
         }
-        let _ = tokio::time::timeout(RENEWAL, changes.changed()).await;
+        tokio::select! {
+            _ = changes.changed() => {}
+            _ = trust.changed() => {}
+            () = tokio::time::sleep(RENEWAL) => {}
+        }
     }
 }
 
@@ -465,6 +516,7 @@ mod tests {
     fn decided(workloads: &[Workload], enrolled: &[Workload], dialled: &str) -> Option<Decision> {
         decide(
             &snapshot(workloads.to_vec()),
+            &Revocations::default(),
             &residents(enrolled),
             CLIENT,
             dialled.parse().unwrap(),
@@ -525,7 +577,18 @@ mod tests {
         let destination = snapshot.resolve("10.1.0.2:80".parse().unwrap()).unwrap();
         let (client, web) = (&residents.by_cookie[&1], &residents.by_cookie[&2]);
         let own = client.addresses[0];
-        let ask = |claimed, server| permit(&snapshot, client, own, claimed, &destination, server);
+        let ask = |claimed, server| {
+            let nothing = Revocations::default();
+            permit(
+                &snapshot,
+                &nothing,
+                client,
+                own,
+                claimed,
+                &destination,
+                server,
+            )
+        };
         assert_eq!(ask(own, web), Ok(()));
         let wrong = ask(own, client).unwrap_err().to_string();
         assert_eq!(

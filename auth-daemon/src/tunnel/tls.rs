@@ -23,7 +23,7 @@ use rustls::{
     version::TLS13,
 };
 
-use super::{ALPN, svid::Svid, trust::TrustBundle};
+use super::{ALPN, svid::Svid, trust::TrustStore};
 use crate::mesh::TrustDomain;
 
 /// Both ends' TLS configurations for one workload identity.
@@ -63,10 +63,11 @@ struct ChainTooLarge(usize);
 const MAX_SESSIONS: usize = 1024;
 
 impl Configs {
-    /// Speaks as the holder of `key` and believes `bundle`.
-    pub fn new(key: Arc<CertifiedKey>, bundle: &TrustBundle) -> Result<Self, Error> {
+    /// Speaks as the holder of `key` and believes who `trust` does: by its roots of now, and by its revocations as they
+    /// are at each handshake.
+    pub fn new(key: Arc<CertifiedKey>, trust: Arc<TrustStore>) -> Result<Self, Error> {
         let provider = Arc::new(provider());
-        let verifier = Arc::new(Verifier::new(bundle, provider.clone())?);
+        let verifier = Arc::new(Verifier::new(trust, provider.clone())?);
         let certificate = Arc::new(SingleCertAndKey::from(key));
 
         let mut client = ClientConfig::builder_with_provider(provider.clone())
@@ -105,6 +106,7 @@ impl Configs {
 /// identity may do what it is about to do is for the caller, after the handshake.
 #[derive(Debug)]
 struct Verifier {
+    trust: Arc<TrustStore>,
     trust_domain: TrustDomain,
     roots: Arc<RootCertStore>,
     clients: Arc<dyn ClientCertVerifier>,
@@ -112,7 +114,8 @@ struct Verifier {
 }
 
 impl Verifier {
-    fn new(bundle: &TrustBundle, provider: Arc<CryptoProvider>) -> Result<Self, Error> {
+    fn new(trust: Arc<TrustStore>, provider: Arc<CryptoProvider>) -> Result<Self, Error> {
+        let bundle = &trust.current().bundle;
         let mut roots = RootCertStore::empty();
         for root in &bundle.roots {
             roots.add(root.clone())?;
@@ -123,6 +126,7 @@ impl Verifier {
             .map_err(|error| Error::General(error.to_string()))?;
         Ok(Self {
             trust_domain: bundle.trust_domain.clone(),
+            trust,
             roots,
             clients,
             provider,
@@ -138,9 +142,13 @@ impl Verifier {
             let error = ChainTooLarge(intermediates.len());
             return Err(CertificateError::Other(OtherError(Arc::new(error))).into());
         }
-        Svid::parse(leaf, self.trust_domain.as_str())
-            .map(drop)
-            .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))).into())
+        let svid = Svid::parse(leaf, self.trust_domain.as_str())
+            .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))))?;
+        self.trust
+            .current()
+            .revoked
+            .check(&svid)
+            .map_err(|revoked| CertificateError::Other(OtherError(Arc::new(revoked))).into())
     }
 }
 
@@ -317,6 +325,9 @@ pub fn explain_alert(alert: AlertDescription) -> String {
         }
         AlertDescription::UnknownCA | AlertDescription::DecryptError => {
             format!("the peer refuses our certificate ({alert:?}): is its node of another trust domain or CA?")
+        }
+        AlertDescription::CertificateUnknown | AlertDescription::CertificateRevoked => {
+            "the peer does not take our certificate; is it revoked? Its node's log says why".into()
         }
         alert => format!("the peer refuses the handshake: {alert:?}"),
     }

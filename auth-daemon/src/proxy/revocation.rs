@@ -1,0 +1,61 @@
+//! What a change of trust does to the connections under way.
+
+use std::sync::Arc;
+
+use super::{
+    Node,
+    access::{Details, Direction},
+};
+use crate::{
+    mesh::Snapshot,
+    policy::check_revoked_node,
+    tunnel::trust::{Revocations, Revoked},
+};
+
+/// Cuts connections as the CA revokes those who make them.
+pub(super) async fn keep(node: Arc<Node>) {
+    let trust = node.certificates.trust();
+    let mut changes = trust.changes();
+    // The sender lives as long as the node.
+    while changes.changed().await.is_ok() {
+        let (snapshot, trust) = (node.registry.snapshot(), trust.current());
+        tracing::info!(
+            version = trust.version,
+            roots = trust.bundle.roots.len(),
+            revoked_certificates = trust.revoked.serials.len(),
+            revoked_identities = trust.revoked.identities.len(),
+            revoked_nodes = trust.revoked.nodes.len(),
+            phase = trust.phase,
+            "the CA says anew whom to believe"
+        );
+        node.live.cut(|direction, details| {
+            check(&snapshot, &trust.revoked, direction, details)
+                .err()
+                .map(|revoked| revoked.to_string())
+        });
+    }
+}
+
+/// Asks of a live connection what is asked of each before it begins.
+fn check(
+    snapshot: &Snapshot,
+    revoked: &Revocations,
+    direction: Direction,
+    details: &Details,
+) -> Result<(), Revoked> {
+    if let Some(peer) = &details.peer {
+        revoked.check(peer)?;
+    }
+    for identity in [&details.client_identity, &details.server_identity] {
+        identity
+            .as_ref()
+            .map_or(Ok(()), |identity| revoked.check_identity(identity))?;
+    }
+    let address = match direction {
+        Direction::Outbound => details.endpoint,
+        Direction::Inbound => Some(details.client),
+    };
+    address.map_or(Ok(()), |address| {
+        check_revoked_node(snapshot, revoked, address.ip())
+    })
+}
