@@ -2,6 +2,7 @@
 //! routes inside them.
 
 pub mod features;
+mod flows;
 mod kernel;
 pub mod mounts;
 mod netns;

@@ -4,8 +4,8 @@
 use std::{io, net::SocketAddr, sync::Mutex, time::Duration};
 
 use auth_common::{
-    Admitted, Closed, Delivery, FLOW_CLIENT, FLOW_SERVER, LEASE_NANOSECONDS, SocketKey, Verdict,
-    closed as flag,
+    Admitted, Closed, Delivery, FLOW_CLIENT, FLOW_DIALLED, FLOW_SERVER, LEASE_NANOSECONDS,
+    SocketKey, Verdict, closed as flag,
 };
 use aya::{
     Ebpf,
@@ -13,8 +13,11 @@ use aya::{
 };
 use tokio::io::unix::AsyncFd;
 
-use super::kernel::{
-    KernelError, lock, map_error, monotonic_nanoseconds, socket_address, take_map, wire_address,
+use super::{
+    Netns, flows,
+    kernel::{
+        KernelError, lock, map_error, monotonic_nanoseconds, socket_address, take_map, wire_address,
+    },
 };
 
 /// Verdicts, and what came of them.
@@ -22,6 +25,7 @@ pub struct SameNode {
     verdicts: Mutex<BpfHashMap<MapData, SocketKey, Verdict>>,
     admitted: Mutex<BpfHashMap<MapData, Delivery, Admitted>>,
     lease: Mutex<Array<MapData, u64>>,
+    flows: MapData,
     lost: PerCpuArray<MapData, u64>,
     events: Mutex<Option<RingBuf<MapData>>>,
 }
@@ -53,6 +57,13 @@ impl SameNode {
             verdicts: Mutex::new(open(ebpf, "VERDICTS")?),
             admitted: Mutex::new(open(ebpf, "ADMITTED")?),
             lease: Mutex::new(open(ebpf, "LEASE")?),
+            flows: match take_map(ebpf, "FLOWS")? {
+                Map::SkStorage(flows) => flows,
+                _ => {
+                    let name = "FLOWS".to_owned();
+                    return Err(map_error("FLOWS")(MapError::InvalidName { name }));
+                }
+            },
             lost: open(ebpf, "LOST")?,
             events: Mutex::new(Some(open(ebpf, "EVENTS")?)),
         })
@@ -145,6 +156,24 @@ impl SameNode {
         let ring = ring.ok_or_else(|| io::Error::other("the events are being read already"))?;
         // SAFETY: the ring owns its descriptor, gives the same one each time, and closes it when it is dropped.
         Ok(ClosedEvents(unsafe { AsyncFd::register(ring) }?))
+    }
+
+    /// Ends the connections that the kernel carries, seen from either end in `netns`, whose verdict, client's cookie and
+    /// server's cookie meet the condition. Returns how many.
+    pub fn end(
+        &self,
+        netns: &Netns,
+        condition: impl Fn(u64, u64, u64) -> bool,
+    ) -> io::Result<usize> {
+        flows::end(netns, &self.flows, &|flow| {
+            let Admitted {
+                verdict,
+                client_cookie,
+                server_cookie,
+                ..
+            } = flow.admitted;
+            flow.role != FLOW_DIALLED && condition(verdict, client_cookie, server_cookie)
+        })
     }
 
     /// How many closings left no event since the maps were made.

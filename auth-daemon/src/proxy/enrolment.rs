@@ -343,7 +343,10 @@ impl Enrolment {
         if let Err(error) = self.node.kernel.set_inbound(&wanted, mode) {
             tracing::error!(%error, "cannot tell the kernel's side what to admit");
         }
-        self.node.same_node.settle(&self.node, self.residents());
+        let pods = self.serving.values().map(|serving| serving.pod.clone());
+        self.node
+            .same_node
+            .settle(&self.node, self.residents(), pods.collect());
     }
 
     fn residents(&self) -> Residents {

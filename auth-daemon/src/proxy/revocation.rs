@@ -33,6 +33,8 @@ pub(super) async fn keep(node: Arc<Node>) {
                 .err()
                 .map(|revoked| revoked.to_string())
         });
+        node.same_node.revise(&node);
+        node.same_node.end_forbidden(&node, &[]);
     }
 }
 

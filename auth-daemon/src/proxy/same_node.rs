@@ -2,7 +2,7 @@
 //! carries the others by that verdict, for as long as the daemon would decide the same.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -11,7 +11,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::{
-    Node,
+    Node, Pod,
     access::{Direction, Finished, Outcome, Path},
 };
 use crate::{
@@ -52,6 +52,21 @@ impl Resident {
 pub(super) struct Residents {
     pub(super) by_cookie: HashMap<u64, Arc<Resident>>,
     pub(super) by_address: HashMap<IpAddr, Arc<Resident>>,
+}
+
+impl Residents {
+    /// What can be said of a connection by its ends alone.
+    fn facts(&self, client_cookie: u64, server_cookie: u64) -> Facts {
+        let identity = |cookie| Some(self.by_cookie.get(&cookie)?.identity.clone());
+        Facts {
+            service: None,
+            client_cookie,
+            client: identity(client_cookie),
+            server_cookie,
+            server: identity(server_cookie),
+            ended_because: None,
+        }
+    }
 }
 
 /// Why a pod may not talk to another of its node.
@@ -104,8 +119,12 @@ struct Decision {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Facts {
     service: Option<ObjectName>,
+    client_cookie: u64,
     client: Option<Identity>,
+    server_cookie: u64,
     server: Option<Identity>,
+    /// Why this daemon has ended the connections, if it has.
+    ended_because: Option<String>,
 }
 
 /// `None` where the kernel cannot decide alone: no pod of this node, more than one endpoint to choose from, or not
@@ -150,8 +169,11 @@ fn decide(
         server_cookie: server.cookie,
         facts: Facts {
             service: destination.service,
+            client_cookie: client.cookie,
             client: Some(client.identity.clone()),
+            server_cookie: server.cookie,
             server: Some(server.identity.clone()),
+            ended_because: None,
         },
     })
 }
@@ -160,6 +182,8 @@ fn decide(
 #[derive(Debug)]
 pub struct SameNode {
     residents: watch::Sender<Arc<Residents>>,
+    /// Them, with their namespaces.
+    pods: Mutex<Vec<Arc<Pod>>>,
     /// Held over a decision and what becomes of it in the kernel.
     verdicts: Mutex<Verdicts>,
 }
@@ -181,6 +205,7 @@ struct Basis {
     snapshot: Arc<Snapshot>,
     residents: Arc<Residents>,
     trust: Arc<Trust>,
+    node_name: String,
 }
 
 impl Basis {
@@ -189,6 +214,7 @@ impl Basis {
             snapshot: node.registry.snapshot(),
             residents: node.same_node.residents(),
             trust: node.certificates.trust().current(),
+            node_name: node.config.node_name.clone(),
         }
     }
 
@@ -196,6 +222,29 @@ impl Basis {
         Arc::ptr_eq(&self.snapshot, &other.snapshot)
             && Arc::ptr_eq(&self.residents, &other.residents)
             && Arc::ptr_eq(&self.trust, &other.trust)
+    }
+
+    /// Why a connection by the verdict with these facts may not go on, if so.
+    fn forbids(&self, facts: &Facts) -> Option<String> {
+        for (cookie, identity) in [
+            (facts.client_cookie, &facts.client),
+            (facts.server_cookie, &facts.server),
+        ] {
+            let Some(identity) = identity else {
+                return Some("a pod has left this node, or the mesh".into());
+            };
+            match self.residents.by_cookie.get(&cookie) {
+                Some(resident) if resident.identity == *identity => {}
+                _ => return Some(format!("{identity} has left this node, or the mesh")),
+            }
+            let revoked = &self.trust.revoked;
+            let checked = revoked.check_identity(identity);
+            let checked = checked.and_then(|()| revoked.check_node(&self.node_name));
+            if let Err(revoked) = checked {
+                return Some(revoked.to_string());
+            }
+        }
+        None
     }
 
     fn decide(&self, client_cookie: u64, dialled: SocketAddr) -> Option<Decision> {
@@ -215,6 +264,7 @@ impl SameNode {
         let since_boot = since_boot.map_or(0, |time| Duration::from(time).as_nanos());
         Self {
             residents: watch::Sender::default(),
+            pods: Mutex::default(),
             verdicts: Mutex::new(Verdicts {
                 given: HashMap::new(),
                 // Above all that a daemon before this one can have come to.
@@ -247,7 +297,9 @@ impl SameNode {
     }
 
     /// The pods of this node are these now.
-    pub(super) fn settle(&self, node: &Node, residents: Residents) {
+    pub(super) fn settle(&self, node: &Node, residents: Residents, pods: Vec<Arc<Pod>>) {
+        // What those have open that have left is seen from their own namespaces too.
+        let before = std::mem::replace(&mut *lock(&self.pods), pods);
         let changed = self.residents.send_if_modified(|now| {
             let changed = **now != residents;
             if changed {
@@ -257,6 +309,53 @@ impl SameNode {
         });
         if changed {
             self.revise(node);
+            self.end_forbidden(node, &before);
+        }
+    }
+
+    /// Ends the connections in the kernel's hands whose pods have left or become others, or are revoked: what the
+    /// daemon does with those in its own.
+    pub(super) fn end_forbidden(&self, node: &Node, also_in: &[Arc<Pod>]) {
+        let basis = Basis::of(node);
+        let mut verdicts = self.lock();
+        let mut forbidden = HashSet::new();
+        for (id, facts) in &mut verdicts.facts {
+            if facts.ended_because.is_none()
+                && let Some(reason) = basis.forbids(facts)
+            {
+                facts.ended_because = Some(reason);
+                forbidden.insert(*id);
+            }
+        }
+        let known: HashSet<u64> = verdicts.facts.keys().copied().collect();
+        drop(verdicts);
+        // Of a verdict that a daemon before this one gave and took back, all that is known is whose pods they are.
+        let condition = |verdict, client, server| {
+            forbidden.contains(&verdict)
+                || !known.contains(&verdict)
+                    && basis
+                        .forbids(&basis.residents.facts(client, server))
+                        .is_some()
+        };
+        let mut pods = lock(&self.pods).clone();
+        let staying = pods.len();
+        pods.extend_from_slice(also_in);
+        pods.sort_by_key(|pod| pod.enrolled.netns.cookie());
+        pods.dedup_by_key(|pod| pod.enrolled.netns.cookie());
+        if forbidden.is_empty() && pods.len() == staying && basis.trust.revoked.is_empty() {
+            return;
+        }
+        for pod in pods {
+            match node.kernel.same_node.end(&pod.enrolled.netns, &condition) {
+                Ok(0) => {}
+                Ok(connections) => tracing::info!(
+                    pod = %pod.workload.name, connections, "ended connections between pods of this node"
+                ),
+                Err(error) => tracing::error!(
+                    pod = %pod.workload.name, %error,
+                    "cannot end connections between pods of this node that are not allowed any more"
+                ),
+            }
         }
     }
 
@@ -345,18 +444,17 @@ impl SameNode {
             return facts.clone();
         }
         // A verdict of a daemon before this one.
-        let residents = self.residents();
-        let identity = |cookie| Some(residents.by_cookie.get(&cookie)?.identity.clone());
-        Facts {
-            service: None,
-            client: identity(closing.client_cookie),
-            server: identity(closing.server_cookie),
-        }
+        self.residents()
+            .facts(closing.client_cookie, closing.server_cookie)
     }
 
     fn lock(&self) -> MutexGuard<'_, Verdicts> {
-        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.verdicts)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Verdicts {
@@ -376,11 +474,9 @@ pub(super) async fn keep(node: Arc<Node>) {
         return;
     }
     let mut changes = node.registry.changes();
-    let mut trust = node.certificates.trust().changes();
     let mut lost = kernel.lost();
     loop {
         changes.borrow_and_update();
-        trust.borrow_and_update();
         node.same_node.revise(&node);
         if let Err(error) = kernel.renew_lease() {
             tracing::error!(%error, "cannot renew the lease of verdicts; the daemon carries all connections");
@@ -393,11 +489,7 @@ pub(super) async fn keep(node: Arc<Node>) {
             );
             lost = more;
         }
-        tokio::select! {
-            _ = changes.changed() => {}
-            _ = trust.changed() => {}
-            () = tokio::time::sleep(RENEWAL) => {}
-        }
+        let _ = tokio::time::timeout(RENEWAL, changes.changed()).await;
     }
 }
 
@@ -422,7 +514,11 @@ fn line(closing: &Closing, facts: Facts) -> Finished {
     };
     let (outcome, reason) = match closing.ending {
         Ending::InOrder => (Outcome::Ok, ""),
-        Ending::Reset => (Outcome::Reset, "one of the apps reset it, or it timed out"),
+        Ending::Reset => {
+            let ours = facts.ended_because.as_deref();
+            let theirs = "one of the apps reset it, or it timed out";
+            (Outcome::Reset, ours.unwrap_or(theirs))
+        }
         Ending::Refused => (Outcome::Refused, "its app refuses the connection"),
         Ending::Unanswered => (Outcome::Refused, "its app does not answer"),
     };

@@ -154,6 +154,11 @@ pub enum Revoked {
 }
 
 impl Revocations {
+    /// Whether nothing is.
+    pub fn is_empty(&self) -> bool {
+        self.serials.is_empty() && self.identities.is_empty() && self.nodes.is_empty()
+    }
+
     /// Whether the holder of `svid` is still to be believed.
     pub fn check(&self, svid: &Svid) -> Result<(), Revoked> {
         self.check_identity(&svid.identity)?;

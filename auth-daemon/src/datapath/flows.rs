@@ -1,0 +1,183 @@
+//! The sockets of connections that the kernel carries between pods of this node. They are found in their namespaces by
+//! what the programs keep with them (sock_diag with socket storage, Linux 5.7), and ended there (SOCK_DESTROY, Linux 4.5).
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use auth_common::Flow;
+use aya::maps::MapData;
+use netlink_packet_core::{
+    DefaultNla, Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
+    NetlinkBuffer, NlasIterator,
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
+
+use super::Netns;
+
+// The kernel's sock_diag.h and inet_diag.h.
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+const INET_DIAG_REQ_SK_BPF_STORAGES: u16 = 2;
+const SK_DIAG_BPF_STORAGE_REQ_MAP_FD: u16 = 1;
+const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
+const SK_DIAG_BPF_STORAGE: u16 = 1;
+const SK_DIAG_BPF_STORAGE_MAP_VALUE: u16 = 3;
+/// A netlink message's header, in bytes.
+const HEADER: usize = 16;
+/// `struct inet_diag_req_v2`, in bytes.
+const REQUEST: usize = 56;
+/// `struct inet_diag_sockid`, in bytes, with the socket's cookie.
+const SOCKET_ID: usize = 48;
+/// `struct inet_diag_msg`, in bytes: family, state, two more, the socket's id, and numbers.
+const ANSWER: usize = 72;
+/// All states of TCP but LISTEN and TIME_WAIT, which carry nothing.
+const STATES: u32 = 0xfff & !(1 << 10) & !(1 << 6);
+
+/// Ends the connections in `netns` whose storage in `flows` (the FLOWS map) meets the condition: both ends get a RST.
+/// Returns how many.
+pub(super) fn end(
+    netns: &Netns,
+    flows: &MapData,
+    condition: &dyn Fn(&Flow) -> bool,
+) -> io::Result<usize> {
+    netns.enter(|| {
+        let mut ended = 0;
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            let mut found = Vec::new();
+            list(family as u8, flows, |id, flow| {
+                if condition(flow) {
+                    found.push(id);
+                }
+            })?;
+            for id in found {
+                match destroy(family as u8, id) {
+                    Ok(()) => ended += 1,
+                    // It has ended by itself.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(ended)
+    })?
+}
+
+fn open() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+/// Hands over each TCP socket of the thread's namespace that has a flow.
+fn list(
+    family: u8,
+    flows: &MapData,
+    mut take: impl FnMut([u8; SOCKET_ID], &Flow),
+) -> io::Result<()> {
+    let map = DefaultNla::new(
+        SK_DIAG_BPF_STORAGE_REQ_MAP_FD,
+        flows.fd().as_fd().as_raw_fd().to_ne_bytes().into(),
+    );
+    let storages = DefaultNla::new(INET_DIAG_REQ_SK_BPF_STORAGES, emitted(&map));
+    let socket = open()?;
+    let request = request(
+        SOCK_DIAG_BY_FAMILY,
+        NLM_F_DUMP,
+        family,
+        [0; SOCKET_ID],
+        &emitted(&storages),
+    );
+    socket.send(&request, 0)?;
+    loop {
+        let (datagram, _) = socket.recv_from_full()?;
+        let mut rest = &datagram[..];
+        while !rest.is_empty() {
+            let message = NetlinkBuffer::new_checked(rest).map_err(garbled)?;
+            match message.message_type() {
+                NLMSG_DONE => return Ok(()),
+                NLMSG_ERROR => return outcome(message.payload()),
+                SOCK_DIAG_BY_FAMILY => {
+                    if let Some((id, flow)) = socket_with_flow(message.payload()) {
+                        take(id, &flow);
+                    }
+                }
+                _ => {}
+            }
+            let length = (message.length() as usize).next_multiple_of(4);
+            rest = rest.get(length..).unwrap_or_default();
+        }
+    }
+}
+
+fn destroy(family: u8, id: [u8; SOCKET_ID]) -> io::Result<()> {
+    let socket = open()?;
+    socket.send(&request(SOCK_DESTROY, NLM_F_ACK, family, id, &[]), 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    let message = NetlinkBuffer::new_checked(&answer[..]).map_err(garbled)?;
+    match message.message_type() {
+        NLMSG_ERROR => outcome(message.payload()),
+        _ => Err(garbled("no acknowledgement")),
+    }
+}
+
+/// A `struct nlmsghdr`, a `struct inet_diag_req_v2` and attributes.
+fn request(kind: u16, flags: u16, family: u8, id: [u8; SOCKET_ID], attributes: &[u8]) -> Vec<u8> {
+    let length = HEADER + REQUEST + attributes.len();
+    let mut bytes = Vec::with_capacity(length);
+    // A request is a few dozen bytes.
+    bytes.extend((length as u32).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    bytes.extend([0; 8]);
+    bytes.extend([family, libc::IPPROTO_TCP as u8, 0, 0]);
+    bytes.extend(STATES.to_ne_bytes());
+    bytes.extend(id);
+    bytes.extend(attributes);
+    bytes
+}
+
+fn emitted(attribute: &DefaultNla) -> Vec<u8> {
+    let mut bytes = vec![0; attribute.buffer_len()];
+    attribute.emit(&mut bytes);
+    bytes
+}
+
+/// The id of a socket and what the FLOWS map has for it, if it has.
+fn socket_with_flow(answer: &[u8]) -> Option<([u8; SOCKET_ID], Flow)> {
+    let id = *answer.get(4..)?.first_chunk()?;
+    let storages = attribute(answer.get(ANSWER..)?, INET_DIAG_SK_BPF_STORAGES)?;
+    let storage = attribute(storages, SK_DIAG_BPF_STORAGE)?;
+    let value = attribute(storage, SK_DIAG_BPF_STORAGE_MAP_VALUE)?;
+    if value.len() < size_of::<Flow>() {
+        return None;
+    }
+    // SAFETY: as many bytes as it has, of which every pattern is one.
+    Some((id, unsafe {
+        value.as_ptr().cast::<Flow>().read_unaligned()
+    }))
+}
+
+fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    let mut attributes = NlasIterator::new(bytes).map_while(Result::ok);
+    let found = attributes.find(|attribute| attribute.kind() == kind)?;
+    let length = usize::from(found.length());
+    found.into_inner().get(4..length)
+}
+
+/// What a `struct nlmsgerr` says.
+fn outcome(payload: &[u8]) -> io::Result<()> {
+    let code = payload
+        .first_chunk()
+        .ok_or_else(|| garbled("no error code"))?;
+    match i32::from_ne_bytes(*code) {
+        0 => Ok(()),
+        code => Err(io::Error::from_raw_os_error(code.saturating_neg())),
+    }
+}
+
+fn garbled(what: impl std::fmt::Display) -> io::Error {
+    io::Error::other(format!("sock_diag: {what}"))
+}
