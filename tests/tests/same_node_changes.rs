@@ -133,6 +133,52 @@ fn a_pod_that_goes_takes_its_verdicts_along() -> Result<()> {
 }
 
 #[test]
+fn connections_end_with_the_account_that_either_pod_had() -> Result<()> {
+    for (pod, account) in [("web", "web"), ("client", "client")] {
+        let stage = Neighbours::start()?;
+        let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+        let _server6 = stage.web.app("echo-server --port 8081")?.listening()?;
+        let _bystander = stage.other.app("echo-server --port 8080")?.listening()?;
+        let ways = [stage.web.at(8080), stage.web.at6(8081)];
+        for to in ways {
+            stage.decide(to)?;
+        }
+        // Between pods that do not change; it has to be another server when the client is what changes.
+        let (from, beside) = match pod {
+            "web" => (&stage.client, stage.other.at(8080)),
+            _ => (&stage.other, stage.web.at(8080)),
+        };
+        stage.decide_from(from, beside)?;
+        let mut goes = from.app(&format!("chat --to {beside}"))?;
+        let ends = goes.event("connected", TIMEOUT)?;
+        assert!(is_direct(from, &ends["local"])?);
+        let mut chats = Vec::new();
+        for to in ways {
+            let mut chat = stage.client.app(&format!("chat --to {to}"))?;
+            let ends = chat.event("connected", TIMEOUT)?;
+            assert!(is_direct(&stage.client, &ends["local"])?);
+            chats.push(chat);
+        }
+        let start = stage.daemon.log_position();
+        stage.mesh.manifests().edit("Pod", "default", pod, |pod| {
+            pod["spec"]["serviceAccountName"] = "promoted".into();
+        })?;
+        for (chat, to) in chats.into_iter().zip(ways) {
+            let failed = chat.failure(TIMEOUT)?;
+            assert_eq!(failed["errno"], "ECONNRESET", "{failed}");
+            for line in stage.lines(start, to, 2)? {
+                assert_eq!(line["result"], "reset", "{line}");
+                let reason = line["reason"].as_str().unwrap_or_default();
+                let expected = format!("sa/{account} has left this node, or the mesh");
+                assert!(reason.ends_with(&expected), "{line}");
+            }
+        }
+        goes_on(&goes)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_dead_daemon_is_outlived_by_its_lease_and_no_longer() -> Result<()> {
     let stage = Neighbours::start()?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;

@@ -4,8 +4,8 @@
 use std::{io, net::SocketAddr, sync::Mutex, time::Duration};
 
 use auth_common::{
-    Admitted, Closed, Delivery, FLOW_CLIENT, FLOW_DIALLED, FLOW_SERVER, LEASE_NANOSECONDS,
-    SocketKey, Verdict, closed as flag,
+    Admitted, Closed, Delivery, FLOW_CLIENT, FLOW_SERVER, LEASE_NANOSECONDS, SocketKey, Verdict,
+    closed as flag,
 };
 use aya::{
     Ebpf,
@@ -158,11 +158,13 @@ impl SameNode {
         Ok(ClosedEvents(unsafe { AsyncFd::register(ring) }?))
     }
 
-    /// Ends the connections that the kernel carries, seen from either end in `netns`, whose verdict, client's cookie and
-    /// server's cookie meet the condition. Returns how many.
+    /// Ends the connections that the kernel carries, one of whose ends is in `netns`, and whose verdict, client's cookie
+    /// and server's cookie meet the condition. The app of that end gets ECONNABORTED, the other one ECONNRESET. Returns
+    /// how many.
     pub fn end(
         &self,
         netns: &Netns,
+        side: Side,
         condition: impl Fn(u64, u64, u64) -> bool,
     ) -> io::Result<usize> {
         flows::end(netns, &self.flows, &|flow| {
@@ -172,7 +174,11 @@ impl SameNode {
                 server_cookie,
                 ..
             } = flow.admitted;
-            flow.role != FLOW_DIALLED && condition(verdict, client_cookie, server_cookie)
+            let role = match side {
+                Side::Client => FLOW_CLIENT,
+                Side::Server => FLOW_SERVER,
+            };
+            flow.role == role && condition(verdict, client_cookie, server_cookie)
         })
     }
 

@@ -345,8 +345,11 @@ impl SameNode {
         if forbidden.is_empty() && pods.len() == staying && basis.trust.revoked.is_empty() {
             return;
         }
-        for pod in pods {
-            match node.kernel.same_node.end(&pod.enrolled.netns, &condition) {
+        // By the server's end where there is one: its client is told as by any server that resets it.
+        let ends = |side| pods.iter().map(move |pod| (side, pod));
+        for (side, pod) in ends(Side::Server).chain(ends(Side::Client)) {
+            let netns = &pod.enrolled.netns;
+            match node.kernel.same_node.end(netns, side, &condition) {
                 Ok(0) => {}
                 Ok(connections) => tracing::info!(
                     pod = %pod.workload.name, connections, "ended connections between pods of this node"
