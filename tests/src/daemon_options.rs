@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use crate::ca::{Ca, CaAccess};
 use crate::node::Node;
 
 /// Choices for a daemon; what is not chosen is left to the daemon's own defaults, but for the pods' networks, which are
@@ -13,6 +14,7 @@ use crate::node::Node;
 pub struct DaemonOptions {
     settings: Map<String, Value>,
     pub(crate) ca_folder: Option<PathBuf>,
+    ca: Option<CaAccess>,
     certificate_lifetime: Option<Duration>,
     log_level: Option<String>,
     pub(crate) environment: Vec<(String, String)>,
@@ -50,6 +52,12 @@ impl DaemonOptions {
         self
     }
 
+    /// Certificates from this CA, instead of a folder shared with the other daemons.
+    pub fn ca(mut self, ca: &Ca) -> Self {
+        self.ca = Some(ca.access());
+        self
+    }
+
     /// How long certificates are valid.
     pub fn certificate_lifetime(mut self, time: Duration) -> Self {
         self.certificate_lifetime = Some(time);
@@ -75,8 +83,12 @@ impl DaemonOptions {
     }
 
     pub(crate) fn config(&self, node: &Node) -> Value {
-        let mut ca =
-            json!({"directory": self.ca_folder.clone().unwrap_or_else(|| node.ca_folder())});
+        let mut ca = match &self.ca {
+            Some(ca) => ca.section(node.name()),
+            None => {
+                json!({"directory": self.ca_folder.clone().unwrap_or_else(|| node.ca_folder())})
+            }
+        };
         if let Some(time) = self.certificate_lifetime {
             ca["certificateLifetime"] = format!("{}ms", time.as_millis()).into();
         }

@@ -48,6 +48,7 @@
 
 mod app;
 mod builder;
+mod ca;
 mod capture;
 mod cgroup;
 mod daemon;
@@ -83,6 +84,7 @@ pub use anyhow::{Context, Result};
 
 pub use app::App;
 pub use builder::MeshBuilder;
+pub use ca::{Ca, CaOptions};
 pub use capture::Capture;
 pub use daemon::Daemon;
 pub use daemon_options::DaemonOptions;

@@ -9,6 +9,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 
 use crate::builder::MeshBuilder;
+use crate::ca::{Ca, CaOptions};
 use crate::daemon::{Daemon, LOG};
 use crate::daemon_options::DaemonOptions;
 use crate::id::MeshId;
@@ -157,6 +158,12 @@ impl Mesh {
             old.link.clone(),
             old.addresses.clone(),
         )
+    }
+
+    /// Starts a CA on the host outside, which gives each node what its pods need. Give it to the daemons by
+    /// [`DaemonOptions::ca`]. One runs at a time; the next goes on where it was.
+    pub fn start_ca(&self, options: &CaOptions) -> Result<Ca> {
+        Ca::spawn(self, options)
     }
 
     /// Starts a daemon on every node with defaults, and waits until each is ready and has enrolled its pods.

@@ -83,6 +83,7 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
             })
         })
         .collect();
+    let trust = node.certificates.trust().current();
     Json(json!({
         "node": node.config.node_name,
         "trustDomain": node.config.trust_domain.as_str(),
@@ -90,6 +91,20 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
         "ready": node.is_ready(),
         "pods": pod_list,
         "certificates": certificates,
+        "trust": {
+            "version": trust.version,
+            "phase": trust.phase,
+            "roots": trust.bundle.roots.len(),
+            "revoked": {
+                "certificates": trust.revoked.serials.len(),
+                "identities": trust.revoked.identities.iter().map(|(identity, reason)| {
+                    json!({"identity": identity.as_str(), "reason": reason.as_str()})
+                }).collect::<Vec<_>>(),
+                "nodes": trust.revoked.nodes.iter().map(|(node, reason)| {
+                    json!({"node": node, "reason": reason.as_str()})
+                }).collect::<Vec<_>>(),
+            },
+        },
         "connections": node.live.list(),
         "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "pods": pods},
         "pool": {"idle": idle},

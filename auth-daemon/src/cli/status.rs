@@ -45,6 +45,21 @@ fn table(status: &Value) -> String {
             "NOT READY"
         },
     );
+    let trust = &status["trust"];
+    if let Some(roots) = trust["roots"].as_u64() {
+        let revoked = |kind: &str| trust["revoked"][kind].as_array().map_or(0, Vec::len);
+        out.push_str(&format!(
+            "trust: {roots} {}{}; revoked: {} certificates, {} identities, {} nodes\n",
+            if roots == 1 { "root" } else { "roots" },
+            match trust["phase"].as_str() {
+                None | Some("") => String::new(),
+                Some(phase) => format!(" ({phase})"),
+            },
+            trust["revoked"]["certificates"],
+            revoked("identities"),
+            revoked("nodes"),
+        ));
+    }
     section(
         &mut out,
         "PODS",
@@ -167,6 +182,10 @@ mod tests {
                 {"pod": "default/b", "identity": "spiffe://y", "addresses": [], "enrolled": false, "reason": "no netns"},
             ],
             "certificates": [{"identity": "spiffe://x", "serial": null, "notAfter": null}],
+            "trust": {
+                "roots": 2, "phase": "retiring 5d0f",
+                "revoked": {"certificates": 3, "identities": [{"identity": "spiffe://y"}], "nodes": []},
+            },
             "connections": [],
         }));
         assert!(
@@ -177,6 +196,9 @@ mod tests {
             table.contains("default/web  spiffe://x  10.0.0.1,fd00::1  enrolled"),
             "{table}"
         );
+        let trust =
+            "trust: 2 roots (retiring 5d0f); revoked: 3 certificates, 1 identities, 0 nodes\n";
+        assert!(table.contains(trust), "{table}");
         assert!(table.contains("no netns"), "{table}");
         assert!(table.contains("CONNECTIONS (0)\n"), "{table}");
     }

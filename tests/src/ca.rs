@@ -1,0 +1,218 @@
+//! The CA of a mesh, as a process on the host outside.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use serde_json::{Map, Value, json};
+
+use crate::eventually::{TIMEOUT, eventually_ok};
+use crate::locate::auth_daemon;
+use crate::mesh::Mesh;
+use crate::place::Place;
+use crate::process::{Finished, Process, json_lines};
+
+/// Choices for a CA; what is not chosen is left to its own defaults, but for where it is and who may ask: each node of
+/// the mesh with a token of its own.
+#[derive(Debug, Clone, Default)]
+pub struct CaOptions {
+    settings: Map<String, Value>,
+}
+
+impl CaOptions {
+    /// Any top-level setting, over all others.
+    pub fn setting(mut self, name: &str, value: Value) -> Self {
+        self.settings.insert(name.to_owned(), value);
+        self
+    }
+}
+
+/// A running CA, on the host outside. Dropping it kills it with SIGKILL; its state stays, until the mesh goes.
+#[derive(Debug)]
+pub struct Ca {
+    place: Place,
+    folder: PathBuf,
+    address: String,
+    process: Process,
+}
+
+/// What a node needs to ask a CA: see [`crate::DaemonOptions::ca`].
+#[derive(Debug, Clone)]
+pub(crate) struct CaAccess {
+    pub(crate) address: String,
+    folder: PathBuf,
+}
+
+impl CaAccess {
+    /// The `ca` section of a node's daemon.
+    pub(crate) fn section(&self, node: &str) -> Value {
+        json!({
+            "address": self.address,
+            "rootFile": self.folder.join(STATE).join(ROOTS),
+            "tokenFile": self.folder.join(TOKENS).join(node),
+        })
+    }
+}
+
+impl Ca {
+    pub(crate) fn spawn(mesh: &Mesh, options: &CaOptions) -> Result<Self> {
+        let place = mesh.outside().clone();
+        let folder = place.folder().join("ca");
+        let tokens = folder.join(TOKENS);
+        fs::create_dir_all(&tokens).with_context(|| format!("making {}", tokens.display()))?;
+        let mut nodes = Vec::new();
+        for node in mesh.nodes() {
+            let file = tokens.join(node.name());
+            if !file.exists() {
+                let token = format!("{}-{}", node.name(), random()?);
+                fs::write(&file, token).with_context(|| format!("writing {}", file.display()))?;
+            }
+            nodes.push(json!({"node": node.name(), "tokenFile": file}));
+        }
+        let address = format!("{}:15012", mesh.outside_ipv4());
+        let mut config = json!({
+            "listen": address,
+            "serverNames": [mesh.outside_ipv4().to_string()],
+            "readiness": format!("{}:15013", mesh.outside_ipv4()),
+            "operatorSocket": folder.join("operator").join("operator.sock"),
+            "directory": folder.join(STATE),
+            "attestation": {"tokens": nodes},
+            "discovery": {"files": mesh.manifests().folder()},
+            "log": {"format": "json"},
+        });
+        for (name, value) in &options.settings {
+            config[name] = value.clone();
+        }
+        let path = folder.join(CONFIG);
+        fs::write(&path, format!("{config:#}\n"))
+            .with_context(|| format!("writing {}", path.display()))?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(folder.join(LOG))
+            .context("opening the CA's log")?;
+        let mut command = place.command(auth_daemon()?)?;
+        command.args(["ca", "--config"]).arg(&path);
+        command
+            .stdout(log.try_clone().context("sharing the CA's log")?)
+            .stderr(log);
+        let mut ca = Self {
+            process: Process::spawn_as_is(command).context("the CA")?,
+            place,
+            folder,
+            address,
+        };
+        ca.wait_ready()?;
+        Ok(ca)
+    }
+
+    /// Waits until it takes connections; fails at once when it ends instead.
+    fn wait_ready(&mut self) -> Result<()> {
+        let port = 15012;
+        let ready = eventually_ok(TIMEOUT, "the CA to be ready", || {
+            if let Some(status) = self.process.ended()? {
+                return Ok(Err(status));
+            }
+            let listens = self
+                .place
+                .endpoints()?
+                .iter()
+                .any(|socket| socket.remote.port() == 0 && socket.local.port() == port);
+            anyhow::ensure!(listens && self.roots().exists(), "nothing listens yet");
+            Ok(Ok(()))
+        });
+        match ready.with_context(|| format!("its log: {}", self.log_text()))? {
+            Ok(()) => Ok(()),
+            Err(status) => bail!("the CA ended with {status}: {}", self.log_text()),
+        }
+    }
+
+    /// Runs `auth-daemon ca …` against it, as its operator would.
+    pub fn operate(&self, arguments: &[&str]) -> Result<Finished> {
+        let mut command = self.place.command(auth_daemon()?)?;
+        command
+            .arg("ca")
+            .args(arguments)
+            .arg("--config")
+            .arg(self.folder.join(CONFIG));
+        Process::spawn(command)?.finish(TIMEOUT)
+    }
+
+    /// What `auth-daemon ca status --json` says.
+    pub fn status(&self) -> Result<Value> {
+        let answer = self.operate(&["status", "--json"])?.ok()?.stdout;
+        serde_json::from_str(&answer).with_context(|| format!("reading the status {answer}"))
+    }
+
+    /// Its roots, PEM, as they are for whoever wants to verify.
+    pub fn roots(&self) -> PathBuf {
+        self.state().join(ROOTS)
+    }
+
+    /// The folder with its state.
+    pub fn state(&self) -> PathBuf {
+        self.folder.join(STATE)
+    }
+
+    /// The file with a node's token.
+    pub fn token(&self, node: &str) -> PathBuf {
+        self.folder.join(TOKENS).join(node)
+    }
+
+    /// Host and port.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub(crate) fn access(&self) -> CaAccess {
+        CaAccess {
+            address: self.address.clone(),
+            folder: self.folder.clone(),
+        }
+    }
+
+    /// Its process, to signal it or wait for its end.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// All that it and those before it in this mesh have written.
+    pub fn log_text(&self) -> String {
+        fs::read_to_string(self.folder.join(LOG)).unwrap_or_default()
+    }
+
+    /// Its log lines so far, each an object.
+    pub fn logs(&self) -> Vec<Value> {
+        json_lines(&self.log_text())
+    }
+
+    /// Kills it with SIGKILL, as a crash would.
+    pub fn kill(mut self) -> Result<()> {
+        self.process.kill().map(drop)
+    }
+
+    /// Asks it to end with SIGTERM and waits until it has.
+    pub fn terminate(mut self, deadline: Duration) -> Result<ExitStatus> {
+        self.process.signal(Signal::SIGTERM)?;
+        let ended = self.process.wait(deadline);
+        ended.with_context(|| format!("its log: {}", self.log_text()))
+    }
+}
+
+fn random() -> Result<String> {
+    let mut bytes = [0; 24];
+    let mut source = fs::File::open(Path::new("/dev/urandom")).context("opening /dev/urandom")?;
+    std::io::Read::read_exact(&mut source, &mut bytes).context("reading /dev/urandom")?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+const STATE: &str = "state";
+const ROOTS: &str = "root-cert.pem";
+const TOKENS: &str = "tokens";
+const CONFIG: &str = "config.json";
+const LOG: &str = "log";
