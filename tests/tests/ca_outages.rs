@@ -65,7 +65,10 @@ fn without_a_ca_what_is_valid_serves_on_and_what_is_new_waits() -> Result<()> {
     ca.kill()?;
     let talk = |from: &mesh_tests::Pod| {
         let command = format!("connect --to {to} --send hi --shutdown --read");
-        let events = from.app(&command)?.finish(Duration::from_secs(30))?.json_lines();
+        let events = from
+            .app(&command)?
+            .finish(Duration::from_secs(30))?
+            .json_lines();
         Ok::<_, anyhow::Error>(events.last().is_some_and(|last| last["text"] == "hi"))
     };
     assert!(talk(&client)?);

@@ -96,13 +96,19 @@ fn a_revoked_certificate_ends_and_the_next_one_serves() -> Result<()> {
         .ok()?;
     assert!(answer.stdout.contains('1'), "{}", answer.stdout);
     ends(chat, since)?;
-    let revoked = format!("certificate {stolen} of {} is revoked (superseded)", spiffe("client"));
+    let revoked = format!(
+        "certificate {stolen} of {} is revoked (superseded)",
+        spiffe("client")
+    );
     stage.reason(&stage.far, start, &revoked, "reset")?;
     // The daemon has asked for another one by itself, and tunnels begin with that.
     stage.wait_reaches(&stage.client, to)?;
     assert_ne!(serial(&stage.near, "client")?, stolen);
     goes_on(&bystander)?;
-    assert_eq!(stage.near.status_json()?["trust"]["revoked"]["certificates"], 1);
+    assert_eq!(
+        stage.near.status_json()?["trust"]["revoked"]["certificates"],
+        1
+    );
     Ok(())
 }
 
@@ -185,7 +191,10 @@ fn neighbours_in_one_kernel_are_cut_off_too() -> Result<()> {
 
 fn local(chat: &App) -> String {
     let connected = chat.events_of("connected");
-    connected[0]["local"].as_str().unwrap_or_default().to_owned()
+    connected[0]["local"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 #[test]
@@ -226,10 +235,13 @@ fn a_ca_that_is_down_unrevokes_nothing() -> Result<()> {
     // One that comes back knows it still.
     let ca = mesh.start_ca(&CaOptions::default())?;
     let version = |daemon: &mesh_tests::Daemon| -> Result<u64> {
-        Ok(daemon.status_json()?["trust"]["version"].as_u64().unwrap_or(0))
+        Ok(daemon.status_json()?["trust"]["version"]
+            .as_u64()
+            .unwrap_or(0))
     };
     let before = version(&near)?;
-    ca.operate(&["revoke", "--identity", &spiffe("nobody")])?.ok()?;
+    ca.operate(&["revoke", "--identity", &spiffe("nobody")])?
+        .ok()?;
     eventually_ok(TIMEOUT, "the new CA to be heard", || {
         anyhow::ensure!(version(&near)? > before && version(&far)? > before);
         Ok(())

@@ -5,6 +5,7 @@
 
 mod addresses;
 mod bulk;
+mod ca;
 mod failure;
 mod identity;
 mod outside;
@@ -71,7 +72,12 @@ const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-const AFTER: [Check; 13] = [
+const AFTER: [Check; 17] = [
+    Check {
+        name: "ca-issued",
+        claim: "the certificates of both nodes come from one CA, on a third host",
+        run: ca::ca_issued,
+    },
     Check {
         name: "mtls-on-wire",
         claim: "with it, the same request crosses in TLS 1.3 records and nothing else",
@@ -126,6 +132,21 @@ const AFTER: [Check; 13] = [
         name: "bulk-transfer",
         claim: "iperf3 streams both ways through the tunnel",
         run: bulk::bulk_transfer,
+    },
+    Check {
+        name: "rotation-live",
+        claim: "certificates are renewed under load, and no request fails",
+        run: ca::rotation_live,
+    },
+    Check {
+        name: "root-rotation",
+        claim: "the CA's root is replaced under load, and no request fails",
+        run: ca::root_rotation,
+    },
+    Check {
+        name: "revoked",
+        claim: "a revoked identity's open connection ends within two seconds, and no new one opens",
+        run: ca::revoked,
     },
     Check {
         name: "fail-closed",
@@ -235,9 +256,12 @@ fn perform(evidence: &Evidence, stop: &AtomicBool) {
     };
     let id = stage.mesh.id();
     let ready = checks(&BEFORE, &mut stage, evidence, stop)
-        && step(evidence, None, "auth-daemon on both nodes", || {
-            stage.start_daemons(evidence)
-        })
+        && step(
+            evidence,
+            None,
+            "auth-daemon ca outside, auth-daemon on both nodes",
+            || stage.start_daemons(evidence),
+        )
         .is_some();
     if ready {
         checks(&AFTER, &mut stage, evidence, stop);

@@ -290,3 +290,171 @@ async fn request(issuer: &dyn Issuer, identity: &Identity) -> Result<Current, Is
     certified.keys_match().map_err(|error| failed(&error))?;
     Current::new(svid, Arc::new(certified), trust).map_err(|error| failed(&error))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::{
+        ca::{IssueFuture, embedded::EmbeddedCa},
+        mesh::TrustDomain,
+        tunnel::trust::{Reason, Trust, TrustBundle},
+    };
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn domain() -> TrustDomain {
+        "cluster.local".parse().unwrap()
+    }
+
+    /// Signs after a moment, counts, and fails as often as it is told to.
+    #[derive(Debug)]
+    struct TestCa {
+        _folder: tempfile::TempDir,
+        ca: EmbeddedCa,
+        asked: AtomicUsize,
+        under_way: AtomicUsize,
+        most: AtomicUsize,
+        failures: AtomicUsize,
+    }
+
+    impl TestCa {
+        fn new(failures: usize) -> Arc<Self> {
+            let folder = tempfile::tempdir().unwrap();
+            let ca = EmbeddedCa::open(folder.path(), &domain(), Duration::from_secs(3600));
+            Arc::new(Self {
+                ca: ca.unwrap(),
+                _folder: folder,
+                asked: AtomicUsize::new(0),
+                under_way: AtomicUsize::new(0),
+                most: AtomicUsize::new(0),
+                failures: AtomicUsize::new(failures),
+            })
+        }
+
+        fn asked(&self) -> usize {
+            self.asked.load(Ordering::Relaxed)
+        }
+
+        fn change(&self, change: impl FnOnce(&mut Trust)) {
+            let mut trust = (*self.trust().current()).clone();
+            change(&mut trust);
+            self.trust().publish(trust);
+        }
+    }
+
+    impl Issuer for TestCa {
+        fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
+            Box::pin(async move {
+                self.asked.fetch_add(1, Ordering::Relaxed);
+                let now = self.under_way.fetch_add(1, Ordering::Relaxed) + 1;
+                self.most.fetch_max(now, Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                self.under_way.fetch_sub(1, Ordering::Relaxed);
+                let fails =
+                    self.failures
+                        .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                            left.checked_sub(1)
+                        });
+                if fails.is_ok() {
+                    return Err(IssueError("not today".into()));
+                }
+                self.ca.issue(identity, csr).await
+            })
+        }
+
+        fn trust(&self) -> &Arc<TrustStore> {
+            self.ca.trust()
+        }
+    }
+
+    async fn until<T>(what: impl Fn() -> Option<T>) -> T {
+        let poll = async {
+            loop {
+                if let Some(value) = what() {
+                    return value;
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, poll).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_identity_is_asked_for_once_however_many_pods_have_it() {
+        let ca = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let (one, two) = (
+            certificates.acquire(&identity),
+            certificates.acquire(&identity),
+        );
+        let current = one.obtain(PATIENCE).await.unwrap();
+        assert!(Arc::ptr_eq(&current, &two.current().unwrap()));
+        assert_eq!(ca.asked(), 1);
+        certificates.release(&identity);
+        assert_eq!(certificates.list().len(), 1);
+        certificates.release(&identity);
+        assert!(certificates.list().is_empty());
+    }
+
+    #[tokio::test]
+    async fn many_wait_for_their_turn() {
+        let ca = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let held: Vec<_> = (0..3 * MAX_REQUESTS)
+            .map(|n| domain().identity("default", &format!("pod-{n}")).unwrap())
+            .map(|identity| certificates.acquire(&identity))
+            .collect();
+        for certificate in &held {
+            certificate.obtain(PATIENCE).await.unwrap();
+        }
+        assert_eq!(ca.asked(), 3 * MAX_REQUESTS);
+        assert!(ca.most.load(Ordering::Relaxed) <= MAX_REQUESTS);
+    }
+
+    #[tokio::test]
+    async fn a_ca_that_fails_is_asked_again() {
+        let ca = TestCa::new(1);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let certificate = certificates.acquire(&identity);
+        assert!(certificate.obtain(PATIENCE).await.is_some());
+        assert_eq!(ca.asked(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_revoked_certificate_is_replaced() {
+        let ca = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let certificate = certificates.acquire(&identity);
+        let first = certificate.obtain(PATIENCE).await.unwrap();
+        let serial = first.svid.serial.clone();
+        ca.change(|trust| {
+            let serials = &mut trust.revoked.serials;
+            serials.insert((*serial).into(), Reason::Superseded);
+        });
+        let next = until(|| certificate.current().filter(|c| c.svid.serial != serial)).await;
+        assert_eq!(next.svid.identity, identity);
+        assert_eq!(ca.asked(), 2);
+    }
+
+    #[tokio::test]
+    async fn new_roots_are_believed_without_a_new_certificate() {
+        let ca = TestCa::new(0);
+        let other = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let certificate = certificates.acquire(&identity);
+        let first = certificate.obtain(PATIENCE).await.unwrap();
+        let TrustBundle { roots, .. } = other.trust().current().bundle.clone();
+        ca.change(|trust| trust.bundle.roots.extend(roots));
+        let next = until(|| certificate.current().filter(|c| !Arc::ptr_eq(c, &first))).await;
+        assert_eq!(next.svid, first.svid);
+        assert_eq!(next.roots.len(), 2);
+        assert!(!Arc::ptr_eq(&next.configs.server, &first.configs.server));
+        assert_eq!(ca.asked(), 1);
+    }
+}

@@ -97,7 +97,9 @@ impl WithCa {
         daemon.wait_for_log_after(start, &wanted, TIMEOUT, |line| {
             line["target"] == "access"
                 && line["result"] == result
-                && line["reason"].as_str().is_some_and(|reason| reason.contains(what))
+                && line["reason"]
+                    .as_str()
+                    .is_some_and(|reason| reason.contains(what))
         })
     }
 }
@@ -106,7 +108,10 @@ impl WithCa {
 pub(crate) fn wait_certified(daemon: &Daemon) -> Result<()> {
     eventually_ok(TIMEOUT, "a certificate for each identity", || {
         let status = daemon.status_json()?;
-        let certificates = status["certificates"].as_array().cloned().unwrap_or_default();
+        let certificates = status["certificates"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
         let missing = certificates
             .iter()
             .find(|certificate| certificate["serial"].is_null());
@@ -119,7 +124,10 @@ pub(crate) fn wait_certified(daemon: &Daemon) -> Result<()> {
 pub(crate) fn serial(daemon: &Daemon, account: &str) -> Result<String> {
     let identity = spiffe(account);
     let status = daemon.status_json()?;
-    let certificates = status["certificates"].as_array().cloned().unwrap_or_default();
+    let certificates = status["certificates"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
     certificates
         .iter()
         .find(|certificate| certificate["identity"] == identity)

@@ -5,7 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use mesh_tests::{Daemon, Mesh, Nginx, NginxRequest, Place, PodSpec, ServiceSpec, eventually};
+use mesh_tests::{
+    Ca, CaOptions, Daemon, DaemonOptions, Mesh, Nginx, NginxRequest, Place, PodSpec, ServiceSpec,
+    eventually,
+};
+
+use serde_json::json;
 
 use super::Evidence;
 
@@ -13,6 +18,7 @@ use super::Evidence;
 pub(super) struct Stage {
     nginx: BTreeMap<&'static str, Nginx>,
     daemons: BTreeMap<&'static str, Daemon>,
+    ca: Option<Ca>,
     /// In every request's path and in every answer; nothing else on the wire holds it.
     pub(super) marker: String,
     pub(super) mesh: Mesh,
@@ -46,6 +52,7 @@ impl Stage {
         let mut stage = Self {
             nginx: BTreeMap::new(),
             daemons: BTreeMap::new(),
+            ca: None,
             marker: format!("the-secret-{}", mesh.id()),
             mesh,
         };
@@ -85,9 +92,18 @@ impl Stage {
         Ok(())
     }
 
-    /// Starts the daemons and waits until their pods are enrolled.
+    /// Starts the CA and the daemons, and waits until their pods are enrolled.
     pub(super) fn start_daemons(&mut self, evidence: &Evidence) -> Result<()> {
-        for daemon in self.mesh.start_daemons()? {
+        // Short lives, to see them end. The CA believes the server's node about which pods run there.
+        let life = format!("{}s", CERTIFICATE_LIFE.as_secs());
+        let manifests = self.mesh.node(NODE_B).manifests().folder();
+        let options = CaOptions::default()
+            .setting("certificateLifetime", life.into())
+            .setting("rotationSpread", "2s".into())
+            .setting("discovery", json!({"files": manifests}));
+        let ca = self.ca.insert(self.mesh.start_ca(&options)?);
+        evidence.saw(format!("CA at {}", ca.address()));
+        for daemon in self.mesh.start_daemons_with(&self.options()?)? {
             let status = daemon.status()?;
             let pods: Vec<_> = status.pods.iter().map(|pod| pod.pod.as_str()).collect();
             evidence.saw(format!(
@@ -109,7 +125,7 @@ impl Stage {
 
     /// Starts a node's daemon again and waits until its pods are enrolled.
     pub(super) fn start_daemon(&mut self, node: &'static str) -> Result<&Daemon> {
-        let daemon = self.mesh.node(node).start_daemon()?;
+        let daemon = self.mesh.node(node).start_daemon_with(self.options()?)?;
         let pods: Vec<_> = self
             .mesh
             .pods()
@@ -119,6 +135,17 @@ impl Stage {
             .collect();
         daemon.wait_enrolled(&pods)?;
         Ok(self.daemons.entry(node).or_insert(daemon))
+    }
+
+    /// The CA.
+    pub(super) fn ca(&self) -> Result<&Ca> {
+        self.ca.as_ref().context("no CA runs")
+    }
+
+    fn options(&self) -> Result<DaemonOptions> {
+        Ok(DaemonOptions::default()
+            .ca(self.ca()?)
+            .certificate_lifetime(CERTIFICATE_LIFE))
     }
 
     /// The running daemon of a node.
@@ -219,6 +246,12 @@ impl Stage {
             let last = &lines[lines.len().saturating_sub(LINES_OF_LOG)..];
             eprintln!("---- auth-daemon on {node}\n{}", last.join("\n"));
         }
+        if let Some(ca) = &self.ca {
+            let log = ca.log_text();
+            let lines: Vec<_> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(LINES_OF_LOG)..];
+            eprintln!("---- auth-daemon ca\n{}", last.join("\n"));
+        }
     }
 }
 
@@ -317,3 +350,5 @@ const LITTLE_PATIENCE: &str = "2";
 /// How long a log line may take.
 pub(super) const LOGGED: Duration = Duration::from_secs(10);
 const LINES_OF_LOG: usize = 8;
+/// How long a certificate lives.
+pub(super) const CERTIFICATE_LIFE: Duration = Duration::from_secs(10);
