@@ -37,5 +37,6 @@ pub const BACKDATE: Duration = Duration::from_secs(60);
 
 pub mod attest;
 pub mod authority;
+pub mod placement;
 pub mod proto;
 pub mod store;

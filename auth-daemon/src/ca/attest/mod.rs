@@ -1,5 +1,11 @@
 //! Who asks for a certificate, and what it may have.
 
+pub mod certificate;
+mod file;
+pub mod jwks;
+mod keys;
+pub mod static_token;
+
 use std::{future::Future, pin::Pin};
 
 use rustls::pki_types::CertificateDer;
