@@ -11,6 +11,7 @@ pub mod config;
 pub mod datapath;
 pub mod discovery;
 pub mod mesh;
+mod places;
 pub mod policy;
 pub mod proxy;
 pub mod tunnel;

@@ -37,6 +37,12 @@ pub const BACKDATE: Duration = Duration::from_secs(60);
 
 pub mod attest;
 pub mod authority;
+mod counters;
+mod listener;
+mod operator;
+pub mod pem;
 pub mod placement;
 pub mod proto;
+pub mod server;
+mod serving;
 pub mod store;
