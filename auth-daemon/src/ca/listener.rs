@@ -106,14 +106,15 @@ impl Peer {
         let mut requests = self.requests.subscribe();
         let mut patience = first;
         loop {
-            if *requests.borrow_and_update() == 0 {
-                match timeout(patience, requests.changed()).await {
-                    Err(_) => return,
-                    Ok(_) => patience = later,
-                }
-            } else if requests.changed().await.is_err() {
+            let asked = *requests.borrow_and_update() > 0;
+            let change = requests.changed();
+            // The sender is in `self`.
+            if asked {
+                let _ = change.await;
+            } else if timeout(patience, change).await.is_err() {
                 return;
             }
+            patience = later;
         }
     }
 }
