@@ -1,6 +1,18 @@
 //! The cluster CA: who signs workload certificates.
 
+mod active;
+pub mod csr;
+mod der;
 pub mod embedded;
+mod files;
+mod live;
+pub mod pem;
+mod plugged;
+pub mod revocation;
+mod rotation;
+mod settings;
+mod signer;
+mod state;
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
