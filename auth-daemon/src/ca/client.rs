@@ -98,7 +98,7 @@ impl GrpcIssuer {
         if let Some(channel) = channel {
             return Ok((*number, channel.clone()));
         }
-        let (made, _) = self.link.channel(|endpoint| endpoint)?;
+        let made = self.link.channel(|endpoint| endpoint)?;
         *number += 1;
         *channel = Some(made.clone());
         Ok((*number, made))
@@ -113,7 +113,11 @@ impl GrpcIssuer {
     }
 
     async fn ask(&self, identity: &Identity, csr: &[u8]) -> Result<Issued, String> {
-        let _turn = self.turns.acquire().await.map_err(|error| error.to_string())?;
+        let _turn = self
+            .turns
+            .acquire()
+            .await
+            .map_err(|error| error.to_string())?;
         let mut attempt = 1;
         let answer = loop {
             let request = self.link.request(IstioCertificateRequest {
@@ -122,8 +126,8 @@ impl GrpcIssuer {
                 metadata: Some(impersonating(identity)),
             })?;
             let (number, channel) = self.channel()?;
-            let mut client = IstioCertificateServiceClient::new(channel)
-                .max_decoding_message_size(MAX_ANSWER);
+            let mut client =
+                IstioCertificateServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
             match client.create_certificate(request).await {
                 Ok(answer) => break answer.into_inner(),
                 Err(status) if status.code() == Code::Unavailable && attempt < ATTEMPTS => {
@@ -133,7 +137,10 @@ impl GrpcIssuer {
                     attempt += 1;
                 }
                 Err(status) => {
-                    if matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) {
+                    if matches!(
+                        status.code(),
+                        Code::Unavailable | Code::Unknown | Code::Cancelled
+                    ) {
                         self.forget(number);
                     }
                     return Err(explain_status(&status));
@@ -162,12 +169,20 @@ impl Issuer for GrpcIssuer {
     fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
         Box::pin(async move {
             let asked = timeout(DEADLINE, self.ask(identity, csr)).await;
-            let number = self.channel.lock().unwrap_or_else(PoisonError::into_inner).0;
+            let number = self
+                .channel
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
             asked
                 .unwrap_or_else(|_| {
                     // The connection may be dead without knowing it.
                     self.forget(number);
-                    let unheard = if *self.contact.borrow() { "" } else { ", or cannot say what is revoked" };
+                    let unheard = if *self.contact.borrow() {
+                        ""
+                    } else {
+                        ", or cannot say what is revoked"
+                    };
                     Err(format!("it does not answer within {DEADLINE:?}{unheard}"))
                 })
                 .map_err(|why| IssueError(format!("the CA at {}: {why}", self.link.server.address)))
@@ -197,10 +212,13 @@ fn read_answer(
     let mut chain: Vec<CertificateDer<'static>> = Vec::new();
     for pem in &answer.cert_chain {
         for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
-            let certificate = certificate.map_err(|_| "it answers with what is not PEM".to_owned())?;
+            let certificate =
+                certificate.map_err(|_| "it answers with what is not PEM".to_owned())?;
             chain.push(certificate);
             if chain.len() > MAX_CHAIN {
-                return Err(format!("it answers with more than {MAX_CHAIN} certificates"));
+                return Err(format!(
+                    "it answers with more than {MAX_CHAIN} certificates"
+                ));
             }
         }
     }
@@ -210,7 +228,10 @@ fn read_answer(
     let svid = Svid::parse(leaf, trust_domain.as_str())
         .map_err(|error| format!("it answers with a certificate that is of no use: {error}"))?;
     if svid.identity != *identity {
-        return Err(format!("it answers with a certificate of {}", svid.identity));
+        return Err(format!(
+            "it answers with a certificate of {}",
+            svid.identity
+        ));
     }
     let mut self_signed = false;
     for certificate in &chain {
@@ -246,7 +267,9 @@ mod tests {
         let mut leaf = CertificateParams::default();
         leaf.subject_alt_names = vec![SanType::URI(Ia5String::try_from(uri).unwrap())];
         leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        let leaf = leaf.signed_by(&key, &rcgen::Issuer::new(root, &root_key)).unwrap();
+        let leaf = leaf
+            .signed_by(&key, &rcgen::Issuer::new(root, &root_key))
+            .unwrap();
         [leaf.pem(), root_pem]
     }
 
@@ -254,7 +277,11 @@ mod tests {
         let answer = IstioCertificateResponse {
             cert_chain: cert_chain.to_vec(),
         };
-        let chain = read_answer(&answer, &WEB.parse().unwrap(), &"cluster.local".parse().unwrap())?;
+        let chain = read_answer(
+            &answer,
+            &WEB.parse().unwrap(),
+            &"cluster.local".parse().unwrap(),
+        )?;
         Ok(chain.len())
     }
 
@@ -278,8 +305,14 @@ mod tests {
             (vec![leaf.clone(), rubbish], "cannot be parsed"),
             (vec![leaf.clone(), leaf[..60].to_owned()], "not PEM"),
             (vec![leaf.clone(); 17], "more than 16"),
-            (chain("spiffe://cluster.local/ns/default/sa/api").into(), "sa/api"),
-            (chain("spiffe://other/ns/default/sa/web").into(), "another trust domain"),
+            (
+                chain("spiffe://cluster.local/ns/default/sa/api").into(),
+                "sa/api",
+            ),
+            (
+                chain("spiffe://other/ns/default/sa/web").into(),
+                "another trust domain",
+            ),
         ] {
             let why = read(&answer).unwrap_err();
             assert!(why.contains(expected), "{why}");

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Read},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -38,9 +38,6 @@ const MAX_TOKEN: u64 = 16 << 10;
 const MAX_ROOT_FILE: u64 = 1 << 20;
 const WINDOW: u32 = 1 << 20;
 
-/// The certificates that the CA showed on a connection, leaf first.
-pub(super) type Shown = Arc<Mutex<Vec<CertificateDer<'static>>>>;
-
 /// What it takes to reach the CA.
 #[derive(Debug)]
 pub(super) struct Link {
@@ -53,7 +50,7 @@ impl Link {
     pub(super) fn channel(
         self: &Arc<Self>,
         shape: impl FnOnce(Endpoint) -> Endpoint,
-    ) -> Result<(Channel, Shown), String> {
+    ) -> Result<Channel, String> {
         let uri: Uri = format!("https://{}", self.server.address)
             .parse()
             .map_err(|error| format!("ca.address: {error}"))?;
@@ -61,28 +58,27 @@ impl Link {
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
             .http2_max_header_list_size(64 << 10);
-        let shown = Shown::default();
-        let (link, seen) = (self.clone(), shown.clone());
+        let link = self.clone();
         let connector = tower::service_fn(move |_: Uri| {
-            let (link, seen) = (link.clone(), seen.clone());
+            let link = link.clone();
             async move {
                 let stream = timeout(CONNECT, link.connect()).await.unwrap_or_else(|_| {
-                    Err(io::Error::other(format!("no connection within {CONNECT:?}")))
+                    Err(io::Error::other(format!(
+                        "no connection within {CONNECT:?}"
+                    )))
                 })?;
-                let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-                let chain = chain.iter().map(|certificate| certificate.clone().into_owned());
-                *seen.lock().unwrap_or_else(PoisonError::into_inner) = chain.collect();
                 io::Result::Ok(TokioIo::new(stream))
             }
         });
-        Ok((shape(endpoint).connect_with_connector_lazy(connector), shown))
+        Ok(shape(endpoint).connect_with_connector_lazy(connector))
     }
 
     async fn connect(&self) -> io::Result<TlsStream<TcpStream>> {
         let tcp = TcpStream::connect(&self.server.address).await?;
         tcp.set_nodelay(true)?;
         let config = self.tls().map_err(io::Error::other)?;
-        let name = ServerName::try_from(self.server.server_name.clone()).map_err(io::Error::other)?;
+        let name =
+            ServerName::try_from(self.server.server_name.clone()).map_err(io::Error::other)?;
         TlsConnector::from(Arc::new(config))
             .connect(name, tcp)
             .await
@@ -208,9 +204,18 @@ mod tests {
         let good = read(b"secret\n").unwrap();
         assert_eq!(good.to_str().unwrap(), "Bearer secret");
         assert!(!format!("{good:?}").contains("secret"));
-        for bad in [&b""[..], b" \n", b"sec\nret", b"sec\xffret", &[b'x'; 20_000]] {
+        for bad in [
+            &b""[..],
+            b" \n",
+            b"sec\nret",
+            b"sec\xffret",
+            &[b'x'; 20_000],
+        ] {
             let error = read(bad).unwrap_err();
-            assert!(error.starts_with("ca.tokenFile: ") && !error.contains("ret"), "{error}");
+            assert!(
+                error.starts_with("ca.tokenFile: ") && !error.contains("ret"),
+                "{error}"
+            );
         }
         assert!(read_token(folder.path()).is_err());
     }
@@ -220,7 +225,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("roots");
         let key = rcgen::KeyPair::generate().unwrap();
-        let root = rcgen::CertificateParams::default().self_signed(&key).unwrap();
+        let root = rcgen::CertificateParams::default()
+            .self_signed(&key)
+            .unwrap();
         let (good, rubbish) = (root.pem(), crate::ca::pem::certificate(&[0x30, 0]));
         let read = |content: &str| {
             fs::write(&path, content).unwrap();

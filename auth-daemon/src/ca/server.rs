@@ -575,6 +575,11 @@ fn message(published: &Published) -> Trust {
             .map(|(node, reason)| denial(node, reason))
             .collect(),
         phase: published.phase.clone(),
+        intermediates: published
+            .intermediates
+            .iter()
+            .map(|certificate| certificate.to_vec())
+            .collect(),
     }
 }
 

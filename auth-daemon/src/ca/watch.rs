@@ -1,11 +1,7 @@
 //! How a node learns whom to believe, for as long as it runs: from the CA's watch, or from the root file where the CA
 //! has none.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use rustls::{RootCertStore, pki_types::CertificateDer};
 use tokio::{
@@ -16,8 +12,10 @@ use tonic::{Code, Streaming};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer, time::ASN1Time};
 
 use super::{
-    link::{Link, Shown, explain_status, read_roots},
-    proto::auth::{Denial, Trust as Message, WatchRequest, trust_service_client::TrustServiceClient},
+    link::{Link, explain_status, read_roots},
+    proto::auth::{
+        Denial, Trust as Message, WatchRequest, trust_service_client::TrustServiceClient,
+    },
     revocation::read_crl,
 };
 use crate::{
@@ -105,7 +103,7 @@ fn retry_in(failures: u32, chance: f64) -> Duration {
 
 /// Takes what the CA says until it says no more.
 async fn follow(link: &Arc<Link>, mut heard: impl FnMut()) -> End {
-    let (mut stream, shown) = match timeout(FIRST_WORD, open(link)).await {
+    let mut stream = match timeout(FIRST_WORD, open(link)).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(end)) => return end,
         Err(_) => return End::Failed(format!("no answer within {FIRST_WORD:?}")),
@@ -122,17 +120,16 @@ async fn follow(link: &Arc<Link>, mut heard: impl FnMut()) -> End {
             Err(_) => return End::Failed(format!("no word within {FIRST_WORD:?}")),
         };
         first = false;
-        // Refused: a new connection shows the CA's newest certificates, with which its word may hold.
-        if let Err(why) = take(link, message, &shown) {
+        if let Err(why) = take(link, message) {
             return End::Failed(why);
         }
         heard();
     }
 }
 
-async fn open(link: &Arc<Link>) -> Result<(Streaming<Message>, Shown), End> {
+async fn open(link: &Arc<Link>) -> Result<Streaming<Message>, End> {
     // A connection of its own: others' servers end one that pings this often.
-    let (channel, shown) = link
+    let channel = link
         .channel(|endpoint| {
             endpoint
                 .http2_keep_alive_interval(PING)
@@ -143,23 +140,26 @@ async fn open(link: &Arc<Link>) -> Result<(Streaming<Message>, Shown), End> {
     let request = link.request(WatchRequest {}).map_err(End::Failed)?;
     let mut client = TrustServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
     match client.watch(request).await {
-        Ok(response) => Ok((response.into_inner(), shown)),
+        Ok(response) => Ok(response.into_inner()),
         Err(status) if status.code() == Code::Unimplemented => Err(End::Unimplemented),
         Err(status) => Err(End::Failed(explain_status(&status))),
     }
 }
 
-fn take(link: &Link, message: Message, shown: &Shown) -> Result<(), String> {
+fn take(link: &Link, message: Message) -> Result<(), String> {
     let known = link.trust.current();
-    let intermediates = shown.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let trust = read(message, &known.bundle.trust_domain, &intermediates)
+    let trust = read(message, &known.bundle.trust_domain)
         .map_err(|why| format!("the CA's word on whom to believe is refused: {why}"))?;
     if !is_news(&known, &trust)? {
         return Ok(());
     }
     tracing::info!(
-        version = trust.version, roots = trust.bundle.roots.len(), serials = trust.revoked.serials.len(),
-        identities = trust.revoked.identities.len(), nodes = trust.revoked.nodes.len(), phase = trust.phase,
+        version = trust.version,
+        roots = trust.bundle.roots.len(),
+        serials = trust.revoked.serials.len(),
+        identities = trust.revoked.identities.len(),
+        nodes = trust.revoked.nodes.len(),
+        phase = trust.phase,
         "learned from the CA whom to believe"
     );
     link.trust.publish(trust);
@@ -184,29 +184,37 @@ fn is_news(known: &Trust, new: &Trust) -> Result<bool, String> {
 }
 
 /// Everything in the message has to be good: half of the truth could be the wrong half.
-fn read(
-    message: Message,
-    trust_domain: &TrustDomain,
-    intermediates: &[CertificateDer<'static>],
-) -> Result<Trust, String> {
+fn read(message: Message, trust_domain: &TrustDomain) -> Result<Trust, String> {
     for (name, count, most) in [
         ("roots", message.roots.len(), MAX_ROOTS),
+        ("intermediates", message.intermediates.len(), MAX_ROOTS),
         ("CRLs", message.crls.len(), MAX_CRLS),
-        ("denied identities", message.denied_identities.len(), MAX_DENIALS),
+        (
+            "denied identities",
+            message.denied_identities.len(),
+            MAX_DENIALS,
+        ),
         ("denied nodes", message.denied_nodes.len(), MAX_DENIALS),
     ] {
         if count > most {
             return Err(format!("{count} {name}; at most {most} are read"));
         }
     }
-    let roots: Vec<CertificateDer<'static>> =
-        message.roots.into_iter().map(CertificateDer::from).collect();
+    let roots: Vec<CertificateDer<'static>> = message
+        .roots
+        .into_iter()
+        .map(CertificateDer::from)
+        .collect();
     check_roots(&roots)?;
-    let signers: Vec<_> = roots.iter().chain(intermediates).cloned().collect();
+    // The CA itself says whom it signs by, on a connection that it has proven itself on.
+    let intermediates = message.intermediates.into_iter().map(CertificateDer::from);
+    let signers: Vec<_> = roots.iter().cloned().chain(intermediates).collect();
     let mut revoked = Revocations::default();
     for crl in &message.crls {
         let entries = read_crl(crl, &signers).map_err(|error| error.to_string())?;
-        let entries = entries.into_iter().map(|(serial, reason)| (serial.into(), reason));
+        let entries = entries
+            .into_iter()
+            .map(|(serial, reason)| (serial.into(), reason));
         revoked.serials.extend(entries);
     }
     revoked.identities = denials(message.denied_identities, |name| {
@@ -224,7 +232,12 @@ fn read(
             roots,
         },
         revoked,
-        phase: message.phase.chars().filter(|c| !c.is_control()).take(256).collect(),
+        phase: message
+            .phase
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(256)
+            .collect(),
     })
 }
 
@@ -235,7 +248,12 @@ fn denials<K: std::hash::Hash + Eq>(
     denials
         .into_iter()
         // A reason that this daemon does not know yet is none less of a denial.
-        .map(|denial| Ok((key(&denial.name)?, denial.reason.parse().unwrap_or_default())))
+        .map(|denial| {
+            Ok((
+                key(&denial.name)?,
+                denial.reason.parse().unwrap_or_default(),
+            ))
+        })
         .collect()
 }
 
@@ -321,12 +339,12 @@ mod tests {
     fn a_good_word_is_taken() {
         let trust = read(
             message(|m| {
-                m.denied_identities = vec![denial("spiffe://cluster.local/ns/a/sa/b", "keyCompromise")];
+                m.denied_identities =
+                    vec![denial("spiffe://cluster.local/ns/a/sa/b", "keyCompromise")];
                 m.denied_nodes = vec![denial("a", "news of tomorrow")];
                 m.phase = "steady".into();
             }),
             &domain(),
-            &[],
         )
         .unwrap();
         assert_eq!((trust.version, trust.phase.as_str()), (3, "steady"));
@@ -347,12 +365,21 @@ mod tests {
             (message(|m| m.roots = vec![expired]), "no root"),
             (message(|m| m.roots.push(vec![0x30, 0])), "cannot be used"),
             (message(|m| m.roots.push(leaf)), "no CA's certificate"),
-            (message(|m| m.roots = vec![m.roots[0].clone(); 65]), "at most 64"),
+            (
+                message(|m| m.roots = vec![m.roots[0].clone(); 65]),
+                "at most 64",
+            ),
             (message(|m| m.crls = vec![vec![0x30, 0]]), "CRL"),
-            (message(|m| m.denied_identities = vec![denial("web", "")]), "denied identity"),
-            (message(|m| m.denied_nodes = vec![denial("", "")]), "denied node"),
+            (
+                message(|m| m.denied_identities = vec![denial("web", "")]),
+                "denied identity",
+            ),
+            (
+                message(|m| m.denied_nodes = vec![denial("", "")]),
+                "denied node",
+            ),
         ] {
-            let why = read(bad, &domain(), &[]).unwrap_err();
+            let why = read(bad, &domain()).unwrap_err();
             assert!(why.contains(expected), "{why}");
         }
     }
@@ -360,7 +387,7 @@ mod tests {
     #[test]
     fn a_ca_that_has_forgotten_takes_nothing_back() {
         let at = |version, node: Option<&str>| {
-            let mut trust = read(message(|m| m.version = version), &domain(), &[]).unwrap();
+            let mut trust = read(message(|m| m.version = version), &domain()).unwrap();
             trust.bundle.roots.clear();
             let nodes = node.map(|node| (node.to_owned(), Reason::default()));
             trust.revoked.nodes.extend(nodes);
@@ -374,7 +401,11 @@ mod tests {
         let mut phase = known.clone();
         phase.phase = "spreading".into();
         assert_eq!(is_news(&known, &phase), Ok(true));
-        assert_eq!(is_news(&at(0, None), &at(0, Some("a"))), Ok(true), "a root file");
+        assert_eq!(
+            is_news(&at(0, None), &at(0, Some("a"))),
+            Ok(true),
+            "a root file"
+        );
     }
 
     #[test]
@@ -389,8 +420,8 @@ mod tests {
         fn rubbish_is_refused_quietly(
             root in prop::collection::vec(any::<u8>(), 0..64), crl in prop::collection::vec(any::<u8>(), 0..64),
         ) {
-            prop_assert!(read(message(|m| m.roots.push(root)), &domain(), &[]).is_err());
-            prop_assert!(read(message(|m| m.crls.push(crl)), &domain(), &[]).is_err());
+            prop_assert!(read(message(|m| m.roots.push(root)), &domain()).is_err());
+            prop_assert!(read(message(|m| m.crls.push(crl)), &domain()).is_err());
         }
     }
 }
