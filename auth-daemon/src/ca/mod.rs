@@ -37,5 +37,8 @@ pub const BACKDATE: Duration = Duration::from_secs(60);
 
 pub mod attest;
 pub mod authority;
+pub mod distribution;
+pub mod leader;
+pub mod pem;
 pub mod proto;
 pub mod store;

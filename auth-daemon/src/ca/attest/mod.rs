@@ -1,5 +1,7 @@
 //! Who asks for a certificate, and what it may have.
 
+pub mod kubernetes;
+
 use std::{future::Future, pin::Pin};
 
 use rustls::pki_types::CertificateDer;

@@ -1,5 +1,8 @@
 //! Where the CA keeps what it must not forget.
 
+pub mod secret;
+mod segment;
+
 use std::{fmt, future::Future, pin::Pin};
 
 use super::authority::IssuedRecord;
