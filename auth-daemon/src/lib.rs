@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod discovery;
+pub mod kubernetes;
 pub mod mesh;
 mod places;
 pub mod policy;

@@ -124,10 +124,12 @@ impl Server {
             tls.clone(),
         ));
         if let Some(readiness) = readiness {
-            let (authority, tls, stopped) = (desk.authority.clone(), tls.clone(), stopped.clone());
+            let (desk, tls, stopped) = (desk.clone(), tls.clone(), stopped.clone());
             let ready = move || {
-                let standby = authority.borrow().is_none();
-                let can_serve = (standby || tls.load().is_some()) && !*stopped.borrow();
+                let standby = desk.authority.borrow().is_none();
+                let knows_pods = *desk.registry.changes().borrow() > 0;
+                let can_serve =
+                    (standby || tls.load().is_some()) && knows_pods && !*stopped.borrow();
                 std::future::ready(if can_serve {
                     (
                         StatusCode::OK,
@@ -136,7 +138,7 @@ impl Server {
                 } else {
                     (
                         StatusCode::SERVICE_UNAVAILABLE,
-                        "not ready: no certificate of its own yet, or stopping\n",
+                        "not ready: pods are not known yet, there is no certificate of its own, or it stops\n",
                     )
                 })
             };

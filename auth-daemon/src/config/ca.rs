@@ -172,6 +172,13 @@ impl CaConfig {
         }
         let mut secrets = top.section("secrets", faults);
         let secret_namespaces = secrets.list("namespaces", faults, kubernetes_namespace);
+        if secret_namespaces
+            .as_ref()
+            .is_some_and(|names| !names.is_empty())
+            && matches!(state, Some(State::Directory(_)))
+        {
+            faults.push("secrets.namespaces: needs kubernetes instead of directory: Secrets are a cluster's".into());
+        }
         let log = Log::read(&mut top, faults);
         for section in [attestation, discovery, secrets, top] {
             section.refuse_the_rest(faults);
@@ -555,6 +562,9 @@ mod tests {
             !faults.contains("serverNames: is missing\nserverNames"),
             "{faults}"
         );
+        let secrets =
+            CaConfig::parse(&format!("{SMALL}secrets: {{namespaces: [a]}}\n")).unwrap_err();
+        assert!(secrets[0].contains("needs kubernetes"), "{secrets:?}");
         let both = CaConfig::parse(&format!("{SMALL}kubernetes: {{namespace: x}}\n")).unwrap_err();
         assert!(both[0].contains("one or the other"), "{both:?}");
     }

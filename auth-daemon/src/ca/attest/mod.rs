@@ -4,6 +4,7 @@ pub mod certificate;
 mod file;
 pub mod jwks;
 mod keys;
+pub mod kubernetes;
 pub mod static_token;
 
 use std::{fmt, future::Future, pin::Pin};
