@@ -122,8 +122,9 @@ fn address(text: &str) -> Result<IpAddr, String> {
     Ok(ip)
 }
 
-/// `None` for a pod that is no part of the mesh: finished, without an address, on the host's network, opted out.
-fn pod(pod: v1::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+/// Reads a pod; `None` for one that is no part of the mesh: finished, without an address, on the host's network, opted
+/// out. Errors name the object and the field.
+pub fn pod(pod: v1::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let name = object_name("Pod", &pod.metadata)?;
     let fault = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
     let spec = pod.spec.unwrap_or_default();
@@ -214,8 +215,9 @@ fn pod(pod: v1::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, Strin
     }))))
 }
 
-/// `None` for a service without a virtual address: headless, or an ExternalName.
-fn service(service: v1::Service, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+/// Reads a service; `None` for one without a virtual address: headless, or an ExternalName. Errors name the object and
+/// the field.
+pub fn service(service: v1::Service, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let name = object_name("Service", &service.metadata)?;
     let fault = |field: &str, what: String| format!("Service {name}: {field}: {what}");
     let spec = service.spec.unwrap_or_default();

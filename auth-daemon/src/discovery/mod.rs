@@ -1,4 +1,5 @@
 //! Where the mesh is learnt from. A source fills the registry; nothing else writes it.
 
 pub mod files;
+pub mod kubernetes;
 pub mod manifest;

@@ -16,7 +16,6 @@ use tokio::{
 use super::{
     Node, Pod,
     access::{Direction, Guard, Outcome, Path},
-    handshakes::Place,
     opening::{self, Spoken},
     outbound::farewell,
     plain,
@@ -24,6 +23,7 @@ use super::{
 use crate::{
     config::Mode,
     datapath::sockets::{self, end_in_good_order},
+    places::Place,
     policy::{admit_source, check_revoked},
     tunnel::{
         self, Channel, ChannelError, Ending,
