@@ -44,9 +44,15 @@ pub struct PodStatus {
 #[expect(missing_docs, reason = "the daemon documents its status")]
 pub struct CertificateStatus {
     pub identity: String,
+    /// Empty while there is none.
+    #[serde(deserialize_with = "null_as_empty")]
     pub serial: String,
     pub not_before: Value,
     pub not_after: Value,
+}
+
+fn null_as_empty<'de, D: serde::Deserializer<'de>>(value: D) -> Result<String, D::Error> {
+    Option::deserialize(value).map(Option::unwrap_or_default)
 }
 
 /// A connection that the daemon carries.

@@ -5,8 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::signer::{Life, ROOT_BACKDATE};
 
-/// How much longer than the last certificate under it an old root is believed: clocks of nodes differ a little.
-const AFTERWARDS: u64 = 60;
+/// How much longer than the last certificate under it an old root is believed, in seconds: clocks of nodes differ a
+/// little. By more would serve only those who are late at both ends, with a certificate that has ended for all others.
+const AFTERWARDS: u64 = 5;
 
 /// Roots are known by number here, in the order in which they were made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,19 +125,19 @@ mod tests {
         assert_eq!(retiring.signing, 2);
         assert_eq!(retiring.believed().collect::<Vec<_>>(), [2, 1]);
         assert_eq!(retiring.start(3, NOW, 100, FAR), None);
-        assert_eq!(retiring.due(ends), Some(NOW + 660));
-        assert_eq!(retiring.step(NOW + 659, ends), None);
+        assert_eq!(retiring.due(ends), Some(NOW + 605));
+        assert_eq!(retiring.step(NOW + 604, ends), None);
         // Of what was known only when it ended the signing, nothing is left, as after a restart.
-        assert_eq!(retiring.step(NOW + 659, |_| 0), None);
+        assert_eq!(retiring.step(NOW + 604, |_| 0), None);
         // Something that was on its way then has come to be known since.
-        assert_eq!(retiring.due(|_| NOW + 700), Some(NOW + 760));
-        assert_eq!(retiring.step(NOW + 660, ends), Some(Rotation::steady(2)));
+        assert_eq!(retiring.due(|_| NOW + 700), Some(NOW + 705));
+        assert_eq!(retiring.step(NOW + 605, ends), Some(Rotation::steady(2)));
     }
 
     #[test]
     fn a_root_that_ends_does_not_wait() {
         let spreading = |end| Rotation::steady(1).start(2, NOW, 1000, end).unwrap();
-        assert_eq!(spreading(NOW + 500).due(|_| 0), Some(NOW + 440));
+        assert_eq!(spreading(NOW + 500).due(|_| 0), Some(NOW + 495));
         let ended = spreading(NOW - 10);
         assert!(ended.step(NOW, |_| 0).is_some());
     }
@@ -150,7 +151,7 @@ mod tests {
         assert_eq!(starts_by_itself(life(10_000), 10, 10), NOW + 8_000);
         assert_eq!(
             starts_by_itself(life(10_000), 1_000, 3_000),
-            NOW + 10_000 - 4_120
+            NOW + 10_000 - 4_010
         );
     }
 

@@ -109,6 +109,7 @@ impl Certificate {
 impl Certificate {
     /// Does what a change of trust asks for: believes the roots of now, and replaces what was revoked.
     fn follow(&self, trust: &Arc<TrustStore>, schedule: &mut Schedule) {
+        schedule.hope(SystemTime::now(), rand::random());
         let Some(current) = self.current.load_full() else {
             return;
         };
@@ -217,8 +218,10 @@ async fn keep_current(
     let mut schedule = Schedule::new(SystemTime::now());
     let mut trust = issuer.trust().changes();
     loop {
-        trust.borrow_and_update();
-        certificate.follow(issuer.trust(), &mut schedule);
+        if trust.has_changed().unwrap_or(false) {
+            trust.borrow_and_update();
+            certificate.follow(issuer.trust(), &mut schedule);
+        }
         let sleep = schedule.sleep(SystemTime::now());
         if !sleep.is_zero() {
             tokio::select! {

@@ -65,6 +65,15 @@ impl Schedule {
         }
     }
 
+    /// Something has changed at the CA: what it refused before it may grant now, and is asked for within a second, by
+    /// `chance`, which is between 0 and 1.
+    pub(super) fn hope(&mut self, now: SystemTime, chance: f64) {
+        if self.failures > 0 {
+            let soon = now + FIRST_RETRY.mul_f64(chance.clamp(0.0, 1.0));
+            self.due = self.due.min(soon);
+        }
+    }
+
     fn after(&mut self, delay: Duration, now: SystemTime) -> Duration {
         self.due = now + delay;
         delay
@@ -126,6 +135,20 @@ mod tests {
         schedule.issued(&svid(at(86_400)), at(0), 0.5);
         assert_eq!(schedule.sleep(at(60)), LOOK);
         assert_eq!(schedule.sleep(at(50_000)), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_change_at_the_ca_is_a_reason_to_ask_again() {
+        let mut schedule = Schedule::new(at(0));
+        schedule.issued(&svid(at(1000)), at(0), 0.5);
+        schedule.hope(at(10), 0.5);
+        assert_eq!(schedule.sleep(at(440)), LOOK, "it has what it wants");
+        for _ in 0..10 {
+            schedule.failed(at(500), 1.0);
+        }
+        assert_eq!(schedule.sleep(at(500)), LOOK);
+        schedule.hope(at(500), 0.5);
+        assert_eq!(schedule.sleep(at(500)), Duration::from_millis(500));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     admin,
-    ca::embedded::EmbeddedCa,
+    ca::{Issuer, client::GrpcIssuer, embedded::EmbeddedCa},
     certs::Certificates,
     config::{CaSource, Config, Log, LogFormat},
     datapath::{Kernel, PinLock, mounts},
@@ -34,10 +34,6 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     start_log(&config.log)?;
     raise_file_limit();
 
-    let CaSource::Directory(directory) = &config.ca else {
-        anyhow::bail!("ca.address: cannot be used yet");
-    };
-    let ca = EmbeddedCa::open(directory, &config.trust_domain, config.certificate_lifetime)?;
     mounts::ensure_bpffs(&config.pins)?;
     let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
     let lock = PinLock::take(&config.pins)?;
@@ -51,6 +47,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .context("cannot start the control runtime")?;
     control.block_on(async {
         let (admin, readiness) = admin::bind().await?;
+        let issuer = issuer(&config)?;
         let registry = Arc::new(Registry::new());
         let follow = discovery::files::start(
             config.manifests.clone(),
@@ -62,7 +59,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
             cgroup = %cgroup.display(), pins = %config.pins.display(), "daemon started"
         );
-        let certificates = Certificates::new(Arc::new(ca));
+        let certificates = Certificates::new(issuer);
         let node = Arc::new(Node::new(config, registry, kernel, certificates));
         tokio::spawn(follow);
         tokio::spawn(admin::serve(node.clone(), admin, readiness));
@@ -80,6 +77,18 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         anyhow::Ok(())
     })?;
     Ok(())
+}
+
+/// Where certificates come from. Called within the control runtime.
+fn issuer(config: &Config) -> anyhow::Result<Arc<dyn Issuer>> {
+    let (trust_domain, lifetime) = (&config.trust_domain, config.certificate_lifetime);
+    Ok(match &config.ca {
+        CaSource::Directory(folder) => Arc::new(EmbeddedCa::open(folder, trust_domain, lifetime)?),
+        CaSource::Server(server) => {
+            let issuer = GrpcIssuer::start(server.clone(), trust_domain.clone(), lifetime)?;
+            Arc::new(issuer)
+        }
+    })
 }
 
 pub(super) async fn asked_to_stop() -> std::io::Result<()> {

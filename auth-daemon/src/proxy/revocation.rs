@@ -19,15 +19,6 @@ pub(super) async fn keep(node: Arc<Node>) {
     // The sender lives as long as the node.
     while changes.changed().await.is_ok() {
         let (snapshot, trust) = (node.registry.snapshot(), trust.current());
-        tracing::info!(
-            version = trust.version,
-            roots = trust.bundle.roots.len(),
-            revoked_certificates = trust.revoked.serials.len(),
-            revoked_identities = trust.revoked.identities.len(),
-            revoked_nodes = trust.revoked.nodes.len(),
-            phase = trust.phase,
-            "the CA says anew whom to believe"
-        );
         node.live.cut(|direction, details| {
             check(&snapshot, &trust.revoked, direction, details)
                 .err()

@@ -44,7 +44,7 @@ async fn rotates_the_root_over_restarts() {
     ca.inner.catch_up().await.unwrap();
     let status = ca.status();
     assert_eq!(status["phase"], "retiring");
-    assert_eq!(status["phaseEnds"], crate::ca::active::rfc3339(end + 60));
+    assert_eq!(status["phaseEnds"], crate::ca::active::rfc3339(end + 5));
     let retiring = ca.published().borrow().clone();
     assert_eq!(
         retiring.roots,
@@ -71,11 +71,11 @@ async fn rotates_the_root_over_restarts() {
     drop(ca);
     let ca = open_with(folder.path(), settings(), &clock).await;
     assert_eq!(ca.status()["phase"], "retiring");
-    while clock.now() < end + 60 {
+    while clock.now() < end + 5 {
         assert_eq!(ca.published().borrow().roots.len(), 2);
         let due = ca.inner.catch_up().await.unwrap();
         assert!(due > clock.now());
-        clock.pass((due - clock.now()).min(end + 60 - clock.now()));
+        clock.pass((due - clock.now()).min(end + 5 - clock.now()));
     }
     ca.inner.catch_up().await.unwrap();
     let last = ca.published().borrow().clone();
