@@ -12,6 +12,7 @@ pub mod datapath;
 pub mod discovery;
 pub mod kubernetes;
 pub mod mesh;
+mod places;
 pub mod policy;
 pub mod proxy;
 pub mod tunnel;

@@ -3,44 +3,37 @@
 //! For a laptop, a test, or a few nodes with a shared file system. Whoever reads the folder is the CA.
 
 use std::{
-    fs::{self, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    fs, io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
-    DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
-    string::Ia5String,
-};
-use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, pem::PemObject};
-use time::OffsetDateTime;
-use x509_parser::{
-    extensions::{GeneralName, ParsedExtension},
-    prelude::FromDer,
-};
+use rustls::pki_types::{CertificateDer, pem::PemObject};
 
-use super::{BACKDATE, IssueError, IssueFuture, Issued, Issuer};
+use super::{
+    IssueError, IssueFuture, Issued, Issuer,
+    authority::KeyAlgorithm,
+    csr::RequestedKey,
+    files::{self, write_new},
+    signer::{self, Signer},
+    store::directory::{CORE, EMBEDDED as ROOT_FILE, ROOTS as CERTIFICATE_FILE},
+};
 use crate::{
     mesh::{Identity, TrustDomain},
-    tunnel::trust::{Trust, TrustBundle, TrustStore},
+    tunnel::{
+        tls::unix_seconds,
+        trust::{Trust, TrustBundle, TrustStore},
+    },
 };
 
-/// Root key and certificate, PEM, in one file so that they come to be at one instant. Mode 0600.
-const ROOT_FILE: &str = "root.pem";
-/// The certificate alone, for those who verify.
-const CERTIFICATE_FILE: &str = "root-cert.pem";
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
-/// A root is made once for nodes whose clocks may differ by much.
-const ROOT_BACKDATE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Signs with a root key read from a folder.
 pub struct EmbeddedCa {
     trust_domain: TrustDomain,
-    issuer: rcgen::Issuer<'static, KeyPair>,
+    signer: Signer,
     trust: Arc<TrustStore>,
     lifetime: Duration,
 }
@@ -86,6 +79,15 @@ pub enum UnusableCa {
         /// What is wrong with it.
         what: String,
     },
+    /// The folder belongs to a CA on the network.
+    #[error(
+        "ca.directory: {path}: is the state of `auth-daemon ca`: its nodes take certificates from its address, not from \
+         this folder"
+    )]
+    NotEmbedded {
+        /// The state file.
+        path: PathBuf,
+    },
     /// A root of another trust domain.
     #[error("ca.directory: {path}: is the root of {found:?}, but trustDomain is {expected:?}")]
     TrustDomain {
@@ -119,6 +121,10 @@ impl EmbeddedCa {
             .map_err(io)?;
         check_owner(directory, &fs::metadata(directory).map_err(io)?)?;
         if !path.try_exists().map_err(io)? {
+            let core = directory.join(CORE);
+            if core.exists() {
+                return Err(UnusableCa::NotEmbedded { path: core });
+            }
             create(directory, &path, trust_domain).map_err(io)?;
         }
         let ca = Self::read(&path, trust_domain, lifetime)?;
@@ -154,33 +160,35 @@ impl EmbeddedCa {
         // Of the open file: nobody can put another in its place meanwhile.
         let metadata = file.metadata().map_err(io)?;
         check_owner(path, &metadata)?;
-        let mode = metadata.mode() & 0o777;
-        if mode & 0o077 != 0 {
+        if let Some(mode) = files::exposed_mode(&metadata) {
             return Err(UnusableCa::Exposed {
                 path: path.to_owned(),
                 mode,
             });
         }
-        let mut pem = String::new();
-        io::Read::read_to_string(&mut io::Read::take(&mut file, 1 << 20), &mut pem).map_err(io)?;
-        let key = KeyPair::from_pem(&pem)
-            .map_err(|error| malformed(format!("has no usable private key: {error}")))?;
+        let pem = files::read_at_most(&mut file, 1 << 20)
+            .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
+            .map_err(io)?;
+        let key = signer::key_from_pem(&pem).map_err(malformed)?;
         let root = CertificateDer::from_pem_slice(pem.as_bytes())
             .map_err(|error| malformed(format!("has no certificate: {error:?}")))?;
-        let found =
-            root_uri(&root).ok_or_else(|| malformed("is no root of a trust domain".into()))?;
-        if found != format!("spiffe://{trust_domain}") {
+        let parsed = signer::parse(&root).map_err(malformed)?;
+        let uris = signer::uris(&parsed);
+        let found = uris
+            .first()
+            .ok_or_else(|| malformed("is no root of a trust domain".into()))?;
+        if *found != format!("spiffe://{trust_domain}") {
             return Err(UnusableCa::TrustDomain {
                 path: path.to_owned(),
-                found,
+                found: (*found).to_owned(),
                 expected: trust_domain.to_string(),
             });
         }
-        let issuer = rcgen::Issuer::from_ca_cert_der(&root, key)
-            .map_err(|error| malformed(format!("has an unusable certificate: {error}")))?;
+        let signer = Signer::root(key, root.clone())
+            .map_err(|what| malformed(format!("cannot be used: {what}")))?;
         Ok(Self {
             trust_domain: trust_domain.clone(),
-            issuer,
+            signer,
             trust: Arc::new(TrustStore::new(Trust::fixed(TrustBundle {
                 trust_domain: trust_domain.clone(),
                 roots: vec![root],
@@ -190,35 +198,21 @@ impl EmbeddedCa {
     }
 
     fn sign(&self, identity: &Identity, csr: &[u8]) -> Result<Issued, IssueError> {
-        let failed = |error: rcgen::Error| IssueError(format!("{identity}: {error}"));
         if identity.trust_domain() != self.trust_domain.as_str() {
             return Err(IssueError(format!(
                 "{identity} is not of trust domain {}",
                 self.trust_domain
             )));
         }
-        let csr = CertificateSigningRequestDer::from(csr);
-        let mut request = CertificateSigningRequestParams::from_der(&csr).map_err(failed)?;
-        let now = OffsetDateTime::now_utc();
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names = vec![SanType::URI(
-            Ia5String::try_from(identity.as_str()).map_err(failed)?,
-        )];
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.use_authority_key_identifier_extension = true;
-        params.serial_number = Some(serial());
-        params.not_before = now - BACKDATE;
-        params.not_after = now + self.lifetime;
-        request.params = params;
-        let certificate = request.signed_by(&self.issuer).map_err(failed)?;
+        let failed = |error: &dyn std::fmt::Display| IssueError(format!("{identity}: {error}"));
+        let key = RequestedKey::from_csr(csr).map_err(|error| failed(&error))?;
+        let now = unix_seconds(SystemTime::now());
+        let leaf = self
+            .signer
+            .svid(identity, &key, self.lifetime.as_secs(), now)
+            .map_err(|error| failed(&error))?;
         Ok(Issued {
-            chain: vec![certificate.der().clone()],
+            chain: self.signer.chain(&leaf),
         })
     }
 }
@@ -243,23 +237,21 @@ impl std::fmt::Debug for EmbeddedCa {
 
 /// Refuses what is another user's, or what others may write to.
 fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), UnusableCa> {
-    let writable = |what| UnusableCa::Writable {
-        path: path.to_owned(),
-        what,
-    };
-    let own = nix::unistd::geteuid().as_raw();
-    if metadata.uid() != own && metadata.uid() != 0 {
-        return Err(writable(format!("belongs to user {}", metadata.uid())));
+    match files::writable_by_others(metadata) {
+        Some(what) => Err(UnusableCa::Writable {
+            path: path.to_owned(),
+            what,
+        }),
+        None => Ok(()),
     }
-    let mode = metadata.mode() & 0o777;
-    if metadata.is_dir() && mode & 0o022 != 0 {
-        return Err(writable(format!("mode {mode:03o} lets others write")));
-    }
-    Ok(())
 }
 
 fn create(directory: &Path, path: &Path, trust_domain: &TrustDomain) -> io::Result<()> {
-    let pem = make_root(trust_domain).map_err(io::Error::other)?;
+    let now = unix_seconds(SystemTime::now());
+    let root = signer::make_root(trust_domain, KeyAlgorithm::P256, ROOT_LIFE.as_secs(), now)
+        .map_err(io::Error::other)?;
+    // In one file, so that they come to be at one instant.
+    let pem = root.key_pem + &root.certificate_pem;
     let draft = directory.join(format!(".{ROOT_FILE}.{:016x}", rand::random::<u64>()));
     write_new(&draft, pem.as_bytes(), 0o600)?;
     // A link, unlike a rename, never replaces: of daemons that start at once, the first one's root counts.
@@ -271,62 +263,6 @@ fn create(directory: &Path, path: &Path, trust_domain: &TrustDomain) -> io::Resu
     }
 }
 
-fn make_root(trust_domain: &TrustDomain) -> Result<String, rcgen::Error> {
-    let key = KeyPair::generate()?;
-    let now = OffsetDateTime::now_utc();
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params
-        .distinguished_name
-        .push(DnType::OrganizationName, trust_domain.as_str());
-    params
-        .distinguished_name
-        .push(DnType::CommonName, "auth-daemon root");
-    params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(format!(
-        "spiffe://{trust_domain}"
-    ))?)];
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.serial_number = Some(serial());
-    params.not_before = now - ROOT_BACKDATE;
-    params.not_after = now + ROOT_LIFE;
-    let root = params.self_signed(&key)?;
-    Ok(format!("{}{}", key.serialize_pem(), root.pem()))
-}
-
-/// 127 random bits: unique without a record, positive without a leading zero (RFC 5280 §4.1.2.2).
-fn serial() -> SerialNumber {
-    let mut bytes: [u8; 16] = rand::random();
-    bytes[0] = bytes[0] & 0x7f | 0x40;
-    SerialNumber::from_slice(&bytes)
-}
-
-fn root_uri(root: &CertificateDer<'_>) -> Option<String> {
-    let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(root).ok()?;
-    certificate
-        .extensions()
-        .iter()
-        .find_map(|extension| match extension.parsed_extension() {
-            ParsedExtension::SubjectAlternativeName(names) => {
-                names.general_names.iter().find_map(|name| match name {
-                    GeneralName::URI(uri) => Some((*uri).to_owned()),
-                    _ => None,
-                })
-            }
-            _ => None,
-        })
-}
-
-fn write_new(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path)?;
-    file.write_all(content)?;
-    file.sync_all()
-}
-
 fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let draft = path.with_extension(format!("{:016x}", rand::random::<u64>()));
     write_new(&draft, content, mode)?;
@@ -335,7 +271,10 @@ fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+    use x509_parser::prelude::FromDer;
 
     use super::*;
     use crate::tunnel::svid::Svid;

@@ -1,6 +1,33 @@
 //! The cluster CA: who signs workload certificates.
 
+mod active;
+pub mod attest;
+pub mod authority;
+pub mod client;
+mod counters;
+pub mod csr;
+mod der;
+pub mod distribution;
 pub mod embedded;
+mod files;
+pub mod leader;
+mod link;
+mod listener;
+mod live;
+mod operator;
+pub mod pem;
+pub mod placement;
+mod plugged;
+pub mod proto;
+pub mod revocation;
+mod rotation;
+pub mod server;
+mod serving;
+mod settings;
+mod signer;
+mod state;
+pub mod store;
+mod watch;
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
@@ -34,11 +61,3 @@ pub struct IssueError(pub String);
 
 /// How much earlier than now a certificate begins: clocks of nodes differ a little.
 pub const BACKDATE: Duration = Duration::from_secs(60);
-
-pub mod attest;
-pub mod authority;
-pub mod distribution;
-pub mod leader;
-pub mod pem;
-pub mod proto;
-pub mod store;

@@ -1,5 +1,6 @@
 //! The command line, one file a subcommand.
 
+mod ca;
 mod check;
 mod run;
 mod status;
@@ -19,6 +20,8 @@ pub struct Cli {
 enum Command {
     /// Run the node daemon.
     Run(run::Arguments),
+    /// Run the trust domain's CA, or ask the one that runs.
+    Ca(ca::Arguments),
     /// Say whether this machine has what the daemon needs.
     Check(check::Arguments),
     /// Show what the daemon on this node is doing.
@@ -32,6 +35,7 @@ impl Cli {
     pub fn execute(self) -> anyhow::Result<()> {
         match self.command {
             Command::Run(arguments) => run::run(&arguments),
+            Command::Ca(arguments) => ca::ca(arguments),
             Command::Check(arguments) => check::check(&arguments),
             Command::Status(arguments) => status::status(&arguments),
             Command::Unload(arguments) => unload::unload(&arguments),

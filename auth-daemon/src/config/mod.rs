@@ -1,5 +1,6 @@
 //! The daemon's configuration file: YAML, checked as a whole, so that one run shows every fault.
 
+mod ca;
 mod log;
 mod section;
 
@@ -12,6 +13,10 @@ use std::{
 use ipnet::IpNet;
 use serde_json::Value;
 
+pub use ca::{
+    CaConfig, DEFAULT_OPERATOR_SOCKET, JwksAttestation, JwksSource, KubernetesAttestation,
+    KubernetesState, NodeToken, State,
+};
 pub use log::{Log, LogFormat};
 pub use section::InvalidConfig;
 use section::{Section, absolute, duration};

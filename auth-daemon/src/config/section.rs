@@ -139,6 +139,23 @@ impl Section {
         Some(parsed)
     }
 
+    /// A list of mappings, each with its place as its path.
+    pub(super) fn sections(&mut self, name: &str, faults: &mut Vec<String>) -> Vec<Self> {
+        let field = self.field(name);
+        match self.fields.remove(name) {
+            None => Vec::new(),
+            Some(Value::Array(items)) => items
+                .into_iter()
+                .enumerate()
+                .map(|(index, item)| Self::new(&format!("{field}[{index}]"), item, faults))
+                .collect(),
+            Some(_) => {
+                faults.push(format!("{field}: is not a list"));
+                Vec::new()
+            }
+        }
+    }
+
     pub(super) fn refuse_the_rest(self, faults: &mut Vec<String>) {
         for name in self.fields.keys() {
             faults.push(format!("{}: there is no such field", self.field(name)));

@@ -30,6 +30,7 @@ pub struct Snapshot {
     pods: HashMap<IpAddr, Arc<Workload>>,
     services: HashMap<IpAddr, Arc<Resolved>>,
     disputed: HashSet<IpAddr>,
+    by_node: HashMap<String, HashSet<Identity>>,
     faults: Vec<String>,
 }
 
@@ -125,6 +126,13 @@ impl Snapshot {
                 snapshot.pods.insert(address, pod.clone());
             }
         }
+        for pod in &snapshot.workloads {
+            // A pod that has no node yet runs nowhere.
+            if !pod.node.is_empty() {
+                let identities = snapshot.by_node.entry(pod.node.clone()).or_default();
+                identities.insert(pod.identity.clone());
+            }
+        }
         let mut by_namespace: HashMap<&str, Vec<&Arc<Workload>>> = HashMap::new();
         let workloads = snapshot.workloads.clone();
         for pod in &workloads {
@@ -166,6 +174,13 @@ impl Snapshot {
     /// The pod that has `address`.
     pub fn pod(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         self.pods.get(&address)
+    }
+
+    /// Whether a pod with `identity` runs on `node`.
+    pub fn runs(&self, node: &str, identity: &Identity) -> bool {
+        self.by_node
+            .get(node)
+            .is_some_and(|identities| identities.contains(identity))
     }
 
     /// Whether more than one pod or service says that `address` is its own.
@@ -418,6 +433,39 @@ mod tests {
         assert!(snapshot.pod(address.ip()).is_none());
         assert_eq!(snapshot.pod_addresses().count(), 1);
         assert!(snapshot.faults()[0].contains("pod default/one"));
+    }
+
+    #[test]
+    fn knows_which_identities_run_where() {
+        let on = |node: &str, pod: Workload| Workload {
+            node: node.into(),
+            ..pod
+        };
+        let snapshot = Snapshot::new(Inventory {
+            workloads: vec![
+                on("a", pod("one", "web", "10.1.0.1", true)),
+                on("a", pod("two", "web", "10.1.0.2", false)),
+                on("b", pod("three", "api", "10.1.0.3", true)),
+                // In dispute, but alive.
+                on("b", pod("four", "db", "10.1.0.3", true)),
+                on("", pod("five", "cron", "10.1.0.5", true)),
+            ],
+            services: vec![],
+        });
+        let runs = |node: &str, account: &str| {
+            let identity = format!("spiffe://cluster.local/ns/default/sa/{account}");
+            snapshot.runs(node, &identity.parse().unwrap())
+        };
+        assert!(runs("a", "web") && runs("b", "api") && runs("b", "db"));
+        for (node, account) in [
+            ("b", "web"),
+            ("a", "api"),
+            ("", "cron"),
+            ("c", "web"),
+            ("a", "x"),
+        ] {
+            assert!(!runs(node, account), "{account} on {node:?}");
+        }
     }
 
     #[test]

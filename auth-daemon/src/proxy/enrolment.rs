@@ -21,7 +21,6 @@ use tokio::{
 use super::{
     Node, Pod, Workers,
     connections::Connections,
-    handshakes::Place,
     inbound, outbound,
     same_node::{self, Resident, Residents},
 };
@@ -31,6 +30,7 @@ use crate::{
         sockets::{Listeners, canonical},
     },
     mesh::{ObjectName, Snapshot, Workload},
+    places::Place,
 };
 
 /// How often to look for namespaces made anew, idle tunnels and stale entries.

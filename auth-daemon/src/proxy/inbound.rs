@@ -15,7 +15,6 @@ use tokio::{
 use super::{
     Node, Pod,
     access::{Direction, Guard, Outcome, Path},
-    handshakes::Place,
     opening::{self, Spoken},
     outbound::farewell,
     plain,
@@ -23,6 +22,7 @@ use super::{
 use crate::{
     config::Mode,
     datapath::sockets::{self, end_in_good_order},
+    places::Place,
     policy::{Denied, admit_source},
     tunnel::{
         self, Channel, ChannelError, Ending,

@@ -5,7 +5,6 @@ pub mod access;
 mod balance;
 mod connections;
 mod enrolment;
-mod handshakes;
 mod inbound;
 mod opening;
 mod outbound;

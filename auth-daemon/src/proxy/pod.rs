@@ -6,13 +6,18 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::handshakes::Handshakes;
 use crate::{
     certs::Certificate,
     datapath::{Enrolled, sockets::SourcePorts},
     mesh::Workload,
+    places::Places,
     tunnel::Pool,
 };
+
+/// Callers of a pod that may be in their handshake at once.
+const MAX_HANDSHAKES: usize = 8192;
+/// Of these, from one address.
+const MAX_HANDSHAKES_PER_SOURCE: usize = 1024;
 
 /// An enrolled pod.
 #[derive(Debug)]
@@ -26,7 +31,7 @@ pub struct Pod {
     /// Tunnels that its connections left open.
     pub pool: Pool,
     pub(super) source_ports: SourcePorts,
-    pub(super) handshakes: Arc<Handshakes>,
+    pub(super) handshakes: Arc<Places>,
     tunnels: Mutex<HashSet<(SocketAddr, u16)>>,
 }
 
@@ -42,7 +47,7 @@ impl Pod {
             certificate,
             pool: Pool::default(),
             source_ports: SourcePorts::default(),
-            handshakes: Arc::default(),
+            handshakes: Arc::new(Places::new(MAX_HANDSHAKES, MAX_HANDSHAKES_PER_SOURCE)),
             tunnels: Mutex::default(),
         }
     }

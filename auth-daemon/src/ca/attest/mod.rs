@@ -1,8 +1,13 @@
 //! Who asks for a certificate, and what it may have.
 
+pub mod certificate;
+mod file;
+pub mod jwks;
+mod keys;
 pub mod kubernetes;
+pub mod static_token;
 
-use std::{future::Future, pin::Pin};
+use std::{fmt, future::Future, pin::Pin};
 
 use rustls::pki_types::CertificateDer;
 
@@ -32,6 +37,22 @@ pub enum Caller {
         /// The node where it has to be running, where that is known.
         node: Option<String>,
     },
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Node { node } => write!(f, "node {node}"),
+            Self::Workload {
+                identity,
+                node: None,
+            } => write!(f, "{identity}"),
+            Self::Workload {
+                identity,
+                node: Some(node),
+            } => write!(f, "{identity} on node {node}"),
+        }
+    }
 }
 
 /// Why a caller is not believed. The text is for the log and for the caller: it holds no part of a token.

@@ -1,11 +1,14 @@
 //! Where the CA keeps what it must not forget.
 
+pub mod directory;
+pub(super) mod disk;
+mod journal;
 pub mod secret;
 mod segment;
 
 use std::{fmt, future::Future, pin::Pin};
 
-use super::authority::IssuedRecord;
+use super::authority::{IssuedRecord, Published};
 
 /// What [`Store`]'s operations return.
 pub type Stored<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
@@ -40,4 +43,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Forgets records of certificates that ended before `now` (seconds since the Unix epoch), at the implementation's
     /// leisure.
     fn prune(&self, now: u64) -> Stored<'_, ()>;
+
+    /// Shows people and programs what is published now, where the place of this store is also one to look: at each
+    /// change. The CA goes on if that fails.
+    fn publish<'a>(&'a self, _published: &'a Published) -> Stored<'a, ()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 }

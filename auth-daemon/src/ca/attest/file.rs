@@ -1,0 +1,111 @@
+//! Files that others write and the CA reads again when they change.
+
+use std::{
+    fs::{File, Metadata},
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// A small file, read when it is not the one that was read before.
+#[derive(Debug)]
+pub(super) struct WatchedFile {
+    path: PathBuf,
+    limit: u64,
+    seen: Option<Stamp>,
+}
+
+/// What a change of a file changes: a rename brings another inode, a write another time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    inode: (u64, u64),
+    length: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            inode: (metadata.dev(), metadata.ino()),
+            length: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+impl WatchedFile {
+    /// Nothing is read yet. More than `limit` bytes never will be.
+    pub(super) fn new(path: PathBuf, limit: u64) -> Self {
+        Self {
+            path,
+            limit,
+            seen: None,
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The content, where it may have changed since the last call that returned some.
+    pub(super) fn changed(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let outcome = self.read_if_changed();
+        if outcome.is_err() {
+            // When it is back it is read, even if it looks as it did.
+            self.seen = None;
+        }
+        outcome
+    }
+
+    fn read_if_changed(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let stamp = Stamp::of(&std::fs::metadata(&self.path)?);
+        if self.seen == Some(stamp) {
+            return Ok(None);
+        }
+        let file = File::open(&self.path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::other("is not a regular file"));
+        }
+        let mut content = Vec::new();
+        file.take(self.limit + 1).read_to_end(&mut content)?;
+        if content.len() as u64 > self.limit {
+            return Err(io::Error::other(format!(
+                "is larger than {} bytes",
+                self.limit
+            )));
+        }
+        // Of before the reading: what is written meanwhile is read the next time.
+        self.seen = Some(Stamp::of(&metadata));
+        Ok(Some(content))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn reads_what_has_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        let mut file = WatchedFile::new(path.clone(), 8);
+        assert!(file.changed().is_err(), "not there yet");
+        fs::write(&path, "one").unwrap();
+        assert_eq!(file.changed().unwrap().as_deref(), Some(&b"one"[..]));
+        assert_eq!(file.changed().unwrap(), None);
+        let next = folder.path().join("y");
+        fs::write(&next, "two").unwrap();
+        fs::rename(&next, &path).unwrap();
+        assert_eq!(file.changed().unwrap().as_deref(), Some(&b"two"[..]));
+        fs::write(&path, "far too large").unwrap();
+        assert!(file.changed().is_err());
+        fs::write(&path, "three").unwrap();
+        assert_eq!(file.changed().unwrap().as_deref(), Some(&b"three"[..]));
+        assert!(WatchedFile::new(folder.path().into(), 8).changed().is_err());
+    }
+}

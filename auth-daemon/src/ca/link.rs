@@ -1,0 +1,241 @@
+//! A node's way to the CA: TLS by roots that are read anew, a token that is read when it is shown.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use hyper_util::rt::TokioIo;
+use rustls::{
+    ClientConfig, RootCertStore,
+    client::Resumption,
+    pki_types::{CertificateDer, ServerName, pem::PemObject},
+    version::TLS13,
+};
+use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tonic::{
+    Request, Status,
+    codegen::http::Uri,
+    metadata::{Ascii, MetadataValue},
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    config::CaServer,
+    tunnel::{
+        tls::{explain, provider},
+        trust::TrustStore,
+    },
+};
+
+/// Name to address, TCP and TLS.
+const CONNECT: Duration = Duration::from_secs(5);
+const MAX_TOKEN: u64 = 16 << 10;
+const MAX_ROOT_FILE: u64 = 1 << 20;
+const WINDOW: u32 = 1 << 20;
+
+/// What it takes to reach the CA.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) server: CaServer,
+    pub(super) trust: Arc<TrustStore>,
+}
+
+impl Link {
+    /// A channel that connects when it is used, and again when its connection has ended.
+    pub(super) fn channel(
+        self: &Arc<Self>,
+        shape: impl FnOnce(Endpoint) -> Endpoint,
+    ) -> Result<Channel, String> {
+        let uri: Uri = format!("https://{}", self.server.address)
+            .parse()
+            .map_err(|error| format!("ca.address: {error}"))?;
+        let endpoint = Endpoint::from(uri)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .http2_max_header_list_size(64 << 10);
+        let link = self.clone();
+        let connector = tower::service_fn(move |_: Uri| {
+            let link = link.clone();
+            async move {
+                let stream = timeout(CONNECT, link.connect()).await.unwrap_or_else(|_| {
+                    Err(io::Error::other(format!(
+                        "no connection within {CONNECT:?}"
+                    )))
+                })?;
+                io::Result::Ok(TokioIo::new(stream))
+            }
+        });
+        Ok(shape(endpoint).connect_with_connector_lazy(connector))
+    }
+
+    async fn connect(&self) -> io::Result<TlsStream<TcpStream>> {
+        let tcp = TcpStream::connect(&self.server.address).await?;
+        tcp.set_nodelay(true)?;
+        let config = self.tls().map_err(io::Error::other)?;
+        let name =
+            ServerName::try_from(self.server.server_name.clone()).map_err(io::Error::other)?;
+        TlsConnector::from(Arc::new(config))
+            .connect(name, tcp)
+            .await
+            .map_err(|error| {
+                let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+                match inner.map(explain) {
+                    Some(why) => io::Error::other(why),
+                    None => error,
+                }
+            })
+    }
+
+    /// Believes the roots in the file as it is now, and those that the CA has told of since.
+    fn tls(&self) -> Result<ClientConfig, String> {
+        let mut store = RootCertStore::empty();
+        match read_roots(&self.server.root_file) {
+            Ok(roots) => store.add_parsable_certificates(roots),
+            Err(error) => {
+                tracing::warn!(%error, "going on with the roots that the CA has told of");
+                (0, 0)
+            }
+        };
+        store.add_parsable_certificates(self.trust.current().bundle.roots.iter().cloned());
+        let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|error| error.to_string())?
+            .with_root_certificates(store)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+
+    /// `message` with the token that says which node this is.
+    pub(super) fn request<T>(&self, message: T) -> Result<Request<T>, String> {
+        let mut request = Request::new(message);
+        let token = read_token(&self.server.token_file)?;
+        request.metadata_mut().insert("authorization", token);
+        Ok(request)
+    }
+}
+
+fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let file = File::open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("is not a regular file"));
+    }
+    let mut content = Vec::new();
+    file.take(limit + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > limit {
+        return Err(io::Error::other(format!("is larger than {limit} bytes")));
+    }
+    Ok(content)
+}
+
+/// The root certificates in a PEM file; at least one.
+pub(super) fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let fault = |why: String| format!("ca.rootFile: {}: {why}", path.display());
+    let pem = read_at_most(path, MAX_ROOT_FILE).map_err(|error| fault(error.to_string()))?;
+    let roots: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| fault(format!("is not PEM: {error}")))?;
+    let (usable, _) = RootCertStore::empty().add_parsable_certificates(roots.iter().cloned());
+    if usable == 0 || usable < roots.len() {
+        return Err(fault(format!(
+            "{usable} of {} certificates can be used; all must, and there must be one",
+            roots.len()
+        )));
+    }
+    Ok(roots)
+}
+
+/// The value of `authorization`. No word of the token is in an error.
+pub(super) fn read_token(path: &Path) -> Result<MetadataValue<Ascii>, String> {
+    let fault = |why: String| format!("ca.tokenFile: {}: {why}", path.display());
+    let content = read_at_most(path, MAX_TOKEN).map_err(|error| fault(error.to_string()))?;
+    let token = content.trim_ascii();
+    if token.is_empty() {
+        return Err(fault("is empty".into()));
+    }
+    let value = [b"Bearer ", token].concat();
+    let mut value = std::str::from_utf8(&value)
+        .ok()
+        .and_then(|value| MetadataValue::try_from(value).ok())
+        .ok_or_else(|| fault("holds what no token can".into()))?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// What a status says, and what lies behind it where the connection failed.
+pub(super) fn explain_status(status: &Status) -> String {
+    let mut cause = std::error::Error::source(status);
+    let mut last = None;
+    while let Some(error) = cause {
+        last = Some(error.to_string());
+        cause = error.source();
+    }
+    match last {
+        Some(why) => why,
+        None => format!("{:?}: {}", status.code(), shorten(status.message())),
+    }
+}
+
+/// Of a text that somebody else wrote.
+fn shorten(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(512).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn tokens_and_their_faults() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let read = |content: &[u8]| {
+            fs::write(&path, content).unwrap();
+            read_token(&path)
+        };
+        let good = read(b"secret\n").unwrap();
+        assert_eq!(good.to_str().unwrap(), "Bearer secret");
+        assert!(!format!("{good:?}").contains("secret"));
+        for bad in [
+            &b""[..],
+            b" \n",
+            b"sec\nret",
+            b"sec\xffret",
+            &[b'x'; 20_000],
+        ] {
+            let error = read(bad).unwrap_err();
+            assert!(
+                error.starts_with("ca.tokenFile: ") && !error.contains("ret"),
+                "{error}"
+            );
+        }
+        assert!(read_token(folder.path()).is_err());
+    }
+
+    #[test]
+    fn root_files_and_their_faults() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("roots");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let root = rcgen::CertificateParams::default()
+            .self_signed(&key)
+            .unwrap();
+        let (good, rubbish) = (root.pem(), crate::ca::pem::certificate(&[0x30, 0]));
+        let read = |content: &str| {
+            fs::write(&path, content).unwrap();
+            read_roots(&path)
+        };
+        assert_eq!(read(&format!("{good}{good}")).unwrap().len(), 2);
+        for bad in ["", "x", &rubbish, &format!("{good}{rubbish}"), &good[..100]] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+}

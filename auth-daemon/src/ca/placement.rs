@@ -1,0 +1,182 @@
+//! What an attested caller may have: its own identity, or those that run on its node at this moment.
+
+use super::attest::Caller;
+use crate::mesh::{Identity, Snapshot, TrustDomain};
+
+/// What to issue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// For whom.
+    pub identity: Identity,
+    /// Where it runs, where that is known.
+    pub node: Option<String>,
+}
+
+/// Why a caller gets nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Denied {
+    /// A node that does not say for whom it asks.
+    #[error(
+        "node {0} does not say whose certificate it wants: metadata.ImpersonatedIdentity has to name the SPIFFE ID"
+    )]
+    Unnamed(String),
+    /// An identity of another trust domain.
+    #[error("{identity} is of another trust domain: this CA signs for {ours}")]
+    TrustDomain {
+        /// Which one.
+        identity: Identity,
+        /// This CA's.
+        ours: TrustDomain,
+    },
+    /// A workload that asks for somebody else.
+    #[error("{caller} asks for {asked}: a workload gets its own identity only")]
+    NotItself {
+        /// Who asks.
+        caller: Identity,
+        /// For whom.
+        asked: Identity,
+    },
+    /// No pod with the identity runs on the node, as far as is known.
+    #[error("no pod with {identity} is known to run on node {node}")]
+    NotThere {
+        /// For whom.
+        identity: Identity,
+        /// Where it should run.
+        node: String,
+    },
+}
+
+/// Decides on the request of `caller` for `asked`, or for itself where that is `None`, by what runs where in `snapshot`.
+pub fn decide(
+    caller: &Caller,
+    asked: Option<&Identity>,
+    trust_domain: &TrustDomain,
+    snapshot: &Snapshot,
+) -> Result<Grant, Denied> {
+    let (identity, node) = match (caller, asked) {
+        (Caller::Node { node }, Some(asked)) => (asked, Some(node)),
+        (Caller::Node { node }, None) => return Err(Denied::Unnamed(node.clone())),
+        (Caller::Workload { identity, .. }, Some(asked)) if asked != identity => {
+            return Err(Denied::NotItself {
+                caller: identity.clone(),
+                asked: asked.clone(),
+            });
+        }
+        (Caller::Workload { identity, node }, _) => (identity, node.as_ref()),
+    };
+    if identity.trust_domain() != trust_domain.as_str() {
+        return Err(Denied::TrustDomain {
+            identity: identity.clone(),
+            ours: trust_domain.clone(),
+        });
+    }
+    match node {
+        Some(node) if !snapshot.runs(node, identity) => Err(Denied::NotThere {
+            identity: identity.clone(),
+            node: node.clone(),
+        }),
+        node => Ok(Grant {
+            identity: identity.clone(),
+            node: node.cloned(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::{Inventory, ObjectName, Workload};
+
+    fn identity(account: &str) -> Identity {
+        format!("spiffe://cluster.local/ns/default/sa/{account}")
+            .parse()
+            .unwrap()
+    }
+
+    fn pod(account: &str, node: &str) -> Workload {
+        Workload {
+            name: ObjectName {
+                namespace: "default".into(),
+                name: format!("{account}-{node}"),
+            },
+            uid: String::new(),
+            identity: identity(account),
+            addresses: vec![],
+            node: node.into(),
+            ready: true,
+            labels: [].into(),
+            named_ports: [].into(),
+            netns: None,
+        }
+    }
+
+    fn ask(caller: &Caller, asked: Option<&str>) -> Result<Grant, Denied> {
+        let snapshot = Snapshot::new(Inventory {
+            workloads: vec![pod("web", "a"), pod("api", "b")],
+            services: vec![],
+        });
+        let asked = asked.map(|uri| uri.parse().unwrap());
+        let domain = "cluster.local".parse().unwrap();
+        decide(caller, asked.as_ref(), &domain, &snapshot)
+    }
+
+    fn node(node: &str) -> Caller {
+        Caller::Node { node: node.into() }
+    }
+
+    fn workload(account: &str, node: Option<&str>) -> Caller {
+        Caller::Workload {
+            identity: identity(account),
+            node: node.map(str::to_owned),
+        }
+    }
+
+    const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
+    const API: &str = "spiffe://cluster.local/ns/default/sa/api";
+
+    fn granted(account: &str, node: Option<&str>) -> Result<Grant, Denied> {
+        Ok(Grant {
+            identity: identity(account),
+            node: node.map(str::to_owned),
+        })
+    }
+
+    #[test]
+    fn a_node_gets_what_runs_on_it() {
+        assert_eq!(ask(&node("a"), Some(WEB)), granted("web", Some("a")));
+        assert_eq!(ask(&node("b"), Some(API)), granted("api", Some("b")));
+        for (name, asked) in [("a", API), ("b", WEB), ("c", WEB), ("", WEB)] {
+            let denied = ask(&node(name), Some(asked)).unwrap_err();
+            assert!(matches!(denied, Denied::NotThere { .. }), "{denied}");
+        }
+        assert_eq!(ask(&node("a"), None), Err(Denied::Unnamed("a".into())));
+    }
+
+    #[test]
+    fn a_workload_gets_itself_while_it_runs_where_it_says() {
+        for asked in [None, Some(WEB)] {
+            assert_eq!(
+                ask(&workload("web", Some("a")), asked),
+                granted("web", Some("a"))
+            );
+            assert_eq!(ask(&workload("web", None), asked), granted("web", None));
+        }
+        let denied = ask(&workload("web", Some("b")), None).unwrap_err();
+        assert!(matches!(denied, Denied::NotThere { .. }), "{denied}");
+        let denied = ask(&workload("web", Some("a")), Some(API)).unwrap_err();
+        assert!(matches!(denied, Denied::NotItself { .. }), "{denied}");
+    }
+
+    #[test]
+    fn other_trust_domains_get_nothing() {
+        let foreign = "spiffe://example.org/ns/default/sa/web";
+        let stranger = Caller::Workload {
+            identity: foreign.parse().unwrap(),
+            node: None,
+        };
+        for (caller, asked) in [(node("a"), Some(foreign)), (stranger, None)] {
+            let denied = ask(&caller, asked).unwrap_err();
+            assert!(matches!(denied, Denied::TrustDomain { .. }), "{denied}");
+        }
+    }
+}

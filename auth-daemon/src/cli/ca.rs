@@ -1,0 +1,229 @@
+//! `auth-daemon ca`: runs the trust domain's CA. With a subcommand, asks the one that runs on this machine.
+
+mod ask;
+
+use std::{path::PathBuf, pin::Pin, sync::Arc};
+
+use anyhow::Context;
+use tokio::{runtime, sync::watch};
+
+use super::run::{asked_to_stop, raise_file_limit, start_log};
+use crate::{
+    ca::{
+        attest::{
+            Attestor,
+            jwks::Jwks,
+            kubernetes::{Settings as ReviewSettings, TokenReviewer},
+            static_token::StaticTokens,
+        },
+        authority::Authority,
+        distribution::Distribution,
+        leader::{Candidate, Tenure, election::Timing},
+        server::Server,
+        store::{directory::DirectoryStore, secret::SecretStore},
+    },
+    config::{CaConfig, KubernetesState, State},
+    discovery, kubernetes,
+    mesh::Registry,
+};
+
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(super) struct Arguments {
+    /// The CA's configuration file.
+    #[arg(long, required = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    question: Option<ask::Question>,
+}
+
+pub(super) fn ca(arguments: Arguments) -> anyhow::Result<()> {
+    match arguments {
+        Arguments {
+            question: Some(question),
+            ..
+        } => ask::ask(question),
+        Arguments { config, .. } => run(&config.context("--config is missing")?),
+    }
+}
+
+fn run(file: &std::path::Path) -> anyhow::Result<()> {
+    let config = CaConfig::load(file)?;
+    start_log(&config.log)?;
+    raise_file_limit();
+    // As many threads as cores: who is accepted does not wait for what is signed.
+    let runtime = runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(serve(config))?;
+    // What still works in the background has nothing to finish.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+async fn serve(config: CaConfig) -> anyhow::Result<()> {
+    let registry = Arc::new(Registry::new());
+    let in_cluster = config.kubernetes.is_some()
+        || config.manifests.is_none()
+        || matches!(config.state, State::Kubernetes(_));
+    let cluster = if in_cluster {
+        Some(kubernetes::connect().await?)
+    } else {
+        None
+    };
+    let attestors = attestors(&config, &registry, cluster.as_ref())?;
+    match (&config.manifests, &cluster) {
+        (Some(folder), _) => {
+            let follow = discovery::files::start(
+                folder.clone(),
+                config.trust_domain.clone(),
+                registry.clone(),
+            )?;
+            tokio::spawn(follow);
+        }
+        (None, Some(cluster)) => {
+            tokio::spawn(discovery::kubernetes::run(
+                cluster.clone(),
+                config.trust_domain.clone(),
+                registry.clone(),
+                watch::Sender::new(false),
+            ));
+        }
+        (None, None) => anyhow::bail!("discovery.files: is missing"),
+    }
+
+    let (lead, leader) = watch::channel(None);
+    let (resign, resigned) = watch::channel(false);
+    let server = Server::bind(&config, attestors, registry, leader.clone()).await?;
+    let reign: Pin<Box<dyn Future<Output = ()>>> = match (&config.state, cluster) {
+        (State::Directory(directory), _) => {
+            let store = Arc::new(DirectoryStore::open(directory)?);
+            let authority = Arc::new(Authority::open(store, config.settings()).await?);
+            lead.send_replace(Some(authority.clone()));
+            Box::pin(reign_alone(authority, lead, resigned))
+        }
+        (State::Kubernetes(state), Some(cluster)) => {
+            if !config.secret_namespaces.is_empty() {
+                let distribution = Distribution {
+                    client: cluster.clone(),
+                    trust_domain: config.trust_domain.clone(),
+                    namespaces: config.secret_namespaces.iter().cloned().collect(),
+                    lifetime: config.certificate_lifetime,
+                    state_namespace: state.namespace.clone(),
+                    state_secret: state.state_secret.clone(),
+                };
+                tokio::spawn(distribution.run(leader));
+            }
+            Box::pin(stand(
+                cluster,
+                state.clone(),
+                config.clone(),
+                lead,
+                resigned,
+            ))
+        }
+        (State::Kubernetes(_), None) => anyhow::bail!("kubernetes: there is no cluster"),
+    };
+    tracing::info!(
+        trust_domain = %config.trust_domain, address = %server.local_addr()?, names = ?config.server_names,
+        "CA started"
+    );
+
+    let (stop, stopped) = watch::channel(false);
+    tokio::spawn(async move {
+        if let Err(error) = asked_to_stop().await {
+            tracing::error!(%error, "cannot wait for signals");
+        }
+        stop.send_replace(true);
+    });
+    let serve = async {
+        server.run(stopped).await;
+        // Only now: requests that were under way needed the authority.
+        resign.send_replace(true);
+    };
+    tokio::join!(serve, reign);
+    tracing::info!("CA stopped");
+    Ok(())
+}
+
+fn attestors(
+    config: &CaConfig,
+    registry: &Arc<Registry>,
+    cluster: Option<&kube::Client>,
+) -> anyhow::Result<Vec<Arc<dyn Attestor>>> {
+    let mut faults = Vec::new();
+    let mut attestors: Vec<Arc<dyn Attestor>> = Vec::new();
+    match StaticTokens::open(&config.tokens) {
+        Ok(tokens) if !config.tokens.is_empty() => attestors.push(Arc::new(tokens)),
+        Ok(_) => {}
+        Err(tokens) => faults.extend(tokens),
+    }
+    if let Some(jwks) = &config.jwks {
+        match Jwks::open(jwks.clone(), config.trust_domain.clone(), registry.clone()) {
+            Ok(jwks) => attestors.push(Arc::new(jwks)),
+            Err(fault) => faults.push(fault),
+        }
+    }
+    if let (Some(reviews), Some(cluster)) = (&config.kubernetes, cluster) {
+        let settings = ReviewSettings {
+            trust_domain: config.trust_domain.clone(),
+            audience: reviews.audience.clone(),
+            node_service_account: reviews.node_service_account.clone(),
+        };
+        attestors.push(Arc::new(TokenReviewer::new(cluster.clone(), settings)));
+    }
+    anyhow::ensure!(
+        faults.is_empty(),
+        "the configuration cannot be used:\n  {}",
+        faults.join("\n  ")
+    );
+    Ok(attestors)
+}
+
+/// The folder is this process's alone: it leads for as long as it runs.
+async fn reign_alone(
+    authority: Arc<Authority>,
+    lead: watch::Sender<Option<Arc<Authority>>>,
+    mut resigned: watch::Receiver<bool>,
+) {
+    tokio::select! {
+        () = authority.keep_up() => {}
+        _ = resigned.wait_for(|resigned| *resigned) => {}
+    }
+    lead.send_replace(None);
+}
+
+/// One of several replicas: leads when the cluster's Lease says so.
+async fn stand(
+    cluster: kube::Client,
+    state: KubernetesState,
+    config: CaConfig,
+    lead: watch::Sender<Option<Arc<Authority>>>,
+    resigned: watch::Receiver<bool>,
+) {
+    let candidate = Candidate {
+        client: cluster.clone(),
+        namespace: state.namespace.clone(),
+        lease: state.lease.clone(),
+        pod: std::env::var("POD_NAME")
+            .ok()
+            .filter(|name| !name.is_empty()),
+        timing: Timing::default(),
+    };
+    let open = || async {
+        let store = SecretStore::new(cluster.clone(), &state.namespace, &state.state_secret);
+        let lost = store.lost();
+        let authority = Authority::open(Arc::new(store), config.settings())
+            .await
+            .map_err(|error| error.to_string())?;
+        let authority = Arc::new(authority);
+        let work = authority.clone();
+        Ok(Tenure {
+            value: authority,
+            lost,
+            work: Box::pin(async move { work.keep_up().await }),
+        })
+    };
+    candidate.run(open, lead, resigned).await;
+}
