@@ -32,15 +32,9 @@ const PAGE: u32 = 20;
 #[error("kubernetes: {0}")]
 pub struct NoCluster(String);
 
-/// Connects to the cluster of `$KUBECONFIG`, else to the one that this process runs in as a pod.
-///
-/// Nothing is sent yet. Fails where neither is there, or where the API server's certificate would not be checked.
+/// Connects to the cluster of `$KUBECONFIG`, else to the one that this process runs in as a pod. Nothing is sent yet.
 pub async fn connect() -> Result<Client, NoCluster> {
-    // kube builds its TLS from the process's default. The first one to be set counts: it has to be this.
-    if CryptoProvider::get_default().is_none() {
-        let _ = aws_lc_rs::default_provider().install_default();
-    }
-    let mut config = if env::var_os("KUBECONFIG").is_some() {
+    let config = if env::var_os("KUBECONFIG").is_some() {
         Config::from_kubeconfig(&KubeConfigOptions::default())
             .await
             .map_err(|error| NoCluster(format!("$KUBECONFIG: {}", with_causes(&error))))?
@@ -52,6 +46,15 @@ pub async fn connect() -> Result<Client, NoCluster> {
             ))
         })?
     };
+    client(config)
+}
+
+/// A client of the API server that `config` names. Fails where that server's certificate would not be checked.
+pub fn client(mut config: Config) -> Result<Client, NoCluster> {
+    // kube builds its TLS from the process's default. The first one to be set counts: it has to be this.
+    if CryptoProvider::get_default().is_none() {
+        let _ = aws_lc_rs::default_provider().install_default();
+    }
     if config.accept_invalid_certs || config.cluster_url.scheme_str() != Some("https") {
         return Err(NoCluster(format!(
             "{}: the API server says who may have which certificate, so its own must be checked: use https, with \

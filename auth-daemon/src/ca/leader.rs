@@ -127,7 +127,7 @@ impl Candidate {
             };
             tokio::select! {
                 biased;
-                _ = vacancy.wait_for(|vacant| *vacant) => {
+                () = told(&mut vacancy) => {
                     self.release(&leases, &name).await;
                     return;
                 }
@@ -288,7 +288,7 @@ async fn preside<T, F>(
     loop {
         let term = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => return,
+            () = told(&mut stop) => return,
             term = terms.wait_for(Option::is_some) => match term {
                 Ok(term) => *term,
                 Err(_) => return,
@@ -296,8 +296,8 @@ async fn preside<T, F>(
         };
         let opened = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => return,
-            _ = terms.wait_for(|now| *now != term) => continue,
+            () = told(&mut stop) => return,
+            () = ended(&mut terms, term) => continue,
             opened = open() => opened,
         };
         let why = match opened {
@@ -311,8 +311,8 @@ async fn preside<T, F>(
                 labelled.send_replace(true);
                 let why = tokio::select! {
                     biased;
-                    _ = stop.wait_for(|stop| *stop) => None,
-                    _ = terms.wait_for(|now| *now != term) => None,
+                    () = told(&mut stop) => None,
+                    () = ended(&mut terms, term) => None,
                     lost = lost.wait_for(|lost| *lost) => Some(match lost {
                         Ok(_) => "somebody else has written the CA's state".to_owned(),
                         Err(_) => "the CA's store has ended".to_owned(),
@@ -329,9 +329,19 @@ async fn preside<T, F>(
             resign.notify_one();
             tokio::select! {
                 biased;
-                _ = stop.wait_for(|stop| *stop) => return,
-                _ = terms.wait_for(|now| *now != term) => {}
+                () = told(&mut stop) => return,
+                () = ended(&mut terms, term) => {}
             }
         }
     }
+}
+
+/// Waits until it is true, or will never change again.
+async fn told(what: &mut watch::Receiver<bool>) {
+    let _ = what.wait_for(|now| *now).await;
+}
+
+/// Waits until `term` is over.
+async fn ended(terms: &mut watch::Receiver<Option<u64>>, term: Option<u64>) {
+    let _ = terms.wait_for(|now| *now != term).await;
 }

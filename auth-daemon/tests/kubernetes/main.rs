@@ -1,0 +1,52 @@
+//! What the CA does in a cluster, against a real API server, with no other rights than deploy/ca/rbac.yaml gives.
+
+mod attestation;
+mod discovery;
+mod leader;
+mod state;
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use mesh_tests::Kubernetes;
+
+const NAMESPACE: &str = "auth-daemon";
+const ACCOUNT: &str = "auth-daemon-ca";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The shared API server with the CA's role, and a client that has it; none where there is no API server.
+async fn cluster(test: &str) -> Option<(Arc<Kubernetes>, Client)> {
+    let cluster = Kubernetes::shared(test)?;
+    let client = as_ca(&cluster).await;
+    Some((cluster, client))
+}
+
+/// A client with the CA's role.
+async fn as_ca(cluster: &Kubernetes) -> Client {
+    let role = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/ca/rbac.yaml");
+    cluster.apply(&role).unwrap();
+    let kubeconfig = cluster.kubeconfig_of(NAMESPACE, ACCOUNT).unwrap();
+    let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
+    let options = KubeConfigOptions::default();
+    let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;
+    auth_daemon::kubernetes::client(config.unwrap()).unwrap()
+}
+
+/// Asks until there is an answer.
+async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = probe().await {
+            return value;
+        }
+        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
