@@ -117,6 +117,11 @@ impl Server {
             names,
         } = self;
         let tls = serving::Current::default();
+        // The first caller finds a certificate.
+        if let Some(leader) = desk.authority.borrow().clone() {
+            let roots = leader.published().borrow().roots.clone();
+            serving::renew(&leader, &roots, &names, &desk.trust_domain, &tls);
+        }
         let renewal = tokio::spawn(serving::keep_current(
             desk.authority.clone(),
             names,
