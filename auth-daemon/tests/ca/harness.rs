@@ -44,26 +44,26 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-pub const DOMAIN: &str = "cluster.local";
-pub const NAME: &str = "ca.test";
-pub const ISSUER: &str = "https://issuer.example";
-pub const AUDIENCE: &str = "auth-daemon-ca";
+pub(crate) const DOMAIN: &str = "cluster.local";
+pub(crate) const NAME: &str = "ca.test";
+pub(crate) const ISSUER: &str = "https://issuer.example";
+pub(crate) const AUDIENCE: &str = "auth-daemon-ca";
 
-pub fn domain() -> TrustDomain {
+pub(crate) fn domain() -> TrustDomain {
     DOMAIN.parse().unwrap()
 }
 
-pub fn identity(account: &str) -> Identity {
+pub(crate) fn identity(account: &str) -> Identity {
     domain().identity("default", account).unwrap()
 }
 
 /// The token of a node.
-pub fn token(node: &str) -> String {
+pub(crate) fn token(node: &str) -> String {
     format!("token-of-node-{node}-{}", "x".repeat(32))
 }
 
 /// Waits until `condition` holds, and fails when it does not for so long that it never will.
-pub async fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+pub(crate) async fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     for _ in 0..3000 {
         if let Some(value) = condition() {
             return value;
@@ -74,13 +74,13 @@ pub async fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>)
 }
 
 /// An OIDC issuer.
-pub struct Issuer {
+pub(crate) struct Issuer {
     key: EncodingKey,
     jwk: Value,
 }
 
 impl Issuer {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let key = EncodingKey::from_ec_der(&KeyPair::generate().unwrap().serialize_der());
         let mut jwk = Jwk::from_encoding_key(&key, Algorithm::ES256).unwrap();
         jwk.common.key_id = Some("one".into());
@@ -91,7 +91,12 @@ impl Issuer {
     }
 
     /// A token of a pod of `account` on `node`, changed.
-    pub fn token(&self, account: &str, node: &str, change: impl FnOnce(&mut Value)) -> String {
+    pub(crate) fn token(
+        &self,
+        account: &str,
+        node: &str,
+        change: impl FnOnce(&mut Value),
+    ) -> String {
         let mut claims = json!({
             "iss": ISSUER, "aud": [AUDIENCE], "exp": jsonwebtoken::get_current_timestamp() + 600,
             "sub": format!("system:serviceaccount:default:{account}"),
@@ -107,21 +112,21 @@ impl Issuer {
 }
 
 /// A CA that runs.
-pub struct Ca {
-    pub folder: Arc<tempfile::TempDir>,
-    pub config: CaConfig,
-    pub address: SocketAddr,
-    pub authority: Arc<Authority>,
-    pub registry: Arc<Registry>,
-    pub issuer: Arc<Issuer>,
-    pub lead: watch::Sender<Option<Arc<Authority>>>,
+pub(crate) struct Ca {
+    pub(crate) folder: Arc<tempfile::TempDir>,
+    pub(crate) config: CaConfig,
+    pub(crate) address: SocketAddr,
+    pub(crate) authority: Arc<Authority>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) issuer: Arc<Issuer>,
+    pub(crate) lead: watch::Sender<Option<Arc<Authority>>>,
     stop: watch::Sender<bool>,
     server: JoinHandle<()>,
     work: JoinHandle<()>,
 }
 
 /// The configuration of a CA that has all it needs in `folder`.
-pub fn write_config(folder: &Path, listen: &str, more: &str) -> PathBuf {
+pub(crate) fn write_config(folder: &Path, listen: &str, more: &str) -> PathBuf {
     let at = |name: &str| folder.join(name).display().to_string();
     for node in ["a", "b"] {
         fs::write(at(node), token(node)).unwrap();
@@ -144,12 +149,12 @@ pub fn write_config(folder: &Path, listen: &str, more: &str) -> PathBuf {
 
 impl Ca {
     /// Pods of `web` run on node a, of `api` on node b.
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let folder = Arc::new(tempfile::tempdir().unwrap());
         Self::start_in(folder, Arc::new(Issuer::new()), "127.0.0.1:0").await
     }
 
-    pub async fn start_in(
+    pub(crate) async fn start_in(
         folder: Arc<tempfile::TempDir>,
         issuer: Arc<Issuer>,
         listen: &str,
@@ -194,7 +199,7 @@ impl Ca {
     }
 
     /// Ends it as SIGTERM does, and waits until it is gone.
-    pub async fn stop(self) -> (Arc<tempfile::TempDir>, Arc<Issuer>, SocketAddr) {
+    pub(crate) async fn stop(self) -> (Arc<tempfile::TempDir>, Arc<Issuer>, SocketAddr) {
         self.stop.send_replace(true);
         self.server.await.unwrap();
         self.work.abort();
@@ -202,12 +207,12 @@ impl Ca {
         (self.folder, self.issuer, self.address)
     }
 
-    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+    pub(crate) fn roots(&self) -> Vec<CertificateDer<'static>> {
         self.authority.published().borrow().roots.clone()
     }
 
     /// What a daemon's configuration says of this CA.
-    pub fn server(&self, node: &str) -> CaServer {
+    pub(crate) fn server(&self, node: &str) -> CaServer {
         let roots: String = self
             .roots()
             .iter()
@@ -224,12 +229,12 @@ impl Ca {
     }
 
     /// A caller without a certificate.
-    pub async fn caller(&self) -> Channel {
+    pub(crate) async fn caller(&self) -> Channel {
         connect(self.address, self.roots(), None).await.unwrap()
     }
 }
 
-pub fn pod(account: &str, node: &str) -> Workload {
+pub(crate) fn pod(account: &str, node: &str) -> Workload {
     Workload {
         name: ObjectName {
             namespace: "default".into(),
@@ -247,10 +252,10 @@ pub fn pod(account: &str, node: &str) -> Workload {
 }
 
 /// A chain and its key.
-pub type Certified = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+pub(crate) type Certified = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// HTTP/2 over TLS to the CA at `address`.
-pub async fn connect(
+pub(crate) async fn connect(
     address: SocketAddr,
     roots: Vec<CertificateDer<'static>>,
     certificate: Option<Certified>,
@@ -282,7 +287,7 @@ pub async fn connect(
 }
 
 /// A key and a CSR of it.
-pub fn csr(change: impl FnOnce(&mut CertificateParams)) -> (KeyPair, String) {
+pub(crate) fn csr(change: impl FnOnce(&mut CertificateParams)) -> (KeyPair, String) {
     let key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::default();
     change(&mut params);
@@ -291,7 +296,7 @@ pub fn csr(change: impl FnOnce(&mut CertificateParams)) -> (KeyPair, String) {
 }
 
 /// What openssl(1) makes of `arguments`.
-pub fn openssl_csr(arguments: &[&str]) -> String {
+pub(crate) fn openssl_csr(arguments: &[&str]) -> String {
     let output = Command::new("openssl")
         .args([
             "req",
@@ -314,16 +319,16 @@ pub fn openssl_csr(arguments: &[&str]) -> String {
 }
 
 /// One request for a certificate.
-pub struct Ask {
-    pub csr: String,
-    pub bearer: Option<String>,
-    pub identity: Option<String>,
-    pub seconds: i64,
+pub(crate) struct Ask {
+    pub(crate) csr: String,
+    pub(crate) bearer: Option<String>,
+    pub(crate) identity: Option<String>,
+    pub(crate) seconds: i64,
 }
 
 impl Ask {
     /// As node a for `web`, with a CSR as it should be.
-    pub fn good() -> Self {
+    pub(crate) fn good() -> Self {
         Self {
             csr: csr(|_| {}).1,
             bearer: Some(token("a")),
@@ -332,13 +337,16 @@ impl Ask {
         }
     }
 
-    pub fn but(change: impl FnOnce(&mut Self)) -> Self {
+    pub(crate) fn but(change: impl FnOnce(&mut Self)) -> Self {
         let mut ask = Self::good();
         change(&mut ask);
         ask
     }
 
-    pub async fn send(self, channel: &Channel) -> Result<Vec<CertificateDer<'static>>, Status> {
+    pub(crate) async fn send(
+        self,
+        channel: &Channel,
+    ) -> Result<Vec<CertificateDer<'static>>, Status> {
         let fields = self.identity.map(|identity| {
             let value = prost_types::Value {
                 kind: Some(prost_types::value::Kind::StringValue(identity)),
@@ -367,10 +375,10 @@ impl Ask {
     }
 }
 
-pub fn private_key(key: &KeyPair) -> PrivateKeyDer<'static> {
+pub(crate) fn private_key(key: &KeyPair) -> PrivateKeyDer<'static> {
     PrivatePkcs8KeyDer::from(key.serialize_der()).into()
 }
 
-pub fn watches(channel: &Channel) -> TrustServiceClient<Channel> {
+pub(crate) fn watches(channel: &Channel) -> TrustServiceClient<Channel> {
     TrustServiceClient::new(channel.clone())
 }
