@@ -8,7 +8,7 @@ use std::{
 use prost_types::value::Kind as FieldKind;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::watch,
     task::AbortHandle,
     time::{sleep, timeout},
 };
@@ -34,9 +34,7 @@ use crate::{
     },
 };
 
-/// Requests on their way at once; others wait for their turn.
-const MAX_IN_FLIGHT: usize = 64;
-/// One request from its turn on, all attempts included.
+/// One request, all attempts included.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// A replica that is not the leader says so at once, and the next connection may reach the one that is.
 const ATTEMPTS: u32 = 4;
@@ -52,7 +50,6 @@ pub struct GrpcIssuer {
     lifetime: Duration,
     /// One connection for all requests, and which one it is.
     channel: Mutex<(u64, Option<Channel>)>,
-    turns: Semaphore,
     contact: watch::Receiver<bool>,
     watcher: AbortHandle,
 }
@@ -86,7 +83,6 @@ impl GrpcIssuer {
             link,
             lifetime,
             channel: Mutex::default(),
-            turns: Semaphore::new(MAX_IN_FLIGHT),
             contact,
             watcher: watcher.abort_handle(),
         })
@@ -165,8 +161,6 @@ impl Issuer for GrpcIssuer {
         Box::pin(async move {
             let failed =
                 |why: String| IssueError(format!("the CA at {}: {why}", self.link.server.address));
-            let turn = self.turns.acquire().await;
-            let _turn = turn.map_err(|error| failed(error.to_string()))?;
             let asked = timeout(DEADLINE, self.ask(identity, csr)).await;
             let number = self
                 .channel
