@@ -211,6 +211,9 @@ impl Authority {
             }),
         };
         inner.show().await;
+        if let Some(plugged) = &inner.plugged {
+            plugged.warn_of_its_end(now);
+        }
         Ok(Self {
             inner: Arc::new(inner),
         })
@@ -552,6 +555,9 @@ impl Inner {
             if due > now {
                 return Ok(due.min(self.prune(now).await?));
             }
+            if let Some(plugged) = &self.plugged {
+                plugged.warn_of_its_end(now);
+            }
             self.change(move |core, inner, now| {
                 let last_end = |signer| inner.live().last_end(signer);
                 if let Some(next) = core.rotation.step(now, last_end) {
@@ -595,9 +601,6 @@ impl Inner {
         }
         self.live().forget(now, usize::MAX);
         self.store.prune(now).await?;
-        if let Some(plugged) = &self.plugged {
-            plugged.warn_of_its_end(now);
-        }
         let due = now + PRUNED_EVERY;
         self.schedule().prune = due;
         Ok(due)

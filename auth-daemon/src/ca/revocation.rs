@@ -366,6 +366,19 @@ mod tests {
         assert!(matches!(read, Err(InvalidCrl::Extension(_))), "{read:?}");
     }
 
+    #[test]
+    fn counts_entries_before_it_reads_them() {
+        let list = |entries: usize| {
+            let entries = der::element(SEQUENCE, &[&[SEQUENCE, 0].repeat(entries)]);
+            let none = [SEQUENCE, 0];
+            let fields = der::element(SEQUENCE, &[&none, &none, &entries]);
+            der::element(SEQUENCE, &[&fields])
+        };
+        assert_eq!(count_entries(&list(MAX_ENTRIES)), Ok(()));
+        let error = count_entries(&list(MAX_ENTRIES + 1)).unwrap_err();
+        assert!(matches!(error, InvalidCrl::TooLong(..)), "{error}");
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]

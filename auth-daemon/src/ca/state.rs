@@ -138,8 +138,8 @@ impl Core {
 
     /// Counts a change at `now`.
     pub(super) fn changed(&mut self, now: u64) {
-        self.version += 1;
-        self.crl_number += 1;
+        self.version = self.version.saturating_add(1);
+        self.crl_number = self.crl_number.saturating_add(1);
         self.forget(now);
     }
 
@@ -260,6 +260,9 @@ pub(super) fn integer_hex(serial: &[u8; 16]) -> String {
     }
 }
 
+/// Serial number, reason, when, and of one that was issued here its end and its signer. There may be thousands: no names.
+type StoredSerial = (String, String, u64, Option<u64>, Option<u32>);
+
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Document {
@@ -270,8 +273,7 @@ struct Document {
     last_signer: u32,
     rotation: Rotation,
     signers: Vec<StoredSigner>,
-    /// Serial number, reason, when, and of one that was issued here its end and its signer.
-    revoked_serials: Vec<(String, String, u64, Option<u64>, Option<u32>)>,
+    revoked_serials: Vec<StoredSerial>,
     /// Name, reason, when.
     revoked_identities: Vec<(String, String, u64)>,
     revoked_nodes: Vec<(String, String, u64)>,

@@ -19,12 +19,21 @@ pub type Stored<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Se
 pub struct StoreError(pub String);
 
 /// Everything that was kept.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Kept {
     /// The small part, as [`Store::keep`] got it last.
     pub core: Vec<u8>,
     /// What [`Store::record`] got, in any order. Expired ones may be missing.
     pub issued: Vec<IssuedRecord>,
+}
+
+impl fmt::Debug for Kept {
+    /// There are keys in the small part.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kept")
+            .field("issued", &self.issued.len())
+            .finish_non_exhaustive()
+    }
 }
 
 /// Keeps the CA's state over restarts and crashes. Only one CA writes at a time: the implementation sees to that, and

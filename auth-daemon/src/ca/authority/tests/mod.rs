@@ -1,0 +1,228 @@
+mod certificates;
+mod crashes;
+mod opening;
+mod revoking;
+mod rotating;
+
+use std::{
+    os::unix::fs::MetadataExt,
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rcgen::{BasicConstraints, CertificateParams, CustomExtension, IsCa, KeyPair, SanType};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+
+use super::{
+    super::{
+        embedded::EmbeddedCa,
+        pem,
+        revocation::read_crl,
+        store::{
+            directory::DirectoryStore,
+            disk::{Disk, tests::Faults},
+        },
+    },
+    *,
+};
+use crate::{mesh::TrustDomain, tunnel::svid::Svid};
+
+const DAY: u64 = 24 * 60 * 60;
+const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
+
+fn identity(text: &str) -> Identity {
+    text.parse().unwrap()
+}
+
+fn settings() -> Settings {
+    Settings {
+        trust_domain: "cluster.local".parse().unwrap(),
+        root: Root::SelfSigned {
+            algorithm: KeyAlgorithm::P256,
+            lifetime: Duration::from_secs(1000 * DAY),
+            spread: Duration::from_secs(300),
+        },
+        max_lifetime: Duration::from_secs(DAY),
+    }
+}
+
+/// A clock that a test sets. Begins now: OpenSSL has the real one.
+#[derive(Clone)]
+struct FakeClock(Arc<AtomicU64>);
+
+impl FakeClock {
+    fn new() -> Self {
+        Self(Arc::new(unix_seconds(SystemTime::now()).into()))
+    }
+
+    fn now(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn pass(&self, seconds: u64) {
+        self.0.fetch_add(seconds, Ordering::SeqCst);
+    }
+
+    fn clock(&self) -> Clock {
+        let clock = self.clone();
+        Clock::new(move || UNIX_EPOCH + Duration::from_secs(clock.now()))
+    }
+}
+
+async fn open_with(folder: &Path, settings: Settings, clock: &FakeClock) -> Authority {
+    let store = Arc::new(DirectoryStore::open(folder).unwrap());
+    Authority::open_at(store, settings, clock.clock())
+        .await
+        .unwrap()
+}
+
+async fn refused(folder: &Path, settings: Settings) -> String {
+    let store = Arc::new(DirectoryStore::open(folder).unwrap());
+    let opened = Authority::open(store, settings).await;
+    opened.unwrap_err().to_string()
+}
+
+fn csr() -> Vec<u8> {
+    let key = KeyPair::generate().unwrap();
+    CertificateParams::default()
+        .serialize_request(&key)
+        .unwrap()
+        .der()
+        .to_vec()
+}
+
+fn svid(chain: &[CertificateDer<'_>]) -> Svid {
+    Svid::parse(&chain[0], "cluster.local").unwrap()
+}
+
+fn serial(chain: &[CertificateDer<'_>]) -> [u8; 16] {
+    X509Certificate::from_der(&chain[0])
+        .unwrap()
+        .1
+        .raw_serial()
+        .try_into()
+        .unwrap()
+}
+
+/// Runs `openssl`, with the files that are named, and returns what it says and whether it succeeds.
+fn openssl(arguments: &[&str], files: &[(&str, String)]) -> (String, bool) {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, content) in files {
+        std::fs::write(folder.path().join(name), content).unwrap();
+    }
+    let output = Command::new("openssl")
+        .args(arguments)
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (
+        String::from_utf8_lossy(&said).into_owned(),
+        output.status.success(),
+    )
+}
+
+fn all(certificates: &[CertificateDer<'_>]) -> String {
+    certificates
+        .iter()
+        .map(|der| pem::certificate(der))
+        .collect()
+}
+
+/// Whether OpenSSL believes `chain`, with the revocation lists that are published.
+fn verifies(chain: &[CertificateDer<'_>], published: &Published, at: u64) -> Result<(), String> {
+    let crls: String = published
+        .crls
+        .iter()
+        .map(|crl| pem::encode("X509 CRL", crl))
+        .collect();
+    assert_eq!(chain.len(), 1, "a root of its own signs leaves");
+    let (said, held) = openssl(
+        &[
+            "verify",
+            "-x509_strict",
+            "-crl_check",
+            "-attime",
+            &at.to_string(),
+            "-CAfile",
+            "roots",
+            "-CRLfile",
+            "crls",
+            "leaf",
+        ],
+        &[
+            ("roots", all(&published.roots)),
+            ("leaf", all(chain)),
+            ("crls", crls),
+        ],
+    );
+    if held { Ok(()) } else { Err(said) }
+}
+
+/// What zlint would look at in any certificate that is issued here.
+fn lint(der: &[u8]) {
+    use x509_parser::{
+        extensions::{GeneralName, ParsedExtension as E},
+        oid_registry::*,
+    };
+    let (rest, certificate) = X509Certificate::from_der(der).unwrap();
+    assert!(rest.is_empty());
+    assert_eq!(certificate.version().0, 2, "version 3");
+    let serial = certificate.raw_serial();
+    assert!(serial.len() <= 20 && serial[0] < 0x80 && serial.iter().any(|&b| b != 0));
+    assert_eq!(serial.len(), 16);
+    let validity = certificate.validity();
+    assert!(validity.not_before < validity.not_after);
+    for time in [validity.not_before, validity.not_after] {
+        assert_eq!(
+            time.is_utctime(),
+            time.to_datetime().year() < 2050,
+            "RFC 5280 §4.1.2.5"
+        );
+    }
+    assert_eq!(
+        certificate.signature_algorithm,
+        certificate.tbs_certificate.signature
+    );
+    let mut seen = Vec::new();
+    for extension in certificate.extensions() {
+        assert!(!seen.contains(&extension.oid), "no extension twice");
+        seen.push(extension.oid.clone());
+        let critical = match extension.parsed_extension() {
+            E::SubjectAlternativeName(names) => {
+                assert!(!names.general_names.is_empty());
+                for name in &names.general_names {
+                    assert!(!matches!(
+                        name,
+                        GeneralName::URI("") | GeneralName::DNSName("")
+                    ));
+                }
+                certificate.subject().iter().next().is_none()
+            }
+            E::KeyUsage(usage) => {
+                assert_eq!(usage.flags, 1, "digitalSignature and nothing else");
+                true
+            }
+            E::BasicConstraints(constraints) => {
+                assert!(!constraints.ca && constraints.path_len_constraint.is_none());
+                true
+            }
+            E::ExtendedKeyUsage(_) | E::AuthorityKeyIdentifier(_) | E::SubjectKeyIdentifier(_) => {
+                false
+            }
+            other => panic!("unknown extension {other:?}"),
+        };
+        assert_eq!(extension.critical, critical, "{}", extension.oid);
+    }
+    for needed in [
+        OID_X509_EXT_SUBJECT_ALT_NAME,
+        OID_X509_EXT_KEY_USAGE,
+        OID_X509_EXT_BASIC_CONSTRAINTS,
+        OID_X509_EXT_EXTENDED_KEY_USAGE,
+        OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER,
+        OID_X509_EXT_SUBJECT_KEY_IDENTIFIER,
+    ] {
+        assert!(seen.contains(&needed), "{needed}");
+    }
+}
