@@ -17,7 +17,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{Kept, Store, StoreError, Stored, segment};
+use super::{Kept, Store, StoreError, Stored, record};
 use crate::{
     ca::authority::IssuedRecord,
     kubernetes::{Fault, Objects},
@@ -425,10 +425,14 @@ impl Worker {
         let mut chunk = Vec::new();
         let mut chunk_end = 0;
         let mut one = Vec::new();
-        for record in records {
+        for issued in records {
             one.clear();
-            segment::encode(record, &mut one)
-                .map_err(|error| StoreError(format!("a record cannot be kept: {error}")))?;
+            record::encode(issued, &mut one).ok_or_else(|| {
+                StoreError(format!(
+                    "{}: a name is too long to be kept",
+                    issued.identity
+                ))
+            })?;
             let held = self
                 .loaded()?
                 .open
@@ -440,7 +444,7 @@ impl Worker {
                 chunk_end = 0;
             }
             chunk.extend(&one);
-            chunk_end = record.not_after.max(chunk_end);
+            chunk_end = issued.not_after.max(chunk_end);
         }
         self.append(chunk, chunk_end).await
     }
@@ -619,7 +623,7 @@ impl Worker {
     }
 
     fn decode(&self, number: u32, bytes: &[u8]) -> Result<Vec<IssuedRecord>, StoreError> {
-        segment::decode(bytes).map_err(|error| {
+        record::read(bytes).map_err(|error| {
             self.error(
                 &self.segment_name(number),
                 &format!("{error}: restore it, or delete it and revoke what was issued since its creation"),
