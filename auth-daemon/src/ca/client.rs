@@ -36,7 +36,7 @@ use crate::{
 
 /// Requests on their way at once; others wait for their turn.
 const MAX_IN_FLIGHT: usize = 64;
-/// One request, all attempts included.
+/// One request from its turn on, all attempts included.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// A replica that is not the leader says so at once, and the next connection may reach the one that is.
 const ATTEMPTS: u32 = 4;
@@ -113,11 +113,6 @@ impl GrpcIssuer {
     }
 
     async fn ask(&self, identity: &Identity, csr: &[u8]) -> Result<Issued, String> {
-        let _turn = self
-            .turns
-            .acquire()
-            .await
-            .map_err(|error| error.to_string())?;
         let mut attempt = 1;
         let answer = loop {
             let request = self.link.request(IstioCertificateRequest {
@@ -168,6 +163,10 @@ impl Drop for GrpcIssuer {
 impl Issuer for GrpcIssuer {
     fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
         Box::pin(async move {
+            let failed =
+                |why: String| IssueError(format!("the CA at {}: {why}", self.link.server.address));
+            let turn = self.turns.acquire().await;
+            let _turn = turn.map_err(|error| failed(error.to_string()))?;
             let asked = timeout(DEADLINE, self.ask(identity, csr)).await;
             let number = self
                 .channel
@@ -185,7 +184,7 @@ impl Issuer for GrpcIssuer {
                     };
                     Err(format!("it does not answer within {DEADLINE:?}{unheard}"))
                 })
-                .map_err(|why| IssueError(format!("the CA at {}: {why}", self.link.server.address)))
+                .map_err(failed)
         })
     }
 

@@ -3,6 +3,7 @@
 use std::{
     convert::Infallible,
     future::Future,
+    io::ErrorKind,
     net::SocketAddr,
     pin::Pin,
     sync::{
@@ -65,6 +66,7 @@ const MAX_WATCHES: usize = 4;
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
 const MAX_HEADERS: u32 = 16 << 10;
+const HUNG_UP: &str = "the peer hung up";
 /// How often full tables are logged, at most.
 const COMPLAIN: Duration = Duration::from_secs(10);
 
@@ -223,7 +225,12 @@ async fn connection_of(
         Ok(tls) => tls,
         Err(why) => {
             counters.failed_handshakes.fetch_add(1, Ordering::Relaxed);
-            tracing::info!(peer = %address, %why, "TLS handshake failed");
+            // As probes do that only ask whether the port is open.
+            if why == HUNG_UP {
+                tracing::debug!(peer = %address, why, "TLS handshake failed");
+            } else {
+                tracing::info!(peer = %address, why, "TLS handshake failed");
+            }
             return;
         }
     };
@@ -241,7 +248,11 @@ async fn shake_hands(
     tcp.set_nodelay(true).map_err(|error| error.to_string())?;
     let stream = TlsAcceptor::from(tls).accept(tcp).await.map_err(|error| {
         let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
-        inner.map_or_else(|| error.to_string(), explain)
+        match inner {
+            Some(error) => explain(error),
+            None if error.kind() == ErrorKind::UnexpectedEof => HUNG_UP.to_owned(),
+            None => error.to_string(),
+        }
     })?;
     // Clients of old say nothing, and mean HTTP/2 (gRPC over HTTP/2 knows nothing else).
     match stream.get_ref().1.alpn_protocol() {

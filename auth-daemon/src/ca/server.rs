@@ -117,6 +117,11 @@ impl Server {
             names,
         } = self;
         let tls = serving::Current::default();
+        // The first caller finds a certificate.
+        if let Some(leader) = desk.authority.borrow().clone() {
+            let roots = leader.published().borrow().roots.clone();
+            serving::renew(&leader, &roots, &names, &desk.trust_domain, &tls);
+        }
         let renewal = tokio::spawn(serving::keep_current(
             desk.authority.clone(),
             names,
@@ -664,7 +669,7 @@ mod tests {
         let (two, of_two) = root_and_leaf(true);
         let roots = [one.clone(), two.clone()];
         assert_eq!(root_of(&[of_one], &roots), Some(one.clone()));
-        assert_eq!(root_of(&[of_two.clone()], &roots), Some(two));
+        assert_eq!(root_of(std::slice::from_ref(&of_two), &roots), Some(two));
         assert_eq!(root_of(&[of_two], std::slice::from_ref(&one)), None);
         let (old, of_old) = root_and_leaf(false);
         assert_eq!(root_of(&[of_old], std::slice::from_ref(&old)), Some(old));

@@ -18,9 +18,8 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
-use tokio::sync::watch;
 
-use super::authority::Authority;
+use super::{authority::Authority, server::Leader};
 use crate::{
     mesh::TrustDomain,
     tunnel::{svid::Svid, tls::provider},
@@ -28,7 +27,7 @@ use crate::{
 
 const RETRY: Duration = Duration::from_secs(1);
 /// A clock that is set changes when a certificate is due: look again at least this often.
-const LOOK_AGAIN: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
 /// What handshakes are made with. None before the first leader of this process.
 pub(super) type Current = Arc<ArcSwapOption<ServerConfig>>;
@@ -65,9 +64,41 @@ pub(super) fn config(
     Ok(config)
 }
 
+/// Makes `current` anew, and says when to do so again.
+pub(super) fn renew(
+    leader: &Authority,
+    roots: &[CertificateDer<'static>],
+    names: &[String],
+    trust_domain: &TrustDomain,
+    current: &Current,
+) -> Duration {
+    let made = leader
+        .serving_certificate(names)
+        .map_err(|error| error.to_string())
+        .and_then(|(key, due)| {
+            let config = config(key, roots, trust_domain).map_err(|error| error.to_string())?;
+            Ok((config, due))
+        });
+    match made {
+        Ok((config, due)) => {
+            current.store(Some(Arc::new(config)));
+            let wait = due.duration_since(SystemTime::now()).unwrap_or_default();
+            tracing::debug!(
+                renew_in_seconds = wait.as_secs(),
+                "the CA's own certificate is new"
+            );
+            wait.max(RETRY)
+        }
+        Err(error) => {
+            tracing::error!(%error, "the CA's own certificate cannot be renewed; trying again");
+            RETRY
+        }
+    }
+}
+
 /// Keeps `current` in step with the authority: at a new leader, at new roots, and when the certificate is due.
 pub(super) async fn keep_current(
-    mut authority: watch::Receiver<Option<Arc<Authority>>>,
+    mut authority: Leader,
     names: Vec<String>,
     trust_domain: TrustDomain,
     current: Current,
@@ -83,28 +114,7 @@ pub(super) async fn keep_current(
         };
         let mut published = leader.published();
         let roots = published.borrow_and_update().roots.clone();
-        let made = leader
-            .serving_certificate(&names)
-            .map_err(|error| error.to_string())
-            .and_then(|(key, due)| {
-                let config = config(key, &roots, &trust_domain).map_err(|e| e.to_string())?;
-                Ok((config, due))
-            });
-        let wait = match made {
-            Ok((config, due)) => {
-                current.store(Some(Arc::new(config)));
-                let wait = due.duration_since(SystemTime::now()).unwrap_or_default();
-                tracing::info!(
-                    renew_in_seconds = wait.as_secs(),
-                    "the CA's own certificate is new"
-                );
-                wait.clamp(RETRY, LOOK_AGAIN)
-            }
-            Err(error) => {
-                tracing::error!(%error, "the CA's own certificate cannot be renewed; trying again");
-                RETRY
-            }
-        };
+        let wait = renew(&leader, &roots, &names, &trust_domain, &current);
         let new_roots = async {
             while published.changed().await.is_ok() {
                 if published.borrow_and_update().roots != roots {
@@ -116,7 +126,7 @@ pub(super) async fn keep_current(
         tokio::select! {
             changed = authority.changed() => if changed.is_err() { return },
             () = new_roots => {}
-            () = tokio::time::sleep(wait) => {}
+            () = tokio::time::sleep(wait.min(LOOK_AGAIN)) => {}
         }
     }
 }

@@ -223,15 +223,13 @@ fn table(status: &Value) -> String {
         out.push_str(&format!("\nROOTS ({})\n", roots.len()));
         for root in roots {
             let signs = if root["signs"] == true { "signs" } else { "" };
-            out.push_str(
-                &format!(
-                    "  {}  until {}  sha256 {}  {signs}",
-                    text(&root["serial"]),
-                    text(&root["notAfter"]),
-                    text(&root["sha256"]),
-                )
-                .trim_end(),
+            let line = format!(
+                "  {}  until {}  sha256 {}  {signs}",
+                text(&root["serial"]),
+                text(&root["notAfter"]),
+                text(&root["sha256"]),
             );
+            out.push_str(line.trim_end());
             out.push('\n');
         }
         for (title, field) in [

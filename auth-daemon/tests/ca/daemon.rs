@@ -1,0 +1,483 @@
+//! The daemon's issuer against the CA, against a CA like istiod, and against one that means harm.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use auth_daemon::{
+    ca::{
+        Issuer as _,
+        authority::Target,
+        client::GrpcIssuer,
+        pem,
+        proto::{
+            auth::{
+                Denial, Trust, WatchRequest,
+                trust_service_server::{TrustService, TrustServiceServer},
+            },
+            istio::{
+                IstioCertificateRequest, IstioCertificateResponse,
+                istio_certificate_service_server::{
+                    IstioCertificateService, IstioCertificateServiceServer,
+                },
+            },
+        },
+    },
+    config::CaServer,
+    mesh::{Inventory, Snapshot},
+    tunnel::{svid::Svid, tls::provider, trust::Reason},
+};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
+use rustls::{ServerConfig, pki_types::CertificateDer};
+use tokio::{net::TcpListener, sync::watch};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, service::Routes};
+
+use crate::harness::*;
+
+const LIFETIME: Duration = Duration::from_secs(3600);
+
+fn issuer(ca: &Ca, node: &str) -> GrpcIssuer {
+    GrpcIssuer::start(ca.server(node), domain(), LIFETIME).unwrap()
+}
+
+/// DER of a CSR.
+fn request() -> Vec<u8> {
+    let key = KeyPair::generate().unwrap();
+    let csr = CertificateParams::default()
+        .serialize_request(&key)
+        .unwrap();
+    csr.der().to_vec()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_come_with_their_trust() {
+    let ca = Ca::start().await;
+    let issuer = issuer(&ca, "a");
+    let issued = issuer.issue(&identity("web"), &request()).await.unwrap();
+    assert_eq!(
+        Svid::parse(&issued.chain[0], DOMAIN).unwrap().identity,
+        identity("web")
+    );
+    assert!(!issued.chain.contains(&ca.roots()[0]), "without the root");
+    let trust = issuer.trust().current();
+    assert_eq!(trust.bundle.roots, ca.roots());
+    assert!(trust.version > 0, "the CA's own word, not the file");
+    let error = issuer
+        .issue(&identity("api"), &request())
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("run on node a"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revocations_are_known_within_two_seconds() {
+    let ca = Ca::start().await;
+    let issuer = issuer(&ca, "a");
+    let issued = issuer.issue(&identity("web"), &request()).await.unwrap();
+    let svid = Svid::parse(&issued.chain[0], DOMAIN).unwrap();
+    let serial = u128::from_str_radix(&svid.serial, 16)
+        .unwrap()
+        .to_be_bytes();
+    let revoked = || issuer.trust().current().revoked.clone();
+    for (target, know) in [
+        (
+            Target::Serial(serial),
+            &(|| revoked().check(&svid).is_err()) as &dyn Fn() -> bool,
+        ),
+        (Target::Identity(identity("api")), &|| {
+            revoked().check_identity(&identity("api")).is_err()
+        }),
+        (Target::Node("b".into()), &|| {
+            revoked().check_node("b").is_err()
+        }),
+    ] {
+        assert!(!know());
+        let start = Instant::now();
+        ca.authority
+            .revoke(target.clone(), Reason::KeyCompromise)
+            .await
+            .unwrap();
+        eventually("revoked", || know().then_some(())).await;
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            start.elapsed()
+        );
+        ca.authority.unrevoke(target).await.unwrap();
+        eventually("not revoked", || (!know()).then_some(())).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ca_that_comes_back_is_found_and_takes_nothing_back() {
+    let ca = Ca::start().await;
+    let issuer = issuer(&ca, "a");
+    issuer.issue(&identity("web"), &request()).await.unwrap();
+    ca.authority
+        .revoke(Target::Node("b".into()), Reason::Unspecified)
+        .await
+        .unwrap();
+    let revoked = || issuer.trust().current().revoked.check_node("b").is_err();
+    eventually("revoked", || revoked().then_some(())).await;
+    let (folder, keys, address) = ca.stop().await;
+    assert!(issuer.issue(&identity("web"), &request()).await.is_err());
+    assert!(revoked(), "a CA that is down takes nothing back");
+    let ca = Ca::start_in(folder, keys, &address.to_string()).await;
+    ca.authority
+        .revoke(Target::Identity(identity("api")), Reason::Unspecified)
+        .await
+        .unwrap();
+    let start = Instant::now();
+    let known = || {
+        issuer
+            .trust()
+            .current()
+            .revoked
+            .check_identity(&identity("api"))
+            .is_err()
+    };
+    eventually("learned", || known().then_some(())).await;
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(revoked());
+    issuer.issue(&identity("web"), &request()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_root_is_learned_before_it_signs() {
+    let ca = Ca::start().await;
+    let issuer = issuer(&ca, "a");
+    issuer.issue(&identity("web"), &request()).await.unwrap();
+    let old = ca.roots();
+    ca.authority.rotate_root().await.unwrap();
+    let roots = || issuer.trust().current().bundle.roots.clone();
+    eventually("two roots", || (roots().len() == 2).then_some(())).await;
+    // The root file has only the old root: what is learned counts on a new connection, too.
+    eventually("the new root signs", || {
+        (ca.roots()[0] != old[0]).then_some(())
+    })
+    .await;
+    let another = GrpcIssuer::start(ca.server("a"), domain(), LIFETIME).unwrap();
+    another.issue(&identity("web"), &request()).await.unwrap();
+    issuer.issue(&identity("web"), &request()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_identities_at_once() {
+    const COUNT: usize = 5000;
+    let ca = Ca::start().await;
+    let accounts: Vec<_> = (0..COUNT)
+        .map(|number| format!("account-{number}"))
+        .collect();
+    ca.registry.publish(Snapshot::new(Inventory {
+        workloads: accounts.iter().map(|account| pod(account, "a")).collect(),
+        services: vec![],
+    }));
+    let issuer = Arc::new(issuer(&ca, "a"));
+    let csr = Arc::new(request());
+    let asked: Vec<_> = accounts
+        .into_iter()
+        .map(|account| {
+            let (issuer, csr) = (issuer.clone(), csr.clone());
+            tokio::spawn(async move {
+                let identity = identity(&account);
+                let issued = issuer.issue(&identity, &csr).await.unwrap();
+                assert_eq!(
+                    Svid::parse(&issued.chain[0], DOMAIN).unwrap().identity,
+                    identity
+                );
+            })
+        })
+        .collect();
+    for asked in asked {
+        asked.await.unwrap();
+    }
+    assert_eq!(ca.authority.status()["issued"], COUNT);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_files_are_refused_at_the_start() {
+    let ca = Ca::start().await;
+    let good = ca.server("a");
+    let start = |change: fn(&mut CaServer)| {
+        let mut server = good.clone();
+        change(&mut server);
+        GrpcIssuer::start(server, domain(), LIFETIME)
+            .unwrap_err()
+            .to_string()
+    };
+    let error = start(|server| server.token_file = "/nonexistent/token".into());
+    assert!(
+        error.contains("ca.tokenFile: /nonexistent/token"),
+        "{error}"
+    );
+    let error = start(|server| server.root_file = server.token_file.clone());
+    assert!(error.contains("ca.rootFile"), "{error}");
+}
+
+/// A CA of somebody else: answers with what it is told.
+#[derive(Clone)]
+struct Other {
+    answer: Arc<Mutex<Vec<String>>>,
+    trust: watch::Receiver<Trust>,
+}
+
+#[tonic::async_trait]
+impl IstioCertificateService for Other {
+    async fn create_certificate(
+        &self,
+        _: Request<IstioCertificateRequest>,
+    ) -> Result<Response<IstioCertificateResponse>, Status> {
+        let cert_chain = self.answer.lock().unwrap().clone();
+        Ok(Response::new(IstioCertificateResponse { cert_chain }))
+    }
+}
+
+#[tonic::async_trait]
+impl TrustService for Other {
+    type WatchStream =
+        std::pin::Pin<Box<dyn futures_util::Stream<Item = Result<Trust, Status>> + Send>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let mut trust = self.trust.clone();
+        trust.mark_changed();
+        let trusts = futures_util::stream::unfold(trust, |mut trust| async move {
+            trust.changed().await.ok()?;
+            let now = trust.borrow_and_update().clone();
+            Some((Ok(now), trust))
+        });
+        Ok(Response::new(Box::pin(trusts)))
+    }
+}
+
+/// What such a CA is reached by, and what it signs with.
+struct Others {
+    folder: tempfile::TempDir,
+    address: SocketAddr,
+    root: CertificateDer<'static>,
+    issuer: rcgen::Issuer<'static, KeyPair>,
+    answer: Arc<Mutex<Vec<String>>>,
+    trust: watch::Sender<Trust>,
+}
+
+impl Others {
+    async fn start(with_trust: bool) -> Self {
+        let root_key = KeyPair::generate().unwrap();
+        let mut root = CertificateParams::default();
+        root.distinguished_name.push(DnType::CommonName, "other");
+        root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root_der = root.self_signed(&root_key).unwrap().der().clone();
+        let issuer = rcgen::Issuer::new(root, root_key);
+        let key = KeyPair::generate().unwrap();
+        let own = CertificateParams::new(vec![NAME.into()]).unwrap();
+        let own = own.signed_by(&key, &issuer).unwrap();
+        let mut tls = ServerConfig::builder_with_provider(Arc::new(provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![own.der().clone()], private_key(&key))
+            .unwrap();
+        tls.alpn_protocols = vec![b"h2".to_vec()];
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let answer = Arc::new(Mutex::new(Vec::new()));
+        let (trust, trusts) = watch::channel(Trust {
+            version: 1,
+            roots: vec![root_der.to_vec()],
+            ..Default::default()
+        });
+        let other = Other {
+            answer: answer.clone(),
+            trust: trusts,
+        };
+        let mut routes = Routes::new(IstioCertificateServiceServer::new(other.clone()));
+        if with_trust {
+            routes = routes.add_service(TrustServiceServer::new(other));
+        }
+        let (connections, incoming) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            let tls = TlsAcceptor::from(Arc::new(tls));
+            while let Ok((tcp, _)) = listener.accept().await {
+                if let Ok(stream) = tls.accept(tcp).await {
+                    let _ = connections
+                        .send(std::io::Result::Ok(Connection(stream)))
+                        .await;
+                }
+            }
+        });
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_routes(routes)
+                .serve_with_incoming(ReceiverStream::new(incoming)),
+        );
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("roots"), pem::certificate(&root_der)).unwrap();
+        fs::write(folder.path().join("token"), token("a")).unwrap();
+        Self {
+            folder,
+            address,
+            root: root_der,
+            issuer,
+            answer,
+            trust,
+        }
+    }
+
+    fn daemon(&self) -> GrpcIssuer {
+        let server = CaServer {
+            address: self.address.to_string(),
+            server_name: NAME.into(),
+            root_file: self.folder.path().join("roots"),
+            token_file: self.folder.path().join("token"),
+        };
+        GrpcIssuer::start(server, domain(), LIFETIME).unwrap()
+    }
+
+    fn certificate(&self, account: &str) -> String {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![rcgen::SanType::URI(
+            identity(account).as_str().try_into().unwrap(),
+        )];
+        params.key_usages = vec![rcgen::KeyUsagePurpose::DigitalSignature];
+        let key = KeyPair::generate().unwrap();
+        params.signed_by(&key, &self.issuer).unwrap().pem()
+    }
+
+    async fn ask(&self, daemon: &GrpcIssuer, answer: Vec<String>) -> Result<usize, String> {
+        *self.answer.lock().unwrap() = answer;
+        let issued = daemon.issue(&identity("web"), &request()).await;
+        issued
+            .map(|issued| issued.chain.len())
+            .map_err(|error| error.to_string())
+    }
+}
+
+struct Connection(TlsStream<tokio::net::TcpStream>);
+
+impl tonic::transport::server::Connected for Connection {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl tokio::io::AsyncRead for Connection {
+    fn poll_read(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+        buffer: &mut tokio::io::ReadBuf<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.0).poll_read(context, buffer)
+    }
+}
+
+impl tokio::io::AsyncWrite for Connection {
+    fn poll_write(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+        bytes: &[u8],
+    ) -> std::task::Poll<std::io::Result<usize>> {
+        std::pin::Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_flush(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(
+        mut self: std::pin::Pin<&mut Self>,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.0).poll_shutdown(context)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ca_without_a_watch_serves_as_istiod_does() {
+    let other = Others::start(false).await;
+    let daemon = other.daemon();
+    let root = pem::certificate(&other.root);
+    assert_eq!(
+        other
+            .ask(&daemon, vec![other.certificate("web"), root])
+            .await,
+        Ok(1)
+    );
+    let trust = daemon.trust().current();
+    assert_eq!(
+        (trust.version, &trust.bundle.roots),
+        (0, &vec![other.root.clone()])
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn harmful_answers_are_errors() {
+    let other = Others::start(true).await;
+    let daemon = other.daemon();
+    let good = || vec![other.certificate("web"), pem::certificate(&other.root)];
+    assert_eq!(other.ask(&daemon, good()).await, Ok(1));
+    for (answer, expected) in [
+        (vec![], "without a certificate"),
+        (vec!["x".repeat(1 << 20)], "too large"),
+        (vec![pem::certificate(&[0x30, 0x82])], "of no use"),
+        (vec![other.certificate("api")], "sa/api"),
+    ] {
+        let error = other.ask(&daemon, answer).await.unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+
+    // What it says of trust is taken whole or not at all, and what it said before holds.
+    let known = Trust {
+        version: 5,
+        roots: vec![other.root.to_vec()],
+        denied_nodes: vec![Denial {
+            name: "b".into(),
+            reason: "keyCompromise".into(),
+        }],
+        ..Default::default()
+    };
+    other.trust.send_replace(known.clone());
+    let revoked = || daemon.trust().current().revoked.check_node("b").is_err();
+    eventually("revoked", || revoked().then_some(())).await;
+    let old = Trust {
+        version: 4,
+        denied_nodes: vec![],
+        ..known.clone()
+    };
+    let rootless = Trust {
+        version: 6,
+        roots: vec![],
+        denied_nodes: vec![],
+        ..known.clone()
+    };
+    let rubbish = Trust {
+        crls: vec![vec![0x30, 0x80]],
+        ..rootless.clone()
+    };
+    for bad in [old, rootless, rubbish] {
+        let seen = other.trust.receiver_count();
+        other.trust.send_replace(bad);
+        // A word that is refused ends the watch, and the next one begins: that is when it has been read.
+        eventually("read", || {
+            (other.trust.receiver_count() != seen).then_some(())
+        })
+        .await;
+        assert!(revoked());
+    }
+    other.trust.send_replace(Trust {
+        version: 7,
+        denied_nodes: vec![],
+        ..known
+    });
+    eventually("taken back", || (!revoked()).then_some(())).await;
+}

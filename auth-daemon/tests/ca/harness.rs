@@ -1,0 +1,384 @@
+//! A CA in this process, and callers that speak to it over TLS.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use auth_daemon::{
+    ca::{
+        attest::{Attestor, jwks::Jwks, static_token::StaticTokens},
+        authority::Authority,
+        pem,
+        proto::{
+            auth::trust_service_client::TrustServiceClient,
+            istio::{
+                IstioCertificateRequest,
+                istio_certificate_service_client::IstioCertificateServiceClient,
+            },
+        },
+        server::Server,
+        store::directory::DirectoryStore,
+    },
+    config::{CaConfig, CaServer},
+    mesh::{Identity, Inventory, ObjectName, Registry, Snapshot, TrustDomain, Workload},
+    tunnel::tls::provider,
+};
+use hyper_util::rt::TokioIo;
+use jsonwebtoken::{Algorithm, EncodingKey, Header, jwk::Jwk};
+use rcgen::{CertificateParams, KeyPair};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject},
+};
+use serde_json::{Value, json};
+use tokio::{net::TcpStream, sync::watch, task::JoinHandle};
+use tokio_rustls::TlsConnector;
+use tonic::{
+    Request, Status,
+    codegen::http::Uri,
+    transport::{Channel, Endpoint},
+};
+
+pub(crate) const DOMAIN: &str = "cluster.local";
+pub(crate) const NAME: &str = "ca.test";
+pub(crate) const ISSUER: &str = "https://issuer.example";
+pub(crate) const AUDIENCE: &str = "auth-daemon-ca";
+
+pub(crate) fn domain() -> TrustDomain {
+    DOMAIN.parse().unwrap()
+}
+
+pub(crate) fn identity(account: &str) -> Identity {
+    domain().identity("default", account).unwrap()
+}
+
+/// The token of a node.
+pub(crate) fn token(node: &str) -> String {
+    format!("token-of-node-{node}-{}", "x".repeat(32))
+}
+
+/// Waits until `condition` holds, and fails when it does not for so long that it never will.
+pub(crate) async fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    for _ in 0..3000 {
+        if let Some(value) = condition() {
+            return value;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("{what}: not within half a minute");
+}
+
+/// An OIDC issuer.
+pub(crate) struct Issuer {
+    key: EncodingKey,
+    jwk: Value,
+}
+
+impl Issuer {
+    pub(crate) fn new() -> Self {
+        let key = EncodingKey::from_ec_der(&KeyPair::generate().unwrap().serialize_der());
+        let mut jwk = Jwk::from_encoding_key(&key, Algorithm::ES256).unwrap();
+        jwk.common.key_id = Some("one".into());
+        Self {
+            key,
+            jwk: serde_json::to_value(jwk).unwrap(),
+        }
+    }
+
+    /// A token of a pod of `account` on `node`, changed.
+    pub(crate) fn token(
+        &self,
+        account: &str,
+        node: &str,
+        change: impl FnOnce(&mut Value),
+    ) -> String {
+        let mut claims = json!({
+            "iss": ISSUER, "aud": [AUDIENCE], "exp": jsonwebtoken::get_current_timestamp() + 600,
+            "sub": format!("system:serviceaccount:default:{account}"),
+            "kubernetes.io": {
+                "namespace": "default", "serviceaccount": {"name": account}, "node": {"name": node},
+            },
+        });
+        change(&mut claims);
+        let mut header = Header::new(Algorithm::ES256);
+        header.kid = Some("one".into());
+        jsonwebtoken::encode(&header, &claims, &self.key).unwrap()
+    }
+}
+
+/// A CA that runs.
+pub(crate) struct Ca {
+    pub(crate) folder: Arc<tempfile::TempDir>,
+    pub(crate) config: CaConfig,
+    pub(crate) address: SocketAddr,
+    pub(crate) authority: Arc<Authority>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) issuer: Arc<Issuer>,
+    pub(crate) lead: watch::Sender<Option<Arc<Authority>>>,
+    stop: watch::Sender<bool>,
+    server: JoinHandle<()>,
+    work: JoinHandle<()>,
+}
+
+/// The configuration of a CA that has all it needs in `folder`.
+pub(crate) fn write_config(folder: &Path, listen: &str, more: &str) -> PathBuf {
+    let at = |name: &str| folder.join(name).display().to_string();
+    for node in ["a", "b"] {
+        fs::write(at(node), token(node)).unwrap();
+    }
+    fs::create_dir_all(at("manifests")).unwrap();
+    let config = format!(
+        "trustDomain: {DOMAIN}\nlisten: {listen}\nserverNames: [{NAME}, 127.0.0.1]\ndirectory: {}\n\
+         operatorSocket: {}\nrotationSpread: 1s\ndiscovery: {{files: {}}}\nattestation:\n\
+         \x20 tokens: [{{node: a, tokenFile: {}}}, {{node: b, tokenFile: {}}}]\n{more}",
+        at("state"),
+        at("run/operator.sock"),
+        at("manifests"),
+        at("a"),
+        at("b"),
+    );
+    let path = folder.join("ca.yaml");
+    fs::write(&path, config).unwrap();
+    path
+}
+
+impl Ca {
+    /// Pods of `web` run on node a, of `api` on node b.
+    pub(crate) async fn start() -> Self {
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        Self::start_in(folder, Arc::new(Issuer::new()), "127.0.0.1:0").await
+    }
+
+    pub(crate) async fn start_in(
+        folder: Arc<tempfile::TempDir>,
+        issuer: Arc<Issuer>,
+        listen: &str,
+    ) -> Self {
+        let jwks = folder.path().join("jwks");
+        fs::write(&jwks, json!({ "keys": [issuer.jwk] }).to_string()).unwrap();
+        let more = format!(
+            "  jwks: {{issuer: '{ISSUER}', audience: {AUDIENCE}, jwksFile: {}}}\n",
+            jwks.display()
+        );
+        let config = CaConfig::load(&write_config(folder.path(), listen, &more)).unwrap();
+        let registry = Arc::new(Registry::new());
+        registry.publish(Snapshot::new(Inventory {
+            workloads: vec![pod("web", "a"), pod("api", "b")],
+            services: vec![],
+        }));
+        let attestors: Vec<Arc<dyn Attestor>> = vec![
+            Arc::new(StaticTokens::open(&config.tokens).unwrap()),
+            Arc::new(Jwks::open(config.jwks.clone().unwrap(), domain(), registry.clone()).unwrap()),
+        ];
+        let store = Arc::new(DirectoryStore::open(&folder.path().join("state")).unwrap());
+        let authority = Arc::new(Authority::open(store, config.settings()).await.unwrap());
+        let (lead, leader) = watch::channel(Some(authority.clone()));
+        let server = Server::bind(&config, attestors, registry.clone(), leader)
+            .await
+            .unwrap();
+        let address = server.local_addr().unwrap();
+        let (stop, stopped) = watch::channel(false);
+        let work = authority.clone();
+        Self {
+            folder,
+            config,
+            address,
+            authority,
+            registry,
+            issuer,
+            lead,
+            stop,
+            server: tokio::spawn(server.run(stopped)),
+            work: tokio::spawn(async move { work.keep_up().await }),
+        }
+    }
+
+    /// Ends it as SIGTERM does, and waits until it is gone.
+    pub(crate) async fn stop(self) -> (Arc<tempfile::TempDir>, Arc<Issuer>, SocketAddr) {
+        self.stop.send_replace(true);
+        self.server.await.unwrap();
+        self.work.abort();
+        let _ = self.work.await;
+        (self.folder, self.issuer, self.address)
+    }
+
+    pub(crate) fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.authority.published().borrow().roots.clone()
+    }
+
+    /// What a daemon's configuration says of this CA.
+    pub(crate) fn server(&self, node: &str) -> CaServer {
+        let roots: String = self
+            .roots()
+            .iter()
+            .map(|root| pem::certificate(root))
+            .collect();
+        let root_file = self.folder.path().join("roots.pem");
+        fs::write(&root_file, roots).unwrap();
+        CaServer {
+            address: self.address.to_string(),
+            server_name: NAME.into(),
+            root_file,
+            token_file: self.folder.path().join(node),
+        }
+    }
+
+    /// A caller without a certificate.
+    pub(crate) async fn caller(&self) -> Channel {
+        connect(self.address, self.roots(), None).await.unwrap()
+    }
+}
+
+pub(crate) fn pod(account: &str, node: &str) -> Workload {
+    Workload {
+        name: ObjectName {
+            namespace: "default".into(),
+            name: format!("{account}-{node}"),
+        },
+        uid: String::new(),
+        identity: identity(account),
+        addresses: vec![],
+        node: node.into(),
+        ready: true,
+        labels: [].into(),
+        named_ports: [].into(),
+        netns: None,
+    }
+}
+
+/// A chain and its key.
+pub(crate) type Certified = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+/// HTTP/2 over TLS to the CA at `address`.
+pub(crate) async fn connect(
+    address: SocketAddr,
+    roots: Vec<CertificateDer<'static>>,
+    certificate: Option<Certified>,
+) -> Result<Channel, tonic::transport::Error> {
+    let mut store = RootCertStore::empty();
+    store.add_parsable_certificates(roots);
+    let config = ClientConfig::builder_with_provider(Arc::new(provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(store);
+    let mut config = match certificate {
+        None => config.with_no_client_auth(),
+        Some((chain, key)) => config.with_client_auth_cert(chain, key).unwrap(),
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let tls = TlsConnector::from(Arc::new(config));
+    Endpoint::from_static("https://ca.test")
+        .connect_with_connector(tower::service_fn(move |_: Uri| {
+            let tls = tls.clone();
+            async move {
+                let tcp = TcpStream::connect(address).await?;
+                let stream = tls
+                    .connect(ServerName::try_from(NAME).unwrap(), tcp)
+                    .await?;
+                std::io::Result::Ok(TokioIo::new(stream))
+            }
+        }))
+        .await
+}
+
+/// A key and a CSR of it.
+pub(crate) fn csr(change: impl FnOnce(&mut CertificateParams)) -> (KeyPair, String) {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    change(&mut params);
+    let csr = params.serialize_request(&key).unwrap().pem().unwrap();
+    (key, csr)
+}
+
+/// What openssl(1) makes of `arguments`.
+pub(crate) fn openssl_csr(arguments: &[&str]) -> String {
+    let output = Command::new("openssl")
+        .args([
+            "req",
+            "-new",
+            "-nodes",
+            "-subj",
+            "/CN=x",
+            "-keyout",
+            "/dev/null",
+        ])
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// One request for a certificate.
+pub(crate) struct Ask {
+    pub(crate) csr: String,
+    pub(crate) bearer: Option<String>,
+    pub(crate) identity: Option<String>,
+    pub(crate) seconds: i64,
+}
+
+impl Ask {
+    /// As node a for `web`, with a CSR as it should be.
+    pub(crate) fn good() -> Self {
+        Self {
+            csr: csr(|_| {}).1,
+            bearer: Some(token("a")),
+            identity: Some(identity("web").to_string()),
+            seconds: 3600,
+        }
+    }
+
+    pub(crate) fn but(change: impl FnOnce(&mut Self)) -> Self {
+        let mut ask = Self::good();
+        change(&mut ask);
+        ask
+    }
+
+    pub(crate) async fn send(
+        self,
+        channel: &Channel,
+    ) -> Result<Vec<CertificateDer<'static>>, Status> {
+        let fields = self.identity.map(|identity| {
+            let value = prost_types::Value {
+                kind: Some(prost_types::value::Kind::StringValue(identity)),
+            };
+            ("ImpersonatedIdentity".to_owned(), value)
+        });
+        let mut request = Request::new(IstioCertificateRequest {
+            csr: self.csr,
+            validity_duration: self.seconds,
+            metadata: Some(prost_types::Struct {
+                fields: fields.into_iter().collect(),
+            }),
+        });
+        if let Some(bearer) = self.bearer {
+            let value = format!("Bearer {bearer}").parse().unwrap();
+            request.metadata_mut().insert("authorization", value);
+        }
+        let answer = IstioCertificateServiceClient::new(channel.clone())
+            .create_certificate(request)
+            .await?;
+        let pems = answer.into_inner().cert_chain;
+        let chain = pems
+            .iter()
+            .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap());
+        Ok(chain.collect())
+    }
+}
+
+pub(crate) fn private_key(key: &KeyPair) -> PrivateKeyDer<'static> {
+    PrivatePkcs8KeyDer::from(key.serialize_der()).into()
+}
+
+pub(crate) fn watches(channel: &Channel) -> TrustServiceClient<Channel> {
+    TrustServiceClient::new(channel.clone())
+}

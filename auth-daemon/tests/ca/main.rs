@@ -1,0 +1,434 @@
+//! The CA over real TLS and gRPC: what it gives to whom, what it refuses, and what a daemon learns from it.
+
+mod daemon;
+mod harness;
+mod program;
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use auth_daemon::{
+    ca::{authority::Target, proto::auth::WatchRequest},
+    mesh::{Inventory, Snapshot},
+    tunnel::{svid::Svid, trust::Reason},
+};
+use harness::*;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose, SanType};
+use rustls::pki_types::{CertificateSigningRequestDer, pem::PemObject};
+use tonic::{Code, Request};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_gets_what_its_pods_need_and_nothing_that_a_csr_wishes() {
+    let ca = Ca::start().await;
+    let (_, csr) = csr(|params| {
+        params.subject_alt_names = vec![
+            SanType::DnsName("evil.example".try_into().unwrap()),
+            SanType::URI(
+                "spiffe://cluster.local/ns/kube-system/sa/admin"
+                    .try_into()
+                    .unwrap(),
+            ),
+        ];
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    });
+    let chain = Ask::but(|ask| ask.csr = csr)
+        .send(&ca.caller().await)
+        .await
+        .unwrap();
+    assert_eq!(chain.last(), ca.roots().first(), "the root comes last");
+    let svid = Svid::parse(&chain[0], DOMAIN).unwrap();
+    assert_eq!(svid.identity, identity("web"));
+    let (_, leaf) = X509Certificate::from_der(&chain[0]).unwrap();
+    let names = leaf.subject_alternative_name().unwrap().unwrap();
+    assert_eq!(names.value.general_names.len(), 1, "{names:?}");
+    let life = svid
+        .not_after
+        .duration_since(std::time::SystemTime::now())
+        .unwrap();
+    assert!(
+        life <= Duration::from_secs(3600) && life > Duration::from_secs(3500),
+        "{life:?}"
+    );
+    let serial = u128::from_str_radix(&svid.serial, 16)
+        .unwrap()
+        .to_be_bytes();
+    let record = ca.authority.issued(&serial).unwrap();
+    assert_eq!(record.node.as_deref(), Some("a"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_say_what_is_wrong() {
+    let ca = Ca::start().await;
+    let caller = ca.caller().await;
+    let bad_signature = {
+        let (_, csr) = csr(|_| {});
+        let der = CertificateSigningRequestDer::from_pem_slice(csr.as_bytes()).unwrap();
+        let mut der = der.to_vec();
+        *der.last_mut().unwrap() ^= 1;
+        auth_daemon::ca::pem::encode("CERTIFICATE REQUEST", &der)
+    };
+    let now = jsonwebtoken::get_current_timestamp();
+    let jwt = |change: fn(&mut serde_json::Value, u64)| {
+        Some(ca.issuer.token("web", "a", |claims| change(claims, now)))
+    };
+    let stranger = Issuer::new().token("web", "a", |_| {});
+    use Code::{InvalidArgument, PermissionDenied, ResourceExhausted, Unauthenticated};
+    let cases: Vec<(&str, Ask, Code, &str)> = vec![
+        (
+            "no token",
+            Ask::but(|a| a.bearer = None),
+            Unauthenticated,
+            "neither a bearer token",
+        ),
+        (
+            "unknown token",
+            Ask::but(|a| a.bearer = Some("y".repeat(40))),
+            Unauthenticated,
+            "no known node's",
+        ),
+        (
+            "expired",
+            Ask::but(|a| a.bearer = jwt(|c, now| c["exp"] = (now - 60).into())),
+            Unauthenticated,
+            "expired",
+        ),
+        (
+            "audience",
+            Ask::but(|a| a.bearer = jwt(|c, _| c["aud"] = "x".into())),
+            Unauthenticated,
+            "another audience",
+        ),
+        (
+            "forged",
+            Ask::but(|a| a.bearer = Some(stranger)),
+            Unauthenticated,
+            "signature",
+        ),
+        (
+            "another node",
+            Ask::but(|a| a.bearer = Some(token("b"))),
+            PermissionDenied,
+            "run on node b",
+        ),
+        (
+            "nowhere",
+            Ask::but(|a| a.identity = Some(identity("ghost").to_string())),
+            PermissionDenied,
+            "run on node a",
+        ),
+        (
+            "unnamed",
+            Ask::but(|a| a.identity = None),
+            InvalidArgument,
+            "ImpersonatedIdentity",
+        ),
+        (
+            "no identity",
+            Ask::but(|a| a.identity = Some("web".into())),
+            InvalidArgument,
+            "spiffe://",
+        ),
+        (
+            "another trust domain",
+            Ask::but(|a| a.identity = Some("spiffe://example.org/ns/default/sa/web".into())),
+            PermissionDenied,
+            "another trust domain",
+        ),
+        (
+            "for somebody else",
+            Ask::but(|a| {
+                a.bearer = jwt(|_, _| {});
+                a.identity = Some(identity("api").to_string());
+            }),
+            PermissionDenied,
+            "its own identity only",
+        ),
+        (
+            "a pod that is gone",
+            Ask::but(|a| {
+                a.bearer = jwt(|c, _| c["kubernetes.io"]["node"]["name"] = "b".into());
+                a.identity = None;
+            }),
+            PermissionDenied,
+            "run on node b",
+        ),
+        (
+            "no CSR",
+            Ask::but(|a| a.csr = "x".into()),
+            InvalidArgument,
+            "CERTIFICATE REQUEST",
+        ),
+        (
+            "bad signature",
+            Ask::but(|a| a.csr = bad_signature),
+            InvalidArgument,
+            "sign",
+        ),
+        (
+            "RSA-1024",
+            Ask::but(|a| a.csr = openssl_csr(&["-newkey", "rsa:1024"])),
+            InvalidArgument,
+            "1024",
+        ),
+        (
+            "P-224",
+            Ask::but(|a| {
+                a.csr = openssl_csr(&["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-224"])
+            }),
+            InvalidArgument,
+            "P-224",
+        ),
+        (
+            "10 MB",
+            Ask::but(|a| a.csr = a.csr.repeat(10 << 20 >> 8)),
+            ResourceExhausted,
+            "larger",
+        ),
+    ];
+    for (what, ask, code, text) in cases {
+        let refused = ask.send(&caller).await.expect_err(what);
+        assert_eq!(refused.code(), code, "{what}: {refused}");
+        assert!(
+            refused.message().contains(text),
+            "{what}: {}",
+            refused.message()
+        );
+    }
+    Ask::good()
+        .send(&caller)
+        .await
+        .expect("the connection is as good as before");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_gets_itself_with_its_token_and_renews_with_its_certificate() {
+    let ca = Ca::start().await;
+    let own = ca.issuer.token("web", "a", |_| {});
+    let (key, csr) = csr(|_| {});
+    let first = Ask {
+        csr,
+        bearer: Some(own),
+        identity: None,
+        seconds: 0,
+    };
+    let mut chain = first.send(&ca.caller().await).await.unwrap();
+    chain.pop();
+    let certified = || Some((chain.clone(), private_key(&key)));
+    let holder = connect(ca.address, ca.roots(), certified()).await.unwrap();
+    let renewal = |change: fn(&mut Ask)| {
+        Ask::but(|ask| {
+            ask.bearer = None;
+            ask.identity = None;
+            change(ask);
+        })
+    };
+    let renewed = renewal(|_| {}).send(&holder).await.unwrap();
+    assert_eq!(
+        Svid::parse(&renewed[0], DOMAIN).unwrap().identity,
+        identity("web")
+    );
+    let refused = renewal(|ask| ask.identity = Some(identity("api").to_string()))
+        .send(&holder)
+        .await;
+    assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
+    let refused = renewal(|ask| ask.bearer = Some("z".repeat(40)))
+        .send(&holder)
+        .await;
+    assert_eq!(
+        refused.unwrap_err().code(),
+        Code::Unauthenticated,
+        "a bad token is not made good"
+    );
+
+    let serial = Svid::parse(&chain[0], DOMAIN).unwrap().serial;
+    let serial = u128::from_str_radix(&serial, 16).unwrap().to_be_bytes();
+    ca.authority
+        .revoke(Target::Serial(serial), Reason::KeyCompromise)
+        .await
+        .unwrap();
+    let refused = renewal(|_| {}).send(&holder).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    assert!(refused.message().contains("keyCompromise"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn revoked_identities_and_nodes_get_nothing_more() {
+    let ca = Ca::start().await;
+    let caller = ca.caller().await;
+    for target in [Target::Identity(identity("web")), Target::Node("a".into())] {
+        ca.authority
+            .revoke(target.clone(), Reason::Unspecified)
+            .await
+            .unwrap();
+        let refused = Ask::good().send(&caller).await.unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied);
+        assert!(refused.message().contains("revoked"), "{refused}");
+        ca.authority.unrevoke(target).await.unwrap();
+        Ask::good().send(&caller).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_a_moment_for_a_pod_that_is_about_to_be_known() {
+    let ca = Ca::start().await;
+    let caller = ca.caller().await;
+    let asked = tokio::spawn(async move {
+        Ask::but(|ask| ask.identity = Some(identity("new").to_string()))
+            .send(&caller)
+            .await
+    });
+    // The request has to be the one who waits, so it has a head start; it may need none.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    ca.registry.publish(Snapshot::new(Inventory {
+        workloads: vec![pod("new", "a")],
+        services: vec![],
+    }));
+    asked.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_says_so() {
+    let ca = Ca::start().await;
+    let caller = ca.caller().await;
+    let mut request = Request::new(WatchRequest {});
+    let bearer = format!("bearer {}", token("a")).parse().unwrap();
+    request.metadata_mut().insert("authorization", bearer);
+    let mut watch = watches(&caller).watch(request).await.unwrap().into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().roots.len(), 1);
+    let authority = ca.lead.send_replace(None);
+    assert_eq!(watch.message().await.unwrap_err().code(), Code::Unavailable);
+    let refused = Ask::good().send(&caller).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable);
+    assert!(refused.message().contains("not the leader"), "{refused}");
+    ca.lead.send_replace(authority);
+    Ask::good().send(&caller).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_watch_nothing_and_nobody_watches_too_much() {
+    let ca = Ca::start().await;
+    let caller = ca.caller().await;
+    let refused = watches(&caller).watch(WatchRequest {}).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    let watch = || {
+        let mut request = Request::new(WatchRequest {});
+        let bearer = format!("Bearer {}", token("b")).parse().unwrap();
+        request.metadata_mut().insert("authorization", bearer);
+        let mut client = watches(&caller);
+        async move { client.watch(request).await }
+    };
+    let mut held = Vec::new();
+    let refused = loop {
+        match watch().await {
+            Ok(stream) => held.push(stream),
+            Err(refused) => break refused,
+        }
+        assert!(held.len() < 100, "there is no limit");
+    };
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    Ask::good().send(&caller).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_handshakes_end_and_keep_nobody_waiting() {
+    let ca = Ca::start().await;
+    let start = Instant::now();
+    let mut slow: Vec<_> = (0..100)
+        .map(|_| {
+            let mut stream = TcpStream::connect(ca.address).unwrap();
+            stream.write_all(&[0x16, 3, 1]).unwrap();
+            stream
+        })
+        .collect();
+    Ask::good().send(&ca.caller().await).await.unwrap();
+    let first = slow.remove(0);
+    let ended = tokio::task::spawn_blocking(move || {
+        let mut first = first;
+        first
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        let mut rest = Vec::new();
+        // An end or a reset, but an end.
+        let error = first.read_to_end(&mut rest).err();
+        error.is_none_or(|error| error.kind() == std::io::ErrorKind::ConnectionReset)
+    });
+    assert!(ended.await.unwrap(), "it is still open");
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_of_others_fail_the_handshake() {
+    let ca = Ca::start().await;
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::URI(identity("web").as_str().try_into().unwrap())];
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    let own = params.self_signed(&key).unwrap();
+    let certified = (vec![own.der().clone()], private_key(&key));
+    // In TLS 1.3 a client is done before the server has looked: the first request shows it.
+    let outcome = match connect(ca.address, ca.roots(), Some(certified)).await {
+        Ok(channel) => Ask::good()
+            .send(&channel)
+            .await
+            .map_err(|status| status.to_string())
+            .err(),
+        Err(error) => Some(error.to_string()),
+    };
+    assert!(outcome.is_some(), "a certificate of nobody's was taken");
+    let stranger = Ca::start().await;
+    assert!(
+        connect(ca.address, stranger.roots(), None).await.is_err(),
+        "the CA of another root was believed"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn older_tls_is_refused() {
+    let ca = Ca::start().await;
+    let handshake = |version: &'static str| {
+        let address = ca.address.to_string();
+        tokio::task::spawn_blocking(move || {
+            Command::new("openssl")
+                .args(["s_client", version, "-alpn", "h2", "-connect", &address])
+                .stdin(Stdio::null())
+                .output()
+                .unwrap()
+                .status
+                .success()
+        })
+    };
+    assert!(handshake("-tls1_3").await.unwrap());
+    assert!(!handshake("-tls1_2").await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stopping_answers_what_is_under_way() {
+    let ca = Ca::start().await;
+    let caller = ca.caller().await;
+    // Waits for its pod while the CA is told to stop.
+    let asked = tokio::spawn(async move {
+        Ask::but(|ask| ask.identity = Some(identity("ghost").to_string()))
+            .send(&caller)
+            .await
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let socket = ca.config.operator_socket.clone();
+    let (_folder, _, address) = ca.stop().await;
+    let refused = asked.await.unwrap().unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+    assert!(
+        TcpStream::connect(address).is_err(),
+        "nobody listens any more"
+    );
+    assert!(!socket.exists());
+}

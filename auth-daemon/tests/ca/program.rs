@@ -1,0 +1,194 @@
+//! The program itself: `auth-daemon ca`, and what an operator asks it.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::harness::{NAME, write_config};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_auth-daemon");
+
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a CA and waits until it says that it has started.
+fn start(config: &Path) -> Running {
+    let mut child = Command::new(PROGRAM)
+        .args(["ca", "--config"])
+        .arg(config)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let running = Running(child);
+    let mut line = String::new();
+    loop {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "it has ended");
+        if line.contains("CA started") {
+            break;
+        }
+    }
+    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+    running
+}
+
+fn ask(arguments: &[&str], config: &Path) -> Output {
+    let output = Command::new(PROGRAM)
+        .arg("ca")
+        .args(arguments)
+        .arg("--config")
+        .arg(config)
+        .output();
+    output.unwrap()
+}
+
+fn answer(arguments: &[&str], config: &Path) -> String {
+    let output = ask(arguments, config);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn refusal(arguments: &[&str], config: &Path) -> String {
+    let output = ask(arguments, config);
+    assert!(!output.status.success(), "{arguments:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn an_operator_asks_the_ca() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = write_config(folder.path(), "127.0.0.1:0", "");
+    let nobody = refusal(&["status"], &config);
+    assert!(nobody.contains("no CA answers at"), "{nobody}");
+
+    let mut ca = start(&config);
+    let status = answer(&["status", "--json"], &config);
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    assert_eq!(
+        (&status["leader"], &status["phase"]),
+        (&true.into(), &"steady".into())
+    );
+    assert!(answer(&["status"], &config).contains("ROOTS (1)"));
+
+    let revoked = answer(
+        &["revoke", "--node", "b", "--reason", "keyCompromise"],
+        &config,
+    );
+    assert!(revoked.contains("0 certificates"), "{revoked}");
+    answer(
+        &["revoke", "--identity", "spiffe://cluster.local/ns/a/sa/b"],
+        &config,
+    );
+    let table = answer(&["status"], &config);
+    assert!(
+        table.contains("REVOKED NODES (1)\n  b  keyCompromise"),
+        "{table}"
+    );
+    answer(&["unrevoke", "--node", "b"], &config);
+    assert!(answer(&["status"], &config).contains("REVOKED NODES (0)"));
+    assert!(
+        answer(&["rotate-root"], &config).contains("root"),
+        "the phase in words"
+    );
+
+    for (arguments, expected) in [
+        (&["revoke", "--serial", "xyz"][..], "serial"),
+        (&["revoke", "--identity", "web"], "spiffe://"),
+        (
+            &["revoke", "--identity", "spiffe://other/ns/a/sa/b"],
+            "trust domain",
+        ),
+        (
+            &["revoke", "--node", "a", "--reason", "spite"],
+            "is none of unspecified",
+        ),
+        (&["revoke"], "--serial"),
+        (
+            &["revoke", "--node", "a", "--serial", "1"],
+            "cannot be used with",
+        ),
+        (&["rotate-root"], "refuses"),
+    ] {
+        let error = refusal(arguments, &config);
+        assert!(error.contains(expected), "{arguments:?}: {error}");
+    }
+
+    let second = Command::new(PROGRAM)
+        .args(["ca", "--config"])
+        .arg(&config)
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&second.stderr);
+    assert!(
+        !second.status.success() && error.contains("another CA is running"),
+        "{error}"
+    );
+
+    kill(
+        Pid::from_raw(i32::try_from(ca.0.id()).unwrap()),
+        Signal::SIGTERM,
+    )
+    .unwrap();
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = ca.0.try_wait().unwrap() {
+            break status;
+        }
+        assert!(
+            start.elapsed() < Duration::from_secs(30),
+            "it does not stop"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn a_bad_configuration_is_shown_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = write_config(folder.path(), "127.0.0.1:0", "mood: good\n");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace(NAME, "'c a'")).unwrap();
+    let output = Command::new(PROGRAM)
+        .args(["ca", "--config"])
+        .arg(&config)
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(
+        error.contains("mood: there is no such field") && error.contains("serverNames[0]"),
+        "{error}"
+    );
+
+    let config = write_config(folder.path(), "127.0.0.1:0", "");
+    fs::write(folder.path().join("a"), "short").unwrap();
+    fs::remove_file(folder.path().join("b")).unwrap();
+    let output = Command::new(PROGRAM)
+        .args(["ca", "--config"])
+        .arg(&config)
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        error.contains("tokens[0].tokenFile") && error.contains("tokens[1].tokenFile"),
+        "{error}"
+    );
+}
