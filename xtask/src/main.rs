@@ -10,6 +10,7 @@ mod ci;
 mod clippy_ebpf;
 mod demo;
 mod deny;
+mod kubernetes;
 mod setup;
 mod step;
 mod test;
@@ -39,8 +40,10 @@ enum Command {
     Demo(demo::Arguments),
     /// Measure it against plain connections and Envoy sidecars, side by side on this machine
     Bench(bench::Arguments),
-    /// Install the programs that tests, demo and bench run (nginx, iperf3, …), where they are missing
+    /// Install what tests, demo and bench run (nginx, iperf3, a Kubernetes API server, …), where it is missing
     Setup,
+    /// Build a Kubernetes API server into $KUBE or /opt/kube, for the tests that need one
+    Kubernetes,
     /// Run clippy on the eBPF programs
     ClippyEbpf(build_ebpf::Arguments),
     /// Check licences, sources and duplicates of dependencies; advisories where their database can be reached
@@ -56,7 +59,8 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
-        Command::Setup => setup::run(),
+        Command::Setup => setup::run().map(|()| kubernetes::ensure_or_say()),
+        Command::Kubernetes => kubernetes::ensure(),
         Command::ClippyEbpf(arguments) => clippy_ebpf::run(&arguments),
         Command::Deny => deny::run(),
         Command::Ci => ci::run(),

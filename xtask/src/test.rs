@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::step::{self, cargo, programs, root, step};
-use crate::{build, setup};
+use crate::{build, kubernetes, setup};
 
 /// Options of the test run.
 #[derive(Debug, clap::Args)]
@@ -36,6 +36,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         );
     }
     setup::run()?;
+    kubernetes::ensure_or_say();
     build::run()?;
     step("run the tests", || {
         let mut command = cargo();

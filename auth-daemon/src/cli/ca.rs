@@ -2,10 +2,10 @@
 
 mod ask;
 
-use std::{path::PathBuf, pin::Pin, sync::Arc};
+use std::{path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use tokio::{runtime, sync::watch};
+use tokio::{runtime, sync::watch, time::timeout};
 
 use super::run::{asked_to_stop, raise_file_limit, start_log};
 use crate::{
@@ -26,6 +26,9 @@ use crate::{
     discovery, kubernetes,
     mesh::Registry,
 };
+
+/// How long who was elected waits for the pods before it leaves the lead to others.
+const SYNC_DEADLINE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -73,6 +76,7 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
         None
     };
     let attestors = attestors(&config, &registry, cluster.as_ref())?;
+    let (synced, is_synced) = watch::channel(false);
     match (&config.manifests, &cluster) {
         (Some(folder), _) => {
             let follow = discovery::files::start(
@@ -81,13 +85,14 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
                 registry.clone(),
             )?;
             tokio::spawn(follow);
+            synced.send_replace(true);
         }
         (None, Some(cluster)) => {
             tokio::spawn(discovery::kubernetes::run(
                 cluster.clone(),
                 config.trust_domain.clone(),
                 registry.clone(),
-                watch::Sender::new(false),
+                synced,
             ));
         }
         (None, None) => anyhow::bail!("discovery.files: is missing"),
@@ -119,6 +124,7 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
                 cluster,
                 state.clone(),
                 config.clone(),
+                is_synced,
                 lead,
                 resigned,
             ))
@@ -199,6 +205,7 @@ async fn stand(
     cluster: kube::Client,
     state: KubernetesState,
     config: CaConfig,
+    synced: watch::Receiver<bool>,
     lead: watch::Sender<Option<Arc<Authority>>>,
     resigned: watch::Receiver<bool>,
 ) {
@@ -212,6 +219,13 @@ async fn stand(
         timing: Timing::default(),
     };
     let open = || async {
+        let mut synced = synced.clone();
+        let read = synced.wait_for(|synced| *synced);
+        if !matches!(timeout(SYNC_DEADLINE, read).await, Ok(Ok(_))) {
+            return Err(
+                "which pods run where could not be read: nobody would get a certificate".into(),
+            );
+        }
         let store = SecretStore::new(cluster.clone(), &state.namespace, &state.state_secret);
         let lost = store.lost();
         let authority = Authority::open(Arc::new(store), config.settings())

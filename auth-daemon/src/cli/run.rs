@@ -104,7 +104,11 @@ pub(super) async fn asked_to_stop() -> std::io::Result<()> {
 }
 
 pub(super) fn start_log(log: &Log) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&log.level).context("log.level")?;
+    let mut filter = EnvFilter::try_new(&log.level).context("log.level")?;
+    if !log.level.contains("kube_client") {
+        // It logs the whole of an answer that it cannot read, whatever is in it. Who asked tells what went wrong.
+        filter = filter.add_directive("kube_client=off".parse()?);
+    }
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);

@@ -36,8 +36,11 @@ pub async fn run(
     registry: Arc<Registry>,
     synced: watch::Sender<bool>,
 ) {
-    let mut events = select_all([watched::<v1::Pod>(client, Kind::Pod, manifest::pod)]);
-    let mut known = Known::new(trust_domain, [Kind::Pod]);
+    let pods = watched::<v1::Pod>(client, Kind::Pod, move |pod| {
+        manifest::pod(pod, &trust_domain)
+    });
+    let mut events = select_all([pods]);
+    let mut known = Known::new([Kind::Pod]);
     let mut publish_at = None;
     loop {
         tokio::select! {
@@ -72,10 +75,7 @@ enum Kind {
     Pod,
 }
 
-/// Turns a watched object into the model.
-type Parser<K> = fn(K, &TrustDomain) -> Result<Option<Object>, String>;
-
-/// An event of any kind: its object's name and UID, and how to read it.
+/// An event of any kind.
 enum Event {
     Apply(Seen),
     Delete(ObjectName),
@@ -88,13 +88,14 @@ enum Event {
 struct Seen {
     name: ObjectName,
     uid: String,
-    parse: Box<dyn FnOnce(&TrustDomain) -> Result<Option<Object>, String> + Send>,
+    /// What it is to the mesh, or why that cannot be told.
+    object: Result<Option<Object>, String>,
 }
 
 fn watched<K>(
     client: Client,
     kind: Kind,
-    parser: Parser<K>,
+    parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
 ) -> Pin<Box<dyn Stream<Item = (Kind, Event)> + Send>>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
@@ -102,7 +103,7 @@ where
     let seen = move |object: K| Seen {
         name: name(&object),
         uid: object.uid().unwrap_or_default(),
-        parse: Box::new(move |trust_domain| parser(object, trust_domain)),
+        object: parse(object),
     };
     watcher(Api::<K>::all(client), watcher::Config::default())
         .default_backoff()
@@ -135,7 +136,6 @@ fn name(object: &impl Resource) -> ObjectName {
 
 /// All that is known of the cluster.
 struct Known {
-    trust_domain: TrustDomain,
     kinds: BTreeMap<Kind, Objects>,
 }
 
@@ -157,9 +157,8 @@ struct Kept {
 }
 
 impl Known {
-    fn new(trust_domain: TrustDomain, kinds: impl IntoIterator<Item = Kind>) -> Self {
+    fn new(kinds: impl IntoIterator<Item = Kind>) -> Self {
         Self {
-            trust_domain,
             kinds: kinds
                 .into_iter()
                 .map(|kind| (kind, Objects::default()))
@@ -178,7 +177,7 @@ impl Known {
         match event {
             Event::Apply(seen) => {
                 let before = objects.current.get(&seen.name);
-                let (name, kept) = read(seen, before, &self.trust_domain);
+                let (name, kept) = read(seen, before);
                 match objects.current.entry(name) {
                     Entry::Occupied(known) if *known.get() == kept => false,
                     Entry::Occupied(mut known) => {
@@ -198,7 +197,7 @@ impl Known {
             }
             Event::InitApply(seen) => {
                 let before = objects.current.get(&seen.name);
-                let (name, kept) = read(seen, before, &self.trust_domain);
+                let (name, kept) = read(seen, before);
                 objects.listed.get_or_insert_default().insert(name, kept);
                 false
             }
@@ -230,9 +229,9 @@ impl Known {
 }
 
 /// An object that cannot be understood keeps its last good state, unless it was made anew.
-fn read(seen: Seen, before: Option<&Kept>, trust_domain: &TrustDomain) -> (ObjectName, Kept) {
-    let Seen { name, uid, parse } = seen;
-    let object = parse(trust_domain).unwrap_or_else(|error| {
+fn read(seen: Seen, before: Option<&Kept>) -> (ObjectName, Kept) {
+    let Seen { name, uid, object } = seen;
+    let object = object.unwrap_or_else(|error| {
         let before = before.filter(|before| before.uid == uid);
         tracing::error!(
             known = before.is_some(),
@@ -260,12 +259,12 @@ mod tests {
         Seen {
             name: super::name(&pod),
             uid: uid.into(),
-            parse: Box::new(move |trust_domain| manifest::pod(pod, trust_domain)),
+            object: manifest::pod(pod, &"cluster.local".parse().unwrap()),
         }
     }
 
     fn known() -> Known {
-        Known::new("cluster.local".parse().unwrap(), [Kind::Pod])
+        Known::new([Kind::Pod])
     }
 
     fn pods(known: &Known) -> Vec<String> {

@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     Kept, Store, StoreError, Stored,
     disk::{Disk, draft_of},
-    journal,
+    journal, record,
 };
 use crate::ca::{
     authority::{IssuedRecord, Published},
@@ -159,7 +159,7 @@ impl Store for DirectoryStore {
         Box::pin(async move {
             let mut payload = Vec::new();
             for record in issued {
-                journal::encode(record, &mut payload)
+                record::encode(record, &mut payload)
                     .ok_or_else(|| StoreError("the node's name is too long to be kept".into()))?;
                 if payload.len() > journal::MAX_PAYLOAD / 2 {
                     let full = std::mem::take(&mut payload);

@@ -4,7 +4,8 @@
 //! of its SHA-256, payload. A frame is written only when those before it are safe, so after a crash only the last one
 //! can be damaged.
 
-use crate::{ca::authority::IssuedRecord, mesh::Identity};
+use super::record;
+use crate::ca::authority::IssuedRecord;
 
 /// Names the file and its format.
 pub(super) const HEADER: &[u8; 8] = b"adcaj\0\0\x01";
@@ -13,7 +14,6 @@ const MAGIC: [u8; 4] = [0xf5, b'c', b'a', b'j'];
 const FRAME_HEADER: usize = 16;
 /// Longest payload of a frame, in bytes.
 pub(super) const MAX_PAYLOAD: usize = 1 << 20;
-const NO_NODE: u16 = u16::MAX;
 
 /// What a journal holds.
 #[derive(Debug, PartialEq, Eq)]
@@ -21,26 +21,6 @@ pub(super) struct Contents {
     pub(super) records: Vec<IssuedRecord>,
     /// How much of the file is good. What follows is the rest of a write that a crash ended.
     pub(super) length: usize,
-}
-
-/// Appends `record` to a payload. Fails for names that are longer than any that Kubernetes takes.
-pub(super) fn encode(record: &IssuedRecord, payload: &mut Vec<u8>) -> Option<()> {
-    let identity = record.identity.as_str();
-    let node = record.node.as_deref();
-    let node_length = match node {
-        Some(node) => u16::try_from(node.len())
-            .ok()
-            .filter(|&len| len != NO_NODE)?,
-        None => NO_NODE,
-    };
-    payload.extend_from_slice(&record.serial);
-    payload.extend_from_slice(&record.not_after.to_le_bytes());
-    payload.extend_from_slice(&record.signer.to_le_bytes());
-    payload.extend_from_slice(&u16::try_from(identity.len()).ok()?.to_le_bytes());
-    payload.extend_from_slice(identity.as_bytes());
-    payload.extend_from_slice(&node_length.to_le_bytes());
-    payload.extend_from_slice(node.unwrap_or_default().as_bytes());
-    Some(())
 }
 
 /// The frame around a payload.
@@ -57,9 +37,9 @@ pub(super) fn frame(payload: &[u8]) -> Vec<u8> {
 pub(super) fn whole<'a>(records: impl Iterator<Item = &'a IssuedRecord>) -> Vec<u8> {
     let mut journal = HEADER.to_vec();
     let mut payload = Vec::new();
-    for record in records {
+    for issued in records {
         // They come from a journal: what was encoded once can be again.
-        let _ = encode(record, &mut payload);
+        let _ = record::encode(issued, &mut payload);
         if payload.len() > MAX_PAYLOAD / 2 {
             journal.extend_from_slice(&frame(&payload));
             payload.clear();
@@ -89,12 +69,9 @@ pub(super) fn read(journal: &[u8]) -> Result<Contents, String> {
                 None => Ok(contents),
             };
         };
-        let mut rest = payload;
-        while !rest.is_empty() {
-            let record = decode(&mut rest)
-                .ok_or_else(|| format!("has a record that cannot be read behind byte {at}"))?;
-            contents.records.push(record);
-        }
+        let records = record::read(payload)
+            .map_err(|_| format!("has a record that cannot be read behind byte {at}"))?;
+        contents.records.extend(records);
         contents.length = at + FRAME_HEADER + payload.len();
     }
     Ok(contents)
@@ -108,37 +85,6 @@ fn payload(bytes: &[u8]) -> Option<&[u8]> {
     let length = u32::from_le_bytes(*length) as usize;
     let payload = rest.get(..length).filter(|_| length <= MAX_PAYLOAD)?;
     (checksum(payload) == *sum).then_some(payload)
-}
-
-fn decode(rest: &mut &[u8]) -> Option<IssuedRecord> {
-    let serial = *chunk(rest)?;
-    let not_after = u64::from_le_bytes(*chunk(rest)?);
-    let signer = u32::from_le_bytes(*chunk(rest)?);
-    let length = u16::from_le_bytes(*chunk(rest)?);
-    let identity: Identity = text(rest, length)?.parse().ok()?;
-    let node = match u16::from_le_bytes(*chunk(rest)?) {
-        NO_NODE => None,
-        length => Some(text(rest, length)?.to_owned()),
-    };
-    Some(IssuedRecord {
-        serial,
-        not_after,
-        signer,
-        identity,
-        node,
-    })
-}
-
-fn chunk<'a, const N: usize>(rest: &mut &'a [u8]) -> Option<&'a [u8; N]> {
-    let (chunk, after) = rest.split_first_chunk()?;
-    *rest = after;
-    Some(chunk)
-}
-
-fn text<'a>(rest: &mut &'a [u8], length: u16) -> Option<&'a str> {
-    let (text, after) = rest.split_at_checked(usize::from(length))?;
-    *rest = after;
-    std::str::from_utf8(text).ok()
 }
 
 fn checksum(payload: &[u8]) -> [u8; 8] {
@@ -178,7 +124,7 @@ mod tests {
         for records in frames {
             let mut payload = Vec::new();
             for record in records {
-                encode(record, &mut payload).unwrap();
+                record::encode(record, &mut payload).unwrap();
             }
             journal.extend(frame(&payload));
             ends.push(journal.len());

@@ -3,8 +3,8 @@
 pub mod directory;
 pub(super) mod disk;
 mod journal;
+mod record;
 pub mod secret;
-mod segment;
 
 use std::{fmt, future::Future, pin::Pin};
 

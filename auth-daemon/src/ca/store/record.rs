@@ -1,37 +1,34 @@
 //! Records of issued certificates as bytes, one after the other: serial number (16), end of life (8), signer (4), length
 //! of the identity (2) and the identity, length of the node's name (2) and the name. A node that is not known has length
-//! 65535. Numbers are big-endian.
+//! 65535. Numbers are little-endian. Pure.
 
 use crate::{ca::authority::IssuedRecord, mesh::Identity};
 
 const NO_NODE: u16 = u16::MAX;
 
-/// Appends `record`.
-///
-/// Fails when the node's name is longer than a record can hold.
-pub(super) fn encode(record: &IssuedRecord, into: &mut Vec<u8>) -> Result<(), String> {
-    let node = match &record.node {
-        None => (NO_NODE, ""),
-        Some(node) => match u16::try_from(node.len()) {
-            Ok(length) if length != NO_NODE => (length, node.as_str()),
-            _ => return Err(format!("a node's name of {} bytes", node.len())),
-        },
-    };
+/// Appends `record`. Fails for names that are longer than any that Kubernetes takes.
+pub(super) fn encode(record: &IssuedRecord, into: &mut Vec<u8>) -> Option<()> {
     let identity = record.identity.as_str();
-    let identity_length =
-        u16::try_from(identity.len()).map_err(|_| "an endless identity".to_owned())?;
+    let node = record.node.as_deref();
+    let node_length = match node {
+        Some(node) => u16::try_from(node.len())
+            .ok()
+            .filter(|&length| length != NO_NODE)?,
+        None => NO_NODE,
+    };
+    let identity_length = u16::try_from(identity.len()).ok()?;
     into.extend(record.serial);
-    into.extend(record.not_after.to_be_bytes());
-    into.extend(record.signer.to_be_bytes());
-    into.extend(identity_length.to_be_bytes());
+    into.extend(record.not_after.to_le_bytes());
+    into.extend(record.signer.to_le_bytes());
+    into.extend(identity_length.to_le_bytes());
     into.extend(identity.as_bytes());
-    into.extend(node.0.to_be_bytes());
-    into.extend(node.1.as_bytes());
-    Ok(())
+    into.extend(node_length.to_le_bytes());
+    into.extend(node.unwrap_or_default().as_bytes());
+    Some(())
 }
 
-/// Reads all records of `bytes`.
-pub(super) fn decode(mut bytes: &[u8]) -> Result<Vec<IssuedRecord>, String> {
+/// Reads all records of `bytes`. Fails with the place that is damaged.
+pub(super) fn read(mut bytes: &[u8]) -> Result<Vec<IssuedRecord>, String> {
     let mut records = Vec::new();
     let total = bytes.len();
     while !bytes.is_empty() {
@@ -44,11 +41,11 @@ pub(super) fn decode(mut bytes: &[u8]) -> Result<Vec<IssuedRecord>, String> {
 
 fn one(bytes: &mut &[u8]) -> Option<IssuedRecord> {
     let serial = take(bytes)?;
-    let not_after = u64::from_be_bytes(take(bytes)?);
-    let signer = u32::from_be_bytes(take(bytes)?);
-    let identity_length = u16::from_be_bytes(take(bytes)?);
+    let not_after = u64::from_le_bytes(take(bytes)?);
+    let signer = u32::from_le_bytes(take(bytes)?);
+    let identity_length = u16::from_le_bytes(take(bytes)?);
     let identity: Identity = text(bytes, identity_length)?.parse().ok()?;
-    let node = match u16::from_be_bytes(take(bytes)?) {
+    let node = match u16::from_le_bytes(take(bytes)?) {
         NO_NODE => None,
         length => Some(text(bytes, length)?.to_owned()),
     };
@@ -74,12 +71,12 @@ fn text<'a>(bytes: &mut &'a [u8], length: u16) -> Option<&'a str> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    pub(in crate::ca::store) fn record(serial: u8, not_after: u64) -> IssuedRecord {
+    fn record(serial: u8, not_after: u64) -> IssuedRecord {
         IssuedRecord {
             serial: [serial; 16],
             not_after,
@@ -104,12 +101,12 @@ pub(super) mod tests {
             for record in &records {
                 encode(record, &mut bytes).unwrap();
             }
-            prop_assert_eq!(decode(&bytes).unwrap(), records);
+            prop_assert_eq!(read(&bytes).unwrap(), records);
         }
 
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = decode(&bytes);
+            let _ = read(&bytes);
         }
     }
 
@@ -121,13 +118,13 @@ pub(super) mod tests {
         encode(&record(2, 5), &mut bytes).unwrap();
         bytes.pop();
         assert_eq!(
-            decode(&bytes).unwrap_err(),
+            read(&bytes).unwrap_err(),
             format!("is damaged at byte {whole}")
         );
         let long = IssuedRecord {
             node: Some("x".repeat(70_000)),
             ..record(1, 5)
         };
-        assert!(encode(&long, &mut bytes).is_err());
+        assert!(encode(&long, &mut bytes).is_none());
     }
 }

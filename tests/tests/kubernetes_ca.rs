@@ -1,0 +1,347 @@
+//! The CA in a cluster: the real program against a real API server, with no other rights than deploy/ca/rbac.yaml gives.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_tests::{
+    Context, Finished, Kubernetes, Process, Result, TIMEOUT, auth_daemon, eventually, eventually_ok,
+};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+const NAMESPACE: &str = "auth-daemon";
+const LABEL: &str = "auth-daemon.io/ca-leader";
+/// A lease and a half.
+const HAND_OVER: Duration = Duration::from_secs(60);
+
+/// One replica.
+struct Ca {
+    process: Process,
+    folder: PathBuf,
+}
+
+impl Ca {
+    /// Starts `auth-daemon ca`. `state` names its Secrets and its Lease; replicas have it in common.
+    fn start(cluster: &Kubernetes, state: &str, replica: &str, more: &Value) -> Result<Self> {
+        let folder =
+            std::env::temp_dir().join(format!("ca-{}-{state}-{replica}", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        let mut config = json!({
+            "listen": "127.0.0.1:0", "serverNames": ["127.0.0.1"],
+            "operatorSocket": folder.join("run/operator.sock"),
+            "kubernetes": {"namespace": NAMESPACE, "stateSecret": state, "lease": state},
+            "attestation": {"kubernetes": {"audience": "auth-daemon-ca"}},
+            "log": {"format": "json", "level": "info"},
+        });
+        for (field, value) in more.as_object().into_iter().flatten() {
+            config[field] = value.clone();
+        }
+        let file = folder.join("ca.yaml");
+        fs::write(&file, format!("{config:#}"))?;
+        let mut command = Command::new(auth_daemon()?);
+        command
+            .args(["ca", "--config"])
+            .arg(&file)
+            .env(
+                "KUBECONFIG",
+                cluster.kubeconfig_of(NAMESPACE, "auth-daemon-ca")?,
+            )
+            .env_remove("POD_NAME");
+        if !replica.is_empty() {
+            command.env("POD_NAME", replica);
+        }
+        let process = Process::spawn(command)?;
+        Ok(Self { process, folder })
+    }
+
+    /// Asks it what an operator asks.
+    fn ask(&self, arguments: &[&str]) -> Result<Finished> {
+        let mut command = Command::new(auth_daemon()?);
+        command
+            .arg("ca")
+            .args(arguments)
+            .arg("--socket")
+            .arg(self.folder.join("run/operator.sock"));
+        Process::spawn(command)?.finish(TIMEOUT)
+    }
+
+    fn status(&self) -> Result<Value> {
+        let answer = self.ask(&["status", "--json"])?.ok()?;
+        Ok(serde_json::from_str(&answer.stdout)?)
+    }
+
+    /// Waits until it leads; gives its status.
+    fn leads(&self) -> Result<Value> {
+        eventually_ok(HAND_OVER, "this replica's lead", || {
+            let status = self.status()?;
+            ensure(status["leader"] == true, &status)?;
+            Ok(status)
+        })
+        .with_context(|| self.process.stderr())
+    }
+}
+
+impl Drop for Ca {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+fn ensure(holds: bool, evidence: &dyn std::fmt::Display) -> Result<()> {
+    holds
+        .then_some(())
+        .with_context(|| format!("not yet: {evidence}"))
+}
+
+fn cluster(test: &str) -> Option<Arc<Kubernetes>> {
+    let cluster = Kubernetes::shared(test)?;
+    let role = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/ca/rbac.yaml");
+    cluster.apply(&role).expect("the CA's role");
+    Some(cluster)
+}
+
+fn labelled(cluster: &Kubernetes) -> Vec<String> {
+    let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?labelSelector={LABEL}%3Dtrue");
+    let list = cluster.get(&path).expect("an answer").expect("a list");
+    let pods = list["items"].as_array().expect("items").iter();
+    pods.map(|pod| {
+        pod["metadata"]["name"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    })
+    .collect()
+}
+
+#[test]
+fn replicas_hand_the_ca_over_and_nothing_is_lost() -> Result<()> {
+    let Some(cluster) = cluster("replicas_hand_the_ca_over_and_nothing_is_lost") else {
+        return Ok(());
+    };
+    for (name, address) in [("ca-a", "10.9.0.1"), ("ca-b", "10.9.0.2")] {
+        cluster.pod(NAMESPACE, name, "auth-daemon-ca", "node-a", address)?;
+    }
+    let none = json!({});
+    let mut a = Ca::start(&cluster, "handed", "ca-a", &none)?;
+    let began = a.leads()?;
+    let b = Ca::start(&cluster, "handed", "ca-b", &none)?;
+    let root = &began["roots"][0]["sha256"];
+    assert!(root.is_string(), "{began}");
+    eventually(TIMEOUT, "the label", || {
+        (labelled(&cluster) == ["ca-a"]).then_some(())
+    })?;
+    let waits = eventually_ok(TIMEOUT, "the other replica", || b.status())?;
+    assert_eq!(waits["leader"], false, "{waits}");
+    let refused = b.ask(&["revoke", "--node", "node-x"])?;
+    assert!(
+        !refused.status.success() && refused.stderr.contains("not the leader"),
+        "{refused:?}"
+    );
+
+    let web = "spiffe://cluster.local/ns/default/sa/web";
+    a.ask(&["revoke", "--identity", web, "--reason", "keyCompromise"])?
+        .ok()?;
+    a.process.kill()?;
+    let taken = b.leads()?;
+    assert_eq!(&taken["roots"][0]["sha256"], root, "the same root");
+    assert_eq!(taken["revoked"]["identities"][0]["name"], web, "{taken}");
+    eventually(TIMEOUT, "the label", || {
+        (labelled(&cluster) == ["ca-b"]).then_some(())
+    })?;
+
+    // Stopped, it does not know that it is replaced; woken, it must not write.
+    drop(a);
+    let a = Ca::start(&cluster, "handed", "ca-a", &none)?;
+    b.process.signal(Signal::SIGSTOP)?;
+    let back = a.leads()?;
+    assert_eq!(&back["roots"][0]["sha256"], root);
+    b.process.signal(Signal::SIGCONT)?;
+    let late = b.ask(&["revoke", "--node", "node-late"])?;
+    assert!(!late.status.success(), "{late:?}");
+    a.ask(&["revoke", "--node", "node-x"])?.ok()?;
+    let nodes = &a.status()?["revoked"]["nodes"];
+    assert_eq!(nodes.as_array().map(Vec::len), Some(1), "{nodes}");
+    assert_eq!(nodes[0]["name"], "node-x");
+
+    // Asked to end, it does not let the other one wait for the lease.
+    let mut a = a;
+    a.process.signal(Signal::SIGTERM)?;
+    let status = a.process.wait(TIMEOUT)?;
+    assert!(status.success(), "{status}: {}", a.process.stderr());
+    let last = b.leads()?;
+    assert_eq!(&last["roots"][0]["sha256"], root);
+    assert_eq!(last["revoked"]["nodes"], *nodes);
+    eventually(TIMEOUT, "the label", || {
+        (labelled(&cluster) == ["ca-b"]).then_some(())
+    })?;
+    Ok(())
+}
+
+/// The contents of a Secret, in files.
+fn files(cluster: &Kubernetes, namespace: &str, name: &str, into: &Path) -> Result<Option<Value>> {
+    let path = format!("/api/v1/namespaces/{namespace}/secrets/{name}");
+    let Some(secret) = cluster.get(&path)? else {
+        return Ok(None);
+    };
+    fs::create_dir_all(into)?;
+    let data: BTreeMap<String, String> = serde_json::from_value(secret["data"].clone())?;
+    for (key, base64) in data {
+        let encoded = into.join(format!("{key}.base64"));
+        fs::write(&encoded, base64)?;
+        let mut command = Command::new("base64");
+        command.arg("--decode").arg(&encoded);
+        fs::write(
+            into.join(key),
+            Process::spawn(command)?.finish(TIMEOUT)?.ok()?.stdout,
+        )?;
+    }
+    Ok(Some(secret))
+}
+
+fn openssl(folder: &Path, arguments: &str) -> Result<String> {
+    let mut command = Command::new("openssl");
+    command.args(arguments.split(' ')).current_dir(folder);
+    Ok(Process::spawn(command)?.finish(TIMEOUT)?.ok()?.stdout)
+}
+
+fn serial(folder: &Path) -> Result<String> {
+    openssl(folder, "x509 -in cert-chain.pem -noout -serial")
+}
+
+#[test]
+fn secrets_with_certificates_follow_their_service_accounts() -> Result<()> {
+    let Some(cluster) = cluster("secrets_with_certificates_follow_their_service_accounts") else {
+        return Ok(());
+    };
+    let folder = std::env::temp_dir().join(format!("ca-secrets-{}", std::process::id()));
+    for namespace in ["legacy", "second"] {
+        cluster.namespace(namespace)?;
+        let binding = json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
+            "metadata": {"name": "auth-daemon-ca-secrets"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "auth-daemon-ca-secrets"},
+            "subjects": [{"kind": "ServiceAccount", "name": "auth-daemon-ca", "namespace": NAMESPACE}],
+        });
+        let path =
+            format!("/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings");
+        cluster.create(&path, &binding)?;
+    }
+    let account = cluster.service_account("legacy", "web")?;
+    cluster.service_account("legacy", "taken")?;
+    cluster.service_account("second", "api")?;
+    let foreign = json!({
+        "apiVersion": "v1", "kind": "Secret", "type": "istio.io/key-and-cert",
+        "metadata": {"name": "istio.taken"}, "stringData": {"key.pem": "somebody's"},
+    });
+    let foreign = cluster.create("/api/v1/namespaces/legacy/secrets", &foreign)?;
+    let config = |namespaces: &[&str]| {
+        json!({
+            "secrets": {"namespaces": namespaces}, "certificateLifetime": "60s", "rotationSpread": "1s",
+        })
+    };
+    let ca = Ca::start(&cluster, "secrets", "", &config(&["legacy", "second"]))?;
+    ca.leads()?;
+    let web = folder.join("web");
+    let get = || files(&cluster, "legacy", "istio.web", &web);
+    let appears = |what: &str, holds: &dyn Fn(&Value) -> Result<bool>| {
+        eventually_ok(HAND_OVER, what, || {
+            let secret = get()?.context("no Secret")?;
+            ensure(holds(&secret)?, &secret["metadata"])?;
+            Ok(secret)
+        })
+        .with_context(|| ca.process.stderr())
+    };
+
+    // It appears, and openssl agrees with what is in it.
+    let secret = appears("a new account's Secret", &|_| Ok(true))?;
+    assert_eq!(secret["type"], "istio.io/key-and-cert");
+    let owner = &secret["metadata"]["ownerReferences"][0];
+    assert_eq!(owner["uid"], account["metadata"]["uid"], "{owner}");
+    openssl(
+        &web,
+        "verify -x509_strict -purpose sslserver -CAfile root-cert.pem cert-chain.pem",
+    )?;
+    let text = openssl(
+        &web,
+        "x509 -in cert-chain.pem -noout -ext subjectAltName,keyUsage",
+    )?;
+    assert!(
+        text.contains("URI:spiffe://cluster.local/ns/legacy/sa/web"),
+        "{text}"
+    );
+    assert_eq!(
+        openssl(&web, "x509 -in cert-chain.pem -noout -pubkey")?,
+        openssl(&web, "pkey -in key.pem -pubout")?
+    );
+    let first = serial(&web)?;
+
+    // Revoked: another one.
+    let number = first.trim().trim_start_matches("serial=").to_owned();
+    ca.ask(&["revoke", "--serial", &number, "--reason", "superseded"])?
+        .ok()?;
+    appears("another certificate for a revoked one", &|_| {
+        Ok(serial(&web)? != first)
+    })?;
+    let second = serial(&web)?;
+    // A new root: the bundle holds both, at once.
+    ca.ask(&["rotate-root"])?.ok()?;
+    let roots = || fs::read_to_string(web.join("root-cert.pem"));
+    appears("both roots", &|_| {
+        Ok(roots()?.matches("BEGIN CERTIFICATE").count() == 2)
+    })?;
+    openssl(&web, "verify -CAfile root-cert.pem cert-chain.pem")?;
+    // Renewed at half of its life, without being asked.
+    appears("a renewed certificate", &|_| Ok(serial(&web)? != second))?;
+    openssl(&web, "verify -CAfile root-cert.pem cert-chain.pem")?;
+    // Damaged or deleted by somebody: made anew.
+    let path = "/api/v1/namespaces/legacy/secrets/istio.web";
+    cluster.delete(path)?;
+    appears("a deleted Secret", &|_| Ok(true))?;
+    cluster.merge(path, &json!({"data": {"key.pem": "cnViYmlzaA=="}}))?;
+    appears("a damaged Secret's repair", &|_| {
+        Ok(fs::read_to_string(web.join("key.pem"))?.contains("PRIVATE KEY"))
+    })?;
+
+    // Somebody else's is left alone, and said to be.
+    let still = cluster
+        .get("/api/v1/namespaces/legacy/secrets/istio.taken")?
+        .context("gone")?;
+    assert_eq!(still, foreign);
+    assert!(
+        ca.process.stderr().contains("legacy/istio.taken"),
+        "{}",
+        ca.process.stderr()
+    );
+    assert!(
+        !ca.process.stderr().contains("PRIVATE KEY"),
+        "a key in the log"
+    );
+
+    // Gone with its account.
+    cluster.delete("/api/v1/namespaces/legacy/serviceaccounts/web")?;
+    let gone = |namespace: &str, name: &str| {
+        let path = format!("/api/v1/namespaces/{namespace}/secrets/{name}");
+        eventually_ok(HAND_OVER, "the Secret's end", || {
+            ensure(cluster.get(&path)?.is_none(), &path)
+        })
+    };
+    gone("legacy", "istio.web").with_context(|| ca.process.stderr())?;
+
+    // Gone with its namespace's selection, even if that changed while no CA ran.
+    drop(ca);
+    let api = "/api/v1/namespaces/second/secrets/istio.api";
+    assert!(cluster.get(api)?.is_some());
+    let ca = Ca::start(&cluster, "secrets", "", &config(&["legacy"]))?;
+    gone("second", "istio.api").with_context(|| ca.process.stderr())?;
+    let still = cluster
+        .get("/api/v1/namespaces/legacy/secrets/istio.taken")?
+        .context("gone")?;
+    assert_eq!(still, foreign);
+    fs::remove_dir_all(&folder)?;
+    Ok(())
+}
