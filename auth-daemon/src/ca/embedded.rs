@@ -159,13 +159,13 @@ impl EmbeddedCa {
         let mut file = fs::File::open(path).map_err(io)?;
         // Of the open file: nobody can put another in its place meanwhile.
         let metadata = file.metadata().map_err(io)?;
-        check_owner(path, &metadata)?;
         if let Some(mode) = files::exposed_mode(&metadata) {
             return Err(UnusableCa::Exposed {
                 path: path.to_owned(),
                 mode,
             });
         }
+        check_owner(path, &metadata)?;
         let pem = files::read_at_most(&mut file, 1 << 20)
             .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
             .map_err(io)?;
