@@ -349,7 +349,7 @@ impl SameNode {
         let ends = |side| pods.iter().map(move |pod| (side, pod));
         for (side, pod) in ends(Side::Server).chain(ends(Side::Client)) {
             let netns = &pod.enrolled.netns;
-            match node.kernel.same_node.end(netns, side, &condition) {
+            match node.kernel.same_node.end(netns, side, condition) {
                 Ok(0) => {}
                 Ok(connections) => tracing::info!(
                     pod = %pod.workload.name, connections, "ended connections between pods of this node"
