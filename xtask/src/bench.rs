@@ -3,6 +3,7 @@
 //! The loads run on a thread of their own. This thread collects what they show, ends a load that hangs, cleans up after
 //! Ctrl-C, and prints what there is in the end.
 
+mod ca;
 mod chart;
 mod envoy;
 mod loads;
@@ -39,6 +40,8 @@ use system::System;
 /// Options of the benchmark.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
+    /// Another part than the way of connections
+    what: Option<Part>,
     /// How often each load is put on each system
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
     rounds: u64,
@@ -65,12 +68,22 @@ pub(crate) struct Arguments {
     no_build: bool,
 }
 
+/// What else can be measured.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Part {
+    /// How fast the CA issues
+    Ca,
+}
+
 /// Installs and builds what is needed, measures, and prints what there is to tell.
 ///
 /// # Errors
 /// When a system cannot be started, when a load fails or does not go the way it is to go, or when interrupted. A slow
 /// result is none.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(Part::Ca) = arguments.what {
+        return ca::run(arguments.json);
+    }
     let plan = prepare(arguments)?;
     let mut report = Report::new(plan, arguments.json);
     let measured = measure(&mut report);

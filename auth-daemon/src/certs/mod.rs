@@ -226,7 +226,8 @@ async fn keep_current(
         if !sleep.is_zero() {
             tokio::select! {
                 () = tokio::time::sleep(sleep) => {}
-                Ok(()) = trust.changed() => {}
+                // Waiting has marked it as seen.
+                Ok(()) = trust.changed() => trust.mark_changed(),
             }
             continue;
         }
