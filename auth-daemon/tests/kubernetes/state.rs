@@ -26,7 +26,9 @@ fn record(number: u32, not_after: u64) -> IssuedRecord {
         )
         .parse()
         .unwrap(),
-        node: number.is_multiple_of(2).then(|| format!("node-{}", number % 10)),
+        node: number
+            .is_multiple_of(2)
+            .then(|| format!("node-{}", number % 10)),
     }
 }
 
