@@ -245,9 +245,11 @@ fn write_version(work: &Path, tarball: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// `1.20.2` of `kubernetes_1.20.2.orig.tar.gz`; what Debian adds to it is left out.
+/// `1.20.2` of `kubernetes_1.20.5+really1.20.2.orig.tar.gz`, as Debian calls one that came after a newer one; what else
+/// Debian adds to it is left out.
 fn upstream_version(name: &str) -> Option<&str> {
     let version = name.strip_prefix("kubernetes_")?.split(".orig.").next()?;
+    let version = version.rsplit("+really").next()?;
     version
         .split(['+', '~'])
         .next()
@@ -302,6 +304,10 @@ mod tests {
         assert_eq!(
             upstream_version("kubernetes_1.32.3+ds.orig.tar.xz"),
             Some("1.32.3")
+        );
+        assert_eq!(
+            upstream_version("kubernetes_1.20.5+really1.20.2.orig.tar.gz"),
+            Some("1.20.2")
         );
         assert_eq!(upstream_version("kubernetes_.orig.tar.gz"), None);
         assert_eq!(upstream_version("other_1.orig.tar.gz"), None);
