@@ -146,7 +146,8 @@ async fn prepared(issued: usize, revoked: usize) -> Ca {
         left -= batch;
         let tasks: Vec<_> = (0..batch)
             .map(|_| {
-                let (authority, request, web) = (ca.authority.clone(), request.clone(), web.clone());
+                let (authority, request, web) =
+                    (ca.authority.clone(), request.clone(), web.clone());
                 tokio::spawn(async move {
                     let node = Some("a");
                     let life = Duration::from_secs(86_400);

@@ -45,7 +45,12 @@ fn table(measured: &Value) -> String {
     let mut out = format!(
         "one P-256 signature and one verification, on the CA's core: {bare:.0} a second\n\n\
          {:>8}  {:>8}  {:>14}  {:>7}  {:>20}  {:>20}\n",
-        "issued", "revoked", "certificates/s", "of bare", "p50, p99 of 32 (ms)", "p50, p99 of 1 (ms)"
+        "issued",
+        "revoked",
+        "certificates/s",
+        "of bare",
+        "p50, p99 of 32 (ms)",
+        "p50, p99 of 1 (ms)"
     );
     for row in measured["rows"].as_array().into_iter().flatten() {
         let pair = |a: &str, b: &str| format!("{:.2}, {:.2}", number(&row[a]), number(&row[b]));
@@ -79,6 +84,9 @@ mod tests {
         assert!(table.contains("10000 a second"), "{table}");
         let row = table.lines().last().unwrap_or_default();
         let cells: Vec<_> = row.split_whitespace().collect();
-        assert_eq!(cells, ["0", "0", "2500", "0.25", "1.00,", "2.50", "0.50,", "0.75"]);
+        assert_eq!(
+            cells,
+            ["0", "0", "2500", "0.25", "1.00,", "2.50", "0.50,", "0.75"]
+        );
     }
 }
