@@ -279,6 +279,9 @@ impl Kubernetes {
 
     /// Applies a file of manifests.
     pub fn apply(&self, file: &Path) -> Result<()> {
+        // Of two tests that create the same object at once, one would fail.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let mut command = Command::new("kubectl");
         command
             .arg("--kubeconfig")

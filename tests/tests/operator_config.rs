@@ -28,7 +28,7 @@ fn every_fault_is_shown_at_once_whatever_the_command() {
             "podNetworks[1]: 7 is not a string",
             "drain: 5 is not a string",
             "discovery.files: \"relative/path\": is not an absolute path",
-            "ca.directory: is missing",
+            "ca: has neither directory",
             "ca.certificateLifetime: \"1s\": is not between",
             "log.format: \"xml\": is neither text nor json",
             "log.level: \"a=b=c\"",

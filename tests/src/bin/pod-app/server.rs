@@ -105,8 +105,18 @@ pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
 pub(crate) fn ends(stream: &TcpStream) -> Result<Value, Failure> {
     Ok(json!({
         "local": canonical(stream.local_addr().at("getsockname")?),
-        "peer": canonical(stream.peer_addr().at("getpeername")?),
+        "peer": canonical(peer(stream).at("getpeername")?),
     }))
+}
+
+/// A connection that was reset meanwhile has no peer any more: what tells is the reset.
+fn peer(stream: &TcpStream) -> io::Result<SocketAddr> {
+    stream
+        .peer_addr()
+        .map_err(|error| match stream.take_error() {
+            Ok(Some(why)) if error.kind() == io::ErrorKind::NotConnected => why,
+            _ => error,
+        })
 }
 
 /// Bytes. There may be thousands of threads.
