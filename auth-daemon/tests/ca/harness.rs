@@ -277,6 +277,7 @@ pub(crate) async fn connect(
             let tls = tls.clone();
             async move {
                 let tcp = TcpStream::connect(address).await?;
+                tcp.set_nodelay(true)?;
                 let stream = tls
                     .connect(ServerName::try_from(NAME).unwrap(), tcp)
                     .await?;
