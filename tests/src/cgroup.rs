@@ -1,8 +1,9 @@
-//! Folders of the cgroup v2 tree: making them, ending all that runs in them, removing them.
+//! Folders of the cgroup v2 tree: making them, ending all that runs in them, removing them; and of the version 1 trees
+//! beside it, where nodes have their containers' limits.
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
@@ -63,4 +64,100 @@ fn remove_folders(path: &Path) -> Result<()> {
             _ => Ok(()),
         },
     )
+}
+
+/// A mounted hierarchy of version 1.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hierarchy {
+    /// What mounts it once more: `memory`, or `none,name=systemd` for one without controllers.
+    pub(crate) options: String,
+    /// Where it is mounted.
+    pub(crate) mount: PathBuf,
+}
+
+impl Hierarchy {
+    /// All that are mounted.
+    pub(crate) fn all() -> Result<Vec<Self>> {
+        let table = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
+        Ok(parse_hierarchies(&table))
+    }
+
+    /// Makes a folder below its root, which takes part of all CPUs and memory.
+    pub(crate) fn create(&self, path: &Path) -> Result<PathBuf> {
+        let mut folder = self.mount.clone();
+        for part in path {
+            let above = folder.clone();
+            folder.push(part);
+            create(&folder)?;
+            // A cpuset begins with none, and then takes no process.
+            for name in ["cpuset.cpus", "cpuset.mems"] {
+                if folder.join(name).exists() {
+                    fs::read(above.join(name))
+                        .and_then(|all| fs::write(folder.join(name), all))
+                        .with_context(|| format!("setting {name} of {}", folder.display()))?;
+                }
+            }
+        }
+        Ok(folder)
+    }
+
+    /// Removes a folder below its root, with all below it; their processes have ended.
+    pub(crate) fn remove(&self, path: &Path) -> Result<()> {
+        remove_folders(&self.mount.join(path))
+    }
+}
+
+fn parse_hierarchies(table: &str) -> Vec<Hierarchy> {
+    let hierarchies = table.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let [_, mount, "cgroup", options, ..] = fields.as_slice() else {
+            return None;
+        };
+        let mut chosen: Vec<&str> = options
+            .split(',')
+            .filter(|option| CONTROLLERS.contains(option) || option.starts_with("name="))
+            .collect();
+        if chosen.iter().all(|option| option.starts_with("name=")) {
+            chosen.insert(0, "none");
+        }
+        Some(Hierarchy {
+            options: chosen.join(","),
+            mount: PathBuf::from(mount),
+        })
+    });
+    hierarchies.collect()
+}
+
+/// Those of version 1 (Linux, Documentation/admin-guide/cgroup-v1).
+const CONTROLLERS: [&str; 14] = [
+    "blkio",
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "devices",
+    "freezer",
+    "hugetlb",
+    "memory",
+    "misc",
+    "net_cls",
+    "net_prio",
+    "perf_event",
+    "pids",
+    "rdma",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hierarchies_are_what_would_mount_them_again() {
+        let table = "cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,nosuid,relatime,cpu,cpuacct 0 0\n\
+            cgroup /sys/fs/cgroup/systemd cgroup rw,xattr,release_agent=/x,name=systemd 0 0\n\
+            cgroup2 /sys/fs/cgroup/unified cgroup2 rw,nsdelegate 0 0\n";
+        let found = parse_hierarchies(table);
+        let options: Vec<&str> = found.iter().map(|one| one.options.as_str()).collect();
+        assert_eq!(options, ["cpu,cpuacct", "none,name=systemd"]);
+        assert_eq!(found[0].mount, Path::new("/sys/fs/cgroup/cpu,cpuacct"));
+    }
 }

@@ -1,8 +1,12 @@
 //! A Kubernetes API server with an etcd of its own: the real ones, without nodes and controllers.
 //!
 //! Nothing runs pods, sets their status or removes what belongs to what was deleted: a test does itself what it needs.
+//! [`crate::Cluster`] is one with all of that.
+
+mod pki;
 
 use std::env;
+use std::ffi::OsStr;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -12,16 +16,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::Signal;
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
-};
 use serde_json::{Value, json};
 
 use crate::eventually::{TIMEOUT, eventually_ok};
 use crate::id::MeshId;
+use crate::place::Place;
 use crate::process::Process;
 use crate::{cgroup, leftovers, mounts};
+
+use pki::Pki;
 
 /// Where the API server is, unless `$KUBE` says otherwise.
 const DEFAULT_FOLDER: &str = "/opt/kube";
@@ -31,12 +34,50 @@ const START: Duration = Duration::from_secs(120);
 /// A running API server. Dropping it ends it and its etcd, and removes all their files.
 #[derive(Debug)]
 pub struct Kubernetes {
-    id: MeshId,
-    folder: PathBuf,
+    site: Site,
+    pki: Pki,
     address: SocketAddr,
     etcd: String,
     etcd_process: Process,
     server: Mutex<Option<Process>>,
+}
+
+/// Where an API server runs.
+#[derive(Debug)]
+enum Site {
+    /// By itself, on the loopback; what carries the id is removed at its end.
+    Alone { id: MeshId, folder: PathBuf },
+    /// For a cluster with nodes and controllers. The place belongs to whoever made it.
+    Cluster(Place),
+}
+
+impl Site {
+    fn folder(&self) -> &Path {
+        match self {
+            Self::Alone { folder, .. } => folder,
+            Self::Cluster(place) => place.folder(),
+        }
+    }
+
+    /// Starts a program that ends with the rest, even if this process is killed.
+    fn spawn(
+        &self,
+        program: impl AsRef<OsStr>,
+        with: impl FnOnce(&mut Command),
+    ) -> Result<Process> {
+        match self {
+            Self::Alone { id, .. } => {
+                let mut command = Command::new(program);
+                with(&mut command);
+                confined(*id, command)
+            }
+            Self::Cluster(place) => {
+                let mut command = place.command(program)?;
+                with(&mut command);
+                Process::spawn(command)
+            }
+        }
+    }
 }
 
 impl Kubernetes {
@@ -89,7 +130,6 @@ impl Kubernetes {
 
     fn start_in(id: MeshId, folder: &Path) -> Result<Self> {
         let ip = loopback(id);
-        write_certificates(folder, ip)?;
         // All are taken before one is given: they differ.
         let taken: Vec<_> = (0..3)
             .map(|_| TcpListener::bind((ip, 0)))
@@ -99,72 +139,123 @@ impl Kubernetes {
             .map(|listener| Ok(listener.local_addr()?.port()))
             .collect::<Result<_>>()?;
         drop(taken);
-        let etcd = format!("http://{ip}:{}", ports[0]);
-        let peer = format!("http://{ip}:{}", ports[1]);
-        let mut command = Command::new("etcd");
-        command
-            .arg("--data-dir")
-            .arg(folder.join("etcd"))
-            .args([
-                "--listen-client-urls",
-                &etcd,
-                "--advertise-client-urls",
-                &etcd,
-            ])
-            .args([
-                "--listen-peer-urls",
-                &peer,
-                "--initial-advertise-peer-urls",
-                &peer,
-            ])
-            .args(["--initial-cluster", &format!("default={peer}")])
-            // A busy machine is no reason for an election among one.
-            .args(["--heartbeat-interval", "500", "--election-timeout", "5000"])
-            .args(["--log-level", "error"]);
+        let folder = folder.to_owned();
+        let site = Site::Alone { id, folder };
+        Self::start_at(
+            site,
+            (ip, ports[2]).into(),
+            [(ip, ports[0]), (ip, ports[1])],
+        )
+    }
+
+    /// Starts one at `place`, on `ip`, for nodes and controllers.
+    pub(crate) fn start_for_cluster(place: &Place, ip: IpAddr) -> Result<Self> {
+        let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+        let etcd = [(loopback, 2379), (loopback, 2380)];
+        Self::start_at(Site::Cluster(place.clone()), (ip, 6443).into(), etcd)
+    }
+
+    /// `etcd`: where it is asked, and where it would talk to others.
+    fn start_at(site: Site, address: SocketAddr, etcd: [(IpAddr, u16); 2]) -> Result<Self> {
+        let folder = site.folder().to_owned();
+        let pki = Pki::make(&folder)?;
+        pki.leaf(
+            "server",
+            ("kube-apiserver", None),
+            &[
+                &address.ip().to_string(),
+                SERVICE_ADDRESS,
+                "localhost",
+                "kubernetes.default.svc",
+            ],
+        )?;
+        pki.leaf("admin", ("admin", Some("system:masters")), &[])?;
+        let [etcd, peer] = etcd.map(|(ip, port)| format!("http://{ip}:{port}"));
+        let etcd_process = site.spawn("etcd", |command| {
+            command
+                .arg("--data-dir")
+                .arg(folder.join("etcd"))
+                .args([
+                    "--listen-client-urls",
+                    &etcd,
+                    "--advertise-client-urls",
+                    &etcd,
+                ])
+                .args([
+                    "--listen-peer-urls",
+                    &peer,
+                    "--initial-advertise-peer-urls",
+                    &peer,
+                ])
+                .args(["--initial-cluster", &format!("default={peer}")])
+                // A busy machine is no reason for an election among one.
+                .args(["--heartbeat-interval", "500", "--election-timeout", "5000"])
+                .args(["--log-level", "error"]);
+        })?;
         let kubernetes = Self {
-            id,
-            folder: folder.to_owned(),
-            address: (ip, ports[2]).into(),
+            site,
+            pki,
+            address,
             etcd,
-            etcd_process: confined(id, command)?,
+            etcd_process,
             server: Mutex::new(None),
         };
         kubernetes.start_server()?;
-        kubernetes.write_kubeconfig("admin", &json!({
-            "client-certificate": folder.join("admin.crt"), "client-key": folder.join("admin.key"),
-        }))?;
+        kubernetes.write_kubeconfig_of_leaf("admin")?;
         Ok(kubernetes)
     }
 
     /// Starts the API server, after [`Kubernetes::stop_server`].
     pub fn start_server(&self) -> Result<()> {
-        let file = |name: &str| self.folder.join(name);
-        let mut command = Command::new(program("kube-apiserver"));
-        command
-            .arg(format!("--etcd-servers={}", self.etcd))
-            .arg(format!("--bind-address={}", self.address.ip()))
-            .arg(format!("--secure-port={}", self.address.port()))
-            // Nobody reaches it by its service, so where that leads does not matter.
-            .args([
-                "--advertise-address=192.0.2.1",
-                "--endpoint-reconciler-type=none",
-            ])
-            .arg("--service-cluster-ip-range=10.96.0.0/16")
-            .arg("--authorization-mode=RBAC")
-            // It would ask for Secrets with tokens, which a controller makes.
-            .arg("--disable-admission-plugins=ServiceAccount")
-            .arg(format!("--service-account-issuer={ISSUER}"));
-        for (flag, name) in [
-            ("tls-cert-file", "server.crt"),
-            ("tls-private-key-file", "server.key"),
-            ("client-ca-file", "ca.crt"),
-            ("service-account-key-file", "accounts.pub"),
-            ("service-account-signing-key-file", "accounts.key"),
-            ("cert-dir", "certificates"),
-        ] {
-            command.arg(format!("--{flag}={}", file(name).display()));
-        }
-        *self.server() = Some(confined(self.id, command)?);
+        let file = |name: &str| self.folder().join(name);
+        let server = self.site.spawn(program("kube-apiserver"), |command| {
+            command
+                .arg(format!("--etcd-servers={}", self.etcd))
+                .arg(format!("--bind-address={}", self.address.ip()))
+                .arg(format!("--secure-port={}", self.address.port()))
+                .arg("--service-cluster-ip-range=10.96.0.0/16")
+                .arg(format!("--service-account-issuer={ISSUER}"));
+            match self.site {
+                Site::Alone { .. } => command
+                    // Nobody reaches it by its service, so where that leads does not matter.
+                    .args([
+                        "--advertise-address=192.0.2.1",
+                        "--endpoint-reconciler-type=none",
+                    ])
+                    .arg("--authorization-mode=RBAC")
+                    // It would ask for Secrets with tokens, which a controller makes.
+                    .arg("--disable-admission-plugins=ServiceAccount"),
+                Site::Cluster(_) => command
+                    .arg(format!("--advertise-address={}", self.address.ip()))
+                    .arg("--authorization-mode=Node,RBAC")
+                    .arg("--enable-admission-plugins=NodeRestriction")
+                    .arg("--allow-privileged=true")
+                    .arg("--kubelet-preferred-address-types=InternalIP")
+                    .arg(format!(
+                        "--kubelet-certificate-authority={}",
+                        file("ca.crt").display()
+                    ))
+                    .arg(format!(
+                        "--kubelet-client-certificate={}",
+                        file("admin.crt").display()
+                    ))
+                    .arg(format!(
+                        "--kubelet-client-key={}",
+                        file("admin.key").display()
+                    )),
+            };
+            for (flag, name) in [
+                ("tls-cert-file", "server.crt"),
+                ("tls-private-key-file", "server.key"),
+                ("client-ca-file", "ca.crt"),
+                ("service-account-key-file", "accounts.pub"),
+                ("service-account-signing-key-file", "accounts.key"),
+                ("cert-dir", "certificates"),
+            ] {
+                command.arg(format!("--{flag}={}", file(name).display()));
+            }
+        })?;
+        *self.server() = Some(server);
         // An end is an outcome, too: nothing is to be waited for any more.
         let ready = eventually_ok(START, "a ready API server", || {
             if let Some(server) = self.server().as_mut()
@@ -216,7 +307,11 @@ impl Kubernetes {
 
     /// A file for `$KUBECONFIG`, by which one may do everything.
     pub fn kubeconfig(&self) -> PathBuf {
-        self.folder.join("admin.conf")
+        self.folder().join("admin.conf")
+    }
+
+    fn folder(&self) -> &Path {
+        self.site.folder()
     }
 
     /// A file for `$KUBECONFIG`, by which one may do what the service account may.
@@ -225,13 +320,31 @@ impl Kubernetes {
         self.write_kubeconfig(&format!("{namespace}-{account}"), &json!({"token": token}))
     }
 
+    /// A certificate for somebody, of a common name and an organization, who is reached by `names`; and a file for
+    /// `$KUBECONFIG` with it. They are `NAME.crt`, `NAME.key` and what is given, beside each other.
+    pub(crate) fn write_client(
+        &self,
+        name: &str,
+        subject: (&str, Option<&str>),
+        names: &[&str],
+    ) -> Result<PathBuf> {
+        self.pki.leaf(name, subject, names)?;
+        self.write_kubeconfig_of_leaf(name)
+    }
+
+    fn write_kubeconfig_of_leaf(&self, name: &str) -> Result<PathBuf> {
+        let file = |kind: &str| self.folder().join(format!("{name}.{kind}"));
+        let user = json!({"client-certificate": file("crt"), "client-key": file("key")});
+        self.write_kubeconfig(name, &user)
+    }
+
     fn write_kubeconfig(&self, name: &str, user: &Value) -> Result<PathBuf> {
-        let path = self.folder.join(format!("{name}.conf"));
+        let path = self.folder().join(format!("{name}.conf"));
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "c",
             "clusters": [{"name": "c", "cluster": {
                 "server": format!("https://{}", self.address),
-                "certificate-authority": self.folder.join("ca.crt"),
+                "certificate-authority": self.folder().join("ca.crt"),
             }}],
             "users": [{"name": "u", "user": user}],
             "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
@@ -241,9 +354,14 @@ impl Kubernetes {
         Ok(path)
     }
 
+    /// The certificate that the API server's and all others of the cluster's own are under (PEM).
+    pub(crate) fn certificate_authority(&self) -> PathBuf {
+        self.folder().join("ca.crt")
+    }
+
     /// The key that signs service accounts' tokens (PKCS #8, PEM, P-256).
     pub fn accounts_key(&self) -> PathBuf {
-        self.folder.join("accounts.key")
+        self.folder().join("accounts.key")
     }
 
     /// The object at `path`, as `/api/v1/namespaces/default/pods/web`; none where there is none.
@@ -282,13 +400,19 @@ impl Kubernetes {
         // Of two tests that create the same object at once, one would fail.
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut command = Command::new("kubectl");
-        command
-            .arg("--kubeconfig")
-            .arg(self.kubeconfig())
-            .args(["apply", "-f"])
-            .arg(file);
+        let mut command = self.client("kubectl")?;
+        command.args(["apply", "-f"]).arg(file);
         Process::spawn(command)?.finish(TIMEOUT)?.ok().map(drop)
+    }
+
+    /// A program that may do everything, by `$KUBECONFIG`, where it reaches the API server.
+    pub(crate) fn client(&self, program: &str) -> Result<Command> {
+        let mut command = match &self.site {
+            Site::Alone { .. } => Command::new(program),
+            Site::Cluster(place) => place.command(program)?,
+        };
+        command.env("KUBECONFIG", self.kubeconfig());
+        Ok(command)
     }
 
     /// Makes a namespace.
@@ -360,7 +484,7 @@ impl Kubernetes {
 
     /// Calls the API as its administrator.
     fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, String)> {
-        let mut command = Command::new("curl");
+        let mut command = self.client("curl")?;
         command
             .args([
                 "-sS",
@@ -372,11 +496,11 @@ impl Kubernetes {
                 "\n%{http_code}",
             ])
             .arg("--cacert")
-            .arg(self.folder.join("ca.crt"))
+            .arg(self.folder().join("ca.crt"))
             .arg("--cert")
-            .arg(self.folder.join("admin.crt"))
+            .arg(self.folder().join("admin.crt"))
             .arg("--key")
-            .arg(self.folder.join("admin.key"))
+            .arg(self.folder().join("admin.key"))
             .arg(format!("https://{}{path}", self.address));
         if let Some(body) = body {
             let kind = if method == "PATCH" {
@@ -402,7 +526,9 @@ impl Drop for Kubernetes {
     fn drop(&mut self) {
         let _ = self.stop_server();
         let _ = self.etcd_process.kill();
-        if let Err(error) = leftovers::remove(self.id) {
+        if let Site::Alone { id, .. } = self.site
+            && let Err(error) = leftovers::remove(id)
+        {
             eprintln!("cannot remove what an API server left: {error:#}");
         }
     }
@@ -420,8 +546,11 @@ pub struct TokenOptions<'a> {
 }
 
 const ISSUER: &str = "https://kubernetes.default.svc";
+/// Where the service `kubernetes` is: the first of its range.
+const SERVICE_ADDRESS: &str = "10.96.0.1";
 
-fn program(name: &str) -> PathBuf {
+/// Where a program of Kubernetes' own is.
+pub(crate) fn program(name: &str) -> PathBuf {
     let folder = env::var_os("KUBE").map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from);
     folder.join(name)
 }
@@ -453,54 +582,4 @@ fn object(path: &str, (status, body): (u16, String)) -> Result<Value> {
 fn last_lines(text: &str) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(8)..].join("\n")
-}
-
-/// A CA, the server's certificate, the administrator's, and the key of service accounts.
-fn write_certificates(folder: &Path, ip: IpAddr) -> Result<()> {
-    let write = |name: &str, content: String| {
-        let path = folder.join(name);
-        fs::write(&path, content).with_context(|| format!("writing {}", path.display()))
-    };
-    let accounts = KeyPair::generate()?;
-    write("accounts.key", accounts.serialize_pem())?;
-    write("accounts.pub", accounts.public_key_pem())?;
-    let key = KeyPair::generate()?;
-    let mut params = CertificateParams::default();
-    params
-        .distinguished_name
-        .push(DnType::CommonName, "cluster");
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-    write("ca.crt", params.self_signed(&key)?.pem())?;
-    let issuer = Issuer::new(params, key);
-    let leaf = |name: &str, subject: &[(DnType, &str)], names: Vec<String>, usage| -> Result<()> {
-        let key = KeyPair::generate()?;
-        let mut params = CertificateParams::new(names)?;
-        for (kind, value) in subject {
-            params.distinguished_name.push(kind.clone(), *value);
-        }
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![usage];
-        write(
-            &format!("{name}.crt"),
-            params.signed_by(&key, &issuer)?.pem(),
-        )?;
-        write(&format!("{name}.key"), key.serialize_pem())
-    };
-    leaf(
-        "server",
-        &[(DnType::CommonName, "kube-apiserver")],
-        vec![ip.to_string(), "localhost".into()],
-        ExtendedKeyUsagePurpose::ServerAuth,
-    )?;
-    let admin = [
-        (DnType::CommonName, "admin"),
-        (DnType::OrganizationName, "system:masters"),
-    ];
-    leaf(
-        "admin",
-        &admin,
-        Vec::new(),
-        ExtendedKeyUsagePurpose::ClientAuth,
-    )
 }

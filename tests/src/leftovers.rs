@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::cgroup::Hierarchy;
 use crate::id::MeshId;
 use crate::netns::Netns;
 use crate::{cgroup, mounts};
@@ -24,11 +25,13 @@ pub fn remove_own() -> Result<Vec<MeshId>> {
 /// What of a mesh there is: namespaces, cgroup, pins, temporary folder. Nothing after it was dropped.
 pub fn traces(id: MeshId) -> Result<Vec<PathBuf>> {
     let folder = id.folder_name();
-    let folders = [
+    let mut folders = vec![
         mounts::cgroup2()?.join(&folder),
         Path::new(mounts::BPFFS).join(&folder),
         id.temporary_folder(),
     ];
+    let hierarchies = Hierarchy::all()?.into_iter();
+    folders.extend(hierarchies.map(|one| one.mount.join(&folder)));
     let names = Netns::names()
         .into_iter()
         .filter(|name| MeshId::of_netns_name(name) == Some(id));
@@ -43,6 +46,10 @@ pub(crate) fn remove(id: MeshId) -> Result<()> {
     let folder = id.folder_name();
     let mut results = Vec::new();
     results.push(mounts::cgroup2().and_then(|mount| cgroup::remove(&mount.join(&folder))));
+    // What ran in these was in that one, too.
+    for hierarchy in Hierarchy::all()? {
+        results.push(hierarchy.remove(Path::new(&folder)));
+    }
     for name in Netns::names() {
         if MeshId::of_netns_name(&name) == Some(id) {
             results.push(Netns::remove(&name));

@@ -26,6 +26,15 @@ pub fn pod_app() -> Result<PathBuf> {
     )
 }
 
+/// The first process of a cluster's node: environment variable `KUBE_NODE`, else this workspace's build.
+pub(crate) fn kube_node() -> Result<PathBuf> {
+    find(
+        "KUBE_NODE",
+        &["kube-node", "release/kube-node", "debug/kube-node"],
+        "cargo build --release -p mesh-tests",
+    )
+}
+
 fn find(variable: &str, candidates: &[&str], how: &str) -> Result<PathBuf> {
     if let Some(path) = env::var_os(variable) {
         let path = PathBuf::from(path);

@@ -25,6 +25,11 @@ pub(crate) fn pod_ipv6(node: u8, pod: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd77, u16::from(node), 0, 0, 0, 0, 0, u16::from(pod))
 }
 
+/// The IPv4 network of a node's pods.
+pub(crate) fn pod_network(node: u8) -> String {
+    format!("{}/24", pod_ipv4(node, 0))
+}
+
 /// The interface on the wire that leads to a node.
 pub(crate) fn node_link(node: u8) -> String {
     format!("n{node}")
@@ -124,6 +129,15 @@ pub(crate) fn outside(netns: &Netns, nodes: &[u8]) -> Result<()> {
     ip(Some(netns.name()), &commands)
 }
 
+/// Sends what nodes have no route for to the host outside. The kernel must have one for an address before netfilter can
+/// translate it.
+pub(crate) fn outside_is_default_route<'a>(nodes: impl Iterator<Item = &'a Netns>) -> Result<()> {
+    let command = [format!("route add default via {OUTSIDE_IPV4} dev eth0")];
+    nodes
+        .into_iter()
+        .try_for_each(|node| ip(Some(node.name()), &command))
+}
+
 /// A pod's link to its node's bridge, its addresses and its default routes.
 ///
 /// The hardware address follows from the first address, so that a pod that is made anew with its old address needs no
@@ -189,11 +203,13 @@ fn hardware_address([a, b, c, d]: [u8; 4]) -> String {
 pub(crate) const OUTSIDE_IPV4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 /// The outside host's IPv6 address, of the documentation prefix (RFC 3849).
 pub(crate) const OUTSIDE_IPV6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
+/// All nodes' pods.
+pub(crate) const POD_NETWORKS: &str = "10.77.0.0/16";
 const OUTSIDE_NETWORK4: &str = "192.0.2.0/24";
 const OUTSIDE_NETWORK6: &str = "2001:db8::/64";
 const NODE_NETWORK4: &str = "172.31.0.0/24";
 const NODE_NETWORK6: &str = "fd31::/64";
 pub(crate) const OUTSIDE_LINK: &str = "outside";
 pub(crate) const BRIDGE: &str = "br0";
-const POD_BRIDGE: &str = "cni0";
+pub(crate) const POD_BRIDGE: &str = "cni0";
 const GATEWAY: u8 = 1;

@@ -1,0 +1,121 @@
+//! Makes itself a node for containers: mounts and cgroups of its own, as the first process of a machine would. Others
+//! enter its namespaces; when it is killed with them, all of that is gone.
+//!
+//! Its network namespace is the one that it is started in.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+#[derive(Debug, Parser)]
+#[command(about = "Holds the namespaces of a node that runs containers")]
+struct Arguments {
+    /// The folder of each cgroup hierarchy that the node is to take for its root, as OPTIONS=FOLDER with the options of
+    /// the mount, such as `memory=/sys/fs/cgroup/memory/x`; the one of version 2 has none
+    #[arg(long = "root", required = true)]
+    roots: Vec<Root>,
+    /// The folder below the root of version 2 that it goes to itself
+    #[arg(long)]
+    leaf: String,
+}
+
+#[derive(Debug, Clone)]
+struct Root {
+    options: String,
+    folder: PathBuf,
+}
+
+impl std::str::FromStr for Root {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // `name=systemd=/x`: the options may have a `=`, our folders have none.
+        let (options, folder) = text.rsplit_once('=').ok_or("is not OPTIONS=FOLDER")?;
+        Ok(Self {
+            options: options.to_owned(),
+            folder: folder.into(),
+        })
+    }
+}
+
+impl Root {
+    /// The folder below /sys/fs/cgroup that hierarchies of these options are mounted on.
+    fn name(&self) -> &str {
+        match self.options.as_str() {
+            "" => "unified",
+            options => options.trim_start_matches("none,name="),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match become_node(&Arguments::parse()) {
+        Ok(()) => loop {
+            nix::unistd::pause();
+        },
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn become_node(arguments: &Arguments) -> Result<()> {
+    for root in &arguments.roots {
+        join(&root.folder)?;
+    }
+    unshare(CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWNS)
+        .context("making namespaces for mounts and cgroups")?;
+    // Nothing of this is to be seen outside; but what kubelet mounts, containers are to see.
+    for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            propagation | MsFlags::MS_REC,
+            None::<&str>,
+        )
+        .context("keeping mounts to the node")?;
+    }
+    for folder in ["/run", "/var/lib", "/var/log", CGROUPS] {
+        mount_on("tmpfs", Path::new(folder), Some("mode=755"))?;
+    }
+    for root in &arguments.roots {
+        let folder = Path::new(CGROUPS).join(root.name());
+        fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
+        match root.options.as_str() {
+            "" => mount_on("cgroup2", &folder, None)?,
+            options => mount_on("cgroup", &folder, Some(options))?,
+        }
+    }
+    mount_on("bpf", Path::new("/sys/fs/bpf"), Some("mode=700"))?;
+    for folder in ["/run/netns", "/run/lock"] {
+        fs::create_dir(folder).with_context(|| format!("making {folder}"))?;
+    }
+    join(&Path::new(CGROUPS).join("unified").join(&arguments.leaf))?;
+    println!("ready");
+    Ok(())
+}
+
+/// Moves this process into the cgroup.
+fn join(folder: &Path) -> Result<()> {
+    let members = folder.join("cgroup.procs");
+    OpenOptions::new()
+        .write(true)
+        .open(&members)
+        .and_then(|mut file| file.write_all(b"0"))
+        .with_context(|| format!("writing {}", members.display()))
+}
+
+fn mount_on(kind: &str, folder: &Path, options: Option<&str>) -> Result<()> {
+    mount(Some(kind), folder, Some(kind), MsFlags::empty(), options)
+        .with_context(|| format!("mounting {kind} on {}", folder.display()))
+}
+
+const CGROUPS: &str = "/sys/fs/cgroup";

@@ -1,0 +1,84 @@
+//! The images that a cluster's pods run.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::node::PAUSE;
+use super::oci::Image;
+use crate::process::Process;
+
+/// The image of [`tools`].
+pub const TOOLS: &str = "docker.io/library/tools:1";
+
+/// The image of the daemon: the program without its line tables, the shared libraries that it needs, and nothing else.
+/// Gives the digest of its manifest.
+pub fn auth_daemon_image(program: &Path, reference: &str, output: &Path) -> Result<String> {
+    let stripped = output.with_extension("stripped");
+    let mut command = Command::new("strip");
+    command
+        .arg("--strip-debug")
+        .arg("-o")
+        .arg(&stripped)
+        .arg(program);
+    Process::spawn(command)?.finish(super::START)?.ok()?;
+    let mut image = Image::new(json!({
+        "Entrypoint": ["/usr/bin/auth-daemon"],
+        "Env": ["PATH=/usr/bin"],
+        // Who needs more asks for it in the pod's security context.
+        "User": "65532:65532",
+        "Labels": {
+            "org.opencontainers.image.title": "auth-daemon",
+            "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+            "org.opencontainers.image.licenses": "Apache-2.0",
+        },
+    }));
+    let written = image
+        .program("/usr/bin/auth-daemon", &stripped)
+        .and_then(|()| image.write(reference, output));
+    let _ = fs::remove_file(&stripped);
+    written
+}
+
+/// The program in the same image as the one that it holds: for the tests' pods, a shell with what they run.
+pub(super) fn tools(folder: &Path) -> Result<PathBuf> {
+    let mut image = Image::new(json!({
+        "Cmd": ["/bin/sleep", "2147483647"],
+        "Env": ["PATH=/usr/bin:/bin"],
+    }));
+    image.folder("/tmp", Some(0o1777))?;
+    let busybox = find("busybox")?;
+    image.program("/bin/busybox", &busybox)?;
+    let mut command = Command::new(&busybox);
+    command.arg("--list");
+    let applets = Process::spawn(command)?.finish(super::START)?.ok()?.stdout;
+    for applet in applets.lines().filter(|applet| *applet != "busybox") {
+        image.link(Path::new("/bin").join(applet), "busybox")?;
+    }
+    image.program("/usr/bin/curl", &find("curl")?)?;
+    let archive = folder.join("tools.tar");
+    image.write(TOOLS, &archive)?;
+    Ok(archive)
+}
+
+/// A program that does nothing for ever.
+pub(super) fn pause(folder: &Path) -> Result<PathBuf> {
+    let mut image = Image::new(json!({"Cmd": ["/bin/sleep", "2147483647"]}));
+    image.program("/bin/busybox", &find("busybox")?)?;
+    image.link("/bin/sleep", "busybox")?;
+    let archive = folder.join("pause.tar");
+    image.write(PAUSE, &archive)?;
+    Ok(archive)
+}
+
+fn find(name: &str) -> Result<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("there is no {name}"))
+}

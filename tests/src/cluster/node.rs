@@ -1,0 +1,288 @@
+//! A node of a cluster: containerd, kubelet and kube-proxy in namespaces of their own, with the usual paths inside.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, anyhow};
+use nix::sched::{CloneFlags, setns};
+use serde_json::{Value, json};
+
+use super::START;
+use crate::cgroup::Hierarchy;
+use crate::eventually::eventually_ok;
+use crate::kubernetes::{self, Kubernetes};
+use crate::locate::kube_node;
+use crate::node::Node;
+use crate::plumbing;
+use crate::process::{Finished, Process};
+
+/// A node that runs containers. Its network is that of a [`Node`] of the mesh; its mounts and cgroups are its own, and go
+/// with its processes.
+#[derive(Debug)]
+pub struct ClusterNode {
+    node: Node,
+    /// Folders of the version 1 hierarchies.
+    cgroups: Vec<PathBuf>,
+    mounts: File,
+    cgroup_root: File,
+    programs: Vec<(&'static str, Process)>,
+    _holder: Process,
+}
+
+impl ClusterNode {
+    /// Starts containerd on `node`.
+    pub(super) fn start(node: &Node, mesh_folder: &str) -> Result<Self> {
+        let below = Path::new(mesh_folder).join(node.name());
+        let mut roots = vec![format!("={}", node.cgroup().display())];
+        let mut cgroups = Vec::new();
+        for hierarchy in Hierarchy::all()? {
+            let folder = hierarchy.create(&below)?;
+            roots.push(format!("{}={}", hierarchy.options, folder.display()));
+            cgroups.push(folder);
+        }
+        let mut command = node.place().command(kube_node()?)?;
+        command.args(roots.iter().flat_map(|root| ["--root", root]));
+        command.args(["--leaf", "host"]);
+        let mut holder = Process::spawn(command)?;
+        holder.wait_for_line("a node's namespaces", START, |line| {
+            (line == "ready").then_some(())
+        })?;
+        let namespace = |name: &str| {
+            let path = format!("/proc/{}/ns/{name}", holder.pid());
+            File::open(&path).with_context(|| format!("opening {path}"))
+        };
+        let mut started = Self {
+            node: node.clone(),
+            cgroups,
+            mounts: namespace("mnt")?,
+            cgroup_root: namespace("cgroup")?,
+            programs: Vec::new(),
+            _holder: holder,
+        };
+        started.start_containerd()?;
+        Ok(started)
+    }
+
+    /// Its name, as the API has it.
+    pub fn name(&self) -> &str {
+        self.node.name()
+    }
+
+    /// The node of the mesh that it is: its network namespace, its addresses, its cgroup.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// A command that will run on the node, outside of any container.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
+        let join = |folder: &PathBuf| {
+            let path = folder.join("cgroup.procs");
+            OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .with_context(|| format!("opening {}", path.display()))
+        };
+        let cgroups: Vec<File> = self.cgroups.iter().map(join).collect::<Result<_>>()?;
+        let mounts = self.mounts.try_clone().context("sharing a namespace")?;
+        let cgroup_root = self
+            .cgroup_root
+            .try_clone()
+            .context("sharing a namespace")?;
+        let mut command = self.node.place().command(program)?;
+        // SAFETY: between fork and exec only write(2) and setns(2) are called, both async-signal-safe, on files that
+        // the closure owns; nothing is allocated.
+        unsafe {
+            command.pre_exec(move || {
+                for procs in &cgroups {
+                    nix::unistd::write(procs, b"0").map_err(io::Error::from)?;
+                }
+                setns(&mounts, CloneFlags::CLONE_NEWNS).map_err(io::Error::from)?;
+                setns(&cgroup_root, CloneFlags::CLONE_NEWCGROUP).map_err(io::Error::from)
+            });
+        }
+        Ok(command)
+    }
+
+    /// Runs a program on the node to its end, outside of any container.
+    pub fn run<A: AsRef<OsStr>>(
+        &self,
+        program: &str,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Finished> {
+        let mut command = self.command(program)?;
+        command.args(arguments);
+        Process::spawn(command)?
+            .finish(START)
+            .with_context(|| format!("on {}", self.name()))
+    }
+
+    /// Gives its containers an image, from an OCI archive.
+    pub fn load(&self, archive: &Path) -> Result<()> {
+        let mut command = self.command("ctr")?;
+        command
+            .args(["-n", "k8s.io", "images", "import"])
+            .arg(archive);
+        Process::spawn(command)?
+            .finish(START)?
+            .ok()
+            .map(drop)
+            .with_context(|| format!("loading {} on {}", archive.display(), self.name()))
+    }
+
+    /// The last lines of what its programs say.
+    pub(super) fn last_words(&self, lines: usize) -> String {
+        let logs = self.programs.iter().map(|(name, _)| {
+            let log = fs::read(self.log(name)).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let all: Vec<&str> = log.lines().collect();
+            let last = all[all.len().saturating_sub(lines)..].join("\n");
+            format!("---- {name} on {}\n{last}\n", self.name())
+        });
+        logs.collect()
+    }
+
+    fn log(&self, program: &str) -> PathBuf {
+        self.node.folder().join(format!("{program}.log"))
+    }
+
+    /// Starts one of its programs, whose log goes to a file: they say much.
+    fn start_program(&mut self, name: &'static str, mut command: Command) -> Result<()> {
+        let log = File::create(self.log(name)).context("making a log")?;
+        command
+            .stdout(log.try_clone().context("sharing a log")?)
+            .stderr(log);
+        self.programs.push((name, Process::spawn_as_is(command)?));
+        Ok(())
+    }
+
+    fn start_containerd(&mut self) -> Result<()> {
+        let networks = self.node.folder().join("networks");
+        fs::create_dir_all(&networks).context("making a folder for the network's description")?;
+        let network = json!({
+            "cniVersion": "0.4.0", "name": "pods",
+            "plugins": [{
+                "type": "bridge", "bridge": plumbing::POD_BRIDGE, "isGateway": true, "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "ranges": [[{"subnet": plumbing::pod_network(self.node.number())}]],
+                    "routes": [{"dst": "0.0.0.0/0"}],
+                },
+            }],
+        });
+        self.write("networks/pods.conflist", &network.to_string())?;
+        let config = format!(
+            r#"version = 2
+[plugins."io.containerd.internal.v1.opt"]
+  path = "/var/lib/containerd/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{PAUSE}"
+  # Without CAP_SYS_RESOURCE, which a machine may lack, nothing can be made less likely to be killed.
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{PLUGINS}"
+    conf_dir = "{}"
+"#,
+            networks.display()
+        );
+        let path = self.write("containerd.toml", &config)?;
+        let mut command = self.command("containerd")?;
+        command.arg("--config").arg(path);
+        self.start_program("containerd", command)?;
+        eventually_ok(START, "containerd", || self.run("ctr", ["version"])?.ok())
+            .map(drop)
+            .with_context(|| self.last_words(10))
+    }
+
+    /// Joins the cluster.
+    pub(super) fn join(&mut self, api: &Kubernetes) -> Result<()> {
+        let (name, address) = (self.name().to_owned(), self.node.ipv4().to_string());
+        let user = format!("system:node:{name}");
+        let kubeconfig =
+            api.write_client(&name, (&user, Some("system:nodes")), &[&name, &address])?;
+        let beside = |extension: &str| kubeconfig.with_extension(extension);
+        // Whatever names the machine looks up, pods do not.
+        let resolv = self.write("resolv.conf", "")?;
+        let config = json!({
+            "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
+            "address": address,
+            "authentication": {
+                "anonymous": {"enabled": false}, "webhook": {"enabled": true},
+                "x509": {"clientCAFile": api.certificate_authority()},
+            },
+            "authorization": {"mode": "Webhook"},
+            "tlsCertFile": beside("crt"), "tlsPrivateKeyFile": beside("key"),
+            "cgroupDriver": "cgroupfs", "enforceNodeAllocatable": [],
+            "clusterDomain": "cluster.local", "resolvConf": resolv,
+            "failSwapOn": false, "healthzPort": 0,
+            // The machine's disk is not the node's.
+            "imageGCHighThresholdPercent": 100,
+            "evictionHard": {"nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%"},
+        });
+        let config = self.write("kubelet.json", &config.to_string())?;
+        let mut command = self.command(kubernetes::program("kubelet"))?;
+        command
+            .arg("--config")
+            .arg(config)
+            .arg("--kubeconfig")
+            .arg(&kubeconfig)
+            .arg(format!("--hostname-override={name}"))
+            .arg(format!("--node-ip={address}"))
+            .args(["--container-runtime=remote"])
+            .args(["--container-runtime-endpoint=unix:///run/containerd/containerd.sock"])
+            .args(["--volume-plugin-dir=/var/lib/kubelet/volume-plugins"]);
+        self.start_program("kubelet", command)?;
+
+        let user = format!("{name}-proxy");
+        let proxy = api.write_client(&user, ("system:kube-proxy", None), &[])?;
+        let mut command = self.command(kubernetes::program("kube-proxy"))?;
+        command
+            .arg("--kubeconfig")
+            .arg(proxy)
+            .arg(format!("--hostname-override={name}"))
+            .arg(format!("--cluster-cidr={}", plumbing::POD_NETWORKS))
+            .args(["--proxy-mode=iptables", "--conntrack-max-per-core=0"])
+            .arg(format!("--healthz-bind-address={address}:10256"));
+        self.start_program("kube-proxy", command)
+    }
+
+    /// Waits until the API calls it ready; an error as soon as one of its programs has ended.
+    pub(super) fn wait_ready(&mut self, api: &Kubernetes) -> Result<()> {
+        let path = format!("/api/v1/nodes/{}", self.name());
+        let what = format!("node {} to be ready", self.name());
+        let outcome = eventually_ok(START, &what, || {
+            for (name, program) in &mut self.programs {
+                if let Some(status) = program.ended()? {
+                    return Ok(Err(anyhow!("{name} has ended ({status})")));
+                }
+            }
+            let node = api.get(&path)?.context("it has not joined")?;
+            let conditions = node["status"]["conditions"].as_array();
+            let ready = conditions.into_iter().flatten().any(is_ready);
+            ready
+                .then_some(Ok(()))
+                .with_context(|| format!("{}", node["status"]["conditions"]))
+        });
+        outcome
+            .and_then(|outcome| outcome)
+            .with_context(|| self.last_words(15))
+    }
+
+    fn write(&self, name: &str, content: &str) -> Result<PathBuf> {
+        let path = self.node.folder().join(name);
+        fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path)
+    }
+}
+
+fn is_ready(condition: &Value) -> bool {
+    condition["type"] == "Ready" && condition["status"] == "True"
+}
+
+/// What holds the namespaces of a pod.
+pub(super) const PAUSE: &str = "docker.io/library/pause:1";
+/// Where Debian's package has them.
+pub(super) const PLUGINS: &str = "/usr/lib/cni";

@@ -1,0 +1,349 @@
+//! A container image as an OCI archive (image-spec 1.0: `oci-layout`, `index.json`, `blobs`), without Docker.
+//!
+//! The same files give the same bytes: entries are in order, and nobody's clock or user is in them.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use aws_lc_rs::digest;
+use serde_json::{Value, json};
+use tar::{Builder, EntryType, Header};
+
+/// What an image holds, and how it is started.
+#[derive(Debug, Clone, Default)]
+pub struct Image {
+    entries: BTreeMap<PathBuf, Entry>,
+    config: Value,
+}
+
+#[derive(Debug, Clone)]
+enum Entry {
+    Folder(u32),
+    File(PathBuf),
+    Link(PathBuf),
+}
+
+impl Image {
+    /// An empty one. `config` is the image's `config` (image-spec, config.md): `Entrypoint`, `Cmd`, `User`, `Env`, …
+    pub fn new(config: Value) -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            config,
+        }
+    }
+
+    /// Adds a folder, open to all but for writing; `mode` says otherwise.
+    pub fn folder(&mut self, path: impl Into<PathBuf>, mode: Option<u32>) -> Result<()> {
+        self.add(path.into(), Entry::Folder(mode.unwrap_or(0o755)))
+    }
+
+    /// Adds a symbolic link at `path`.
+    pub fn link(&mut self, path: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Result<()> {
+        self.add(path.into(), Entry::Link(target.into()))
+    }
+
+    /// Adds a program of this machine at `path`, and the shared libraries that it needs where its loader looks for them.
+    pub fn program(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
+        for library in libraries(source)? {
+            self.add(library.clone(), Entry::File(library))?;
+        }
+        self.add(path.into(), Entry::File(source.to_owned()))
+    }
+
+    fn add(&mut self, path: PathBuf, entry: Entry) -> Result<()> {
+        let plain = path.is_absolute()
+            && path.file_name().is_some()
+            && path
+                .components()
+                .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        ensure!(plain, "{}: is no plain absolute path", path.display());
+        for above in path.ancestors().skip(1) {
+            if above.file_name().is_some() && !self.entries.contains_key(above) {
+                self.entries.insert(above.to_owned(), Entry::Folder(0o755));
+            }
+        }
+        self.entries.insert(path, entry);
+        Ok(())
+    }
+
+    /// Writes the archive to `output`, for containerd to import under the name `reference`, such as
+    /// `docker.io/library/auth-daemon:0.1.0`. Gives the digest of the image's manifest.
+    pub fn write(&self, reference: &str, output: &Path) -> Result<String> {
+        let (_, tag) = reference
+            .rsplit_once(':')
+            .filter(|(_, tag)| !tag.contains('/'))
+            .with_context(|| format!("the image's name {reference} has no tag"))?;
+        let platform = json!({"architecture": architecture()?, "os": "linux"});
+
+        let mut blobs = BTreeMap::new();
+        let mut keep = |content: Vec<u8>| {
+            let (digest, size) = (sha256(&content), content.len());
+            blobs.insert(digest.clone(), content);
+            (format!("sha256:{digest}"), size)
+        };
+        let (layer, layer_size) = keep(self.layer()?);
+        let mut config = platform.clone();
+        config["config"] = self.config.clone();
+        config["rootfs"] = json!({"type": "layers", "diff_ids": [layer]});
+        let (config, config_size) = keep(config.to_string().into_bytes());
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": {"mediaType": CONFIG, "digest": config, "size": config_size},
+            "layers": [{"mediaType": LAYER, "digest": layer, "size": layer_size}],
+        });
+        let (manifest, manifest_size) = keep(manifest.to_string().into_bytes());
+        let index = json!({
+            "schemaVersion": 2,
+            "mediaType": INDEX,
+            "manifests": [{
+                "mediaType": MANIFEST, "digest": manifest, "size": manifest_size, "platform": platform,
+                "annotations": {
+                    "io.containerd.image.name": reference,
+                    "org.opencontainers.image.ref.name": tag,
+                },
+            }],
+        });
+
+        let file = File::create(output).with_context(|| format!("making {}", output.display()))?;
+        let mut archive = Builder::new(BufWriter::new(file));
+        let written = (|| -> io::Result<()> {
+            append(&mut archive, "oci-layout", 0o644, LAYOUT.as_bytes())?;
+            append(
+                &mut archive,
+                "index.json",
+                0o644,
+                index.to_string().as_bytes(),
+            )?;
+            for (digest, content) in &blobs {
+                append(
+                    &mut archive,
+                    &format!("blobs/sha256/{digest}"),
+                    0o644,
+                    content,
+                )?;
+            }
+            archive.into_inner()?.flush()
+        })();
+        written.with_context(|| format!("writing {}", output.display()))?;
+        Ok(manifest)
+    }
+
+    /// The image's only layer. In memory: the largest program in it is some tens of megabytes.
+    fn layer(&self) -> Result<Vec<u8>> {
+        let mut layer = Builder::new(Vec::new());
+        for (path, entry) in &self.entries {
+            let name = path.strip_prefix("/").unwrap_or(path);
+            let added = match entry {
+                Entry::Folder(mode) => {
+                    let mut header = header(EntryType::Directory, *mode, 0);
+                    layer.append_data(&mut header, name.join(""), io::empty())
+                }
+                Entry::Link(target) => {
+                    let mut header = header(EntryType::Symlink, 0o777, 0);
+                    layer.append_link(&mut header, name, target)
+                }
+                Entry::File(source) => fs::metadata(source).and_then(|metadata| {
+                    let mode = if metadata.permissions().mode() & 0o111 == 0 {
+                        0o644
+                    } else {
+                        0o755
+                    };
+                    append(&mut layer, name, mode, &fs::read(source)?)
+                }),
+            };
+            added.with_context(|| format!("adding {}", path.display()))?;
+        }
+        layer.into_inner().context("ending the layer")
+    }
+}
+
+/// What `program` loads when it is started, its loader included, as `ldd` says; nothing when it is linked statically.
+pub fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd")
+        .arg(program)
+        .env("LC_ALL", "C")
+        .output()
+        .context("cannot run `ldd`")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        if complaint.contains("not a dynamic executable") || said.contains("not a dynamic") {
+            return Ok(Vec::new());
+        }
+        bail!("`ldd {}`: {}", program.display(), complaint.trim());
+    }
+    parse_ldd(&said).with_context(|| format!("`ldd {}`", program.display()))
+}
+
+fn parse_ldd(said: &str) -> Result<Vec<PathBuf>> {
+    let mut libraries = Vec::new();
+    for line in said.lines() {
+        let what = line.split(" (0x").next().unwrap_or(line).trim();
+        let path = what.split_once(" => ").map_or(what, |(_, path)| path);
+        if path.starts_with('/') {
+            libraries.push(PathBuf::from(path));
+        } else if path == "not found" {
+            bail!("a library is missing: {what}");
+        }
+        // Else the kernel's own, linux-vdso, which is no file; or "statically linked".
+    }
+    Ok(libraries)
+}
+
+fn append(
+    archive: &mut Builder<impl Write>,
+    name: impl AsRef<Path>,
+    mode: u32,
+    content: &[u8],
+) -> io::Result<()> {
+    let mut header = header(EntryType::Regular, mode, content.len() as u64);
+    archive.append_data(&mut header, name, content)
+}
+
+fn header(kind: EntryType, mode: u32, size: u64) -> Header {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_size(size);
+    header.set_mtime(0);
+    header.set_uid(0);
+    header.set_gid(0);
+    header
+}
+
+/// As Go calls it (image-spec, config.md).
+fn architecture() -> Result<&'static str> {
+    match env::consts::ARCH {
+        "x86_64" => Ok("amd64"),
+        "aarch64" => Ok("arm64"),
+        other => bail!("no image is made for {other}"),
+    }
+}
+
+fn sha256(content: &[u8]) -> String {
+    digest::digest(&digest::SHA256, content)
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+const LAYOUT: &str = r#"{"imageLayoutVersion":"1.0.0"}"#;
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn read(archive: &Path) -> BTreeMap<String, Vec<u8>> {
+        let mut archive = tar::Archive::new(File::open(archive).unwrap());
+        let entries = archive.entries().unwrap().map(|entry| {
+            let mut entry = entry.unwrap();
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content).unwrap();
+            (entry.path().unwrap().display().to_string(), content)
+        });
+        entries.collect()
+    }
+
+    #[test]
+    fn an_archive_leads_from_its_index_to_its_files() {
+        let folder = env::temp_dir().join(format!("oci-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let mut image = Image::new(json!({"Entrypoint": ["/usr/bin/x"]}));
+        image.folder("/tmp", Some(0o1777)).unwrap();
+        image.link("/bin", "usr/bin").unwrap();
+        image
+            .program("/usr/bin/x", &env::current_exe().unwrap())
+            .unwrap();
+        let (one, other) = (folder.join("one.tar"), folder.join("other.tar"));
+        let digest = image.write("example.org/x:1", &one).unwrap();
+        assert_eq!(digest, image.write("example.org/x:1", &other).unwrap());
+        assert_eq!(fs::read(&one).unwrap(), fs::read(&other).unwrap());
+
+        let files = read(&one);
+        fs::remove_dir_all(&folder).unwrap();
+        let blob = |descriptor: &Value| {
+            let digest = descriptor["digest"].as_str().unwrap();
+            let content = &files[&digest.replacen("sha256:", "blobs/sha256/", 1)];
+            assert_eq!(format!("sha256:{}", sha256(content)), digest);
+            assert_eq!(descriptor["size"], content.len());
+            content.as_slice()
+        };
+        let json = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).unwrap();
+        assert_eq!(json(&files["oci-layout"])["imageLayoutVersion"], "1.0.0");
+        let index = json(&files["index.json"]);
+        assert_eq!(index["manifests"][0]["digest"], digest);
+        let manifest = json(blob(&index["manifests"][0]));
+        let config = json(blob(&manifest["config"]));
+        assert_eq!(config["config"]["Entrypoint"][0], "/usr/bin/x");
+        assert_eq!(
+            config["rootfs"]["diff_ids"][0],
+            manifest["layers"][0]["digest"]
+        );
+
+        let mut layer = tar::Archive::new(blob(&manifest["layers"][0]));
+        let headers: BTreeMap<_, _> = layer
+            .entries()
+            .unwrap()
+            .map(|entry| entry.unwrap())
+            .map(|entry| {
+                (
+                    entry.path().unwrap().display().to_string(),
+                    entry.header().clone(),
+                )
+            })
+            .collect();
+        assert_eq!(headers["tmp/"].mode().unwrap(), 0o1777);
+        assert_eq!(headers["bin"].entry_type(), EntryType::Symlink);
+        assert_eq!(headers["usr/bin/x"].mode().unwrap(), 0o755);
+        assert!(
+            headers.keys().any(|name| name.contains("libc.so")),
+            "{:?}",
+            headers.keys()
+        );
+        assert!(headers.values().all(|header| header.mtime().unwrap() == 0));
+    }
+
+    #[test]
+    fn ldd_names_the_libraries() {
+        let said = "\tlinux-vdso.so.1 (0x00007ffd)\n\
+            \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
+            \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
+        let expected = [
+            "/lib/x86_64-linux-gnu/libc.so.6",
+            "/lib64/ld-linux-x86-64.so.2",
+        ];
+        assert_eq!(parse_ldd(said).unwrap(), expected.map(PathBuf::from));
+        assert_eq!(
+            parse_ldd("\tstatically linked\n").unwrap(),
+            Vec::<PathBuf>::new()
+        );
+        assert!(parse_ldd("\tlibx.so => not found\n").is_err());
+    }
+
+    #[test]
+    fn only_plain_paths_and_tagged_names() {
+        let mut image = Image::new(Value::Null);
+        for path in ["etc", "/etc/../x", "/"] {
+            assert!(image.folder(path, None).is_err(), "{path}");
+        }
+        for name in ["x", "localhost:5000/x"] {
+            assert!(
+                image.write(name, Path::new("/nonexistent/x")).is_err(),
+                "{name}"
+            );
+        }
+    }
+}
