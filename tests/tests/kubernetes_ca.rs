@@ -1,4 +1,4 @@
-//! The CA in a cluster: the real program against a real API server, with no other rights than deploy/ca/rbac.yaml gives.
+//! The CA in a cluster: the real program against a real API server, with no other rights than deploy/base/ca-rbac.yaml gives.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use mesh_tests::{
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-const NAMESPACE: &str = "auth-daemon";
+const NAMESPACE: &str = "auth-system";
 const LABEL: &str = "auth-daemon.io/ca-leader";
 /// A lease and a half.
 const HAND_OVER: Duration = Duration::from_secs(60);
@@ -46,10 +46,7 @@ impl Ca {
         command
             .args(["ca", "--config"])
             .arg(&file)
-            .env(
-                "KUBECONFIG",
-                cluster.kubeconfig_of(NAMESPACE, "auth-daemon-ca")?,
-            )
+            .env("KUBECONFIG", cluster.kubeconfig_of(NAMESPACE, "auth-ca")?)
             .env_remove("POD_NAME");
         if !replica.is_empty() {
             command.env("POD_NAME", replica);
@@ -100,8 +97,10 @@ fn ensure(holds: bool, evidence: &dyn std::fmt::Display) -> Result<()> {
 
 fn cluster(test: &str) -> Option<Arc<Kubernetes>> {
     let cluster = Kubernetes::shared(test)?;
-    let role = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/ca/rbac.yaml");
-    cluster.apply(&role).expect("the CA's role");
+    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/base");
+    for file in ["namespace.yaml", "ca-rbac.yaml"] {
+        cluster.apply(&deploy.join(file)).expect("the CA's role");
+    }
     Some(cluster)
 }
 
@@ -124,7 +123,7 @@ fn replicas_hand_the_ca_over_and_nothing_is_lost() -> Result<()> {
         return Ok(());
     };
     for (name, address) in [("ca-a", "10.9.0.1"), ("ca-b", "10.9.0.2")] {
-        cluster.pod(NAMESPACE, name, "auth-daemon-ca", "node-a", address)?;
+        cluster.pod(NAMESPACE, name, "auth-ca", "node-a", address)?;
     }
     let none = json!({});
     let mut a = Ca::start(&cluster, "handed", "ca-a", &none)?;
@@ -223,9 +222,9 @@ fn secrets_with_certificates_follow_their_service_accounts() -> Result<()> {
         cluster.namespace(namespace)?;
         let binding = json!({
             "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
-            "metadata": {"name": "auth-daemon-ca-secrets"},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "auth-daemon-ca-secrets"},
-            "subjects": [{"kind": "ServiceAccount", "name": "auth-daemon-ca", "namespace": NAMESPACE}],
+            "metadata": {"name": "auth-ca-secrets"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "auth-ca-secrets"},
+            "subjects": [{"kind": "ServiceAccount", "name": "auth-ca", "namespace": NAMESPACE}],
         });
         let path =
             format!("/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings");

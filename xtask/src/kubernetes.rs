@@ -1,4 +1,4 @@
-//! `cargo xtask kubernetes`: the programs of a real Kubernetes, for the tests that need an API server.
+//! `cargo xtask kubernetes`: the programs of a real Kubernetes, for the tests that need an API server or a whole cluster.
 //!
 //! Debian has no package of them, but the source: what is built is that, with Debian's Go. The result stays in a folder,
 //! so that it is there at once the next time.
@@ -16,12 +16,24 @@ use crate::step::{self, executable, run, step, which};
 /// Where the programs go, unless `$KUBE` says otherwise. The tests look in the same place.
 const DEFAULT_FOLDER: &str = "/opt/kube";
 /// What is built: the names of folders below `cmd/`.
-const PROGRAMS: [&str; 1] = ["kube-apiserver"];
+const PROGRAMS: [&str; 5] = [
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+];
 /// What else the tests run, and Debian's packages of it.
-const INSTALLED: [(&str, &str); 3] = [
+const INSTALLED: [(&str, &str); 9] = [
     ("etcd", "etcd-server"),
     ("kubectl", "kubernetes-client"),
     ("curl", "curl"),
+    ("containerd", "containerd"),
+    ("runc", "runc"),
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    ("iptables", "iptables"),
+    ("conntrack", "conntrack"),
+    ("busybox", "busybox-static"),
 ];
 /// What the build needs.
 const TOOLS: [&str; 6] = [
@@ -49,12 +61,17 @@ pub(crate) fn ensure() -> Result<()> {
         return Ok(());
     }
     if !apt::usable() {
-        bail!("Kubernetes is built from Debian's source, as root: this is no such machine");
+        let what = if unbuilt {
+            "is built from Debian's source".to_owned()
+        } else {
+            format!("needs {}, which apt installs", packages.join(", "))
+        };
+        bail!("Kubernetes {what}, as root: this is no such machine");
     }
     if unbuilt {
         packages.extend(TOOLS.map(str::to_owned));
     }
-    step("install what a Kubernetes API server needs", || {
+    step("install what a Kubernetes cluster needs", || {
         apt::update()?;
         apt::install(&packages)
     })?;
@@ -73,8 +90,8 @@ pub(crate) fn ensure() -> Result<()> {
 pub(crate) fn ensure_or_say() {
     if let Err(error) = ensure() {
         eprintln!(
-            "    no Kubernetes: {error:#}\n    tests that need its API server are skipped; `cargo xtask kubernetes` \
-             tries again"
+            "    no Kubernetes: {error:#}\n    tests that need its API server or its nodes are skipped; `cargo xtask \
+             kubernetes` tries again"
         );
     }
 }

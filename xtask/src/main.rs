@@ -10,6 +10,9 @@ mod ci;
 mod clippy_ebpf;
 mod demo;
 mod deny;
+mod image;
+mod kind;
+mod kube_test;
 mod kubernetes;
 mod setup;
 mod step;
@@ -40,9 +43,16 @@ enum Command {
     Demo(demo::Arguments),
     /// Measure it against plain connections and Envoy sidecars, side by side on this machine
     Bench(bench::Arguments),
-    /// Install what tests, demo and bench run (nginx, iperf3, a Kubernetes API server, …), where it is missing
+    /// Write a container image of the daemon as an OCI archive, without Docker
+    Image(image::Arguments),
+    /// Show deploy/ on a real Kubernetes of two nodes on this machine; `test` runs the same
+    KubeTest(kube_test::Arguments),
+    /// Put deploy/ on a cluster of kind, for those who have it
+    #[command(subcommand)]
+    Kind(kind::Action),
+    /// Install what tests, demo and bench run (nginx, iperf3, Kubernetes, …), where it is missing
     Setup,
-    /// Build a Kubernetes API server into $KUBE or /opt/kube, for the tests that need one
+    /// Build Kubernetes into $KUBE or /opt/kube, for the tests that need an API server or nodes
     Kubernetes,
     /// Run clippy on the eBPF programs
     ClippyEbpf(build_ebpf::Arguments),
@@ -59,6 +69,9 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Image(arguments) => image::run(&arguments),
+        Command::KubeTest(arguments) => kube_test::run(&arguments),
+        Command::Kind(action) => kind::act(&action),
         Command::Setup => setup::run().map(|()| kubernetes::ensure_or_say()),
         Command::Kubernetes => kubernetes::ensure(),
         Command::ClippyEbpf(arguments) => clippy_ebpf::run(&arguments),

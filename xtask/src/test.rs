@@ -38,18 +38,21 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     setup::run()?;
     kubernetes::ensure_or_say();
     build::run()?;
+    run_tests(&["--workspace"], &arguments.filters)
+}
+
+/// Runs those tests that cargo's options choose and whose name contains a filter, and sums up.
+///
+/// # Errors
+/// When one fails.
+pub(crate) fn run_tests(options: &[&str], filters: &[String]) -> Result<()> {
     step("run the tests", || {
         let mut command = cargo();
         command
-            .args([
-                "test",
-                "--release",
-                "--workspace",
-                "--no-fail-fast",
-                "--",
-                "--show-output",
-            ])
-            .args(&arguments.filters)
+            .args(["test", "--release", "--no-fail-fast"])
+            .args(options)
+            .args(["--", "--show-output"])
+            .args(filters)
             .env("AUTH_DAEMON", programs()?.join("auth-daemon"));
         let (passed, summary) = watch(command)?;
         eprint!("\n{}", summary.describe());

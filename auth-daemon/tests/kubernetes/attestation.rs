@@ -271,7 +271,7 @@ async fn no_review_means_no_admission() {
     assert!(attest(&reviewer, &later).await.unwrap().is_ok());
     // The role is taken away: refused, with what the API server says.
     cluster
-        .delete("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/auth-daemon-ca")
+        .delete("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/auth-ca")
         .unwrap();
     let error = crate::eventually("the end of the CA's rights", async || {
         let token = fresh_after_a_second(&fresh);

@@ -90,13 +90,7 @@ async fn label_is_on(cluster: &Kubernetes, prefix: &str, expected: &[&str]) {
 fn pods(cluster: &Kubernetes, names: &[&str]) {
     for (name, n) in names.iter().zip(1..) {
         cluster
-            .pod(
-                NAMESPACE,
-                name,
-                "auth-daemon-ca",
-                "node-a",
-                &format!("10.9.0.{n}"),
-            )
+            .pod(NAMESPACE, name, "auth-ca", "node-a", &format!("10.9.0.{n}"))
             .unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! What the CA does in a cluster, against a real API server, with no other rights than deploy/ca/rbac.yaml gives.
+//! What the CA does in a cluster, against a real API server, with no other rights than deploy/base/ca-rbac.yaml gives.
 
 mod attestation;
 mod discovery;
@@ -17,8 +17,8 @@ use kube::{
 };
 use mesh_tests::Kubernetes;
 
-const NAMESPACE: &str = "auth-daemon";
-const ACCOUNT: &str = "auth-daemon-ca";
+const NAMESPACE: &str = "auth-system";
+const ACCOUNT: &str = "auth-ca";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The shared API server with the CA's role, and a client that has it; none where there is no API server.
@@ -30,8 +30,10 @@ async fn cluster(test: &str) -> Option<(Arc<Kubernetes>, Client)> {
 
 /// A client with the CA's role.
 async fn as_ca(cluster: &Kubernetes) -> Client {
-    let role = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/ca/rbac.yaml");
-    cluster.apply(&role).unwrap();
+    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/base");
+    for file in ["namespace.yaml", "ca-rbac.yaml"] {
+        cluster.apply(&deploy.join(file)).unwrap();
+    }
     let kubeconfig = cluster.kubeconfig_of(NAMESPACE, ACCOUNT).unwrap();
     let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
     let options = KubeConfigOptions::default();

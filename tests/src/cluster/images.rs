@@ -12,7 +12,10 @@ use super::node::PAUSE;
 use super::oci::Image;
 use crate::process::Process;
 
-/// The image of [`tools`].
+/// What deploy/ calls the daemon's image.
+pub const AUTH_DAEMON_IMAGE: &str =
+    concat!("docker.io/library/auth-daemon:", env!("CARGO_PKG_VERSION"));
+/// What every node of a [`crate::Cluster`] has: busybox and curl, and a command that does nothing for ever.
 pub const TOOLS: &str = "docker.io/library/tools:1";
 
 /// The image of the daemon: the program without its line tables, the shared libraries that it needs, and nothing else.
@@ -44,7 +47,7 @@ pub fn auth_daemon_image(program: &Path, reference: &str, output: &Path) -> Resu
     written
 }
 
-/// The program in the same image as the one that it holds: for the tests' pods, a shell with what they run.
+/// The image [`TOOLS`].
 pub(super) fn tools(folder: &Path) -> Result<PathBuf> {
     let mut image = Image::new(json!({
         "Cmd": ["/bin/sleep", "2147483647"],
@@ -65,7 +68,7 @@ pub(super) fn tools(folder: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// A program that does nothing for ever.
+/// The image [`PAUSE`].
 pub(super) fn pause(folder: &Path) -> Result<PathBuf> {
     let mut image = Image::new(json!({"Cmd": ["/bin/sleep", "2147483647"]}));
     image.program("/bin/busybox", &find("busybox")?)?;

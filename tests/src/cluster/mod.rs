@@ -27,7 +27,7 @@ use crate::plumbing;
 use crate::process::{Finished, Process};
 use crate::wire::Wire;
 
-pub use images::{TOOLS, auth_daemon_image};
+pub use images::{AUTH_DAEMON_IMAGE, TOOLS, auth_daemon_image};
 pub use node::ClusterNode;
 pub use oci::{Image, libraries};
 

@@ -1,0 +1,34 @@
+//! `cargo xtask kube-test`: deploy/ on a real Kubernetes of two nodes on this machine.
+
+use anyhow::{Result, bail};
+
+use crate::step::root;
+use crate::{build, kubernetes, setup, test};
+
+/// Options of the test.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Test what is built already
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// Installs and builds what the cluster and its pods need, and runs the tests that use it.
+///
+/// # Errors
+/// When not root, when something does not build, or when a test fails. Where no cluster can be made here, it says that it
+/// skips, and why.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if !root() {
+        bail!(
+            "the cluster's nodes are namespaces, which needs root (sudo -E cargo xtask kube-test)"
+        );
+    }
+    setup::run()?;
+    kubernetes::ensure_or_say();
+    if !arguments.no_build {
+        build::run()?;
+    }
+    // Of the whole workspace: with fewer crates, some would be built with other features, and once more.
+    test::run_tests(&["--workspace", "--test", "cluster"], &[])
+}
