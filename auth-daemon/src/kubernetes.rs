@@ -3,16 +3,20 @@
 //! Calls do not go through [`kube::Api`]: that reads an answer of any length, without a deadline, and logs the whole of
 //! one that it cannot parse, tokens and keys included.
 
-use std::{env, error::Error, marker::PhantomData, time::Duration};
+pub mod objects;
+
+use std::{env, error::Error, fmt::Debug, marker::PhantomData, time::Duration};
 
 use axum::body::{Body, to_bytes};
+use futures_util::{Stream, StreamExt};
 use k8s_openapi::NamespaceResourceScope;
 use kube::{
-    Client, Config, Resource,
+    Api, Client, Config, Resource,
     api::{DeleteParams, GetParams, ListParams, Patch, PatchParams, PostParams, Preconditions},
     client::{Body as ClientBody, ClientBuilder},
     config::KubeConfigOptions,
     core::{ObjectList, Request, Status},
+    runtime::{WatchStreamExt, watcher},
 };
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use serde::{Serialize, de::DeserializeOwned};
@@ -130,7 +134,7 @@ impl<K> std::fmt::Debug for Objects<K> {
     }
 }
 
-impl<K: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone> Objects<K> {
+impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
     /// Those of `namespace`.
     pub fn of(client: Client, namespace: &str) -> Self
     where
@@ -179,14 +183,20 @@ impl<K: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone> Objec
     }
 
     /// Makes an object; returns it as it is kept.
-    pub async fn create(&self, object: &K) -> Result<K, Fault> {
+    pub async fn create(&self, object: &K) -> Result<K, Fault>
+    where
+        K: Serialize,
+    {
         let body = serialize(object)?;
         self.call(self.request.create(&PostParams::default(), body))
             .await
     }
 
     /// Replaces an object, if it still has the resource version that `object` names.
-    pub async fn replace(&self, name: &str, object: &K) -> Result<K, Fault> {
+    pub async fn replace(&self, name: &str, object: &K) -> Result<K, Fault>
+    where
+        K: Serialize,
+    {
         let body = serialize(object)?;
         self.call(self.request.replace(name, &PostParams::default(), body))
             .await
@@ -258,6 +268,28 @@ impl<K: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Clone> Objec
             message: printable(&status.message),
         })
     }
+}
+
+/// Watches objects for ever: lists them, follows the changes, and begins anew where the API server cannot say what has
+/// changed since. While it is away, nothing comes. `what` they are is for the log.
+pub(crate) fn follow<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    what: &'static str,
+) -> impl Stream<Item = watcher::Event<K>> + Send
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let events = watcher(api, config).default_backoff();
+    events.filter_map(move |event| {
+        let event = event.inspect_err(|error| {
+            tracing::error!(
+                error = %with_causes(error),
+                "cannot watch {what}; going on with what is known"
+            );
+        });
+        std::future::ready(event.ok())
+    })
 }
 
 fn serialize(object: &impl Serialize) -> Result<Vec<u8>, Fault> {

@@ -344,3 +344,63 @@ fn secrets_with_certificates_follow_their_service_accounts() -> Result<()> {
     fs::remove_dir_all(&folder)?;
     Ok(())
 }
+
+#[test]
+fn the_roots_are_in_every_namespace() -> Result<()> {
+    let Some(cluster) = cluster("the_roots_are_in_every_namespace") else {
+        return Ok(());
+    };
+    const MAP: &str = "auth-ca-root";
+    let state = json!({"namespace": NAMESPACE, "stateSecret": "roots", "lease": "roots", "rootConfigMap": MAP});
+    let more = json!({"kubernetes": state, "rotationSpread": "1s"});
+    let ca = Ca::start(&cluster, "roots", "", &more)?;
+    let root = ca.leads()?["roots"][0]["sha256"]
+        .as_str()
+        .context("no root")?
+        .to_owned();
+    let path = |namespace: &str| format!("/api/v1/namespaces/{namespace}/configmaps/{MAP}");
+    let folder = ca.folder.clone();
+    // The fingerprints of the certificates in a namespace's ConfigMap.
+    let published = |namespace: &str| -> Result<Vec<String>> {
+        let map = cluster.get(&path(namespace))?.context("no ConfigMap")?;
+        let text = map["data"]["root-cert.pem"].as_str().context("no roots")?;
+        let blocks = text.split_inclusive("-----END CERTIFICATE-----\n");
+        blocks
+            .map(|block| {
+                fs::write(folder.join("root.pem"), block)?;
+                let print = openssl(&folder, "x509 -in root.pem -noout -fingerprint -sha256")?;
+                let print = print.trim().split('=').nth(1).context("no fingerprint")?;
+                Ok(print.replace(':', "").to_lowercase())
+            })
+            .collect()
+    };
+    let appears = |namespace: &str, what: &str, holds: &dyn Fn(&[String]) -> bool| {
+        eventually_ok(HAND_OVER, what, || {
+            let roots = published(namespace)?;
+            ensure(holds(&roots), &format!("{roots:?}"))
+        })
+        .with_context(|| ca.process.stderr())
+    };
+    let is_root = |roots: &[String]| roots == [root.clone()];
+    for namespace in ["default", "kube-system", NAMESPACE] {
+        appears(
+            namespace,
+            "the root in a namespace that was there",
+            &is_root,
+        )?;
+    }
+    cluster.namespace("late")?;
+    appears("late", "the root in a new namespace", &is_root)?;
+    cluster.merge(
+        &path("late"),
+        &json!({"data": {"root-cert.pem": "mine", "more": "x"}}),
+    )?;
+    appears("late", "a changed ConfigMap's repair", &is_root)?;
+    cluster.delete(&path("late"))?;
+    appears("late", "a deleted ConfigMap's return", &is_root)?;
+    ca.ask(&["rotate-root"])?.ok()?;
+    appears("late", "both roots", &|roots| {
+        roots.len() == 2 && roots.contains(&root)
+    })?;
+    Ok(())
+}

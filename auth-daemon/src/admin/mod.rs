@@ -3,14 +3,17 @@
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, PoisonError},
-    time::SystemTime,
 };
 
 use axum::{Json, Router, extract::State, http::StatusCode, routing::get};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::{config::Mode, proxy::Node, tunnel::tls::unix_seconds};
+use crate::{
+    config::Mode,
+    proxy::Node,
+    tunnel::tls::{rfc3339, unix_seconds},
+};
 
 /// Status, on the loopback.
 pub const ADMIN_PORT: u16 = 15000;
@@ -78,8 +81,8 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
             json!({
                 "identity": identity.as_str(),
                 "serial": svid.as_ref().map(|svid| &*svid.serial),
-                "notBefore": svid.as_ref().map(|svid| rfc3339(svid.not_before)),
-                "notAfter": svid.as_ref().map(|svid| rfc3339(svid.not_after)),
+                "notBefore": svid.as_ref().map(|svid| rfc3339(unix_seconds(svid.not_before))),
+                "notAfter": svid.as_ref().map(|svid| rfc3339(unix_seconds(svid.not_after))),
             })
         })
         .collect();
@@ -110,15 +113,4 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
         "pool": {"idle": idle},
         "sameNode": {"verdicts": node.same_node.count(), "unlogged": node.kernel.same_node.lost()},
     }))
-}
-
-fn rfc3339(time: SystemTime) -> String {
-    i64::try_from(unix_seconds(time))
-        .ok()
-        .and_then(|seconds| time::OffsetDateTime::from_unix_timestamp(seconds).ok())
-        .and_then(|time| {
-            time.format(&time::format_description::well_known::Rfc3339)
-                .ok()
-        })
-        .unwrap_or_default()
 }

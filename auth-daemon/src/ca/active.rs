@@ -7,7 +7,6 @@ use std::{
 
 use rustls::pki_types::CertificateDer;
 use serde_json::{Value, json};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::{
     authority::{IssuedRecord, Published},
@@ -18,7 +17,10 @@ use super::{
     signer::{self, SignError, Signer, hex},
     state::{Core, integer_hex},
 };
-use crate::tunnel::trust::{Revocations, Revoked};
+use crate::tunnel::{
+    tls::rfc3339,
+    trust::{Revocations, Revoked},
+};
 
 pub(super) struct Active {
     version: u64,
@@ -230,13 +232,4 @@ impl Active {
             "signs": self.roots.first() == Some(root),
         })
     }
-}
-
-/// `seconds` of the Unix epoch as RFC 3339 has it.
-pub(super) fn rfc3339(seconds: u64) -> String {
-    i64::try_from(seconds)
-        .ok()
-        .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
-        .and_then(|time| time.format(&Rfc3339).ok())
-        .unwrap_or_else(|| format!("{seconds} s after 1970"))
 }

@@ -348,7 +348,7 @@ impl Authority {
         };
         let mut status = active.status();
         status["issued"] = json!(issued);
-        status["phaseEnds"] = json!(ends.map(super::active::rfc3339));
+        status["phaseEnds"] = json!(ends.map(crate::tunnel::tls::rfc3339));
         status["trustDomain"] = json!(inner.settings.trust_domain.as_str());
         status["pluggedIn"] = json!(inner.plugged.is_some());
         status

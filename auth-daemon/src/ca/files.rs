@@ -33,6 +33,14 @@ pub(super) fn read_at_most(file: &mut fs::File, limit: u64) -> io::Result<Vec<u8
     Ok(content)
 }
 
+/// The same, of a file that is one: others may never end.
+pub(super) fn read_regular(file: &mut fs::File, limit: u64) -> io::Result<Vec<u8>> {
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("is not a regular file"));
+    }
+    read_at_most(file, limit)
+}
+
 /// Makes a file and sees that it is on the disk. Fails where there is one.
 pub(super) fn write_new(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let mut file = OpenOptions::new()

@@ -1,12 +1,6 @@
 //! A node's way to the CA: TLS by roots that are read anew, a token that is read when it is shown.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs::File, io, path::Path, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use rustls::{
@@ -24,6 +18,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use super::files;
 use crate::{
     config::CaServer,
     tunnel::{
@@ -122,16 +117,7 @@ impl Link {
 }
 
 fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let file = File::open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("is not a regular file"));
-    }
-    let mut content = Vec::new();
-    file.take(limit + 1).read_to_end(&mut content)?;
-    if content.len() as u64 > limit {
-        return Err(io::Error::other(format!("is larger than {limit} bytes")));
-    }
-    Ok(content)
+    files::read_regular(&mut File::open(path)?, limit)
 }
 
 /// The root certificates in a PEM file; at least one.

@@ -1,5 +1,7 @@
 //! Writing PEM (RFC 7468).
 
+use rustls::pki_types::CertificateDer;
+
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /// `der` as one block of type `label`.
@@ -27,6 +29,11 @@ pub fn encode(label: &str, der: &[u8]) -> String {
 /// The same for a certificate.
 pub fn certificate(der: &[u8]) -> String {
     encode("CERTIFICATE", der)
+}
+
+/// One block for each certificate.
+pub fn certificates(ders: &[CertificateDer<'_>]) -> String {
+    ders.iter().map(|der| certificate(der)).collect()
 }
 
 #[cfg(test)]

@@ -95,18 +95,14 @@ mod tests {
 
     fn pod(account: &str, node: &str) -> Workload {
         Workload {
-            name: ObjectName {
-                namespace: "default".into(),
-                name: format!("{account}-{node}"),
-            },
-            uid: String::new(),
-            identity: identity(account),
-            addresses: vec![],
             node: node.into(),
-            ready: true,
-            labels: [].into(),
-            named_ports: [].into(),
-            netns: None,
+            ..Workload::new(
+                ObjectName {
+                    namespace: "default".into(),
+                    name: format!("{account}-{node}"),
+                },
+                identity(account),
+            )
         }
     }
 

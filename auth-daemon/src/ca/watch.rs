@@ -19,6 +19,7 @@ use super::{
     revocation::read_crl,
 };
 use crate::{
+    backoff,
     mesh::{Identity, TrustDomain},
     tunnel::trust::{Reason, Revocations, Trust, TrustBundle},
 };
@@ -86,19 +87,11 @@ pub(super) async fn keep_current(link: Arc<Link>, contact: watch::Sender<bool>) 
                     );
                     complained = Some((Instant::now(), why));
                 }
-                sleep(retry_in(failures, rand::random())).await;
+                sleep(backoff::pause(RETRY, MAX_RETRY, failures, rand::random())).await;
                 failures += 1;
             }
         }
     }
-}
-
-/// Twice as long each time, within bounds, half of it by `chance` from 0 to 1.
-fn retry_in(failures: u32, chance: f64) -> Duration {
-    RETRY
-        .saturating_mul(1 << failures.min(16))
-        .min(MAX_RETRY)
-        .mul_f64(0.5 + 0.5 * chance.clamp(0.0, 1.0))
 }
 
 /// Takes what the CA says until it says no more.
@@ -410,9 +403,9 @@ mod tests {
 
     #[test]
     fn retries_within_a_second() {
-        assert_eq!(retry_in(0, 1.0), RETRY);
-        assert_eq!(retry_in(2, 0.0), 2 * RETRY);
-        assert_eq!(retry_in(1000, 1.0), MAX_RETRY);
+        assert_eq!(backoff::pause(RETRY, MAX_RETRY, 0, 1.0), RETRY);
+        assert_eq!(backoff::pause(RETRY, MAX_RETRY, 2, 0.0), 2 * RETRY);
+        assert_eq!(backoff::pause(RETRY, MAX_RETRY, 1000, 1.0), MAX_RETRY);
     }
 
     proptest! {

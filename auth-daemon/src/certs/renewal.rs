@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::tunnel::svid::Svid;
+use crate::{backoff, tunnel::svid::Svid};
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
@@ -52,10 +52,9 @@ impl Schedule {
     ///
     /// Returns how long that is.
     pub(super) fn failed(&mut self, now: SystemTime, chance: f64) -> Duration {
-        self.failures += 1;
-        let doubled = FIRST_RETRY.saturating_mul(1 << (self.failures - 1).min(16));
-        let bounded = doubled.min(LAST_RETRY);
-        self.after(bounded.mul_f64(0.5 + 0.5 * chance.clamp(0.0, 1.0)), now)
+        let pause = backoff::pause(FIRST_RETRY, LAST_RETRY, self.failures, chance);
+        self.failures = self.failures.saturating_add(1);
+        self.after(pause, now)
     }
 
     /// The certificate in use was revoked: the next is due now, or soon, if the CA has just refused one.

@@ -19,12 +19,13 @@ use crate::{
         authority::Authority,
         distribution::Distribution,
         leader::{Candidate, Tenure, election::Timing},
+        roots::PublishedRoots,
         server::Server,
         store::{directory::DirectoryStore, secret::SecretStore},
     },
     config::{CaConfig, KubernetesState, State},
     discovery, kubernetes,
-    mesh::Registry,
+    mesh::{MeshDefault, Registry},
 };
 
 /// How long who was elected waits for the pods before it leaves the lead to others.
@@ -90,7 +91,12 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
         (None, Some(cluster)) => {
             tokio::spawn(discovery::kubernetes::run(
                 cluster.clone(),
-                config.trust_domain.clone(),
+                discovery::kubernetes::Settings {
+                    trust_domain: config.trust_domain.clone(),
+                    defaults: MeshDefault::default(),
+                    services: false,
+                    daemons: None,
+                },
                 registry.clone(),
                 synced,
             ));
@@ -109,6 +115,13 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
             Box::pin(reign_alone(authority, lead, resigned))
         }
         (State::Kubernetes(state), Some(cluster)) => {
+            if let Some(name) = &state.root_config_map {
+                let roots = PublishedRoots {
+                    client: cluster.clone(),
+                    name: name.clone(),
+                };
+                tokio::spawn(roots.run(leader.clone()));
+            }
             if !config.secret_namespaces.is_empty() {
                 let distribution = Distribution {
                     client: cluster.clone(),

@@ -1,6 +1,6 @@
 //! `auth-daemon run`: brings the parts together and runs until SIGTERM.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, pin::Pin, sync::Arc};
 
 use anyhow::Context;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -15,9 +15,9 @@ use crate::{
     admin,
     ca::{Issuer, client::GrpcIssuer, embedded::EmbeddedCa},
     certs::Certificates,
-    config::{CaSource, Config, Log, LogFormat},
+    config::{CaSource, Config, Discovery, Log, LogFormat},
     datapath::{Kernel, PinLock, mounts},
-    discovery,
+    discovery, kubernetes,
     mesh::Registry,
     proxy::{Enrolment, Node, Workers},
 };
@@ -49,11 +49,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let (admin, readiness) = admin::bind().await?;
         let issuer = issuer(&config)?;
         let registry = Arc::new(Registry::new());
-        let follow = discovery::files::start(
-            config.manifests.clone(),
-            config.trust_domain.clone(),
-            registry.clone(),
-        )?;
+        let follow = follow(&config, registry.clone()).await?;
         let kernel = Kernel::load(lock, &cgroup).map_err(with_causes)?;
         tracing::info!(
             node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
@@ -77,6 +73,37 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         anyhow::Ok(())
     })?;
     Ok(())
+}
+
+/// What keeps `registry` true to what is discovered.
+async fn follow(
+    config: &Config,
+    registry: Arc<Registry>,
+) -> anyhow::Result<Pin<Box<dyn Future<Output = ()> + Send>>> {
+    let trust_domain = config.trust_domain.clone();
+    Ok(match &config.discovery {
+        Discovery::Files(folder) => Box::pin(discovery::files::start(
+            folder.clone(),
+            trust_domain,
+            registry,
+        )?),
+        Discovery::Kubernetes {
+            defaults,
+            own_namespace,
+        } => {
+            let settings = discovery::kubernetes::Settings {
+                trust_domain,
+                defaults: defaults.clone(),
+                services: true,
+                daemons: Some(own_namespace.clone()),
+            };
+            let (synced, _) = watch::channel(false);
+            let client = kubernetes::connect().await?;
+            Box::pin(discovery::kubernetes::run(
+                client, settings, registry, synced,
+            ))
+        }
+    })
 }
 
 /// Where certificates come from. Called within the control runtime.

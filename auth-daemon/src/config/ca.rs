@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use serde_json::Value;
 use tonic::codegen::http::Uri;
 
 use super::{
@@ -80,6 +79,8 @@ pub struct KubernetesState {
     pub state_secret: String,
     /// The Lease that the replicas agree by. Defaults to `auth-daemon-ca`.
     pub lease: String,
+    /// Name of the ConfigMap that publishes the roots in every namespace. `None`: there is none.
+    pub root_config_map: Option<String>,
 }
 
 /// A node that shows a token of its own.
@@ -135,11 +136,9 @@ impl CaConfig {
 
     /// Checks `text`; every fault names its field.
     pub fn parse(text: &str) -> Result<Self, Vec<String>> {
-        let root: Value =
-            serde_saphyr::from_str(text).map_err(|error| vec![format!("is not YAML: {error}")])?;
         let mut faults = Vec::new();
         let faults = &mut faults;
-        let mut top = Section::new("", root, faults);
+        let mut top = Section::of_yaml(text, faults)?;
         let trust_domain = top.parsed("trustDomain", faults, TrustDomain::from_str);
         let listen = top.parsed("listen", faults, socket_address);
         let server_names = server_names(&mut top, faults);
@@ -260,13 +259,21 @@ fn state(top: &mut Section, faults: &mut Vec<String>) -> Option<State> {
         (false, true) => {
             let mut section = top.section("kubernetes", faults);
             let namespace = section.required("namespace", faults, kubernetes_namespace);
-            let state_secret = section.parsed("stateSecret", faults, kubernetes_object);
+            let state_secret = section.parsed("stateSecret", faults, |name| {
+                // It is also a label's value.
+                kubernetes_object(name).and_then(|name| match name.len() {
+                    ..=63 => Ok(name),
+                    _ => Err("is longer than 63 characters".to_owned()),
+                })
+            });
             let lease = section.parsed("lease", faults, kubernetes_object);
+            let root_config_map = section.parsed("rootConfigMap", faults, kubernetes_object);
             section.refuse_the_rest(faults);
             Some(State::Kubernetes(KubernetesState {
                 namespace: namespace?,
                 state_secret: state_secret.unwrap_or_else(|| DEFAULT_STATE_SECRET.into()),
                 lease: lease.unwrap_or_else(|| DEFAULT_LEASE.into()),
+                root_config_map,
             }))
         }
         (false, false) => {
@@ -417,7 +424,7 @@ fn service_account(text: &str) -> Result<ObjectName, String> {
     })
 }
 
-fn kubernetes_namespace(name: &str) -> Result<String, String> {
+pub(super) fn kubernetes_namespace(name: &str) -> Result<String, String> {
     service_account(&format!("{name}/x"))
         .map(|account| account.namespace)
         .map_err(|_| "is not the name of a namespace".into())
@@ -470,7 +477,7 @@ mod tests {
              serverNames: [ca.example, 10.0.0.1, 'fd00::1']\n\
              readiness: 127.0.0.1:2\n\
              operatorSocket: /x/y\n\
-             kubernetes: {namespace: mesh, stateSecret: state, lease: leader}\n\
+             kubernetes: {namespace: mesh, stateSecret: state, lease: leader, rootConfigMap: roots}\n\
              keyAlgorithm: Ed25519\n\
              rootLifetime: 1m\n\
              rotationSpread: 1s\n\
@@ -490,6 +497,7 @@ mod tests {
                 namespace: "mesh".into(),
                 state_secret: "state".into(),
                 lease: "leader".into(),
+                root_config_map: Some("roots".into()),
             })
         );
         assert_eq!(config.settings().max_lifetime, Duration::from_secs(10));

@@ -5,13 +5,13 @@ mod log;
 mod section;
 
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
 };
 
 use ipnet::IpNet;
-use serde_json::Value;
 
 pub use ca::{
     CaConfig, DEFAULT_OPERATOR_SOCKET, JwksAttestation, JwksSource, KubernetesAttestation,
@@ -21,7 +21,7 @@ pub use log::{Log, LogFormat};
 pub use section::InvalidConfig;
 use section::{Section, absolute, duration};
 
-use crate::mesh::TrustDomain;
+use crate::mesh::{Membership, MeshDefault, TrustDomain};
 
 /// What a pod admits from callers without the tunnel (Istio's PeerAuthentication modes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +39,20 @@ pub enum SameNode {
     Kernel,
     /// TLS, as between nodes.
     Tunnel,
+}
+
+/// Where pods and services are learnt of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Discovery {
+    /// A folder of Kubernetes manifests, watched.
+    Files(PathBuf),
+    /// The API of the cluster.
+    Kubernetes {
+        /// Which pods are of the mesh. By default all but those of `kube-system` and of the daemon's own namespace.
+        defaults: MeshDefault,
+        /// The daemon's own namespace, `$POD_NAMESPACE`, where the other nodes' daemons are too.
+        own_namespace: String,
+    },
 }
 
 /// Where certificates come from.
@@ -72,8 +86,8 @@ pub struct Config {
     pub trust_domain: TrustDomain,
     /// Defaults to STRICT.
     pub mode: Mode,
-    /// Folder of Kubernetes manifests to watch.
-    pub manifests: PathBuf,
+    /// Where pods and services are learnt of.
+    pub discovery: Discovery,
     /// Where certificates come from.
     pub ca: CaSource,
     /// Life of the certificates that are asked for. Defaults to 24 hours, between 10 seconds and 24 hours.
@@ -106,10 +120,8 @@ impl Config {
 
     /// Checks `text`; every fault names its field.
     pub fn parse(text: &str) -> Result<Self, Vec<String>> {
-        let root: Value =
-            serde_saphyr::from_str(text).map_err(|error| vec![format!("is not YAML: {error}")])?;
         let mut faults = Vec::new();
-        let mut root = Section::new("", root, &mut faults);
+        let mut root = Section::of_yaml(text, &mut faults)?;
         let node_name = root
             .parsed("nodeName", &mut faults, node_name)
             .or_else(default_node_name);
@@ -128,8 +140,12 @@ impl Config {
         let drain = root.parsed("drain", &mut faults, |s| {
             duration(s, Duration::ZERO, MAX_DRAIN)
         });
-        let mut discovery = root.section("discovery", &mut faults);
-        let manifests = discovery.required("files", &mut faults, absolute);
+        let mut sources = root.section("discovery", &mut faults);
+        let discovery = discovery(
+            &mut sources,
+            std::env::var("POD_NAMESPACE").ok(),
+            &mut faults,
+        );
         let mut ca = root.section("ca", &mut faults);
         let ca_source = ca_source(&mut ca, &mut faults);
         let certificate_lifetime = ca.parsed("certificateLifetime", &mut faults, |s| {
@@ -139,7 +155,7 @@ impl Config {
         let mut kernel = root.section("kernel", &mut faults);
         let cgroup = kernel.parsed("cgroup", &mut faults, absolute);
         let pins = kernel.parsed("pins", &mut faults, absolute);
-        for section in [discovery, ca, kernel, root] {
+        for section in [sources, ca, kernel, root] {
             section.refuse_the_rest(&mut faults);
         }
         if node_name.is_none() {
@@ -147,8 +163,8 @@ impl Config {
                 "nodeName: is missing, and neither $NODE_NAME nor the host name says it".into(),
             );
         }
-        let (Some(node_name), Some(manifests), Some(ca), []) =
-            (node_name, manifests, ca_source, faults.as_slice())
+        let (Some(node_name), Some(discovery), Some(ca), []) =
+            (node_name, discovery, ca_source, faults.as_slice())
         else {
             return Err(faults);
         };
@@ -156,7 +172,7 @@ impl Config {
             node_name,
             trust_domain: trust_domain.unwrap_or_else(default_trust_domain),
             mode: mode.unwrap_or(Mode::Strict),
-            manifests,
+            discovery,
             ca,
             certificate_lifetime: certificate_lifetime.unwrap_or(MAX_LIFETIME),
             pod_networks: pod_networks.unwrap_or_default(),
@@ -166,6 +182,56 @@ impl Config {
             cgroup,
             pins: pins.unwrap_or_else(|| DEFAULT_PINS.into()),
         })
+    }
+}
+
+/// Either a folder, or the cluster's API.
+fn discovery(
+    sources: &mut Section,
+    own_namespace: Option<String>,
+    faults: &mut Vec<String>,
+) -> Option<Discovery> {
+    match (sources.has("files"), sources.has("kubernetes")) {
+        (true, true) => {
+            faults.push("discovery: has files and kubernetes; it is one or the other".into());
+            sources.skip("files");
+            sources.skip("kubernetes");
+            None
+        }
+        (true, false) => sources
+            .required("files", faults, absolute)
+            .map(Discovery::Files),
+        (false, true) => {
+            let mut cluster = sources.section("kubernetes", faults);
+            let membership = cluster.parsed("default", faults, Membership::from_str);
+            let excluded = cluster.list("excludedNamespaces", faults, ca::kubernetes_namespace);
+            cluster.refuse_the_rest(faults);
+            let own_namespace = own_namespace.filter(|namespace| !namespace.is_empty());
+            if own_namespace.is_none() {
+                faults.push(
+                    "discovery.kubernetes: $POD_NAMESPACE is not set; it says where the nodes' daemons are".into(),
+                );
+            }
+            let own_namespace = own_namespace?;
+            let mut excluded: BTreeSet<_> = excluded
+                .unwrap_or_else(|| vec!["kube-system".into()])
+                .into_iter()
+                .collect();
+            excluded.insert(own_namespace.clone());
+            Some(Discovery::Kubernetes {
+                defaults: MeshDefault {
+                    membership: membership.unwrap_or(Membership::Enabled),
+                    excluded,
+                },
+                own_namespace,
+            })
+        }
+        (false, false) => {
+            faults.push(
+                "discovery: has neither files, a folder of manifests, nor kubernetes, for the cluster's API".into(),
+            );
+            None
+        }
     }
 }
 
@@ -317,13 +383,71 @@ mod tests {
             "mood: there is no such field",
             "podNetworks[0]: \"10.0.0.0/33\"",
             "drain: 5 is not a string",
-            "discovery.files: is missing",
+            "discovery: has neither files",
             "ca: is not a mapping",
             "ca: has neither directory",
             "log.format: \"xml\": is neither text nor json",
             "log.colour: there is no such field",
         ] {
             assert!(text.contains(expected), "{expected:?} is not in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn pods_come_from_a_folder_or_from_the_cluster() {
+        let parse = |text: &str, own: Option<&str>| {
+            let mut faults = Vec::new();
+            let mut section = Section::of_yaml(text, &mut faults).unwrap();
+            let found = discovery(&mut section, own.map(str::to_owned), &mut faults);
+            section.refuse_the_rest(&mut faults);
+            if faults.is_empty() {
+                Ok(found.unwrap())
+            } else {
+                Err(faults.join("\n"))
+            }
+        };
+        let cluster = |membership, excluded: &[&str]| {
+            Ok(Discovery::Kubernetes {
+                defaults: MeshDefault {
+                    membership,
+                    excluded: excluded.iter().map(|name| (*name).to_owned()).collect(),
+                },
+                own_namespace: "auth-system".into(),
+            })
+        };
+        let own = Some("auth-system");
+        assert_eq!(parse("files: /m", None), Ok(Discovery::Files("/m".into())));
+        assert_eq!(
+            parse("kubernetes: {}", own),
+            cluster(Membership::Enabled, &["auth-system", "kube-system"])
+        );
+        assert_eq!(
+            parse(
+                "kubernetes: {default: disabled, excludedNamespaces: [shop]}",
+                own
+            ),
+            cluster(Membership::Disabled, &["auth-system", "shop"])
+        );
+        for (wrong, own, fault) in [
+            ("kubernetes: {}", None, "$POD_NAMESPACE is not set"),
+            ("kubernetes: {}\nfiles: /m", own, "it is one or the other"),
+            ("kubernetes: {default: yes}", own, "kubernetes.default: "),
+            (
+                "kubernetes: {excludedNamespaces: [A]}",
+                own,
+                "is not the name of a namespace",
+            ),
+            (
+                "kubernetes: {mode: x}",
+                own,
+                "kubernetes.mode: there is no such field",
+            ),
+        ] {
+            let faults = parse(wrong, own).unwrap_err();
+            assert!(
+                faults.contains(fault),
+                "{wrong}: {fault:?} is not in:\n{faults}"
+            );
         }
     }
 

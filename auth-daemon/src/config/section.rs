@@ -49,6 +49,13 @@ pub(super) struct Section {
 }
 
 impl Section {
+    /// The whole of a file.
+    pub(super) fn of_yaml(text: &str, faults: &mut Vec<String>) -> Result<Self, Vec<String>> {
+        let root: Value =
+            serde_saphyr::from_str(text).map_err(|error| vec![format!("is not YAML: {error}")])?;
+        Ok(Self::new("", root, faults))
+    }
+
     pub(super) fn new(path: &str, value: Value, faults: &mut Vec<String>) -> Self {
         let fields = match value {
             Value::Object(fields) => fields,

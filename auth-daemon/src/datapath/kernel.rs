@@ -179,6 +179,28 @@ struct Mesh {
     entries: HashMap<(Address, u32), u32>,
 }
 
+impl Mesh {
+    fn set(&mut self, key: (Address, u32), kind: u32) -> Result<(), KernelError> {
+        if self.entries.get(&key) != Some(&kind) {
+            self.map
+                .insert(&Key::new(key.1, key.0), kind, 0)
+                .map_err(map_error("MESH"))?;
+            self.entries.insert(key, kind);
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, key: (Address, u32)) -> Result<(), KernelError> {
+        if self.entries.contains_key(&key) {
+            self.map
+                .remove(&Key::new(key.1, key.0))
+                .map_err(map_error("MESH"))?;
+            self.entries.remove(&key);
+        }
+        Ok(())
+    }
+}
+
 impl Kernel {
     /// Loads the programs, adopts or makes the maps, and attaches to `cgroup`.
     ///
@@ -265,23 +287,32 @@ impl Kernel {
             .map(|(net, kind)| (trie_key(net), *kind as u32))
             .collect();
         let mut mesh = lock(&self.mesh);
-        let Mesh { map, entries } = &mut *mesh;
         for (key, kind) in &wanted {
-            if entries.get(key) != Some(kind) {
-                map.insert(&Key::new(key.1, key.0), kind, 0)
-                    .map_err(map_error("MESH"))?;
-                entries.insert(*key, *kind);
-            }
+            mesh.set(*key, *kind)?;
         }
-        let gone: Vec<_> = entries
+        let gone: Vec<_> = mesh
+            .entries
             .keys()
             .filter(|key| !wanted.contains_key(*key))
             .copied()
             .collect();
         for key in gone {
-            map.remove(&Key::new(key.1, key.0))
-                .map_err(map_error("MESH"))?;
-            entries.remove(&key);
+            mesh.remove(key)?;
+        }
+        Ok(())
+    }
+
+    /// Changes what some of the mesh's addresses are; `None`: none of the mesh's.
+    pub fn change_mesh(
+        &self,
+        changes: impl Iterator<Item = (IpNet, Option<MeshKind>)>,
+    ) -> Result<(), KernelError> {
+        let mut mesh = lock(&self.mesh);
+        for (net, kind) in changes {
+            match kind {
+                Some(kind) => mesh.set(trie_key(&net), kind as u32)?,
+                None => mesh.remove(trie_key(&net))?,
+            }
         }
         Ok(())
     }

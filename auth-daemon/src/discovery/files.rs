@@ -2,7 +2,7 @@
 //! read keeps its last good state.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -14,7 +14,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use super::manifest::{self, Object};
-use crate::mesh::{Inventory, Registry, Snapshot, TrustDomain};
+use crate::mesh::{Edit, ObjectName, Registry, Snapshot, TrustDomain};
 
 /// A manifest larger than this is refused, in bytes.
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -64,14 +64,14 @@ struct Source {
     folder: PathBuf,
     trust_domain: TrustDomain,
     files: BTreeMap<PathBuf, File>,
-    published: Option<Inventory>,
+    published: Option<Vec<(ObjectName, Object)>>,
 }
 
 /// A file's content as last seen, and its objects as last understood.
 #[derive(Default)]
 struct File {
     text: Vec<u8>,
-    objects: Vec<Object>,
+    objects: Vec<(ObjectName, Object)>,
 }
 
 impl Source {
@@ -86,19 +86,30 @@ impl Source {
                 return;
             }
         }
-        let inventory = self.inventory();
-        if self.published.as_ref() != Some(&inventory) {
-            let snapshot = Snapshot::new(inventory.clone());
+        let objects = self.objects();
+        if self.published.as_ref() != Some(&objects) {
+            let mut edit = Edit::from(Snapshot::default());
+            let (mut pods, mut services) = (0, 0);
+            for (name, object) in &objects {
+                match object {
+                    Object::Pod(pod) => {
+                        edit.pod(pod.clone());
+                        pods += 1;
+                    }
+                    Object::Service(service) => {
+                        edit.service(service.clone());
+                        services += 1;
+                    }
+                    Object::Namespace(membership) => edit.namespace(&name.name, *membership),
+                }
+            }
+            let snapshot = edit.finish();
             for fault in snapshot.faults() {
                 tracing::error!("{fault}");
             }
-            tracing::info!(
-                pods = inventory.workloads.len(),
-                services = inventory.services.len(),
-                "manifests read"
-            );
+            tracing::info!(pods, services, "manifests read");
             registry.publish(snapshot);
-            self.published = Some(inventory);
+            self.published = Some(objects);
         }
     }
 
@@ -145,31 +156,25 @@ impl Source {
     }
 
     /// All files' objects; the first of two with the same kind and name counts, and the second is reported.
-    fn inventory(&self) -> Inventory {
-        let mut inventory = Inventory::default();
-        let mut seen: BTreeMap<(bool, String), &Path> = BTreeMap::new();
+    fn objects(&self) -> Vec<(ObjectName, Object)> {
+        let mut objects = Vec::new();
+        let mut seen: BTreeMap<(&str, &ObjectName), &Path> = BTreeMap::new();
         for (path, file) in &self.files {
-            for object in &file.objects {
-                let (is_pod, name) = match object {
-                    Object::Pod(pod) => (true, pod.name.to_string()),
-                    Object::Service(service) => (false, service.name.to_string()),
-                };
-                if let Some(first) = seen.get(&(is_pod, name.clone())) {
-                    let kind = if is_pod { "Pod" } else { "Service" };
-                    tracing::error!(
+            for (name, object) in &file.objects {
+                let kind = object.kind();
+                match seen.entry((kind, name)) {
+                    Entry::Occupied(first) => tracing::error!(
                         file = %path.display(),
-                        "{kind} {name}: stands in {} already; that one counts", first.display()
-                    );
-                    continue;
-                }
-                seen.insert((is_pod, name), path);
-                match object {
-                    Object::Pod(pod) => inventory.workloads.push((**pod).clone()),
-                    Object::Service(service) => inventory.services.push((**service).clone()),
+                        "{kind} {name}: stands in {} already; that one counts", first.get().display()
+                    ),
+                    Entry::Vacant(free) => {
+                        free.insert(path);
+                        objects.push((name.clone(), object.clone()));
+                    }
                 }
             }
         }
-        inventory
+        objects
     }
 }
 
@@ -187,7 +192,7 @@ fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 /// All objects of a file of one or more YAML or JSON documents; all or none.
-pub fn parse(text: &[u8], trust_domain: &TrustDomain) -> Result<Vec<Object>, String> {
+pub fn parse(text: &[u8], trust_domain: &TrustDomain) -> Result<Vec<(ObjectName, Object)>, String> {
     let text = std::str::from_utf8(text).map_err(|error| format!("is not UTF-8: {error}"))?;
     let documents: Vec<Value> =
         serde_saphyr::from_multiple(text).map_err(|error| format!("is not YAML: {error}"))?;
@@ -228,11 +233,7 @@ mod tests {
 
     fn pods(registry: &Registry) -> Vec<String> {
         let snapshot = registry.snapshot();
-        snapshot
-            .workloads()
-            .iter()
-            .map(|w| w.name.name.clone())
-            .collect()
+        snapshot.workloads().map(|w| w.name.name.clone()).collect()
     }
 
     #[test]
@@ -252,11 +253,11 @@ mod tests {
         )
         .unwrap();
         source.scan(&registry);
-        assert_eq!(pods(&registry), ["one", "two", "three"]);
+        assert_eq!(pods(&registry), ["one", "three", "two"]);
 
         fs::write(&one, pod("one", "10.0.0.999")).unwrap();
         source.scan(&registry);
-        assert_eq!(pods(&registry), ["one", "two", "three"]);
+        assert_eq!(pods(&registry), ["one", "three", "two"]);
         let version = *registry.changes().borrow();
 
         source.scan(&registry);
@@ -264,11 +265,11 @@ mod tests {
 
         fs::write(&one, pod("uno", "10.0.0.9")).unwrap();
         source.scan(&registry);
-        assert_eq!(pods(&registry), ["uno", "two", "three"]);
+        assert_eq!(pods(&registry), ["three", "two", "uno"]);
 
         fs::remove_file(&one).unwrap();
         source.scan(&registry);
-        assert_eq!(pods(&registry), ["two", "three"]);
+        assert_eq!(pods(&registry), ["three", "two"]);
     }
 
     #[test]
@@ -279,7 +280,7 @@ mod tests {
         fs::write(folder.path().join("b.yaml"), pod("one", "10.0.0.2")).unwrap();
         source(folder.path()).scan(&registry);
         let snapshot = registry.snapshot();
-        assert_eq!(snapshot.workloads().len(), 1);
+        assert_eq!(snapshot.workloads().count(), 1);
         assert!(snapshot.pod("10.0.0.1".parse().unwrap()).is_some());
     }
 

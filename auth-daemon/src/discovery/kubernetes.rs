@@ -1,18 +1,14 @@
 //! Discovery from the cluster's API: watches objects, and goes on with what is known while the API is away.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, HashMap},
     pin::Pin,
     sync::Arc,
     time::Duration,
 };
 
 use futures_util::{Stream, StreamExt, stream::select_all};
-use k8s_openapi::api::core::v1;
-use kube::{
-    Api, Client, Resource, ResourceExt,
-    runtime::{WatchStreamExt, watcher},
-};
+use kube::{Api, Client, Resource, ResourceExt, runtime::watcher};
 use serde::de::DeserializeOwned;
 use tokio::{
     sync::watch,
@@ -21,26 +17,40 @@ use tokio::{
 
 use super::manifest::{self, Object};
 use crate::{
-    kubernetes::with_causes,
-    mesh::{Inventory, ObjectName, Registry, Snapshot, TrustDomain},
+    kubernetes::{follow, objects},
+    mesh::{Edit, MeshDefault, ObjectName, Registry, Snapshot, TrustDomain, Workload},
 };
 
 /// How long to wait for more changes after the first.
-const SETTLE: Duration = Duration::from_millis(50);
+const SETTLE: Duration = Duration::from_millis(5);
+/// What the node daemons' pods have as `app.kubernetes.io/name`.
+const DAEMON_NAME: &str = "auth-daemon";
+const NAME_LABEL: &str = "app.kubernetes.io/name";
+
+/// What is followed, and how it is understood.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Of the identities.
+    pub trust_domain: TrustDomain,
+    /// Which pods are of the mesh.
+    pub defaults: MeshDefault,
+    /// Whether namespaces and services are watched too: who only asks what runs where needs pods alone.
+    pub services: bool,
+    /// Where the node daemons' own pods are: a node without a ready one does not speak the tunnel. `None`: every node is
+    /// taken to have one.
+    pub daemons: Option<String>,
+}
 
 /// Watches the cluster into `registry`, for ever. `synced` becomes true once everything has been read for the first
 /// time; until then the registry stays as it is.
 pub async fn run(
     client: Client,
-    trust_domain: TrustDomain,
+    settings: Settings,
     registry: Arc<Registry>,
     synced: watch::Sender<bool>,
 ) {
-    let pods = watched::<v1::Pod>(client, Kind::Pod, move |pod| {
-        manifest::pod(pod, &trust_domain)
-    });
-    let mut events = select_all([pods]);
-    let mut known = Known::new([Kind::Pod]);
+    let mut events = select_all(watches(&client, &settings));
+    let mut known = Known::new(settings);
     let mut publish_at = None;
     loop {
         tokio::select! {
@@ -52,27 +62,64 @@ pub async fn run(
             }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
-                publish(known.inventory(), &registry);
-                synced.send_if_modified(|synced| !std::mem::replace(synced, true));
+                let snapshot = known.snapshot();
+                for fault in snapshot.faults_since(&registry.snapshot()) {
+                    tracing::error!("{fault}");
+                }
+                registry.publish(snapshot);
+                if synced.send_if_modified(|synced| !std::mem::replace(synced, true)) {
+                    tracing::info!(objects = known.count(), "the cluster's objects are read");
+                }
             }
         }
     }
 }
 
-fn publish(inventory: Inventory, registry: &Registry) {
-    let (pods, services) = (inventory.workloads.len(), inventory.services.len());
-    let snapshot = Snapshot::new(inventory);
-    for fault in snapshot.faults() {
-        tracing::error!("{fault}");
-    }
-    tracing::debug!(pods, services, "objects of the cluster read");
-    registry.publish(snapshot);
-}
-
 /// What is watched. Each kind is read on its own, and all of them before the first snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
+    Namespace,
     Pod,
+    Service,
+}
+
+impl Kind {
+    fn plural(self) -> &'static str {
+        match self {
+            Self::Namespace => "namespaces",
+            Self::Pod => "pods",
+            Self::Service => "services",
+        }
+    }
+}
+
+type Watch = Pin<Box<dyn Stream<Item = (Kind, Event)> + Send>>;
+
+fn watches(client: &Client, settings: &Settings) -> Vec<Watch> {
+    let (pods, services) = (settings.trust_domain.clone(), settings.trust_domain.clone());
+    let mut watches = vec![watched(client, Kind::Pod, move |read| pod(read, &pods))];
+    if settings.services {
+        watches.push(watched(client, Kind::Namespace, |read| {
+            manifest::namespace(&read)
+        }));
+        watches.push(watched(client, Kind::Service, move |read| {
+            manifest::service(read, &services)
+        }));
+    }
+    watches
+}
+
+/// A pod whose label cannot be read is what it would be without: a slip of the pen takes nobody out of the mesh.
+fn pod(mut pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+    manifest::pod(pod.clone(), trust_domain).or_else(|error| {
+        let (labels, annotations) = (&mut pod.metadata.labels, &mut pod.metadata.annotations);
+        for values in [labels, annotations].into_iter().flatten() {
+            values.remove(manifest::MESH_LABEL);
+        }
+        let read = manifest::pod(pod, trust_domain)?;
+        tracing::error!("{error}; it counts as not said");
+        Ok(read)
+    })
 }
 
 /// An event of any kind.
@@ -93,10 +140,10 @@ struct Seen {
 }
 
 fn watched<K>(
-    client: Client,
+    client: &Client,
     kind: Kind,
     parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
-) -> Pin<Box<dyn Stream<Item = (Kind, Event)> + Send>>
+) -> Watch
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
@@ -105,24 +152,18 @@ where
         uid: object.uid().unwrap_or_default(),
         object: parse(object),
     };
-    watcher(Api::<K>::all(client), watcher::Config::default())
-        .default_backoff()
-        .filter_map(move |event| {
+    let api = Api::<K>::all(client.clone());
+    let events = follow(api, watcher::Config::default(), kind.plural());
+    events
+        .map(move |event| {
             let event = match event {
-                Ok(watcher::Event::Apply(object)) => Some(Event::Apply(seen(object))),
-                Ok(watcher::Event::Delete(object)) => Some(Event::Delete(name(&object))),
-                Ok(watcher::Event::Init) => Some(Event::Init),
-                Ok(watcher::Event::InitApply(object)) => Some(Event::InitApply(seen(object))),
-                Ok(watcher::Event::InitDone) => Some(Event::InitDone),
-                Err(error) => {
-                    tracing::error!(
-                        ?kind, error = %with_causes(&error),
-                        "cannot watch the cluster's objects; going on with what is known"
-                    );
-                    None
-                }
+                watcher::Event::Apply(object) => Event::Apply(seen(object)),
+                watcher::Event::Delete(object) => Event::Delete(name(&object)),
+                watcher::Event::Init => Event::Init,
+                watcher::Event::InitApply(object) => Event::InitApply(seen(object)),
+                watcher::Event::InitDone => Event::InitDone,
             };
-            std::future::ready(event.map(|event| (kind, event)))
+            (kind, event)
         })
         .boxed()
 }
@@ -136,15 +177,18 @@ fn name(object: &impl Resource) -> ObjectName {
 
 /// All that is known of the cluster.
 struct Known {
+    settings: Settings,
     kinds: BTreeMap<Kind, Objects>,
+    /// What was published last, with what has changed since.
+    edit: Edit,
 }
 
 /// The objects of one kind.
 #[derive(Default)]
 struct Objects {
-    current: BTreeMap<ObjectName, Kept>,
+    current: HashMap<ObjectName, Kept>,
     /// What a list that is under way has brought so far.
-    listed: Option<BTreeMap<ObjectName, Kept>>,
+    listed: Option<HashMap<ObjectName, Kept>>,
     complete: bool,
 }
 
@@ -152,17 +196,27 @@ struct Objects {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Kept {
     uid: String,
-    /// `None`: no part of the mesh.
+    /// `None`: nothing to the mesh.
     object: Option<Object>,
 }
 
 impl Known {
-    fn new(kinds: impl IntoIterator<Item = Kind>) -> Self {
+    fn new(settings: Settings) -> Self {
+        let mut edit = Edit::from(Snapshot::with_defaults(settings.defaults.clone()));
+        if settings.daemons.is_some() {
+            edit.know_daemons();
+        }
+        let mut kinds = vec![Kind::Pod];
+        if settings.services {
+            kinds.extend([Kind::Namespace, Kind::Service]);
+        }
         Self {
+            settings,
             kinds: kinds
                 .into_iter()
                 .map(|kind| (kind, Objects::default()))
                 .collect(),
+            edit,
         }
     }
 
@@ -171,68 +225,113 @@ impl Known {
         self.kinds.values().all(|objects| objects.complete)
     }
 
+    fn count(&self) -> usize {
+        self.kinds
+            .values()
+            .map(|objects| objects.current.len())
+            .sum()
+    }
+
     /// Takes an event; tells whether that changed anything.
     fn take(&mut self, kind: Kind, event: Event) -> bool {
         let objects = self.kinds.entry(kind).or_default();
         match event {
             Event::Apply(seen) => {
-                let before = objects.current.get(&seen.name);
-                let (name, kept) = read(seen, before);
-                match objects.current.entry(name) {
-                    Entry::Occupied(known) if *known.get() == kept => false,
-                    Entry::Occupied(mut known) => {
-                        known.insert(kept);
-                        true
-                    }
-                    Entry::Vacant(free) => free.insert(kept).object.is_some(),
-                }
+                let (name, kept) = read(seen, &objects.current);
+                self.keep(kind, name, Some(kept))
             }
-            Event::Delete(name) => objects
-                .current
-                .remove(&name)
-                .is_some_and(|kept| kept.object.is_some()),
+            Event::Delete(name) => self.keep(kind, name, None),
             Event::Init => {
-                objects.listed = Some(BTreeMap::new());
+                objects.listed = Some(HashMap::new());
                 false
             }
             Event::InitApply(seen) => {
-                let before = objects.current.get(&seen.name);
-                let (name, kept) = read(seen, before);
+                let (name, kept) = read(seen, &objects.current);
                 objects.listed.get_or_insert_default().insert(name, kept);
                 false
             }
             // What the list does not have was deleted while nobody watched.
             Event::InitDone => {
                 let listed = objects.listed.take().unwrap_or_default();
-                let first = !std::mem::replace(&mut objects.complete, true);
-                let changed = listed != objects.current;
-                objects.current = listed;
-                changed || first
+                let mut changed = !std::mem::replace(&mut objects.complete, true);
+                let known = objects.current.keys();
+                let gone: Vec<_> = known
+                    .filter(|name| !listed.contains_key(*name))
+                    .cloned()
+                    .collect();
+                for name in gone {
+                    changed |= self.keep(kind, name, None);
+                }
+                for (name, kept) in listed {
+                    changed |= self.keep(kind, name, Some(kept));
+                }
+                changed
             }
         }
     }
 
-    fn inventory(&self) -> Inventory {
-        let mut inventory = Inventory::default();
-        let kept = self
-            .kinds
-            .values()
-            .flat_map(|objects| objects.current.values());
-        for object in kept.filter_map(|kept| kept.object.clone()) {
-            match object {
-                Object::Pod(pod) => inventory.workloads.push(*pod),
-                Object::Service(service) => inventory.services.push(*service),
-            }
+    /// Keeps what is known of an object now; tells whether that is another thing to the mesh than before.
+    fn keep(&mut self, kind: Kind, name: ObjectName, kept: Option<Kept>) -> bool {
+        let objects = &mut self.kinds.entry(kind).or_default().current;
+        let object = kept.as_ref().and_then(|kept| kept.object.clone());
+        let before = match kept {
+            Some(kept) => objects.insert(name.clone(), kept),
+            None => objects.remove(&name),
+        };
+        if before.and_then(|before| before.object) == object {
+            return false;
         }
-        inventory
+        let edit = &mut self.edit;
+        match (kind, object) {
+            (_, Some(Object::Pod(pod))) => {
+                if self.settings.has_daemon(&pod) {
+                    edit.daemon(&name, Some(&pod.node));
+                } else if self.settings.daemons.is_some() {
+                    edit.daemon(&name, None);
+                }
+                edit.pod(pod);
+            }
+            (_, Some(Object::Service(service))) => edit.service(service),
+            (_, Some(Object::Namespace(membership))) => edit.namespace(&name.name, membership),
+            (Kind::Pod, None) => {
+                if self.settings.daemons.is_some() {
+                    edit.daemon(&name, None);
+                }
+                edit.remove_pod(&name);
+            }
+            (Kind::Service, None) => edit.remove_service(&name),
+            (Kind::Namespace, None) => edit.namespace(&name.name, None),
+        }
+        true
+    }
+
+    /// All of it, indexed.
+    fn snapshot(&mut self) -> Snapshot {
+        let edit = std::mem::replace(&mut self.edit, Edit::from(Snapshot::default()));
+        let snapshot = edit.finish();
+        self.edit = Edit::from(snapshot.clone());
+        snapshot
+    }
+}
+
+impl Settings {
+    /// Whether `pod` is a node daemon that serves its node's pods.
+    fn has_daemon(&self, pod: &Workload) -> bool {
+        self.daemons.as_ref() == Some(&pod.name.namespace)
+            && pod
+                .labels
+                .get(NAME_LABEL)
+                .is_some_and(|name| name == DAEMON_NAME)
+            && pod.ready
+            && !pod.terminating
     }
 }
 
 /// An object that cannot be understood keeps its last good state, unless it was made anew.
-fn read(seen: Seen, before: Option<&Kept>) -> (ObjectName, Kept) {
+fn read(seen: Seen, known: &HashMap<ObjectName, Kept>) -> (ObjectName, Kept) {
     let Seen { name, uid, object } = seen;
     let object = object.unwrap_or_else(|error| {
-        let before = before.filter(|before| before.uid == uid);
+        let before = known.get(&name).filter(|before| before.uid == uid);
         tracing::error!(
             known = before.is_some(),
             "{error}; going on with what is known of it"
@@ -249,7 +348,7 @@ mod tests {
     use super::*;
 
     fn seen(name: &str, uid: &str, address: &str) -> Seen {
-        let pod: v1::Pod = serde_json::from_value(json!({
+        let read: objects::Pod = serde_json::from_value(json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": name, "namespace": "default", "uid": uid},
             "spec": {"nodeName": "a", "containers": []},
@@ -257,20 +356,30 @@ mod tests {
         }))
         .unwrap();
         Seen {
-            name: super::name(&pod),
+            name: super::name(&read),
             uid: uid.into(),
-            object: manifest::pod(pod, &"cluster.local".parse().unwrap()),
+            object: pod(read, &"cluster.local".parse().unwrap()),
         }
     }
 
     fn known() -> Known {
-        Known::new([Kind::Pod])
+        let mut known = Known::new(Settings {
+            trust_domain: "cluster.local".parse().unwrap(),
+            defaults: MeshDefault::default(),
+            services: true,
+            daemons: Some("auth-system".into()),
+        });
+        for kind in [Kind::Namespace, Kind::Service] {
+            known.take(kind, Event::Init);
+            known.take(kind, Event::InitDone);
+        }
+        known
     }
 
-    fn pods(known: &Known) -> Vec<String> {
-        let inventory = known.inventory();
-        let pods = inventory.workloads.iter();
-        pods.map(|pod| format!("{} {}", pod.name.name, pod.addresses[0]))
+    fn pods(known: &mut Known) -> Vec<String> {
+        let snapshot = known.snapshot();
+        let pods = snapshot.workloads();
+        pods.map(|pod| format!("{} {:?}", pod.name.name, pod.addresses))
             .collect()
     }
 
@@ -289,7 +398,7 @@ mod tests {
         assert!(!known.is_complete());
         assert!(take(&mut known, Event::InitDone));
         assert!(known.is_complete());
-        assert_eq!(pods(&known), ["one 10.0.0.1"]);
+        assert_eq!(pods(&mut known), ["one [10.0.0.1]"]);
     }
 
     #[test]
@@ -310,7 +419,7 @@ mod tests {
         take(&mut known, Event::InitDone);
         take(&mut known, Event::Init);
         assert_eq!(
-            pods(&known).len(),
+            pods(&mut known).len(),
             2,
             "the old state holds until the list is whole"
         );
@@ -319,7 +428,7 @@ mod tests {
         take(&mut known, Event::Init);
         take(&mut known, Event::InitApply(seen("two", "two", "10.0.0.2")));
         assert!(take(&mut known, Event::InitDone));
-        assert_eq!(pods(&known), ["two 10.0.0.2"]);
+        assert_eq!(pods(&mut known), ["two [10.0.0.2]"]);
     }
 
     #[test]
@@ -332,8 +441,7 @@ mod tests {
             &mut known,
             Event::Apply(seen("one", "1", "10.0.0.1"))
         ));
-        // Without an address it is no part of the mesh yet.
-        assert!(!take(&mut known, Event::Apply(seen("two", "2", ""))));
+        assert!(take(&mut known, Event::Apply(seen("two", "2", ""))));
         assert!(take(&mut known, Event::Apply(seen("two", "2", "10.0.0.2"))));
         let name = |name: &str| ObjectName {
             namespace: "default".into(),
@@ -341,7 +449,7 @@ mod tests {
         };
         assert!(take(&mut known, Event::Delete(name("one"))));
         assert!(!take(&mut known, Event::Delete(name("one"))));
-        assert_eq!(pods(&known), ["two 10.0.0.2"]);
+        assert_eq!(pods(&mut known), ["two [10.0.0.2]"]);
     }
 
     #[test]
@@ -354,11 +462,76 @@ mod tests {
             &mut known,
             Event::Apply(seen("one", "1", "10.0.0.999"))
         ));
-        assert_eq!(pods(&known), ["one 10.0.0.1"]);
+        assert_eq!(pods(&mut known), ["one [10.0.0.1]"]);
         assert!(take(
             &mut known,
             Event::Apply(seen("one", "2", "10.0.0.999"))
         ));
-        assert!(pods(&known).is_empty());
+        assert!(pods(&mut known).is_empty());
+    }
+
+    #[test]
+    fn a_slip_in_a_label_takes_no_pod_out_of_the_mesh() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        take(&mut known, Event::InitDone);
+        let read: objects::Pod = serde_json::from_value(json!({
+            "metadata": {"name": "one", "namespace": "default", "labels": {manifest::MESH_LABEL: "of"}},
+            "status": {"podIP": "10.0.0.1"},
+        }))
+        .unwrap();
+        let seen = Seen {
+            name: super::name(&read),
+            uid: "1".into(),
+            object: pod(read, &"cluster.local".parse().unwrap()),
+        };
+        assert!(take(&mut known, Event::Apply(seen)));
+        assert_eq!(pods(&mut known), ["one [10.0.0.1]"]);
+    }
+
+    #[test]
+    fn namespaces_and_daemons() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        take(&mut known, Event::InitApply(seen("one", "1", "10.0.0.1")));
+        take(&mut known, Event::InitDone);
+        let namespace = |disabled: bool| {
+            let membership = disabled.then_some(crate::mesh::Membership::Disabled);
+            Event::Apply(Seen {
+                name: ObjectName {
+                    namespace: String::new(),
+                    name: "default".into(),
+                },
+                uid: "n".into(),
+                object: Ok(Some(Object::Namespace(membership))),
+            })
+        };
+        assert!(known.take(Kind::Namespace, namespace(true)));
+        assert!(pods(&mut known).is_empty());
+        assert!(known.take(Kind::Namespace, namespace(false)));
+        assert_eq!(pods(&mut known).len(), 1);
+
+        let daemon = |ready: bool| {
+            let read: objects::Pod = serde_json::from_value(json!({
+                "metadata": {"name": "d", "namespace": "auth-system", "labels": {NAME_LABEL: DAEMON_NAME}},
+                "spec": {"nodeName": "a", "hostNetwork": true},
+                "status": {"conditions": [{"type": "Ready", "status": if ready {"True"} else {"False"}}]},
+            }))
+            .unwrap();
+            Seen {
+                name: super::name(&read),
+                uid: "d".into(),
+                object: pod(read, &"cluster.local".parse().unwrap()),
+            }
+        };
+        let name = daemon(true).name;
+        for (event, expected) in [
+            (Event::Apply(daemon(false)), false),
+            (Event::Apply(daemon(true)), true),
+            (Event::Delete(name), false),
+        ] {
+            take(&mut known, event);
+            assert_eq!(known.snapshot().has_daemon("a"), expected);
+        }
     }
 }

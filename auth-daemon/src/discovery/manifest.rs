@@ -4,20 +4,22 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::PathBuf,
+    sync::Arc,
 };
 
-use k8s_openapi::{
-    api::core::v1,
-    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
-};
+use k8s_openapi::apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::mesh::{Identity, ObjectName, Port, Service, TargetPort, TrustDomain, Workload};
+use crate::{
+    kubernetes::objects,
+    mesh::{Identity, Membership, ObjectName, Port, Service, TargetPort, TrustDomain, Workload},
+};
 
 /// Says where a pod's network namespace is, for sources that have no container runtime to ask.
 pub const NETNS_ANNOTATION: &str = "auth-daemon.io/netns";
-/// `disabled` as a label or annotation leaves a pod out of the mesh.
+/// `enabled` or `disabled`, as a label of a pod or namespace, says whether a pod is of the mesh; the pod's counts first. On
+/// a pod an annotation will do.
 pub const MESH_LABEL: &str = "auth-daemon.io/mesh";
 /// Pins the service accounts that may run a service: names, or namespace/name, separated by commas.
 pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
@@ -25,17 +27,33 @@ pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
 /// An object of interest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
-    /// A pod that the mesh may reach.
-    Pod(Box<Workload>),
+    /// A pod that has not ended.
+    Pod(Arc<Workload>),
     /// A service with virtual addresses.
-    Service(Box<Service>),
+    Service(Arc<Service>),
+    /// What a namespace says of its pods' membership.
+    Namespace(Option<Membership>),
 }
 
-/// Reads one document: a Pod, Service, ServiceAccount, or a List of them.
+impl Object {
+    /// As Kubernetes calls it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Pod(_) => "Pod",
+            Self::Service(_) => "Service",
+            Self::Namespace(_) => "Namespace",
+        }
+    }
+}
+
+/// Reads one document: a Pod, Service, Namespace, ServiceAccount, or a List of them.
 ///
 /// Objects of other kinds are passed over: a folder may hold more than the mesh needs. Errors name the object and the
 /// field.
-pub fn read(document: Value, trust_domain: &TrustDomain) -> Result<Vec<Object>, String> {
+pub fn read(
+    document: Value,
+    trust_domain: &TrustDomain,
+) -> Result<Vec<(ObjectName, Object)>, String> {
     if document.is_null() {
         return Ok(Vec::new());
     }
@@ -45,19 +63,38 @@ pub fn read(document: Value, trust_domain: &TrustDomain) -> Result<Vec<Object>, 
         _ => return Err("not a Kubernetes object: apiVersion or kind is missing".into()),
     };
     match (version.as_str(), kind.as_str()) {
-        ("v1", "Pod") => Ok(pod(typed(document)?, trust_domain)?.into_iter().collect()),
-        ("v1", "Service") => Ok(service(typed(document)?, trust_domain)?
-            .into_iter()
-            .collect()),
+        ("v1", "Pod") => {
+            let read: objects::Pod = typed(document)?;
+            named("Pod", &read.metadata.clone(), pod(read, trust_domain))
+        }
+        ("v1", "Service") => {
+            let read: objects::Service = typed(document)?;
+            named(
+                "Service",
+                &read.metadata.clone(),
+                service(read, trust_domain),
+            )
+        }
+        ("v1", "Namespace") => {
+            let read: objects::Namespace = typed(document)?;
+            let name = ObjectName {
+                namespace: String::new(),
+                name: read.metadata.name.clone().unwrap_or_default(),
+            };
+            Ok(namespace(&read)?
+                .map(|found| (name, found))
+                .into_iter()
+                .collect())
+        }
         ("v1", "ServiceAccount") => {
-            let account: v1::ServiceAccount = typed(document)?;
+            let account: objects::ServiceAccount = typed(document)?;
             let name = object_name("ServiceAccount", &account.metadata)?;
             trust_domain
                 .identity(&name.namespace, &name.name)
                 .map_err(|error| format!("ServiceAccount {name}: metadata.name: {error}"))?;
             Ok(Vec::new())
         }
-        ("v1", "List" | "PodList" | "ServiceList" | "ServiceAccountList") => {
+        ("v1", "List" | "PodList" | "ServiceList" | "NamespaceList" | "ServiceAccountList") => {
             let items = match document {
                 Value::Object(mut list) => list.remove("items"),
                 _ => None,
@@ -85,6 +122,15 @@ pub fn read(document: Value, trust_domain: &TrustDomain) -> Result<Vec<Object>, 
         }
         _ => Ok(Vec::new()),
     }
+}
+
+fn named(
+    kind: &str,
+    metadata: &ObjectMeta,
+    object: Result<Option<Object>, String>,
+) -> Result<Vec<(ObjectName, Object)>, String> {
+    let name = object_name(kind, metadata)?;
+    Ok(object?.map(|object| (name, object)).into_iter().collect())
 }
 
 fn typed<T: DeserializeOwned>(document: Value) -> Result<T, String> {
@@ -122,27 +168,41 @@ fn address(text: &str) -> Result<IpAddr, String> {
     Ok(ip)
 }
 
-/// Reads a pod; `None` for one that is no part of the mesh: finished, without an address, on the host's network, opted
-/// out. Errors name the object and the field.
-pub fn pod(pod: v1::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
-    let name = object_name("Pod", &pod.metadata)?;
-    let fault = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
-    let spec = pod.spec.unwrap_or_default();
-    let status = pod.status.unwrap_or_default();
-    let annotations = pod.metadata.annotations.unwrap_or_default();
-    let labels = pod.metadata.labels.unwrap_or_default();
-    for (field, values) in [("labels", &labels), ("annotations", &annotations)] {
-        match values.get(MESH_LABEL).map(String::as_str) {
-            None | Some("enabled") => {}
-            Some("disabled") => return Ok(None),
-            Some(other) => {
-                return Err(fault(
-                    &format!("metadata.{field}[{MESH_LABEL}]"),
-                    format!("{other:?} is neither enabled nor disabled"),
-                ));
-            }
+/// What `metadata` says of membership: the label first, then, on a pod, the annotation.
+fn membership(metadata: &ObjectMeta) -> Result<Option<Membership>, String> {
+    for (field, values) in [
+        ("labels", &metadata.labels),
+        ("annotations", &metadata.annotations),
+    ] {
+        if let Some(value) = values.as_ref().and_then(|values| values.get(MESH_LABEL)) {
+            return match value.parse() {
+                Ok(membership) => Ok(Some(membership)),
+                Err(why) => Err(format!("metadata.{field}[{MESH_LABEL}]: {value:?} {why}")),
+            };
         }
     }
+    Ok(None)
+}
+
+/// Reads a namespace. Errors name the object and the field.
+pub fn namespace(namespace: &objects::Namespace) -> Result<Option<Object>, String> {
+    let labels = ObjectMeta {
+        labels: namespace.metadata.labels.clone(),
+        ..ObjectMeta::default()
+    };
+    let name = namespace.metadata.name.as_deref().unwrap_or_default();
+    membership(&labels)
+        .map(|membership| Some(Object::Namespace(membership)))
+        .map_err(|error| format!("Namespace {name}: {error}"))
+}
+
+/// Reads a pod; `None` for one that has ended. Errors name the object and the field.
+pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+    let name = object_name("Pod", &pod.metadata)?;
+    let fault = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
+    let (spec, status) = (pod.spec, pod.status);
+    let membership = membership(&pod.metadata).map_err(|error| format!("Pod {name}: {error}"))?;
+    let annotations = pod.metadata.annotations.unwrap_or_default();
     let account = spec
         .service_account_name
         .filter(|account| !account.is_empty())
@@ -150,23 +210,10 @@ pub fn pod(pod: v1::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, S
     let identity = trust_domain
         .identity(&name.namespace, &account)
         .map_err(|error| fault("spec.serviceAccountName", error.to_string()))?;
-    let mut addresses = Vec::new();
-    let ips = status
-        .pod_ips
-        .unwrap_or_default()
-        .into_iter()
-        .map(|ip| ip.ip);
-    for ip in status
-        .pod_ip
-        .into_iter()
-        .chain(ips)
-        .filter(|ip| !ip.is_empty())
-    {
-        let ip = address(&ip).map_err(|error| fault("status.podIP", error))?;
-        if !addresses.contains(&ip) {
-            addresses.push(ip);
-        }
-    }
+    let ips = status.pod_ips.into_iter().map(|ip| ip.ip);
+    let ips = status.pod_ip.into_iter().chain(ips);
+    let host_network = spec.host_network == Some(true);
+    let addresses = addresses(ips).map_err(|error| fault("status.podIP", error))?;
     let netns = match annotations.get(NETNS_ANNOTATION) {
         Some(path) if path.starts_with('/') => Some(PathBuf::from(path)),
         Some(path) => {
@@ -178,62 +225,70 @@ pub fn pod(pod: v1::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, S
         None => None,
     };
     let mut named_ports = BTreeMap::new();
-    for port in spec
-        .containers
-        .iter()
-        .flat_map(|c| c.ports.iter().flatten())
-    {
+    // A sidecar is an init container (Kubernetes 1.29). Of two with one name the first counts.
+    let containers = spec.containers.into_iter().chain(spec.init_containers);
+    for port in containers.flat_map(|container| container.ports) {
         if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
             continue;
         }
         let number = port_number(port.container_port)
             .map_err(|error| fault("spec.containers.ports.containerPort", error))?;
-        if let Some(name) = &port.name {
-            named_ports.insert(name.clone(), number);
+        if let Some(name) = port.name {
+            named_ports.entry(name).or_insert(number);
         }
     }
-    let finished = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
-    if finished || spec.host_network == Some(true) || addresses.is_empty() {
+    if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
         return Ok(None);
     }
-    let ready_condition = status
+    let ready = status
         .conditions
-        .unwrap_or_default()
-        .into_iter()
+        .iter()
         .find(|condition| condition.type_ == "Ready")
         .is_none_or(|condition| condition.status == "True");
-    Ok(Some(Object::Pod(Box::new(Workload {
+    Ok(Some(Object::Pod(Arc::new(Workload {
         uid: pod.metadata.uid.unwrap_or_default(),
-        identity,
         addresses,
         node: spec.node_name.unwrap_or_default(),
-        ready: ready_condition && pod.metadata.deletion_timestamp.is_none(),
-        labels,
+        ready,
+        terminating: pod.metadata.deletion_timestamp.is_some(),
+        host_network,
+        membership,
+        labels: pod.metadata.labels.unwrap_or_default(),
         named_ports,
         netns,
-        name,
+        ..Workload::new(name, identity)
     }))))
 }
 
-/// Reads a service; `None` for one without a virtual address: headless, or an ExternalName. Errors name the object and
-/// the field.
-pub fn service(service: v1::Service, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
-    let name = object_name("Service", &service.metadata)?;
-    let fault = |field: &str, what: String| format!("Service {name}: {field}: {what}");
-    let spec = service.spec.unwrap_or_default();
+/// The addresses that `texts` name, once each. Empty texts are none.
+fn addresses(texts: impl IntoIterator<Item = String>) -> Result<Vec<IpAddr>, String> {
     let mut addresses = Vec::new();
-    let ips = spec.cluster_ips.unwrap_or_default();
-    for ip in spec.cluster_ip.into_iter().chain(ips) {
-        if ip.is_empty() || ip == "None" {
+    for text in texts {
+        if text.is_empty() {
             continue;
         }
-        let ip = address(&ip).map_err(|error| fault("spec.clusterIP", error))?;
+        let ip = address(&text)?;
         if !addresses.contains(&ip) {
             addresses.push(ip);
         }
     }
+    Ok(addresses)
+}
+
+/// Reads a service; `None` for one without a virtual address: headless, or an ExternalName. Errors name the object and
+/// the field.
+pub fn service(
+    service: objects::Service,
+    trust_domain: &TrustDomain,
+) -> Result<Option<Object>, String> {
+    let name = object_name("Service", &service.metadata)?;
+    let fault = |field: &str, what: String| format!("Service {name}: {field}: {what}");
+    let spec = service.spec;
+    let ips = spec.cluster_ip.into_iter().chain(spec.cluster_ips);
+    let addresses =
+        addresses(ips.filter(|ip| ip != "None")).map_err(|error| fault("spec.clusterIP", error))?;
     let mut ports = Vec::new();
-    for (index, port) in spec.ports.unwrap_or_default().into_iter().enumerate() {
+    for (index, port) in spec.ports.into_iter().enumerate() {
         if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
             continue;
         }
@@ -267,13 +322,15 @@ pub fn service(service: v1::Service, trust_domain: &TrustDomain) -> Result<Optio
     if addresses.is_empty() || spec.type_.as_deref() == Some("ExternalName") {
         return Ok(None);
     }
-    Ok(Some(Object::Service(Box::new(Service {
-        name,
+    Ok(Some(Object::Service(Arc::new(Service {
         addresses,
         ports,
-        selector: spec.selector.unwrap_or_default(),
+        selector: spec.selector,
         pinned_identities,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        sticky: spec.session_affinity.as_deref() == Some("ClientIP"),
+        local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        ..Service::new(name)
     }))))
 }
 
@@ -330,7 +387,7 @@ mod tests {
     #[test]
     fn reads_a_pod() {
         let objects = read(pod_object(), &domain()).unwrap();
-        let [Object::Pod(pod)] = objects.as_slice() else {
+        let [(_, Object::Pod(pod))] = objects.as_slice() else {
             panic!("{objects:?}");
         };
         assert_eq!(pod.name.to_string(), "shop/web-1");
@@ -344,50 +401,84 @@ mod tests {
         assert_eq!(pod.netns, Some("/run/netns/web-1".into()));
     }
 
-    #[test]
-    fn passes_over_pods_outside_the_mesh() {
-        for (pointer, value) in [
-            ("/spec/hostNetwork", json!(true)),
-            ("/status/phase", json!("Succeeded")),
-            ("/status", json!({})),
-            ("/metadata/labels", json!({MESH_LABEL: "disabled"})),
-            ("/metadata/annotations", json!({MESH_LABEL: "disabled"})),
-        ] {
-            let mut pod = pod_object();
-            let (parent, field) = pointer.rsplit_once('/').unwrap();
-            pod.pointer_mut(parent).unwrap()[field] = value;
-            assert_eq!(read(pod, &domain()), Ok(vec![]), "{pointer}");
+    /// The pod with `value` in the place that `pointer` names.
+    fn pod_with(pointer: &str, value: Value) -> Option<Arc<Workload>> {
+        let mut pod = pod_object();
+        let (parent, field) = pointer.rsplit_once('/').unwrap();
+        pod.pointer_mut(parent).unwrap()[field] = value;
+        match read(pod, &domain()).unwrap().pop() {
+            Some((_, Object::Pod(pod))) => Some(pod),
+            None => None,
+            other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn readiness() {
-        for (pointer, value, ready) in [
+    fn a_pod_that_has_ended_is_none() {
+        assert_eq!(pod_with("/status/phase", json!("Succeeded")), None);
+        assert_eq!(pod_with("/status/phase", json!("Failed")), None);
+        let starting = pod_with("/status", json!({"phase": "Pending"})).unwrap();
+        assert!(starting.addresses.is_empty());
+        assert!(
+            pod_with("/spec/hostNetwork", json!(true))
+                .unwrap()
+                .host_network
+        );
+    }
+
+    #[test]
+    fn membership_of_pods_and_namespaces() {
+        let disabled = || json!({MESH_LABEL: "disabled"});
+        for (pointer, value, expected) in [
+            ("/metadata/labels", disabled(), Some(Membership::Disabled)),
             (
-                "/status/conditions",
-                json!([{"type": "Ready", "status": "True"}]),
-                true,
+                "/metadata/annotations",
+                disabled(),
+                Some(Membership::Disabled),
             ),
             (
-                "/status/conditions",
-                json!([{"type": "Ready", "status": "False"}]),
-                false,
+                "/metadata/labels",
+                json!({MESH_LABEL: "enabled"}),
+                Some(Membership::Enabled),
             ),
-            (
-                "/metadata/deletionTimestamp",
-                json!("2026-01-01T00:00:00Z"),
-                false,
-            ),
+            ("/metadata/labels", json!({}), None),
         ] {
-            let mut pod = pod_object();
-            let (parent, field) = pointer.rsplit_once('/').unwrap();
-            pod.pointer_mut(parent).unwrap()[field] = value;
-            let objects = read(pod, &domain()).unwrap();
-            let [Object::Pod(pod)] = objects.as_slice() else {
-                panic!("{objects:?}");
-            };
-            assert_eq!(pod.ready, ready, "{pointer}");
+            assert_eq!(
+                pod_with(pointer, value).unwrap().membership,
+                expected,
+                "{pointer}"
+            );
         }
+        let namespace = |labels: Value| {
+            let metadata = json!({"name": "shop", "labels": labels});
+            let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata});
+            read(object, &domain()).map(|mut objects| objects.pop().unwrap().1)
+        };
+        let found = namespace(disabled()).unwrap();
+        assert_eq!(found, Object::Namespace(Some(Membership::Disabled)));
+        assert_eq!(namespace(Value::Null).unwrap(), Object::Namespace(None));
+        let error = namespace(json!({MESH_LABEL: "yes"})).unwrap_err();
+        assert_eq!(
+            error,
+            "Namespace shop: metadata.labels[auth-daemon.io/mesh]: \"yes\" is neither enabled nor disabled"
+        );
+    }
+
+    #[test]
+    fn readiness() {
+        let ready = |status: &str| json!([{"type": "Ready", "status": status}]);
+        assert!(pod_with("/status/conditions", ready("True")).unwrap().ready);
+        assert!(
+            !pod_with("/status/conditions", ready("False"))
+                .unwrap()
+                .ready
+        );
+        let deleted = json!("2026-01-01T00:00:00Z");
+        assert!(
+            pod_with("/metadata/deletionTimestamp", deleted)
+                .unwrap()
+                .terminating
+        );
     }
 
     #[test]
@@ -399,6 +490,7 @@ mod tests {
                 "spec": {
                     "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7", "fd96::7"],
                     "selector": {"app": "web"},
+                    "sessionAffinity": "ClientIP", "internalTrafficPolicy": "Local",
                     "ports": [
                         {"port": 80, "targetPort": "http"}, {"port": 81},
                         {"port": 53, "protocol": "UDP"}, {"port": 82, "targetPort": 8082},
@@ -408,11 +500,12 @@ mod tests {
             &domain(),
         )
         .unwrap();
-        let [Object::Service(service)] = objects.as_slice() else {
+        let [(_, Object::Service(service))] = objects.as_slice() else {
             panic!("{objects:?}");
         };
         assert_eq!(service.addresses.len(), 2);
         assert_eq!(service.ports.len(), 3);
+        assert!(service.sticky && service.local);
         assert_eq!(service.ports[0].target, TargetPort::Name("http".into()));
         assert_eq!(service.ports[1].target, TargetPort::Number(81));
         let pinned: Vec<_> = service

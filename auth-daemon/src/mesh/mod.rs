@@ -1,11 +1,19 @@
 //! The model of the mesh: who is who, what runs where. No I/O, no clock, no kernel.
 
+mod edit;
 mod identity;
+mod membership;
 mod registry;
+mod resolved;
 mod service;
+mod snapshot;
 mod workload;
 
+pub use edit::Edit;
 pub use identity::{Identity, InvalidIdentity, TrustDomain};
-pub use registry::{Destination, Endpoint, Inventory, Registry, Snapshot, Unreachable};
+pub use membership::{Membership, MeshDefault};
+pub use registry::Registry;
+pub use resolved::{Destination, Endpoint};
 pub use service::{Port, Service, TargetPort};
+pub use snapshot::{AddressKind, Inventory, Snapshot, Unreachable};
 pub use workload::{ObjectName, Workload};

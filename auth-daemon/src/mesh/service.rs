@@ -22,6 +22,10 @@ pub struct Service {
     pub pinned_identities: Option<BTreeSet<Identity>>,
     /// Whether pods that are not ready are endpoints all the same.
     pub publish_not_ready: bool,
+    /// Whether a client always gets the same endpoint, as long as that is there (`sessionAffinity: ClientIP`).
+    pub sticky: bool,
+    /// Whether only endpoints on the client's node count (`internalTrafficPolicy: Local`).
+    pub local: bool,
 }
 
 /// A TCP port of a service.
@@ -43,6 +47,20 @@ pub enum TargetPort {
 }
 
 impl Service {
+    /// A service without addresses, ports and pods.
+    pub fn new(name: ObjectName) -> Self {
+        Self {
+            name,
+            addresses: Vec::new(),
+            ports: Vec::new(),
+            selector: BTreeMap::new(),
+            pinned_identities: None,
+            publish_not_ready: false,
+            sticky: false,
+            local: false,
+        }
+    }
+
     /// Whether `pod` is one of those this service stands for, ready or not.
     pub fn selects(&self, pod: &Workload) -> bool {
         !self.selector.is_empty()

@@ -95,30 +95,32 @@ mod tests {
         tunnel::trust::Reason,
     };
 
+    /// Pods on node `a` that all say that `address` is theirs.
+    fn pods_at(pods: &[(&str, &Identity)], address: IpAddr) -> Snapshot {
+        let workloads = pods.iter().map(|(name, identity)| {
+            let name = ObjectName {
+                namespace: "default".into(),
+                name: (*name).into(),
+            };
+            Workload {
+                addresses: vec![address],
+                node: "a".into(),
+                ..Workload::new(name, (*identity).clone())
+            }
+        });
+        Snapshot::new(Inventory {
+            workloads: workloads.collect(),
+            services: vec![],
+        })
+    }
+
     #[test]
     fn a_known_address_is_its_pods_alone() {
         let web: Identity = "spiffe://cluster.local/ns/default/sa/web".parse().unwrap();
         let api: Identity = "spiffe://cluster.local/ns/default/sa/api".parse().unwrap();
         let address: IpAddr = "10.0.0.1".parse().unwrap();
         let other: IpAddr = "10.0.0.2".parse().unwrap();
-        let workload = Workload {
-            name: ObjectName {
-                namespace: "default".into(),
-                name: "web-1".into(),
-            },
-            uid: String::new(),
-            identity: web.clone(),
-            addresses: vec![address],
-            node: "a".into(),
-            ready: true,
-            labels: Default::default(),
-            named_ports: Default::default(),
-            netns: None,
-        };
-        let snapshot = Snapshot::new(Inventory {
-            workloads: vec![workload.clone()],
-            services: vec![],
-        });
+        let snapshot = pods_at(&[("web-1", &web)], address);
         assert_eq!(admit_source(&snapshot, &web, address, address), Ok(()));
         assert_eq!(
             admit_source(&snapshot, &api, other, other),
@@ -129,10 +131,7 @@ mod tests {
         assert!(denied.to_string().contains("pod default/web-1"), "{denied}");
         let denied = admit_source(&snapshot, &web, address, other).unwrap_err();
         assert!(matches!(denied, Denied::ClaimedAddress { .. }));
-        let disputed = Snapshot::new(Inventory {
-            workloads: vec![workload.clone(), workload],
-            services: vec![],
-        });
+        let disputed = pods_at(&[("web-1", &web), ("web-2", &web)], address);
         let denied = admit_source(&disputed, &web, address, address).unwrap_err();
         assert_eq!(denied, Denied::Disputed(address));
     }
@@ -141,23 +140,7 @@ mod tests {
     fn revoked_is_a_certificate_an_identity_or_a_node() {
         let web: Identity = "spiffe://cluster.local/ns/default/sa/web".parse().unwrap();
         let address: IpAddr = "10.0.0.1".parse().unwrap();
-        let snapshot = Snapshot::new(Inventory {
-            workloads: vec![Workload {
-                name: ObjectName {
-                    namespace: "default".into(),
-                    name: "web-1".into(),
-                },
-                uid: String::new(),
-                identity: web.clone(),
-                addresses: vec![address],
-                node: "a".into(),
-                ready: true,
-                labels: Default::default(),
-                named_ports: Default::default(),
-                netns: None,
-            }],
-            services: vec![],
-        });
+        let snapshot = pods_at(&[("web-1", &web)], address);
         let svid = Svid {
             identity: web.clone(),
             serial: "0a".into(),

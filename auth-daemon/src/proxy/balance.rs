@@ -1,8 +1,10 @@
-//! Which endpoint a connection goes to: of two at random, the one that has fewer of this node's connections.
+//! Which endpoint a connection goes to: of two at random, the one that has fewer of this node's connections. Or, where a
+//! client is to get the same one each time, the one that its address leads to.
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    hash::{DefaultHasher, Hash, Hasher},
+    net::{IpAddr, SocketAddr},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -13,23 +15,29 @@ use crate::mesh::Endpoint;
 pub(super) struct Balance(Mutex<HashMap<SocketAddr, usize>>);
 
 impl Balance {
-    /// Picks among `endpoints`, leaving out those in `tried`. `None` when all are.
+    /// Picks among `endpoints`, leaving out those in `tried`. `None` when all are. A `client` is told from others, and gets
+    /// the same one as long as there is that one.
     pub(super) fn pick<'a>(
         &self,
-        endpoints: &'a [Endpoint],
+        endpoints: &[&'a Endpoint],
         tried: &[SocketAddr],
+        client: Option<IpAddr>,
     ) -> Option<&'a Endpoint> {
         if tried.is_empty() && endpoints.len() == 1 {
-            return endpoints.first();
+            return endpoints.first().copied();
         }
         let left: Vec<_> = endpoints
             .iter()
             .filter(|endpoint| !tried.contains(&endpoint.address))
+            .copied()
             .collect();
-        match left.len() {
-            0 => None,
-            1 => Some(left[0]),
-            count => {
+        match (left.len(), client) {
+            (0, _) => None,
+            (1, _) => Some(left[0]),
+            (_, Some(client)) => left
+                .into_iter()
+                .max_by_key(|endpoint| affinity(client, endpoint.address)),
+            (count, None) => {
                 let first = rand::random_range(0..count);
                 // One of the others, each as likely.
                 let second = (first + rand::random_range(1..count)) % count;
@@ -57,6 +65,13 @@ impl Balance {
     fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, usize>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How much `client` leans to `endpoint`: whoever comes or goes, others keep their place (rendezvous hashing).
+fn affinity(client: IpAddr, endpoint: SocketAddr) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (client, endpoint).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// See [`Balance::count`].
@@ -88,21 +103,15 @@ mod tests {
     fn endpoints(count: u8) -> Vec<Endpoint> {
         (1..=count)
             .map(|number| Endpoint {
-                workload: Arc::new(Workload {
-                    name: ObjectName {
+                workload: Arc::new(Workload::new(
+                    ObjectName {
                         namespace: "default".into(),
                         name: number.to_string(),
                     },
-                    uid: String::new(),
-                    identity: "spiffe://a/ns/b/sa/c".parse().unwrap(),
-                    addresses: vec![],
-                    node: String::new(),
-                    ready: true,
-                    labels: Default::default(),
-                    named_ports: Default::default(),
-                    netns: None,
-                }),
+                    "spiffe://a/ns/b/sa/c".parse().unwrap(),
+                )),
                 address: SocketAddr::from(([10, 0, 0, number], 80)),
+                meshed: true,
             })
             .collect()
     }
@@ -111,9 +120,10 @@ mod tests {
     fn of_two_the_less_loaded_is_picked() {
         let balance = Balance::default();
         let endpoints = endpoints(2);
+        let refs: Vec<_> = endpoints.iter().collect();
         let held = balance.count(endpoints[0].address);
         for _ in 0..50 {
-            let picked = balance.pick(&endpoints, &[]).unwrap();
+            let picked = balance.pick(&refs, &[], None).unwrap();
             assert_eq!(picked.address, endpoints[1].address);
         }
         drop(held);
@@ -124,8 +134,9 @@ mod tests {
     fn what_was_tried_is_left_out() {
         let balance = Balance::default();
         let endpoints = endpoints(3);
+        let refs: Vec<_> = endpoints.iter().collect();
         let mut tried = Vec::new();
-        while let Some(endpoint) = balance.pick(&endpoints, &tried) {
+        while let Some(endpoint) = balance.pick(&refs, &tried, None) {
             assert!(!tried.contains(&endpoint.address));
             tried.push(endpoint.address);
         }
@@ -136,12 +147,35 @@ mod tests {
     fn load_spreads() {
         let balance = Balance::default();
         let endpoints = endpoints(5);
+        let refs: Vec<_> = endpoints.iter().collect();
         let held: Vec<_> = (0..500)
-            .map(|_| balance.count(balance.pick(&endpoints, &[]).unwrap().address))
+            .map(|_| balance.count(balance.pick(&refs, &[], None).unwrap().address))
             .collect();
         let loads = balance.lock().clone();
         let (most, least) = (loads.values().max().unwrap(), loads.values().min().unwrap());
         assert!(most - least <= 10, "{loads:?}");
         drop(held);
+    }
+
+    #[test]
+    fn a_client_keeps_its_endpoint_while_others_come_and_go() {
+        let balance = Balance::default();
+        let endpoints = endpoints(9);
+        let all: Vec<_> = endpoints.iter().collect();
+        let mut seen = std::collections::BTreeSet::new();
+        for last in 0..200 {
+            let client = Some(IpAddr::from([10, 1, 0, last]));
+            let first = balance.pick(&all, &[], client).unwrap();
+            seen.insert(first.address);
+            for gone in &endpoints {
+                let left: Vec<_> = endpoints
+                    .iter()
+                    .filter(|e| e.address != gone.address)
+                    .collect();
+                let now = balance.pick(&left, &[], client).unwrap();
+                assert!(now.address == first.address || gone.address == first.address);
+            }
+        }
+        assert_eq!(seen.len(), 9, "all are somebody's");
     }
 }

@@ -29,7 +29,7 @@ use crate::{
         EnrolError, Enrolled, forget_others, open_netns,
         sockets::{Listeners, canonical},
     },
-    mesh::{ObjectName, Snapshot, Workload},
+    mesh::{AddressKind, ObjectName, Snapshot, Workload},
     places::Place,
 };
 
@@ -56,9 +56,10 @@ pub struct Enrolment {
 }
 
 /// The sources of the mesh's addresses, as they were when the kernel's side was told.
-#[derive(Default, PartialEq, Eq)]
+#[derive(Default)]
 struct Told {
-    registry_version: Option<u64>,
+    /// `None`: not at all, or it could not be told.
+    snapshot: Option<Arc<Snapshot>>,
     node_addresses: Vec<IpAddr>,
 }
 
@@ -119,10 +120,10 @@ impl Enrolment {
         let mut changes = self.node.registry.changes();
         let mut first = true;
         while !*stop.borrow() {
-            // The version before the snapshot: a change in between is seen again, never missed.
-            let version = *changes.borrow_and_update();
+            // Before the snapshot: a change in between is seen again, never missed.
+            changes.borrow_and_update();
             let snapshot = self.node.registry.snapshot();
-            self.tell_addresses(version, &snapshot);
+            self.tell_addresses(&snapshot);
             self.reconcile(&snapshot);
             if first {
                 first = false;
@@ -175,30 +176,43 @@ impl Enrolment {
         }
     }
 
-    /// Tells the kernel's side which addresses the mesh has, when that may have changed.
-    fn tell_addresses(&mut self, registry_version: u64, snapshot: &Snapshot) {
-        let now = Told {
-            registry_version: Some(registry_version),
-            node_addresses: node_addresses(),
-        };
-        if now == self.told {
-            return;
-        }
+    /// Tells the kernel's side which addresses the mesh has: what has changed, or, where the node's own have, all.
+    fn tell_addresses(&mut self, snapshot: &Arc<Snapshot>) {
         let kernel = &self.node.kernel;
-        let told = kernel.set_mesh(&self.mesh_addresses(snapshot, &now.node_addresses));
-        match told {
-            Ok(()) => self.told = now,
-            Err(error) => tracing::error!(
+        let node_addresses = node_addresses();
+        let told = match &self.told.snapshot {
+            Some(before) if node_addresses == self.told.node_addresses => {
+                if Arc::ptr_eq(before, snapshot) {
+                    return;
+                }
+                let networks = &self.node.config.pod_networks;
+                let changes = snapshot.addresses_since(before);
+                let changes = changes
+                    // The node's own say what they are, whatever else they may be.
+                    .filter(|(address, _)| !node_addresses.contains(address))
+                    .map(|(address, kind)| {
+                        let network = IpNet::from(address);
+                        let left = networks.contains(&network).then_some(MeshKind::PodNetwork);
+                        (network, kind.map(mesh_kind).or(left))
+                    });
+                kernel.change_mesh(changes)
+            }
+            _ => kernel.set_mesh(&self.mesh_addresses(snapshot, &node_addresses)),
+        };
+        self.told = Told {
+            snapshot: told.is_ok().then(|| snapshot.clone()),
+            node_addresses,
+        };
+        if let Err(error) = told {
+            tracing::error!(
                 %error, "cannot tell the kernel's side the mesh's addresses; new ones are not captured"
-            ),
+            );
         }
     }
 
     fn reconcile(&mut self, snapshot: &Snapshot) {
         let wanted: BTreeMap<&ObjectName, &Arc<Workload>> = snapshot
-            .workloads()
-            .iter()
-            .filter(|workload| workload.node == self.node.config.node_name)
+            .on_node(&self.node.config.node_name)
             .map(|workload| (&workload.name, workload))
             .collect();
         let (staying, mut leaving): (HashMap<_, _>, HashMap<_, _>) =
@@ -405,11 +419,8 @@ impl Enrolment {
         for network in &self.node.config.pod_networks {
             addresses.insert(network.trunc(), MeshKind::PodNetwork);
         }
-        for address in snapshot.service_addresses() {
-            addresses.insert(address.into(), MeshKind::Service);
-        }
-        for address in snapshot.pod_addresses() {
-            addresses.insert(address.into(), MeshKind::Pod);
+        for (address, kind) in snapshot.addresses() {
+            addresses.insert(address.into(), mesh_kind(kind));
         }
         for address in node_addresses {
             addresses.insert((*address).into(), MeshKind::Node);
@@ -447,6 +458,14 @@ impl Enrolment {
             .pods
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = pods;
+    }
+}
+
+/// What the kernel's side calls it.
+fn mesh_kind(kind: AddressKind) -> MeshKind {
+    match kind {
+        AddressKind::Pod => MeshKind::Pod,
+        AddressKind::Service => MeshKind::Service,
     }
 }
 

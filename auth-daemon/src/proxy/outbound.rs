@@ -24,9 +24,9 @@ use super::{
 };
 use crate::{
     certs::Current,
-    config::SameNode,
+    config::{Mode, SameNode},
     datapath::sockets::{self, end_in_good_order},
-    mesh::Destination,
+    mesh::{Destination, Endpoint},
     policy::check_revoked,
     tunnel::{
         self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made, Taken,
@@ -93,7 +93,7 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
             let ending = relay(&mut app, &mut tunnel.channel, access.counters()).await;
             finish(pod, app, tunnel, ending, access).await;
         }
-        Ok(Opened::Itself(mut server)) => {
+        Ok(Opened::Plainly(mut server)) => {
             let early = std::mem::take(&mut call.early.bytes);
             drop(call);
             match carry_plainly(&mut app, &mut server, &early, &access).await {
@@ -140,8 +140,8 @@ async fn carry_plainly(
 /// A connection that stands.
 enum Opened {
     Tunnel(Box<Tunnel>),
-    /// The pod's own app: no wire, no tunnel.
-    Itself(TcpStream),
+    /// The pod's own app: no wire, no tunnel. Or one that speaks none.
+    Plainly(TcpStream),
     /// Another pod's app, on this node.
     SameNode(Neighbour),
 }
@@ -216,6 +216,8 @@ enum Refusal {
     Revoked(#[from] Revoked),
     #[error("no endpoint answered within {PATIENCE:?}")]
     Late,
+    #[error("it has internalTrafficPolicy Local, and no ready endpoint on this node")]
+    NoneHere,
     #[error("the pod has no address of the family of {0}")]
     Family(SocketAddr),
     #[error("the client's app: {0}")]
@@ -229,6 +231,10 @@ enum Failure {
     Dial(std::io::Error),
     #[error("does not answer")]
     Silent,
+    #[error(
+        "no daemon is ready on its node {0}, and the mode is STRICT; see the DaemonSet's pod there"
+    )]
+    NoDaemon(String),
     #[error("{0}")]
     Forbidden(#[from] Forbidden),
     #[error("{0}")]
@@ -273,18 +279,27 @@ impl Call<'_> {
         let destination = resolved?;
         let revoked = &self.node.certificates.trust().current().revoked;
         revoked.check_identity(&self.pod.workload.identity)?;
+        let (own, local) = (&self.node.config.node_name, destination.local);
+        let endpoints = destination.endpoints.iter();
+        let endpoints: Vec<_> = endpoints
+            .filter(|endpoint| !local || endpoint.workload.node == *own)
+            .collect();
+        if endpoints.is_empty() {
+            return Err(Refusal::NoneHere);
+        }
+        let client = destination.sticky.then(|| self.connect.client.ip());
         let mut tried = Vec::new();
         let mut last = None;
         while tried.len() < MAX_ATTEMPTS
-            && let Some(endpoint) = self.node.balance.pick(&destination.endpoints, &tried)
+            && let Some(endpoint) = self.node.balance.pick(&endpoints, &tried, client)
         {
             let address = endpoint.address;
             tried.push(address);
             self.access
                 .learn(|details| details.endpoint = Some(address));
             // The last one may take as long as the app has patience for.
-            let others = tried.len() < destination.endpoints.len().min(MAX_ATTEMPTS);
-            let attempt = self.attempt(&destination, address, others);
+            let others = tried.len() < endpoints.len().min(MAX_ATTEMPTS);
+            let attempt = self.attempt(&destination, endpoint, others);
             match timeout_at(deadline, attempt).await {
                 Ok(Ok(opened)) => return Ok(opened),
                 Ok(Err(refusal @ Refusal::App(_))) => return Err(refusal),
@@ -303,9 +318,10 @@ impl Call<'_> {
     async fn attempt(
         &mut self,
         destination: &Destination,
-        address: SocketAddr,
+        endpoint: &Endpoint,
         others: bool,
     ) -> Result<Opened, Refusal> {
+        let address = endpoint.address;
         let limit = |limit| if others { limit } else { PATIENCE };
         let failed = |why| Refusal::Endpoint {
             endpoint: address,
@@ -325,7 +341,7 @@ impl Call<'_> {
             let dial =
                 sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
             let server = dial.await.map_err(|error| failed(Failure::Dial(error)))?;
-            return Ok(Opened::Itself(server));
+            return Ok(Opened::Plainly(server));
         }
         if node.config.same_node == SameNode::Kernel
             && let Some(resident) = node.same_node.residents().by_address.get(&address.ip())
@@ -347,6 +363,15 @@ impl Call<'_> {
                 endpoint: address,
                 resident: resident.clone(),
             }));
+        }
+        if let Some(why) = self.plain_to(endpoint).map_err(failed)? {
+            self.access.learn(|details| details.path = Path::Plaintext);
+            tracing::debug!(client = %self.connect.client, endpoint = %address, why, "without TLS");
+            let dial =
+                sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
+            let dial = async { dial.await.map_err(Failure::Dial) };
+            let server = within(limit(DIAL), dial).await.map_err(failed)?;
+            return Ok(Opened::Plainly(server));
         }
         // An idle tunnel may have been closed by the other side a moment ago; then the next, then a new one.
         while let Some(taken) = pod.pool.take(address, &destination.identities) {
@@ -396,6 +421,23 @@ impl Call<'_> {
             Err(failure) => return Err(failed(failure)),
         }
         Ok(self.opened(channel, address, made))
+    }
+
+    /// Why `endpoint` is to be reached without TLS, if it is. Fails where that would be a downgrade.
+    fn plain_to(&self, endpoint: &Endpoint) -> Result<Option<&'static str>, Failure> {
+        let server = &endpoint.workload;
+        if !endpoint.meshed {
+            return Ok(Some("the server's pod is not of the mesh"));
+        }
+        let config = &self.node.config;
+        if server.node == config.node_name || self.node.registry.snapshot().has_daemon(&server.node)
+        {
+            return Ok(None);
+        }
+        match config.mode {
+            Mode::Strict => Err(Failure::NoDaemon(server.node.clone())),
+            Mode::Permissive => Ok(Some("no daemon is ready on the server's node")),
+        }
     }
 
     /// Whether the CA still lets who answers at the other end of `channel` be believed. Asked of each tunnel before

@@ -558,31 +558,27 @@ mod tests {
 
     fn pod(pod: &str, account: &str, address: &str) -> Workload {
         Workload {
-            name: name(pod),
-            uid: String::new(),
-            identity: format!("spiffe://a/ns/default/sa/{account}")
-                .parse()
-                .unwrap(),
             addresses: vec![address.parse().unwrap()],
             node: "a".into(),
-            ready: true,
             labels: [("app".to_owned(), account.to_owned())].into(),
-            named_ports: Default::default(),
-            netns: None,
+            ..Workload::new(
+                name(pod),
+                format!("spiffe://a/ns/default/sa/{account}")
+                    .parse()
+                    .unwrap(),
+            )
         }
     }
 
     fn service() -> Service {
         Service {
-            name: name("web"),
             addresses: vec!["10.96.0.7".parse().unwrap()],
             ports: vec![Port {
                 port: 80,
                 target: TargetPort::Number(8080),
             }],
             selector: [("app".to_owned(), "web".to_owned())].into(),
-            pinned_identities: None,
-            publish_not_ready: false,
+            ..Service::new(name("web"))
         }
     }
 

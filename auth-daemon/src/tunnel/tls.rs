@@ -23,6 +23,8 @@ use rustls::{
     version::TLS13,
 };
 
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
 use super::{ALPN, svid::Svid, trust::TrustStore};
 use crate::mesh::TrustDomain;
 
@@ -340,6 +342,15 @@ fn difference(later: UnixTime, earlier: UnixTime) -> String {
         120..7200 => format!("{} minutes", seconds / 60),
         _ => format!("{} hours", seconds / 3600),
     }
+}
+
+/// `seconds` since the Unix epoch as people read them (RFC 3339).
+pub fn rfc3339(seconds: u64) -> String {
+    i64::try_from(seconds)
+        .ok()
+        .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
+        .and_then(|time| time.format(&Rfc3339).ok())
+        .unwrap_or_else(|| format!("{seconds} s after 1970"))
 }
 
 /// Seconds of `time` since the Unix epoch.

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use auth_daemon::{discovery::kubernetes, mesh::Registry};
+use auth_daemon::{
+    discovery::kubernetes,
+    mesh::{MeshDefault, Registry},
+};
 use mesh_tests::Kubernetes;
 use serde_json::json;
 use tokio::sync::watch;
@@ -11,7 +14,7 @@ use crate::{as_ca, eventually};
 
 fn pods(registry: &Registry) -> Vec<String> {
     let snapshot = registry.snapshot();
-    let pods = snapshot.workloads().iter();
+    let pods = snapshot.workloads();
     pods.map(|pod| {
         format!(
             "{} {} {}",
@@ -43,7 +46,12 @@ async fn the_registry_follows_the_cluster_through_an_outage() {
     let client = as_ca(&cluster).await;
     tokio::spawn(kubernetes::run(
         client,
-        "cluster.local".parse().unwrap(),
+        kubernetes::Settings {
+            trust_domain: "cluster.local".parse().unwrap(),
+            defaults: MeshDefault::default(),
+            services: false,
+            daemons: None,
+        },
         registry.clone(),
         synced,
     ));

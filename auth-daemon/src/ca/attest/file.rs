@@ -2,10 +2,12 @@
 
 use std::{
     fs::{File, Metadata},
-    io::{self, Read},
+    io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
+
+use crate::ca::files;
 
 /// A small file, read when it is not the one that was read before.
 #[derive(Debug)]
@@ -64,19 +66,9 @@ impl WatchedFile {
         if self.seen == Some(stamp) {
             return Ok(None);
         }
-        let file = File::open(&self.path)?;
+        let mut file = File::open(&self.path)?;
         let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::other("is not a regular file"));
-        }
-        let mut content = Vec::new();
-        file.take(self.limit + 1).read_to_end(&mut content)?;
-        if content.len() as u64 > self.limit {
-            return Err(io::Error::other(format!(
-                "is larger than {} bytes",
-                self.limit
-            )));
-        }
+        let content = files::read_regular(&mut file, self.limit)?;
         // Of before the reading: what is written meanwhile is read the next time.
         self.seen = Some(Stamp::of(&metadata));
         Ok(Some(content))

@@ -185,7 +185,7 @@ fn caller(
 
 /// The node of a pod, if it is still the one that the token was made for.
 fn node_of(pod: &Named, namespace: &str, snapshot: &Snapshot) -> Option<String> {
-    let found = snapshot.workloads().iter().find(|workload| {
+    let found = snapshot.workloads().find(|workload| {
         workload.name.namespace == namespace
             && workload.name.name == pod.name
             && (workload.uid.is_empty() || pod.uid.is_empty() || workload.uid == pod.uid)
@@ -276,15 +276,12 @@ mod tests {
         };
         Snapshot::new(Inventory {
             workloads: vec![Workload {
-                name,
                 uid: "u1".into(),
-                identity: "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
-                addresses: vec![],
                 node: "a".into(),
-                ready: true,
-                labels: [].into(),
-                named_ports: [].into(),
-                netns: None,
+                ..Workload::new(
+                    name,
+                    "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
+                )
             }],
             services: vec![],
         })

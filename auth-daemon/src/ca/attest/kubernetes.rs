@@ -8,9 +8,8 @@ use std::{
 };
 
 use aws_lc_rs::digest::{SHA256, digest};
-use k8s_openapi::api::{
-    authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus, UserInfo},
-    core::v1::Pod,
+use k8s_openapi::api::authentication::v1::{
+    TokenReview, TokenReviewSpec, TokenReviewStatus, UserInfo,
 };
 use kube::Client;
 use serde::Deserialize;
@@ -21,7 +20,7 @@ use tokio::{
 
 use super::{Attestation, Attestor, Caller, Credentials, Unattested};
 use crate::{
-    kubernetes::{Objects, printable},
+    kubernetes::{Objects, objects::Pod, printable},
     mesh::{ObjectName, TrustDomain},
 };
 
@@ -317,11 +316,11 @@ fn node_of(pod: Option<Pod>, reviewed: &Reviewed) -> Result<String, &'static str
     if pod.metadata.deletion_timestamp.is_some() {
         return Err("is being deleted");
     }
-    let phase = pod.status.unwrap_or_default().phase.unwrap_or_default();
+    let phase = pod.status.phase.unwrap_or_default();
     if phase == "Succeeded" || phase == "Failed" {
         return Err("has ended");
     }
-    let spec = pod.spec.unwrap_or_default();
+    let spec = pod.spec;
     if spec.service_account_name.as_deref() != Some(&reviewed.account.name) {
         return Err("has another service account");
     }

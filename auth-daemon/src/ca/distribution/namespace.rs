@@ -6,34 +6,27 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::{Stream, StreamExt, future::join_all};
+use futures_util::{StreamExt, future::join_all};
 use k8s_openapi::{
     ByteString,
     api::core::v1::{Secret, ServiceAccount},
     apimachinery::pkg::apis::meta::v1::OwnerReference,
 };
-use kube::{
-    Api, Resource, ResourceExt,
-    api::ObjectMeta,
-    core::PartialObjectMeta,
-    runtime::{WatchStreamExt, watcher},
-};
+use kube::{Api, ResourceExt, api::ObjectMeta, core::PartialObjectMeta, runtime::watcher};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
-use rustls::pki_types::CertificateDer;
-use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    ACCOUNT_ANNOTATION, CHAIN, DISTRIBUTED_LABEL, Distribution, KEY, MAX_RETRY, PREFIX, RETRY,
-    ROOTS, SECRET_TYPE,
+    ACCOUNT_ANNOTATION, CHAIN, DISTRIBUTED_LABEL, Distribution, KEY, PREFIX, ROOTS, SECRET_TYPE,
     verdict::{Verdict, is_ours, verdict},
 };
 use crate::{
     ca::{
         authority::{Authority, Refusal},
         pem,
+        schedule::Schedule,
     },
-    kubernetes::{Fault, Objects, with_causes},
+    kubernetes::{Fault, Objects, follow},
     mesh::Identity,
 };
 
@@ -45,14 +38,14 @@ const LOOK: Duration = Duration::from_secs(300);
 /// Keeps the Secrets of namespace `name`, for ever.
 pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Arc<Authority>) {
     let client = &settings.client;
-    let mut accounts = Box::pin(watched(
+    let mut accounts = Box::pin(follow(
         Api::<PartialObjectMeta<ServiceAccount>>::namespaced(client.clone(), name),
         watcher::Config::default(),
         "service accounts",
     ));
     // Of the Secrets only the names: what is in them is read when it is due.
     let labels = format!("{DISTRIBUTED_LABEL}=true");
-    let mut secrets = Box::pin(watched(
+    let mut secrets = Box::pin(follow(
         Api::<PartialObjectMeta<Secret>>::namespaced(client.clone(), name),
         watcher::Config::default().labels(&labels),
         "Secrets with certificates",
@@ -103,26 +96,6 @@ pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Arc<Au
     }
 }
 
-fn watched<K>(
-    api: Api<K>,
-    config: watcher::Config,
-    what: &'static str,
-) -> impl Stream<Item = watcher::Event<K>> + Send
-where
-    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
-{
-    let events = watcher(api, config).default_backoff();
-    events.filter_map(move |event| {
-        let event = event.inspect_err(|error| {
-            tracing::error!(
-                error = %with_causes(error),
-                "cannot watch {what}; going on with what is known"
-            );
-        });
-        std::future::ready(event.ok())
-    })
-}
-
 struct Namespace<'a> {
     settings: &'a Distribution,
     name: &'a str,
@@ -133,14 +106,6 @@ struct Namespace<'a> {
     due: Schedule,
     /// Accounts whose Secret's name is taken by somebody else's; said once.
     foreign: BTreeSet<String>,
-}
-
-/// When to look after which account.
-#[derive(Debug, Default)]
-struct Schedule {
-    due: BTreeMap<String, Instant>,
-    /// The pause after the last failure.
-    pauses: BTreeMap<String, Duration>,
 }
 
 /// What became of an account's Secret.
@@ -248,7 +213,7 @@ impl Namespace<'_> {
             .identity(self.name, account)
             .map_err(|error| error.to_string())?;
         let published = self.authority.published().borrow().clone();
-        let roots = pem_of(&published.roots);
+        let roots = pem::certificates(&published.roots);
         let now = SystemTime::now();
         let good = |serial: &[u8; 16]| {
             let record = self.authority.issued(serial);
@@ -343,91 +308,6 @@ impl Namespace<'_> {
             .authority
             .issue(identity, csr.der(), lifetime, None)
             .await?;
-        Ok((pem_of(&chain), key.serialize_pem()))
-    }
-}
-
-fn pem_of(certificates: &[CertificateDer<'_>]) -> String {
-    let blocks = certificates.iter().map(|der| pem::certificate(der));
-    blocks.collect()
-}
-
-impl Schedule {
-    fn next(&self) -> Option<Instant> {
-        self.due.values().min().copied()
-    }
-
-    fn at_once(&mut self, account: &str) {
-        // After a failure the pause counts.
-        if !self.pauses.contains_key(account) {
-            self.due.insert(account.to_owned(), Instant::now());
-        }
-    }
-
-    fn after(&mut self, account: &str, wait: Duration) {
-        self.pauses.remove(account);
-        self.due.insert(account.to_owned(), Instant::now() + wait);
-    }
-
-    fn again(&mut self, account: &str) {
-        let pause = self.pauses.get(account).map_or(RETRY, |pause| *pause * 2);
-        let pause = pause.min(MAX_RETRY);
-        self.pauses.insert(account.to_owned(), pause);
-        self.due.insert(account.to_owned(), Instant::now() + pause);
-    }
-
-    fn forget(&mut self, account: &str) {
-        self.pauses.remove(account);
-        self.due.remove(account);
-    }
-
-    /// Takes out up to `most` of those that are due.
-    fn take(&mut self, now: Instant, most: usize) -> Vec<String> {
-        let due = self.due.iter().filter(|(_, at)| **at <= now);
-        let due: Vec<_> = due.map(|(name, _)| name.clone()).take(most).collect();
-        for name in &due {
-            self.due.remove(name);
-        }
-        due
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_failure_is_tried_again_less_and_less_often() {
-        let mut schedule = Schedule::default();
-        schedule.at_once("web");
-        let now = Instant::now();
-        assert_eq!(schedule.take(now, 8), ["web"]);
-        for _ in 0..20 {
-            schedule.again("web");
-        }
-        let pause = schedule.next().unwrap().duration_since(now);
-        assert!(
-            pause > MAX_RETRY - RETRY && pause < MAX_RETRY + RETRY,
-            "{pause:?}"
-        );
-        let before = schedule.next();
-        schedule.at_once("web");
-        assert_eq!(
-            schedule.next(),
-            before,
-            "an event does not shorten the pause"
-        );
-        schedule.after("web", Duration::ZERO);
-        assert_eq!(schedule.take(Instant::now(), 8), ["web"]);
-    }
-
-    #[test]
-    fn only_so_many_at_once() {
-        let mut schedule = Schedule::default();
-        for account in 0..20 {
-            schedule.at_once(&account.to_string());
-        }
-        assert_eq!(schedule.take(Instant::now(), AT_ONCE).len(), AT_ONCE);
-        assert_eq!(schedule.take(Instant::now(), 100).len(), 12);
+        Ok((pem::certificates(&chain), key.serialize_pem()))
     }
 }

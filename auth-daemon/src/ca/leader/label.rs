@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::sleep};
 
 use super::Candidate;
-use crate::kubernetes::{Fault, Objects};
+use crate::kubernetes::{Fault, Objects, objects::Pod};
 
 /// On the leader's pod, with value `true`.
 pub const LEADER_LABEL: &str = "auth-daemon.io/ca-leader";

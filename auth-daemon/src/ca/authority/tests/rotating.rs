@@ -44,7 +44,7 @@ async fn rotates_the_root_over_restarts() {
     ca.inner.catch_up().await.unwrap();
     let status = ca.status();
     assert_eq!(status["phase"], "retiring");
-    assert_eq!(status["phaseEnds"], crate::ca::active::rfc3339(end + 5));
+    assert_eq!(status["phaseEnds"], crate::tunnel::tls::rfc3339(end + 5));
     let retiring = ca.published().borrow().clone();
     assert_eq!(
         retiring.roots,
