@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use crate::eventually::{TIMEOUT, eventually_ok};
 use crate::id::MeshId;
 use crate::place::Place;
-use crate::process::Process;
+use crate::process::{Finished, Process};
 use crate::{cgroup, leftovers, mounts};
 
 use pki::Pki;
@@ -400,9 +400,19 @@ impl Kubernetes {
         // Of two tests that create the same object at once, one would fail.
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        self.kubectl([OsStr::new("apply"), OsStr::new("-f"), file.as_os_str()])?
+            .ok()
+            .map(drop)
+    }
+
+    /// Runs `kubectl` to its end, as the cluster's administrator. That it failed is no error: see [`Finished::ok`].
+    pub fn kubectl<A: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<Finished> {
         let mut command = self.client("kubectl")?;
-        command.args(["apply", "-f"]).arg(file);
-        Process::spawn(command)?.finish(TIMEOUT)?.ok().map(drop)
+        command.args(arguments);
+        Process::spawn(command)?.finish(START)
     }
 
     /// A program that may do everything, by `$KUBECONFIG`, where it reaches the API server.

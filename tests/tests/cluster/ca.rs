@@ -1,0 +1,82 @@
+//! The CA, by itself.
+
+use mesh_tests::{Context, Result, eventually_ok};
+use serde_json::Value;
+
+use crate::stage::{CA, PATIENCE, SYSTEM, Stage, address, ensure, name};
+
+/// The pod that leads: the only one with the label, which the service's endpoints are.
+fn leader(stage: &Stage) -> Result<Value> {
+    let leader = stage.pod(SYSTEM, &format!("{CA},auth-daemon.io/ca-leader=true"))?;
+    let endpoints = stage.get(&format!("endpoints -n {SYSTEM} auth-ca"))?;
+    let addresses: Vec<&Value> = endpoints["subsets"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .flat_map(|subset| subset["addresses"].as_array().into_iter().flatten())
+        .map(|address| &address["ip"])
+        .collect();
+    ensure(addresses == [address(&leader)], || {
+        format!("{} leads, and the service is {addresses:?}", name(&leader))
+    })?;
+    Ok(leader)
+}
+
+/// What its operator is told.
+fn status(stage: &Stage, pod: &Value) -> Result<Value> {
+    let said = stage.kubectl(&format!(
+        "exec -n {SYSTEM} {} -- auth-daemon ca status --json",
+        name(pod)
+    ))?;
+    serde_json::from_str(&said).context("the CA's status")
+}
+
+fn root(stage: &Stage, pod: &Value) -> Result<String> {
+    let status = status(stage, pod)?;
+    let root = status["roots"][0]["sha256"].as_str();
+    Ok(root.with_context(|| format!("no root: {status}"))?.to_owned())
+}
+
+pub(crate) fn one_leads(stage: &Stage) -> Result<()> {
+    stage.rolled_out(SYSTEM, "deployment/auth-ca")?;
+    let pods = stage.pods(SYSTEM, CA)?;
+    assert_eq!(pods.len(), 2);
+    let leader = eventually_ok(PATIENCE, "a leader", || leader(stage))?;
+    for pod in &pods {
+        let leads = status(stage, pod)?["leader"] == true;
+        assert_eq!(leads, name(pod) == name(&leader), "{}", name(pod));
+    }
+    let budget = stage.get(&format!("poddisruptionbudget -n {SYSTEM} auth-ca"))?;
+    eventually_ok(PATIENCE, "one replica that may go", || {
+        let budget = stage.get(&format!("poddisruptionbudget -n {SYSTEM} auth-ca"))?;
+        ensure(budget["status"]["disruptionsAllowed"] == 1, || budget.to_string())
+    })
+    .with_context(|| budget.to_string())
+}
+
+pub(crate) fn roots_are_everywhere(stage: &Stage) -> Result<()> {
+    for namespace in ["default", "kube-system", SYSTEM, crate::stage::APPS] {
+        eventually_ok(PATIENCE, "the roots", || {
+            let map = stage.get(&format!("configmap -n {namespace} auth-ca-root"))?;
+            let roots = map["data"]["root-cert.pem"].as_str().unwrap_or_default();
+            ensure(roots.contains("BEGIN CERTIFICATE"), || map.to_string())
+        })?;
+    }
+    Ok(())
+}
+
+pub(crate) fn the_leader_is_replaced(stage: &Stage) -> Result<()> {
+    let before = leader(stage)?;
+    let root_before = root(stage, &before)?;
+    stage.kubectl(&format!(
+        "delete pod -n {SYSTEM} {} --grace-period=0 --force",
+        name(&before)
+    ))?;
+    let after = eventually_ok(PATIENCE, "another leader", || {
+        let after = leader(stage)?;
+        ensure(name(&after) != name(&before), || "not yet".to_owned())?;
+        Ok(after)
+    })?;
+    assert_eq!(root(stage, &after)?, root_before);
+    stage.rolled_out(SYSTEM, "deployment/auth-ca")
+}

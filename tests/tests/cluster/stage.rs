@@ -1,0 +1,190 @@
+//! The cluster with deploy/ on it, and what the steps do there: with kubectl, and with curl inside of pods.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mesh_tests::{
+    AUTH_DAEMON_IMAGE, Cluster, Context, Finished, Result, TOOLS, auth_daemon, auth_daemon_image,
+    eventually_ok,
+};
+use serde_json::{Value, json};
+
+/// Where deploy/ puts everything.
+pub(crate) const SYSTEM: &str = "auth-system";
+/// Where the apps are.
+pub(crate) const APPS: &str = "shop";
+pub(crate) const NODES: [&str; 2] = ["node1", "node2"];
+/// Pods that start, on a machine of two cores.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+pub(crate) struct Stage {
+    pub(crate) cluster: Cluster,
+    folder: PathBuf,
+}
+
+impl Stage {
+    /// Brings the cluster up, loads the image, and applies deploy/.
+    pub(crate) fn set() -> Result<Self> {
+        let cluster = Cluster::start(&NODES)?;
+        let folder = cluster.node(NODES[0]).node().folder().join("test");
+        fs::create_dir_all(&folder)?;
+        let archive = folder.join("auth-daemon.tar");
+        auth_daemon_image(&auth_daemon()?, AUTH_DAEMON_IMAGE, &archive)?;
+        cluster.load(&archive)?;
+        let stage = Self { cluster, folder };
+        stage.kubectl(&format!("apply -k {}", overlay()))?;
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": APPS}});
+        stage.apply(&[namespace])?;
+        Ok(stage)
+    }
+
+    /// Runs kubectl with arguments separated by spaces; what it says when that succeeds.
+    pub(crate) fn kubectl(&self, arguments: &str) -> Result<String> {
+        let finished = self.cluster.kubectl(arguments.split(' '))?;
+        Ok(finished.ok()?.stdout)
+    }
+
+    /// An object, or a list of them.
+    pub(crate) fn get(&self, what: &str) -> Result<Value> {
+        let said = self.kubectl(&format!("get {what} -o json"))?;
+        serde_json::from_str(&said).with_context(|| format!("kubectl get {what}"))
+    }
+
+    /// `kubectl apply` of objects.
+    pub(crate) fn apply(&self, objects: &[Value]) -> Result<()> {
+        let path = self.folder.join("objects.json");
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
+        fs::write(&path, list.to_string())?;
+        self.kubectl(&format!("apply -f {}", path.display())).map(drop)
+    }
+
+    /// Runs a program in a pod of the apps.
+    pub(crate) fn exec(&self, pod: &str, command: &[&str]) -> Result<Finished> {
+        let kubectl = ["-n", APPS, "exec", pod, "--"];
+        self.cluster.kubectl(kubectl.iter().chain(command))
+    }
+
+    /// What curl in a pod gets from a URL.
+    pub(crate) fn curl(&self, pod: &str, url: &str) -> Result<String> {
+        let finished = self.exec(pod, &["curl", "-sSf", "--max-time", "15", url])?;
+        Ok(finished.ok()?.stdout)
+    }
+
+    /// The pods that a label selects, which are not about to end.
+    pub(crate) fn pods(&self, namespace: &str, label: &str) -> Result<Vec<Value>> {
+        let list = self.get(&format!("pods -n {namespace} -l {label}"))?;
+        let items = list["items"].as_array().context("no list")?;
+        let living = items.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        Ok(living.cloned().collect())
+    }
+
+    /// The only such pod.
+    pub(crate) fn pod(&self, namespace: &str, label: &str) -> Result<Value> {
+        let pods = self.pods(namespace, label)?;
+        let [pod] = pods.as_slice() else {
+            let names: Vec<_> = pods.iter().map(name).collect();
+            mesh_tests::bail!("{label} selects {names:?}");
+        };
+        Ok(pod.clone())
+    }
+
+    /// The daemon's pod on a node, if it is there and ready.
+    pub(crate) fn daemon_on(&self, node: &str) -> Result<Value> {
+        let daemons = self.pods(SYSTEM, DAEMON)?;
+        let mut on_node = daemons
+            .into_iter()
+            .filter(|pod| pod["spec"]["nodeName"] == node && is_ready(pod));
+        on_node.next().with_context(|| format!("no daemon is ready on {node}"))
+    }
+
+    /// What the daemon of a node has logged.
+    pub(crate) fn daemon_log(&self, node: &str) -> Result<String> {
+        let daemon = self.daemon_on(node)?;
+        self.kubectl(&format!("logs -n {SYSTEM} {}", name(&daemon)))
+    }
+
+    /// Waits for the end of a rollout, such as of `deployment/web`.
+    pub(crate) fn rolled_out(&self, namespace: &str, what: &str) -> Result<()> {
+        let seconds = PATIENCE.as_secs();
+        self.kubectl(&format!(
+            "rollout status -n {namespace} {what} --timeout={seconds}s"
+        ))
+        .map(drop)
+    }
+}
+
+/// An overlay for this cluster.
+pub(crate) fn overlay() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kustomize");
+    folder.display().to_string()
+}
+
+pub(crate) const CA: &str = "app.kubernetes.io/name=auth-ca";
+pub(crate) const DAEMON: &str = "app.kubernetes.io/name=auth-daemon";
+
+pub(crate) fn name(object: &Value) -> &str {
+    object["metadata"]["name"].as_str().unwrap_or_default()
+}
+
+/// A pod's address.
+pub(crate) fn address(pod: &Value) -> &str {
+    pod["status"]["podIP"].as_str().unwrap_or_default()
+}
+
+pub(crate) fn is_ready(pod: &Value) -> bool {
+    let conditions = pod["status"]["conditions"].as_array();
+    conditions
+        .into_iter()
+        .flatten()
+        .any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
+}
+
+/// Says why it does not hold yet, or no more.
+pub(crate) fn ensure(holds: bool, evidence: impl FnOnce() -> String) -> Result<()> {
+    holds.then_some(()).with_context(evidence)
+}
+
+/// A container that runs a script of the shell, with busybox and curl.
+pub(crate) fn container(script: &str) -> Value {
+    json!({
+        "name": "app", "image": TOOLS, "imagePullPolicy": "Never",
+        "command": ["sh", "-c", script],
+    })
+}
+
+/// A service account.
+pub(crate) fn account(name: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "ServiceAccount",
+        "metadata": {"name": name, "namespace": APPS},
+        // Nothing in the apps talks to the API server.
+        "automountServiceAccountToken": false,
+    })
+}
+
+/// A pod on a node that does nothing for ever but to wait for commands.
+pub(crate) fn idle_pod(name: &str, node: &str, account: &str) -> Value {
+    pod_running(name, node, account, "while :; do sleep 3600; done")
+}
+
+pub(crate) fn pod_running(name: &str, node: &str, account: &str, script: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": APPS, "labels": {"app": name}},
+        "spec": {
+            "nodeSelector": {"kubernetes.io/hostname": node},
+            "serviceAccountName": account,
+            "terminationGracePeriodSeconds": 0,
+            "containers": [container(script)],
+        },
+    })
+}
+
+pub(crate) fn daemons_are_ready(stage: &Stage) -> Result<()> {
+    stage.rolled_out(SYSTEM, "daemonset/auth-daemon")?;
+    for node in NODES {
+        eventually_ok(PATIENCE, "a ready daemon", || stage.daemon_on(node))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,220 @@
+//! What pods say to each other, and what others see of it.
+
+use std::net::IpAddr;
+
+use mesh_tests::{Recording, Result, Stream, eventually_ok};
+use serde_json::{Value, json};
+
+use crate::stage::{
+    APPS, NODES, PATIENCE, Stage, account, address, container, ensure, idle_pod, name,
+};
+
+/// In every answer; nothing else on the wire holds it.
+const MARKER: &str = "marker-6b1d0c52";
+/// Where the apps listen.
+const PORT: u16 = 8080;
+
+/// A web server of busybox: `/cgi-bin/who` says who asks, `/cgi-bin/tick` goes on for ever.
+fn server_script() -> String {
+    format!(
+        r#"mkdir -p /tmp/www/cgi-bin && cd /tmp/www/cgi-bin
+cat >who <<'END'
+#!/bin/sh
+printf 'Content-Type: text/plain\r\n\r\n{MARKER} %s asked %s\n' "$REMOTE_ADDR" "$(hostname)"
+END
+cat >tick <<'END'
+#!/bin/sh
+printf 'Content-Type: text/plain\r\n\r\n'
+while printf 'tick\n'; do sleep 0.2; done
+END
+chmod +x who tick
+exec httpd -f -p {PORT} -h /tmp/www"#
+    )
+}
+
+/// A Deployment of that server, and a service of its name, on port 80.
+pub(crate) fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3] {
+    let mut server = container(&server_script());
+    let probe = json!({"httpGet": {"path": "/cgi-bin/who", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5});
+    server["ports"] = json!([{"name": "http", "containerPort": PORT}]);
+    server["readinessProbe"] = probe.clone();
+    server["livenessProbe"] = probe;
+    // Others hear of its end before it comes.
+    server["lifecycle"] = json!({"preStop": {"exec": {"command": ["sleep", "3"]}}});
+    let mut spec = json!({
+        "serviceAccountName": name, "terminationGracePeriodSeconds": 5, "containers": [server],
+    });
+    if let Some(node) = node {
+        spec["nodeSelector"] = json!({"kubernetes.io/hostname": node});
+    }
+    let labels = json!({"app": name});
+    let deployment = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment",
+        "metadata": {"name": name, "namespace": APPS},
+        "spec": {
+            "replicas": replicas, "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": spec},
+        },
+    });
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": name, "namespace": APPS},
+        "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": "http"}]},
+    });
+    [account(name), deployment, service]
+}
+
+/// The address of a service of the apps.
+pub(crate) fn service_address(stage: &Stage, name: &str) -> Result<String> {
+    let service = stage.get(&format!("service -n {APPS} {name}"))?;
+    Ok(service["spec"]["clusterIP"].as_str().unwrap_or_default().to_owned())
+}
+
+/// Where `/cgi-bin/who` of a service is.
+pub(crate) fn who(stage: &Stage, service: &str) -> Result<String> {
+    Ok(format!("http://{}/cgi-bin/who", service_address(stage, service)?))
+}
+
+/// `client-1` on the first node and `client-2` on the second.
+pub(crate) fn clients() -> [&'static str; 2] {
+    ["client-1", "client-2"]
+}
+
+/// `web-1` on the first node and `web-2` on the second, and `web` of both.
+pub(crate) fn apps_start(stage: &Stage) -> Result<()> {
+    let mut objects = vec![account("client")];
+    for (node, (client, web)) in NODES.into_iter().zip(clients().into_iter().zip(["web-1", "web-2"])) {
+        objects.extend(server(web, Some(node), 1));
+        objects.push(idle_pod(client, node, "client"));
+    }
+    stage.apply(&objects)?;
+    for web in ["web-1", "web-2"] {
+        stage.rolled_out(APPS, &format!("deployment/{web}"))?;
+    }
+    stage.kubectl(&format!(
+        "wait -n {APPS} pod client-1 client-2 --for=condition=Ready --timeout={}s",
+        PATIENCE.as_secs()
+    ))?;
+    Ok(())
+}
+
+/// All that passed between two addresses is TLS 1.3: one hello from each in the clear, then encrypted records only.
+fn is_tls_1_3(recording: &Recording, client: &str, server: &str) -> Result<()> {
+    let (client, server): (IpAddr, IpAddr) = (client.parse()?, server.parse()?);
+    let streams = recording.tcp_between(client, server).streams();
+    ensure(!streams.is_empty(), || "no connection crossed the wire".to_owned())?;
+    for stream in &streams {
+        ensure(stream.server.port() == PORT, || {
+            format!("to another port than the app's: {}", stream.server)
+        })?;
+        hides_all(stream)?;
+    }
+    Ok(())
+}
+
+fn hides_all(stream: &Stream) -> Result<()> {
+    let (sent, received) = stream.tls_records()?;
+    for records in [sent, received] {
+        let kinds: Vec<u8> = records.iter().map(|record| record.content_type).collect();
+        // A handshake record (22), perhaps a change_cipher_spec (20), application data (23): RFC 8446, appendix D.4.
+        // Up to TLS 1.2, certificates are in records of kind 22.
+        let tls_1_3 = kinds.first() == Some(&22)
+            && kinds[1..].iter().all(|kind| [20, 23].contains(kind))
+            && kinds.iter().filter(|kind| **kind == 20).count() <= 1;
+        ensure(tls_1_3 && kinds.contains(&23), || {
+            format!("{} to {}: {kinds:?}", stream.client, stream.server)
+        })?;
+    }
+    Ok(())
+}
+
+pub(crate) fn pods_talk_tls(stage: &Stage) -> Result<()> {
+    for (client, web) in [("client-1", "web-2"), ("client-2", "web-1")] {
+        let client_address = address(&stage.get(&format!("pod -n {APPS} {client}"))?).to_owned();
+        let web_address = address(&stage.pod(APPS, &format!("app={web}"))?).to_owned();
+        let capture = stage.cluster.wire().capture()?;
+        for url in [who(stage, web)?, format!("http://{web_address}:{PORT}/cgi-bin/who")] {
+            let answer = stage.curl(client, &url)?;
+            let expected = format!("{client_address} asked {web}");
+            ensure(answer.contains(MARKER) && answer.contains(&expected), || {
+                format!("{url}: {answer:?} instead of {expected:?}")
+            })?;
+        }
+        let recording = capture.stop()?;
+        is_tls_1_3(&recording, &client_address, &web_address)?;
+        ensure(!recording.contains(MARKER.as_bytes()), || {
+            format!("{MARKER} is readable on the wire")
+        })?;
+    }
+    // On one node there is no wire.
+    for (client, web) in [("client-1", "web-1"), ("client-2", "web-2")] {
+        let answer = stage.curl(client, &who(stage, web)?)?;
+        ensure(answer.contains(MARKER), || answer.clone())?;
+    }
+    Ok(())
+}
+
+/// The lines of a daemon's access log.
+fn access(log: &str) -> impl Iterator<Item = Value> + '_ {
+    log.lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .filter(|line: &Value| line["target"] == "access")
+}
+
+pub(crate) fn the_log_says_who(stage: &Stage) -> Result<()> {
+    let identity = |account: &str| format!("spiffe://cluster.local/ns/{APPS}/sa/{account}");
+    let client_address = address(&stage.get(&format!("pod -n {APPS} client-1"))?).to_owned();
+    for (node, direction) in [("node1", "outbound"), ("node2", "inbound")] {
+        eventually_ok(PATIENCE, "a line of the access log", || {
+            let log = stage.daemon_log(node)?;
+            let found = access(&log).any(|line| {
+                let client = line["client"].as_str().unwrap_or_default();
+                line["direction"] == direction
+                    && line["path"] == "tunnel"
+                    && line["client_identity"] == identity("client")
+                    && line["server_identity"] == identity("web-2")
+                    && client.starts_with(&format!("{client_address}:"))
+                    && line["result"] == "ok"
+            });
+            ensure(found, || {
+                let lines: Vec<_> = access(&log).map(|line| line.to_string()).collect();
+                format!("{node}, {direction}: {}", lines.join("\n"))
+            })
+        })?;
+    }
+    Ok(())
+}
+
+pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
+    let mut outsider = idle_pod("outsider", "node1", "client");
+    outsider["metadata"]["labels"]["auth-daemon.io/mesh"] = json!("disabled");
+    stage.apply(&[outsider])?;
+    stage.kubectl(&format!(
+        "wait -n {APPS} pod outsider --for=condition=Ready --timeout={}s",
+        PATIENCE.as_secs()
+    ))?;
+    // The pod's own address: a service would be the kernel's to translate, and then the same.
+    let web = address(&stage.pod(APPS, "app=web-2")?).to_owned();
+    for url in [format!("http://{web}:{PORT}/cgi-bin/who"), who(stage, "web-2")?] {
+        let answer = stage.curl("outsider", &url);
+        ensure(answer.is_err(), || format!("it was answered: {answer:?}"))?;
+    }
+    let log = stage.daemon_log("node2")?;
+    let refused = access(&log).any(|line| {
+        line["result"] == "refused" && line["reason"] == "plaintext, and STRICT is in force"
+    });
+    ensure(refused, || "no line says that it was refused".to_owned())?;
+    stage.kubectl(&format!("delete pod -n {APPS} outsider --now")).map(drop)
+}
+
+pub(crate) fn probes_have_passed(stage: &Stage) -> Result<()> {
+    for web in ["web-1", "web-2"] {
+        let pod = stage.pod(APPS, &format!("app={web}"))?;
+        let status = &pod["status"]["containerStatuses"][0];
+        // One was killed by the step before; a probe that fails would do it again and again.
+        ensure(status["ready"] == true && status["restartCount"].as_u64() <= Some(1), || {
+            format!("{}: {status}", name(&pod))
+        })?;
+    }
+    Ok(())
+}
