@@ -12,6 +12,7 @@ mod plain;
 mod pod;
 mod revocation;
 mod same_node;
+mod totals;
 mod workers;
 
 use std::sync::{
@@ -26,6 +27,7 @@ use tokio::sync::watch;
 pub use enrolment::{Enrolment, PodStatus};
 pub use pod::Pod;
 pub use same_node::SameNode;
+pub use totals::Totals;
 pub use workers::Workers;
 
 use crate::{
