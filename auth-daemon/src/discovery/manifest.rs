@@ -122,8 +122,7 @@ fn address(text: &str) -> Result<IpAddr, String> {
     Ok(ip)
 }
 
-/// Reads a pod; `None` for one that is no part of the mesh: finished, without an address, on the host's network, opted
-/// out. Errors name the object and the field.
+/// Reads a pod; `None` for one that is no part of the mesh: finished, on the host's network, opted out. Errors name the object and the field.
 pub fn pod(pod: v1::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let name = object_name("Pod", &pod.metadata)?;
     let fault = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
@@ -193,7 +192,7 @@ pub fn pod(pod: v1::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, S
         }
     }
     let finished = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
-    if finished || spec.host_network == Some(true) || addresses.is_empty() {
+    if finished || spec.host_network == Some(true) {
         return Ok(None);
     }
     let ready_condition = status
@@ -349,7 +348,6 @@ mod tests {
         for (pointer, value) in [
             ("/spec/hostNetwork", json!(true)),
             ("/status/phase", json!("Succeeded")),
-            ("/status", json!({})),
             ("/metadata/labels", json!({MESH_LABEL: "disabled"})),
             ("/metadata/annotations", json!({MESH_LABEL: "disabled"})),
         ] {
