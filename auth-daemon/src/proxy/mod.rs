@@ -12,6 +12,7 @@ mod plain;
 mod pod;
 mod revocation;
 mod same_node;
+mod search;
 mod totals;
 mod workers;
 
