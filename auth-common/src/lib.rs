@@ -5,8 +5,12 @@
 //! both families. Every struct is padded by hand: the kernel compares keys byte by byte.
 #![no_std]
 
+mod first_socket;
 mod same_node;
 
+pub use first_socket::{
+    FIRST_SOCKET_BYTES, FirstSocket, MAX_TOLD, SocketOrigin, TELL_AGAIN_NANOSECONDS,
+};
 pub use same_node::{
     Admitted, Closed, EVENT_BYTES, FLOW_CLIENT, FLOW_DIALLED, FLOW_SERVER, Flow, LEASE_NANOSECONDS,
     MAX_VERDICTS, Verdict, closed,

@@ -4,6 +4,7 @@
 //! connection, top to bottom.
 
 pub mod admin;
+mod answers;
 mod backoff;
 pub mod ca;
 pub mod certs;

@@ -5,6 +5,7 @@
 
 mod connect;
 mod established;
+mod first_socket;
 mod inbound;
 mod maps;
 mod names;

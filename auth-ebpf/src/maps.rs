@@ -1,14 +1,18 @@
 //! The maps, all pinned by the daemon and adopted by the next one. None takes its memory up front but for the bucket
-//! arrays of the hashes (2 MiB each for PENDING, DELIVERIES, VERDICTS and ADMITTED) and the ring of EVENTS (1 MiB); the
-//! trie and the hashes allocate as they fill.
+//! arrays of the hashes (2 MiB each for PENDING, DELIVERIES, VERDICTS and ADMITTED), the ring of EVENTS (1 MiB) and TOLD
+//! (1 MiB); the trie and the other hashes allocate as they fill.
 
 use auth_common::{
-    Address, Admitted, Closed, DELIVERY, Delivery, Dialled, EVENT_BYTES, Flow, MAX_MESH_ADDRESSES,
-    MAX_PENDING, MAX_PODS, MAX_VERDICTS, Pod, SocketKey, Verdict,
+    Address, Admitted, Closed, DELIVERY, Delivery, Dialled, EVENT_BYTES, FIRST_SOCKET_BYTES,
+    FirstSocket, Flow, MAX_MESH_ADDRESSES, MAX_PENDING, MAX_PODS, MAX_TOLD, MAX_VERDICTS, Pod,
+    SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage, SockHash, lpm_trie::Key},
+    btf_maps::{
+        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage, SockHash,
+        lpm_trie::Key,
+    },
     helpers::generated::bpf_sk_storage_get,
     macros::btf_map,
 };
@@ -76,6 +80,14 @@ pub static EVENTS: RingBuf<Closed, { EVENT_BYTES as usize }> = RingBuf::new();
 /// How many ends of connections will leave no line: the ring was full.
 #[btf_map]
 pub static LOST: PerCpuArray<u64, 1> = PerCpuArray::new();
+
+/// Sockets made where no pod is known, for the daemon to look whose they are.
+#[btf_map]
+pub static FIRST_SOCKETS: RingBuf<FirstSocket, { FIRST_SOCKET_BYTES as usize }> = RingBuf::new();
+
+/// When each origin of such sockets was told of last.
+#[btf_map]
+pub static TOLD: LruHashMap<SocketOrigin, u64, { MAX_TOLD as usize }> = LruHashMap::new();
 
 /// What `address` is in the mesh; `None` for the world outside.
 #[inline(always)]

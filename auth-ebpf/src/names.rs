@@ -13,6 +13,8 @@ use crate::{
 };
 
 const PROCEED: i32 = 1;
+/// Of a pod that has begun to talk before anything said its address.
+const UNKNOWN: Address = [0; 16];
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
@@ -69,6 +71,7 @@ pub fn getsockname4(ctx: SockAddrContext) -> i32 {
     unsafe {
         if (*sa).user_ip4.to_ne_bytes() == LOOPBACK_V4
             && let Some(pod) = captured_in(&ctx)
+            && pod.v4 != UNKNOWN
         {
             let a = &pod.v4;
             (*sa).user_ip4 = u32::from_ne_bytes([a[12], a[13], a[14], a[15]]);
@@ -90,7 +93,9 @@ pub fn getsockname6(ctx: SockAddrContext) -> i32 {
         } else {
             &pod.v4
         };
-        set_user_ip6(sa, own);
+        if *own != UNKNOWN {
+            set_user_ip6(sa, own);
+        }
     }
     PROCEED
 }

@@ -142,6 +142,20 @@ impl Daemon {
         serde_json::from_value(value.clone()).with_context(|| format!("reading the status {value}"))
     }
 
+    /// What it tells Prometheus.
+    pub fn metrics(&self) -> Result<String> {
+        let answer = http_get(self.node.netns(), METRICS, "/metrics")?;
+        if answer.status != 200 {
+            bail!(
+                "the daemon on {} answers {} to /metrics: {}",
+                self.node.name(),
+                answer.status,
+                answer.body
+            );
+        }
+        Ok(answer.body)
+    }
+
     /// Its status now, as it came.
     pub fn status_json(&self) -> Result<Value> {
         let answer = http_get(self.node.netns(), ADMIN, "/status")?;
@@ -269,4 +283,5 @@ pub(crate) const CONFIG: &str = "auth-daemon.yaml";
 /// Its log, in the node's folder.
 pub(crate) const LOG: &str = "auth-daemon.log";
 const ADMIN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15000);
+const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15020);
 const READINESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15021);

@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use mesh_tests::{
-    DaemonOptions, Finished, Node, PodSpec, Process, TIMEOUT, auth_daemon, eventually, http_get,
+    Context, DaemonOptions, Finished, Node, PodSpec, Process, TIMEOUT, auth_daemon, eventually,
+    eventually_ok, http_get,
 };
 use serde_json::Value;
 
@@ -169,6 +170,51 @@ fn status_shows_pods_certificates_and_live_connections() {
         a.status().unwrap().connections.is_empty().then_some(())
     })
     .unwrap();
+}
+
+#[test]
+fn metrics_count_connections_by_how_they_went() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (a, b) = daemons(&mesh);
+    let [address, refused] = [8080, 8081].map(|port| format!("{}:{port}", web.addresses()[0]));
+    let talk = format!("connect --to {address} --send {MARKER} --shutdown --read");
+    client.app(&talk).unwrap().finish(TIMEOUT).unwrap();
+    let in_vain = client
+        .app(&format!("connect --to {refused} --read"))
+        .unwrap();
+    in_vain.finish(TIMEOUT).unwrap();
+    let bytes = MARKER.len();
+    for (daemon, direction) in [(&a, "outbound"), (&b, "inbound")] {
+        let expected = [
+            format!(
+                "auth_daemon_connections_total{{direction=\"{direction}\",path=\"tunnel\",result=\"ok\"}} 1\n"
+            ),
+            format!(
+                "auth_daemon_connections_total{{direction=\"{direction}\",path=\"tunnel\",result=\"refused\"}} 1\n"
+            ),
+            format!(
+                "auth_daemon_connection_bytes_total{{direction=\"{direction}\",path=\"tunnel\",to=\"server\"}} {bytes}\n"
+            ),
+            "auth_daemon_pods{state=\"enrolled\"} 1\n".to_owned(),
+            "auth_daemon_ready 1\n".to_owned(),
+        ];
+        // The line, and the count with it, come after the app has seen the end.
+        eventually_ok(TIMEOUT, "all that is counted", || {
+            let metrics = daemon.metrics()?;
+            for line in &expected {
+                let told = metrics.contains(line).then_some(());
+                told.with_context(|| format!("no {line} in:\n{metrics}"))?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
 }
 
 #[test]

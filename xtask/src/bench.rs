@@ -3,6 +3,7 @@
 //! The loads run on a thread of their own. This thread collects what they show, ends a load that hangs, cleans up after
 //! Ctrl-C, and prints what there is in the end.
 
+mod built_in;
 mod ca;
 mod chart;
 mod envoy;
@@ -13,6 +14,7 @@ mod proxies;
 mod report;
 mod results;
 mod runner;
+mod scale;
 mod stage;
 mod system;
 mod table;
@@ -73,6 +75,8 @@ pub(crate) struct Arguments {
 enum Part {
     /// How fast the CA issues
     Ca,
+    /// What a large cluster costs a daemon
+    Scale,
 }
 
 /// Installs and builds what is needed, measures, and prints what there is to tell.
@@ -81,8 +85,10 @@ enum Part {
 /// When a system cannot be started, when a load fails or does not go the way it is to go, or when interrupted. A slow
 /// result is none.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    if let Some(Part::Ca) = arguments.what {
-        return ca::run(arguments.json);
+    match arguments.what {
+        Some(Part::Ca) => return ca::run(arguments.json),
+        Some(Part::Scale) => return scale::run(arguments.json),
+        None => {}
     }
     let plan = prepare(arguments)?;
     let mut report = Report::new(plan, arguments.json);

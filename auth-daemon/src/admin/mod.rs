@@ -1,5 +1,7 @@
 //! What an operator asks a running daemon: is it ready, and what is it doing. HTTP on the node's loopback.
 
+mod metrics;
+
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, PoisonError},
@@ -10,6 +12,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::{
+    answers::answer,
     config::Mode,
     proxy::Node,
     tunnel::tls::{rfc3339, unix_seconds},
@@ -17,18 +20,34 @@ use crate::{
 
 /// Status, on the loopback.
 pub const ADMIN_PORT: u16 = 15000;
+/// Metrics, on all addresses: Prometheus is elsewhere.
+pub const METRICS_PORT: u16 = 15020;
 /// Readiness, on all addresses: a kubelet may ask from the node's own.
 pub const READINESS_PORT: u16 = 15021;
 
-/// Opens the admin and readiness listeners.
-pub async fn bind() -> anyhow::Result<(TcpListener, TcpListener)> {
-    let admin = listen(SocketAddr::from((Ipv4Addr::LOCALHOST, ADMIN_PORT))).await?;
-    let readiness = match listen((Ipv6Addr::UNSPECIFIED, READINESS_PORT).into()).await {
-        Ok(readiness) => readiness,
+/// Where the daemon answers.
+#[derive(Debug)]
+pub struct Listeners {
+    admin: TcpListener,
+    readiness: TcpListener,
+    metrics: TcpListener,
+}
+
+/// Opens the listeners.
+pub async fn bind() -> anyhow::Result<Listeners> {
+    Ok(Listeners {
+        admin: listen(SocketAddr::from((Ipv4Addr::LOCALHOST, ADMIN_PORT))).await?,
+        readiness: listen_everywhere(READINESS_PORT).await?,
+        metrics: listen_everywhere(METRICS_PORT).await?,
+    })
+}
+
+async fn listen_everywhere(port: u16) -> anyhow::Result<TcpListener> {
+    match listen((Ipv6Addr::UNSPECIFIED, port).into()).await {
+        Ok(listener) => Ok(listener),
         // A node without IPv6.
-        Err(_) => listen((Ipv4Addr::UNSPECIFIED, READINESS_PORT).into()).await?,
-    };
-    Ok((admin, readiness))
+        Err(_) => listen((Ipv4Addr::UNSPECIFIED, port).into()).await,
+    }
 }
 
 async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
@@ -38,20 +57,21 @@ async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 /// Answers until the runtime ends.
-pub async fn serve(node: Arc<Node>, admin: TcpListener, readiness: TcpListener) {
+pub async fn serve(node: Arc<Node>, listeners: Listeners) {
     let status_routes = Router::new()
         .route("/status", get(status))
         .with_state(node.clone());
     let ready_routes = Router::new()
         .route("/healthz/ready", get(ready))
+        .with_state(node.clone());
+    let metrics_routes = Router::new()
+        .route("/metrics", get(metrics::metrics))
         .with_state(node);
-    let (admin, readiness) = tokio::join!(
-        axum::serve(admin, status_routes),
-        axum::serve(readiness, ready_routes)
+    tokio::join!(
+        answer(listeners.admin, status_routes),
+        answer(listeners.readiness, ready_routes),
+        answer(listeners.metrics, metrics_routes)
     );
-    for error in [admin.err(), readiness.err()].into_iter().flatten() {
-        tracing::error!(%error, "admin server ended");
-    }
 }
 
 async fn ready(State(node): State<Arc<Node>>) -> (StatusCode, &'static str) {

@@ -2,6 +2,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{
+        counter::{ConstCounter, Counter},
+        family::Family,
+    },
+    registry::Registry,
+};
 use serde_json::{Value, json};
 
 /// Kinds of refusals.
@@ -37,6 +45,11 @@ impl Kind {
     }
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Why {
+    why: &'static str,
+}
+
 /// Counts for the status.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
@@ -49,6 +62,28 @@ pub(super) struct Counters {
 impl Counters {
     pub(super) fn refused(&self, kind: Kind) {
         self.refused[kind as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Adds them to what Prometheus is told.
+    pub(super) fn register(&self, registry: &mut Registry) {
+        let count = |counter: &AtomicU64| ConstCounter::new(counter.load(Ordering::Relaxed));
+        registry.register("issued", "Certificates issued", count(&self.issued));
+        registry.register(
+            "failed_handshakes",
+            "TLS handshakes of callers that failed",
+            count(&self.failed_handshakes),
+        );
+        registry.register(
+            "refused_connections",
+            "Connections refused before TLS, for want of a place",
+            count(&self.refused_connections),
+        );
+        let refused = Family::<Why, Counter>::default();
+        for (kind, why) in KINDS {
+            let count = self.refused[kind as usize].load(Ordering::Relaxed);
+            refused.get_or_create(&Why { why }).inc_by(count);
+        }
+        registry.register("refused_requests", "Requests refused", refused);
     }
 
     pub(super) fn to_json(&self) -> Value {

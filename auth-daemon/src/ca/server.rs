@@ -4,13 +4,17 @@
 use std::{
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use anyhow::Context;
-use axum::{Router, http::StatusCode, routing::get};
+use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
 use futures_util::{Stream, stream};
+use prometheus_client::metrics::gauge::Gauge;
 use prost_types::value::Kind as FieldKind;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, pem::PemObject};
 use tokio::{
@@ -43,6 +47,7 @@ use super::{
     serving,
 };
 use crate::{
+    answers::{answer, open_metrics},
     config::CaConfig,
     mesh::{Identity, Registry, TrustDomain},
     tunnel::{svid::Svid, tls::unix_seconds},
@@ -129,6 +134,8 @@ impl Server {
             tls.clone(),
         ));
         if let Some(readiness) = readiness {
+            let counted = desk.clone();
+            let metrics = move || std::future::ready(counted.metrics());
             let (desk, tls, stopped) = (desk.clone(), tls.clone(), stopped.clone());
             let ready = move || {
                 let standby = desk.authority.borrow().is_none();
@@ -148,10 +155,10 @@ impl Server {
                 })
             };
             tokio::spawn(async move {
-                let routes = Router::new().route("/healthz/ready", get(ready));
-                if let Err(error) = axum::serve(readiness, routes).await {
-                    tracing::error!(%error, "readiness server ended");
-                }
+                let routes = Router::new()
+                    .route("/healthz/ready", get(ready))
+                    .route("/metrics", get(metrics));
+                answer(readiness, routes).await;
             });
         }
         let requests = IstioCertificateServiceServer::from_arc(desk.clone())
@@ -233,6 +240,16 @@ impl Refused {
 }
 
 impl Desk {
+    /// What Prometheus is told.
+    fn metrics(&self) -> impl IntoResponse + use<> {
+        let mut registry = prometheus_client::registry::Registry::with_prefix("auth_ca");
+        self.counters.register(&mut registry);
+        let leads = Gauge::<u64, AtomicU64>::default();
+        leads.set(self.authority.borrow().is_some().into());
+        registry.register("leader", "Whether this replica signs", leads);
+        open_metrics(&registry)
+    }
+
     fn leader(&self) -> Result<Arc<Authority>, Refused> {
         let authority = self.authority.borrow().clone();
         authority.ok_or_else(|| Refused::new(Kind::Unavailable, NOT_THE_LEADER))

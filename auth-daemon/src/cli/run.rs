@@ -34,6 +34,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     start_log(&config.log)?;
     raise_file_limit();
 
+    mounts::ensure_sysctls()?;
     mounts::ensure_bpffs(&config.pins)?;
     let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
     let lock = PinLock::take(&config.pins)?;
@@ -46,7 +47,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .build()
         .context("cannot start the control runtime")?;
     control.block_on(async {
-        let (admin, readiness) = admin::bind().await?;
+        let listeners = admin::bind().await?;
         let issuer = issuer(&config)?;
         let registry = Arc::new(Registry::new());
         let follow = follow(&config, registry.clone()).await?;
@@ -58,7 +59,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let certificates = Certificates::new(issuer);
         let node = Arc::new(Node::new(config, registry, kernel, certificates));
         tokio::spawn(follow);
-        tokio::spawn(admin::serve(node.clone(), admin, readiness));
+        tokio::spawn(admin::serve(node.clone(), listeners));
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(async move {
             if let Err(error) = asked_to_stop().await {
@@ -132,9 +133,11 @@ pub(super) async fn asked_to_stop() -> std::io::Result<()> {
 
 pub(super) fn start_log(log: &Log) -> anyhow::Result<()> {
     let mut filter = EnvFilter::try_new(&log.level).context("log.level")?;
-    if !log.level.contains("kube_client") {
-        // It logs the whole of an answer that it cannot read, whatever is in it. Who asked tells what went wrong.
-        filter = filter.add_directive("kube_client=off".parse()?);
+    // They log the whole of an answer that they cannot read, whatever is in it. Who asked tells what went wrong.
+    for library in ["kube_client", "kube_runtime"] {
+        if !log.level.contains(library) {
+            filter = filter.add_directive(format!("{library}=off").parse()?);
+        }
     }
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)

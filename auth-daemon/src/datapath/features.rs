@@ -80,7 +80,7 @@ pub fn check(cgroup: Option<&Path>, pins: &Path) -> Vec<Finding> {
             "eBPF programs",
             try_load()
                 .map(|()| {
-                    "connect, getpeername, getsockname, sockops and sk_lookup load and verify"
+                    "connect, getpeername, getsockname, sock_create, sockops and sk_lookup load and verify"
                         .to_owned()
                 })
                 .map_err(|error| anyhow::anyhow!("{}", with_causes(&error))),

@@ -20,23 +20,23 @@ use auth_common::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
-        HashMap as BpfHashMap, Map, MapData, MapError, SkStorage, SockHash,
+        HashMap as BpfHashMap, Map, MapData, MapError, RingBuf, SkStorage, SockHash,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
-        CgroupAttachMode, CgroupSockAddr, ProgramError, SkLookup, SockOps,
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, SkLookup, SockOps,
         links::{FdLink, LinkError, PinnedLink},
     },
 };
 use ipnet::IpNet;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Netns, SameNode};
+use super::{FirstSockets, Netns, SameNode};
 
 /// The compiled programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF_OBJECT"));
 
-const MAPS: [&str; 14] = [
+const MAPS: [&str; 16] = [
     "PODS",
     "MESH",
     "PENDING",
@@ -51,6 +51,8 @@ const MAPS: [&str; 14] = [
     "FLOWS",
     "EVENTS",
     "LOST",
+    "TOLD",
+    "FIRST_SOCKETS",
 ];
 const CGROUP_PROGRAMS: [&str; 6] = [
     "connect4",
@@ -61,6 +63,7 @@ const CGROUP_PROGRAMS: [&str; 6] = [
     "getsockname6",
 ];
 const SOCK_OPS_PROGRAM: &str = "established";
+const SOCK_PROGRAM: &str = "first_socket";
 const INBOUND_PROGRAM: &str = "inbound";
 /// A link goes by its program's name, with this while the old one is still there.
 const NEW: &str = "new";
@@ -156,6 +159,7 @@ pub struct Kernel {
     pending: Mutex<BpfHashMap<MapData, SocketKey, Dialled>>,
     bypass: Mutex<SkStorage<MapData, u32>>,
     inbound_entries: Mutex<InboundEntries>,
+    first_sockets: Mutex<Option<RingBuf<MapData>>>,
     /// Connections between two pods of this node.
     pub same_node: SameNode,
     _lock: PinLock,
@@ -252,7 +256,12 @@ impl Kernel {
             .map(|address| (address, NO_LISTENER))
             .collect();
         let same_node = SameNode::new(&mut ebpf)?;
-        for name in CGROUP_PROGRAMS.into_iter().chain([SOCK_OPS_PROGRAM]) {
+        let first_sockets = RingBuf::try_from(take_map(&mut ebpf, "FIRST_SOCKETS")?)
+            .map_err(map_error("FIRST_SOCKETS"))?;
+        for name in CGROUP_PROGRAMS
+            .into_iter()
+            .chain([SOCK_OPS_PROGRAM, SOCK_PROGRAM])
+        {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
         }
@@ -269,6 +278,7 @@ impl Kernel {
                 tunnels,
                 entries: left,
             }),
+            first_sockets: Mutex::new(Some(first_sockets)),
             same_node,
             pins,
             _lock: lock,
@@ -430,6 +440,12 @@ impl Kernel {
         }
     }
 
+    /// Sockets in namespaces that are no enrolled pod's, those made while no daemon ran first. There is one reader.
+    pub fn first_sockets(&self) -> io::Result<FirstSockets> {
+        let ring = lock(&self.first_sockets).take();
+        FirstSockets::new(ring.ok_or_else(|| io::Error::other("they are being read already"))?)
+    }
+
     /// How many mesh addresses, pending connections and pods the maps hold.
     pub fn occupancy(&self) -> (usize, usize, usize) {
         (
@@ -449,6 +465,8 @@ pub(super) fn try_load() -> Result<(), KernelError> {
     }
     let sock_ops: &mut SockOps = program(&mut ebpf, SOCK_OPS_PROGRAM)?;
     sock_ops.load().map_err(program_error(SOCK_OPS_PROGRAM))?;
+    let sock: &mut CgroupSock = program(&mut ebpf, SOCK_PROGRAM)?;
+    sock.load().map_err(program_error(SOCK_PROGRAM))?;
     let inbound: &mut SkLookup = program(&mut ebpf, INBOUND_PROGRAM)?;
     inbound.load().map_err(program_error(INBOUND_PROGRAM))
 }
@@ -477,6 +495,13 @@ fn attach_to_cgroup(ebpf: &mut Ebpf, name: &str, cgroup: &File) -> Result<FdLink
     let mode = CgroupAttachMode::Single;
     if name == SOCK_OPS_PROGRAM {
         let program: &mut SockOps = program(ebpf, name)?;
+        program.load().map_err(program_error(name))?;
+        let id = program.attach(cgroup, mode).map_err(program_error(name))?;
+        let link = program.take_link(id).map_err(program_error(name))?;
+        return link.try_into().map_err(link_error(name));
+    }
+    if name == SOCK_PROGRAM {
+        let program: &mut CgroupSock = program(ebpf, name)?;
         program.load().map_err(program_error(name))?;
         let id = program.attach(cgroup, mode).map_err(program_error(name))?;
         let link = program.take_link(id).map_err(program_error(name))?;

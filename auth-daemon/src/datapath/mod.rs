@@ -1,7 +1,9 @@
 //! The kernel's side, as the daemon handles it: programs, maps and pins; pods' network namespaces and the sockets and
 //! routes inside them.
 
+mod containers;
 pub mod features;
+mod first_socket;
 mod flows;
 mod kernel;
 pub mod mounts;
@@ -12,6 +14,8 @@ mod same_node;
 pub mod sockets;
 pub mod unload;
 
+pub use containers::{NoPodUid, PodUid, Scan, Whereabouts, find};
+pub use first_socket::FirstSockets;
 pub use kernel::{Kernel, KernelError, PinLock};
 pub use netns::Netns;
 pub use pods::{EnrolError, Enrolled, forget_others, open_netns};

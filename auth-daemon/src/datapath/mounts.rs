@@ -8,10 +8,14 @@ use std::{
 use anyhow::{Context, bail};
 use nix::{
     mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
+    sys::{
+        statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
+        statvfs::{FsFlags, statvfs},
+    },
 };
 
 const BPFFS: &str = "/sys/fs/bpf";
+const SYSCTLS: &str = "/proc/sys";
 
 /// The cgroup v2 mount: `configured`, or the first one in /proc/mounts.
 pub fn cgroup_root(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
@@ -38,6 +42,25 @@ pub fn cgroup_root(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
             "cgroup v2 is not mounted; run `mount -t cgroup2 none /sys/fs/cgroup/unified` \
              or name a mount in kernel.cgroup",
         )
+}
+
+/// Lets the daemon change the sysctls of the pods' namespaces: a container sees them read-only at first. Only its own view
+/// of them changes.
+pub fn ensure_sysctls() -> anyhow::Result<()> {
+    let flags = statvfs(SYSCTLS).context(SYSCTLS)?.flags();
+    if !flags.contains(FsFlags::ST_RDONLY) {
+        return Ok(());
+    }
+    mount(
+        None::<&str>,
+        SYSCTLS,
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REMOUNT,
+        None::<&str>,
+    )
+    .with_context(|| {
+        format!("{SYSCTLS} is read-only, and cannot be made writable; the container needs CAP_SYS_ADMIN and no profile that forbids mounts")
+    })
 }
 
 /// Makes sure that `pins` can lie on a bpf file system, mounting one on /sys/fs/bpf if nothing is there.

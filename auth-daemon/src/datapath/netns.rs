@@ -3,12 +3,14 @@
 use std::{
     fs::File,
     io,
+    net::IpAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
+use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use socket2::{Domain, Socket, Type};
@@ -20,12 +22,22 @@ pub struct Netns {
     cookie: u64,
     inode: u64,
     path: PathBuf,
+    /// Whether the path is the namespace's name. Else it only tells people which one it is.
+    is_named: bool,
 }
 
 impl Netns {
     /// Opens the namespace that `path` names: a mount such as /run/netns/x, or /proc/PID/ns/net.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        Self::new(File::open(path)?, Some(path.to_owned()))
+    }
+
+    /// The namespace that `file` is, which has no name.
+    pub(super) fn nameless(file: File) -> io::Result<Self> {
+        Self::new(file, None)
+    }
+
+    fn new(file: File, name: Option<PathBuf>) -> io::Result<Self> {
         // Anything else would give its inode number for a namespace's, and fail later and stranger.
         if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
             return Err(io::Error::new(
@@ -38,10 +50,24 @@ impl Netns {
             file,
             cookie: 0,
             inode,
-            path: path.to_owned(),
+            is_named: name.is_some(),
+            // As namespaces(7) has it.
+            path: name.unwrap_or_else(|| format!("net:[{inode}]").into()),
         };
         netns.cookie = netns.enter(read_cookie)??;
         Ok(netns)
+    }
+
+    /// One that only has a cookie.
+    #[cfg(test)]
+    pub(crate) fn imagined(cookie: u64) -> Self {
+        Self {
+            file: File::open("/dev/null").unwrap(),
+            cookie,
+            inode: cookie,
+            path: PathBuf::new(),
+            is_named: false,
+        }
     }
 
     /// The kernel's name for it, as the programs see it (SO_NETNS_COOKIE, Linux 5.14). Never used again.
@@ -49,22 +75,53 @@ impl Netns {
         self.cookie
     }
 
-    /// Where it was found.
+    /// Where it was found, or, where it has no name, which one it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether the path names another namespace by now. A path that names none says nothing of the pod: the process that
+    /// Its number among the namespaces that there are, and no other's for as long as it is held.
+    pub(super) fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// Whether its name is another namespace's by now. A path that names none says nothing of the pod: the process that
     /// it went by may have ended while others of the pod live on.
     pub fn is_replaced(&self) -> bool {
-        std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() != self.inode)
+        self.is_named
+            && std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() != self.inode)
     }
 
     /// Whether this is the daemon's own namespace, or that of the machine's first process: a node's, never a pod's.
     pub fn is_the_nodes(&self) -> bool {
-        ["/proc/self/ns/net", "/proc/1/ns/net"]
-            .into_iter()
-            .any(|path| std::fs::metadata(path).is_ok_and(|m| m.ino() == self.inode))
+        the_nodes().contains(&self.inode)
+    }
+
+    /// Its first address of each family that reaches further than one link, on an interface that is up. What a pod may
+    /// set itself, if it has the capability: nothing to know it by.
+    pub fn own_addresses(&self) -> io::Result<Vec<IpAddr>> {
+        let interfaces = self.enter(nix::ifaddrs::getifaddrs)??;
+        let addresses = interfaces
+            .filter(|interface| interface.flags.contains(InterfaceFlags::IFF_UP))
+            .filter_map(|interface| {
+                let storage = interface.address?;
+                let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+                let v6 = storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()));
+                v4.or(v6)
+            })
+            .filter(|address| match address {
+                IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+                IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+            });
+        let (mut first_v4, mut first_v6) = (None, None);
+        for address in addresses {
+            if address.is_ipv4() {
+                first_v4.get_or_insert(address);
+            } else {
+                first_v6.get_or_insert(address);
+            }
+        }
+        Ok(first_v4.into_iter().chain(first_v6).collect())
     }
 
     /// Runs `action` on this thread inside the namespace. `action` must not start threads.
@@ -80,6 +137,14 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// The inodes of the namespaces that are the node's: the daemon's own, and the machine's first process's.
+pub(super) fn the_nodes() -> Vec<u64> {
+    ["/proc/self/ns/net", "/proc/1/ns/net"]
+        .into_iter()
+        .filter_map(|path| Some(std::fs::metadata(path).ok()?.ino()))
+        .collect()
 }
 
 /// Brings the thread home, also when the action panics.

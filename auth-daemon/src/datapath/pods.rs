@@ -1,10 +1,19 @@
 //! Takes a pod's network namespace into the mesh in the kernel's eyes, and out again.
 
-use std::{collections::HashSet, io, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashSet,
+    io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
 
 use auth_common::Pod;
 
-use super::{Kernel, KernelError, Netns, kernel::wire_address, plumbing, sockets::Listeners};
+use super::{
+    Kernel, KernelError, Netns, containers::NoPodUid, kernel::wire_address, plumbing,
+    sockets::Listeners,
+};
 use crate::mesh::{ObjectName, Workload};
 
 /// Why a pod could not be enrolled.
@@ -12,9 +21,46 @@ use crate::mesh::{ObjectName, Workload};
 pub enum EnrolError {
     /// Nothing says where its namespace is.
     #[error(
-        "pod {0}: nothing names its network namespace; set the annotation auth-daemon.io/netns"
+        "pod {pod}: nothing names its network namespace: metadata.uid {uid:?} {error}, and it has no annotation auth-daemon.io/netns"
     )]
-    NoNetns(ObjectName),
+    NoNetns {
+        /// The pod.
+        pod: ObjectName,
+        /// What its object has as its UID.
+        uid: String,
+        /// What is wrong with that.
+        error: NoPodUid,
+    },
+    /// None of its processes is to be found, so that its namespace is not either.
+    #[error("pod {pod}: {why}")]
+    NoProcess {
+        /// The pod.
+        pod: ObjectName,
+        /// What was seen.
+        why: String,
+    },
+    /// Its processes are in another pod's namespace, or another pod's are in its own.
+    #[error(
+        "pod {pod}: its processes are in one network namespace with those of pod {other}: neither is believed, and both are refused; do their runtime or their privileges let them?"
+    )]
+    Shared {
+        /// The pod.
+        pod: ObjectName,
+        /// The other one, or its UID.
+        other: String,
+    },
+    /// Its processes may not be looked at.
+    #[error(
+        "pod {pod}: cannot open the network namespace of its process {pid}: {error}; the daemon needs CAP_SYS_PTRACE and CAP_SYS_ADMIN"
+    )]
+    Hidden {
+        /// The pod.
+        pod: ObjectName,
+        /// The process.
+        pid: u32,
+        /// What happened.
+        error: Arc<io::Error>,
+    },
     /// Its namespace cannot be opened.
     #[error("pod {pod}: cannot open its network namespace {path}: {error}; was the pod deleted?")]
     Netns {
@@ -67,13 +113,9 @@ pub enum EnrolError {
     },
 }
 
-/// Opens the network namespace that `workload`'s object names. A node's own is refused.
-pub fn open_netns(workload: &Workload) -> Result<Netns, EnrolError> {
-    let pod = &workload.name;
-    let path = workload
-        .netns
-        .clone()
-        .ok_or_else(|| EnrolError::NoNetns(pod.clone()))?;
+/// Opens the network namespace at `path`, which `pod`'s object names. A node's own is refused.
+pub fn open_netns(pod: &ObjectName, path: &Path) -> Result<Netns, EnrolError> {
+    let path = path.to_owned();
     match Netns::open(&path) {
         Ok(netns) if netns.is_the_nodes() => Err(EnrolError::NodesOwn {
             pod: pod.clone(),
@@ -93,7 +135,10 @@ pub fn open_netns(workload: &Workload) -> Result<Netns, EnrolError> {
 pub struct Enrolled {
     /// Its network namespace.
     pub netns: Arc<Netns>,
-    addresses: Vec<IpAddr>,
+    /// Set when they are known: a pod may talk before its object has them.
+    addresses: OnceLock<Vec<IpAddr>>,
+    /// Until then: what the namespace itself has, for the pod's own eyes. Nobody else believes it.
+    own_addresses: Vec<IpAddr>,
     /// Which sysctls [`plumbing`] switched on.
     switched_on: u32,
 }
@@ -107,7 +152,7 @@ impl Enrolled {
     pub fn new(
         kernel: &Kernel,
         workload: &Workload,
-        netns: Netns,
+        netns: Arc<Netns>,
     ) -> Result<(Self, Listeners), EnrolError> {
         let before = kernel
             .enrolled()
@@ -123,8 +168,9 @@ impl Enrolled {
         };
         let prepared = plumbing::set_up(&netns);
         let enrolled = Self {
-            netns: Arc::new(netns),
-            addresses: workload.addresses.clone(),
+            addresses: known(workload),
+            own_addresses: own_addresses(workload, &netns),
+            netns,
             // A daemon before this one may have switched some on already, and knew what they were.
             switched_on: prepared.as_ref().map_or(0, |bits| *bits)
                 | before.map_or(0, |before| before.switched_on),
@@ -150,7 +196,8 @@ impl Enrolled {
     /// The same namespace, now `workload`'s: it never leaves the kernel's hands.
     pub fn hand_over(&self, kernel: &Kernel, workload: &Workload) -> Result<Self, EnrolError> {
         let enrolled = Self {
-            addresses: workload.addresses.clone(),
+            addresses: known(workload),
+            own_addresses: own_addresses(workload, &self.netns),
             ..self.clone()
         };
         kernel
@@ -162,12 +209,37 @@ impl Enrolled {
         Ok(enrolled)
     }
 
+    /// The pod's addresses, most preferred first; none while its object has none.
+    pub fn addresses(&self) -> &[IpAddr] {
+        self.addresses.get().map_or(&[], Vec::as_slice)
+    }
+
     /// The pod's address of the same family as `address`.
     pub fn address_like(&self, address: IpAddr) -> Option<IpAddr> {
-        self.addresses
-            .iter()
-            .find(|own| own.is_ipv4() == address.is_ipv4())
-            .copied()
+        first_like(self.addresses(), address.is_ipv4())
+    }
+
+    /// Gives a pod that had no addresses those that its object has now. Its connections go on.
+    pub fn learn_addresses(
+        &self,
+        kernel: &Kernel,
+        addresses: &[IpAddr],
+    ) -> Result<(), KernelError> {
+        kernel.capture(self.netns.cookie(), &self.entry_with(addresses))?;
+        // Whoever was first has read the same object.
+        let _ = self.addresses.set(addresses.to_vec());
+        Ok(())
+    }
+
+    /// Leaves the pod refused in both directions: its connects are, and what comes for it finds no listener of its own.
+    pub fn refuse(&self, kernel: &Kernel) {
+        let entry = Pod {
+            refused: 1,
+            ..self.entry()
+        };
+        if let Err(error) = kernel.capture(self.netns.cookie(), &entry) {
+            tracing::error!(netns = %self.netns.path().display(), %error, "cannot refuse what a pod dials");
+        }
     }
 
     /// Takes the pod out of the mesh; its listeners are closed by their owner. What fails is logged: the pod may be
@@ -180,12 +252,15 @@ impl Enrolled {
     }
 
     fn entry(&self) -> Pod {
-        let first = |v4: bool| {
-            self.addresses
-                .iter()
-                .find(|address| address.is_ipv4() == v4)
-                .map_or([0; 16], |address| wire_address(*address))
+        self.entry_with(self.addresses())
+    }
+
+    fn entry_with(&self, addresses: &[IpAddr]) -> Pod {
+        let addresses = match addresses {
+            [] => &self.own_addresses,
+            known => known,
         };
+        let first = |v4| first_like(addresses, v4).map_or([0; 16], wire_address);
         Pod {
             v4: first(true),
             v6: first(false),
@@ -193,6 +268,29 @@ impl Enrolled {
             refused: 0,
         }
     }
+}
+
+fn known(workload: &Workload) -> OnceLock<Vec<IpAddr>> {
+    match workload.addresses.as_slice() {
+        [] => OnceLock::new(),
+        addresses => OnceLock::from(addresses.to_vec()),
+    }
+}
+
+/// Those of the namespace, where the object has none.
+fn own_addresses(workload: &Workload, netns: &Netns) -> Vec<IpAddr> {
+    if !workload.addresses.is_empty() {
+        return Vec::new();
+    }
+    netns.own_addresses().unwrap_or_else(|error| {
+        tracing::warn!(pod = %workload.name, %error, "cannot see the addresses of its namespace");
+        Vec::new()
+    })
+}
+
+fn first_like(addresses: &[IpAddr], v4: bool) -> Option<IpAddr> {
+    let mut addresses = addresses.iter();
+    addresses.find(|address| address.is_ipv4() == v4).copied()
 }
 
 /// Forgets pods whose namespaces are not among `kept`: those that a daemon before this one enrolled, and those that could

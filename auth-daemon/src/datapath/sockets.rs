@@ -261,6 +261,22 @@ pub async fn dial_neighbour(
     Err(io::ErrorKind::AddrNotAvailable.into())
 }
 
+/// The address that the kernel chooses for a connection from `netns` to `remote`. Nothing is sent.
+pub fn source_towards(netns: &Netns, remote: SocketAddr) -> io::Result<IpAddr> {
+    let socket = netns.enter(|| {
+        Socket::new(
+            Domain::for_address(remote),
+            Type::DGRAM,
+            Some(Protocol::UDP),
+        )
+    })??;
+    socket.connect(&remote.into())?;
+    let local = socket.local_addr()?.as_socket();
+    local
+        .map(|local| canonical(local).ip())
+        .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+}
+
 /// `None` when the address and port cannot be had: they are in use, or a closed connection of the same four is still in
 /// TIME_WAIT.
 async fn connect_from(

@@ -14,6 +14,7 @@ use std::{
 use futures_util::future::AbortHandle;
 use serde::Serialize;
 
+use super::Totals;
 use crate::{
     mesh::{Identity, ObjectName},
     tunnel::{Counters, svid::Svid},
@@ -94,6 +95,8 @@ pub enum Outcome {
 pub struct Live {
     connections: Mutex<HashMap<u64, Arc<Connection>>>,
     next: AtomicU64,
+    /// Those that have ended.
+    pub totals: Totals,
 }
 
 impl Live {
@@ -131,6 +134,12 @@ impl Live {
             connection,
             finished: false,
         }
+    }
+
+    /// Writes the line of a connection that has ended, and counts it.
+    pub(super) fn log(&self, finished: &Finished) {
+        finished.write();
+        self.totals.count(finished);
     }
 
     /// Cuts those for which `condition` has a reason: they end with a RST at both ends, and a line that says it.
@@ -289,7 +298,37 @@ impl<'a> Guard<'a> {
             outcome,
             reason: reason.to_string(),
         };
-        finished.write();
+        self.live.log(&finished);
+    }
+}
+
+impl Direction {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+        }
+    }
+}
+
+impl Path {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Tunnel => "tunnel",
+            Self::Plaintext => "plaintext",
+            Self::Itself => "self",
+            Self::SameNode => "same-node",
+        }
+    }
+}
+
+impl Outcome {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Refused => "refused",
+            Self::Reset => "reset",
+        }
     }
 }
 
@@ -313,27 +352,11 @@ pub(super) struct Finished {
 }
 
 impl Finished {
-    /// Writes the line.
-    pub(super) fn write(&self) {
-        let direction = match self.direction {
-            Direction::Outbound => "outbound",
-            Direction::Inbound => "inbound",
-        };
-        let path = match self.path {
-            Path::Tunnel => "tunnel",
-            Path::Plaintext => "plaintext",
-            Path::Itself => "self",
-            Path::SameNode => "same-node",
-        };
-        let result = match self.outcome {
-            Outcome::Ok => "ok",
-            Outcome::Refused => "refused",
-            Outcome::Reset => "reset",
-        };
+    fn write(&self) {
         tracing::info!(
             target: "access",
-            direction,
-            path,
+            direction = self.direction.name(),
+            path = self.path.name(),
             client = %self.client,
             client_identity = %Shown(&self.client_identity),
             destination = %Shown(&self.destination),
@@ -343,7 +366,7 @@ impl Finished {
             bytes_to_server = self.bytes_to_server,
             bytes_to_client = self.bytes_to_client,
             duration_ms = self.duration.as_millis() as u64,
-            result,
+            result = self.outcome.name(),
             reason = %self.reason,
             "connection"
         );

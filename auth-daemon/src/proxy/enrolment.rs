@@ -5,8 +5,9 @@ use std::{
     collections::{BTreeMap, HashMap},
     io,
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::{Arc, PoisonError, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use auth_common::MeshKind;
@@ -16,6 +17,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
     task::AbortHandle,
+    time::MissedTickBehavior,
 };
 
 use super::{
@@ -23,22 +25,25 @@ use super::{
     connections::Connections,
     inbound, outbound, revocation,
     same_node::{self, Resident, Residents},
+    search::Search,
 };
 use crate::{
     datapath::{
-        EnrolError, Enrolled, forget_others, open_netns,
+        EnrolError, Enrolled, Netns, forget_others, open_netns,
         sockets::{Listeners, canonical},
     },
     mesh::{AddressKind, ObjectName, Snapshot, Workload},
     places::Place,
 };
 
-/// How often to look for namespaces made anew, idle tunnels and stale entries.
+/// How often to look for named namespaces made anew, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
 /// How often a drain looks whether it is over.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 /// How long connections may take to end when they are cut.
 const ABORT: Duration = Duration::from_secs(1);
+/// How long a pod may have no process before somebody should know.
+const LATE: Duration = Duration::from_secs(60);
 /// After an accept failed for want of something: file descriptors, memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -49,6 +54,8 @@ pub struct Enrolment {
     workers: Arc<Workers>,
     serving: HashMap<ObjectName, Serving>,
     failing: BTreeMap<ObjectName, Failing>,
+    /// For the namespaces that have no names.
+    search: Search,
     /// Which pod has each address; of two that claim one, the one that was first.
     owners: HashMap<IpAddr, ObjectName>,
     /// What the kernel's side was told the mesh's addresses are.
@@ -73,6 +80,8 @@ struct Serving {
 struct Failing {
     workload: Arc<Workload>,
     reason: String,
+    since: Instant,
+    is_logged: bool,
 }
 
 /// A pod of this node, for `auth-daemon status`.
@@ -102,9 +111,10 @@ impl Serving {
 }
 
 impl Enrolment {
-    /// Serves no pod yet; connections will run on `workers`.
+    /// Serves no pod yet; connections will run on `workers`. Called within the control runtime.
     pub fn new(node: Arc<Node>, workers: Arc<Workers>) -> Self {
         Self {
+            search: Search::new(&node.kernel),
             node,
             workers,
             serving: HashMap::new(),
@@ -118,12 +128,28 @@ impl Enrolment {
     /// as long as the configuration says.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut changes = self.node.registry.changes();
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Until it is known which pods there are, those of a daemon before this one stay as they are.
+        while *changes.borrow() == 0 && !*stop.borrow() {
+            tokio::select! {
+                _ = changes.changed() => {}
+                _ = stop.changed() => {}
+            }
+        }
         let mut first = true;
         while !*stop.borrow() {
             // Before the snapshot: a change in between is seen again, never missed.
             changes.borrow_and_update();
             let snapshot = self.node.registry.snapshot();
             self.tell_addresses(&snapshot);
+            if first {
+                // What a daemon before this one served is to be found before anything of it is let go.
+                let wanted = wanted(&snapshot, &self.node.config.node_name);
+                self.search
+                    .want(wanted.values().map(|workload| &***workload));
+                self.search.look().await;
+            }
             self.reconcile(&snapshot);
             if first {
                 first = false;
@@ -140,7 +166,8 @@ impl Enrolment {
             tokio::select! {
                 _ = changes.changed() => {}
                 _ = stop.changed() => {}
-                () = tokio::time::sleep(TICK) => {
+                () = self.search.changed() => {}
+                _ = ticks.tick() => {
                     self.node.kernel.sweep_pending();
                     for serving in self.serving.values() {
                         serving.pod.pool.sweep();
@@ -211,39 +238,93 @@ impl Enrolment {
     }
 
     fn reconcile(&mut self, snapshot: &Snapshot) {
-        let wanted: BTreeMap<&ObjectName, &Arc<Workload>> = snapshot
-            .on_node(&self.node.config.node_name)
-            .map(|workload| (&workload.name, workload))
-            .collect();
+        let wanted = wanted(snapshot, &self.node.config.node_name);
+        self.search
+            .want(wanted.values().map(|workload| &***workload));
         let (staying, mut leaving): (HashMap<_, _>, HashMap<_, _>) =
             std::mem::take(&mut self.serving).into_iter().partition(
                 |(name, serving): &(ObjectName, Serving)| {
-                    !serving.pod.enrolled.netns.is_replaced()
-                        && wanted
-                            .get(name)
-                            .is_some_and(|workload| is_same_pod(workload, &serving.pod.workload))
+                    wanted
+                        .get(name)
+                        .is_some_and(|workload| self.is_served(workload, serving))
                 },
             );
         self.serving = staying;
         self.failing.retain(|name, _| wanted.contains_key(name));
         for (name, workload) in wanted {
-            if !self.serving.contains_key(name)
-                && let Err(error) = self.serve(workload, &mut leaving)
-            {
-                self.note_failure(workload, error.to_string());
+            if let Some(serving) = self.serving.get(name) {
+                self.learn_addresses(workload, serving);
+            } else if let Err(error) = self.serve(workload, &mut leaving) {
+                self.note_failure(workload, &error);
             }
         }
-        for (_, serving) in leaving {
-            self.release(serving);
+        for (name, serving) in leaving {
+            let failing = self.failing.get(&name);
+            let shared = failing.and_then(|failing| self.search.shared(&failing.workload));
+            if shared == Some(serving.cookie()) {
+                // It is the pod's, and may be another's: nobody talks there until that is known.
+                serving.pod.enrolled.refuse(&self.node.kernel);
+                self.end(serving);
+            } else {
+                self.release(serving);
+            }
         }
-        // Those that cannot be served now stay in the kernel's hands, and are refused.
-        let failing = self.failing.values().filter_map(|failing| {
-            let netns = open_netns(&failing.workload).ok()?;
-            Some(netns.cookie())
-        });
-        let kept = self.serving.values().map(Serving::cookie).chain(failing);
-        forget_others(&self.node.kernel, &kept.collect());
+        if self.search.knows_all() {
+            // Those that cannot be served now stay in the kernel's hands, and are refused.
+            let failing = self.failing.values().filter_map(|failing| {
+                let netns = self.netns(&failing.workload).ok();
+                netns
+                    .map(|netns| netns.cookie())
+                    .or_else(|| self.search.shared(&failing.workload))
+            });
+            let kept = self.serving.values().map(Serving::cookie).chain(failing);
+            forget_others(&self.node.kernel, &kept.collect());
+        }
         self.settle_addresses();
+    }
+
+    /// The namespace of a pod that is not served: by its name, or else by its processes.
+    fn netns(&self, workload: &Workload) -> Result<Arc<Netns>, EnrolError> {
+        match &workload.netns {
+            Some(path) => open_netns(&workload.name, path).map(Arc::new),
+            None => self.search.netns(workload),
+        }
+    }
+
+    /// Whether `serving` is `workload`, in the namespace that it has now. What else changed does not touch its
+    /// connections.
+    fn is_served(&self, workload: &Workload, serving: &Serving) -> bool {
+        let (pod, addresses) = (&serving.pod.workload, serving.pod.enrolled.addresses());
+        let is_same = workload.uid == pod.uid
+            && workload.identity == pod.identity
+            && workload.netns == pod.netns
+            // Known from now on, they are no change.
+            && (addresses.is_empty() || addresses == workload.addresses);
+        is_same
+            && match &workload.netns {
+                Some(_) => !serving.pod.enrolled.netns.is_replaced(),
+                None => match self.search.netns(workload) {
+                    Ok(netns) => netns.cookie() == serving.cookie(),
+                    Err(error) => !matches!(error, EnrolError::Shared { .. }),
+                },
+            }
+    }
+
+    /// Gives a pod that is served the addresses that it was served without.
+    fn learn_addresses(&self, workload: &Workload, serving: &Serving) {
+        let enrolled = &serving.pod.enrolled;
+        let addresses = &workload.addresses;
+        if !enrolled.addresses().is_empty() || addresses.is_empty() {
+            return;
+        }
+        match enrolled.learn_addresses(&self.node.kernel, addresses) {
+            Ok(()) => {
+                tracing::info!(pod = %workload.name, ?addresses, "a pod's addresses are known")
+            }
+            Err(error) => tracing::error!(
+                pod = %workload.name, %error, "cannot tell the kernel's side a pod's addresses; what comes for it is refused"
+            ),
+        }
     }
 
     /// Begins to serve `workload`. A namespace that one of `leaving` had is handed over without a gap: it is never
@@ -254,7 +335,7 @@ impl Enrolment {
         leaving: &mut HashMap<ObjectName, Serving>,
     ) -> Result<(), EnrolError> {
         let kernel = &self.node.kernel;
-        let netns = open_netns(workload)?;
+        let netns = self.netns(workload)?;
         let holds = |serving: &Serving| serving.cookie() == netns.cookie();
         if let Some(other) = self.serving.values().find(|serving| holds(serving)) {
             return Err(EnrolError::Taken {
@@ -293,8 +374,12 @@ impl Enrolment {
             tasks.push(self.listen(&pod, listener, Side::Outbound));
         }
         tasks.push(self.listen(&pod, to_watch.tunnel, Side::Inbound));
+        let unserved = self.search.unserved(workload, pod.enrolled.netns.cookie());
         tracing::info!(
-            pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses, "pod enrolled"
+            pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses,
+            netns = %pod.enrolled.netns.path().display(),
+            unserved_microseconds = unserved.map(|time| time.as_micros() as u64),
+            "pod enrolled"
         );
         self.failing.remove(&workload.name);
         let serving = Serving {
@@ -306,14 +391,31 @@ impl Enrolment {
         Ok(())
     }
 
-    fn note_failure(&mut self, workload: &Arc<Workload>, reason: String) {
-        let known = self.failing.get(&workload.name);
-        if known.is_none_or(|known| known.reason != reason) {
+    fn note_failure(&mut self, workload: &Arc<Workload>, error: &EnrolError) {
+        let reason = error.to_string();
+        let known = self.failing.remove(&workload.name);
+        let known = known.filter(|known| known.reason == reason);
+        let since = known
+            .as_ref()
+            .map_or_else(Instant::now, |known| known.since);
+        let mut is_logged = known.is_some_and(|known| known.is_logged);
+        if !is_logged && matches!(error, EnrolError::NoProcess { .. }) {
+            // So does every pod begin.
+            is_logged = since.elapsed() > LATE;
+            if is_logged {
+                tracing::warn!(uid = %workload.uid, "{reason}, {LATE:?} after it was made known");
+            }
+        } else if !is_logged {
+            is_logged = true;
             tracing::error!("{reason}");
         }
-        let workload = workload.clone();
-        self.failing
-            .insert(workload.name.clone(), Failing { workload, reason });
+        let failing = Failing {
+            workload: workload.clone(),
+            reason,
+            since,
+            is_logged,
+        };
+        self.failing.insert(workload.name.clone(), failing);
     }
 
     /// Takes a pod out of the mesh.
@@ -340,11 +442,11 @@ impl Enrolment {
         let claims = |name: &ObjectName, address: &IpAddr| {
             serving
                 .get(name)
-                .is_some_and(|serving| serving.pod.workload.addresses.contains(address))
+                .is_some_and(|serving| serving.pod.enrolled.addresses().contains(address))
         };
         self.owners.retain(|address, name| claims(name, address));
         for (name, serving) in serving {
-            for address in &serving.pod.workload.addresses {
+            for address in serving.pod.enrolled.addresses() {
                 self.owners.entry(*address).or_insert_with(|| name.clone());
             }
         }
@@ -368,11 +470,10 @@ impl Enrolment {
             .serving
             .values()
             .map(|serving| {
-                let workload = &serving.pod.workload;
                 let resident = Resident {
                     cookie: serving.cookie(),
-                    identity: workload.identity.clone(),
-                    addresses: workload.addresses.clone(),
+                    identity: serving.pod.workload.identity.clone(),
+                    addresses: serving.pod.enrolled.addresses().to_vec(),
                 };
                 (resident.cookie, Arc::new(resident))
             })
@@ -429,29 +530,30 @@ impl Enrolment {
     }
 
     fn publish_status(&self) {
-        let status = |workload: &Workload, reason: &str, idle_tunnels| PodStatus {
-            pod: workload.name.to_string(),
-            identity: workload.identity.to_string(),
-            addresses: workload.addresses.clone(),
-            netns: workload
+        let shown = |path: &Path| path.display().to_string();
+        let served = self.serving.values().map(|Serving { pod, .. }| PodStatus {
+            pod: pod.workload.name.to_string(),
+            identity: pod.workload.identity.to_string(),
+            addresses: pod.enrolled.addresses().to_vec(),
+            netns: shown(pod.enrolled.netns.path()),
+            enrolled: true,
+            reason: String::new(),
+            idle_tunnels: pod.pool.idle(),
+        });
+        let failing = self.failing.values().map(|failing| PodStatus {
+            pod: failing.workload.name.to_string(),
+            identity: failing.workload.identity.to_string(),
+            addresses: failing.workload.addresses.clone(),
+            netns: failing
+                .workload
                 .netns
-                .as_ref()
-                .map(|path| path.display().to_string())
-                .unwrap_or_default(),
-            enrolled: reason.is_empty(),
-            reason: reason.to_owned(),
-            idle_tunnels,
-        };
-        let mut pods: Vec<_> = self
-            .serving
-            .values()
-            .map(|serving| status(&serving.pod.workload, "", serving.pod.pool.idle()))
-            .chain(
-                self.failing
-                    .values()
-                    .map(|failing| status(&failing.workload, &failing.reason, 0)),
-            )
-            .collect();
+                .as_deref()
+                .map_or_else(String::new, shown),
+            enrolled: false,
+            reason: failing.reason.clone(),
+            idle_tunnels: 0,
+        });
+        let mut pods: Vec<_> = served.chain(failing).collect();
         pods.sort_by(|a, b| a.pod.cmp(&b.pod));
         *self
             .node
@@ -469,12 +571,15 @@ fn mesh_kind(kind: AddressKind) -> MeshKind {
     }
 }
 
-/// Whether `new` is the pod that was enrolled as `old`: what else changed does not touch its connections.
-fn is_same_pod(new: &Workload, old: &Workload) -> bool {
-    new.uid == old.uid
-        && new.identity == old.identity
-        && new.addresses == old.addresses
-        && new.netns == old.netns
+/// The pods that this node is to serve.
+fn wanted<'a>(
+    snapshot: &'a Snapshot,
+    node_name: &str,
+) -> BTreeMap<&'a ObjectName, &'a Arc<Workload>> {
+    let workloads = snapshot.on_node(node_name);
+    workloads
+        .map(|workload| (&workload.name, workload))
+        .collect()
 }
 
 /// The addresses of this node, where probes come from, in order.

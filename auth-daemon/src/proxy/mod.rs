@@ -12,6 +12,8 @@ mod plain;
 mod pod;
 mod revocation;
 mod same_node;
+mod search;
+mod totals;
 mod workers;
 
 use std::sync::{
@@ -26,6 +28,7 @@ use tokio::sync::watch;
 pub use enrolment::{Enrolment, PodStatus};
 pub use pod::Pod;
 pub use same_node::SameNode;
+pub use totals::Totals;
 pub use workers::Workers;
 
 use crate::{

@@ -59,11 +59,12 @@ pub(super) async fn serve(node: &Node, pod: &Pod, app: TcpStream, from: SocketAd
 }
 
 async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut: AbortHandle) {
-    let client = own_address(pod, from);
+    let cookie = pod.enrolled.netns.cookie();
+    let dialled = node.kernel.take_dialled(cookie, from);
+    let client = own_address(pod, from, dialled);
     let access = node.live.open(Direction::Outbound, client, cut);
     access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));
-    let cookie = pod.enrolled.netns.cookie();
-    let Some(dialled) = node.kernel.take_dialled(cookie, from) else {
+    let Some(dialled) = dialled else {
         return access.finish(
             Outcome::Refused,
             "not a captured connection: the app dialled the daemon's own port",
@@ -329,11 +330,13 @@ impl Call<'_> {
         };
         let (node, pod) = (self.node, self.pod);
         let netns = &pod.enrolled.netns;
-        let source = pod
-            .enrolled
-            .address_like(address.ip())
-            .ok_or(Refusal::Family(address))?;
-        if pod.workload.addresses.contains(&address.ip()) {
+        let source = match pod.enrolled.address_like(address.ip()) {
+            Some(own) => own,
+            None if pod.enrolled.addresses().is_empty() => sockets::source_towards(netns, address)
+                .map_err(|error| failed(Failure::Dial(error)))?,
+            None => return Err(Refusal::Family(address)),
+        };
+        if pod.enrolled.addresses().contains(&address.ip()) {
             self.access.learn(|details| {
                 details.path = Path::Itself;
                 details.server_identity = Some(pod.workload.identity.clone());
@@ -613,12 +616,15 @@ pub(super) async fn farewell(channel: &mut Channel, code: ResetCode, reason: &st
     }
 }
 
-/// The client's address as the server's app is to see it: the app itself may be bound to the loopback by now.
-fn own_address(pod: &Pod, from: SocketAddr) -> SocketAddr {
+/// The client's address as the server's app is to see it: the app itself may be bound to the loopback by now. While nothing
+/// says which addresses the pod has, the one that its kernel would choose.
+fn own_address(pod: &Pod, from: SocketAddr, dialled: Option<SocketAddr>) -> SocketAddr {
     if !from.ip().is_loopback() {
         return from;
     }
-    pod.enrolled
-        .address_like(from.ip())
-        .map_or(from, |ip| SocketAddr::new(ip, from.port()))
+    let own = pod.enrolled.address_like(from.ip()).or_else(|| {
+        let remote = dialled.filter(|_| pod.enrolled.addresses().is_empty())?;
+        sockets::source_towards(&pod.enrolled.netns, remote).ok()
+    });
+    own.map_or(from, |ip| SocketAddr::new(ip, from.port()))
 }

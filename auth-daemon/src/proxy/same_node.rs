@@ -502,7 +502,10 @@ pub(super) async fn log_closed(node: Arc<Node>) {
         let mut events = node.kernel.same_node.closed()?;
         loop {
             events
-                .next(|closing| line(&closing, node.same_node.facts(&closing)).write())
+                .next(|closing| {
+                    node.live
+                        .log(&line(&closing, node.same_node.facts(&closing)))
+                })
                 .await?;
         }
     };

@@ -1,11 +1,9 @@
 //! `cargo xtask bench ca`: how fast the CA issues on one core, beside the bare arithmetic.
 
-use std::process::Stdio;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use crate::step::{self, cargo, step};
+use super::built_in::built_in;
 
 /// Builds and runs the CA's benchmark, and shows what it measured.
 ///
@@ -17,20 +15,7 @@ pub(super) fn run(json: bool) -> Result<()> {
         cores >= 2,
         "the CA and its callers take a core each, and this machine has one"
     );
-    let measured = step("measure the CA", || {
-        let mut command = cargo();
-        command
-            .args(["bench", "--workspace", "--bench", "ca"])
-            .stderr(Stdio::inherit());
-        let output = command
-            .output()
-            .with_context(|| format!("cannot run `{}`", step::show(&command)))?;
-        ensure!(output.status.success(), "it ended with {}", output.status);
-        let text = String::from_utf8_lossy(&output.stdout);
-        let object = text.lines().find(|line| line.starts_with('{'));
-        let object = object.context("it has printed no results")?;
-        serde_json::from_str::<Value>(object).context("reading its results")
-    })?;
+    let measured = built_in("ca", "measure the CA")?;
     if json {
         println!("{measured}");
     } else {

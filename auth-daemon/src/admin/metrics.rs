@@ -1,0 +1,104 @@
+//! What Prometheus is told of a node.
+
+use std::sync::{Arc, PoisonError, atomic::AtomicU64};
+
+use axum::{extract::State, response::IntoResponse};
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{family::Family, gauge::Gauge, info::Info},
+    registry::Registry,
+};
+
+use crate::{answers::open_metrics, proxy::Node, tunnel::tls::unix_seconds};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PodState {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Whose {
+    identity: String,
+}
+
+pub(super) async fn metrics(State(node): State<Arc<Node>>) -> impl IntoResponse {
+    open_metrics(&collect(&node))
+}
+
+fn collect(node: &Node) -> Registry {
+    let mut registry = Registry::with_prefix("auth_daemon");
+    registry.register(
+        "build",
+        "This daemon",
+        Info::new([("version", env!("CARGO_PKG_VERSION"))]),
+    );
+    node.live.totals.register(&mut registry);
+    let mut gauge = |name: &str, help: &str, value: u64| {
+        let gauge = Gauge::<u64, AtomicU64>::default();
+        gauge.set(value);
+        registry.register(name, help, gauge);
+    };
+    gauge(
+        "open_connections",
+        "Connections under way through this daemon",
+        node.live.count() as u64,
+    );
+    gauge(
+        "ready",
+        "Whether the node's pods have been enrolled once, as far as they can be",
+        node.is_ready().into(),
+    );
+    gauge(
+        "registry_version",
+        "How often what is known of the mesh has changed",
+        *node.registry.changes().borrow(),
+    );
+    gauge(
+        "mesh_addresses",
+        "Addresses that are captured",
+        node.kernel.occupancy().0 as u64,
+    );
+    gauge(
+        "trust_version",
+        "Version of the trust that the CA has published",
+        node.certificates.trust().current().version,
+    );
+    gauge(
+        "unlogged_connections",
+        "Connections within the node that left no line in the log",
+        node.kernel.same_node.lost(),
+    );
+    let pods = node
+        .pods
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    gauge(
+        "idle_tunnels",
+        "TLS connections kept for the next connection",
+        pods.iter().map(|pod| pod.idle_tunnels as u64).sum(),
+    );
+    let states = Family::<PodState, Gauge>::default();
+    for (state, enrolled) in [("enrolled", true), ("refused", false)] {
+        let count = pods.iter().filter(|pod| pod.enrolled == enrolled).count();
+        states
+            .get_or_create(&PodState { state })
+            .set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+    registry.register("pods", "Pods of this node that are of the mesh", states);
+    let ends = Family::<Whose, Gauge>::default();
+    for (identity, svid) in node.certificates.list() {
+        // Without a certificate: expired since 1970.
+        let end = svid.as_ref().map_or(0, |svid| unix_seconds(svid.not_after));
+        ends.get_or_create(&Whose {
+            identity: identity.to_string(),
+        })
+        .set(i64::try_from(end).unwrap_or(i64::MAX));
+    }
+    registry.register(
+        "certificate_expiry_timestamp_seconds",
+        "When the certificate of each identity on this node expires; 0 where there is none",
+        ends,
+    );
+    registry
+}

@@ -1,0 +1,74 @@
+//! What the kernel tells of sockets in namespaces that no pod is known by.
+
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+use auth_common::FirstSocket;
+use aya::maps::{MapData, RingBuf};
+use tokio::io::unix::AsyncFd;
+
+use super::kernel::monotonic_nanoseconds;
+
+/// The kernel's events, on the runtime that it was made on.
+pub struct FirstSockets(AsyncFd<RingBuf<MapData>>);
+
+impl FirstSockets {
+    pub(super) fn new(ring: RingBuf<MapData>) -> io::Result<Self> {
+        // SAFETY: the ring owns its descriptor, gives the same one each time, and closes it when it is dropped.
+        Ok(Self(unsafe { AsyncFd::register(ring) }?))
+    }
+
+    /// Waits for events and hands over each: the namespace's cookie, and when the socket was made. Dropped while it waits,
+    /// it has lost none.
+    pub async fn next(&mut self, mut take: impl FnMut(u64, Instant)) -> io::Result<()> {
+        let mut ready = self.0.readable_mut().await?;
+        let ring = ready.get_inner_mut();
+        while let Some(event) = ring.next() {
+            match parse(&event) {
+                Some(event) => {
+                    let age = monotonic_nanoseconds().saturating_sub(event.at_nanoseconds);
+                    let now = Instant::now();
+                    let at = now.checked_sub(Duration::from_nanos(age));
+                    take(event.netns_cookie, at.unwrap_or(now));
+                }
+                None => tracing::warn!(bytes = event.len(), "the kernel's side sent no event"),
+            }
+        }
+        ready.clear_ready();
+        Ok(())
+    }
+}
+
+fn parse(bytes: &[u8]) -> Option<FirstSocket> {
+    let (cookie, at) = bytes.split_first_chunk()?;
+    Some(FirstSocket {
+        netns_cookie: u64::from_ne_bytes(*cookie),
+        at_nanoseconds: u64::from_ne_bytes(at.try_into().ok()?),
+    })
+}
+
+impl std::fmt::Debug for FirstSockets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FirstSockets").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_its_two_words() {
+        let bytes = [7_u64.to_ne_bytes(), 9_u64.to_ne_bytes()].concat();
+        let event = FirstSocket {
+            netns_cookie: 7,
+            at_nanoseconds: 9,
+        };
+        assert_eq!(bytes.len(), size_of::<FirstSocket>());
+        assert_eq!(parse(&bytes), Some(event));
+        assert_eq!(parse(&bytes[1..]), None);
+        assert_eq!(parse(&[bytes.as_slice(), &[0]].concat()), None);
+    }
+}

@@ -1,0 +1,69 @@
+//! Connections that have ended, counted for Prometheus.
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family},
+    registry::Registry,
+};
+
+use super::access::Finished;
+
+/// How many connections have ended, and what they carried, since the daemon started.
+#[derive(Clone, Debug, Default)]
+pub struct Totals {
+    connections: Family<Ended, Counter>,
+    bytes: Family<Carried, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Ended {
+    direction: &'static str,
+    path: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Carried {
+    direction: &'static str,
+    path: &'static str,
+    to: &'static str,
+}
+
+impl Totals {
+    /// Adds them to what is told.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "connections",
+            "Connections that have ended",
+            self.connections.clone(),
+        );
+        registry.register(
+            "connection_bytes",
+            "What connections that have ended carried for the apps, in bytes",
+            self.bytes.clone(),
+        );
+    }
+
+    pub(super) fn count(&self, finished: &Finished) {
+        let (direction, path) = (finished.direction.name(), finished.path.name());
+        self.connections
+            .get_or_create(&Ended {
+                direction,
+                path,
+                result: finished.outcome.name(),
+            })
+            .inc();
+        for (to, bytes) in [
+            ("server", finished.bytes_to_server),
+            ("client", finished.bytes_to_client),
+        ] {
+            self.bytes
+                .get_or_create(&Carried {
+                    direction,
+                    path,
+                    to,
+                })
+                .inc_by(bytes);
+        }
+    }
+}
