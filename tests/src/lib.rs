@@ -82,7 +82,7 @@ mod status;
 mod tls_records;
 mod wire;
 
-pub use anyhow::{Context, Result};
+pub use anyhow::{Context, Error, Result};
 
 pub use app::App;
 pub use builder::MeshBuilder;

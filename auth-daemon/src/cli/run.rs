@@ -1,6 +1,12 @@
 //! `auth-daemon run`: brings the parts together and runs until SIGTERM.
 
-use std::{path::PathBuf, pin::Pin, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -16,11 +22,14 @@ use crate::{
     ca::{Issuer, client::GrpcIssuer, embedded::EmbeddedCa},
     certs::Certificates,
     config::{CaSource, Config, Discovery, Log, LogFormat},
-    datapath::{Kernel, PinLock, mounts},
+    datapath::{Kernel, KernelError, PinLock, mounts, unload},
     discovery, kubernetes,
     mesh::Registry,
     proxy::{Enrolment, Node, Workers},
 };
+
+/// How long the threads that have ended may still hold what they had.
+const LAST_BREATH: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -38,6 +47,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     mounts::ensure_bpffs(&config.pins)?;
     let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
     let lock = PinLock::take(&config.pins)?;
+    let pins = config.pins.clone();
 
     // Connections have threads to themselves; discovery, certificates and admin share this one.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -46,11 +56,11 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the control runtime")?;
-    control.block_on(async {
+    let removed = control.block_on(async {
         let listeners = admin::bind().await?;
         let issuer = issuer(&config)?;
         let registry = Arc::new(Registry::new());
-        let follow = follow(&config, registry.clone()).await?;
+        let (follow, removed) = follow(&config, registry.clone()).await?;
         let kernel = Kernel::load(lock, &cgroup).map_err(with_causes)?;
         tracing::info!(
             node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
@@ -68,26 +78,51 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             stop.send_replace(true);
         });
         Enrolment::new(node, Arc::new(workers)).run(stopped).await;
+        anyhow::Ok(removed.is_some_and(|removed| *removed.borrow()))
+    })?;
+    if removed {
+        drop(control);
+        let pods = take_back(&pins)?;
+        tracing::info!(
+            pods,
+            "daemon stopped; its namespace is being deleted, so nothing is left: pods talk plainly"
+        );
+    } else {
         tracing::info!(
             "daemon stopped; pods stay captured and are refused until the next one starts"
         );
-        anyhow::Ok(())
-    })?;
+    }
     Ok(())
 }
 
-/// What keeps `registry` true to what is discovered.
+/// Takes everything out of the kernel. Returns how many pods were enrolled.
+fn take_back(pins: &Path) -> anyhow::Result<usize> {
+    let start = Instant::now();
+    loop {
+        match PinLock::take(pins) {
+            // The data path's threads let go of it as they end.
+            Err(KernelError::Locked(_)) if start.elapsed() < LAST_BREATH => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            lock => return unload::unload(lock?),
+        }
+    }
+}
+
+/// What keeps a registry true to what is discovered.
+type Follow = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What keeps `registry` true to what is discovered; and, in a cluster, whether the daemon is taken out of it.
 async fn follow(
     config: &Config,
     registry: Arc<Registry>,
-) -> anyhow::Result<Pin<Box<dyn Future<Output = ()> + Send>>> {
+) -> anyhow::Result<(Follow, Option<watch::Receiver<bool>>)> {
     let trust_domain = config.trust_domain.clone();
     Ok(match &config.discovery {
-        Discovery::Files(folder) => Box::pin(discovery::files::start(
-            folder.clone(),
-            trust_domain,
-            registry,
-        )?),
+        Discovery::Files(folder) => {
+            let follow = discovery::files::start(folder.clone(), trust_domain, registry)?;
+            (Box::pin(follow), None)
+        }
         Discovery::Kubernetes {
             defaults,
             own_namespace,
@@ -100,9 +135,9 @@ async fn follow(
             };
             let (synced, _) = watch::channel(false);
             let client = kubernetes::connect().await?;
-            Box::pin(discovery::kubernetes::run(
-                client, settings, registry, synced,
-            ))
+            let removed = discovery::removal::watch(client.clone(), own_namespace);
+            let follow = discovery::kubernetes::run(client, settings, registry, synced);
+            (Box::pin(follow), Some(removed))
         }
     })
 }

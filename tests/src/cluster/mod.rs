@@ -183,7 +183,7 @@ impl Cluster {
     }
 
     /// What went on, for whoever has to find out why a test failed.
-    fn print_state(&self) {
+    pub fn print_state(&self) {
         for arguments in [
             "get pods --all-namespaces -o wide",
             "get events --all-namespaces",

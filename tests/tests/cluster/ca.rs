@@ -34,7 +34,9 @@ fn status(stage: &Stage, pod: &Value) -> Result<Value> {
 fn root(stage: &Stage, pod: &Value) -> Result<String> {
     let status = status(stage, pod)?;
     let root = status["roots"][0]["sha256"].as_str();
-    Ok(root.with_context(|| format!("no root: {status}"))?.to_owned())
+    Ok(root
+        .with_context(|| format!("no root: {status}"))?
+        .to_owned())
 }
 
 pub(crate) fn one_leads(stage: &Stage) -> Result<()> {
@@ -49,7 +51,9 @@ pub(crate) fn one_leads(stage: &Stage) -> Result<()> {
     let budget = stage.get(&format!("poddisruptionbudget -n {SYSTEM} auth-ca"))?;
     eventually_ok(PATIENCE, "one replica that may go", || {
         let budget = stage.get(&format!("poddisruptionbudget -n {SYSTEM} auth-ca"))?;
-        ensure(budget["status"]["disruptionsAllowed"] == 1, || budget.to_string())
+        ensure(budget["status"]["disruptionsAllowed"] == 1, || {
+            budget.to_string()
+        })
     })
     .with_context(|| budget.to_string())
 }

@@ -34,7 +34,8 @@ impl Stage {
         cluster.load(&archive)?;
         let stage = Self { cluster, folder };
         stage.kubectl(&format!("apply -k {}", overlay()))?;
-        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": APPS}});
+        let namespace =
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": APPS}});
         stage.apply(&[namespace])?;
         Ok(stage)
     }
@@ -56,7 +57,8 @@ impl Stage {
         let path = self.folder.join("objects.json");
         let list = json!({"apiVersion": "v1", "kind": "List", "items": objects});
         fs::write(&path, list.to_string())?;
-        self.kubectl(&format!("apply -f {}", path.display())).map(drop)
+        self.kubectl(&format!("apply -f {}", path.display()))
+            .map(drop)
     }
 
     /// Runs a program in a pod of the apps.
@@ -75,7 +77,9 @@ impl Stage {
     pub(crate) fn pods(&self, namespace: &str, label: &str) -> Result<Vec<Value>> {
         let list = self.get(&format!("pods -n {namespace} -l {label}"))?;
         let items = list["items"].as_array().context("no list")?;
-        let living = items.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        let living = items
+            .iter()
+            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
         Ok(living.cloned().collect())
     }
 
@@ -84,7 +88,7 @@ impl Stage {
         let pods = self.pods(namespace, label)?;
         let [pod] = pods.as_slice() else {
             let names: Vec<_> = pods.iter().map(name).collect();
-            mesh_tests::bail!("{label} selects {names:?}");
+            return Err(mesh_tests::Error::msg(format!("{label} selects {names:?}")));
         };
         Ok(pod.clone())
     }
@@ -95,7 +99,9 @@ impl Stage {
         let mut on_node = daemons
             .into_iter()
             .filter(|pod| pod["spec"]["nodeName"] == node && is_ready(pod));
-        on_node.next().with_context(|| format!("no daemon is ready on {node}"))
+        on_node
+            .next()
+            .with_context(|| format!("no daemon is ready on {node}"))
     }
 
     /// What the daemon of a node has logged.

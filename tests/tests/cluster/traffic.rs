@@ -10,9 +10,9 @@ use crate::stage::{
 };
 
 /// In every answer; nothing else on the wire holds it.
-const MARKER: &str = "marker-6b1d0c52";
+pub(crate) const MARKER: &str = "marker-6b1d0c52";
 /// Where the apps listen.
-const PORT: u16 = 8080;
+pub(crate) const PORT: u16 = 8080;
 
 /// A web server of busybox: `/cgi-bin/who` says who asks, `/cgi-bin/tick` goes on for ever.
 fn server_script() -> String {
@@ -67,12 +67,18 @@ pub(crate) fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3
 /// The address of a service of the apps.
 pub(crate) fn service_address(stage: &Stage, name: &str) -> Result<String> {
     let service = stage.get(&format!("service -n {APPS} {name}"))?;
-    Ok(service["spec"]["clusterIP"].as_str().unwrap_or_default().to_owned())
+    Ok(service["spec"]["clusterIP"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned())
 }
 
 /// Where `/cgi-bin/who` of a service is.
 pub(crate) fn who(stage: &Stage, service: &str) -> Result<String> {
-    Ok(format!("http://{}/cgi-bin/who", service_address(stage, service)?))
+    Ok(format!(
+        "http://{}/cgi-bin/who",
+        service_address(stage, service)?
+    ))
 }
 
 /// `client-1` on the first node and `client-2` on the second.
@@ -83,7 +89,10 @@ pub(crate) fn clients() -> [&'static str; 2] {
 /// `web-1` on the first node and `web-2` on the second, and `web` of both.
 pub(crate) fn apps_start(stage: &Stage) -> Result<()> {
     let mut objects = vec![account("client")];
-    for (node, (client, web)) in NODES.into_iter().zip(clients().into_iter().zip(["web-1", "web-2"])) {
+    for (node, (client, web)) in NODES
+        .into_iter()
+        .zip(clients().into_iter().zip(["web-1", "web-2"]))
+    {
         objects.extend(server(web, Some(node), 1));
         objects.push(idle_pod(client, node, "client"));
     }
@@ -102,7 +111,9 @@ pub(crate) fn apps_start(stage: &Stage) -> Result<()> {
 fn is_tls_1_3(recording: &Recording, client: &str, server: &str) -> Result<()> {
     let (client, server): (IpAddr, IpAddr) = (client.parse()?, server.parse()?);
     let streams = recording.tcp_between(client, server).streams();
-    ensure(!streams.is_empty(), || "no connection crossed the wire".to_owned())?;
+    ensure(!streams.is_empty(), || {
+        "no connection crossed the wire".to_owned()
+    })?;
     for stream in &streams {
         ensure(stream.server.port() == PORT, || {
             format!("to another port than the app's: {}", stream.server)
@@ -133,12 +144,16 @@ pub(crate) fn pods_talk_tls(stage: &Stage) -> Result<()> {
         let client_address = address(&stage.get(&format!("pod -n {APPS} {client}"))?).to_owned();
         let web_address = address(&stage.pod(APPS, &format!("app={web}"))?).to_owned();
         let capture = stage.cluster.wire().capture()?;
-        for url in [who(stage, web)?, format!("http://{web_address}:{PORT}/cgi-bin/who")] {
+        for url in [
+            who(stage, web)?,
+            format!("http://{web_address}:{PORT}/cgi-bin/who"),
+        ] {
             let answer = stage.curl(client, &url)?;
             let expected = format!("{client_address} asked {web}");
-            ensure(answer.contains(MARKER) && answer.contains(&expected), || {
-                format!("{url}: {answer:?} instead of {expected:?}")
-            })?;
+            ensure(
+                answer.contains(MARKER) && answer.contains(&expected),
+                || format!("{url}: {answer:?} instead of {expected:?}"),
+            )?;
         }
         let recording = capture.stop()?;
         is_tls_1_3(&recording, &client_address, &web_address)?;
@@ -161,28 +176,48 @@ fn access(log: &str) -> impl Iterator<Item = Value> + '_ {
         .filter(|line: &Value| line["target"] == "access")
 }
 
-pub(crate) fn the_log_says_who(stage: &Stage) -> Result<()> {
+/// Waits until the log of a node's daemon has a connection between two accounts, over a tunnel; to an endpoint, perhaps,
+/// that begins so.
+pub(crate) fn log_has_tunnel(
+    stage: &Stage,
+    node: &str,
+    client: &str,
+    server: &str,
+    endpoint: Option<&str>,
+) -> Result<()> {
     let identity = |account: &str| format!("spiffe://cluster.local/ns/{APPS}/sa/{account}");
-    let client_address = address(&stage.get(&format!("pod -n {APPS} client-1"))?).to_owned();
-    for (node, direction) in [("node1", "outbound"), ("node2", "inbound")] {
-        eventually_ok(PATIENCE, "a line of the access log", || {
-            let log = stage.daemon_log(node)?;
-            let found = access(&log).any(|line| {
-                let client = line["client"].as_str().unwrap_or_default();
-                line["direction"] == direction
-                    && line["path"] == "tunnel"
-                    && line["client_identity"] == identity("client")
-                    && line["server_identity"] == identity("web-2")
-                    && client.starts_with(&format!("{client_address}:"))
-                    && line["result"] == "ok"
-            });
-            ensure(found, || {
-                let lines: Vec<_> = access(&log).map(|line| line.to_string()).collect();
-                format!("{node}, {direction}: {}", lines.join("\n"))
-            })
-        })?;
+    eventually_ok(PATIENCE, "a line of the access log", || {
+        let log = stage.daemon_log(node)?;
+        let found = access(&log).any(|line| {
+            let at = line["endpoint"].as_str().unwrap_or_default();
+            line["path"] == "tunnel"
+                && line["client_identity"] == identity(client)
+                && line["server_identity"] == identity(server)
+                && endpoint.is_none_or(|endpoint| at.starts_with(endpoint))
+                && line["result"] == "ok"
+        });
+        ensure(found, || {
+            let lines: Vec<_> = access(&log).map(|line| line.to_string()).collect();
+            let last = &lines[lines.len().saturating_sub(20)..];
+            format!("{node}, {client} to {server}: {}", last.join("\n"))
+        })
+    })
+}
+
+pub(crate) fn the_log_says_who(stage: &Stage) -> Result<()> {
+    for node in NODES {
+        log_has_tunnel(stage, node, "client", "web-1", None)?;
+        log_has_tunnel(stage, node, "client", "web-2", None)?;
     }
-    Ok(())
+    // Both nodes write the client's own address.
+    let client_address = address(&stage.get(&format!("pod -n {APPS} client-1"))?).to_owned();
+    let log = stage.daemon_log("node2")?;
+    let client = format!("{client_address}:");
+    let found = access(&log).any(|line| {
+        let at = line["client"].as_str().unwrap_or_default();
+        line["direction"] == "inbound" && at.starts_with(&client) && line["result"] == "ok"
+    });
+    ensure(found, || format!("no connection from {client_address}"))
 }
 
 pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
@@ -195,7 +230,10 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
     ))?;
     // The pod's own address: a service would be the kernel's to translate, and then the same.
     let web = address(&stage.pod(APPS, "app=web-2")?).to_owned();
-    for url in [format!("http://{web}:{PORT}/cgi-bin/who"), who(stage, "web-2")?] {
+    for url in [
+        format!("http://{web}:{PORT}/cgi-bin/who"),
+        who(stage, "web-2")?,
+    ] {
         let answer = stage.curl("outsider", &url);
         ensure(answer.is_err(), || format!("it was answered: {answer:?}"))?;
     }
@@ -204,7 +242,9 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
         line["result"] == "refused" && line["reason"] == "plaintext, and STRICT is in force"
     });
     ensure(refused, || "no line says that it was refused".to_owned())?;
-    stage.kubectl(&format!("delete pod -n {APPS} outsider --now")).map(drop)
+    stage
+        .kubectl(&format!("delete pod -n {APPS} outsider --now"))
+        .map(drop)
 }
 
 pub(crate) fn probes_have_passed(stage: &Stage) -> Result<()> {
@@ -212,9 +252,10 @@ pub(crate) fn probes_have_passed(stage: &Stage) -> Result<()> {
         let pod = stage.pod(APPS, &format!("app={web}"))?;
         let status = &pod["status"]["containerStatuses"][0];
         // One was killed by the step before; a probe that fails would do it again and again.
-        ensure(status["ready"] == true && status["restartCount"].as_u64() <= Some(1), || {
-            format!("{}: {status}", name(&pod))
-        })?;
+        ensure(
+            status["ready"] == true && status["restartCount"].as_u64() <= Some(1),
+            || format!("{}: {status}", name(&pod)),
+        )?;
     }
     Ok(())
 }

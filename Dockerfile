@@ -1,0 +1,18 @@
+# syntax=docker/dockerfile:1
+# The daemon's image, as `cargo xtask image` writes it without Docker: the program, the C library, and nothing to log in to.
+#   docker build --tag auth-daemon:0.1.0 .
+
+FROM rust:1-bookworm AS build
+WORKDIR /src
+COPY . .
+# The programs for the kernel first: the daemon embeds them. What compiles them comes with apt.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo xtask build-ebpf \
+    && cargo build --release --workspace --bins \
+    && strip --strip-debug -o /auth-daemon target/release/auth-daemon
+
+FROM gcr.io/distroless/cc-debian12:nonroot
+COPY --from=build /auth-daemon /usr/bin/auth-daemon
+# As user 65532, which is enough for the CA. The DaemonSet asks for root and for the capabilities that it needs.
+ENTRYPOINT ["/usr/bin/auth-daemon"]

@@ -1,0 +1,108 @@
+//! Labels on running pods, and mistakes.
+
+use mesh_tests::{AUTH_DAEMON_IMAGE, Result, eventually_ok};
+use serde_json::json;
+
+use crate::stage::{APPS, PATIENCE, Stage, address, ensure, idle_pod, name};
+use crate::traffic::{MARKER, PORT, who};
+
+/// Whether a request of `client-1` to `web-2` is readable between the nodes; an error where it is not answered.
+fn talks_plainly(stage: &Stage) -> Result<bool> {
+    let url = who(stage, "web-2")?;
+    let capture = stage.cluster.wire().capture()?;
+    stage.curl("client-1", &url)?;
+    Ok(capture.stop()?.contains(MARKER.as_bytes()))
+}
+
+pub(crate) fn a_label_takes_out_and_in(stage: &Stage) -> Result<()> {
+    let label = |what: &str, value: &str| {
+        stage.kubectl(&format!(
+            "label {what} auth-daemon.io/mesh{value} --overwrite"
+        ))
+    };
+    let encrypted = || {
+        eventually_ok(PATIENCE, "the mesh", || {
+            ensure(!talks_plainly(stage)?, || "still in the clear".to_owned())
+        })
+    };
+    encrypted()?;
+    // One pod leaves: it still reaches the world, but not a pod of the mesh.
+    let pod = format!("-n {APPS} pod client-1");
+    label(&pod, "=disabled")?;
+    let web = address(&stage.pod(APPS, "app=web-2")?).to_owned();
+    let url = format!("http://{web}:{PORT}/cgi-bin/who");
+    eventually_ok(PATIENCE, "a refusal", || {
+        ensure(stage.curl("client-1", &url).is_err(), || {
+            "still answered".to_owned()
+        })
+    })?;
+    label(&pod, "-")?;
+    encrypted()?;
+    // All pods of the namespace leave: they talk plainly.
+    let namespace = format!("namespace {APPS}");
+    label(&namespace, "=disabled")?;
+    eventually_ok(PATIENCE, "plain talk", || {
+        ensure(talks_plainly(stage)?, || "still encrypted".to_owned())
+    })?;
+    label(&namespace, "-")?;
+    encrypted()
+}
+
+pub(crate) fn mistakes_are_named(stage: &Stage) -> Result<()> {
+    let mut odd = idle_pod("odd", "node1", "client");
+    odd["metadata"]["labels"]["auth-daemon.io/mesh"] = json!("perhaps");
+    let config = json!({
+        "apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": {"name": "mistaken", "namespace": APPS},
+        "data": {"config.yaml": "mode: STRICTISH\ndiscovery: {kubernetes: {}}\nca: {}\n"},
+    });
+    let mistaken = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "mistaken", "namespace": APPS},
+        "spec": {
+            "restartPolicy": "Never",
+            "containers": [{
+                "name": "daemon", "image": AUTH_DAEMON_IMAGE, "imagePullPolicy": "Never",
+                "args": ["run", "--config", "/etc/auth-daemon/config.yaml"],
+                "env": [{"name": "POD_NAMESPACE", "value": APPS}],
+                "volumeMounts": [{"name": "config", "mountPath": "/etc/auth-daemon"}],
+            }],
+            "volumes": [{"name": "config", "configMap": {"name": "mistaken"}}],
+        },
+    });
+    stage.apply(&[odd, config, mistaken])?;
+    eventually_ok(PATIENCE, "a line about the label", || {
+        let log = stage.daemon_log("node1")?;
+        let named = log.lines().any(|line| {
+            ["Pod shop/odd", "auth-daemon.io/mesh", "perhaps"]
+                .iter()
+                .all(|word| line.contains(word))
+        });
+        ensure(named, || log.clone())
+    })?;
+    eventually_ok(
+        PATIENCE,
+        "the end of a daemon with a wrong configuration",
+        || {
+            let pod = stage.get(&format!("pod -n {APPS} mistaken"))?;
+            ensure(pod["status"]["phase"] == "Failed", || {
+                format!("{}: {}", name(&pod), pod["status"])
+            })
+        },
+    )?;
+    let said = stage.kubectl(&format!("logs -n {APPS} mistaken"))?;
+    for expected in [
+        "/etc/auth-daemon/config.yaml",
+        "mode: \"STRICTISH\"",
+        "ca: ",
+    ] {
+        ensure(said.contains(expected), || {
+            format!("{expected:?} is not in: {said}")
+        })?;
+    }
+    stage
+        .kubectl(&format!(
+            "delete -n {APPS} pod/odd pod/mistaken configmap/mistaken --now"
+        ))
+        .map(drop)
+}

@@ -1,0 +1,120 @@
+//! The CA and the API server are away for a while.
+
+use std::thread;
+use std::time::Duration;
+
+use mesh_tests::{Context, Result, eventually_ok};
+use serde_json::Value;
+
+use crate::load::Load;
+use crate::stage::{APPS, CA, PATIENCE, SYSTEM, Stage, account, address, ensure, idle_pod, name};
+use crate::traffic::{log_has_tunnel, server, who};
+
+pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
+    let url = who(stage, "web-2")?;
+    let load = Load::start(stage, "load-no-ca", "node1", &url)?;
+    let start = load.mark(stage)?;
+    stage.kubectl(&format!(
+        "scale -n {SYSTEM} deployment/auth-ca --replicas=0"
+    ))?;
+    stage.kubectl(&format!(
+        "delete pods -n {SYSTEM} -l {CA} --grace-period=0 --force"
+    ))?;
+    // Who comes meanwhile has no certificate, and is not heard without one.
+    stage.apply(&[account("late"), idle_pod("late", "node1", "late")])?;
+    stage.kubectl(&format!(
+        "wait -n {APPS} pod late --for=condition=Ready --timeout={}s",
+        PATIENCE.as_secs()
+    ))?;
+    ensure(stage.curl("late", &url).is_err(), || {
+        "answered without a certificate".to_owned()
+    })?;
+    load.goes_on(stage, 50)?;
+    let lost = load.failures(stage, start)?;
+    ensure(lost.is_empty(), || format!("without the CA: {lost:?}"))?;
+
+    stage.kubectl(&format!(
+        "scale -n {SYSTEM} deployment/auth-ca --replicas=2"
+    ))?;
+    stage.rolled_out(SYSTEM, "deployment/auth-ca")?;
+    eventually_ok(PATIENCE, "a certificate", || stage.curl("late", &url))?;
+    log_has_tunnel(stage, "node2", "late", "web-2", None)?;
+    let lost = load.failures(stage, start)?;
+    ensure(lost.is_empty(), || format!("as the CA came back: {lost:?}"))?;
+    stage.kubectl(&format!(
+        "delete -n {APPS} pod/late serviceaccount/late --now"
+    ))?;
+    load.end(stage)
+}
+
+/// Kills all processes of one of a pod's containers, or of its sandbox, past kubelet and the API.
+fn kill(stage: &Stage, pod: &Value, kind: &str) -> Result<()> {
+    let node = stage
+        .cluster
+        .node(pod["spec"]["nodeName"].as_str().context("on no node")?);
+    let filter = format!(
+        r#"labels."io.kubernetes.pod.uid"=={},labels."io.cri-containerd.kind"=={kind}"#,
+        pod["metadata"]["uid"].as_str().context("no UID")?
+    );
+    let list = node
+        .run("ctr", ["-n", "k8s.io", "containers", "ls", "-q", &filter])?
+        .ok()?;
+    let running = list.stdout.lines().next().context("no such container")?;
+    node.run(
+        "ctr",
+        [
+            "-n", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", running,
+        ],
+    )?
+    .ok()
+    .map(drop)
+}
+
+pub(crate) fn without_the_api_server(stage: &Stage) -> Result<()> {
+    stage.apply(&server("moved", Some("node2"), 1))?;
+    stage.rolled_out(APPS, "deployment/moved")?;
+    let before = stage.pod(APPS, "app=moved")?;
+    let restarted = stage.pod(APPS, "app=web-1")?;
+    let (moved, web_1) = (who(stage, "moved")?, who(stage, "web-1")?);
+    stage.curl("client-1", &moved)?;
+    let load = Load::start(stage, "load-no-api", "node1", &who(stage, "web-2")?)?;
+    let start = load.mark(stage)?;
+
+    stage.cluster.api().stop_server()?;
+    // One pod gets another address, and nobody is told; of another one, only the app starts anew.
+    kill(stage, &before, "sandbox")?;
+    kill(stage, &restarted, "container")?;
+    // What is shown is that nothing happens for that long.
+    thread::sleep(Duration::from_secs(60));
+    stage.cluster.api().start_server()?;
+
+    let after = eventually_ok(PATIENCE, "the pod's new address", || {
+        let after = stage.pod(APPS, "app=moved")?;
+        ensure(address(&after) != address(&before), || {
+            address(&after).to_owned()
+        })?;
+        Ok(after)
+    })?;
+    stage.rolled_out(APPS, "deployment/moved")?;
+    assert_eq!(name(&after), name(&before));
+    eventually_ok(PATIENCE, "the pod at its new address", || {
+        stage.curl("client-1", &moved)
+    })?;
+    let endpoint = format!("{}:", address(&after));
+    log_has_tunnel(stage, "node2", "client", "moved", Some(&endpoint))?;
+    eventually_ok(PATIENCE, "the app that was restarted", || {
+        stage.curl("client-2", &web_1)
+    })?;
+    log_has_tunnel(stage, "node1", "client", "web-1", None)?;
+
+    load.goes_on(stage, 20)?;
+    let (all, lost) = (load.mark(stage)? - start, load.failures(stage, start)?);
+    ensure(lost.is_empty(), || format!("of {all}: {lost:?}"))?;
+    println!("    {all} requests, none lost");
+    load.end(stage)?;
+    stage
+        .kubectl(&format!(
+            "delete -n {APPS} deployment/moved service/moved serviceaccount/moved"
+        ))
+        .map(drop)
+}
