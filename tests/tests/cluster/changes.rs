@@ -102,7 +102,7 @@ pub(crate) fn mistakes_are_named(stage: &Stage) -> Result<()> {
     }
     stage
         .kubectl(&format!(
-            "delete -n {APPS} pod/odd pod/mistaken configmap/mistaken --now"
+            "delete -n {APPS} pod/odd pod/mistaken configmap/mistaken --now --wait=false"
         ))
         .map(drop)
 }

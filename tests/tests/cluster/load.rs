@@ -67,7 +67,10 @@ impl Load {
 
     pub(crate) fn end(self, stage: &Stage) -> Result<()> {
         stage
-            .kubectl(&format!("delete pod -n {APPS} {} --now", self.pod))
+            .kubectl(&format!(
+                "delete pod -n {APPS} {} --now --wait=false",
+                self.pod
+            ))
             .map(drop)
     }
 }
@@ -163,7 +166,7 @@ pub(crate) fn a_restart_is_its_nodes(stage: &Stage) -> Result<()> {
         load.end(stage)?;
     }
     stage
-        .kubectl(&format!("delete pod -n {APPS} stream --now"))
+        .kubectl(&format!("delete pod -n {APPS} stream --now --wait=false"))
         .map(drop)
 }
 

@@ -42,7 +42,7 @@ pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
     let lost = load.failures(stage, start)?;
     ensure(lost.is_empty(), || format!("as the CA came back: {lost:?}"))?;
     stage.kubectl(&format!(
-        "delete -n {APPS} pod/late serviceaccount/late --now"
+        "delete -n {APPS} pod/late serviceaccount/late --now --wait=false"
     ))?;
     load.end(stage)
 }

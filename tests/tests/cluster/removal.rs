@@ -1,9 +1,9 @@
 //! What is left when all of it is deleted: nothing.
 
-use mesh_tests::{Result, eventually_ok};
+use mesh_tests::{Context, Process, Result, eventually_ok};
 use serde_json::Value;
 
-use crate::stage::{APPS, NODES, PATIENCE, Stage, ensure, name, overlay};
+use crate::stage::{APPS, NODES, PATIENCE, SYSTEM, Stage, ensure, name, overlay};
 use crate::traces::attached_to_node;
 use crate::traffic::{MARKER, who};
 
@@ -31,8 +31,17 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
         }
     }
 
+    // With the pods go their logs: they are read until then.
+    let last_words = NODES
+        .into_iter()
+        .map(|node| {
+            let daemon = stage.daemon_on(node)?;
+            let logs = ["logs", "-n", SYSTEM, "--follow", "--tail=0", name(&daemon)];
+            stage.cluster.start_kubectl(logs)
+        })
+        .collect::<Result<Vec<Process>>>()?;
     stage.kubectl(&format!("delete -k {}", overlay()))?;
-    for node in NODES {
+    for (node, last_words) in NODES.into_iter().zip(&last_words) {
         let node = stage.cluster.node(node);
         eventually_ok(PATIENCE, "a node without the daemon's traces", || {
             let pins = node.run(
@@ -45,7 +54,8 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
             ensure(attached.values().all(|count| *count == 0), || {
                 format!("{attached:?}")
             })
-        })?;
+        })
+        .with_context(|| last_words.stdout())?;
     }
     for pod in &pods {
         for (what, command, sign) in IN_PODS {

@@ -246,7 +246,7 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
         ensure(refused, || "none".to_owned())
     })?;
     stage
-        .kubectl(&format!("delete pod -n {APPS} outsider --now"))
+        .kubectl(&format!("delete pod -n {APPS} outsider --now --wait=false"))
         .map(drop)
 }
 
