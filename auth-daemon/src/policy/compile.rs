@@ -276,6 +276,52 @@ impl Policies {
         &self.objects
     }
 
+    /// What the authors of objects should know, each with kind, name and field: what cannot be read, what cannot be met,
+    /// and what another object overrules.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let mut scopes: HashMap<&str, &PeerAuthentication> = HashMap::new();
+        let root = &self.settings.root_namespace;
+        let older = |a: &PeerAuthentication, b: &PeerAuthentication| {
+            (&a.created, &a.name) < (&b.created, &b.name)
+        };
+        for object in &self.objects {
+            let told = format!("{} {}", object.kind(), object.name());
+            let own = object.warnings().iter();
+            warnings.extend(own.map(|warning| format!("{told}: {warning}")));
+            match &**object {
+                Object::Unreadable(unreadable) => {
+                    warnings.push(format!("{unreadable}; {} instead", unreadable.instead));
+                }
+                Object::Peer(policy) if policy.selector.is_empty() => {
+                    let oldest = scopes.entry(&policy.name.namespace).or_insert(policy);
+                    if older(policy, oldest) {
+                        *oldest = policy;
+                    }
+                }
+                Object::Peer(policy) if policy.name.namespace == *root => warnings.push(format!(
+                    "{told}: spec.selector: in the root namespace it has no effect; leave it out for the whole mesh"
+                )),
+                Object::Peer(_) | Object::Authorization(_) => {}
+            }
+        }
+        for object in &self.objects {
+            if let Object::Peer(policy) = &**object
+                && policy.selector.is_empty()
+                && let Some(oldest) = scopes.get(policy.name.namespace.as_str())
+                && oldest.name != policy.name
+            {
+                warnings.push(format!(
+                    "{} {}: has no effect: {} is older (or first by name), for the same workloads",
+                    Kind::Peer,
+                    policy.name,
+                    oldest.name
+                ));
+            }
+        }
+        warnings
+    }
+
     /// The policies of the workloads in `namespace` that have `labels`.
     pub fn workload(
         &self,
