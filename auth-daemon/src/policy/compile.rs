@@ -322,6 +322,25 @@ impl Policies {
         warnings
     }
 
+    /// Whether `object` is for the workloads in `namespace` that have `labels`.
+    pub fn selects(
+        &self,
+        object: &Object,
+        namespace: &str,
+        labels: &BTreeMap<String, String>,
+    ) -> bool {
+        let root = self.settings.root_namespace.as_str();
+        let scope = object.name().namespace.as_str();
+        let selector = match object {
+            Object::Authorization(policy) if policy.elsewhere => return false,
+            Object::Peer(policy) if scope == root && !policy.selector.is_empty() => return false,
+            Object::Authorization(policy) => &policy.selector,
+            Object::Peer(policy) => &policy.selector,
+            Object::Unreadable(unreadable) => &unreadable.selector,
+        };
+        (scope == root || scope == namespace) && selector.selects(labels)
+    }
+
     /// The policies of the workloads in `namespace` that have `labels`.
     pub fn workload(
         &self,
