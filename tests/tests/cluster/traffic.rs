@@ -239,7 +239,8 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
     }
     let log = stage.daemon_log("node2")?;
     let refused = access(&log).any(|line| {
-        line["result"] == "refused" && line["reason"] == "plaintext, and STRICT is in force"
+        let reason = line["reason"].as_str().unwrap_or_default();
+        line["result"] == "refused" && reason.contains("plaintext, and the port takes STRICT")
     });
     ensure(refused, || "no line says that it was refused".to_owned())?;
     stage
