@@ -23,6 +23,7 @@ use std::{
 use nix::{
     fcntl::{OFlag, openat},
     sys::stat::Mode,
+    time::{ClockId, clock_gettime},
 };
 
 use super::{Netns, netns::the_nodes};
@@ -211,12 +212,22 @@ pub struct Scan {
     pub processes: usize,
     /// How many of them are pods', looked for or not.
     pub of_pods: usize,
+    /// How long a processor was busy with it.
+    pub effort: Duration,
 }
 
 /// Looks for the processes of the pods in `sought`, and for their namespaces; each may come with the one that it was found
 /// in before. Takes about ten milliseconds for each thousand processes, and `limit` at most.
 pub fn find(sought: &HashMap<PodUid, Option<Arc<Netns>>>, limit: Duration) -> io::Result<Scan> {
-    find_in(Path::new("/proc"), sought, limit)
+    let before = processor_time();
+    let mut scan = find_in(Path::new("/proc"), sought, limit)?;
+    scan.effort = processor_time().saturating_sub(before);
+    Ok(scan)
+}
+
+/// What this thread has used.
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 fn find_in(

@@ -25,7 +25,7 @@ const MOST: Duration = Duration::from_secs(1);
 const SLOW: Duration = Duration::from_secs(10);
 /// Likewise, when the kernel tells of a namespace: it may be the new sandbox of a pod that is found.
 const TOLD: Duration = Duration::from_secs(1);
-/// The part of the time that looks may take is one of so many and one.
+/// A look is followed by so many times the processor's time that it took.
 const REST: u32 = 4;
 /// How long one look may take.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -40,7 +40,7 @@ pub(super) struct Search {
     first_sockets: HashMap<u64, Instant>,
     sought: HashMap<PodUid, Sought>,
     schedule: Schedule,
-    look: Option<Look>,
+    look: Option<JoinHandle<io::Result<Scan>>>,
     last: Last,
 }
 
@@ -49,11 +49,6 @@ struct Sought {
     pods: Vec<ObjectName>,
     since: Instant,
     found: Option<Whereabouts>,
-}
-
-struct Look {
-    began: Instant,
-    task: JoinHandle<io::Result<Scan>>,
 }
 
 /// What came of the last look.
@@ -245,18 +240,15 @@ impl Search {
             })
             .collect();
         self.schedule.begun();
-        self.look = Some(Look {
-            began: Instant::now(),
-            task: tokio::task::spawn_blocking(move || find(&sought, LIMIT)),
-        });
+        self.look = Some(tokio::task::spawn_blocking(move || find(&sought, LIMIT)));
     }
 
     /// Takes what a look has shown. Returns whether that is any news.
     fn take(&mut self, done: io::Result<Scan>) -> bool {
-        if let Some(look) = self.look.take() {
-            let now = Instant::now();
-            self.schedule.ended(now, now.duration_since(look.began));
-        }
+        self.look = None;
+        // One that failed may have taken as long as it could.
+        let effort = done.as_ref().map_or(LIMIT, |scan| scan.effort);
+        self.schedule.ended(Instant::now(), effort);
         let mut scan = match done {
             Ok(scan) => scan,
             Err(error) => {
@@ -269,6 +261,10 @@ impl Search {
                 return !known;
             }
         };
+        tracing::debug!(
+            processes = scan.processes, of_pods = scan.of_pods, effort = ?scan.effort,
+            "looked for pods' processes"
+        );
         let mut news = !matches!(self.last, Last::Done { .. });
         self.last = Last::Done {
             pods_seen: scan.of_pods > 0,
@@ -296,9 +292,9 @@ impl Search {
     }
 }
 
-async fn finished(look: &mut Option<Look>) -> io::Result<Scan> {
+async fn finished(look: &mut Option<JoinHandle<io::Result<Scan>>>) -> io::Result<Scan> {
     match look {
-        Some(look) => (&mut look.task).await.map_err(io::Error::other)?,
+        Some(look) => look.await.map_err(io::Error::other)?,
         None => std::future::pending().await,
     }
 }
@@ -349,7 +345,7 @@ fn is_same(one: Option<&Whereabouts>, other: Option<&Whereabouts>) -> bool {
 /// When to look.
 #[derive(Debug, Default)]
 struct Schedule {
-    /// When the last look ended, and how long it took.
+    /// When the last look ended, and how much effort it was.
     last: Option<(Instant, Duration)>,
     /// Looks since something was new.
     looks: u32,
@@ -372,14 +368,14 @@ impl Schedule {
         self.told = false;
     }
 
-    fn ended(&mut self, now: Instant, took: Duration) {
-        self.last = Some((now, took));
+    fn ended(&mut self, now: Instant, effort: Duration) {
+        self.last = Some((now, effort));
         self.looks = self.looks.saturating_add(1);
     }
 
     /// When to look next, given whether a pod is not found; `None` for at once.
     fn due(&self, missing: bool) -> Option<Instant> {
-        let (ended, took) = self.last?;
+        let (ended, effort) = self.last?;
         let pause = match (missing, self.told) {
             (true, true) => Duration::ZERO,
             (true, false) => FIRST
@@ -388,7 +384,7 @@ impl Schedule {
             (false, true) => TOLD,
             (false, false) => SLOW,
         };
-        Some(ended + pause.max(took * REST))
+        Some(ended + pause.max(effort * REST))
     }
 }
 
