@@ -41,6 +41,8 @@ pub(super) struct Search {
     sought: HashMap<PodUid, Sought>,
     schedule: Schedule,
     look: Option<JoinHandle<io::Result<Scan>>>,
+    /// Whether that one is for all pods, or only for those that are not found.
+    is_full: bool,
     last: Last,
 }
 
@@ -62,6 +64,16 @@ enum Last {
     Failed(String),
 }
 
+impl Sought {
+    /// The namespace that its processes are in, whoever else's are.
+    fn netns(&self) -> Option<&Arc<Netns>> {
+        match &self.found {
+            Some(Whereabouts::In(netns) | Whereabouts::Shared(netns, _)) => Some(netns),
+            _ => None,
+        }
+    }
+}
+
 impl Search {
     /// Seeks nothing yet. Called once, within the control runtime.
     pub(super) fn new(kernel: &Kernel) -> Self {
@@ -77,6 +89,7 @@ impl Search {
             sought: HashMap::new(),
             schedule: Schedule::default(),
             look: None,
+            is_full: false,
             last: Last::None,
         }
     }
@@ -219,27 +232,17 @@ impl Search {
     }
 
     fn is_missing(&self) -> bool {
-        let found = |sought: &Sought| {
-            matches!(
-                sought.found,
-                Some(Whereabouts::In(_) | Whereabouts::Shared(..))
-            )
-        };
-        !self.sought.values().all(found)
+        self.sought.values().any(|sought| sought.netns().is_none())
     }
 
     fn begin(&mut self) {
+        self.is_full = self.schedule.begun(Instant::now(), self.is_missing());
         let sought: HashMap<_, _> = self
             .sought
             .iter()
-            .map(|(uid, sought)| match &sought.found {
-                Some(Whereabouts::In(netns) | Whereabouts::Shared(netns, _)) => {
-                    (*uid, Some(netns.clone()))
-                }
-                _ => (*uid, None),
-            })
+            .map(|(uid, sought)| (*uid, sought.netns().cloned()))
+            .filter(|(_, netns)| self.is_full || netns.is_none())
             .collect();
-        self.schedule.begun();
         self.look = Some(tokio::task::spawn_blocking(move || find(&sought, LIMIT)));
     }
 
@@ -269,10 +272,23 @@ impl Search {
         self.last = Last::Done {
             pods_seen: scan.of_pods > 0,
         };
+        let held: HashMap<u64, PodUid> = self
+            .sought
+            .iter()
+            .filter_map(|(uid, sought)| Some((sought.netns()?.cookie(), *uid)))
+            .collect();
         for (uid, sought) in &mut self.sought {
+            if !self.is_full && sought.netns().is_some() {
+                continue;
+            }
             let now = after(sought.found.as_ref(), scan.pods.remove(uid));
             news |= !is_same(sought.found.as_ref(), now.as_ref());
             sought.found = now;
+            let cookie = sought.netns().map(|netns| netns.cookie());
+            if cookie.is_some_and(|cookie| held.get(&cookie).is_some_and(|owner| owner != uid)) {
+                // One look at both is to tell whose it is.
+                self.schedule.doubt();
+            }
         }
         news
     }
@@ -351,6 +367,8 @@ struct Schedule {
     looks: u32,
     /// Whether the kernel has told of anything since the last look began.
     told: bool,
+    /// When the last look for all pods began; none, when one is due.
+    full: Option<Instant>,
 }
 
 impl Schedule {
@@ -364,8 +382,19 @@ impl Schedule {
         self.looks = 0;
     }
 
-    fn begun(&mut self) {
+    /// What was found may be another pod's, too.
+    fn doubt(&mut self) {
+        self.full = None;
+    }
+
+    /// Returns whether the look that begins is for all pods.
+    fn begun(&mut self, now: Instant, missing: bool) -> bool {
         self.told = false;
+        let is_full = !missing || self.full.is_none_or(|full| now - full >= SLOW);
+        if is_full {
+            self.full = Some(now);
+        }
+        is_full
     }
 
     fn ended(&mut self, now: Instant, effort: Duration) {
@@ -378,6 +407,7 @@ impl Schedule {
         let (ended, effort) = self.last?;
         let pause = match (missing, self.told) {
             (true, true) => Duration::ZERO,
+            _ if self.full.is_none() => Duration::ZERO,
             (true, false) => FIRST
                 .saturating_mul(1 << self.looks.saturating_sub(1).min(16))
                 .min(MOST),
@@ -401,7 +431,7 @@ mod tests {
         let now = Instant::now();
         let mut pauses = Vec::new();
         for _ in 0..9 {
-            schedule.begun();
+            schedule.begun(now, true);
             schedule.ended(now, MS(1));
             pauses.push(schedule.due(true).unwrap() - now);
         }
@@ -418,27 +448,42 @@ mod tests {
         let mut schedule = Schedule::default();
         let now = Instant::now();
         for _ in 0..9 {
-            schedule.begun();
+            schedule.begun(now, true);
             schedule.ended(now, MS(2));
         }
         schedule.told();
         assert_eq!(schedule.due(true), Some(now + MS(8)), "but for the rest");
         assert_eq!(schedule.due(false), Some(now + TOLD));
         // Told while a look is under way: that one may have come too early.
-        schedule.begun();
+        schedule.begun(now, true);
         schedule.told();
         schedule.ended(now, MS(2));
         assert_eq!(schedule.due(true), Some(now + MS(8)));
-        schedule.begun();
+        schedule.begun(now, true);
         schedule.ended(now, MS(2));
         assert_eq!(schedule.due(true), Some(now + MS(40)));
+    }
+
+    #[test]
+    fn found_pods_are_looked_at_again_now_and_then() {
+        let mut schedule = Schedule::default();
+        let now = Instant::now();
+        assert!(schedule.begun(now, true), "the first is for all");
+        schedule.ended(now, MS(1));
+        assert!(!schedule.begun(now + MS(20), true));
+        assert!(schedule.begun(now + MS(30), false));
+        assert!(!schedule.begun(now + SLOW, true));
+        assert!(schedule.begun(now + SLOW + MS(30), true));
+        schedule.doubt();
+        assert_eq!(schedule.due(false), Some(now + MS(4)), "soon");
+        assert!(schedule.begun(now + SLOW + MS(40), true));
     }
 
     #[test]
     fn looking_leaves_most_of_the_time() {
         let mut schedule = Schedule::default();
         let now = Instant::now();
-        schedule.begun();
+        schedule.begun(now, true);
         schedule.told();
         schedule.ended(now, Duration::from_secs(4));
         assert_eq!(schedule.due(true), Some(now + Duration::from_secs(16)));
