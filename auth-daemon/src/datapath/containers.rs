@@ -217,8 +217,9 @@ pub struct Scan {
 }
 
 /// Looks for the processes of the pods in `sought`, and for their namespaces; each may come with the one that it was found
-/// in before. Two pods are found out to share one only if both are sought. Keeps a processor busy for about twenty milliseconds for each thousand
-/// processes, and `limit` at most.
+/// in before. Two pods are found out to share one only if both are sought.
+///
+/// Keeps a processor busy for some twenty milliseconds with each thousand processes, and takes `limit` at most.
 pub fn find(sought: &HashMap<PodUid, Option<Arc<Netns>>>, limit: Duration) -> io::Result<Scan> {
     let before = processor_time();
     let mut scan = find_in(Path::new("/proc"), sought, limit)?;
