@@ -242,7 +242,7 @@ fn audits_and_dry_runs_are_told_and_anybody_can_ask() -> Result<()> {
         "--from",
         "default/client",
         "--to",
-        "default/web:8080",
+        "pod/default/web:8080",
     ];
     let answer = policy_command(&pair, &ask)?;
     assert!(answer.status.success(), "{answer:?}");
@@ -266,7 +266,7 @@ fn audits_and_dry_runs_are_told_and_anybody_can_ask() -> Result<()> {
             "--from",
             "default/nobody",
             "--to",
-            "default/web:8080",
+            "pod/default/web:8080",
         ],
     )?;
     assert_eq!(nobody.status.code(), Some(2), "{nobody:?}");
