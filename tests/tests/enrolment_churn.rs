@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mesh_tests::{App, Daemon, Mesh, Node, Pod, PodSpec, Result, TIMEOUT};
+use mesh_tests::{App, Daemon, Mesh, Pod, PodSpec, Result, TIMEOUT};
 use serde_json::Value;
 
 use crate::by_uid::pause;
