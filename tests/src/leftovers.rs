@@ -66,11 +66,13 @@ fn present() -> Result<BTreeSet<MeshId>> {
         .iter()
         .filter_map(|name| MeshId::of_netns_name(name))
         .collect();
-    for parent in [
+    let mut parents = vec![
         mounts::cgroup2()?,
         mounts::BPFFS.into(),
         std::env::temp_dir(),
-    ] {
+    ];
+    parents.extend(Hierarchy::all()?.into_iter().map(|one| one.mount));
+    for parent in parents {
         let Ok(entries) = fs::read_dir(parent) else {
             continue;
         };

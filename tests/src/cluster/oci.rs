@@ -124,7 +124,7 @@ impl Image {
             for (digest, content) in &blobs {
                 append(
                     &mut archive,
-                    &format!("blobs/sha256/{digest}"),
+                    format!("blobs/sha256/{digest}"),
                     0o644,
                     content,
                 )?;

@@ -17,8 +17,10 @@ use mesh_tests::{Cluster, Context, Result};
 
 use crate::stage::Stage;
 
+type Step = fn(&Stage) -> Result<()>;
+
 /// What is shown, in this order: each step goes on from the cluster that the one before has left.
-const STEPS: [(&str, fn(&Stage) -> Result<()>); 17] = [
+const STEPS: [(&str, Step); 17] = [
     (
         "one of two CA replicas leads, and the service finds it",
         ca::one_leads,
@@ -96,6 +98,7 @@ fn deploy_on_a_cluster_of_two_nodes() -> Result<()> {
         if done.is_err() {
             // Before it goes.
             stage.cluster.print_state();
+            stage.print_logs();
         }
         done.with_context(|| format!("step {number}, {name}, after {elapsed:.1?}"))?;
         println!("{number:2}. {name}: {elapsed:.1?}");

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use mesh_tests::{Context, Result, eventually_ok};
+use mesh_tests::{Result, eventually_ok};
 use serde_json::Value;
 
 use crate::load::Load;
@@ -49,25 +49,11 @@ pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
 
 /// Kills all processes of one of a pod's containers, or of its sandbox, past kubelet and the API.
 fn kill(stage: &Stage, pod: &Value, kind: &str) -> Result<()> {
-    let node = stage
-        .cluster
-        .node(pod["spec"]["nodeName"].as_str().context("on no node")?);
-    let filter = format!(
-        r#"labels."io.kubernetes.pod.uid"=={},labels."io.cri-containerd.kind"=={kind}"#,
-        pod["metadata"]["uid"].as_str().context("no UID")?
-    );
-    let list = node
-        .run("ctr", ["-n", "k8s.io", "containers", "ls", "-q", &filter])?
-        .ok()?;
-    let running = list.stdout.lines().next().context("no such container")?;
-    node.run(
-        "ctr",
-        [
-            "-n", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", running,
-        ],
-    )?
-    .ok()
-    .map(drop)
+    let (node, container) = stage.container(pod, kind)?;
+    let kill = [
+        "-n", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", &container,
+    ];
+    node.run("ctr", kill)?.ok().map(drop)
 }
 
 pub(crate) fn without_the_api_server(stage: &Stage) -> Result<()> {

@@ -1,8 +1,9 @@
 //! What is left when all of it is deleted: nothing.
 
 use mesh_tests::{Result, eventually_ok};
+use serde_json::Value;
 
-use crate::stage::{APPS, NODES, PATIENCE, Stage, ensure, overlay};
+use crate::stage::{APPS, NODES, PATIENCE, Stage, ensure, name, overlay};
 use crate::traces::attached_to_node;
 use crate::traffic::{MARKER, who};
 
@@ -14,17 +15,18 @@ const IN_PODS: [(&str, &str, &str); 3] = [
 ];
 
 pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
-    let web = crate::stage::name(&stage.pod(APPS, "app=web-2")?).to_owned();
-    let pods = ["client-1", "client-2", &web];
-    let found = |pod: &str, command: &str, sign: &str| -> Result<bool> {
-        let words: Vec<&str> = command.split(' ').collect();
-        // A table without routes is an error to some.
-        Ok(stage.exec(pod, &words)?.stdout.contains(sign))
+    let pods = [
+        stage.get(&format!("pod -n {APPS} client-1"))?,
+        stage.get(&format!("pod -n {APPS} client-2"))?,
+        stage.pod(APPS, "app=web-2")?,
+    ];
+    let found = |pod: &Value, command: &str, sign: &str| -> Result<bool> {
+        Ok(stage.in_netns(pod, command)?.contains(sign))
     };
-    for pod in pods {
+    for pod in &pods {
         for (what, command, sign) in IN_PODS {
             ensure(found(pod, command, sign)?, || {
-                format!("{what} is not in {pod} in the first place")
+                format!("{what} is not in {} in the first place", name(pod))
             })?;
         }
     }
@@ -45,10 +47,10 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
             })
         })?;
     }
-    for pod in pods {
+    for pod in &pods {
         for (what, command, sign) in IN_PODS {
             ensure(!found(pod, command, sign)?, || {
-                format!("{what} is left in {pod}")
+                format!("{what} is left in {}", name(pod))
             })?;
         }
     }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mesh_tests::{
-    AUTH_DAEMON_IMAGE, Cluster, Context, Finished, Result, TOOLS, auth_daemon, auth_daemon_image,
-    eventually_ok,
+    AUTH_DAEMON_IMAGE, Cluster, ClusterNode, Context, Finished, Result, TOOLS, auth_daemon,
+    auth_daemon_image, eventually_ok,
 };
 use serde_json::{Value, json};
 
@@ -93,6 +93,42 @@ impl Stage {
         Ok(pod.clone())
     }
 
+    /// The node of a pod, and what containerd calls one of its containers, or its sandbox.
+    pub(crate) fn container(&self, pod: &Value, kind: &str) -> Result<(&ClusterNode, String)> {
+        let node = pod["spec"]["nodeName"]
+            .as_str()
+            .context("a pod on no node")?;
+        let node = self.cluster.node(node);
+        let filter = format!(
+            r#"labels."io.kubernetes.pod.uid"=={},labels."io.cri-containerd.kind"=={kind}"#,
+            pod["metadata"]["uid"]
+                .as_str()
+                .context("a pod without a UID")?
+        );
+        let list = node.run("ctr", ["-n", "k8s.io", "containers", "ls", "-q", &filter])?;
+        let list = list.ok()?.stdout;
+        let container = list.lines().next().context("no such container")?;
+        Ok((node, container.to_owned()))
+    }
+
+    /// Runs a program of the node in a pod's network namespace; what it says.
+    pub(crate) fn in_netns(&self, pod: &Value, command: &str) -> Result<String> {
+        let (node, sandbox) = self.container(pod, "sandbox")?;
+        let tasks = node
+            .run("ctr", ["-n", "k8s.io", "tasks", "ls"])?
+            .ok()?
+            .stdout;
+        let mut rows = tasks.lines().map(|row| row.split_whitespace());
+        let process = rows.find_map(|mut row| {
+            (row.next() == Some(&sandbox)).then(|| row.next().map(str::to_owned))?
+        });
+        let target = format!("--target={}", process.context("no process of the sandbox")?);
+        let enter = [target.as_str(), "--net"];
+        // A table without routes is an error to some.
+        let said = node.run("nsenter", enter.into_iter().chain(command.split(' ')))?;
+        Ok(said.stdout)
+    }
+
     /// The daemon's pod on a node, if it is there and ready.
     pub(crate) fn daemon_on(&self, node: &str) -> Result<Value> {
         let daemons = self.pods(SYSTEM, DAEMON)?;
@@ -108,6 +144,14 @@ impl Stage {
     pub(crate) fn daemon_log(&self, node: &str) -> Result<String> {
         let daemon = self.daemon_on(node)?;
         self.kubectl(&format!("logs -n {SYSTEM} {}", name(&daemon)))
+    }
+
+    /// What daemons and CA have logged last.
+    pub(crate) fn print_logs(&self) {
+        for label in [DAEMON, CA] {
+            let logs = self.kubectl(&format!("logs -n {SYSTEM} -l {label} --prefix --tail=30"));
+            println!("{}", logs.unwrap_or_else(|error| format!("{error:#}")));
+        }
     }
 
     /// Waits for the end of a rollout, such as of `deployment/web`.

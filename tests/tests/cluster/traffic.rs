@@ -28,7 +28,7 @@ printf 'Content-Type: text/plain\r\n\r\n'
 while printf 'tick\n'; do sleep 0.2; done
 END
 chmod +x who tick
-exec httpd -f -p {PORT} -h /tmp/www"#
+exec httpd -f -p 0.0.0.0:{PORT} -h /tmp/www"#
     )
 }
 
@@ -237,12 +237,14 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
         let answer = stage.curl("outsider", &url);
         ensure(answer.is_err(), || format!("it was answered: {answer:?}"))?;
     }
-    let log = stage.daemon_log("node2")?;
-    let refused = access(&log).any(|line| {
-        let reason = line["reason"].as_str().unwrap_or_default();
-        line["result"] == "refused" && reason.contains("plaintext, and the port takes STRICT")
-    });
-    ensure(refused, || "no line says that it was refused".to_owned())?;
+    eventually_ok(PATIENCE, "a line that says why", || {
+        let log = stage.daemon_log("node2")?;
+        let refused = access(&log).any(|line| {
+            let reason = line["reason"].as_str().unwrap_or_default();
+            line["result"] == "refused" && reason.contains("plaintext, and the port takes STRICT")
+        });
+        ensure(refused, || "none".to_owned())
+    })?;
     stage
         .kubectl(&format!("delete pod -n {APPS} outsider --now"))
         .map(drop)
