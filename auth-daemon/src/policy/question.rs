@@ -41,9 +41,9 @@ struct Client {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Question {
-    /// Who calls: a SPIFFE ID, or a pod as NAMESPACE/NAME.
+    /// Who calls: a SPIFFE ID, or a pod as `NAMESPACE/NAME`.
     pub from: String,
-    /// Who is called: a pod or service as NAMESPACE/NAME[:PORT].
+    /// Who is called: a pod or service as `NAMESPACE/NAME[:PORT]`.
     pub to: String,
     /// Where the call comes from, in place of the pod's own address.
     pub source_ip: Option<IpAddr>,
