@@ -11,7 +11,10 @@ use std::{
 };
 
 use auth_daemon::{
-    discovery::kubernetes::{self, Settings},
+    discovery::{
+        Sink,
+        kubernetes::{self, Settings},
+    },
     kubernetes::{Objects, client},
     mesh::{
         Edit, MeshDefault, ObjectName, Port, Registry, Service, Snapshot, TargetPort, Workload,
@@ -128,8 +131,12 @@ fn sync() -> Value {
             services: true,
             daemons: Some("auth-system".into()),
         };
+        let sink = Sink {
+            registry: registry.clone(),
+            policies: None,
+        };
         let start = Instant::now();
-        let follows = tokio::spawn(kubernetes::run(client, settings, registry.clone(), synced));
+        let follows = tokio::spawn(kubernetes::run(client, settings, sink, synced));
         tokio::time::timeout(Duration::from_secs(120), is_synced.wait_for(|synced| *synced))
             .await
             .expect("in two minutes")

@@ -233,41 +233,36 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
         request: Result<axum::http::Request<Vec<u8>>, kube::core::request::Error>,
     ) -> Result<T, Fault> {
         let request = request.map_err(|error| Fault::Answer(error.to_string()))?;
-        tokio::time::timeout(DEADLINE, self.exchange(request))
+        tokio::time::timeout(DEADLINE, exchange(&self.client, request))
             .await
             .unwrap_or(Err(Fault::TimedOut(DEADLINE)))
     }
+}
 
-    async fn exchange<T: DeserializeOwned>(
-        &self,
-        request: axum::http::Request<Vec<u8>>,
-    ) -> Result<T, Fault> {
-        let answer = self
-            .client
-            .send(request.map(ClientBody::from))
-            .await
-            .map_err(|error| Fault::Unreachable(with_causes(&error)))?;
-        let code = answer.status().as_u16();
-        let body = to_bytes(Body::new(answer.into_body()), MAX_ANSWER_BYTES)
-            .await
-            .map_err(|error| Fault::Answer(with_causes(&error)))?;
-        if (200..300).contains(&code) {
-            // serde_json's errors can quote what was there instead: only where it was is told.
-            return serde_json::from_slice(&body).map_err(|error| {
-                Fault::Answer(format!(
-                    "not the object that was asked for (line {}, column {})",
-                    error.line(),
-                    error.column()
-                ))
-            });
+/// The first of `versions` of `group` that the API server has `plural` in; `None` where it has the kind in none of them.
+pub(crate) async fn served<'a>(
+    client: &Client,
+    group: &str,
+    versions: &[&'a str],
+    plural: &str,
+) -> Result<Option<&'a str>, Fault> {
+    for version in versions {
+        let request = axum::http::Request::get(format!("/apis/{group}/{version}"))
+            .body(Vec::new())
+            .map_err(|error| Fault::Answer(error.to_string()))?;
+        let answer = tokio::time::timeout(DEADLINE, exchange::<Value>(client, request)).await;
+        match answer.unwrap_or(Err(Fault::TimedOut(DEADLINE))) {
+            Ok(kinds) => {
+                let mut kinds = kinds["resources"].as_array().into_iter().flatten();
+                if kinds.any(|kind| kind["name"] == plural) {
+                    return Ok(Some(version));
+                }
+            }
+            Err(fault) if fault.is_not_found() => {}
+            Err(fault) => return Err(fault),
         }
-        let status: Status = serde_json::from_slice(&body).unwrap_or_default();
-        Err(Fault::Refused {
-            code,
-            reason: printable(&status.reason),
-            message: printable(&status.message),
-        })
     }
+    Ok(None)
 }
 
 /// Watches objects for ever: lists them, follows the changes, and begins anew where the API server cannot say what has
@@ -289,6 +284,36 @@ where
             );
         });
         std::future::ready(event.ok())
+    })
+}
+
+async fn exchange<T: DeserializeOwned>(
+    client: &Client,
+    request: axum::http::Request<Vec<u8>>,
+) -> Result<T, Fault> {
+    let answer = client
+        .send(request.map(ClientBody::from))
+        .await
+        .map_err(|error| Fault::Unreachable(with_causes(&error)))?;
+    let code = answer.status().as_u16();
+    let body = to_bytes(Body::new(answer.into_body()), MAX_ANSWER_BYTES)
+        .await
+        .map_err(|error| Fault::Answer(with_causes(&error)))?;
+    if (200..300).contains(&code) {
+        // serde_json's errors can quote what was there instead: only where it was is told.
+        return serde_json::from_slice(&body).map_err(|error| {
+            Fault::Answer(format!(
+                "not the object that was asked for (line {}, column {})",
+                error.line(),
+                error.column()
+            ))
+        });
+    }
+    let status: Status = serde_json::from_slice(&body).unwrap_or_default();
+    Err(Fault::Refused {
+        code,
+        reason: printable(&status.reason),
+        message: printable(&status.message),
     })
 }
 

@@ -6,7 +6,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     match auth_daemon::cli::Cli::parse().execute() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("auth-daemon: {error:#}");
             ExitCode::FAILURE

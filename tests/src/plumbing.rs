@@ -79,7 +79,11 @@ pub(crate) fn node(netns: &Netns, number: u8, others: &[u8]) -> Result<()> {
         "link set eth0 up".to_owned(),
         format!("addr add {}/24 dev eth0", node_ipv4(number)),
         format!("addr add {}/64 dev eth0 nodad", node_ipv6(number)),
-        format!("link add {POD_BRIDGE} type bridge mcast_snooping 0"),
+        // With an address of its own: else it has the least of its ports', and another one as pods come and go.
+        format!(
+            "link add {POD_BRIDGE} address {} type bridge mcast_snooping 0",
+            hardware_address(pod_ipv4(number, GATEWAY).octets())
+        ),
         format!("link set {POD_BRIDGE} up"),
         format!("addr add {}/24 dev {POD_BRIDGE}", pod_ipv4(number, GATEWAY)),
         format!(

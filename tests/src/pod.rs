@@ -139,6 +139,17 @@ impl Pod {
         )
     }
 
+    /// One of its containers: its network, and a cgroup below its own.
+    pub fn container(&self, name: &str) -> Result<Place> {
+        let place = self.place();
+        Place::new(
+            &format!("{}, {name}", place.name()),
+            place.netns().clone(),
+            place.cgroup().join(name),
+            place.folder().to_owned(),
+        )
+    }
+
     /// Kills its processes; its network stays.
     pub fn kill_processes(&self) -> Result<()> {
         cgroup::kill(self.0.place.cgroup())

@@ -19,6 +19,7 @@ pub struct PodSpec {
     annotations: BTreeMap<String, String>,
     ports: Vec<(String, u16)>,
     ready: bool,
+    by_uid: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +44,7 @@ impl PodSpec {
             annotations: BTreeMap::new(),
             ports: Vec::new(),
             ready: true,
+            by_uid: false,
         }
     }
 
@@ -70,9 +72,15 @@ impl PodSpec {
         self
     }
 
-    /// Adds an annotation. `auth-daemon.io/netns` is there already.
+    /// Adds an annotation. `auth-daemon.io/netns` is there already, but for [`PodSpec::by_uid`].
     pub fn annotation(mut self, key: &str, value: &str) -> Self {
         self.annotations.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Without the annotation `auth-daemon.io/netns`: it is to be found by its UID, and so by the processes in its cgroup.
+    pub fn by_uid(mut self) -> Self {
+        self.by_uid = true;
         self
     }
 
@@ -118,9 +126,11 @@ impl PodSpec {
         netns: &Path,
     ) -> Value {
         let mut annotations = self.annotations.clone();
-        annotations
-            .entry("auth-daemon.io/netns".to_owned())
-            .or_insert_with(|| netns.display().to_string());
+        if !self.by_uid {
+            annotations
+                .entry("auth-daemon.io/netns".to_owned())
+                .or_insert_with(|| netns.display().to_string());
+        }
         let ports: Vec<Value> = self
             .ports
             .iter()

@@ -9,6 +9,7 @@ mod ca;
 mod failure;
 mod identity;
 mod outside;
+mod policy;
 mod report;
 mod same_node;
 mod server_hello;
@@ -72,7 +73,7 @@ const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-const AFTER: [Check; 17] = [
+const AFTER: [Check; 20] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -147,6 +148,21 @@ const AFTER: [Check; 17] = [
         name: "revoked",
         claim: "a revoked identity's open connection ends within two seconds, and no new one opens",
         run: ca::revoked,
+    },
+    Check {
+        name: "policy-deny",
+        claim: "a policy refuses one account and no other, and says which it was",
+        run: policy::policy_deny,
+    },
+    Check {
+        name: "policy-live",
+        claim: "a policy that comes into force ends what it denies within a second, and nothing else",
+        run: policy::policy_live,
+    },
+    Check {
+        name: "strict-refuses-plaintext",
+        claim: "whether plaintext is taken is as PeerAuthentication says",
+        run: policy::strict_refuses_plaintext,
     },
     Check {
         name: "fail-closed",

@@ -7,13 +7,19 @@ use std::{
     sync::{Arc, PoisonError},
 };
 
-use axum::{Json, Router, extract::State, http::StatusCode, routing::get};
+use axum::{
+    Json, Router,
+    extract::State,
+    http::StatusCode,
+    routing::{get, post},
+};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::{
     answers::answer,
     config::Mode,
+    policy::question::{Answer, Known, Question},
     proxy::Node,
     tunnel::tls::{rfc3339, unix_seconds},
 };
@@ -60,6 +66,8 @@ async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 pub async fn serve(node: Arc<Node>, listeners: Listeners) {
     let status_routes = Router::new()
         .route("/status", get(status))
+        .route("/policy/check", post(check_policy))
+        .route("/policy/list", post(list_policies))
         .with_state(node.clone());
     let ready_routes = Router::new()
         .route("/healthz/ready", get(ready))
@@ -72,6 +80,29 @@ pub async fn serve(node: Arc<Node>, listeners: Listeners) {
         answer(listeners.readiness, ready_routes),
         answer(listeners.metrics, metrics_routes)
     );
+}
+
+/// Whether one may call another, by what is in force now.
+async fn check_policy(
+    State(node): State<Arc<Node>>,
+    Json(question): Json<Question>,
+) -> Json<Result<Answer, String>> {
+    let answer = known(&node).check(&question);
+    Json(answer.map_err(|error| format!("{error:#}")))
+}
+
+async fn list_policies(State(node): State<Arc<Node>>) -> Json<Result<Answer, String>> {
+    Json(Ok(known(&node).list()))
+}
+
+fn known(node: &Node) -> Known {
+    let snapshot = node.registry.snapshot();
+    Known {
+        source: format!("what node {} knows", node.config.node_name),
+        pods: snapshot.workloads().cloned().collect(),
+        services: snapshot.services().cloned().collect(),
+        policies: node.policies.current(),
+    }
 }
 
 async fn ready(State(node): State<Arc<Node>>) -> (StatusCode, &'static str) {

@@ -24,7 +24,8 @@ use crate::{
         store::{directory::DirectoryStore, secret::SecretStore},
     },
     config::{CaConfig, KubernetesState, State},
-    discovery, kubernetes,
+    discovery::{self, Sink},
+    kubernetes,
     mesh::{MeshDefault, Registry},
 };
 
@@ -78,13 +79,14 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
     };
     let attestors = attestors(&config, &registry, cluster.as_ref())?;
     let (synced, is_synced) = watch::channel(false);
+    let sink = Sink {
+        registry: registry.clone(),
+        policies: None,
+    };
     match (&config.manifests, &cluster) {
         (Some(folder), _) => {
-            let follow = discovery::files::start(
-                folder.clone(),
-                config.trust_domain.clone(),
-                registry.clone(),
-            )?;
+            let follow =
+                discovery::files::start(folder.clone(), config.trust_domain.clone(), sink)?;
             tokio::spawn(follow);
             synced.send_replace(true);
         }
@@ -97,7 +99,7 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
                     services: false,
                     daemons: None,
                 },
-                registry.clone(),
+                sink,
                 synced,
             ));
         }

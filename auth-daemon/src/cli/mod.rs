@@ -2,9 +2,12 @@
 
 mod ca;
 mod check;
+mod policy;
 mod run;
 mod status;
 mod unload;
+
+use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
@@ -26,19 +29,23 @@ enum Command {
     Check(check::Arguments),
     /// Show what the daemon on this node is doing.
     Status(status::Arguments),
+    /// Say who may call whom, and why, from manifests alone.
+    Policy(policy::Arguments),
     /// Remove everything that a stopped daemon leaves in the kernel.
     Unload(unload::Arguments),
 }
 
 impl Cli {
     /// Does what was asked for.
-    pub fn execute(self) -> anyhow::Result<()> {
+    pub fn execute(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Run(arguments) => run::run(&arguments),
             Command::Ca(arguments) => ca::ca(arguments),
             Command::Check(arguments) => check::check(&arguments),
             Command::Status(arguments) => status::status(&arguments),
+            Command::Policy(arguments) => return Ok(policy::policy(&arguments)),
             Command::Unload(arguments) => unload::unload(&arguments),
-        }
+        }?;
+        Ok(ExitCode::SUCCESS)
     }
 }

@@ -23,8 +23,10 @@ use crate::{
     certs::Certificates,
     config::{CaSource, Config, Discovery, Log, LogFormat},
     datapath::{Kernel, KernelError, PinLock, mounts, unload},
-    discovery, kubernetes,
-    mesh::Registry,
+    discovery::{self, Sink},
+    kubernetes,
+    mesh::{Published, Registry},
+    policy::Policies,
     proxy::{Enrolment, Node, Workers},
 };
 
@@ -60,14 +62,22 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let listeners = admin::bind().await?;
         let issuer = issuer(&config)?;
         let registry = Arc::new(Registry::new());
-        let (follow, removed) = follow(&config, registry.clone()).await?;
+        let policies = Arc::new(Published::holding(Policies::compile(
+            config.policy.clone(),
+            [],
+        )));
+        let sink = Sink {
+            registry: registry.clone(),
+            policies: Some(policies.clone()),
+        };
+        let (follow, removed) = follow(&config, sink).await?;
         let kernel = Kernel::load(lock, &cgroup).map_err(with_causes)?;
         tracing::info!(
             node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
             cgroup = %cgroup.display(), pins = %config.pins.display(), "daemon started"
         );
         let certificates = Certificates::new(issuer);
-        let node = Arc::new(Node::new(config, registry, kernel, certificates));
+        let node = Arc::new(Node::new(config, registry, policies, kernel, certificates));
         tokio::spawn(follow);
         tokio::spawn(admin::serve(node.clone(), listeners));
         let (stop, stopped) = watch::channel(false);
@@ -109,18 +119,18 @@ fn take_back(pins: &Path) -> anyhow::Result<usize> {
     }
 }
 
-/// What keeps a registry true to what is discovered.
+/// A task that never ends.
 type Follow = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What keeps `registry` true to what is discovered; and, in a cluster, whether the daemon is taken out of it.
+/// What keeps what is known true to what is discovered; and, in a cluster, whether the daemon is taken out of it.
 async fn follow(
     config: &Config,
-    registry: Arc<Registry>,
+    sink: Sink,
 ) -> anyhow::Result<(Follow, Option<watch::Receiver<bool>>)> {
     let trust_domain = config.trust_domain.clone();
     Ok(match &config.discovery {
         Discovery::Files(folder) => {
-            let follow = discovery::files::start(folder.clone(), trust_domain, registry)?;
+            let follow = discovery::files::start(folder.clone(), trust_domain, sink)?;
             (Box::pin(follow), None)
         }
         Discovery::Kubernetes {
@@ -136,7 +146,7 @@ async fn follow(
             let (synced, _) = watch::channel(false);
             let client = kubernetes::connect().await?;
             let removed = discovery::removal::watch(client.clone(), own_namespace);
-            let follow = discovery::kubernetes::run(client, settings, registry, synced);
+            let follow = discovery::kubernetes::run(client, settings, sink, synced);
             (Box::pin(follow), Some(removed))
         }
     })

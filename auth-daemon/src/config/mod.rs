@@ -21,7 +21,10 @@ pub use log::{Log, LogFormat};
 pub use section::InvalidConfig;
 use section::{Section, absolute, duration};
 
-use crate::mesh::{Membership, MeshDefault, TrustDomain};
+use crate::{
+    mesh::{Membership, MeshDefault, TrustDomain},
+    policy,
+};
 
 /// What a pod admits from callers without the tunnel (Istio's PeerAuthentication modes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +89,8 @@ pub struct Config {
     pub trust_domain: TrustDomain,
     /// Defaults to STRICT.
     pub mode: Mode,
+    /// Where policies for the whole mesh are, and what holds where none says.
+    pub policy: policy::Settings,
     /// Where pods and services are learnt of.
     pub discovery: Discovery,
     /// Where certificates come from.
@@ -137,6 +142,9 @@ impl Config {
             "tunnel" => Ok(SameNode::Tunnel),
             _ => Err("is neither kernel nor tunnel"),
         });
+        let mut policies = root.section("policy", &mut faults);
+        let root_namespace =
+            policies.parsed("rootNamespace", &mut faults, ca::kubernetes_namespace);
         let drain = root.parsed("drain", &mut faults, |s| {
             duration(s, Duration::ZERO, MAX_DRAIN)
         });
@@ -155,7 +163,7 @@ impl Config {
         let mut kernel = root.section("kernel", &mut faults);
         let cgroup = kernel.parsed("cgroup", &mut faults, absolute);
         let pins = kernel.parsed("pins", &mut faults, absolute);
-        for section in [sources, ca, kernel, root] {
+        for section in [sources, ca, policies, kernel, root] {
             section.refuse_the_rest(&mut faults);
         }
         if node_name.is_none() {
@@ -172,6 +180,13 @@ impl Config {
             node_name,
             trust_domain: trust_domain.unwrap_or_else(default_trust_domain),
             mode: mode.unwrap_or(Mode::Strict),
+            policy: policy::Settings {
+                root_namespace: root_namespace.unwrap_or_else(|| "istio-system".into()),
+                mode: match mode {
+                    None | Some(Mode::Strict) => policy::api::Mode::Strict,
+                    Some(Mode::Permissive) => policy::api::Mode::Permissive,
+                },
+            },
             discovery,
             ca,
             certificate_lifetime: certificate_lifetime.unwrap_or(MAX_LIFETIME),

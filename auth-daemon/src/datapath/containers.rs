@@ -1,31 +1,10 @@
-//! Finds pods' network namespaces by their processes' cgroups.
+//! Whose a process is, by its cgroup.
 //!
 //! Whatever the container runtime and the cgroup driver, the kubelet names a pod's cgroup after the pod's UID, and all of
 //! the pod's processes are in it or below. No pod can choose that name, nor move its processes to another pod's, so what
 //! /proc/PID/cgroup says of a process is the node's word on whose it is.
 
-use std::{
-    borrow::Cow,
-    collections::{BTreeMap, HashMap, HashSet},
-    fmt,
-    fs::{self, File},
-    io::{self, Read},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
-    path::Path,
-    str::FromStr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
-
-use nix::{
-    fcntl::{OFlag, openat},
-    sys::stat::Mode,
-};
-
-use super::{Netns, netns::the_nodes};
+use std::{collections::HashSet, fmt, str::FromStr};
 
 /// What a pod's cgroup is named after: the UID that the API server gave it, or, of a static pod, the hash of its manifest
 /// (`kubernetes.io/config.hash` on the pod that mirrors it).
@@ -94,7 +73,7 @@ impl fmt::Display for PodUid {
 }
 
 /// All pods that a process with this /proc/PID/cgroup lies in, however deep.
-fn pods_around(cgroups: &str) -> HashSet<PodUid> {
+pub(super) fn pods_around(cgroups: &str) -> HashSet<PodUid> {
     paths(cgroups)
         .flat_map(|path| path.split('/').filter_map(PodUid::of_cgroup))
         .collect()
@@ -106,7 +85,10 @@ fn pods_around(cgroups: &str) -> HashSet<PodUid> {
 /// `around` are pods that the node itself lies in, as a node of kind does that runs in a pod. Of the others the outermost
 /// counts: what is further in was made by somebody in the pod. A process whose hierarchies (cgroup v1) name different pods
 /// is nobody's.
-fn container<'a>(cgroups: &'a str, around: &HashSet<PodUid>) -> Option<(PodUid, &'a str)> {
+pub(super) fn container<'a>(
+    cgroups: &'a str,
+    around: &HashSet<PodUid>,
+) -> Option<(PodUid, &'a str)> {
     let mut found: Option<(PodUid, &str)> = None;
     for path in paths(cgroups) {
         let mut names = path.split('/');
@@ -133,276 +115,6 @@ fn paths(cgroups: &str) -> impl Iterator<Item = &str> {
         .lines()
         .filter_map(|line| line.splitn(3, ':').nth(2))
 }
-
-/// A pod's process in a namespace that is not the node's.
-#[derive(Clone, Debug)]
-struct Process {
-    pid: u32,
-    /// When it began, in clock ticks since boot (proc_pid_stat(5)).
-    start: u64,
-    /// Its container's cgroup.
-    container: String,
-    /// Its network namespace's inode.
-    netns: u64,
-}
-
-impl Process {
-    fn age(&self) -> (u64, u32) {
-        (self.start, self.pid)
-    }
-}
-
-/// The process that tells which namespace is the pod's: one of those that `processes`, all of one pod, are in.
-///
-/// A runtime starts each container's first process in the sandbox's namespace; what the container does afterwards, to
-/// unshare or to run containers of its own, it does in younger processes. So the oldest process of each container has a
-/// voice; where two namespaces have as many, the one with the oldest process of all counts, which is the sandbox's own. A
-/// process that did not die with its sandbox is outvoted by the containers of the new one.
-fn spokesman(processes: &[Process]) -> Option<&Process> {
-    let mut firsts: BTreeMap<&str, &Process> = BTreeMap::new();
-    for process in processes {
-        let first = firsts.entry(&process.container).or_insert(process);
-        if process.age() < first.age() {
-            *first = process;
-        }
-    }
-    let mut voices: HashMap<u64, (usize, &Process)> = HashMap::new();
-    for first in firsts.into_values() {
-        let (count, oldest) = voices.entry(first.netns).or_insert((0, first));
-        *count += 1;
-        if first.age() < oldest.age() {
-            *oldest = first;
-        }
-    }
-    voices
-        .into_values()
-        .max_by(|(count, oldest), (other_count, other)| {
-            count
-                .cmp(other_count)
-                .then_with(|| other.age().cmp(&oldest.age()))
-        })
-        .map(|(_, oldest)| oldest)
-}
-
-/// Where a pod's processes are.
-#[derive(Clone, Debug)]
-pub enum Whereabouts {
-    /// In this namespace.
-    In(Arc<Netns>),
-    /// In this one, as another pod's are: neither can be believed.
-    Shared(Arc<Netns>, PodUid),
-    /// In the node's own, all of them: on their way into the pod's, or helpers of the runtime.
-    Node,
-    /// Not to be seen.
-    Hidden {
-        /// One of them.
-        pid: u32,
-        /// What happened.
-        error: Arc<io::Error>,
-    },
-}
-
-/// What one look at all processes has shown.
-#[derive(Debug, Default)]
-pub struct Scan {
-    /// Of the pods that were looked for, those that have processes.
-    pub pods: HashMap<PodUid, Whereabouts>,
-    /// How many processes there are.
-    pub processes: usize,
-    /// How many of them are pods', looked for or not.
-    pub of_pods: usize,
-}
-
-/// Looks for the processes of the pods in `sought`, and for their namespaces; each may come with the one that it was found
-/// in before. Takes about ten milliseconds for each thousand processes, and `limit` at most.
-pub fn find(sought: &HashMap<PodUid, Option<Arc<Netns>>>, limit: Duration) -> io::Result<Scan> {
-    find_in(Path::new("/proc"), sought, limit)
-}
-
-fn find_in(
-    proc: &Path,
-    sought: &HashMap<PodUid, Option<Arc<Netns>>>,
-    limit: Duration,
-) -> io::Result<Scan> {
-    let started = Instant::now();
-    let first = fs::read_to_string(proc.join("1/cgroup")).unwrap_or_default();
-    let around = pods_around(&first);
-    let nodes = the_nodes();
-    let mut scan = Scan::default();
-    let mut processes: HashMap<PodUid, Vec<Process>> = HashMap::new();
-    // Held until the end: a namespace that is held keeps its inode.
-    let mut files: HashMap<u64, File> = HashMap::new();
-    let mut buffer = Vec::new();
-    for entry in fs::read_dir(proc)? {
-        let name = entry?.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        if started.elapsed() > limit {
-            let seen = scan.processes;
-            return Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("not through with all processes after {limit:?}, but only with {seen}"),
-            ));
-        }
-        scan.processes += 1;
-        let Some(folder) = Folder::open(&proc.join(&name)) else {
-            continue;
-        };
-        let Some((pod, container)) = folder.container(&around, &mut buffer) else {
-            continue;
-        };
-        scan.of_pods += 1;
-        if !sought.contains_key(&pod) {
-            continue;
-        }
-        let looked = folder.look(pid, (pod, container), &around, &mut buffer);
-        match looked {
-            Ok(Some((file, process))) if !nodes.contains(&process.netns) => {
-                files.entry(process.netns).or_insert(file);
-                processes.entry(pod).or_default().push(process);
-            }
-            Ok(Some(_)) => {
-                scan.pods.entry(pod).or_insert(Whereabouts::Node);
-            }
-            Ok(None) => {}
-            Err(error) => {
-                let error = Arc::new(error);
-                scan.pods.insert(pod, Whereabouts::Hidden { pid, error });
-            }
-        }
-    }
-    settle(&mut scan, &processes, sought, &mut files);
-    Ok(scan)
-}
-
-/// Decides on the pods whose `processes` were seen.
-fn settle(
-    scan: &mut Scan,
-    processes: &HashMap<PodUid, Vec<Process>>,
-    sought: &HashMap<PodUid, Option<Arc<Netns>>>,
-    files: &mut HashMap<u64, File>,
-) {
-    let mut residents: BTreeMap<u64, Vec<(PodUid, &Process)>> = BTreeMap::new();
-    for (pod, processes) in processes {
-        if let Some(process) = spokesman(processes) {
-            residents
-                .entry(process.netns)
-                .or_default()
-                .push((*pod, process));
-        }
-    }
-    for (inode, mut residents) in residents {
-        residents.sort_by_key(|(pod, _)| *pod);
-        let held = residents
-            .iter()
-            .filter_map(|(pod, _)| sought.get(pod)?.as_ref())
-            .find(|netns| netns.inode() == inode);
-        let netns = match (held, files.remove(&inode)) {
-            (Some(netns), _) => Ok(netns.clone()),
-            (None, Some(file)) => Netns::nameless(file).map(Arc::new),
-            (None, None) => Err(io::ErrorKind::NotFound.into()),
-        };
-        let netns = netns.map_err(Arc::new);
-        for (pod, process) in &residents {
-            let other = residents.iter().find(|(other, _)| other != pod);
-            let found = match (&netns, other) {
-                (Ok(netns), None) => Whereabouts::In(netns.clone()),
-                (Ok(netns), Some((other, _))) => Whereabouts::Shared(netns.clone(), *other),
-                (Err(error), _) => Whereabouts::Hidden {
-                    pid: process.pid,
-                    error: error.clone(),
-                },
-            };
-            scan.pods.insert(*pod, found);
-        }
-    }
-}
-
-/// A process's folder in /proc. It stays that process's: when the process has ended nothing can be opened in it any more,
-/// whoever has its number then.
-struct Folder(OwnedFd);
-
-impl Folder {
-    /// `None` when the process has ended.
-    fn open(path: &Path) -> Option<Self> {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        nix::fcntl::open(path, flags, Mode::empty()).ok().map(Self)
-    }
-
-    fn file(&self, name: &str) -> io::Result<File> {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        Ok(openat(self.0.as_fd(), name, flags, Mode::empty())?.into())
-    }
-
-    /// What stands in one of its files. Names in there may be no text, and are not the kubelet's then.
-    fn read<'a>(&self, name: &str, buffer: &'a mut Vec<u8>) -> io::Result<Cow<'a, str>> {
-        buffer.clear();
-        self.file(name)?.take(MAX_FILE_BYTES).read_to_end(buffer)?;
-        Ok(String::from_utf8_lossy(buffer))
-    }
-
-    /// Whose it is, see [`container`]. A process that has ended is nobody's.
-    fn container(
-        &self,
-        around: &HashSet<PodUid>,
-        buffer: &mut Vec<u8>,
-    ) -> Option<(PodUid, String)> {
-        let cgroups = self.read("cgroup", buffer).ok()?;
-        let (pod, name) = container(&cgroups, around)?;
-        Some((pod, name.to_owned()))
-    }
-
-    /// Opens the namespace of the process, which `expected` says whose it is. `None` when it has ended, or is not that
-    /// any more.
-    fn look(
-        &self,
-        pid: u32,
-        expected: (PodUid, String),
-        around: &HashSet<PodUid>,
-        buffer: &mut Vec<u8>,
-    ) -> io::Result<Option<(File, Process)>> {
-        let opened = (|| {
-            let file = self.file("ns/net")?;
-            let netns = file.metadata()?.ino();
-            let start = started(&self.read("stat", buffer)?)?;
-            Ok((file, netns, start))
-        })();
-        let (file, netns, start) = match opened {
-            Ok(opened) => opened,
-            Err(error) if has_ended(&error) => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        // It was the pod's process all the while, and so the namespace is one that it has been in.
-        if self.container(around, buffer).as_ref() != Some(&expected) {
-            return Ok(None);
-        }
-        let process = Process {
-            pid,
-            start,
-            container: expected.1,
-            netns,
-        };
-        Ok(Some((file, process)))
-    }
-}
-
-/// Of a process that has ended, or is about to, nothing is there.
-fn has_ended(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
-}
-
-/// The time in /proc/PID/stat at which the process began: field 22 (proc_pid_stat(5)). The second field is the program's
-/// name in parentheses, and may hold anything.
-fn started(stat: &str) -> io::Result<u64> {
-    let fields = stat.rsplit_once(')').map(|(_, fields)| fields);
-    fields
-        .and_then(|fields| fields.split_ascii_whitespace().nth(19)?.parse().ok())
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "stat: no time of start"))
-}
-
-/// A path has 4095 bytes at most, and cgroup v1 no more than a dozen hierarchies.
-const MAX_FILE_BYTES: u64 = 64 << 10;
 
 #[cfg(test)]
 mod tests {
@@ -583,116 +295,6 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_program_may_be_called_anything() {
-        let rest = "S 1 1 1 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0 4711 0 0";
-        for name in ["sleep", "a b) S 1 2 3", "((", ""] {
-            assert_eq!(started(&format!("9 ({name}) {rest}\n")).unwrap(), 4711);
-        }
-        assert!(started("9 (x").is_err());
-        assert!(started("9 (x) S 1").is_err());
-    }
-
-    fn process(container: &str, start: u64, netns: u64) -> Process {
-        Process {
-            pid: start as u32,
-            start,
-            container: container.into(),
-            netns,
-        }
-    }
-
-    fn netns_of(processes: &[Process]) -> Option<u64> {
-        spokesman(processes).map(|process| process.netns)
-    }
-
-    #[test]
-    fn the_sandbox_tells_whose_namespace_it_is() {
-        const SANDBOX: u64 = 1;
-        const OWN: u64 = 2;
-        const NEW: u64 = 3;
-        let pause = process("pause", 10, SANDBOX);
-        for (processes, expected) in [
-            (vec![], None),
-            (vec![pause.clone()], Some(SANDBOX)),
-            // An app that unshares, at once or in many children.
-            (vec![process("app", 20, OWN), pause.clone()], Some(SANDBOX)),
-            (
-                (0..50)
-                    .map(|n| process("app", 30 + n, OWN + n))
-                    .chain([process("app", 20, SANDBOX), pause.clone()])
-                    .collect(),
-                Some(SANDBOX),
-            ),
-            // Two that do, each for itself.
-            (
-                vec![
-                    process("app", 20, OWN),
-                    process("side", 21, OWN + 1),
-                    pause.clone(),
-                ],
-                Some(SANDBOX),
-            ),
-            // Without a process of the sandbox's own, as with CRI-O.
-            (
-                vec![
-                    process("app", 20, SANDBOX),
-                    process("side", 21, SANDBOX),
-                    process("side", 22, OWN),
-                ],
-                Some(SANDBOX),
-            ),
-            // The sandbox was made anew, and one process of the old one does not die.
-            (
-                vec![
-                    process("old", 5, OWN),
-                    process("pause", 30, NEW),
-                    process("app", 31, NEW),
-                ],
-                Some(NEW),
-            ),
-        ] {
-            assert_eq!(netns_of(&processes), expected, "{processes:?}");
-        }
-    }
-
-    #[test]
-    fn finds_nobody_who_has_no_process() {
-        let sought = HashMap::from([(uid(UID), None)]);
-        let scan = find(&sought, Duration::from_secs(60)).unwrap();
-        assert!(scan.pods.is_empty());
-        assert!(scan.processes >= 1, "there is this one");
-    }
-
-    #[test]
-    fn a_look_has_an_end() {
-        let error = find(&HashMap::new(), Duration::ZERO).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-    }
-
-    #[test]
-    fn a_process_that_has_ended_is_nobodys_whoever_has_its_number() {
-        let mut child = std::process::Command::new("sleep")
-            .arg("1000")
-            .spawn()
-            .unwrap();
-        let path = format!("/proc/{}", child.id());
-        let folder = Folder::open(Path::new(&path)).unwrap();
-        let mut buffer = Vec::new();
-        assert!(folder.read("cgroup", &mut buffer).is_ok());
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(has_ended(&folder.file("ns/net").unwrap_err()));
-        assert!(has_ended(&folder.read("cgroup", &mut buffer).unwrap_err()));
-        let looked = folder.look(
-            child.id(),
-            (uid(UID), "a".into()),
-            &HashSet::new(),
-            &mut buffer,
-        );
-        assert!(looked.unwrap().is_none());
-    }
-
     proptest! {
         #[test]
         fn anything_may_stand_in_a_cgroup(cgroups in any::<String>()) {
@@ -727,25 +329,6 @@ mod tests {
                 .collect();
             let cgroups: String = (0..hierarchies).map(|n| format!("{n}:c{n}:{path}\n")).collect();
             prop_assert_eq!(whose(&cgroups), Some((uid(UID), "a:b")));
-        }
-
-        /// In whatever order they are seen, and whoever else is there beside the sandbox and its containers.
-        #[test]
-        fn younger_processes_have_no_voice(
-            mut processes in prop::collection::vec(
-                (0..4_usize, 100..200_u64, 2..9_u64).prop_map(|(container, start, netns)| {
-                    process(["pause", "a", "b", "c"][container], start, netns)
-                }),
-                0..20,
-            ),
-            rotate in 0..20_usize,
-        ) {
-            for (start, name) in (10..).zip(["pause", "a", "b", "c"]) {
-                processes.push(process(name, start, 1));
-            }
-            let places = processes.len();
-            processes.rotate_left(rotate % places);
-            prop_assert_eq!(netns_of(&processes), Some(1));
         }
     }
 }

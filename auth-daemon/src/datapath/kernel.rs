@@ -170,12 +170,14 @@ struct SkLookupProgram(Ebpf);
 struct InboundEntries {
     modes: BpfHashMap<MapData, Address, u32>,
     tunnels: SockHash<MapData, Address>,
-    /// What the maps hold: the listener's file descriptor, or [`NO_LISTENER`].
-    entries: HashMap<Address, RawFd>,
+    /// What the maps hold: the listener's file descriptor, or [`NO_LISTENER`], and the mode.
+    entries: HashMap<Address, (RawFd, Inbound)>,
 }
 
-/// In place of a listener: of the entry for all other addresses, and of those that a daemon before this one left.
+/// In place of a listener: of the entry for all other addresses.
 const NO_LISTENER: RawFd = -1;
+/// Of those that a daemon before this one left: they are set anew, whatever they are.
+const LEFT: RawFd = -2;
 
 struct Mesh {
     map: LpmTrie<MapData, Address, u32>,
@@ -253,7 +255,7 @@ impl Kernel {
             .keys()
             .flatten()
             .filter(|address| *address != ANY_ADDRESS)
-            .map(|address| (address, NO_LISTENER))
+            .map(|address| (address, (LEFT, Inbound::Strict)))
             .collect();
         let same_node = SameNode::new(&mut ebpf)?;
         let first_sockets = RingBuf::try_from(take_map(&mut ebpf, "FIRST_SOCKETS")?)
@@ -327,17 +329,19 @@ impl Kernel {
         Ok(())
     }
 
-    /// Makes what pods' addresses admit what `wanted` says, by `mode`: each address leads to its listener. An address that
-    /// is in nobody's hands leads nowhere.
+    /// Makes what pods' addresses admit what `wanted` says: each address leads to its listener, by its mode. An address that
+    /// is in nobody's hands leads nowhere, and `others` says who passes there.
     pub fn set_inbound(
         &self,
-        wanted: &HashMap<IpAddr, &TcpListener>,
-        mode: Inbound,
+        wanted: &HashMap<IpAddr, (&TcpListener, Inbound)>,
+        others: Inbound,
     ) -> Result<(), KernelError> {
-        let wanted: HashMap<Address, RawFd> = wanted
+        let wanted: HashMap<Address, (RawFd, Inbound)> = wanted
             .iter()
-            .map(|(address, listener)| (wire_address(*address), listener.as_raw_fd()))
-            .chain([(ANY_ADDRESS, NO_LISTENER)])
+            .map(|(address, (listener, mode))| {
+                (wire_address(*address), (listener.as_raw_fd(), *mode))
+            })
+            .chain([(ANY_ADDRESS, (NO_LISTENER, others))])
             .collect();
         let mut inbound = lock(&self.inbound_entries);
         let InboundEntries {
@@ -345,8 +349,8 @@ impl Kernel {
             tunnels,
             entries,
         } = &mut *inbound;
-        for (address, listener) in &wanted {
-            if entries.get(address) == Some(listener) {
+        for (address, (listener, mode)) in &wanted {
+            if entries.get(address) == Some(&(*listener, *mode)) {
                 continue;
             }
             if *listener != NO_LISTENER {
@@ -355,9 +359,9 @@ impl Kernel {
                     .map_err(map_error("TUNNELS"))?;
             }
             modes
-                .insert(*address, mode as u32, 0)
+                .insert(*address, *mode as u32, 0)
                 .map_err(map_error("INBOUND"))?;
-            entries.insert(*address, *listener);
+            entries.insert(*address, (*listener, *mode));
         }
         entries.retain(|address, _| {
             let stays = wanted.contains_key(address);

@@ -10,13 +10,15 @@ pub mod mounts;
 mod netns;
 mod plumbing;
 mod pods;
+mod processes;
 mod same_node;
 pub mod sockets;
 pub mod unload;
 
-pub use containers::{NoPodUid, PodUid, Scan, Whereabouts, find};
+pub use containers::{NoPodUid, PodUid};
 pub use first_socket::FirstSockets;
 pub use kernel::{Kernel, KernelError, PinLock};
 pub use netns::Netns;
 pub use pods::{EnrolError, Enrolled, forget_others, open_netns};
+pub use processes::{Scan, Whereabouts, find};
 pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};

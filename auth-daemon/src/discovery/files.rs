@@ -5,7 +5,6 @@ use std::{
     collections::{BTreeMap, btree_map::Entry},
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
@@ -13,8 +12,11 @@ use notify::{RecursiveMode, Watcher};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::manifest::{self, Object};
-use crate::mesh::{Edit, ObjectName, Registry, Snapshot, TrustDomain};
+use super::{
+    Sink,
+    manifest::{self, Object},
+};
+use crate::mesh::{Edit, ObjectName, Snapshot, TrustDomain};
 
 /// A manifest larger than this is refused, in bytes.
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -23,13 +25,13 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// How often to look without being told: covers folders whose file system tells nothing.
 const RESCAN: Duration = Duration::from_secs(10);
 
-/// Reads the folder into `registry` and keeps doing so. Returns after the first reading; the returned future watches.
+/// Reads the folder into `sink` and keeps doing so. Returns after the first reading; the returned future watches.
 ///
 /// Fails when the folder cannot be read at all.
 pub fn start(
     folder: PathBuf,
     trust_domain: TrustDomain,
-    registry: Arc<Registry>,
+    sink: Sink,
 ) -> anyhow::Result<impl Future<Output = ()>> {
     let (events, mut edits) = mpsc::channel::<()>(1);
     let mut watcher = notify::recommended_watcher(move |_| {
@@ -45,7 +47,7 @@ pub fn start(
         files: BTreeMap::new(),
         published: None,
     };
-    source.scan(&registry);
+    source.scan(&sink);
     Ok(async move {
         let _watcher = watcher;
         loop {
@@ -55,7 +57,7 @@ pub fn start(
             }
             tokio::time::sleep(SETTLE).await;
             while edits.try_recv().is_ok() {}
-            source.scan(&registry);
+            source.scan(&sink);
         }
     })
 }
@@ -75,7 +77,7 @@ struct File {
 }
 
 impl Source {
-    fn scan(&mut self, registry: &Registry) {
+    fn scan(&mut self, sink: &Sink) {
         match self.read_folder() {
             Ok(()) => {}
             Err(error) => {
@@ -89,7 +91,7 @@ impl Source {
         let objects = self.objects();
         if self.published.as_ref() != Some(&objects) {
             let mut edit = Edit::from(Snapshot::default());
-            let (mut pods, mut services) = (0, 0);
+            let (mut pods, mut services, mut policies) = (0, 0, Vec::new());
             for (name, object) in &objects {
                 match object {
                     Object::Pod(pod) => {
@@ -101,28 +103,22 @@ impl Source {
                         services += 1;
                     }
                     Object::Namespace(membership) => edit.namespace(&name.name, *membership),
+                    Object::Policy(policy) => policies.push(policy.clone()),
                 }
             }
+            sink.publish_policies(policies);
             let snapshot = edit.finish();
             for fault in snapshot.faults() {
                 tracing::error!("{fault}");
             }
             tracing::info!(pods, services, "manifests read");
-            registry.publish(snapshot);
+            sink.registry.publish(snapshot);
             self.published = Some(objects);
         }
     }
 
     fn read_folder(&mut self) -> std::io::Result<()> {
-        let mut present = Vec::new();
-        for entry in fs::read_dir(&self.folder)? {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let manifest = [".yaml", ".yml", ".json"].iter().any(|e| name.ends_with(e));
-            if manifest && !name.starts_with('.') {
-                present.push(path);
-            }
-        }
+        let present = manifests(&self.folder)?;
         self.files.retain(|path, _| present.contains(path));
         for path in present {
             let text = match read_file(&path) {
@@ -145,7 +141,7 @@ impl Source {
                 parse(&text, &self.trust_domain)
             };
             match parsed {
-                Ok(objects) => known.objects = objects,
+                Ok(objects) => known.objects = keep_good_policies(objects, &known.objects),
                 Err(error) => {
                     tracing::error!(file = %path.display(), %error, "bad manifest; keeping the file's last good state");
                 }
@@ -178,7 +174,23 @@ impl Source {
     }
 }
 
-fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
+/// The manifests in a folder, by name.
+pub fn manifests(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut manifests = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let manifest = [".yaml", ".yml", ".json"].iter().any(|e| name.ends_with(e));
+        if manifest && !name.starts_with('.') {
+            manifests.push(path);
+        }
+    }
+    manifests.sort();
+    Ok(manifests)
+}
+
+/// Reads one of them, within limits.
+pub fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_file() {
         return Err(std::io::Error::other("is not a regular file"));
@@ -189,6 +201,21 @@ fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
         )));
     }
     fs::read(path)
+}
+
+/// Of a policy that cannot be read, what was read of it `before` stays in force.
+fn keep_good_policies(
+    objects: Vec<(ObjectName, Object)>,
+    before: &[(ObjectName, Object)],
+) -> Vec<(ObjectName, Object)> {
+    let kept = objects.into_iter().map(|(name, object)| {
+        let before = before
+            .iter()
+            .find(|(known, other)| *known == name && other.kind() == object.kind());
+        let kept = manifest::keep_good_policy(object, before.map(|(_, object)| object));
+        (name, kept)
+    });
+    kept.collect()
 }
 
 /// All objects of a file of one or more YAML or JSON documents; all or none.
@@ -213,7 +240,10 @@ pub fn parse(text: &[u8], trust_domain: &TrustDomain) -> Result<Vec<(ObjectName,
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::mesh::Registry;
 
     const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: NAME}\nspec: {nodeName: a, containers: []}\n\
                        status: {podIP: ADDRESS}\n";
@@ -239,7 +269,8 @@ mod tests {
     #[test]
     fn a_broken_file_keeps_its_last_good_state() {
         let folder = tempfile::tempdir().unwrap();
-        let registry = Registry::new();
+        let sink = Sink::default();
+        let registry = &sink.registry;
         let mut source = source(folder.path());
         let one = folder.path().join("one.yaml");
         fs::write(&one, pod("one", "10.0.0.1")).unwrap();
@@ -252,33 +283,34 @@ mod tests {
             ),
         )
         .unwrap();
-        source.scan(&registry);
-        assert_eq!(pods(&registry), ["one", "three", "two"]);
+        source.scan(&sink);
+        assert_eq!(pods(registry), ["one", "three", "two"]);
 
         fs::write(&one, pod("one", "10.0.0.999")).unwrap();
-        source.scan(&registry);
-        assert_eq!(pods(&registry), ["one", "three", "two"]);
+        source.scan(&sink);
+        assert_eq!(pods(registry), ["one", "three", "two"]);
         let version = *registry.changes().borrow();
 
-        source.scan(&registry);
+        source.scan(&sink);
         assert_eq!(*registry.changes().borrow(), version, "nothing changed");
 
         fs::write(&one, pod("uno", "10.0.0.9")).unwrap();
-        source.scan(&registry);
-        assert_eq!(pods(&registry), ["three", "two", "uno"]);
+        source.scan(&sink);
+        assert_eq!(pods(registry), ["three", "two", "uno"]);
 
         fs::remove_file(&one).unwrap();
-        source.scan(&registry);
-        assert_eq!(pods(&registry), ["three", "two"]);
+        source.scan(&sink);
+        assert_eq!(pods(registry), ["three", "two"]);
     }
 
     #[test]
     fn the_second_of_two_with_one_name_does_not_count() {
         let folder = tempfile::tempdir().unwrap();
-        let registry = Registry::new();
+        let sink = Sink::default();
+        let registry = &sink.registry;
         fs::write(folder.path().join("a.yaml"), pod("one", "10.0.0.1")).unwrap();
         fs::write(folder.path().join("b.yaml"), pod("one", "10.0.0.2")).unwrap();
-        source(folder.path()).scan(&registry);
+        source(folder.path()).scan(&sink);
         let snapshot = registry.snapshot();
         assert_eq!(snapshot.workloads().count(), 1);
         assert!(snapshot.pod("10.0.0.1".parse().unwrap()).is_some());
@@ -292,5 +324,38 @@ mod tests {
             error.starts_with("document 2: Pod default/two: status.podIP"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn policies_come_into_force_and_a_broken_one_keeps_its_last_good_state() {
+        let policy = |action: &str| {
+            format!(
+                "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+                 metadata: {{name: web, namespace: shop}}\nspec: {{action: {action}, rules: [{{}}]}}\n"
+            )
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.yaml");
+        let sink = Sink {
+            policies: Some(Arc::default()),
+            ..Sink::default()
+        };
+        let mut source = source(folder.path());
+        let denies = |source: &mut Source, text: &str| {
+            fs::write(&file, text).unwrap();
+            source.scan(&sink);
+            let policies = sink.policies.as_ref().unwrap().current();
+            let connection = crate::policy::Connection {
+                client: Some(&"spiffe://cluster.local/ns/a/sa/b".parse().unwrap()),
+                source: "10.0.0.1".parse().unwrap(),
+                destination: "10.0.0.2:80".parse().unwrap(),
+            };
+            let view = policies.workload("shop", &BTreeMap::new());
+            !view.evaluate(&connection).allowed()
+        };
+        assert!(denies(&mut source, &policy("DENIE")), "never read: denied");
+        assert!(!denies(&mut source, &policy("ALLOW")));
+        assert!(!denies(&mut source, &policy("DENIE")), "the last good one");
+        assert!(denies(&mut source, &policy("DENY")));
     }
 }

@@ -8,21 +8,30 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt, stream::select_all};
-use kube::{Api, Client, Resource, ResourceExt, runtime::watcher};
+use kube::{Api, Client, Resource, ResourceExt, core::ApiResource, runtime::watcher};
 use serde::de::DeserializeOwned;
 use tokio::{
-    sync::watch,
-    time::{Instant, sleep_until},
+    sync::{mpsc, watch},
+    time::{Instant, sleep, sleep_until},
 };
+use tokio_stream::wrappers::ReceiverStream;
 
-use super::manifest::{self, Object};
+use super::{
+    Sink,
+    manifest::{self, Object},
+};
 use crate::{
-    kubernetes::{follow, objects},
-    mesh::{Edit, MeshDefault, ObjectName, Registry, Snapshot, TrustDomain, Workload},
+    backoff,
+    kubernetes::{follow, objects, served},
+    mesh::{Edit, MeshDefault, ObjectName, Snapshot, TrustDomain, Workload},
+    policy::api,
 };
 
 /// How long to wait for more changes after the first.
 const SETTLE: Duration = Duration::from_millis(5);
+/// How soon to ask again whether the cluster has a kind, after a failure, and at most; and after it has not.
+const RETRY: Duration = Duration::from_secs(1);
+const ABSENT: Duration = Duration::from_secs(30);
 /// What the node daemons' pods have as `app.kubernetes.io/name`.
 const DAEMON_NAME: &str = "auth-daemon";
 const NAME_LABEL: &str = "app.kubernetes.io/name";
@@ -41,16 +50,11 @@ pub struct Settings {
     pub daemons: Option<String>,
 }
 
-/// Watches the cluster into `registry`, for ever. `synced` becomes true once everything has been read for the first
-/// time; until then the registry stays as it is.
-pub async fn run(
-    client: Client,
-    settings: Settings,
-    registry: Arc<Registry>,
-    synced: watch::Sender<bool>,
-) {
-    let mut events = select_all(watches(&client, &settings));
-    let mut known = Known::new(settings);
+/// Watches the cluster into `sink`, for ever. `synced` becomes true once everything has been read for the first
+/// time; until then all stays as it is.
+pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::Sender<bool>) {
+    let mut events = select_all(watches(&client, &settings, sink.policies.is_some()));
+    let mut known = Known::new(settings, sink.policies.is_some());
     let mut publish_at = None;
     loop {
         tokio::select! {
@@ -62,11 +66,15 @@ pub async fn run(
             }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
+                // First: who appears is judged by them.
+                if let Some(policies) = known.policies() {
+                    sink.publish_policies(policies);
+                }
                 let snapshot = known.snapshot();
-                for fault in snapshot.faults_since(&registry.snapshot()) {
+                for fault in snapshot.faults_since(&sink.registry.snapshot()) {
                     tracing::error!("{fault}");
                 }
-                registry.publish(snapshot);
+                sink.registry.publish(snapshot);
                 if synced.send_if_modified(|synced| !std::mem::replace(synced, true)) {
                     tracing::info!(objects = known.count(), "the cluster's objects are read");
                 }
@@ -81,6 +89,7 @@ enum Kind {
     Namespace,
     Pod,
     Service,
+    Policy(api::Kind),
 }
 
 impl Kind {
@@ -89,24 +98,91 @@ impl Kind {
             Self::Namespace => "namespaces",
             Self::Pod => "pods",
             Self::Service => "services",
+            Self::Policy(api::Kind::Authorization) => "authorizationpolicies",
+            Self::Policy(api::Kind::Peer) => "peerauthentications",
         }
     }
 }
 
 type Watch = Pin<Box<dyn Stream<Item = (Kind, Event)> + Send>>;
 
-fn watches(client: &Client, settings: &Settings) -> Vec<Watch> {
+fn watches(client: &Client, settings: &Settings, policies: bool) -> Vec<Watch> {
     let (pods, services) = (settings.trust_domain.clone(), settings.trust_domain.clone());
-    let mut watches = vec![watched(client, Kind::Pod, move |read| pod(read, &pods))];
+    let mut watches = vec![watched(Api::all(client.clone()), Kind::Pod, move |read| {
+        pod(read, &pods)
+    })];
     if settings.services {
-        watches.push(watched(client, Kind::Namespace, |read| {
+        watches.push(watched(Api::all(client.clone()), Kind::Namespace, |read| {
             manifest::namespace(&read)
         }));
-        watches.push(watched(client, Kind::Service, move |read| {
-            manifest::service(read, &services)
-        }));
+        watches.push(watched(
+            Api::all(client.clone()),
+            Kind::Service,
+            move |read| manifest::service(read, &services),
+        ));
+    }
+    if policies {
+        watches.extend(POLICIES.map(|kind| policy_watch(client, kind)));
     }
     watches
+}
+
+const POLICIES: [api::Kind; 2] = [api::Kind::Authorization, api::Kind::Peer];
+
+fn policy_watch(client: &Client, kind: api::Kind) -> Watch {
+    let (events, watch) = mpsc::channel(64);
+    tokio::spawn(follow_policies(client.clone(), kind, events));
+    ReceiverStream::new(watch).boxed()
+}
+
+/// Follows the policies of a kind. A cluster that does not have the kind has none, and is asked again now and then.
+async fn follow_policies(client: Client, kind: api::Kind, events: mpsc::Sender<(Kind, Event)>) {
+    let here = Kind::Policy(kind);
+    let (mut failures, mut absent) = (0, false);
+    let version = loop {
+        match served(&client, api::GROUP, &api::VERSIONS, here.plural()).await {
+            Ok(Some(version)) => break version,
+            Ok(None) => {
+                if !std::mem::replace(&mut absent, true) {
+                    tracing::info!(
+                        "the cluster does not have the kind {kind}: there are no such policies"
+                    );
+                    for event in [Event::Init, Event::InitDone] {
+                        if events.send((here, event)).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                sleep(ABSENT).await;
+            }
+            Err(fault) => {
+                tracing::error!(%fault, "cannot ask whether there are {}", here.plural());
+                sleep(backoff::pause(RETRY, ABSENT, failures, rand::random())).await;
+                failures += 1;
+            }
+        }
+    };
+    let resource = ApiResource {
+        group: api::GROUP.into(),
+        version: version.into(),
+        api_version: format!("{}/{version}", api::GROUP),
+        kind: kind.as_str().into(),
+        plural: here.plural().into(),
+    };
+    let api = Api::<objects::Custom>::all_with(client, &resource);
+    let mut watch = watched(api, here, move |read| {
+        let mut document = read.content;
+        // Items of a list may leave out what the list already says.
+        document["apiVersion"] = resource.api_version.as_str().into();
+        document["kind"] = resource.kind.as_str().into();
+        let policy = api::Object::read(&document).map(Arc::new);
+        Ok(policy.map(Object::Policy))
+    });
+    while let Some(event) = watch.next().await {
+        if events.send(event).await.is_err() {
+            return;
+        }
+    }
 }
 
 /// A pod whose label cannot be read is what it would be without: a slip of the pen takes nobody out of the mesh.
@@ -140,19 +216,18 @@ struct Seen {
 }
 
 fn watched<K>(
-    client: &Client,
+    api: Api<K>,
     kind: Kind,
     parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
 ) -> Watch
 where
-    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
     let seen = move |object: K| Seen {
         name: name(&object),
         uid: object.uid().unwrap_or_default(),
         object: parse(object),
     };
-    let api = Api::<K>::all(client.clone());
     let events = follow(api, watcher::Config::default(), kind.plural());
     events
         .map(move |event| {
@@ -181,6 +256,8 @@ struct Known {
     kinds: BTreeMap<Kind, Objects>,
     /// What was published last, with what has changed since.
     edit: Edit,
+    /// Whether policies have changed since they were published last.
+    policies_changed: bool,
 }
 
 /// The objects of one kind.
@@ -201,7 +278,7 @@ struct Kept {
 }
 
 impl Known {
-    fn new(settings: Settings) -> Self {
+    fn new(settings: Settings, policies: bool) -> Self {
         let mut edit = Edit::from(Snapshot::with_defaults(settings.defaults.clone()));
         if settings.daemons.is_some() {
             edit.know_daemons();
@@ -210,6 +287,9 @@ impl Known {
         if settings.services {
             kinds.extend([Kind::Namespace, Kind::Service]);
         }
+        if policies {
+            kinds.extend(POLICIES.map(Kind::Policy));
+        }
         Self {
             settings,
             kinds: kinds
@@ -217,6 +297,7 @@ impl Known {
                 .map(|kind| (kind, Objects::default()))
                 .collect(),
             edit,
+            policies_changed: false,
         }
     }
 
@@ -292,6 +373,7 @@ impl Known {
                 edit.pod(pod);
             }
             (_, Some(Object::Service(service))) => edit.service(service),
+            (_, Some(Object::Policy(_))) | (Kind::Policy(_), None) => self.policies_changed = true,
             (_, Some(Object::Namespace(membership))) => edit.namespace(&name.name, membership),
             (Kind::Pod, None) => {
                 if self.settings.daemons.is_some() {
@@ -305,7 +387,23 @@ impl Known {
         true
     }
 
-    /// All of it, indexed.
+    /// All policies, if they have changed.
+    fn policies(&mut self) -> Option<Vec<Arc<api::Object>>> {
+        if !std::mem::take(&mut self.policies_changed) {
+            return None;
+        }
+        let kept = self
+            .kinds
+            .values()
+            .flat_map(|objects| objects.current.values());
+        let policies = kept.filter_map(|kept| match &kept.object {
+            Some(Object::Policy(policy)) => Some(policy.clone()),
+            _ => None,
+        });
+        Some(policies.collect())
+    }
+
+    /// All the rest, indexed.
     fn snapshot(&mut self) -> Snapshot {
         let edit = std::mem::replace(&mut self.edit, Edit::from(Snapshot::default()));
         let snapshot = edit.finish();
@@ -330,14 +428,18 @@ impl Settings {
 /// An object that cannot be understood keeps its last good state, unless it was made anew.
 fn read(seen: Seen, known: &HashMap<ObjectName, Kept>) -> (ObjectName, Kept) {
     let Seen { name, uid, object } = seen;
-    let object = object.unwrap_or_else(|error| {
-        let before = known.get(&name).filter(|before| before.uid == uid);
-        tracing::error!(
-            known = before.is_some(),
-            "{error}; going on with what is known of it"
-        );
-        before.and_then(|before| before.object.clone())
-    });
+    let before = known.get(&name).filter(|before| before.uid == uid);
+    let before = before.and_then(|before| before.object.as_ref());
+    let object = match object {
+        Ok(object) => object.map(|object| manifest::keep_good_policy(object, before)),
+        Err(error) => {
+            tracing::error!(
+                known = before.is_some(),
+                "{error}; going on with what is known of it"
+            );
+            before.cloned()
+        }
+    };
     (name, Kept { uid, object })
 }
 
@@ -363,13 +465,19 @@ mod tests {
     }
 
     fn known() -> Known {
-        let mut known = Known::new(Settings {
-            trust_domain: "cluster.local".parse().unwrap(),
-            defaults: MeshDefault::default(),
-            services: true,
-            daemons: Some("auth-system".into()),
-        });
-        for kind in [Kind::Namespace, Kind::Service] {
+        let mut known = Known::new(
+            Settings {
+                trust_domain: "cluster.local".parse().unwrap(),
+                defaults: MeshDefault::default(),
+                services: true,
+                daemons: Some("auth-system".into()),
+            },
+            true,
+        );
+        for kind in [Kind::Namespace, Kind::Service]
+            .into_iter()
+            .chain(POLICIES.map(Kind::Policy))
+        {
             known.take(kind, Event::Init);
             known.take(kind, Event::InitDone);
         }
@@ -533,5 +641,33 @@ mod tests {
             take(&mut known, event);
             assert_eq!(known.snapshot().has_daemon("a"), expected);
         }
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_read_keeps_its_last_good_version() {
+        let mut known = known();
+        let seen = |uid: &str, action: &str| {
+            let document = json!({
+                "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+                "metadata": {"name": "web", "namespace": "shop"}, "spec": {"action": action, "rules": [{}]},
+            });
+            let policy = api::Object::read(&document).unwrap();
+            Event::Apply(Seen {
+                name: policy.name().clone(),
+                uid: uid.into(),
+                object: Ok(Some(Object::Policy(Arc::new(policy)))),
+            })
+        };
+        let kind = Kind::Policy(api::Kind::Authorization);
+        assert!(known.take(kind, seen("1", "ALLOW")));
+        assert_eq!(known.policies().unwrap().len(), 1);
+        assert!(known.policies().is_none(), "told once");
+        assert!(!known.take(kind, seen("1", "ALOW")));
+        assert!(
+            known.take(kind, seen("2", "ALOW")),
+            "another object of that name"
+        );
+        let policies = known.policies().unwrap();
+        assert!(matches!(*policies[0], api::Object::Unreadable(_)));
     }
 }

@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::{
     kubernetes::objects,
     mesh::{Identity, Membership, ObjectName, Port, Service, TargetPort, TrustDomain, Workload},
+    policy,
 };
 
 /// Says where a pod's network namespace is, for sources that have no container runtime to ask.
@@ -33,6 +34,8 @@ pub enum Object {
     Service(Arc<Service>),
     /// What a namespace says of its pods' membership.
     Namespace(Option<Membership>),
+    /// An AuthorizationPolicy or PeerAuthentication, readable or not.
+    Policy(Arc<policy::api::Object>),
 }
 
 impl Object {
@@ -42,11 +45,12 @@ impl Object {
             Self::Pod(_) => "Pod",
             Self::Service(_) => "Service",
             Self::Namespace(_) => "Namespace",
+            Self::Policy(policy) => policy.kind().as_str(),
         }
     }
 }
 
-/// Reads one document: a Pod, Service, Namespace, ServiceAccount, or a List of them.
+/// Reads one document: a Pod, Service, Namespace, ServiceAccount, a policy, or a List of them.
 ///
 /// Objects of other kinds are passed over: a folder may hold more than the mesh needs. Errors name the object and the
 /// field.
@@ -62,6 +66,12 @@ pub fn read(
         (Some(version), Some(kind)) => (version.to_owned(), kind.to_owned()),
         _ => return Err("not a Kubernetes object: apiVersion or kind is missing".into()),
     };
+    if let Some(policy) = policy::api::Object::read(&document) {
+        return Ok(vec![(
+            policy.name().clone(),
+            Object::Policy(Arc::new(policy)),
+        )]);
+    }
     match (version.as_str(), kind.as_str()) {
         ("v1", "Pod") => {
             let read: objects::Pod = typed(document)?;
@@ -94,7 +104,16 @@ pub fn read(
                 .map_err(|error| format!("ServiceAccount {name}: metadata.name: {error}"))?;
             Ok(Vec::new())
         }
-        ("v1", "List" | "PodList" | "ServiceList" | "NamespaceList" | "ServiceAccountList") => {
+        (
+            version,
+            "List"
+            | "PodList"
+            | "ServiceList"
+            | "NamespaceList"
+            | "ServiceAccountList"
+            | "AuthorizationPolicyList"
+            | "PeerAuthenticationList",
+        ) => {
             let items = match document {
                 Value::Object(mut list) => list.remove("items"),
                 _ => None,
@@ -107,7 +126,7 @@ pub fn read(
             for (index, mut item) in items.into_iter().enumerate() {
                 // Items of a typed list leave out what the list already says.
                 if let (Some(item_kind), Value::Object(fields)) = (item_kind, &mut item) {
-                    fields.entry("apiVersion").or_insert_with(|| "v1".into());
+                    fields.entry("apiVersion").or_insert_with(|| version.into());
                     fields.entry("kind").or_insert_with(|| item_kind.into());
                 }
                 if item.get("items").is_some() {
@@ -122,6 +141,23 @@ pub fn read(
         }
         _ => Ok(Vec::new()),
     }
+}
+
+/// `object`, or, where that is a policy that cannot be read, the one that was `before`. Tells what is wrong with it.
+pub(super) fn keep_good_policy(object: Object, before: Option<&Object>) -> Object {
+    let Object::Policy(policy) = &object else {
+        return object;
+    };
+    if let policy::api::Object::Unreadable(unreadable) = &**policy {
+        let good = before.filter(|before| {
+            matches!(before, Object::Policy(before) if !matches!(**before, policy::api::Object::Unreadable(_)))
+        });
+        if let Some(good) = good {
+            tracing::error!("{unreadable}; its last good version stays in force");
+            return good.clone();
+        }
+    }
+    object
 }
 
 fn named(

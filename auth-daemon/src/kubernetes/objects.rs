@@ -9,8 +9,12 @@ use k8s_openapi::{
         util::intstr::IntOrString,
     },
 };
-use kube::Resource;
-use serde::{Deserialize, Deserializer};
+use kube::{
+    Resource,
+    core::{ApiResource, DynamicResourceScope},
+};
+use serde::{Deserialize, Deserializer, de::Error};
+use serde_json::Value;
 
 /// A pod.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -253,6 +257,55 @@ resource! {
     Namespace: v1::Namespace,
     ServiceAccount: v1::ServiceAccount,
     EndpointSlice: discovery::EndpointSlice,
+}
+
+/// An object of a kind that this program knows only by name, whole but for its managed fields.
+#[derive(Clone, Debug)]
+pub struct Custom {
+    /// Names, labels and the like.
+    pub metadata: ObjectMeta,
+    /// All of it.
+    pub content: Value,
+}
+
+impl<'de> Deserialize<'de> for Custom {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut content = Value::deserialize(deserializer)?;
+        if let Some(Value::Object(metadata)) = content.get_mut("metadata") {
+            metadata.remove("managedFields");
+        }
+        let metadata = metadata(&content["metadata"]).map_err(D::Error::custom)?;
+        Ok(Self { metadata, content })
+    }
+}
+
+impl Resource for Custom {
+    type DynamicType = ApiResource;
+    type Scope = DynamicResourceScope;
+
+    fn kind(kind: &ApiResource) -> Cow<'_, str> {
+        kind.kind.as_str().into()
+    }
+
+    fn group(kind: &ApiResource) -> Cow<'_, str> {
+        kind.group.as_str().into()
+    }
+
+    fn version(kind: &ApiResource) -> Cow<'_, str> {
+        kind.version.as_str().into()
+    }
+
+    fn plural(kind: &ApiResource) -> Cow<'_, str> {
+        kind.plural.as_str().into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
 }
 
 /// What stands for nothing is written as `null` by some.

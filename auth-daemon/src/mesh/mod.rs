@@ -12,7 +12,7 @@ mod workload;
 pub use edit::Edit;
 pub use identity::{Identity, InvalidIdentity, TrustDomain};
 pub use membership::{Membership, MeshDefault};
-pub use registry::Registry;
+pub use registry::{Published, Registry};
 pub use resolved::{Destination, Endpoint};
 pub use service::{Port, Service, TargetPort};
 pub use snapshot::{AddressKind, Inventory, Snapshot, Unreachable};

@@ -1,4 +1,4 @@
-//! The snapshot in force: published by discovery, read by everyone without a lock.
+//! What is in force: published by discovery, read by everyone without a lock.
 
 use std::sync::Arc;
 
@@ -7,30 +7,33 @@ use tokio::sync::watch;
 
 use super::Snapshot;
 
-/// The current [`Snapshot`].
+/// A value that is replaced as a whole.
 #[derive(Debug)]
-pub struct Registry {
-    current: ArcSwap<Snapshot>,
+pub struct Published<T> {
+    current: ArcSwap<T>,
     changed: watch::Sender<u64>,
 }
 
-impl Registry {
-    /// Holds an empty snapshot until the first [`Registry::publish`].
-    pub fn new() -> Self {
+/// The current [`Snapshot`].
+pub type Registry = Published<Snapshot>;
+
+impl<T> Published<T> {
+    /// Holds `first` until the first [`Published::publish`].
+    pub fn holding(first: T) -> Self {
         Self {
-            current: ArcSwap::default(),
+            current: ArcSwap::from_pointee(first),
             changed: watch::Sender::new(0),
         }
     }
 
-    /// The newest snapshot.
-    pub fn snapshot(&self) -> Arc<Snapshot> {
+    /// The newest one.
+    pub fn current(&self) -> Arc<T> {
         self.current.load_full()
     }
 
-    /// Replaces the snapshot and wakes those who wait for a change.
-    pub fn publish(&self, snapshot: Snapshot) {
-        self.current.store(Arc::new(snapshot));
+    /// Replaces it and wakes those who wait for a change.
+    pub fn publish(&self, next: T) {
+        self.current.store(Arc::new(next));
         self.changed.send_modify(|version| *version += 1);
     }
 
@@ -40,8 +43,20 @@ impl Registry {
     }
 }
 
-impl Default for Registry {
+impl<T: Default> Default for Published<T> {
     fn default() -> Self {
-        Self::new()
+        Self::holding(T::default())
+    }
+}
+
+impl Registry {
+    /// Empty until the first [`Published::publish`].
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The newest snapshot.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.current()
     }
 }

@@ -209,6 +209,12 @@ impl Snapshot {
         pods.filter(|pod| self.is_member(pod))
     }
 
+    /// The services, by namespace and name; those that are none of the mesh's too.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        let services = self.namespaces.values().flat_map(|ns| ns.services.values());
+        services.map(|state| &state.service)
+    }
+
     /// The pods of the mesh on `node`, by namespace and name; those without an address too.
     pub fn on_node(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
         self.nodes.get(node).into_iter().flat_map(OrdMap::values)

@@ -17,6 +17,7 @@ use serde::Serialize;
 use super::Totals;
 use crate::{
     mesh::{Identity, ObjectName},
+    policy::Decision,
     tunnel::{Counters, svid::Svid},
 };
 
@@ -77,6 +78,8 @@ pub struct Details {
     pub peer: Option<Svid>,
     /// What carries it.
     pub path: Path,
+    /// What policies had to say of it.
+    pub policy: Option<String>,
 }
 
 /// How a connection ended, in the log.
@@ -118,6 +121,7 @@ impl Live {
                 server_identity: None,
                 peer: None,
                 path: Path::Tunnel,
+                policy: None,
             }),
             cut,
             cut_because: OnceLock::new(),
@@ -268,6 +272,11 @@ impl<'a> Guard<'a> {
         change(&mut self.connection.lock());
     }
 
+    /// Counts that policies have denied it.
+    pub(super) fn count_denied(&self, decision: &Decision) {
+        self.live.totals.count_denied(decision);
+    }
+
     /// Where bytes are counted.
     pub fn counters(&self) -> &Counters {
         &self.connection.counters
@@ -297,6 +306,7 @@ impl<'a> Guard<'a> {
             duration: connection.started.elapsed(),
             outcome,
             reason: reason.to_string(),
+            policy: details.policy,
         };
         self.live.log(&finished);
     }
@@ -349,6 +359,8 @@ pub(super) struct Finished {
     pub(super) outcome: Outcome,
     /// Empty for [`Outcome::Ok`].
     pub(super) reason: String,
+    /// What policies had to say of it.
+    pub(super) policy: Option<String>,
 }
 
 impl Finished {
@@ -368,6 +380,7 @@ impl Finished {
             duration_ms = self.duration.as_millis() as u64,
             result = self.outcome.name(),
             reason = %self.reason,
+            policy = self.policy.as_deref(),
             "connection"
         );
     }

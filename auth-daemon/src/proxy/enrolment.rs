@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use auth_common::MeshKind;
+use auth_common::{Inbound, MeshKind};
 use ipnet::IpNet;
 use serde::Serialize;
 use tokio::{
@@ -23,17 +23,19 @@ use tokio::{
 use super::{
     Node, Pod, Workers,
     connections::Connections,
-    inbound, outbound, revocation,
+    inbound, outbound, revocation, rules,
     same_node::{self, Resident, Residents},
     search::Search,
 };
 use crate::{
+    config::Mode,
     datapath::{
         EnrolError, Enrolled, Netns, forget_others, open_netns,
         sockets::{Listeners, canonical},
     },
     mesh::{AddressKind, ObjectName, Snapshot, Workload},
     places::Place,
+    policy::WorkloadPolicy,
 };
 
 /// How often to look for named namespaces made anew, idle tunnels and stale entries.
@@ -128,6 +130,7 @@ impl Enrolment {
     /// as long as the configuration says.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut changes = self.node.registry.changes();
+        let mut policies = self.node.policies.changes();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // Until it is known which pods there are, those of a daemon before this one stay as they are.
@@ -141,6 +144,7 @@ impl Enrolment {
         while !*stop.borrow() {
             // Before the snapshot: a change in between is seen again, never missed.
             changes.borrow_and_update();
+            policies.borrow_and_update();
             let snapshot = self.node.registry.snapshot();
             self.tell_addresses(&snapshot);
             if first {
@@ -165,6 +169,7 @@ impl Enrolment {
             self.publish_status();
             tokio::select! {
                 _ = changes.changed() => {}
+                _ = policies.changed() => {}
                 _ = stop.changed() => {}
                 () = self.search.changed() => {}
                 _ = ticks.tick() => {
@@ -251,6 +256,7 @@ impl Enrolment {
             );
         self.serving = staying;
         self.failing.retain(|name, _| wanted.contains_key(name));
+        let known = self.settle_rules(&wanted);
         for (name, workload) in wanted {
             if let Some(serving) = self.serving.get(name) {
                 self.learn_addresses(workload, serving);
@@ -281,6 +287,9 @@ impl Enrolment {
             forget_others(&self.node.kernel, &kept.collect());
         }
         self.settle_addresses();
+        if known {
+            self.end_denied();
+        }
     }
 
     /// The namespace of a pod that is not served: by its name, or else by its processes.
@@ -368,6 +377,9 @@ impl Enrolment {
             error,
         })?;
         let certificate = self.node.certificates.acquire(&workload.identity);
+        // Before anybody can call it.
+        let rules = self.rules_of(workload);
+        self.node.rules.add(enrolled.netns.cookie(), rules);
         let pod = Arc::new(Pod::new((**workload).clone(), enrolled, certificate));
         let mut tasks = Vec::new();
         for listener in to_watch.outbound {
@@ -450,19 +462,69 @@ impl Enrolment {
                 self.owners.entry(*address).or_insert_with(|| name.clone());
             }
         }
+        let rules = self.node.rules.current();
+        let mode = |serving: &Serving| {
+            let policy = rules.of(serving.cookie());
+            policy.map_or(Inbound::Strict, |policy| rules::inbound(policy))
+        };
         let wanted = self
             .owners
             .iter()
-            .filter_map(|(address, name)| Some((*address, &serving.get(name)?.listeners.tunnel)))
+            .filter_map(|(address, name)| {
+                let serving = serving.get(name)?;
+                Some((*address, (&serving.listeners.tunnel, mode(serving))))
+            })
             .collect();
-        let mode = self.node.inbound_mode();
-        if let Err(error) = self.node.kernel.set_inbound(&wanted, mode) {
+        // For those whose addresses are not known yet.
+        let mut unknown = serving
+            .values()
+            .filter(|serving| serving.pod.enrolled.addresses().is_empty())
+            .map(mode)
+            .chain([match self.node.config.mode {
+                Mode::Strict => Inbound::Strict,
+                Mode::Permissive => Inbound::Permissive,
+            }]);
+        let others = match unknown.all(|mode| mode == Inbound::Permissive) {
+            true => Inbound::Permissive,
+            false => Inbound::Strict,
+        };
+        if let Err(error) = self.node.kernel.set_inbound(&wanted, others) {
             tracing::error!(%error, "cannot tell the kernel's side what to admit");
         }
         let pods = self.serving.values().map(|serving| serving.pod.clone());
         self.node
             .same_node
             .settle(&self.node, self.residents(), pods.collect());
+    }
+
+    /// What policies come to for a pod.
+    fn rules_of(&self, workload: &Workload) -> Arc<WorkloadPolicy> {
+        let policies = self.node.policies.current();
+        policies.workload(&workload.name.namespace, &workload.labels)
+    }
+
+    /// Puts the policies in force for the pods that are served, with the labels that they have now. Returns whether that
+    /// changed anything.
+    fn settle_rules(&self, wanted: &BTreeMap<&ObjectName, &Arc<Workload>>) -> bool {
+        let rules = self.serving.iter().map(|(name, serving)| {
+            let workload = wanted.get(name).map_or(&serving.pod.workload, |now| now);
+            (serving.cookie(), self.rules_of(workload))
+        });
+        self.node.rules.replace(rules.collect())
+    }
+
+    /// Ends the connections under way that policies are against now.
+    fn end_denied(&self) {
+        let node = &self.node;
+        node.same_node.revise(node);
+        node.same_node.end_forbidden(node, &[]);
+        let (rules, residents) = (node.rules.current(), node.same_node.residents());
+        let cookie = |address: SocketAddr| {
+            let resident = residents.by_address.get(&address.ip());
+            resident.map(|resident| resident.cookie)
+        };
+        node.live
+            .cut(|direction, details| rules.forbid(direction, details, cookie));
     }
 
     fn residents(&self) -> Residents {

@@ -21,10 +21,9 @@ use super::{
     plain,
 };
 use crate::{
-    config::Mode,
     datapath::sockets::{self, end_in_good_order},
     places::Place,
-    policy::{admit_source, check_revoked},
+    policy::{Connection, admit_source, check_revoked},
     tunnel::{
         self, Channel, ChannelError, Ending,
         frame::{Connect, Event, ResetCode},
@@ -67,11 +66,22 @@ async fn take(
         details.server_identity = Some(pod.workload.identity.clone());
     });
     let mut deadline = Instant::now() + HANDSHAKE;
-    let spoken = match node.config.mode {
-        Mode::Strict => timeout_at(deadline, opening::strict(&tcp))
+    let cookie = pod.enrolled.netns.cookie();
+    let in_plaintext = Connection {
+        client: None,
+        source: from.ip(),
+        destination: local,
+    };
+    let plaintext_allowed = node
+        .rules
+        .current()
+        .verdict(cookie, &in_plaintext)
+        .is_ok_and(|verdict| verdict.allowed());
+    let spoken = match plaintext_allowed {
+        false => timeout_at(deadline, opening::strict(&tcp))
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, late()))),
-        Mode::Permissive => {
+        true => {
             let dial = || dial_plain(node, pod, from, local);
             let spoken = Box::pin(opening::permissive(&tcp, dial)).await;
             // It may have been silent for long before it began.
@@ -81,16 +91,14 @@ async fn take(
     };
     match spoken {
         Ok(Spoken::Tunnel) => {}
-        Ok(Spoken::Plaintext(app)) if node.config.mode == Mode::Permissive => {
+        Ok(Spoken::Plaintext(app)) => {
+            access.learn(|details| details.path = Path::Plaintext);
+            // Now that it is known for what it is.
+            if let Err(refused) = node.rules.judge(cookie, &in_plaintext, &access) {
+                return access.finish(Outcome::Refused, refused);
+            }
             drop(place);
             return plaintext(node, pod, tcp, app, from, local, access).await;
-        }
-        Ok(Spoken::Plaintext(_)) => {
-            access.learn(|details| details.path = Path::Plaintext);
-            return access.finish(
-                Outcome::Refused,
-                "plaintext, and STRICT is in force: the caller is not of the mesh",
-            );
         }
         Err(error) => return access.finish(Outcome::Refused, error),
     }
@@ -299,6 +307,14 @@ async fn admit(
         .map_err(|denied| (ResetCode::Forbidden, denied.to_string()))?;
     // Believed only now: no stranger writes lines in another's name.
     access.learn(|details| details.client = connect.client);
+    let asked = Connection {
+        client: Some(identity),
+        source: claimed,
+        destination: local,
+    };
+    node.rules
+        .judge(pod.enrolled.netns.cookie(), &asked, access)
+        .map_err(|refused| (ResetCode::Forbidden, refused.to_string()))?;
     let keep_port = pod.is_free(connect.client, local.port());
     let netns = &pod.enrolled.netns;
     let dial = sockets::dial_app(&node.kernel, netns, connect.client, keep_port, local);
@@ -325,7 +341,6 @@ async fn plaintext(
     local: SocketAddr,
     access: Guard<'_>,
 ) {
-    access.learn(|details| details.path = Path::Plaintext);
     let mut app = match app {
         Some(app) => app,
         None => match dial_plain(node, pod, from, local).await {

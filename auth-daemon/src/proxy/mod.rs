@@ -11,6 +11,7 @@ mod outbound;
 mod plain;
 mod pod;
 mod revocation;
+mod rules;
 mod same_node;
 mod search;
 mod totals;
@@ -21,8 +22,6 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use auth_common::Inbound;
-
 use tokio::sync::watch;
 
 pub use enrolment::{Enrolment, PodStatus};
@@ -31,11 +30,14 @@ pub use same_node::SameNode;
 pub use totals::Totals;
 pub use workers::Workers;
 
+use rules::Rules;
+
 use crate::{
     certs::Certificates,
-    config::{Config, Mode},
+    config::Config,
     datapath::Kernel,
-    mesh::Registry,
+    mesh::{Published, Registry},
+    policy::Policies,
 };
 
 /// What all connections on this node share.
@@ -45,6 +47,10 @@ pub struct Node {
     pub config: Config,
     /// Who is who.
     pub registry: Arc<Registry>,
+    /// Who may call whom.
+    pub policies: Arc<Published<Policies>>,
+    /// What that comes to for each pod of this node.
+    rules: Rules,
     /// Programs and maps.
     pub kernel: Kernel,
     /// This node's workloads' certificates.
@@ -66,12 +72,15 @@ impl Node {
     pub fn new(
         config: Config,
         registry: Arc<Registry>,
+        policies: Arc<Published<Policies>>,
         kernel: Kernel,
         certificates: Certificates,
     ) -> Self {
         Self {
             config,
             registry,
+            policies,
+            rules: Rules::default(),
             kernel,
             certificates,
             live: access::Live::default(),
@@ -86,13 +95,5 @@ impl Node {
     /// Whether the node's pods have been enrolled once, as far as they can be.
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
-    }
-
-    /// The mode as the kernel's side has it.
-    pub fn inbound_mode(&self) -> Inbound {
-        match self.config.mode {
-            Mode::Strict => Inbound::Strict,
-            Mode::Permissive => Inbound::Permissive,
-        }
     }
 }

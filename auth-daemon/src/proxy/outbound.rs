@@ -24,10 +24,10 @@ use super::{
 };
 use crate::{
     certs::Current,
-    config::{Mode, SameNode},
+    config::SameNode,
     datapath::sockets::{self, end_in_good_order},
     mesh::{Destination, Endpoint},
-    policy::check_revoked,
+    policy::{Connection, check_revoked},
     tunnel::{
         self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made, Taken,
         frame::{Connect, Event, Reset, ResetCode},
@@ -233,7 +233,7 @@ enum Failure {
     #[error("does not answer")]
     Silent,
     #[error(
-        "no daemon is ready on its node {0}, and the mode is STRICT; see the DaemonSet's pod there"
+        "no daemon is ready on its node {0}, and it takes mutual TLS alone; see the DaemonSet's pod there"
     )]
     NoDaemon(String),
     #[error("{0}")]
@@ -437,9 +437,12 @@ impl Call<'_> {
         {
             return Ok(None);
         }
-        match config.mode {
-            Mode::Strict => Err(Failure::NoDaemon(server.node.clone())),
-            Mode::Permissive => Ok(Some("no daemon is ready on the server's node")),
+        let policies = self.node.policies.current();
+        let policy = policies.workload(&server.name.namespace, &server.labels);
+        if policy.mode(endpoint.address.port()).mode.takes_plaintext() {
+            Ok(Some("no daemon is ready on the server's node"))
+        } else {
+            Err(Failure::NoDaemon(server.node.clone()))
         }
     }
 
@@ -480,6 +483,14 @@ impl Call<'_> {
             destination,
             resident,
         )?;
+        let asked = Connection {
+            client: Some(&client.identity),
+            source: claimed.ip(),
+            destination: address,
+        };
+        node.rules
+            .judge(resident.cookie, &asked, self.access)
+            .map_err(Forbidden::from)?;
         let from = SocketAddr::new(source, claimed.port());
         sockets::dial_neighbour(&node.kernel, netns, from, address)
             .await

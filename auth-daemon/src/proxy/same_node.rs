@@ -13,12 +13,13 @@ use tokio::sync::watch;
 use super::{
     Node, Pod,
     access::{Direction, Finished, Outcome, Path},
+    rules::{ByPod, Refused},
 };
 use crate::{
     config,
     datapath::{Closing, Ending, Grant, Side},
     mesh::{Destination, Identity, ObjectName, Snapshot},
-    policy::{Denied, admit_source, check_revoked_node},
+    policy::{Connection, Denied, admit_source, check_revoked_node},
     tunnel::trust::{Revocations, Revoked, Trust},
 };
 
@@ -64,6 +65,7 @@ impl Residents {
             client: identity(client_cookie),
             server_cookie,
             server: identity(server_cookie),
+            route: None,
             ended_because: None,
         }
     }
@@ -81,6 +83,8 @@ pub(super) enum Forbidden {
     Client(#[from] Denied),
     #[error(transparent)]
     Revoked(#[from] Revoked),
+    #[error(transparent)]
+    Policy(#[from] Refused),
 }
 
 /// Whether `client` may talk to `server` when it dials what `destination` is of: the same that both ends of a tunnel ask.
@@ -107,6 +111,26 @@ pub(super) fn permit(
     Ok(admit_source(snapshot, &client.identity, source, claimed)?)
 }
 
+/// Whether the server's policies say nothing against it.
+fn allows(
+    rules: &ByPod,
+    client: &Identity,
+    source: IpAddr,
+    server_cookie: u64,
+    destination: SocketAddr,
+) -> bool {
+    let connection = Connection {
+        client: Some(client),
+        source,
+        destination,
+    };
+    let verdict = rules.verdict(server_cookie, &connection);
+    // What is to be told of each connection is the daemon's to tell.
+    verdict.is_ok_and(|verdict| {
+        verdict.allowed() && verdict.audits.is_empty() && verdict.dry_run.is_none()
+    })
+}
+
 /// What holds for a client pod and an address, if it can be said once for all connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Decision {
@@ -123,6 +147,8 @@ struct Facts {
     client: Option<Identity>,
     server_cookie: u64,
     server: Option<Identity>,
+    /// From where to where, if that is known.
+    route: Option<(IpAddr, SocketAddr)>,
     /// Why this daemon has ended the connections, if it has.
     ended_because: Option<String>,
 }
@@ -133,6 +159,7 @@ fn decide(
     snapshot: &Snapshot,
     revoked: &Revocations,
     residents: &Residents,
+    rules: &ByPod,
     client_cookie: u64,
     dialled: SocketAddr,
 ) -> Option<Decision> {
@@ -161,6 +188,7 @@ fn decide(
             server,
         )
         .is_err()
+        || !allows(rules, &client.identity, source, server.cookie, address)
     {
         return None;
     }
@@ -173,6 +201,7 @@ fn decide(
             client: Some(client.identity.clone()),
             server_cookie: server.cookie,
             server: Some(server.identity.clone()),
+            route: Some((source, address)),
             ended_because: None,
         },
     })
@@ -205,6 +234,7 @@ struct Basis {
     snapshot: Arc<Snapshot>,
     residents: Arc<Residents>,
     trust: Arc<Trust>,
+    rules: Arc<ByPod>,
     node_name: String,
 }
 
@@ -214,6 +244,7 @@ impl Basis {
             snapshot: node.registry.snapshot(),
             residents: node.same_node.residents(),
             trust: node.certificates.trust().current(),
+            rules: node.rules.current(),
             node_name: node.config.node_name.clone(),
         }
     }
@@ -222,6 +253,7 @@ impl Basis {
         Arc::ptr_eq(&self.snapshot, &other.snapshot)
             && Arc::ptr_eq(&self.residents, &other.residents)
             && Arc::ptr_eq(&self.trust, &other.trust)
+            && Arc::ptr_eq(&self.rules, &other.rules)
     }
 
     /// Why a connection by the verdict with these facts may not go on, if so.
@@ -244,7 +276,30 @@ impl Basis {
                 return Some(revoked.to_string());
             }
         }
-        None
+        self.denies(facts).map(|refused| refused.to_string())
+    }
+
+    /// Why the server's policies are against it, if they are.
+    fn denies(&self, facts: &Facts) -> Option<Refused> {
+        let Some((source, destination)) = facts.route else {
+            // Of an earlier daemon's verdict not even the port is known.
+            let policy = self.rules.of(facts.server_cookie);
+            return match policy {
+                Ok(policy) if policy.is_unrestricted() => None,
+                Ok(_) => Some(Refused("policies have changed since it began".into())),
+                Err(refused) => Some(refused),
+            };
+        };
+        let connection = Connection {
+            client: facts.client.as_ref(),
+            source,
+            destination,
+        };
+        match self.rules.verdict(facts.server_cookie, &connection) {
+            Ok(verdict) if verdict.allowed() => None,
+            Ok(verdict) => Some(Refused(verdict.decision.to_string())),
+            Err(refused) => Some(refused),
+        }
     }
 
     fn decide(&self, client_cookie: u64, dialled: SocketAddr) -> Option<Decision> {
@@ -252,6 +307,7 @@ impl Basis {
             &self.snapshot,
             &self.trust.revoked,
             &self.residents,
+            &self.rules,
             client_cookie,
             dialled,
         )
@@ -342,7 +398,11 @@ impl SameNode {
         pods.extend_from_slice(also_in);
         pods.sort_by_key(|pod| pod.enrolled.netns.cookie());
         pods.dedup_by_key(|pod| pod.enrolled.netns.cookie());
-        if forbidden.is_empty() && pods.len() == staying && basis.trust.revoked.is_empty() {
+        if forbidden.is_empty()
+            && pods.len() == staying
+            && basis.trust.revoked.is_empty()
+            && basis.rules.is_unrestricted()
+        {
             return;
         }
         // By the server's end where there is one: its client is told as by any server that resets it.
@@ -544,13 +604,17 @@ fn line(closing: &Closing, facts: Facts) -> Finished {
         duration: closing.duration,
         outcome,
         reason: reason.to_owned(),
+        policy: None,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::{Inventory, Port, Service, TargetPort, Workload};
+    use crate::{
+        mesh::{Inventory, Port, Service, TargetPort, Workload},
+        policy::Policies,
+    };
 
     fn name(name: &str) -> ObjectName {
         ObjectName {
@@ -592,6 +656,12 @@ mod tests {
         })
     }
 
+    /// Of pods with cookies from 1, that have no labels.
+    fn rules(policies: &Policies) -> ByPod {
+        let policy = policies.workload("default", &Default::default());
+        (1..10).map(|cookie| (cookie, policy.clone())).collect()
+    }
+
     /// Their cookies count from 1.
     fn residents(pods: &[Workload]) -> Residents {
         let mut residents = Residents::default();
@@ -616,6 +686,7 @@ mod tests {
             &snapshot(workloads.to_vec()),
             &Revocations::default(),
             &residents(enrolled),
+            &rules(&Policies::default()),
             CLIENT,
             dialled.parse().unwrap(),
         )

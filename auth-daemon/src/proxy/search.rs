@@ -25,7 +25,7 @@ const MOST: Duration = Duration::from_secs(1);
 const SLOW: Duration = Duration::from_secs(10);
 /// Likewise, when the kernel tells of a namespace: it may be the new sandbox of a pod that is found.
 const TOLD: Duration = Duration::from_secs(1);
-/// The part of the time that looks may take is one of so many and one.
+/// A look is followed by so many times the processor's time that it took.
 const REST: u32 = 4;
 /// How long one look may take.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -40,7 +40,9 @@ pub(super) struct Search {
     first_sockets: HashMap<u64, Instant>,
     sought: HashMap<PodUid, Sought>,
     schedule: Schedule,
-    look: Option<Look>,
+    look: Option<JoinHandle<io::Result<Scan>>>,
+    /// Whether that one is for all pods, or only for those that are not found.
+    is_full: bool,
     last: Last,
 }
 
@@ -49,11 +51,6 @@ struct Sought {
     pods: Vec<ObjectName>,
     since: Instant,
     found: Option<Whereabouts>,
-}
-
-struct Look {
-    began: Instant,
-    task: JoinHandle<io::Result<Scan>>,
 }
 
 /// What came of the last look.
@@ -65,6 +62,16 @@ enum Last {
         pods_seen: bool,
     },
     Failed(String),
+}
+
+impl Sought {
+    /// The namespace that its processes are in, whoever else's are.
+    fn netns(&self) -> Option<&Arc<Netns>> {
+        match &self.found {
+            Some(Whereabouts::In(netns) | Whereabouts::Shared(netns, _)) => Some(netns),
+            _ => None,
+        }
+    }
 }
 
 impl Search {
@@ -82,6 +89,7 @@ impl Search {
             sought: HashMap::new(),
             schedule: Schedule::default(),
             look: None,
+            is_full: false,
             last: Last::None,
         }
     }
@@ -224,39 +232,26 @@ impl Search {
     }
 
     fn is_missing(&self) -> bool {
-        let found = |sought: &Sought| {
-            matches!(
-                sought.found,
-                Some(Whereabouts::In(_) | Whereabouts::Shared(..))
-            )
-        };
-        !self.sought.values().all(found)
+        self.sought.values().any(|sought| sought.netns().is_none())
     }
 
     fn begin(&mut self) {
+        self.is_full = self.schedule.begun(Instant::now(), self.is_missing());
         let sought: HashMap<_, _> = self
             .sought
             .iter()
-            .map(|(uid, sought)| match &sought.found {
-                Some(Whereabouts::In(netns) | Whereabouts::Shared(netns, _)) => {
-                    (*uid, Some(netns.clone()))
-                }
-                _ => (*uid, None),
-            })
+            .map(|(uid, sought)| (*uid, sought.netns().cloned()))
+            .filter(|(_, netns)| self.is_full || netns.is_none())
             .collect();
-        self.schedule.begun();
-        self.look = Some(Look {
-            began: Instant::now(),
-            task: tokio::task::spawn_blocking(move || find(&sought, LIMIT)),
-        });
+        self.look = Some(tokio::task::spawn_blocking(move || find(&sought, LIMIT)));
     }
 
     /// Takes what a look has shown. Returns whether that is any news.
     fn take(&mut self, done: io::Result<Scan>) -> bool {
-        if let Some(look) = self.look.take() {
-            let now = Instant::now();
-            self.schedule.ended(now, now.duration_since(look.began));
-        }
+        self.look = None;
+        // One that failed may have taken as long as it could.
+        let effort = done.as_ref().map_or(LIMIT, |scan| scan.effort);
+        self.schedule.ended(Instant::now(), effort);
         let mut scan = match done {
             Ok(scan) => scan,
             Err(error) => {
@@ -269,14 +264,31 @@ impl Search {
                 return !known;
             }
         };
+        tracing::debug!(
+            processes = scan.processes, of_pods = scan.of_pods, effort = ?scan.effort,
+            "looked for pods' processes"
+        );
         let mut news = !matches!(self.last, Last::Done { .. });
         self.last = Last::Done {
             pods_seen: scan.of_pods > 0,
         };
+        let held: HashMap<u64, PodUid> = self
+            .sought
+            .iter()
+            .filter_map(|(uid, sought)| Some((sought.netns()?.cookie(), *uid)))
+            .collect();
         for (uid, sought) in &mut self.sought {
+            if !self.is_full && sought.netns().is_some() {
+                continue;
+            }
             let now = after(sought.found.as_ref(), scan.pods.remove(uid));
             news |= !is_same(sought.found.as_ref(), now.as_ref());
             sought.found = now;
+            let cookie = sought.netns().map(|netns| netns.cookie());
+            if cookie.is_some_and(|cookie| held.get(&cookie).is_some_and(|owner| owner != uid)) {
+                // One look at both is to tell whose it is.
+                self.schedule.doubt();
+            }
         }
         news
     }
@@ -296,9 +308,9 @@ impl Search {
     }
 }
 
-async fn finished(look: &mut Option<Look>) -> io::Result<Scan> {
+async fn finished(look: &mut Option<JoinHandle<io::Result<Scan>>>) -> io::Result<Scan> {
     match look {
-        Some(look) => (&mut look.task).await.map_err(io::Error::other)?,
+        Some(look) => look.await.map_err(io::Error::other)?,
         None => std::future::pending().await,
     }
 }
@@ -349,12 +361,14 @@ fn is_same(one: Option<&Whereabouts>, other: Option<&Whereabouts>) -> bool {
 /// When to look.
 #[derive(Debug, Default)]
 struct Schedule {
-    /// When the last look ended, and how long it took.
+    /// When the last look ended, and how much effort it was.
     last: Option<(Instant, Duration)>,
     /// Looks since something was new.
     looks: u32,
     /// Whether the kernel has told of anything since the last look began.
     told: bool,
+    /// When the last look for all pods began; none, when one is due.
+    full: Option<Instant>,
 }
 
 impl Schedule {
@@ -368,27 +382,39 @@ impl Schedule {
         self.looks = 0;
     }
 
-    fn begun(&mut self) {
-        self.told = false;
+    /// What was found may be another pod's, too.
+    fn doubt(&mut self) {
+        self.full = None;
     }
 
-    fn ended(&mut self, now: Instant, took: Duration) {
-        self.last = Some((now, took));
+    /// Returns whether the look that begins is for all pods.
+    fn begun(&mut self, now: Instant, missing: bool) -> bool {
+        self.told = false;
+        let is_full = !missing || self.full.is_none_or(|full| now - full >= SLOW);
+        if is_full {
+            self.full = Some(now);
+        }
+        is_full
+    }
+
+    fn ended(&mut self, now: Instant, effort: Duration) {
+        self.last = Some((now, effort));
         self.looks = self.looks.saturating_add(1);
     }
 
     /// When to look next, given whether a pod is not found; `None` for at once.
     fn due(&self, missing: bool) -> Option<Instant> {
-        let (ended, took) = self.last?;
+        let (ended, effort) = self.last?;
         let pause = match (missing, self.told) {
             (true, true) => Duration::ZERO,
+            _ if self.full.is_none() => Duration::ZERO,
             (true, false) => FIRST
                 .saturating_mul(1 << self.looks.saturating_sub(1).min(16))
                 .min(MOST),
             (false, true) => TOLD,
             (false, false) => SLOW,
         };
-        Some(ended + pause.max(took * REST))
+        Some(ended + pause.max(effort * REST))
     }
 }
 
@@ -405,7 +431,7 @@ mod tests {
         let now = Instant::now();
         let mut pauses = Vec::new();
         for _ in 0..9 {
-            schedule.begun();
+            schedule.begun(now, true);
             schedule.ended(now, MS(1));
             pauses.push(schedule.due(true).unwrap() - now);
         }
@@ -422,27 +448,42 @@ mod tests {
         let mut schedule = Schedule::default();
         let now = Instant::now();
         for _ in 0..9 {
-            schedule.begun();
+            schedule.begun(now, true);
             schedule.ended(now, MS(2));
         }
         schedule.told();
         assert_eq!(schedule.due(true), Some(now + MS(8)), "but for the rest");
         assert_eq!(schedule.due(false), Some(now + TOLD));
         // Told while a look is under way: that one may have come too early.
-        schedule.begun();
+        schedule.begun(now, true);
         schedule.told();
         schedule.ended(now, MS(2));
         assert_eq!(schedule.due(true), Some(now + MS(8)));
-        schedule.begun();
+        schedule.begun(now, true);
         schedule.ended(now, MS(2));
         assert_eq!(schedule.due(true), Some(now + MS(40)));
+    }
+
+    #[test]
+    fn found_pods_are_looked_at_again_now_and_then() {
+        let mut schedule = Schedule::default();
+        let now = Instant::now();
+        assert!(schedule.begun(now, true), "the first is for all");
+        schedule.ended(now, MS(1));
+        assert!(!schedule.begun(now + MS(20), true));
+        assert!(schedule.begun(now + MS(30), false));
+        assert!(!schedule.begun(now + SLOW, true));
+        assert!(schedule.begun(now + SLOW + MS(30), true));
+        schedule.doubt();
+        assert_eq!(schedule.due(false), Some(now + MS(4)), "soon");
+        assert!(schedule.begun(now + SLOW + MS(40), true));
     }
 
     #[test]
     fn looking_leaves_most_of_the_time() {
         let mut schedule = Schedule::default();
         let now = Instant::now();
-        schedule.begun();
+        schedule.begun(now, true);
         schedule.told();
         schedule.ended(now, Duration::from_secs(4));
         assert_eq!(schedule.due(true), Some(now + Duration::from_secs(16)));

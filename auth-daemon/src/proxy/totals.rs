@@ -7,12 +7,14 @@ use prometheus_client::{
 };
 
 use super::access::Finished;
+use crate::policy::Decision;
 
 /// How many connections have ended, and what they carried, since the daemon started.
 #[derive(Clone, Debug, Default)]
 pub struct Totals {
     connections: Family<Ended, Counter>,
     bytes: Family<Carried, Counter>,
+    denied: Family<Denied, Counter>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -29,6 +31,12 @@ struct Carried {
     to: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Denied {
+    kind: &'static str,
+    policy: String,
+}
+
 impl Totals {
     /// Adds them to what is told.
     pub fn register(&self, registry: &mut Registry) {
@@ -42,6 +50,21 @@ impl Totals {
             "What connections that have ended carried for the apps, in bytes",
             self.bytes.clone(),
         );
+        registry.register(
+            "policy_denials",
+            "Connections that were denied, by the policies behind it",
+            self.denied.clone(),
+        );
+    }
+
+    pub(super) fn count_denied(&self, decision: &Decision) {
+        for (kind, policy) in decision.policies() {
+            let denied = Denied {
+                kind: kind.as_str(),
+                policy: policy.to_string(),
+            };
+            self.denied.get_or_create(&denied).inc();
+        }
     }
 
     pub(super) fn count(&self, finished: &Finished) {

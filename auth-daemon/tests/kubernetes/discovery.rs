@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use auth_daemon::{
-    discovery::kubernetes,
+    discovery::{Sink, kubernetes},
     mesh::{MeshDefault, Registry},
 };
 use mesh_tests::Kubernetes;
@@ -52,7 +52,10 @@ async fn the_registry_follows_the_cluster_through_an_outage() {
             services: false,
             daemons: None,
         },
-        registry.clone(),
+        Sink {
+            registry: registry.clone(),
+            policies: None,
+        },
         synced,
     ));
     is_synced.wait_for(|synced| *synced).await.unwrap();

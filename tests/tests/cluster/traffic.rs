@@ -241,7 +241,7 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
         let log = stage.daemon_log("node2")?;
         let refused = access(&log).any(|line| {
             let reason = line["reason"].as_str().unwrap_or_default();
-            line["result"] == "refused" && reason.starts_with("plaintext, and STRICT is in force")
+            line["result"] == "refused" && reason.contains("plaintext, and the port takes STRICT")
         });
         ensure(refused, || "none".to_owned())
     })?;

@@ -78,6 +78,7 @@ pub(crate) fn pinned_map(path: &Path) -> BTreeMap<String, u64> {
 /// How many programs are attached to a node's cgroup, by hook.
 pub(crate) fn attached_to_node(node: &Node) -> BTreeMap<&'static str, u32> {
     let hooks = [
+        ("sock_create", 2),
         ("sockops", 3),
         ("connect4", 10),
         ("connect6", 11),

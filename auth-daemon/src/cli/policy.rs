@@ -1,0 +1,385 @@
+//! `auth-daemon policy`: who may call whom, and why: of the node's daemon, or from a folder of manifests. For a person at
+//! a terminal and for a pipeline that must not let a change through.
+
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, anyhow, ensure};
+use clap::{Subcommand, ValueEnum};
+
+use crate::{
+    admin::ADMIN_PORT,
+    discovery::{files, manifest},
+    mesh::TrustDomain,
+    policy::{
+        Policies, Settings,
+        api::Mode,
+        question::{Answer, Known, Question},
+    },
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Say whether one may call another, by which rule, and why the other policies do not match. Exit code 0: allowed,
+    /// 1: denied, 2: it cannot be told.
+    Check(CheckArguments),
+    /// List the policies, what each selects and what is wrong with it. Exit code 2 if one cannot be read.
+    List(Manifests),
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckArguments {
+    /// Who calls: a SPIFFE ID, or a pod as NAMESPACE/NAME.
+    #[arg(long)]
+    from: String,
+    /// Who is called: a pod or service as NAMESPACE/NAME[:PORT]; where both have the name, pod/NAMESPACE/NAME or
+    /// service/NAMESPACE/NAME. A service is each of its pods.
+    #[arg(long)]
+    to: String,
+    /// Where the call comes from, in place of the pod's own address.
+    #[arg(long)]
+    source_ip: Option<IpAddr>,
+    #[command(flatten)]
+    manifests: Manifests,
+}
+
+#[derive(Debug, clap::Args)]
+struct Manifests {
+    /// Folder of manifests: pods with their addresses, services, policies. Without it the daemon of this node is asked.
+    #[arg(long)]
+    files: Option<PathBuf>,
+    /// The trust domain of the pods' identities.
+    #[arg(long, requires = "files", default_value = "cluster.local")]
+    trust_domain: String,
+    /// Policies in this namespace are for all namespaces.
+    #[arg(long, requires = "files", default_value = "istio-system")]
+    root_namespace: String,
+    /// What a pod takes that no PeerAuthentication is for.
+    #[arg(long, requires = "files", value_enum, default_value_t = DefaultMode::Strict, ignore_case = true)]
+    mode: DefaultMode,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DefaultMode {
+    Strict,
+    Permissive,
+}
+
+/// How long the daemon may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// It cannot be told: neither allowed nor denied.
+const UNKNOWN: u8 = 2;
+const DENIED: u8 = 1;
+
+pub(super) fn policy(arguments: &Arguments) -> ExitCode {
+    let (answer, bad) = match &arguments.command {
+        Command::Check(arguments) => (check(arguments), DENIED),
+        Command::List(manifests) => (list(manifests), UNKNOWN),
+    };
+    match answer {
+        Ok(answer) => {
+            print!("{}", answer.text);
+            for warning in answer.warnings {
+                eprintln!("warning: {warning}");
+            }
+            if answer.good { 0 } else { bad }.into()
+        }
+        Err(error) => {
+            eprintln!("auth-daemon: {error:#}");
+            UNKNOWN.into()
+        }
+    }
+}
+
+fn check(arguments: &CheckArguments) -> anyhow::Result<Answer> {
+    let question = Question {
+        from: arguments.from.clone(),
+        to: arguments.to.clone(),
+        source_ip: arguments.source_ip,
+    };
+    match &arguments.manifests.files {
+        Some(folder) => arguments.manifests.read(folder)?.check(&question),
+        None => ask("check", &question),
+    }
+}
+
+fn list(manifests: &Manifests) -> anyhow::Result<Answer> {
+    match &manifests.files {
+        Some(folder) => Ok(manifests.read(folder)?.list()),
+        None => ask("list", &()),
+    }
+}
+
+/// Asks the daemon of this node.
+fn ask(what: &str, question: &impl serde::Serialize) -> anyhow::Result<Answer> {
+    let url = format!("http://127.0.0.1:{ADMIN_PORT}/policy/{what}");
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .timeout_global(Some(PATIENCE))
+        .build()
+        .into();
+    let answer: Result<Answer, String> = agent
+        .post(&url)
+        .send_json(question)
+        .and_then(|mut response| response.body_mut().read_json())
+        .with_context(|| {
+            format!(
+                "no daemon answers at {url}; is it running, and is this the node's network namespace? With --files, a \
+                 folder of manifests is asked"
+            )
+        })?;
+    answer.map_err(|error| anyhow!(error))
+}
+
+impl Manifests {
+    /// Reads the whole folder. Fails with all that is wrong in it, but for policies: they are refused one by one.
+    fn read(&self, folder: &Path) -> anyhow::Result<Known> {
+        let trust_domain: TrustDomain = self
+            .trust_domain
+            .parse()
+            .with_context(|| format!("--trust-domain {:?}", self.trust_domain))?;
+        let mut faults = Vec::new();
+        let (mut pods, mut services, mut policies) = (Vec::new(), Vec::new(), Vec::new());
+        let mut named = BTreeSet::new();
+        let unreadable = || format!("--files {}", folder.display());
+        for path in files::manifests(folder).with_context(unreadable)? {
+            let mut fault = |what: String| faults.push(format!("{}: {what}", path.display()));
+            let text = files::read_file(&path).map_err(|error| error.to_string());
+            let read = text.and_then(|text| files::parse(&text, &trust_domain));
+            let objects = read.unwrap_or_else(|error| {
+                fault(error);
+                Vec::new()
+            });
+            for (name, object) in objects {
+                if !named.insert((object.kind(), name.clone())) {
+                    fault(format!(
+                        "{} {name} stands here a second time",
+                        object.kind()
+                    ));
+                }
+                match object {
+                    manifest::Object::Pod(pod) => pods.push(pod),
+                    manifest::Object::Service(service) => services.push(service),
+                    manifest::Object::Policy(policy) => policies.push(policy),
+                    manifest::Object::Namespace(_) => {}
+                }
+            }
+        }
+        ensure!(faults.is_empty(), "{}", faults.join("\nauth-daemon: "));
+        let settings = Settings {
+            root_namespace: self.root_namespace.clone(),
+            mode: match self.mode {
+                DefaultMode::Strict => Mode::Strict,
+                DefaultMode::Permissive => Mode::Permissive,
+            },
+        };
+        Ok(Known {
+            source: folder.display().to_string(),
+            pods,
+            services,
+            policies: Arc::new(Policies::compile(settings, policies)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const MESH: &str = "
+apiVersion: v1
+kind: List
+items:
+- {apiVersion: v1, kind: Pod, metadata: {name: web-1, namespace: shop, labels: {app: web}},
+   spec: {serviceAccountName: web, containers: [{name: c, ports: [{name: http, containerPort: 8080}]}]},
+   status: {podIP: 10.0.0.1}}
+- {apiVersion: v1, kind: Pod, metadata: {name: web-2, namespace: shop, labels: {app: web, canary: 'yes'}},
+   spec: {serviceAccountName: web, containers: [{name: c, ports: [{name: http, containerPort: 8081}]}]},
+   status: {podIP: 10.0.0.2}}
+- {apiVersion: v1, kind: Pod, metadata: {name: front, namespace: shop},
+   spec: {serviceAccountName: front, containers: []}, status: {podIP: 10.0.0.3}}
+- {apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop},
+   spec: {clusterIP: 10.96.0.1, selector: {app: web}, ports: [{port: 80, targetPort: http}]}}
+";
+    const POLICY: &str = "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: web, namespace: shop}
+spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAccounts: [front]}}]}]}
+";
+
+    struct Folder(tempfile::TempDir);
+
+    impl Folder {
+        fn new(policies: &str) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join("mesh.yaml"), MESH).unwrap();
+            fs::write(folder.path().join("policies.yml"), policies).unwrap();
+            fs::write(folder.path().join(".hidden.yaml"), "{").unwrap();
+            Self(folder)
+        }
+
+        fn manifests(&self) -> Manifests {
+            Manifests {
+                files: Some(self.0.path().to_owned()),
+                trust_domain: "cluster.local".into(),
+                root_namespace: "istio-system".into(),
+                mode: DefaultMode::Strict,
+            }
+        }
+
+        fn check(&self, from: &str, to: &str) -> Result<(String, bool), String> {
+            let arguments = CheckArguments {
+                from: from.into(),
+                to: to.into(),
+                source_ip: None,
+                manifests: self.manifests(),
+            };
+            check(&arguments)
+                .map(|answer| (answer.text, answer.good))
+                .map_err(|error| format!("{error:#}"))
+        }
+    }
+
+    #[test]
+    fn allowed_and_denied_with_the_rule_and_the_reasons() {
+        let folder = Folder::new(POLICY);
+        let (text, allowed) = folder.check("shop/front", "shop/web-1:8080").unwrap();
+        assert!(allowed, "{text}");
+        assert_eq!(
+            text,
+            "shop/front (spiffe://cluster.local/ns/shop/sa/front) at 10.0.0.3 to shop/web-1 at 10.0.0.1:8080:\n\
+             allowed by AuthorizationPolicy shop/web rules[0]\n\
+             mutual TLS: STRICT by the mesh's default\n  \
+             AuthorizationPolicy shop/web (ALLOW): rules[0] matches\n"
+        );
+        let (text, allowed) = folder
+            .check("spiffe://cluster.local/ns/a/sa/b", "shop/web")
+            .unwrap();
+        assert!(!allowed, "{text}");
+        assert_eq!(
+            text,
+            "spiffe://cluster.local/ns/a/sa/b to shop/web-1 at 10.0.0.1:8080, and 1 more:\n\
+             denied: no rule matches of AuthorizationPolicy shop/web\n\
+             mutual TLS: STRICT by the mesh's default\n  \
+             AuthorizationPolicy shop/web (ALLOW): does not match\n    \
+             rules[0]: from: service account /ns/a/sa/b is not asked for\n"
+        );
+    }
+
+    #[test]
+    fn a_service_is_each_of_its_pods_at_its_own_port() {
+        let folder = Folder::new(&format!(
+            "{POLICY}---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+             metadata: {{name: canary, namespace: shop}}\n\
+             spec: {{action: DENY, selector: {{matchLabels: {{canary: 'yes'}}}}, \
+             rules: [{{to: [{{operation: {{ports: ['8081']}}}}]}}]}}\n"
+        ));
+        let (text, allowed) = folder.check("shop/front", "shop/web:80").unwrap();
+        assert!(!allowed);
+        assert!(
+            text.contains("to shop/web-1 at 10.0.0.1:8080:\nallowed by"),
+            "{text}"
+        );
+        let denied =
+            "to shop/web-2 at 10.0.0.2:8081:\ndenied by AuthorizationPolicy shop/canary rules[0]";
+        assert!(text.contains(denied), "{text}");
+        assert!(
+            text.contains("does not select the workload: it selects canary=yes"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_told_says_what_is_missing() {
+        let folder = Folder::new(POLICY);
+        for (from, to, expected) in [
+            (
+                "front",
+                "shop/web",
+                "--from \"front\": is not NAMESPACE/NAME",
+            ),
+            (
+                "spiffe://x",
+                "shop/web",
+                "--from \"spiffe://x\": path is not",
+            ),
+            ("shop/back", "shop/web", "has no pod shop/back"),
+            ("shop/front", "shop/db", "has no pod or service shop/db"),
+            (
+                "shop/front",
+                "shop/web:81",
+                "service shop/web has no TCP port 81",
+            ),
+            ("shop/front", "shop/web:http", "\"http\" is not a port"),
+            ("shop/web-1", "shop/front", "add the port"),
+            ("shop/front", "pod/shop/web", "has no pod shop/web"),
+        ] {
+            let error = folder.check(from, to).unwrap_err();
+            assert!(error.contains(expected), "{from} {to}: {error}");
+        }
+        let by_address = POLICY.replace("serviceAccounts: [front]", "ipBlocks: [10.0.0.3]");
+        let folder = Folder::new(&by_address);
+        let error = folder
+            .check("spiffe://cluster.local/ns/a/sa/b", "shop/web")
+            .unwrap_err();
+        assert!(error.contains("--source-ip"), "{error}");
+        assert!(
+            folder
+                .check("spiffe://cluster.local/ns/shop/sa/front", "shop/web")
+                .unwrap()
+                .1
+        );
+
+        let folder = Folder::new("apiVersion: v1\nkind: Pod\nmetadata: {name: 5}\n");
+        let error = folder.check("shop/front", "shop/web").unwrap_err();
+        assert!(error.contains("policies.yml: Pod"), "{error}");
+        let folder = Folder::new(&format!("{POLICY}---\n{POLICY}"));
+        let error = folder.check("shop/front", "shop/web").unwrap_err();
+        assert!(
+            error.contains("AuthorizationPolicy shop/web stands here a second time"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn lists_what_is_in_force_and_what_is_refused() {
+        let folder = Folder::new(POLICY);
+        let Answer {
+            text,
+            good,
+            warnings,
+        } = list(&folder.manifests()).unwrap();
+        assert!(good && warnings.is_empty());
+        assert_eq!(
+            text,
+            "KIND                 NAME      DOES   SELECTOR  PODS  RULES\n\
+             AuthorizationPolicy  shop/web  ALLOW  app=web   2     1\n"
+        );
+        let folder = Folder::new(&POLICY.replace("serviceAccounts", "ipBlocks"));
+        let Answer {
+            text,
+            good,
+            warnings,
+        } = list(&folder.manifests()).unwrap();
+        assert!(!good);
+        assert!(text.contains("REFUSED"), "{text}");
+        let warning = "AuthorizationPolicy shop/web: spec.rules[0].from[0].source.ipBlocks[0]: \"front\" is \
+                       not an IP address; it allows nobody instead";
+        assert_eq!(warnings, [warning]);
+        assert!(!folder.check("shop/front", "shop/web").unwrap().1);
+    }
+}

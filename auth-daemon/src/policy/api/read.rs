@@ -1,0 +1,172 @@
+//! A JSON value and where it stands, so that each fault names its field.
+
+use serde_json::Value;
+
+/// Longest piece of a value that an error repeats, in characters.
+const MAX_QUOTED: usize = 64;
+
+/// What is wrong with which field.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Fault {
+    pub(super) field: String,
+    pub(super) reason: String,
+}
+
+/// A value of an object, and its path. What is absent is null, as Kubernetes has it.
+#[derive(Clone, Debug)]
+pub(super) struct Node<'a> {
+    path: String,
+    value: &'a Value,
+}
+
+impl<'a> Node<'a> {
+    /// The field `name` of the whole object.
+    pub(super) fn top(object: &'a Value, name: &str) -> Self {
+        Self {
+            path: name.to_owned(),
+            value: object.get(name).unwrap_or(&Value::Null),
+        }
+    }
+
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
+    pub(super) fn value(&self) -> &'a Value {
+        self.value
+    }
+
+    pub(super) fn is_null(&self) -> bool {
+        self.value.is_null()
+    }
+
+    pub(super) fn fault(&self, reason: impl Into<String>) -> Fault {
+        Fault {
+            field: self.path.clone(),
+            reason: reason.into(),
+        }
+    }
+
+    /// A field of this object; null when it is absent, or when this is no object.
+    pub(super) fn field(&self, name: &str) -> Self {
+        Self {
+            path: format!("{}.{name}", self.path),
+            value: self.value.get(name).unwrap_or(&Value::Null),
+        }
+    }
+
+    /// Refuses what is neither an object of these fields nor null. A field that nobody reads could have narrowed what
+    /// the object matches.
+    pub(super) fn only(&self, known: &[&str]) -> Result<(), Fault> {
+        let fields = match self.value {
+            Value::Null => return Ok(()),
+            Value::Object(fields) => fields,
+            other => return Err(self.fault(format!("is {}, not an object", kind(other)))),
+        };
+        match fields.keys().find(|key| !known.contains(&key.as_str())) {
+            Some(unknown) => Err(Fault {
+                field: format!("{}.{}", self.path, shortened(unknown).escape_debug()),
+                reason: format!("is not known here; known are {}", known.join(", ")),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// The elements of a list; none when it is null.
+    pub(super) fn list(&self) -> Result<impl Iterator<Item = Self>, Fault> {
+        let elements = match self.value {
+            Value::Null => &[],
+            Value::Array(elements) => elements.as_slice(),
+            other => return Err(self.fault(format!("is {}, not a list", kind(other)))),
+        };
+        Ok(elements.iter().enumerate().map(|(index, value)| Self {
+            path: format!("{}[{index}]", self.path),
+            value,
+        }))
+    }
+
+    /// The entries of an object whose keys are the user's; none when it is null.
+    pub(super) fn entries(&self) -> Result<impl Iterator<Item = (&'a str, Self)>, Fault> {
+        let fields = match self.value {
+            Value::Null => None,
+            Value::Object(fields) => Some(fields),
+            other => return Err(self.fault(format!("is {}, not an object", kind(other)))),
+        };
+        Ok(fields.into_iter().flatten().map(|(key, value)| {
+            let path = format!("{}[{}]", self.path, shortened(key).escape_debug());
+            (key.as_str(), Self { path, value })
+        }))
+    }
+
+    /// A text; none when it is null.
+    pub(super) fn text(&self) -> Result<Option<&'a str>, Fault> {
+        match self.value {
+            Value::Null => Ok(None),
+            Value::String(text) => Ok(Some(text)),
+            other => Err(self.fault(format!("is {}, not a string", kind(other)))),
+        }
+    }
+
+    /// A list of texts, each of which `parse` makes a value of.
+    pub(super) fn texts<T>(
+        &self,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Vec<T>, Fault> {
+        self.list()?
+            .map(|element| match element.text()? {
+                Some(text) => parse(text).map_err(|reason| element.fault(reason)),
+                None => Err(element.fault("is null, not a string")),
+            })
+            .collect()
+    }
+}
+
+/// As much of a text as an error repeats, quoted and without control characters.
+pub(super) fn quoted(text: &str) -> String {
+    format!("{:?}", shortened(text))
+}
+
+fn shortened(text: &str) -> String {
+    let mut short: String = text.chars().take(MAX_QUOTED).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// Whether `value`, written as JSON, may take more than `limit` bytes. Looks at no more than that.
+pub(super) fn exceeds(value: &Value, limit: usize) -> bool {
+    fn spend(value: &Value, left: &mut usize) -> bool {
+        let own = match value {
+            Value::String(text) => text.len(),
+            _ => 0,
+        };
+        let Some(rest) = left.checked_sub(own + 1) else {
+            return false;
+        };
+        *left = rest;
+        match value {
+            Value::Array(elements) => elements.iter().all(|element| spend(element, left)),
+            Value::Object(fields) => fields.iter().all(|(key, value)| {
+                left.checked_sub(key.len()).is_some_and(|rest| {
+                    *left = rest;
+                    spend(value, left)
+                })
+            }),
+            _ => true,
+        }
+    }
+    let mut left = limit;
+    !spend(value, &mut left)
+}

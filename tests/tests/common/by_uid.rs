@@ -1,0 +1,58 @@
+//! Pods that are found by their UID.
+#![allow(dead_code, reason = "each file of tests uses a part")]
+
+use std::fs;
+
+use mesh_tests::{Daemon, Mesh, Place, Pod, PodSpec, Process, ServiceSpec};
+use serde_json::Value;
+
+/// `client` on node a and `web` on node b, each with its own service account and without a process, and a service in front
+/// of `web`.
+pub(crate) fn pair() -> Mesh {
+    let pod = |name: &str| PodSpec::new(name).service_account(name).by_uid();
+    Mesh::builder()
+        .node("a")
+        .node("b")
+        .pod(pod("client").on("a"))
+        .pod(pod("web").on("b").label("app", "web"))
+        .service(
+            ServiceSpec::new("web")
+                .selector("app", "web")
+                .address("10.96.0.7")
+                .address("fd96::7")
+                .port(80, 8080),
+        )
+        .start()
+        .unwrap()
+}
+
+/// Daemons on both nodes, which enrol nobody yet.
+pub(crate) fn daemons(mesh: &Mesh) -> (Daemon, Daemon) {
+    let start = |node| mesh.node(node).start_daemon().unwrap();
+    (start("a"), start("b"))
+}
+
+/// The first process of a pod, in a container of its own.
+pub(crate) fn pause(pod: &Pod) -> Process {
+    sleep(&pod.container("pause").unwrap())
+}
+
+/// A process that does nothing, and makes no socket.
+pub(crate) fn sleep(place: &Place) -> Process {
+    place.spawn("sleep", ["1000"]).unwrap()
+}
+
+/// The network namespace of a place, as the daemon's status names one without a name.
+pub(crate) fn netns(place: &Place) -> String {
+    let read = || fs::read_link("/proc/thread-self/ns/net");
+    let link = place.enter(read).unwrap().unwrap();
+    link.to_str().unwrap().to_owned()
+}
+
+/// The lines that a daemon has logged of a pod's enrolment.
+pub(crate) fn enrolments(daemon: &Daemon, pod: &str) -> Vec<Value> {
+    let lines = daemon.logs().into_iter();
+    lines
+        .filter(|line| line["message"] == "pod enrolled" && line["pod"] == pod)
+        .collect()
+}

@@ -1,0 +1,75 @@
+//! Policies between pods of one node: the kernel carries only what they allow, and no longer than they do.
+
+#[path = "common/neighbours.rs"]
+mod neighbours;
+
+use mesh_tests::{Context, Result, TIMEOUT, eventually_ok};
+use serde_json::{Value, json};
+
+use neighbours::{Neighbours, echo, is_direct, refused, wait_for_verdicts};
+
+fn policy(action: &str, account: &str) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {
+            "selector": {"matchLabels": {"app": "web"}}, "action": action,
+            "rules": [{
+                "from": [{"source": {"principals": [format!("cluster.local/ns/default/sa/{account}")]}}],
+                "to": [{"operation": {"ports": ["8080"]}}],
+            }],
+        },
+    })
+}
+
+#[test]
+fn a_verdict_is_policys_and_a_change_ends_what_the_kernel_carries() -> Result<()> {
+    let stage = Neighbours::start()?;
+    let _echo = stage.web.app("echo-server --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    stage.decide(to)?;
+    stage.decide_from(&stage.other, to)?;
+    let talk = |from: &mesh_tests::Pod| {
+        let mut app = from.app(&format!("connect --to {to} --send hi --read"))?;
+        let local = app.event("connected", TIMEOUT)?["local"].clone();
+        assert!(is_direct(from, &local)?, "it stays in the kernel");
+        Ok::<_, mesh_tests::Error>(app)
+    };
+    let mut denied = talk(&stage.client)?;
+    let mut allowed = talk(&stage.other)?;
+
+    stage.mesh.manifests().apply(&policy("DENY", "client"))?;
+    let ended = denied.event("failed", TIMEOUT)?;
+    assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
+    let reason = "denied by AuthorizationPolicy default/web rules[0]";
+    stage
+        .daemon
+        .wait_for_access("why the open one ended", TIMEOUT, |line| {
+            line["path"] == "same-node" && line["result"] == "reset" && line["reason"] == reason
+        })?;
+    wait_for_verdicts(&stage.daemon, 1)?;
+    refused(&stage.client, to)?;
+    stage
+        .daemon
+        .wait_for_access("the refusal", TIMEOUT, |line| {
+            line["result"] == "refused"
+                && line["reason"]
+                    .as_str()
+                    .is_some_and(|said| said.contains(reason))
+        })?;
+    echo(&stage.other, to)?;
+    let ended = allowed.process().ended()?;
+    assert_eq!(ended, None, "who is still allowed notices nothing");
+
+    stage.mesh.manifests().apply(&policy("ALLOW", "client"))?;
+    let ended = allowed.event("failed", TIMEOUT)?;
+    assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
+    eventually_ok(TIMEOUT, "the other verdict", || {
+        let command = format!("connect --to {to} --send hi --shutdown --read");
+        let answer = stage.client.app(&command)?.finish(TIMEOUT)?.json_lines();
+        let answered = answer.last().is_some_and(|event| event["text"] == "hi");
+        answered.then_some(()).context("refused")
+    })?;
+    refused(&stage.other, to)?;
+    Ok(())
+}
