@@ -16,11 +16,13 @@ use kube::{
     client::{Body as ClientBody, ClientBuilder},
     config::KubeConfigOptions,
     core::{ObjectList, Request, Status},
-    runtime::{WatchStreamExt, watcher},
+    runtime::{WatchStreamExt, utils::Backoff, watcher},
 };
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
+
+use crate::backoff;
 
 /// How long one call may take, its answer included.
 pub const DEADLINE: Duration = Duration::from_secs(5);
@@ -30,6 +32,9 @@ const MAX_ANSWER_BYTES: usize = 32 << 20;
 const MAX_TEXT: usize = 300;
 /// Objects in one page of a list.
 const PAGE: u32 = 20;
+/// After the first failure of a watch, and after many: of 5,000 nodes, a thousand a second ask an API server that is back.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Why the cluster's API cannot be used at all. Names what to set.
 #[derive(Debug, thiserror::Error)]
@@ -265,6 +270,30 @@ pub(crate) async fn served<'a>(
     Ok(None)
 }
 
+/// How long to wait before the next attempt at a watch. An API server that was away for long is not to be left alone for
+/// long by those who know nothing new until they have asked.
+#[derive(Debug, Default)]
+struct Pauses {
+    /// Failures in a row.
+    earlier: u32,
+}
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = backoff::pause(FIRST_PAUSE, LONGEST_PAUSE, self.earlier, rand::random());
+        self.earlier = self.earlier.saturating_add(1);
+        Some(pause)
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.earlier = 0;
+    }
+}
+
 /// Watches objects for ever: lists them, follows the changes, and begins anew where the API server cannot say what has
 /// changed since. While it is away, nothing comes. `what` they are is for the log.
 pub(crate) fn follow<K>(
@@ -275,7 +304,7 @@ pub(crate) fn follow<K>(
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    let events = watcher(api, config).default_backoff();
+    let events = watcher(api, config).backoff(Pauses::default());
     events.filter_map(move |event| {
         let event = event.inspect_err(|error| {
             tracing::error!(
@@ -358,6 +387,24 @@ mod tests {
         assert!(refused(409).is_conflict() && !refused(409).is_uncertain());
         assert!(refused(404).is_not_found() && !refused(403).is_uncertain());
         assert!(refused(504).is_uncertain() && Fault::TimedOut(DEADLINE).is_uncertain());
+    }
+
+    #[test]
+    fn an_api_server_that_is_back_is_asked_soon() {
+        let mut pauses = Pauses::default();
+        let first = pauses.next().unwrap();
+        assert!(first <= FIRST_PAUSE, "{first:?}");
+        let later: Vec<_> = pauses.by_ref().take(100).collect();
+        assert!(
+            later.iter().all(|pause| *pause <= LONGEST_PAUSE),
+            "{later:?}"
+        );
+        assert!(
+            later[90..].iter().all(|pause| *pause >= LONGEST_PAUSE / 2),
+            "{later:?}"
+        );
+        pauses.reset();
+        assert!(pauses.next().unwrap() <= FIRST_PAUSE);
     }
 
     #[test]
