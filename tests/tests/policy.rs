@@ -146,6 +146,10 @@ fn strict_and_permissive_by_namespace_and_port_and_what_policies_say_of_plaintex
         })
     };
     becomes([true, true])?;
+    // Nobody but the kernel carries it.
+    let to = pair.web.at(8080);
+    let mut open = outside.app(&format!("connect --to {to} --send hi --read"))?;
+    open.event("connected", TIMEOUT)?;
     let peer = |spec: Value| {
         json!({
             "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
@@ -155,6 +159,8 @@ fn strict_and_permissive_by_namespace_and_port_and_what_policies_say_of_plaintex
     pair.mesh
         .manifests()
         .apply(&peer(json!({"mtls": {"mode": "STRICT"}})))?;
+    let ended = open.event("failed", TIMEOUT)?;
+    assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
     becomes([false, false])?;
     pair.far.wait_for_access("the refusal", TIMEOUT, |line| {
         let reason = line["reason"].as_str().unwrap_or_default();

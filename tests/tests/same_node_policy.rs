@@ -73,3 +73,31 @@ fn a_verdict_is_policys_and_a_change_ends_what_the_kernel_carries() -> Result<()
     refused(&stage.other, to)?;
     Ok(())
 }
+
+#[test]
+fn a_restart_under_a_policy_ends_only_what_it_denies() -> Result<()> {
+    let stage = Neighbours::start()?;
+    let _echo = stage.web.app("echo-server --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    let rules = policy("ALLOW", "client");
+    stage.mesh.manifests().apply(&rules)?;
+    stage.decide(to)?;
+    let mut allowed = stage
+        .client
+        .app(&format!("connect --to {to} --send hi --read"))?;
+    let local = allowed.event("connected", TIMEOUT)?["local"].clone();
+    assert!(is_direct(&stage.client, &local)?, "it stays in the kernel");
+    let Neighbours { daemon, mesh, .. } = stage;
+    daemon.kill()?;
+    let daemon = mesh.start_daemons()?.remove(0);
+    // What is still open is open by a verdict of the daemon before.
+    wait_for_verdicts(&daemon, 1)?;
+    assert_eq!(allowed.process().ended()?, None, "it is allowed as it was");
+    // Now the policy turns against it while no daemon runs.
+    daemon.kill()?;
+    mesh.manifests().apply(&policy("DENY", "client"))?;
+    let _daemon = mesh.start_daemons()?.remove(0);
+    let ended = allowed.event("failed", TIMEOUT)?;
+    assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
+    Ok(())
+}

@@ -1,8 +1,11 @@
-//! The sockets of connections that the kernel carries between pods of this node. They are found in their namespaces by
-//! what the programs keep with them (sock_diag with socket storage, Linux 5.7), and ended there (SOCK_DESTROY, Linux 4.5).
+//! The sockets of connections that the kernel carries: between pods of this node, and from callers without the mesh to
+//! pods that take plaintext. They are found in their namespaces, the first by what the programs keep with them (sock_diag
+//! with socket storage, Linux 5.7), and ended there (SOCK_DESTROY, Linux 4.5).
 
 use std::{
+    collections::HashSet,
     io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd},
 };
 
@@ -12,7 +15,7 @@ use netlink_packet_core::{
     DefaultNla, Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR,
     NetlinkBuffer, NlasIterator,
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
+use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG};
 
 use super::Netns;
 
@@ -32,8 +35,10 @@ const REQUEST: usize = 56;
 const SOCKET_ID: usize = 48;
 /// `struct inet_diag_msg`, in bytes: family, state, two more, the socket's id, and numbers.
 const ANSWER: usize = 72;
+const LISTEN: u32 = 1 << 10;
+const TIME_WAIT: u32 = 1 << 6;
 /// All states of TCP but LISTEN and TIME_WAIT, which carry nothing.
-const STATES: u32 = 0xfff & !(1 << 10) & !(1 << 6);
+const STATES: u32 = 0xfff & !LISTEN & !TIME_WAIT;
 
 /// Ends the connections in `netns` whose storage in `flows` (the FLOWS map) meets the condition: both ends get a RST.
 /// Returns how many.
@@ -46,49 +51,84 @@ pub(super) fn end(
         let mut ended = 0;
         for family in [libc::AF_INET, libc::AF_INET6] {
             let mut found = Vec::new();
-            list(family as u8, flows, |id, flow| {
-                if condition(flow) {
+            let map = DefaultNla::new(
+                SK_DIAG_BPF_STORAGE_REQ_MAP_FD,
+                flows.fd().as_fd().as_raw_fd().to_ne_bytes().into(),
+            );
+            let storages = DefaultNla::new(INET_DIAG_REQ_SK_BPF_STORAGES, emitted(&map));
+            list(family as u8, STATES, &emitted(&storages), |answer| {
+                if let Some((id, flow)) = socket_with_flow(answer)
+                    && condition(&flow)
+                {
                     found.push(id);
                 }
             })?;
-            for id in found {
-                match destroy(family as u8, id) {
-                    Ok(()) => ended += 1,
-                    // It has ended by itself.
-                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                    Err(error) => return Err(error),
-                }
-            }
+            ended += destroy_all(family as u8, found)?;
         }
         Ok(ended)
     })?
 }
 
+/// Ends the connections that apps in `netns` have accepted and whose own and peer's address meet the condition. Returns how
+/// many.
+pub(super) fn end_accepted(
+    netns: &Netns,
+    condition: &dyn Fn(SocketAddr, SocketAddr) -> bool,
+) -> io::Result<usize> {
+    netns.enter(|| {
+        let mut listening = HashSet::new();
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            list(family as u8, LISTEN, &[], |answer| {
+                listening.extend(ends(answer).map(|(_, local, _)| local.port()));
+            })?;
+        }
+        let mut ended = 0;
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            let mut found = Vec::new();
+            list(family as u8, STATES, &[], |answer| {
+                if let Some((id, local, peer)) = ends(answer)
+                    && listening.contains(&local.port())
+                    && condition(local, peer)
+                {
+                    found.push(id);
+                }
+            })?;
+            ended += destroy_all(family as u8, found)?;
+        }
+        Ok(ended)
+    })?
+}
+
+/// Returns how many there still were.
+fn destroy_all(family: u8, found: Vec<[u8; SOCKET_ID]>) -> io::Result<usize> {
+    let mut ended = 0;
+    for id in found {
+        match destroy(family, id) {
+            Ok(()) => ended += 1,
+            // It has ended by itself.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(ended)
+}
+
 fn open() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
+    socket.connect(&NetlinkAddress::new(0, 0))?;
     Ok(socket)
 }
 
-/// Hands over each TCP socket of the thread's namespace that has a flow.
-fn list(
-    family: u8,
-    flows: &MapData,
-    mut take: impl FnMut([u8; SOCKET_ID], &Flow),
-) -> io::Result<()> {
-    let map = DefaultNla::new(
-        SK_DIAG_BPF_STORAGE_REQ_MAP_FD,
-        flows.fd().as_fd().as_raw_fd().to_ne_bytes().into(),
-    );
-    let storages = DefaultNla::new(INET_DIAG_REQ_SK_BPF_STORAGES, emitted(&map));
+/// Hands over what the kernel says of each TCP socket of the thread's namespace in one of `states`.
+fn list(family: u8, states: u32, attributes: &[u8], mut take: impl FnMut(&[u8])) -> io::Result<()> {
     let socket = open()?;
     let request = request(
-        SOCK_DIAG_BY_FAMILY,
-        NLM_F_DUMP,
+        (SOCK_DIAG_BY_FAMILY, NLM_F_DUMP),
         family,
+        states,
         [0; SOCKET_ID],
-        &emitted(&storages),
+        attributes,
     );
     socket.send(&request, 0)?;
     loop {
@@ -99,11 +139,7 @@ fn list(
             match message.message_type() {
                 NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => return outcome(message.payload()),
-                SOCK_DIAG_BY_FAMILY => {
-                    if let Some((id, flow)) = socket_with_flow(message.payload()) {
-                        take(id, &flow);
-                    }
-                }
+                SOCK_DIAG_BY_FAMILY => take(message.payload()),
                 _ => {}
             }
             let length = (message.length() as usize).next_multiple_of(4);
@@ -114,7 +150,8 @@ fn list(
 
 fn destroy(family: u8, id: [u8; SOCKET_ID]) -> io::Result<()> {
     let socket = open()?;
-    socket.send(&request(SOCK_DESTROY, NLM_F_ACK, family, id, &[]), 0)?;
+    let request = request((SOCK_DESTROY, NLM_F_ACK), family, STATES, id, &[]);
+    socket.send(&request, 0)?;
     let (answer, _) = socket.recv_from_full()?;
     let message = NetlinkBuffer::new_checked(&answer[..]).map_err(garbled)?;
     match message.message_type() {
@@ -124,7 +161,13 @@ fn destroy(family: u8, id: [u8; SOCKET_ID]) -> io::Result<()> {
 }
 
 /// A `struct nlmsghdr`, a `struct inet_diag_req_v2` and attributes.
-fn request(kind: u16, flags: u16, family: u8, id: [u8; SOCKET_ID], attributes: &[u8]) -> Vec<u8> {
+fn request(
+    (kind, flags): (u16, u16),
+    family: u8,
+    states: u32,
+    id: [u8; SOCKET_ID],
+    attributes: &[u8],
+) -> Vec<u8> {
     let length = HEADER + REQUEST + attributes.len();
     let mut bytes = Vec::with_capacity(length);
     // A request is a few dozen bytes.
@@ -133,7 +176,7 @@ fn request(kind: u16, flags: u16, family: u8, id: [u8; SOCKET_ID], attributes: &
     bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
     bytes.extend([0; 8]);
     bytes.extend([family, libc::IPPROTO_TCP as u8, 0, 0]);
-    bytes.extend(STATES.to_ne_bytes());
+    bytes.extend(states.to_ne_bytes());
     bytes.extend(id);
     bytes.extend(attributes);
     bytes
@@ -143,6 +186,21 @@ fn emitted(attribute: &DefaultNla) -> Vec<u8> {
     let mut bytes = vec![0; attribute.buffer_len()];
     attribute.emit(&mut bytes);
     bytes
+}
+
+/// The id of a socket, its own address and its peer's.
+fn ends(answer: &[u8]) -> Option<([u8; SOCKET_ID], SocketAddr, SocketAddr)> {
+    let id: [u8; SOCKET_ID] = *answer.get(4..)?.first_chunk()?;
+    let family = i32::from(*answer.first()?);
+    let address = |port: usize, address: usize| {
+        let port = u16::from_be_bytes(*id.get(port..)?.first_chunk()?);
+        let ip = match family {
+            libc::AF_INET => IpAddr::from(Ipv4Addr::from(*id.get(address..)?.first_chunk::<4>()?)),
+            _ => IpAddr::from(Ipv6Addr::from(*id.get(address..)?.first_chunk::<16>()?)),
+        };
+        Some(SocketAddr::new(ip.to_canonical(), port))
+    };
+    Some((id, address(0, 4)?, address(2, 20)?))
 }
 
 /// The id of a socket and what the FLOWS map has for it, if it has.
@@ -180,4 +238,30 @@ fn outcome(payload: &[u8]) -> io::Result<()> {
 
 fn garbled(what: impl std::fmt::Display) -> io::Error {
     io::Error::other(format!("sock_diag: {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ends_of_a_socket() {
+        let mut answer = vec![libc::AF_INET as u8, 1, 0, 0];
+        answer.extend([0x1f, 0x90, 0xc0, 0x01]);
+        answer.extend([10, 0, 0, 1].into_iter().chain([0; 12]));
+        answer.extend([192, 0, 2, 7].into_iter().chain([0; 12]));
+        answer.extend([0; 12 + 16]);
+        let (_, local, peer) = ends(&answer).unwrap();
+        assert_eq!(local, "10.0.0.1:8080".parse().unwrap());
+        assert_eq!(peer, "192.0.2.7:49153".parse().unwrap());
+        answer[0] = libc::AF_INET6 as u8;
+        answer[8..24].copy_from_slice(&Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped().octets());
+        let (_, local, _) = ends(&answer).unwrap();
+        assert_eq!(
+            local.ip(),
+            IpAddr::from([10, 0, 0, 1]),
+            "IPv4 in IPv6 is IPv4"
+        );
+        assert!(ends(&answer[..40]).is_none(), "cut short");
+    }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -11,7 +11,7 @@ use std::{
 use auth_common::Pod;
 
 use super::{
-    Kernel, KernelError, Netns, containers::NoPodUid, kernel::wire_address, plumbing,
+    Kernel, KernelError, Netns, containers::NoPodUid, flows, kernel::wire_address, plumbing,
     sockets::Listeners,
 };
 use crate::mesh::{ObjectName, Workload};
@@ -229,6 +229,15 @@ impl Enrolled {
         // Whoever was first has read the same object.
         let _ = self.addresses.set(addresses.to_vec());
         Ok(())
+    }
+
+    /// Ends the connections that its apps have accepted and whose own and peer's address meet the condition. Returns how
+    /// many.
+    pub fn end_accepted(
+        &self,
+        condition: impl Fn(SocketAddr, SocketAddr) -> bool,
+    ) -> io::Result<usize> {
+        flows::end_accepted(&self.netns, &condition)
     }
 
     /// Leaves the pod refused in both directions: its connects are, and what comes for it finds no listener of its own.

@@ -244,6 +244,11 @@ impl Snapshot {
         self.disputed.contains(&address)
     }
 
+    /// What `address` is to the mesh, if anything.
+    pub fn kind(&self, address: IpAddr) -> Option<AddressKind> {
+        self.addresses.get(&address).map(Claims::kind)
+    }
+
     /// Addresses of pods and services, and what they are.
     pub fn addresses(&self) -> impl Iterator<Item = (IpAddr, AddressKind)> {
         let addresses = self.addresses.iter();

@@ -23,7 +23,8 @@ use tokio::{
 use super::{
     Node, Pod, Workers,
     connections::Connections,
-    inbound, outbound, revocation, rules,
+    inbound, outbound, revocation,
+    rules::{self, ByPod},
     same_node::{self, Resident, Residents},
     search::Search,
 };
@@ -35,7 +36,7 @@ use crate::{
     },
     mesh::{AddressKind, ObjectName, Snapshot, Workload},
     places::Place,
-    policy::WorkloadPolicy,
+    policy::{Connection, WorkloadPolicy},
 };
 
 /// How often to look for named namespaces made anew, idle tunnels and stale entries.
@@ -256,7 +257,7 @@ impl Enrolment {
             );
         self.serving = staying;
         self.failing.retain(|name, _| wanted.contains_key(name));
-        let known = self.settle_rules(&wanted);
+        let before = self.settle_rules(&wanted);
         for (name, workload) in wanted {
             if let Some(serving) = self.serving.get(name) {
                 self.learn_addresses(workload, serving);
@@ -287,8 +288,8 @@ impl Enrolment {
             forget_others(&self.node.kernel, &kept.collect());
         }
         self.settle_addresses();
-        if known {
-            self.end_denied();
+        if let Some(before) = before {
+            self.end_denied(snapshot, &before);
         }
     }
 
@@ -503,9 +504,9 @@ impl Enrolment {
         policies.workload(&workload.name.namespace, &workload.labels)
     }
 
-    /// Puts the policies in force for the pods that are served, with the labels that they have now. Returns whether that
-    /// changed anything.
-    fn settle_rules(&self, wanted: &BTreeMap<&ObjectName, &Arc<Workload>>) -> bool {
+    /// Puts the policies in force for the pods that are served, with the labels that they have now. Returns those
+    /// before, if that changed anything.
+    fn settle_rules(&self, wanted: &BTreeMap<&ObjectName, &Arc<Workload>>) -> Option<Arc<ByPod>> {
         let rules = self.serving.iter().map(|(name, serving)| {
             let workload = wanted.get(name).map_or(&serving.pod.workload, |now| now);
             (serving.cookie(), self.rules_of(workload))
@@ -514,7 +515,7 @@ impl Enrolment {
     }
 
     /// Ends the connections under way that policies are against now.
-    fn end_denied(&self) {
+    fn end_denied(&self, snapshot: &Snapshot, before: &ByPod) {
         let node = &self.node;
         node.same_node.revise(node);
         node.same_node.end_forbidden(node, &[]);
@@ -525,6 +526,47 @@ impl Enrolment {
         };
         node.live
             .cut(|direction, details| rules.forbid(direction, details, cookie));
+        for Serving { pod, .. } in self.serving.values() {
+            let cookie = pod.enrolled.netns.cookie();
+            let took = |rules: &ByPod| {
+                let policy = rules.of(cookie);
+                policy.is_ok_and(|policy| rules::inbound(policy) == Inbound::Permissive)
+            };
+            if took(before) && !took(&rules) {
+                self.end_plaintext(snapshot, pod, &rules);
+            }
+        }
+    }
+
+    /// Ends the connections to `pod` that the kernel let pass as they were, by nobody of the mesh, and that may not be now.
+    fn end_plaintext(&self, snapshot: &Snapshot, pod: &Pod, rules: &ByPod) {
+        let (own, networks) = (pod.enrolled.addresses(), &self.node.config.pod_networks);
+        let ended = pod.enrolled.end_accepted(|local, peer| {
+            let ip = peer.ip();
+            // All others came by the daemon, or are the node's and the pod's own.
+            let passed = own.contains(&local.ip())
+                && !own.contains(&ip)
+                && !self.told.node_addresses.contains(&ip)
+                && snapshot.kind(ip).is_none()
+                && !networks.iter().any(|network| network.contains(&ip));
+            let connection = Connection {
+                client: None,
+                source: ip,
+                destination: local,
+            };
+            let verdict = rules.verdict(pod.enrolled.netns.cookie(), &connection);
+            passed && !verdict.is_ok_and(|verdict| verdict.allowed())
+        });
+        let pod = &pod.workload.name;
+        match ended {
+            Ok(0) => {}
+            Ok(connections) => {
+                tracing::info!(%pod, connections, "ended plaintext that policies are against now");
+            }
+            Err(error) => {
+                tracing::error!(%pod, %error, "cannot end plaintext that policies are against now");
+            }
+        }
     }
 
     fn residents(&self) -> Residents {

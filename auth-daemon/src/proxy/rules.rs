@@ -30,18 +30,19 @@ impl Rules {
         self.current.load_full()
     }
 
-    /// These are in force now. Returns whether they are others than before.
-    pub(super) fn replace(&self, ByPod(rules): ByPod) -> bool {
-        let before = self.current.load();
+    /// These are in force now. Returns those before, if they were others.
+    pub(super) fn replace(&self, ByPod(rules): ByPod) -> Option<Arc<ByPod>> {
+        let before = self.current();
         let is_same = before.0.len() == rules.len()
             && rules.iter().all(|(cookie, policy)| {
                 let known = before.0.get(cookie);
                 known.is_some_and(|known| Arc::ptr_eq(known, policy))
             });
-        if !is_same {
-            self.current.store(Arc::new(ByPod(rules)));
+        if is_same {
+            return None;
         }
-        !is_same
+        self.current.store(Arc::new(ByPod(rules)));
+        Some(before)
     }
 
     /// A pod that is about to be served has these.

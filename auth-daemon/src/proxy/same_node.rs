@@ -226,6 +226,8 @@ struct Verdicts {
     past: VecDeque<u64>,
     /// What all were last seen to follow from.
     basis: Option<Basis>,
+    /// Whether those of a daemon before this one are among them.
+    adopted: bool,
 }
 
 /// What verdicts follow from.
@@ -279,6 +281,18 @@ impl Basis {
         self.denies(facts).map(|refused| refused.to_string())
     }
 
+    /// What can be said of the connections by a verdict of a daemon before this one.
+    fn facts_of(&self, grant: &Grant) -> Facts {
+        let client = self.residents.by_cookie.get(&grant.client_cookie);
+        let source = client.and_then(|client| client.address_like(grant.endpoint.ip()));
+        Facts {
+            route: source.map(|source| (source, grant.endpoint)),
+            ..self
+                .residents
+                .facts(grant.client_cookie, grant.server_cookie)
+        }
+    }
+
     /// Why the server's policies are against it, if they are.
     fn denies(&self, facts: &Facts) -> Option<Refused> {
         let Some((source, destination)) = facts.route else {
@@ -328,6 +342,7 @@ impl SameNode {
                 facts: HashMap::new(),
                 past: VecDeque::new(),
                 basis: None,
+                adopted: false,
             }),
         }
     }
@@ -384,11 +399,13 @@ impl SameNode {
             }
         }
         let known: HashSet<u64> = verdicts.facts.keys().copied().collect();
+        let adopted = verdicts.adopted;
         drop(verdicts);
         // Of a verdict that a daemon before this one gave and took back, all that is known is whose pods they are.
         let condition = |verdict, client, server| {
             forbidden.contains(&verdict)
-                || !known.contains(&verdict)
+                || adopted
+                    && !known.contains(&verdict)
                     && basis
                         .forbids(&basis.residents.facts(client, server))
                         .is_some()
@@ -422,8 +439,8 @@ impl SameNode {
         }
     }
 
-    /// Takes over the verdicts of a daemon before this one that this one would give too, and takes the others back.
-    /// Called once, when the pods are served.
+    /// Takes over the verdicts of a daemon before this one that this one would give too, and takes the others back, with
+    /// the connections by them that may not be. Called once, when the pods are served.
     pub(super) fn adopt(&self, node: &Node) {
         let mut verdicts = self.lock();
         let basis = Basis::of(node);
@@ -437,10 +454,17 @@ impl SameNode {
             });
             match decision {
                 Some(decision) => verdicts.insert(key, grant.id, decision),
-                None => gone.push(key),
+                None => {
+                    gone.push(key);
+                    verdicts.facts.insert(grant.id, basis.facts_of(&grant));
+                    verdicts.past.push_back(grant.id);
+                }
             }
         }
         node.kernel.same_node.withdraw(&gone);
+        verdicts.adopted = true;
+        drop(verdicts);
+        self.end_forbidden(node, &[]);
     }
 
     /// Lets the kernel carry what the client pod dials there from now on, if that can be said.

@@ -203,14 +203,20 @@ async fn a_state_that_is_not_whole_is_not_begun_anew() {
     };
     let good = cluster.get(&path("broken-issued-0")).unwrap().unwrap();
     set("broken-issued-0", "issued", "AAAA");
-    refused("Secret auth-daemon/broken-issued-0: is damaged at byte 0").await;
+    refused(&format!(
+        "Secret {NAMESPACE}/broken-issued-0: is damaged at byte 0"
+    ))
+    .await;
     set(
         "broken-issued-0",
         "issued",
         good["data"]["issued"].as_str().unwrap(),
     );
     set("broken", "format", "OTk=");
-    refused("Secret auth-daemon/broken: is damaged, or of another version").await;
+    refused(&format!(
+        "Secret {NAMESPACE}/broken: is damaged, or of another version"
+    ))
+    .await;
     set("broken", "format", "MQ==");
     // An old core was restored.
     set("broken", "segments", "MA==");
