@@ -3,7 +3,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
     net::{IpAddr, SocketAddr},
     path::Path,
     sync::{Arc, PoisonError, atomic::Ordering},
@@ -13,42 +12,30 @@ use std::{
 use auth_common::{Inbound, MeshKind};
 use ipnet::IpNet;
 use serde::Serialize;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::watch,
-    task::AbortHandle,
-    time::MissedTickBehavior,
-};
+use tokio::{sync::watch, task::AbortHandle, time::MissedTickBehavior};
 
 use super::{
     Node, Pod, Workers,
-    connections::Connections,
-    inbound, outbound, revocation,
+    acceptor::{DRAIN_POLL, Side, accept},
+    residents::{Resident, Residents},
+    revocation,
     rules::{self, ByPod},
-    same_node::{self, Resident, Residents},
+    same_node,
     search::Search,
 };
 use crate::{
     config::Mode,
-    datapath::{
-        EnrolError, Enrolled, Netns, forget_others, open_netns,
-        sockets::{Listeners, canonical},
-    },
+    datapath::{EnrolError, Enrolled, Netns, forget_others, open_netns, sockets::Listeners},
     mesh::{AddressKind, ObjectName, Snapshot, Workload},
-    places::Place,
     policy::{Connection, WorkloadPolicy},
 };
 
 /// How often to look for named namespaces made anew, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
-/// How often a drain looks whether it is over.
-const DRAIN_POLL: Duration = Duration::from_millis(20);
 /// How long connections may take to end when they are cut.
 const ABORT: Duration = Duration::from_secs(1);
 /// How long a pod may have no process before somebody should know.
 const LATE: Duration = Duration::from_secs(60);
-/// After an accept failed for want of something: file descriptors, memory.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The pods of this node.
 pub struct Enrolment {
@@ -384,9 +371,22 @@ impl Enrolment {
         let pod = Arc::new(Pod::new((**workload).clone(), enrolled, certificate));
         let mut tasks = Vec::new();
         for listener in to_watch.outbound {
-            tasks.push(self.listen(&pod, listener, Side::Outbound));
+            tasks.push(accept(
+                &self.node,
+                &pod,
+                &self.workers,
+                listener,
+                Side::Outbound,
+            ));
         }
-        tasks.push(self.listen(&pod, to_watch.tunnel, Side::Inbound));
+        let tunnel = to_watch.tunnel;
+        tasks.push(accept(
+            &self.node,
+            &pod,
+            &self.workers,
+            tunnel,
+            Side::Inbound,
+        ));
         let unserved = self.search.unserved(workload, pod.enrolled.netns.cookie());
         tracing::info!(
             pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses,
@@ -596,25 +596,6 @@ impl Enrolment {
         }
     }
 
-    /// Watches one of a pod's listeners.
-    fn listen(&self, pod: &Arc<Pod>, listener: std::net::TcpListener, side: Side) -> AbortHandle {
-        let acceptor = Acceptor {
-            node: self.node.clone(),
-            pod: pod.clone(),
-            side,
-            workers: self.workers.clone(),
-            connections: Connections::default(),
-        };
-        let draining = self.node.draining.subscribe();
-        let watch = async move {
-            match TcpListener::from_std(listener) {
-                Ok(listener) => acceptor.run(listener, draining).await,
-                Err(error) => tracing::error!(%error, "cannot watch a listener"),
-            }
-        };
-        self.workers.next().runtime.spawn(watch).abort_handle()
-    }
-
     fn mesh_addresses(
         &self,
         snapshot: &Snapshot,
@@ -701,91 +682,4 @@ fn node_addresses() -> Vec<IpAddr> {
     addresses.sort();
     addresses.dedup();
     addresses
-}
-
-#[derive(Clone, Copy)]
-enum Side {
-    Outbound,
-    Inbound,
-}
-
-/// Takes what comes to one of a pod's listeners. Dropped, it drops all its connections.
-struct Acceptor {
-    node: Arc<Node>,
-    pod: Arc<Pod>,
-    side: Side,
-    workers: Arc<Workers>,
-    connections: Connections,
-}
-
-impl Acceptor {
-    /// Accepts until told to drain, then only waits for what is under way.
-    async fn run(self, listener: TcpListener, mut draining: watch::Receiver<bool>) {
-        while !*draining.borrow() {
-            tokio::select! {
-                accepted = listener.accept() => {
-                    if let Err(error) = accepted.and_then(|(tcp, from)| self.take(tcp, from)) {
-                        tracing::warn!(
-                            pod = %self.pod.workload.name, %error, "cannot accept a connection"
-                        );
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                    }
-                },
-                _ = draining.changed() => {}
-            }
-        }
-        drop(listener);
-        while !self.connections.is_empty() {
-            tokio::time::sleep(DRAIN_POLL).await;
-        }
-    }
-
-    /// Gives a connection to the worker that has the fewest.
-    fn take(&self, tcp: TcpStream, from: SocketAddr) -> io::Result<()> {
-        let from = canonical(from);
-        let place = match self.side {
-            Side::Outbound => None,
-            Side::Inbound => match self.pod.handshakes.admit(from.ip()) {
-                Some(place) => Some(place),
-                None => {
-                    tracing::warn!(
-                        pod = %self.pod.workload.name, client = %from,
-                        "too many handshakes at once; refused"
-                    );
-                    return Ok(());
-                }
-            },
-        };
-        let worker = self.workers.idlest();
-        let load = worker.count();
-        let (node, pod) = (self.node.clone(), self.pod.clone());
-        if worker.is_current() {
-            self.connections.spawn(&worker.runtime, async move {
-                serve(&node, &pod, tcp, from, place).await;
-                drop(load);
-            });
-            return Ok(());
-        }
-        // It wakes the thread whose runtime knows it.
-        let tcp = tcp.into_std()?;
-        let elsewhere = async move {
-            match TcpStream::from_std(tcp) {
-                Ok(tcp) => serve(&node, &pod, tcp, from, place).await,
-                Err(error) => tracing::warn!(
-                    pod = %pod.workload.name, client = %from, %error, "cannot serve a connection"
-                ),
-            }
-            drop(load);
-        };
-        self.connections.spawn(&worker.runtime, elsewhere);
-        Ok(())
-    }
-}
-
-/// One connection: of a pod that calls, or, with a `place` among the handshakes, of one that is called.
-async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Option<Place>) {
-    match place {
-        None => outbound::serve(node, pod, tcp, from).await,
-        Some(place) => inbound::serve(node, pod, tcp, from, place).await,
-    }
 }

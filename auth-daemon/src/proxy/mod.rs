@@ -1,6 +1,7 @@
 //! A connection's life, from the app's `connect` to the last byte: `outbound` on the client's node, `inbound` on
 //! the server's. Nothing of the kernel and nothing of TLS's insides.
 
+mod acceptor;
 pub mod access;
 mod balance;
 mod connections;
@@ -10,6 +11,7 @@ mod opening;
 mod outbound;
 mod plain;
 mod pod;
+mod residents;
 mod revocation;
 mod rules;
 mod same_node;

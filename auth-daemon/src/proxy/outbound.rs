@@ -20,7 +20,7 @@ use super::{
     Node, Pod,
     access::{Direction, Guard, Outcome, Path},
     plain,
-    same_node::{Forbidden, Resident, permit},
+    residents::{Forbidden, Resident, permit},
 };
 use crate::{
     certs::Current,

@@ -13,123 +13,21 @@ use tokio::sync::watch;
 use super::{
     Node, Pod,
     access::{Direction, Finished, Outcome, Path},
+    residents::{Resident, Residents, allows, permit},
     rules::{ByPod, Refused},
 };
 use crate::{
     config,
     datapath::{Closing, Ending, Grant, Side},
-    mesh::{Destination, Identity, ObjectName, Snapshot},
-    policy::{Connection, Denied, admit_source, check_revoked_node},
-    tunnel::trust::{Revocations, Revoked, Trust},
+    mesh::{Identity, ObjectName, Snapshot},
+    policy::Connection,
+    tunnel::trust::{Revocations, Trust},
 };
 
 /// How often the lease is renewed; it holds for a few times that.
 const RENEWAL: Duration = Duration::from_secs(1);
 /// Verdicts taken back of which connections may still be open: so many are remembered, for their lines in the log.
 const REMEMBERED: usize = 16_384;
-
-/// An enrolled pod of this node.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Resident {
-    /// Of its namespace.
-    pub(super) cookie: u64,
-    /// As which it is served.
-    pub(super) identity: Identity,
-    /// Its addresses, the one that it speaks from first in each family.
-    pub(super) addresses: Vec<IpAddr>,
-}
-
-impl Resident {
-    fn address_like(&self, address: IpAddr) -> Option<IpAddr> {
-        self.addresses
-            .iter()
-            .find(|own| own.is_ipv4() == address.is_ipv4())
-            .copied()
-    }
-}
-
-/// The enrolled pods of this node.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Residents {
-    pub(super) by_cookie: HashMap<u64, Arc<Resident>>,
-    pub(super) by_address: HashMap<IpAddr, Arc<Resident>>,
-}
-
-impl Residents {
-    /// What can be said of a connection by its ends alone.
-    fn facts(&self, client_cookie: u64, server_cookie: u64) -> Facts {
-        let identity = |cookie| Some(self.by_cookie.get(&cookie)?.identity.clone());
-        Facts {
-            service: None,
-            client_cookie,
-            client: identity(client_cookie),
-            server_cookie,
-            server: identity(server_cookie),
-            route: None,
-            ended_because: None,
-        }
-    }
-}
-
-/// Why a pod may not talk to another of its node.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Forbidden {
-    #[error("secure naming: it is {}, but may only be {allowed}", server.identity)]
-    Naming {
-        server: Arc<Resident>,
-        allowed: String,
-    },
-    #[error(transparent)]
-    Client(#[from] Denied),
-    #[error(transparent)]
-    Revoked(#[from] Revoked),
-    #[error(transparent)]
-    Policy(#[from] Refused),
-}
-
-/// Whether `client` may talk to `server` when it dials what `destination` is of: the same that both ends of a tunnel ask.
-/// `source` is the address that it is to speak from, `claimed` the one that its app speaks from.
-pub(super) fn permit(
-    snapshot: &Snapshot,
-    revoked: &Revocations,
-    client: &Resident,
-    source: IpAddr,
-    claimed: IpAddr,
-    destination: &Destination,
-    server: &Arc<Resident>,
-) -> Result<(), Forbidden> {
-    for identity in [&client.identity, &server.identity] {
-        revoked.check_identity(identity)?;
-    }
-    check_revoked_node(snapshot, revoked, source)?;
-    if !destination.identities.contains(&server.identity) {
-        return Err(Forbidden::Naming {
-            server: server.clone(),
-            allowed: destination.allowed(),
-        });
-    }
-    Ok(admit_source(snapshot, &client.identity, source, claimed)?)
-}
-
-/// Whether the server's policies say nothing against it.
-fn allows(
-    rules: &ByPod,
-    client: &Identity,
-    source: IpAddr,
-    server_cookie: u64,
-    destination: SocketAddr,
-) -> bool {
-    let connection = Connection {
-        client: Some(client),
-        source,
-        destination,
-    };
-    let verdict = rules.verdict(server_cookie, &connection);
-    // What is to be told of each connection is the daemon's to tell.
-    verdict.is_ok_and(|verdict| {
-        verdict.allowed() && verdict.audits.is_empty() && verdict.dry_run.is_none()
-    })
-}
 
 /// What holds for a client pod and an address, if it can be said once for all connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -151,6 +49,22 @@ struct Facts {
     route: Option<(IpAddr, SocketAddr)>,
     /// Why this daemon has ended the connections, if it has.
     ended_because: Option<String>,
+}
+
+impl Residents {
+    /// What can be said of a connection by its ends alone.
+    fn facts(&self, client_cookie: u64, server_cookie: u64) -> Facts {
+        let identity = |cookie| Some(self.by_cookie.get(&cookie)?.identity.clone());
+        Facts {
+            service: None,
+            client_cookie,
+            client: identity(client_cookie),
+            server_cookie,
+            server: identity(server_cookie),
+            route: None,
+            ended_because: None,
+        }
+    }
 }
 
 /// `None` where the kernel cannot decide alone: no pod of this node, more than one endpoint to choose from, or not
@@ -637,7 +551,8 @@ mod tests {
     use super::*;
     use crate::{
         mesh::{Inventory, Port, Service, TargetPort, Workload},
-        policy::Policies,
+        policy::{Denied, Policies},
+        proxy::residents::Forbidden,
     };
 
     fn name(name: &str) -> ObjectName {

@@ -1,0 +1,132 @@
+//! Takes connections from the pods' listeners and gives them to the workers.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::AbortHandle,
+};
+
+use super::{Node, Pod, Workers, connections::Connections, inbound, outbound};
+use crate::{datapath::sockets::canonical, places::Place};
+
+/// How often a drain looks whether it is over.
+pub(super) const DRAIN_POLL: Duration = Duration::from_millis(20);
+/// After an accept failed for want of something: file descriptors, memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Which of a pod's listeners.
+#[derive(Clone, Copy)]
+pub(super) enum Side {
+    /// For what the pod dials.
+    Outbound,
+    /// For what is dialled in the pod.
+    Inbound,
+}
+
+/// Serves what comes to one of `pod`'s listeners. Aborted, it drops all its connections.
+pub(super) fn accept(
+    node: &Arc<Node>,
+    pod: &Arc<Pod>,
+    workers: &Arc<Workers>,
+    listener: std::net::TcpListener,
+    side: Side,
+) -> AbortHandle {
+    let acceptor = Acceptor {
+        node: node.clone(),
+        pod: pod.clone(),
+        side,
+        workers: workers.clone(),
+        connections: Connections::default(),
+    };
+    let draining = node.draining.subscribe();
+    let watch = async move {
+        match TcpListener::from_std(listener) {
+            Ok(listener) => acceptor.run(listener, draining).await,
+            Err(error) => tracing::error!(%error, "cannot watch a listener"),
+        }
+    };
+    workers.next().runtime.spawn(watch).abort_handle()
+}
+
+/// Takes what comes to one of a pod's listeners. Dropped, it drops all its connections.
+struct Acceptor {
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    side: Side,
+    workers: Arc<Workers>,
+    connections: Connections,
+}
+
+impl Acceptor {
+    /// Accepts until told to drain, then only waits for what is under way.
+    async fn run(self, listener: TcpListener, mut draining: watch::Receiver<bool>) {
+        while !*draining.borrow() {
+            tokio::select! {
+                accepted = listener.accept() => {
+                    if let Err(error) = accepted.and_then(|(tcp, from)| self.take(tcp, from)) {
+                        tracing::warn!(
+                            pod = %self.pod.workload.name, %error, "cannot accept a connection"
+                        );
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                _ = draining.changed() => {}
+            }
+        }
+        drop(listener);
+        while !self.connections.is_empty() {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+    }
+
+    /// Gives a connection to the worker that has the fewest.
+    fn take(&self, tcp: TcpStream, from: SocketAddr) -> io::Result<()> {
+        let from = canonical(from);
+        let place = match self.side {
+            Side::Outbound => None,
+            Side::Inbound => match self.pod.handshakes.admit(from.ip()) {
+                Some(place) => Some(place),
+                None => {
+                    tracing::warn!(
+                        pod = %self.pod.workload.name, client = %from,
+                        "too many handshakes at once; refused"
+                    );
+                    return Ok(());
+                }
+            },
+        };
+        let worker = self.workers.idlest();
+        let load = worker.count();
+        let (node, pod) = (self.node.clone(), self.pod.clone());
+        if worker.is_current() {
+            self.connections.spawn(&worker.runtime, async move {
+                serve(&node, &pod, tcp, from, place).await;
+                drop(load);
+            });
+            return Ok(());
+        }
+        // It wakes the thread whose runtime knows it.
+        let tcp = tcp.into_std()?;
+        let elsewhere = async move {
+            match TcpStream::from_std(tcp) {
+                Ok(tcp) => serve(&node, &pod, tcp, from, place).await,
+                Err(error) => tracing::warn!(
+                    pod = %pod.workload.name, client = %from, %error, "cannot serve a connection"
+                ),
+            }
+            drop(load);
+        };
+        self.connections.spawn(&worker.runtime, elsewhere);
+        Ok(())
+    }
+}
+
+/// One connection: of a pod that calls, or, with a `place` among the handshakes, of one that is called.
+async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Option<Place>) {
+    match place {
+        None => outbound::serve(node, pod, tcp, from).await,
+        Some(place) => inbound::serve(node, pod, tcp, from, place).await,
+    }
+}

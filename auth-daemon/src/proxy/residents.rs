@@ -1,0 +1,102 @@
+//! The enrolled pods of this node, as they are to each other, and whether one may talk to another.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use super::rules::{ByPod, Refused};
+use crate::{
+    mesh::{Destination, Identity, Snapshot},
+    policy::{Connection, Denied, admit_source, check_revoked_node},
+    tunnel::trust::{Revocations, Revoked},
+};
+
+/// An enrolled pod of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Resident {
+    /// Of its namespace.
+    pub(super) cookie: u64,
+    /// As which it is served.
+    pub(super) identity: Identity,
+    /// Its addresses, the one that it speaks from first in each family.
+    pub(super) addresses: Vec<IpAddr>,
+}
+
+impl Resident {
+    /// Its address of the family of `address`.
+    pub(super) fn address_like(&self, address: IpAddr) -> Option<IpAddr> {
+        self.addresses
+            .iter()
+            .find(|own| own.is_ipv4() == address.is_ipv4())
+            .copied()
+    }
+}
+
+/// The enrolled pods of this node.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Residents {
+    pub(super) by_cookie: HashMap<u64, Arc<Resident>>,
+    pub(super) by_address: HashMap<IpAddr, Arc<Resident>>,
+}
+
+/// Why a pod may not talk to another of its node.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Forbidden {
+    #[error("secure naming: it is {}, but may only be {allowed}", server.identity)]
+    Naming {
+        server: Arc<Resident>,
+        allowed: String,
+    },
+    #[error(transparent)]
+    Client(#[from] Denied),
+    #[error(transparent)]
+    Revoked(#[from] Revoked),
+    #[error(transparent)]
+    Policy(#[from] Refused),
+}
+
+/// Whether `client` may talk to `server` when it dials what `destination` is of: the same that both ends of a tunnel ask.
+/// `source` is the address that it is to speak from, `claimed` the one that its app speaks from.
+pub(super) fn permit(
+    snapshot: &Snapshot,
+    revoked: &Revocations,
+    client: &Resident,
+    source: IpAddr,
+    claimed: IpAddr,
+    destination: &Destination,
+    server: &Arc<Resident>,
+) -> Result<(), Forbidden> {
+    for identity in [&client.identity, &server.identity] {
+        revoked.check_identity(identity)?;
+    }
+    check_revoked_node(snapshot, revoked, source)?;
+    if !destination.identities.contains(&server.identity) {
+        return Err(Forbidden::Naming {
+            server: server.clone(),
+            allowed: destination.allowed(),
+        });
+    }
+    Ok(admit_source(snapshot, &client.identity, source, claimed)?)
+}
+
+/// Whether the server's policies say nothing against it.
+pub(super) fn allows(
+    rules: &ByPod,
+    client: &Identity,
+    source: IpAddr,
+    server_cookie: u64,
+    destination: SocketAddr,
+) -> bool {
+    let connection = Connection {
+        client: Some(client),
+        source,
+        destination,
+    };
+    let verdict = rules.verdict(server_cookie, &connection);
+    // What is to be told of each connection is the daemon's to tell.
+    verdict.is_ok_and(|verdict| {
+        verdict.allowed() && verdict.audits.is_empty() && verdict.dry_run.is_none()
+    })
+}
