@@ -38,6 +38,8 @@ use crate::{
 
 /// How long the app waits at most until its connection stands or is refused.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a certificate that is on its way is waited for: less, so that the line in the log says what was missing.
+const CERTIFICATE: Duration = Duration::from_secs(9);
 /// How long an endpoint may take to answer a SYN, while there is another one to try.
 const DIAL: Duration = Duration::from_secs(2);
 /// How long its handshake may take, likewise.
@@ -404,7 +406,7 @@ impl Call<'_> {
         }
         let certificate = pod
             .certificate
-            .obtain(PATIENCE)
+            .obtain(CERTIFICATE)
             .await
             .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
         let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
