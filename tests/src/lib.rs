@@ -88,9 +88,7 @@ pub use app::App;
 pub use builder::MeshBuilder;
 pub use ca::{Ca, CaOptions};
 pub use capture::Capture;
-pub use cluster::{
-    AUTH_DAEMON_IMAGE, Cluster, ClusterNode, Image, TOOLS, auth_daemon_image, libraries,
-};
+pub use cluster::{AUTH_DAEMON_IMAGE, Cluster, ClusterNode, TOOLS, auth_daemon_image};
 pub use daemon::Daemon;
 pub use daemon_options::DaemonOptions;
 pub use eventually::{TIMEOUT, eventually, eventually_ok};

@@ -29,7 +29,6 @@ use crate::wire::Wire;
 
 pub use images::{AUTH_DAEMON_IMAGE, TOOLS, auth_daemon_image};
 pub use node::ClusterNode;
-pub use oci::{Image, libraries};
 
 /// Programs that start one after the other, on a machine that builds meanwhile.
 const START: Duration = Duration::from_secs(180);

@@ -17,7 +17,7 @@ use tar::{Builder, EntryType, Header};
 
 /// What an image holds, and how it is started.
 #[derive(Debug, Clone, Default)]
-pub struct Image {
+pub(super) struct Image {
     entries: BTreeMap<PathBuf, Entry>,
     config: Value,
 }
@@ -31,7 +31,7 @@ enum Entry {
 
 impl Image {
     /// An empty one. `config` is the image's `config` (image-spec, config.md): `Entrypoint`, `Cmd`, `User`, `Env`, …
-    pub fn new(config: Value) -> Self {
+    pub(super) fn new(config: Value) -> Self {
         Self {
             entries: BTreeMap::new(),
             config,
@@ -39,17 +39,21 @@ impl Image {
     }
 
     /// Adds a folder, open to all but for writing; `mode` says otherwise.
-    pub fn folder(&mut self, path: impl Into<PathBuf>, mode: Option<u32>) -> Result<()> {
+    pub(super) fn folder(&mut self, path: impl Into<PathBuf>, mode: Option<u32>) -> Result<()> {
         self.add(path.into(), Entry::Folder(mode.unwrap_or(0o755)))
     }
 
     /// Adds a symbolic link at `path`.
-    pub fn link(&mut self, path: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Result<()> {
+    pub(super) fn link(
+        &mut self,
+        path: impl Into<PathBuf>,
+        target: impl Into<PathBuf>,
+    ) -> Result<()> {
         self.add(path.into(), Entry::Link(target.into()))
     }
 
     /// Adds a program of this machine at `path`, and the shared libraries that it needs where its loader looks for them.
-    pub fn program(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
+    pub(super) fn program(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
         for library in libraries(source)? {
             self.add(library.clone(), Entry::File(library))?;
         }
@@ -74,7 +78,7 @@ impl Image {
 
     /// Writes the archive to `output`, for containerd to import under the name `reference`, such as
     /// `docker.io/library/auth-daemon:0.1.0`. Gives the digest of the image's manifest.
-    pub fn write(&self, reference: &str, output: &Path) -> Result<String> {
+    pub(super) fn write(&self, reference: &str, output: &Path) -> Result<String> {
         let (_, tag) = reference
             .rsplit_once(':')
             .filter(|(_, tag)| !tag.contains('/'))
@@ -165,7 +169,7 @@ impl Image {
 }
 
 /// What `program` loads when it is started, its loader included, as `ldd` says; nothing when it is linked statically.
-pub fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let output = Command::new("ldd")
         .arg(program)
         .env("LC_ALL", "C")
