@@ -125,8 +125,15 @@ fn another_pods_address_is_not_its_identity() -> Result<()> {
         Ok(())
     };
     ip(&format!("addr add {forged}/32 dev lo"))?;
-    let bound = format!("dial --to {to} --bind {forged} --send forged");
-    stage.other.app(&bound)?.failure(TIMEOUT)?;
+    let bound = format!("dial --to {to} --bind {forged}");
+    // The daemon takes it, and goes no further.
+    stage.other.app(&bound)?.finish(TIMEOUT)?;
+    stage
+        .daemon
+        .wait_for_access("the refusal", TIMEOUT, |line| {
+            let reason = line["reason"].as_str().unwrap_or_default();
+            reason.contains(&format!("says that it is {forged}"))
+        })?;
     ip(&format!(
         "route add {}/32 via 10.77.1.1 src {forged} onlink dev eth0",
         to.ip()
