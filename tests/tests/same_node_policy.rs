@@ -3,8 +3,6 @@
 #[path = "common/neighbours.rs"]
 mod neighbours;
 
-use std::time::Duration;
-
 use mesh_tests::{Context, Result, TIMEOUT, eventually_ok};
 use serde_json::{Value, json};
 
@@ -102,55 +100,4 @@ fn a_restart_under_a_policy_ends_only_what_it_denies() -> Result<()> {
     let ended = allowed.event("failed", TIMEOUT)?;
     assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
     Ok(())
-}
-
-#[test]
-fn another_pods_address_is_not_its_identity() -> Result<()> {
-    let stage = Neighbours::start()?;
-    let server = stage.web.app("echo-server --port 8080")?.listening()?;
-    let to = stage.web.at(8080);
-    let forged = stage.client.ipv4();
-    // Allowed by identity and, for who believes in addresses, by address.
-    let mut rules = policy("ALLOW", "client");
-    rules["spec"]["rules"][0]["from"] = json!([{"source": {
-        "principals": ["cluster.local/ns/default/sa/client"], "ipBlocks": [forged.to_string()],
-    }}]);
-    stage.mesh.manifests().apply(&rules)?;
-    stage.decide(to)?;
-    let heard = server.events_of("accepted").len();
-    // By its own address it is refused; with the client's (CAP_NET_ADMIN), too, whether it binds it or is routed by it.
-    refused(&stage.other, to)?;
-    let ip = |arguments: &str| -> Result<()> {
-        stage.other.run("ip", arguments.split(' '))?.ok()?;
-        Ok(())
-    };
-    ip(&format!("addr add {forged}/32 dev lo"))?;
-    let bound = format!("dial --to {to} --bind {forged}");
-    // The daemon takes it, and goes no further.
-    stage.other.app(&bound)?.finish(TIMEOUT)?;
-    stage
-        .daemon
-        .wait_for_access("the refusal", TIMEOUT, |line| {
-            let reason = line["reason"].as_str().unwrap_or_default();
-            reason.contains(&format!("says that it is {forged}"))
-        })?;
-    ip(&format!(
-        "route add {}/32 via 10.77.1.1 src {forged} onlink dev eth0",
-        to.ip()
-    ))?;
-    let routed = stage
-        .other
-        .app(&format!("dial --to {to} --send forged"))?
-        .finish(Duration::from_millis(1500));
-    assert!(
-        routed.is_err() || !routed?.status.success(),
-        "it was answered"
-    );
-    // Past the connect hooks, straight at the app's port.
-    let mut stream = stage.other.place().connect(to)?;
-    let said = std::io::Write::write_all(&mut stream, b"forged")
-        .and_then(|()| std::io::Read::read(&mut stream, &mut [0; 64]));
-    assert!(!matches!(said, Ok(1..)), "it was answered");
-    assert_eq!(server.events_of("accepted").len(), heard, "nothing arrived");
-    echo(&stage.client, to).map(drop)
 }
