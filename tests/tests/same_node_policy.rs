@@ -3,6 +3,8 @@
 #[path = "common/neighbours.rs"]
 mod neighbours;
 
+use std::time::Duration;
+
 use mesh_tests::{Context, Result, TIMEOUT, eventually_ok};
 use serde_json::{Value, json};
 
@@ -100,4 +102,53 @@ fn a_restart_under_a_policy_ends_only_what_it_denies() -> Result<()> {
     let ended = allowed.event("failed", TIMEOUT)?;
     assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
     Ok(())
+}
+
+#[test]
+fn another_pods_address_is_not_its_identity() -> Result<()> {
+    let stage = Neighbours::start()?;
+    let server = stage.web.app("echo-server --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    let forged = stage.client.ipv4();
+    // Allowed by identity and, for who believes in addresses, by address.
+    let mut rules = policy("ALLOW", "client");
+    rules["spec"]["rules"][0]["from"] = json!([{"source": {
+        "principals": ["cluster.local/ns/default/sa/client"], "ipBlocks": [forged.to_string()],
+    }}]);
+    stage.mesh.manifests().apply(&rules)?;
+    eventually_ok(TIMEOUT, "the policy", || refused(&stage.other, to))?;
+    stage.decide(to)?;
+    let heard = server.events_of("accepted").len();
+    let start = stage.daemon.log_position();
+
+    // A pod with CAP_NET_ADMIN takes the client's address. Bound to it, it gets as far as the daemon.
+    let ip = |arguments: &str| -> Result<()> {
+        stage.other.run("ip", arguments.split(' '))?.ok()?;
+        Ok(())
+    };
+    ip(&format!("addr add {forged}/32 dev lo"))?;
+    let bound = format!("dial --to {to} --bind {forged}");
+    stage.other.app(&bound)?.failure(TIMEOUT)?;
+    let claim = format!("says that it is {forged}");
+    stage
+        .daemon
+        .wait_for_log_after(start, "the refusal", TIMEOUT, |line| {
+            let reason = line["reason"].as_str().unwrap_or_default();
+            line["result"] == "refused" && reason.contains(&claim)
+        })?;
+    // Routed by it, and past the connect hooks straight to the app's port: what answers there is, goes to the client.
+    ip(&format!(
+        "route add {}/32 via 10.77.1.1 src {forged} onlink dev eth0",
+        to.ip()
+    ))?;
+    let dial = format!("dial --to {to} --send forged");
+    let routed = stage.other.app(&dial)?.finish(Duration::from_millis(1500));
+    assert!(!routed.is_ok_and(|ended| ended.status.success()));
+    let past = stage
+        .other
+        .enter(|| std::net::TcpStream::connect_timeout(&to, Duration::from_millis(1500)))?;
+    assert!(past.is_err(), "{past:?}");
+    assert_eq!(server.events_of("accepted").len(), heard, "nothing arrived");
+    // Who it belongs to is served as before.
+    echo(&stage.client, to).map(drop)
 }
