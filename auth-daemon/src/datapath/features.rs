@@ -17,8 +17,8 @@ pub struct Finding {
     pub detail: String,
 }
 
-/// The oldest kernel that has every feature: `bpf_get_netns_cookie` in sockops came with 5.15.
-const OLDEST: (u32, u32) = (5, 15);
+/// The oldest kernel that has every feature. Distributions carry some back to older ones, so a program that loads says more.
+const OLDEST: (u32, u32) = (5, 17);
 
 /// Capabilities that the daemon uses, by number (capability.h).
 const CAPABILITIES: [(u32, &str, &str); 5] = [
@@ -76,16 +76,37 @@ pub fn check(cgroup: Option<&Path>, pins: &Path) -> Vec<Finding> {
                     )
                 }),
         ),
-        outcome(
-            "eBPF programs",
-            try_load()
-                .map(|()| {
-                    "connect, getpeername, getsockname, sock_create, sockops and sk_lookup load and verify"
-                        .to_owned()
-                })
-                .map_err(|error| anyhow::anyhow!("{}", with_causes(&error))),
-        ),
+        programs(),
     ]
+}
+
+fn programs() -> Finding {
+    let refused = try_load();
+    Finding {
+        name: "eBPF programs",
+        ok: refused.is_empty(),
+        detail: if refused.is_empty() {
+            "connect, getpeername, getsockname, sock_create, sockops and sk_lookup load and verify"
+                .to_owned()
+        } else {
+            let refused: Vec<_> = refused
+                .iter()
+                .map(|error| ends(&with_causes(error)))
+                .collect();
+            refused.join("; ")
+        },
+    }
+}
+
+/// The first line of a text and its last. Between them the verifier tells its whole way through the program.
+fn ends(text: &str) -> String {
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or_default();
+    // After what it objects to it says how much work that was.
+    match lines.rfind(|line| !line.starts_with("processed ")) {
+        Some(last) => format!("{first} … {last}"),
+        None => first.to_owned(),
+    }
 }
 
 fn kernel_version() -> Finding {
@@ -102,7 +123,7 @@ fn kernel_version() -> Finding {
             release
         } else {
             format!(
-                "{release} is older than {}.{}, which brought bpf_get_netns_cookie to sockops; upgrade the node",
+                "{release} is too old: ingress_ifindex in sk_lookup came with Linux {}.{}; upgrade the node",
                 OLDEST.0, OLDEST.1
             )
         },
@@ -173,4 +194,20 @@ fn with_causes(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_verifiers_story_the_ends_are_told() {
+        let story = "refused: Verifier output: 0: (bf) r6 = r1\n1: (61) r1 = *(u32 *)(r6 +64)\n\
+            invalid bpf_context access off=64 size=4\nprocessed 2 insns (limit 1000000)\n\n";
+        assert_eq!(
+            ends(story),
+            "refused: Verifier output: 0: (bf) r6 = r1 … invalid bpf_context access off=64 size=4"
+        );
+        assert_eq!(ends("one line"), "one line");
+    }
 }

@@ -98,7 +98,10 @@ pub enum KernelError {
     #[error("cannot load the eBPF programs: {0}; `auth-daemon check` says what this kernel lacks")]
     Load(#[from] aya::EbpfError),
     /// The kernel refused one program.
-    #[error("eBPF program {program}: {error}; `auth-daemon check` says what this kernel lacks")]
+    #[error(
+        "this kernel refuses the eBPF program {program}, which needs {}: {error}",
+        needs(program)
+    )]
     Program {
         /// Its name.
         program: String,
@@ -460,19 +463,39 @@ impl Kernel {
     }
 }
 
-/// Loads and verifies the programs without attaching or pinning any, then drops them.
-pub(super) fn try_load() -> Result<(), KernelError> {
-    let mut ebpf = EbpfLoader::new().load(OBJECT)?;
-    for name in CGROUP_PROGRAMS {
-        let program: &mut CgroupSockAddr = program(&mut ebpf, name)?;
-        program.load().map_err(program_error(name))?;
+/// Loads and verifies the programs without attaching or pinning any, then drops them. Gives what the kernel refused.
+pub(super) fn try_load() -> Vec<KernelError> {
+    let mut ebpf = match EbpfLoader::new().load(OBJECT) {
+        Ok(ebpf) => ebpf,
+        Err(error) => return vec![error.into()],
+    };
+    let names =
+        CGROUP_PROGRAMS
+            .into_iter()
+            .chain([SOCK_OPS_PROGRAM, SOCK_PROGRAM, INBOUND_PROGRAM]);
+    names
+        .filter_map(|name| try_load_one(&mut ebpf, name).err())
+        .collect()
+}
+
+fn try_load_one(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
+    let loaded = match name {
+        SOCK_OPS_PROGRAM => program::<SockOps>(ebpf, name)?.load(),
+        SOCK_PROGRAM => program::<CgroupSock>(ebpf, name)?.load(),
+        INBOUND_PROGRAM => program::<SkLookup>(ebpf, name)?.load(),
+        _ => program::<CgroupSockAddr>(ebpf, name)?.load(),
+    };
+    loaded.map_err(program_error(name))
+}
+
+/// What a program asks of the kernel, the youngest of it.
+fn needs(program: &str) -> &'static str {
+    match program {
+        INBOUND_PROGRAM => "ingress_ifindex in sk_lookup, which came with Linux 5.17",
+        SOCK_OPS_PROGRAM => "bpf_get_netns_cookie in sockops, which came with Linux 5.15",
+        SOCK_PROGRAM => "ring buffers and cgroup/sock_create, which came with Linux 5.8",
+        _ => "cgroup/getpeername, getsockname and socket storage there, which came with Linux 5.8",
     }
-    let sock_ops: &mut SockOps = program(&mut ebpf, SOCK_OPS_PROGRAM)?;
-    sock_ops.load().map_err(program_error(SOCK_OPS_PROGRAM))?;
-    let sock: &mut CgroupSock = program(&mut ebpf, SOCK_PROGRAM)?;
-    sock.load().map_err(program_error(SOCK_PROGRAM))?;
-    let inbound: &mut SkLookup = program(&mut ebpf, INBOUND_PROGRAM)?;
-    inbound.load().map_err(program_error(INBOUND_PROGRAM))
 }
 
 /// Entries of the pods map that is pinned below `folder`, if one is.
