@@ -80,6 +80,8 @@ mod sockets;
 mod spec;
 mod status;
 mod tls_records;
+mod tree;
+pub mod vm;
 mod wire;
 
 pub use anyhow::{Context, Error, Result};
@@ -116,4 +118,5 @@ pub use status::{
     CertificateStatus, ConnectionStatus, KernelStatus, PodStatus, PoolStatus, Status,
 };
 pub use tls_records::{NotTls, TlsRecord, tls_records};
+pub use tree::FileTree;
 pub use wire::Wire;

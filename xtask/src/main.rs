@@ -18,6 +18,7 @@ mod setup;
 mod step;
 mod test;
 mod toolchain;
+mod vm_test;
 
 use std::process::ExitCode;
 
@@ -47,6 +48,8 @@ enum Command {
     Image(image::Arguments),
     /// Show deploy/ on a real Kubernetes of two nodes on this machine; `test` runs the same
     KubeTest(kube_test::Arguments),
+    /// Run the redirection and traffic tests on other kernels, in virtual machines
+    VmTest(vm_test::Arguments),
     /// Put deploy/ on a cluster of kind, for those who have it
     #[command(subcommand)]
     Kind(kind::Action),
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Image(arguments) => image::run(&arguments),
         Command::KubeTest(arguments) => kube_test::run(&arguments),
+        Command::VmTest(arguments) => vm_test::run(&arguments),
         Command::Kind(action) => kind::act(&action),
         Command::Setup => setup::run().map(|()| kubernetes::ensure_or_say()),
         Command::Kubernetes => kubernetes::ensure(),

@@ -12,8 +12,20 @@ use crate::step::{self, step, which};
 /// # Errors
 /// When something is missing and cannot be installed from here: the message names it.
 pub(crate) fn run() -> Result<()> {
-    let missing: Vec<Program> = PROGRAMS
-        .into_iter()
+    ensure(&PROGRAMS)
+}
+
+/// Installs what virtual machines are made with, where it is missing.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn for_machines() -> Result<()> {
+    ensure(&FOR_MACHINES)
+}
+
+fn ensure(programs: &[Program]) -> Result<()> {
+    let missing: Vec<&Program> = programs
+        .iter()
         .filter(|program| which(program.command).is_none())
         .collect();
     if missing.is_empty() {
@@ -58,6 +70,25 @@ struct Program {
     command: &'static str,
     package: &'static str,
 }
+
+const FOR_MACHINES: [Program; 4] = [
+    Program {
+        command: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+    },
+    Program {
+        command: "depmod",
+        package: "kmod",
+    },
+    Program {
+        command: "modprobe",
+        package: "kmod",
+    },
+    Program {
+        command: "ping",
+        package: "iputils-ping",
+    },
+];
 
 const PROGRAMS: [Program; 12] = [
     Program {

@@ -121,7 +121,7 @@ fn watch(mut command: Command) -> Result<(bool, Summary)> {
 
 /// What became of the tests, read from what cargo and libtest print.
 #[derive(Debug, Default)]
-struct Summary {
+pub(crate) struct Summary {
     /// The test program that is running.
     program: String,
     /// Each program's closing line.
@@ -137,7 +137,7 @@ struct Summary {
 
 impl Summary {
     /// Takes one line of output, and tells whether it is worth showing.
-    fn line(&mut self, line: &str) -> bool {
+    pub(crate) fn line(&mut self, line: &str) -> bool {
         if let Some(program) = line
             .trim_start()
             .strip_prefix("Running ")
@@ -192,12 +192,29 @@ impl Summary {
         for test in &self.failures {
             text += &format!("FAILED {test}\n");
         }
-        // A skipped test has passed in libtest's eyes.
-        let passed = self.passed.saturating_sub(self.skipped.len());
+        let passed = self.passed();
         let (failed, skipped, ignored) = (self.failed, self.skipped.len(), self.ignored);
         text + &format!(
             "tests: {passed} passed, {failed} failed, {skipped} skipped, {ignored} ignored\n"
         )
+    }
+
+    /// How many did what they are there for: a skipped test has passed in libtest's eyes.
+    pub(crate) fn passed(&self) -> usize {
+        self.passed.saturating_sub(self.skipped.len())
+    }
+
+    /// The names of tests that failed.
+    pub(crate) fn failed_tests(&self) -> Vec<String> {
+        self.failures.iter().cloned().collect()
+    }
+
+    /// Tests that were skipped, and why.
+    pub(crate) fn skipped_tests(&self) -> Vec<String> {
+        let skipped = self.skipped.iter();
+        skipped
+            .map(|(test, reason)| format!("{test}: {reason}"))
+            .collect()
     }
 
     fn failures(&self) -> String {

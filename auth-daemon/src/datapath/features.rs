@@ -103,7 +103,8 @@ fn ends(text: &str) -> String {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let first = lines.next().unwrap_or_default();
     // After what it objects to it says how much work that was.
-    match lines.rfind(|line| !line.starts_with("processed ")) {
+    let work = ["processed ", "stack depth ", "verification time "];
+    match lines.rfind(|line| !work.iter().any(|word| line.starts_with(word))) {
         Some(last) => format!("{first} … {last}"),
         None => first.to_owned(),
     }
@@ -203,7 +204,7 @@ mod tests {
     #[test]
     fn of_a_verifiers_story_the_ends_are_told() {
         let story = "refused: Verifier output: 0: (bf) r6 = r1\n1: (61) r1 = *(u32 *)(r6 +64)\n\
-            invalid bpf_context access off=64 size=4\nprocessed 2 insns (limit 1000000)\n\n";
+            invalid bpf_context access off=64 size=4\nprocessed 2 insns (limit 1000000)\nstack depth 0+0\n\n";
         assert_eq!(
             ends(story),
             "refused: Verifier output: 0: (bf) r6 = r1 … invalid bpf_context access off=64 size=4"

@@ -41,6 +41,7 @@ pub fn auth_daemon_image(program: &Path, reference: &str, output: &Path) -> Resu
         },
     }));
     let written = image
+        .files
         .program("/usr/bin/auth-daemon", &stripped)
         .and_then(|()| image.write(reference, output));
     let _ = fs::remove_file(&stripped);
@@ -53,16 +54,18 @@ pub(super) fn tools(folder: &Path) -> Result<PathBuf> {
         "Cmd": ["/bin/sleep", "2147483647"],
         "Env": ["PATH=/usr/bin:/bin"],
     }));
-    image.folder("/tmp", Some(0o1777))?;
+    image.files.folder("/tmp", Some(0o1777))?;
     let busybox = find("busybox")?;
-    image.program("/bin/busybox", &busybox)?;
+    image.files.program("/bin/busybox", &busybox)?;
     let mut command = Command::new(&busybox);
     command.arg("--list");
     let applets = Process::spawn(command)?.finish(super::START)?.ok()?.stdout;
     for applet in applets.lines().filter(|applet| *applet != "busybox") {
-        image.link(Path::new("/bin").join(applet), "busybox")?;
+        image
+            .files
+            .link(Path::new("/bin").join(applet), "busybox")?;
     }
-    image.program("/usr/bin/curl", &find("curl")?)?;
+    image.files.program("/usr/bin/curl", &find("curl")?)?;
     let archive = folder.join("tools.tar");
     image.write(TOOLS, &archive)?;
     Ok(archive)
@@ -71,8 +74,8 @@ pub(super) fn tools(folder: &Path) -> Result<PathBuf> {
 /// The image [`PAUSE`].
 pub(super) fn pause(folder: &Path) -> Result<PathBuf> {
     let mut image = Image::new(json!({"Cmd": ["/bin/sleep", "2147483647"]}));
-    image.program("/bin/busybox", &find("busybox")?)?;
-    image.link("/bin/sleep", "busybox")?;
+    image.files.program("/bin/busybox", &find("busybox")?)?;
+    image.files.link("/bin/sleep", "busybox")?;
     let archive = folder.join("pause.tar");
     image.write(PAUSE, &archive)?;
     Ok(archive)

@@ -4,76 +4,32 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Component, Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use aws_lc_rs::digest;
 use serde_json::{Value, json};
 use tar::{Builder, EntryType, Header};
 
+use crate::tree::{Entry, FileTree, read_file};
+
 /// What an image holds, and how it is started.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Image {
-    entries: BTreeMap<PathBuf, Entry>,
+    /// Its files: the only layer.
+    pub(super) files: FileTree,
     config: Value,
-}
-
-#[derive(Debug, Clone)]
-enum Entry {
-    Folder(u32),
-    File(PathBuf),
-    Link(PathBuf),
 }
 
 impl Image {
     /// An empty one. `config` is the image's `config` (image-spec, config.md): `Entrypoint`, `Cmd`, `User`, `Env`, …
     pub(super) fn new(config: Value) -> Self {
         Self {
-            entries: BTreeMap::new(),
+            files: FileTree::default(),
             config,
         }
-    }
-
-    /// Adds a folder, open to all but for writing; `mode` says otherwise.
-    pub(super) fn folder(&mut self, path: impl Into<PathBuf>, mode: Option<u32>) -> Result<()> {
-        self.add(path.into(), Entry::Folder(mode.unwrap_or(0o755)))
-    }
-
-    /// Adds a symbolic link at `path`.
-    pub(super) fn link(
-        &mut self,
-        path: impl Into<PathBuf>,
-        target: impl Into<PathBuf>,
-    ) -> Result<()> {
-        self.add(path.into(), Entry::Link(target.into()))
-    }
-
-    /// Adds a program of this machine at `path`, and the shared libraries that it needs where its loader looks for them.
-    pub(super) fn program(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
-        for library in libraries(source)? {
-            self.add(library.clone(), Entry::File(library))?;
-        }
-        self.add(path.into(), Entry::File(source.to_owned()))
-    }
-
-    fn add(&mut self, path: PathBuf, entry: Entry) -> Result<()> {
-        let plain = path.is_absolute()
-            && path.file_name().is_some()
-            && path
-                .components()
-                .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-        ensure!(plain, "{}: is no plain absolute path", path.display());
-        for above in path.ancestors().skip(1) {
-            if above.file_name().is_some() && !self.entries.contains_key(above) {
-                self.entries.insert(above.to_owned(), Entry::Folder(0o755));
-            }
-        }
-        self.entries.insert(path, entry);
-        Ok(())
     }
 
     /// Writes the archive to `output`, for containerd to import under the name `reference`, such as
@@ -142,7 +98,7 @@ impl Image {
     /// The image's only layer. In memory: the largest program in it is some tens of megabytes.
     fn layer(&self) -> Result<Vec<u8>> {
         let mut layer = Builder::new(Vec::new());
-        for (path, entry) in &self.entries {
+        for (path, entry) in self.files.entries() {
             let name = path.strip_prefix("/").unwrap_or(path);
             let added = match entry {
                 Entry::Folder(mode) => {
@@ -153,52 +109,14 @@ impl Image {
                     let mut header = header(EntryType::Symlink, 0o777, 0);
                     layer.append_link(&mut header, name, target)
                 }
-                Entry::File(source) => fs::metadata(source).and_then(|metadata| {
-                    let mode = if metadata.permissions().mode() & 0o111 == 0 {
-                        0o644
-                    } else {
-                        0o755
-                    };
-                    append(&mut layer, name, mode, &fs::read(source)?)
-                }),
+                Entry::Bytes(bytes) => append(&mut layer, name, 0o644, bytes),
+                Entry::File(source) => read_file(source)
+                    .and_then(|(mode, content)| append(&mut layer, name, mode, &content)),
             };
             added.with_context(|| format!("adding {}", path.display()))?;
         }
         layer.into_inner().context("ending the layer")
     }
-}
-
-/// What `program` loads when it is started, its loader included, as `ldd` says; nothing when it is linked statically.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd")
-        .arg(program)
-        .env("LC_ALL", "C")
-        .output()
-        .context("cannot run `ldd`")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        if complaint.contains("not a dynamic executable") || said.contains("not a dynamic") {
-            return Ok(Vec::new());
-        }
-        bail!("`ldd {}`: {}", program.display(), complaint.trim());
-    }
-    parse_ldd(&said).with_context(|| format!("`ldd {}`", program.display()))
-}
-
-fn parse_ldd(said: &str) -> Result<Vec<PathBuf>> {
-    let mut libraries = Vec::new();
-    for line in said.lines() {
-        let what = line.split(" (0x").next().unwrap_or(line).trim();
-        let path = what.split_once(" => ").map_or(what, |(_, path)| path);
-        if path.starts_with('/') {
-            libraries.push(PathBuf::from(path));
-        } else if path == "not found" {
-            bail!("a library is missing: {what}");
-        }
-        // Else the kernel's own, linux-vdso, which is no file; or "statically linked".
-    }
-    Ok(libraries)
 }
 
 fn append(
@@ -248,6 +166,7 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::io::Read;
 
     fn read(archive: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -266,9 +185,10 @@ mod tests {
         let folder = env::temp_dir().join(format!("oci-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let mut image = Image::new(json!({"Entrypoint": ["/usr/bin/x"]}));
-        image.folder("/tmp", Some(0o1777)).unwrap();
-        image.link("/bin", "usr/bin").unwrap();
+        image.files.folder("/tmp", Some(0o1777)).unwrap();
+        image.files.link("/bin", "usr/bin").unwrap();
         image
+            .files
             .program("/usr/bin/x", &env::current_exe().unwrap())
             .unwrap();
         let (one, other) = (folder.join("one.tar"), folder.join("other.tar"));
@@ -321,28 +241,8 @@ mod tests {
     }
 
     #[test]
-    fn ldd_names_the_libraries() {
-        let said = "\tlinux-vdso.so.1 (0x00007ffd)\n\
-            \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
-            \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
-        let expected = [
-            "/lib/x86_64-linux-gnu/libc.so.6",
-            "/lib64/ld-linux-x86-64.so.2",
-        ];
-        assert_eq!(parse_ldd(said).unwrap(), expected.map(PathBuf::from));
-        assert_eq!(
-            parse_ldd("\tstatically linked\n").unwrap(),
-            Vec::<PathBuf>::new()
-        );
-        assert!(parse_ldd("\tlibx.so => not found\n").is_err());
-    }
-
-    #[test]
-    fn only_plain_paths_and_tagged_names() {
-        let mut image = Image::new(Value::Null);
-        for path in ["etc", "/etc/../x", "/"] {
-            assert!(image.folder(path, None).is_err(), "{path}");
-        }
+    fn only_tagged_names() {
+        let image = Image::new(Value::Null);
         for name in ["x", "localhost:5000/x"] {
             assert!(
                 image.write(name, Path::new("/nonexistent/x")).is_err(),

@@ -1,0 +1,284 @@
+//! Files for another machine's root: an image's layer, a virtual machine's memory.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Paths and what lies there. Folders above a path come with it.
+#[derive(Debug, Clone, Default)]
+pub struct FileTree {
+    entries: BTreeMap<PathBuf, Entry>,
+}
+
+/// What lies at a path.
+#[derive(Debug, Clone)]
+pub(crate) enum Entry {
+    /// A folder with this mode.
+    Folder(u32),
+    /// A copy of this file.
+    File(PathBuf),
+    /// A file with these bytes that nobody executes.
+    Bytes(Vec<u8>),
+    /// A symbolic link to this.
+    Link(PathBuf),
+}
+
+impl FileTree {
+    /// Adds a folder, open to all but for writing; `mode` says otherwise.
+    ///
+    /// # Errors
+    /// When the path is not absolute and plain.
+    pub fn folder(&mut self, path: impl Into<PathBuf>, mode: Option<u32>) -> Result<()> {
+        self.add(path.into(), Entry::Folder(mode.unwrap_or(0o755)))
+    }
+
+    /// Adds a symbolic link at `path`. What is added below it later lies where it leads.
+    ///
+    /// # Errors
+    /// When the path is not absolute and plain.
+    pub fn link(&mut self, path: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Result<()> {
+        self.add(path.into(), Entry::Link(target.into()))
+    }
+
+    /// Adds a copy of a file of this machine.
+    ///
+    /// # Errors
+    /// When the path is not absolute and plain.
+    pub fn file(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
+        self.add(path.into(), Entry::File(source.to_owned()))
+    }
+
+    /// Adds a file with these bytes.
+    ///
+    /// # Errors
+    /// When the path is not absolute and plain.
+    pub fn bytes(&mut self, path: impl Into<PathBuf>, bytes: Vec<u8>) -> Result<()> {
+        self.add(path.into(), Entry::Bytes(bytes))
+    }
+
+    /// Adds a folder of this machine with all that is in it. Links are kept as links.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn copy(&mut self, path: &Path, source: &Path) -> Result<()> {
+        let reading = || format!("reading {}", source.display());
+        for entry in fs::read_dir(source).with_context(reading)? {
+            let entry = entry.with_context(reading)?;
+            let (here, there) = (entry.path(), path.join(entry.file_name()));
+            let kind = entry.file_type().with_context(reading)?;
+            if kind.is_dir() {
+                self.copy(&there, &here)?;
+            } else if kind.is_symlink() {
+                self.link(there, fs::read_link(&here).with_context(reading)?)?;
+            } else if kind.is_file() {
+                self.file(there, &here)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a program of this machine at `path`, and the shared libraries that it needs where its loader looks for them.
+    ///
+    /// # Errors
+    /// When one of its libraries is missing.
+    pub fn program(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
+        for library in libraries(source)? {
+            self.add(library.clone(), Entry::File(library))?;
+        }
+        self.file(path, source)
+    }
+
+    /// All of it, folders before what they hold.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&Path, &Entry)> {
+        self.entries.iter().map(|(path, entry)| (&**path, entry))
+    }
+
+    /// Writes it as the kernel takes its first root file system (cpio "newc", Documentation/driver-api/early-userspace).
+    ///
+    /// # Errors
+    /// When a file cannot be read, or `output` not be written.
+    pub fn write_initramfs(&self, mut output: impl Write) -> Result<()> {
+        for (path, entry) in self.entries() {
+            let name = path.strip_prefix("/").unwrap_or(path);
+            let (mode, content) = match entry {
+                Entry::Folder(mode) => (0o040_000 | mode, Vec::new()),
+                Entry::Link(target) => (0o120_777, target.as_os_str().as_encoded_bytes().to_vec()),
+                Entry::Bytes(bytes) => (0o100_644, bytes.clone()),
+                Entry::File(source) => read_file(source)
+                    .map(|(mode, content)| (0o100_000 | mode, content))
+                    .with_context(|| format!("reading {}", source.display()))?,
+            };
+            let size = u32::try_from(content.len())
+                .with_context(|| format!("{} is too large", path.display()))?;
+            let mut file = cpio::newc::Builder::new(&name.to_string_lossy())
+                .mode(mode)
+                .nlink(1)
+                .write(&mut output, size);
+            file.write_all(&content)
+                .and_then(|()| file.finish().map(drop))
+                .with_context(|| format!("adding {}", path.display()))?;
+        }
+        cpio::newc::trailer(output).context("ending the archive")?;
+        Ok(())
+    }
+
+    fn add(&mut self, path: PathBuf, entry: Entry) -> Result<()> {
+        let plain = path.is_absolute()
+            && path.file_name().is_some()
+            && path
+                .components()
+                .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        ensure!(plain, "{}: is no plain absolute path", path.display());
+        let path = self.resolved(&path)?;
+        for above in path.ancestors().skip(1) {
+            if above.file_name().is_some() && !self.entries.contains_key(above) {
+                self.entries.insert(above.to_owned(), Entry::Folder(0o755));
+            }
+        }
+        self.entries.insert(path, entry);
+        Ok(())
+    }
+
+    /// Where a path leads, when a folder above it is a link: `/lib/x` is `/usr/lib/x` on most machines of today.
+    fn resolved(&self, path: &Path) -> Result<PathBuf> {
+        let mut resolved = PathBuf::from("/");
+        let mut links = 0;
+        let mut parts = path.components().skip(1).peekable();
+        while let Some(part) = parts.next() {
+            resolved.push(part);
+            while parts.peek().is_some()
+                && let Some(Entry::Link(target)) = self.entries.get(&resolved)
+            {
+                links += 1;
+                ensure!(links <= 40, "{}: too many links", path.display());
+                ensure!(
+                    target.components().all(|part| part != Component::ParentDir),
+                    "{}: leads through a link to {}",
+                    path.display(),
+                    target.display()
+                );
+                resolved.pop();
+                resolved.push(target);
+            }
+        }
+        Ok(resolved)
+    }
+}
+
+/// A file's permissions, as 755 or 644, and its bytes.
+pub(crate) fn read_file(path: &Path) -> io::Result<(u32, Vec<u8>)> {
+    let mut file = fs::File::open(path)?;
+    let executable = file.metadata()?.permissions().mode() & 0o111 != 0;
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    Ok((if executable { 0o755 } else { 0o644 }, content))
+}
+
+/// What `program` loads when it is started, its loader included, as `ldd` says; nothing when it is linked statically.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd")
+        .arg(program)
+        .env("LC_ALL", "C")
+        .output()
+        .context("cannot run `ldd`")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        if complaint.contains("not a dynamic executable") || said.contains("not a dynamic") {
+            return Ok(Vec::new());
+        }
+        bail!("`ldd {}`: {}", program.display(), complaint.trim());
+    }
+    parse_ldd(&said).with_context(|| format!("`ldd {}`", program.display()))
+}
+
+fn parse_ldd(said: &str) -> Result<Vec<PathBuf>> {
+    let mut libraries = Vec::new();
+    for line in said.lines() {
+        let what = line.split(" (0x").next().unwrap_or(line).trim();
+        let path = what.split_once(" => ").map_or(what, |(_, path)| path);
+        if path.starts_with('/') {
+            libraries.push(PathBuf::from(path));
+        } else if path == "not found" {
+            bail!("a library is missing: {what}");
+        }
+        // Else the kernel's own, linux-vdso, which is no file; or "statically linked".
+    }
+    Ok(libraries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::env;
+
+    #[test]
+    fn ldd_names_the_libraries() {
+        let said = "\tlinux-vdso.so.1 (0x00007ffd)\n\
+            \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
+            \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
+        let expected = [
+            "/lib/x86_64-linux-gnu/libc.so.6",
+            "/lib64/ld-linux-x86-64.so.2",
+        ];
+        assert_eq!(parse_ldd(said).unwrap(), expected.map(PathBuf::from));
+        assert_eq!(
+            parse_ldd("\tstatically linked\n").unwrap(),
+            Vec::<PathBuf>::new()
+        );
+        assert!(parse_ldd("\tlibx.so => not found\n").is_err());
+    }
+
+    #[test]
+    fn what_lies_below_a_link_lies_where_it_leads() {
+        let mut tree = FileTree::default();
+        tree.link("/lib", "usr/lib").unwrap();
+        tree.bytes("/lib/x/y", b"z".to_vec()).unwrap();
+        let paths: Vec<_> = tree.entries().map(|(path, _)| path.to_owned()).collect();
+        let expected = ["/lib", "/usr", "/usr/lib", "/usr/lib/x", "/usr/lib/x/y"];
+        assert_eq!(paths, expected.map(PathBuf::from));
+
+        tree.link("/up", "../x").unwrap();
+        tree.link("/round", "round").unwrap();
+        for path in ["etc", "/etc/../x", "/", "/up/x", "/round/x"] {
+            assert!(tree.folder(path, None).is_err(), "{path}");
+        }
+    }
+
+    #[test]
+    fn an_initramfs_holds_the_files() {
+        let mut tree = FileTree::default();
+        tree.folder("/tmp", Some(0o1777)).unwrap();
+        tree.link("/bin", "usr/bin").unwrap();
+        tree.program("/bin/x", &env::current_exe().unwrap())
+            .unwrap();
+        tree.bytes("/etc/plan", b"go".to_vec()).unwrap();
+        let mut archive = Vec::new();
+        tree.write_initramfs(&mut archive).unwrap();
+
+        let mut found = BTreeMap::new();
+        let mut rest = archive.as_slice();
+        loop {
+            let mut file = cpio::newc::Reader::new(rest).unwrap();
+            if file.entry().is_trailer() {
+                break;
+            }
+            let (name, mode) = (file.entry().name().to_owned(), file.entry().mode());
+            let mut content = Vec::new();
+            file.read_to_end(&mut content).unwrap();
+            rest = file.finish().unwrap();
+            found.insert(name, (mode, content));
+        }
+        assert_eq!(found["tmp"].0, 0o041_777);
+        assert_eq!(found["bin"], (0o120_777, b"usr/bin".to_vec()));
+        assert_eq!(found["etc/plan"], (0o100_644, b"go".to_vec()));
+        assert_eq!(found["usr/bin/x"].0, 0o100_755);
+        assert!(found["usr/bin/x"].1.starts_with(b"\x7fELF"));
+        assert!(found.keys().any(|name| name.contains("libc.so")));
+    }
+}

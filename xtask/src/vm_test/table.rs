@@ -1,0 +1,195 @@
+//! Kernel × feature × result, for people and for docs/KERNELS.md.
+
+use std::fmt::{self, Write};
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+
+use super::machine::Accelerator;
+use crate::step::workspace;
+
+/// What came of a feature's tests on a kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Cell {
+    /// Tests that passed.
+    pub(super) passed: usize,
+    /// Those that did not, each with what is known of it.
+    pub(super) failures: Vec<String>,
+    /// Those that cannot run there.
+    pub(super) skipped: Vec<String>,
+}
+
+impl Cell {
+    pub(super) fn passed(passed: usize) -> Self {
+        Self {
+            passed,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn failed(why: String) -> Self {
+        Self {
+            failures: vec![why],
+            ..Self::default()
+        }
+    }
+
+    /// With the program's name before each failure.
+    pub(super) fn named(mut self, name: &str) -> Self {
+        for text in self.failures.iter_mut().chain(&mut self.skipped) {
+            *text = format!("{name}: {text}");
+        }
+        self
+    }
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.passed, self.failures.len(), self.skipped.len()) {
+            (0, 0, 0) => f.write_str("–"),
+            (passed, 0, 0) => write!(f, "{passed} passed"),
+            (passed, 0, skipped) => write!(f, "{passed} passed, {skipped} skipped"),
+            (passed, failed, _) => write!(f, "{failed} FAILED, {passed} passed"),
+        }
+    }
+}
+
+/// A kernel's results.
+#[derive(Debug)]
+pub(super) struct Column {
+    kernel: &'static str,
+    release: String,
+    accelerator: Accelerator,
+    cells: Vec<(&'static str, Cell)>,
+}
+
+impl Column {
+    pub(super) fn new(kernel: &'static str, release: &str, accelerator: Accelerator) -> Self {
+        Self {
+            kernel,
+            release: release.to_owned(),
+            accelerator,
+            cells: Vec::new(),
+        }
+    }
+
+    /// Has a row of this title, without any result yet.
+    pub(super) fn row(&mut self, title: &'static str) -> &mut Cell {
+        let at = self.cells.iter().position(|(known, _)| *known == title);
+        let at = at.unwrap_or_else(|| {
+            self.cells.push((title, Cell::default()));
+            self.cells.len() - 1
+        });
+        &mut self.cells[at].1
+    }
+
+    pub(super) fn add(&mut self, title: &'static str, more: Cell) {
+        let cell = self.row(title);
+        cell.passed += more.passed;
+        cell.failures.extend(more.failures);
+        cell.skipped.extend(more.skipped);
+    }
+
+    /// All that failed.
+    pub(super) fn failures(&self) -> Vec<String> {
+        let failures = self.cells.iter().flat_map(|(_, cell)| &cell.failures);
+        failures
+            .map(|failure| format!("{}: {failure}", self.kernel))
+            .collect()
+    }
+
+    fn cell(&self, title: &str) -> String {
+        self.cells
+            .iter()
+            .find(|(known, _)| *known == title)
+            .map_or_else(|| Cell::default().to_string(), |(_, cell)| cell.to_string())
+    }
+}
+
+/// The table, in Markdown.
+pub(super) fn text(columns: &[Column]) -> String {
+    let mut titles: Vec<&str> = Vec::new();
+    for (title, _) in columns.iter().flat_map(|column| &column.cells) {
+        if !titles.contains(title) {
+            titles.push(title);
+        }
+    }
+    let mut text = String::from("| |");
+    for column in columns {
+        let _ = write!(text, " {} |", column.release);
+    }
+    text += "\n|---|";
+    text += &"---|".repeat(columns.len());
+    for title in titles {
+        let _ = write!(text, "\n| {title} |");
+        for column in columns {
+            let _ = write!(text, " {} |", column.cell(title));
+        }
+    }
+    text += "\n| Run by |";
+    for column in columns {
+        let _ = write!(text, " {} |", column.accelerator);
+    }
+    for column in columns {
+        for (_, cell) in &column.cells {
+            for skipped in &cell.skipped {
+                let _ = write!(text, "\n\nSkipped on {}: {skipped}", column.release);
+            }
+        }
+    }
+    text
+}
+
+const BEGIN: &str = "<!-- Written by `cargo xtask vm-test --save`. -->";
+const END: &str = "<!-- Up to here. -->";
+
+/// Puts the table into docs/KERNELS.md, in place of the one that is there.
+pub(super) fn save(columns: &[Column]) -> Result<()> {
+    let path = workspace().join("docs/KERNELS.md");
+    let page = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let page = with_table(&page, &text(columns))?;
+    fs::write(&path, page).with_context(|| format!("writing {}", path.display()))
+}
+
+fn with_table(page: &str, table: &str) -> Result<String> {
+    let (before, rest) = page
+        .split_once(BEGIN)
+        .context("docs/KERNELS.md has no place for the table")?;
+    let (_, after) = rest
+        .split_once(END)
+        .context("docs/KERNELS.md has no end of the table")?;
+    ensure!(!after.contains(BEGIN), "docs/KERNELS.md has two tables");
+    Ok(format!("{before}{BEGIN}\n\n{table}\n\n{END}{after}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_has_a_row_for_all_that_any_kernel_ran() {
+        let mut old = Column::new("5.10", "5.10.0-32-amd64", Accelerator::Tcg);
+        old.add("refused", Cell::passed(2));
+        let mut new = Column::new("6.1", "6.1.0-50-amd64", Accelerator::Tcg);
+        new.add("demo", Cell::passed(21));
+        new.add("demo", Cell::failed("no".into()).named("x"));
+        let text = text(&[old, new]);
+        assert!(text.starts_with("| | 5.10.0-32-amd64 | 6.1.0-50-amd64 |\n|---|---|---|\n"));
+        assert!(text.contains("\n| refused | 2 passed | – |\n| demo | – | 1 FAILED, 21 passed |"));
+    }
+
+    #[test]
+    fn a_page_keeps_what_is_around_its_table() {
+        let page = format!("a\n{BEGIN}\nold\n{END}\nb\n");
+        let page = with_table(&page, "new").unwrap();
+        assert_eq!(page, format!("a\n{BEGIN}\n\nnew\n\n{END}\nb\n"));
+        assert!(with_table("a", "new").is_err());
+    }
+
+    #[test]
+    fn what_failed_is_named_with_its_kernel() {
+        let mut column = Column::new("6.1", "6.1.0-50-amd64", Accelerator::Tcg);
+        column.add("demo", Cell::failed("no".into()).named("demo"));
+        assert_eq!(column.failures(), ["6.1: demo: no"]);
+    }
+}
