@@ -1,5 +1,7 @@
 //! Kubernetes objects into the mesh's model. One vocabulary and one parser, whatever source they come from.
 
+mod slice;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -13,9 +15,13 @@ use serde_json::Value;
 
 use crate::{
     kubernetes::objects,
-    mesh::{Identity, Membership, ObjectName, Port, Service, TargetPort, TrustDomain, Workload},
+    mesh::{
+        Identity, Membership, ObjectName, Port, Service, Slice, TargetPort, TrustDomain, Workload,
+    },
     policy,
 };
+
+pub use slice::slice;
 
 /// Says where a pod's network namespace is, for sources that have no container runtime to ask.
 pub const NETNS_ANNOTATION: &str = "auth-daemon.io/netns";
@@ -32,6 +38,8 @@ pub enum Object {
     Pod(Arc<Workload>),
     /// A service with virtual addresses.
     Service(Arc<Service>),
+    /// Endpoints of a service that selects no pods.
+    Slice(Arc<Slice>),
     /// What a namespace says of its pods' membership.
     Namespace(Option<Membership>),
     /// An AuthorizationPolicy or PeerAuthentication, readable or not.
@@ -44,13 +52,14 @@ impl Object {
         match self {
             Self::Pod(_) => "Pod",
             Self::Service(_) => "Service",
+            Self::Slice(_) => "EndpointSlice",
             Self::Namespace(_) => "Namespace",
             Self::Policy(policy) => policy.kind().as_str(),
         }
     }
 }
 
-/// Reads one document: a Pod, Service, Namespace, ServiceAccount, a policy, or a List of them.
+/// Reads one document: a Pod, Service, EndpointSlice, Namespace, ServiceAccount, a policy, or a List of them.
 ///
 /// Objects of other kinds are passed over: a folder may hold more than the mesh needs. Errors name the object and the
 /// field.
@@ -85,6 +94,10 @@ pub fn read(
                 service(read, trust_domain),
             )
         }
+        ("discovery.k8s.io/v1", "EndpointSlice") => {
+            let read: objects::EndpointSlice = typed(document)?;
+            named("EndpointSlice", &read.metadata.clone(), slice(read))
+        }
         ("v1", "Namespace") => {
             let read: objects::Namespace = typed(document)?;
             let name = ObjectName {
@@ -109,6 +122,7 @@ pub fn read(
             "List"
             | "PodList"
             | "ServiceList"
+            | "EndpointSliceList"
             | "NamespaceList"
             | "ServiceAccountList"
             | "AuthorizationPolicyList"
@@ -339,6 +353,7 @@ pub fn service(
             Some(IntOrString::String(target)) => TargetPort::Name(target),
         };
         ports.push(Port {
+            name: port.name.unwrap_or_default(),
             port: number,
             target,
         });

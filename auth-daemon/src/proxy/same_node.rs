@@ -89,8 +89,9 @@ fn decide(
         return None;
     }
     // A pod that has become another one is not served as that yet.
-    let is_current = endpoint.workload.identity == server.identity
-        && snapshot.pod(source)?.identity == client.identity;
+    let endpoint = endpoint.workload.as_ref()?;
+    let is_current =
+        endpoint.identity == server.identity && snapshot.pod(source)?.identity == client.identity;
     if !is_current
         || permit(
             snapshot,
@@ -580,6 +581,7 @@ mod tests {
         Service {
             addresses: vec!["10.96.0.7".parse().unwrap()],
             ports: vec![Port {
+                name: String::new(),
                 port: 80,
                 target: TargetPort::Number(8080),
             }],
