@@ -22,7 +22,7 @@ use crate::{
     ca::{Issuer, client::GrpcIssuer, embedded::EmbeddedCa},
     certs::Certificates,
     config::{CaSource, Config, Discovery, Log, LogFormat},
-    datapath::{Kernel, KernelError, PinLock, mounts, unload},
+    datapath::{Kernel, KernelError, PinLock, features, host, mounts, unload},
     discovery::{self, Sink},
     kubernetes,
     mesh::{Published, Registry},
@@ -45,6 +45,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     start_log(&config.log)?;
     raise_file_limit();
 
+    check_privileges(&config)?;
     mounts::ensure_sysctls()?;
     mounts::ensure_bpffs(&config.pins)?;
     let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
@@ -103,6 +104,23 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Refuses to start where no pod could be enrolled, and says what is missing: all of it at once.
+fn check_privileges(config: &Config) -> anyhow::Result<()> {
+    let mut faults = Vec::new();
+    let capabilities = features::capabilities();
+    if !capabilities.ok {
+        faults.push(format!("capabilities: {}", capabilities.detail));
+    }
+    if matches!(config.discovery, Discovery::Kubernetes { .. }) && kubernetes::is_pod() {
+        let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
+        faults.extend(host::blind_spots(&cgroup));
+    }
+    if faults.is_empty() {
+        return Ok(());
+    }
+    anyhow::bail!("this node's pods cannot be served: {}", faults.join("; "))
 }
 
 /// Takes everything out of the kernel. Returns how many pods were enrolled.

@@ -5,6 +5,7 @@ mod containers;
 pub mod features;
 mod first_socket;
 mod flows;
+pub mod host;
 mod kernel;
 pub mod mounts;
 mod netns;

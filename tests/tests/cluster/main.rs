@@ -20,7 +20,7 @@ use crate::stage::Stage;
 type Step = fn(&Stage) -> Result<()>;
 
 /// What is shown, in this order: each step goes on from the cluster that the one before has left.
-const STEPS: [(&str, Step); 17] = [
+const STEPS: [(&str, Step); 18] = [
     (
         "one of two CA replicas leads, and the service finds it",
         ca::one_leads,
@@ -51,6 +51,10 @@ const STEPS: [(&str, Step); 17] = [
     (
         "a wrong label and a wrong configuration are named",
         changes::mistakes_are_named,
+    ),
+    (
+        "a daemon that could serve no pod says what it lacks",
+        changes::what_a_daemon_lacks_is_named,
     ),
     (
         "a Deployment scaled 1 to 20 to 0 loses no request",
