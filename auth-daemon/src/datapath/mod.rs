@@ -9,6 +9,7 @@ pub mod host;
 mod kernel;
 pub mod mounts;
 mod netns;
+mod pin_lock;
 mod plumbing;
 mod pods;
 mod processes;
@@ -18,8 +19,9 @@ pub mod unload;
 
 pub use containers::{NoPodUid, PodUid};
 pub use first_socket::FirstSockets;
-pub use kernel::{Kernel, KernelError, PinLock};
+pub use kernel::{Kernel, KernelError};
 pub use netns::Netns;
+pub use pin_lock::PinLock;
 pub use pods::{EnrolError, Enrolled, forget_others, open_netns};
 pub use processes::{Scan, Whereabouts, find};
 pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};
