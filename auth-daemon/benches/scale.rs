@@ -202,6 +202,7 @@ fn service(number: u32) -> Service {
     Service {
         addresses: vec![[10, 96, high(number), low(number)].into()],
         ports: vec![Port {
+            name: String::new(),
             port: 80,
             target: TargetPort::Name("http".into()),
         }],

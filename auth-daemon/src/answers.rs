@@ -1,6 +1,12 @@
 //! HTTP for those who only ask: short answers, to so many at once, each within a time.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use axum::{Router, http::header::CONTENT_TYPE, response::IntoResponse};
 use hyper_util::{
@@ -9,7 +15,12 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use prometheus_client::{encoding::text::encode, registry::Registry};
-use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::Semaphore,
+    time::timeout,
+};
 
 /// Who asks at once; others are closed on.
 const AT_ONCE: usize = 64;
@@ -29,8 +40,33 @@ pub(crate) fn open_metrics(registry: &Registry) -> impl IntoResponse + use<> {
     ([(CONTENT_TYPE, kind)], text)
 }
 
+/// Where requests come from.
+pub(crate) trait Listener {
+    /// What they come by.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// Takes the next one.
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Self::Stream>>;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<TcpStream>> {
+        Self::poll_accept(self, context).map_ok(|(stream, _)| stream)
+    }
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<UnixStream>> {
+        Self::poll_accept(self, context).map_ok(|(stream, _)| stream)
+    }
+}
+
 /// Answers by `routes`, one request a connection, for ever.
-pub(crate) async fn answer(listener: TcpListener, routes: Router) {
+pub(crate) async fn answer(listener: impl Listener, routes: Router) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
     let mut http = Builder::new(TokioExecutor::new());
     http.http1()
@@ -39,8 +75,8 @@ pub(crate) async fn answer(listener: TcpListener, routes: Router) {
         .keep_alive(false);
     let http = http.http1_only();
     loop {
-        let tcp = match listener.accept().await {
-            Ok((tcp, _)) => tcp,
+        let stream = match poll_fn(|context| listener.poll_accept(context)).await {
+            Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a request");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -55,7 +91,7 @@ pub(crate) async fn answer(listener: TcpListener, routes: Router) {
             // Who asks badly, or slowly, gets no answer.
             let _ = timeout(
                 CONNECTION,
-                http.serve_connection(TokioIo::new(tcp), service),
+                http.serve_connection(TokioIo::new(stream), service),
             )
             .await;
             drop(place);

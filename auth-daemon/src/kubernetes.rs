@@ -58,6 +58,11 @@ pub async fn connect() -> Result<Client, NoCluster> {
     client(config)
 }
 
+/// Whether [`connect`] takes this process for a pod.
+pub fn is_pod() -> bool {
+    env::var_os("KUBECONFIG").is_none()
+}
+
 /// A client of the API server that `config` names. Fails where that server's certificate would not be checked.
 pub fn client(mut config: Config) -> Result<Client, NoCluster> {
     // kube builds its TLS from the process's default. The first one to be set counts: it has to be this.

@@ -223,6 +223,8 @@ impl Kubernetes {
                         "--endpoint-reconciler-type=none",
                     ])
                     .arg("--authorization-mode=RBAC")
+                    // Definitions may have that group's later versions, which this one has not.
+                    .arg("--runtime-config=discovery.k8s.io/v1beta1=false")
                     // It would ask for Secrets with tokens, which a controller makes.
                     .arg("--disable-admission-plugins=ServiceAccount"),
                 Site::Cluster(_) => command

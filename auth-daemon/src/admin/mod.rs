@@ -1,20 +1,26 @@
 //! What an operator asks a running daemon: is it ready, and what is it doing. HTTP on the node's loopback.
 
+mod health;
 mod metrics;
+
+pub use health::{HEALTH_SOCKET, Health, LIVE, READY};
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
     sync::{Arc, PoisonError},
 };
 
 use axum::{
     Json, Router,
     extract::State,
-    http::StatusCode,
     routing::{get, post},
 };
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{
+    net::{TcpListener, UnixListener},
+    time::{Duration, Instant, sleep},
+};
 
 use crate::{
     answers::answer,
@@ -62,22 +68,41 @@ async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
+/// Opens the listeners, which a daemon before this one lets go of as it ends: waits for that up to `patience`.
+pub async fn bind_after_another(patience: Duration) -> anyhow::Result<Listeners> {
+    let start = Instant::now();
+    loop {
+        match bind().await {
+            Err(_) if start.elapsed() < patience => sleep(Duration::from_millis(10)).await,
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Opens [`HEALTH_SOCKET`].
+pub fn bind_health() -> anyhow::Result<UnixListener> {
+    health::bind(Path::new(HEALTH_SOCKET))
+        .map_err(|error| anyhow::anyhow!("cannot listen on {HEALTH_SOCKET}: {error}"))
+}
+
+/// Tells how the daemon is, until the runtime ends.
+pub async fn serve_health(listener: UnixListener, health: Arc<Health>) {
+    health::serve(listener, health).await;
+}
+
 /// Answers until the runtime ends.
-pub async fn serve(node: Arc<Node>, listeners: Listeners) {
+pub async fn serve(node: Arc<Node>, health: Arc<Health>, listeners: Listeners) {
     let status_routes = Router::new()
         .route("/status", get(status))
         .route("/policy/check", post(check_policy))
         .route("/policy/list", post(list_policies))
-        .with_state(node.clone());
-    let ready_routes = Router::new()
-        .route("/healthz/ready", get(ready))
         .with_state(node.clone());
     let metrics_routes = Router::new()
         .route("/metrics", get(metrics::metrics))
         .with_state(node);
     tokio::join!(
         answer(listeners.admin, status_routes),
-        answer(listeners.readiness, ready_routes),
+        answer(listeners.readiness, health::routes(health)),
         answer(listeners.metrics, metrics_routes)
     );
 }
@@ -102,17 +127,6 @@ fn known(node: &Node) -> Known {
         pods: snapshot.workloads().cloned().collect(),
         services: snapshot.services().cloned().collect(),
         policies: node.policies.current(),
-    }
-}
-
-async fn ready(State(node): State<Arc<Node>>) -> (StatusCode, &'static str) {
-    if node.is_ready() {
-        (StatusCode::OK, "ready\n")
-    } else {
-        (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "not ready: pods are being enrolled, or the daemon is draining\n",
-        )
     }
 }
 

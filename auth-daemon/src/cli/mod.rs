@@ -3,7 +3,9 @@
 mod ca;
 mod check;
 mod policy;
+pub(crate) mod probe;
 mod run;
+mod stand_by;
 mod status;
 mod unload;
 
@@ -27,6 +29,8 @@ enum Command {
     Ca(ca::Arguments),
     /// Say whether this machine has what the daemon needs.
     Check(check::Arguments),
+    /// Ask the daemon that runs in this container how it is, for the kubelet.
+    Probe(probe::Arguments),
     /// Show what the daemon on this node is doing.
     Status(status::Arguments),
     /// Say who may call whom, and why, from manifests alone.
@@ -42,6 +46,7 @@ impl Cli {
             Command::Run(arguments) => run::run(&arguments),
             Command::Ca(arguments) => ca::ca(arguments),
             Command::Check(arguments) => check::check(&arguments),
+            Command::Probe(arguments) => probe::probe(&arguments),
             Command::Status(arguments) => status::status(&arguments),
             Command::Policy(arguments) => return Ok(policy::policy(&arguments)),
             Command::Unload(arguments) => unload::unload(&arguments),

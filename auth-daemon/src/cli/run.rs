@@ -18,17 +18,19 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    admin,
+    admin::{self, Health},
     ca::{Issuer, client::GrpcIssuer, embedded::EmbeddedCa},
     certs::Certificates,
     config::{CaSource, Config, Discovery, Log, LogFormat},
-    datapath::{Kernel, KernelError, PinLock, mounts, unload},
+    datapath::{Kernel, KernelError, PinLock, features, host, mounts, unload},
     discovery::{self, Sink},
     kubernetes,
     mesh::{Published, Registry},
     policy::Policies,
     proxy::{Enrolment, Node, Workers},
 };
+
+use super::stand_by::{EarlyCertificates, stand_by};
 
 /// How long the threads that have ended may still hold what they had.
 const LAST_BREATH: Duration = Duration::from_secs(5);
@@ -38,6 +40,9 @@ pub(super) struct Arguments {
     /// The configuration file.
     #[arg(long)]
     config: PathBuf,
+    /// Where another daemon serves this node, wait for its end and take over, rather than fail.
+    #[arg(long)]
+    stand_by: bool,
 }
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -45,10 +50,14 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     start_log(&config.log)?;
     raise_file_limit();
 
+    check_privileges(&config)?;
     mounts::ensure_sysctls()?;
     mounts::ensure_bpffs(&config.pins)?;
     let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
-    let lock = PinLock::take(&config.pins)?;
+    let lock = match PinLock::take(&config.pins) {
+        Err(KernelError::Locked(_)) if arguments.stand_by => None,
+        lock => Some(lock?),
+    };
     let pins = config.pins.clone();
 
     // Connections have threads to themselves; discovery, certificates and admin share this one.
@@ -59,27 +68,26 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .build()
         .context("cannot start the control runtime")?;
     let removed = control.block_on(async {
-        let listeners = admin::bind().await?;
-        let issuer = issuer(&config)?;
+        let listeners = match lock {
+            Some(_) => Some(admin::bind().await?),
+            None => None,
+        };
+        let certificates = Certificates::new(issuer(&config)?);
         let registry = Arc::new(Registry::new());
         let policies = Arc::new(Published::holding(Policies::compile(
             config.policy.clone(),
             [],
         )));
+        let health = Arc::new(Health::new(workers.pulse(), registry.clone()));
+        if arguments.stand_by {
+            tokio::spawn(admin::serve_health(admin::bind_health()?, health.clone()));
+        }
         let sink = Sink {
             registry: registry.clone(),
             policies: Some(policies.clone()),
         };
         let (follow, removed) = follow(&config, sink).await?;
-        let kernel = Kernel::load(lock, &cgroup).map_err(with_causes)?;
-        tracing::info!(
-            node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
-            cgroup = %cgroup.display(), pins = %config.pins.display(), "daemon started"
-        );
-        let certificates = Certificates::new(issuer);
-        let node = Arc::new(Node::new(config, registry, policies, kernel, certificates));
         tokio::spawn(follow);
-        tokio::spawn(admin::serve(node.clone(), listeners));
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(async move {
             if let Err(error) = asked_to_stop().await {
@@ -87,9 +95,39 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             }
             stop.send_replace(true);
         });
-        Enrolment::new(node, Arc::new(workers)).run(stopped).await;
-        anyhow::Ok(removed.is_some_and(|removed| *removed.borrow()))
+        let mut early = EarlyCertificates::default();
+        let lock = match lock {
+            Some(lock) => lock,
+            None => {
+                health.stand_by();
+                let known = (&*registry, &certificates, config.node_name.as_str());
+                match stand_by(&pins, known, &mut early, stopped.clone()).await? {
+                    Some(lock) => lock,
+                    None => return Ok(None),
+                }
+            }
+        };
+        let kernel = Kernel::load(lock, &cgroup).map_err(with_causes)?;
+        tracing::info!(
+            node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
+            cgroup = %cgroup.display(), pins = %config.pins.display(), "daemon started"
+        );
+        let node = Arc::new(Node::new(config, registry, policies, kernel, certificates));
+        health.serve(node.clone());
+        tokio::spawn(answer(node.clone(), health, listeners));
+        tokio::spawn(early.hand_over(node.clone()));
+        Enrolment::new(node.clone(), Arc::new(workers))
+            .run(stopped)
+            .await;
+        if node.kernel.has_let_go() {
+            return Ok(None);
+        }
+        anyhow::Ok(Some(removed.is_some_and(|removed| *removed.borrow())))
     })?;
+    let Some(removed) = removed else {
+        tracing::info!("daemon stopped; another one serves this node");
+        return Ok(());
+    };
     if removed {
         drop(control);
         let pods = take_back(&pins)?;
@@ -103,6 +141,38 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Answers operators. The ports may be another daemon's still, which has connections to end.
+async fn answer(node: Arc<Node>, health: Arc<Health>, listeners: Option<admin::Listeners>) {
+    let listeners = match listeners {
+        Some(listeners) => listeners,
+        None => match admin::bind_after_another(node.config.drain + LAST_BREATH).await {
+            Ok(listeners) => listeners,
+            Err(error) => {
+                tracing::error!(%error, "there is no status, and there are no metrics");
+                return;
+            }
+        },
+    };
+    admin::serve(node, health, listeners).await;
+}
+
+/// Refuses to start where no pod could be enrolled, and says what is missing: all of it at once.
+fn check_privileges(config: &Config) -> anyhow::Result<()> {
+    let mut faults = Vec::new();
+    let capabilities = features::capabilities();
+    if !capabilities.ok {
+        faults.push(format!("capabilities: {}", capabilities.detail));
+    }
+    if matches!(config.discovery, Discovery::Kubernetes { .. }) && kubernetes::is_pod() {
+        let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
+        faults.extend(host::blind_spots(&cgroup));
+    }
+    if faults.is_empty() {
+        return Ok(());
+    }
+    anyhow::bail!("this node's pods cannot be served: {}", faults.join("; "))
 }
 
 /// Takes everything out of the kernel. Returns how many pods were enrolled.

@@ -131,7 +131,8 @@ fn kernel_version() -> Finding {
     }
 }
 
-fn capabilities() -> Finding {
+/// Whether this process may do what it has to.
+pub fn capabilities() -> Finding {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status
         .lines()

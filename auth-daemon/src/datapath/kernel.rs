@@ -29,9 +29,8 @@ use aya::{
     },
 };
 use ipnet::IpNet;
-use nix::fcntl::{Flock, FlockArg};
 
-use super::{FirstSockets, Netns, SameNode};
+use super::{FirstSockets, Netns, PinLock, SameNode};
 
 /// The compiled programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF_OBJECT"));
@@ -121,38 +120,6 @@ pub enum KernelError {
     Missing(String),
 }
 
-/// Shows that this process alone handles the pins in a folder. The kernel drops it with the process.
-#[derive(Debug)]
-pub struct PinLock {
-    _lock: Flock<File>,
-    folder: PathBuf,
-}
-
-impl PinLock {
-    /// Takes the lock on `pins`, making the folder if there is none.
-    pub fn take(pins: &Path) -> Result<Self, KernelError> {
-        let pin = |error| KernelError::Pin {
-            path: pins.to_owned(),
-            error,
-        };
-        fs::create_dir_all(pins).map_err(pin)?;
-        let file = File::open(pins).map_err(pin)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self {
-                _lock: lock,
-                folder: pins.to_owned(),
-            }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(KernelError::Locked(pins.to_owned())),
-            Err((_, error)) => Err(pin(error.into())),
-        }
-    }
-
-    /// The folder that is locked.
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-}
-
 /// The loaded programs and their maps.
 pub struct Kernel {
     pins: PathBuf,
@@ -165,7 +132,8 @@ pub struct Kernel {
     first_sockets: Mutex<Option<RingBuf<MapData>>>,
     /// Connections between two pods of this node.
     pub same_node: SameNode,
-    _lock: PinLock,
+    /// `None`: let go of.
+    lock: Mutex<Option<PinLock>>,
 }
 
 struct SkLookupProgram(Ebpf);
@@ -286,8 +254,23 @@ impl Kernel {
             first_sockets: Mutex::new(Some(first_sockets)),
             same_node,
             pins,
-            _lock: lock,
+            lock: Mutex::new(Some(lock)),
         })
+    }
+
+    /// Whether another daemon waits for this one to let go of the pins.
+    pub fn is_awaited(&self) -> bool {
+        lock(&self.lock).as_ref().is_some_and(PinLock::is_awaited)
+    }
+
+    /// Lets go of the pins: from now on they are another daemon's.
+    pub fn let_go(&self) {
+        lock(&self.lock).take();
+    }
+
+    /// Whether the pins are another daemon's.
+    pub fn has_let_go(&self) -> bool {
+        lock(&self.lock).is_none()
     }
 
     /// Netns cookies of the pods that are enrolled, with their entries; those of a daemon before this one, too.

@@ -102,6 +102,7 @@ impl Source {
                         edit.service(service.clone());
                         services += 1;
                     }
+                    Object::Slice(slice) => edit.slice(slice.clone()),
                     Object::Namespace(membership) => edit.namespace(&name.name, *membership),
                     Object::Policy(policy) => policies.push(policy.clone()),
                 }

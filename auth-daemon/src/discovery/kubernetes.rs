@@ -89,6 +89,7 @@ enum Kind {
     Namespace,
     Pod,
     Service,
+    Slice,
     Policy(api::Kind),
 }
 
@@ -98,6 +99,7 @@ impl Kind {
             Self::Namespace => "namespaces",
             Self::Pod => "pods",
             Self::Service => "services",
+            Self::Slice => "endpointslices",
             Self::Policy(api::Kind::Authorization) => "authorizationpolicies",
             Self::Policy(api::Kind::Peer) => "peerauthentications",
         }
@@ -120,48 +122,86 @@ fn watches(client: &Client, settings: &Settings, policies: bool) -> Vec<Watch> {
             Kind::Service,
             move |read| manifest::service(read, &services),
         ));
+        watches.push(watch_if_served(
+            client,
+            Kind::Slice,
+            (SLICES_GROUP, &SLICES_VERSIONS),
+            |client, _| {
+                let config = watcher::Config::default().labels(OWN_SLICES);
+                watched_by(Api::all(client), Kind::Slice, config, manifest::slice)
+            },
+        ));
     }
     if policies {
-        watches.extend(POLICIES.map(|kind| policy_watch(client, kind)));
+        watches.extend(POLICIES.map(|kind| {
+            let (group, here) = (api::GROUP, Kind::Policy(kind));
+            watch_if_served(
+                client,
+                here,
+                (group, &api::VERSIONS),
+                move |client, version| policies_of(client, kind, version),
+            )
+        }));
     }
     watches
 }
 
 const POLICIES: [api::Kind; 2] = [api::Kind::Authorization, api::Kind::Peer];
 
-fn policy_watch(client: &Client, kind: api::Kind) -> Watch {
-    let (events, watch) = mpsc::channel(64);
-    tokio::spawn(follow_policies(client.clone(), kind, events));
-    ReceiverStream::new(watch).boxed()
-}
+/// Endpoint slices, and those of them that count: of services that select pods, the pods themselves tell more, and sooner.
+const SLICES_GROUP: &str = "discovery.k8s.io";
+const SLICES_VERSIONS: [&str; 1] = ["v1"];
+const OWN_SLICES: &str = "endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io";
 
-/// Follows the policies of a kind. A cluster that does not have the kind has none, and is asked again now and then.
-async fn follow_policies(client: Client, kind: api::Kind, events: mpsc::Sender<(Kind, Event)>) {
-    let here = Kind::Policy(kind);
-    let (mut failures, mut absent) = (0, false);
-    let version = loop {
-        match served(&client, api::GROUP, &api::VERSIONS, here.plural()).await {
-            Ok(Some(version)) => break version,
-            Ok(None) => {
-                if !std::mem::replace(&mut absent, true) {
-                    tracing::info!(
-                        "the cluster does not have the kind {kind}: there are no such policies"
-                    );
-                    for event in [Event::Init, Event::InitDone] {
-                        if events.send((here, event)).await.is_err() {
-                            return;
+/// Follows the objects of a kind. A cluster that does not have the kind, in one of these versions of its group, has none of
+/// them, and is asked again now and then.
+fn watch_if_served(
+    client: &Client,
+    kind: Kind,
+    (group, versions): (&'static str, &'static [&'static str]),
+    watch: impl FnOnce(Client, &'static str) -> Watch + Send + 'static,
+) -> Watch {
+    let (events, watched) = mpsc::channel(64);
+    let client = client.clone();
+    tokio::spawn(async move {
+        let (mut failures, mut absent) = (0, false);
+        let version = loop {
+            match served(&client, group, versions, kind.plural()).await {
+                Ok(Some(version)) => break version,
+                Ok(None) => {
+                    if !std::mem::replace(&mut absent, true) {
+                        tracing::info!(
+                            "the cluster does not have {}.{group} in {}: there are none",
+                            kind.plural(),
+                            versions.join(" or ")
+                        );
+                        for event in [Event::Init, Event::InitDone] {
+                            if events.send((kind, event)).await.is_err() {
+                                return;
+                            }
                         }
                     }
+                    sleep(ABSENT).await;
                 }
-                sleep(ABSENT).await;
+                Err(fault) => {
+                    tracing::error!(%fault, "cannot ask whether there are {}", kind.plural());
+                    sleep(backoff::pause(RETRY, ABSENT, failures, rand::random())).await;
+                    failures += 1;
+                }
             }
-            Err(fault) => {
-                tracing::error!(%fault, "cannot ask whether there are {}", here.plural());
-                sleep(backoff::pause(RETRY, ABSENT, failures, rand::random())).await;
-                failures += 1;
+        };
+        let mut watch = watch(client, version);
+        while let Some(event) = watch.next().await {
+            if events.send(event).await.is_err() {
+                return;
             }
         }
-    };
+    });
+    ReceiverStream::new(watched).boxed()
+}
+
+fn policies_of(client: Client, kind: api::Kind, version: &str) -> Watch {
+    let here = Kind::Policy(kind);
     let resource = ApiResource {
         group: api::GROUP.into(),
         version: version.into(),
@@ -170,19 +210,14 @@ async fn follow_policies(client: Client, kind: api::Kind, events: mpsc::Sender<(
         plural: here.plural().into(),
     };
     let api = Api::<objects::Custom>::all_with(client, &resource);
-    let mut watch = watched(api, here, move |read| {
+    watched(api, here, move |read| {
         let mut document = read.content;
         // Items of a list may leave out what the list already says.
         document["apiVersion"] = resource.api_version.as_str().into();
         document["kind"] = resource.kind.as_str().into();
         let policy = api::Object::read(&document).map(Arc::new);
         Ok(policy.map(Object::Policy))
-    });
-    while let Some(event) = watch.next().await {
-        if events.send(event).await.is_err() {
-            return;
-        }
-    }
+    })
 }
 
 /// A pod whose label cannot be read is what it would be without: a slip of the pen takes nobody out of the mesh.
@@ -223,12 +258,24 @@ fn watched<K>(
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
+    watched_by(api, kind, watcher::Config::default(), parse)
+}
+
+fn watched_by<K>(
+    api: Api<K>,
+    kind: Kind,
+    config: watcher::Config,
+    parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
+) -> Watch
+where
+    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+{
     let seen = move |object: K| Seen {
         name: name(&object),
         uid: object.uid().unwrap_or_default(),
         object: parse(object),
     };
-    let events = follow(api, watcher::Config::default(), kind.plural());
+    let events = follow(api, config, kind.plural());
     events
         .map(move |event| {
             let event = match event {
@@ -285,7 +332,7 @@ impl Known {
         }
         let mut kinds = vec![Kind::Pod];
         if settings.services {
-            kinds.extend([Kind::Namespace, Kind::Service]);
+            kinds.extend([Kind::Namespace, Kind::Service, Kind::Slice]);
         }
         if policies {
             kinds.extend(POLICIES.map(Kind::Policy));
@@ -373,6 +420,7 @@ impl Known {
                 edit.pod(pod);
             }
             (_, Some(Object::Service(service))) => edit.service(service),
+            (_, Some(Object::Slice(slice))) => edit.slice(slice),
             (_, Some(Object::Policy(_))) | (Kind::Policy(_), None) => self.policies_changed = true,
             (_, Some(Object::Namespace(membership))) => edit.namespace(&name.name, membership),
             (Kind::Pod, None) => {
@@ -382,6 +430,7 @@ impl Known {
                 edit.remove_pod(&name);
             }
             (Kind::Service, None) => edit.remove_service(&name),
+            (Kind::Slice, None) => edit.remove_slice(&name),
             (Kind::Namespace, None) => edit.namespace(&name.name, None),
         }
         true
@@ -474,7 +523,7 @@ mod tests {
             },
             true,
         );
-        for kind in [Kind::Namespace, Kind::Service]
+        for kind in [Kind::Namespace, Kind::Service, Kind::Slice]
             .into_iter()
             .chain(POLICIES.map(Kind::Policy))
         {

@@ -1,5 +1,7 @@
 //! Kubernetes objects into the mesh's model. One vocabulary and one parser, whatever source they come from.
 
+mod slice;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -13,9 +15,13 @@ use serde_json::Value;
 
 use crate::{
     kubernetes::objects,
-    mesh::{Identity, Membership, ObjectName, Port, Service, TargetPort, TrustDomain, Workload},
+    mesh::{
+        Identity, Membership, ObjectName, Port, Service, Slice, TargetPort, TrustDomain, Workload,
+    },
     policy,
 };
+
+pub use slice::slice;
 
 /// Says where a pod's network namespace is, for sources that have no container runtime to ask.
 pub const NETNS_ANNOTATION: &str = "auth-daemon.io/netns";
@@ -25,6 +31,11 @@ pub const MESH_LABEL: &str = "auth-daemon.io/mesh";
 /// Pins the service accounts that may run a service: names, or namespace/name, separated by commas.
 pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
 
+/// On the pod that stands for a static pod in the API: that it does, and what the kubelet has named the pod's cgroup after
+/// instead of the UID.
+const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
+const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
+
 /// An object of interest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
@@ -32,6 +43,8 @@ pub enum Object {
     Pod(Arc<Workload>),
     /// A service with virtual addresses.
     Service(Arc<Service>),
+    /// Endpoints of a service that selects no pods.
+    Slice(Arc<Slice>),
     /// What a namespace says of its pods' membership.
     Namespace(Option<Membership>),
     /// An AuthorizationPolicy or PeerAuthentication, readable or not.
@@ -44,13 +57,14 @@ impl Object {
         match self {
             Self::Pod(_) => "Pod",
             Self::Service(_) => "Service",
+            Self::Slice(_) => "EndpointSlice",
             Self::Namespace(_) => "Namespace",
             Self::Policy(policy) => policy.kind().as_str(),
         }
     }
 }
 
-/// Reads one document: a Pod, Service, Namespace, ServiceAccount, a policy, or a List of them.
+/// Reads one document: a Pod, Service, EndpointSlice, Namespace, ServiceAccount, a policy, or a List of them.
 ///
 /// Objects of other kinds are passed over: a folder may hold more than the mesh needs. Errors name the object and the
 /// field.
@@ -85,6 +99,10 @@ pub fn read(
                 service(read, trust_domain),
             )
         }
+        ("discovery.k8s.io/v1", "EndpointSlice") => {
+            let read: objects::EndpointSlice = typed(document)?;
+            named("EndpointSlice", &read.metadata.clone(), slice(read))
+        }
         ("v1", "Namespace") => {
             let read: objects::Namespace = typed(document)?;
             let name = ObjectName {
@@ -109,6 +127,7 @@ pub fn read(
             "List"
             | "PodList"
             | "ServiceList"
+            | "EndpointSliceList"
             | "NamespaceList"
             | "ServiceAccountList"
             | "AuthorizationPolicyList"
@@ -260,6 +279,7 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         }
         None => None,
     };
+    let uid = static_hash(&annotations).map(str::to_owned);
     let mut named_ports = BTreeMap::new();
     // A sidecar is an init container (Kubernetes 1.29). Of two with one name the first counts.
     let containers = spec.containers.into_iter().chain(spec.init_containers);
@@ -282,7 +302,7 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         .find(|condition| condition.type_ == "Ready")
         .is_none_or(|condition| condition.status == "True");
     Ok(Some(Object::Pod(Arc::new(Workload {
-        uid: pod.metadata.uid.unwrap_or_default(),
+        uid: uid.or(pod.metadata.uid).unwrap_or_default(),
         addresses,
         node: spec.node_name.unwrap_or_default(),
         ready,
@@ -294,6 +314,14 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         netns,
         ..Workload::new(name, identity)
     }))))
+}
+
+/// What a static pod's cgroup is named after. Whoever may create pods may write that, too: it is never another pod's UID.
+fn static_hash(annotations: &BTreeMap<String, String>) -> Option<&str> {
+    annotations.get(MIRROR_ANNOTATION)?;
+    let hash = annotations.get(HASH_ANNOTATION)?;
+    let is_hash = hash.len() == 32 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_hash.then_some(hash)
 }
 
 /// The addresses that `texts` name, once each. Empty texts are none.
@@ -339,6 +367,7 @@ pub fn service(
             Some(IntOrString::String(target)) => TargetPort::Name(target),
         };
         ports.push(Port {
+            name: port.name.unwrap_or_default(),
             port: number,
             target,
         });
@@ -515,6 +544,37 @@ mod tests {
                 .unwrap()
                 .terminating
         );
+    }
+
+    #[test]
+    fn a_static_pod_is_known_by_its_hash() {
+        const HASH: &str = "8f3e2d1c0b9a87654321fedcba098765";
+        const UID: &str = "0b1c2d3e-4f50-4a6b-8c7d-9e0f1a2b3c4d";
+        let uid = |annotations: Value| {
+            let mut object = pod_object();
+            object["metadata"]["uid"] = UID.into();
+            object["metadata"]["annotations"] = annotations;
+            let objects = read(object, &domain()).unwrap();
+            let [(_, Object::Pod(pod))] = objects.as_slice() else {
+                panic!("{objects:?}");
+            };
+            pod.uid.clone()
+        };
+        assert_eq!(
+            uid(json!({MIRROR_ANNOTATION: HASH, HASH_ANNOTATION: HASH})),
+            HASH
+        );
+        for annotations in [
+            json!({}),
+            json!({HASH_ANNOTATION: HASH}),
+            json!({MIRROR_ANNOTATION: HASH}),
+            // Another pod's, of which there is no telling whether it is this one's.
+            json!({MIRROR_ANNOTATION: "x", HASH_ANNOTATION: UID.replace('0', "1")}),
+            json!({MIRROR_ANNOTATION: "x", HASH_ANNOTATION: &HASH[1..]}),
+            json!({MIRROR_ANNOTATION: "x", HASH_ANNOTATION: HASH.replace('8', "x")}),
+        ] {
+            assert_eq!(uid(annotations.clone()), UID, "{annotations}");
+        }
     }
 
     #[test]

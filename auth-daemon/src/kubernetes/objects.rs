@@ -191,10 +191,15 @@ pub struct EndpointSlice {
 
 /// An endpoint in a slice.
 #[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct SliceEndpoint {
-    /// As text; all of them stand for the same endpoint.
+    /// As text. The first one counts; what others mean is not said.
     #[serde(default, deserialize_with = "or_default")]
     pub addresses: Vec<String>,
+    /// The object that it is.
+    pub target_ref: Option<TargetRef>,
+    /// The node that it is on.
+    pub node_name: Option<String>,
     /// Whether it may be used.
     #[serde(default, deserialize_with = "or_default")]
     pub conditions: SliceConditions,
@@ -203,8 +208,23 @@ pub struct SliceEndpoint {
 /// Whether an endpoint may be used.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct SliceConditions {
-    /// What is not said is taken for true.
+    /// Whether it takes connections. What is not said is taken for true.
     pub ready: Option<bool>,
+    /// Whether it would, were it not going. What is not said is taken for the same as `ready`.
+    pub serving: Option<bool>,
+    /// Whether it is going. What is not said is taken for false.
+    pub terminating: Option<bool>,
+}
+
+/// The object that an endpoint is.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct TargetRef {
+    /// `Pod`, for one.
+    pub kind: Option<String>,
+    /// Its namespace.
+    pub namespace: Option<String>,
+    /// Its name.
+    pub name: Option<String>,
 }
 
 /// A port of a slice's endpoints.

@@ -1,12 +1,12 @@
 //! From one snapshot to the next: each change costs what it touches, whatever else is known.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, hash::Hash, net::IpAddr, sync::Arc};
 
-use imbl::OrdMap;
+use imbl::{HashMap, OrdMap, OrdSet};
 
 use super::{
-    Membership, ObjectName, Service, Snapshot, Workload,
-    resolved::{Resolved, Selected},
+    Membership, ObjectName, Service, Slice, SliceEndpoint, Snapshot, Workload,
+    resolved::{Backends, MAX_SLICED, Resolved, Server, Sliced},
     snapshot::{AddressKind, Claim, Claims, Daemons, Namespace, ServiceState},
 };
 
@@ -82,17 +82,53 @@ impl Edit {
         let Some(state) = namespace.services.remove(&name.name) else {
             return;
         };
-        if let Some(label) = index_label(&state.service)
-            && let Some(services) = namespace.by_label.get_mut(&label)
-        {
-            services.remove(&name.name);
-            if services.is_empty() {
-                namespace.by_label.remove(&label);
-            }
+        if let Some(label) = index_label(&state.service) {
+            forget(&mut namespace.by_label, &label, &name.name);
         }
+        self.next.crowded.remove(name);
         for address in &state.service.addresses {
             self.unclaim(*address, AddressKind::Service, name);
         }
+        self.drop_if_empty(&name.namespace);
+    }
+
+    /// Takes `slice`, in the place of one of the same name.
+    pub fn slice(&mut self, slice: impl Into<Arc<Slice>>) {
+        let slice = slice.into();
+        self.remove_slice(&slice.name);
+        let by = &mut self.next.slices;
+        for endpoint in &slice.endpoints {
+            let slices = by.address.entry(endpoint.address).or_default();
+            slices.insert(slice.name.clone());
+            if let Some(pod) = &endpoint.pod {
+                let slices = by.pod.entry(pod.clone()).or_default();
+                slices.insert(slice.name.clone());
+            }
+        }
+        self.dirty.insert(service_of(&slice));
+        let namespace = self.namespace_of(&slice.name);
+        let slices = namespace.by_service.entry(slice.service.clone());
+        slices.or_default().insert(slice.name.name.clone());
+        namespace.slices.insert(slice.name.name.clone(), slice);
+    }
+
+    /// Forgets the slice.
+    pub fn remove_slice(&mut self, name: &ObjectName) {
+        let Some(namespace) = self.next.namespaces.get_mut(&name.namespace) else {
+            return;
+        };
+        let Some(slice) = namespace.slices.remove(&name.name) else {
+            return;
+        };
+        forget(&mut namespace.by_service, &slice.service, &name.name);
+        let by = &mut self.next.slices;
+        for endpoint in &slice.endpoints {
+            forget(&mut by.address, &endpoint.address, name);
+            if let Some(pod) = &endpoint.pod {
+                forget(&mut by.pod, pod, name);
+            }
+        }
+        self.dirty.insert(service_of(&slice));
         self.drop_if_empty(&name.namespace);
     }
 
@@ -161,6 +197,7 @@ impl Edit {
             namespace.membership.is_none()
                 && namespace.pods.is_empty()
                 && namespace.services.is_empty()
+                && namespace.slices.is_empty()
         });
         if is_empty {
             self.next.namespaces.remove(name);
@@ -169,6 +206,7 @@ impl Edit {
 
     /// Enters a pod of the mesh where others find it.
     fn index(&mut self, pod: &Arc<Workload>) {
+        self.touch(pod);
         if !self.next.is_member(pod) {
             return;
         }
@@ -183,6 +221,7 @@ impl Edit {
     }
 
     fn unindex(&mut self, pod: &Arc<Workload>) {
+        self.touch(pod);
         if let Some(pods) = self.next.nodes.get_mut(&pod.node) {
             pods.remove(&pod.name);
             if pods.is_empty() {
@@ -192,6 +231,18 @@ impl Edit {
         for address in &pod.addresses {
             self.unclaim(*address, AddressKind::Pod, &pod.name);
         }
+    }
+
+    /// Works out the services anew that have endpoints in slices which may be `pod`.
+    fn touch(&mut self, pod: &Workload) {
+        let by = &self.next.slices;
+        let by_address = pod.addresses.iter().filter_map(|ip| by.address.get(ip));
+        let names = by_address.chain(by.pod.get(&pod.name)).flatten();
+        let slices = names.filter_map(|name| {
+            let namespace = self.next.namespaces.get(&name.namespace)?;
+            namespace.slices.get(&name.name)
+        });
+        self.dirty.extend(slices.map(|slice| service_of(slice)));
     }
 
     /// Puts `pod` behind the services that select it, or takes it away.
@@ -234,20 +285,58 @@ impl Edit {
         else {
             return;
         };
-        let pods: Vec<Selected<'_>> = state
-            .selected
-            .values()
-            .map(|pod| (pod, self.next.is_member(pod)))
-            .collect();
+        let service = &*state.service;
+        let slices: Vec<_> = self.next.slices_of(name).cloned().collect();
+        let backends = if service.selector.is_empty() {
+            let endpoints = slices.iter().flat_map(|slice| {
+                slice.endpoints.iter().map(|endpoint| Sliced {
+                    endpoint,
+                    ports: &slice.ports,
+                    server: self.server_at(endpoint),
+                })
+            });
+            Backends::Slices(endpoints.collect())
+        } else {
+            let pods = state.selected.values();
+            Backends::Pods(pods.map(|pod| (pod, self.next.is_member(pod))).collect())
+        };
         // A service without a pod of the mesh is none of ours, unless its owner says who may run it.
-        let ours =
-            state.service.pinned_identities.is_some() || pods.iter().any(|(_, meshed)| *meshed);
-        for address in &state.service.addresses {
+        let ours = service.pinned_identities.is_some() || backends.any_meshed();
+        let mut room = Some(MAX_SLICED);
+        let claims: Vec<_> = service
+            .addresses
+            .iter()
+            .filter(|_| ours)
+            .map(|address| {
+                let resolved = Resolved::new(service, &backends, *address, &mut room);
+                (*address, Claim::Service(Arc::new(resolved)))
+            })
+            .collect();
+        for address in &service.addresses {
             self.unclaim(*address, AddressKind::Service, name);
-            if ours {
-                let resolved = Resolved::new(&state.service, &pods, *address);
-                self.claim(*address, Claim::Service(Arc::new(resolved)));
-            }
+        }
+        for (address, claim) in claims {
+            self.claim(address, claim);
+        }
+        match room {
+            Some(_) => self.next.crowded.remove(name),
+            None => self.next.crowded.insert(name.clone()),
+        };
+    }
+
+    /// Who is at an endpoint of a slice. Whose the address is counts first: what a slice says of it takes no pod out of the
+    /// mesh, and gives none another's identity.
+    fn server_at(&self, endpoint: &SliceEndpoint) -> Server<'_> {
+        let claims = self.next.addresses.get(&endpoint.address);
+        match claims.and_then(Claims::pod) {
+            Some(Ok(pod)) => return Server::Pod((pod, true)),
+            Some(Err(_)) => return Server::Disputed,
+            None => {}
+        }
+        let named = endpoint.pod.as_ref();
+        match named.and_then(|name| self.next.any_pod(name)) {
+            Some(pod) => Server::Pod((pod, self.next.is_member(pod))),
+            None => Server::Outside,
         }
     }
 
@@ -293,6 +382,27 @@ impl Edit {
     }
 }
 
+fn service_of(slice: &Slice) -> ObjectName {
+    ObjectName {
+        namespace: slice.name.namespace.clone(),
+        name: slice.service.clone(),
+    }
+}
+
+/// Takes `value` away from those that `key` leads to.
+fn forget<K, V>(index: &mut HashMap<K, OrdSet<V>>, key: &K, value: &V)
+where
+    K: Clone + Eq + Hash,
+    V: Clone + Ord,
+{
+    if let Some(values) = index.get_mut(key) {
+        values.remove(value);
+        if values.is_empty() {
+            index.remove(key);
+        }
+    }
+}
+
 /// The label by which a service is found from the pods that have it.
 fn index_label(service: &Service) -> Option<(String, String)> {
     let (key, value) = service.selector.first_key_value()?;
@@ -310,8 +420,10 @@ mod tests {
     enum Change {
         Pod(Workload),
         Service(Service),
+        Slice(Slice),
         NoPod(ObjectName),
         NoService(ObjectName),
+        NoSlice(ObjectName),
         Namespace(String, Option<Membership>),
     }
 
@@ -355,6 +467,7 @@ mod tests {
             Change::Service(Service {
                 addresses,
                 ports: vec![Port {
+                    name: String::new(),
                     port: 80,
                     target: TargetPort::Number(8080),
                 }],
@@ -365,10 +478,37 @@ mod tests {
         prop_oneof![
             4 => pod,
             2 => service,
+            2 => slice(),
             1 => name().prop_map(Change::NoPod),
+            1 => name().prop_map(Change::NoSlice),
             1 => name().prop_map(Change::NoService),
             1 => ("[xy]", membership()).prop_map(|(name, membership)| Change::Namespace(name, membership)),
         ]
+    }
+
+    fn slice() -> impl Strategy<Value = Change> {
+        let endpoint = (
+            (1..5_u8).prop_map(|last| IpAddr::from([10, 0, 0, last])),
+            prop::option::of(name()),
+            any::<bool>(),
+            any::<bool>(),
+        );
+        let endpoint = endpoint.prop_map(|(address, pod, ready, serves_last)| SliceEndpoint {
+            address,
+            pod,
+            node: None,
+            ready,
+            serves_last,
+        });
+        let endpoints = prop::collection::vec(endpoint, 0..4);
+        (name(), "[abc]", endpoints).prop_map(|(name, service, endpoints)| {
+            Change::Slice(Slice {
+                name,
+                service,
+                ports: vec![(String::new(), 8080)],
+                endpoints,
+            })
+        })
     }
 
     /// What can be asked of a snapshot.
@@ -401,7 +541,9 @@ mod tests {
                 match change.clone() {
                     Change::Pod(pod) => edit.pod(pod),
                     Change::Service(service) => edit.service(service),
+                    Change::Slice(slice) => edit.slice(slice),
                     Change::NoPod(name) => edit.remove_pod(&name),
+                    Change::NoSlice(name) => edit.remove_slice(&name),
                     Change::NoService(name) => edit.remove_service(&name),
                     Change::Namespace(name, membership) => edit.namespace(&name, membership),
                 }
@@ -423,6 +565,9 @@ mod tests {
                 namespaces.namespace(name, namespace.membership);
                 inventory.workloads.extend(namespace.pods.values().map(|pod| (**pod).clone()));
                 inventory.services.extend(namespace.services.values().map(|s| (*s.service).clone()));
+                for slice in namespace.slices.values() {
+                    namespaces.slice(slice.clone());
+                }
             }
             for service in inventory.services {
                 namespaces.service(service);

@@ -6,6 +6,7 @@ mod membership;
 mod registry;
 mod resolved;
 mod service;
+mod slice;
 mod snapshot;
 mod workload;
 
@@ -15,5 +16,6 @@ pub use membership::{Membership, MeshDefault};
 pub use registry::{Published, Registry};
 pub use resolved::{Destination, Endpoint};
 pub use service::{Port, Service, TargetPort};
+pub use slice::{Slice, SliceEndpoint};
 pub use snapshot::{AddressKind, Inventory, Snapshot, Unreachable};
 pub use workload::{ObjectName, Workload};

@@ -16,7 +16,7 @@ pub struct Service {
     pub addresses: Vec<IpAddr>,
     /// TCP ports.
     pub ports: Vec<Port>,
-    /// Labels that a pod must have to be an endpoint. Empty: none is.
+    /// Labels that a pod must have to be an endpoint. Empty: endpoint slices say who is.
     pub selector: BTreeMap<String, String>,
     /// The only identities that may run it, where an annotation pins them.
     pub pinned_identities: Option<BTreeSet<Identity>>,
@@ -31,6 +31,8 @@ pub struct Service {
 /// A TCP port of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Port {
+    /// Name, by which endpoint slices know it. Empty where the service has this one alone.
+    pub name: String,
     /// Port of the virtual address.
     pub port: u16,
     /// Port of the endpoints.

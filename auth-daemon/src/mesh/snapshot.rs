@@ -13,8 +13,9 @@ use std::{
 use imbl::{HashMap, OrdMap, OrdSet, ordmap::DiffItem};
 
 use super::{
-    Destination, Edit, Endpoint, Identity, Membership, MeshDefault, ObjectName, Service, Workload,
-    resolved::Resolved,
+    Destination, Edit, Endpoint, Identity, Membership, MeshDefault, ObjectName, Service, Slice,
+    Workload,
+    resolved::{MAX_SLICED, Resolved},
 };
 
 /// What a discovery source knows, before it is indexed.
@@ -35,6 +36,10 @@ pub struct Snapshot {
     pub(super) nodes: HashMap<String, OrdMap<ObjectName, Arc<Workload>>>,
     pub(super) addresses: OrdMap<IpAddr, Claims>,
     pub(super) disputed: OrdSet<IpAddr>,
+    /// Slices by what may tell which pods their endpoints are.
+    pub(super) slices: SlicesBy,
+    /// Services with more endpoints in slices than are taken.
+    pub(super) crowded: OrdSet<ObjectName>,
     /// The node daemons' pods that are ready, with their nodes. `None`: nothing is known of them, all nodes have one.
     pub(super) daemons: Option<Daemons>,
 }
@@ -47,6 +52,13 @@ pub(super) struct Daemons {
     pub(super) nodes: HashMap<String, usize>,
 }
 
+/// See [`Snapshot::slices`].
+#[derive(Clone, Debug, Default)]
+pub(super) struct SlicesBy {
+    pub(super) address: HashMap<IpAddr, OrdSet<ObjectName>>,
+    pub(super) pod: HashMap<ObjectName, OrdSet<ObjectName>>,
+}
+
 /// What is in a namespace.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Namespace {
@@ -57,6 +69,10 @@ pub(super) struct Namespace {
     pub(super) services: OrdMap<String, Arc<ServiceState>>,
     /// Services by one label of their selectors.
     pub(super) by_label: HashMap<(String, String), OrdSet<String>>,
+    /// By name.
+    pub(super) slices: OrdMap<String, Arc<Slice>>,
+    /// Slices by the services that they are of.
+    pub(super) by_service: HashMap<String, OrdSet<String>>,
 }
 
 /// A service and what follows from the pods there are.
@@ -80,6 +96,10 @@ pub(super) enum Claims {
     One(Claim),
     Several(Arc<[Claim]>),
 }
+
+/// More than one pod says that an address is its own.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Disputed;
 
 /// What an address is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +187,23 @@ impl Claims {
                 claims.next().filter(|_| claims.next().is_none())
             }
         }
+    }
+
+    /// The pod whose the address is, whatever services say of it. `None`: it is no pod's.
+    pub(super) fn pod(&self) -> Option<Result<&Arc<Workload>, Disputed>> {
+        let pods = || {
+            self.all().iter().filter_map(|claim| match claim {
+                Claim::Pod(pod) => Some(pod),
+                Claim::Service(_) => None,
+            })
+        };
+        let first = pods().next()?;
+        if pods().count() == 1 {
+            return Some(Ok(first));
+        }
+        let mut staying = pods().filter(|pod| !pod.terminating);
+        let one = staying.next().filter(|_| staying.next().is_none());
+        Some(one.ok_or(Disputed))
     }
 
     fn kind(&self) -> AddressKind {
@@ -273,16 +310,23 @@ impl Snapshot {
 
     /// Contradictions, each naming the objects.
     pub fn faults(&self) -> impl Iterator<Item = String> {
-        self.disputed.iter().map(|address| self.fault(*address))
+        let disputed = self.disputed.iter().map(|address| self.fault(*address));
+        disputed.chain(self.crowded.iter().map(crowd))
     }
 
     /// The contradictions that `before` did not have. Costs what has changed.
     pub fn faults_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = String> {
         let changes = before.disputed.diff(&self.disputed);
-        changes.filter_map(|change| match change {
+        let disputed = changes.filter_map(|change| match change {
             imbl::ordset::DiffItem::Add(address) => Some(self.fault(*address)),
             imbl::ordset::DiffItem::Remove(_) => None,
-        })
+        });
+        let changes = before.crowded.diff(&self.crowded);
+        let crowded = changes.filter_map(|change| match change {
+            imbl::ordset::DiffItem::Add(service) => Some(crowd(service)),
+            imbl::ordset::DiffItem::Remove(_) => None,
+        });
+        disputed.chain(crowded)
     }
 
     fn fault(&self, address: IpAddr) -> String {
@@ -308,9 +352,10 @@ impl Snapshot {
             Claim::Pod(pod) => Ok(Destination {
                 service: None,
                 endpoints: Arc::new([Endpoint {
-                    workload: pod.clone(),
+                    workload: Some(pod.clone()),
                     address,
                     meshed: true,
+                    node: None,
                 }]),
                 identities: Arc::new(BTreeSet::from([pod.identity.clone()])),
                 sticky: false,
@@ -336,6 +381,24 @@ impl Snapshot {
         }
     }
 
+    /// The slices of a service, by name.
+    pub(super) fn slices_of(&self, service: &ObjectName) -> impl Iterator<Item = &Arc<Slice>> {
+        let namespace = self.namespaces.get(&service.namespace);
+        namespace.into_iter().flat_map(move |namespace| {
+            let names = namespace
+                .by_service
+                .get(&service.name)
+                .into_iter()
+                .flatten();
+            names.filter_map(|name| namespace.slices.get(name))
+        })
+    }
+
+    /// The pod `name`, of the mesh or not.
+    pub(super) fn any_pod(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
+        self.namespaces.get(&name.namespace)?.pods.get(&name.name)
+    }
+
     /// Whether `pod` is of the mesh.
     pub(super) fn is_member(&self, pod: &Workload) -> bool {
         let namespace = &pod.name.namespace;
@@ -346,6 +409,12 @@ impl Snapshot {
         !pod.host_network
             && said.unwrap_or_else(|| self.defaults.of(namespace)) == Membership::Enabled
     }
+}
+
+fn crowd(service: &ObjectName) -> String {
+    format!(
+        "service {service} has more than {MAX_SLICED} endpoints in endpoint slices: those beyond are left out"
+    )
 }
 
 #[cfg(test)]
@@ -375,7 +444,11 @@ mod tests {
     fn service(target: TargetPort) -> Service {
         Service {
             addresses: vec!["10.96.0.7".parse().unwrap()],
-            ports: vec![Port { port: 80, target }],
+            ports: vec![Port {
+                name: String::new(),
+                port: 80,
+                target,
+            }],
             selector: [("app".to_owned(), "web".to_owned())].into(),
             ..Service::new(in_default("web"))
         }
@@ -493,7 +566,10 @@ mod tests {
         assert_eq!(found.endpoints.len(), 1);
         let two = pod("two", "web", "10.1.0.2", true);
         let found = resolve(vec![going.clone(), two], http()).unwrap();
-        assert_eq!(found.endpoints[0].workload.name.name, "two");
+        assert_eq!(
+            found.endpoints[0].workload.as_ref().unwrap().name.name,
+            "two"
+        );
         assert_eq!(found.endpoints.len(), 1);
         let failing = Workload {
             ready: false,

@@ -41,9 +41,10 @@ pub(super) fn accept(
         connections: Connections::default(),
     };
     let draining = node.draining.subscribe();
+    let open = node.listening.subscribe();
     let watch = async move {
         match TcpListener::from_std(listener) {
-            Ok(listener) => acceptor.run(listener, draining).await,
+            Ok(listener) => acceptor.run(listener, draining, open).await,
             Err(error) => tracing::error!(%error, "cannot watch a listener"),
         }
     };
@@ -61,7 +62,12 @@ struct Acceptor {
 
 impl Acceptor {
     /// Accepts until told to drain, then only waits for what is under way.
-    async fn run(self, listener: TcpListener, mut draining: watch::Receiver<bool>) {
+    async fn run(
+        self,
+        listener: TcpListener,
+        mut draining: watch::Receiver<bool>,
+        open: watch::Receiver<()>,
+    ) {
         while !*draining.borrow() {
             tokio::select! {
                 accepted = listener.accept() => {
@@ -76,6 +82,7 @@ impl Acceptor {
             }
         }
         drop(listener);
+        drop(open);
         while !self.connections.is_empty() {
             tokio::time::sleep(DRAIN_POLL).await;
         }

@@ -103,15 +103,16 @@ mod tests {
     fn endpoints(count: u8) -> Vec<Endpoint> {
         (1..=count)
             .map(|number| Endpoint {
-                workload: Arc::new(Workload::new(
+                workload: Some(Arc::new(Workload::new(
                     ObjectName {
                         namespace: "default".into(),
                         name: number.to_string(),
                     },
                     "spiffe://a/ns/b/sa/c".parse().unwrap(),
-                )),
+                ))),
                 address: SocketAddr::from(([10, 0, 0, number], 80)),
                 meshed: true,
+                node: None,
             })
             .collect()
     }

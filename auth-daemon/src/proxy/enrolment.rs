@@ -12,7 +12,11 @@ use std::{
 use auth_common::{Inbound, MeshKind};
 use ipnet::IpNet;
 use serde::Serialize;
-use tokio::{sync::watch, task::AbortHandle, time::MissedTickBehavior};
+use tokio::{
+    sync::watch,
+    task::{AbortHandle, JoinHandle},
+    time::{MissedTickBehavior, timeout},
+};
 
 use super::{
     Node, Pod, Workers,
@@ -34,6 +38,8 @@ use crate::{
 const TICK: Duration = Duration::from_secs(1);
 /// How long connections may take to end when they are cut.
 const ABORT: Duration = Duration::from_secs(1);
+/// How long listeners may take to close.
+const CLOSE: Duration = Duration::from_secs(1);
 /// How long a pod may have no process before somebody should know.
 const LATE: Duration = Duration::from_secs(60);
 
@@ -50,6 +56,8 @@ pub struct Enrolment {
     owners: HashMap<IpAddr, ObjectName>,
     /// What the kernel's side was told the mesh's addresses are.
     told: Told,
+    /// What keeps the kernel's side as it should be, besides this.
+    keepers: Vec<JoinHandle<()>>,
 }
 
 /// The sources of the mesh's addresses, as they were when the kernel's side was told.
@@ -111,6 +119,7 @@ impl Enrolment {
             failing: BTreeMap::new(),
             owners: HashMap::new(),
             told: Told::default(),
+            keepers: Vec::new(),
         }
     }
 
@@ -146,12 +155,13 @@ impl Enrolment {
             if first {
                 first = false;
                 self.node.same_node.adopt(&self.node);
-                tokio::spawn(same_node::keep(self.node.clone()));
+                let keep = tokio::spawn(same_node::keep(self.node.clone()));
                 tokio::spawn(revocation::keep(self.node.clone()));
                 let worker = self.workers.next();
-                worker
+                let log = worker
                     .runtime
                     .spawn(same_node::log_closed(self.node.clone()));
+                self.keepers.extend([keep, log]);
                 self.node.ready.store(true, Ordering::Relaxed);
             }
             self.publish_status();
@@ -182,6 +192,9 @@ impl Enrolment {
             .collect();
         let started = tokio::time::Instant::now();
         tracing::info!(connections = self.node.live.count(), "draining");
+        if self.node.kernel.is_awaited() {
+            let_go(&self.node, self.keepers).await;
+        }
         while self.node.live.count() > 0 && started.elapsed() < self.node.config.drain {
             tokio::time::sleep(DRAIN_POLL).await;
         }
@@ -646,6 +659,23 @@ impl Enrolment {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = pods;
     }
+}
+
+/// Leaves the pods and the kernel's side to the daemon that waits for them: what is under way needs neither.
+async fn let_go(node: &Node, keepers: Vec<JoinHandle<()>>) {
+    // Where these are open, others cannot be.
+    if timeout(CLOSE, node.listening.closed()).await.is_err() {
+        tracing::warn!(
+            "listeners are still open after {CLOSE:?}; the next daemon may have to try again"
+        );
+    }
+    for keeper in keepers {
+        keeper.abort();
+        let _ = keeper.await;
+    }
+    node.same_node.let_go();
+    node.kernel.let_go();
+    tracing::info!("another daemon takes over; what is under way here may end");
 }
 
 /// What the kernel's side calls it.

@@ -11,6 +11,7 @@ mod opening;
 mod outbound;
 mod plain;
 mod pod;
+mod pulse;
 mod residents;
 mod revocation;
 mod rules;
@@ -28,6 +29,7 @@ use tokio::sync::watch;
 
 pub use enrolment::{Enrolment, PodStatus};
 pub use pod::Pod;
+pub use pulse::Pulse;
 pub use same_node::SameNode;
 pub use totals::Totals;
 pub use workers::Workers;
@@ -67,6 +69,8 @@ pub struct Node {
     ready: AtomicBool,
     /// Raised once: from then on no connection begins.
     draining: watch::Sender<bool>,
+    /// Each listener that is open has a receiver of it.
+    listening: watch::Sender<()>,
 }
 
 impl Node {
@@ -91,6 +95,7 @@ impl Node {
             balance: balance::Balance::default(),
             ready: AtomicBool::new(false),
             draining: watch::Sender::new(false),
+            listening: watch::Sender::new(()),
         }
     }
 

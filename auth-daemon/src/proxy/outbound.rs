@@ -238,6 +238,8 @@ enum Failure {
         "no daemon is ready on its node {0}, and it takes mutual TLS alone; see the DaemonSet's pod there"
     )]
     NoDaemon(String),
+    #[error("it is taken to be outside of the mesh, and its address is the mesh's")]
+    NotOutside,
     #[error("{0}")]
     Forbidden(#[from] Forbidden),
     #[error("{0}")]
@@ -285,7 +287,7 @@ impl Call<'_> {
         let (own, local) = (&self.node.config.node_name, destination.local);
         let endpoints = destination.endpoints.iter();
         let endpoints: Vec<_> = endpoints
-            .filter(|endpoint| !local || endpoint.workload.node == *own)
+            .filter(|endpoint| !local || endpoint.is_on(own))
             .collect();
         if endpoints.is_empty() {
             return Err(Refusal::NoneHere);
@@ -430,13 +432,16 @@ impl Call<'_> {
 
     /// Why `endpoint` is to be reached without TLS, if it is. Fails where that would be a downgrade.
     fn plain_to(&self, endpoint: &Endpoint) -> Result<Option<&'static str>, Failure> {
-        let server = &endpoint.workload;
-        if !endpoint.meshed {
-            return Ok(Some("the server's pod is not of the mesh"));
-        }
+        let snapshot = self.node.registry.snapshot();
+        let (true, Some(server)) = (endpoint.meshed, &endpoint.workload) else {
+            // Whatever an endpoint slice says: an address that is the mesh's by now is not reached without TLS.
+            return match snapshot.kind(endpoint.address.ip()) {
+                None => Ok(Some("the server is none of the mesh's pods")),
+                Some(_) => Err(Failure::NotOutside),
+            };
+        };
         let config = &self.node.config;
-        if server.node == config.node_name || self.node.registry.snapshot().has_daemon(&server.node)
-        {
+        if server.node == config.node_name || snapshot.has_daemon(&server.node) {
             return Ok(None);
         }
         let policies = self.node.policies.current();

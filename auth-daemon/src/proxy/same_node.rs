@@ -89,8 +89,9 @@ fn decide(
         return None;
     }
     // A pod that has become another one is not served as that yet.
-    let is_current = endpoint.workload.identity == server.identity
-        && snapshot.pod(source)?.identity == client.identity;
+    let endpoint = endpoint.workload.as_ref()?;
+    let is_current =
+        endpoint.identity == server.identity && snapshot.pod(source)?.identity == client.identity;
     if !is_current
         || permit(
             snapshot,
@@ -133,6 +134,8 @@ pub struct SameNode {
 
 #[derive(Debug)]
 struct Verdicts {
+    /// Whether they are another daemon's to give and to take back.
+    let_go: bool,
     given: HashMap<(u64, SocketAddr), (u64, Decision)>,
     next: u64,
     /// By the verdict's id: of those that hold, and of some that did.
@@ -250,6 +253,7 @@ impl SameNode {
             residents: watch::Sender::default(),
             pods: Mutex::default(),
             verdicts: Mutex::new(Verdicts {
+                let_go: false,
                 given: HashMap::new(),
                 // Above all that a daemon before this one can have come to.
                 next: since_boot as u64,
@@ -381,13 +385,18 @@ impl SameNode {
         self.end_forbidden(node, &[]);
     }
 
+    /// Leaves the verdicts to another daemon: gives none and takes none back any more.
+    pub(super) fn let_go(&self) {
+        self.lock().let_go = true;
+    }
+
     /// Lets the kernel carry what the client pod dials there from now on, if that can be said.
     pub(super) fn remember(&self, node: &Node, client_cookie: u64, dialled: SocketAddr) {
         if node.config.same_node == config::SameNode::Tunnel {
             return;
         }
         let mut verdicts = self.lock();
-        if verdicts.given.contains_key(&(client_cookie, dialled)) {
+        if verdicts.let_go || verdicts.given.contains_key(&(client_cookie, dialled)) {
             return;
         }
         let Some(decision) = Basis::of(node).decide(client_cookie, dialled) else {
@@ -413,6 +422,9 @@ impl SameNode {
     pub(super) fn revise(&self, node: &Node) {
         let mut verdicts = self.lock();
         let basis = Basis::of(node);
+        if verdicts.let_go {
+            return;
+        }
         if verdicts.basis.as_ref().is_some_and(|was| was.is(&basis)) {
             return;
         }
@@ -580,6 +592,7 @@ mod tests {
         Service {
             addresses: vec!["10.96.0.7".parse().unwrap()],
             ports: vec![Port {
+                name: String::new(),
                 port: 80,
                 target: TargetPort::Number(8080),
             }],

@@ -13,7 +13,10 @@ use std::{
 use tokio::{
     runtime::{Builder, Handle},
     sync::watch,
+    time::{MissedTickBehavior, interval},
 };
+
+use super::pulse::{BEAT, Beats, Pulse};
 
 /// One thread a core.
 #[derive(Debug)]
@@ -32,6 +35,7 @@ pub(super) struct Worker {
     thread: ThreadId,
     /// Connections that it has.
     load: Arc<AtomicUsize>,
+    beats: Beats,
 }
 
 impl Workers {
@@ -46,6 +50,11 @@ impl Workers {
             next: AtomicUsize::new(0),
             _stop: stop,
         })
+    }
+
+    /// Whether the threads live.
+    pub fn pulse(&self) -> Pulse {
+        Pulse::of(self.workers.iter().map(|worker| worker.beats.clone()))
     }
 
     /// A worker for something that lasts: each in turn.
@@ -69,12 +78,21 @@ impl Worker {
     fn start(number: usize, mut stopped: watch::Receiver<()>) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
+        let beats = Beats::new();
+        let heart = beats.clone();
         let thread = thread::Builder::new()
             .name(format!("data-path-{number}"))
             .spawn(move || {
                 runtime.block_on(async {
-                    // Nothing is ever sent: this ends when the sender is gone.
-                    while stopped.changed().await.is_ok() {}
+                    let mut ticks = interval(BEAT);
+                    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                    loop {
+                        tokio::select! {
+                            _ = ticks.tick() => heart.beat(),
+                            // Nothing is ever sent: the sender is gone.
+                            _ = stopped.changed() => break,
+                        }
+                    }
                 });
                 runtime.shutdown_background();
             })?;
@@ -82,6 +100,7 @@ impl Worker {
             runtime: handle,
             thread: thread.thread().id(),
             load: Arc::default(),
+            beats,
         })
     }
 

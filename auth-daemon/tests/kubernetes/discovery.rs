@@ -10,7 +10,7 @@ use mesh_tests::Kubernetes;
 use serde_json::json;
 use tokio::sync::watch;
 
-use crate::{as_ca, eventually};
+use crate::{as_ca, eventually, with_role};
 
 fn pods(registry: &Registry) -> Vec<String> {
     let snapshot = registry.snapshot();
@@ -102,4 +102,145 @@ async fn the_registry_follows_the_cluster_through_an_outage() {
     })
     .await;
     assert!(*registry.changes().borrow() > version);
+}
+
+/// Before Kubernetes 1.21 the API has slices in v1beta1 alone: this serves the same objects in v1.
+fn serve_slices(cluster: &Kubernetes) {
+    let known = |path| {
+        cluster.get(path).unwrap().is_some_and(|kinds| {
+            let kinds = kinds["resources"].as_array();
+            kinds
+                .into_iter()
+                .flatten()
+                .any(|kind| kind["name"] == "endpointslices")
+        })
+    };
+    if known("/apis/discovery.k8s.io/v1") {
+        return;
+    }
+    let definition = json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": "endpointslices.discovery.k8s.io",
+            "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes/enhancements/pull/2080"},
+        },
+        "spec": {
+            "group": "discovery.k8s.io", "scope": "Namespaced",
+            "names": {
+                "kind": "EndpointSlice", "listKind": "EndpointSliceList",
+                "plural": "endpointslices", "singular": "endpointslice",
+            },
+            "versions": [{
+                "name": "v1", "served": true, "storage": true,
+                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
+            }],
+        },
+    });
+    let path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+    cluster.create(path, &definition).unwrap();
+    mesh_tests::eventually_ok(crate::PATIENCE, "discovery.k8s.io/v1", || {
+        anyhow::ensure!(known("/apis/discovery.k8s.io/v1"), "not yet");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Where the service `web` leads.
+fn endpoints(registry: &Registry) -> Vec<String> {
+    let Ok(found) = registry.snapshot().resolve("10.96.7.7:80".parse().unwrap()) else {
+        return Vec::new();
+    };
+    let endpoints = found.endpoints.iter().map(|endpoint| {
+        let pod = endpoint.workload.as_ref();
+        let account = pod.map_or("nobody", |pod| pod.identity.service_account());
+        format!("{} {account}", endpoint.address)
+    });
+    endpoints.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_without_a_selector_has_the_endpoints_of_its_slices() {
+    let test = "a_service_without_a_selector_has_the_endpoints_of_its_slices";
+    if let Some(why) = Kubernetes::missing() {
+        println!("SKIPPED {test}: {why}");
+        return;
+    }
+    let cluster = Kubernetes::start().unwrap();
+    serve_slices(&cluster);
+    cluster
+        .pod("default", "one", "web", "node-a", "10.1.0.1")
+        .unwrap();
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"clusterIP": "10.96.7.7", "ports": [{"name": "http", "port": 80}]},
+    });
+    cluster
+        .create("/api/v1/namespaces/default/services", &service)
+        .unwrap();
+    let registry = Arc::new(Registry::new());
+    let (synced, mut is_synced) = watch::channel(false);
+    tokio::spawn(kubernetes::run(
+        with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await,
+        kubernetes::Settings {
+            trust_domain: "cluster.local".parse().unwrap(),
+            defaults: MeshDefault::default(),
+            services: true,
+            daemons: None,
+        },
+        Sink {
+            registry: registry.clone(),
+            policies: None,
+        },
+        synced,
+    ));
+    is_synced.wait_for(|synced| *synced).await.unwrap();
+    assert_eq!(endpoints(&registry), [""; 0]);
+
+    let slices = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+    let slice = |name: &str, manager: &str, address: &str| {
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {"name": name, "labels": {
+                "kubernetes.io/service-name": "web", "endpointslice.kubernetes.io/managed-by": manager,
+            }},
+            "addressType": "IPv4", "ports": [{"name": "http", "port": 8080}],
+            "endpoints": [{"addresses": [address]}],
+        })
+    };
+    let own = "endpointslice-controller.k8s.io";
+    for (name, manager, address) in [
+        ("of-the-selector-it-had", own, "10.1.0.9"),
+        ("one", "somebody", "10.1.0.1"),
+        ("two", "", "192.0.2.1"),
+    ] {
+        cluster
+            .create(slices, &slice(name, manager, address))
+            .unwrap();
+    }
+    let both = ["10.1.0.1:8080 web", "192.0.2.1:8080 nobody"];
+    eventually("the endpoints of two slices", async || {
+        (endpoints(&registry) == both).then_some(())
+    })
+    .await;
+
+    let unready =
+        json!({"endpoints": [{"addresses": ["192.0.2.1"], "conditions": {"ready": false}}]});
+    cluster.merge(&format!("{slices}/two"), &unready).unwrap();
+    eventually("the end of one that is not ready", async || {
+        (endpoints(&registry) == both[..1]).then_some(())
+    })
+    .await;
+    let moved = json!({"metadata": {"labels": {"kubernetes.io/service-name": "other"}}});
+    cluster.merge(&format!("{slices}/one"), &moved).unwrap();
+    let ready = json!({"endpoints": [{"addresses": ["10.1.0.1"]}]});
+    cluster.merge(&format!("{slices}/two"), &ready).unwrap();
+    eventually("the other slice alone", async || {
+        (endpoints(&registry) == both[..1]).then_some(())
+    })
+    .await;
+    cluster.delete(&format!("{slices}/two")).unwrap();
+    eventually("a service of others", async || {
+        endpoints(&registry).is_empty().then_some(())
+    })
+    .await;
 }

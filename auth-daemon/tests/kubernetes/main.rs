@@ -1,4 +1,5 @@
-//! What the CA does in a cluster, against a real API server, with no other rights than deploy/base/ca-rbac.yaml gives.
+//! What the CA does in a cluster, and what daemons learn there, against a real API server, with no other rights than
+//! deploy/base gives them.
 
 mod attestation;
 mod discovery;
@@ -30,11 +31,16 @@ async fn cluster(test: &str) -> Option<(Arc<Kubernetes>, Client)> {
 
 /// A client with the CA's role.
 async fn as_ca(cluster: &Kubernetes) -> Client {
+    with_role(cluster, "ca-rbac.yaml", ACCOUNT).await
+}
+
+/// A client with the role that a file of deploy/base gives to `account`.
+async fn with_role(cluster: &Kubernetes, role: &str, account: &str) -> Client {
     let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/base");
-    for file in ["namespace.yaml", "ca-rbac.yaml"] {
+    for file in ["namespace.yaml", role] {
         cluster.apply(&deploy.join(file)).unwrap();
     }
-    let kubeconfig = cluster.kubeconfig_of(NAMESPACE, ACCOUNT).unwrap();
+    let kubeconfig = cluster.kubeconfig_of(NAMESPACE, account).unwrap();
     let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
     let options = KubeConfigOptions::default();
     let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;

@@ -3,7 +3,7 @@
 use mesh_tests::{AUTH_DAEMON_IMAGE, Result, eventually_ok};
 use serde_json::json;
 
-use crate::stage::{APPS, PATIENCE, Stage, address, ensure, idle_pod, name};
+use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, address, ensure, idle_pod, name};
 use crate::traffic::{MARKER, PORT, who};
 
 /// Whether a request of `client-1` to `web-2` is readable between the nodes; an error where it is not answered.
@@ -46,6 +46,44 @@ pub(crate) fn a_label_takes_out_and_in(stage: &Stage) -> Result<()> {
     })?;
     label(&namespace, "-")?;
     encrypted()
+}
+
+/// A daemon's pod as deploy/ has it, but for what was taken out, beside the daemon that serves the node.
+pub(crate) fn what_a_daemon_lacks_is_named(stage: &Stage) -> Result<()> {
+    let daemons = stage.get(&format!("daemonset -n {SYSTEM} auth-daemon"))?;
+    let mut spec = daemons["spec"]["template"]["spec"].clone();
+    spec["hostPID"] = json!(false);
+    spec["restartPolicy"] = json!("Never");
+    spec["nodeSelector"] = json!({"kubernetes.io/hostname": "node1"});
+    let capabilities = &mut spec["containers"][0]["securityContext"]["capabilities"];
+    capabilities["add"] = json!(["BPF", "NET_BIND_SERVICE", "SYS_PTRACE"]);
+    let lacking = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "lacking", "namespace": SYSTEM}, "spec": spec,
+    });
+    stage.apply(&[lacking])?;
+    eventually_ok(
+        PATIENCE,
+        "the end of a daemon that could serve no pod",
+        || {
+            let pod = stage.get(&format!("pod -n {SYSTEM} lacking"))?;
+            ensure(pod["status"]["phase"] == "Failed", || {
+                format!("{}: {}", name(&pod), pod["status"])
+            })
+        },
+    )?;
+    let said = stage.kubectl(&format!("logs -n {SYSTEM} lacking"))?;
+    for expected in ["CAP_NET_ADMIN", "CAP_SYS_ADMIN", "hostPID: true"] {
+        ensure(said.contains(expected), || {
+            format!("{expected:?} is not in: {said}")
+        })?;
+    }
+    ensure(!said.contains("CAP_SYS_PTRACE"), || said.clone())?;
+    stage
+        .kubectl(&format!(
+            "delete -n {SYSTEM} pod/lacking --now --wait=false"
+        ))
+        .map(drop)
 }
 
 pub(crate) fn mistakes_are_named(stage: &Stage) -> Result<()> {

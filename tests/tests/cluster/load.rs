@@ -1,11 +1,13 @@
 //! Requests one after the other, and what becomes of them while pods and daemons come and go.
 
 use mesh_tests::{Context, Result, eventually_ok};
+use serde_json::{Value, json};
 
 use crate::stage::{
-    APPS, DAEMON, NODES, PATIENCE, SYSTEM, Stage, daemons_are_ready, ensure, name, pod_running,
+    APPS, DAEMON, NODES, PATIENCE, SYSTEM, Stage, daemons_are_ready, ensure, name, overlay,
+    pod_running,
 };
-use crate::traffic::{server, service_address, who};
+use crate::traffic::{MARKER, server, service_address, who};
 
 /// A pod that asks for the same URL again and again, a connection each time.
 pub(crate) struct Load {
@@ -36,6 +38,21 @@ impl Load {
     pub(crate) fn outcomes(&self, stage: &Stage) -> Result<Vec<String>> {
         let log = stage.kubectl(&format!("logs -n {APPS} {}", self.pod))?;
         Ok(log.lines().map(|line| line.trim().to_owned()).collect())
+    }
+
+    /// The longest time between two answers since a mark, in seconds.
+    pub(crate) fn longest_gap(&self, stage: &Stage, mark: usize) -> Result<f64> {
+        let log = stage.kubectl(&format!("logs -n {APPS} {} --timestamps", self.pod))?;
+        let answers = log.lines().skip(mark).filter_map(|line| {
+            let (time, outcome) = line.split_once(' ')?;
+            (outcome.trim() == ANSWERED).then(|| second_of_day(time))?
+        });
+        let answers: Vec<f64> = answers.collect();
+        ensure(answers.len() > 1, || format!("{} answers", answers.len()))?;
+        let gaps = answers
+            .windows(2)
+            .map(|pair| (pair[1] - pair[0]).rem_euclid(DAY));
+        Ok(gaps.fold(0.0, f64::max))
     }
 
     /// How many there were until now.
@@ -73,6 +90,16 @@ impl Load {
             ))
             .map(drop)
     }
+}
+
+const DAY: f64 = 86_400.0;
+
+/// Of a time as `2026-01-02T03:04:05.678Z`.
+fn second_of_day(time: &str) -> Option<f64> {
+    let (_, clock) = time.split_once('T')?;
+    let mut parts = clock.get(..clock.find(['Z', '+'])?)?.split(':');
+    let mut next = || parts.next()?.parse::<f64>().ok();
+    Some((next()? * 60.0 + next()?) * 60.0 + next()?)
 }
 
 /// An outcome that is all right.
@@ -193,6 +220,113 @@ pub(crate) fn a_rolling_update(stage: &Stage) -> Result<()> {
         load.mark(stage)? - start,
         load.failures(stage, start)?.len(),
     );
-    println!("    {all} requests, {lost} refused while one of their nodes had no daemon");
+    let gap = load.longest_gap(stage, start)?;
+    println!(
+        "    {all} requests, {lost} refused while one of their nodes had no daemon: {gap:.1} s at the longest"
+    );
     load.end(stage)
+}
+
+/// The same daemons once more, in pods that another DaemonSet keeps: what a rolling update with maxSurge makes, which
+/// Kubernetes 1.20 does not have.
+fn next_daemons(stage: &Stage) -> Result<Value> {
+    let now = stage.get(&format!("daemonset -n {SYSTEM} auth-daemon"))?;
+    let mut template = now["spec"]["template"].clone();
+    template["metadata"]["labels"]["generation"] = json!("next");
+    let labels = template["metadata"]["labels"].clone();
+    Ok(json!({
+        "apiVersion": "apps/v1", "kind": "DaemonSet",
+        "metadata": {"name": "auth-daemon-next", "namespace": SYSTEM},
+        "spec": {"selector": {"matchLabels": labels}, "template": template},
+    }))
+}
+
+/// What the probe of a daemon says.
+fn probed(stage: &Stage, pod: &Value) -> Result<String> {
+    stage.kubectl(&format!(
+        "exec -n {SYSTEM} {} -- auth-daemon probe ready",
+        name(pod)
+    ))
+}
+
+/// Lets go of one generation of daemons while another one stands by, under load and with a connection that does not end: it
+/// would take all of `drain` to wait for that.
+fn taken_over(
+    stage: &Stage,
+    (leaving, staying): (&str, &str),
+    (load, stream): (&'static str, &str),
+) -> Result<()> {
+    let pods = || stage.pods(SYSTEM, &format!("{DAEMON},{staying}"));
+    stage.rolled_out(SYSTEM, &format!("daemonset/{}", generation(staying)))?;
+    for pod in pods()? {
+        let said = probed(stage, &pod)?;
+        ensure(said.starts_with("standing by"), || said.clone())?;
+    }
+    let load = Load::start(stage, load, "node1", &who(stage, "web-2")?)?;
+    let url = format!("http://{}/cgi-bin/tick", service_address(stage, "web-2")?);
+    stage.apply(&[pod_running(
+        stream,
+        "node1",
+        "client",
+        &format!("exec curl -sN {url}"),
+    )])?;
+    eventually_ok(PATIENCE, "the endless answer", || {
+        let (lines, _) = ticks(stage, stream)?;
+        ensure(lines > 0, || "nothing of it".to_owned())
+    })?;
+    let start = load.mark(stage)?;
+    let capture = stage.cluster.wire().capture()?;
+    stage.kubectl(&format!(
+        "delete daemonset -n {SYSTEM} {} --wait=false",
+        generation(leaving)
+    ))?;
+    for pod in pods()? {
+        eventually_ok(PATIENCE, "a daemon that has taken over", || {
+            let said = probed(stage, &pod)?;
+            ensure(said == "ready\n", || said.clone())
+        })?;
+    }
+    load.goes_on(stage, 20)?;
+    let all = load.mark(stage)? - start;
+    let lost = load.failures(stage, start)?.len();
+    let gap = load.longest_gap(stage, start)?;
+    println!("    {all} requests, {lost} refused in {gap:.2} s at the longest");
+    ensure(gap < DRAIN, || {
+        format!("{gap} s: not before all connections had ended")
+    })?;
+    let recording = capture.stop()?;
+    ensure(!recording.contains(MARKER.as_bytes()), || {
+        format!("{MARKER} is readable on the wire")
+    })?;
+    eventually_ok(PATIENCE, "the end of those before", || {
+        let list = stage.get(&format!("pods -n {SYSTEM} -l {DAEMON},{leaving}"))?;
+        let left = list["items"].as_array().map_or(0, Vec::len);
+        ensure(left == 0, || format!("{left} are left"))
+    })?;
+    load.end(stage)?;
+    stage
+        .kubectl(&format!("delete pod -n {APPS} {stream} --now --wait=false"))
+        .map(drop)
+}
+
+/// `drain` of the daemons' configuration, in seconds.
+const DRAIN: f64 = 20.0;
+/// Which daemons, as labels that select them.
+const NOW: &str = "generation!=next";
+const NEXT: &str = "generation=next";
+
+/// Their DaemonSet.
+fn generation(label: &str) -> &'static str {
+    match label {
+        NEXT => "auth-daemon-next",
+        _ => "auth-daemon",
+    }
+}
+
+pub(crate) fn the_next_daemons_stand_by(stage: &Stage) -> Result<()> {
+    stage.apply(&[next_daemons(stage)?])?;
+    taken_over(stage, (NOW, NEXT), ("load-next", "stream-next"))?;
+    stage.kubectl(&format!("apply -k {}", overlay()))?;
+    taken_over(stage, (NEXT, NOW), ("load-back", "stream-back"))?;
+    daemons_are_ready(stage)
 }

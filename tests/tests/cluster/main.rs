@@ -20,7 +20,7 @@ use crate::stage::Stage;
 type Step = fn(&Stage) -> Result<()>;
 
 /// What is shown, in this order: each step goes on from the cluster that the one before has left.
-const STEPS: [(&str, Step); 17] = [
+const STEPS: [(&str, Step); 19] = [
     (
         "one of two CA replicas leads, and the service finds it",
         ca::one_leads,
@@ -53,6 +53,10 @@ const STEPS: [(&str, Step); 17] = [
         changes::mistakes_are_named,
     ),
     (
+        "a daemon that could serve no pod says what it lacks",
+        changes::what_a_daemon_lacks_is_named,
+    ),
+    (
         "a Deployment scaled 1 to 20 to 0 loses no request",
         load::scaling_loses_nothing,
     ),
@@ -61,6 +65,10 @@ const STEPS: [(&str, Step); 17] = [
         load::a_restart_is_its_nodes,
     ),
     ("a rolling update of all daemons", load::a_rolling_update),
+    (
+        "the next daemons stand by, and take over",
+        load::the_next_daemons_stand_by,
+    ),
     (
         "the CA's pods are killed, and traffic goes on",
         outages::without_the_ca,

@@ -1,0 +1,160 @@
+//! What probes are told, from the daemon's first moment on: before it has its node, and while another daemon has it.
+
+use std::{
+    fs, io,
+    path::Path,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use axum::{Router, extract::State, http::StatusCode, routing::get};
+use tokio::net::UnixListener;
+
+use crate::{
+    answers::answer,
+    mesh::Registry,
+    proxy::{Node, Pulse},
+};
+
+/// Where a daemon answers that may stand by: while two share the node's addresses, each has this to itself.
+pub const HEALTH_SOCKET: &str = "/run/auth-daemon/health.sock";
+/// Whether the daemon serves its node, or would at once.
+pub const READY: &str = "/healthz/ready";
+/// Whether it is worth keeping.
+pub const LIVE: &str = "/healthz/live";
+
+/// How the daemon is.
+#[derive(Debug)]
+pub struct Health {
+    pulse: Pulse,
+    registry: Arc<Registry>,
+    stands_by: AtomicBool,
+    node: OnceLock<Arc<Node>>,
+}
+
+impl Health {
+    /// Of a daemon that has just begun.
+    pub fn new(pulse: Pulse, registry: Arc<Registry>) -> Self {
+        Self {
+            pulse,
+            registry,
+            stands_by: AtomicBool::new(false),
+            node: OnceLock::new(),
+        }
+    }
+
+    /// Another daemon has the node.
+    pub fn stand_by(&self) {
+        self.stands_by.store(true, Ordering::Relaxed);
+    }
+
+    /// The node is this daemon's.
+    pub fn serve(&self, node: Arc<Node>) {
+        // There is one.
+        let _ = self.node.set(node);
+    }
+
+    fn ready(&self) -> Result<&'static str, &'static str> {
+        match self.node.get() {
+            Some(node) if node.is_ready() => Ok("ready\n"),
+            Some(_) => Err("not ready: pods are being enrolled, or the daemon is draining\n"),
+            None if !self.stands_by.load(Ordering::Relaxed) => Err("not ready: it starts\n"),
+            None if *self.registry.changes().borrow() == 0 => {
+                Err("not ready: standing by, and it is not known yet who is who\n")
+            }
+            None => Ok("standing by: another daemon serves this node\n"),
+        }
+    }
+
+    /// That the thread which answers this lives, the answer shows.
+    fn live(&self) -> Result<&'static str, String> {
+        match self.pulse.stuck(Instant::now()) {
+            None => Ok("live\n"),
+            Some((thread, silence)) => Err(format!(
+                "data-path-{thread} has not come round for {} s\n",
+                silence.as_secs()
+            )),
+        }
+    }
+}
+
+fn said<T: Into<String>, E: Into<String>>(outcome: Result<T, E>) -> (StatusCode, String) {
+    match outcome {
+        Ok(said) => (StatusCode::OK, said.into()),
+        Err(said) => (StatusCode::SERVICE_UNAVAILABLE, said.into()),
+    }
+}
+
+pub(super) fn routes(health: Arc<Health>) -> Router {
+    let ready = async |State(health): State<Arc<Health>>| said(health.ready());
+    let live = async |State(health): State<Arc<Health>>| said(health.live());
+    Router::new()
+        .route(READY, get(ready))
+        .route(LIVE, get(live))
+        .with_state(health)
+}
+
+/// Opens [`HEALTH_SOCKET`], in the place of the one of a daemon before this one.
+pub(super) fn bind(path: &Path) -> io::Result<UnixListener> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    UnixListener::bind(path)
+}
+
+/// Answers there until the runtime ends.
+pub(super) async fn serve(listener: UnixListener, health: Arc<Health>) {
+    answer(listener, routes(health)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{mesh::Snapshot, proxy::Workers};
+
+    #[tokio::test]
+    async fn who_stands_by_is_ready_once_it_is_known_who_is_who() {
+        let workers = Workers::start(2).unwrap();
+        let registry = Arc::new(Registry::new());
+        let health = Health::new(workers.pulse(), registry.clone());
+        assert!(health.ready().is_err());
+        health.stand_by();
+        assert!(health.ready().unwrap_err().contains("not known yet"));
+        registry.publish(Snapshot::default());
+        assert!(health.ready().unwrap().starts_with("standing by"));
+        assert_eq!(health.live(), Ok("live\n"));
+    }
+
+    #[tokio::test]
+    async fn each_daemon_has_a_socket_and_the_last_one_the_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/health.sock");
+        let registry = Arc::new(Registry::new());
+        let workers = Workers::start(1).unwrap();
+        let health = Arc::new(Health::new(workers.pulse(), registry.clone()));
+        drop(bind(&path).unwrap());
+        let listener = bind(&path).unwrap();
+        tokio::spawn(serve(listener, health.clone()));
+        let ask = async |what: &'static str| {
+            let path = path.clone();
+            let asked = tokio::task::spawn_blocking(move || crate::cli::probe::ask(&path, what));
+            asked.await.unwrap().unwrap()
+        };
+        let (ready, said) = ask(READY).await;
+        assert!(!ready && said == "not ready: it starts\n", "{said}");
+        health.stand_by();
+        registry.publish(Snapshot::default());
+        let (ready, said) = ask(READY).await;
+        assert!(ready && said.starts_with("standing by"), "{said}");
+        assert_eq!(ask(LIVE).await, (true, "live\n".to_owned()));
+        let (found, _) = ask("/healthz/other").await;
+        assert!(!found);
+    }
+}

@@ -1,0 +1,63 @@
+//! `auth-daemon probe`: asks the daemon of this container, and no other of the node, how it is. For the kubelet's probes.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+
+use crate::admin::{HEALTH_SOCKET, LIVE, READY};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Longest answer that is read, in bytes.
+const MAX_ANSWER_BYTES: u64 = 4 << 10;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// What to ask.
+    what: What,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum What {
+    /// Does it serve its node, or stand by to?
+    Ready,
+    /// Do its threads still come round?
+    Live,
+}
+
+pub(super) fn probe(arguments: &Arguments) -> anyhow::Result<()> {
+    let what = match arguments.what {
+        What::Ready => READY,
+        What::Live => LIVE,
+    };
+    let path = Path::new(HEALTH_SOCKET);
+    let (yes, said) = ask(path, what).with_context(|| {
+        format!("{HEALTH_SOCKET}: is there a daemon that was started with --stand-by?")
+    })?;
+    let said = said.trim_end();
+    if !yes {
+        bail!("{said}");
+    }
+    println!("{said}");
+    Ok(())
+}
+
+/// What the daemon behind the socket at `path` says of itself, and whether that is good.
+pub(crate) fn ask(path: &Path, what: &str) -> anyhow::Result<(bool, String)> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    write!(
+        stream,
+        "GET {what} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.take(MAX_ANSWER_BYTES).read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+    Ok((head.starts_with("HTTP/1.1 200 "), body.to_owned()))
+}

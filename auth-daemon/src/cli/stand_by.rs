@@ -1,0 +1,110 @@
+//! While another daemon has the node: this one learns what it will need, says that it is ready to, and takes over when the
+//! other one has let go.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context;
+use tokio::sync::{oneshot, watch};
+
+use crate::{
+    certs::Certificates,
+    datapath::{KernelError, PinLock},
+    mesh::{Identity, Registry},
+    proxy::Node,
+};
+
+/// How often to see whether the node's pods have their certificates themselves.
+const POLL: Duration = Duration::from_millis(100);
+
+/// Certificates of the node's pods, asked for before they are needed.
+#[derive(Debug, Default)]
+pub(super) struct EarlyCertificates(BTreeSet<Identity>);
+
+impl EarlyCertificates {
+    fn follow(&mut self, registry: &Registry, certificates: &Certificates, node: &str) {
+        let snapshot = registry.snapshot();
+        let wanted: BTreeSet<_> = snapshot
+            .on_node(node)
+            .map(|pod| pod.identity.clone())
+            .collect();
+        for new in wanted.difference(&self.0) {
+            certificates.acquire(new);
+        }
+        for gone in self.0.difference(&wanted) {
+            certificates.release(gone);
+        }
+        self.0 = wanted;
+    }
+
+    /// Holds them until the pods do.
+    pub(super) async fn hand_over(self, node: Arc<Node>) {
+        while !node.is_ready() && !self.0.is_empty() {
+            tokio::time::sleep(POLL).await;
+        }
+        for identity in &self.0 {
+            node.certificates.release(identity);
+        }
+    }
+}
+
+/// Waits until the lock on `pins` is free, and takes it; `None` where `stop` comes first. Until then, keeps `early` to what
+/// is known of the node with that name.
+pub(super) async fn stand_by(
+    pins: &Path,
+    (registry, certificates, node): (&Registry, &Certificates, &str),
+    early: &mut EarlyCertificates,
+    mut stop: watch::Receiver<bool>,
+) -> anyhow::Result<Option<PinLock>> {
+    tracing::info!(
+        node,
+        "another daemon serves this node: standing by until it lets go"
+    );
+    let mut changes = registry.changes();
+    let mut lock = when_free(pins.to_owned()).context("cannot wait for the other daemon")?;
+    loop {
+        tokio::select! {
+            taken = &mut lock => {
+                let lock = taken.context("cannot wait for the other daemon")??;
+                tracing::info!(node, certificates = early.0.len(), "the other daemon has let go: taking over");
+                return Ok(Some(lock));
+            }
+            _ = stop.changed() => return Ok(None),
+            Ok(()) = changes.changed() => early.follow(registry, certificates, node),
+        }
+    }
+}
+
+/// Told once the lock is taken. The thread that waits for it ends with the process at the latest.
+fn when_free(pins: PathBuf) -> std::io::Result<oneshot::Receiver<Result<PinLock, KernelError>>> {
+    let (tell, told) = oneshot::channel();
+    thread::Builder::new()
+        .name("stand-by".into())
+        .spawn(move || {
+            // Nobody listens any more: the lock goes with what is sent.
+            let _ = tell.send(PinLock::wait(&pins));
+        })?;
+    Ok(told)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_lock_comes_when_it_is_let_go_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = folder.path().join("pins");
+        let held = PinLock::take(&pins).unwrap();
+        let mut waits = when_free(pins.clone()).unwrap();
+        assert!(waits.try_recv().is_err());
+        drop(held);
+        let _held = waits.await.unwrap().unwrap();
+        assert!(matches!(PinLock::take(&pins), Err(KernelError::Locked(_))));
+    }
+}
