@@ -6,8 +6,9 @@ use imbl::{HashMap, OrdMap, OrdSet};
 
 use super::{
     Membership, ObjectName, Service, Slice, SliceEndpoint, Snapshot, Workload,
+    claims::{AddressKind, Claim, Claims},
     resolved::{Backends, MAX_SLICED, Resolved, Server, Sliced},
-    snapshot::{AddressKind, Claim, Claims, Daemons, Namespace, ServiceState},
+    snapshot::{Daemons, Namespace, ServiceState},
 };
 
 /// A snapshot that is being made out of another.

@@ -1,5 +1,6 @@
 //! The model of the mesh: who is who, what runs where. No I/O, no clock, no kernel.
 
+mod claims;
 mod edit;
 mod identity;
 mod membership;
@@ -10,6 +11,7 @@ mod slice;
 mod snapshot;
 mod workload;
 
+pub use claims::AddressKind;
 pub use edit::Edit;
 pub use identity::{Identity, InvalidIdentity, TrustDomain};
 pub use membership::{Membership, MeshDefault};
@@ -17,5 +19,5 @@ pub use registry::{Published, Registry};
 pub use resolved::{Destination, Endpoint};
 pub use service::{Port, Service, TargetPort};
 pub use slice::{Slice, SliceEndpoint};
-pub use snapshot::{AddressKind, Inventory, Snapshot, Unreachable};
+pub use snapshot::{Inventory, Snapshot, Unreachable};
 pub use workload::{ObjectName, Workload};

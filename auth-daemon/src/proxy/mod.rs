@@ -18,6 +18,7 @@ mod rules;
 mod same_node;
 mod search;
 mod totals;
+mod verdict;
 mod workers;
 
 use std::sync::{

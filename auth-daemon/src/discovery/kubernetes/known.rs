@@ -1,0 +1,462 @@
+//! What is known of the cluster: of each object its last good state, and what has changed since it was last published.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use super::{Kind, POLICIES, Settings};
+use crate::{
+    discovery::manifest::{self, Object},
+    mesh::{Edit, ObjectName, Snapshot, Workload},
+    policy::api,
+};
+
+/// What the node daemons' pods have as `app.kubernetes.io/name`.
+const DAEMON_NAME: &str = "auth-daemon";
+const NAME_LABEL: &str = "app.kubernetes.io/name";
+
+/// An event of any kind.
+pub(super) enum Event {
+    Apply(Seen),
+    Delete(ObjectName),
+    /// Everything comes anew, as `InitApply`, until `InitDone`.
+    Init,
+    InitApply(Seen),
+    InitDone,
+}
+
+pub(super) struct Seen {
+    pub(super) name: ObjectName,
+    pub(super) uid: String,
+    /// What it is to the mesh, or why that cannot be told.
+    pub(super) object: Result<Option<Object>, String>,
+}
+
+/// All that is known of the cluster.
+pub(super) struct Known {
+    settings: Settings,
+    kinds: BTreeMap<Kind, Objects>,
+    /// What was published last, with what has changed since.
+    edit: Edit,
+    /// Whether policies have changed since they were published last.
+    policies_changed: bool,
+}
+
+/// The objects of one kind.
+#[derive(Default)]
+struct Objects {
+    current: HashMap<ObjectName, Kept>,
+    /// What a list that is under way has brought so far.
+    listed: Option<HashMap<ObjectName, Kept>>,
+    complete: bool,
+}
+
+/// An object as last understood.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Kept {
+    uid: String,
+    /// `None`: nothing to the mesh.
+    object: Option<Object>,
+}
+
+impl Known {
+    pub(super) fn new(settings: Settings, policies: bool) -> Self {
+        let mut edit = Edit::from(Snapshot::with_defaults(settings.defaults.clone()));
+        if settings.daemons.is_some() {
+            edit.know_daemons();
+        }
+        let mut kinds = vec![Kind::Pod];
+        if settings.services {
+            kinds.extend([Kind::Namespace, Kind::Service, Kind::Slice]);
+        }
+        if policies {
+            kinds.extend(POLICIES.map(Kind::Policy));
+        }
+        Self {
+            settings,
+            kinds: kinds
+                .into_iter()
+                .map(|kind| (kind, Objects::default()))
+                .collect(),
+            edit,
+            policies_changed: false,
+        }
+    }
+
+    /// Whether each kind has been read to its end once.
+    pub(super) fn is_complete(&self) -> bool {
+        self.kinds.values().all(|objects| objects.complete)
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.kinds
+            .values()
+            .map(|objects| objects.current.len())
+            .sum()
+    }
+
+    /// Takes an event; tells whether that changed anything.
+    pub(super) fn take(&mut self, kind: Kind, event: Event) -> bool {
+        let objects = self.kinds.entry(kind).or_default();
+        match event {
+            Event::Apply(seen) => {
+                let (name, kept) = read(seen, &objects.current);
+                self.keep(kind, name, Some(kept))
+            }
+            Event::Delete(name) => self.keep(kind, name, None),
+            Event::Init => {
+                objects.listed = Some(HashMap::new());
+                false
+            }
+            Event::InitApply(seen) => {
+                let (name, kept) = read(seen, &objects.current);
+                objects.listed.get_or_insert_default().insert(name, kept);
+                false
+            }
+            // What the list does not have was deleted while nobody watched.
+            Event::InitDone => {
+                let listed = objects.listed.take().unwrap_or_default();
+                let mut changed = !std::mem::replace(&mut objects.complete, true);
+                let known = objects.current.keys();
+                let gone: Vec<_> = known
+                    .filter(|name| !listed.contains_key(*name))
+                    .cloned()
+                    .collect();
+                for name in gone {
+                    changed |= self.keep(kind, name, None);
+                }
+                for (name, kept) in listed {
+                    changed |= self.keep(kind, name, Some(kept));
+                }
+                changed
+            }
+        }
+    }
+
+    /// Keeps what is known of an object now; tells whether that is another thing to the mesh than before.
+    fn keep(&mut self, kind: Kind, name: ObjectName, kept: Option<Kept>) -> bool {
+        let objects = &mut self.kinds.entry(kind).or_default().current;
+        let object = kept.as_ref().and_then(|kept| kept.object.clone());
+        let before = match kept {
+            Some(kept) => objects.insert(name.clone(), kept),
+            None => objects.remove(&name),
+        };
+        if before.and_then(|before| before.object) == object {
+            return false;
+        }
+        let edit = &mut self.edit;
+        match (kind, object) {
+            (_, Some(Object::Pod(pod))) => {
+                if self.settings.has_daemon(&pod) {
+                    edit.daemon(&name, Some(&pod.node));
+                } else if self.settings.daemons.is_some() {
+                    edit.daemon(&name, None);
+                }
+                edit.pod(pod);
+            }
+            (_, Some(Object::Service(service))) => edit.service(service),
+            (_, Some(Object::Slice(slice))) => edit.slice(slice),
+            (_, Some(Object::Policy(_))) | (Kind::Policy(_), None) => self.policies_changed = true,
+            (_, Some(Object::Namespace(membership))) => edit.namespace(&name.name, membership),
+            (Kind::Pod, None) => {
+                if self.settings.daemons.is_some() {
+                    edit.daemon(&name, None);
+                }
+                edit.remove_pod(&name);
+            }
+            (Kind::Service, None) => edit.remove_service(&name),
+            (Kind::Slice, None) => edit.remove_slice(&name),
+            (Kind::Namespace, None) => edit.namespace(&name.name, None),
+        }
+        true
+    }
+
+    /// All policies, if they have changed.
+    pub(super) fn policies(&mut self) -> Option<Vec<Arc<api::Object>>> {
+        if !std::mem::take(&mut self.policies_changed) {
+            return None;
+        }
+        let kept = self
+            .kinds
+            .values()
+            .flat_map(|objects| objects.current.values());
+        let policies = kept.filter_map(|kept| match &kept.object {
+            Some(Object::Policy(policy)) => Some(policy.clone()),
+            _ => None,
+        });
+        Some(policies.collect())
+    }
+
+    /// All the rest, indexed.
+    pub(super) fn snapshot(&mut self) -> Snapshot {
+        let edit = std::mem::replace(&mut self.edit, Edit::from(Snapshot::default()));
+        let snapshot = edit.finish();
+        self.edit = Edit::from(snapshot.clone());
+        snapshot
+    }
+}
+
+impl Settings {
+    /// Whether `pod` is a node daemon that serves its node's pods.
+    fn has_daemon(&self, pod: &Workload) -> bool {
+        self.daemons.as_ref() == Some(&pod.name.namespace)
+            && pod
+                .labels
+                .get(NAME_LABEL)
+                .is_some_and(|name| name == DAEMON_NAME)
+            && pod.ready
+            && !pod.terminating
+    }
+}
+
+/// An object that cannot be understood keeps its last good state, unless it was made anew.
+fn read(seen: Seen, known: &HashMap<ObjectName, Kept>) -> (ObjectName, Kept) {
+    let Seen { name, uid, object } = seen;
+    let before = known.get(&name).filter(|before| before.uid == uid);
+    let before = before.and_then(|before| before.object.as_ref());
+    let object = match object {
+        Ok(object) => object.map(|object| manifest::keep_good_policy(object, before)),
+        Err(error) => {
+            tracing::error!(
+                known = before.is_some(),
+                "{error}; going on with what is known of it"
+            );
+            before.cloned()
+        }
+    };
+    (name, Kept { uid, object })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{
+        super::{name as name_of, pod},
+        *,
+    };
+    use crate::{kubernetes::objects, mesh::MeshDefault};
+
+    fn seen(name: &str, uid: &str, address: &str) -> Seen {
+        let read: objects::Pod = serde_json::from_value(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": name, "namespace": "default", "uid": uid},
+            "spec": {"nodeName": "a", "containers": []},
+            "status": {"podIP": address},
+        }))
+        .unwrap();
+        Seen {
+            name: name_of(&read),
+            uid: uid.into(),
+            object: pod(read, &"cluster.local".parse().unwrap()),
+        }
+    }
+
+    fn known() -> Known {
+        let mut known = Known::new(
+            Settings {
+                trust_domain: "cluster.local".parse().unwrap(),
+                defaults: MeshDefault::default(),
+                services: true,
+                daemons: Some("auth-system".into()),
+            },
+            true,
+        );
+        for kind in [Kind::Namespace, Kind::Service, Kind::Slice]
+            .into_iter()
+            .chain(POLICIES.map(Kind::Policy))
+        {
+            known.take(kind, Event::Init);
+            known.take(kind, Event::InitDone);
+        }
+        known
+    }
+
+    fn pods(known: &mut Known) -> Vec<String> {
+        let snapshot = known.snapshot();
+        let pods = snapshot.workloads();
+        pods.map(|pod| format!("{} {:?}", pod.name.name, pod.addresses))
+            .collect()
+    }
+
+    fn take(known: &mut Known, event: Event) -> bool {
+        known.take(Kind::Pod, event)
+    }
+
+    #[test]
+    fn nothing_counts_before_everything_was_read() {
+        let mut known = known();
+        assert!(!take(&mut known, Event::Init));
+        assert!(!take(
+            &mut known,
+            Event::InitApply(seen("one", "1", "10.0.0.1"))
+        ));
+        assert!(!known.is_complete());
+        assert!(take(&mut known, Event::InitDone));
+        assert!(known.is_complete());
+        assert_eq!(pods(&mut known), ["one [10.0.0.1]"]);
+    }
+
+    #[test]
+    fn an_empty_cluster_is_complete_too() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        assert!(take(&mut known, Event::InitDone), "worth publishing");
+        assert!(known.is_complete());
+    }
+
+    #[test]
+    fn a_list_that_is_read_anew_loses_no_deletion_and_nothing_meanwhile() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        for (name, address) in [("one", "10.0.0.1"), ("two", "10.0.0.2")] {
+            take(&mut known, Event::InitApply(seen(name, name, address)));
+        }
+        take(&mut known, Event::InitDone);
+        take(&mut known, Event::Init);
+        assert_eq!(
+            pods(&mut known).len(),
+            2,
+            "the old state holds until the list is whole"
+        );
+        take(&mut known, Event::InitApply(seen("two", "two", "10.0.0.2")));
+        // The connection broke: the list begins again.
+        take(&mut known, Event::Init);
+        take(&mut known, Event::InitApply(seen("two", "two", "10.0.0.2")));
+        assert!(take(&mut known, Event::InitDone));
+        assert_eq!(pods(&mut known), ["two [10.0.0.2]"]);
+    }
+
+    #[test]
+    fn changes_that_change_nothing_are_not_published() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        take(&mut known, Event::InitDone);
+        assert!(take(&mut known, Event::Apply(seen("one", "1", "10.0.0.1"))));
+        assert!(!take(
+            &mut known,
+            Event::Apply(seen("one", "1", "10.0.0.1"))
+        ));
+        assert!(take(&mut known, Event::Apply(seen("two", "2", ""))));
+        assert!(take(&mut known, Event::Apply(seen("two", "2", "10.0.0.2"))));
+        let name = |name: &str| ObjectName {
+            namespace: "default".into(),
+            name: name.into(),
+        };
+        assert!(take(&mut known, Event::Delete(name("one"))));
+        assert!(!take(&mut known, Event::Delete(name("one"))));
+        assert_eq!(pods(&mut known), ["two [10.0.0.2]"]);
+    }
+
+    #[test]
+    fn what_cannot_be_understood_keeps_its_last_good_state_unless_made_anew() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        take(&mut known, Event::InitDone);
+        take(&mut known, Event::Apply(seen("one", "1", "10.0.0.1")));
+        assert!(!take(
+            &mut known,
+            Event::Apply(seen("one", "1", "10.0.0.999"))
+        ));
+        assert_eq!(pods(&mut known), ["one [10.0.0.1]"]);
+        assert!(take(
+            &mut known,
+            Event::Apply(seen("one", "2", "10.0.0.999"))
+        ));
+        assert!(pods(&mut known).is_empty());
+    }
+
+    #[test]
+    fn a_slip_in_a_label_takes_no_pod_out_of_the_mesh() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        take(&mut known, Event::InitDone);
+        let read: objects::Pod = serde_json::from_value(json!({
+            "metadata": {"name": "one", "namespace": "default", "labels": {manifest::MESH_LABEL: "of"}},
+            "status": {"podIP": "10.0.0.1"},
+        }))
+        .unwrap();
+        let seen = Seen {
+            name: name_of(&read),
+            uid: "1".into(),
+            object: pod(read, &"cluster.local".parse().unwrap()),
+        };
+        assert!(take(&mut known, Event::Apply(seen)));
+        assert_eq!(pods(&mut known), ["one [10.0.0.1]"]);
+    }
+
+    #[test]
+    fn namespaces_and_daemons() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        take(&mut known, Event::InitApply(seen("one", "1", "10.0.0.1")));
+        take(&mut known, Event::InitDone);
+        let namespace = |disabled: bool| {
+            let membership = disabled.then_some(crate::mesh::Membership::Disabled);
+            Event::Apply(Seen {
+                name: ObjectName {
+                    namespace: String::new(),
+                    name: "default".into(),
+                },
+                uid: "n".into(),
+                object: Ok(Some(Object::Namespace(membership))),
+            })
+        };
+        assert!(known.take(Kind::Namespace, namespace(true)));
+        assert!(pods(&mut known).is_empty());
+        assert!(known.take(Kind::Namespace, namespace(false)));
+        assert_eq!(pods(&mut known).len(), 1);
+
+        let daemon = |ready: bool| {
+            let read: objects::Pod = serde_json::from_value(json!({
+                "metadata": {"name": "d", "namespace": "auth-system", "labels": {NAME_LABEL: DAEMON_NAME}},
+                "spec": {"nodeName": "a", "hostNetwork": true},
+                "status": {"conditions": [{"type": "Ready", "status": if ready {"True"} else {"False"}}]},
+            }))
+            .unwrap();
+            Seen {
+                name: name_of(&read),
+                uid: "d".into(),
+                object: pod(read, &"cluster.local".parse().unwrap()),
+            }
+        };
+        let name = daemon(true).name;
+        for (event, expected) in [
+            (Event::Apply(daemon(false)), false),
+            (Event::Apply(daemon(true)), true),
+            (Event::Delete(name), false),
+        ] {
+            take(&mut known, event);
+            assert_eq!(known.snapshot().has_daemon("a"), expected);
+        }
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_read_keeps_its_last_good_version() {
+        let mut known = known();
+        let seen = |uid: &str, action: &str| {
+            let document = json!({
+                "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+                "metadata": {"name": "web", "namespace": "shop"}, "spec": {"action": action, "rules": [{}]},
+            });
+            let policy = api::Object::read(&document).unwrap();
+            Event::Apply(Seen {
+                name: policy.name().clone(),
+                uid: uid.into(),
+                object: Ok(Some(Object::Policy(Arc::new(policy)))),
+            })
+        };
+        let kind = Kind::Policy(api::Kind::Authorization);
+        assert!(known.take(kind, seen("1", "ALLOW")));
+        assert_eq!(known.policies().unwrap().len(), 1);
+        assert!(known.policies().is_none(), "told once");
+        assert!(!known.take(kind, seen("1", "ALOW")));
+        assert!(
+            known.take(kind, seen("2", "ALOW")),
+            "another object of that name"
+        );
+        let policies = known.policies().unwrap();
+        assert!(matches!(*policies[0], api::Object::Unreadable(_)));
+    }
+}

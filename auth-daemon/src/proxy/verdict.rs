@@ -1,0 +1,375 @@
+//! Whether the kernel alone may carry the connections of a pod to an address of this node, and whether it still may.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use super::{
+    Node,
+    residents::{Residents, allows, permit},
+    rules::{ByPod, Refused},
+};
+use crate::{
+    datapath::Grant,
+    mesh::{Identity, ObjectName, Snapshot},
+    policy::Connection,
+    tunnel::trust::{Revocations, Trust},
+};
+
+/// What holds for a client pod and an address, if it can be said once for all connections.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Decision {
+    pub(super) endpoint: SocketAddr,
+    pub(super) server_cookie: u64,
+    pub(super) facts: Facts,
+}
+
+/// What the log says of a connection beside its own numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    pub(super) service: Option<ObjectName>,
+    pub(super) client_cookie: u64,
+    pub(super) client: Option<Identity>,
+    pub(super) server_cookie: u64,
+    pub(super) server: Option<Identity>,
+    /// From where to where, if that is known.
+    pub(super) route: Option<(IpAddr, SocketAddr)>,
+    /// Why this daemon has ended the connections, if it has.
+    pub(super) ended_because: Option<String>,
+}
+
+impl Residents {
+    /// What can be said of a connection by its ends alone.
+    pub(super) fn facts(&self, client_cookie: u64, server_cookie: u64) -> Facts {
+        let identity = |cookie| Some(self.by_cookie.get(&cookie)?.identity.clone());
+        Facts {
+            service: None,
+            client_cookie,
+            client: identity(client_cookie),
+            server_cookie,
+            server: identity(server_cookie),
+            route: None,
+            ended_because: None,
+        }
+    }
+}
+
+/// `None` where the kernel cannot decide alone: no pod of this node, more than one endpoint to choose from, or not
+/// permitted.
+fn decide(
+    snapshot: &Snapshot,
+    revoked: &Revocations,
+    residents: &Residents,
+    rules: &ByPod,
+    client_cookie: u64,
+    dialled: SocketAddr,
+) -> Option<Decision> {
+    let destination = snapshot.resolve(dialled).ok()?;
+    let [endpoint] = &*destination.endpoints else {
+        return None;
+    };
+    let address = endpoint.address;
+    let client = residents.by_cookie.get(&client_cookie)?;
+    let server = residents.by_address.get(&address.ip())?;
+    let source = client.address_like(address.ip())?;
+    if client.cookie == server.cookie {
+        return None;
+    }
+    // A pod that has become another one is not served as that yet.
+    let endpoint = endpoint.workload.as_ref()?;
+    let is_current =
+        endpoint.identity == server.identity && snapshot.pod(source)?.identity == client.identity;
+    if !is_current
+        || permit(
+            snapshot,
+            revoked,
+            client,
+            source,
+            source,
+            &destination,
+            server,
+        )
+        .is_err()
+        || !allows(rules, &client.identity, source, server.cookie, address)
+    {
+        return None;
+    }
+    Some(Decision {
+        endpoint: address,
+        server_cookie: server.cookie,
+        facts: Facts {
+            service: destination.service,
+            client_cookie: client.cookie,
+            client: Some(client.identity.clone()),
+            server_cookie: server.cookie,
+            server: Some(server.identity.clone()),
+            route: Some((source, address)),
+            ended_because: None,
+        },
+    })
+}
+
+/// What verdicts follow from.
+#[derive(Clone, Debug)]
+pub(super) struct Basis {
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) residents: Arc<Residents>,
+    pub(super) trust: Arc<Trust>,
+    pub(super) rules: Arc<ByPod>,
+    pub(super) node_name: String,
+}
+
+impl Basis {
+    pub(super) fn of(node: &Node) -> Self {
+        Self {
+            snapshot: node.registry.snapshot(),
+            residents: node.same_node.residents(),
+            trust: node.certificates.trust().current(),
+            rules: node.rules.current(),
+            node_name: node.config.node_name.clone(),
+        }
+    }
+
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.snapshot, &other.snapshot)
+            && Arc::ptr_eq(&self.residents, &other.residents)
+            && Arc::ptr_eq(&self.trust, &other.trust)
+            && Arc::ptr_eq(&self.rules, &other.rules)
+    }
+
+    /// Why a connection by the verdict with these facts may not go on, if so.
+    pub(super) fn forbids(&self, facts: &Facts) -> Option<String> {
+        for (cookie, identity) in [
+            (facts.client_cookie, &facts.client),
+            (facts.server_cookie, &facts.server),
+        ] {
+            let Some(identity) = identity else {
+                return Some("a pod has left this node, or the mesh".into());
+            };
+            match self.residents.by_cookie.get(&cookie) {
+                Some(resident) if resident.identity == *identity => {}
+                _ => return Some(format!("{identity} has left this node, or the mesh")),
+            }
+            let revoked = &self.trust.revoked;
+            let checked = revoked.check_identity(identity);
+            let checked = checked.and_then(|()| revoked.check_node(&self.node_name));
+            if let Err(revoked) = checked {
+                return Some(revoked.to_string());
+            }
+        }
+        self.denies(facts).map(|refused| refused.to_string())
+    }
+
+    /// What can be said of the connections by a verdict of a daemon before this one.
+    pub(super) fn facts_of(&self, grant: &Grant) -> Facts {
+        let client = self.residents.by_cookie.get(&grant.client_cookie);
+        let source = client.and_then(|client| client.address_like(grant.endpoint.ip()));
+        Facts {
+            route: source.map(|source| (source, grant.endpoint)),
+            ..self
+                .residents
+                .facts(grant.client_cookie, grant.server_cookie)
+        }
+    }
+
+    /// Why the server's policies are against it, if they are.
+    pub(super) fn denies(&self, facts: &Facts) -> Option<Refused> {
+        let Some((source, destination)) = facts.route else {
+            // Of an earlier daemon's verdict not even the port is known.
+            let policy = self.rules.of(facts.server_cookie);
+            return match policy {
+                Ok(policy) if policy.is_unrestricted() => None,
+                Ok(_) => Some(Refused("policies have changed since it began".into())),
+                Err(refused) => Some(refused),
+            };
+        };
+        let connection = Connection {
+            client: facts.client.as_ref(),
+            source,
+            destination,
+        };
+        match self.rules.verdict(facts.server_cookie, &connection) {
+            Ok(verdict) if verdict.allowed() => None,
+            Ok(verdict) => Some(Refused(verdict.decision.to_string())),
+            Err(refused) => Some(refused),
+        }
+    }
+
+    pub(super) fn decide(&self, client_cookie: u64, dialled: SocketAddr) -> Option<Decision> {
+        decide(
+            &self.snapshot,
+            &self.trust.revoked,
+            &self.residents,
+            &self.rules,
+            client_cookie,
+            dialled,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        mesh::{Inventory, Port, Service, TargetPort, Workload},
+        policy::{Denied, Policies},
+        proxy::residents::{Forbidden, Resident},
+    };
+
+    fn name(name: &str) -> ObjectName {
+        ObjectName {
+            namespace: "default".into(),
+            name: name.into(),
+        }
+    }
+
+    fn pod(pod: &str, account: &str, address: &str) -> Workload {
+        Workload {
+            addresses: vec![address.parse().unwrap()],
+            node: "a".into(),
+            labels: [("app".to_owned(), account.to_owned())].into(),
+            ..Workload::new(
+                name(pod),
+                format!("spiffe://a/ns/default/sa/{account}")
+                    .parse()
+                    .unwrap(),
+            )
+        }
+    }
+
+    fn service() -> Service {
+        Service {
+            addresses: vec!["10.96.0.7".parse().unwrap()],
+            ports: vec![Port {
+                name: String::new(),
+                port: 80,
+                target: TargetPort::Number(8080),
+            }],
+            selector: [("app".to_owned(), "web".to_owned())].into(),
+            ..Service::new(name("web"))
+        }
+    }
+
+    fn snapshot(workloads: Vec<Workload>) -> Snapshot {
+        Snapshot::new(Inventory {
+            workloads,
+            services: vec![service()],
+        })
+    }
+
+    /// Of pods with cookies from 1, that have no labels.
+    fn rules(policies: &Policies) -> ByPod {
+        let policy = policies.workload("default", &Default::default());
+        (1..10).map(|cookie| (cookie, policy.clone())).collect()
+    }
+
+    /// Their cookies count from 1.
+    fn residents(pods: &[Workload]) -> Residents {
+        let mut residents = Residents::default();
+        for (cookie, pod) in (1..).zip(pods) {
+            let resident = Arc::new(Resident {
+                cookie,
+                identity: pod.identity.clone(),
+                addresses: pod.addresses.clone(),
+            });
+            residents.by_cookie.insert(cookie, resident.clone());
+            for address in &pod.addresses {
+                residents.by_address.insert(*address, resident.clone());
+            }
+        }
+        residents
+    }
+
+    const CLIENT: u64 = 1;
+
+    fn decided(workloads: &[Workload], enrolled: &[Workload], dialled: &str) -> Option<Decision> {
+        decide(
+            &snapshot(workloads.to_vec()),
+            &Revocations::default(),
+            &residents(enrolled),
+            &rules(&Policies::default()),
+            CLIENT,
+            dialled.parse().unwrap(),
+        )
+    }
+
+    #[test]
+    fn a_pod_of_the_node_is_decided_on_by_its_address_and_by_its_services() {
+        let pods = [
+            pod("client", "client", "10.1.0.1"),
+            pod("web", "web", "10.1.0.2"),
+        ];
+        let by_address = decided(&pods, &pods, "10.1.0.2:8080").unwrap();
+        assert_eq!(by_address.server_cookie, 2);
+        assert_eq!(by_address.facts.service, None);
+        let by_service = decided(&pods, &pods, "10.96.0.7:80").unwrap();
+        assert_eq!(by_service.endpoint, "10.1.0.2:8080".parse().unwrap());
+        assert_eq!(by_service.facts.service, Some(name("web")));
+        assert_eq!(by_service.facts.server, Some(pods[1].identity.clone()));
+        assert_eq!(by_service.facts.client, Some(pods[0].identity.clone()));
+    }
+
+    #[test]
+    fn the_kernel_alone_decides_nothing_else() {
+        let (client, web) = (
+            pod("client", "client", "10.1.0.1"),
+            pod("web", "web", "10.1.0.2"),
+        );
+        let second = pod("second", "web", "10.1.0.3");
+        let both = [client.clone(), web.clone()];
+        // The other pod is not enrolled here, or the client is not.
+        assert_eq!(decided(&both, &both[..1], "10.1.0.2:8080"), None);
+        assert_eq!(decided(&both, &[], "10.1.0.2:8080"), None);
+        // Two to choose from, of which only one is here.
+        let three = [client.clone(), web.clone(), second];
+        assert_eq!(decided(&three, &both, "10.96.0.7:80"), None);
+        // The pod itself, no port of the service, nobody.
+        assert_eq!(decided(&both, &both, "10.1.0.1:8080"), None);
+        assert_eq!(decided(&both, &both, "10.96.0.7:81"), None);
+        assert_eq!(decided(&both, &both, "10.1.0.9:8080"), None);
+        // One of the two has become another since it was enrolled.
+        let became = [client.clone(), pod("web", "promoted", "10.1.0.2")];
+        assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
+        let became = [pod("client", "promoted", "10.1.0.1"), web.clone()];
+        assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
+        // Another pod claims the client's address.
+        let disputed = [client, web, pod("thief", "thief", "10.1.0.1")];
+        assert_eq!(decided(&disputed, &both, "10.1.0.2:8080"), None);
+    }
+
+    #[test]
+    fn naming_and_addresses_are_asked_for() {
+        let pods = [
+            pod("client", "client", "10.1.0.1"),
+            pod("web", "web", "10.1.0.2"),
+        ];
+        let (snapshot, residents) = (snapshot(pods.to_vec()), residents(&pods));
+        let destination = snapshot.resolve("10.1.0.2:80".parse().unwrap()).unwrap();
+        let (client, web) = (&residents.by_cookie[&1], &residents.by_cookie[&2]);
+        let own = client.addresses[0];
+        let ask = |claimed, server| {
+            let nothing = Revocations::default();
+            permit(
+                &snapshot,
+                &nothing,
+                client,
+                own,
+                claimed,
+                &destination,
+                server,
+            )
+        };
+        assert_eq!(ask(own, web), Ok(()));
+        let wrong = ask(own, client).unwrap_err().to_string();
+        assert_eq!(
+            wrong,
+            "secure naming: it is spiffe://a/ns/default/sa/client, but may only be spiffe://a/ns/default/sa/web"
+        );
+        let forged = ask(web.addresses[0], web).unwrap_err();
+        assert!(matches!(
+            forged,
+            Forbidden::Client(Denied::ClaimedAddress { .. })
+        ));
+    }
+}
