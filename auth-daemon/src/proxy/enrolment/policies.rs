@@ -1,0 +1,88 @@
+//! Policies of the pods that are served, and what a change of them ends.
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+
+use auth_common::Inbound;
+
+use super::{Enrolment, Pod, Serving};
+use crate::{
+    mesh::{ObjectName, Snapshot, Workload},
+    policy::{Connection, WorkloadPolicy},
+    proxy::rules::{self, ByPod},
+};
+
+impl Enrolment {
+    /// What policies come to for a pod.
+    pub(super) fn rules_of(&self, workload: &Workload) -> Arc<WorkloadPolicy> {
+        let policies = self.node.policies.current();
+        policies.workload(&workload.name.namespace, &workload.labels)
+    }
+
+    /// Puts the policies in force for the pods that are served, with the labels that they have now. Returns those
+    /// before, if that changed anything.
+    pub(super) fn settle_rules(
+        &self,
+        wanted: &BTreeMap<&ObjectName, &Arc<Workload>>,
+    ) -> Option<Arc<ByPod>> {
+        let rules = self.serving.iter().map(|(name, serving)| {
+            let workload = wanted.get(name).map_or(&serving.pod.workload, |now| now);
+            (serving.cookie(), self.rules_of(workload))
+        });
+        self.node.rules.replace(rules.collect())
+    }
+
+    /// Ends the connections under way that policies are against now.
+    pub(super) fn end_denied(&self, snapshot: &Snapshot, before: &ByPod) {
+        let node = &self.node;
+        node.same_node.revise(node);
+        node.same_node.end_forbidden(node, &[]);
+        let (rules, residents) = (node.rules.current(), node.same_node.residents());
+        let cookie = |address: SocketAddr| {
+            let resident = residents.by_address.get(&address.ip());
+            resident.map(|resident| resident.cookie)
+        };
+        node.live
+            .cut(|direction, details| rules.forbid(direction, details, cookie));
+        for Serving { pod, .. } in self.serving.values() {
+            let cookie = pod.enrolled.netns.cookie();
+            let took = |rules: &ByPod| {
+                let policy = rules.of(cookie);
+                policy.is_ok_and(|policy| rules::inbound(policy) == Inbound::Permissive)
+            };
+            if took(before) && !took(&rules) {
+                self.end_plaintext(snapshot, pod, &rules);
+            }
+        }
+    }
+
+    /// Ends the connections to `pod` that the kernel let pass as they were, by nobody of the mesh, and that may not be now.
+    fn end_plaintext(&self, snapshot: &Snapshot, pod: &Pod, rules: &ByPod) {
+        let (own, networks) = (pod.enrolled.addresses(), &self.node.config.pod_networks);
+        let ended = pod.enrolled.end_accepted(|local, peer| {
+            let ip = peer.ip();
+            // All others came by the daemon, or are the node's and the pod's own.
+            let passed = own.contains(&local.ip())
+                && !own.contains(&ip)
+                && !self.told.node_addresses.contains(&ip)
+                && snapshot.kind(ip).is_none()
+                && !networks.iter().any(|network| network.contains(&ip));
+            let connection = Connection {
+                client: None,
+                source: ip,
+                destination: local,
+            };
+            let verdict = rules.verdict(pod.enrolled.netns.cookie(), &connection);
+            passed && !verdict.is_ok_and(|verdict| verdict.allowed())
+        });
+        let pod = &pod.workload.name;
+        match ended {
+            Ok(0) => {}
+            Ok(connections) => {
+                tracing::info!(%pod, connections, "ended plaintext that policies are against now");
+            }
+            Err(error) => {
+                tracing::error!(%pod, %error, "cannot end plaintext that policies are against now");
+            }
+        }
+    }
+}
