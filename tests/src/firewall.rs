@@ -1,12 +1,15 @@
 //! A packet filter on a node, between its pods and the wire.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::eventually::TIMEOUT;
 use crate::node::Node;
 use crate::place::Place;
+use crate::process::Process;
 
 /// Rules in a node's namespace, by nftables. They go when the value is dropped, or with the mesh.
 #[derive(Debug)]
@@ -30,8 +33,9 @@ impl Firewall {
         )
     }
 
-    /// Installs other contents of the table `inet mesh_tests`.
+    /// Installs other contents of the table `inet mesh_tests`. What two pods of the node say to each other passes there, too.
     pub fn install(node: &Node, contents: &str) -> Result<Self> {
+        filter_bridges()?;
         let firewall = Self {
             place: node.place().clone(),
         };
@@ -89,6 +93,17 @@ impl Drop for Firewall {
         // The mesh may be gone already, and the namespace with it.
         let _ = self.nft(&format!("table {TABLE} {{}}\ndelete table {TABLE}\n"));
     }
+}
+
+/// Has the kernel show to its filter what crosses a bridge, as nodes of a cluster have it.
+fn filter_bridges() -> Result<()> {
+    if Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables").exists() {
+        return Ok(());
+    }
+    let mut load = Command::new("modprobe");
+    load.arg("br_netfilter");
+    Process::spawn(load)?.finish(TIMEOUT)?.ok()?;
+    Ok(())
 }
 
 const TABLE: &str = "inet mesh_tests";

@@ -1,12 +1,27 @@
 //! What `cargo xtask vm-test` and `vm-guest`, the first program of its virtual machines, say to each other: a [`Plan`]
 //! as a file of the guest's, and [`Event`]s as lines of JSON on its second serial line.
 
+use std::env;
+
 use serde::{Deserialize, Serialize};
 
 /// Where the guest finds its plan.
 pub const PLAN: &str = "/etc/vm-plan.json";
 /// Where the guest writes its events; the kernel's own messages go to the first line.
 pub const EVENTS: &str = "/dev/ttyS1";
+
+/// A variable of the tests in a machine whose processor is emulated.
+pub const EMULATED: &str = "MESH_EMULATED";
+
+/// Whether this machine's processor is emulated, so that what needs its speed cannot be shown. Says that `test` is skipped
+/// then.
+pub fn skipped_when_emulated(test: &str) -> bool {
+    let emulated = env::var_os(EMULATED).is_some();
+    if emulated {
+        println!("SKIPPED {test}: it needs a processor's own speed, and this one is emulated");
+    }
+    emulated
+}
 
 /// What a guest is to do, in this order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 
 use early::{Ledger, PATIENCE, echo, piece, script, spoken};
-use mesh_tests::{Daemon, InProcess, Result, eventually_ok};
+use mesh_tests::{Daemon, InProcess, Result, eventually_ok, vm::skipped_when_emulated};
 use pair::Pair;
 
 const APPS: usize = 8;
@@ -42,6 +42,9 @@ fn manner(number: usize) -> (u16, String, usize, usize) {
 
 #[test]
 fn thousands_that_write_and_close_at_once() -> Result<()> {
+    if skipped_when_emulated("thousands_that_write_and_close_at_once") {
+        return Ok(());
+    }
     let (pair, ledger) = (Pair::start()?, Ledger::default());
     let web = &pair.web;
     let _servers = [

@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mesh_tests::{App, DaemonOptions, Mesh, PodSpec, Result, ServiceSpec, TIMEOUT, eventually};
+use mesh_tests::{
+    App, DaemonOptions, Mesh, PodSpec, Result, ServiceSpec, TIMEOUT, eventually,
+    vm::skipped_when_emulated,
+};
 use serde_json::Value;
 
 use neighbours::{Neighbours, echo, is_direct, refused, verdicts, wait_for_verdicts};
@@ -239,6 +242,9 @@ fn a_dead_daemon_is_outlived_by_its_lease_and_no_longer() -> Result<()> {
 
 #[test]
 fn a_restart_interrupts_nothing() -> Result<()> {
+    if skipped_when_emulated("a_restart_interrupts_nothing") {
+        return Ok(());
+    }
     let stage = Neighbours::start()?;
     let _server = stage
         .web

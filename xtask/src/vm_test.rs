@@ -35,8 +35,8 @@ pub(crate) struct Arguments {
     /// Test what is built already
     #[arg(long)]
     no_build: bool,
-    /// Write the table of docs/KERNELS.md from this run, which then is one of all kernels and tests
-    #[arg(long, conflicts_with_all = ["kernels", "filters", "short"])]
+    /// Write the table of docs/KERNELS.md from this run, which then is one of all kernels
+    #[arg(long, conflicts_with_all = ["kernels", "filters"])]
     save: bool,
     /// Only tests whose name contains one of these, and neither checks nor demo
     #[arg(last = true, value_name = "FILTER")]
@@ -78,7 +78,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             Some(known) => *known,
             None => *accelerator.insert(Accelerator::probe(&unpacked.image)?),
         };
-        let suite = Suite::of(kernel, &tests, arguments.short, &arguments.filters);
+        let suite = Suite::of(
+            kernel,
+            accelerator,
+            &tests,
+            arguments.short,
+            &arguments.filters,
+        );
         let archive: PathBuf = folder.join(format!("{}.cpio", kernel.name));
         let plan = Plan {
             steps: suite.steps(),

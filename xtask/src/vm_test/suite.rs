@@ -7,12 +7,12 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use mesh_tests::vm::{Cgroups, Event, Step};
+use mesh_tests::vm::{Cgroups, EMULATED, Event, Step};
 use serde::Deserialize;
 
 use super::guest::OURS;
 use super::kernels::Kernel;
-use super::machine::Machine;
+use super::machine::{Accelerator, Machine};
 use super::table::{Cell, Column};
 use crate::step::{cargo, workspace};
 use crate::test::Summary;
@@ -144,11 +144,14 @@ const WITH_BOTH: [&str; 4] = [
     "lifecycle_unload",
 ];
 /// What the short run has of the tests.
-const SHORT: [&str; 4] = [
+const SHORT: [&str; 7] = [
     "redirection",
     "fail_closed",
+    "hostile_certificates",
+    "hostile_frames",
     "hostile_oddities",
     "lifecycle_unload",
+    "same_node_hostile",
 ];
 
 /// A program to run, the row that it counts for, and how its success is told.
@@ -177,6 +180,7 @@ impl Suite {
     /// What is run on this kernel.
     pub(super) fn of(
         kernel: &Kernel,
+        accelerator: Accelerator,
         tests: &[TestProgram],
         short: bool,
         filters: &[String],
@@ -210,6 +214,12 @@ impl Suite {
         } else {
             for test in tests {
                 runs.push(tested(test.row, &test.name, Cgroups::V2, filters));
+            }
+        }
+        if accelerator == Accelerator::Tcg {
+            for run in &mut runs {
+                let emulated = (EMULATED.to_owned(), "1".to_owned());
+                run.step.environment.push(emulated);
             }
         }
         Self {
