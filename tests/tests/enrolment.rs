@@ -296,6 +296,51 @@ fn of_two_pods_in_one_namespace_neither_is_believed() {
 }
 
 #[test]
+fn of_two_objects_with_one_uid_neither_is_believed() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _sandboxes = [pause(&client), pause(&web)];
+    let (a, b) = daemons(&mesh);
+    a.wait_enrolled(&["default/client"]).unwrap();
+    b.wait_enrolled(&["default/web"]).unwrap();
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let mut thief = web.manifest();
+    thief["metadata"]["name"] = "thief".into();
+    thief["spec"]["serviceAccountName"] = "thief".into();
+    thief["status"]["podIP"] = Value::Null;
+    thief["status"]["podIPs"] = Value::Null;
+    mesh.manifests().apply(&thief).unwrap();
+    for name in ["default/web", "default/thief"] {
+        eventually(TIMEOUT, "both to be refused", || {
+            (!pod_status(&b, name)?.enrolled).then_some(())
+        })
+        .unwrap();
+    }
+    // Refused, not let go: neither does it talk plainly, nor is it talked to. The next daemon sees it the same way.
+    let refused = || {
+        let dialled = call(&web, client.at(8080));
+        assert_eq!(dialled["errno"], "EPERM", "{dialled}");
+        assert_reset_or_refused(&call(mesh.outside(), web.at(8080)));
+    };
+    refused();
+    b.kill().unwrap();
+    let b = mesh.node("b").start_daemon().unwrap();
+    eventually(TIMEOUT, "the next daemon's view", || {
+        let status = pod_status(&b, "default/web")?;
+        (!status.enrolled && status.reason.is_some()).then_some(())
+    })
+    .unwrap();
+    refused();
+    mesh.manifests().remove("Pod", "default", "thief").unwrap();
+    b.wait_enrolled(&["default/web"]).unwrap();
+    echoes(&client, web.at(8080));
+}
+
+#[test]
 fn the_next_daemon_finds_them_before_it_lets_go_of_any() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));

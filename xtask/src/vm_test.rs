@@ -111,6 +111,9 @@ fn report(columns: &[Column], save: bool) -> Result<()> {
     if save {
         table::save(columns)?;
     }
+    if columns.iter().all(Column::is_empty) {
+        bail!("no test was run: none has such a name");
+    }
     let failures: Vec<String> = columns.iter().flat_map(Column::failures).collect();
     for failure in &failures {
         eprintln!("FAILED {failure}");

@@ -22,7 +22,7 @@ use crate::{
     ca::{Issuer, client::GrpcIssuer, embedded::EmbeddedCa},
     certs::Certificates,
     config::{CaSource, Config, Discovery, Log, LogFormat},
-    datapath::{Kernel, KernelError, PinLock, features, host, mounts, unload},
+    datapath::{Kernel, KernelError, PinLock, features, host, mounts, try_load, unload},
     discovery::{self, Sink},
     kubernetes,
     mesh::{Published, Registry},
@@ -59,6 +59,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         lock => Some(lock?),
     };
     let pins = config.pins.clone();
+    let patience = config.drain + LAST_BREATH;
 
     // Connections have threads to themselves; discovery, certificates and admin share this one.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -68,9 +69,10 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .build()
         .context("cannot start the control runtime")?;
     let removed = control.block_on(async {
-        let listeners = match lock {
-            Some(_) => Some(admin::bind().await?),
-            None => None,
+        // One that lets go of the node holds its ports until its connections have ended.
+        let listeners = match arguments.stand_by {
+            false => Some(admin::bind().await?),
+            true => None,
         };
         let certificates = Certificates::new(issuer(&config)?);
         let registry = Arc::new(Registry::new());
@@ -99,10 +101,18 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let lock = match lock {
             Some(lock) => lock,
             None => {
+                // Ready to serve is not who would fail to: the daemon that serves ends by that word.
+                if let Some(refused) = try_load().into_iter().next() {
+                    return Err(with_causes(refused));
+                }
                 health.stand_by();
                 let known = (&*registry, &certificates, config.node_name.as_str());
                 match stand_by(&pins, known, &mut early, stopped.clone()).await? {
                     Some(lock) => lock,
+                    // The daemon that serves leaves it to its successor to take everything back.
+                    None if removed.is_some_and(|removed| *removed.borrow()) => {
+                        return Ok(Some(true));
+                    }
                     None => return Ok(None),
                 }
             }
@@ -130,7 +140,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     if removed {
         drop(control);
-        let pods = take_back(&pins)?;
+        let pods = take_back(&pins, patience)?;
         tracing::info!(
             pods,
             "daemon stopped; its namespace is being deleted, so nothing is left: pods talk plainly"
@@ -176,12 +186,12 @@ fn check_privileges(config: &Config) -> anyhow::Result<()> {
 }
 
 /// Takes everything out of the kernel. Returns how many pods were enrolled.
-fn take_back(pins: &Path) -> anyhow::Result<usize> {
+fn take_back(pins: &Path, patience: Duration) -> anyhow::Result<usize> {
     let start = Instant::now();
     loop {
         match PinLock::take(pins) {
-            // The data path's threads let go of it as they end.
-            Err(KernelError::Locked(_)) if start.elapsed() < LAST_BREATH => {
+            // The data path's threads let go of it as they end; so does another daemon.
+            Err(KernelError::Locked(_)) if start.elapsed() < patience => {
                 thread::sleep(Duration::from_millis(10));
             }
             lock => return unload::unload(lock?),

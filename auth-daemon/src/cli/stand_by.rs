@@ -66,6 +66,7 @@ pub(super) async fn stand_by(
         "another daemon serves this node: standing by until it lets go"
     );
     let mut changes = registry.changes();
+    early.follow(registry, certificates, node);
     let mut lock = when_free(pins.to_owned()).context("cannot wait for the other daemon")?;
     loop {
         tokio::select! {

@@ -231,15 +231,14 @@ impl Kernel {
         let same_node = SameNode::new(&mut ebpf)?;
         let first_sockets = RingBuf::try_from(take_map(&mut ebpf, "FIRST_SOCKETS")?)
             .map_err(map_error("FIRST_SOCKETS"))?;
-        for name in CGROUP_PROGRAMS
-            .into_iter()
-            .chain([SOCK_OPS_PROGRAM, SOCK_PROGRAM])
-        {
+        // All of them before any is attached: where the kernel refuses one, nothing has changed.
+        for name in programs() {
+            load_program(&mut ebpf, name)?;
+        }
+        for name in programs().filter(|name| *name != INBOUND_PROGRAM) {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
         }
-        let inbound: &mut SkLookup = program(&mut ebpf, INBOUND_PROGRAM)?;
-        inbound.load().map_err(program_error(INBOUND_PROGRAM))?;
         Ok(Self {
             inbound: Mutex::new(SkLookupProgram(ebpf)),
             pods: Mutex::new(pods),
@@ -447,21 +446,22 @@ impl Kernel {
 }
 
 /// Loads and verifies the programs without attaching or pinning any, then drops them. Gives what the kernel refused.
-pub(super) fn try_load() -> Vec<KernelError> {
+pub fn try_load() -> Vec<KernelError> {
     let mut ebpf = match EbpfLoader::new().load(OBJECT) {
         Ok(ebpf) => ebpf,
         Err(error) => return vec![error.into()],
     };
-    let names =
-        CGROUP_PROGRAMS
-            .into_iter()
-            .chain([SOCK_OPS_PROGRAM, SOCK_PROGRAM, INBOUND_PROGRAM]);
-    names
-        .filter_map(|name| try_load_one(&mut ebpf, name).err())
+    programs()
+        .filter_map(|name| load_program(&mut ebpf, name).err())
         .collect()
 }
 
-fn try_load_one(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
+fn programs() -> impl Iterator<Item = &'static str> {
+    let others = [SOCK_OPS_PROGRAM, SOCK_PROGRAM, INBOUND_PROGRAM];
+    CGROUP_PROGRAMS.into_iter().chain(others)
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
     let loaded = match name {
         SOCK_OPS_PROGRAM => program::<SockOps>(ebpf, name)?.load(),
         SOCK_PROGRAM => program::<CgroupSock>(ebpf, name)?.load(),
@@ -505,20 +505,17 @@ fn attach_to_cgroup(ebpf: &mut Ebpf, name: &str, cgroup: &File) -> Result<FdLink
     let mode = CgroupAttachMode::Single;
     if name == SOCK_OPS_PROGRAM {
         let program: &mut SockOps = program(ebpf, name)?;
-        program.load().map_err(program_error(name))?;
         let id = program.attach(cgroup, mode).map_err(program_error(name))?;
         let link = program.take_link(id).map_err(program_error(name))?;
         return link.try_into().map_err(link_error(name));
     }
     if name == SOCK_PROGRAM {
         let program: &mut CgroupSock = program(ebpf, name)?;
-        program.load().map_err(program_error(name))?;
         let id = program.attach(cgroup, mode).map_err(program_error(name))?;
         let link = program.take_link(id).map_err(program_error(name))?;
         return link.try_into().map_err(link_error(name));
     }
     let program: &mut CgroupSockAddr = program(ebpf, name)?;
-    program.load().map_err(program_error(name))?;
     let id = program.attach(cgroup, mode).map_err(program_error(name))?;
     let link = program.take_link(id).map_err(program_error(name))?;
     link.try_into().map_err(link_error(name))

@@ -19,7 +19,7 @@ pub mod unload;
 
 pub use containers::{NoPodUid, PodUid};
 pub use first_socket::FirstSockets;
-pub use kernel::{Kernel, KernelError};
+pub use kernel::{Kernel, KernelError, try_load};
 pub use netns::Netns;
 pub use pin_lock::PinLock;
 pub use pods::{EnrolError, Enrolled, forget_others, open_netns};

@@ -31,11 +31,6 @@ pub const MESH_LABEL: &str = "auth-daemon.io/mesh";
 /// Pins the service accounts that may run a service: names, or namespace/name, separated by commas.
 pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
 
-/// On the pod that stands for a static pod in the API: that it does, and what the kubelet has named the pod's cgroup after
-/// instead of the UID.
-const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
-const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
-
 /// An object of interest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
@@ -279,7 +274,6 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         }
         None => None,
     };
-    let uid = static_hash(&annotations).map(str::to_owned);
     let mut named_ports = BTreeMap::new();
     // A sidecar is an init container (Kubernetes 1.29). Of two with one name the first counts.
     let containers = spec.containers.into_iter().chain(spec.init_containers);
@@ -302,7 +296,7 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         .find(|condition| condition.type_ == "Ready")
         .is_none_or(|condition| condition.status == "True");
     Ok(Some(Object::Pod(Arc::new(Workload {
-        uid: uid.or(pod.metadata.uid).unwrap_or_default(),
+        uid: pod.metadata.uid.unwrap_or_default(),
         addresses,
         node: spec.node_name.unwrap_or_default(),
         ready,
@@ -314,14 +308,6 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         netns,
         ..Workload::new(name, identity)
     }))))
-}
-
-/// What a static pod's cgroup is named after. Whoever may create pods may write that, too: it is never another pod's UID.
-fn static_hash(annotations: &BTreeMap<String, String>) -> Option<&str> {
-    annotations.get(MIRROR_ANNOTATION)?;
-    let hash = annotations.get(HASH_ANNOTATION)?;
-    let is_hash = hash.len() == 32 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
-    is_hash.then_some(hash)
 }
 
 /// The addresses that `texts` name, once each. Empty texts are none.
@@ -544,37 +530,6 @@ mod tests {
                 .unwrap()
                 .terminating
         );
-    }
-
-    #[test]
-    fn a_static_pod_is_known_by_its_hash() {
-        const HASH: &str = "8f3e2d1c0b9a87654321fedcba098765";
-        const UID: &str = "0b1c2d3e-4f50-4a6b-8c7d-9e0f1a2b3c4d";
-        let uid = |annotations: Value| {
-            let mut object = pod_object();
-            object["metadata"]["uid"] = UID.into();
-            object["metadata"]["annotations"] = annotations;
-            let objects = read(object, &domain()).unwrap();
-            let [(_, Object::Pod(pod))] = objects.as_slice() else {
-                panic!("{objects:?}");
-            };
-            pod.uid.clone()
-        };
-        assert_eq!(
-            uid(json!({MIRROR_ANNOTATION: HASH, HASH_ANNOTATION: HASH})),
-            HASH
-        );
-        for annotations in [
-            json!({}),
-            json!({HASH_ANNOTATION: HASH}),
-            json!({MIRROR_ANNOTATION: HASH}),
-            // Another pod's, of which there is no telling whether it is this one's.
-            json!({MIRROR_ANNOTATION: "x", HASH_ANNOTATION: UID.replace('0', "1")}),
-            json!({MIRROR_ANNOTATION: "x", HASH_ANNOTATION: &HASH[1..]}),
-            json!({MIRROR_ANNOTATION: "x", HASH_ANNOTATION: HASH.replace('8', "x")}),
-        ] {
-            assert_eq!(uid(annotations.clone()), UID, "{annotations}");
-        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
+    ptr,
     sync::Arc,
 };
 
@@ -11,6 +12,9 @@ use super::{Identity, ObjectName, Port, Service, SliceEndpoint, Workload};
 /// Endpoints that a service gets from slices at most, over all its ports: who may write slices is not to fill the memory of
 /// all nodes.
 pub(super) const MAX_SLICED: usize = 10_000;
+
+/// Ports that a service with slices has at most: as many as a slice. Others are refused.
+const MAX_SLICED_PORTS: usize = 100;
 
 /// A service as one of its addresses leads to it.
 #[derive(Debug)]
@@ -139,6 +143,8 @@ impl Backends<'_> {
             Self::Slices(endpoints) => {
                 // The same endpoint may be in two slices while it moves from one to the other.
                 let mut found: BTreeMap<SocketAddr, Candidate> = BTreeMap::new();
+                // A slice's ports of that name: looked for once for all its endpoints, which come one after the other.
+                let (mut of, mut numbers): (&[_], Vec<u16>) = (&[], Vec::new());
                 for Sliced {
                     endpoint,
                     ports,
@@ -153,7 +159,12 @@ impl Backends<'_> {
                     if endpoint.address.is_ipv4() != family.is_ipv4() {
                         continue;
                     }
-                    for (_, number) in ports.iter().filter(|(name, _)| *name == port.name) {
+                    if !ptr::eq(of, *ports) {
+                        of = ports;
+                        let same = ports.iter().filter(|(name, _)| *name == port.name);
+                        numbers = same.map(|(_, number)| *number).collect();
+                    }
+                    for number in &numbers {
                         let address = SocketAddr::new(endpoint.address, *number);
                         if let Some(known) = found.get_mut(&address) {
                             known.ready |= endpoint.ready;
@@ -207,9 +218,14 @@ impl Resolved {
                 endpoint.meshed && pod.is_some_and(|pod| pinned.contains(&pod.identity))
             })
         };
+        let most = match backends {
+            Backends::Pods(_) => usize::MAX,
+            Backends::Slices(_) => MAX_SLICED_PORTS,
+        };
         let ports = service
             .ports
             .iter()
+            .take(most)
             .map(|port| {
                 let mut all = backends.on(service, port, address, room);
                 all.retain(|candidate| may_run(&candidate.endpoint));

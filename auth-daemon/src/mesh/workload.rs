@@ -24,8 +24,7 @@ impl fmt::Display for ObjectName {
 pub struct Workload {
     /// Namespace and name.
     pub name: ObjectName,
-    /// `metadata.uid`, or a static pod's hash: a pod made anew under the same name is another pod. Empty where the source
-    /// has none.
+    /// `metadata.uid`: a pod made anew under the same name is another pod. Empty where the source has none.
     pub uid: String,
     /// Who it is.
     pub identity: Identity,

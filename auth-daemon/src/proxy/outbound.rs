@@ -446,7 +446,11 @@ impl Call<'_> {
         }
         let policies = self.node.policies.current();
         let policy = policies.workload(&server.name.namespace, &server.labels);
-        if policy.mode(endpoint.address.port()).mode.takes_plaintext() {
+        // By its own address: what a slice says of another one is no reason to go there without TLS.
+        let own = snapshot
+            .pod(endpoint.address.ip())
+            .is_some_and(|pod| pod.name == server.name);
+        if own && policy.mode(endpoint.address.port()).mode.takes_plaintext() {
             Ok(Some("no daemon is ready on the server's node"))
         } else {
             Err(Failure::NoDaemon(server.node.clone()))

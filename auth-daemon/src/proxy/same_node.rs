@@ -113,6 +113,10 @@ impl SameNode {
     pub(super) fn end_forbidden(&self, node: &Node, also_in: &[Arc<Pod>]) {
         let basis = Basis::of(node);
         let mut verdicts = self.lock();
+        // The daemon that has them knows more of them by now.
+        if verdicts.let_go {
+            return;
+        }
         let mut forbidden = HashSet::new();
         for (id, facts) in &mut verdicts.facts {
             if facts.ended_because.is_none()

@@ -175,8 +175,11 @@ impl Search {
     /// The namespace of the pod that another one's processes are in, too.
     pub(super) fn shared(&self, workload: &Workload) -> Option<u64> {
         let uid = workload.uid.parse().ok()?;
-        match &self.sought.get(&uid)?.found {
+        let sought = self.sought.get(&uid)?;
+        match &sought.found {
             Some(Whereabouts::Shared(netns, _)) => Some(netns.cookie()),
+            // Two objects say that they are the pod in it.
+            Some(Whereabouts::In(netns)) if sought.pods.len() > 1 => Some(netns.cookie()),
             _ => None,
         }
     }

@@ -90,6 +90,11 @@ impl Column {
         cell.skipped.extend(more.skipped);
     }
 
+    /// Whether nothing was run.
+    pub(super) fn is_empty(&self) -> bool {
+        self.cells.iter().all(|(_, cell)| *cell == Cell::default())
+    }
+
     /// All that failed.
     pub(super) fn failures(&self) -> Vec<String> {
         let failures = self.cells.iter().flat_map(|(_, cell)| &cell.failures);
