@@ -74,8 +74,10 @@ impl Place {
         // the closure owns; nothing is allocated.
         unsafe {
             command.pre_exec(move || {
+                // First the namespace: whoever finds pods by their cgroups must not find it in ours.
+                setns(&*netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
                 nix::unistd::write(&procs, b"0").map_err(io::Error::from)?;
-                setns(&*netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)
+                Ok(())
             });
         }
         Ok(command)
