@@ -102,7 +102,7 @@ struct Feature {
 
 const CHECK: &str = "`auth-daemon check`: programs load and verify, nothing is missing";
 const DEMO: &str = "The demo";
-const BOTH: &str = "With version 1 cgroups beside version 2: check, demo, redirection, fail closed";
+const BOTH: &str = "Version 1 cgroups beside version 2";
 const REFUSED: &str = "Refused, with the feature that is missing and the version that brought it";
 /// What is not named here asks nothing of the kernel that the others do not: certificates, the CA, configuration, logs.
 const FEATURES: [Feature; 6] = [
