@@ -266,9 +266,12 @@ impl Kubernetes {
                 return Ok(Err(anyhow!("it has ended ({status})")));
             }
             match self.call("GET", "/readyz", None)? {
-                (200, _) => Ok(Ok(())),
+                (200, _) => {}
                 (status, body) => bail!("{status}: {body}"),
             }
+            // It makes that one a moment after it says that it is ready.
+            let first = self.get("/api/v1/namespaces/default")?;
+            first.map(|_| Ok(())).context("no namespace default yet")
         })
         .and_then(|outcome| outcome);
         ready.with_context(|| {
