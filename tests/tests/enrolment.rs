@@ -284,10 +284,7 @@ fn of_two_pods_in_one_namespace_neither_is_believed() {
         .unwrap();
     }
     assert_reset(&chat.failure(TIMEOUT).unwrap());
-    // Refused, not let go: neither does it talk plainly, nor is it talked to.
-    let dialled = call(&web, client.at(8080));
-    assert_eq!(dialled["errno"], "EPERM", "{dialled}");
-    assert_reset_or_refused(&call(mesh.outside(), web.at(8080)));
+    assert_held(&mesh, &web, &client);
 
     drop(intruder);
     b.wait_enrolled(&["default/web"]).unwrap();
@@ -320,13 +317,8 @@ fn of_two_objects_with_one_uid_neither_is_believed() {
         })
         .unwrap();
     }
-    // Refused, not let go: neither does it talk plainly, nor is it talked to. The next daemon sees it the same way.
-    let refused = || {
-        let dialled = call(&web, client.at(8080));
-        assert_eq!(dialled["errno"], "EPERM", "{dialled}");
-        assert_reset_or_refused(&call(mesh.outside(), web.at(8080)));
-    };
-    refused();
+    assert_held(&mesh, &web, &client);
+    // The next daemon sees it the same way.
     b.kill().unwrap();
     let b = mesh.node("b").start_daemon().unwrap();
     eventually(TIMEOUT, "the next daemon's view", || {
@@ -334,7 +326,7 @@ fn of_two_objects_with_one_uid_neither_is_believed() {
         (!status.enrolled && status.reason.is_some()).then_some(())
     })
     .unwrap();
-    refused();
+    assert_held(&mesh, &web, &client);
     mesh.manifests().remove("Pod", "default", "thief").unwrap();
     b.wait_enrolled(&["default/web"]).unwrap();
     echoes(&client, web.at(8080));
@@ -441,6 +433,13 @@ fn enter(command: &mut std::process::Command, path: &Path) {
                 .map_err(std::io::Error::from)
         });
     }
+}
+
+/// The pod is refused, not let go: neither does it talk plainly, nor is it talked to.
+fn assert_held(mesh: &Mesh, pod: &Pod, other: &Pod) {
+    let dialled = call(pod, other.at(8080));
+    assert_eq!(dialled["errno"], "EPERM", "{dialled}");
+    assert_reset_or_refused(&call(mesh.outside(), pod.at(8080)));
 }
 
 fn assert_reset_or_refused(event: &Value) {

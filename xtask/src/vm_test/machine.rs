@@ -16,6 +16,9 @@ const QEMU: &str = "qemu-system-x86_64";
 /// For a kernel's start, and for its end; on a busy machine of two cores it takes some ten seconds.
 const BOOT: Duration = Duration::from_secs(180);
 
+/// For QEMU, to end once it has nothing more to say.
+const MOMENT: Duration = Duration::from_secs(5);
+
 /// What runs a machine's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Accelerator {
@@ -60,7 +63,7 @@ impl Accelerator {
                 Err(_) => break,
             }
         }
-        let why = running.end();
+        let why = running.end(MOMENT);
         eprintln!(
             "    /dev/kvm is here, but no kernel starts with it ({why}): the machines are emulated (TCG)"
         );
@@ -129,7 +132,7 @@ impl Machine {
                             format!("has said nothing for {} s", limit.as_secs())
                         }
                         RecvTimeoutError::Disconnected => {
-                            format!("went down before it was done ({})", running.end())
+                            format!("went down before it was done ({})", running.end(MOMENT))
                         }
                     };
                     bail!("the machine {how}; {}", self.last_words());
@@ -145,11 +148,7 @@ impl Machine {
             limit = patience;
         }
         // It powers off now. That it does is not what is tested.
-        let started = Instant::now();
-        while running.lives() && started.elapsed() < BOOT {
-            thread::sleep(Duration::from_millis(50));
-        }
-        running.end();
+        running.end(BOOT);
         if self.console_text().lines().any(complains) {
             bail!("all was run; {}", self.last_words());
         }
@@ -228,10 +227,10 @@ impl Running {
         self.child.try_wait().is_ok_and(|ended| ended.is_none())
     }
 
-    /// Waits a moment for its end, ends it, and says how it was and what QEMU said of itself.
-    fn end(&mut self) -> String {
+    /// Waits up to `patience` for its end, ends it, and says how it was and what QEMU said of itself.
+    fn end(&mut self, patience: Duration) -> String {
         let started = Instant::now();
-        while self.lives() && started.elapsed() < Duration::from_secs(5) {
+        while self.lives() && started.elapsed() < patience {
             thread::sleep(Duration::from_millis(50));
         }
         let ended = self.child.try_wait().ok().flatten();

@@ -6,7 +6,6 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -124,21 +123,15 @@ fn perform(step: &Step, reporter: &Reporter) -> Result<Event> {
         }
         let _ = sent.send(());
     });
-    let (ended, late) = (
-        Arc::new(AtomicBool::new(false)),
-        Arc::new(AtomicBool::new(false)),
-    );
-    let watch = {
-        let (ended, late) = (Arc::clone(&ended), Arc::clone(&late));
-        let patience = Duration::from_secs(step.seconds);
-        thread::spawn(move || {
-            thread::park_timeout(patience);
-            if !ended.load(Ordering::Acquire) {
-                late.store(true, Ordering::Release);
-                let _ = killpg(child, Signal::SIGKILL);
-            }
-        })
-    };
+    let (ended, waits) = mpsc::channel();
+    let patience = Duration::from_secs(step.seconds);
+    let watch = thread::spawn(move || {
+        let late = waits.recv_timeout(patience).is_err();
+        if late {
+            let _ = killpg(child, Signal::SIGKILL);
+        }
+        late
+    });
     // As the first process we are the parent of all that lost theirs: they are waited for here, too.
     let code = loop {
         match wait() {
@@ -148,17 +141,13 @@ fn perform(step: &Step, reporter: &Reporter) -> Result<Event> {
             Err(error) => return Err(error).context("waiting for it"),
         }
     };
-    ended.store(true, Ordering::Release);
-    watch.thread().unpark();
-    let _ = watch.join();
+    let _ = ended.send(());
+    let late = watch.join().unwrap_or(false);
     // What it left behind must neither hold the pipe open nor meet the next step.
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     while wait().is_ok() {}
     let _ = printed.recv_timeout(Duration::from_secs(30));
-    Ok(Event::Ended {
-        code,
-        late: late.load(Ordering::Acquire),
-    })
+    Ok(Event::Ended { code, late })
 }
 
 fn set_up_cgroups(wanted: Cgroups) -> Result<()> {
