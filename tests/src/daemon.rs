@@ -1,14 +1,22 @@
 //! The daemon of a node, as a process.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::libc;
 use nix::sys::signal::Signal;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, apply_filter,
+};
 use serde_json::Value;
 
 use crate::daemon_options::DaemonOptions;
@@ -16,7 +24,7 @@ use crate::eventually::{TIMEOUT, eventually, eventually_ok};
 use crate::http::http_get;
 use crate::locate::auth_daemon;
 use crate::node::Node;
-use crate::process::{Process, json_lines};
+use crate::process::{Finished, Process, json_lines};
 use crate::status::Status;
 
 /// A running daemon. Dropping it kills it with SIGKILL; its pins stay, until the mesh goes.
@@ -39,7 +47,8 @@ impl Daemon {
         let config = folder.join(CONFIG);
         let text = format!("{:#}\n", options.config(node));
         fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
-        let log = folder.join(LOG);
+        // Two daemons that share a node each have a log to themselves.
+        let log = folder.join(if options.stands_by { LOG_OF_NEXT } else { LOG });
         let file = OpenOptions::new()
             .create(true)
             .append(true)
@@ -49,11 +58,32 @@ impl Daemon {
             .metadata()
             .context("reading the size of the log")?
             .len();
-        let mut command = node.daemon_place().command(auth_daemon()?)?;
-        command
-            .args(["run", "--config"])
-            .arg(&config)
-            .envs(options.environment);
+        let program = auth_daemon()?;
+        let mut command = if options.stands_by {
+            let mut command = node.daemon_place().command("unshare")?;
+            command
+                .args([
+                    "--mount",
+                    "--propagation",
+                    "slave",
+                    "sh",
+                    "-c",
+                    OWN_RUN,
+                    "sh",
+                ])
+                .arg(&program);
+            command
+        } else {
+            node.daemon_place().command(&program)?
+        };
+        command.args(["run", "--config"]).arg(&config);
+        if options.stands_by {
+            command.arg("--stand-by");
+        }
+        if options.refuses_programs {
+            refuse_programs(&mut command)?;
+        }
+        command.envs(options.environment);
         command
             .stdout(file.try_clone().context("sharing the log")?)
             .stderr(file);
@@ -111,6 +141,32 @@ impl Daemon {
                 self.log_text()
             ),
         }
+    }
+
+    /// What `auth-daemon probe ready` says in its container, for one that was started with [`DaemonOptions::stand_by`].
+    pub fn probe_ready(&self) -> Result<Finished> {
+        let mut command = self.node.daemon_place().command("nsenter")?;
+        command
+            .args(["--mount", "--target", &self.pid().to_string()])
+            .arg(auth_daemon()?)
+            .args(["probe", "ready"]);
+        Process::spawn(command)?.finish(TIMEOUT)
+    }
+
+    /// Waits until that begins with `answer`.
+    pub fn wait_probed(&self, answer: &str) -> Result<()> {
+        let what = format!("the daemon on {} to say {answer:?}", self.node());
+        eventually_ok(TIMEOUT, &what, || {
+            let said = self.probe_ready()?;
+            ensure!(
+                said.stdout.starts_with(answer),
+                "{}{}",
+                said.stdout,
+                said.stderr
+            );
+            Ok(())
+        })
+        .with_context(|| format!("its log: {}", self.log_text()))
     }
 
     /// Waits until its status has these pods, `namespace/name`, as enrolled.
@@ -262,6 +318,30 @@ impl Daemon {
     }
 }
 
+/// Has the kernel refuse the eBPF programs of a command, and nothing else.
+fn refuse_programs(command: &mut Command) -> Result<()> {
+    let load = SeccompCondition::new(
+        0,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::Eq,
+        u64::from(BPF_PROG_LOAD),
+    )?;
+    let rule = SeccompRule::new(vec![load])?;
+    let filter: BpfProgram = SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_bpf, vec![rule])]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EINVAL as u32),
+        std::env::consts::ARCH.try_into()?,
+    )?
+    .try_into()?;
+    // SAFETY: between fork and exec only prctl(2) and seccomp(2) are called, on a filter that the closure owns; nothing is
+    // allocated unless that fails.
+    unsafe {
+        command.pre_exec(move || apply_filter(&filter).map_err(io::Error::other));
+    }
+    Ok(())
+}
+
 fn is_access(line: &Value) -> bool {
     line["target"] == "access"
 }
@@ -282,6 +362,13 @@ fn read_from(path: &Path, start: u64) -> String {
 pub(crate) const CONFIG: &str = "auth-daemon.yaml";
 /// Its log, in the node's folder.
 pub(crate) const LOG: &str = "auth-daemon.log";
+/// The log of one that was started beside another.
+const LOG_OF_NEXT: &str = "auth-daemon-next.log";
+/// Runs a command with the folder of the health socket to itself.
+const OWN_RUN: &str =
+    "mkdir -p /run/auth-daemon && mount -t tmpfs tmpfs /run/auth-daemon && exec \"$@\"";
+/// A command of bpf(2), by linux/bpf.h.
+const BPF_PROG_LOAD: u32 = 5;
 const ADMIN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15000);
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15020);
 const READINESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15021);

@@ -18,6 +18,8 @@ pub struct DaemonOptions {
     certificate_lifetime: Option<Duration>,
     log_level: Option<String>,
     pub(crate) environment: Vec<(String, String)>,
+    pub(crate) stands_by: bool,
+    pub(crate) refuses_programs: bool,
 }
 
 impl DaemonOptions {
@@ -79,6 +81,18 @@ impl DaemonOptions {
     /// An environment variable of the daemon's process.
     pub fn environment(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// `--stand-by`, with the folder of its health socket to itself, as in a container.
+    pub fn stand_by(mut self) -> Self {
+        self.stands_by = true;
+        self
+    }
+
+    /// The kernel refuses this daemon's eBPF programs: bpf(2) answers EINVAL to BPF_PROG_LOAD.
+    pub fn programs_refused(mut self) -> Self {
+        self.refuses_programs = true;
         self
     }
 

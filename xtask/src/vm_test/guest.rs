@@ -17,10 +17,10 @@ use crate::step::{programs, run, which};
 pub(super) const OURS: &str = "/opt/auth-daemon";
 
 /// What tests and demo run, and the guest itself.
-const PROGRAMS: [&str; 24] = [
-    "bash", "cat", "curl", "env", "faketime", "id", "ip", "iperf3", "modprobe", "nft", "nginx",
-    "nsenter", "openssl", "ping", "ps", "setpriv", "sh", "sleep", "ss", "sysctl", "tcpdump",
-    "umount", "unshare", "wrk",
+const PROGRAMS: [&str; 26] = [
+    "bash", "cat", "curl", "env", "faketime", "id", "ip", "iperf3", "mkdir", "modprobe", "mount",
+    "nft", "nginx", "nsenter", "openssl", "ping", "ps", "setpriv", "sh", "sleep", "ss", "sysctl",
+    "tcpdump", "umount", "unshare", "wrk",
 ];
 
 /// Settings and data of those.
