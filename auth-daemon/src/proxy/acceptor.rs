@@ -130,10 +130,11 @@ impl Acceptor {
     }
 }
 
-/// One connection: of a pod that calls, or, with a `place` among the handshakes, of one that is called.
+/// One connection: of a pod that calls, or, with a `place` among the handshakes, of one that is called. Each on the heap by
+/// itself, for neither is to take as much memory as the larger one.
 async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Option<Place>) {
     match place {
-        None => outbound::serve(node, pod, tcp, from).await,
-        Some(place) => inbound::serve(node, pod, tcp, from, place).await,
+        None => Box::pin(outbound::serve(node, pod, tcp, from)).await,
+        Some(place) => Box::pin(inbound::serve(node, pod, tcp, from, place)).await,
     }
 }

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::{AbortHandle, Abortable};
+use futures_util::{
+    FutureExt,
+    future::{AbortHandle, Abortable},
+};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::{AsyncWriteExt, Interest},
@@ -570,11 +573,12 @@ impl Call<'_> {
     }
 }
 
-async fn within<T>(
+/// No async fn, which would have room for `step` twice.
+fn within<T>(
     limit: Duration,
     step: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
-    timeout(limit, step).await.unwrap_or(Err(Failure::Silent))
+) -> impl Future<Output = Result<T, Failure>> {
+    timeout(limit, step).map(|outcome| outcome.unwrap_or(Err(Failure::Silent)))
 }
 
 /// TLS, and secure naming: who answers must be one of those that may.
