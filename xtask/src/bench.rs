@@ -62,7 +62,7 @@ pub(crate) struct Arguments {
     /// Draw a chart of the results into this file
     #[arg(long, value_name = "PATH")]
     svg: Option<PathBuf>,
-    /// Save the results in docs/bench.json and the chart in docs/bench.svg
+    /// Save the results in docs/bench.json, the chart in docs/bench.svg and the table in docs/PERFORMANCE.md
     #[arg(long)]
     save: bool,
     /// Measure what is built already

@@ -1,5 +1,5 @@
 //! Everything a contributor runs: `cargo xtask <command>`. One file a command; the helpers they share are
-//! [`step`] (a long step with its progress), [`apt`] and [`toolchain`].
+//! [`step`] (a long step with its progress), [`page`] (a table in the documentation), [`apt`] and [`toolchain`].
 #![forbid(unsafe_code)]
 
 mod apt;
@@ -14,6 +14,7 @@ mod image;
 mod kind;
 mod kube_test;
 mod kubernetes;
+mod page;
 mod setup;
 mod step;
 mod test;

@@ -15,6 +15,7 @@ use super::results::Results;
 use super::runner::{Event, Plan};
 use super::table;
 use super::targets::TARGETS;
+use crate::page;
 
 /// Collects what the loads tell. For people it writes on stdout; with JSON, which is alone on stdout, on stderr.
 pub(super) struct Report {
@@ -82,8 +83,11 @@ impl Report {
         fs::write(path, svg).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Writes the object and the chart into a folder.
+    /// Writes the object and the chart into the folder of the documentation, and the table into its page.
     pub(super) fn save(&self, folder: &Path) -> Result<()> {
+        let table = table::markdown(&self.results, &self.plan.loads(), &self.plan.systems);
+        let text = format!("{table}\n\n{}\n{}", self.notes()[0], self.machine.line());
+        page::write("PERFORMANCE.md", "bench --save", &text)?;
         let path = folder.join("bench.json");
         fs::write(&path, format!("{:#}\n", self.object(None)))
             .with_context(|| format!("writing {}", path.display()))?;

@@ -25,6 +25,15 @@ impl System {
         }
     }
 
+    /// Its name in the documentation.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Envoy => "Envoy, two sidecars",
+            Self::Ours => "auth-daemon",
+        }
+    }
+
     /// What it is, for readers of the results.
     pub(super) fn description(self) -> &'static str {
         match self {

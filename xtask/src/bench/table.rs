@@ -25,6 +25,43 @@ pub(super) fn table(results: &Results, loads: &[&Load], systems: &[System]) -> S
     align(&lines)
 }
 
+/// The same in Markdown, for the documentation.
+pub(super) fn markdown(results: &Results, loads: &[&Load], systems: &[System]) -> String {
+    let ratios = ratios(systems);
+    let titles = systems.iter().map(|system| system.title().to_owned());
+    let compared = ratios.iter().map(|(_, to)| match to {
+        System::Envoy => "to Envoy".to_owned(),
+        other => format!("to {other}"),
+    });
+    let cells: Vec<String> = titles.chain(compared).collect();
+    let columns = cells.len() + 1;
+    let mut text = format!("| | {} |\n|{}", cells.join(" | "), "---|".repeat(columns));
+    let mut group = None;
+    for load in loads {
+        for row in load.rows.iter().filter(|row| results.has(row.key)) {
+            if group.replace(load.group) != Some(load.group) {
+                let _ = write!(text, "\n| **{}** |{}", load.group, " |".repeat(columns - 1));
+            }
+            let line = line(row, results, systems, &ratios);
+            let (name, values) = line.split_at(2);
+            let (values, compared) = values.split_at(2 * systems.len());
+            let what = name[0]
+                .text
+                .replacen("  ", "", 1)
+                .replace("  ", "&nbsp;&nbsp;");
+            let _ = write!(text, "\n| {what}, {} |", name[1].text);
+            for value in values.chunks(2) {
+                let value = format!("{} {}", value[0].text, value[1].text);
+                let _ = write!(text, " {} |", value.trim());
+            }
+            for ratio in compared {
+                let _ = write!(text, " {} |", ratio.text);
+            }
+        }
+    }
+    text
+}
+
 /// A line for each target.
 pub(super) fn targets(results: &Results) -> String {
     let lines: Vec<_> = TARGETS
@@ -163,21 +200,38 @@ mod tests {
     use super::*;
     use crate::bench::loads::LOADS;
 
-    #[test]
-    fn rows_are_aligned_and_say_what_is_missing() {
+    fn measured() -> (Results, Vec<&'static Load>) {
         let mut results = Results::default();
         for (round, value) in [14.0, 13.0, 15.0].into_iter().enumerate() {
             results.add("stream", System::Direct, round, value);
             results.add("stream", System::Ours, round, value / 2.0);
         }
         results.add("stream-cpu", System::Ours, 0, 0.25);
-        let loads: Vec<&Load> = LOADS.iter().collect();
+        (results, LOADS.iter().collect())
+    }
+
+    #[test]
+    fn rows_are_aligned_and_say_what_is_missing() {
+        let (results, loads) = measured();
         let text = table(&results, &loads, &[System::Direct, System::Ours]);
         let expected = "\
 between nodes                     direct               ours               ours/direct
   iperf3, 1 stream        Gbit/s    14.0  (13.0–15.0)  7.00  (6.50–7.50)         0.50
     proxies' CPU per GiB  s ↓          –               0.25                         –
 ";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn markdown_has_the_same_rows() {
+        let (results, loads) = measured();
+        let text = markdown(&results, &loads, &[System::Direct, System::Ours]);
+        let expected = "\
+| | direct | auth-daemon | to direct |
+|---|---|---|---|
+| **between nodes** | | | |
+| iperf3, 1 stream, Gbit/s | 14.0 (13.0–15.0) | 7.00 (6.50–7.50) | 0.50 |
+| &nbsp;&nbsp;proxies' CPU per GiB, s ↓ | – | 0.25 | – |";
         assert_eq!(text, expected);
     }
 

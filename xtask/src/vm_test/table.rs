@@ -1,12 +1,11 @@
 //! Kernel × feature × result, for people and for docs/KERNELS.md.
 
 use std::fmt::{self, Write};
-use std::fs;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 
 use super::machine::Accelerator;
-use crate::step::workspace;
+use crate::page;
 
 /// What came of a feature's tests on a kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -145,26 +144,9 @@ pub(super) fn text(columns: &[Column]) -> String {
     text
 }
 
-const BEGIN: &str = "<!-- Written by `cargo xtask vm-test --save`. -->";
-const END: &str = "<!-- Up to here. -->";
-
 /// Puts the table into docs/KERNELS.md, in place of the one that is there.
 pub(super) fn save(columns: &[Column]) -> Result<()> {
-    let path = workspace().join("docs/KERNELS.md");
-    let page = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let page = with_table(&page, &text(columns))?;
-    fs::write(&path, page).with_context(|| format!("writing {}", path.display()))
-}
-
-fn with_table(page: &str, table: &str) -> Result<String> {
-    let (before, rest) = page
-        .split_once(BEGIN)
-        .context("docs/KERNELS.md has no place for the table")?;
-    let (_, after) = rest
-        .split_once(END)
-        .context("docs/KERNELS.md has no end of the table")?;
-    ensure!(!after.contains(BEGIN), "docs/KERNELS.md has two tables");
-    Ok(format!("{before}{BEGIN}\n\n{table}\n\n{END}{after}"))
+    page::write("KERNELS.md", "vm-test --save", &text(columns))
 }
 
 #[cfg(test)]
@@ -181,14 +163,6 @@ mod tests {
         let text = text(&[old, new]);
         assert!(text.starts_with("| | 5.10.0-32-amd64 | 6.1.0-50-amd64 |\n|---|---|---|\n"));
         assert!(text.contains("\n| refused | 2 passed | – |\n| demo | – | 1 FAILED, 21 passed |"));
-    }
-
-    #[test]
-    fn a_page_keeps_what_is_around_its_table() {
-        let page = format!("a\n{BEGIN}\nold\n{END}\nb\n");
-        let page = with_table(&page, "new").unwrap();
-        assert_eq!(page, format!("a\n{BEGIN}\n\nnew\n\n{END}\nb\n"));
-        assert!(with_table("a", "new").is_err());
     }
 
     #[test]
