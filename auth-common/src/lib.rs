@@ -12,8 +12,8 @@ pub use first_socket::{
     FIRST_SOCKET_BYTES, FirstSocket, MAX_TOLD, SocketOrigin, TELL_AGAIN_NANOSECONDS,
 };
 pub use same_node::{
-    Admitted, Closed, EVENT_BYTES, FLOW_CLIENT, FLOW_DIALLED, FLOW_SERVER, Flow, LEASE_NANOSECONDS,
-    MAX_VERDICTS, Verdict, closed,
+    Admitted, Closed, EVENT_BYTES, FLOW_CLIENT, FLOW_CLOSED, FLOW_DIALLED, FLOW_SERVER, Flow,
+    LEASE_NANOSECONDS, MAX_VERDICTS, Verdict, closed,
 };
 
 /// The layout's version. Pins live in a folder of this name: a daemon never adopts maps of another layout.

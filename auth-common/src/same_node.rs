@@ -53,8 +53,10 @@ pub const FLOW_DIALLED: u32 = 0;
 pub const FLOW_CLIENT: u32 = 1;
 /// [`Flow::role`] of a server's socket.
 pub const FLOW_SERVER: u32 = 2;
+/// [`Flow::role`] of a socket whose connection has closed, and is told of.
+pub const FLOW_CLOSED: u32 = 3;
 
-/// What a socket of such a connection carries until it closes.
+/// What a socket of such a connection carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Flow {
@@ -64,7 +66,7 @@ pub struct Flow {
     pub endpoint: Address,
     /// The endpoint's port, host byte order.
     pub endpoint_port: u32,
-    /// One of [`FLOW_DIALLED`], [`FLOW_CLIENT`], [`FLOW_SERVER`].
+    /// One of [`FLOW_DIALLED`], [`FLOW_CLIENT`], [`FLOW_SERVER`], [`FLOW_CLOSED`].
     pub role: u32,
     /// Segments that had come in with the last one that was valid and no RST. Kept once the own FIN is on its way.
     pub segments: u32,

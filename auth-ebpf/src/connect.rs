@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    maps::{BYPASS, DIALLED, PODS, delete_flow, dialled, flow, mesh_kind},
+    maps::{BYPASS, DIALLED, FLOWS, PODS, dialled, flow_or_closed, mesh_kind},
     same_node,
 };
 
@@ -101,12 +101,12 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
         if dialled(sk).is_some() {
             let _ = DIALLED.delete(sk);
         }
-        if let Some(flow) = flow(sk) {
+        if let Some(flow) = flow_or_closed(sk) {
             // While one daemon takes over from another, both have their programs here.
             if let Some(verdict) = same_node::already_led(flow, cookie, destination, port) {
                 return Route::SameNode(verdict);
             }
-            delete_flow(sk);
+            let _ = FLOWS.delete(sk);
         }
     }
     let captured = match mesh_kind(*destination) {

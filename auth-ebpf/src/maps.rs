@@ -4,8 +4,8 @@
 
 use auth_common::{
     Address, Admitted, Closed, DELIVERY, Delivery, Dialled, EVENT_BYTES, FIRST_SOCKET_BYTES,
-    FirstSocket, Flow, MAX_MESH_ADDRESSES, MAX_PENDING, MAX_PODS, MAX_TOLD, MAX_VERDICTS, Pod,
-    SocketKey, SocketOrigin, Verdict,
+    FLOW_CLOSED, FirstSocket, Flow, MAX_MESH_ADDRESSES, MAX_PENDING, MAX_PODS, MAX_TOLD,
+    MAX_VERDICTS, Pod, SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
@@ -69,7 +69,7 @@ pub static LEASE: Array<u64, 1> = Array::new();
 pub static ADMITTED: HashMap<Delivery, Admitted, { MAX_VERDICTS as usize }, ON_DEMAND> =
     HashMap::new();
 
-/// Both ends' sockets of such connections, until they close.
+/// Both ends' sockets of such connections: it goes with them, or when they are dialled again.
 #[btf_map]
 pub static FLOWS: SkStorage<Flow> = SkStorage::new();
 
@@ -125,6 +125,17 @@ pub unsafe fn is_delivery(sk: *mut bpf_sock) -> bool {
 #[inline(always)]
 pub unsafe fn flow<'a>(sk: *mut bpf_sock) -> Option<&'a mut Flow> {
     // SAFETY: the caller's.
+    unsafe { flow_or_closed(sk) }.filter(|flow| flow.role != FLOW_CLOSED)
+}
+
+/// The same, or what is left of one that has closed.
+///
+/// # Safety
+///
+/// As for [`dialled`].
+#[inline(always)]
+pub unsafe fn flow_or_closed<'a>(sk: *mut bpf_sock) -> Option<&'a mut Flow> {
+    // SAFETY: the caller's.
     unsafe { storage(&FLOWS, sk, core::ptr::null_mut(), 0).as_mut() }
 }
 
@@ -138,19 +149,6 @@ pub unsafe fn new_flow<'a>(sk: *mut bpf_sock) -> Option<&'a mut Flow> {
     let create = BPF_SK_STORAGE_GET_F_CREATE.into();
     // SAFETY: the caller's.
     unsafe { storage(&FLOWS, sk, core::ptr::null_mut(), create).as_mut() }
-}
-
-/// Forgets what [`flow`] gives.
-///
-/// # Safety
-///
-/// As for [`dialled`].
-#[inline(always)]
-pub unsafe fn delete_flow(sk: *mut bpf_sock) {
-    if !sk.is_null() {
-        // SAFETY: the caller's.
-        let _ = unsafe { FLOWS.delete(sk) };
-    }
 }
 
 #[inline(always)]

@@ -7,8 +7,8 @@
 use core::ptr::read_volatile;
 
 use auth_common::{
-    Address, Admitted, Delivery, FLOW_CLIENT, FLOW_DIALLED, FLOW_SERVER, Flow, Pod, SocketKey,
-    Verdict, closed as flag,
+    Address, Admitted, Delivery, FLOW_CLIENT, FLOW_CLOSED, FLOW_DIALLED, FLOW_SERVER, Flow, Pod,
+    SocketKey, Verdict, closed as flag,
 };
 use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock},
@@ -19,7 +19,7 @@ use aya_ebpf::{
 use crate::{
     connect::{is_mapped, words},
     established::{four, watch},
-    maps::{ADMITTED, EVENTS, FLOWS, LEASE, LOST, PODS, VERDICTS, delete_flow, flow, new_flow},
+    maps::{ADMITTED, EVENTS, FLOWS, LEASE, LOST, PODS, VERDICTS, flow, new_flow},
 };
 
 const TCP_FIN_WAIT1: u32 = 4;
@@ -202,8 +202,8 @@ pub fn state_changed(ctx: &SockOpsContext, flow: &mut Flow) {
         }
         TCP_CLOSE => {
             closed(ctx, flow, from);
-            // SAFETY: the context's own socket.
-            unsafe { delete_flow(socket(ctx)) };
+            // It goes with the socket: to take it away now would cost the kernel far more.
+            flow.role = FLOW_CLOSED;
         }
         _ => {}
     }

@@ -7,37 +7,28 @@ use std::{
 
 use auth_common::FirstSocket;
 use aya::maps::{MapData, RingBuf};
-use tokio::io::unix::AsyncFd;
 
-use super::kernel::monotonic_nanoseconds;
+use super::{events::Events, kernel::monotonic_nanoseconds};
 
 /// The kernel's events, on the runtime that it was made on.
-pub struct FirstSockets(AsyncFd<RingBuf<MapData>>);
+pub struct FirstSockets(Events);
 
 impl FirstSockets {
     pub(super) fn new(ring: RingBuf<MapData>) -> io::Result<Self> {
-        // SAFETY: the ring owns its descriptor, gives the same one each time, and closes it when it is dropped.
-        Ok(Self(unsafe { AsyncFd::register(ring) }?))
+        Ok(Self(Events::new(ring)?))
     }
 
     /// Waits for events and hands over each: the namespace's cookie, and when the socket was made. Dropped while it waits,
     /// it has lost none.
     pub async fn next(&mut self, mut take: impl FnMut(u64, Instant)) -> io::Result<()> {
-        let mut ready = self.0.readable_mut().await?;
-        let ring = ready.get_inner_mut();
-        while let Some(event) = ring.next() {
-            match parse(&event) {
-                Some(event) => {
-                    let age = monotonic_nanoseconds().saturating_sub(event.at_nanoseconds);
-                    let now = Instant::now();
-                    let at = now.checked_sub(Duration::from_nanos(age));
-                    take(event.netns_cookie, at.unwrap_or(now));
-                }
-                None => tracing::warn!(bytes = event.len(), "the kernel's side sent no event"),
-            }
-        }
-        ready.clear_ready();
-        Ok(())
+        self.0
+            .next(parse, |event| {
+                let age = monotonic_nanoseconds().saturating_sub(event.at_nanoseconds);
+                let now = Instant::now();
+                let at = now.checked_sub(Duration::from_nanos(age));
+                take(event.netns_cookie, at.unwrap_or(now));
+            })
+            .await
     }
 }
 

@@ -2,6 +2,7 @@
 //! routes inside them.
 
 mod containers;
+mod events;
 pub mod features;
 mod first_socket;
 mod flows;

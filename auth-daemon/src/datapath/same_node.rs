@@ -11,10 +11,11 @@ use aya::{
     Ebpf,
     maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
 };
-use tokio::io::unix::AsyncFd;
 
 use super::{
-    Netns, flows,
+    Netns,
+    events::Events,
+    flows,
     kernel::{
         KernelError, lock, map_error, monotonic_nanoseconds, socket_address, take_map, wire_address,
     },
@@ -154,8 +155,7 @@ impl SameNode {
     pub fn closed(&self) -> io::Result<ClosedEvents> {
         let ring = lock(&self.events).take();
         let ring = ring.ok_or_else(|| io::Error::other("the events are being read already"))?;
-        // SAFETY: the ring owns its descriptor, gives the same one each time, and closes it when it is dropped.
-        Ok(ClosedEvents(unsafe { AsyncFd::register(ring) }?))
+        Ok(ClosedEvents(Events::new(ring)?))
     }
 
     /// Ends the connections that the kernel carries, one of whose ends is in `netns`, and whose verdict, client's cookie
@@ -203,21 +203,18 @@ fn key(client_cookie: u64, dialled: SocketAddr) -> SocketKey {
     }
 }
 
+/// For how long events gather.
+const GATHER: Duration = Duration::from_millis(10);
+
 /// The kernel's events, on the runtime that it was made on.
-pub struct ClosedEvents(AsyncFd<RingBuf<MapData>>);
+pub struct ClosedEvents(Events);
 
 impl ClosedEvents {
-    /// Waits for events and hands over each.
-    pub async fn next(&mut self, mut take: impl FnMut(Closing)) -> io::Result<()> {
-        let mut ready = self.0.readable_mut().await?;
-        let ring = ready.get_inner_mut();
-        while let Some(event) = ring.next() {
-            match Closing::parse(&event) {
-                Some(closing) => take(closing),
-                None => tracing::warn!(bytes = event.len(), "the kernel's side sent no event"),
-            }
-        }
-        ready.clear_ready();
+    /// Waits for events and hands over each, and lets some gather: those that come while one waits to be read do not
+    /// wake the daemon again.
+    pub async fn next(&mut self, take: impl FnMut(Closing)) -> io::Result<()> {
+        self.0.next(Closing::parse, take).await?;
+        tokio::time::sleep(GATHER).await;
         Ok(())
     }
 }
