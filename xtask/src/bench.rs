@@ -32,7 +32,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use mesh_tests::remove_own;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::step::{root, workspace};
+use crate::step::root;
 use crate::{build, setup};
 
 use report::Report;
@@ -98,14 +98,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if let Some(path) = &arguments.svg {
         report.draw(path)?;
     }
-    if arguments.save {
-        report.save(&workspace().join("docs"))?;
-    }
     ensure!(
         report.problems.is_empty(),
         "{} loads did not go well",
         report.problems.len()
     );
+    if arguments.save {
+        report.save()?;
+    }
     Ok(())
 }
 
@@ -130,6 +130,10 @@ fn prepare(arguments: &Arguments) -> Result<Plan> {
             "a chart compares all systems"
         );
     }
+    ensure!(
+        !arguments.save || plan.only.is_empty(),
+        "--save is for all rows: it replaces the whole table"
+    );
     if !root() {
         bail!(
             "the benchmark makes network namespaces and loads eBPF programs: run it as root (sudo -E cargo xtask bench)"

@@ -9,7 +9,7 @@ use crate::step::workspace;
 /// Puts `text` into the page `name` of docs, in place of what `command` wrote there before.
 ///
 /// # Errors
-/// When the page cannot be read or written, or has no place for it, or two.
+/// When the page cannot be read or written, or has no place for it.
 pub(crate) fn write(name: &str, command: &str, text: &str) -> Result<()> {
     let path = workspace().join("docs").join(name);
     let page = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
@@ -23,7 +23,7 @@ fn with(page: &str, command: &str, text: &str) -> Result<String> {
         .split_once(&begin)
         .context("it has no place for the table")?;
     let (_, after) = rest.split_once(END).context("it has no end of the table")?;
-    ensure!(!after.contains(&begin), "it has two tables");
+    ensure!(!rest.contains(&begin), "it has two places for the table");
     Ok(format!("{before}{begin}\n\n{text}\n\n{END}{after}"))
 }
 

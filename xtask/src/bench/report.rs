@@ -16,6 +16,7 @@ use super::runner::{Event, Plan};
 use super::table;
 use super::targets::TARGETS;
 use crate::page;
+use crate::step::workspace;
 
 /// Collects what the loads tell. For people it writes on stdout; with JSON, which is alone on stdout, on stderr.
 pub(super) struct Report {
@@ -83,10 +84,15 @@ impl Report {
         fs::write(path, svg).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Writes the object and the chart into the folder of the documentation, and the table into its page.
-    pub(super) fn save(&self, folder: &Path) -> Result<()> {
+    /// Writes the object and the chart into the documentation, and the table into its page.
+    pub(super) fn save(&self) -> Result<()> {
+        let folder = workspace().join("docs");
         let table = table::markdown(&self.results, &self.plan.loads(), &self.plan.systems);
-        let text = format!("{table}\n\n{}\n{}", self.notes()[0], self.machine.line());
+        let mut text = format!("{table}\n\n{}\n{}", self.method(), self.machine.line());
+        if self.machine.busy() {
+            text.push('\n');
+            text.push_str(BUSY);
+        }
         page::write("PERFORMANCE.md", "bench --save", &text)?;
         let path = folder.join("bench.json");
         fs::write(&path, format!("{:#}\n", self.object(None)))
@@ -115,19 +121,22 @@ impl Report {
         text
     }
 
-    /// What one has to know to read the numbers.
-    fn notes(&self) -> Vec<String> {
-        let mut notes = vec![format!(
+    /// How the numbers came about.
+    fn method(&self) -> String {
+        format!(
             "Medians of {} rounds, loads of {} s, in brackets the least and the most; ↓: less is better. A ratio is the \
              median of the rounds' own ratios.",
             self.plan.rounds,
             self.plan.time.as_secs()
-        )];
+        )
+    }
+
+    /// What one has to know to read the numbers.
+    fn notes(&self) -> Vec<String> {
+        let mut notes = vec![self.method()];
         notes.extend(NOTES.map(str::to_owned));
         if self.machine.busy() {
-            notes.push(
-                "Other programs kept this machine busy: none of this is worth keeping.".to_owned(),
-            );
+            notes.push(BUSY.to_owned());
         }
         notes.push(ztunnel());
         notes
@@ -201,6 +210,8 @@ fn ztunnel() -> String {
     };
     format!("ztunnel was not run: {why}.")
 }
+
+const BUSY: &str = "Other programs kept this machine busy: none of this is worth keeping.";
 
 const NOTES: [&str; 3] = [
     "All programs share the machine's cores. Work of the network stack in soft interrupts is charged to whoever runs \
