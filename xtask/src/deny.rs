@@ -4,8 +4,8 @@ use std::process::Command;
 
 use anyhow::Result;
 
+use crate::cargo_install;
 use crate::step::{self, cargo, step, which, workspace};
-use crate::toolchain::cargo_install;
 
 /// Checks the workspace and the eBPF crate by the rules of deny.toml.
 ///
@@ -13,7 +13,7 @@ use crate::toolchain::cargo_install;
 /// When a rule is broken, or cargo-deny cannot be installed.
 pub(crate) fn run() -> Result<()> {
     if which("cargo-deny").is_none() {
-        cargo_install("cargo-deny", CARGO_DENY_VERSION)?;
+        cargo_install::install("cargo-deny", CARGO_DENY_VERSION)?;
     }
     let mut locked = Vec::new();
     for manifest in ["Cargo.toml", "auth-ebpf/Cargo.toml"] {

@@ -6,6 +6,7 @@ mod apt;
 mod bench;
 mod build;
 mod build_ebpf;
+mod cargo_install;
 mod ci;
 mod clippy_ebpf;
 mod demo;

@@ -1,0 +1,63 @@
+//! Programs that come as crates, installed with the cargo that runs us.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::step::{cargo, run, step};
+
+/// Installs a crate's program with the cargo that runs us.
+///
+/// # Errors
+/// When it does not compile or the registry cannot be reached.
+pub(crate) fn install(name: &str, version: &str) -> Result<()> {
+    let install = CargoInstall {
+        variables: Vec::new(),
+        arguments: [name, "--version", version].map(str::to_owned).to_vec(),
+    };
+    step(&format!("install {name} {version}"), || {
+        run(&mut install.command())
+    })
+}
+
+/// A `cargo install`, to run or to show.
+pub(crate) struct CargoInstall {
+    /// For its environment.
+    pub(crate) variables: Vec<(String, String)>,
+    /// After `cargo install`: the crate and how.
+    pub(crate) arguments: Vec<String>,
+}
+
+impl CargoInstall {
+    pub(crate) fn command(&self) -> Command {
+        let mut command = cargo();
+        // What a user's settings add to our own build is not meant for tools.
+        for name in [
+            "CARGO_ENCODED_RUSTFLAGS",
+            "RUSTFLAGS",
+            "CARGO_BUILD_TARGET",
+            "CARGO_BUILD_RUSTFLAGS",
+            "CARGO_TARGET_DIR",
+        ] {
+            command.env_remove(name);
+        }
+        command
+            .args(["install", "--locked", "--force"])
+            .args(&self.arguments);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command
+    }
+}
+
+impl std::fmt::Display for CargoInstall {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (name, value) in &self.variables {
+            write!(out, "{name}=\"{value}\" ")?;
+        }
+        write!(
+            out,
+            "cargo install --locked --force {}",
+            self.arguments.join(" ")
+        )
+    }
+}
