@@ -155,7 +155,7 @@ fn check_broken(scene: &TwoEndpoints, spoke: &Spoke, faults: &mut Faults) -> Res
     faults.check(takers == ["hostile"], || {
         format!("{name} went to {takers:?}")
     });
-    let line = line_of(&scene.near, spoke.local())?;
+    let line = line_of(&scene.near, spoke)?;
     println!("{name}: {} {}", line["result"], line["reason"]);
     let stood = name.starts_with("connected");
     let result = if stood { "reset" } else { "refused" };
@@ -164,11 +164,11 @@ fn check_broken(scene: &TwoEndpoints, spoke: &Spoke, faults: &mut Faults) -> Res
     faults.check(line["endpoint"] == endpoint.as_str(), || {
         format!("{name}: not of the endpoint in doubt: {line}")
     });
-    let local = spoke.local().to_string();
+    let (local, to) = (spoke.local().to_string(), spoke.to().to_string());
     let elsewhere = scene.far.access_log();
     let elsewhere = elsewhere
         .iter()
-        .find(|line| line["client"] == local.as_str());
+        .find(|line| line["client"] == *local && line["destination"] == *to);
     faults.check(elsewhere.is_none(), || {
         format!("{name} reached the honest node: {elsewhere:?}")
     });

@@ -208,7 +208,7 @@ fn one_flight_a_connection_on_one_tunnel() -> Result<()> {
         );
         let end = peer.frame()?;
         anyhow::ensure!(matches!(end, Some((END, _))), "{end:?}");
-        let taken = ledger.ended(client)?;
+        let taken = ledger.ended("app", client)?;
         assert_eq!((taken.name(), taken.bytes.len()), (name, size));
     }
     Ok(())

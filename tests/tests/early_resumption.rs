@@ -80,9 +80,10 @@ fn handshakes_at_once_and_again_later() -> Result<()> {
     };
     let first = at_once(6)?;
     assert!((1..=6).contains(&first.len()), "{first:#?}");
-    assert!(!first[0].resumed, "{first:#?}");
     // More than idle by now: only these need handshakes. A full one leaves a session, a resumed one as many as it takes.
     let sessions = first.iter().filter(|seen| !seen.resumed).count();
+    // The one whose SYN was first need not be the first to send its hello.
+    assert!(sessions >= 1, "{first:#?}");
     let second = at_once(9)?;
     println!("{} then {}", first.len(), second.len());
     assert!(!second.is_empty() && second.len() < 9, "{second:#?}");
@@ -133,7 +134,7 @@ fn a_session_does_not_survive_its_servers_address() -> Result<()> {
     let capture = mesh.wire().capture()?;
     let spokes = spoken(script(&client, to, "secret", "send:100,end,rest")?)?;
     assert!(spokes[0].was_reset(), "{}", spokes[0].0);
-    let line = line_of(near, spokes[0].local())?;
+    let line = line_of(near, &spokes[0])?;
     let reason = line["reason"].as_str().unwrap_or_default();
     let named = format!(
         "presents {}, but may only be {}",
@@ -161,7 +162,7 @@ fn a_session_does_not_survive_its_servers_address() -> Result<()> {
     let line = eventually_ok(TIMEOUT, "the other one to be known", || {
         let spokes = spoken(script(&client, to, "known", "send:100,end,rest")?)?;
         anyhow::ensure!(spokes[0].was_echoed(), "{}", spokes[0].0);
-        line_of(near, spokes[0].local())
+        line_of(near, &spokes[0])
     })?;
     assert_eq!(line["server_identity"], spiffe("evil"), "{line}");
     let seen = handshakes(&capture.stop()?, to);

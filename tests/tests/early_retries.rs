@@ -78,7 +78,7 @@ fn when_all_that_are_tried_say_no_the_app_gets_an_error() -> Result<()> {
             faults.check(spoke.was_reset(), || format!("{no}: {}", spoke.0));
             let takers = scene.ledger.takers(spoke.name());
             faults.check(takers.is_empty(), || format!("{no} went to {takers:?}"));
-            let line = line_of(&scene.near, spoke.local())?;
+            let line = line_of(&scene.near, &spoke)?;
             faults.check(line["result"] == "refused", || format!("{line}"));
         }
     }
@@ -228,9 +228,9 @@ fn check_line(
     faults.check(spoke.was_echoed(), || {
         format!("{name}: the app sees {}", spoke.0)
     });
-    let mut lines = vec![line_of(&scene.near, spoke.local())?];
+    let mut lines = vec![line_of(&scene.near, spoke)?];
     if by == "honest" {
-        lines.push(line_of(&scene.far, spoke.local())?);
+        lines.push(line_of(&scene.far, spoke)?);
     }
     for line in lines {
         let right = line["result"] == "ok"

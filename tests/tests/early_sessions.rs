@@ -230,7 +230,7 @@ impl Resuming {
         let to = self.mesh.pod("web").at(PORT);
         let app = script(&self.mesh.pod("client"), to, name, "send:100,end,rest")?;
         let spokes = spoken(app)?;
-        let line = line_of(&self.near, spokes[0].local())?;
+        let line = line_of(&self.near, &spokes[0])?;
         assert_eq!(
             spokes[0].was_echoed(),
             line["result"] == "ok",

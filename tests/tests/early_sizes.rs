@@ -9,8 +9,8 @@ mod pair;
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use early::{Ledger, PATIENCE, Spoke, echo, line_of, piece, script, spoken};
-use mesh_tests::{App, Context, InProcess, Result, eventually};
+use early::{Ledger, Spoke, echo, line_of, piece, script, spoken};
+use mesh_tests::{App, Context, InProcess, Result};
 use pair::Pair;
 use socket2::SockRef;
 
@@ -30,7 +30,7 @@ impl Scene {
         let (pair, ledger) = (Pair::start()?, Ledger::default());
         let web = &pair.web;
         let servers = [
-            echo(web, web.at(ECHO), "echo", &ledger)?,
+            echo(web, web.at(ECHO), name_of(ECHO), &ledger)?,
             listener(web, GREETER, GREETING, &ledger)?,
             listener(web, SINK, b"", &ledger)?,
         ];
@@ -47,17 +47,18 @@ impl Scene {
 
     /// The lines of both nodes.
     fn lines(&self, spoke: &Spoke) -> Result<[serde_json::Value; 2]> {
-        let client = spoke.local();
         Ok([
-            line_of(&self.pair.near, client)?,
-            line_of(&self.pair.far, client)?,
+            line_of(&self.pair.near, spoke)?,
+            line_of(&self.pair.far, spoke)?,
         ])
     }
 
     /// The server has got so many bytes, the right ones, and then the end; both logs say so.
     fn check_whole(&self, spoke: &Spoke, sent: usize, received: usize) -> Result<Vec<String>> {
         let (name, mut faults) = (spoke.name(), Vec::new());
-        let taken = self.ledger.ended(spoke.local())?;
+        let taken = self
+            .ledger
+            .ended(name_of(spoke.to().port()), spoke.local())?;
         if taken.bytes != piece(name, 0, sent) {
             faults.push(format!("{name}: {} of {sent} bytes", taken.bytes.len()));
         }
@@ -183,13 +184,9 @@ fn an_app_that_resets_is_never_taken_for_one_that_ends() -> Result<()> {
                 if far["result"] == "ok" {
                     faults.push(format!("{steps}: a reset is logged as {far}"));
                 }
-                let taken = scene.ledger.all().into_iter();
-                for taken in taken.filter(|taken| taken.from == spoke.local()) {
-                    let taken = eventually(PATIENCE, "its end", || {
-                        let all = scene.ledger.all();
-                        all.into_iter()
-                            .find(|now| now.from == taken.from && now.end.is_some())
-                    })?;
+                let mut taken = scene.ledger.all().into_iter();
+                if taken.any(|taken| taken.from == spoke.local()) {
+                    let taken = scene.ledger.ended(name_of(SINK), spoke.local())?;
                     let said = piece("s", 0, taken.bytes.len());
                     if taken.end.as_deref() == Some("end") || taken.bytes != said {
                         let count = taken.bytes.len();
@@ -267,7 +264,7 @@ fn a_byte_out_of_band_cuts_nothing_off() -> Result<()> {
     ] {
         for _ in 0..5 {
             for spoke in spoken(scene.script(ECHO, "s", steps)?)? {
-                let taken = scene.ledger.ended(spoke.local())?;
+                let taken = scene.ledger.ended(name_of(ECHO), spoke.local())?;
                 let all = piece("s", 0, before + 1 + after);
                 // The byte itself may be lost: no stream carries it out of band.
                 let without = [&all[..before], &all[before + 1..]].concat();
@@ -288,13 +285,22 @@ fn lines_of_a_reset(
     scene: &Scene,
     spoke: &Spoke,
 ) -> Result<(serde_json::Value, Option<serde_json::Value>)> {
-    let client = spoke.local();
-    let near = line_of(&scene.pair.near, client)?;
+    let near = line_of(&scene.pair.near, spoke)?;
     let reached = near["server_identity"] != "";
     let far = reached
-        .then(|| line_of(&scene.pair.far, client))
+        .then(|| line_of(&scene.pair.far, spoke))
         .transpose()?;
     Ok((near, far))
+}
+
+/// What the ledger calls the server of a port.
+fn name_of(port: u16) -> &'static str {
+    match port {
+        ECHO => "echo",
+        GREETER => "greeter",
+        SINK => "sink",
+        _ => unreachable!("no port {port}"),
+    }
 }
 
 /// An app that says something first, and then only listens.
@@ -306,7 +312,7 @@ fn listener(
 ) -> Result<InProcess> {
     let ledger = ledger.clone();
     InProcess::start(web, web.at(port), move |mut stream, from| {
-        let entry = ledger.open("listener", from);
+        let entry = ledger.open(name_of(port), from);
         let _ = stream.write_all(greeting);
         let mut buffer = vec![0; 64 * 1024];
         let end = loop {

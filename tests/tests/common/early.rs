@@ -75,16 +75,12 @@ impl Ledger {
         self.of(name).into_iter().map(|taken| taken.who).collect()
     }
 
-    /// The entry of a connection from this address, once it has ended.
-    pub(crate) fn ended(&self, from: SocketAddr) -> Result<Taken> {
-        eventually(
-            PATIENCE,
-            &format!("the end of {from} at its server"),
-            || {
-                let mut entries = self.all().into_iter();
-                entries.find(|taken| taken.from == from && taken.end.is_some())
-            },
-        )
+    /// The entry of a connection from this address to this server, once it has ended.
+    pub(crate) fn ended(&self, who: &str, from: SocketAddr) -> Result<Taken> {
+        let is = |taken: &Taken| taken.who == who && taken.from == from && taken.end.is_some();
+        eventually(PATIENCE, &format!("the end of {from} at {who}"), || {
+            self.all().into_iter().find(is)
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Taken>> {
@@ -139,12 +135,21 @@ impl Spoke {
         self.0["name"].as_str().unwrap_or_default()
     }
 
-    /// Its own address.
+    /// Its own address. Connections to different servers may share it.
     pub(crate) fn local(&self) -> SocketAddr {
-        let local = self.0["local"].as_str().unwrap_or_default();
-        local
+        self.address("local")
+    }
+
+    /// What it dialled.
+    pub(crate) fn to(&self) -> SocketAddr {
+        self.address("to")
+    }
+
+    fn address(&self, field: &str) -> SocketAddr {
+        let address = self.0[field].as_str().unwrap_or_default();
+        address
             .parse()
-            .unwrap_or_else(|_| panic!("no address: {}", self.0))
+            .unwrap_or_else(|_| panic!("no address {field}: {}", self.0))
     }
 
     /// Whether it got an error, and that one.
@@ -161,13 +166,13 @@ impl Spoke {
     }
 }
 
-/// The line of the client's connection in the access log; there must be one only.
-pub(crate) fn line_of(daemon: &Daemon, client: SocketAddr) -> Result<Value> {
-    let client = client.to_string();
-    let what = format!("one line of {client}");
+/// The line of the connection in the access log; there must be one only.
+pub(crate) fn line_of(daemon: &Daemon, spoke: &Spoke) -> Result<Value> {
+    let (client, destination) = (spoke.local().to_string(), spoke.to().to_string());
+    let what = format!("one line of {client} to {destination}");
     eventually_ok(PATIENCE, &what, || {
         let mut lines = daemon.access_log();
-        lines.retain(|line| line["client"] == client.as_str());
+        lines.retain(|line| line["client"] == *client && line["destination"] == *destination);
         anyhow::ensure!(lines.len() == 1, "{lines:#?}");
         Ok(lines.remove(0))
     })

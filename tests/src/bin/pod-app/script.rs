@@ -78,6 +78,7 @@ impl FromStr for Step {
 /// One connection of the script.
 struct Connection {
     name: String,
+    to: SocketAddr,
     stream: Option<TcpStream>,
     local: Option<SocketAddr>,
     start: Instant,
@@ -113,6 +114,7 @@ impl Connection {
         let start = Instant::now();
         let mut connection = Self {
             name,
+            to: target.to,
             stream: None,
             local: None,
             start,
@@ -208,6 +210,7 @@ impl Connection {
         let mut fields = json!({
             "name": self.name,
             "local": self.local,
+            "to": self.to,
             "sent": self.sent,
             "received": self.received.len(),
             "echoed": echoed,
