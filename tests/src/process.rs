@@ -32,7 +32,7 @@ impl Process {
     }
 
     /// Like [`Process::spawn`], with the output where the command sends it.
-    pub(crate) fn spawn_as_is(mut command: Command) -> Result<Self> {
+    pub fn spawn_as_is(mut command: Command) -> Result<Self> {
         let what = describe(&command);
         command.process_group(0).stdin(Stdio::null());
         let mut child = command

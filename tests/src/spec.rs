@@ -160,6 +160,11 @@ impl PodSpec {
         })
     }
 
+    /// The name of its service account.
+    pub fn account(&self) -> &str {
+        &self.service_account
+    }
+
     pub(crate) fn service_account_manifest(&self) -> Value {
         json!({
             "apiVersion": "v1",

@@ -10,6 +10,7 @@ mod envoy;
 mod loads;
 mod machine;
 mod number;
+mod peer;
 mod proxies;
 mod report;
 mod results;
@@ -20,6 +21,7 @@ mod system;
 mod table;
 mod targets;
 mod usage;
+mod ztunnel;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -53,8 +55,8 @@ pub(crate) struct Arguments {
     /// Only rows whose key or name contains this; may be given more than once
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
-    /// Which systems to compare
-    #[arg(long, value_delimiter = ',', default_values_t = [System::Direct, System::Envoy, System::Ours])]
+    /// Which systems to compare; else direct, envoy, ours, and ztunnel where ZTUNNEL names its binary
+    #[arg(long, value_delimiter = ',')]
     systems: Vec<System>,
     /// Print one JSON object on stdout, and everything else on stderr
     #[arg(long)]
@@ -110,7 +112,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 }
 
 fn prepare(arguments: &Arguments) -> Result<Plan> {
+    let ztunnel = ztunnel::named()?.map(|_| System::Ztunnel);
     let mut systems = arguments.systems.clone();
+    if systems.is_empty() {
+        systems = ALWAYS.into_iter().chain(ztunnel).collect();
+    }
+    ensure!(
+        ztunnel.is_some() || !systems.contains(&System::Ztunnel),
+        "set ZTUNNEL to the path of a ztunnel binary"
+    );
     systems.sort_unstable();
     systems.dedup();
     let plan = Plan {
@@ -126,7 +136,7 @@ fn prepare(arguments: &Arguments) -> Result<Plan> {
     );
     if arguments.svg.is_some() || arguments.save {
         ensure!(
-            plan.systems == [System::Direct, System::Envoy, System::Ours],
+            ALWAYS.iter().all(|system| plan.systems.contains(system)),
             "a chart compares all systems"
         );
     }
@@ -207,6 +217,8 @@ fn follow(events: &Receiver<Event>, report: &mut Report, interrupted: &AtomicBoo
     }
 }
 
+/// The systems that can be compared everywhere.
+const ALWAYS: [System; 3] = [System::Direct, System::Envoy, System::Ours];
 /// How much longer than its time a load may take, with what it takes to start fresh proxies for it.
 const LONGEST: Duration = Duration::from_secs(180);
 /// How long a load that was ended may take to notice it.

@@ -13,7 +13,12 @@ use super::system::System;
 ///
 /// # Errors
 /// When drawing fails.
-pub(super) fn svg(results: &Results, footer: &str) -> Result<String> {
+pub(super) fn svg(results: &Results, systems: &[System], footer: &str) -> Result<String> {
+    let systems: Vec<System> = systems
+        .iter()
+        .copied()
+        .filter(|system| system.has_proxies())
+        .collect();
     let mut sections = Vec::new();
     for (heading, part, keys) in [
         (
@@ -29,19 +34,25 @@ pub(super) fn svg(results: &Results, footer: &str) -> Result<String> {
     ] {
         let rows: Vec<Bars> = keys
             .iter()
-            .filter_map(|key| Bars::new(results, key, part))
+            .filter_map(|key| Bars::new(results, &systems, key, part))
             .collect();
         if !rows.is_empty() {
             sections.push((heading, rows));
         }
     }
     let rows: usize = sections.iter().map(|(_, rows)| rows.len()).sum();
-    let height = TOP + ROW * rows as i32 + SECTION * sections.len() as i32 + BOTTOM;
+    let row = GAP + THICK * systems.len() as i32;
+    let height = TOP + row * rows as i32 + SECTION * sections.len() as i32 + BOTTOM;
     let mut text = String::new();
     {
         let area =
             SVGBackend::with_string(&mut text, (WIDTH as u32, height as u32)).into_drawing_area();
-        let drawn = Picture { area: &area }.all(&sections, footer, height);
+        let picture = Picture {
+            area: &area,
+            systems: &systems,
+            row,
+        };
+        let drawn = picture.all(&sections, footer, height);
         drawn.map_err(|error| anyhow!("drawing the chart: {error}"))?;
         area.present()
             .map_err(|error| anyhow!("drawing the chart: {error}"))?;
@@ -66,14 +77,14 @@ struct Bars {
 }
 
 impl Bars {
-    fn new(results: &Results, key: &'static str, part: Part) -> Option<Self> {
+    fn new(results: &Results, systems: &[System], key: &'static str, part: Part) -> Option<Self> {
         let row = row(key)?;
         let base = match part {
             Part::Speed => System::Direct,
             Part::Price => System::Envoy,
         };
         let mut bars = Vec::new();
-        for system in [System::Envoy, System::Ours] {
+        for system in systems.iter().copied() {
             let slower = part == Part::Speed && row.better == Better::Less;
             let ratio = if slower {
                 results.ratio(key, base, system)
@@ -102,6 +113,9 @@ type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 struct Picture<'a, 'b> {
     area: &'a Area<'b>,
+    systems: &'a [System],
+    /// How high a row is.
+    row: i32,
 }
 
 impl Picture<'_, '_> {
@@ -118,7 +132,7 @@ impl Picture<'_, '_> {
                 BLACK,
             )?;
             y += SECTION;
-            let end = y + ROW * rows.len() as i32;
+            let end = y + self.row * rows.len() as i32;
             for tenths in (0..=10).step_by(2) {
                 let x = BARS + FULL * tenths / 10;
                 let color = if tenths == 10 { DARK } else { LIGHT };
@@ -128,7 +142,7 @@ impl Picture<'_, '_> {
             self.text("1", one, HPos::Center, SMALL, DARK)?;
             for row in rows {
                 self.row(row, y)?;
-                y += ROW;
+                y += self.row;
             }
         }
         self.text(
@@ -143,12 +157,9 @@ impl Picture<'_, '_> {
     fn legend(&self) -> Drawn {
         let y = TOP / 2;
         let mut x = MARGIN;
-        for (system, name) in [
-            (System::Envoy, "Envoy sidecars"),
-            (System::Ours, "auth-daemon"),
-        ] {
-            self.bar((x, y - 6), (x + 12, y + 6), color(system))?;
-            self.text(name, (x + 18, y), HPos::Left, NORMAL, BLACK)?;
+        for system in self.systems {
+            self.bar((x, y - 6), (x + 12, y + 6), color(*system))?;
+            self.text(system.title(), (x + 18, y), HPos::Left, NORMAL, BLACK)?;
             x += 150;
         }
         Ok(())
@@ -157,13 +168,13 @@ impl Picture<'_, '_> {
     fn row(&self, row: &Bars, y: i32) -> Drawn {
         self.text(
             &row.title,
-            (BARS - 10, y + ROW / 2),
+            (BARS - 10, y + self.row / 2),
             HPos::Right,
             NORMAL,
             BLACK,
         )?;
         for ((system, ratio, label), number) in row.bars.iter().zip(0..) {
-            let top = y + 6 + number * THICK;
+            let top = y + GAP / 2 + number * THICK;
             // Whatever is measured, the label has to fit beside it.
             let length = (f64::from(FULL) * ratio.clamp(0.0, 1.25)) as i32;
             self.bar(
@@ -201,6 +212,7 @@ fn color(system: System) -> RGBColor {
     match system {
         System::Direct => DARK,
         System::Envoy => RGBColor(0xb0, 0xb7, 0xc3),
+        System::Ztunnel => RGBColor(0x8a, 0xa8, 0x6f),
         System::Ours => RGBColor(0x1f, 0x6f, 0xb4),
     }
 }
@@ -234,7 +246,8 @@ const MARGIN: i32 = 16;
 const TOP: i32 = 44;
 const BOTTOM: i32 = 36;
 const SECTION: i32 = 40;
-const ROW: i32 = 40;
+/// Between the bars of two rows.
+const GAP: i32 = 12;
 const THICK: i32 = 14;
 /// Where bars begin.
 const BARS: i32 = 440;
@@ -267,11 +280,15 @@ mod tests {
         ] {
             results.add("keep-alive-1-p50", system, 0, value);
         }
-        let bars = Bars::new(&results, "keep-alive-1-p50", Part::Speed).unwrap();
+        let systems = [System::Direct, System::Envoy, System::Ours];
+        let bars = Bars::new(&results, &systems[1..], "keep-alive-1-p50", Part::Speed).unwrap();
         let ratios: Vec<f64> = bars.bars.iter().map(|(_, ratio, _)| *ratio).collect();
         assert_eq!(ratios, [0.25, 0.5]);
-        assert_eq!(Bars::new(&results, "stream", Part::Speed), None);
-        let svg = svg(&results, "on this machine").unwrap();
+        assert_eq!(
+            Bars::new(&results, &systems[1..], "stream", Part::Speed),
+            None
+        );
+        let svg = svg(&results, &systems, "on this machine").unwrap();
         assert!(
             svg.contains("80.0 µs") && svg.contains("on this machine"),
             "{svg}"

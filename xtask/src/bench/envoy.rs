@@ -13,6 +13,8 @@ use anyhow::{Context, Result, anyhow};
 use mesh_tests::{Place, Pod, Process, TIMEOUT, eventually_ok};
 use serde::Deserialize;
 
+use super::peer;
+use super::proxies::{Counters, Moved};
 use config::{ADMIN, IN, INBOUND, OUTBOUND, PASSTHROUGH};
 
 pub(super) use certificates::Authority;
@@ -23,19 +25,6 @@ pub(super) use download::{VERSION, binary};
 pub(super) struct Sidecar {
     process: Process,
     pod: Place,
-}
-
-/// What a sidecar has counted since it started.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Counters {
-    /// TLS handshakes with callers of its pod.
-    pub(super) handshakes: u64,
-    /// Connections to its pod.
-    pub(super) inbound: u64,
-    /// What they carried both ways, in bytes.
-    pub(super) inbound_bytes: u64,
-    /// Connections of its pod to the rest of the world.
-    pub(super) passed: u64,
 }
 
 impl Sidecar {
@@ -95,11 +84,13 @@ impl Sidecar {
             .filter_map(|stat| Some((stat.name?, stat.value?)))
             .collect();
         let of = |name: String| counted.get(&name).copied().unwrap_or(0);
+        let handshakes = of("listener.inbound.ssl.handshake".to_owned());
         Ok(Counters {
-            handshakes: of("listener.inbound.ssl.handshake".to_owned()),
-            inbound: of(format!("tcp.{IN}.downstream_cx_total")),
-            inbound_bytes: of(format!("tcp.{IN}.downstream_cx_rx_bytes_total"))
-                + of(format!("tcp.{IN}.downstream_cx_tx_bytes_total")),
+            inbound: Moved {
+                connections: of(format!("tcp.{IN}.downstream_cx_total")).min(handshakes),
+                bytes: of(format!("tcp.{IN}.downstream_cx_rx_bytes_total"))
+                    + of(format!("tcp.{IN}.downstream_cx_tx_bytes_total")),
+            },
             passed: of(format!("tcp.{PASSTHROUGH}.downstream_cx_total")),
         })
     }
@@ -116,9 +107,7 @@ impl Sidecar {
     }
 
     fn ask(&self, path: &str) -> Result<String> {
-        let url = format!("http://127.0.0.1:{ADMIN}{path}");
-        let arguments = ["-sS", "--fail", "--max-time", "5", &url];
-        Ok(self.pod.run("curl", arguments)?.ok()?.stdout)
+        peer::ask(&self.pod, ADMIN, path)
     }
 }
 

@@ -1,11 +1,12 @@
 //! On what was measured: absolute numbers mean nothing without it.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use serde::Serialize;
 
-use super::envoy;
+use super::{envoy, ztunnel};
 use crate::step::output;
 
 /// The machine and the programs.
@@ -18,6 +19,8 @@ pub(super) struct Machine {
     load: String,
     commit: String,
     envoy: &'static str,
+    /// As it calls itself, where one is measured.
+    ztunnel: Option<String>,
     nginx: String,
     iperf3: String,
     wrk: String,
@@ -29,7 +32,7 @@ fn words(line: &str) -> String {
 }
 
 impl Machine {
-    pub(super) fn look() -> Self {
+    pub(super) fn look(ztunnel: Option<&Path>) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let processor = read("/proc/cpuinfo");
         let processor = processor
@@ -59,6 +62,7 @@ impl Machine {
             .trim()
             .to_owned(),
             envoy: envoy::VERSION,
+            ztunnel: ztunnel.map(ztunnel::version),
             nginx: said("nginx", "-v").replace("nginx version: ", ""),
             iperf3: words(&said("iperf3", "--version")),
             wrk: words(&said("wrk", "--version")),
@@ -73,8 +77,10 @@ impl Machine {
 
     /// In one line.
     pub(super) fn line(&self) -> String {
+        let ztunnel = self.ztunnel.as_ref();
+        let ztunnel = ztunnel.map_or_else(String::new, |version| format!("ztunnel {version}, "));
         format!(
-            "{}, {} cores, Linux {}, load {} at the start; auth-daemon {}, Envoy {}, {}, {}, {}",
+            "{}, {} cores, Linux {}, load {} at the start; auth-daemon {}, Envoy {}, {ztunnel}{}, {}, {}",
             self.processor,
             self.cores,
             self.kernel,

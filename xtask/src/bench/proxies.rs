@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use mesh_tests::{Daemon, Mesh, TIMEOUT, eventually_ok};
+use mesh_tests::{Ca, CaOptions, Daemon, Mesh, TIMEOUT, eventually_ok};
 
-use super::envoy::{Authority, Counters, Server, Sidecar, binary};
+use super::envoy::{Authority, Server, Sidecar, binary};
 use super::stage::{CLIENT, NEAR, NODE_A, NODE_B, PORTS, WEB};
 use super::system::{Role, System, Way};
 use super::usage;
+use super::ztunnel::{self, Ztunnel};
 
 /// The proxies of one mesh.
 pub(super) enum Proxies {
@@ -18,6 +19,8 @@ pub(super) enum Proxies {
     None,
     /// By pod.
     Sidecars(BTreeMap<&'static str, Sidecar>),
+    /// By node, and the CA of both.
+    Ztunnels(BTreeMap<&'static str, Ztunnel>, Box<Ca>),
     /// By node.
     Daemons(BTreeMap<&'static str, Daemon>),
 }
@@ -25,16 +28,25 @@ pub(super) enum Proxies {
 /// What the proxies had done when a load began.
 pub(super) enum Mark {
     None,
-    Sidecars { client: Counters, server: Counters },
+    Counted { client: Counters, server: Counters },
     Daemons { client: u64, server: u64 },
 }
 
+/// What a sidecar or a ztunnel has counted since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counters {
+    /// Under TLS, to its pods.
+    pub(super) inbound: Moved,
+    /// Connections of its pods to the rest of the world.
+    pub(super) passed: u64,
+}
+
 /// What a load has moved at least.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Moved {
     /// Connections that came about.
     pub(super) connections: u64,
-    /// Bytes that arrived.
+    /// Bytes that arrived, both ways together.
     pub(super) bytes: u64,
 }
 
@@ -44,6 +56,7 @@ impl Proxies {
         match system {
             System::Direct => Ok(Self::None),
             System::Envoy => sidecars(mesh).map(Self::Sidecars),
+            System::Ztunnel => ztunnels(mesh),
             System::Ours => {
                 let daemons = mesh.start_daemons()?.into_iter();
                 let named = daemons.map(|daemon| {
@@ -71,6 +84,8 @@ impl Proxies {
             (Self::None, _) => None,
             (Self::Sidecars(sidecars), Role::Client) => sidecars.get(CLIENT).map(Sidecar::pid),
             (Self::Sidecars(sidecars), Role::Server) => sidecars.get(WEB).map(Sidecar::pid),
+            (Self::Ztunnels(all, _), Role::Client) => all.get(NODE_A).map(Ztunnel::pid),
+            (Self::Ztunnels(all, _), Role::Server) => all.get(NODE_B).map(Ztunnel::pid),
             (Self::Daemons(daemons), Role::Client) => daemons.get(NODE_A).map(Daemon::pid),
             (Self::Daemons(daemons), Role::Server) => daemons.get(NODE_B).map(Daemon::pid),
         }
@@ -80,9 +95,9 @@ impl Proxies {
     pub(super) fn mark(&self, way: Way) -> Result<Mark> {
         Ok(match self {
             Self::None => Mark::None,
-            Self::Sidecars(_) => Mark::Sidecars {
-                client: self.sidecar(CLIENT)?.counters()?,
-                server: self.sidecar(server_pod(way))?.counters()?,
+            Self::Sidecars(_) | Self::Ztunnels(..) => Mark::Counted {
+                client: self.counters(CLIENT)?,
+                server: self.counters(server_pod(way))?,
             },
             Self::Daemons(_) => Mark::Daemons {
                 client: self.daemon(NODE_A)?.log_position(),
@@ -102,29 +117,28 @@ impl Proxies {
     ) -> Result<()> {
         match *since {
             Mark::None => Ok(()),
-            Mark::Sidecars {
+            Mark::Counted {
                 client,
                 server: before,
-            } => match way {
+            } => eventually_ok(TIMEOUT, "the proxies' counters", || match way {
                 Way::Outside => {
-                    let passed = self.sidecar(CLIENT)?.counters()?.passed - client.passed;
+                    let passed = self.counters(CLIENT)?.passed - client.passed;
                     ensure!(
                         passed >= moved.connections,
-                        "{} connections were made, but the client's sidecar has passed on {passed}",
+                        "{} connections were made, but the client's proxy has passed on {passed}",
                         moved.connections
                     );
                     Ok(())
                 }
                 Way::Across | Way::OneNode => {
-                    let now = self.sidecar(server_pod(way))?.counters()?;
+                    let now = self.counters(server_pod(way))?.inbound;
                     let seen = Moved {
-                        connections: (now.inbound - before.inbound)
-                            .min(now.handshakes - before.handshakes),
-                        bytes: now.inbound_bytes - before.inbound_bytes,
+                        connections: now.connections - before.inbound.connections,
+                        bytes: now.bytes - before.inbound.bytes,
                     };
-                    all_seen("the server's sidecar", moved, seen)
+                    all_seen("the server's proxy", moved, seen)
                 }
-            },
+            }),
             Mark::Daemons {
                 client,
                 server: before,
@@ -154,6 +168,10 @@ impl Proxies {
         let logs: Vec<(&str, String)> = match self {
             Self::None => Vec::new(),
             Self::Sidecars(all) => all.iter().map(|(pod, it)| (*pod, it.said())).collect(),
+            Self::Ztunnels(all, ca) => {
+                let ztunnels = all.iter().map(|(node, it)| (*node, it.said()));
+                ztunnels.chain([("the CA", ca.log_text())]).collect()
+            }
             Self::Daemons(all) => all
                 .iter()
                 .map(|(node, it)| {
@@ -177,16 +195,19 @@ impl Proxies {
         match self {
             Self::None => Vec::new(),
             Self::Sidecars(all) => all.values().map(Sidecar::pid).collect(),
+            Self::Ztunnels(all, _) => all.values().map(Ztunnel::pid).collect(),
             Self::Daemons(all) => all.values().map(Daemon::pid).collect(),
         }
     }
 
-    fn sidecar(&self, pod: &str) -> Result<&Sidecar> {
-        match self {
-            Self::Sidecars(all) => all.get(pod),
-            _ => None,
-        }
-        .with_context(|| format!("{pod} has no sidecar"))
+    /// What a pod's proxy has counted.
+    fn counters(&self, pod: &str) -> Result<Counters> {
+        let counters = match self {
+            Self::Sidecars(all) => all.get(pod).map(Sidecar::counters),
+            Self::Ztunnels(all, _) => all.get(node_of(pod)).map(Ztunnel::counters),
+            Self::None | Self::Daemons(_) => None,
+        };
+        counters.with_context(|| format!("{pod} has no proxy that counts"))?
     }
 
     fn daemon(&self, node: &str) -> Result<&Daemon> {
@@ -214,6 +235,22 @@ fn sidecars(mesh: &Mesh) -> Result<BTreeMap<&'static str, Sidecar>> {
         anyhow::Ok((name, sidecar))
     };
     [CLIENT, WEB, NEAR].into_iter().map(sidecar).collect()
+}
+
+fn ztunnels(mesh: &Mesh) -> Result<Proxies> {
+    let binary = ztunnel::named()?.context("ZTUNNEL names no binary")?;
+    let ca = mesh.start_ca(&CaOptions::default())?;
+    let start = |name: &'static str| {
+        let ztunnel = Ztunnel::start(&binary, mesh, mesh.node(name), &ca)?;
+        anyhow::Ok((name, ztunnel))
+    };
+    let all = [NODE_A, NODE_B].into_iter().map(start);
+    Ok(Proxies::Ztunnels(all.collect::<Result<_>>()?, Box::new(ca)))
+}
+
+/// The node that a pod is on.
+fn node_of(pod: &str) -> &'static str {
+    if pod == WEB { NODE_B } else { NODE_A }
 }
 
 /// Outside there is none; the name then stands for nothing that is looked at.

@@ -13,8 +13,10 @@ use super::loads::title;
 use super::machine::Machine;
 use super::results::Results;
 use super::runner::{Event, Plan};
+use super::system::System;
 use super::table;
 use super::targets::TARGETS;
+use super::ztunnel;
 use crate::page;
 use crate::step::workspace;
 
@@ -31,12 +33,15 @@ pub(super) struct Report {
 
 impl Report {
     pub(super) fn new(plan: Plan, json: bool) -> Self {
+        // That it cannot be found was said when the plan was made.
+        let ztunnel = ztunnel::named().ok().flatten();
+        let ztunnel = ztunnel.filter(|_| plan.systems.contains(&System::Ztunnel));
         let report = Self {
             plan,
             results: Results::default(),
             problems: Vec::new(),
             json,
-            machine: Machine::look(),
+            machine: Machine::look(ztunnel.as_deref()),
             start: Instant::now(),
         };
         let loads = report.plan.loads().len();
@@ -80,7 +85,7 @@ impl Report {
 
     /// Writes the chart.
     pub(super) fn draw(&self, path: &Path) -> Result<()> {
-        let svg = chart::svg(&self.results, &self.machine.line())?;
+        let svg = chart::svg(&self.results, &self.plan.systems, &self.machine.line())?;
         fs::write(path, svg).with_context(|| format!("writing {}", path.display()))
     }
 
@@ -106,7 +111,7 @@ impl Report {
         let targets = table::targets(&self.results);
         let mut text = format!("\n{}\n\n{table}\nTargets\n{targets}\n", self.machine.line());
         for system in systems {
-            text.push_str(&format!("{system:6}  {}\n", system.description()));
+            text.push_str(&format!("{system:7}  {}\n", system.description()));
         }
         for line in self.notes() {
             text.push_str(&line);
@@ -138,7 +143,9 @@ impl Report {
         if self.machine.busy() {
             notes.push(BUSY.to_owned());
         }
-        notes.push(ztunnel());
+        if !self.plan.systems.contains(&System::Ztunnel) {
+            notes.push(NO_ZTUNNEL.to_owned());
+        }
         notes
     }
 
@@ -201,15 +208,7 @@ impl Report {
     }
 }
 
-fn ztunnel() -> String {
-    let named = std::env::var_os("ZTUNNEL").is_some();
-    let why = if named {
-        "this benchmark does not know yet how to start one"
-    } else {
-        "ZTUNNEL names no binary, and this benchmark does not know yet how to start one"
-    };
-    format!("ztunnel was not run: {why}.")
-}
+const NO_ZTUNNEL: &str = "ztunnel was not run: set ZTUNNEL to the path of its binary.";
 
 const BUSY: &str = "Other programs kept this machine busy: none of this is worth keeping.";
 

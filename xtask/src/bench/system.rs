@@ -11,6 +11,8 @@ pub(super) enum System {
     Direct,
     /// An Envoy sidecar in each pod
     Envoy,
+    /// ztunnel on each node; needs ZTUNNEL, the path of its binary
+    Ztunnel,
     /// auth-daemon on each node
     Ours,
 }
@@ -21,6 +23,7 @@ impl System {
         match self {
             Self::Direct => "direct",
             Self::Envoy => "envoy",
+            Self::Ztunnel => "ztunnel",
             Self::Ours => "ours",
         }
     }
@@ -30,6 +33,7 @@ impl System {
         match self {
             Self::Direct => "direct",
             Self::Envoy => "Envoy, two sidecars",
+            Self::Ztunnel => "ztunnel",
             Self::Ours => "auth-daemon",
         }
     }
@@ -41,6 +45,10 @@ impl System {
             Self::Envoy => {
                 "an Envoy sidecar in each pod as Istio places them: tcp_proxy, TLS 1.3 both ways, --concurrency 2, \
                  redirected by nftables, no access log"
+            }
+            Self::Ztunnel => {
+                "ztunnel on each node as Istio's ambient mode places it: sockets in the pods, HBONE, redirected by nftables, \
+                 default settings, access log included; certificates from auth-daemon's CA"
             }
             Self::Ours => "auth-daemon on each node with its default settings, access log included",
         }

@@ -1,10 +1,9 @@
 //! Leading a pod's connections to its sidecar, by the rules that Istio writes.
 
-use std::fs;
-
-use anyhow::{Context, Result};
+use anyhow::Result;
 use mesh_tests::Place;
 
+use super::super::peer;
 use super::config::{INBOUND, OUTBOUND};
 
 /// Installs the rules in the pod's namespace. They go with it.
@@ -12,10 +11,7 @@ use super::config::{INBOUND, OUTBOUND};
 /// # Errors
 /// When `nft` refuses them.
 pub(super) fn install(pod: &Place) -> Result<()> {
-    let path = pod.folder().join("redirect.nft");
-    fs::write(&path, rules()).with_context(|| format!("writing {}", path.display()))?;
-    pod.run("nft", ["-f", &path.display().to_string()])?.ok()?;
-    Ok(())
+    peer::load(pod, &rules())
 }
 
 /// All TCP that comes from another host goes to the inbound listener, all that the pod sends to one to the outbound
