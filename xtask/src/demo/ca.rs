@@ -6,30 +6,28 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use mesh_tests::{Pod, TIMEOUT, eventually, eventually_ok};
+use mesh_tests::{CertificateStatus, Pod, TIMEOUT, eventually, eventually_ok};
 use serde_json::Value;
 
 use super::Evidence;
 use super::stage::{CERTIFICATE_LIFE, CLIENT, LOGGED, NODE_A, NODE_B, PORT, Stage, soon};
 
 pub(super) fn ca_issued(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
-    let issued: BTreeMap<String, Value> = stage
-        .ca()?
-        .logs()
-        .into_iter()
-        .filter_map(|line| Some((line["serial"].as_str()?.to_owned(), line)))
-        .collect();
     for node in [NODE_A, NODE_B] {
-        for certificate in stage.daemon(node)?.status()?.certificates {
-            let serial = certificate.serial;
-            // The CA may have issued the next one since its log was read.
-            let line = issued.get(&serial).cloned().or_else(|| {
-                let lines = stage.ca().ok()?.logs();
-                lines.into_iter().find(|line| line["serial"] == serial)
-            });
-            let line = line.with_context(|| format!("the CA knows nothing of {serial}"))?;
+        // Its pods are enrolled, and their certificates may still be on their way.
+        let held = eventually_ok(LOGGED, "certificates that the CA logged", || {
+            let held = stage.daemon(node)?.status()?.certificates;
+            ensure!(!held.is_empty(), "{node} asks for none");
+            // Read after the status: a certificate that a node holds is in it, also one that was renewed meanwhile.
+            let issued = stage.ca()?.logs();
+            { held.into_iter() }
+                .map(|certificate| Ok((logged(&certificate, &issued)?, certificate)))
+                .collect::<Result<Vec<_>>>()
+        })?;
+        for (line, certificate) in held {
             evidence.saw(format!(
-                "{node} holds {serial} of {}; the CA at {} logged it for node {}",
+                "{node} holds {} of {}; the CA at {} logged it for node {}",
+                certificate.serial,
                 certificate.identity,
                 stage.ca()?.address(),
                 line["node"]
@@ -49,6 +47,17 @@ pub(super) fn ca_issued(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
         .stdout;
     evidence.saw(format!("its root: {}", root.trim().replace('\n', ", ")));
     Ok(())
+}
+
+/// What the CA logged when it issued `certificate`.
+fn logged(certificate: &CertificateStatus, issued: &[Value]) -> Result<Value> {
+    let CertificateStatus {
+        identity, serial, ..
+    } = certificate;
+    ensure!(!serial.is_empty(), "{identity} has no certificate yet");
+    let line = issued.iter().find(|line| line["serial"] == **serial);
+    line.cloned()
+        .with_context(|| format!("the CA knows nothing of {serial}, of {identity}"))
 }
 
 pub(super) fn rotation_live(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
