@@ -60,8 +60,10 @@ impl Stage {
             proxies,
             mesh,
         };
-        stage.show_encryption(Way::Across, system.has_proxies())?;
-        stage.show_encryption(Way::Outside, false)?;
+        stage
+            .show_encryption(Way::Across, system.has_proxies())
+            .and_then(|()| stage.show_encryption(Way::Outside, false))
+            .with_context(|| stage.proxies.last_words())?;
         Ok(stage)
     }
 

@@ -8,6 +8,7 @@ mod agent;
 mod redirect;
 
 use std::fs::{self, File};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -31,8 +32,6 @@ pub(super) struct Ztunnel {
 
 impl Ztunnel {
     /// Starts it, gives it the node's pods, and waits until it is ready; then leads the pods' connections to it.
-    ///
-    /// It ends with the thread that calls this.
     pub(super) fn start(binary: &Path, mesh: &Mesh, node: &Node, ca: &Ca) -> Result<Self> {
         let place = node.place().clone();
         let folder = place.folder().join("ztunnel");
@@ -131,24 +130,36 @@ pub(super) fn version(binary: &Path) -> String {
 
 /// What the node's pods and those that they may call are, in the form of `LOCAL_XDS_PATH`.
 fn workloads_of(mesh: &Mesh) -> Value {
-    let workloads: Vec<Value> = mesh
-        .pods()
+    let pods = mesh.pods();
+    let workloads: Vec<Value> = pods
         .iter()
         .map(|pod| {
-            json!({
-                "uid": format!("Kubernetes//Pod/{}", pod.full_name()),
-                "name": pod.name(),
-                "namespace": pod.namespace(),
-                "serviceAccount": pod.spec().account(),
-                "workloadIps": pod.addresses(),
-                "node": pod.node(),
-                "network": "",
-                "protocol": "HBONE",
-                "services": {},
-            })
+            workload(
+                pod.name(),
+                pod.namespace(),
+                pod.spec().account(),
+                pod.node(),
+                pod.addresses(),
+            )
         })
         .collect();
     json!({"workloads": workloads, "policies": [], "services": []})
+}
+
+fn workload(name: &str, namespace: &str, account: &str, node: &str, addresses: &[IpAddr]) -> Value {
+    json!({
+        "uid": format!("Kubernetes//Pod/{namespace}/{name}"),
+        "name": name,
+        "namespace": namespace,
+        "serviceAccount": account,
+        // What it asks certificates for: from a file it takes an identity as it stands there.
+        "trustDomain": TRUST_DOMAIN,
+        "workloadIps": addresses,
+        "node": node,
+        "network": "",
+        "protocol": "HBONE",
+        "services": {},
+    })
 }
 
 fn wait_ready(place: &Place, process: &mut Process) -> Result<()> {
@@ -196,6 +207,8 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The one of the mesh's CA.
+const TRUST_DOMAIN: &str = "cluster.local";
 /// Where a node's ztunnel serves metrics.
 const METRICS: u16 = 15020;
 /// Where it says that it is ready.
@@ -205,6 +218,19 @@ const READINESS: u16 = 15021;
 mod tests {
     use super::super::proxies::Moved;
     use super::*;
+
+    #[test]
+    fn a_workload_has_all_that_its_identity_is_made_of() {
+        let workload = workload("web", "shop", "cashier", "node-b", &[]);
+        let part = |field: &str| workload[field].as_str().expect("a string").to_owned();
+        let identity = format!(
+            "spiffe://{}/ns/{}/sa/{}",
+            part("trustDomain"),
+            part("namespace"),
+            part("serviceAccount")
+        );
+        assert_eq!(identity, "spiffe://cluster.local/ns/shop/sa/cashier");
+    }
 
     #[test]
     fn connections_to_pods_under_tls_are_told_from_those_that_pass() {
