@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use notify::{RecursiveMode, Watcher};
+use notify::{
+    Event, EventKind, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode},
+};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
@@ -34,9 +37,11 @@ pub fn start(
     sink: Sink,
 ) -> anyhow::Result<impl Future<Output = ()>> {
     let (events, mut edits) = mpsc::channel::<()>(1);
-    let mut watcher = notify::recommended_watcher(move |_| {
-        // A full channel already promises a reading.
-        let _ = events.try_send(());
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+        if may_be_an_edit(&event) {
+            // A full channel already promises a reading.
+            let _ = events.try_send(());
+        }
     })?;
     watcher
         .watch(&folder, RecursiveMode::NonRecursive)
@@ -60,6 +65,16 @@ pub fn start(
             source.scan(&sink);
         }
     })
+}
+
+/// Whether something may have changed. That a file is opened is told of, too: each reading of ours would call for the
+/// next one.
+fn may_be_an_edit(event: &notify::Result<Event>) -> bool {
+    match event.as_ref().map(|event| event.kind) {
+        Ok(EventKind::Access(access)) => access == AccessKind::Close(AccessMode::Write),
+        // What cannot be told may be anything.
+        Ok(_) | Err(_) => true,
+    }
 }
 
 struct Source {
@@ -302,6 +317,39 @@ mod tests {
         fs::remove_file(&one).unwrap();
         source.scan(&sink);
         assert_eq!(pods(registry), ["three", "two"]);
+    }
+
+    #[test]
+    fn a_reading_is_no_edit() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("one.yaml");
+        fs::write(&file, pod("one", "10.0.0.1")).unwrap();
+        let (told, events) = std::sync::mpsc::channel();
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            let _ = told.send((may_be_an_edit(&event), event.unwrap().paths));
+        })
+        .unwrap();
+        watcher
+            .watch(folder.path(), RecursiveMode::NonRecursive)
+            .unwrap();
+        source(folder.path()).scan(&Sink::default());
+        // Told of after all that the reading gave cause to.
+        let last = folder.path().join("last.yaml");
+        fs::write(&last, pod("last", "10.0.0.2")).unwrap();
+        let mut readings = 0;
+        let first = loop {
+            match events.recv_timeout(Duration::from_secs(10)).unwrap() {
+                (true, paths) => break paths,
+                (false, _) => readings += 1,
+            }
+        };
+        assert_eq!(first, std::slice::from_ref(&last));
+        assert!(readings > 0, "a watcher that does not tell of readings");
+        // An editor may keep a file open and write it for long.
+        let written = |(edit, paths)| edit && paths == [last.clone()];
+        assert!(
+            std::iter::from_fn(|| events.recv_timeout(Duration::from_secs(10)).ok()).any(written)
+        );
     }
 
     #[test]
