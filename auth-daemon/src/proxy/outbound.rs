@@ -177,11 +177,9 @@ struct Early {
 impl Early {
     /// Takes what the app has said by now. `false`: it has ended its direction, which is for the relay to find again.
     fn take(&mut self, app: &TcpStream) -> io::Result<bool> {
-        let mut bytes = vec![0; MAX_EARLY_BYTES];
+        let mut bytes = [0; MAX_EARLY_BYTES];
         let count = recv(app.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT)?;
-        bytes.truncate(count);
-        bytes.shrink_to_fit();
-        self.bytes = bytes;
+        self.bytes = bytes[..count].to_vec();
         Ok(count > 0)
     }
 
