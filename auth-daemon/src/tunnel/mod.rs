@@ -3,6 +3,7 @@
 //! [`handshake`] turns a TCP connection into a [`Channel`]; [`Channel`] exchanges control frames; [`relay`] carries an
 //! app connection's bytes. [`frame`], [`record`] and [`hello`] are the formats, without I/O.
 
+mod aead;
 mod buffer;
 mod channel;
 pub mod frame;

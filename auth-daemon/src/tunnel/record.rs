@@ -1,15 +1,13 @@
 //! The TLS 1.3 record layer after the handshake (RFC 8446 §5), in place: no copy between the socket and the cipher.
 //!
-//! rustls makes the handshake and derives every key; this only applies them, as the kernel does with kTLS. The AEADs
-//! are aws-lc-rs'.
+//! rustls makes the handshake and derives every key; this only applies them, as the kernel does with kTLS.
 
-use aws_lc_rs::aead::{
-    AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
-};
 use rustls::{
     ConnectionTrafficSecrets,
-    crypto::cipher::{Iv, Nonce as RecordNonce},
+    crypto::cipher::{Iv, Nonce},
 };
+
+use super::aead::{AeadKey, TAG_BYTES};
 
 /// Bytes before a record's ciphertext.
 pub const HEADER_BYTES: usize = 5;
@@ -19,7 +17,6 @@ pub const MAX_PLAIN_BYTES: usize = 1 << 14;
 pub const TRAILER_BYTES: usize = 1 + TAG_BYTES;
 /// Largest record that we make, in bytes.
 pub const MAX_RECORD_BYTES: usize = HEADER_BYTES + MAX_PLAIN_BYTES + TRAILER_BYTES;
-const TAG_BYTES: usize = 16;
 /// Largest ciphertext that a peer may send, in bytes (RFC 8446 §5.2).
 const MAX_CIPHER_BYTES: usize = MAX_PLAIN_BYTES + 256;
 /// Records under one key before it is to be changed: well below AES-GCM's limit of 2^24.5 (RFC 8446 §5.5).
@@ -72,31 +69,22 @@ pub fn complete(bytes: &[u8]) -> Result<Option<usize>, InvalidRecord> {
 
 /// A key with its nonces: one direction of a connection.
 struct Keyed {
-    key: LessSafeKey,
+    key: AeadKey,
     iv: Iv,
     sequence: u64,
 }
 
 impl Keyed {
     fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Option<Self> {
-        let (algorithm, key, iv) = match secrets {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
-            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv),
-            _ => return None,
-        };
-        Some(Self {
-            key: LessSafeKey::new(UnboundKey::new(algorithm, key.as_ref()).ok()?),
-            iv: <[u8; 12]>::try_from(iv.as_ref()).ok()?.into(),
-            sequence,
-        })
+        let (key, iv) = AeadKey::from_secrets(secrets)?;
+        Some(Self { key, iv, sequence })
     }
 
-    fn next_nonce(&mut self) -> Nonce {
-        let nonce = RecordNonce::new(&self.iv, self.sequence);
+    fn next_nonce(&mut self) -> [u8; 12] {
+        let nonce = Nonce::new(&self.iv, self.sequence);
         // Never wraps: keys are changed long before.
         self.sequence += 1;
-        Nonce::assume_unique_for_key(nonce.0)
+        nonce.0
     }
 }
 
@@ -129,13 +117,10 @@ impl Sealer {
         rest[plain_bytes] = kind as u8;
         let (inner, behind) = rest.split_at_mut(plain_bytes + 1);
         let nonce = self.0.next_nonce();
-        let tag = self
-            .0
-            .key
-            .seal_in_place_separate_tag(nonce, Aad::from(header), inner)
-            // Fails only for inputs of more than 64 GiB.
-            .expect("a record is within the AEAD's limits");
-        behind[..TAG_BYTES].copy_from_slice(tag.as_ref());
+        let tag = self.0.key.seal(nonce, header, inner);
+        // Fails only for inputs of more than 64 GiB.
+        let tag = tag.expect("a record is within the AEAD's limits");
+        behind[..TAG_BYTES].copy_from_slice(&tag);
         HEADER_BYTES + plain_bytes + TRAILER_BYTES
     }
 }
@@ -156,11 +141,8 @@ impl Opener {
             .split_first_chunk_mut::<HEADER_BYTES>()
             .ok_or(InvalidRecord::Length(0))?;
         let nonce = self.0.next_nonce();
-        let inner = self
-            .0
-            .key
-            .open_in_place(nonce, Aad::from(*header), cipher)
-            .map_err(|_| InvalidRecord::Decrypt)?;
+        let inner = self.0.key.open(nonce, *header, cipher);
+        let inner = inner.ok_or(InvalidRecord::Decrypt)?;
         // Behind the plaintext stands its type, and behind that any number of zeros.
         let end = inner
             .iter()
