@@ -3,7 +3,7 @@
 
 use auth_daemon::{
     discovery::{files::parse, manifest::Object},
-    mesh::{Inventory, Snapshot},
+    mesh::{Edit, Snapshot},
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -12,18 +12,19 @@ fuzz_target!(|bytes: &[u8]| {
     let Ok(objects) = parse(bytes, &trust_domain) else {
         return;
     };
-    let mut inventory = Inventory::default();
-    for object in objects {
+    let mut edit = Edit::from(Snapshot::default());
+    for (name, object) in objects {
         match object {
-            Object::Pod(pod) => inventory.workloads.push(*pod),
-            Object::Service(service) => inventory.services.push(*service),
+            Object::Pod(pod) => edit.pod(pod),
+            Object::Service(service) => edit.service(service),
+            Object::Slice(slice) => edit.slice(slice),
+            Object::Namespace(membership) => edit.namespace(&name.name, membership),
+            // Has no place in a snapshot.
+            Object::Policy(_) => {}
         }
     }
-    let snapshot = Snapshot::new(inventory);
-    let addresses: Vec<_> = snapshot
-        .pod_addresses()
-        .chain(snapshot.service_addresses())
-        .collect();
+    let snapshot = edit.finish();
+    let addresses: Vec<_> = snapshot.addresses().map(|(address, _)| address).collect();
     for address in addresses {
         for port in [0, 80, 8080, 65535] {
             let _ = snapshot.resolve((address, port).into());
