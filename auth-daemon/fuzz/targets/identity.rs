@@ -21,6 +21,9 @@ fuzz_target!(|input: (bool, &str)| {
             assert_eq!(again.as_ref(), Ok(&identity));
             assert!(text.is_ascii() && text.len() <= 2048);
         }
-        Err(error) => assert!(!error.to_string().chars().any(char::is_control), "{error:?}"),
+        Err(error) => assert!(
+            !error.to_string().chars().any(char::is_control),
+            "{error:?}"
+        ),
     }
 });

@@ -33,7 +33,10 @@ fuzz_target!(|input: (u8, u32, &[u8])| {
     let bit = change as usize % (length * 8);
     changed[bit / 8] ^= 1 << (bit % 8);
     if complete(&changed) == Ok(Some(length)) {
-        assert!(opener().open(&mut changed).is_err(), "bit {bit} was changed");
+        assert!(
+            opener().open(&mut changed).is_err(),
+            "bit {bit} was changed"
+        );
     }
     assert_eq!(opener().open(record), Ok((kind, plain.len())));
     assert_eq!(&record[HEADER_BYTES..HEADER_BYTES + plain.len()], plain);

@@ -27,6 +27,9 @@ fn parse(der: &[u8]) {
             assert!(svid.serial.bytes().all(|b| b.is_ascii_hexdigit()));
         }
         // It goes into the log, one line.
-        Err(error) => assert!(!error.to_string().chars().any(char::is_control), "{error:?}"),
+        Err(error) => assert!(
+            !error.to_string().chars().any(char::is_control),
+            "{error:?}"
+        ),
     }
 }
