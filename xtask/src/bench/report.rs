@@ -208,7 +208,8 @@ impl Report {
     }
 }
 
-const NO_ZTUNNEL: &str = "ztunnel was not run: it is where ZTUNNEL names its binary and --systems does not leave it out.";
+const NO_ZTUNNEL: &str =
+    "ztunnel was not run: ZTUNNEL names no binary, or --systems leaves it out.";
 
 const BUSY: &str = "Other programs kept this machine busy: none of this is worth keeping.";
 
