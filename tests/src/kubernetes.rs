@@ -1,11 +1,11 @@
-//! A Kubernetes API server with an etcd of its own: the real ones, without nodes and controllers.
+//! A real Kubernetes API server with its etcd, without nodes and controllers.
 //!
-//! Nothing runs pods, sets their status or removes what belongs to what was deleted: a test does itself what it needs.
-//! [`crate::Cluster`] is one with all of that.
+//! Nothing runs pods, sets their status or collects garbage: a test does what it needs itself. [`crate::Cluster`] has
+//! nodes and controllers.
 
 mod pki;
+mod programs;
 
-use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -24,14 +24,15 @@ use crate::place::Place;
 use crate::process::{Finished, Process};
 use crate::{cgroup, leftovers, mounts};
 
+pub use programs::{GoModule, folder as programs_folder};
+pub(crate) use programs::{first_missing, path_variable, program};
+
 use pki::Pki;
 
-/// Where the API server is, unless `$KUBE` says otherwise.
-const DEFAULT_FOLDER: &str = "/opt/kube";
-/// Two programs that wait for each other, on a machine that builds meanwhile.
+/// Time limit for the start of etcd and API server. Generous, because the machine may be compiling meanwhile.
 const START: Duration = Duration::from_secs(120);
 
-/// A running API server. Dropping it ends it and its etcd, and removes all their files.
+/// A running API server. Dropping it stops it and its etcd, and removes their files.
 #[derive(Debug)]
 pub struct Kubernetes {
     site: Site,
@@ -45,9 +46,9 @@ pub struct Kubernetes {
 /// Where an API server runs.
 #[derive(Debug)]
 enum Site {
-    /// By itself, on the loopback; what carries the id is removed at its end.
+    /// Alone, on a loopback address. Everything that carries the ID is removed at its end.
     Alone { id: MeshId, folder: PathBuf },
-    /// For a cluster with nodes and controllers. The place belongs to whoever made it.
+    /// For a cluster with nodes and controllers, which owns the place.
     Cluster(Place),
 }
 
@@ -59,7 +60,7 @@ impl Site {
         }
     }
 
-    /// Starts a program that ends with the rest, even if this process is killed.
+    /// Starts a program that stops with everything else of this ID, even if this process is killed.
     fn spawn(
         &self,
         program: impl AsRef<OsStr>,
@@ -81,8 +82,8 @@ impl Site {
 }
 
 impl Kubernetes {
-    /// The one that tests of this process share: started for the first of them, ended with the last. Where it cannot
-    /// run, says so, and gives none.
+    /// The API server that the tests of this process share: started for the first test, stopped after the last. Where none
+    /// can run, reports the test as skipped and returns `None`.
     pub fn shared(test: &str) -> Option<Arc<Self>> {
         static SHARED: Mutex<Weak<Kubernetes>> = Mutex::new(Weak::new());
         if let Some(why) = Self::missing() {
@@ -98,29 +99,17 @@ impl Kubernetes {
         Some(started)
     }
 
-    /// What has to be installed before it can run.
+    /// Why none can run here: the first program that is missing.
     pub fn missing() -> Option<String> {
-        let server = program("kube-apiserver");
-        if !server.is_file() {
-            return Some(format!(
-                "there is no {}: `cargo xtask kubernetes` makes it, or says why it cannot",
-                server.display()
-            ));
-        }
-        ["etcd", "kubectl", "curl"].into_iter().find_map(|name| {
-            let path = env::var_os("PATH").unwrap_or_default();
-            let there = env::split_paths(&path).any(|folder| folder.join(name).is_file());
-            (!there).then(|| format!("there is no {name}: `cargo xtask kubernetes` installs it"))
-        })
+        first_missing(&["kube-apiserver", "etcd", "kubectl"], &["curl"])
     }
 
-    /// Starts one and waits until it is ready.
+    /// Starts an API server and waits until it is ready.
     pub fn start() -> Result<Self> {
         leftovers::remove_dead()?;
         let id = MeshId::next();
         let folder = id.temporary_folder();
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-        // From here on something is there to be removed.
         let started = Self::start_in(id, &folder);
         if started.is_err() {
             let _ = leftovers::remove(id);
@@ -130,7 +119,7 @@ impl Kubernetes {
 
     fn start_in(id: MeshId, folder: &Path) -> Result<Self> {
         let ip = loopback(id);
-        // All are taken before one is given: they differ.
+        // All three are bound at once, so that they differ.
         let taken: Vec<_> = (0..3)
             .map(|_| TcpListener::bind((ip, 0)))
             .collect::<Result<_, _>>()?;
@@ -148,14 +137,14 @@ impl Kubernetes {
         )
     }
 
-    /// Starts one at `place`, on `ip`, for nodes and controllers.
+    /// Starts an API server at `place`, on `ip`, for nodes and controllers.
     pub(crate) fn start_for_cluster(place: &Place, ip: IpAddr) -> Result<Self> {
         let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
         let etcd = [(loopback, 2379), (loopback, 2380)];
         Self::start_at(Site::Cluster(place.clone()), (ip, 6443).into(), etcd)
     }
 
-    /// `etcd`: where it is asked, and where it would talk to others.
+    /// `etcd` holds etcd's address for clients and its address for peers, of which it has none.
     fn start_at(site: Site, address: SocketAddr, etcd: [(IpAddr, u16); 2]) -> Result<Self> {
         let folder = site.folder().to_owned();
         let pki = Pki::make(&folder)?;
@@ -171,7 +160,7 @@ impl Kubernetes {
         )?;
         pki.leaf("admin", ("admin", Some("system:masters")), &[])?;
         let [etcd, peer] = etcd.map(|(ip, port)| format!("http://{ip}:{port}"));
-        let etcd_process = site.spawn("etcd", |command| {
+        let etcd_process = site.spawn(program("etcd"), |command| {
             command
                 .arg("--data-dir")
                 .arg(folder.join("etcd"))
@@ -188,7 +177,7 @@ impl Kubernetes {
                     &peer,
                 ])
                 .args(["--initial-cluster", &format!("default={peer}")])
-                // A busy machine is no reason for an election among one.
+                // On a busy machine, shorter timeouts cause elections, although there is one member.
                 .args(["--heartbeat-interval", "500", "--election-timeout", "5000"])
                 .args(["--log-level", "error"]);
         })?;
@@ -217,15 +206,13 @@ impl Kubernetes {
                 .arg(format!("--service-account-issuer={ISSUER}"));
             match self.site {
                 Site::Alone { .. } => command
-                    // Nobody reaches it by its service, so where that leads does not matter.
+                    // Nothing uses the service `kubernetes`, so its endpoint does not matter.
                     .args([
                         "--advertise-address=192.0.2.1",
                         "--endpoint-reconciler-type=none",
                     ])
                     .arg("--authorization-mode=RBAC")
-                    // Definitions may have that group's later versions, which this one has not.
-                    .arg("--runtime-config=discovery.k8s.io/v1beta1=false")
-                    // It would ask for Secrets with tokens, which a controller makes.
+                    // It requires service accounts to exist, which a controller creates.
                     .arg("--disable-admission-plugins=ServiceAccount"),
                 Site::Cluster(_) => command
                     .arg(format!("--advertise-address={}", self.address.ip()))
@@ -258,18 +245,18 @@ impl Kubernetes {
             }
         })?;
         *self.server() = Some(server);
-        // An end is an outcome, too: nothing is to be waited for any more.
+        // Stop waiting when the API server exits.
         let ready = eventually_ok(START, "a ready API server", || {
             if let Some(server) = self.server().as_mut()
                 && let Some(status) = server.ended()?
             {
-                return Ok(Err(anyhow!("it has ended ({status})")));
+                return Ok(Err(anyhow!("it exited ({status})")));
             }
             match self.call("GET", "/readyz", None)? {
                 (200, _) => {}
                 (status, body) => bail!("{status}: {body}"),
             }
-            // It makes that one a moment after it says that it is ready.
+            // The API server creates this namespace shortly after it reports ready.
             let first = self.get("/api/v1/namespaces/default")?;
             first.map(|_| Ok(())).context("no namespace default yet")
         })
@@ -293,7 +280,7 @@ impl Kubernetes {
         }
     }
 
-    /// Stops the API server in the middle of whatever it does, or lets it go on: connections stay, answers do not come.
+    /// Suspends the API server (SIGSTOP) or resumes it: connections stay open, but get no answers.
     pub fn freeze(&self, frozen: bool) -> Result<()> {
         let signal = if frozen {
             Signal::SIGSTOP
@@ -302,7 +289,7 @@ impl Kubernetes {
         };
         match self.server().as_ref() {
             Some(server) => server.signal(signal),
-            None => bail!("the API server does not run"),
+            None => bail!("the API server is not running"),
         }
     }
 
@@ -310,7 +297,7 @@ impl Kubernetes {
         self.server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A file for `$KUBECONFIG`, by which one may do everything.
+    /// The administrator's kubeconfig file.
     pub fn kubeconfig(&self) -> PathBuf {
         self.folder().join("admin.conf")
     }
@@ -319,14 +306,14 @@ impl Kubernetes {
         self.site.folder()
     }
 
-    /// A file for `$KUBECONFIG`, by which one may do what the service account may.
+    /// Writes a kubeconfig file for a service account.
     pub fn kubeconfig_of(&self, namespace: &str, account: &str) -> Result<PathBuf> {
         let token = self.token(namespace, account, &TokenOptions::default())?;
         self.write_kubeconfig(&format!("{namespace}-{account}"), &json!({"token": token}))
     }
 
-    /// A certificate for somebody, of a common name and an organization, who is reached by `names`; and a file for
-    /// `$KUBECONFIG` with it. They are `NAME.crt`, `NAME.key` and what is given, beside each other.
+    /// Writes a certificate with this common name, organization and these subject alternative names, and a kubeconfig file
+    /// that uses it. Returns the kubeconfig's path; `NAME.crt` and `NAME.key` are in the same folder.
     pub(crate) fn write_client(
         &self,
         name: &str,
@@ -359,17 +346,17 @@ impl Kubernetes {
         Ok(path)
     }
 
-    /// The certificate that the API server's and all others of the cluster's own are under (PEM).
+    /// The certificate of the cluster's own CA (PEM), which issues those of API server, kubelets and administrator.
     pub(crate) fn certificate_authority(&self) -> PathBuf {
         self.folder().join("ca.crt")
     }
 
-    /// The key that signs service accounts' tokens (PKCS #8, PEM, P-256).
+    /// The key that signs service account tokens (PKCS #8, PEM, P-256).
     pub fn accounts_key(&self) -> PathBuf {
         self.folder().join("accounts.key")
     }
 
-    /// The object at `path`, as `/api/v1/namespaces/default/pods/web`; none where there is none.
+    /// The object at `path`, such as `/api/v1/namespaces/default/pods/web`, or `None` if it does not exist.
     pub fn get(&self, path: &str) -> Result<Option<Value>> {
         match self.call("GET", path, None)? {
             (404, _) => Ok(None),
@@ -377,7 +364,7 @@ impl Kubernetes {
         }
     }
 
-    /// What is at `path`, as `/metrics`, where it is no object.
+    /// The text at `path`, such as `/metrics`.
     pub fn text(&self, path: &str) -> Result<String> {
         match self.call("GET", path, None)? {
             (200, text) => Ok(text),
@@ -385,24 +372,25 @@ impl Kubernetes {
         }
     }
 
-    /// Makes an object in the list at `path`.
+    /// Creates an object in the collection at `path`.
     pub fn create(&self, path: &str, new: &Value) -> Result<Value> {
         object(path, self.call("POST", path, Some(new))?)
     }
 
-    /// Changes fields of an object (RFC 7396).
+    /// Changes fields of an object by a JSON merge patch (RFC 7396).
     pub fn merge(&self, path: &str, change: &Value) -> Result<Value> {
         object(path, self.call("PATCH", path, Some(change))?)
     }
 
-    /// Deletes an object. A pod on a node goes at once with `?gracePeriodSeconds=0`, else when its node says so.
+    /// Deletes an object. A pod with a node is removed at once with `?gracePeriodSeconds=0`, otherwise when its kubelet
+    /// confirms.
     pub fn delete(&self, path: &str) -> Result<Value> {
         object(path, self.call("DELETE", path, None)?)
     }
 
-    /// Applies a file of manifests.
+    /// Applies a file of manifests with `kubectl apply`.
     pub fn apply(&self, file: &Path) -> Result<()> {
-        // Of two tests that create the same object at once, one would fail.
+        // If two tests created the same object at once, one of them would fail.
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         self.kubectl([OsStr::new("apply"), OsStr::new("-f"), file.as_os_str()])?
@@ -410,7 +398,8 @@ impl Kubernetes {
             .map(drop)
     }
 
-    /// Runs `kubectl` to its end, as the cluster's administrator. That it failed is no error: see [`Finished::ok`].
+    /// Runs `kubectl` as the cluster's administrator, for at most two minutes. A failure of kubectl is not an error here:
+    /// see [`Finished::ok`].
     pub fn kubectl<A: AsRef<OsStr>>(
         &self,
         arguments: impl IntoIterator<Item = A>,
@@ -420,23 +409,25 @@ impl Kubernetes {
         Process::spawn(command)?.finish(START)
     }
 
-    /// A program that may do everything, by `$KUBECONFIG`, where it reaches the API server.
+    /// A command that runs where it reaches the API server, with the administrator's kubeconfig in `$KUBECONFIG`.
     pub(crate) fn client(&self, program: &str) -> Result<Command> {
         let mut command = match &self.site {
             Site::Alone { .. } => Command::new(program),
             Site::Cluster(place) => place.command(program)?,
         };
-        command.env("KUBECONFIG", self.kubeconfig());
+        command
+            .env("KUBECONFIG", self.kubeconfig())
+            .env("PATH", path_variable()?);
         Ok(command)
     }
 
-    /// Makes a namespace.
+    /// Creates a namespace.
     pub fn namespace(&self, name: &str) -> Result<()> {
         let new = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         self.create("/api/v1/namespaces", &new).map(drop)
     }
 
-    /// Makes a service account.
+    /// Creates a service account.
     pub fn service_account(&self, namespace: &str, name: &str) -> Result<Value> {
         let new = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}});
         self.create(
@@ -445,7 +436,7 @@ impl Kubernetes {
         )
     }
 
-    /// Makes a pod that seems to run on `node` with this address.
+    /// Creates a pod whose status says that it runs on `node` with this address.
     pub fn pod(
         &self,
         namespace: &str,
@@ -471,7 +462,7 @@ impl Kubernetes {
         self.merge(&format!("{path}/{name}/status"), &status)
     }
 
-    /// A token of the service account, by TokenRequest.
+    /// Requests a token of a service account (TokenRequest).
     pub fn token(
         &self,
         namespace: &str,
@@ -494,10 +485,10 @@ impl Kubernetes {
         });
         let answer = self.create(&path, &request)?;
         let token = answer["status"]["token"].as_str();
-        Ok(token.context("an answer without a token")?.to_owned())
+        Ok(token.context("the answer has no token")?.to_owned())
     }
 
-    /// Calls the API as its administrator.
+    /// Calls the API as the administrator.
     fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, String)> {
         let mut command = self.client("curl")?;
         command
@@ -532,7 +523,7 @@ impl Kubernetes {
         }
         let said = Process::spawn(command)?.finish(TIMEOUT)?.ok()?.stdout;
         let (body, status) = said.rsplit_once('\n').unwrap_or(("", &said));
-        let status = status.trim().parse().context("curl gave no status")?;
+        let status = status.trim().parse().context("curl printed no status")?;
         Ok((status, body.to_owned()))
     }
 }
@@ -544,39 +535,33 @@ impl Drop for Kubernetes {
         if let Site::Alone { id, .. } = self.site
             && let Err(error) = leftovers::remove(id)
         {
-            eprintln!("cannot remove what an API server left: {error:#}");
+            eprintln!("removing an API server's leftovers: {error:#}");
         }
     }
 }
 
-/// What a token is for.
+/// Options of a service account token.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TokenOptions<'a> {
-    /// For whom it is; the API server unless said otherwise.
+    /// Its audience. Defaults to the API server.
     pub audience: Option<&'a str>,
-    /// The pod, as the API gives it, that the token ends with.
+    /// The pod, as the API returns it, that the token is bound to.
     pub pod: Option<&'a Value>,
-    /// How long it holds, in seconds; the API server gives at least 600. An hour unless said otherwise.
+    /// Its lifetime in seconds, at least 600. Defaults to one hour.
     pub seconds: Option<u32>,
 }
 
 const ISSUER: &str = "https://kubernetes.default.svc";
-/// Where the service `kubernetes` is: the first of its range.
+/// The address of the service `kubernetes`: the first of the service range.
 const SERVICE_ADDRESS: &str = "10.96.0.1";
 
-/// Where a program of Kubernetes' own is.
-pub(crate) fn program(name: &str) -> PathBuf {
-    let folder = env::var_os("KUBE").map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from);
-    folder.join(name)
-}
-
-/// An address that no other one on this machine is likely to have.
+/// A loopback address that no other API server on this machine is likely to have.
 fn loopback(id: MeshId) -> IpAddr {
     let pid = id.pid().to_be_bytes();
     Ipv4Addr::new(127, 64 | pid[1] & 0x3f, pid[2], pid[3] | 1).into()
 }
 
-/// Starts a program that ends with what carries the id, even if this process is killed.
+/// Starts a program in a cgroup of this ID, so that removing leftovers stops it even if this process is killed.
 fn confined(id: MeshId, command: Command) -> Result<Process> {
     let folder = mounts::cgroup2()?.join(id.folder_name());
     cgroup::create(&folder)?;

@@ -1,4 +1,4 @@
-//! `cargo xtask kube-test`: deploy/ on a real Kubernetes of two nodes on this machine.
+//! `cargo xtask kube-test`: deploy/ on a real Kubernetes cluster of two nodes on this machine.
 
 use anyhow::{Result, bail};
 
@@ -8,7 +8,7 @@ use crate::{build, kubernetes, setup, test};
 /// Options of the test.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Test what is built already
+    /// Test the existing build
     #[arg(long)]
     no_build: bool,
 }
@@ -16,8 +16,8 @@ pub(crate) struct Arguments {
 /// Installs and builds what the cluster and its pods need, and runs the tests that use it.
 ///
 /// # Errors
-/// When not root, when something does not build, or when a test fails. Where no cluster can be made here, it says that it
-/// skips, and why.
+/// When not root, when something does not build, or when a test fails. Where no cluster can run, the tests are reported
+/// as skipped, with the reason.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !root() {
         bail!(

@@ -104,47 +104,6 @@ async fn the_registry_follows_the_cluster_through_an_outage() {
     assert!(*registry.changes().borrow() > version);
 }
 
-/// Before Kubernetes 1.21 the API has slices in v1beta1 alone: this serves the same objects in v1.
-fn serve_slices(cluster: &Kubernetes) {
-    let known = |path| {
-        cluster.get(path).unwrap().is_some_and(|kinds| {
-            let kinds = kinds["resources"].as_array();
-            kinds
-                .into_iter()
-                .flatten()
-                .any(|kind| kind["name"] == "endpointslices")
-        })
-    };
-    if known("/apis/discovery.k8s.io/v1") {
-        return;
-    }
-    let definition = json!({
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-        "metadata": {
-            "name": "endpointslices.discovery.k8s.io",
-            "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes/enhancements/pull/2080"},
-        },
-        "spec": {
-            "group": "discovery.k8s.io", "scope": "Namespaced",
-            "names": {
-                "kind": "EndpointSlice", "listKind": "EndpointSliceList",
-                "plural": "endpointslices", "singular": "endpointslice",
-            },
-            "versions": [{
-                "name": "v1", "served": true, "storage": true,
-                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
-            }],
-        },
-    });
-    let path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
-    cluster.create(path, &definition).unwrap();
-    mesh_tests::eventually_ok(crate::PATIENCE, "discovery.k8s.io/v1", || {
-        anyhow::ensure!(known("/apis/discovery.k8s.io/v1"), "not yet");
-        Ok(())
-    })
-    .unwrap();
-}
-
 /// Where the service `web` leads.
 fn endpoints(registry: &Registry) -> Vec<String> {
     let Ok(found) = registry.snapshot().resolve("10.96.7.7:80".parse().unwrap()) else {
@@ -166,7 +125,6 @@ async fn a_service_without_a_selector_has_the_endpoints_of_its_slices() {
         return;
     }
     let cluster = Kubernetes::start().unwrap();
-    serve_slices(&cluster);
     cluster
         .pod("default", "one", "web", "node-a", "10.1.0.1")
         .unwrap();

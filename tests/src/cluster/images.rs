@@ -1,4 +1,4 @@
-//! The images that a cluster's pods run.
+//! The container images of a cluster's pods.
 
 use std::env;
 use std::fs;
@@ -12,14 +12,14 @@ use super::node::PAUSE;
 use super::oci::Image;
 use crate::process::Process;
 
-/// What deploy/ calls the daemon's image.
+/// The daemon's image, as deploy/ names it.
 pub const AUTH_DAEMON_IMAGE: &str =
     concat!("docker.io/library/auth-daemon:", env!("CARGO_PKG_VERSION"));
-/// What every node of a [`crate::Cluster`] has: busybox and curl, and a command that does nothing for ever.
+/// An image that every node of a [`crate::Cluster`] has, with busybox and curl. Its command sleeps.
 pub const TOOLS: &str = "docker.io/library/tools:1";
 
-/// The image of the daemon: the program without its line tables, the shared libraries that it needs, and nothing else.
-/// Gives the digest of its manifest.
+/// Writes the daemon's image as an OCI archive: the program without its debug information and the shared libraries that
+/// it needs. Returns the digest of the image's manifest.
 pub fn auth_daemon_image(program: &Path, reference: &str, output: &Path) -> Result<String> {
     let stripped = output.with_extension("stripped");
     let mut command = Command::new("strip");
@@ -32,7 +32,7 @@ pub fn auth_daemon_image(program: &Path, reference: &str, output: &Path) -> Resu
     let mut image = Image::new(json!({
         "Entrypoint": ["/usr/bin/auth-daemon"],
         "Env": ["PATH=/usr/bin"],
-        // Who needs more asks for it in the pod's security context.
+        // The daemon's pod runs as root by its security context; the CA does not.
         "User": "65532:65532",
         "Labels": {
             "org.opencontainers.image.title": "auth-daemon",
@@ -86,5 +86,5 @@ fn find(name: &str) -> Result<PathBuf> {
     env::split_paths(&path)
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())
-        .with_context(|| format!("there is no {name}"))
+        .with_context(|| format!("{name} is not in PATH"))
 }

@@ -1,8 +1,10 @@
-//! A real Kubernetes of several nodes on one machine: etcd, API server, controllers and scheduler on the host outside of
-//! a mesh; containerd, kubelet and kube-proxy on each of its nodes. Pods are what kubelet makes of them.
+//! A real Kubernetes cluster of several nodes on one machine: etcd, API server, controllers and scheduler on the host
+//! outside of a mesh; containerd, kubelet and kube-proxy on each node. The kubelets run the pods.
 //!
 //! ```no_run
-//! let cluster = mesh_tests::Cluster::start(&["node1", "node2"])?;
+//! use mesh_tests::{Cluster, ProxyMode};
+//!
+//! let cluster = Cluster::start(&["node1", "node2"], ProxyMode::Nftables)?;
 //! cluster.kubectl(["get", "nodes"])?.ok()?;
 //! # anyhow::Ok(())
 //! ```
@@ -11,14 +13,15 @@ mod images;
 mod node;
 mod oci;
 
-use std::env;
 use std::ffi::OsStr;
 use std::net::IpAddr;
 use std::path::Path;
+use std::process::Stdio;
+use std::str::FromStr;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use crate::cgroup::Hierarchy;
 use crate::kubernetes::{self, Kubernetes};
@@ -30,75 +33,67 @@ use crate::wire::Wire;
 pub use images::{AUTH_DAEMON_IMAGE, TOOLS, auth_daemon_image};
 pub use node::ClusterNode;
 
-/// Programs that start one after the other, on a machine that builds meanwhile.
-const START: Duration = Duration::from_secs(180);
-/// How long the programs of a node are given to say why a test failed.
-const LINES_OF_LOG: usize = 20;
-
-/// A running cluster. Dropping it ends all of it and removes its traces; what a killed process left is removed by the next
-/// one that starts.
+/// A running cluster. Dropping it stops its programs and removes everything they created. What a killed process left
+/// behind is removed by the next cluster that starts.
 #[derive(Debug)]
 pub struct Cluster {
     nodes: Vec<ClusterNode>,
     _controllers: Vec<Process>,
     api: Kubernetes,
-    // Last: it takes what is left.
+    // Last: it removes the namespaces, cgroups and folders that the others use.
     mesh: Mesh,
 }
 
+/// How kube-proxy programs services into the kernel of a node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ProxyMode {
+    /// As nftables rules; stable since Kubernetes 1.33.
+    #[default]
+    Nftables,
+    /// As iptables rules, kube-proxy's own default on Linux.
+    Iptables,
+}
+
+impl ProxyMode {
+    /// The value of kube-proxy's `--proxy-mode`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+        }
+    }
+}
+
+impl FromStr for ProxyMode {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        [Self::Nftables, Self::Iptables]
+            .into_iter()
+            .find(|mode| mode.as_str() == name)
+            .with_context(|| format!("kube-proxy has no mode {name:?}: use nftables or iptables"))
+    }
+}
+
 impl Cluster {
-    /// What has to be installed before one can run, or why none can.
+    /// Why no cluster can run here: the first program that is missing, or what the machine lacks.
     pub fn missing() -> Option<String> {
-        if let Some(why) = Kubernetes::missing() {
+        let programs = kubernetes::first_missing(&BUILT, &INSTALLED);
+        if let Some(why) = Kubernetes::missing().or(programs) {
             return Some(why);
-        }
-        for name in [
-            "kube-controller-manager",
-            "kube-scheduler",
-            "kubelet",
-            "kube-proxy",
-        ] {
-            let path = kubernetes::program(name);
-            if !path.is_file() {
-                return Some(format!(
-                    "there is no {}: `cargo xtask kubernetes` makes it, or says why it cannot",
-                    path.display()
-                ));
-            }
-        }
-        let path = env::var_os("PATH").unwrap_or_default();
-        for name in [
-            "containerd",
-            "ctr",
-            "runc",
-            "iptables",
-            "conntrack",
-            "busybox",
-        ] {
-            if !env::split_paths(&path).any(|folder| folder.join(name).is_file()) {
-                return Some(format!(
-                    "there is no {name}: `cargo xtask kubernetes` installs it"
-                ));
-            }
-        }
-        if !Path::new(node::PLUGINS).join("bridge").is_file() {
-            return Some(format!(
-                "there are no CNI plugins in {}: `cargo xtask kubernetes` installs them",
-                node::PLUGINS
-            ));
         }
         let hierarchies = Hierarchy::all().unwrap_or_default();
         if !hierarchies.iter().any(|one| one.options == "memory") {
             return Some(
-                "this machine has no cgroup v1 hierarchy for memory, and nodes are only made of those"
+                "this machine has no cgroup v1 hierarchy for memory, which the cluster's nodes need"
                     .to_owned(),
             );
         }
         None
     }
 
-    /// Starts one of these nodes and waits until all are ready.
-    pub fn start(nodes: &[&str]) -> Result<Self> {
+    /// Starts a cluster of these nodes and waits until all are ready.
+    pub fn start(nodes: &[&str], proxy: ProxyMode) -> Result<Self> {
         let mesh = nodes
             .iter()
             .fold(Mesh::builder(), |mesh, node| mesh.node(node))
@@ -107,29 +102,41 @@ impl Cluster {
         let outside = mesh.outside();
         let api = Kubernetes::start_for_cluster(outside, IpAddr::V4(mesh.outside_ipv4()))?;
         let controllers = start_controllers(&mesh, &api)?;
-        let mut cluster = Self {
-            nodes: Vec::new(),
+        let images = [
+            images::pause(outside.folder())?,
+            images::tools(outside.folder())?,
+        ];
+        let mesh_folder = mesh.id().folder_name();
+        // The nodes start side by side.
+        let nodes = thread::scope(|scope| {
+            let starting: Vec<_> = mesh
+                .nodes()
+                .map(|node| {
+                    scope.spawn(|| {
+                        let mut node = ClusterNode::start(node, &mesh_folder)?;
+                        for image in &images {
+                            node.load(image)?;
+                        }
+                        node.join(&api, proxy)?;
+                        node.wait_ready(&api)?;
+                        Ok(node)
+                    })
+                })
+                .collect();
+            starting
+                .into_iter()
+                .map(|node| {
+                    node.join()
+                        .map_err(|_| anyhow!("starting a node panicked"))?
+                })
+                .collect::<Result<Vec<_>>>()
+        })?;
+        Ok(Self {
+            nodes,
             _controllers: controllers,
             api,
             mesh,
-        };
-        let mesh_folder = cluster.mesh.id().folder_name();
-        let images = [
-            images::pause(cluster.mesh.outside().folder())?,
-            images::tools(cluster.mesh.outside().folder())?,
-        ];
-        for node in cluster.mesh.nodes() {
-            let mut node = ClusterNode::start(node, &mesh_folder)?;
-            for image in &images {
-                node.load(image)?;
-            }
-            node.join(&cluster.api)?;
-            cluster.nodes.push(node);
-        }
-        for node in &mut cluster.nodes {
-            node.wait_ready(&cluster.api)?;
-        }
-        Ok(cluster)
+        })
     }
 
     /// Its API server.
@@ -142,6 +149,11 @@ impl Cluster {
         self.mesh.wire()
     }
 
+    /// The mesh whose nodes the cluster's nodes are, and whose host outside runs the API server.
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
     /// Its nodes, in order.
     pub fn nodes(&self) -> &[ClusterNode] {
         &self.nodes
@@ -150,7 +162,7 @@ impl Cluster {
     /// The node of this name.
     ///
     /// # Panics
-    /// When there is none.
+    /// If there is none.
     pub fn node(&self, name: &str) -> &ClusterNode {
         self.nodes
             .iter()
@@ -158,12 +170,12 @@ impl Cluster {
             .unwrap_or_else(|| panic!("the cluster has no node {name}"))
     }
 
-    /// Gives all nodes an image, from an OCI archive.
+    /// Imports an image from an OCI archive on every node.
     pub fn load(&self, archive: &Path) -> Result<()> {
         self.nodes.iter().try_for_each(|node| node.load(archive))
     }
 
-    /// Starts `kubectl`, as the cluster's administrator.
+    /// Starts `kubectl` as the cluster's administrator.
     pub fn start_kubectl<A: AsRef<OsStr>>(
         &self,
         arguments: impl IntoIterator<Item = A>,
@@ -173,7 +185,8 @@ impl Cluster {
         Process::spawn(command)
     }
 
-    /// Runs `kubectl` to its end, at most two minutes. That it failed is no error: see [`Finished::ok`].
+    /// Runs `kubectl` as the cluster's administrator, for at most two minutes. A failure of kubectl is not an error here:
+    /// see [`Finished::ok`].
     pub fn kubectl<A: AsRef<OsStr>>(
         &self,
         arguments: impl IntoIterator<Item = A>,
@@ -181,7 +194,7 @@ impl Cluster {
         self.api.kubectl(arguments)
     }
 
-    /// What went on, for whoever has to find out why a test failed.
+    /// Prints pods, events and the last log lines of each node's programs, to explain a failed test.
     pub fn print_state(&self) {
         for arguments in [
             "get pods --all-namespaces -o wide",
@@ -193,7 +206,7 @@ impl Cluster {
             }
         }
         for node in &self.nodes {
-            eprintln!("{}", node.last_words(LINES_OF_LOG));
+            eprintln!("{}", node.last_log_lines(LOG_LINES));
         }
     }
 }
@@ -206,7 +219,7 @@ impl Drop for Cluster {
     }
 }
 
-/// What makes pods of Deployments, and finds nodes for them.
+/// Starts kube-controller-manager and kube-scheduler.
 fn start_controllers(mesh: &Mesh, api: &Kubernetes) -> Result<Vec<Process>> {
     let outside = mesh.outside();
     let mut manager = outside.command(kubernetes::program("kube-controller-manager"))?;
@@ -221,29 +234,40 @@ fn start_controllers(mesh: &Mesh, api: &Kubernetes) -> Result<Vec<Process>> {
             api.certificate_authority().display()
         ))
         .arg(format!("--cluster-cidr={}", plumbing::POD_NETWORKS))
-        .args([
-            "--leader-elect=false",
-            "--bind-address=127.0.0.1",
-            "--port=0",
-        ])
-        // An API server that is away is no fault of the nodes.
+        .args(["--leader-elect=false", "--bind-address=127.0.0.1"])
+        // Nodes must stay ready while a test stops the API server, which they report to.
         .arg("--node-monitor-grace-period=5m");
     let mut scheduler = outside.command(kubernetes::program("kube-scheduler"))?;
     scheduler
         .arg(format!("--kubeconfig={}", api.kubeconfig().display()))
-        .args([
-            "--leader-elect=false",
-            "--bind-address=127.0.0.1",
-            "--port=0",
-        ]);
+        .args(["--leader-elect=false", "--bind-address=127.0.0.1"]);
     [manager, scheduler]
         .into_iter()
         .map(|mut command| {
-            // They say much, and nobody asks.
-            command
-                .stdout(std::process::Stdio::null())
-                .stderr(std::process::Stdio::null());
+            command.stdout(Stdio::null()).stderr(Stdio::null());
             Process::spawn_as_is(command).context("on the host outside")
         })
         .collect()
 }
+
+/// Programs of a cluster that `cargo xtask kubernetes` builds, besides those of an API server alone.
+const BUILT: [&str; 12] = [
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+    "containerd",
+    "containerd-shim-runc-v2",
+    "ctr",
+    "bridge",
+    "host-local",
+    "loopback",
+    "portmap",
+    "ptp",
+];
+/// Programs of a cluster that come from the distribution.
+const INSTALLED: [&str; 5] = ["runc", "nft", "iptables", "conntrack", "busybox"];
+/// Time limit for each program's start. Generous, because the machine may be compiling meanwhile.
+const START: Duration = Duration::from_secs(180);
+/// Lines of each program's log that [`Cluster::print_state`] prints.
+const LOG_LINES: usize = 20;

@@ -1,4 +1,4 @@
-//! A node of a cluster: containerd, kubelet and kube-proxy in namespaces of their own, with the usual paths inside.
+//! A node of a cluster: containerd, kubelet and kube-proxy in namespaces of their own, at their usual paths.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 
-use super::START;
+use super::{ProxyMode, START};
 use crate::cgroup::Hierarchy;
 use crate::eventually::eventually_ok;
 use crate::kubernetes::{self, Kubernetes};
@@ -20,12 +20,12 @@ use crate::node::Node;
 use crate::plumbing;
 use crate::process::{Finished, Process};
 
-/// A node that runs containers. Its network is that of a [`Node`] of the mesh; its mounts and cgroups are its own, and go
-/// with its processes.
+/// A node that runs containers. Its network namespace is that of a [`Node`] of the mesh. It has a mount namespace and a
+/// cgroup namespace of its own, which disappear with its processes.
 #[derive(Debug)]
 pub struct ClusterNode {
     node: Node,
-    /// Folders of the version 1 hierarchies.
+    /// The node's folder in each cgroup v1 hierarchy.
     cgroups: Vec<PathBuf>,
     mounts: File,
     cgroup_root: File,
@@ -67,17 +67,18 @@ impl ClusterNode {
         Ok(started)
     }
 
-    /// Its name, as the API has it.
+    /// Its name, as in the API.
     pub fn name(&self) -> &str {
         self.node.name()
     }
 
-    /// The node of the mesh that it is: its network namespace, its addresses, its cgroup.
+    /// The mesh node below it: its network namespace, addresses and cgroup.
     pub fn node(&self) -> &Node {
         &self.node
     }
 
-    /// A command that will run on the node, outside of any container.
+    /// A command that will run on the node, outside of any container. Programs that `cargo xtask kubernetes` builds are
+    /// in its `$PATH`.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         let join = |folder: &PathBuf| {
             let path = folder.join("cgroup.procs");
@@ -93,6 +94,7 @@ impl ClusterNode {
             .try_clone()
             .context("sharing a namespace")?;
         let mut command = self.node.place().command(program)?;
+        command.env("PATH", kubernetes::path_variable()?);
         // SAFETY: between fork and exec only write(2) and setns(2) are called, both async-signal-safe, on files that
         // the closure owns; nothing is allocated.
         unsafe {
@@ -107,7 +109,7 @@ impl ClusterNode {
         Ok(command)
     }
 
-    /// Runs a program on the node to its end, outside of any container.
+    /// Runs a program on the node, outside of any container, and waits for its end.
     pub fn run<A: AsRef<OsStr>>(
         &self,
         program: &str,
@@ -120,7 +122,7 @@ impl ClusterNode {
             .with_context(|| format!("on {}", self.name()))
     }
 
-    /// Gives its containers an image, from an OCI archive.
+    /// Imports an image from an OCI archive.
     pub fn load(&self, archive: &Path) -> Result<()> {
         let mut command = self.command("ctr")?;
         command
@@ -133,8 +135,8 @@ impl ClusterNode {
             .with_context(|| format!("loading {} on {}", archive.display(), self.name()))
     }
 
-    /// The last lines of what its programs say.
-    pub(super) fn last_words(&self, lines: usize) -> String {
+    /// The last lines of its programs' logs.
+    pub(super) fn last_log_lines(&self, lines: usize) -> String {
         let logs = self.programs.iter().map(|(name, _)| {
             let log = fs::read(self.log(name)).unwrap_or_default();
             let log = String::from_utf8_lossy(&log);
@@ -149,7 +151,7 @@ impl ClusterNode {
         self.node.folder().join(format!("{program}.log"))
     }
 
-    /// Starts one of its programs, whose log goes to a file: they say much.
+    /// Starts one of its programs, with its output in a file.
     fn start_program(&mut self, name: &'static str, mut command: Command) -> Result<()> {
         let log = File::create(self.log(name)).context("making a log")?;
         command
@@ -161,31 +163,36 @@ impl ClusterNode {
 
     fn start_containerd(&mut self) -> Result<()> {
         let networks = self.node.folder().join("networks");
-        fs::create_dir_all(&networks).context("making a folder for the network's description")?;
+        fs::create_dir_all(&networks).context("creating the folder of the CNI configuration")?;
         let network = json!({
-            "cniVersion": "0.4.0", "name": "pods",
-            "plugins": [{
-                "type": "bridge", "bridge": plumbing::POD_BRIDGE, "isGateway": true, "hairpinMode": true,
-                "ipam": {
-                    "type": "host-local",
-                    "ranges": [[{"subnet": plumbing::pod_network(self.node.number())}]],
-                    "routes": [{"dst": "0.0.0.0/0"}],
+            "cniVersion": "1.0.0", "name": "pods",
+            "plugins": [
+                {
+                    "type": "bridge", "bridge": plumbing::POD_BRIDGE, "isGateway": true, "hairpinMode": true,
+                    "ipam": {
+                        "type": "host-local",
+                        "ranges": [[{"subnet": plumbing::pod_network(self.node.number())}]],
+                        "routes": [{"dst": "0.0.0.0/0"}],
+                    },
                 },
-            }],
+                {"type": "portmap", "capabilities": {"portMappings": true}},
+            ],
         });
         self.write("networks/pods.conflist", &network.to_string())?;
         let config = format!(
-            r#"version = 2
+            r#"version = 3
 [plugins."io.containerd.internal.v1.opt"]
   path = "/var/lib/containerd/opt"
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{PAUSE}"
-  # Without CAP_SYS_RESOURCE, which a machine may lack, nothing can be made less likely to be killed.
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{PAUSE}"
+[plugins."io.containerd.cri.v1.runtime"]
+  # Lowering a container's OOM score needs CAP_SYS_RESOURCE, which this machine may lack.
   restrict_oom_score_adj = true
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "{PLUGINS}"
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["{}"]
     conf_dir = "{}"
 "#,
+            kubernetes::programs_folder().display(),
             networks.display()
         );
         let path = self.write("containerd.toml", &config)?;
@@ -194,17 +201,17 @@ impl ClusterNode {
         self.start_program("containerd", command)?;
         eventually_ok(START, "containerd", || self.run("ctr", ["version"])?.ok())
             .map(drop)
-            .with_context(|| self.last_words(10))
+            .with_context(|| self.last_log_lines(10))
     }
 
-    /// Joins the cluster.
-    pub(super) fn join(&mut self, api: &Kubernetes) -> Result<()> {
+    /// Starts kubelet and kube-proxy.
+    pub(super) fn join(&mut self, api: &Kubernetes, proxy: ProxyMode) -> Result<()> {
         let (name, address) = (self.name().to_owned(), self.node.ipv4().to_string());
         let user = format!("system:node:{name}");
         let kubeconfig =
             api.write_client(&name, (&user, Some("system:nodes")), &[&name, &address])?;
         let beside = |extension: &str| kubeconfig.with_extension(extension);
-        // Whatever names the machine looks up, pods do not.
+        // Pods must not use the machine's own resolver.
         let resolv = self.write("resolv.conf", "")?;
         let config = json!({
             "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
@@ -215,10 +222,14 @@ impl ClusterNode {
             },
             "authorization": {"mode": "Webhook"},
             "tlsCertFile": beside("crt"), "tlsPrivateKeyFile": beside("key"),
+            "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+            // The nodes' cgroups are version 1 beside version 2 (Cluster::missing).
+            "failCgroupV1": false,
             "cgroupDriver": "cgroupfs", "enforceNodeAllocatable": [],
+            "volumePluginDir": "/var/lib/kubelet/volume-plugins",
             "clusterDomain": "cluster.local", "resolvConf": resolv,
             "failSwapOn": false, "healthzPort": 0,
-            // The machine's disk is not the node's.
+            // The machine's disk may be nearly full without harm to these nodes.
             "imageGCHighThresholdPercent": 100,
             "evictionHard": {"nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%"},
         });
@@ -230,33 +241,32 @@ impl ClusterNode {
             .arg("--kubeconfig")
             .arg(&kubeconfig)
             .arg(format!("--hostname-override={name}"))
-            .arg(format!("--node-ip={address}"))
-            .args(["--container-runtime=remote"])
-            .args(["--container-runtime-endpoint=unix:///run/containerd/containerd.sock"])
-            .args(["--volume-plugin-dir=/var/lib/kubelet/volume-plugins"]);
+            .arg(format!("--node-ip={address}"));
         self.start_program("kubelet", command)?;
 
         let user = format!("{name}-proxy");
-        let proxy = api.write_client(&user, ("system:kube-proxy", None), &[])?;
+        let kubeconfig = api.write_client(&user, ("system:kube-proxy", None), &[])?;
         let mut command = self.command(kubernetes::program("kube-proxy"))?;
         command
             .arg("--kubeconfig")
-            .arg(proxy)
+            .arg(kubeconfig)
             .arg(format!("--hostname-override={name}"))
             .arg(format!("--cluster-cidr={}", plumbing::POD_NETWORKS))
-            .args(["--proxy-mode=iptables", "--conntrack-max-per-core=0"])
+            .arg(format!("--proxy-mode={}", proxy.as_str()))
+            // The limit is the machine's, and cannot be set from a network namespace.
+            .arg("--conntrack-max-per-core=0")
             .arg(format!("--healthz-bind-address={address}:10256"));
         self.start_program("kube-proxy", command)
     }
 
-    /// Waits until the API calls it ready; an error as soon as one of its programs has ended.
+    /// Waits until the API reports it ready. Fails as soon as one of its programs exits.
     pub(super) fn wait_ready(&mut self, api: &Kubernetes) -> Result<()> {
         let path = format!("/api/v1/nodes/{}", self.name());
         let what = format!("node {} to be ready", self.name());
         let outcome = eventually_ok(START, &what, || {
             for (name, program) in &mut self.programs {
                 if let Some(status) = program.ended()? {
-                    return Ok(Err(anyhow!("{name} has ended ({status})")));
+                    return Ok(Err(anyhow!("{name} exited ({status})")));
                 }
             }
             let node = api.get(&path)?.context("it has not joined")?;
@@ -268,7 +278,7 @@ impl ClusterNode {
         });
         outcome
             .and_then(|outcome| outcome)
-            .with_context(|| self.last_words(15))
+            .with_context(|| self.last_log_lines(15))
     }
 
     fn write(&self, name: &str, content: &str) -> Result<PathBuf> {
@@ -282,7 +292,5 @@ fn is_ready(condition: &Value) -> bool {
     condition["type"] == "Ready" && condition["status"] == "True"
 }
 
-/// What holds the namespaces of a pod.
+/// The image of each pod's sandbox container.
 pub(super) const PAUSE: &str = "docker.io/library/pause:1";
-/// Where Debian's package has them.
-pub(super) const PLUGINS: &str = "/usr/lib/cni";

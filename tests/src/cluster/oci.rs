@@ -1,6 +1,6 @@
 //! A container image as an OCI archive (image-spec 1.0: `oci-layout`, `index.json`, `blobs`), without Docker.
 //!
-//! The same files give the same bytes: entries are in order, and nobody's clock or user is in them.
+//! The same files give the same bytes: entries are sorted, without times and users.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -15,16 +15,16 @@ use tar::{Builder, EntryType, Header};
 
 use crate::tree::{Entry, FileTree, read_file};
 
-/// What an image holds, and how it is started.
+/// The content and configuration of an image.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Image {
-    /// Its files: the only layer.
+    /// The files of its only layer.
     pub(super) files: FileTree,
     config: Value,
 }
 
 impl Image {
-    /// An empty one. `config` is the image's `config` (image-spec, config.md): `Entrypoint`, `Cmd`, `User`, `Env`, …
+    /// An image without files. `config` is the image's `config` (image-spec, config.md): `Entrypoint`, `Cmd`, `User`, `Env`, …
     pub(super) fn new(config: Value) -> Self {
         Self {
             files: FileTree::default(),
@@ -33,12 +33,12 @@ impl Image {
     }
 
     /// Writes the archive to `output`, for containerd to import under the name `reference`, such as
-    /// `docker.io/library/auth-daemon:0.1.0`. Gives the digest of the image's manifest.
+    /// `docker.io/library/auth-daemon:0.1.0`. Returns the digest of the image's manifest.
     pub(super) fn write(&self, reference: &str, output: &Path) -> Result<String> {
         let (_, tag) = reference
             .rsplit_once(':')
             .filter(|(_, tag)| !tag.contains('/'))
-            .with_context(|| format!("the image's name {reference} has no tag"))?;
+            .with_context(|| format!("image name {reference} has no tag"))?;
         let platform = json!({"architecture": architecture()?, "os": "linux"});
 
         let mut blobs = BTreeMap::new();
@@ -71,7 +71,8 @@ impl Image {
             }],
         });
 
-        let file = File::create(output).with_context(|| format!("making {}", output.display()))?;
+        let file =
+            File::create(output).with_context(|| format!("creating {}", output.display()))?;
         let mut archive = Builder::new(BufWriter::new(file));
         let written = (|| -> io::Result<()> {
             append(&mut archive, "oci-layout", 0o644, LAYOUT.as_bytes())?;
@@ -95,7 +96,7 @@ impl Image {
         Ok(manifest)
     }
 
-    /// The image's only layer. In memory: the largest program in it is some tens of megabytes.
+    /// The image's only layer, in memory: some tens of megabytes.
     fn layer(&self) -> Result<Vec<u8>> {
         let mut layer = Builder::new(Vec::new());
         for (path, entry) in self.files.entries() {
@@ -115,7 +116,7 @@ impl Image {
             };
             added.with_context(|| format!("adding {}", path.display()))?;
         }
-        layer.into_inner().context("ending the layer")
+        layer.into_inner().context("finishing the layer")
     }
 }
 
@@ -140,12 +141,12 @@ fn header(kind: EntryType, mode: u32, size: u64) -> Header {
     header
 }
 
-/// As Go calls it (image-spec, config.md).
+/// Go's name of this machine's architecture (image-spec, config.md).
 fn architecture() -> Result<&'static str> {
     match env::consts::ARCH {
         "x86_64" => Ok("amd64"),
         "aarch64" => Ok("arm64"),
-        other => bail!("no image is made for {other}"),
+        other => bail!("images for {other} are not supported"),
     }
 }
 
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn an_archive_leads_from_its_index_to_its_files() {
+    fn archive_index_leads_to_files() {
         let folder = env::temp_dir().join(format!("oci-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let mut image = Image::new(json!({"Entrypoint": ["/usr/bin/x"]}));
@@ -241,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn only_tagged_names() {
+    fn rejects_untagged_names() {
         let image = Image::new(Value::Null);
         for name in ["x", "localhost:5000/x"] {
             assert!(

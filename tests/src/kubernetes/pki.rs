@@ -1,4 +1,4 @@
-//! The cluster's own CA and keys: nothing of the mesh's.
+//! The cluster's own CA and keys. The mesh's CA is separate.
 
 use std::fmt;
 use std::fs;
@@ -10,8 +10,8 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
-/// A folder with `ca.crt`, with `accounts.key` and `accounts.pub` for service accounts' tokens, and with what else is
-/// made.
+/// A folder with `ca.crt`, the keys `accounts.key` and `accounts.pub` of service account tokens, and issued
+/// certificates.
 pub(super) struct Pki {
     folder: PathBuf,
     issuer: Issuer<'static, KeyPair>,
@@ -38,7 +38,7 @@ impl Pki {
         Ok(pki)
     }
 
-    /// `NAME.crt` and `NAME.key`, for a common name and an organization, who is reached by `names`.
+    /// Issues `NAME.crt` with key `NAME.key`, for a common name, an organization and subject alternative names.
     pub(super) fn leaf(
         &self,
         name: &str,

@@ -1,28 +1,29 @@
-//! The CA, by itself.
+//! Steps about the CA alone.
 
 use mesh_tests::{Context, Result, eventually_ok};
 use serde_json::Value;
 
 use crate::stage::{CA, PATIENCE, SYSTEM, Stage, address, ensure, name};
 
-/// The pod that leads: the only one with the label, which the service's endpoints are.
+/// The leading pod: the only one with the leader's label, and the service's only endpoint.
 fn leader(stage: &Stage) -> Result<Value> {
     let leader = stage.pod(SYSTEM, &format!("{CA},auth-daemon.io/ca-leader=true"))?;
-    let endpoints = stage.get(&format!("endpoints -n {SYSTEM} auth-ca"))?;
-    let addresses: Vec<&Value> = endpoints["subsets"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .flat_map(|subset| subset["addresses"].as_array().into_iter().flatten())
-        .map(|address| &address["ip"])
+    let slices = stage.get(&format!(
+        "endpointslices -n {SYSTEM} -l kubernetes.io/service-name=auth-ca"
+    ))?;
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let addresses: Vec<Value> = list(&slices["items"])
+        .iter()
+        .flat_map(|slice| list(&slice["endpoints"]))
+        .flat_map(|endpoint| list(&endpoint["addresses"]))
         .collect();
     ensure(addresses == [address(&leader)], || {
-        format!("{} leads, and the service is {addresses:?}", name(&leader))
+        format!("{} leads, but the service has {addresses:?}", name(&leader))
     })?;
     Ok(leader)
 }
 
-/// What its operator is told.
+/// The operator's view of a CA pod: `auth-daemon ca status --json`.
 fn status(stage: &Stage, pod: &Value) -> Result<Value> {
     let said = stage.kubectl(&format!(
         "exec -n {SYSTEM} {} -- auth-daemon ca status --json",
@@ -49,7 +50,7 @@ pub(crate) fn one_leads(stage: &Stage) -> Result<()> {
         assert_eq!(leads, name(pod) == name(&leader), "{}", name(pod));
     }
     let budget = stage.get(&format!("poddisruptionbudget -n {SYSTEM} auth-ca"))?;
-    eventually_ok(PATIENCE, "one replica that may go", || {
+    eventually_ok(PATIENCE, "one allowed disruption", || {
         let budget = stage.get(&format!("poddisruptionbudget -n {SYSTEM} auth-ca"))?;
         ensure(budget["status"]["disruptionsAllowed"] == 1, || {
             budget.to_string()

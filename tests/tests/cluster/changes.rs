@@ -1,4 +1,4 @@
-//! Labels on running pods, and mistakes.
+//! Steps about labels on running pods, and about configuration errors.
 
 use mesh_tests::{AUTH_DAEMON_IMAGE, Result, eventually_ok};
 use serde_json::json;
@@ -6,15 +6,15 @@ use serde_json::json;
 use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, address, ensure, idle_pod, name};
 use crate::traffic::{MARKER, PORT, who};
 
-/// Whether a request of `client-1` to `web-2` is readable between the nodes; an error where it is not answered.
-fn talks_plainly(stage: &Stage) -> Result<bool> {
+/// Whether a request of `client-1` to `web-2` is readable between the nodes. Fails if there is no answer.
+fn is_plaintext(stage: &Stage) -> Result<bool> {
     let url = who(stage, "web-2")?;
     let capture = stage.cluster.wire().capture()?;
     stage.curl("client-1", &url)?;
     Ok(capture.stop()?.contains(MARKER.as_bytes()))
 }
 
-pub(crate) fn a_label_takes_out_and_in(stage: &Stage) -> Result<()> {
+pub(crate) fn label_changes_membership(stage: &Stage) -> Result<()> {
     let label = |what: &str, value: &str| {
         stage.kubectl(&format!(
             "label {what} auth-daemon.io/mesh{value} --overwrite"
@@ -22,11 +22,11 @@ pub(crate) fn a_label_takes_out_and_in(stage: &Stage) -> Result<()> {
     };
     let encrypted = || {
         eventually_ok(PATIENCE, "the mesh", || {
-            ensure(!talks_plainly(stage)?, || "still in the clear".to_owned())
+            ensure(!is_plaintext(stage)?, || "still plaintext".to_owned())
         })
     };
     encrypted()?;
-    // One pod leaves: it still reaches the world, but not a pod of the mesh.
+    // A pod outside the mesh does not reach a pod of the mesh in STRICT mode.
     let pod = format!("-n {APPS} pod client-1");
     label(&pod, "=disabled")?;
     let web = address(&stage.pod(APPS, "app=web-2")?).to_owned();
@@ -38,18 +38,18 @@ pub(crate) fn a_label_takes_out_and_in(stage: &Stage) -> Result<()> {
     })?;
     label(&pod, "-")?;
     encrypted()?;
-    // All pods of the namespace leave: they talk plainly.
+    // Two pods outside the mesh communicate in plaintext.
     let namespace = format!("namespace {APPS}");
     label(&namespace, "=disabled")?;
-    eventually_ok(PATIENCE, "plain talk", || {
-        ensure(talks_plainly(stage)?, || "still encrypted".to_owned())
+    eventually_ok(PATIENCE, "plaintext", || {
+        ensure(is_plaintext(stage)?, || "still encrypted".to_owned())
     })?;
     label(&namespace, "-")?;
     encrypted()
 }
 
-/// A daemon's pod as deploy/ has it, but for what was taken out, beside the daemon that serves the node.
-pub(crate) fn what_a_daemon_lacks_is_named(stage: &Stage) -> Result<()> {
+/// Starts a daemon's pod as in deploy/, without some of its rights, next to the daemon that serves the node.
+pub(crate) fn daemon_reports_what_it_lacks(stage: &Stage) -> Result<()> {
     let daemons = stage.get(&format!("daemonset -n {SYSTEM} auth-daemon"))?;
     let mut spec = daemons["spec"]["template"]["spec"].clone();
     spec["hostPID"] = json!(false);
@@ -62,16 +62,12 @@ pub(crate) fn what_a_daemon_lacks_is_named(stage: &Stage) -> Result<()> {
         "metadata": {"name": "lacking", "namespace": SYSTEM}, "spec": spec,
     });
     stage.apply(&[lacking])?;
-    eventually_ok(
-        PATIENCE,
-        "the end of a daemon that could serve no pod",
-        || {
-            let pod = stage.get(&format!("pod -n {SYSTEM} lacking"))?;
-            ensure(pod["status"]["phase"] == "Failed", || {
-                format!("{}: {}", name(&pod), pod["status"])
-            })
-        },
-    )?;
+    eventually_ok(PATIENCE, "the exit of a daemon that cannot serve", || {
+        let pod = stage.get(&format!("pod -n {SYSTEM} lacking"))?;
+        ensure(pod["status"]["phase"] == "Failed", || {
+            format!("{}: {}", name(&pod), pod["status"])
+        })
+    })?;
     let said = stage.kubectl(&format!("logs -n {SYSTEM} lacking"))?;
     for expected in ["CAP_NET_ADMIN", "CAP_SYS_ADMIN", "hostPID: true"] {
         ensure(said.contains(expected), || {
@@ -86,7 +82,7 @@ pub(crate) fn what_a_daemon_lacks_is_named(stage: &Stage) -> Result<()> {
         .map(drop)
 }
 
-pub(crate) fn mistakes_are_named(stage: &Stage) -> Result<()> {
+pub(crate) fn mistakes_are_reported(stage: &Stage) -> Result<()> {
     let mut odd = idle_pod("odd", "node1", "client");
     odd["metadata"]["labels"]["auth-daemon.io/mesh"] = json!("perhaps");
     let config = json!({
@@ -120,7 +116,7 @@ pub(crate) fn mistakes_are_named(stage: &Stage) -> Result<()> {
     })?;
     eventually_ok(
         PATIENCE,
-        "the end of a daemon with a wrong configuration",
+        "the exit of a daemon with a wrong configuration",
         || {
             let pod = stage.get(&format!("pod -n {APPS} mistaken"))?;
             ensure(pod["status"]["phase"] == "Failed", || {

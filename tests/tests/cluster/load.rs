@@ -1,24 +1,24 @@
-//! Requests one after the other, and what becomes of them while pods and daemons come and go.
+//! Requests in sequence, and their outcomes while pods and daemons start and stop.
 
-use mesh_tests::{Context, Result, eventually_ok};
-use serde_json::{Value, json};
+use mesh_tests::{Context, Process, Result, eventually_ok};
+use serde_json::Value;
 
 use crate::stage::{
-    APPS, DAEMON, NODES, PATIENCE, SYSTEM, Stage, daemons_are_ready, ensure, name, overlay,
+    APPS, DAEMON, NODES, PATIENCE, SYSTEM, Stage, daemons_are_ready, ensure, is_ready, name,
     pod_running,
 };
 use crate::traffic::{MARKER, server, service_address, who};
 
-/// A pod that asks for the same URL again and again, a connection each time.
+/// A pod that requests the same URL in a loop, each time on a new connection.
 pub(crate) struct Load {
     pod: &'static str,
 }
 
-/// What curl says of each request: the HTTP status, its own exit code, and why.
+/// What curl prints for each request: HTTP status, curl's exit code, and its error message.
 const REPORT: &str = "%{http_code} %{exitcode} %{errormsg}\\n";
 
 impl Load {
-    /// Starts it, and waits until it is answered.
+    /// Starts it and waits for the first answer.
     pub(crate) fn start(stage: &Stage, pod: &'static str, node: &str, url: &str) -> Result<Self> {
         let script = format!(
             "while :; do curl -s -o /dev/null --max-time 20 -w '{REPORT}' {url}; sleep 0.05; done"
@@ -34,7 +34,7 @@ impl Load {
         Ok(load)
     }
 
-    /// What became of each request until now, in order.
+    /// The outcome of each request so far, in order.
     pub(crate) fn outcomes(&self, stage: &Stage) -> Result<Vec<String>> {
         let log = stage.kubectl(&format!("logs -n {APPS} {}", self.pod))?;
         Ok(log.lines().map(|line| line.trim().to_owned()).collect())
@@ -55,19 +55,19 @@ impl Load {
         Ok(gaps.fold(0.0, f64::max))
     }
 
-    /// How many there were until now.
+    /// The number of requests so far.
     pub(crate) fn mark(&self, stage: &Stage) -> Result<usize> {
         Ok(self.outcomes(stage)?.len())
     }
 
-    /// Those since a mark that were not answered.
+    /// The outcomes of unanswered requests since a mark.
     pub(crate) fn failures(&self, stage: &Stage, mark: usize) -> Result<Vec<String>> {
         let mut since = self.outcomes(stage)?.split_off(mark);
         since.retain(|one| one != ANSWERED);
         Ok(since)
     }
 
-    /// Waits until this many in a row have been answered, from now on.
+    /// Waits until this many requests in a row are answered, from now on.
     pub(crate) fn goes_on(&self, stage: &Stage, count: usize) -> Result<()> {
         let mark = self.mark(stage)?;
         eventually_ok(PATIENCE, "requests that are answered", || {
@@ -94,7 +94,7 @@ impl Load {
 
 const DAY: f64 = 86_400.0;
 
-/// Of a time as `2026-01-02T03:04:05.678Z`.
+/// The seconds since midnight of a time such as `2026-01-02T03:04:05.678Z`.
 fn second_of_day(time: &str) -> Option<f64> {
     let (_, clock) = time.split_once('T')?;
     let mut parts = clock.get(..clock.find(['Z', '+'])?)?.split(':');
@@ -102,10 +102,10 @@ fn second_of_day(time: &str) -> Option<f64> {
     Some((next()? * 60.0 + next()?) * 60.0 + next()?)
 }
 
-/// An outcome that is all right.
+/// The outcome of an answered request.
 const ANSWERED: &str = "200 0";
 
-pub(crate) fn scaling_loses_nothing(stage: &Stage) -> Result<()> {
+pub(crate) fn scaling_loses_no_request(stage: &Stage) -> Result<()> {
     stage.apply(&server("scaled", None, 1))?;
     stage.rolled_out(APPS, "deployment/scaled")?;
     let load = Load::start(stage, "load-scaled", "node1", &who(stage, "scaled")?)?;
@@ -136,7 +136,7 @@ pub(crate) fn scaling_loses_nothing(stage: &Stage) -> Result<()> {
         .iter()
         .filter(|one| *one != ANSWERED)
         .collect();
-    // One request at a time: what a pod's end can cut is one.
+    // Requests are sequential, so the end of a pod can cut only one.
     ensure(lost.len() <= 1, || format!("while it shrank: {lost:?}"))?;
     println!(
         "    {} requests, {} cut while there were pods to answer",
@@ -151,7 +151,7 @@ pub(crate) fn scaling_loses_nothing(stage: &Stage) -> Result<()> {
         .map(drop)
 }
 
-/// How many lines an endless answer has had, and how often it had to be asked for.
+/// The number of lines of an endless answer so far, and of restarts of the pod that reads it.
 fn ticks(stage: &Stage, pod: &str) -> Result<(usize, u64)> {
     let lines = stage
         .kubectl(&format!("logs -n {APPS} {pod}"))?
@@ -162,7 +162,7 @@ fn ticks(stage: &Stage, pod: &str) -> Result<(usize, u64)> {
     Ok((lines, restarts.as_u64().unwrap_or_default()))
 }
 
-pub(crate) fn a_restart_is_its_nodes(stage: &Stage) -> Result<()> {
+pub(crate) fn restart_affects_one_node(stage: &Stage) -> Result<()> {
     let near = Load::start(stage, "load-near", "node1", &who(stage, "web-1")?)?;
     let far = Load::start(stage, "load-far", "node1", &who(stage, "web-2")?)?;
     let url = format!("http://{}/cgi-bin/tick", service_address(stage, "web-1")?);
@@ -172,7 +172,7 @@ pub(crate) fn a_restart_is_its_nodes(stage: &Stage) -> Result<()> {
         let (lines, _) = ticks(stage, "stream")?;
         ensure(lines > 0, || "nothing of it".to_owned())
     })?;
-    let mark = near.mark(stage)?;
+    let (mark, mark_far) = (near.mark(stage)?, far.mark(stage)?);
 
     let before = stage.daemon_on("node2")?;
     stage.kubectl(&format!("delete pod -n {SYSTEM} {}", name(&before)))?;
@@ -183,6 +183,8 @@ pub(crate) fn a_restart_is_its_nodes(stage: &Stage) -> Result<()> {
     near.goes_on(stage, 20)?;
     let lost = near.failures(stage, mark)?;
     ensure(lost.is_empty(), || format!("on the other node: {lost:?}"))?;
+    let gap = far.longest_gap(stage, mark_far)?;
+    println!("    {gap:.1} s without an answer from the node whose daemon was deleted");
     let (lines, _) = ticks(stage, "stream")?;
     eventually_ok(PATIENCE, "more of the endless answer", || {
         let (now, asked_again) = ticks(stage, "stream")?;
@@ -197,92 +199,86 @@ pub(crate) fn a_restart_is_its_nodes(stage: &Stage) -> Result<()> {
         .map(drop)
 }
 
-pub(crate) fn a_rolling_update(stage: &Stage) -> Result<()> {
-    let names = || -> Result<Vec<String>> {
-        let pods = stage.pods(SYSTEM, DAEMON)?;
-        Ok(pods.iter().map(|pod| name(pod).to_owned()).collect())
-    };
-    let before = names()?;
+/// The events of all daemon pods from now on, in the API server's order: each is the pod as it then was.
+struct DaemonEvents(Process);
+
+impl DaemonEvents {
+    fn start(stage: &Stage) -> Result<Self> {
+        let command =
+            format!("get pods -n {SYSTEM} -l {DAEMON} --watch --output-watch-events -o json");
+        let watch = Self(stage.cluster.start_kubectl(command.split(' '))?);
+        eventually_ok(PATIENCE, "the first event", || {
+            ensure(!watch.pods().is_empty(), || "none".to_owned())
+        })?;
+        Ok(watch)
+    }
+
+    fn pods(&self) -> Vec<Value> {
+        let text = self.0.stdout();
+        let events = serde_json::Deserializer::from_str(&text).into_iter::<Value>();
+        // The last event may be incomplete.
+        let events = events.map_while(std::result::Result::ok);
+        events.map(|mut event| event["object"].take()).collect()
+    }
+
+    /// Checks that another pod of the same node was ready before `old` was asked to stop.
+    fn standby_preceded_stop(&self, old: &Value) -> Result<()> {
+        let pods = self.pods();
+        let stopping = |pod: &&Value| {
+            name(pod) == name(old) && !pod["metadata"]["deletionTimestamp"].is_null()
+        };
+        let before = pods.iter().take_while(|pod| !stopping(pod));
+        let standby = before.into_iter().find(|pod| {
+            pod["spec"]["nodeName"] == old["spec"]["nodeName"]
+                && name(pod) != name(old)
+                && is_ready(pod)
+        });
+        standby
+            .map(drop)
+            .with_context(|| format!("{} stopped before its successor was ready", name(old)))
+    }
+}
+
+fn names(pods: &[Value]) -> Vec<&str> {
+    pods.iter().map(name).collect()
+}
+
+/// Replaces all daemons under load, while a connection runs that never ends on its own: waiting for it would take the
+/// whole of `drain`.
+pub(crate) fn rolling_update(stage: &Stage) -> Result<()> {
+    let before = stage.pods(SYSTEM, DAEMON)?;
     let load = Load::start(stage, "load-rolling", "node1", &who(stage, "web-2")?)?;
+    let url = format!("http://{}/cgi-bin/tick", service_address(stage, "web-2")?);
+    let stream = format!("exec curl -sN {url}");
+    stage.apply(&[pod_running("stream-rolling", "node1", "client", &stream)])?;
+    eventually_ok(PATIENCE, "the endless answer", || {
+        let (lines, _) = ticks(stage, "stream-rolling")?;
+        ensure(lines > 0, || "nothing of it".to_owned())
+    })?;
+    let events = DaemonEvents::start(stage)?;
     let start = load.mark(stage)?;
+    let capture = stage.cluster.wire().capture()?;
     stage.kubectl(&format!(
         "rollout restart -n {SYSTEM} daemonset/auth-daemon"
     ))?;
     daemons_are_ready(stage)?;
-    let after = names()?;
+    let after = stage.pods(SYSTEM, DAEMON)?;
     assert_eq!(after.len(), NODES.len());
-    assert!(
-        after.iter().all(|name| !before.contains(name)),
-        "{before:?} {after:?}"
-    );
-    load.goes_on(stage, 50)?;
-    let (all, lost) = (
-        load.mark(stage)? - start,
-        load.failures(stage, start)?.len(),
-    );
-    let gap = load.longest_gap(stage, start)?;
-    println!(
-        "    {all} requests, {lost} refused while one of their nodes had no daemon: {gap:.1} s at the longest"
-    );
-    load.end(stage)
-}
-
-/// The same daemons once more, in pods that another DaemonSet keeps: what a rolling update with maxSurge makes, which
-/// Kubernetes 1.20 does not have.
-fn next_daemons(stage: &Stage) -> Result<Value> {
-    let now = stage.get(&format!("daemonset -n {SYSTEM} auth-daemon"))?;
-    let mut template = now["spec"]["template"].clone();
-    template["metadata"]["labels"]["generation"] = json!("next");
-    let labels = template["metadata"]["labels"].clone();
-    Ok(json!({
-        "apiVersion": "apps/v1", "kind": "DaemonSet",
-        "metadata": {"name": "auth-daemon-next", "namespace": SYSTEM},
-        "spec": {"selector": {"matchLabels": labels}, "template": template},
-    }))
-}
-
-/// What the probe of a daemon says.
-fn probed(stage: &Stage, pod: &Value) -> Result<String> {
-    stage.kubectl(&format!(
-        "exec -n {SYSTEM} {} -- auth-daemon probe ready",
-        name(pod)
-    ))
-}
-
-/// Lets go of one generation of daemons while another one stands by, under load and with a connection that does not end: it
-/// would take all of `drain` to wait for that.
-fn taken_over(
-    stage: &Stage,
-    (leaving, staying): (&str, &str),
-    (load, stream): (&'static str, &str),
-) -> Result<()> {
-    let pods = || stage.pods(SYSTEM, &format!("{DAEMON},{staying}"));
-    stage.rolled_out(SYSTEM, &format!("daemonset/{}", generation(staying)))?;
-    for pod in pods()? {
-        let said = probed(stage, &pod)?;
-        ensure(said.starts_with("standing by"), || said.clone())?;
+    for old in &before {
+        ensure(!names(&after).contains(&name(old)), || {
+            format!("{} has not been replaced", name(old))
+        })?;
+        eventually_ok(PATIENCE, "the event of its deletion", || {
+            let stopped = events.pods().iter().any(|pod| {
+                name(pod) == name(old) && !pod["metadata"]["deletionTimestamp"].is_null()
+            });
+            ensure(stopped, || name(old).to_owned())
+        })?;
+        events.standby_preceded_stop(old)?;
     }
-    let load = Load::start(stage, load, "node1", &who(stage, "web-2")?)?;
-    let url = format!("http://{}/cgi-bin/tick", service_address(stage, "web-2")?);
-    stage.apply(&[pod_running(
-        stream,
-        "node1",
-        "client",
-        &format!("exec curl -sN {url}"),
-    )])?;
-    eventually_ok(PATIENCE, "the endless answer", || {
-        let (lines, _) = ticks(stage, stream)?;
-        ensure(lines > 0, || "nothing of it".to_owned())
-    })?;
-    let start = load.mark(stage)?;
-    let capture = stage.cluster.wire().capture()?;
-    stage.kubectl(&format!(
-        "delete daemonset -n {SYSTEM} {} --wait=false",
-        generation(leaving)
-    ))?;
-    for pod in pods()? {
+    for new in &after {
         eventually_ok(PATIENCE, "a daemon that has taken over", || {
-            let said = probed(stage, &pod)?;
+            let said = probed(stage, new)?;
             ensure(said == "ready\n", || said.clone())
         })?;
     }
@@ -290,7 +286,7 @@ fn taken_over(
     let all = load.mark(stage)? - start;
     let lost = load.failures(stage, start)?.len();
     let gap = load.longest_gap(stage, start)?;
-    println!("    {all} requests, {lost} refused in {gap:.2} s at the longest");
+    println!("    {all} requests, {lost} refused; {gap:.2} s without an answer at the longest");
     ensure(gap < DRAIN, || {
         format!("{gap} s: not before all connections had ended")
     })?;
@@ -298,35 +294,56 @@ fn taken_over(
     ensure(!recording.contains(MARKER.as_bytes()), || {
         format!("{MARKER} is readable on the wire")
     })?;
-    eventually_ok(PATIENCE, "the end of those before", || {
-        let list = stage.get(&format!("pods -n {SYSTEM} -l {DAEMON},{leaving}"))?;
+    eventually_ok(PATIENCE, "the end of the old daemons", || {
+        let list = stage.get(&format!("pods -n {SYSTEM} -l {DAEMON}"))?;
         let left = list["items"].as_array().map_or(0, Vec::len);
-        ensure(left == 0, || format!("{left} are left"))
+        ensure(left == NODES.len(), || format!("{left} pods"))
     })?;
     load.end(stage)?;
     stage
-        .kubectl(&format!("delete pod -n {APPS} {stream} --now --wait=false"))
+        .kubectl(&format!(
+            "delete pod -n {APPS} stream-rolling --now --wait=false"
+        ))
         .map(drop)
+}
+
+/// The output of a daemon's readiness probe.
+fn probed(stage: &Stage, pod: &Value) -> Result<String> {
+    stage.kubectl(&format!(
+        "exec -n {SYSTEM} {} -- auth-daemon probe ready",
+        name(pod)
+    ))
+}
+
+/// An update to an image that no node can pull, and its rollback.
+pub(crate) fn failed_update(stage: &Stage) -> Result<()> {
+    let before = stage.pods(SYSTEM, DAEMON)?;
+    let load = Load::start(stage, "load-failed", "node1", &who(stage, "web-2")?)?;
+    let start = load.mark(stage)?;
+    stage.kubectl(&format!(
+        "set image -n {SYSTEM} daemonset/auth-daemon daemon=registry.invalid/absent:1"
+    ))?;
+    eventually_ok(PATIENCE, "a daemon pod without its image", || {
+        let pods = stage.pods(SYSTEM, DAEMON)?;
+        let reasons = pods
+            .iter()
+            .map(|pod| &pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"]);
+        let failing = reasons
+            .filter_map(Value::as_str)
+            .any(|reason| ["ErrImagePull", "ImagePullBackOff"].contains(&reason));
+        ensure(failing, || format!("{:?}", names(&pods)))
+    })?;
+    load.goes_on(stage, 50)?;
+    stage.kubectl(&format!("rollout undo -n {SYSTEM} daemonset/auth-daemon"))?;
+    daemons_are_ready(stage)?;
+    let after = stage.pods(SYSTEM, DAEMON)?;
+    ensure(names(&after) == names(&before), || {
+        format!("{:?} became {:?}", names(&before), names(&after))
+    })?;
+    let lost = load.failures(stage, start)?;
+    ensure(lost.is_empty(), || format!("{lost:?}"))?;
+    load.end(stage)
 }
 
 /// `drain` of the daemons' configuration, in seconds.
 const DRAIN: f64 = 20.0;
-/// Which daemons, as labels that select them.
-const NOW: &str = "generation!=next";
-const NEXT: &str = "generation=next";
-
-/// Their DaemonSet.
-fn generation(label: &str) -> &'static str {
-    match label {
-        NEXT => "auth-daemon-next",
-        _ => "auth-daemon",
-    }
-}
-
-pub(crate) fn the_next_daemons_stand_by(stage: &Stage) -> Result<()> {
-    stage.apply(&[next_daemons(stage)?])?;
-    taken_over(stage, (NOW, NEXT), ("load-next", "stream-next"))?;
-    stage.kubectl(&format!("apply -k {}", overlay()))?;
-    taken_over(stage, (NEXT, NOW), ("load-back", "stream-back"))?;
-    daemons_are_ready(stage)
-}

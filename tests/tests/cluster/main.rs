@@ -1,4 +1,4 @@
-//! deploy/ on a real Kubernetes of two nodes, shown with kubectl and curl: one cluster, step after step.
+//! deploy/ on a real Kubernetes cluster of two nodes, exercised with kubectl and curl: one cluster, step by step.
 
 mod ca;
 mod changes;
@@ -19,70 +19,76 @@ use crate::stage::Stage;
 
 type Step = fn(&Stage) -> Result<()>;
 
-/// What is shown, in this order: each step goes on from the cluster that the one before has left.
+/// All steps, in order. Each starts from the cluster as the step before left it.
 const STEPS: [(&str, Step); 19] = [
     (
-        "one of two CA replicas leads, and the service finds it",
+        "one of two CA replicas leads, and the service selects it",
         ca::one_leads,
     ),
-    ("the roots are in every namespace", ca::roots_are_everywhere),
+    ("every namespace has the roots", ca::roots_are_everywhere),
     (
         "a killed leader is replaced, with the same root",
         ca::the_leader_is_replaced,
     ),
-    ("a daemon is ready on each node", stage::daemons_are_ready),
+    ("each node has a ready daemon", stage::daemons_are_ready),
     (
         "apps start, and their probes pass in STRICT",
         traffic::apps_start,
     ),
     (
-        "pods reach a service and each other, with TLS 1.3 between the nodes",
+        "pods reach a service and each other, with TLS 1.3 between nodes",
         traffic::pods_talk_tls,
     ),
-    ("the access log says who called", traffic::the_log_says_who),
     (
-        "who is outside of the mesh is refused",
+        "the access log names the callers",
+        traffic::log_names_callers,
+    ),
+    (
+        "pods outside the mesh are refused",
         traffic::outsiders_are_refused,
     ),
     (
-        "a label takes a running pod out and in",
-        changes::a_label_takes_out_and_in,
+        "a label removes a running pod from the mesh and adds it again",
+        changes::label_changes_membership,
     ),
     (
-        "a wrong label and a wrong configuration are named",
-        changes::mistakes_are_named,
+        "a wrong label and a wrong configuration are reported",
+        changes::mistakes_are_reported,
     ),
     (
-        "a daemon that could serve no pod says what it lacks",
-        changes::what_a_daemon_lacks_is_named,
+        "a daemon that cannot serve reports what it lacks",
+        changes::daemon_reports_what_it_lacks,
     ),
     (
-        "a Deployment scaled 1 to 20 to 0 loses no request",
-        load::scaling_loses_nothing,
+        "scaling a Deployment from 1 to 20 to 0 loses no request",
+        load::scaling_loses_no_request,
     ),
     (
-        "a node's daemon restarts, and others' connections go on",
-        load::a_restart_is_its_nodes,
-    ),
-    ("a rolling update of all daemons", load::a_rolling_update),
-    (
-        "the next daemons stand by, and take over",
-        load::the_next_daemons_stand_by,
+        "restarting a node's daemon does not affect other nodes",
+        load::restart_affects_one_node,
     ),
     (
-        "the CA's pods are killed, and traffic goes on",
+        "a rolling update starts each new daemon as a standby, which takes over",
+        load::rolling_update,
+    ),
+    (
+        "an update that never becomes ready leaves the daemons serving",
+        load::failed_update,
+    ),
+    (
+        "traffic continues while the CA's pods are killed",
         outages::without_the_ca,
     ),
     (
-        "a minute without the API server",
+        "traffic continues for a minute without the API server",
         outages::without_the_api_server,
     ),
     (
-        "the apps have not been restarted, nor failed a probe",
+        "the apps have not restarted or failed a probe",
         traffic::probes_have_passed,
     ),
     (
-        "what is deleted leaves nothing, and pods talk plainly",
+        "deleting everything leaves nothing behind, and pods communicate in plaintext",
         removal::nothing_is_left,
     ),
 ];

@@ -1,4 +1,4 @@
-//! The CA and the API server are away for a while.
+//! Steps about outages of the CA and of the API server.
 
 use std::thread;
 use std::time::Duration;
@@ -20,7 +20,7 @@ pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
     stage.kubectl(&format!(
         "delete pods -n {SYSTEM} -l {CA} --grace-period=0 --force"
     ))?;
-    // Who comes meanwhile has no certificate, and is not heard without one.
+    // A pod that starts meanwhile has no certificate, and gets no answer.
     stage.apply(&[account("late"), idle_pod("late", "node1", "late")])?;
     stage.kubectl(&format!(
         "wait -n {APPS} pod late --for=condition=Ready --timeout={}s",
@@ -47,7 +47,7 @@ pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
     load.end(stage)
 }
 
-/// Kills all processes of one of a pod's containers, or of its sandbox, past kubelet and the API.
+/// Kills all processes of one of a pod's containers or of its sandbox, bypassing kubelet and API.
 fn kill(stage: &Stage, pod: &Value, kind: &str) -> Result<()> {
     let (node, container) = stage.container(pod, kind)?;
     let kill = [
@@ -67,10 +67,10 @@ pub(crate) fn without_the_api_server(stage: &Stage) -> Result<()> {
     let start = load.mark(stage)?;
 
     stage.cluster.api().stop_server()?;
-    // One pod gets another address, and nobody is told; of another one, only the app starts anew.
+    // The kubelet restarts one pod with a new address, which the API server does not learn, and one container.
     kill(stage, &before, "sandbox")?;
     kill(stage, &restarted, "container")?;
-    // What is shown is that nothing happens for that long.
+    // The step is about the length of the outage, so there is nothing else to wait for.
     thread::sleep(Duration::from_secs(60));
     stage.cluster.api().start_server()?;
 

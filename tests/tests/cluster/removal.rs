@@ -1,4 +1,4 @@
-//! What is left when all of it is deleted: nothing.
+//! The step that deletes everything.
 
 use mesh_tests::{Context, Process, Result, eventually_ok};
 use serde_json::Value;
@@ -7,7 +7,7 @@ use crate::stage::{APPS, NODES, PATIENCE, SYSTEM, Stage, ensure, name, overlay};
 use crate::traces::attached_to_node;
 use crate::traffic::{MARKER, who};
 
-/// What the daemon makes in a pod's network namespace.
+/// What the daemon creates in a pod's network namespace: a description, a command that shows it, and a sign of it.
 const IN_PODS: [(&str, &str, &str); 3] = [
     ("a rule", "ip rule", "0x6d544c53"),
     ("a route", "ip route show table 15006", "local"),
@@ -26,22 +26,22 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
     for pod in &pods {
         for (what, command, sign) in IN_PODS {
             ensure(found(pod, command, sign)?, || {
-                format!("{what} is not in {} in the first place", name(pod))
+                format!("{what} is missing in {} before the removal", name(pod))
             })?;
         }
     }
 
-    // With the pods go their logs: they are read until then.
-    let last_words = NODES
+    // Logs disappear with their pods, so read them until then.
+    let logs = NODES
         .into_iter()
         .map(|node| {
             let daemon = stage.daemon_on(node)?;
-            let logs = ["logs", "-n", SYSTEM, "--follow", "--tail=0", name(&daemon)];
-            stage.cluster.start_kubectl(logs)
+            let command = ["logs", "-n", SYSTEM, "--follow", "--tail=0", name(&daemon)];
+            stage.cluster.start_kubectl(command)
         })
         .collect::<Result<Vec<Process>>>()?;
     stage.kubectl(&format!("delete -k {}", overlay()))?;
-    for (node, last_words) in NODES.into_iter().zip(&last_words) {
+    for (node, log) in NODES.into_iter().zip(&logs) {
         let node = stage.cluster.node(node);
         eventually_ok(PATIENCE, "a node without the daemon's traces", || {
             let pins = node.run(
@@ -55,7 +55,7 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
                 format!("{attached:?}")
             })
         })
-        .with_context(|| last_words.stdout())?;
+        .with_context(|| log.stdout())?;
     }
     for pod in &pods {
         for (what, command, sign) in IN_PODS {
@@ -76,6 +76,6 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
     }
     let recording = capture.stop()?;
     ensure(recording.contains(MARKER.as_bytes()), || {
-        "they do not talk plainly".to_owned()
+        "the traffic is not plaintext".to_owned()
     })
 }

@@ -1,21 +1,24 @@
-//! The cluster with deploy/ on it, and what the steps do there: with kubectl, and with curl inside of pods.
+//! The cluster with deploy/ applied, and the operations that steps share: kubectl, and curl inside pods.
 
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_tests::{
-    AUTH_DAEMON_IMAGE, Cluster, ClusterNode, Context, Finished, Result, TOOLS, auth_daemon,
-    auth_daemon_image, eventually_ok,
+    AUTH_DAEMON_IMAGE, Cluster, ClusterNode, Context, Finished, ProxyMode, Result, TOOLS,
+    auth_daemon, auth_daemon_image, eventually_ok,
 };
 use serde_json::{Value, json};
 
-/// Where deploy/ puts everything.
+/// The namespace of everything in deploy/.
 pub(crate) const SYSTEM: &str = "auth-system";
-/// Where the apps are.
+/// The namespace of the apps.
 pub(crate) const APPS: &str = "shop";
+/// The environment variable that chooses kube-proxy's mode: `nftables`, the default, or `iptables`.
+const PROXY_MODE: &str = "KUBE_PROXY_MODE";
 pub(crate) const NODES: [&str; 2] = ["node1", "node2"];
-/// Pods that start, on a machine of two cores.
+/// How long steps wait. Generous, because pods start slowly on a machine of two cores.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) struct Stage {
@@ -24,9 +27,16 @@ pub(crate) struct Stage {
 }
 
 impl Stage {
-    /// Brings the cluster up, loads the image, and applies deploy/.
+    /// Starts the cluster, loads the daemon's image and applies deploy/.
     pub(crate) fn set() -> Result<Self> {
-        let cluster = Cluster::start(&NODES)?;
+        let proxy = env::var(PROXY_MODE).map_or(Ok(ProxyMode::default()), |name| name.parse())?;
+        let start = Instant::now();
+        let cluster = Cluster::start(&NODES, proxy)?;
+        println!(
+            "the cluster is up, with kube-proxy in {} mode: {:.1?}",
+            proxy.as_str(),
+            start.elapsed()
+        );
         let folder = cluster.node(NODES[0]).node().folder().join("test");
         fs::create_dir_all(&folder)?;
         let archive = folder.join("auth-daemon.tar");
@@ -40,7 +50,7 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Runs kubectl with arguments separated by spaces; what it says when that succeeds.
+    /// Runs kubectl with arguments separated by spaces, and returns its output.
     pub(crate) fn kubectl(&self, arguments: &str) -> Result<String> {
         let finished = self.cluster.kubectl(arguments.split(' '))?;
         Ok(finished.ok()?.stdout)
@@ -67,13 +77,13 @@ impl Stage {
         self.cluster.kubectl(kubectl.iter().chain(command))
     }
 
-    /// What curl in a pod gets from a URL.
+    /// The body that curl in a pod gets from a URL.
     pub(crate) fn curl(&self, pod: &str, url: &str) -> Result<String> {
         let finished = self.exec(pod, &["curl", "-sSf", "--max-time", "15", url])?;
         Ok(finished.ok()?.stdout)
     }
 
-    /// The pods that a label selects, which are not about to end.
+    /// The pods that a label selects, without those being deleted.
     pub(crate) fn pods(&self, namespace: &str, label: &str) -> Result<Vec<Value>> {
         let list = self.get(&format!("pods -n {namespace} -l {label}"))?;
         let items = list["items"].as_array().context("no list")?;
@@ -93,7 +103,7 @@ impl Stage {
         Ok(pod.clone())
     }
 
-    /// The node of a pod, and what containerd calls one of its containers, or its sandbox.
+    /// The node of a pod, and containerd's ID of one of its containers or of its sandbox.
     pub(crate) fn container(&self, pod: &Value, kind: &str) -> Result<(&ClusterNode, String)> {
         let node = pod["spec"]["nodeName"]
             .as_str()
@@ -111,7 +121,7 @@ impl Stage {
         Ok((node, container.to_owned()))
     }
 
-    /// Runs a program of the node in a pod's network namespace; what it says.
+    /// Runs a program of the node in a pod's network namespace, and returns its output.
     pub(crate) fn in_netns(&self, pod: &Value, command: &str) -> Result<String> {
         let (node, sandbox) = self.container(pod, "sandbox")?;
         let tasks = node
@@ -124,12 +134,12 @@ impl Stage {
         });
         let target = format!("--target={}", process.context("no process of the sandbox")?);
         let enter = [target.as_str(), "--net"];
-        // A table without routes is an error to some.
+        // The exit code is ignored: some versions of ip fail on an empty routing table.
         let said = node.run("nsenter", enter.into_iter().chain(command.split(' ')))?;
         Ok(said.stdout)
     }
 
-    /// The daemon's pod on a node, if it is there and ready.
+    /// The ready daemon's pod on a node.
     pub(crate) fn daemon_on(&self, node: &str) -> Result<Value> {
         let daemons = self.pods(SYSTEM, DAEMON)?;
         let mut on_node = daemons
@@ -140,13 +150,13 @@ impl Stage {
             .with_context(|| format!("no daemon is ready on {node}"))
     }
 
-    /// What the daemon of a node has logged.
+    /// The log of a node's daemon.
     pub(crate) fn daemon_log(&self, node: &str) -> Result<String> {
         let daemon = self.daemon_on(node)?;
         self.kubectl(&format!("logs -n {SYSTEM} {}", name(&daemon)))
     }
 
-    /// What daemons and CA have logged last.
+    /// Prints the last log lines of daemons and CA.
     pub(crate) fn print_logs(&self) {
         for label in [DAEMON, CA] {
             let logs = self.kubectl(&format!("logs -n {SYSTEM} -l {label} --prefix --tail=30"));
@@ -154,7 +164,7 @@ impl Stage {
         }
     }
 
-    /// Waits for the end of a rollout, such as of `deployment/web`.
+    /// Waits until a rollout, such as of `deployment/web`, is complete.
     pub(crate) fn rolled_out(&self, namespace: &str, what: &str) -> Result<()> {
         let seconds = PATIENCE.as_secs();
         self.kubectl(&format!(
@@ -164,7 +174,7 @@ impl Stage {
     }
 }
 
-/// An overlay for this cluster.
+/// The overlay for this cluster.
 pub(crate) fn overlay() -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kustomize");
     folder.display().to_string()
@@ -190,7 +200,7 @@ pub(crate) fn is_ready(pod: &Value) -> bool {
         .any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
 }
 
-/// Says why it does not hold yet, or no more.
+/// Fails with `evidence` unless the condition holds.
 pub(crate) fn ensure(holds: bool, evidence: impl FnOnce() -> String) -> Result<()> {
     holds.then_some(()).with_context(evidence)
 }
@@ -213,7 +223,7 @@ pub(crate) fn account(name: &str) -> Value {
     })
 }
 
-/// A pod on a node that does nothing for ever but to wait for commands.
+/// A pod on a node that only waits for `kubectl exec`.
 pub(crate) fn idle_pod(name: &str, node: &str, account: &str) -> Value {
     pod_running(name, node, account, "while :; do sleep 3600; done")
 }

@@ -1,4 +1,4 @@
-//! What pods say to each other, and what others see of it.
+//! Steps about traffic between pods, and what is visible of it on the wire and in the access log.
 
 use std::net::IpAddr;
 
@@ -9,12 +9,12 @@ use crate::stage::{
     APPS, NODES, PATIENCE, Stage, account, address, container, ensure, idle_pod, name,
 };
 
-/// In every answer; nothing else on the wire holds it.
+/// A string in every answer, and in nothing else on the wire.
 pub(crate) const MARKER: &str = "marker-6b1d0c52";
-/// Where the apps listen.
+/// The apps' port.
 pub(crate) const PORT: u16 = 8080;
 
-/// A web server of busybox: `/cgi-bin/who` says who asks, `/cgi-bin/tick` goes on for ever.
+/// A web server of busybox: `/cgi-bin/who` answers with the caller's address, `/cgi-bin/tick` never ends.
 fn server_script() -> String {
     format!(
         r#"mkdir -p /tmp/www/cgi-bin && cd /tmp/www/cgi-bin
@@ -32,14 +32,14 @@ exec httpd -f -p 0.0.0.0:{PORT} -h /tmp/www"#
     )
 }
 
-/// A Deployment of that server, and a service of its name, on port 80.
+/// A Deployment of that server, its service account, and a service of its name on port 80.
 pub(crate) fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3] {
     let mut server = container(&server_script());
     let probe = json!({"httpGet": {"path": "/cgi-bin/who", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5});
     server["ports"] = json!([{"name": "http", "containerPort": PORT}]);
     server["readinessProbe"] = probe.clone();
     server["livenessProbe"] = probe;
-    // Others hear of its end before it comes.
+    // Callers must learn of its end before it stops listening.
     server["lifecycle"] = json!({"preStop": {"exec": {"command": ["sleep", "3"]}}});
     let mut spec = json!({
         "serviceAccountName": name, "terminationGracePeriodSeconds": 5, "containers": [server],
@@ -64,7 +64,7 @@ pub(crate) fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3
     [account(name), deployment, service]
 }
 
-/// The address of a service of the apps.
+/// The cluster IP of a service of the apps.
 pub(crate) fn service_address(stage: &Stage, name: &str) -> Result<String> {
     let service = stage.get(&format!("service -n {APPS} {name}"))?;
     Ok(service["spec"]["clusterIP"]
@@ -73,7 +73,7 @@ pub(crate) fn service_address(stage: &Stage, name: &str) -> Result<String> {
         .to_owned())
 }
 
-/// Where `/cgi-bin/who` of a service is.
+/// The URL of `/cgi-bin/who` of a service.
 pub(crate) fn who(stage: &Stage, service: &str) -> Result<String> {
     Ok(format!(
         "http://{}/cgi-bin/who",
@@ -81,12 +81,12 @@ pub(crate) fn who(stage: &Stage, service: &str) -> Result<String> {
     ))
 }
 
-/// `client-1` on the first node and `client-2` on the second.
+/// The client pods of the first and the second node.
 pub(crate) fn clients() -> [&'static str; 2] {
     ["client-1", "client-2"]
 }
 
-/// `web-1` on the first node and `web-2` on the second, and `web` of both.
+/// Starts a client and a server on each node: `client-1` and `web-1`, `client-2` and `web-2`.
 pub(crate) fn apps_start(stage: &Stage) -> Result<()> {
     let mut objects = vec![account("client")];
     for (node, (client, web)) in NODES
@@ -107,7 +107,7 @@ pub(crate) fn apps_start(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// All that passed between two addresses is TLS 1.3: one hello from each in the clear, then encrypted records only.
+/// Checks that everything between two addresses is TLS 1.3: one plaintext hello from each side, then encrypted records.
 fn is_tls_1_3(recording: &Recording, client: &str, server: &str) -> Result<()> {
     let (client, server): (IpAddr, IpAddr) = (client.parse()?, server.parse()?);
     let streams = recording.tcp_between(client, server).streams();
@@ -116,7 +116,7 @@ fn is_tls_1_3(recording: &Recording, client: &str, server: &str) -> Result<()> {
     })?;
     for stream in &streams {
         ensure(stream.server.port() == PORT, || {
-            format!("to another port than the app's: {}", stream.server)
+            format!("to a port that is not the app's: {}", stream.server)
         })?;
         hides_all(stream)?;
     }
@@ -161,7 +161,7 @@ pub(crate) fn pods_talk_tls(stage: &Stage) -> Result<()> {
             format!("{MARKER} is readable on the wire")
         })?;
     }
-    // On one node there is no wire.
+    // Traffic within a node does not cross the wire.
     for (client, web) in [("client-1", "web-1"), ("client-2", "web-2")] {
         let answer = stage.curl(client, &who(stage, web)?)?;
         ensure(answer.contains(MARKER), || answer.clone())?;
@@ -169,15 +169,15 @@ pub(crate) fn pods_talk_tls(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// The lines of a daemon's access log.
+/// The access log lines of a daemon's log.
 fn access(log: &str) -> impl Iterator<Item = Value> + '_ {
     log.lines()
         .filter_map(|line| serde_json::from_str(line).ok())
         .filter(|line: &Value| line["target"] == "access")
 }
 
-/// Waits until the log of a node's daemon has a connection between two accounts, over a tunnel; to an endpoint, perhaps,
-/// that begins so.
+/// Waits until the access log of a node has a tunnelled connection between two accounts, and, where given, to an endpoint
+/// that starts with this string.
 pub(crate) fn log_has_tunnel(
     stage: &Stage,
     node: &str,
@@ -204,12 +204,12 @@ pub(crate) fn log_has_tunnel(
     })
 }
 
-pub(crate) fn the_log_says_who(stage: &Stage) -> Result<()> {
+pub(crate) fn log_names_callers(stage: &Stage) -> Result<()> {
     for node in NODES {
         log_has_tunnel(stage, node, "client", "web-1", None)?;
         log_has_tunnel(stage, node, "client", "web-2", None)?;
     }
-    // Both nodes write the client's own address.
+    // The server's node logs the client pod's own address.
     let client_address = address(&stage.get(&format!("pod -n {APPS} client-1"))?).to_owned();
     let log = stage.daemon_log("node2")?;
     let client = format!("{client_address}:");
@@ -228,7 +228,7 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
         "wait -n {APPS} pod outsider --for=condition=Ready --timeout={}s",
         PATIENCE.as_secs()
     ))?;
-    // The pod's own address: a service would be the kernel's to translate, and then the same.
+    // By the pod's address, and by the service's, which kube-proxy translates.
     let web = address(&stage.pod(APPS, "app=web-2")?).to_owned();
     for url in [
         format!("http://{web}:{PORT}/cgi-bin/who"),
@@ -237,7 +237,7 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
         let answer = stage.curl("outsider", &url);
         ensure(answer.is_err(), || format!("it was answered: {answer:?}"))?;
     }
-    eventually_ok(PATIENCE, "a line that says why", || {
+    eventually_ok(PATIENCE, "a line with the reason", || {
         let log = stage.daemon_log("node2")?;
         let refused = access(&log).any(|line| {
             let reason = line["reason"].as_str().unwrap_or_default();
@@ -254,7 +254,7 @@ pub(crate) fn probes_have_passed(stage: &Stage) -> Result<()> {
     for web in ["web-1", "web-2"] {
         let pod = stage.pod(APPS, &format!("app={web}"))?;
         let status = &pod["status"]["containerStatuses"][0];
-        // One was killed by the step before; a probe that fails would do it again and again.
+        // An earlier step killed one of them. A failing probe would restart it again and again.
         ensure(
             status["ready"] == true && status["restartCount"].as_u64() <= Some(1),
             || format!("{}: {status}", name(&pod)),

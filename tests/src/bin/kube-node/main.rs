@@ -1,7 +1,7 @@
-//! Makes itself a node for containers: mounts and cgroups of its own, as the first process of a machine would. Others
-//! enter its namespaces; when it is killed with them, all of that is gone.
+//! Prepares the mounts and cgroups of a node that runs containers, in namespaces of its own. The node's programs enter
+//! these namespaces, which disappear with them and this process.
 //!
-//! Its network namespace is the one that it is started in.
+//! The network namespace is the one that this program is started in.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -16,11 +16,11 @@ use nix::sched::{CloneFlags, unshare};
 #[derive(Debug, Parser)]
 #[command(about = "Holds the namespaces of a node that runs containers")]
 struct Arguments {
-    /// The folder of each cgroup hierarchy that the node is to take for its root, as OPTIONS=FOLDER with the options of
-    /// the mount, such as `memory=/sys/fs/cgroup/memory/x`; the one of version 2 has none
+    /// The folder that is the node's root in a cgroup hierarchy, as OPTIONS=FOLDER with the mount options of the
+    /// hierarchy, such as `memory=/sys/fs/cgroup/memory/x`; cgroup v2 has no options
     #[arg(long = "root", required = true)]
     roots: Vec<Root>,
-    /// The folder below the root of version 2 that it goes to itself
+    /// The cgroup below the root of version 2 that this process joins
     #[arg(long)]
     leaf: String,
 }
@@ -35,8 +35,8 @@ impl std::str::FromStr for Root {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // `name=systemd=/x`: the options may have a `=`, our folders have none.
-        let (options, folder) = text.rsplit_once('=').ok_or("is not OPTIONS=FOLDER")?;
+        // Options may contain `=`, as in `name=systemd=/x`; our folders do not.
+        let (options, folder) = text.rsplit_once('=').ok_or("expected OPTIONS=FOLDER")?;
         Ok(Self {
             options: options.to_owned(),
             folder: folder.into(),
@@ -45,7 +45,7 @@ impl std::str::FromStr for Root {
 }
 
 impl Root {
-    /// The folder below /sys/fs/cgroup that hierarchies of these options are mounted on.
+    /// The folder below /sys/fs/cgroup where a hierarchy with these options is mounted.
     fn name(&self) -> &str {
         match self.options.as_str() {
             "" => "unified",
@@ -71,8 +71,8 @@ fn become_node(arguments: &Arguments) -> Result<()> {
         join(&root.folder)?;
     }
     unshare(CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWNS)
-        .context("making namespaces for mounts and cgroups")?;
-    // Nothing of this is to be seen outside; but what kubelet mounts, containers are to see.
+        .context("creating mount and cgroup namespaces")?;
+    // Mounts must not propagate to the machine, but those of the kubelet must propagate to containers.
     for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
         mount(
             None::<&str>,
@@ -81,14 +81,14 @@ fn become_node(arguments: &Arguments) -> Result<()> {
             propagation | MsFlags::MS_REC,
             None::<&str>,
         )
-        .context("keeping mounts to the node")?;
+        .context("changing the propagation of mounts")?;
     }
     for folder in ["/run", "/var/lib", "/var/log", CGROUPS] {
         mount_on("tmpfs", Path::new(folder), Some("mode=755"))?;
     }
     for root in &arguments.roots {
         let folder = Path::new(CGROUPS).join(root.name());
-        fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
+        fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
         match root.options.as_str() {
             "" => mount_on("cgroup2", &folder, None)?,
             options => mount_on("cgroup", &folder, Some(options))?,
@@ -96,14 +96,14 @@ fn become_node(arguments: &Arguments) -> Result<()> {
     }
     mount_on("bpf", Path::new("/sys/fs/bpf"), Some("mode=700"))?;
     for folder in ["/run/netns", "/run/lock"] {
-        fs::create_dir(folder).with_context(|| format!("making {folder}"))?;
+        fs::create_dir(folder).with_context(|| format!("creating {folder}"))?;
     }
     join(&Path::new(CGROUPS).join("unified").join(&arguments.leaf))?;
     println!("ready");
     Ok(())
 }
 
-/// Moves this process into the cgroup.
+/// Moves this process into a cgroup.
 fn join(folder: &Path) -> Result<()> {
     let members = folder.join("cgroup.procs");
     OpenOptions::new()
