@@ -1,3 +1,4 @@
+// The cluster test's programs of the CNI plugins. ../README.md says how to change the version.
 module tools/cni
 
 go 1.26.8

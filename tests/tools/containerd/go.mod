@@ -1,3 +1,4 @@
+// The cluster test's programs of containerd. ../README.md says how to change the version.
 module tools/containerd
 
 go 1.26.6

@@ -1,3 +1,4 @@
+// The cluster test's programs of etcd. ../README.md says how to change the version.
 module tools/etcd
 
 go 1.26.0

@@ -1,7 +1,9 @@
+// The cluster test's programs of Kubernetes. ../README.md says how to change the version.
 module tools/kubernetes
 
 go 1.26.0
 
+// k8s.io/kubernetes requires the modules that it publishes itself at v0.0.0.
 replace (
 	k8s.io/api => k8s.io/api v0.37.2
 	k8s.io/apiextensions-apiserver => k8s.io/apiextensions-apiserver v0.37.2
