@@ -1,26 +1,9 @@
-//! Finds the eBPF object that the daemon embeds, and turns the CA's protocols into Rust.
+//! Finds the eBPF object that the daemon embeds.
 
 use std::{env, path::PathBuf};
 
-const PROTOCOLS: [&str; 2] = ["istio_ca.proto", "auth_ca.proto"];
-
 fn main() {
     ebpf_object();
-    protocols();
-}
-
-fn protocols() {
-    println!("cargo::rerun-if-changed=proto");
-    let compiled = protox::compile(PROTOCOLS, ["proto"])
-        .map_err(|error| error.to_string())
-        .and_then(|files| {
-            tonic_prost_build::configure()
-                .compile_fds(files)
-                .map_err(|error| error.to_string())
-        });
-    if let Err(error) = compiled {
-        println!("cargo::error=proto: {error}");
-    }
 }
 
 fn ebpf_object() {

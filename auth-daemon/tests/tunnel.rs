@@ -14,7 +14,7 @@ use std::{
 
 use auth_daemon::{
     ca::embedded::EmbeddedCa,
-    certs::{Certificates, Current},
+    issuer::{Certificates, Current},
     mesh::TrustDomain,
     tunnel::{
         self, ALPN, Channel, Counters, Ending, Made, Pool, Taken,

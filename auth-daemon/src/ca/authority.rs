@@ -1,91 +1,63 @@
-//! The CA of a trust domain, without a network: what it knows, and what it does when asked. Who may ask is decided
-//! before.
+//! The CA of a trust domain, without a network: it issues, revokes, and rotates its root. Its callers decide who may ask.
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use crate::mesh::Identity;
+use crate::tunnel::tls::{
+    rfc3339,
+    svid::Svid,
+    trust::{Reason, Revoked},
+    unix_seconds,
+};
 use arc_swap::ArcSwap;
 use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
-use serde_json::json;
 use tokio::sync::{Notify, watch};
 
-pub use super::settings::{KeyAlgorithm, Root, Settings};
-use super::{
-    active::Active,
+use crate::ca::{
+    config::{MIN_LIFETIME, Root, Settings},
+    crl,
     csr::RequestedKey,
-    live::Live,
-    plugged::{self, PluggedIn},
-    rotation::{self, Phase},
+    intermediate::Intermediate,
+    rotation::{self, Phase, Rotation},
     signer::{self, SignError},
-    state::{Core, RevokedSerial, Since, Stored},
-    store::{Store, StoreError},
+    state::{CaState, Revocation, StoredSigner, Text},
+    status::AuthorityStatus,
+    store::{Store, StoreError, Stored},
+    view::{self, CaView},
 };
-use crate::{
-    mesh::Identity,
-    tunnel::{
-        tls::unix_seconds,
-        trust::{Reason, Revoked},
-    },
-};
+pub use crate::ca::{state::Serial, view::Published};
 
-/// One certificate that was issued.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IssuedRecord {
-    /// Serial number, big-endian.
-    pub serial: [u8; 16],
-    /// Not valid after, in seconds since the Unix epoch.
-    pub not_after: u64,
-    /// Which of the CA's signing certificates stands behind it: counts from 1 over the CA's life.
-    pub signer: u32,
-    /// Whose it is.
-    pub identity: Identity,
-    /// The node that it was given to, where that is known.
-    pub node: Option<String>,
-}
+/// The authority, while this replica is the leader.
+pub type Leader = watch::Receiver<Option<Arc<Authority>>>;
 
 /// What to revoke.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     /// One certificate.
-    Serial([u8; 16]),
-    /// All of an identity, those to come included.
+    Serial(Serial),
+    /// An identity: all of its certificates, and it gets no more.
     Identity(Identity),
-    /// All that a node got, and all that its pods show.
+    /// A node: all certificates that it got, all of its pods, and it gets no more.
     Node(String),
 }
 
-/// What all may know: pushed to daemons at each change.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Published {
-    /// Grows with each change, over restarts too.
-    pub version: u64,
-    /// Root certificates, DER.
-    pub roots: Vec<CertificateDer<'static>>,
-    /// Revocation lists, one per signing certificate, DER.
-    pub crls: Vec<Vec<u8>>,
-    /// Of a CA that is plugged in: the certificates between its lists' signer and the roots, that one first, DER.
-    pub intermediates: Vec<CertificateDer<'static>>,
-    /// Denied identities.
-    pub identities: Vec<(Identity, Reason)>,
-    /// Denied nodes.
-    pub nodes: Vec<(String, Reason)>,
-    /// Where a rotation stands, in words.
-    pub phase: String,
-}
-
-/// Why the CA does not do what it is asked.
+/// Why the CA refuses a request.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// The request itself: malformed, a weak key, a CSR that its key did not sign, another trust domain.
+    /// The request is wrong: malformed, a weak key, a CSR that its key did not sign, another trust domain.
     #[error("{0}")]
     Request(String),
-    /// What was revoked gets nothing more.
+    /// The identity or the node is revoked.
     #[error("{0}")]
-    Revoked(#[from] crate::tunnel::trust::Revoked),
-    /// The state could not be kept, so nothing was done.
+    Revoked(#[from] Revoked),
+    /// The state could not be stored, so nothing was done.
     #[error("{0}")]
     Store(#[from] StoreError),
     /// The operation does not fit the CA's state.
@@ -98,17 +70,14 @@ pub enum Refusal {
 #[error("{0}")]
 pub struct UnusableCa(pub String);
 
-/// How often records of what has ended are given up, in seconds.
-const PRUNED_EVERY: u64 = 600;
-/// Longest sleep between two looks at the clock, which somebody may have set.
+/// Longest sleep before the clock is read again, because somebody may set it, in seconds.
 const LONGEST_SLEEP: u64 = 3600;
 /// Longest wait after a failure, in seconds.
 const LONGEST_RETRY: u64 = 60;
-/// Longest name of a node that is revoked (a DNS subdomain, RFC 1123), in bytes.
+/// Longest name of a node (a DNS subdomain, RFC 1123), in bytes.
 const MAX_NODE: usize = 253;
 
-/// The CA. Shares are cheap to clone.
-#[derive(Clone)]
+/// The CA.
 pub struct Authority {
     inner: Arc<Inner>,
 }
@@ -116,32 +85,25 @@ pub struct Authority {
 struct Inner {
     store: Arc<dyn Store>,
     settings: Settings,
-    plugged: Option<PluggedIn>,
+    intermediate: Option<Intermediate>,
     clock: Clock,
-    /// What was kept last. Held while something changes.
-    core: tokio::sync::Mutex<Core>,
-    /// What follows from it, for those who read.
-    active: ArcSwap<Active>,
-    live: Mutex<Live>,
+    /// The stored state. Locked during a change.
+    state: tokio::sync::Mutex<CaState>,
+    /// The view of it, for readers.
+    view: ArcSwap<CaView>,
     published: watch::Sender<Arc<Published>>,
-    /// Something is due at another time than before.
+    /// Wakes [`Authority::run`] when something becomes due at another time.
     changed: Notify,
-    schedule: Mutex<Schedule>,
+    /// When the next revocation lists are due, in seconds since the Unix epoch.
+    crls_due: AtomicU64,
 }
 
-/// What is due without anybody asking, in seconds of the Unix epoch.
-#[derive(Clone, Copy, Debug, Default)]
-struct Schedule {
-    crls: u64,
-    prune: u64,
-}
-
-/// Where the time comes from.
+/// The source of the current time.
 #[derive(Clone)]
-pub(super) struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
+pub(crate) struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
 
 impl Clock {
-    pub(super) fn new(now: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(now: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         Self(Arc::new(now))
     }
 
@@ -151,78 +113,66 @@ impl Clock {
 }
 
 impl Authority {
-    /// Opens the CA that `store` keeps, making one where there is none.
+    /// Opens the CA of `store`, or creates one if there is none.
     pub async fn open(store: Arc<dyn Store>, settings: Settings) -> Result<Self, UnusableCa> {
         Self::open_at(store, settings, Clock::new(SystemTime::now)).await
     }
 
-    pub(super) async fn open_at(
+    pub(crate) async fn open_at(
         store: Arc<dyn Store>,
         settings: Settings,
         clock: Clock,
     ) -> Result<Self, UnusableCa> {
         let now = clock.now();
-        settings.check()?;
-        let plugged = match &settings.root {
+        check_settings(&settings)?;
+        let intermediate = match &settings.root {
             Root::SelfSigned { .. } => None,
-            Root::PluggedIn { directory } => Some(
-                plugged::load(directory, &settings.trust_domain, now)
-                    .map_err(|faults| UnusableCa(faults.join("\n")))?,
+            Root::Intermediate { directory } => Some(
+                Intermediate::load(directory, &settings.trust_domain, now)
+                    .map_err(|errors| UnusableCa(errors.join("\n")))?,
             ),
         };
-        let kept = store.load().await.map_err(|error| UnusableCa(error.0))?;
-        let (core, issued) = match kept {
-            Some(kept) => {
-                let core = Core::from_json(&kept.core)
-                    .map_err(|what| UnusableCa(format!("the CA's state {what}")))?;
-                (core, kept.issued)
-            }
-            None => (settings.new_core(plugged.as_ref(), now)?, Vec::new()),
+        let stored = store.load().await.map_err(|error| UnusableCa(error.0))?;
+        let in_state = |what| UnusableCa(format!("the CA's state {what}"));
+        let state = match stored {
+            Stored::State(json) => CaState::from_json(&json, now).map_err(in_state)?,
+            Stored::EmbeddedRoot(pem) => CaState::with_embedded_root(&pem)
+                .map_err(|what| UnusableCa(format!("the embedded CA's root {what}")))?,
+            Stored::Nothing => new_state(&settings, intermediate.as_ref(), now)?,
         };
-        let mut core = settings.take_up(core, plugged.as_ref())?;
+        let mut state = check_state(state, &settings, intermediate.as_ref())?;
         // The lists are signed anew, so what is published changes.
-        core.changed(now);
-        let mut live = Live::default();
-        for record in issued {
-            live.insert(record, now);
-        }
-        let live = Mutex::new(live);
-        let active = Active::new(&core, None, plugged.as_ref()).map_err(UnusableCa)?;
-        let published = active
-            .publish(&core, &live, now)
+        state.changed(now);
+        let view = CaView::new(&state, None, intermediate.as_ref()).map_err(UnusableCa)?;
+        let published = view
+            .publish(&state, now)
             .map_err(|error| UnusableCa(error.to_string()))?;
-        store
-            .keep(&core.to_json())
-            .await
-            .map_err(|error| UnusableCa(error.0))?;
+        let written = store.replace(&state.to_json()).await;
+        written.map_err(|error| UnusableCa(error.0))?;
         let inner = Inner {
             store,
             settings,
-            plugged,
+            intermediate,
             clock,
-            core: tokio::sync::Mutex::new(core),
-            active: ArcSwap::from_pointee(active),
-            live,
+            state: tokio::sync::Mutex::new(state),
+            view: ArcSwap::from_pointee(view),
             published: watch::Sender::new(Arc::new(published)),
             changed: Notify::new(),
-            schedule: Mutex::new(Schedule {
-                crls: now + super::revocation::LIFE / 2,
-                prune: now,
-            }),
+            crls_due: AtomicU64::new(now + crl::LIFETIME / 2),
         };
-        inner.show().await;
-        if let Some(plugged) = &inner.plugged {
-            plugged.warn_of_its_end(now);
+        inner.write_published().await;
+        if let Some(intermediate) = &inner.intermediate {
+            intermediate.warn_before_expiry(now);
         }
         Ok(Self {
             inner: Arc::new(inner),
         })
     }
 
-    /// Signs the key of `csr` (PKCS #10, DER; nothing else of it is used) for `identity`, for `lifetime` at most (the
-    /// maximum if that is zero; at least ten seconds otherwise), and records it as given to `node`. Returns the leaf,
-    /// then intermediates, without the root, once the record is safe.
-    pub async fn issue(
+    /// Signs the key of `csr` (PKCS #10, DER; everything else in it is ignored) for `identity`. The certificate names
+    /// `node`, and is valid for `lifetime`, at most for the maximum; zero asks for the maximum, and less than ten seconds
+    /// is refused. Returns the leaf and its intermediates, without the root.
+    pub fn issue(
         &self,
         identity: &Identity,
         csr: &[u8],
@@ -231,134 +181,131 @@ impl Authority {
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
         let inner = &*self.inner;
         inner.check_trust_domain(identity)?;
-        let lifetime = inner.settings.lifetime(lifetime)?;
-        let active = inner.active.load_full();
-        active.revocations.check_identity(identity)?;
-        if let Some(node) = node {
-            active.revocations.check_node(node)?;
-        }
+        let lifetime = inner.lifetime(lifetime)?;
+        let view = inner.view.load_full();
+        let check = |view: &CaView| {
+            view.revocations.check_identity(identity)?;
+            node.map_or(Ok(()), |node| view.revocations.check_node(node))
+        };
+        check(&view)?;
         let key =
             RequestedKey::from_csr(csr).map_err(|error| Refusal::Request(error.to_string()))?;
-        if active.owns(&key.spki()) {
+        if view.owns_key(&key.spki()) {
             return Err(Refusal::Request("the CSR's key is the CA's own".into()));
         }
         let now = inner.clock.now();
-        let signer = active.signing();
-        let leaf = signer.svid(identity, &key, lifetime, now)?;
-        let record = IssuedRecord {
-            serial: leaf.serial,
-            not_after: leaf.not_after,
-            signer: active.rotation.signing,
-            identity: identity.clone(),
-            node: node.map(str::to_owned),
-        };
-        inner.store.record(std::slice::from_ref(&record)).await?;
-        inner.live().insert(record.clone(), inner.clock.now());
-        // Whoever revokes looks for what is live after the revocation holds: either finds the other.
-        let current = inner.active.load();
-        current.check(&record)?;
-        if !current.believes(record.signer) {
+        let signer = view.signing();
+        let node = Some(node.unwrap_or_default());
+        let leaf = signer.svid(identity, &key, node, lifetime, now)?;
+        // The state may have changed meanwhile. A root that stopped signing is only needed for what it signed before.
+        let current = inner.view.load();
+        check(&current)?;
+        if current.rotation.signing != view.rotation.signing {
             return Err(Refusal::State(
-                "the root was replaced while this was signed: ask again".into(),
+                "the root was replaced while this was signed: retry".into(),
             ));
         }
         Ok(signer.chain(&leaf))
     }
 
-    /// Key and certificate for the CA's own server, for DNS names and IP addresses, and when to ask for the next one:
-    /// at half-life, or when the root changes ([`Authority::published`]).
-    pub fn serving_certificate(
+    /// Key and certificate for the CA's own server, for DNS names and IP addresses, and when to renew it: at half of its
+    /// life, or when the roots change ([`Authority::published`]).
+    pub fn server_certificate(
         &self,
         names: &[String],
     ) -> Result<(Arc<CertifiedKey>, SystemTime), Refusal> {
         let inner = &*self.inner;
         let now = inner.clock.now();
-        let active = inner.active.load();
         let lifetime = inner.settings.max_lifetime.as_secs();
-        let (key, leaf) = active.signing().serving(names, lifetime, now)?;
-        inner.live().note(active.rotation.signing, leaf.not_after);
+        let view = inner.view.load();
+        let (key, leaf) = view.signing().server_certificate(names, lifetime, now)?;
         let half = now + (leaf.not_after - now) / 2;
         Ok((key, UNIX_EPOCH + Duration::from_secs(half)))
     }
 
-    /// The record of a certificate that has not ended yet.
-    pub fn issued(&self, serial: &[u8; 16]) -> Option<IssuedRecord> {
-        let now = self.inner.clock.now();
-        self.inner.live().get(serial, now).cloned()
+    /// The content of `certificate` (DER), if this CA issued it to a workload, and it is neither expired nor revoked.
+    pub fn verify(&self, certificate: &[u8]) -> Result<Svid, String> {
+        let inner = &*self.inner;
+        let svid = Svid::parse(certificate, inner.settings.trust_domain.as_str())
+            .map_err(|error| error.to_string())?;
+        let view = inner.view.load();
+        if !view.issued(certificate) {
+            return Err(format!("{} was not issued by this CA", svid.serial));
+        }
+        if unix_seconds(svid.not_after) < inner.clock.now() {
+            return Err(format!("{} has expired", svid.serial));
+        }
+        view.check(&svid).map_err(|revoked| revoked.to_string())?;
+        Ok(svid)
     }
 
-    /// Whether what `serial` belongs to, its identity and its node are free of revocation.
-    pub fn check(&self, record: &IssuedRecord) -> Result<(), Revoked> {
-        self.inner.active.load().check(record)
-    }
-
-    /// Revokes; returns how many certificates that have not ended that touches. What is revoked already gets the new
-    /// reason.
-    pub async fn revoke(&self, target: Target, reason: Reason) -> Result<u64, Refusal> {
+    /// Revokes `target`. If it is revoked already, that gets the new reason.
+    pub async fn revoke(&self, target: Target, reason: Reason) -> Result<(), Refusal> {
         self.inner
-            .change(move |core, inner, now| inner.revoke(core, target, reason, now))
+            .change(move |state, inner, now| inner.revoke(state, target, reason, now))
             .await
     }
 
-    /// Takes a revocation back.
+    /// Withdraws a revocation.
     pub async fn unrevoke(&self, target: Target) -> Result<(), Refusal> {
         self.inner
-            .change(move |core, _, _| {
+            .change(move |state, _, _| {
+                let revoked = &mut state.revoked;
                 let found = match &target {
-                    Target::Serial(serial) => core.serials.remove(serial).is_some(),
-                    Target::Identity(identity) => core.identities.remove(identity).is_some(),
-                    Target::Node(node) => core.nodes.remove(node).is_some(),
+                    Target::Serial(serial) => revoked.serials.remove(&Text(*serial)),
+                    Target::Identity(identity) => {
+                        revoked.identities.remove(&Text(identity.clone()))
+                    }
+                    Target::Node(node) => revoked.nodes.remove(node),
                 };
-                if found {
-                    tracing::warn!(%target, "revocation taken back");
-                    return Ok(());
+                if found.is_none() {
+                    return Err(Refusal::State(format!(
+                        "{target} is not revoked by itself: `auth-daemon ca status` lists revocations"
+                    )));
                 }
-                Err(Refusal::State(format!(
-                    "{target} is not revoked by itself: `auth-daemon ca status` lists what is"
-                )))
+                tracing::warn!(%target, "revocation withdrawn");
+                Ok(())
             })
             .await
     }
 
-    /// Starts the rotation of the root; returns the phase in words.
+    /// Starts to rotate the root. Returns the phase, for people.
     pub async fn rotate_root(&self) -> Result<String, Refusal> {
         self.inner
-            .change(|core, inner, now| {
-                inner.start_rotation(core, now)?;
-                Ok(Active::phase(core.rotation, |_| 0))
+            .change(|state, inner, now| {
+                inner.start_rotation(state, now)?;
+                Ok(view::describe(state.rotation))
             })
             .await
     }
 
-    /// What all may know, and each change of it.
+    /// What is published, and each change of it.
     pub fn published(&self) -> watch::Receiver<Arc<Published>> {
         self.inner.published.subscribe()
     }
 
-    /// For people and programs: phase, roots with serial, fingerprint and times, numbers of live and revoked.
-    pub fn status(&self) -> serde_json::Value {
+    /// The status of the CA.
+    pub fn status(&self) -> AuthorityStatus {
         let inner = &*self.inner;
-        let active = inner.active.load();
-        let now = inner.clock.now();
-        let (issued, ends) = {
-            let mut live = inner.live();
-            live.forget(now, usize::MAX);
-            let ends = active.rotation.due(|signer| live.last_end(signer));
-            (live.iter(now).count(), ends)
-        };
-        let mut status = active.status();
-        status["issued"] = json!(issued);
-        status["phaseEnds"] = json!(ends.map(crate::tunnel::tls::rfc3339));
-        status["trustDomain"] = json!(inner.settings.trust_domain.as_str());
-        status["pluggedIn"] = json!(inner.plugged.is_some());
-        status
+        let view = inner.view.load();
+        AuthorityStatus {
+            trust_domain: inner.settings.trust_domain.to_string(),
+            phase: view.phase_name().into(),
+            phase_ends: view.rotation.due().map(rfc3339),
+            version: view.version,
+            algorithm: view.signing().algorithm(),
+            intermediate: inner.intermediate.is_some(),
+            roots: view.roots_status(),
+            revoked: view.revoked_status(),
+        }
     }
 
-    /// Does what is due: steps of a rotation, new revocation lists before the old ones end, forgetting. Runs for ever.
-    pub async fn keep_up(&self) {
+    /// Does what becomes due: the steps of a rotation, and new revocation lists before the old ones expire. Runs for
+    /// ever.
+    pub async fn run(&self) {
         let mut failures = 0_u32;
         loop {
-            let wait = match self.inner.catch_up().await {
+            let wait = match self.inner.do_due().await {
                 Ok(due) => {
                     failures = 0;
                     due.saturating_sub(self.inner.clock.now())
@@ -367,7 +314,7 @@ impl Authority {
                 Err(error) => {
                     failures += 1;
                     let wait = LONGEST_RETRY.min(1 << failures.min(6));
-                    tracing::error!(%error, retry_in_seconds = wait, "the CA cannot do what is due");
+                    tracing::error!(%error, retry_in_seconds = wait, "CA state cannot be advanced");
                     wait
                 }
             };
@@ -380,34 +327,27 @@ impl Authority {
 }
 
 impl Inner {
-    fn live(&self) -> MutexGuard<'_, Live> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn schedule(&self) -> MutexGuard<'_, Schedule> {
-        self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Changes the state: what `change` makes of it is kept first, and holds then. Goes on to the end even if the caller
-    /// does not wait for it.
+    /// Changes the state: the result of `change` is stored first, and takes effect then. Completes even if the caller
+    /// stops waiting.
     async fn change<T: Send + 'static>(
         self: &Arc<Self>,
-        change: impl FnOnce(&mut Core, &Self, u64) -> Result<T, Refusal> + Send + 'static,
+        change: impl FnOnce(&mut CaState, &Self, u64) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Refusal> {
         let inner = self.clone();
         let task = tokio::spawn(async move {
-            let mut core = inner.core.lock().await;
+            let mut state = inner.state.lock().await;
             let now = inner.clock.now();
-            let mut next = core.clone();
+            let mut next = state.clone();
             let answer = change(&mut next, &inner, now)?;
             next.changed(now);
-            let active = Active::new(&next, Some(&inner.active.load()), inner.plugged.as_ref())
+            let previous = inner.view.load_full();
+            let view = CaView::new(&next, Some(&previous), inner.intermediate.as_ref())
                 .map_err(Refusal::State)?;
-            inner.store.keep(&next.to_json()).await?;
-            *core = next;
-            inner.active.store(Arc::new(active));
-            inner.announce(&core, now);
-            inner.show().await;
+            inner.store.replace(&next.to_json()).await?;
+            *state = next;
+            inner.view.store(Arc::new(view));
+            inner.publish(&state, now);
+            inner.write_published().await;
             inner.changed.notify_one();
             Ok(answer)
         });
@@ -415,26 +355,40 @@ impl Inner {
             .unwrap_or_else(|error| Err(Refusal::State(format!("the change failed: {error}"))))
     }
 
-    /// Signs the lists of what is revoked now, and tells everybody.
-    fn announce(&self, core: &Core, now: u64) {
-        let lists = self.active.load().publish(core, &self.live, now);
-        match lists {
+    /// Signs the revocation lists of `state` and publishes everything.
+    fn publish(&self, state: &CaState, now: u64) {
+        let due = match self.view.load().publish(state, now) {
             Ok(published) => {
-                self.schedule().crls = now + super::revocation::LIFE / 2;
                 self.published.send_replace(Arc::new(published));
+                now + crl::LIFETIME / 2
             }
             Err(error) => {
-                tracing::error!(%error, "the revocation lists cannot be signed; daemons keep the last ones");
-                self.schedule().crls = now + LONGEST_RETRY;
+                tracing::error!(%error, "revocation lists cannot be signed; daemons keep the last ones");
+                now + LONGEST_RETRY
             }
+        };
+        self.crls_due.store(due, Ordering::SeqCst);
+    }
+
+    async fn write_published(&self) {
+        let published = self.published.borrow().clone();
+        let written = self.store.publish(&published.roots, &published.crls).await;
+        if let Err(error) = written {
+            tracing::warn!(%error, "published roots and revocation lists cannot be written");
         }
     }
 
-    async fn show(&self) {
-        let published = self.published.borrow().clone();
-        if let Err(error) = self.store.publish(&published).await {
-            tracing::warn!(%error, "what the CA publishes could not be written for people to see");
+    fn lifetime(&self, wanted: Duration) -> Result<u64, Refusal> {
+        let most = self.settings.max_lifetime;
+        if wanted.is_zero() {
+            return Ok(most.as_secs());
         }
+        if wanted < MIN_LIFETIME {
+            return Err(Refusal::Request(format!(
+                "a lifetime of {wanted:?} is asked for; the shortest is {MIN_LIFETIME:?}"
+            )));
+        }
+        Ok(wanted.min(most).as_secs())
     }
 
     fn check_trust_domain(&self, identity: &Identity) -> Result<(), Refusal> {
@@ -449,59 +403,40 @@ impl Inner {
 
     fn revoke(
         &self,
-        core: &mut Core,
+        state: &mut CaState,
         target: Target,
         reason: Reason,
         now: u64,
-    ) -> Result<u64, Refusal> {
-        let live = self.live();
-        let at = now;
-        let touched = match &target {
+    ) -> Result<(), Refusal> {
+        let new = Revocation { reason, at: now };
+        let revoked = &mut state.revoked;
+        let entry = match &target {
             Target::Serial(serial) => {
-                if self.active.load().is_own_serial(serial) {
+                if self.view.load().owns_serial(*serial) {
                     return Err(Refusal::Request(
-                        "that is the serial number of the CA's own certificate: rotate the root instead".into(),
+                        "this is the serial number of the CA's own certificate: rotate the root instead".into(),
                     ));
                 }
-                let record = live.get(serial, now);
-                if record.is_none() {
-                    tracing::warn!(
-                        %target, "revoked, but no certificate that has not ended is known to have this serial number; \
-                         it stays on the list until the revocation is taken back"
-                    );
-                }
-                let revoked = core.serials.entry(*serial).or_insert(RevokedSerial {
-                    since: Since { reason, at },
-                    not_after: record.map(|record| record.not_after),
-                    signer: record.map(|record| record.signer),
-                });
-                revoked.since.reason = reason;
-                usize::from(record.is_some())
+                revoked.serials.entry(Text(*serial)).or_insert(new)
             }
             Target::Identity(identity) => {
                 self.check_trust_domain(identity)?;
-                let since = core.identities.entry(identity.clone());
-                since.or_insert(Since { reason, at }).reason = reason;
-                live.iter(now).filter(|r| r.identity == *identity).count()
+                let identities = revoked.identities.entry(Text(identity.clone()));
+                identities.or_insert(new)
             }
             Target::Node(node) => {
                 if node.is_empty() || node.len() > MAX_NODE || node.chars().any(char::is_control) {
-                    return Err(Refusal::Request(format!(
-                        "{node:.64?} is not a node's name"
-                    )));
+                    return Err(Refusal::Request(format!("{node:.64?} is not a node name")));
                 }
-                let since = core.nodes.entry(node.clone());
-                since.or_insert(Since { reason, at }).reason = reason;
-                live.iter(now)
-                    .filter(|r| r.node.as_ref() == Some(node))
-                    .count()
+                revoked.nodes.entry(node.clone()).or_insert(new)
             }
         };
-        tracing::warn!(%target, %reason, certificates = touched, "revoked");
-        Ok(touched as u64)
+        entry.reason = reason;
+        tracing::warn!(%target, %reason, "revoked");
+        Ok(())
     }
 
-    fn start_rotation(&self, core: &mut Core, now: u64) -> Result<(), Refusal> {
+    fn start_rotation(&self, state: &mut CaState, now: u64) -> Result<(), Refusal> {
         let Root::SelfSigned {
             algorithm,
             lifetime,
@@ -509,69 +444,58 @@ impl Inner {
         } = &self.settings.root
         else {
             return Err(Refusal::State(
-                "the signing certificate is plugged in: add the new root to root-cert.pem and restart, then replace \
-                 ca-cert.pem, ca-key.pem and cert-chain.pem and restart, then take the old root out"
+                "the CA signs as an intermediate (pluggedIn): add the new root to root-cert.pem and restart, then \
+                 replace ca-cert.pem, ca-key.pem and cert-chain.pem and restart, then remove the old root"
                     .into(),
             ));
         };
-        let rotation = core.rotation;
-        let under_way = || {
-            let phase = Active::phase(rotation, |signer| self.live().last_end(signer));
+        let rotation = state.rotation;
+        let in_progress = || {
             Refusal::State(format!(
-                "a rotation is under way ({phase}): wait until `auth-daemon ca status` says steady"
+                "a rotation is in progress ({}): wait until `auth-daemon ca status` shows steady",
+                view::describe(rotation)
             ))
         };
         if rotation.phase != Phase::Steady {
-            return Err(under_way());
+            return Err(in_progress());
         }
-        let root = signer::make_root(
-            &self.settings.trust_domain,
-            *algorithm,
-            lifetime.as_secs(),
-            now,
-        )?;
-        let end = self.active.load().signing().life().end;
-        let next = core.add_signer(Stored::root(root).map_err(Refusal::State)?);
-        core.rotation = rotation
+        let trust_domain = &self.settings.trust_domain;
+        let root = signer::make_root(trust_domain, *algorithm, lifetime.as_secs(), now)?;
+        let end = self.view.load().signing().life().end;
+        let stored = StoredSigner::root(root, self.settings.max_lifetime.as_secs())
+            .map_err(Refusal::State)?;
+        let next = state.add_signer(stored);
+        state.rotation = rotation
             .start(next, now, spread.as_secs(), end)
-            .ok_or_else(under_way)?;
-        tracing::info!(
-            root = next,
-            "a new root is published; it will sign once all know it"
-        );
+            .ok_or_else(in_progress)?;
+        tracing::info!(root = next, "new root published; it does not sign yet");
         Ok(())
     }
 
-    /// Does what is due now; returns when the next thing is.
-    async fn catch_up(self: &Arc<Self>) -> Result<u64, Refusal> {
+    /// Does what is due now; returns when the next thing is due.
+    async fn do_due(self: &Arc<Self>) -> Result<u64, Refusal> {
         loop {
             let now = self.clock.now();
-            let active = self.active.load_full();
-            let step = active.rotation.due(|signer| self.live().last_end(signer));
-            let start = self.starts_by_itself(&active);
-            let crls = self.schedule().crls;
-            let due = [step, start, Some(crls)].into_iter().flatten().min();
-            let due = due.unwrap_or(crls);
+            let view = self.view.load_full();
+            let crls = self.crls_due.load(Ordering::SeqCst);
+            let others = [view.rotation.due(), self.rotation_starts(&view)];
+            let due = others.into_iter().flatten().fold(crls, u64::min);
             if due > now {
-                return Ok(due.min(self.prune(now).await?));
+                return Ok(due);
             }
-            if let Some(plugged) = &self.plugged {
-                plugged.warn_of_its_end(now);
+            if let Some(intermediate) = &self.intermediate {
+                intermediate.warn_before_expiry(now);
             }
-            self.change(move |core, inner, now| {
-                let last_end = |signer| inner.live().last_end(signer);
-                if let Some(next) = core.rotation.step(now, last_end) {
-                    core.rotate(next);
-                    tracing::info!(
-                        phase = Active::phase(next, last_end),
-                        "the root's rotation went on"
-                    );
+            self.change(move |state, inner, now| {
+                if let Some(next) = state.rotation.step(now, state.longest_lifetime()) {
+                    state.rotate(next);
+                    tracing::info!(phase = view::describe(next), "root rotation advanced");
                 } else if inner
-                    .starts_by_itself(&inner.active.load())
+                    .rotation_starts(&inner.view.load())
                     .is_some_and(|due| due <= now)
                 {
-                    tracing::info!("the root nears its end and is replaced");
-                    inner.start_rotation(core, now)?;
+                    tracing::info!("root expires soon and is replaced");
+                    inner.start_rotation(state, now)?;
                 }
                 Ok(())
             })
@@ -579,31 +503,115 @@ impl Inner {
         }
     }
 
-    /// When the root that signs has to be replaced; never while that is under way, or where it is plugged in.
-    fn starts_by_itself(&self, active: &Active) -> Option<u64> {
+    /// When a rotation starts by itself; `None` during a rotation, and for an intermediate.
+    fn rotation_starts(&self, view: &CaView) -> Option<u64> {
         match &self.settings.root {
-            Root::SelfSigned { spread, .. } if active.rotation.phase == Phase::Steady => {
-                Some(rotation::starts_by_itself(
-                    active.signing().life(),
-                    spread.as_secs(),
-                    self.settings.max_lifetime.as_secs(),
-                ))
+            Root::SelfSigned { spread, .. } if view.rotation.phase == Phase::Steady => {
+                let lifetime = self.settings.max_lifetime.as_secs();
+                let life = view.signing().life();
+                Some(rotation::starts_by_itself(life, spread.as_secs(), lifetime))
             }
             _ => None,
         }
     }
+}
 
-    /// Gives up what has ended, now and then; returns when next.
-    async fn prune(&self, now: u64) -> Result<u64, Refusal> {
-        let due = self.schedule().prune;
-        if now < due {
-            return Ok(due);
+/// Refuses settings that cannot work, with all errors.
+fn check_settings(settings: &Settings) -> Result<(), UnusableCa> {
+    let mut errors = Vec::new();
+    let longest = settings.max_lifetime;
+    if longest < MIN_LIFETIME {
+        errors.push(format!(
+            "the longest lifetime of a certificate is {longest:?}; it is at least {MIN_LIFETIME:?}"
+        ));
+    }
+    if let Root::SelfSigned {
+        lifetime, spread, ..
+    } = &settings.root
+    {
+        let least = 2 * rotation::least_left(spread.as_secs(), longest.as_secs());
+        if lifetime.as_secs() < least {
+            errors.push(format!(
+                "a root's lifetime of {lifetime:?} is too short to replace it in time: with certificates of \
+                 {longest:?} and a spread of {spread:?} it is at least {least} s"
+            ));
         }
-        self.live().forget(now, usize::MAX);
-        self.store.prune(now).await?;
-        let due = now + PRUNED_EVERY;
-        self.schedule().prune = due;
-        Ok(due)
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    Err(UnusableCa(errors.join("\n")))
+}
+
+fn new_state(
+    settings: &Settings,
+    intermediate: Option<&Intermediate>,
+    now: u64,
+) -> Result<CaState, UnusableCa> {
+    let (domain, longest) = (&settings.trust_domain, settings.max_lifetime.as_secs());
+    match (&settings.root, intermediate) {
+        (
+            Root::SelfSigned {
+                algorithm,
+                lifetime,
+                ..
+            },
+            _,
+        ) => {
+            let root = signer::make_root(domain, *algorithm, lifetime.as_secs(), now)
+                .map_err(|error| UnusableCa(error.to_string()))?;
+            CaState::with_root(domain, root, longest).map_err(UnusableCa)
+        }
+        (Root::Intermediate { .. }, Some(intermediate)) => {
+            let certificate = intermediate.signer.certificate().clone();
+            Ok(CaState::with_intermediate(domain, certificate, longest))
+        }
+        (Root::Intermediate { .. }, None) => Err(UnusableCa("there is no intermediate".into())),
+    }
+}
+
+/// Checks that the stored state belongs to these settings, and makes the configured intermediate the signer.
+fn check_state(
+    mut state: CaState,
+    settings: &Settings,
+    intermediate: Option<&Intermediate>,
+) -> Result<CaState, UnusableCa> {
+    if state.trust_domain != settings.trust_domain {
+        return Err(UnusableCa(format!(
+            "the CA's state is of trust domain {}, but trustDomain is {}: each needs a place of its own",
+            state.trust_domain, settings.trust_domain
+        )));
+    }
+    let longest = settings.max_lifetime.as_secs();
+    for signer in state.signers.values_mut() {
+        signer.max_lifetime = signer.max_lifetime.max(longest);
+    }
+    let own_root = state.signers.values().any(|signer| signer.key.is_some());
+    match (own_root, intermediate) {
+        (true, Some(_)) => Err(UnusableCa(
+            "the CA's state has a root of its own, but an intermediate (pluggedIn) is configured: use a new place for \
+             the state, and keep the old root beside the new one in root-cert.pem until its last certificate has expired"
+                .into(),
+        )),
+        (false, None) => Err(UnusableCa(
+            "the CA's state is of an intermediate (pluggedIn), but none is configured: configure it, or use a new \
+             place for the state"
+                .into(),
+        )),
+        (true, None) => Ok(state),
+        (false, Some(intermediate)) => {
+            let certificate = intermediate.signer.certificate();
+            if state.signers[&state.rotation.signing].certificate != *certificate {
+                let number = state.add_signer(StoredSigner {
+                    certificate: certificate.clone(),
+                    key: None,
+                    max_lifetime: longest,
+                });
+                state.rotate(Rotation::steady(number));
+                tracing::info!("another intermediate is configured");
+            }
+            Ok(state)
+        }
     }
 }
 
@@ -619,7 +627,7 @@ impl From<SignError> for Refusal {
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Serial(serial) => write!(f, "certificate {}", signer::hex(serial)),
+            Self::Serial(serial) => write!(f, "certificate {serial}"),
             Self::Identity(identity) => write!(f, "{identity}"),
             Self::Node(node) => write!(f, "node {node}"),
         }

@@ -1,47 +1,50 @@
-//! What the CA's server has done since it started.
-
-use std::sync::atomic::{AtomicU64, Ordering};
+//! What the CA's server has done since it started, for Prometheus and for the status.
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{
-        counter::{ConstCounter, Counter},
-        family::Family,
-    },
+    metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
-use serde_json::{Value, json};
 
-/// Kinds of refusals.
+use crate::ca::status::ServerStatus;
+
+/// Kinds of refused requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Nobody knows who asks.
+pub(crate) enum Kind {
+    /// The caller is unknown.
     Unattested,
-    /// It is known who asks, and that it must not have this.
+    /// The caller is known, but must not have this.
     Denied,
-    /// What was asked for makes no sense, or is weak.
+    /// The request is malformed, or its key is weak.
     Malformed,
-    /// Revoked before.
+    /// The identity or the node is revoked.
     Revoked,
-    /// More than is read.
+    /// The request exceeds a limit.
     TooLarge,
-    /// Not now: not the leader, or the state cannot be kept.
+    /// This replica is not the leader, or the request took too long.
     Unavailable,
 }
 
-const KINDS: [(Kind, &str); 6] = [
-    (Kind::Unattested, "unattested"),
-    (Kind::Denied, "denied"),
-    (Kind::Malformed, "malformed"),
-    (Kind::Revoked, "revoked"),
-    (Kind::TooLarge, "tooLarge"),
-    (Kind::Unavailable, "unavailable"),
-];
-
 impl Kind {
-    /// For logs and the status.
-    pub(super) fn name(self) -> &'static str {
-        KINDS[self as usize].1
+    const ALL: [Self; 6] = [
+        Self::Unattested,
+        Self::Denied,
+        Self::Malformed,
+        Self::Revoked,
+        Self::TooLarge,
+        Self::Unavailable,
+    ];
+
+    /// The name in logs, metrics and the status.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Unattested => "unattested",
+            Self::Denied => "denied",
+            Self::Malformed => "malformed",
+            Self::Revoked => "revoked",
+            Self::TooLarge => "tooLarge",
+            Self::Unavailable => "unavailable",
+        }
     }
 }
 
@@ -50,59 +53,50 @@ struct Why {
     why: &'static str,
 }
 
-/// Counts for the status.
+/// The counters.
 #[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) issued: AtomicU64,
-    pub(super) failed_handshakes: AtomicU64,
-    pub(super) refused_connections: AtomicU64,
-    refused: [AtomicU64; KINDS.len()],
+pub(crate) struct Counters {
+    pub(crate) issued: Counter,
+    pub(crate) failed_handshakes: Counter,
+    pub(crate) refused_connections: Counter,
+    refused: Family<Why, Counter>,
 }
 
 impl Counters {
-    pub(super) fn refused(&self, kind: Kind) {
-        self.refused[kind as usize].fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn refused(&self, kind: Kind) {
+        self.of(kind).inc();
     }
 
-    /// Adds them to what Prometheus is told.
-    pub(super) fn register(&self, registry: &mut Registry) {
-        let count = |counter: &AtomicU64| ConstCounter::new(counter.load(Ordering::Relaxed));
-        registry.register("issued", "Certificates issued", count(&self.issued));
+    fn of(&self, kind: Kind) -> Counter {
+        let why = kind.name();
+        self.refused.get_or_create(&Why { why }).clone()
+    }
+
+    /// Adds all counters to `registry`.
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        let _ = Kind::ALL.map(|kind| self.of(kind));
+        registry.register("issued", "Certificates issued", self.issued.clone());
         registry.register(
             "failed_handshakes",
             "TLS handshakes of callers that failed",
-            count(&self.failed_handshakes),
+            self.failed_handshakes.clone(),
         );
         registry.register(
             "refused_connections",
-            "Connections refused before TLS, for want of a place",
-            count(&self.refused_connections),
+            "Connections refused before TLS, because a limit was reached",
+            self.refused_connections.clone(),
         );
-        let refused = Family::<Why, Counter>::default();
-        for (kind, why) in KINDS {
-            let count = self.refused[kind as usize].load(Ordering::Relaxed);
-            refused.get_or_create(&Why { why }).inc_by(count);
-        }
-        registry.register("refused_requests", "Requests refused", refused);
+        registry.register("refused_requests", "Requests refused", self.refused.clone());
     }
 
-    pub(super) fn to_json(&self) -> Value {
-        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let refused: serde_json::Map<_, _> = KINDS
-            .iter()
-            .map(|(kind, name)| {
-                (
-                    (*name).to_owned(),
-                    count(&self.refused[*kind as usize]).into(),
-                )
-            })
-            .collect();
-        json!({
-            "issued": count(&self.issued),
-            "refused": refused,
-            "failedHandshakes": count(&self.failed_handshakes),
-            "refusedConnections": count(&self.refused_connections),
-        })
+    pub(crate) fn status(&self) -> ServerStatus {
+        let refused = Kind::ALL.map(|kind| (kind.name().to_owned(), self.of(kind).get().into()));
+        ServerStatus {
+            issued: self.issued.get(),
+            refused: refused.into_iter().collect(),
+            failed_handshakes: self.failed_handshakes.get(),
+            refused_connections: self.refused_connections.get(),
+        }
     }
 }
 
@@ -111,16 +105,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_kind_has_its_counter() {
+    fn counts_each_kind() {
         let counters = Counters::default();
-        for (index, (kind, name)) in KINDS.into_iter().enumerate() {
-            assert_eq!((kind as usize, kind.name()), (index, name));
+        for kind in Kind::ALL {
             counters.refused(kind);
         }
         counters.refused(Kind::Revoked);
-        let json = counters.to_json();
-        assert_eq!(json["refused"]["revoked"], 2);
-        assert_eq!(json["refused"]["denied"], 1);
-        assert_eq!(json["issued"], 0);
+        let status = counters.status();
+        assert_eq!(status.refused["revoked"], 2);
+        assert_eq!((&status.refused["denied"], status.issued), (&1.into(), 0));
     }
 }

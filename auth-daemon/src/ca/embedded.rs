@@ -1,6 +1,5 @@
-//! A CA without a server: the trust domain's root key in a folder that its daemons share.
-//!
-//! For a laptop, a test, or a few nodes with a shared file system. Whoever reads the folder is the CA.
+//! The embedded CA: the trust domain's root key in a directory that its daemons share, for a laptop, a test, or a few
+//! nodes with a shared file system. Whoever can read the directory is the CA.
 
 use std::{
     fs, io,
@@ -10,27 +9,24 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use crate::mesh::{Identity, TrustDomain};
+use crate::tunnel::tls::{
+    trust::{Trust, TrustBundle, TrustStore},
+    unix_seconds,
+};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 
-use super::{
-    IssueError, IssueFuture, Issued, Issuer,
-    authority::KeyAlgorithm,
+use crate::ca::{
+    config::KeyAlgorithm,
     csr::RequestedKey,
     files::{self, write_new},
     signer::{self, Signer},
-    store::directory::{CORE, EMBEDDED as ROOT_FILE, ROOTS as CERTIFICATE_FILE},
-};
-use crate::{
-    mesh::{Identity, TrustDomain},
-    tunnel::{
-        tls::unix_seconds,
-        trust::{Trust, TrustBundle, TrustStore},
-    },
+    store::directory::{EMBEDDED as ROOT_FILE, ROOTS as CERTIFICATE_FILE, STATE},
 };
 
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
-/// Signs with a root key read from a folder.
+/// Signs with a root key from a directory.
 pub struct EmbeddedCa {
     trust_domain: TrustDomain,
     signer: Signer,
@@ -38,21 +34,21 @@ pub struct EmbeddedCa {
     lifetime: Duration,
 }
 
-/// Why the folder cannot serve as a CA. Each names the file.
+/// Why the directory cannot be used. Each error names the file.
 #[derive(Debug, thiserror::Error)]
 pub enum UnusableCa {
     /// Reading or writing failed.
     #[error("ca.directory: {path}: {error}")]
     Io {
-        /// The file or folder.
+        /// The file or directory.
         path: PathBuf,
         /// What happened.
         error: io::Error,
     },
-    /// Others than the owner may read the key.
+    /// Others than the owner can read the key.
     #[error(
-        "ca.directory: {path}: mode {mode:03o} lets others than its owner in; the root key may be known to them. \
-         If it is not, run `chmod 600 {path}`"
+        "ca.directory: {path}: mode {mode:03o} allows others than its owner to read it; they may know the root key. \
+         If they do not, run `chmod 600 {path}`"
     )]
     Exposed {
         /// The key file.
@@ -60,18 +56,18 @@ pub enum UnusableCa {
         /// Its permission bits.
         mode: u32,
     },
-    /// Others than the owner may put another key in place.
+    /// Others than the owner can replace the key.
     #[error(
         "ca.directory: {path}: {what}: somebody else could put a root of their own here. \
          Give it to the daemon's user and run `chmod 700 {path}`"
     )]
     Writable {
-        /// The folder or file.
+        /// The directory or file.
         path: PathBuf,
-        /// Who may write there.
+        /// Who can write there.
         what: String,
     },
-    /// Not the PEM that this daemon writes.
+    /// The key file is not what this daemon writes.
     #[error("ca.directory: {path}: {what}")]
     Malformed {
         /// The key file.
@@ -79,16 +75,15 @@ pub enum UnusableCa {
         /// What is wrong with it.
         what: String,
     },
-    /// The folder belongs to a CA on the network.
+    /// The directory belongs to a CA with a server.
     #[error(
-        "ca.directory: {path}: is the state of `auth-daemon ca`: its nodes take certificates from its address, not from \
-         this folder"
+        "ca.directory: {path}: is the state of `auth-daemon ca`: configure that CA's address instead of this directory"
     )]
     NotEmbedded {
         /// The state file.
         path: PathBuf,
     },
-    /// A root of another trust domain.
+    /// The root is another trust domain's.
     #[error("ca.directory: {path}: is the root of {found:?}, but trustDomain is {expected:?}")]
     TrustDomain {
         /// The key file.
@@ -101,9 +96,8 @@ pub enum UnusableCa {
 }
 
 impl EmbeddedCa {
-    /// Opens the CA in `directory`, making it if there is none. Several daemons may do so at once: one root results.
-    ///
-    /// `lifetime` is that of the certificates it will issue.
+    /// Opens the CA in `directory`, or creates it. Several daemons may do so at once: they get the same root. `lifetime` is
+    /// that of its certificates.
     pub fn open(
         directory: &Path,
         trust_domain: &TrustDomain,
@@ -121,9 +115,9 @@ impl EmbeddedCa {
             .map_err(io)?;
         check_owner(directory, &fs::metadata(directory).map_err(io)?)?;
         if !path.try_exists().map_err(io)? {
-            let core = directory.join(CORE);
-            if core.exists() {
-                return Err(UnusableCa::NotEmbedded { path: core });
+            let state = directory.join(STATE);
+            if state.exists() {
+                return Err(UnusableCa::NotEmbedded { path: state });
             }
             create(directory, &path, trust_domain).map_err(io)?;
         }
@@ -131,7 +125,7 @@ impl EmbeddedCa {
         let certificate = directory.join(CERTIFICATE_FILE);
         if !certificate.exists() {
             let pem = fs::read_to_string(&path).map_err(io)?;
-            // The part behind the key; `read` has seen that there is one.
+            // The part after the key, which `read` has checked.
             let begin = pem.find("-----BEGIN CERTIFICATE").unwrap_or(pem.len());
             write_atomically(&certificate, &pem.as_bytes()[begin..], 0o644).map_err(|error| {
                 UnusableCa::Io {
@@ -157,7 +151,7 @@ impl EmbeddedCa {
             what,
         };
         let mut file = fs::File::open(path).map_err(io)?;
-        // Of the open file: nobody can put another in its place meanwhile.
+        // Of the open file, so that nobody can replace it meanwhile.
         let metadata = file.metadata().map_err(io)?;
         if let Some(mode) = files::exposed_mode(&metadata) {
             return Err(UnusableCa::Exposed {
@@ -197,32 +191,30 @@ impl EmbeddedCa {
         })
     }
 
-    fn sign(&self, identity: &Identity, csr: &[u8]) -> Result<Issued, IssueError> {
+    /// Signs the key of `csr` (PKCS #10, DER) for `identity`. Returns the leaf and its intermediates, or what is wrong.
+    pub fn issue(
+        &self,
+        identity: &Identity,
+        csr: &[u8],
+    ) -> Result<Vec<CertificateDer<'static>>, String> {
         if identity.trust_domain() != self.trust_domain.as_str() {
-            return Err(IssueError(format!(
+            return Err(format!(
                 "{identity} is not of trust domain {}",
                 self.trust_domain
-            )));
+            ));
         }
-        let failed = |error: &dyn std::fmt::Display| IssueError(format!("{identity}: {error}"));
+        let failed = |error: &dyn std::fmt::Display| format!("{identity}: {error}");
         let key = RequestedKey::from_csr(csr).map_err(|error| failed(&error))?;
         let now = unix_seconds(SystemTime::now());
         let leaf = self
             .signer
-            .svid(identity, &key, self.lifetime.as_secs(), now)
+            .svid(identity, &key, None, self.lifetime.as_secs(), now)
             .map_err(|error| failed(&error))?;
-        Ok(Issued {
-            chain: self.signer.chain(&leaf),
-        })
-    }
-}
-
-impl Issuer for EmbeddedCa {
-    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
-        Box::pin(async move { self.sign(identity, csr) })
+        Ok(self.signer.chain(&leaf))
     }
 
-    fn trust(&self) -> &Arc<TrustStore> {
+    /// The trust bundle, which never changes.
+    pub fn trust(&self) -> &Arc<TrustStore> {
         &self.trust
     }
 }
@@ -235,7 +227,7 @@ impl std::fmt::Debug for EmbeddedCa {
     }
 }
 
-/// Refuses what is another user's, or what others may write to.
+/// Refuses files of other users, and those that others can write.
 fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), UnusableCa> {
     match files::writable_by_others(metadata) {
         Some(what) => Err(UnusableCa::Writable {
@@ -250,11 +242,11 @@ fn create(directory: &Path, path: &Path, trust_domain: &TrustDomain) -> io::Resu
     let now = unix_seconds(SystemTime::now());
     let root = signer::make_root(trust_domain, KeyAlgorithm::P256, ROOT_LIFE.as_secs(), now)
         .map_err(io::Error::other)?;
-    // In one file, so that they come to be at one instant.
+    // Key and certificate are in one file, so that they appear together.
     let pem = root.key_pem + &root.certificate_pem;
     let draft = directory.join(format!(".{ROOT_FILE}.{:016x}", rand::random::<u64>()));
     write_new(&draft, pem.as_bytes(), 0o600)?;
-    // A link, unlike a rename, never replaces: of daemons that start at once, the first one's root counts.
+    // Unlike a rename, a link never replaces a file: of several daemons, the first one's root is used.
     let linked = fs::hard_link(&draft, path);
     fs::remove_file(&draft)?;
     match linked {
@@ -277,7 +269,7 @@ mod tests {
     use x509_parser::prelude::FromDer;
 
     use super::*;
-    use crate::tunnel::svid::Svid;
+    use crate::tunnel::tls::svid::Svid;
 
     fn domain() -> TrustDomain {
         "cluster.local".parse().unwrap()
@@ -288,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn daemons_that_start_at_once_share_one_root() {
+    fn daemons_that_start_together_share_one_root() {
         let folder = tempfile::tempdir().unwrap();
         let directory = folder.path().join("ca");
         let roots: Vec<_> = std::thread::scope(|scope| {
@@ -306,7 +298,7 @@ mod tests {
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         names.sort();
-        assert_eq!(names, [CERTIFICATE_FILE, ROOT_FILE], "no drafts are left");
+        assert_eq!(names, [CERTIFICATE_FILE, ROOT_FILE], "no drafts remain");
         let mode = fs::metadata(directory.join(ROOT_FILE)).unwrap().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
@@ -323,21 +315,21 @@ mod tests {
             .unwrap()
             .serialize_request(&key)
             .unwrap();
-        let issued = ca.sign(&identity, csr.der()).unwrap();
-        let svid = Svid::parse(&issued.chain[0], "cluster.local").unwrap();
+        let chain = ca.issue(&identity, csr.der()).unwrap();
+        let svid = Svid::parse(&chain[0], "cluster.local").unwrap();
         assert_eq!(svid.identity, identity);
         let (_, certificate) =
-            x509_parser::certificate::X509Certificate::from_der(&issued.chain[0]).unwrap();
+            x509_parser::certificate::X509Certificate::from_der(&chain[0]).unwrap();
         let names = certificate.subject_alternative_name().unwrap().unwrap();
-        assert_eq!(names.value.general_names.len(), 1, "only what the CA says");
+        assert_eq!(names.value.general_names.len(), 1, "only the CA's name");
         assert_eq!(svid.serial.len(), 32);
         let other = "spiffe://other/ns/a/sa/b".parse().unwrap();
-        assert!(ca.sign(&other, csr.der()).is_err());
-        assert!(ca.sign(&identity, b"rubbish").is_err());
+        assert!(ca.issue(&other, csr.der()).is_err());
+        assert!(ca.issue(&identity, b"rubbish").is_err());
     }
 
     #[test]
-    fn refuses_folders_that_are_not_safe_or_not_ours() {
+    fn refuses_unsafe_and_foreign_directories() {
         let folder = tempfile::tempdir().unwrap();
         open(folder.path()).unwrap();
         let other: TrustDomain = "example.org".parse().unwrap();

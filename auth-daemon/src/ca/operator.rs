@@ -1,4 +1,4 @@
-//! What the CA's operator may do, on a socket in the file system: who can open it is the operator.
+//! The operator's requests, on a Unix socket: whoever can open it is the operator.
 
 use std::{
     fs,
@@ -9,7 +9,13 @@ use std::{
     time::Duration,
 };
 
-use serde_json::json;
+use crate::tunnel::tls::trust::Reason;
+use auth_ca_api::auth::{
+    RevokeRequest, RevokeResponse, RotateRootRequest, RotateRootResponse, StatusRequest,
+    StatusResponse, Target as TargetMessage, UnrevokeRequest, UnrevokeResponse,
+    operator_server::{Operator, OperatorServer},
+    target,
+};
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::watch,
@@ -20,32 +26,26 @@ use tonic::{
     transport::{Server, server::UdsConnectInfo},
 };
 
-use super::{
-    authority::{Authority, Refusal, Target},
+use crate::ca::{
+    authority::{Authority, Leader, Refusal, Target},
     counters::Counters,
-    proto::auth::{
-        RevokeRequest, RevokeResponse, RotateRootRequest, RotateRootResponse, StatusRequest,
-        StatusResponse, Target as TargetMessage, UnrevokeRequest, UnrevokeResponse,
-        operator_server::{Operator, OperatorServer},
-        target,
-    },
-    server::Leader,
+    service::NOT_THE_LEADER,
+    status::CaStatus,
 };
-use crate::tunnel::trust::Reason;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 const MAX_REQUEST: usize = 64 << 10;
 
-/// The operator's socket, listening. Removed when this goes.
+/// The bound socket.
 #[derive(Debug)]
-pub(super) struct Socket {
+pub(crate) struct Socket {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl Socket {
-    /// Listens at `path`, in a folder that is made where there is none. A socket that nobody listens on is replaced.
-    pub(super) async fn take(path: &Path) -> anyhow::Result<Self> {
+    /// Listens at `path`, and creates its directory. Replaces a socket that nobody listens on.
+    pub(crate) async fn bind(path: &Path) -> anyhow::Result<Self> {
         let failed = |what: &str, error: io::Error| {
             anyhow::anyhow!("operatorSocket: {}: {what}: {error}", path.display())
         };
@@ -54,13 +54,13 @@ impl Socket {
             .recursive(true)
             .mode(0o700)
             .create(folder)
-            .map_err(|error| failed("cannot make its folder", error))?;
+            .map_err(|error| failed("cannot create its directory", error))?;
         let mode = fs::metadata(folder)
-            .map_err(|error| failed("cannot look at its folder", error))?
+            .map_err(|error| failed("cannot read its directory", error))?
             .mode();
         if mode & 0o022 != 0 {
             anyhow::bail!(
-                "operatorSocket: {}: mode {:03o} lets others write: they could put a socket of their own in its place. \
+                "operatorSocket: {}: mode {:03o} lets others write: they could replace the socket. \
                  Run `chmod 700 {}`",
                 folder.display(),
                 mode & 0o777,
@@ -69,10 +69,10 @@ impl Socket {
         }
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(failed("cannot be looked at", error)),
+            Err(error) => return Err(failed("cannot be read", error)),
             Ok(found) if !found.file_type().is_socket() => {
                 anyhow::bail!(
-                    "operatorSocket: {}: is there, and not a socket",
+                    "operatorSocket: {}: exists, and is not a socket",
                     path.display()
                 );
             }
@@ -90,32 +90,29 @@ impl Socket {
                 }
             },
         }
-        // Under a name of its own until nobody else can open it; the rename then replaces one that is stale.
+        // Under another name until nobody else can open it. The rename then replaces a stale socket.
         let draft = folder.join(format!(".{:016x}", rand::random::<u64>()));
         let listener =
             UnixListener::bind(&draft).map_err(|error| failed("cannot listen", error))?;
         fs::set_permissions(&draft, fs::Permissions::from_mode(0o600))
             .and_then(|()| fs::rename(&draft, path))
             .inspect_err(|_| drop(fs::remove_file(&draft)))
-            .map_err(|error| failed("cannot put the socket there", error))?;
+            .map_err(|error| failed("cannot create the socket", error))?;
         Ok(Self {
             listener,
             path: path.to_owned(),
         })
     }
 
-    /// Answers until `stopped` says so.
-    pub(super) async fn serve(
+    /// Answers until `stopped` is true, then removes the socket.
+    pub(crate) async fn serve(
         self,
-        authority: Leader,
+        leader: Leader,
         counters: Arc<Counters>,
         mut stopped: watch::Receiver<bool>,
     ) {
-        let operator = OperatorServer::new(Desk {
-            authority,
-            counters,
-        })
-        .max_decoding_message_size(MAX_REQUEST);
+        let operator = OperatorServer::new(OperatorService { leader, counters })
+            .max_decoding_message_size(MAX_REQUEST);
         let served = Server::builder()
             .timeout(DEADLINE)
             .add_service(operator)
@@ -124,21 +121,21 @@ impl Socket {
             })
             .await;
         if let Err(error) = served {
-            tracing::error!(%error, "operator's socket ended");
+            tracing::error!(%error, "operator socket ended");
         }
         let _ = fs::remove_file(&self.path);
     }
 }
 
-struct Desk {
-    authority: Leader,
+struct OperatorService {
+    leader: Leader,
     counters: Arc<Counters>,
 }
 
-impl Desk {
-    fn leader(&self) -> Result<Arc<Authority>, Status> {
-        let authority = self.authority.borrow().clone();
-        authority.ok_or_else(|| Status::unavailable("this replica is not the leader"))
+impl OperatorService {
+    fn authority(&self) -> Result<Arc<Authority>, Status> {
+        let leader = self.leader.borrow().clone();
+        leader.ok_or_else(|| Status::unavailable(NOT_THE_LEADER))
     }
 }
 
@@ -151,7 +148,7 @@ fn refused(refusal: Refusal) -> Status {
     }
 }
 
-/// Who is at the other end, for the log.
+/// The caller's user, for the log.
 fn uid<T>(request: &Request<T>) -> Option<u32> {
     let info = request.extensions().get::<UdsConnectInfo>()?;
     info.peer_cred.map(|peer| peer.uid())
@@ -162,49 +159,33 @@ fn target(message: Option<TargetMessage>) -> Result<Target, Status> {
         Status::invalid_argument(format!("{field}: {why}"))
     };
     match message.and_then(|message| message.target) {
-        Some(target::Target::Serial(serial)) => serial_number(&serial)
+        Some(target::Target::Serial(serial)) => serial
+            .parse()
             .map(Target::Serial)
-            .ok_or_else(|| invalid("serial", &"is not a serial number in hexadecimal")),
+            .map_err(|error| invalid("serial", &error)),
         Some(target::Target::Identity(identity)) => identity
             .parse()
             .map(Target::Identity)
             .map_err(|error| invalid("identity", &error)),
         Some(target::Target::Node(node)) if !node.is_empty() => Ok(Target::Node(node)),
         _ => Err(Status::invalid_argument(
-            "none of serial, identity and node is named",
+            "one of serial, identity and node is required",
         )),
     }
 }
 
-fn describe(target: &Target) -> String {
-    match target {
-        Target::Serial(serial) => format!("serial {:032x}", u128::from_be_bytes(*serial)),
-        Target::Identity(identity) => identity.to_string(),
-        Target::Node(node) => format!("node {node}"),
-    }
-}
-
-/// As people copy it: with colons, in any case, with or without leading zeros.
-fn serial_number(text: &str) -> Option<[u8; 16]> {
-    let digits: String = text.chars().filter(|c| *c != ':').collect();
-    if !digits.chars().all(|c| c.is_ascii_hexdigit()) {
-        return None;
-    }
-    Some(u128::from_str_radix(&digits, 16).ok()?.to_be_bytes())
-}
-
 #[tonic::async_trait]
-impl Operator for Desk {
+impl Operator for OperatorService {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        let authority = self.authority.borrow().clone();
-        let mut status = authority
-            .as_ref()
-            .map_or_else(|| json!({}), |authority| authority.status());
-        status["leader"] = authority.is_some().into();
-        status["server"] = self.counters.to_json();
-        Ok(Response::new(StatusResponse {
-            json: status.to_string(),
-        }))
+        let leader = self.leader.borrow().clone();
+        let status = CaStatus {
+            leader: leader.is_some(),
+            authority: leader.map(|authority| authority.status()),
+            server: self.counters.status(),
+        };
+        let json = serde_json::to_string(&status);
+        let json = json.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(StatusResponse { json }))
     }
 
     async fn revoke(
@@ -212,24 +193,21 @@ impl Operator for Desk {
         request: Request<RevokeRequest>,
     ) -> Result<Response<RevokeResponse>, Status> {
         let uid = uid(&request);
-        let RevokeRequest {
-            target: named,
-            reason,
-        } = request.into_inner();
-        let named = target(named)?;
-        let reason: Reason = match reason.as_str() {
+        let request = request.into_inner();
+        let target = target(request.target)?;
+        let reason: Reason = match request.reason.as_str() {
             "" => Reason::default(),
             reason => reason
                 .parse()
                 .map_err(|why| Status::invalid_argument(format!("reason: {why}")))?,
         };
-        let certificates = self
-            .leader()?
-            .revoke(named.clone(), reason)
+        let authority = self.authority()?;
+        authority
+            .revoke(target.clone(), reason)
             .await
             .map_err(refused)?;
-        tracing::warn!(what = describe(&named), %reason, certificates, uid, "revoked");
-        Ok(Response::new(RevokeResponse { certificates }))
+        tracing::warn!(%target, %reason, uid, "revocation requested by the operator");
+        Ok(Response::new(RevokeResponse {}))
     }
 
     async fn unrevoke(
@@ -237,12 +215,10 @@ impl Operator for Desk {
         request: Request<UnrevokeRequest>,
     ) -> Result<Response<UnrevokeResponse>, Status> {
         let uid = uid(&request);
-        let named = target(request.into_inner().target)?;
-        self.leader()?
-            .unrevoke(named.clone())
-            .await
-            .map_err(refused)?;
-        tracing::warn!(what = describe(&named), uid, "revocation taken back");
+        let target = target(request.into_inner().target)?;
+        let authority = self.authority()?;
+        authority.unrevoke(target.clone()).await.map_err(refused)?;
+        tracing::warn!(%target, uid, "withdrawal of a revocation requested by the operator");
         Ok(Response::new(UnrevokeResponse {}))
     }
 
@@ -251,8 +227,8 @@ impl Operator for Desk {
         request: Request<RotateRootRequest>,
     ) -> Result<Response<RotateRootResponse>, Status> {
         let uid = uid(&request);
-        let phase = self.leader()?.rotate_root().await.map_err(refused)?;
-        tracing::warn!(phase, uid, "rotation of the root asked for");
+        let phase = self.authority()?.rotate_root().await.map_err(refused)?;
+        tracing::warn!(phase, uid, "root rotation requested by the operator");
         Ok(Response::new(RotateRootResponse { phase }))
     }
 }
@@ -262,57 +238,45 @@ mod tests {
     use super::*;
 
     #[test]
-    fn targets() {
-        let message = |target| {
-            Some(TargetMessage {
+    fn reads_targets() {
+        let read = |target| {
+            super::target(Some(TargetMessage {
                 target: Some(target),
-            })
+            }))
         };
-        let mut expected = [0; 16];
-        expected[14..].copy_from_slice(&[0xab, 0x01]);
-        for serial in ["ab01", "AB:01", "00ab01"] {
-            let read = target(message(target::Target::Serial(serial.into()))).unwrap();
-            assert_eq!(read, Target::Serial(expected), "{serial}");
-            assert!(describe(&read).ends_with("0000ab01"));
-        }
+        let serial = read(target::Target::Serial("AB:01".into())).unwrap();
+        assert!(serial.to_string().ends_with("0000ab01"));
         for bad in [
-            None,
-            Some(TargetMessage { target: None }),
-            message(target::Target::Serial(String::new())),
-            message(target::Target::Serial("+1".into())),
-            message(target::Target::Serial("1".repeat(33))),
-            message(target::Target::Identity("web".into())),
-            message(target::Target::Node(String::new())),
+            target::Target::Serial("xyz".into()),
+            target::Target::Identity("web".into()),
+            target::Target::Node(String::new()),
         ] {
-            assert!(target(bad.clone()).is_err(), "{bad:?}");
+            assert!(read(bad.clone()).is_err(), "{bad:?}");
         }
+        assert!(super::target(None).is_err());
     }
 
     #[tokio::test]
-    async fn one_socket_for_one_ca() {
+    async fn one_ca_has_the_socket() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run/operator.sock");
-        let first = Socket::take(&path).await.unwrap();
+        let first = Socket::bind(&path).await.unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         let parent = path.parent().unwrap();
         assert_eq!(fs::metadata(parent).unwrap().mode() & 0o777, 0o700);
-        let error = Socket::take(&path).await.unwrap_err().to_string();
+        let error = Socket::bind(&path).await.unwrap_err().to_string();
         assert!(error.contains("another CA is running"), "{error}");
-        // As after a kill: the socket stays.
+        // After a kill, the socket is still there.
         drop(first);
-        Socket::take(&path).await.unwrap();
-        assert_eq!(
-            fs::read_dir(parent).unwrap().count(),
-            1,
-            "no drafts are left"
-        );
+        Socket::bind(&path).await.unwrap();
+        assert_eq!(fs::read_dir(parent).unwrap().count(), 1, "no drafts remain");
 
         let file = folder.path().join("run/file");
         fs::write(&file, "").unwrap();
-        let error = Socket::take(&file).await.unwrap_err().to_string();
+        let error = Socket::bind(&file).await.unwrap_err().to_string();
         assert!(error.contains("not a socket"), "{error}");
         fs::set_permissions(parent, fs::Permissions::from_mode(0o777)).unwrap();
-        let error = Socket::take(&path).await.unwrap_err().to_string();
+        let error = Socket::bind(&path).await.unwrap_err().to_string();
         assert!(error.contains("lets others write"), "{error}");
     }
 }

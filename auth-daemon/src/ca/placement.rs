@@ -1,52 +1,53 @@
-//! What an attested caller may have: its own identity, or those that run on its node at this moment.
+//! What an attested caller may have: its own identity, or those of the pods on its node.
 
-use super::attest::Caller;
 use crate::mesh::{Identity, Snapshot, TrustDomain};
+
+use crate::ca::attest::Caller;
 
 /// What to issue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// For whom.
+    /// The identity of the certificate.
     pub identity: Identity,
-    /// Where it runs, where that is known.
+    /// The node where it runs, if that is known.
     pub node: Option<String>,
 }
 
-/// Why a caller gets nothing.
+/// Why a caller is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
-    /// A node that does not say for whom it asks.
+    /// A node that names no identity.
     #[error(
-        "node {0} does not say whose certificate it wants: metadata.ImpersonatedIdentity has to name the SPIFFE ID"
+        "node {0} does not name an identity: metadata.ImpersonatedIdentity must contain a SPIFFE ID"
     )]
     Unnamed(String),
     /// An identity of another trust domain.
     #[error("{identity} is of another trust domain: this CA signs for {ours}")]
     TrustDomain {
-        /// Which one.
+        /// The identity.
         identity: Identity,
         /// This CA's.
         ours: TrustDomain,
     },
-    /// A workload that asks for somebody else.
+    /// A workload that asks for another identity.
     #[error("{caller} asks for {asked}: a workload gets its own identity only")]
     NotItself {
-        /// Who asks.
+        /// The caller.
         caller: Identity,
-        /// For whom.
+        /// The identity that it asks for.
         asked: Identity,
     },
-    /// No pod with the identity runs on the node, as far as is known.
+    /// No known pod of the identity runs on the node.
     #[error("no pod with {identity} is known to run on node {node}")]
     NotThere {
-        /// For whom.
+        /// The identity that it asks for.
         identity: Identity,
-        /// Where it should run.
+        /// The node.
         node: String,
     },
 }
 
-/// Decides on the request of `caller` for `asked`, or for itself where that is `None`, by what runs where in `snapshot`.
+/// Decides on a request of `caller` for `asked`, or for itself if that is `None`, by the pods in `snapshot`.
 pub fn decide(
     caller: &Caller,
     asked: Option<&Identity>,
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_gets_what_runs_on_it() {
+    fn a_node_gets_the_identities_of_its_pods() {
         assert_eq!(ask(&node("a"), Some(WEB)), granted("web", Some("a")));
         assert_eq!(ask(&node("b"), Some(API)), granted("api", Some("b")));
         for (name, asked) in [("a", API), ("b", WEB), ("c", WEB), ("", WEB)] {
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_workload_gets_itself_while_it_runs_where_it_says() {
+    fn a_workload_gets_its_own_identity_while_it_runs() {
         for asked in [None, Some(WEB)] {
             assert_eq!(
                 ask(&workload("web", Some("a")), asked),
@@ -164,13 +165,13 @@ mod tests {
     }
 
     #[test]
-    fn other_trust_domains_get_nothing() {
+    fn refuses_other_trust_domains() {
         let foreign = "spiffe://example.org/ns/default/sa/web";
-        let stranger = Caller::Workload {
+        let foreigner = Caller::Workload {
             identity: foreign.parse().unwrap(),
             node: None,
         };
-        for (caller, asked) in [(node("a"), Some(foreign)), (stranger, None)] {
+        for (caller, asked) in [(node("a"), Some(foreign)), (foreigner, None)] {
             let denied = ask(&caller, asked).unwrap_err();
             assert!(matches!(denied, Denied::TrustDomain { .. }), "{denied}");
         }

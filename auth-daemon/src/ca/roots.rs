@@ -1,36 +1,36 @@
-//! The trust domain's root certificates in a ConfigMap of every namespace, for whoever is to believe the CA: the node
-//! daemons first. Only the leader does this.
+//! Publishes the root certificates in a ConfigMap of every namespace, for the node daemons and for apps. Only the leader
+//! does this.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
     time::Duration,
 };
 
+use crate::kubernetes::{Fault, Objects, follow, objects::Namespace};
+use auth_ca_api::pem;
 use futures_util::{StreamExt, future::join_all};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, Client, ResourceExt, api::ObjectMeta, core::PartialObjectMeta, runtime::watcher};
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep_until},
+use tokio::time::{Instant, sleep_until};
+
+use crate::ca::{
+    authority::{Authority, Leader},
+    schedule::Schedule,
 };
 
-use super::{authority::Authority, pem, schedule::Schedule};
-use crate::kubernetes::{Fault, Objects, follow, objects::Namespace};
-
-/// The key in the ConfigMap (Istio's `istio-ca-root-cert` has the same).
+/// The key in the ConfigMap, as in Istio's `istio-ca-root-cert`.
 pub const KEY: &str = "root-cert.pem";
-/// Namespaces that are looked after at the same time.
+/// Namespaces that are reconciled at the same time.
 const AT_ONCE: usize = 8;
-/// How often to look at a ConfigMap although nothing says that it has changed.
-const LOOK: Duration = Duration::from_secs(600);
+/// How often a ConfigMap is checked without an event.
+const CHECK: Duration = Duration::from_secs(600);
 
-/// Where the roots go.
+/// Where the roots are published.
 #[derive(Clone)]
 pub struct PublishedRoots {
     /// The cluster.
     pub client: Client,
-    /// The ConfigMap's name, which is this program's in every namespace: what else is under it is replaced.
+    /// The ConfigMap's name in every namespace. Other content under this name is replaced.
     pub name: String,
 }
 
@@ -43,14 +43,16 @@ impl std::fmt::Debug for PublishedRoots {
 }
 
 impl PublishedRoots {
-    /// Keeps the ConfigMaps whenever this process leads, for ever.
-    pub async fn run(self, mut leader: watch::Receiver<Option<Arc<Authority>>>) {
+    /// Keeps the ConfigMaps up to date while this replica is the leader. Runs for ever.
+    pub async fn run(self, mut leader: Leader) {
         loop {
-            let now = leader.wait_for(Option::is_some).await;
-            let Ok(now) = now.map(|now| now.clone()) else {
+            let Ok(Some(authority)) = leader
+                .wait_for(Option::is_some)
+                .await
+                .map(|now| now.clone())
+            else {
                 return;
             };
-            let Some(authority) = now else { continue };
             tokio::select! {
                 biased;
                 changed = leader.changed() => if changed.is_err() { return },
@@ -65,7 +67,7 @@ impl PublishedRoots {
             watcher::Config::default(),
             "namespaces",
         ));
-        // One name in all namespaces: the role need not let the CA see any other.
+        // Only this name: the CA needs no access to other ConfigMaps.
         let by_name = format!("metadata.name={}", self.name);
         let mut maps = Box::pin(follow(
             Api::<PartialObjectMeta<ConfigMap>>::all(self.client.clone()),
@@ -87,7 +89,7 @@ impl PublishedRoots {
                             due.forget(name);
                         }
                         known = std::mem::take(&mut listed);
-                        known.iter().for_each(|name| due.at_once(name));
+                        known.iter().for_each(|name| due.now(name));
                     }
                     watcher::Event::Apply(namespace) => {
                         let name = namespace.name_any();
@@ -95,7 +97,7 @@ impl PublishedRoots {
                             known.remove(&name);
                             due.forget(&name);
                         } else if known.insert(name.clone()) {
-                            due.at_once(&name);
+                            due.now(&name);
                         }
                     }
                     watcher::Event::Delete(namespace) => {
@@ -107,23 +109,23 @@ impl PublishedRoots {
                     if let watcher::Event::Apply(map) | watcher::Event::Delete(map) = event
                         && let Some(namespace) = map.namespace().filter(|name| known.contains(name))
                     {
-                        due.at_once(&namespace);
+                        due.now(&namespace);
                     }
                 }
-                Ok(()) = published.changed() => known.iter().for_each(|name| due.at_once(name)),
+                Ok(()) = published.changed() => known.iter().for_each(|name| due.now(name)),
                 () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
                     let roots = pem::certificates(&published.borrow_and_update().roots);
                     let some = due.take(Instant::now(), AT_ONCE);
                     let done = some.iter().map(|namespace| self.write(namespace, &roots));
                     for (namespace, done) in some.iter().zip(join_all(done).await) {
                         match done {
-                            Ok(()) => due.after(namespace, LOOK),
-                            Err(fault) => {
+                            Ok(()) => due.after(namespace, CHECK),
+                            Err(error) => {
                                 tracing::error!(
-                                    configmap = format!("{namespace}/{}", self.name), %fault,
-                                    "cannot publish the root certificates"
+                                    configmap = format!("{namespace}/{}", self.name), %error,
+                                    "root certificates cannot be published"
                                 );
-                                due.again(namespace);
+                                due.failed(namespace);
                             }
                         }
                     }
@@ -132,7 +134,7 @@ impl PublishedRoots {
         }
     }
 
-    /// Sees that the ConfigMap of `namespace` holds `roots`.
+    /// Makes the ConfigMap of `namespace` contain `roots`.
     async fn write(&self, namespace: &str, roots: &str) -> Result<(), Fault> {
         let maps: Objects<ConfigMap> = Objects::of(self.client.clone(), namespace);
         let wanted = BTreeMap::from([(KEY.to_owned(), roots.to_owned())]);
@@ -162,12 +164,12 @@ impl PublishedRoots {
             }
         };
         match written {
-            // It goes with its namespace, or went with it.
-            Err(fault) if fault.is_not_found() => Ok(()),
+            // The namespace is gone, or being deleted.
+            Err(error) if error.is_not_found() => Ok(()),
             Err(Fault::Refused {
                 code: 403, message, ..
             }) if message.contains("because it is being terminated") => Ok(()),
-            Err(fault) => Err(fault),
+            Err(error) => Err(error),
             Ok(_) => {
                 tracing::info!(
                     configmap = format!("{namespace}/{}", self.name),

@@ -1,11 +1,13 @@
-//! One key that signs, with the certificate that says so.
+//! A signing key with its certificate.
 
-use std::{fmt, net::IpAddr, sync::Arc};
+use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
+use crate::mesh::{Identity, TrustDomain};
+use crate::tunnel::tls::svid::{NODE_EXTENSION, encode_node};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
-    SignatureAlgorithm, SigningKey, string::Ia5String,
+    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
+    SerialNumber, SignatureAlgorithm, SigningKey, string::Ia5String,
 };
 use rustls::{
     crypto::aws_lc_rs::sign::any_ecdsa_type,
@@ -13,85 +15,85 @@ use rustls::{
     sign::CertifiedKey,
 };
 use time::OffsetDateTime;
-use x509_parser::{certificate::X509Certificate, extensions::ParsedExtension, prelude::FromDer};
-
-use super::{
-    BACKDATE,
-    authority::KeyAlgorithm,
-    csr::RequestedKey,
-    der::{self, BIT_STRING, SEQUENCE},
+use x509_parser::{
+    asn1_rs::{Any, BitString, Sequence, Tag, ToDer as _},
+    certificate::X509Certificate,
+    extensions::ParsedExtension,
+    prelude::FromDer,
 };
-use crate::mesh::{Identity, TrustDomain};
 
-/// A root is made once for nodes whose clocks may differ by much, in seconds.
-pub(super) const ROOT_BACKDATE: u64 = 24 * 60 * 60;
-/// What an issuer must have left of its own life to sign, in seconds.
+use crate::ca::{config::KeyAlgorithm, csr::RequestedKey};
+
+/// Seconds by which a certificate is valid before it is issued, to allow for clock skew between nodes.
+pub(crate) const BACKDATE: u64 = 60;
+/// The same for roots, which are made once for nodes whose clocks may differ a lot.
+pub(crate) const ROOT_BACKDATE: u64 = 24 * 60 * 60;
+/// Seconds of its own life that an issuer must have left to sign.
 const LEAST_LEFT: u64 = 60;
 
 /// Signs certificates and revocation lists.
-pub(super) struct Signer {
+pub(crate) struct Signer {
     key: KeyPair,
     certificate: CertificateDer<'static>,
-    /// What a leaf is shown with: this one's certificate and those above it, without the root. None of a root's.
-    above: Vec<CertificateDer<'static>>,
-    /// Subject of the certificate, DER as it stands there.
+    /// The intermediates between a leaf and the root, this signer's own first. Empty for a root.
+    intermediates: Vec<CertificateDer<'static>>,
+    /// The certificate's subject, DER.
     name: Vec<u8>,
     key_identifier: Vec<u8>,
     drafts: rcgen::Issuer<'static, Unsigned>,
     life: Life,
 }
 
-/// The seconds of the Unix epoch that a chain is good for: its last begin and its first end.
+/// The validity of a whole chain, in seconds since the Unix epoch: the latest begin and the earliest end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Life {
-    pub(super) begin: u64,
-    pub(super) end: u64,
+pub(crate) struct Life {
+    pub(crate) begin: u64,
+    pub(crate) end: u64,
 }
 
-/// A certificate fresh from the key.
+/// A newly signed certificate.
 #[derive(Clone, Debug)]
-pub(super) struct Leaf {
-    pub(super) certificate: CertificateDer<'static>,
-    pub(super) serial: [u8; 16],
-    pub(super) not_after: u64,
+pub(crate) struct Leaf {
+    pub(crate) certificate: CertificateDer<'static>,
+    pub(crate) not_after: u64,
 }
 
-/// A root that was just made. Has no `Debug`: there is a key in it.
-pub(super) struct NewRoot {
+/// A new root. It contains a key, so it has no `Debug`.
+pub(crate) struct NewRoot {
     /// PKCS #8.
-    pub(super) key_pem: String,
-    pub(super) certificate_pem: String,
+    pub(crate) key_pem: String,
+    pub(crate) certificate_pem: String,
 }
 
-/// Why nothing was signed.
+/// Why signing failed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum SignError {
-    /// There would be no time to use it.
-    #[error("the CA's certificate {0}: rotate the root, or plug in a new intermediate certificate")]
-    Ending(String),
-    /// A name that no certificate can carry.
+pub(crate) enum SignError {
+    /// The issuer is not valid for long enough.
+    #[error("the CA's certificate {0}: rotate the root, or configure a new intermediate")]
+    Validity(String),
+    /// Not a name for a server certificate.
     #[error("{0:?} is neither a DNS name nor an IP address")]
     Name(String),
-    /// A certificate for nobody.
-    #[error("no name to put into the certificate")]
+    /// A server certificate without names.
+    #[error("there is no name for the certificate")]
     NoName,
     #[error("signing failed: {0}")]
     Failed(#[from] rcgen::Error),
     #[error("signing failed: {0}")]
     Tls(#[from] rustls::Error),
-    /// rcgen's draft is not of the form that RFC 5280 gives it.
-    #[error("signing failed: the draft cannot be taken apart")]
+    /// rcgen's draft does not have RFC 5280's form.
+    #[error("signing failed: the draft cannot be parsed")]
     Draft,
     #[error("time {0} is out of range")]
     Time(u64),
 }
 
 impl Signer {
-    /// Signs with `key` as the subject of `certificate`. `above` goes with each leaf; `life` is the chain's.
-    pub(super) fn new(
+    /// Signs with `key` as the subject of `certificate`. `intermediates` are sent with each leaf; `life` is the chain's.
+    pub(crate) fn new(
         key: KeyPair,
         certificate: CertificateDer<'static>,
-        above: Vec<CertificateDer<'static>>,
+        intermediates: Vec<CertificateDer<'static>>,
         life: Life,
     ) -> Result<Self, String> {
         let parsed = parse(&certificate)?;
@@ -102,7 +104,7 @@ impl Signer {
         let key_identifier = subject_key_identifier(&parsed)
             .map_or_else(|| derived_key_identifier(&key), <[u8]>::to_vec);
         let mut params = CertificateParams::default();
-        // Put in as it stands in the certificate, later: rcgen's names hold one value of a type, not `DC=a, DC=b`.
+        // `sign` inserts the real name: rcgen's names hold only one value of each type, not `DC=a, DC=b`.
         params.distinguished_name = DistinguishedName::new();
         params.key_identifier_method = KeyIdMethod::PreSpecified(key_identifier.clone());
         let unsigned = Unsigned {
@@ -113,15 +115,28 @@ impl Signer {
             drafts: rcgen::Issuer::new(params, unsigned),
             key,
             certificate,
-            above,
+            intermediates,
             name,
             key_identifier,
             life,
         })
     }
 
+    /// The same signer with these intermediates, and the validity of the whole chain.
+    pub(crate) fn with_chain(
+        self,
+        intermediates: Vec<CertificateDer<'static>>,
+        life: Life,
+    ) -> Self {
+        Self {
+            intermediates,
+            life,
+            ..self
+        }
+    }
+
     /// A self-signed root.
-    pub(super) fn root(key: KeyPair, certificate: CertificateDer<'static>) -> Result<Self, String> {
+    pub(crate) fn root(key: KeyPair, certificate: CertificateDer<'static>) -> Result<Self, String> {
         let parsed = parse(&certificate)?;
         parsed
             .verify_signature(None)
@@ -131,28 +146,28 @@ impl Signer {
         Self::new(key, certificate, Vec::new(), life)
     }
 
-    /// The certificate that stands for the key.
-    pub(super) fn certificate(&self) -> &CertificateDer<'static> {
+    /// The certificate of the key.
+    pub(crate) fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
     }
 
-    /// What a leaf is shown with, without the root.
-    pub(super) fn above(&self) -> &[CertificateDer<'static>] {
-        &self.above
+    /// The intermediates that are sent with a leaf.
+    pub(crate) fn intermediates(&self) -> &[CertificateDer<'static>] {
+        &self.intermediates
     }
 
-    /// When the chain above a leaf begins and ends.
-    pub(super) fn life(&self) -> Life {
+    /// The validity of the chain above a leaf.
+    pub(crate) fn life(&self) -> Life {
         self.life
     }
 
-    /// The key's own SubjectPublicKeyInfo, DER.
-    pub(super) fn spki(&self) -> Vec<u8> {
+    /// The key's SubjectPublicKeyInfo, DER.
+    pub(crate) fn spki(&self) -> Vec<u8> {
         self.key.subject_public_key_info()
     }
 
-    /// Its kind, as people call it.
-    pub(super) fn algorithm(&self) -> String {
+    /// The usual name of the key's algorithm.
+    pub(crate) fn algorithm(&self) -> String {
         let algorithm = self.key.algorithm();
         if *algorithm == rcgen::PKCS_ECDSA_P256_SHA256 {
             "P-256".into()
@@ -167,26 +182,32 @@ impl Signer {
         }
     }
 
-    /// An X.509-SVID of `identity` for `key`: the URI is the only name in it (SPIFFE X509-SVID §2 and §4).
+    /// Signs an X.509-SVID of `identity` for `key`: the URI is its only name (SPIFFE X509-SVID §2 and §4). With `node`,
+    /// it carries that node's name; an empty name means that the node is not known.
     ///
-    /// Lives for `lifetime` seconds from `now`, or as long as the chain above it.
-    pub(super) fn svid(
+    /// It is valid for `lifetime` seconds from `now`, or as long as the chain above it.
+    pub(crate) fn svid(
         &self,
         identity: &Identity,
         key: &RequestedKey,
+        node: Option<&str>,
         lifetime: u64,
         now: u64,
     ) -> Result<Leaf, SignError> {
+        let node =
+            node.map(|node| CustomExtension::from_oid_content(&NODE_EXTENSION, encode_node(node)));
         let uri = Ia5String::try_from(identity.as_str())?;
         let purposes = vec![
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
-        self.leaf(key, vec![SanType::URI(uri)], purposes, lifetime, now)
+        let mut params = leaf_params(vec![SanType::URI(uri)], purposes);
+        params.custom_extensions.extend(node);
+        self.leaf(key, params, lifetime, now)
     }
 
-    /// A fresh P-256 key and a server's certificate for DNS names and IP addresses: no SVID, it has no URI.
-    pub(super) fn serving(
+    /// Makes a P-256 key and a server certificate for DNS names and IP addresses. It has no URI, so it is no SVID.
+    pub(crate) fn server_certificate(
         &self,
         names: &[String],
         lifetime: u64,
@@ -201,62 +222,52 @@ impl Signer {
         }
         let key = KeyPair::generate()?;
         let purposes = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        let leaf = self.leaf(&key, names, purposes, lifetime, now)?;
+        let leaf = self.leaf(&key, leaf_params(names, purposes), lifetime, now)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let certified = CertifiedKey::new(self.chain(&leaf), any_ecdsa_type(&key)?);
         certified.keys_match()?;
         Ok((Arc::new(certified), leaf))
     }
 
-    /// `leaf` and what leads from it to the root.
-    pub(super) fn chain(&self, leaf: &Leaf) -> Vec<CertificateDer<'static>> {
-        let mut chain = Vec::with_capacity(1 + self.above.len());
+    /// `leaf` and its intermediates, without the root.
+    pub(crate) fn chain(&self, leaf: &Leaf) -> Vec<CertificateDer<'static>> {
+        let mut chain = Vec::with_capacity(1 + self.intermediates.len());
         chain.push(leaf.certificate.clone());
-        chain.extend_from_slice(&self.above);
+        chain.extend_from_slice(&self.intermediates);
         chain
     }
 
     fn leaf(
         &self,
         key: &impl PublicKeyData,
-        names: Vec<SanType>,
-        purposes: Vec<ExtendedKeyUsagePurpose>,
+        mut params: CertificateParams,
         lifetime: u64,
         now: u64,
     ) -> Result<Leaf, SignError> {
         if now < self.life.begin {
             let early = self.life.begin - now;
-            let what = format!("begins in {early} s only; compare the clock (NTP)");
-            return Err(SignError::Ending(what));
+            let what = format!("is not valid for another {early} s; check the clock (NTP)");
+            return Err(SignError::Validity(what));
         }
         match self.life.end.checked_sub(now) {
             Some(LEAST_LEFT..) => {}
-            Some(left) => return Err(SignError::Ending(format!("ends in {left} s"))),
-            None => return Err(SignError::Ending("has ended".into())),
+            Some(left) => return Err(SignError::Validity(format!("expires in {left} s"))),
+            None => return Err(SignError::Validity("has expired".into())),
         }
-        let serial = random_serial();
         let not_after = now.saturating_add(lifetime).min(self.life.end);
-        let not_before = now.saturating_sub(BACKDATE.as_secs()).max(self.life.begin);
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names = names;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = purposes;
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.use_authority_key_identifier_extension = true;
-        params.serial_number = Some(SerialNumber::from_slice(&serial));
+        let not_before = now.saturating_sub(BACKDATE).max(self.life.begin);
+        params.serial_number = Some(SerialNumber::from_slice(&random_serial()));
         params.not_before = time(not_before)?;
         params.not_after = time(not_after)?;
         let draft = params.signed_by(key, &self.drafts)?;
         Ok(Leaf {
             certificate: self.sign(draft.der())?.into(),
-            serial,
             not_after,
         })
     }
 
-    /// The revocation list that `params` describe (RFC 5280 §5).
-    pub(super) fn crl(
+    /// Signs the revocation list that `params` describe (RFC 5280 §5).
+    pub(crate) fn crl(
         &self,
         mut params: rcgen::CertificateRevocationListParams,
     ) -> Result<Vec<u8>, SignError> {
@@ -267,28 +278,37 @@ impl Signer {
 
     /// Puts the issuer's name into a draft of a certificate or a CRL, and signs it.
     fn sign(&self, draft: &[u8]) -> Result<Vec<u8>, SignError> {
-        let (to_be_signed, algorithm) = self.named(draft).ok_or(SignError::Draft)?;
-        let signature = self.key.sign(&to_be_signed)?;
-        let signature = der::element(BIT_STRING, &[&[0], &signature]);
-        Ok(der::element(
-            SEQUENCE,
-            &[&to_be_signed, algorithm, &signature],
-        ))
+        self.insert_name(draft).ok_or(SignError::Draft)?
     }
 
-    fn named<'a>(&self, draft: &'a [u8]) -> Option<(Vec<u8>, &'a [u8])> {
-        let mut outer = der::only(SEQUENCE, draft)?.content;
-        let body = der::take_tag(SEQUENCE, &mut outer)?.content;
-        let algorithm = der::take_tag(SEQUENCE, &mut outer)?.whole;
-        // Of both, the first sequence is the algorithm and the second one the issuer (RFC 5280 §4.1 and §5.1).
-        let mut rest = body;
-        while der::take(&mut rest)?.tag != SEQUENCE {}
-        let before = &body[..body.len() - rest.len()];
-        der::take_tag(SEQUENCE, &mut rest).filter(|name| name.content.is_empty())?;
-        Some((
-            der::element(SEQUENCE, &[before, &self.name, rest]),
-            algorithm,
-        ))
+    fn insert_name(&self, draft: &[u8]) -> Option<Result<Vec<u8>, SignError>> {
+        // Both are SEQUENCE { body SEQUENCE, algorithm SEQUENCE, signature } (RFC 5280 §4.1 and §5.1).
+        let (_, draft) = Sequence::from_der(draft).ok()?;
+        let (rest, body) = Sequence::from_der(&draft.content).ok()?;
+        let (_, algorithm) = Sequence::from_der(rest).ok()?;
+        // In the body, the first SEQUENCE is the algorithm and the second one the issuer, empty so far.
+        let mut rest = &*body.content;
+        loop {
+            let (after, any) = Any::from_der(rest).ok()?;
+            rest = after;
+            if any.tag() == Tag::Sequence {
+                break;
+            }
+        }
+        let before = &body.content[..body.content.len() - rest.len()];
+        let (after, empty) = Sequence::from_der(rest).ok()?;
+        if !empty.content.is_empty() {
+            return None;
+        }
+        let sequence =
+            |parts: &[&[u8]]| Sequence::new(Cow::Owned(parts.concat())).to_der_vec().ok();
+        let body = sequence(&[before, &self.name, after])?;
+        let algorithm = algorithm.to_der_vec().ok()?;
+        let signature = match self.key.sign(&body) {
+            Ok(signature) => BitString::new(0, &signature).to_der_vec().ok()?,
+            Err(error) => return Some(Err(error.into())),
+        };
+        sequence(&[&body, &algorithm, &signature]).map(Ok)
     }
 }
 
@@ -300,7 +320,7 @@ impl fmt::Debug for Signer {
     }
 }
 
-/// Stands for the key while rcgen writes what is to be signed.
+/// Stands in for the key while rcgen writes a draft.
 struct Unsigned {
     algorithm: &'static SignatureAlgorithm,
     public_key: Vec<u8>,
@@ -322,8 +342,19 @@ impl SigningKey for Unsigned {
     }
 }
 
+fn leaf_params(names: Vec<SanType>, purposes: Vec<ExtendedKeyUsagePurpose>) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.subject_alt_names = names;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = purposes;
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.use_authority_key_identifier_extension = true;
+    params
+}
+
 /// Makes a self-signed root of `trust_domain`.
-pub(super) fn make_root(
+pub(crate) fn make_root(
     trust_domain: &TrustDomain,
     algorithm: KeyAlgorithm,
     lifetime: u64,
@@ -340,7 +371,7 @@ pub(super) fn make_root(
     params
         .distinguished_name
         .push(DnType::OrganizationName, organization(trust_domain));
-    // A name of its own for each root: chains and revocation lists are found by it.
+    // Each root has a name of its own, because chains and revocation lists are found by it.
     params.distinguished_name.push(
         DnType::CommonName,
         format!("auth-daemon root {}", hex(&serial[..4])),
@@ -360,13 +391,13 @@ pub(super) fn make_root(
     })
 }
 
-/// A trust domain may be longer than an organization's name (64 characters, RFC 5280 §A.1); the URI has all of it.
+/// An organization's name has at most 64 characters (RFC 5280 §A.1); the URI holds longer trust domains whole.
 fn organization(trust_domain: &TrustDomain) -> String {
     trust_domain.as_str().chars().take(64).collect()
 }
 
-/// Reads a private key: PKCS #8, SEC 1 or PKCS #1, behind whatever else a tool has put into the file.
-pub(super) fn key_from_pem(pem: &str) -> Result<KeyPair, String> {
+/// Reads the first private key in a PEM text: PKCS #8, SEC 1 or PKCS #1.
+pub(crate) fn key_from_pem(pem: &str) -> Result<KeyPair, String> {
     use rustls::pki_types::pem::PemObject;
     let key = PrivateKeyDer::from_pem_slice(pem.as_bytes())
         .map_err(|_| "has no usable private key (PEM, not encrypted)".to_owned())?;
@@ -380,15 +411,15 @@ pub(super) fn key_from_pem(pem: &str) -> Result<KeyPair, String> {
     ];
     if !known.contains(&key.algorithm()) {
         return Err(format!(
-            "has a key of the kind {:?}; P-256, P-384, Ed25519 and RSA are used",
+            "has a key of the kind {:?}; P-256, P-384, Ed25519 and RSA are supported",
             key.algorithm()
         ));
     }
     Ok(key)
 }
 
-/// Parses a certificate that has to be the whole of `der`.
-pub(super) fn parse<'a>(der: &'a [u8]) -> Result<X509Certificate<'a>, String> {
+/// Parses a certificate, which must be the whole of `der`.
+pub(crate) fn parse<'a>(der: &'a [u8]) -> Result<X509Certificate<'a>, String> {
     match X509Certificate::from_der(der) {
         Ok(([], certificate)) => Ok(certificate),
         _ => Err("the certificate cannot be parsed".into()),
@@ -396,10 +427,12 @@ pub(super) fn parse<'a>(der: &'a [u8]) -> Result<X509Certificate<'a>, String> {
 }
 
 /// Whether a certificate may sign others: CA:TRUE and keyCertSign (RFC 5280 §4.2.1.3 and §4.2.1.9).
-pub(super) fn check_may_sign(certificate: &X509Certificate<'_>) -> Result<(), String> {
+pub(crate) fn check_may_sign(certificate: &X509Certificate<'_>) -> Result<(), String> {
     let constraints = certificate.basic_constraints().ok().flatten();
     if !constraints.is_some_and(|constraints| constraints.value.ca) {
-        return Err("the certificate is no CA's (basicConstraints lacks CA:TRUE)".into());
+        return Err(
+            "the certificate is not a CA certificate (basicConstraints lacks CA:TRUE)".into(),
+        );
     }
     match certificate.key_usage() {
         Ok(None) => Ok(()),
@@ -408,8 +441,8 @@ pub(super) fn check_may_sign(certificate: &X509Certificate<'_>) -> Result<(), St
     }
 }
 
-/// When a certificate begins and ends.
-pub(super) fn life(certificate: &X509Certificate<'_>) -> Life {
+/// The validity of one certificate.
+pub(crate) fn life(certificate: &X509Certificate<'_>) -> Life {
     let validity = certificate.validity();
     let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
     Life {
@@ -418,8 +451,8 @@ pub(super) fn life(certificate: &X509Certificate<'_>) -> Life {
     }
 }
 
-/// The URIs among a certificate's names.
-pub(super) fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Vec<&'a str> {
+/// The URIs in a certificate's subject alternative name.
+pub(crate) fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Vec<&'a str> {
     let names = certificate.subject_alternative_name().ok().flatten();
     let names = names.map(|names| &names.value.general_names);
     names
@@ -442,7 +475,7 @@ fn subject_key_identifier<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'
         })
 }
 
-/// RFC 7093 §2, method 1, as rcgen derives it.
+/// As rcgen derives it (RFC 7093 §2, method 1).
 fn derived_key_identifier(key: &KeyPair) -> Vec<u8> {
     let digest =
         aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &key.subject_public_key_info());
@@ -459,22 +492,22 @@ fn san(name: &str) -> Result<SanType, SignError> {
     }
 }
 
-pub(super) fn time(seconds: u64) -> Result<OffsetDateTime, SignError> {
+pub(crate) fn time(seconds: u64) -> Result<OffsetDateTime, SignError> {
     i64::try_from(seconds)
         .ok()
         .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
         .ok_or(SignError::Time(seconds))
 }
 
-/// 126 random bits: unique without a record, positive and 16 octets long without a leading zero (RFC 5280 §4.1.2.2).
-pub(super) fn random_serial() -> [u8; 16] {
+/// 126 random bits: unique without a record, positive, and 16 octets without a leading zero (RFC 5280 §4.1.2.2).
+fn random_serial() -> [u8; 16] {
     let mut bytes: [u8; 16] = rand::random();
     bytes[0] = bytes[0] & 0x3f | 0x40;
     bytes
 }
 
 /// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes
         .iter()

@@ -1,4 +1,4 @@
-//! `auth-daemon ca`: runs the trust domain's CA. With a subcommand, asks the one that runs on this machine.
+//! `auth-daemon ca`: runs the CA, or with a subcommand sends a request to the CA on this machine.
 
 mod ask;
 
@@ -17,19 +17,19 @@ use crate::{
             static_token::StaticTokens,
         },
         authority::Authority,
+        config::{CaConfig, KubernetesState, State},
         distribution::Distribution,
-        leader::{Candidate, Tenure, election::Timing},
+        leader::{Candidate, Term, election::Timing},
         roots::PublishedRoots,
         server::Server,
         store::{directory::DirectoryStore, secret::SecretStore},
     },
-    config::{CaConfig, KubernetesState, State},
     discovery::{self, Sink},
     kubernetes,
     mesh::{MeshDefault, Registry},
 };
 
-/// How long who was elected waits for the pods before it leaves the lead to others.
+/// How long a new leader waits for the list of pods before it leaves the Lease to others.
 const SYNC_DEADLINE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, clap::Args)]
@@ -56,13 +56,13 @@ fn run(file: &std::path::Path) -> anyhow::Result<()> {
     let config = CaConfig::load(file)?;
     start_log(&config.log)?;
     raise_file_limit();
-    // As many threads as cores: who is accepted does not wait for what is signed.
+    // As many threads as cores, so that new connections do not wait for signatures.
     let runtime = runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
     runtime.block_on(serve(config))?;
-    // What still works in the background has nothing to finish.
+    // Background tasks have nothing to finish.
     runtime.shutdown_background();
     Ok(())
 }
@@ -109,12 +109,12 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
     let (lead, leader) = watch::channel(None);
     let (resign, resigned) = watch::channel(false);
     let server = Server::bind(&config, attestors, registry, leader.clone()).await?;
-    let reign: Pin<Box<dyn Future<Output = ()>>> = match (&config.state, cluster) {
+    let leading: Pin<Box<dyn Future<Output = ()>>> = match (&config.state, cluster) {
         (State::Directory(directory), _) => {
             let store = Arc::new(DirectoryStore::open(directory)?);
             let authority = Arc::new(Authority::open(store, config.settings()).await?);
             lead.send_replace(Some(authority.clone()));
-            Box::pin(reign_alone(authority, lead, resigned))
+            Box::pin(lead_alone(authority, lead, resigned))
         }
         (State::Kubernetes(state), Some(cluster)) => {
             if let Some(name) = &state.root_config_map {
@@ -135,7 +135,7 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
                 };
                 tokio::spawn(distribution.run(leader));
             }
-            Box::pin(stand(
+            Box::pin(campaign(
                 cluster,
                 state.clone(),
                 config.clone(),
@@ -154,16 +154,16 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
     let (stop, stopped) = watch::channel(false);
     tokio::spawn(async move {
         if let Err(error) = asked_to_stop().await {
-            tracing::error!(%error, "cannot wait for signals");
+            tracing::error!(%error, "signals cannot be waited for");
         }
         stop.send_replace(true);
     });
     let serve = async {
         server.run(stopped).await;
-        // Only now: requests that were under way needed the authority.
+        // After the server has stopped, because requests in progress need the authority.
         resign.send_replace(true);
     };
-    tokio::join!(serve, reign);
+    tokio::join!(serve, leading);
     tracing::info!("CA stopped");
     Ok(())
 }
@@ -173,17 +173,17 @@ fn attestors(
     registry: &Arc<Registry>,
     cluster: Option<&kube::Client>,
 ) -> anyhow::Result<Vec<Arc<dyn Attestor>>> {
-    let mut faults = Vec::new();
+    let mut errors = Vec::new();
     let mut attestors: Vec<Arc<dyn Attestor>> = Vec::new();
     match StaticTokens::open(&config.tokens) {
         Ok(tokens) if !config.tokens.is_empty() => attestors.push(Arc::new(tokens)),
         Ok(_) => {}
-        Err(tokens) => faults.extend(tokens),
+        Err(tokens) => errors.extend(tokens),
     }
     if let Some(jwks) = &config.jwks {
         match Jwks::open(jwks.clone(), config.trust_domain.clone(), registry.clone()) {
             Ok(jwks) => attestors.push(Arc::new(jwks)),
-            Err(fault) => faults.push(fault),
+            Err(error) => errors.push(error),
         }
     }
     if let (Some(reviews), Some(cluster)) = (&config.kubernetes, cluster) {
@@ -195,28 +195,28 @@ fn attestors(
         attestors.push(Arc::new(TokenReviewer::new(cluster.clone(), settings)));
     }
     anyhow::ensure!(
-        faults.is_empty(),
+        errors.is_empty(),
         "the configuration cannot be used:\n  {}",
-        faults.join("\n  ")
+        errors.join("\n  ")
     );
     Ok(attestors)
 }
 
-/// The folder is this process's alone: it leads for as long as it runs.
-async fn reign_alone(
+/// With a directory of its own, this process is the leader for as long as it runs.
+async fn lead_alone(
     authority: Arc<Authority>,
     lead: watch::Sender<Option<Arc<Authority>>>,
     mut resigned: watch::Receiver<bool>,
 ) {
     tokio::select! {
-        () = authority.keep_up() => {}
+        () = authority.run() => {}
         _ = resigned.wait_for(|resigned| *resigned) => {}
     }
     lead.send_replace(None);
 }
 
-/// One of several replicas: leads when the cluster's Lease says so.
-async fn stand(
+/// As one of several replicas, takes part in the leader election.
+async fn campaign(
     cluster: kube::Client,
     state: KubernetesState,
     config: CaConfig,
@@ -238,7 +238,7 @@ async fn stand(
         let read = synced.wait_for(|synced| *synced);
         if !matches!(timeout(SYNC_DEADLINE, read).await, Ok(Ok(_))) {
             return Err(
-                "which pods run where could not be read: nobody would get a certificate".into(),
+                "the list of pods could not be read: no certificate could be issued".into(),
             );
         }
         let store = SecretStore::new(cluster.clone(), &state.namespace, &state.state_secret);
@@ -248,10 +248,10 @@ async fn stand(
             .map_err(|error| error.to_string())?;
         let authority = Arc::new(authority);
         let work = authority.clone();
-        Ok(Tenure {
+        Ok(Term {
             value: authority,
             lost,
-            work: Box::pin(async move { work.keep_up().await }),
+            work: Box::pin(async move { work.run().await }),
         })
     };
     candidate.run(open, lead, resigned).await;

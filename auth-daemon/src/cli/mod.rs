@@ -1,7 +1,9 @@
 //! The command line, one file a subcommand.
 
+mod ask_daemon;
 mod ca;
 mod check;
+mod embedded_ca;
 mod policy;
 pub(crate) mod probe;
 mod run;

@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context, anyhow, ensure};
 use clap::{Subcommand, ValueEnum};
 
+use super::ask_daemon;
 use crate::{
     admin::ADMIN_PORT,
     discovery::{files, manifest},
@@ -125,15 +126,8 @@ fn list(manifests: &Manifests) -> anyhow::Result<Answer> {
 /// Asks the daemon of this node.
 fn ask(what: &str, question: &impl serde::Serialize) -> anyhow::Result<Answer> {
     let url = format!("http://127.0.0.1:{ADMIN_PORT}/policy/{what}");
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .timeout_global(Some(PATIENCE))
-        .build()
-        .into();
-    let answer: Result<Answer, String> = agent
-        .post(&url)
-        .send_json(question)
-        .and_then(|mut response| response.body_mut().read_json())
-        .with_context(|| {
+    let answer: Result<Answer, String> =
+        ask_daemon::ask(&format!("/policy/{what}"), Some(question), PATIENCE).with_context(|| {
             format!(
                 "no daemon answers at {url}; is it running, and is this the node's network namespace? With --files, a \
                  folder of manifests is asked"

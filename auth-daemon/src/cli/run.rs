@@ -19,11 +19,11 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     admin::{self, Health},
-    ca::{Issuer, client::GrpcIssuer, embedded::EmbeddedCa},
-    certs::Certificates,
+    ca::embedded::EmbeddedCa,
     config::{CaSource, Config, Discovery, Log, LogFormat},
     datapath::{Kernel, KernelError, PinLock, features, host, mounts, try_load, unload},
     discovery::{self, Sink},
+    issuer::{CaClient, Certificates, Issuer},
     kubernetes,
     mesh::{Published, Registry},
     policy::Policies,
@@ -238,7 +238,7 @@ fn issuer(config: &Config) -> anyhow::Result<Arc<dyn Issuer>> {
     Ok(match &config.ca {
         CaSource::Directory(folder) => Arc::new(EmbeddedCa::open(folder, trust_domain, lifetime)?),
         CaSource::Server(server) => {
-            let issuer = GrpcIssuer::start(server.clone(), trust_domain.clone(), lifetime)?;
+            let issuer = CaClient::start(server.clone(), trust_domain.clone(), lifetime)?;
             Arc::new(issuer)
         }
     })

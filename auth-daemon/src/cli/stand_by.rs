@@ -13,8 +13,8 @@ use anyhow::Context;
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    certs::Certificates,
     datapath::{KernelError, PinLock},
+    issuer::Certificates,
     mesh::{Identity, Registry},
     proxy::Node,
 };

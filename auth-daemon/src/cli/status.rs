@@ -3,6 +3,7 @@
 use anyhow::Context;
 use serde_json::Value;
 
+use super::ask_daemon::ask;
 use crate::admin::ADMIN_PORT;
 
 #[derive(Debug, clap::Args)]
@@ -14,17 +15,12 @@ pub(super) struct Arguments {
 
 pub(super) fn status(arguments: &Arguments) -> anyhow::Result<()> {
     let url = format!("http://127.0.0.1:{ADMIN_PORT}/status");
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .timeout_global(Some(std::time::Duration::from_secs(5)))
-        .build()
-        .into();
-    let status: Value = agent
-        .get(&url)
-        .call()
-        .and_then(|mut response| response.body_mut().read_json())
-        .with_context(|| {
-            format!("no daemon answers at {url}; is it running, and is this the node's network namespace?")
-        })?;
+    let deadline = std::time::Duration::from_secs(5);
+    let status: Value = ask("/status", None::<&()>, deadline).with_context(|| {
+        format!(
+            "no daemon answers at {url}; is it running, and is this the node's network namespace?"
+        )
+    })?;
     if arguments.json {
         println!("{status}");
     } else {

@@ -22,7 +22,7 @@ pub struct Log {
 
 impl Log {
     /// Takes the section out of `root`.
-    pub(super) fn read(root: &mut Section, faults: &mut Vec<String>) -> Self {
+    pub(crate) fn read(root: &mut Section, faults: &mut Vec<String>) -> Self {
         let mut log = root.section("log", faults);
         let format = log.parsed("format", faults, |s| match s {
             "text" => Ok(LogFormat::Text),

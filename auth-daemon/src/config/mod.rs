@@ -1,8 +1,7 @@
 //! The daemon's configuration file: YAML, checked as a whole, so that one run shows every fault.
 
-mod ca;
 mod log;
-mod section;
+pub(crate) mod section;
 
 use std::{
     collections::BTreeSet,
@@ -13,10 +12,6 @@ use std::{
 
 use ipnet::IpNet;
 
-pub use ca::{
-    CaConfig, DEFAULT_OPERATOR_SOCKET, JwksAttestation, JwksSource, KubernetesAttestation,
-    KubernetesState, NodeToken, State,
-};
 pub use log::{Log, LogFormat};
 pub use section::InvalidConfig;
 use section::{Section, absolute, duration};
@@ -143,8 +138,7 @@ impl Config {
             _ => Err("is neither kernel nor tunnel"),
         });
         let mut policies = root.section("policy", &mut faults);
-        let root_namespace =
-            policies.parsed("rootNamespace", &mut faults, ca::kubernetes_namespace);
+        let root_namespace = policies.parsed("rootNamespace", &mut faults, kubernetes_namespace);
         let drain = root.parsed("drain", &mut faults, |s| {
             duration(s, Duration::ZERO, MAX_DRAIN)
         });
@@ -219,7 +213,7 @@ fn discovery(
         (false, true) => {
             let mut cluster = sources.section("kubernetes", faults);
             let membership = cluster.parsed("default", faults, Membership::from_str);
-            let excluded = cluster.list("excludedNamespaces", faults, ca::kubernetes_namespace);
+            let excluded = cluster.list("excludedNamespaces", faults, kubernetes_namespace);
             cluster.refuse_the_rest(faults);
             let own_namespace = own_namespace.filter(|namespace| !namespace.is_empty());
             if own_namespace.is_none() {
@@ -307,19 +301,19 @@ fn host_and_port(text: &str) -> Result<(String, u16), &'static str> {
     }
 }
 
-fn server_name(name: &str) -> Result<String, &'static str> {
+pub(crate) fn server_name(name: &str) -> Result<String, &'static str> {
     rustls::pki_types::ServerName::try_from(name)
         .map(|_| name.to_owned())
         .map_err(|_| "is neither a DNS name nor an IP address")
 }
 
 /// Where nothing else is said, as everywhere in this field.
-fn default_trust_domain() -> TrustDomain {
+pub(crate) fn default_trust_domain() -> TrustDomain {
     // A literal that the parser takes: see the tests.
     "cluster.local".parse().expect("well-formed")
 }
 
-fn node_name(name: &str) -> Result<String, &'static str> {
+pub(crate) fn node_name(name: &str) -> Result<String, &'static str> {
     let valid = !name.is_empty()
         && name.len() <= 253
         && name
@@ -330,6 +324,14 @@ fn node_name(name: &str) -> Result<String, &'static str> {
     } else {
         Err("is not a node name")
     }
+}
+
+/// A namespace, as Kubernetes names one.
+fn kubernetes_namespace(name: &str) -> Result<String, &'static str> {
+    let named = default_trust_domain().identity(name, "x");
+    named
+        .map(|_| name.to_owned())
+        .map_err(|_| "is not the name of a namespace")
 }
 
 fn default_node_name() -> Option<String> {

@@ -29,7 +29,7 @@ impl fmt::Display for InvalidConfig {
 impl std::error::Error for InvalidConfig {}
 
 /// Reads `file` and lets `parse` check it.
-pub(super) fn load<T>(
+pub(crate) fn load<T>(
     file: &Path,
     parse: impl FnOnce(&str) -> Result<T, Vec<String>>,
 ) -> Result<T, InvalidConfig> {
@@ -43,20 +43,20 @@ pub(super) fn load<T>(
 }
 
 /// A mapping of the file, emptied as its fields are taken, so that what is left is what nobody knows.
-pub(super) struct Section {
+pub(crate) struct Section {
     path: String,
     fields: Map<String, Value>,
 }
 
 impl Section {
     /// The whole of a file.
-    pub(super) fn of_yaml(text: &str, faults: &mut Vec<String>) -> Result<Self, Vec<String>> {
+    pub(crate) fn of_yaml(text: &str, faults: &mut Vec<String>) -> Result<Self, Vec<String>> {
         let root: Value =
             serde_saphyr::from_str(text).map_err(|error| vec![format!("is not YAML: {error}")])?;
         Ok(Self::new("", root, faults))
     }
 
-    pub(super) fn new(path: &str, value: Value, faults: &mut Vec<String>) -> Self {
+    pub(crate) fn new(path: &str, value: Value, faults: &mut Vec<String>) -> Self {
         let fields = match value {
             Value::Object(fields) => fields,
             Value::Null => Map::new(),
@@ -80,21 +80,21 @@ impl Section {
         }
     }
 
-    pub(super) fn has(&self, name: &str) -> bool {
+    pub(crate) fn has(&self, name: &str) -> bool {
         self.fields.contains_key(name)
     }
 
     /// Takes a field out unread.
-    pub(super) fn skip(&mut self, name: &str) {
+    pub(crate) fn skip(&mut self, name: &str) {
         self.fields.remove(name);
     }
 
-    pub(super) fn section(&mut self, name: &str, faults: &mut Vec<String>) -> Self {
+    pub(crate) fn section(&mut self, name: &str, faults: &mut Vec<String>) -> Self {
         let value = self.fields.remove(name).unwrap_or(Value::Null);
         Self::new(&self.field(name), value, faults)
     }
 
-    pub(super) fn parsed<T, E: fmt::Display>(
+    pub(crate) fn parsed<T, E: fmt::Display>(
         &mut self,
         name: &str,
         faults: &mut Vec<String>,
@@ -112,7 +112,7 @@ impl Section {
         }
     }
 
-    pub(super) fn required<T, E: fmt::Display>(
+    pub(crate) fn required<T, E: fmt::Display>(
         &mut self,
         name: &str,
         faults: &mut Vec<String>,
@@ -124,7 +124,7 @@ impl Section {
         self.parsed(name, faults, parse)
     }
 
-    pub(super) fn list<T, E: fmt::Display>(
+    pub(crate) fn list<T, E: fmt::Display>(
         &mut self,
         name: &str,
         faults: &mut Vec<String>,
@@ -147,7 +147,7 @@ impl Section {
     }
 
     /// A list of mappings, each with its place as its path.
-    pub(super) fn sections(&mut self, name: &str, faults: &mut Vec<String>) -> Vec<Self> {
+    pub(crate) fn sections(&mut self, name: &str, faults: &mut Vec<String>) -> Vec<Self> {
         let field = self.field(name);
         match self.fields.remove(name) {
             None => Vec::new(),
@@ -163,14 +163,14 @@ impl Section {
         }
     }
 
-    pub(super) fn refuse_the_rest(self, faults: &mut Vec<String>) {
+    pub(crate) fn refuse_the_rest(self, faults: &mut Vec<String>) {
         for name in self.fields.keys() {
             faults.push(format!("{}: there is no such field", self.field(name)));
         }
     }
 }
 
-pub(super) fn absolute(path: &str) -> Result<PathBuf, &'static str> {
+pub(crate) fn absolute(path: &str) -> Result<PathBuf, &'static str> {
     let path = PathBuf::from(path);
     if path.is_absolute() {
         Ok(path)
@@ -180,7 +180,7 @@ pub(super) fn absolute(path: &str) -> Result<PathBuf, &'static str> {
 }
 
 /// A whole number with the unit `ms`, `s`, `m` or `h`.
-pub(super) fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());

@@ -144,6 +144,7 @@ mod tests {
         let svid = Svid {
             identity: web.clone(),
             serial: "0a".into(),
+            node: None,
             not_before: std::time::UNIX_EPOCH,
             not_after: std::time::UNIX_EPOCH,
         };

@@ -38,9 +38,9 @@ pub use workers::Workers;
 use rules::Rules;
 
 use crate::{
-    certs::Certificates,
     config::Config,
     datapath::Kernel,
+    issuer::Certificates,
     mesh::{Published, Registry},
     policy::Policies,
 };

@@ -26,9 +26,9 @@ use super::{
     residents::{Forbidden, Resident, permit},
 };
 use crate::{
-    certs::Current,
     config::SameNode,
     datapath::sockets::{self, end_in_good_order},
+    issuer::Current,
     mesh::{Destination, Endpoint},
     policy::{Connection, check_revoked},
     tunnel::{

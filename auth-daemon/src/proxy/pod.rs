@@ -7,8 +7,8 @@ use std::{
 };
 
 use crate::{
-    certs::Certificate,
     datapath::{Enrolled, sockets::SourcePorts},
+    issuer::Certificate,
     mesh::Workload,
     places::Places,
     tunnel::Pool,

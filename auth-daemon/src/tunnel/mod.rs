@@ -6,6 +6,7 @@
 mod aead;
 mod buffer;
 mod channel;
+pub mod crl;
 pub mod frame;
 pub mod handshake;
 pub mod hello;

@@ -6,12 +6,23 @@ use std::{
 };
 
 use x509_parser::{
+    asn1_rs::{ToDer as _, Utf8String},
     certificate::X509Certificate,
-    extensions::{GeneralName, ParsedExtension},
+    extensions::{GeneralName, ParsedExtension, X509Extension},
     prelude::FromDer,
 };
 
 use crate::mesh::{Identity, InvalidIdentity};
+
+/// Object identifier of the certificate extension with the name of the node that the certificate was issued to: a
+/// non-critical UTF8String. Nodes refuse certificates of a revoked node by it. Arc 2.25 needs no registration (X.667).
+pub const NODE_EXTENSION: [u64; 3] = [2, 25, 3_713_620_917_452_836_174];
+
+/// The content of the extension for `node`, DER. An empty name means that the CA does not know the node.
+pub fn encode_node(node: &str) -> Vec<u8> {
+    // Encoding a string in memory does not fail.
+    node.to_der_vec().unwrap_or_default()
+}
 
 /// A leaf certificate that names one identity.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,11 +31,17 @@ pub struct Svid {
     pub identity: Identity,
     /// Serial number, in lower-case hexadecimal.
     pub serial: Arc<str>,
+    /// The node that it was issued to, from [`NODE_EXTENSION`]. Empty if the CA did not know the node, `None` if the
+    /// certificate has no such extension.
+    pub node: Option<Arc<str>>,
     /// Not valid before.
     pub not_before: SystemTime,
     /// Not valid after.
     pub not_after: SystemTime,
 }
+
+/// Longest name of a node (a DNS subdomain, RFC 1123), in bytes.
+const MAX_NODE: usize = 253;
 
 /// Why a certificate is no SVID of a workload.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -64,7 +81,14 @@ impl Svid {
         }
         let mut uris = Vec::new();
         let mut signs = None;
+        let mut node = None;
         for extension in certificate.extensions() {
+            if is_node(extension) {
+                let name = node_name(extension.value).ok_or(InvalidSvid::Malformed)?;
+                if node.replace(name).is_some() {
+                    return Err(InvalidSvid::Malformed);
+                }
+            }
             match extension.parsed_extension() {
                 ParsedExtension::SubjectAlternativeName(names) => {
                     uris.extend(names.general_names.iter().filter_map(|name| match name {
@@ -106,9 +130,24 @@ impl Svid {
                 .map(|byte| format!("{byte:02x}"))
                 .collect::<String>()
                 .into(),
+            node,
             not_before: at(validity.not_before.timestamp()),
             not_after: at(validity.not_after.timestamp()),
         })
+    }
+}
+
+fn is_node(extension: &X509Extension<'_>) -> bool {
+    extension
+        .oid
+        .iter()
+        .is_some_and(|arcs| arcs.eq(NODE_EXTENSION))
+}
+
+fn node_name(value: &[u8]) -> Option<Arc<str>> {
+    match Utf8String::from_der(value) {
+        Ok(([], name)) if name.as_ref().len() <= MAX_NODE => Some(name.as_ref().into()),
+        _ => None,
     }
 }
 
@@ -119,8 +158,8 @@ fn at(unix_seconds: i64) -> SystemTime {
 #[cfg(test)]
 mod tests {
     use rcgen::{
-        BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose, SanType,
-        string::Ia5String,
+        BasicConstraints, CertificateParams, CustomExtension, IsCa, KeyPair, KeyUsagePurpose,
+        SanType, string::Ia5String,
     };
 
     use super::*;
@@ -157,6 +196,28 @@ mod tests {
                 .push(SanType::DnsName("web".try_into().unwrap()));
         });
         assert_eq!(parse(&with_dns).unwrap().identity.as_str(), WEB);
+    }
+
+    #[test]
+    fn reads_the_node() {
+        let with = |content: Vec<u8>| {
+            let extension = CustomExtension::from_oid_content(&NODE_EXTENSION, content);
+            parse(&certificate(|p| p.custom_extensions = vec![extension]))
+        };
+        assert_eq!(parse(&certificate(|_| {})).unwrap().node, None);
+        for name in ["node-a", ""] {
+            let svid = with(encode_node(name)).unwrap();
+            assert_eq!(svid.node.as_deref(), Some(name));
+        }
+        for bad in [
+            vec![],
+            vec![4, 1, b'a'],
+            [encode_node("a"), vec![0]].concat(),
+        ] {
+            assert_eq!(with(bad), Err(InvalidSvid::Malformed));
+        }
+        let long = with(encode_node(&"a".repeat(MAX_NODE + 1)));
+        assert_eq!(long, Err(InvalidSvid::Malformed));
     }
 
     #[test]

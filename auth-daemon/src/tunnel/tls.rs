@@ -25,8 +25,11 @@ use rustls::{
 
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::{ALPN, svid::Svid, trust::TrustStore};
+use super::ALPN;
+pub use super::{crl, svid, trust};
 use crate::mesh::TrustDomain;
+use svid::Svid;
+use trust::TrustStore;
 
 /// Both ends' TLS configurations for one workload identity.
 #[derive(Debug)]

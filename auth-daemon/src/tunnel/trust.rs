@@ -159,9 +159,12 @@ impl Revocations {
         self.serials.is_empty() && self.identities.is_empty() && self.nodes.is_empty()
     }
 
-    /// Whether the holder of `svid` is still to be believed.
+    /// Fails if the certificate, its identity, or the node that it was issued to is revoked.
     pub fn check(&self, svid: &Svid) -> Result<(), Revoked> {
         self.check_identity(&svid.identity)?;
+        if let Some(node) = &svid.node {
+            self.check_node(node)?;
+        }
         match self.serials.get(&*svid.serial) {
             Some(&reason) => Err(Revoked::Certificate {
                 serial: svid.serial.clone(),
@@ -225,5 +228,31 @@ impl TrustStore {
     /// Counts publications.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_revoked_node_revokes_the_certificates_issued_to_it() {
+        let svid = |node: Option<&str>| Svid {
+            identity: "spiffe://a/ns/b/sa/c".parse().unwrap(),
+            serial: "01".into(),
+            node: node.map(Into::into),
+            not_before: std::time::UNIX_EPOCH,
+            not_after: std::time::UNIX_EPOCH,
+        };
+        let nodes = HashMap::from([("a".to_owned(), Reason::KeyCompromise)]);
+        let revoked = Revocations {
+            nodes,
+            ..Revocations::default()
+        };
+        let error = revoked.check(&svid(Some("a"))).unwrap_err();
+        assert_eq!(error.to_string(), "node a is revoked (keyCompromise)");
+        for other in [Some("b"), Some(""), None] {
+            assert_eq!(revoked.check(&svid(other)), Ok(()));
+        }
     }
 }

@@ -9,22 +9,23 @@ use std::{
     time::Duration,
 };
 
+use auth_ca_api::{
+    IMPERSONATED_IDENTITY,
+    auth::trust_service_client::TrustServiceClient,
+    istio::{
+        IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
+    },
+    pem,
+};
 use auth_daemon::{
     ca::{
         attest::{Attestor, jwks::Jwks, static_token::StaticTokens},
         authority::Authority,
-        pem,
-        proto::{
-            auth::trust_service_client::TrustServiceClient,
-            istio::{
-                IstioCertificateRequest,
-                istio_certificate_service_client::IstioCertificateServiceClient,
-            },
-        },
+        config::CaConfig,
         server::Server,
         store::directory::DirectoryStore,
     },
-    config::{CaConfig, CaServer},
+    config::CaServer,
     mesh::{Identity, Inventory, ObjectName, Registry, Snapshot, TrustDomain, Workload},
     tunnel::tls::provider,
 };
@@ -62,7 +63,7 @@ pub(crate) fn token(node: &str) -> String {
     format!("token-of-node-{node}-{}", "x".repeat(32))
 }
 
-/// Waits until `condition` holds, and fails when it does not for so long that it never will.
+/// Waits until `condition` holds, and fails after half a minute.
 pub(crate) async fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     for _ in 0..3000 {
         if let Some(value) = condition() {
@@ -111,7 +112,7 @@ impl Issuer {
     }
 }
 
-/// A CA that runs.
+/// A running CA.
 pub(crate) struct Ca {
     pub(crate) folder: Arc<tempfile::TempDir>,
     pub(crate) config: CaConfig,
@@ -125,7 +126,7 @@ pub(crate) struct Ca {
     work: JoinHandle<()>,
 }
 
-/// The configuration of a CA that has all it needs in `folder`.
+/// The configuration of a CA with all of its files in `folder`.
 pub(crate) fn write_config(folder: &Path, listen: &str, more: &str) -> PathBuf {
     let at = |name: &str| folder.join(name).display().to_string();
     for node in ["a", "b"] {
@@ -194,11 +195,11 @@ impl Ca {
             lead,
             stop,
             server: tokio::spawn(server.run(stopped)),
-            work: tokio::spawn(async move { work.keep_up().await }),
+            work: tokio::spawn(async move { work.run().await }),
         }
     }
 
-    /// Ends it as SIGTERM does, and waits until it is gone.
+    /// Stops it as SIGTERM does, and waits until it has stopped.
     pub(crate) async fn stop(self) -> (Arc<tempfile::TempDir>, Arc<Issuer>, SocketAddr) {
         self.stop.send_replace(true);
         self.server.await.unwrap();
@@ -211,7 +212,7 @@ impl Ca {
         self.authority.published().borrow().roots.clone()
     }
 
-    /// What a daemon's configuration says of this CA.
+    /// A daemon's configuration for this CA.
     pub(crate) fn server(&self, node: &str) -> CaServer {
         let roots: String = self
             .roots()
@@ -292,7 +293,7 @@ pub(crate) fn csr(change: impl FnOnce(&mut CertificateParams)) -> (KeyPair, Stri
     (key, csr)
 }
 
-/// What openssl(1) makes of `arguments`.
+/// A CSR that openssl(1) makes.
 pub(crate) fn openssl_csr(arguments: &[&str]) -> String {
     let output = Command::new("openssl")
         .args([
@@ -348,7 +349,7 @@ impl Ask {
             let value = prost_types::Value {
                 kind: Some(prost_types::value::Kind::StringValue(identity)),
             };
-            ("ImpersonatedIdentity".to_owned(), value)
+            (IMPERSONATED_IDENTITY.to_owned(), value)
         });
         let mut request = Request::new(IstioCertificateRequest {
             csr: self.csr,

@@ -1,4 +1,4 @@
-//! The CA over real TLS and gRPC: what it gives to whom, what it refuses, and what a daemon learns from it.
+//! The CA over real TLS and gRPC: what it issues to whom, what it refuses, and what a daemon learns from it.
 
 mod daemon;
 mod harness;
@@ -11,10 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use auth_ca_api::auth::WatchRequest;
 use auth_daemon::{
-    ca::{authority::Target, proto::auth::WatchRequest},
+    ca::authority::Target,
     mesh::{Inventory, Snapshot},
-    tunnel::{svid::Svid, trust::Reason},
+    tunnel::tls::{svid::Svid, trust::Reason},
 };
 use harness::*;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose, SanType};
@@ -23,7 +24,7 @@ use tonic::{Code, Request};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_gets_what_its_pods_need_and_nothing_that_a_csr_wishes() {
+async fn a_node_gets_certificates_of_its_pods_whatever_the_csr_asks_for() {
     let ca = Ca::start().await;
     let (_, csr) = csr(|params| {
         params.subject_alt_names = vec![
@@ -55,15 +56,11 @@ async fn a_node_gets_what_its_pods_need_and_nothing_that_a_csr_wishes() {
         life <= Duration::from_secs(3600) && life > Duration::from_secs(3500),
         "{life:?}"
     );
-    let serial = u128::from_str_radix(&svid.serial, 16)
-        .unwrap()
-        .to_be_bytes();
-    let record = ca.authority.issued(&serial).unwrap();
-    assert_eq!(record.node.as_deref(), Some("a"));
+    assert_eq!(svid.node.as_deref(), Some("a"), "in the extension");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_say_what_is_wrong() {
+async fn refusals_explain_what_is_wrong() {
     let ca = Ca::start().await;
     let caller = ca.caller().await;
     let bad_signature = {
@@ -71,7 +68,7 @@ async fn refusals_say_what_is_wrong() {
         let der = CertificateSigningRequestDer::from_pem_slice(csr.as_bytes()).unwrap();
         let mut der = der.to_vec();
         *der.last_mut().unwrap() ^= 1;
-        auth_daemon::ca::pem::encode("CERTIFICATE REQUEST", &der)
+        auth_ca_api::pem::encode("CERTIFICATE REQUEST", &der)
     };
     let now = jsonwebtoken::get_current_timestamp();
     let jwt = |change: fn(&mut serde_json::Value, u64)| {
@@ -207,7 +204,7 @@ async fn refusals_say_what_is_wrong() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_gets_itself_with_its_token_and_renews_with_its_certificate() {
+async fn a_pod_gets_its_identity_by_token_and_renews_by_certificate() {
     let ca = Ca::start().await;
     let own = ca.issuer.token("web", "a", |_| {});
     let (key, csr) = csr(|_| {});
@@ -247,9 +244,11 @@ async fn a_pod_gets_itself_with_its_token_and_renews_with_its_certificate() {
     );
 
     let serial = Svid::parse(&chain[0], DOMAIN).unwrap().serial;
-    let serial = u128::from_str_radix(&serial, 16).unwrap().to_be_bytes();
     ca.authority
-        .revoke(Target::Serial(serial), Reason::KeyCompromise)
+        .revoke(
+            Target::Serial(serial.parse().unwrap()),
+            Reason::KeyCompromise,
+        )
         .await
         .unwrap();
     let refused = renewal(|_| {}).send(&holder).await.unwrap_err();
@@ -258,7 +257,7 @@ async fn a_pod_gets_itself_with_its_token_and_renews_with_its_certificate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn revoked_identities_and_nodes_get_nothing_more() {
+async fn revoked_identities_and_nodes_get_no_certificates() {
     let ca = Ca::start().await;
     let caller = ca.caller().await;
     for target in [Target::Identity(identity("web")), Target::Node("a".into())] {
@@ -275,7 +274,7 @@ async fn revoked_identities_and_nodes_get_nothing_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn waits_a_moment_for_a_pod_that_is_about_to_be_known() {
+async fn waits_a_moment_for_a_pod_that_is_not_known_yet() {
     let ca = Ca::start().await;
     let caller = ca.caller().await;
     let asked = tokio::spawn(async move {
@@ -283,7 +282,7 @@ async fn waits_a_moment_for_a_pod_that_is_about_to_be_known() {
             .send(&caller)
             .await
     });
-    // The request has to be the one who waits, so it has a head start; it may need none.
+    // Time for the request to arrive and wait.
     tokio::time::sleep(Duration::from_millis(100)).await;
     ca.registry.publish(Snapshot::new(Inventory {
         workloads: vec![pod("new", "a")],
@@ -293,7 +292,7 @@ async fn waits_a_moment_for_a_pod_that_is_about_to_be_known() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_standby_says_so() {
+async fn a_standby_refuses_requests() {
     let ca = Ca::start().await;
     let caller = ca.caller().await;
     let mut request = Request::new(WatchRequest {});
@@ -311,7 +310,7 @@ async fn a_standby_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_watch_nothing_and_nobody_watches_too_much() {
+async fn watches_need_attestation_and_are_limited() {
     let ca = Ca::start().await;
     let caller = ca.caller().await;
     let refused = watches(&caller).watch(WatchRequest {}).await.unwrap_err();
@@ -336,7 +335,7 @@ async fn strangers_watch_nothing_and_nobody_watches_too_much() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn slow_handshakes_end_and_keep_nobody_waiting() {
+async fn slow_handshakes_time_out_and_block_nobody() {
     let ca = Ca::start().await;
     let start = Instant::now();
     let mut slow: Vec<_> = (0..100)
@@ -354,7 +353,7 @@ async fn slow_handshakes_end_and_keep_nobody_waiting() {
             .set_read_timeout(Some(Duration::from_secs(30)))
             .unwrap();
         let mut rest = Vec::new();
-        // An end or a reset, but an end.
+        // Closed or reset.
         let error = first.read_to_end(&mut rest).err();
         error.is_none_or(|error| error.kind() == std::io::ErrorKind::ConnectionReset)
     });
@@ -367,7 +366,7 @@ async fn slow_handshakes_end_and_keep_nobody_waiting() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn certificates_of_others_fail_the_handshake() {
+async fn foreign_certificates_fail_the_handshake() {
     let ca = Ca::start().await;
     let key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::default();
@@ -375,7 +374,7 @@ async fn certificates_of_others_fail_the_handshake() {
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     let own = params.self_signed(&key).unwrap();
     let certified = (vec![own.der().clone()], private_key(&key));
-    // In TLS 1.3 a client is done before the server has looked: the first request shows it.
+    // In TLS 1.3 the client finishes first, so only the first request fails.
     let outcome = match connect(ca.address, ca.roots(), Some(certified)).await {
         Ok(channel) => Ask::good()
             .send(&channel)
@@ -384,11 +383,11 @@ async fn certificates_of_others_fail_the_handshake() {
             .err(),
         Err(error) => Some(error.to_string()),
     };
-    assert!(outcome.is_some(), "a certificate of nobody's was taken");
+    assert!(outcome.is_some(), "a foreign certificate was accepted");
     let stranger = Ca::start().await;
     assert!(
         connect(ca.address, stranger.roots(), None).await.is_err(),
-        "the CA of another root was believed"
+        "the CA of another root was trusted"
     );
 }
 
@@ -412,10 +411,10 @@ async fn older_tls_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stopping_answers_what_is_under_way() {
+async fn stopping_answers_requests_in_progress() {
     let ca = Ca::start().await;
     let caller = ca.caller().await;
-    // Waits for its pod while the CA is told to stop.
+    // Waits for its pod while the CA stops.
     let asked = tokio::spawn(async move {
         Ask::but(|ask| ask.identity = Some(identity("ghost").to_string()))
             .send(&caller)

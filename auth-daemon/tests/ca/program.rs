@@ -1,4 +1,4 @@
-//! The program itself: `auth-daemon ca`, and what an operator asks it.
+//! The program `auth-daemon ca`, and its operator's requests.
 
 use std::{
     fs,
@@ -91,7 +91,7 @@ fn an_operator_asks_the_ca() {
         &["revoke", "--node", "b", "--reason", "keyCompromise"],
         &config,
     );
-    assert!(revoked.contains("0 certificates"), "{revoked}");
+    assert!(revoked.contains("node b is revoked"), "{revoked}");
     answer(
         &["revoke", "--identity", "spiffe://cluster.local/ns/a/sa/b"],
         &config,

@@ -2,7 +2,7 @@
 
 use std::{future::pending, sync::Arc, time::Duration};
 
-use auth_daemon::ca::leader::{Candidate, LEADER_LABEL, Tenure, election::Timing};
+use auth_daemon::ca::leader::{Candidate, LEADER_LABEL, Term, election::Timing};
 use kube::Client;
 use mesh_tests::Kubernetes;
 use serde_json::{Value, json};
@@ -39,7 +39,7 @@ impl Replica {
         let open = move || {
             let (value, lost) = (name.clone(), was_lost.clone());
             async move {
-                Ok(Tenure {
+                Ok(Term {
                     value,
                     lost,
                     work: Box::pin(pending()),

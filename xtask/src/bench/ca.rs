@@ -29,20 +29,14 @@ fn table(measured: &Value) -> String {
     let bare = number(&measured["barePerSecond"]);
     let mut out = format!(
         "one P-256 signature and one verification, on the CA's core: {bare:.0} a second\n\n\
-         {:>8}  {:>8}  {:>14}  {:>7}  {:>20}  {:>20}\n",
-        "issued",
-        "revoked",
-        "certificates/s",
-        "of bare",
-        "p50, p99 of 32 (ms)",
-        "p50, p99 of 1 (ms)"
+         {:>8}  {:>14}  {:>7}  {:>20}  {:>20}\n",
+        "revoked", "certificates/s", "of bare", "p50, p99 of 32 (ms)", "p50, p99 of 1 (ms)"
     );
     for row in measured["rows"].as_array().into_iter().flatten() {
         let pair = |a: &str, b: &str| format!("{:.2}, {:.2}", number(&row[a]), number(&row[b]));
         let rate = number(&row["perSecond"]);
         out.push_str(&format!(
-            "{:>8}  {:>8}  {rate:>14.0}  {:>7.2}  {:>20}  {:>20}\n",
-            row["issued"],
+            "{:>8}  {rate:>14.0}  {:>7.2}  {:>20}  {:>20}\n",
             row["revoked"],
             rate / bare,
             pair("p50", "p99"),
@@ -63,7 +57,7 @@ mod tests {
         let table = table(&json!({
             "barePerSecond": 10_000.0,
             "rows": [{
-                "issued": 0, "revoked": 0, "perSecond": 2500.0, "p50": 1.0, "p99": 2.5, "aloneP50": 0.5, "aloneP99": 0.75,
+                "revoked": 0, "perSecond": 2500.0, "p50": 1.0, "p99": 2.5, "aloneP50": 0.5, "aloneP99": 0.75,
             }],
         }));
         assert!(table.contains("10000 a second"), "{table}");
@@ -71,7 +65,7 @@ mod tests {
         let cells: Vec<_> = row.split_whitespace().collect();
         assert_eq!(
             cells,
-            ["0", "0", "2500", "0.25", "1.00,", "2.50", "0.50,", "0.75"]
+            ["0", "2500", "0.25", "1.00,", "2.50", "0.50,", "0.75"]
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Files that others write and the CA reads again when they change.
+//! Files that others write, and that the CA reads again when they change.
 
 use std::{
     fs::{File, Metadata},
@@ -9,15 +9,15 @@ use std::{
 
 use crate::ca::files;
 
-/// A small file, read when it is not the one that was read before.
+/// A small file.
 #[derive(Debug)]
-pub(super) struct WatchedFile {
+pub(crate) struct WatchedFile {
     path: PathBuf,
     limit: u64,
     seen: Option<Stamp>,
 }
 
-/// What a change of a file changes: a rename brings another inode, a write another time.
+/// What changes with a file's content: the inode by a rename, the times by a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     inode: (u64, u64),
@@ -38,8 +38,8 @@ impl Stamp {
 }
 
 impl WatchedFile {
-    /// Nothing is read yet. More than `limit` bytes never will be.
-    pub(super) fn new(path: PathBuf, limit: u64) -> Self {
+    /// Reads nothing yet, and never more than `limit` bytes.
+    pub(crate) fn new(path: PathBuf, limit: u64) -> Self {
         Self {
             path,
             limit,
@@ -47,15 +47,15 @@ impl WatchedFile {
         }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The content, where it may have changed since the last call that returned some.
-    pub(super) fn changed(&mut self) -> io::Result<Option<Vec<u8>>> {
+    /// The content, if it may have changed since the last call that returned it.
+    pub(crate) fn changed(&mut self) -> io::Result<Option<Vec<u8>>> {
         let outcome = self.read_if_changed();
         if outcome.is_err() {
-            // When it is back it is read, even if it looks as it did.
+            // A file that comes back is read, even if it looks the same.
             self.seen = None;
         }
         outcome
@@ -69,7 +69,7 @@ impl WatchedFile {
         let mut file = File::open(&self.path)?;
         let metadata = file.metadata()?;
         let content = files::read_regular(&mut file, self.limit)?;
-        // Of before the reading: what is written meanwhile is read the next time.
+        // From before the read, so that a later write is noticed next time.
         self.seen = Some(Stamp::of(&metadata));
         Ok(Some(content))
     }
@@ -82,11 +82,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_has_changed() {
+    fn reads_changed_content_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
         let mut file = WatchedFile::new(path.clone(), 8);
-        assert!(file.changed().is_err(), "not there yet");
+        assert!(file.changed().is_err(), "missing");
         fs::write(&path, "one").unwrap();
         assert_eq!(file.changed().unwrap().as_deref(), Some(&b"one"[..]));
         assert_eq!(file.changed().unwrap(), None);

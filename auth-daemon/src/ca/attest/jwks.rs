@@ -1,7 +1,8 @@
-//! Tokens of an OIDC issuer, such as a cluster's service account tokens, by the issuer's published keys.
+//! Tokens of an OIDC issuer, such as a cluster's service account tokens, verified with the issuer's published keys.
 
 use std::sync::Arc;
 
+use crate::mesh::{ObjectName, Registry, Snapshot, TrustDomain};
 use jsonwebtoken::{
     Algorithm, Validation, dangerous,
     errors::{Error, ErrorKind},
@@ -9,23 +10,20 @@ use jsonwebtoken::{
 use serde::Deserialize;
 
 use super::{Attestation, Attestor, Caller, Credentials, Unattested, keys::Keys};
-use crate::{
-    config::JwksAttestation,
-    mesh::{ObjectName, Registry, Snapshot, TrustDomain},
-};
+use crate::ca::config::JwksAttestation;
 
-/// What an issuer may sign with: no shared secrets, and nothing that is not a signature.
+/// Signature algorithms that are accepted: none with a shared secret.
 const ALGORITHMS: [Algorithm; 4] = [
     Algorithm::RS256,
     Algorithm::ES256,
     Algorithm::ES384,
     Algorithm::EdDSA,
 ];
-/// How far the issuer's clock may be from ours, in seconds.
+/// Tolerated difference of the issuer's clock, in seconds.
 const LEEWAY: u64 = 30;
 const SUBJECT: &str = "system:serviceaccount:";
 
-/// Knows the holders of one issuer's tokens.
+/// Identifies the holders of one issuer's tokens.
 #[derive(Debug)]
 pub struct Jwks {
     config: JwksAttestation,
@@ -34,7 +32,7 @@ pub struct Jwks {
     keys: Keys,
 }
 
-/// Before anything is believed.
+/// The only claim that is read before the signature is verified.
 #[derive(Deserialize)]
 struct Unverified {
     iss: String,
@@ -63,9 +61,9 @@ struct Named {
 }
 
 impl Jwks {
-    /// Believes the issuer of `config`. `registry` knows on which node a pod runs, where a token does not say it.
+    /// Accepts tokens of the issuer of `config`. `registry` tells on which node a pod runs, if its token does not.
     ///
-    /// Fails where the file with its keys cannot be used.
+    /// Fails if the file with the issuer's keys cannot be used.
     pub fn open(
         config: JwksAttestation,
         trust_domain: TrustDomain,
@@ -89,10 +87,10 @@ impl Jwks {
             .ok_or_else(|| {
                 refused("the token is not signed with RS256, ES256, ES384 or EdDSA".into())
             })?;
-        // RFC 7515 §4.1.11: none of the extensions that could stand there is known here.
+        // None of the extensions that could be listed here is supported (RFC 7515 §4.1.11).
         if header.crit.is_some() {
             return Err(refused(
-                "the token has a critical header that is not known".into(),
+                "the token has an unsupported critical header".into(),
             ));
         }
         let key = self
@@ -121,12 +119,12 @@ impl Jwks {
         )
     }
 
-    /// No word of the token itself.
+    /// Explains `error` without any part of the token.
     fn explain(&self, error: &Error) -> String {
         match error.kind() {
             ErrorKind::ExpiredSignature => "the token has expired".into(),
             ErrorKind::ImmatureSignature => {
-                "the token is not valid yet: compare the clocks of the issuer and the CA".into()
+                "the token is not valid yet: check the clocks of the issuer and the CA (NTP)".into()
             }
             ErrorKind::InvalidAudience => format!(
                 "the token is for another audience than {}",
@@ -145,7 +143,7 @@ impl Jwks {
     }
 }
 
-/// Whom the issuer's word makes of the holder.
+/// The caller that verified claims identify.
 fn caller(
     claims: &Claims,
     trust_domain: &TrustDomain,
@@ -177,13 +175,13 @@ fn caller(
     match (is_node, node) {
         (true, Some(node)) => Ok(Caller::Node { node }),
         (true, None) => Err(refused(
-            "the token is a node daemon's, but says neither its node nor a pod whose node is known",
+            "the token is a node daemon's, but names neither its node nor a pod whose node is known",
         )),
         (false, node) => Ok(Caller::Workload { identity, node }),
     }
 }
 
-/// The node of a pod, if it is still the one that the token was made for.
+/// The node of a pod, if it still is the pod of the token.
 fn node_of(pod: &Named, namespace: &str, snapshot: &Snapshot) -> Option<String> {
     let found = snapshot.workloads().find(|workload| {
         workload.name.namespace == namespace
@@ -210,14 +208,12 @@ impl Attestor for Jwks {
 mod tests {
     use std::{fs, path::Path};
 
+    use crate::mesh::{Inventory, Workload};
     use jsonwebtoken::{EncodingKey, Header, jwk::Jwk};
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::{
-        config::JwksSource,
-        mesh::{Inventory, Workload},
-    };
+    use crate::ca::config::JwksSource;
 
     const ISSUER: &str = "https://issuer.example";
 
@@ -310,7 +306,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn good_tokens_name_the_caller() {
+    async fn identifies_callers_by_good_tokens() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("jwks");
         let issuer = Issuer::new("one");
@@ -358,7 +354,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bad_tokens_are_refused() {
+    async fn refuses_bad_tokens() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("jwks");
         let (issuer, stranger) = (Issuer::new("one"), Issuer::new("one"));
@@ -429,7 +425,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn new_keys_are_found() {
+    async fn finds_new_keys() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("jwks");
         let (one, two) = (Issuer::new("one"), Issuer::new("two"));

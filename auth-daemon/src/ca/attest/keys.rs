@@ -1,5 +1,5 @@
-//! The keys of an OIDC issuer (RFC 7517 §5): from a file or a server, kept, and looked for again when a token names one
-//! that is not there.
+//! The keys of an OIDC issuer (RFC 7517 §5), from a file or a server. They are read again when a token names an unknown
+//! one.
 
 use std::{
     sync::Arc,
@@ -14,26 +14,22 @@ use jsonwebtoken::{
         OctetKeyPairType, PublicKeyUse, RSAKeyType,
     },
 };
-use rustls::crypto::aws_lc_rs;
 use serde_json::Value;
 use tokio::sync::Mutex;
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
-use super::file::WatchedFile;
-use crate::config::JwksSource;
+use super::{fetch::fetch, file::WatchedFile};
+use crate::ca::config::JwksSource;
 
-const MAX_BYTES: u64 = 1 << 20;
+const MAX_BYTES: usize = 1 << 20;
 const MAX_KEYS: usize = 64;
-/// One request for the keys.
-const DEADLINE: Duration = Duration::from_secs(5);
-/// How old keys from a server get before it is asked again.
+/// Age at which keys from a server are requested again.
 const MAX_AGE: Duration = Duration::from_secs(300);
-/// How often it is asked at most, for the sake of tokens that name a key that is not known.
+/// How often a server is asked at most, for tokens that name an unknown key.
 const UNKNOWN_AGAIN: Duration = Duration::from_secs(10);
-/// How often it is asked at most while it has never answered, and how often a file is looked at.
+/// How often a server is asked at most until it has answered once, and how often a file is checked.
 const FIRST_AGAIN: Duration = Duration::from_secs(1);
 
-/// An issuer's keys, as they were last read.
+/// An issuer's keys.
 #[derive(Debug)]
 pub(super) struct Keys {
     source: JwksSource,
@@ -57,12 +53,12 @@ struct Key {
 }
 
 impl Keys {
-    /// Reads keys that are in a file, and fails where it cannot; a server is asked when the first token comes.
+    /// Reads the keys of a file, and fails if it cannot. A server is asked when the first token arrives.
     pub(super) fn open(source: JwksSource) -> Result<Self, String> {
         let mut reading = Reading::default();
         let mut keys = Vec::new();
         if let JwksSource::File(path) = &source {
-            let mut file = WatchedFile::new(path.clone(), MAX_BYTES);
+            let mut file = WatchedFile::new(path.clone(), MAX_BYTES as u64);
             let content = file
                 .changed()
                 .map_err(|error| format!("{}: {error}", path.display()))?;
@@ -79,7 +75,7 @@ impl Keys {
         })
     }
 
-    /// The key with this `id`; without one, the only key there is for `algorithm`.
+    /// The key with this `id`; without one, the only key for `algorithm`.
     pub(super) async fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Option<DecodingKey> {
         self.read_if_due(false).await;
         if let Some(key) = self.lookup(id, algorithm) {
@@ -98,7 +94,7 @@ impl Keys {
         (id.is_some() || fitting.next().is_none()).then(|| key.key.clone())
     }
 
-    /// One reads, others wait for it: at most as long as a request to the server takes.
+    /// Reads the keys if that is due. Callers wait for one another, at most as long as one request takes.
     async fn read_if_due(&self, missed: bool) {
         let mut reading = self.reading.lock().await;
         let age = |at: Option<Instant>| at.map(|at| at.elapsed());
@@ -120,7 +116,7 @@ impl Keys {
             }
             Err(error) => tracing::error!(
                 source = self.name(), %error, known = self.current.load().len(),
-                "cannot read the token issuer's keys; going on with those that are known"
+                "token issuer's keys cannot be read; keeping the known ones"
             ),
         }
     }
@@ -132,38 +128,28 @@ impl Keys {
         }
     }
 
-    /// `None`: they have not changed.
+    /// Returns `None` if they have not changed.
     async fn read(&self, reading: &mut Reading) -> Result<Option<Vec<Key>>, String> {
         match &self.source {
             JwksSource::File(path) => {
                 let file = reading
                     .file
-                    .get_or_insert_with(|| WatchedFile::new(path.clone(), MAX_BYTES));
+                    .get_or_insert_with(|| WatchedFile::new(path.clone(), MAX_BYTES as u64));
                 match file.changed().map_err(|error| error.to_string())? {
                     None => Ok(None),
                     Some(content) => parse(&content).map(Some),
                 }
             }
             JwksSource::Url { url, root_file } => {
-                let roots = match root_file {
-                    None => RootCerts::PlatformVerifier,
-                    Some(file) => roots(
-                        &std::fs::read(file)
-                            .map_err(|error| format!("{}: {error}", file.display()))?,
-                    )
-                    .map_err(|error| format!("{}: {error}", file.display()))?,
-                };
-                let url = url.clone();
-                let body = tokio::task::spawn_blocking(move || fetch(&url, roots))
-                    .await
-                    .map_err(|error| error.to_string())??;
+                let body = fetch(url, root_file.as_deref(), MAX_BYTES).await?;
                 parse(&body).map(Some)
             }
         }
     }
 }
 
-/// Whether to read now, after so long since it was last `tried` and last `read`; `missed`: a token names another key.
+/// Whether to read the keys now. `tried` and `read` tell how long ago that was last tried, and done; `missed` means that
+/// a token names an unknown key.
 fn due(source: &JwksSource, tried: Option<Duration>, read: Option<Duration>, missed: bool) -> bool {
     let (Some(tried), JwksSource::Url { .. }) = (tried, source) else {
         return tried.is_none_or(|tried| tried >= FIRST_AGAIN);
@@ -174,48 +160,7 @@ fn due(source: &JwksSource, tried: Option<Duration>, read: Option<Duration>, mis
     }
 }
 
-fn roots(pem: &[u8]) -> Result<RootCerts, String> {
-    let mut roots = Vec::new();
-    for item in parse_pem(pem) {
-        match item {
-            Ok(PemItem::Certificate(root)) => roots.push(root),
-            Ok(_) => {}
-            Err(error) => return Err(error.to_string()),
-        }
-    }
-    if roots.is_empty() {
-        return Err("holds no certificate".into());
-    }
-    let roots: Vec<Certificate<'static>> = roots;
-    Ok(RootCerts::from(roots))
-}
-
-fn fetch(url: &str, roots: RootCerts) -> Result<Vec<u8>, String> {
-    let tls = TlsConfig::builder()
-        .root_certs(roots)
-        .unversioned_rustls_crypto_provider(Arc::new(aws_lc_rs::default_provider()))
-        .build();
-    // A redirect could lead anywhere, and out of TLS.
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .timeout_global(Some(DEADLINE))
-        .max_redirects(0)
-        .https_only(url.starts_with("https"))
-        .tls_config(tls)
-        .build()
-        .into();
-    let mut response = agent.get(url).call().map_err(|error| error.to_string())?;
-    if response.status() != 200 {
-        return Err(format!("the server answers {}", response.status()));
-    }
-    response
-        .body_mut()
-        .with_config()
-        .limit(MAX_BYTES)
-        .read_to_vec()
-        .map_err(|error| error.to_string())
-}
-
-/// All keys of a set that may sign tokens. Others are passed over (RFC 7517 §5); a set without any is an error.
+/// The keys of a set that may sign tokens. Others are ignored (RFC 7517 §5); a set without any is an error.
 fn parse(jwks: &[u8]) -> Result<Vec<Key>, String> {
     let set: Value =
         serde_json::from_slice(jwks).map_err(|_| "is not a JSON Web Key Set".to_owned())?;
@@ -235,7 +180,7 @@ fn parse(jwks: &[u8]) -> Result<Vec<Key>, String> {
     Ok(usable)
 }
 
-/// The key decides on the algorithm, not the token.
+/// The key determines the algorithm, not the token.
 fn usable(jwk: &Jwk) -> Option<Key> {
     let algorithm = match &jwk.algorithm {
         AlgorithmParameters::RSA(rsa) if rsa.key_type == RSAKeyType::RSA => Algorithm::RS256,
@@ -281,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_keys_that_sign_and_no_secrets() {
+    fn accepts_signing_keys_and_no_secrets() {
         let changed = |from: &str, to: &str| EC.replace(from, to);
         let keys = parse(&set(&[
             EC,
@@ -302,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn asks_a_server_no_more_than_it_has_to() {
+    fn limits_requests_to_a_server() {
         let file = JwksSource::File("/x".into());
         let server = JwksSource::Url {
             url: "https://x".into(),
@@ -329,7 +274,7 @@ mod tests {
         }
     }
 
-    /// Answers one request a connection with `body`, as often as it is asked.
+    /// Answers every request with `body`.
     fn server(body: Vec<u8>) -> String {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/keys", listener.local_addr().unwrap());
@@ -370,7 +315,7 @@ mod tests {
         );
         assert!(two.find(Some("two"), Algorithm::ES256).await.is_some());
         let mut large = set(&[EC]);
-        large.resize(MAX_BYTES as usize + 1, b' ');
+        large.resize(MAX_BYTES + 1, b' ');
         assert!(
             keys(large)
                 .find(Some("one"), Algorithm::ES256)

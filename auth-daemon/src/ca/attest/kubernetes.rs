@@ -1,4 +1,4 @@
-//! Callers by their service account tokens, which the cluster's API server reviews.
+//! Service account tokens, which the cluster's API server reviews (TokenReview).
 
 use std::{
     collections::HashMap,
@@ -7,6 +7,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use crate::kubernetes::{Objects, objects::Pod, printable};
+use crate::mesh::{ObjectName, TrustDomain};
 use aws_lc_rs::digest::{SHA256, digest};
 use k8s_openapi::api::authentication::v1::{
     TokenReview, TokenReviewSpec, TokenReviewStatus, UserInfo,
@@ -19,20 +21,16 @@ use tokio::{
 };
 
 use super::{Attestation, Attestor, Caller, Credentials, Unattested};
-use crate::{
-    kubernetes::{Objects, objects::Pod, printable},
-    mesh::{ObjectName, TrustDomain},
-};
 
-/// Longest token that is reviewed, in bytes. Those of the API server have one or two thousand.
+/// Longest token that is reviewed, in bytes. The API server's have one or two thousand.
 const MAX_TOKEN_BYTES: usize = 16 << 10;
-/// How long to wait for the API server in all.
+/// How long to wait for the API server in total.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How long a review holds: a deleted pod's token is good for as long.
-const REVIEW_HOLDS: Duration = Duration::from_secs(10);
-/// Most reviews that are remembered.
-const MAX_REMEMBERED: usize = 4096;
-/// Most reviews under way.
+/// How long a review is reused: a deleted pod's token stays accepted for as long.
+const REVIEW_LIFETIME: Duration = Duration::from_secs(10);
+/// Most reviews that are cached.
+const MAX_CACHED: usize = 4096;
+/// Most reviews in progress.
 const MAX_REVIEWS: usize = 32;
 
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
@@ -41,40 +39,40 @@ const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 const ACCOUNT_PREFIX: &str = "system:serviceaccount:";
 
-/// Whose tokens are taken, and what they say.
+/// Which tokens are accepted.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Of the identities.
+    /// The trust domain of the identities.
     pub trust_domain: TrustDomain,
-    /// What tokens must be made for.
+    /// The audience that tokens must be issued for.
     pub audience: String,
-    /// The node daemons' service account, where there are any: all others are workloads.
+    /// The node daemons' service account. All others are workloads'.
     pub node_service_account: Option<ObjectName>,
 }
 
-/// Attests by TokenReview.
+/// Identifies callers by TokenReview.
 pub struct TokenReviewer {
     settings: Settings,
     reviews: Objects<TokenReview>,
     client: Client,
-    under_way: Semaphore,
-    remembered: Mutex<HashMap<[u8; 32], Arc<Remembered>>>,
+    in_progress: Semaphore,
+    cached: Mutex<HashMap<[u8; 32], Arc<CachedReview>>>,
 }
 
-/// One token's review: made once, by the first of those who wait for it.
-struct Remembered {
+/// The review of one token, done once for all who wait for it.
+struct CachedReview {
     until: Instant,
     outcome: OnceCell<Result<Caller, Unattested>>,
 }
 
-/// What this side needs to know of a token, before its signature is checked.
+/// The only claim that is read before the review.
 #[derive(Deserialize)]
 struct Claims {
     /// Seconds since the Unix epoch.
     exp: Option<u64>,
 }
 
-/// What a review says of the caller.
+/// What a review tells about the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Reviewed {
     account: ObjectName,
@@ -84,21 +82,21 @@ struct Reviewed {
 }
 
 impl TokenReviewer {
-    /// Asks the API server of `client`.
+    /// Uses the API server of `client`.
     pub fn new(client: Client, settings: Settings) -> Self {
         Self {
             settings,
             reviews: Objects::all(client.clone()),
             client,
-            under_way: Semaphore::new(MAX_REVIEWS),
-            remembered: Mutex::default(),
+            in_progress: Semaphore::new(MAX_REVIEWS),
+            cached: Mutex::default(),
         }
     }
 
     async fn attest_token(&self, token: &str) -> Option<Result<Caller, Unattested>> {
         if token.len() > MAX_TOKEN_BYTES {
             return Some(refuse(format!(
-                "the token has {} bytes; at most {MAX_TOKEN_BYTES} are taken",
+                "the token has {} bytes; at most {MAX_TOKEN_BYTES} are accepted",
                 token.len()
             )));
         }
@@ -118,22 +116,19 @@ impl TokenReviewer {
             return Some(refuse("the token has expired".into()));
         }
         let key: [u8; 32] = digest(&SHA256, token.as_bytes()).as_ref().try_into().ok()?;
-        let remembered = self.remember(key, lives.min(REVIEW_HOLDS));
-        let review = remembered.outcome.get_or_init(|| self.review(token));
+        let cached = self.cached_review(key, lives.min(REVIEW_LIFETIME));
+        let review = cached.outcome.get_or_init(|| self.review(token));
         let Ok(outcome) = timeout(DEADLINE, review).await else {
             return Some(refuse(format!(
                 "the API server did not review the token within {DEADLINE:?}"
             )));
         };
-        // The next caller asks again: what was wrong may be right by then.
+        // Failures are not cached: the reason may be gone for the next caller.
         if outcome.is_err() {
-            let mut all = self
-                .remembered
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut all = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
             if all
                 .get(&key)
-                .is_some_and(|current| Arc::ptr_eq(current, &remembered))
+                .is_some_and(|current| Arc::ptr_eq(current, &cached))
             {
                 all.remove(&key);
             }
@@ -141,31 +136,28 @@ impl TokenReviewer {
         Some(outcome.clone())
     }
 
-    /// The review of the token with this digest, made or still to be made.
-    fn remember(&self, key: [u8; 32], holds: Duration) -> Arc<Remembered> {
+    /// The review of the token with this digest, done or not.
+    fn cached_review(&self, key: [u8; 32], holds: Duration) -> Arc<CachedReview> {
         let now = Instant::now();
-        let mut all = self
-            .remembered
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = all.get(&key).filter(|found| found.until > now) {
             return found.clone();
         }
-        let new = Arc::new(Remembered {
+        let new = Arc::new(CachedReview {
             until: now + holds,
             outcome: OnceCell::new(),
         });
-        if all.len() >= MAX_REMEMBERED {
+        if all.len() >= MAX_CACHED {
             all.retain(|_, found| found.until > now);
         }
-        if all.len() < MAX_REMEMBERED {
+        if all.len() < MAX_CACHED {
             all.insert(key, new.clone());
         }
         new
     }
 
     async fn review(&self, token: &str) -> Result<Caller, Unattested> {
-        let Ok(_permit) = self.under_way.acquire().await else {
+        let Ok(_permit) = self.in_progress.acquire().await else {
             return refuse("the CA is stopping".into());
         };
         let review = TokenReview {
@@ -175,10 +167,10 @@ impl TokenReviewer {
             },
             ..TokenReview::default()
         };
-        let answer = self.reviews.create(&review).await.map_err(|fault| {
+        let answer = self.reviews.create(&review).await.map_err(|error| {
             Unattested(format!(
                 "the token cannot be reviewed: {}",
-                without(&fault.to_string(), token)
+                without(&error.to_string(), token)
             ))
         })?;
         let reviewed = judge(answer.status.unwrap_or_default(), &self.settings.audience)
@@ -204,9 +196,9 @@ impl TokenReviewer {
 
     async fn node_of(&self, reviewed: &Reviewed) -> Result<String, Unattested> {
         let pods: Objects<Pod> = Objects::of(self.client.clone(), &reviewed.account.namespace);
-        let pod = pods.get(&reviewed.pod).await.map_err(|fault| {
+        let pod = pods.get(&reviewed.pod).await.map_err(|error| {
             Unattested(format!(
-                "pod {}/{} cannot be looked up: {fault}",
+                "pod {}/{} cannot be looked up: {error}",
                 reviewed.account.namespace, reviewed.pod
             ))
         })?;
@@ -237,7 +229,7 @@ fn refuse<T>(why: String) -> Result<T, Unattested> {
     Err(Unattested(why))
 }
 
-/// What the token says of itself; `None` for what is no JWT (RFC 7519 §3).
+/// The token's claims; `None` if it is not a JWT (RFC 7519 §3).
 fn claims(token: &str) -> Option<Claims> {
     if token.split('.').count() != 3 || token.split('.').any(str::is_empty) {
         return None;
@@ -245,7 +237,7 @@ fn claims(token: &str) -> Option<Claims> {
     jsonwebtoken::dangerous::insecure_decode_claims(token).ok()
 }
 
-/// `text` with no part of `token` in it.
+/// `text` without any part of `token`.
 fn without(text: &str, token: &str) -> String {
     let mut text = text.replace(token, "(the token)");
     for part in token.split('.').filter(|part| !part.is_empty()) {
@@ -254,7 +246,7 @@ fn without(text: &str, token: &str) -> String {
     printable(&text)
 }
 
-/// Who the API server says the caller is, if it has looked at the audience.
+/// The caller, if the API server accepted the token for `audience`.
 fn judge(status: TokenReviewStatus, audience: &str) -> Result<Reviewed, String> {
     if status.authenticated != Some(true) {
         let why = status.error.filter(|why| !why.is_empty());
@@ -263,7 +255,7 @@ fn judge(status: TokenReviewStatus, audience: &str) -> Result<Reviewed, String> 
             why.map(|why| format!(": {why}")).unwrap_or_default()
         ));
     }
-    // An API server that knows nothing of audiences accepts tokens for any of them, and lists none.
+    // An API server without support for audiences accepts tokens for any of them, and lists none.
     let audiences = status.audiences.unwrap_or_default();
     if !audiences.iter().any(|found| found == audience) {
         return Err(format!("the token is not for audience {audience:?}"));
@@ -297,7 +289,7 @@ fn judge(status: TokenReviewStatus, audience: &str) -> Result<Reviewed, String> 
     })
 }
 
-/// Whether Kubernetes could call something so; what is none would lead to another URL.
+/// Whether `name` can be a Kubernetes object's name. Another one could lead to another URL.
 fn object_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 253
@@ -307,11 +299,11 @@ fn object_name(name: &str) -> bool {
             .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.'))
 }
 
-/// The node that runs the pod which the token is bound to.
+/// The node of the pod that the token is bound to.
 fn node_of(pod: Option<Pod>, reviewed: &Reviewed) -> Result<String, &'static str> {
-    let pod = pod.ok_or("does not exist (any more)")?;
+    let pod = pod.ok_or("does not exist")?;
     if pod.metadata.uid.as_deref() != Some(&reviewed.pod_uid) {
-        return Err("was made anew since the token was given to it");
+        return Err("was replaced since the token was issued");
     }
     if pod.metadata.deletion_timestamp.is_some() {
         return Err("is being deleted");
@@ -365,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_and_its_node() {
+    fn identifies_a_pod_and_its_node() {
         assert_eq!(reviewed().account.to_string(), "shop/web");
         assert_eq!(reviewed().node, None);
         let mut says_node = status();
@@ -375,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_the_api_server_does_not_vouch_for() {
+    fn refuses_tokens_that_the_api_server_does_not_accept() {
         type Change = fn(&mut TokenReviewStatus);
         let cases: [(Change, &str); 8] = [
             (
@@ -411,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_a_pod_that_is_not_the_tokens_own() {
+    fn refuses_another_pod_than_the_tokens() {
         let pod = |value: serde_json::Value| -> Pod { serde_json::from_value(value).unwrap() };
         let good = json!({
             "metadata": {"name": "web-1", "uid": "u-1"},
@@ -438,14 +430,14 @@ mod tests {
     }
 
     #[test]
-    fn errors_hold_no_part_of_a_token() {
+    fn errors_contain_no_part_of_a_token() {
         let token = "eyJhbGciOi.eyJleHAiOj.c2lnbmF0dXJl";
         let text = without(&format!("cannot parse {token} nor c2lnbmF0dXJl"), token);
         assert_eq!(text, "cannot parse (the token) nor (part of the token)");
     }
 
     #[test]
-    fn what_is_no_token_is_not_asked_about() {
+    fn ignores_bearers_that_are_no_token() {
         assert!(claims("node-secret").is_none());
         assert!(claims("a.b").is_none());
         assert!(claims("..").is_none());
@@ -456,7 +448,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bearer_panics(token in "\\PC{0,40}(\\.\\PC{0,40}){0,3}") {
+        fn never_panics(token in "\\PC{0,40}(\\.\\PC{0,40}){0,3}") {
             let _ = claims(&token);
             let _ = without("text", &token);
         }

@@ -1,6 +1,7 @@
-//! Who asks for a certificate, and what it may have.
+//! Attestation: who asks for a certificate.
 
 pub mod certificate;
+mod fetch;
 mod file;
 pub mod jwks;
 mod keys;
@@ -13,28 +14,28 @@ use rustls::pki_types::CertificateDer;
 
 use crate::mesh::Identity;
 
-/// What a caller shows. Nothing in it is believed yet, but that the caller holds the key of `certificate`.
+/// What a caller presents. Nothing is verified yet, except that the caller holds the key of `certificate`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Credentials<'a> {
     /// The token of `authorization: Bearer …`.
     pub bearer: Option<&'a str>,
-    /// The client certificate of the TLS connection: it holds to the CA's own roots, and is within its time.
+    /// The client certificate of the TLS connection: it chained to the CA's roots, and was valid then.
     pub certificate: Option<&'a CertificateDer<'static>>,
 }
 
 /// An attested caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Caller {
-    /// A node's daemon: it may ask for the pods of its node.
+    /// A node's daemon, which asks for the pods of its node.
     Node {
         /// The node's name.
         node: String,
     },
-    /// A pod, or who holds a pod's certificate: it may ask for itself.
+    /// A pod, or the holder of a pod's certificate, which asks for itself.
     Workload {
-        /// Who it is.
+        /// Its identity.
         identity: Identity,
-        /// The node where it has to be running, where that is known.
+        /// The node where it must be running, if that is known.
         node: Option<String>,
     },
 }
@@ -55,17 +56,17 @@ impl fmt::Display for Caller {
     }
 }
 
-/// Why a caller is not believed. The text is for the log and for the caller: it holds no part of a token.
+/// Why a caller is not accepted. The log and the caller get the text, so it contains no part of a token.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Unattested(pub String);
 
-/// What [`Attestor::attest`] returns: `None` where the credentials are none of this attestor's kind.
+/// The result of [`Attestor::attest`]: `None` if the credentials are of another kind.
 pub type Attestation<'a> =
     Pin<Box<dyn Future<Output = Option<Result<Caller, Unattested>>> + Send + 'a>>;
 
-/// One way to know a caller.
+/// One way to identify a caller.
 pub trait Attestor: Send + Sync + std::fmt::Debug {
-    /// Says who shows `credentials`.
+    /// Identifies the caller that presents `credentials`.
     fn attest<'a>(&'a self, credentials: Credentials<'a>) -> Attestation<'a>;
 }

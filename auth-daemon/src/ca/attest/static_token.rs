@@ -1,4 +1,4 @@
-//! A token for each node, in files that the CA and the node share: for nodes without Kubernetes.
+//! A token for each node, in files that the CA and the node share, for nodes without Kubernetes.
 
 use std::{
     future,
@@ -10,23 +10,23 @@ use std::{
 use aws_lc_rs::{constant_time, digest};
 
 use super::{Attestation, Attestor, Caller, Credentials, file::WatchedFile};
-use crate::config::NodeToken;
+use crate::ca::config::NodeToken;
 
 /// 32 characters of hexadecimal are 128 bits.
 const MIN_CHARACTERS: usize = 32;
 const MAX_BYTES: u64 = 4096;
-/// How often the files are looked at, at most: strangers' tokens must not make work.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// How often the files are checked, at most: unknown tokens must not cause work.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Knows nodes by their tokens.
+/// Identifies nodes by their tokens.
 pub struct StaticTokens(Mutex<State>);
 
 struct State {
     nodes: Vec<Node>,
-    looked: Instant,
+    checked: Instant,
 }
 
-/// Of the token only its hash is kept.
+/// A node. Only the hash of its token is kept.
 struct Node {
     name: String,
     file: WatchedFile,
@@ -40,10 +40,10 @@ impl std::fmt::Debug for StaticTokens {
 }
 
 impl StaticTokens {
-    /// Reads all tokens. Fails with every fault, each with its field, where one cannot be read, is too short or is
-    /// another node's, too.
+    /// Reads all tokens. Fails with all errors, each with its field, if one cannot be read, is too short, or is also
+    /// another node's.
     pub fn open(tokens: &[NodeToken]) -> Result<Self, Vec<String>> {
-        let mut faults = Vec::new();
+        let mut errors = Vec::new();
         let mut nodes: Vec<Node> = Vec::new();
         for (index, token) in tokens.iter().enumerate() {
             let mut node = Node {
@@ -51,15 +51,15 @@ impl StaticTokens {
                 file: WatchedFile::new(token.token_file.clone(), MAX_BYTES),
                 hash: None,
             };
-            let mut fault = |what: String| {
-                faults.push(format!("attestation.tokens[{index}].tokenFile: {what}"));
+            let mut fail = |what: String| {
+                errors.push(format!("attestation.tokens[{index}].tokenFile: {what}"));
             };
             match node.read() {
                 Ok(()) => {}
-                Err(error) => fault(error),
+                Err(error) => fail(error),
             }
             if let Some(other) = nodes.iter().find(|other| node.shares_token_with(other)) {
-                fault(format!(
+                fail(format!(
                     "{} holds the token of node {}: each node needs its own",
                     token.token_file.display(),
                     other.name
@@ -67,24 +67,24 @@ impl StaticTokens {
             }
             nodes.push(node);
         }
-        if faults.is_empty() {
+        if errors.is_empty() {
             Ok(Self(Mutex::new(State {
                 nodes,
-                looked: Instant::now(),
+                checked: Instant::now(),
             })))
         } else {
-            Err(faults)
+            Err(errors)
         }
     }
 
-    /// The node whose token this is.
+    /// The node that owns `token`.
     fn node(&self, token: &str) -> Option<String> {
         let hash = sha256(token.as_bytes());
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.looked.elapsed() >= LOOK_AGAIN {
-            state.look_again();
+        if state.checked.elapsed() >= CHECK_INTERVAL {
+            state.check_files();
         }
-        // All are compared, so that the time tells nothing of which one it was.
+        // Every token is compared, so that the time does not reveal which one matched.
         let mut found = None;
         let mut matches = 0;
         for node in &state.nodes {
@@ -96,25 +96,25 @@ impl StaticTokens {
                 matches += 1;
             }
         }
-        // A token of two nodes says nothing; `look_again` has said so.
+        // A token of two nodes identifies none of them; `check_files` has logged that.
         found.filter(|_| matches == 1).cloned()
     }
 }
 
 impl State {
-    fn look_again(&mut self) {
-        self.looked = Instant::now();
+    fn check_files(&mut self) {
+        self.checked = Instant::now();
         let mut changed = false;
         for node in &mut self.nodes {
             let before = node.hash;
             if let Err(error) = node.read()
                 && before.is_some()
             {
-                tracing::error!(node = %node.name, %error, "the node's token cannot be used: it is refused until the file is good");
+                tracing::error!(node = %node.name, %error, "node token cannot be used: the node is refused until its file is valid");
             }
             if node.hash != before && node.hash.is_some() {
                 changed = true;
-                tracing::info!(node = %node.name, file = %node.file.path().display(), "token read");
+                tracing::info!(node = %node.name, file = %node.file.path().display(), "node token read");
             }
         }
         if !changed {
@@ -134,7 +134,7 @@ impl State {
 }
 
 impl Node {
-    /// Takes what is in the file; nothing, where it cannot be used.
+    /// Reads the file, if it has changed. An unusable one leaves the node without a token.
     fn read(&mut self) -> Result<(), String> {
         let path = self.file.path().to_owned();
         let content = match self.file.changed() {
@@ -159,7 +159,7 @@ fn check<'a>(content: &'a [u8], path: &Path) -> Result<&'a [u8], String> {
     let token = content.trim_ascii();
     if token.len() < MIN_CHARACTERS {
         return Err(format!(
-            "{}: a token of {} characters; it needs at least {MIN_CHARACTERS}, such as from `openssl rand -hex 32`",
+            "{}: a token of {} characters; at least {MIN_CHARACTERS} are required, such as from `openssl rand -hex 32`",
             path.display(),
             token.len()
         ));
@@ -167,7 +167,7 @@ fn check<'a>(content: &'a [u8], path: &Path) -> Result<&'a [u8], String> {
     // RFC 6750 §2.1, and what an HTTP header can carry.
     if !token.iter().all(u8::is_ascii_graphic) {
         return Err(format!(
-            "{}: a token has no spaces, and only characters of ASCII",
+            "{}: a token has no spaces, and only ASCII characters",
             path.display()
         ));
     }
@@ -205,14 +205,14 @@ mod tests {
         }
     }
 
-    /// As if [`LOOK_AGAIN`] had passed.
+    /// As if [`CHECK_INTERVAL`] had passed.
     fn node(tokens: &StaticTokens, token: &str) -> Option<String> {
-        tokens.0.lock().unwrap().look_again();
+        tokens.0.lock().unwrap().check_files();
         tokens.node(token)
     }
 
     #[test]
-    fn a_token_names_its_node() {
+    fn identifies_a_node_by_its_token() {
         let folder = tempfile::tempdir().unwrap();
         let list = [
             token(&folder, "a", &format!("{A}\n")),
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_tokens_are_refused_at_the_start() {
+    fn refuses_bad_tokens_at_the_start() {
         let folder = tempfile::tempdir().unwrap();
         let list = [
             token(&folder, "a", A),
@@ -250,17 +250,17 @@ mod tests {
                 token_file: PathBuf::from("/nonexistent/token"),
             },
         ];
-        let faults = StaticTokens::open(&list).unwrap_err();
-        assert_eq!(faults.len(), 5, "{faults:?}");
-        for (fault, expected) in faults.iter().zip([
+        let errors = StaticTokens::open(&list).unwrap_err();
+        assert_eq!(errors.len(), 5, "{errors:?}");
+        for (fail, expected) in errors.iter().zip([
             "attestation.tokens[1].tokenFile",
             "a token of 5 characters",
             "no spaces",
             "larger than 4096",
             "No such file",
         ]) {
-            assert!(fault.contains(expected), "{fault}");
-            assert!(!fault.contains(A), "the token itself: {fault}");
+            assert!(fail.contains(expected), "{fail}");
+            assert!(!fail.contains(A), "the token itself: {fail}");
         }
     }
 }

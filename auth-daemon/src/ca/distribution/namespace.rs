@@ -1,11 +1,13 @@
-//! The Secrets of one namespace, kept in step with its service accounts.
+//! Reconciles the Secrets of one namespace with its service accounts.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use crate::kubernetes::{Fault, Objects, follow};
+use crate::mesh::Identity;
+use auth_ca_api::pem;
 use futures_util::{StreamExt, future::join_all};
 use k8s_openapi::{
     ByteString,
@@ -14,36 +16,32 @@ use k8s_openapi::{
 };
 use kube::{Api, ResourceExt, api::ObjectMeta, core::PartialObjectMeta, runtime::watcher};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
+use rustls::pki_types::CertificateDer;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
     ACCOUNT_ANNOTATION, CHAIN, DISTRIBUTED_LABEL, Distribution, KEY, PREFIX, ROOTS, SECRET_TYPE,
     verdict::{Verdict, is_ours, verdict},
 };
-use crate::{
-    ca::{
-        authority::{Authority, Refusal},
-        pem,
-        schedule::Schedule,
-    },
-    kubernetes::{Fault, Objects, follow},
-    mesh::Identity,
+use crate::ca::{
+    authority::{Authority, Refusal},
+    schedule::Schedule,
 };
 
-/// Service accounts that are looked after at the same time.
+/// Service accounts that are reconciled at the same time.
 const AT_ONCE: usize = 8;
-/// How often to look at a Secret although nothing says that it has changed; one that is not ours may have gone.
-const LOOK: Duration = Duration::from_secs(300);
+/// How often a Secret is checked without an event. Another one under its name may be gone.
+const CHECK: Duration = Duration::from_secs(300);
 
-/// Keeps the Secrets of namespace `name`, for ever.
-pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Arc<Authority>) {
+/// Keeps the Secrets of namespace `name` up to date, for ever.
+pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Authority) {
     let client = &settings.client;
     let mut accounts = Box::pin(follow(
         Api::<PartialObjectMeta<ServiceAccount>>::namespaced(client.clone(), name),
         watcher::Config::default(),
         "service accounts",
     ));
-    // Of the Secrets only the names: what is in them is read when it is due.
+    // Only names of Secrets: their content is read when they are due.
     let labels = format!("{DISTRIBUTED_LABEL}=true");
     let mut secrets = Box::pin(follow(
         Api::<PartialObjectMeta<Secret>>::namespaced(client.clone(), name),
@@ -60,22 +58,19 @@ pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Arc<Au
         due: Schedule::default(),
         foreign: BTreeSet::new(),
     };
-    let mut listed: Option<BTreeMap<String, String>> = None;
+    let mut listed: BTreeMap<String, String> = BTreeMap::new();
     loop {
-        let next = namespace
-            .accounts
-            .as_ref()
-            .and_then(|_| namespace.due.next());
+        let listed_once = namespace.accounts.is_some();
+        let next = namespace.due.next().filter(|_| listed_once);
+        let uid = |account: &PartialObjectMeta<ServiceAccount>| account.uid().unwrap_or_default();
         tokio::select! {
             Some(event) = accounts.next() => match event {
-                watcher::Event::Init => listed = Some(BTreeMap::new()),
+                watcher::Event::Init => listed.clear(),
                 watcher::Event::InitApply(account) => {
-                    listed.get_or_insert_default().insert(account.name_any(), account.uid().unwrap_or_default());
+                    listed.insert(account.name_any(), uid(&account));
                 }
-                watcher::Event::InitDone => namespace.replace(listed.take().unwrap_or_default()),
-                watcher::Event::Apply(account) => {
-                    namespace.put(account.name_any(), account.uid().unwrap_or_default());
-                }
+                watcher::Event::InitDone => namespace.replace(std::mem::take(&mut listed)),
+                watcher::Event::Apply(account) => namespace.put(account.name_any(), uid(&account)),
                 watcher::Event::Delete(account) => namespace.remove(&account.name_any()),
             },
             Some(event) = secrets.next() => {
@@ -84,13 +79,13 @@ pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Arc<Au
                     | watcher::Event::Delete(secret) = event
                     && let Some(account) = secret.name_any().strip_prefix(PREFIX)
                 {
-                    namespace.due.at_once(account);
+                    namespace.due.now(account);
                 }
             }
             // New roots, or a revocation.
             Ok(()) = published.changed() => namespace.all_due(),
             () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
-                namespace.work().await;
+                namespace.reconcile_due().await;
             }
         }
     }
@@ -99,38 +94,36 @@ pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Arc<Au
 struct Namespace<'a> {
     settings: &'a Distribution,
     name: &'a str,
-    authority: &'a Arc<Authority>,
+    authority: &'a Authority,
     secrets: Objects<Secret>,
-    /// UIDs by name; `None` before all were read.
+    /// UIDs by name; `None` until they have been listed.
     accounts: Option<BTreeMap<String, String>>,
     due: Schedule,
-    /// Accounts whose Secret's name is taken by somebody else's; said once.
+    /// Accounts whose Secret's name is taken, which is logged once.
     foreign: BTreeSet<String>,
 }
 
-/// What became of an account's Secret.
+/// The result of reconciling one account.
 enum Done {
-    /// All is well until then.
+    /// Nothing is due until this time.
     Until(SystemTime),
-    /// Its name is taken.
+    /// Somebody else's Secret has the name.
     Foreign,
-    /// It has no account, and is gone.
+    /// There is neither account nor Secret.
     Gone,
 }
 
 impl Namespace<'_> {
     fn replace(&mut self, accounts: BTreeMap<String, String>) {
         let before = self.accounts.replace(accounts).unwrap_or_default();
-        for name in before.keys() {
-            self.due.at_once(name);
-        }
+        before.keys().for_each(|name| self.due.now(name));
         self.all_due();
     }
 
     fn put(&mut self, name: String, uid: String) {
         let accounts = self.accounts.get_or_insert_default();
         if accounts.get(&name) != Some(&uid) {
-            self.due.at_once(&name);
+            self.due.now(&name);
             accounts.insert(name, uid);
         }
     }
@@ -139,69 +132,59 @@ impl Namespace<'_> {
         if let Some(accounts) = &mut self.accounts {
             accounts.remove(name);
         }
-        self.due.at_once(name);
+        self.due.now(name);
     }
 
     fn all_due(&mut self) {
         for name in self.accounts.iter().flat_map(BTreeMap::keys) {
-            self.due.at_once(name);
+            self.due.now(name);
         }
     }
 
-    /// Looks after those that are due.
-    async fn work(&mut self) {
+    async fn reconcile_due(&mut self) {
         let due = self.due.take(Instant::now(), AT_ONCE);
-        let this = &*self;
-        let done = join_all(due.into_iter().map(|account| async move {
-            let done = this.look_after(&account).await;
-            (account, done)
-        }))
-        .await;
-        for (account, done) in done {
+        let done = join_all(due.iter().map(|account| self.reconcile(account))).await;
+        for (account, done) in due.into_iter().zip(done) {
+            let secret = format!("{}/{PREFIX}{account}", self.name);
+            if !matches!(done, Ok(Done::Foreign)) {
+                self.foreign.remove(&account);
+            }
             match done {
-                Ok(Done::Gone) => {
-                    self.foreign.remove(&account);
-                    self.due.forget(&account);
-                }
+                Ok(Done::Gone) => self.due.forget(&account),
                 Ok(Done::Until(time)) => {
-                    self.foreign.remove(&account);
                     let wait = time.duration_since(SystemTime::now()).unwrap_or_default();
-                    self.due.after(&account, wait.min(LOOK));
+                    self.due.after(&account, wait.min(CHECK));
                 }
                 Ok(Done::Foreign) => {
-                    if self.foreign.insert(account.clone()) {
+                    self.due.after(&account, CHECK);
+                    if self.foreign.insert(account) {
                         tracing::error!(
-                            secret = format!("{}/{PREFIX}{account}", self.name),
-                            "a Secret of this name is there and not ours: it stays as it is, and the service \
-                             account gets none. Remove it, or take the namespace out of secrets.namespaces"
+                            secret,
+                            "Secret not created: another Secret has its name. Remove that one, or remove the namespace \
+                             from secrets.namespaces"
                         );
                     }
-                    self.due.after(&account, LOOK);
                 }
                 Err(error) => {
-                    tracing::error!(
-                        secret = format!("{}/{PREFIX}{account}", self.name), %error,
-                        "cannot keep a Secret with a certificate"
-                    );
-                    self.due.again(&account);
+                    tracing::error!(secret, %error, "Secret with a certificate cannot be kept");
+                    self.due.failed(&account);
                 }
             }
         }
     }
 
-    async fn look_after(&self, account: &str) -> Result<Done, String> {
+    async fn reconcile(&self, account: &str) -> Result<Done, String> {
         let secret_name = format!("{PREFIX}{account}");
-        let told = |fault: Fault| fault.to_string();
-        let found = self.secrets.get(&secret_name).await.map_err(told)?;
+        let full_name = format!("{}/{secret_name}", self.name);
+        let text = |error: Fault| error.to_string();
+        let found = self.secrets.get(&secret_name).await.map_err(text)?;
         let accounts = self.accounts.as_ref();
         let Some(uid) = accounts.and_then(|accounts| accounts.get(account)) else {
             if let Some(secret) = found.filter(is_ours) {
-                self.secrets
-                    .delete(&secret_name, secret.metadata.uid)
-                    .await
-                    .map_err(told)?;
+                let deleted = self.secrets.delete(&secret_name, secret.metadata.uid).await;
+                deleted.map_err(text)?;
                 tracing::info!(
-                    secret = format!("{}/{secret_name}", self.name),
+                    secret = full_name,
                     "Secret removed with its service account"
                 );
             }
@@ -212,17 +195,13 @@ impl Namespace<'_> {
             .trust_domain
             .identity(self.name, account)
             .map_err(|error| error.to_string())?;
-        let published = self.authority.published().borrow().clone();
-        let roots = pem::certificates(&published.roots);
+        let roots = pem::certificates(&self.authority.published().borrow().roots);
         let now = SystemTime::now();
-        let good = |serial: &[u8; 16]| {
-            let record = self.authority.issued(serial);
-            record.is_some_and(|record| self.authority.check(&record).is_ok())
-        };
+        let valid = |leaf: &CertificateDer<'_>| self.authority.verify(leaf).is_ok();
         let is_new = found.is_none();
         let (mut secret, why) = match found {
             None => (self.empty(account, &secret_name), Some("it is new")),
-            Some(secret) => match verdict(&secret, &identity, &roots, now, good) {
+            Some(secret) => match verdict(&secret, &identity, &roots, now, valid) {
                 Verdict::Foreign => return Ok(Done::Foreign),
                 Verdict::Keep(until) => return Ok(Done::Until(until)),
                 Verdict::Roots => (secret, None),
@@ -231,24 +210,19 @@ impl Namespace<'_> {
         };
         let data = secret.data.get_or_insert_default();
         if why.is_some() {
-            match self.issue(&identity).await {
+            match self.issue(&identity) {
                 Ok((chain, key)) => {
                     data.insert(CHAIN.into(), ByteString(chain.into_bytes()));
                     data.insert(KEY.into(), ByteString(key.into_bytes()));
                 }
-                // Nobody is to take the old one for good.
+                // A revoked identity keeps no certificate.
                 Err(Refusal::Revoked(revoked)) => {
                     if !is_new {
-                        self.secrets
-                            .delete(&secret_name, secret.metadata.uid)
-                            .await
-                            .map_err(told)?;
-                        tracing::warn!(
-                            secret = format!("{}/{secret_name}", self.name),
-                            "Secret removed: {revoked}"
-                        );
+                        let deleted = self.secrets.delete(&secret_name, secret.metadata.uid).await;
+                        deleted.map_err(text)?;
+                        tracing::warn!(secret = full_name, "Secret removed: {revoked}");
                     }
-                    return Ok(Done::Until(now + LOOK));
+                    return Ok(Done::Until(now + CHECK));
                 }
                 Err(refusal) => return Err(refusal.to_string()),
             }
@@ -261,20 +235,16 @@ impl Namespace<'_> {
             uid: uid.clone(),
             ..OwnerReference::default()
         }]);
-        let written = if is_new {
-            self.secrets.create(&secret).await
-        } else {
-            self.secrets.replace(&secret_name, &secret).await
+        let written = match is_new {
+            true => self.secrets.create(&secret).await,
+            false => self.secrets.replace(&secret_name, &secret).await,
         };
-        let written = written.map_err(told)?;
-        tracing::info!(
-            secret = format!("{}/{secret_name}", self.name),
-            why = why.unwrap_or("the roots have changed"),
-            "Secret with a certificate written"
-        );
-        match verdict(&written, &identity, &roots, now, good) {
+        let written = written.map_err(text)?;
+        let why = why.unwrap_or("the roots have changed");
+        tracing::info!(secret = full_name, why, "Secret with a certificate written");
+        match verdict(&written, &identity, &roots, now, valid) {
             Verdict::Keep(until) => Ok(Done::Until(until)),
-            _ => Err("it does not hold what was written to it: somebody else changes it".into()),
+            _ => Err("it does not contain what was written: somebody else changes it".into()),
         }
     }
 
@@ -297,17 +267,14 @@ impl Namespace<'_> {
         }
     }
 
-    async fn issue(&self, identity: &Identity) -> Result<(String, String), Refusal> {
-        let unmade = |error: rcgen::Error| Refusal::State(format!("a key cannot be made: {error}"));
-        let key = KeyPair::generate().map_err(unmade)?;
+    fn issue(&self, identity: &Identity) -> Result<(String, String), Refusal> {
+        let failed = |error: rcgen::Error| Refusal::State(format!("no key can be made: {error}"));
+        let key = KeyPair::generate().map_err(failed)?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
-        let csr = params.serialize_request(&key).map_err(unmade)?;
+        let csr = params.serialize_request(&key).map_err(failed)?;
         let lifetime = self.settings.lifetime;
-        let chain = self
-            .authority
-            .issue(identity, csr.der(), lifetime, None)
-            .await?;
+        let chain = self.authority.issue(identity, csr.der(), lifetime, None)?;
         Ok((pem::certificates(&chain), key.serialize_pem()))
     }
 }

@@ -1,43 +1,48 @@
-//! What is to be done about a Secret with key and certificate. No I/O, no clock.
+//! What a Secret with key and certificate needs. No I/O, no clock.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
 
+use crate::mesh::Identity;
+use crate::tunnel::tls::svid::Svid;
 use k8s_openapi::{ByteString, api::core::v1::Secret};
 use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use super::{CHAIN, DISTRIBUTED_LABEL, KEY, ROOTS, SECRET_TYPE};
-use crate::{ca::BACKDATE, mesh::Identity, tunnel::svid::Svid};
+use crate::ca::signer::BACKDATE;
 
 /// What a Secret needs.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Somebody else's: it stays as it is.
+    /// Somebody else's: it is not changed.
     Foreign,
-    /// Nothing until then.
+    /// Nothing until this time.
     Keep(SystemTime),
-    /// The roots have changed.
+    /// New roots.
     Roots,
     /// A new key and certificate.
     Issue(&'static str),
 }
 
-/// Whether `secret` was made by this program, and so may be changed or removed by it.
+/// Whether this controller created `secret`, and so may change or remove it.
 pub(super) fn is_ours(secret: &Secret) -> bool {
     let labels = secret.metadata.labels.as_ref();
     secret.type_.as_deref() == Some(SECRET_TYPE)
         && labels.is_some_and(|labels| labels.get(DISTRIBUTED_LABEL).is_some_and(|v| v == "true"))
 }
 
-/// What `secret`, which should be for `identity` and hold `roots`, needs at `now`. `good` says whether the CA has issued
-/// a serial number and not revoked it.
+/// What `secret` needs at `now` to hold a certificate of `identity`, and `roots`. `valid` tells whether the CA issued a
+/// certificate (DER) and has not revoked it.
 pub(super) fn verdict(
     secret: &Secret,
     identity: &Identity,
     roots: &str,
     now: SystemTime,
-    good: impl FnOnce(&[u8; 16]) -> bool,
+    valid: impl FnOnce(&CertificateDer<'_>) -> bool,
 ) -> Verdict {
     if !is_ours(secret) {
         return Verdict::Foreign;
@@ -47,15 +52,15 @@ pub(super) fn verdict(
     let (Some(chain), Some(key)) = (data.get(CHAIN), data.get(KEY)) else {
         return Verdict::Issue("it is incomplete");
     };
-    let Some((svid, serial)) = certificate(chain, key, identity) else {
-        return Verdict::Issue("key and certificate are none of this service account");
+    let Some((svid, leaf)) = certificate(chain, key, identity) else {
+        return Verdict::Issue("key and certificate do not belong to this service account");
     };
-    if !good(&serial) {
-        return Verdict::Issue("the certificate is revoked, or not of this CA");
+    if !valid(&leaf) {
+        return Verdict::Issue("the certificate is revoked, expired, or not of this CA");
     }
-    let renew = renewal(&svid, &serial);
+    let renew = renewal(&svid);
     if now >= renew {
-        return Verdict::Issue("half of its life is over");
+        return Verdict::Issue("half of its life has passed");
     }
     if data
         .get(ROOTS)
@@ -66,43 +71,45 @@ pub(super) fn verdict(
     Verdict::Keep(renew)
 }
 
-/// The leaf, if it is for `identity` and its key is the one beside it.
+/// The leaf, if it is for `identity` and the key belongs to it.
 fn certificate(
     chain: &ByteString,
     key: &ByteString,
     identity: &Identity,
-) -> Option<(Svid, [u8; 16])> {
+) -> Option<(Svid, CertificateDer<'static>)> {
     let leaf = CertificateDer::from_pem_slice(&chain.0).ok()?;
     let svid = Svid::parse(&leaf, identity.trust_domain()).ok()?;
-    let (_, certificate) = X509Certificate::from_der(&leaf).ok()?;
+    let spki = X509Certificate::from_der(&leaf)
+        .ok()?
+        .1
+        .public_key()
+        .raw
+        .to_vec();
     let key = KeyPair::from_pem(std::str::from_utf8(&key.0).ok()?).ok()?;
-    let fits = certificate.public_key().raw == key.subject_public_key_info();
-    // DER writes a zero in front where the number would else be negative.
-    let serial = certificate.raw_serial();
-    let serial = serial
-        .strip_prefix(&[0])
-        .filter(|rest| rest.len() == 16)
-        .unwrap_or(serial);
-    let serial = serial.try_into().ok()?;
-    (fits && svid.identity == *identity).then_some((svid, serial))
+    let fits = spki == key.subject_public_key_info();
+    (fits && svid.identity == *identity).then_some((svid, leaf))
 }
 
-/// At half-life, or up to a tenth of the life earlier: those that were made together are not renewed together.
-fn renewal(svid: &Svid, serial: &[u8; 16]) -> SystemTime {
-    let issued = svid.not_before + BACKDATE;
+/// At half of the life, or up to a tenth of the life earlier, so that not all are renewed together.
+fn renewal(svid: &Svid) -> SystemTime {
+    let issued = svid.not_before + Duration::from_secs(BACKDATE);
     let life = svid.not_after.duration_since(issued).unwrap_or_default();
-    issued + life / 2 - life / 10 * u32::from(serial[15]) / 256
+    issued + life / 2 - life / 10 * spread(&svid.serial) / 256
+}
+
+/// A number below 256 that differs between certificates.
+fn spread(serial: &str) -> u32 {
+    let digits = serial.len().saturating_sub(2);
+    u32::from_str_radix(&serial[digits..], 16).unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
+    use auth_ca_api::pem;
     use kube::api::ObjectMeta;
     use rcgen::{CertificateParams, KeyUsagePurpose, SanType, SerialNumber};
 
     use super::*;
-    use crate::ca::pem;
 
     const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
     const HOUR: Duration = Duration::from_secs(3600);
@@ -116,7 +123,7 @@ mod tests {
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(WEB.try_into().unwrap())];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.not_before = (begin() - BACKDATE).into();
+        params.not_before = (begin() - Duration::from_secs(BACKDATE)).into();
         params.not_after = (begin() + 24 * HOUR).into();
         params.serial_number = Some(SerialNumber::from_slice(&[0x51; 16]));
         let leaf = params.self_signed(&key).unwrap();
@@ -143,17 +150,11 @@ mod tests {
 
     fn judge(secret: &Secret, hours: u32) -> Verdict {
         let identity = WEB.parse().unwrap();
-        verdict(
-            secret,
-            &identity,
-            "roots",
-            begin() + HOUR * hours,
-            |serial| *serial == [0x51; 16],
-        )
+        verdict(secret, &identity, "roots", begin() + HOUR * hours, |_| true)
     }
 
     #[test]
-    fn a_good_one_is_kept_until_about_half_life() {
+    fn keeps_a_good_secret_until_about_half_of_its_life() {
         let secret = secret(|_| {});
         let Verdict::Keep(until) = judge(&secret, 0) else {
             panic!("{:?}", judge(&secret, 0));
@@ -162,12 +163,12 @@ mod tests {
         assert!(after > 9 * HOUR && after <= 12 * HOUR, "{after:?}");
         assert_eq!(
             judge(&secret, 12),
-            Verdict::Issue("half of its life is over")
+            Verdict::Issue("half of its life has passed")
         );
     }
 
     #[test]
-    fn what_is_not_ours_is_left_alone() {
+    fn leaves_secrets_of_others_alone() {
         let unlabelled = secret(|secret| secret.metadata.labels = None);
         assert_eq!(judge(&unlabelled, 20), Verdict::Foreign);
         let opaque = secret(|secret| secret.type_ = Some("Opaque".into()));
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_or_revoked_is_made_anew() {
+    fn replaces_damaged_and_revoked_certificates() {
         let data = |secret: &mut Secret, key: &str, value: &[u8]| {
             let bytes = ByteString(value.to_vec());
             secret

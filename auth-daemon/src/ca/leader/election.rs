@@ -1,4 +1,4 @@
-//! Who leads, by a Lease: what to do next, from what the Lease says and this process's own clock. No I/O.
+//! Leader election by a Lease: what to do next, from the Lease and this process's own clock. No I/O.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use tokio::time::Instant;
 /// The times of an election.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// A Lease that was not renewed for so long may be taken.
+    /// A Lease that was not renewed for so long may be taken over.
     pub lease: Duration,
-    /// How often the leader renews it, and the others look.
+    /// How often the leader renews it, and the others read it.
     pub renew: Duration,
-    /// A leader that could not renew for so long leads no more. Shorter than `lease`.
+    /// A leader that could not renew for so long steps down. Shorter than `lease`.
     pub give_up: Duration,
 }
 
@@ -25,32 +25,32 @@ impl Default for Timing {
     }
 }
 
-/// Longest lease of somebody else that is respected: a wrong number in the object must not stop all for good.
+/// Longest lease of another holder that is respected: a wrong number in the object must not block the election.
 const MAX_LEASE: Duration = Duration::from_secs(60);
 
-/// What the Lease says.
+/// The content of the Lease.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct View {
-    /// Who holds it; empty: nobody.
+    /// Its holder; empty if there is none.
     pub holder: String,
-    /// How long it holds from its last renewal.
+    /// How long it is valid after a renewal.
     pub duration: Duration,
-    /// Its resource version: another one, and it was renewed.
+    /// Its resource version, which changes with each renewal.
     pub version: String,
 }
 
 /// What to do with the Lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Move {
-    /// Make it, with us as its holder.
+    /// Create it, with this candidate as holder.
     Create,
-    /// Make us its holder.
+    /// Make this candidate its holder.
     Take,
     /// Renew it.
     Renew,
-    /// Somebody else leads.
+    /// Another candidate is the leader.
     Wait,
-    /// Lead no more: it was taken from us.
+    /// Step down: another candidate took it over.
     StepDown,
 }
 
@@ -59,14 +59,14 @@ pub enum Move {
 pub struct Election {
     name: String,
     timing: Timing,
-    /// When the last renewal that went through was sent; `None`: not the leader.
+    /// When the last successful renewal was sent; `None` if this is not the leader.
     renewed: Option<Instant>,
-    /// Another holder's Lease, and since when it has not changed.
+    /// Another holder's Lease, and since when it is unchanged.
     seen: Option<(View, Instant)>,
 }
 
 impl Election {
-    /// `name` is this candidate's, and no other's.
+    /// `name` is unique to this candidate.
     pub fn new(name: String, timing: Timing) -> Self {
         Self {
             name,
@@ -76,7 +76,7 @@ impl Election {
         }
     }
 
-    /// What to do, now that the Lease is this. Whether it went through is for [`Election::renewed`].
+    /// What to do at `now` with this Lease. If a write succeeds, call [`Election::renewed`].
     pub fn next(&mut self, now: Instant, lease: Option<&View>) -> Move {
         let Some(lease) = lease else {
             self.seen = None;
@@ -97,7 +97,7 @@ impl Election {
         if lease.holder.is_empty() {
             return Move::Take;
         }
-        // The holder's own times are by its clock, which may be wrong: only what we have seen ourselves counts.
+        // The times in the Lease are by the holder's clock, which may be wrong: only our own observations count.
         let since = match &self.seen {
             Some((seen, since)) if seen == lease => *since,
             _ => {
@@ -113,23 +113,23 @@ impl Election {
         }
     }
 
-    /// A write to the Lease that was sent at `sent` went through: we lead.
+    /// A write to the Lease that was sent at `sent` succeeded: this is the leader.
     pub fn renewed(&mut self, sent: Instant) {
         self.renewed = Some(sent);
         self.seen = None;
     }
 
-    /// We lead no more.
+    /// This is not the leader any more.
     pub fn step_down(&mut self) {
         self.renewed = None;
     }
 
-    /// Whether we lead at `now`.
+    /// Whether this is the leader at `now`.
     pub fn leads(&self, now: Instant) -> bool {
         self.until().is_some_and(|until| now < until)
     }
 
-    /// Until when we lead if nothing more goes through.
+    /// Until when this is the leader if no further write succeeds.
     pub fn until(&self) -> Option<Instant> {
         self.renewed.map(|sent| sent + self.timing.give_up)
     }
@@ -156,10 +156,10 @@ mod tests {
     }
 
     #[test]
-    fn the_first_one_makes_it_and_renews() {
+    fn the_first_candidate_creates_and_renews_the_lease() {
         let (mut a, start) = (election("a"), Instant::now());
         assert_eq!(a.next(start, None), Move::Create);
-        assert!(!a.leads(start), "not before it went through");
+        assert!(!a.leads(start), "not before the write succeeded");
         a.renewed(start);
         assert!(a.leads(start));
         assert_eq!(
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_is_taken_when_it_was_not_renewed_by_our_own_clock() {
+    fn takes_over_a_lease_that_was_not_renewed_by_its_own_clock() {
         let (mut b, start) = (election("b"), Instant::now());
         assert_eq!(b.next(start, Some(&lease("a", 1))), Move::Wait);
         assert_eq!(
@@ -187,19 +187,19 @@ mod tests {
     }
 
     #[test]
-    fn a_released_lease_is_taken_at_once() {
+    fn takes_a_released_lease_at_once() {
         let (mut b, start) = (election("b"), Instant::now());
         assert_eq!(b.next(start, Some(&lease("", 9))), Move::Take);
     }
 
     #[test]
-    fn who_cannot_renew_leads_no_more() {
+    fn steps_down_when_it_cannot_renew() {
         let (mut a, start) = (election("a"), Instant::now());
         a.renewed(start);
         assert!(a.leads(start + 9 * SECOND));
         assert!(!a.leads(start + 10 * SECOND));
         assert_eq!(a.until(), Some(start + 10 * SECOND));
-        // Nobody took it meanwhile: it is ours to take again, from a new beginning.
+        // Nobody took it over meanwhile: it can be taken again.
         assert_eq!(
             a.next(start + 11 * SECOND, Some(&lease("a", 1))),
             Move::Take
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_replaced_steps_down() {
+    fn steps_down_when_replaced() {
         let (mut a, start) = (election("a"), Instant::now());
         a.renewed(start);
         assert_eq!(a.next(start + SECOND, Some(&lease("b", 5))), Move::StepDown);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_duration_neither_hurries_nor_stops_anyone() {
+    fn ignores_wrong_durations() {
         for (duration, wait) in [(0, 15), (1, 15), (30, 30), (u64::from(u32::MAX), 60)] {
             let (mut b, start) = (election("b"), Instant::now());
             let lease = View {
@@ -236,7 +236,7 @@ mod tests {
     }
 
     proptest! {
-        /// Candidates that look at one Lease at any times, and whose writes and answers get lost: never two leaders.
+        /// With reads at any time, and lost writes and answers, there are never two leaders.
         #[test]
         fn never_two_leaders(steps in proptest::collection::vec((0..3_usize, 0..4000_u64, 0..4_u8), 1..400)) {
             let mut candidates = ["a", "b", "c"].map(election);
@@ -250,7 +250,7 @@ mod tests {
                 if matches!(next, Move::Create | Move::Take | Move::Renew) && luck > 0 {
                     writes += 1;
                     current = Some(lease(&name, writes));
-                    // Luck 1: it was written, but the answer is lost.
+                    // Luck 1: written, but the answer is lost.
                     if luck > 1 {
                         candidates[who].renewed(now);
                     }

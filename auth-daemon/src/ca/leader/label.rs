@@ -1,24 +1,24 @@
-//! The leader's pod has a label, by which a Service finds it.
+//! The label on the leader's pod, which a Service selects.
 
 use std::time::Duration;
 
+use crate::kubernetes::{Fault, Objects, objects::Pod};
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::sleep};
 
 use super::Candidate;
-use crate::kubernetes::{Fault, Objects, objects::Pod};
 
 /// On the leader's pod, with value `true`.
 pub const LEADER_LABEL: &str = "auth-daemon.io/ca-leader";
-/// How soon to try again.
+/// Pause after a failure.
 const RETRY: Duration = Duration::from_secs(2);
-/// How often the leader looks whether another pod has the label.
-const LOOK: Duration = Duration::from_secs(30);
+/// How often the leader checks whether another pod has the label.
+const CHECK: Duration = Duration::from_secs(30);
 
-/// Keeps the label in step with `leads` until its sender is gone.
+/// Keeps the label equal to `leads` until its sender is dropped.
 pub(super) async fn follow(candidate: &Candidate, mut leads: watch::Receiver<bool>) {
     let Some(pod) = &candidate.pod else {
-        tracing::info!("not in a pod ($POD_NAME is not set): no label says that this CA leads");
+        tracing::info!("leader label is not set: this is not a pod ($POD_NAME is not set)");
         return;
     };
     let pods: Objects<Pod> = Objects::of(candidate.client.clone(), &candidate.namespace);
@@ -26,11 +26,11 @@ pub(super) async fn follow(candidate: &Candidate, mut leads: watch::Receiver<boo
         let leader = *leads.borrow_and_update();
         let closing = leads.has_changed().is_err();
         let wait = match apply(&pods, pod, leader).await {
-            Ok(()) => LOOK,
-            Err(fault) => {
+            Ok(()) => CHECK,
+            Err(error) => {
                 tracing::warn!(
-                    pod = format!("{}/{pod}", candidate.namespace), leader, %fault,
-                    "cannot set the label of the CA's leader"
+                    pod = format!("{}/{pod}", candidate.namespace), leader, %error,
+                    "leader label cannot be set"
                 );
                 RETRY
             }
@@ -39,7 +39,7 @@ pub(super) async fn follow(candidate: &Candidate, mut leads: watch::Receiver<boo
             return;
         }
         tokio::select! {
-            // Of a sender that is gone, the last value still counts.
+            // The last value of a dropped sender is still applied.
             _ = leads.changed() => {}
             () = sleep(wait) => {}
         }
@@ -53,7 +53,7 @@ async fn apply(pods: &Objects<Pod>, own: &str, leader: bool) -> Result<(), Fault
     if leader {
         for other in others {
             match pods.merge(&other, &change(Value::Null)).await {
-                Err(fault) if !fault.is_not_found() => return Err(fault),
+                Err(error) if !error.is_not_found() => return Err(error),
                 _ => {}
             }
         }

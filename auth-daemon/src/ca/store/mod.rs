@@ -1,61 +1,58 @@
-//! Where the CA keeps what it must not forget.
+//! Where the CA keeps its state: one document, replaced by compare-and-swap.
 
 pub mod directory;
-pub(super) mod disk;
-mod journal;
-mod record;
 pub mod secret;
 
 use std::{fmt, future::Future, pin::Pin};
 
-use super::authority::{IssuedRecord, Published};
+use rustls::pki_types::CertificateDer;
 
 /// What [`Store`]'s operations return.
-pub type Stored<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
+pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
-/// Why the CA's state could not be read or kept. Names the file or object, and what to do.
-#[derive(Debug, thiserror::Error)]
+/// Why the CA's state could not be read or written. Names the file or object, and what to do.
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct StoreError(pub String);
 
-/// Everything that was kept.
-#[derive(Clone)]
-pub struct Kept {
-    /// The small part, as [`Store::keep`] got it last.
-    pub core: Vec<u8>,
-    /// What [`Store::record`] got, in any order. Expired ones may be missing.
-    pub issued: Vec<IssuedRecord>,
+/// What a store contains. It has keys in it.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Stored {
+    /// No CA has been here.
+    Nothing,
+    /// The document of the last [`Store::replace`].
+    State(Vec<u8>),
+    /// The root of an embedded CA: key and certificate, PEM.
+    EmbeddedRoot(String),
 }
 
-impl fmt::Debug for Kept {
-    /// There are keys in the small part.
+impl fmt::Debug for Stored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Kept")
-            .field("issued", &self.issued.len())
-            .finish_non_exhaustive()
+        f.write_str(match self {
+            Self::Nothing => "Nothing",
+            Self::State(_) => "State(..)",
+            Self::EmbeddedRoot(_) => "EmbeddedRoot(..)",
+        })
     }
 }
 
-/// Keeps the CA's state over restarts and crashes. Only one CA writes at a time: the implementation sees to that, and
-/// fails where somebody else has written.
+/// Keeps the CA's state over restarts and crashes. Only one CA writes at a time: [`Store::load`] makes its caller the
+/// writer, and writes of an earlier writer fail from then on.
 pub trait Store: Send + Sync + fmt::Debug {
-    /// What was kept; `None` in a place where no CA has been yet.
-    fn load(&self) -> Stored<'_, Option<Kept>>;
+    /// Reads the state, and becomes its writer.
+    fn load(&self) -> StoreFuture<'_, Stored>;
 
-    /// Replaces the small part (roots with their keys, rotation, revocations). When this returns, it survives a crash;
-    /// when it fails or never returns, either the old or the new part does, whole.
-    fn keep<'a>(&'a self, core: &'a [u8]) -> Stored<'a, ()>;
+    /// Replaces the state that this writer read or wrote last. When this returns, the new state survives a crash; when
+    /// it fails or never returns, either the old or the new one is there as a whole.
+    fn replace<'a>(&'a self, state: &'a [u8]) -> StoreFuture<'a, ()>;
 
-    /// Adds to what was issued. When this returns, the records survive a crash.
-    fn record<'a>(&'a self, issued: &'a [IssuedRecord]) -> Stored<'a, ()>;
-
-    /// Forgets records of certificates that ended before `now` (seconds since the Unix epoch), at the implementation's
-    /// leisure.
-    fn prune(&self, now: u64) -> Stored<'_, ()>;
-
-    /// Shows people and programs what is published now, where the place of this store is also one to look: at each
-    /// change. The CA goes on if that fails.
-    fn publish<'a>(&'a self, _published: &'a Published) -> Stored<'a, ()> {
+    /// Writes the published roots and revocation lists (DER) for people and programs, if this store is a place where
+    /// they look. The CA continues if that fails.
+    fn publish<'a>(
+        &'a self,
+        _roots: &'a [CertificateDer<'static>],
+        _crls: &'a [Vec<u8>],
+    ) -> StoreFuture<'a, ()> {
         Box::pin(std::future::ready(Ok(())))
     }
 }

@@ -1,13 +1,17 @@
-//! `auth-daemon ca status`, `revoke`, `unrevoke`, `rotate-root`: what an operator asks the CA, over its socket.
+//! `auth-daemon ca status`, `revoke`, `unrevoke` and `rotate-root`: the operator's requests, over the CA's socket.
 
 use std::{
+    fmt,
     io::ErrorKind,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, anyhow};
+use auth_ca_api::auth::{
+    RevokeRequest, RotateRootRequest, StatusRequest, Target as TargetMessage, UnrevokeRequest,
+    operator_client::OperatorClient, target,
+};
 use hyper_util::rt::TokioIo;
-use serde_json::Value;
 use tokio::{net::UnixStream, runtime};
 use tonic::{
     Code, Status,
@@ -16,21 +20,20 @@ use tonic::{
 };
 
 use crate::{
-    ca::proto::auth::{
-        RevokeRequest, RotateRootRequest, StatusRequest, Target as TargetMessage, UnrevokeRequest,
-        operator_client::OperatorClient, target,
+    ca::{
+        config::{CaConfig, DEFAULT_OPERATOR_SOCKET},
+        status::CaStatus,
     },
-    config::{CaConfig, DEFAULT_OPERATOR_SOCKET},
-    tunnel::trust::Reason,
+    tunnel::tls::trust::Reason,
 };
 
 const DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
-/// A status with all that is revoked in it.
+/// Largest answer: a status lists everything that is revoked.
 const MAX_ANSWER: usize = 64 << 20;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Question {
-    /// Show roots, the phase of a rotation, what is revoked, and what was refused.
+    /// Show roots, the phase of a rotation, revocations, and refused requests.
     Status {
         #[command(flatten)]
         place: Place,
@@ -38,7 +41,7 @@ pub(super) enum Question {
         #[arg(long)]
         json: bool,
     },
-    /// Believe a certificate, an identity or a node no more, everywhere.
+    /// Revoke a certificate, an identity or a node, everywhere.
     Revoke {
         #[command(flatten)]
         place: Place,
@@ -48,14 +51,14 @@ pub(super) enum Question {
         #[arg(long)]
         reason: Option<Reason>,
     },
-    /// Take a revocation back.
+    /// Withdraw a revocation.
     Unrevoke {
         #[command(flatten)]
         place: Place,
         #[command(flatten)]
         target: Target,
     },
-    /// Replace the root by a new one, without an outage.
+    /// Replace the root without an outage.
     RotateRoot {
         #[command(flatten)]
         place: Place,
@@ -79,10 +82,10 @@ pub(super) struct Target {
     /// A certificate's serial number, in hexadecimal.
     #[arg(long, group = "what")]
     serial: Option<String>,
-    /// A SPIFFE ID: all certificates that it has, and it gets no more.
+    /// A SPIFFE ID: all of its certificates, and it gets no more.
     #[arg(long, group = "what")]
     identity: Option<String>,
-    /// A node's name: all certificates that it got, whatever its pods show, and it gets no more.
+    /// A node's name: all certificates that it got, all of its pods, and it gets no more.
     #[arg(long, group = "what")]
     node: Option<String>,
 }
@@ -100,9 +103,9 @@ pub(super) fn ask(question: Question) -> anyhow::Result<()> {
                 if json {
                     println!("{text}");
                 } else {
-                    let status =
-                        serde_json::from_str(&text).context("the CA's answer is not JSON")?;
-                    print!("{}", table(&status));
+                    let status: CaStatus =
+                        serde_json::from_str(&text).context("the CA's answer is not a status")?;
+                    print!("{status}");
                 }
             }
             Question::Revoke {
@@ -110,15 +113,14 @@ pub(super) fn ask(question: Question) -> anyhow::Result<()> {
                 target,
                 reason,
             } => {
+                let named = target.to_string();
                 let request = RevokeRequest {
                     target: target.message(),
                     reason: reason.unwrap_or_default().as_str().to_owned(),
                 };
                 let answer = connect(&place).await?.revoke(request).await;
-                let touched = answer.map_err(explain)?.into_inner().certificates;
-                println!(
-                    "revoked; {touched} certificates that are still valid are believed no more"
-                );
+                answer.map_err(explain)?;
+                println!("{named} is revoked; daemons refuse it within two seconds");
             }
             Question::Unrevoke { place, target } => {
                 let request = UnrevokeRequest {
@@ -129,7 +131,7 @@ pub(super) fn ask(question: Question) -> anyhow::Result<()> {
                     .unrevoke(request)
                     .await
                     .map_err(explain)?;
-                println!("the revocation is taken back");
+                println!("the revocation is withdrawn");
             }
             Question::RotateRoot { place } => {
                 let answer = connect(&place)
@@ -152,6 +154,16 @@ impl Target {
     }
 }
 
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.serial, &self.identity, &self.node) {
+            (Some(serial), ..) => write!(f, "certificate {serial}"),
+            (_, Some(identity), _) => write!(f, "{identity}"),
+            (.., node) => write!(f, "node {}", node.as_deref().unwrap_or_default()),
+        }
+    }
+}
+
 async fn connect(place: &Place) -> anyhow::Result<OperatorClient<Channel>> {
     let path = match place {
         Place {
@@ -164,7 +176,7 @@ async fn connect(place: &Place) -> anyhow::Result<OperatorClient<Channel>> {
         } => CaConfig::load(config)?.operator_socket,
         _ => DEFAULT_OPERATOR_SOCKET.into(),
     };
-    // Tried once by itself, for an error in plain words.
+    // Connected here, for a clear error.
     let stream = UnixStream::connect(&path)
         .await
         .map_err(|error| no_ca(&path, &error))?;
@@ -176,7 +188,7 @@ async fn connect(place: &Place) -> anyhow::Result<OperatorClient<Channel>> {
             std::future::ready(stream.ok_or_else(|| std::io::Error::from(ErrorKind::BrokenPipe)))
         }))
         .await
-        .with_context(|| format!("{}: does not speak as a CA does", path.display()))?;
+        .with_context(|| format!("{}: the server there is not a CA", path.display()))?;
     Ok(OperatorClient::new(channel).max_decoding_message_size(MAX_ANSWER))
 }
 
@@ -187,8 +199,8 @@ fn no_ca(path: &Path, error: &std::io::Error) -> anyhow::Error {
             anyhow!("{path}: {error}: run this as the CA's user, or as root")
         }
         _ => anyhow!(
-            "no CA answers at {path} ({error}): does it run, on this machine and in this container? \
-             --socket or --config says where its operatorSocket is"
+            "no CA answers at {path} ({error}): is it running, on this machine and in this container? \
+             --socket or --config names its operatorSocket"
         ),
     }
 }
@@ -196,100 +208,17 @@ fn no_ca(path: &Path, error: &std::io::Error) -> anyhow::Error {
 fn explain(status: Status) -> anyhow::Error {
     match status.code() {
         Code::Unavailable => anyhow!("the CA cannot do this now: {}", status.message()),
-        Code::InvalidArgument => anyhow!("the CA does not take this: {}", status.message()),
+        Code::InvalidArgument => anyhow!("the CA does not accept this: {}", status.message()),
         _ => anyhow!("the CA refuses: {}", status.message()),
     }
 }
 
-fn table(status: &Value) -> String {
-    let text = |value: &Value| match value {
-        Value::String(text) => text.clone(),
-        Value::Null => "-".to_owned(),
-        other => other.to_string(),
-    };
-    let mut out = String::new();
-    if status["leader"] != true {
-        out.push_str("standing by: another replica leads, ask that one for more\n");
-    } else {
-        out.push_str(&format!(
-            "trust domain {}  phase {}  certificates {}  algorithm {}\n",
-            text(&status["trustDomain"]),
-            text(&status["phase"]),
-            text(&status["issued"]),
-            text(&status["algorithm"]),
-        ));
-        let list = |field: &Value| field.as_array().cloned().unwrap_or_default();
-        let roots = list(&status["roots"]);
-        out.push_str(&format!("\nROOTS ({})\n", roots.len()));
-        for root in roots {
-            let signs = if root["signs"] == true { "signs" } else { "" };
-            let line = format!(
-                "  {}  until {}  sha256 {}  {signs}",
-                text(&root["serial"]),
-                text(&root["notAfter"]),
-                text(&root["sha256"]),
-            );
-            out.push_str(line.trim_end());
-            out.push('\n');
-        }
-        for (title, field) in [
-            ("SERIALS", "serials"),
-            ("IDENTITIES", "identities"),
-            ("NODES", "nodes"),
-        ] {
-            let revoked = list(&status["revoked"][field]);
-            out.push_str(&format!("\nREVOKED {title} ({})\n", revoked.len()));
-            for entry in revoked {
-                out.push_str(&format!(
-                    "  {}  {}\n",
-                    text(&entry["name"]),
-                    text(&entry["reason"])
-                ));
-            }
-        }
-    }
-    let server = &status["server"];
-    out.push_str(&format!(
-        "\nSINCE ITS START\n  issued {}\n",
-        text(&server["issued"])
-    ));
-    for (kind, count) in server["refused"].as_object().into_iter().flatten() {
-        out.push_str(&format!("  refused as {kind} {}\n", text(count)));
-    }
-    out.push_str(&format!(
-        "  failed handshakes {}\n  refused connections {}\n",
-        text(&server["failedHandshakes"]),
-        text(&server["refusedConnections"]),
-    ));
-    out
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
-    #[test]
-    fn a_table_for_people() {
-        let table = table(&json!({
-            "leader": true, "trustDomain": "cluster.local", "phase": "spreading", "issued": 3, "algorithm": "P-256",
-            "roots": [{"serial": "01", "notAfter": "2036", "sha256": "ab", "signs": true}, {"serial": "02"}],
-            "revoked": {"serials": [], "identities": [], "nodes": [{"name": "a", "reason": "keyCompromise"}]},
-            "server": {"issued": 5, "refused": {"denied": 2}, "failedHandshakes": 1, "refusedConnections": 0},
-        }));
-        for expected in [
-            "trust domain cluster.local  phase spreading  certificates 3",
-            "ROOTS (2)\n  01  until 2036  sha256 ab  signs\n  02",
-            "REVOKED NODES (1)\n  a  keyCompromise\n",
-            "refused as denied 2\n",
-        ] {
-            assert!(table.contains(expected), "{expected:?} is not in:\n{table}");
-        }
-    }
-
     #[tokio::test]
-    async fn says_where_no_ca_is() {
+    async fn names_the_socket_without_a_ca() {
         let place = Place {
             config: None,
             socket: Some("/nonexistent/operator.sock".into()),

@@ -1,32 +1,20 @@
 mod certificates;
-mod crashes;
 mod opening;
 mod revoking;
 mod rotating;
+mod storing;
 
-use std::{
-    os::unix::fs::MetadataExt,
-    path::Path,
-    process::Command,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::{os::unix::fs::MetadataExt, path::Path, process::Command};
 
+use crate::mesh::TrustDomain;
+use crate::tunnel::tls::{crl, svid::NODE_EXTENSION};
+use auth_ca_api::pem;
 use rcgen::{BasicConstraints, CertificateParams, CustomExtension, IsCa, KeyPair, SanType};
+use serde_json::json;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use super::{
-    super::{
-        embedded::EmbeddedCa,
-        pem,
-        revocation::read_crl,
-        store::{
-            directory::DirectoryStore,
-            disk::{Disk, tests::Faults},
-        },
-    },
-    *,
-};
-use crate::{mesh::TrustDomain, tunnel::svid::Svid};
+use super::*;
+use crate::ca::{config::KeyAlgorithm, embedded::EmbeddedCa, store::directory::DirectoryStore};
 
 const DAY: u64 = 24 * 60 * 60;
 const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
@@ -47,7 +35,7 @@ fn settings() -> Settings {
     }
 }
 
-/// A clock that a test sets. Begins now: OpenSSL has the real one.
+/// A clock that a test sets. It starts now, because OpenSSL uses the real time.
 #[derive(Clone)]
 struct FakeClock(Arc<AtomicU64>);
 
@@ -96,71 +84,69 @@ fn svid(chain: &[CertificateDer<'_>]) -> Svid {
     Svid::parse(&chain[0], "cluster.local").unwrap()
 }
 
-fn serial(chain: &[CertificateDer<'_>]) -> [u8; 16] {
-    X509Certificate::from_der(&chain[0])
-        .unwrap()
-        .1
-        .raw_serial()
-        .try_into()
-        .unwrap()
+fn serial(chain: &[CertificateDer<'_>]) -> Serial {
+    let (_, leaf) = X509Certificate::from_der(&chain[0]).unwrap();
+    Serial(leaf.raw_serial().try_into().unwrap())
 }
 
-/// Runs `openssl`, with the files that are named, and returns what it says and whether it succeeds.
-fn openssl(arguments: &[&str], files: &[(&str, String)]) -> (String, bool) {
+/// Issues a certificate of the longest lifetime.
+fn issue(
+    ca: &Authority,
+    account: &str,
+    node: &str,
+) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+    let identity = identity(&format!("spiffe://cluster.local/ns/default/sa/{account}"));
+    ca.issue(&identity, &csr(), Duration::ZERO, Some(node))
+}
+
+/// The serial numbers on the first published list, with their reasons, sorted.
+fn listed(ca: &Authority) -> Vec<(String, &'static str)> {
+    let published = ca.published().borrow().clone();
+    let signers = [published.roots.clone(), published.intermediates.clone()].concat();
+    let list = crl::read(&published.crls[0], &signers).unwrap();
+    let mut list: Vec<_> = list.into_iter().map(|(s, r)| (s, r.as_str())).collect();
+    list.sort();
+    list
+}
+
+/// Runs `openssl` with these files. Returns its output and whether it succeeds.
+fn openssl(arguments: &str, files: &[(&str, String)]) -> (String, bool) {
     let folder = tempfile::tempdir().unwrap();
     for (name, content) in files {
         std::fs::write(folder.path().join(name), content).unwrap();
     }
-    let output = Command::new("openssl")
-        .args(arguments)
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
-    let said = [output.stdout, output.stderr].concat();
+    let mut command = Command::new("openssl");
+    command
+        .args(arguments.split(' '))
+        .current_dir(folder.path());
+    let output = command.output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
     (
-        String::from_utf8_lossy(&said).into_owned(),
+        String::from_utf8_lossy(&text).into_owned(),
         output.status.success(),
     )
 }
 
-fn all(certificates: &[CertificateDer<'_>]) -> String {
-    certificates
-        .iter()
-        .map(|der| pem::certificate(der))
-        .collect()
-}
-
-/// Whether OpenSSL believes `chain`, with the revocation lists that are published.
+/// Verifies `chain` with OpenSSL and the published revocation lists.
 fn verifies(chain: &[CertificateDer<'_>], published: &Published, at: u64) -> Result<(), String> {
-    let crls: String = published
+    let crls = published
         .crls
         .iter()
         .map(|crl| pem::encode("X509 CRL", crl))
         .collect();
-    assert_eq!(chain.len(), 1, "a root of its own signs leaves");
-    let (said, held) = openssl(
+    assert_eq!(chain.len(), 1, "a root signs leaves directly");
+    let (text, verified) = openssl(
+        &format!("verify -x509_strict -crl_check -attime {at} -CAfile roots -CRLfile crls leaf"),
         &[
-            "verify",
-            "-x509_strict",
-            "-crl_check",
-            "-attime",
-            &at.to_string(),
-            "-CAfile",
-            "roots",
-            "-CRLfile",
-            "crls",
-            "leaf",
-        ],
-        &[
-            ("roots", all(&published.roots)),
-            ("leaf", all(chain)),
+            ("roots", pem::certificates(&published.roots)),
+            ("leaf", pem::certificates(chain)),
             ("crls", crls),
         ],
     );
-    if held { Ok(()) } else { Err(said) }
+    if verified { Ok(()) } else { Err(text) }
 }
 
-/// What zlint would look at in any certificate that is issued here.
+/// Checks what zlint checks in a leaf certificate.
 fn lint(der: &[u8]) {
     use x509_parser::{
         extensions::{GeneralName, ParsedExtension as E},
@@ -209,6 +195,11 @@ fn lint(der: &[u8]) {
                 true
             }
             E::ExtendedKeyUsage(_) | E::AuthorityKeyIdentifier(_) | E::SubjectKeyIdentifier(_) => {
+                false
+            }
+            E::UnsupportedExtension { oid } => {
+                let arcs: Vec<_> = oid.iter().unwrap().collect();
+                assert_eq!(arcs, NODE_EXTENSION, "the node's name and nothing else");
                 false
             }
             other => panic!("unknown extension {other:?}"),

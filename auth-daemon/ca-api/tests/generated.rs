@@ -1,0 +1,28 @@
+//! The committed code belongs to the protobuf files. `UPDATE=1 cargo test -p auth-ca-api` writes it anew.
+
+use std::{env, fs, path::Path};
+
+#[test]
+fn generated_code_is_current() {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let protocols = ["istio_ca.proto", "auth_ca.proto"];
+    let files = protox::compile(protocols, [package.join("proto")]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    tonic_prost_build::configure()
+        .out_dir(folder.path())
+        .compile_fds(files)
+        .unwrap();
+    for name in ["istio.v1.auth.rs", "auth_daemon.ca.v1.rs"] {
+        let current = fs::read_to_string(folder.path().join(name)).unwrap();
+        let committed = package.join("src/generated").join(name);
+        if env::var_os("UPDATE").is_some() {
+            fs::write(&committed, &current).unwrap();
+        }
+        let found = fs::read_to_string(&committed).unwrap_or_default();
+        assert!(
+            found == current,
+            "{} is not current: run `UPDATE=1 cargo test -p auth-ca-api`",
+            committed.display()
+        );
+    }
+}

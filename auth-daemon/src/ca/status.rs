@@ -1,0 +1,178 @@
+//! The status of the CA: one structure, rendered as JSON by serde and for people by [`fmt::Display`].
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The status of one replica.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaStatus {
+    /// Whether this replica signs.
+    pub leader: bool,
+    /// The status of the authority; on the leader only.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub authority: Option<AuthorityStatus>,
+    /// What this replica's server has done since it started.
+    pub server: ServerStatus,
+}
+
+/// The status of the authority.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AuthorityStatus {
+    /// Its trust domain.
+    pub trust_domain: String,
+    /// `steady`, `spreading` or `retiring`.
+    pub phase: String,
+    /// When the next step of a rotation is due (RFC 3339).
+    pub phase_ends: Option<String>,
+    /// Version of what is published.
+    pub version: u64,
+    /// The signing key's algorithm.
+    pub algorithm: String,
+    /// Whether it signs as an intermediate (`pluggedIn` in its configuration).
+    #[serde(rename = "pluggedIn")]
+    pub intermediate: bool,
+    /// All trusted roots.
+    pub roots: Vec<RootStatus>,
+    /// What is revoked.
+    pub revoked: RevokedStatus,
+}
+
+/// One root certificate.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RootStatus {
+    /// Serial number, hexadecimal.
+    pub serial: String,
+    /// Fingerprint of the certificate.
+    pub sha256: String,
+    /// Its name.
+    pub subject: String,
+    /// Begin of its validity (RFC 3339).
+    pub not_before: String,
+    /// End of its validity (RFC 3339).
+    pub not_after: String,
+    /// Whether new certificates are issued under it.
+    pub signs: bool,
+}
+
+/// Everything that is revoked, sorted by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevokedStatus {
+    /// Certificates, by serial number.
+    pub serials: Vec<RevokedEntry>,
+    /// Identities.
+    pub identities: Vec<RevokedEntry>,
+    /// Nodes.
+    pub nodes: Vec<RevokedEntry>,
+}
+
+/// One revocation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevokedEntry {
+    /// Serial number, SPIFFE ID or node name.
+    pub name: String,
+    /// A name of RFC 5280 §5.3.1.
+    pub reason: String,
+}
+
+/// What a server has done since it started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerStatus {
+    /// Certificates issued.
+    pub issued: u64,
+    /// Requests refused, by kind.
+    pub refused: serde_json::Map<String, serde_json::Value>,
+    /// TLS handshakes that failed.
+    pub failed_handshakes: u64,
+    /// Connections refused before TLS, because a connection limit was reached.
+    pub refused_connections: u64,
+}
+
+impl fmt::Display for CaStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.authority {
+            Some(authority) if self.leader => authority.fmt(f)?,
+            _ => writeln!(f, "standby: another replica is the leader, ask that one")?,
+        }
+        let server = &self.server;
+        writeln!(
+            f,
+            "\nSINCE THIS REPLICA STARTED\n  issued {}",
+            server.issued
+        )?;
+        for (kind, count) in &server.refused {
+            writeln!(f, "  refused as {kind} {count}")?;
+        }
+        writeln!(f, "  failed handshakes {}", server.failed_handshakes)?;
+        writeln!(f, "  refused connections {}", server.refused_connections)
+    }
+}
+
+impl fmt::Display for AuthorityStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "trust domain {}  phase {}  algorithm {}",
+            self.trust_domain, self.phase, self.algorithm
+        )?;
+        writeln!(f, "\nROOTS ({})", self.roots.len())?;
+        for root in &self.roots {
+            let signs = if root.signs { "  signs" } else { "" };
+            let RootStatus {
+                serial,
+                sha256,
+                not_after,
+                ..
+            } = root;
+            writeln!(f, "  {serial}  until {not_after}  sha256 {sha256}{signs}")?;
+        }
+        let revoked = &self.revoked;
+        for (title, entries) in [
+            ("SERIALS", &revoked.serials),
+            ("IDENTITIES", &revoked.identities),
+            ("NODES", &revoked.nodes),
+        ] {
+            writeln!(f, "\nREVOKED {title} ({})", entries.len())?;
+            for entry in entries {
+                writeln!(f, "  {}  {}", entry.name, entry.reason)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn renders_one_structure_as_json_and_as_text() {
+        let status: CaStatus = serde_json::from_value(json!({
+            "leader": true, "trustDomain": "cluster.local", "phase": "spreading", "phaseEnds": null, "version": 3,
+            "algorithm": "P-256", "pluggedIn": false,
+            "roots": [{"serial": "01", "notAfter": "2036", "sha256": "ab", "signs": true}, {"serial": "02"}],
+            "revoked": {"serials": [], "identities": [], "nodes": [{"name": "a", "reason": "keyCompromise"}]},
+            "server": {"issued": 5, "refused": {"denied": 2}, "failedHandshakes": 1, "refusedConnections": 0},
+        }))
+        .unwrap();
+        let text = status.to_string();
+        for expected in [
+            "trust domain cluster.local  phase spreading  algorithm P-256",
+            "ROOTS (2)\n  01  until 2036  sha256 ab  signs\n  02",
+            "REVOKED NODES (1)\n  a  keyCompromise\n",
+            "refused as denied 2\n",
+        ] {
+            assert!(text.contains(expected), "{expected:?} is not in:\n{text}");
+        }
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(json["revoked"]["nodes"][0]["name"], "a");
+        let standby = serde_json::to_string(&CaStatus::default()).unwrap();
+        let standby: CaStatus = serde_json::from_str(&standby).unwrap();
+        assert!(standby.to_string().starts_with("standby: "));
+    }
+}

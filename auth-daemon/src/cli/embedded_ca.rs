@@ -1,0 +1,22 @@
+//! The embedded CA as the daemon's issuer.
+
+use std::sync::Arc;
+
+use crate::{
+    ca::embedded::EmbeddedCa,
+    issuer::{IssueError, IssueFuture, Issued, Issuer},
+    mesh::Identity,
+    tunnel::tls::trust::TrustStore,
+};
+
+impl Issuer for EmbeddedCa {
+    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
+        let issued = EmbeddedCa::issue(self, identity, csr);
+        let issued = issued.map(|chain| Issued { chain }).map_err(IssueError);
+        Box::pin(std::future::ready(issued))
+    }
+
+    fn trust(&self) -> &Arc<TrustStore> {
+        EmbeddedCa::trust(self)
+    }
+}

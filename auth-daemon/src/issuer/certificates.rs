@@ -1,0 +1,461 @@
+//! One key and certificate for each identity on this node: requested when first needed, renewed before they expire, and
+//! never written to a disk.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::ArcSwapOption;
+use rcgen::{CertificateParams, DistinguishedName, KeyPair};
+use rustls::{
+    crypto::aws_lc_rs::sign::any_ecdsa_type,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
+    sign::CertifiedKey,
+};
+use tokio::{
+    sync::{Notify, Semaphore},
+    task::AbortHandle,
+};
+
+use super::{IssueError, Issuer, renewal::Schedule};
+use crate::{
+    mesh::Identity,
+    tunnel::tls::{Configs, svid::Svid, trust::TrustStore},
+};
+
+/// How long one request to the CA may take.
+const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Requests in progress at the same time; others wait.
+const MAX_REQUESTS: usize = 64;
+
+/// The certificates of this node's workloads.
+#[derive(Debug)]
+pub struct Certificates {
+    issuer: Arc<dyn Issuer>,
+    /// Limits the requests in progress.
+    queue: Arc<Semaphore>,
+    held: Mutex<HashMap<Identity, Held>>,
+}
+
+#[derive(Debug)]
+struct Held {
+    users: usize,
+    certificate: Arc<Certificate>,
+    renewal: AbortHandle,
+}
+
+/// The current certificate of one identity. Handshakes use the current one; connections keep theirs.
+#[derive(Debug)]
+pub struct Certificate {
+    /// The identity.
+    pub identity: Identity,
+    current: ArcSwapOption<Current>,
+    issued: Notify,
+}
+
+/// A certificate in use.
+#[derive(Debug)]
+pub struct Current {
+    /// Its content.
+    pub svid: Svid,
+    /// TLS configurations with it.
+    pub configs: Configs,
+    key: Arc<CertifiedKey>,
+    /// The roots that the configurations trust.
+    roots: Vec<CertificateDer<'static>>,
+}
+
+impl Current {
+    fn new(
+        svid: Svid,
+        key: Arc<CertifiedKey>,
+        trust: &Arc<TrustStore>,
+    ) -> Result<Self, rustls::Error> {
+        let roots = trust.current().bundle.roots.clone();
+        let configs = Configs::new(key.clone(), trust.clone())?;
+        Ok(Self {
+            svid,
+            configs,
+            key,
+            roots,
+        })
+    }
+}
+
+impl Certificate {
+    /// The certificate, if there is a valid one.
+    pub fn current(&self) -> Option<Arc<Current>> {
+        self.current
+            .load_full()
+            .filter(|current| current.svid.not_after > SystemTime::now())
+    }
+
+    /// The same, but waits up to `patience` for one that is being requested: a pod's first connection may be that early.
+    pub async fn obtain(&self, patience: Duration) -> Option<Arc<Current>> {
+        let issued = self.issued.notified();
+        if let Some(current) = self.current() {
+            return Some(current);
+        }
+        let _ = tokio::time::timeout(patience, issued).await;
+        self.current()
+    }
+}
+
+impl Certificate {
+    /// Applies a change of the trust bundle: trusts its roots, and replaces a revoked certificate.
+    fn follow(&self, trust: &Arc<TrustStore>, schedule: &mut Schedule) {
+        schedule.trust_changed(SystemTime::now(), rand::random());
+        let Some(current) = self.current.load_full() else {
+            return;
+        };
+        let now = trust.current();
+        if now.revoked.check(&current.svid).is_err() {
+            schedule.revoked(SystemTime::now());
+        }
+        if now.bundle.roots == current.roots {
+            return;
+        }
+        // Sessions and tickets are dropped, so that none is resumed under a removed root.
+        match Current::new(current.svid.clone(), current.key.clone(), trust) {
+            Ok(current) => self.current.store(Some(Arc::new(current))),
+            Err(error) => tracing::error!(
+                identity = %self.identity, %error, "new roots cannot be used; keeping the earlier ones"
+            ),
+        }
+    }
+}
+
+impl Certificates {
+    /// Holds no certificate yet.
+    pub fn new(issuer: Arc<dyn Issuer>) -> Self {
+        Self {
+            issuer,
+            queue: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            held: Mutex::default(),
+        }
+    }
+
+    /// The trust bundle.
+    pub fn trust(&self) -> &Arc<TrustStore> {
+        self.issuer.trust()
+    }
+
+    /// The certificate of `identity`, which is requested if it is not held, and renewed until each `acquire` has its
+    /// [`Certificates::release`]. Must be called within a tokio runtime, where renewals run.
+    pub fn acquire(&self, identity: &Identity) -> Arc<Certificate> {
+        let mut held = self.lock();
+        if let Some(held) = held.get_mut(identity) {
+            held.users += 1;
+            return held.certificate.clone();
+        }
+        let certificate = Arc::new(Certificate {
+            identity: identity.clone(),
+            current: ArcSwapOption::empty(),
+            issued: Notify::new(),
+        });
+        let renewal = tokio::spawn(keep_current(
+            self.issuer.clone(),
+            self.queue.clone(),
+            certificate.clone(),
+        ));
+        held.insert(
+            identity.clone(),
+            Held {
+                users: 1,
+                certificate: certificate.clone(),
+                renewal: renewal.abort_handle(),
+            },
+        );
+        certificate
+    }
+
+    /// Ends one [`Certificates::acquire`]. The last one drops key and certificate.
+    pub fn release(&self, identity: &Identity) {
+        let mut held = self.lock();
+        if let Some(entry) = held.get_mut(identity) {
+            entry.users -= 1;
+            if entry.users == 0 {
+                entry.renewal.abort();
+                held.remove(identity);
+            }
+        }
+    }
+
+    /// All identities held, with their current SVIDs, in order.
+    pub fn list(&self) -> Vec<(Identity, Option<Svid>)> {
+        let held = self.lock();
+        let mut list: Vec<_> = held
+            .values()
+            .map(|held| {
+                let current = held.certificate.current.load_full();
+                (
+                    held.certificate.identity.clone(),
+                    current.map(|current| current.svid.clone()),
+                )
+            })
+            .collect();
+        list.sort_by(|a, b| a.0.cmp(&b.0));
+        list
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Identity, Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Requests and renews `certificate`, and applies changes of the trust bundle, until the task is aborted.
+async fn keep_current(
+    issuer: Arc<dyn Issuer>,
+    queue: Arc<Semaphore>,
+    certificate: Arc<Certificate>,
+) {
+    let mut schedule = Schedule::new(SystemTime::now());
+    let mut trust = issuer.trust().changes();
+    loop {
+        if trust.has_changed().unwrap_or(false) {
+            trust.borrow_and_update();
+            certificate.follow(issuer.trust(), &mut schedule);
+        }
+        let sleep = schedule.sleep(SystemTime::now());
+        if !sleep.is_zero() {
+            tokio::select! {
+                () = tokio::time::sleep(sleep) => {}
+                // `changed` has marked it as seen.
+                Ok(()) = trust.changed() => trust.mark_changed(),
+            }
+            continue;
+        }
+        // Never closed.
+        let _permit = queue.acquire().await;
+        let request = request(&*issuer, &certificate.identity);
+        let outcome = tokio::time::timeout(ISSUE_TIMEOUT, request)
+            .await
+            .unwrap_or_else(|_| Err(IssueError(format!("no answer within {ISSUE_TIMEOUT:?}"))));
+        let now = SystemTime::now();
+        match outcome {
+            Ok(current) => {
+                let delay = schedule.issued(&current.svid, now, rand::random());
+                tracing::info!(
+                    identity = %certificate.identity, serial = %current.svid.serial,
+                    renew_in_seconds = delay.as_secs(), "certificate issued"
+                );
+                certificate.current.store(Some(Arc::new(current)));
+                certificate.issued.notify_waiters();
+            }
+            Err(error) => {
+                let delay = schedule.failed(now, rand::random());
+                let valid = certificate.current().is_some();
+                tracing::error!(
+                    identity = %certificate.identity, %error, retry_in_seconds = delay.as_secs(), still_valid = valid,
+                    "no certificate issued{}",
+                    if valid { "" } else { "; connections of its pods are refused" }
+                );
+            }
+        }
+    }
+}
+
+async fn request(issuer: &dyn Issuer, identity: &Identity) -> Result<Current, IssueError> {
+    let failed = |error: &dyn std::fmt::Display| IssueError(error.to_string());
+    let key = KeyPair::generate().map_err(|error| failed(&error))?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    let csr = params
+        .serialize_request(&key)
+        .map_err(|error| failed(&error))?;
+    let issued = issuer.issue(identity, csr.der()).await?;
+    let trust = issuer.trust();
+    let leaf = issued
+        .chain
+        .first()
+        .ok_or_else(|| IssueError("the CA answered without a certificate".into()))?;
+    let trust_domain = trust.current().bundle.trust_domain.clone();
+    let svid = Svid::parse(leaf, trust_domain.as_str()).map_err(|error| failed(&error))?;
+    if svid.identity != *identity {
+        return Err(IssueError(format!(
+            "the CA answered with a certificate of {}",
+            svid.identity
+        )));
+    }
+    if svid.not_after <= SystemTime::now() {
+        return Err(IssueError(
+            "the CA answered with a certificate that has expired; check the clocks (NTP)".into(),
+        ));
+    }
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let signing = any_ecdsa_type(&key).map_err(|error| failed(&error))?;
+    let certified = CertifiedKey::new(issued.chain, signing);
+    certified.keys_match().map_err(|error| failed(&error))?;
+    Current::new(svid, Arc::new(certified), trust).map_err(|error| failed(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::{
+        ca::embedded::EmbeddedCa,
+        issuer::IssueFuture,
+        mesh::TrustDomain,
+        tunnel::tls::trust::{Reason, Trust, TrustBundle},
+    };
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn domain() -> TrustDomain {
+        "cluster.local".parse().unwrap()
+    }
+
+    /// Signs after a moment, counts requests, and fails as often as it is told to.
+    #[derive(Debug)]
+    struct TestCa {
+        _folder: tempfile::TempDir,
+        ca: EmbeddedCa,
+        asked: AtomicUsize,
+        under_way: AtomicUsize,
+        most: AtomicUsize,
+        failures: AtomicUsize,
+    }
+
+    impl TestCa {
+        fn new(failures: usize) -> Arc<Self> {
+            let folder = tempfile::tempdir().unwrap();
+            let ca = EmbeddedCa::open(folder.path(), &domain(), Duration::from_secs(3600));
+            Arc::new(Self {
+                ca: ca.unwrap(),
+                _folder: folder,
+                asked: AtomicUsize::new(0),
+                under_way: AtomicUsize::new(0),
+                most: AtomicUsize::new(0),
+                failures: AtomicUsize::new(failures),
+            })
+        }
+
+        fn asked(&self) -> usize {
+            self.asked.load(Ordering::Relaxed)
+        }
+
+        fn change(&self, change: impl FnOnce(&mut Trust)) {
+            let mut trust = (*self.trust().current()).clone();
+            change(&mut trust);
+            self.trust().publish(trust);
+        }
+    }
+
+    impl Issuer for TestCa {
+        fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
+            Box::pin(async move {
+                self.asked.fetch_add(1, Ordering::Relaxed);
+                let now = self.under_way.fetch_add(1, Ordering::Relaxed) + 1;
+                self.most.fetch_max(now, Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                self.under_way.fetch_sub(1, Ordering::Relaxed);
+                let fails =
+                    self.failures
+                        .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                            left.checked_sub(1)
+                        });
+                if fails.is_ok() {
+                    return Err(IssueError("not today".into()));
+                }
+                Issuer::issue(&self.ca, identity, csr).await
+            })
+        }
+
+        fn trust(&self) -> &Arc<TrustStore> {
+            self.ca.trust()
+        }
+    }
+
+    async fn until<T>(what: impl Fn() -> Option<T>) -> T {
+        let poll = async {
+            loop {
+                if let Some(value) = what() {
+                    return value;
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, poll).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn requests_one_certificate_for_all_pods_of_an_identity() {
+        let ca = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let (one, two) = (
+            certificates.acquire(&identity),
+            certificates.acquire(&identity),
+        );
+        let current = one.obtain(PATIENCE).await.unwrap();
+        assert!(Arc::ptr_eq(&current, &two.current().unwrap()));
+        assert_eq!(ca.asked(), 1);
+        certificates.release(&identity);
+        assert_eq!(certificates.list().len(), 1);
+        certificates.release(&identity);
+        assert!(certificates.list().is_empty());
+    }
+
+    #[tokio::test]
+    async fn limits_requests_in_progress() {
+        let ca = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let held: Vec<_> = (0..3 * MAX_REQUESTS)
+            .map(|n| domain().identity("default", &format!("pod-{n}")).unwrap())
+            .map(|identity| certificates.acquire(&identity))
+            .collect();
+        for certificate in &held {
+            certificate.obtain(PATIENCE).await.unwrap();
+        }
+        assert_eq!(ca.asked(), 3 * MAX_REQUESTS);
+        assert!(ca.most.load(Ordering::Relaxed) <= MAX_REQUESTS);
+    }
+
+    #[tokio::test]
+    async fn retries_after_a_failure() {
+        let ca = TestCa::new(1);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let certificate = certificates.acquire(&identity);
+        assert!(certificate.obtain(PATIENCE).await.is_some());
+        assert_eq!(ca.asked(), 2);
+    }
+
+    #[tokio::test]
+    async fn replaces_a_revoked_certificate() {
+        let ca = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let certificate = certificates.acquire(&identity);
+        let first = certificate.obtain(PATIENCE).await.unwrap();
+        let serial = first.svid.serial.clone();
+        ca.change(|trust| {
+            let serials = &mut trust.revoked.serials;
+            serials.insert((*serial).into(), Reason::Superseded);
+        });
+        let next = until(|| certificate.current().filter(|c| c.svid.serial != serial)).await;
+        assert_eq!(next.svid.identity, identity);
+        assert_eq!(ca.asked(), 2);
+    }
+
+    #[tokio::test]
+    async fn trusts_new_roots_without_a_new_certificate() {
+        let ca = TestCa::new(0);
+        let other = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let certificate = certificates.acquire(&identity);
+        let first = certificate.obtain(PATIENCE).await.unwrap();
+        let TrustBundle { roots, .. } = other.trust().current().bundle.clone();
+        ca.change(|trust| trust.bundle.roots.extend(roots));
+        let next = until(|| certificate.current().filter(|c| !Arc::ptr_eq(c, &first))).await;
+        assert_eq!(next.svid, first.svid);
+        assert_eq!(next.roots.len(), 2);
+        assert!(!Arc::ptr_eq(&next.configs.server, &first.configs.server));
+        assert_eq!(ca.asked(), 1);
+    }
+}

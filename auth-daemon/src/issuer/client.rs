@@ -1,0 +1,325 @@
+//! The client of the trust domain's CA: Istio's certificate service over TLS, with a bearer token.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use auth_ca_api::{
+    IMPERSONATED_IDENTITY,
+    istio::{
+        IstioCertificateRequest, IstioCertificateResponse,
+        istio_certificate_service_client::IstioCertificateServiceClient,
+    },
+    pem,
+};
+use prost_types::value::Kind as FieldKind;
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use tokio::{
+    sync::watch,
+    task::AbortHandle,
+    time::{sleep, timeout},
+};
+use tonic::{Code, transport::Channel};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+
+use super::{
+    IssueError, IssueFuture, Issued, Issuer,
+    link::{Link, explain_status, read_roots, read_token},
+    trust_watch,
+};
+use crate::{
+    config::CaServer,
+    mesh::{Identity, TrustDomain},
+    tunnel::tls::{
+        svid::Svid,
+        trust::{Trust, TrustBundle, TrustStore},
+    },
+};
+
+/// One request, with all attempts.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// A replica that is not the leader refuses at once, and the next connection may reach the leader.
+const ATTEMPTS: u32 = 4;
+const RETRY: Duration = Duration::from_millis(100);
+/// Largest answer, in bytes, and most certificates in it.
+const MAX_ANSWER: usize = 256 << 10;
+const MAX_CHAIN: usize = 16;
+
+/// Requests certificates from the CA, and watches its trust bundle.
+#[derive(Debug)]
+pub struct CaClient {
+    link: Arc<Link>,
+    lifetime: Duration,
+    /// The connection of all requests, and its number.
+    channel: Mutex<(u64, Option<Channel>)>,
+    contact: watch::Receiver<bool>,
+    watcher: AbortHandle,
+}
+
+/// Why the configuration cannot be used. Names the field and the file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct UnusableServer(String);
+
+impl CaClient {
+    /// Starts to watch the CA's trust bundle, without waiting for it: until it arrives, the roots are those of the root
+    /// file. Requests certificates of `lifetime`. Must be called within a tokio runtime.
+    pub fn start(
+        server: CaServer,
+        trust_domain: TrustDomain,
+        lifetime: Duration,
+    ) -> Result<Self, UnusableServer> {
+        let roots = read_roots(&server.root_file).map_err(UnusableServer)?;
+        read_token(&server.token_file).map_err(UnusableServer)?;
+        let trust = TrustStore::new(Trust::fixed(TrustBundle {
+            trust_domain,
+            roots,
+        }));
+        let link = Arc::new(Link {
+            server,
+            trust: Arc::new(trust),
+        });
+        let (contacted, contact) = watch::channel(false);
+        let watcher = tokio::spawn(trust_watch::keep_current(link.clone(), contacted));
+        Ok(Self {
+            link,
+            lifetime,
+            channel: Mutex::default(),
+            contact,
+            watcher: watcher.abort_handle(),
+        })
+    }
+
+    fn channel(&self) -> Result<(u64, Channel), String> {
+        let mut held = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let (number, channel) = &mut *held;
+        if let Some(channel) = channel {
+            return Ok((*number, channel.clone()));
+        }
+        let made = self.link.channel(|endpoint| endpoint)?;
+        *number += 1;
+        *channel = Some(made.clone());
+        Ok((*number, made))
+    }
+
+    /// Drops connection number `failed`, unless another one has replaced it.
+    fn forget(&self, failed: u64) {
+        let mut held = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.0 == failed {
+            held.1 = None;
+        }
+    }
+
+    async fn ask(&self, identity: &Identity, csr: &[u8]) -> Result<Issued, String> {
+        let mut attempt = 1;
+        let answer = loop {
+            let request = self.link.request(IstioCertificateRequest {
+                csr: pem::encode("CERTIFICATE REQUEST", csr),
+                validity_duration: i64::try_from(self.lifetime.as_secs()).unwrap_or(i64::MAX),
+                metadata: Some(impersonating(identity)),
+            })?;
+            let (number, channel) = self.channel()?;
+            let mut client =
+                IstioCertificateServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
+            match client.create_certificate(request).await {
+                Ok(answer) => break answer.into_inner(),
+                Err(status) if status.code() == Code::Unavailable && attempt < ATTEMPTS => {
+                    self.forget(number);
+                    tracing::debug!(%identity, why = explain_status(&status), attempt, "certificate request retried");
+                    sleep(RETRY.mul_f64(f64::from(attempt) * (0.5 + rand::random::<f64>()))).await;
+                    attempt += 1;
+                }
+                Err(status) => {
+                    if matches!(
+                        status.code(),
+                        Code::Unavailable | Code::Unknown | Code::Cancelled
+                    ) {
+                        self.forget(number);
+                    }
+                    return Err(explain_status(&status));
+                }
+            }
+        };
+        let trust_domain = &self.link.trust.current().bundle.trust_domain;
+        let chain = read_answer(&answer, identity, trust_domain)?;
+        // Revocations and new roots must be known before the certificate is used.
+        let mut contact = self.contact.clone();
+        contact
+            .wait_for(|contact| *contact)
+            .await
+            .map_err(|_| "the CA's trust bundle is not watched any more".to_owned())?;
+        Ok(Issued { chain })
+    }
+}
+
+impl Drop for CaClient {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+impl Issuer for CaClient {
+    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
+        Box::pin(async move {
+            let failed =
+                |why: String| IssueError(format!("the CA at {}: {why}", self.link.server.address));
+            let asked = timeout(DEADLINE, self.ask(identity, csr)).await;
+            let number = self
+                .channel
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            asked
+                .unwrap_or_else(|_| {
+                    // The connection may be dead without a sign of it.
+                    self.forget(number);
+                    let missing = if *self.contact.borrow() {
+                        ""
+                    } else {
+                        ", or does not send its trust bundle"
+                    };
+                    Err(format!("it does not answer within {DEADLINE:?}{missing}"))
+                })
+                .map_err(failed)
+        })
+    }
+
+    fn trust(&self) -> &Arc<TrustStore> {
+        &self.link.trust
+    }
+}
+
+fn impersonating(identity: &Identity) -> prost_types::Struct {
+    let value = prost_types::Value {
+        kind: Some(FieldKind::StringValue(identity.as_str().to_owned())),
+    };
+    prost_types::Struct {
+        fields: [(IMPERSONATED_IDENTITY.to_owned(), value)].into(),
+    }
+}
+
+/// The chain in an answer, leaf first, without the root: for `identity`, or refused.
+fn read_answer(
+    answer: &IstioCertificateResponse,
+    identity: &Identity,
+    trust_domain: &TrustDomain,
+) -> Result<Vec<CertificateDer<'static>>, String> {
+    let mut chain: Vec<CertificateDer<'static>> = Vec::new();
+    for pem in &answer.cert_chain {
+        for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+            let certificate =
+                certificate.map_err(|_| "it answers with what is not PEM".to_owned())?;
+            chain.push(certificate);
+            if chain.len() > MAX_CHAIN {
+                return Err(format!(
+                    "it answers with more than {MAX_CHAIN} certificates"
+                ));
+            }
+        }
+    }
+    let Some(leaf) = chain.first() else {
+        return Err("it answers without a certificate".into());
+    };
+    let svid = Svid::parse(leaf, trust_domain.as_str())
+        .map_err(|error| format!("it answers with an unusable certificate: {error}"))?;
+    if svid.identity != *identity {
+        return Err(format!(
+            "it answers with a certificate of {}",
+            svid.identity
+        ));
+    }
+    let mut self_signed = false;
+    for certificate in &chain {
+        let (_, certificate) = X509Certificate::from_der(certificate)
+            .map_err(|_| "it answers with a chain that cannot be parsed".to_owned())?;
+        self_signed = certificate.subject().as_raw() == certificate.issuer().as_raw();
+    }
+    if self_signed && chain.len() > 1 {
+        chain.pop();
+    }
+    Ok(chain)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rcgen::{
+        BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose, SanType,
+        string::Ia5String,
+    };
+
+    use super::*;
+
+    const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
+
+    /// A root, and a leaf for `uri` under it.
+    fn chain(uri: &str) -> [String; 2] {
+        let (root_key, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+        let mut root = CertificateParams::default();
+        root.distinguished_name.push(DnType::CommonName, "root");
+        root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root_pem = root.self_signed(&root_key).unwrap().pem();
+        let mut leaf = CertificateParams::default();
+        leaf.subject_alt_names = vec![SanType::URI(Ia5String::try_from(uri).unwrap())];
+        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        let leaf = leaf
+            .signed_by(&key, &rcgen::Issuer::new(root, &root_key))
+            .unwrap();
+        [leaf.pem(), root_pem]
+    }
+
+    fn read(cert_chain: &[String]) -> Result<usize, String> {
+        let answer = IstioCertificateResponse {
+            cert_chain: cert_chain.to_vec(),
+        };
+        let chain = read_answer(
+            &answer,
+            &WEB.parse().unwrap(),
+            &"cluster.local".parse().unwrap(),
+        )?;
+        Ok(chain.len())
+    }
+
+    #[test]
+    fn removes_the_root() {
+        let chain = chain(WEB);
+        assert_eq!(read(&chain), Ok(1));
+        assert_eq!(read(&[chain.concat()]), Ok(1), "all in one");
+        assert_eq!(read(&chain[..1]), Ok(1));
+    }
+
+    #[test]
+    fn refuses_hostile_answers() {
+        let [leaf, root] = chain(WEB);
+        let rubbish = pem::certificate(&[0x30, 0x03, 1, 1, 1]);
+        for (answer, expected) in [
+            (vec![], "without a certificate"),
+            (vec!["x".into()], "without a certificate"),
+            (vec![root.clone()], "unusable"),
+            (vec![rubbish.clone()], "unusable"),
+            (vec![leaf.clone(), rubbish], "cannot be parsed"),
+            (vec![leaf.clone(), leaf[..60].to_owned()], "not PEM"),
+            (vec![leaf.clone(); 17], "more than 16"),
+            (
+                chain("spiffe://cluster.local/ns/default/sa/api").into(),
+                "sa/api",
+            ),
+            (
+                chain("spiffe://other/ns/default/sa/web").into(),
+                "another trust domain",
+            ),
+        ] {
+            let why = read(&answer).unwrap_err();
+            assert!(why.contains(expected), "{why}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn refuses_rubbish(der in prop::collection::vec(any::<u8>(), 0..200), text in "\\PC{0,64}") {
+            prop_assert!(read(&[pem::certificate(&der)]).is_err());
+            prop_assert!(read(&[text]).is_err());
+        }
+    }
+}

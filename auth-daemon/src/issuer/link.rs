@@ -1,0 +1,238 @@
+//! The connection to the CA: TLS with roots that are read at each connection, and a token that is read at each use.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use hyper_util::rt::TokioIo;
+use rustls::{
+    ClientConfig, RootCertStore,
+    client::Resumption,
+    pki_types::{CertificateDer, ServerName, pem::PemObject},
+    version::TLS13,
+};
+use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tonic::{
+    Request, Status,
+    codegen::http::Uri,
+    metadata::{Ascii, MetadataValue},
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    config::CaServer,
+    tunnel::tls::{explain, provider, trust::TrustStore},
+};
+
+/// From the name lookup to the end of the TLS handshake.
+const CONNECT: Duration = Duration::from_secs(5);
+const MAX_TOKEN: u64 = 16 << 10;
+const MAX_ROOT_FILE: u64 = 1 << 20;
+const WINDOW: u32 = 1 << 20;
+
+/// How to reach the CA, and its trust bundle.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) server: CaServer,
+    pub(super) trust: Arc<TrustStore>,
+}
+
+impl Link {
+    /// A channel that connects when it is used, and reconnects after its connection has ended.
+    pub(super) fn channel(
+        self: &Arc<Self>,
+        shape: impl FnOnce(Endpoint) -> Endpoint,
+    ) -> Result<Channel, String> {
+        let uri: Uri = format!("https://{}", self.server.address)
+            .parse()
+            .map_err(|error| format!("ca.address: {error}"))?;
+        let endpoint = Endpoint::from(uri)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .http2_max_header_list_size(64 << 10);
+        let link = self.clone();
+        let connector = tower::service_fn(move |_: Uri| {
+            let link = link.clone();
+            async move {
+                let stream = timeout(CONNECT, link.connect()).await.unwrap_or_else(|_| {
+                    Err(io::Error::other(format!(
+                        "no connection within {CONNECT:?}"
+                    )))
+                })?;
+                io::Result::Ok(TokioIo::new(stream))
+            }
+        });
+        Ok(shape(endpoint).connect_with_connector_lazy(connector))
+    }
+
+    async fn connect(&self) -> io::Result<TlsStream<TcpStream>> {
+        let tcp = TcpStream::connect(&self.server.address).await?;
+        tcp.set_nodelay(true)?;
+        let config = self.tls().map_err(io::Error::other)?;
+        let name =
+            ServerName::try_from(self.server.server_name.clone()).map_err(io::Error::other)?;
+        TlsConnector::from(Arc::new(config))
+            .connect(name, tcp)
+            .await
+            .map_err(|error| {
+                let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+                match inner.map(explain) {
+                    Some(why) => io::Error::other(why),
+                    None => error,
+                }
+            })
+    }
+
+    /// Trusts the roots in the file, and those of the CA's trust bundle.
+    fn tls(&self) -> Result<ClientConfig, String> {
+        let mut store = RootCertStore::empty();
+        match read_roots(&self.server.root_file) {
+            Ok(roots) => store.add_parsable_certificates(roots),
+            Err(error) => {
+                tracing::warn!(%error, "root file cannot be read; using the roots that the CA sent");
+                (0, 0)
+            }
+        };
+        store.add_parsable_certificates(self.trust.current().bundle.roots.iter().cloned());
+        let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|error| error.to_string())?
+            .with_root_certificates(store)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+
+    /// `message` with the token of this node.
+    pub(super) fn request<T>(&self, message: T) -> Result<Request<T>, String> {
+        let mut request = Request::new(message);
+        let token = read_token(&self.server.token_file)?;
+        request.metadata_mut().insert("authorization", token);
+        Ok(request)
+    }
+}
+
+fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let file = File::open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("is not a regular file"));
+    }
+    let mut content = Vec::new();
+    file.take(limit + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > limit {
+        return Err(io::Error::other(format!("is larger than {limit} bytes")));
+    }
+    Ok(content)
+}
+
+/// The root certificates in a PEM file: at least one.
+pub(super) fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let failed = |why: String| format!("ca.rootFile: {}: {why}", path.display());
+    let pem = read_at_most(path, MAX_ROOT_FILE).map_err(|error| failed(error.to_string()))?;
+    let roots: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| failed(format!("is not PEM: {error}")))?;
+    let (usable, _) = RootCertStore::empty().add_parsable_certificates(roots.iter().cloned());
+    if usable == 0 || usable < roots.len() {
+        return Err(failed(format!(
+            "{usable} of {} certificates can be used; all must, and there must be one",
+            roots.len()
+        )));
+    }
+    Ok(roots)
+}
+
+/// The value of `authorization`. Errors contain no part of the token.
+pub(super) fn read_token(path: &Path) -> Result<MetadataValue<Ascii>, String> {
+    let failed = |why: String| format!("ca.tokenFile: {}: {why}", path.display());
+    let content = read_at_most(path, MAX_TOKEN).map_err(|error| failed(error.to_string()))?;
+    let token = content.trim_ascii();
+    if token.is_empty() {
+        return Err(failed("is empty".into()));
+    }
+    let value = [b"Bearer ", token].concat();
+    let mut value = std::str::from_utf8(&value)
+        .ok()
+        .and_then(|value| MetadataValue::try_from(value).ok())
+        .ok_or_else(|| failed("contains characters that no token has".into()))?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// The text of a status, or the cause if the connection failed.
+pub(super) fn explain_status(status: &Status) -> String {
+    let mut cause = std::error::Error::source(status);
+    let mut last = None;
+    while let Some(error) = cause {
+        last = Some(error.to_string());
+        cause = error.source();
+    }
+    match last {
+        Some(why) => why,
+        None => format!("{:?}: {}", status.code(), shorten(status.message())),
+    }
+}
+
+/// Shortens a text that somebody else wrote.
+fn shorten(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(512).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn reads_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let read = |content: &[u8]| {
+            fs::write(&path, content).unwrap();
+            read_token(&path)
+        };
+        let good = read(b"secret\n").unwrap();
+        assert_eq!(good.to_str().unwrap(), "Bearer secret");
+        assert!(!format!("{good:?}").contains("secret"));
+        for bad in [
+            &b""[..],
+            b" \n",
+            b"sec\nret",
+            b"sec\xffret",
+            &[b'x'; 20_000],
+        ] {
+            let error = read(bad).unwrap_err();
+            assert!(
+                error.starts_with("ca.tokenFile: ") && !error.contains("ret"),
+                "{error}"
+            );
+        }
+        assert!(read_token(folder.path()).is_err());
+    }
+
+    #[test]
+    fn reads_root_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("roots");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let root = rcgen::CertificateParams::default()
+            .self_signed(&key)
+            .unwrap();
+        let (good, rubbish) = (root.pem(), auth_ca_api::pem::certificate(&[0x30, 0]));
+        let read = |content: &str| {
+            fs::write(&path, content).unwrap();
+            read_roots(&path)
+        };
+        assert_eq!(read(&format!("{good}{good}")).unwrap().len(), 2);
+        for bad in ["", "x", &rubbish, &format!("{good}{rubbish}"), &good[..100]] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Where this node's certificates come from: the CA's client, and the certificates that it keeps current.
+
+mod certificates;
+mod client;
+mod link;
+mod renewal;
+mod trust_watch;
+
+use std::{fmt, future::Future, pin::Pin, sync::Arc};
+
+use rustls::pki_types::CertificateDer;
+
+pub use certificates::{Certificate, Certificates, Current};
+pub use client::{CaClient, UnusableServer};
+
+use crate::{mesh::Identity, tunnel::tls::trust::TrustStore};
+
+/// Signs the certificates of this node's workloads.
+pub trait Issuer: Send + Sync + fmt::Debug {
+    /// Signs `csr` (PKCS #10, DER) for `identity`. Only its key is used.
+    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a>;
+
+    /// The trust bundle, kept up to date for as long as the issuer exists.
+    fn trust(&self) -> &Arc<TrustStore>;
+}
+
+/// The result of [`Issuer::issue`].
+pub type IssueFuture<'a> = Pin<Box<dyn Future<Output = Result<Issued, IssueError>> + Send + 'a>>;
+
+/// A signed certificate with its intermediates.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    /// Leaf first, without the root.
+    pub chain: Vec<CertificateDer<'static>>,
+}
+
+/// Why no certificate was issued.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct IssueError(pub String);

@@ -1,0 +1,187 @@
+//! Certificate revocation lists (RFC 5280 §5), as the CA publishes them.
+
+use rustls::pki_types::CertificateDer;
+use x509_parser::{
+    asn1_rs::Oid,
+    certificate::X509Certificate,
+    extensions::X509Extension,
+    oid_registry::{
+        OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER, OID_X509_EXT_CRL_NUMBER,
+        OID_X509_EXT_INVALIDITY_DATE, OID_X509_EXT_REASON_CODE,
+    },
+    prelude::FromDer as _,
+    revocation_list::CertificateRevocationList,
+    x509::ReasonCode,
+};
+
+use super::trust::Reason;
+
+/// Largest list that is read, in bytes: some 500,000 entries.
+const MAX_BYTES: usize = 16 << 20;
+
+/// Why a list is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidCrl {
+    /// Larger than what is read.
+    #[error("the CRL has {0} bytes; at most {MAX_BYTES} are read")]
+    TooLong(usize),
+    /// Not DER, or not of RFC 5280's form.
+    #[error("the CRL cannot be parsed")]
+    Malformed,
+    /// None of the given certificates is the signer's.
+    #[error("the CRL is not signed by the CA")]
+    Signer,
+    /// It has a critical extension that is not supported, so it must not be used (§5.2 and §5.3).
+    #[error("the CRL has the unsupported critical extension {0}")]
+    Extension(String),
+}
+
+/// The serial numbers on the list `der`, in lower-case hexadecimal like [`Svid::serial`](super::svid::Svid::serial), and
+/// the reasons. One of `signers` must have signed it: roots, or intermediates under a root.
+///
+/// The caller must know that `der` is the newest list. One past its `nextUpdate` is read too: a CA that is down withdraws
+/// nothing.
+pub fn read(
+    der: &[u8],
+    signers: &[CertificateDer<'_>],
+) -> Result<Vec<(String, Reason)>, InvalidCrl> {
+    if der.len() > MAX_BYTES {
+        return Err(InvalidCrl::TooLong(der.len()));
+    }
+    let Ok(([], list)) = CertificateRevocationList::from_der(der) else {
+        return Err(InvalidCrl::Malformed);
+    };
+    // Both name the algorithm, and must agree (§5.1.1.2).
+    let agreed = list.signature_algorithm == list.tbs_cert_list.signature
+        && list.signature_value.unused_bits == 0;
+    let signed = |signer: &CertificateDer<'_>| {
+        X509Certificate::from_der(signer).is_ok_and(|(_, signer)| {
+            signer.subject().as_raw() == list.issuer().as_raw()
+                && list.verify_signature(signer.public_key()).is_ok()
+        })
+    };
+    if !agreed || !signers.iter().any(signed) {
+        return Err(InvalidCrl::Signer);
+    }
+    let known = [
+        OID_X509_EXT_CRL_NUMBER,
+        OID_X509_EXT_AUTHORITY_KEY_IDENTIFIER,
+    ];
+    check_extensions(list.extensions(), &known)?;
+    list.iter_revoked_certificates()
+        .map(|entry| {
+            let known = [OID_X509_EXT_REASON_CODE, OID_X509_EXT_INVALIDITY_DATE];
+            check_extensions(entry.extensions(), &known)?;
+            let reason = entry.reason_code().map_or(ReasonCode(0), |(_, code)| code);
+            let serial = entry.raw_serial().iter();
+            Ok((
+                serial.map(|byte| format!("{byte:02x}")).collect(),
+                reason_of(reason),
+            ))
+        })
+        .collect()
+}
+
+fn check_extensions(extensions: &[X509Extension<'_>], known: &[Oid<'_>]) -> Result<(), InvalidCrl> {
+    let unknown = extensions
+        .iter()
+        .find(|extension| extension.critical && !known.contains(&extension.oid));
+    match unknown {
+        Some(extension) => Err(InvalidCrl::Extension(extension.oid.to_id_string())),
+        None => Ok(()),
+    }
+}
+
+/// An unknown reason is a revocation too. `removeFromCRL` has no meaning on a complete list (§5.3.1).
+fn reason_of(code: ReasonCode) -> Reason {
+    match code {
+        ReasonCode::KeyCompromise => Reason::KeyCompromise,
+        ReasonCode::CACompromise => Reason::CaCompromise,
+        ReasonCode::AffiliationChanged => Reason::AffiliationChanged,
+        ReasonCode::Superseded => Reason::Superseded,
+        ReasonCode::CessationOfOperation => Reason::CessationOfOperation,
+        ReasonCode::CertificateHold => Reason::CertificateHold,
+        ReasonCode::PrivilegeWithdrawn => Reason::PrivilegeWithdrawn,
+        _ => Reason::Unspecified,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertificateRevocationListParams, CrlDistributionPoint,
+        CrlIssuingDistributionPoint, DnType, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+        RevocationReason, RevokedCertParams, SerialNumber, date_time_ymd,
+    };
+
+    use super::*;
+
+    /// A root, and a list that it signed.
+    fn list(
+        change: impl FnOnce(&mut CertificateRevocationListParams),
+    ) -> (CertificateDer<'static>, Vec<u8>) {
+        let key = KeyPair::generate().unwrap();
+        let mut root = CertificateParams::default();
+        root.distinguished_name.push(DnType::CommonName, "root");
+        root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        root.key_usages = vec![KeyUsagePurpose::CrlSign];
+        let der = root.self_signed(&key).unwrap().der().clone();
+        let mut params = CertificateRevocationListParams {
+            this_update: date_time_ymd(2026, 1, 1),
+            next_update: date_time_ymd(2026, 1, 2),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: vec![RevokedCertParams {
+                serial_number: SerialNumber::from_slice(&[0x41; 16]),
+                revocation_time: date_time_ymd(2026, 1, 1),
+                reason_code: Some(RevocationReason::Superseded),
+                invalidity_date: None,
+            }],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        change(&mut params);
+        let list = params.signed_by(&Issuer::new(root, &key)).unwrap();
+        (der, list.der().to_vec())
+    }
+
+    #[test]
+    fn reads_serials_and_reasons_of_its_signer_only() {
+        let (root, der) = list(|_| {});
+        let (other, _) = list(|_| {});
+        let expected = Ok(vec![("41".repeat(16), Reason::Superseded)]);
+        assert_eq!(read(&der, &[other.clone(), root.clone()]), expected);
+        assert_eq!(read(&der, &[other]), Err(InvalidCrl::Signer));
+        assert_eq!(read(&der, &[]), Err(InvalidCrl::Signer));
+        let longer = [&der[..], &[0]].concat();
+        let signers = [root];
+        assert_eq!(read(&longer, &signers), Err(InvalidCrl::Malformed));
+        let huge = read(&vec![0x30; MAX_BYTES + 1], &signers);
+        assert!(matches!(huge, Err(InvalidCrl::TooLong(_))));
+    }
+
+    #[test]
+    fn refuses_unsupported_critical_extensions() {
+        // This one means that the list does not cover all certificates.
+        let (root, der) = list(|params| {
+            params.issuing_distribution_point = Some(CrlIssuingDistributionPoint {
+                distribution_point: CrlDistributionPoint {
+                    uris: vec!["http://a/".into()],
+                },
+                scope: None,
+            });
+        });
+        let refused = read(&der, &[root]);
+        assert!(
+            matches!(refused, Err(InvalidCrl::Extension(_))),
+            "{refused:?}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = read(&bytes, &[CertificateDer::from(bytes.clone())]);
+        }
+    }
+}
