@@ -18,6 +18,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::process::Stdio;
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -38,7 +39,7 @@ pub use node::ClusterNode;
 #[derive(Debug)]
 pub struct Cluster {
     nodes: Vec<ClusterNode>,
-    _controllers: Vec<Process>,
+    controllers: Mutex<Vec<Process>>,
     api: Kubernetes,
     // Last: it removes the namespaces, cgroups and folders that the others use.
     mesh: Mesh,
@@ -133,7 +134,7 @@ impl Cluster {
         })?;
         Ok(Self {
             nodes,
-            _controllers: controllers,
+            controllers: Mutex::new(controllers),
             api,
             mesh,
         })
@@ -170,6 +171,17 @@ impl Cluster {
             .unwrap_or_else(|| panic!("the cluster has no node {name}"))
     }
 
+    /// Replaces kube-controller-manager and kube-scheduler by new processes.
+    pub fn restart_controllers(&self) -> Result<()> {
+        let mut controllers = self
+            .controllers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        controllers.clear();
+        *controllers = start_controllers(&self.mesh, &self.api)?;
+        Ok(())
+    }
+
     /// Imports an image from an OCI archive on every node.
     pub fn load(&self, archive: &Path) -> Result<()> {
         self.nodes.iter().try_for_each(|node| node.load(archive))
@@ -194,11 +206,11 @@ impl Cluster {
         self.api.kubectl(arguments)
     }
 
-    /// Prints pods, events and the last log lines of each node's programs, to explain a failed test.
+    /// Prints pods, warnings and the last log lines of each node's programs, to explain a failed test.
     pub fn print_state(&self) {
         for arguments in [
             "get pods --all-namespaces -o wide",
-            "get events --all-namespaces",
+            "get events --all-namespaces --field-selector type=Warning",
         ] {
             match self.kubectl(arguments.split(' ')) {
                 Ok(said) => eprintln!("---- kubectl {arguments}\n{}{}", said.stdout, said.stderr),

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::stage::{
     APPS, DAEMON, NODES, PATIENCE, SYSTEM, Stage, daemons_are_ready, ensure, is_ready, name,
-    pod_running,
+    pod_running, pods_are_gone,
 };
 use crate::traffic::{MARKER, server, service_address, who};
 
@@ -122,11 +122,7 @@ pub(crate) fn scaling_loses_no_request(stage: &Stage) -> Result<()> {
     ensure(lost.is_empty(), || format!("while it grew: {lost:?}"))?;
 
     scale(0)?;
-    eventually_ok(PATIENCE, "the end of all its pods", || {
-        let list = stage.get(&format!("pods -n {APPS} -l app=scaled"))?;
-        let left = list["items"].as_array().map_or(0, Vec::len);
-        ensure(left == 0, || format!("{left} are left"))
-    })?;
+    pods_are_gone(stage, APPS, "app=scaled")?;
     let outcomes = load.outcomes(stage)?;
     let last = outcomes
         .iter()
@@ -315,13 +311,13 @@ fn probed(stage: &Stage, pod: &Value) -> Result<String> {
     ))
 }
 
-/// An update to an image that no node can pull, and its rollback.
+/// An update to an image that no node can pull (nothing listens on port 1), and its rollback.
 pub(crate) fn failed_update(stage: &Stage) -> Result<()> {
     let before = stage.pods(SYSTEM, DAEMON)?;
     let load = Load::start(stage, "load-failed", "node1", &who(stage, "web-2")?)?;
     let start = load.mark(stage)?;
     stage.kubectl(&format!(
-        "set image -n {SYSTEM} daemonset/auth-daemon daemon=registry.invalid/absent:1"
+        "set image -n {SYSTEM} daemonset/auth-daemon daemon=127.0.0.1:1/absent:1"
     ))?;
     eventually_ok(PATIENCE, "a daemon pod without its image", || {
         let pods = stage.pods(SYSTEM, DAEMON)?;

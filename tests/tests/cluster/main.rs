@@ -2,9 +2,11 @@
 
 mod ca;
 mod changes;
+mod churn;
 mod load;
 mod outages;
 mod removal;
+mod services;
 mod stage;
 mod traffic;
 
@@ -20,7 +22,7 @@ use crate::stage::Stage;
 type Step = fn(&Stage) -> Result<()>;
 
 /// All steps, in order. Each starts from the cluster as the step before left it.
-const STEPS: [(&str, Step); 19] = [
+const STEPS: [(&str, Step); 23] = [
     (
         "one of two CA replicas leads, and the service selects it",
         ca::one_leads,
@@ -48,6 +50,18 @@ const STEPS: [(&str, Step); 19] = [
         traffic::outsiders_are_refused,
     ),
     (
+        "NodePorts follow the rules for callers outside the mesh",
+        services::node_ports,
+    ),
+    (
+        "pods of a StatefulSet are reached at their own addresses",
+        services::stateful_set,
+    ),
+    (
+        "an init container's first connection is tunnelled",
+        services::first_connects,
+    ),
+    (
         "a label removes a running pod from the mesh and adds it again",
         changes::label_changes_membership,
     ),
@@ -64,6 +78,10 @@ const STEPS: [(&str, Step); 19] = [
         load::scaling_loses_no_request,
     ),
     (
+        "creating and deleting many pods leaves nothing in the daemons",
+        churn::many_pods,
+    ),
+    (
         "restarting a node's daemon does not affect other nodes",
         load::restart_affects_one_node,
     ),
@@ -75,13 +93,14 @@ const STEPS: [(&str, Step); 19] = [
         "an update that never becomes ready leaves the daemons serving",
         load::failed_update,
     ),
-    (
-        "traffic continues while the CA's pods are killed",
-        outages::without_the_ca,
-    ),
+    // Not directly before the last step: daemons whose watch is in backoff do not learn that their namespace is deleted.
     (
         "traffic continues for a minute without the API server",
         outages::without_the_api_server,
+    ),
+    (
+        "traffic continues while the CA's pods are killed",
+        outages::without_the_ca,
     ),
     (
         "the apps have not restarted or failed a probe",

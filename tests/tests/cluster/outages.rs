@@ -73,6 +73,8 @@ pub(crate) fn without_the_api_server(stage: &Stage) -> Result<()> {
     // The step is about the length of the outage, so there is nothing else to wait for.
     thread::sleep(Duration::from_secs(60));
     stage.cluster.api().start_server()?;
+    // After such an outage they have lost their lease and exited, where they use one.
+    stage.cluster.restart_controllers()?;
 
     let after = eventually_ok(PATIENCE, "the pod's new address", || {
         let after = stage.pod(APPS, "app=moved")?;

@@ -40,7 +40,7 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
             stage.cluster.start_kubectl(command)
         })
         .collect::<Result<Vec<Process>>>()?;
-    stage.kubectl(&format!("delete -k {}", overlay()))?;
+    stage.kubectl(&format!("delete -k {} --wait=false", overlay()))?;
     for (node, log) in NODES.into_iter().zip(&logs) {
         let node = stage.cluster.node(node);
         eventually_ok(PATIENCE, "a node without the daemon's traces", || {
@@ -57,6 +57,10 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
         })
         .with_context(|| log.stdout())?;
     }
+    stage.kubectl(&format!(
+        "wait --for=delete namespace/{SYSTEM} --timeout={}s",
+        PATIENCE.as_secs()
+    ))?;
     for pod in &pods {
         for (what, command, sign) in IN_PODS {
             ensure(!found(pod, command, sign)?, || {

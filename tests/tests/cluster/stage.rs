@@ -121,18 +121,24 @@ impl Stage {
         Ok((node, container.to_owned()))
     }
 
-    /// Runs a program of the node in a pod's network namespace, and returns its output.
-    pub(crate) fn in_netns(&self, pod: &Value, command: &str) -> Result<String> {
-        let (node, sandbox) = self.container(pod, "sandbox")?;
+    /// The process ID of one of a pod's containers or of its sandbox.
+    pub(crate) fn process(&self, pod: &Value, kind: &str) -> Result<String> {
+        let (node, container) = self.container(pod, kind)?;
         let tasks = node
             .run("ctr", ["-n", "k8s.io", "tasks", "ls"])?
             .ok()?
             .stdout;
         let mut rows = tasks.lines().map(|row| row.split_whitespace());
         let process = rows.find_map(|mut row| {
-            (row.next() == Some(&sandbox)).then(|| row.next().map(str::to_owned))?
+            (row.next() == Some(&container)).then(|| row.next().map(str::to_owned))?
         });
-        let target = format!("--target={}", process.context("no process of the sandbox")?);
+        process.with_context(|| format!("no process of {}'s {kind}", name(pod)))
+    }
+
+    /// Runs a program of the node in a pod's network namespace, and returns its output.
+    pub(crate) fn in_netns(&self, pod: &Value, command: &str) -> Result<String> {
+        let (node, _) = self.container(pod, "sandbox")?;
+        let target = format!("--target={}", self.process(pod, "sandbox")?);
         let enter = [target.as_str(), "--net"];
         // The exit code is ignored: some versions of ip fail on an empty routing table.
         let said = node.run("nsenter", enter.into_iter().chain(command.split(' ')))?;
@@ -238,6 +244,15 @@ pub(crate) fn pod_running(name: &str, node: &str, account: &str, script: &str) -
             "terminationGracePeriodSeconds": 0,
             "containers": [container(script)],
         },
+    })
+}
+
+/// Waits until no pod with this label exists, not even one being deleted.
+pub(crate) fn pods_are_gone(stage: &Stage, namespace: &str, label: &str) -> Result<()> {
+    eventually_ok(PATIENCE, "the deletion of all pods", || {
+        let list = stage.get(&format!("pods -n {namespace} -l {label}"))?;
+        let left = list["items"].as_array().map_or(0, Vec::len);
+        ensure(left == 0, || format!("{left} are left"))
     })
 }
 

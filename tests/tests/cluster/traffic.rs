@@ -32,8 +32,8 @@ exec httpd -f -p 0.0.0.0:{PORT} -h /tmp/www"#
     )
 }
 
-/// A Deployment of that server, its service account, and a service of its name on port 80.
-pub(crate) fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3] {
+/// The spec of a pod with that server.
+pub(crate) fn server_pod(account: &str, node: Option<&str>) -> Value {
     let mut server = container(&server_script());
     let probe = json!({"httpGet": {"path": "/cgi-bin/who", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5});
     server["ports"] = json!([{"name": "http", "containerPort": PORT}]);
@@ -42,18 +42,23 @@ pub(crate) fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3
     // Callers must learn of its end before it stops listening.
     server["lifecycle"] = json!({"preStop": {"exec": {"command": ["sleep", "3"]}}});
     let mut spec = json!({
-        "serviceAccountName": name, "terminationGracePeriodSeconds": 5, "containers": [server],
+        "serviceAccountName": account, "terminationGracePeriodSeconds": 5, "containers": [server],
     });
     if let Some(node) = node {
         spec["nodeSelector"] = json!({"kubernetes.io/hostname": node});
     }
+    spec
+}
+
+/// A Deployment of that server, its service account, and a service of its name on port 80.
+pub(crate) fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3] {
     let labels = json!({"app": name});
     let deployment = json!({
         "apiVersion": "apps/v1", "kind": "Deployment",
         "metadata": {"name": name, "namespace": APPS},
         "spec": {
             "replicas": replicas, "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": spec},
+            "template": {"metadata": {"labels": labels}, "spec": server_pod(name, node)},
         },
     });
     let service = json!({
@@ -237,17 +242,26 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
         let answer = stage.curl("outsider", &url);
         ensure(answer.is_err(), || format!("it was answered: {answer:?}"))?;
     }
-    eventually_ok(PATIENCE, "a line with the reason", || {
-        let log = stage.daemon_log("node2")?;
-        let refused = access(&log).any(|line| {
-            let reason = line["reason"].as_str().unwrap_or_default();
-            line["result"] == "refused" && reason.contains("plaintext, and the port takes STRICT")
-        });
-        ensure(refused, || "none".to_owned())
-    })?;
+    let outsider = stage.get(&format!("pod -n {APPS} outsider"))?;
+    log_has_refused_plaintext(stage, "node2", address(&outsider))?;
     stage
         .kubectl(&format!("delete pod -n {APPS} outsider --now --wait=false"))
         .map(drop)
+}
+
+/// Waits until the access log of a node has a plaintext connection from this address that was refused.
+pub(crate) fn log_has_refused_plaintext(stage: &Stage, node: &str, client: &str) -> Result<()> {
+    eventually_ok(PATIENCE, "a line with the reason", || {
+        let log = stage.daemon_log(node)?;
+        let refused = access(&log).any(|line| {
+            let reason = line["reason"].as_str().unwrap_or_default();
+            let from = line["client"].as_str().unwrap_or_default();
+            line["result"] == "refused"
+                && from.starts_with(&format!("{client}:"))
+                && reason.contains("plaintext, and the port takes STRICT")
+        });
+        ensure(refused, || format!("none from {client}"))
+    })
 }
 
 pub(crate) fn probes_have_passed(stage: &Stage) -> Result<()> {
