@@ -1,15 +1,15 @@
 # syntax=docker/dockerfile:1
-# The daemon's image, as `cargo xtask image` writes it without Docker: the program, the C library, and nothing to log in to.
+# The daemon's image, as `cargo xtask image` writes it without Docker: the program and the C library, no shell.
 #   docker build --tag auth-daemon:0.1.0 .
 
 FROM rust:1-bookworm AS build
 WORKDIR /src
 COPY . .
-# The programs for the kernel first: the daemon embeds them. What compiles them comes with apt.
+# The eBPF programs first: the daemon embeds them. Their toolchain comes with apt.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
     cargo xtask build-ebpf \
-    && cargo build --release --workspace --bins \
+    && cargo build --release --package auth-daemon --bin auth-daemon \
     && strip --strip-debug -o /auth-daemon target/release/auth-daemon
 
 FROM gcr.io/distroless/cc-debian12:nonroot

@@ -151,7 +151,7 @@ fn prepare(arguments: &Arguments) -> Result<Plan> {
     }
     if !arguments.no_build {
         setup::run()?;
-        build::run()?;
+        build::programs()?;
     }
     if plan.systems.contains(&System::Envoy) {
         envoy::binary()?;

@@ -1,19 +1,45 @@
-//! `cargo xtask build`: the eBPF object, then the daemon that embeds it, then all else.
+//! `cargo xtask build`: the eBPF object, then the daemon that embeds it, then everything else.
 
 use anyhow::Result;
 
 use crate::build_ebpf;
 use crate::step::{self, cargo, step};
 
-/// Builds all that tests and demo need, optimised.
+/// Builds the whole workspace with its tests.
 ///
 /// # Errors
 /// When the toolchain is missing or something does not compile.
 pub(crate) fn run() -> Result<()> {
+    build("the workspace", &["--workspace", "--all-targets"])
+}
+
+/// Builds the daemon.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn daemon() -> Result<()> {
+    build("auth-daemon", &DAEMON)
+}
+
+/// Builds what a mesh runs: the daemon, and the helper programs of its pods and nodes.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn programs() -> Result<()> {
+    daemon()?;
+    // Apart from the daemon, these share their dependencies with xtask, which is built already. Built together with it,
+    // their dependencies get the daemon's features and compile again.
+    build(
+        "the helper programs",
+        &["--package", "mesh-tests", "--bins"],
+    )
+}
+
+fn build(what: &str, options: &[&str]) -> Result<()> {
     build_ebpf::run(&build_ebpf::Arguments::default())?;
-    step("build the workspace", || {
-        // With the tests: they switch on features of crates that the daemon uses too, and building without them first
-        // would compile those crates twice.
-        step::run(cargo().args(["build", "--release", "--workspace", "--all-targets"]))
+    step(&format!("build {what}"), || {
+        step::run(cargo().args(["build", "--release"]).args(options))
     })
 }
+
+const DAEMON: [&str; 4] = ["--package", "auth-daemon", "--bin", "auth-daemon"];

@@ -204,7 +204,7 @@ fn prepare(arguments: &Arguments) -> Result<()> {
         return Ok(());
     }
     setup::run()?;
-    build::run()
+    build::programs()
 }
 
 /// Runs the checks and reports them. An error is one of the demo itself, with the cause of all that was not run.

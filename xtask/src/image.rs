@@ -41,7 +41,7 @@ pub(crate) fn write(binary: Option<&Path>, output: &Path) -> Result<()> {
     let binary = match binary {
         Some(binary) => binary.to_owned(),
         None => {
-            build::run()?;
+            build::daemon()?;
             programs()?.join("auth-daemon")
         }
     };

@@ -55,7 +55,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     setup::run()?;
     setup::for_machines()?;
     if !arguments.no_build {
-        build::run()?;
+        build::programs()?;
     }
     let folder = programs()?.join("vm");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
