@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use auth_daemon::{
-    mesh::Identity,
+use auth_mesh::{
+    Identity,
     policy::{
         Connection, Policies, Settings,
         api::{Mode, Object},

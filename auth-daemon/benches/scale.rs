@@ -10,15 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use auth_daemon::{
-    discovery::{
-        Sink,
-        kubernetes::{self, Settings},
-    },
-    kubernetes::{Objects, client},
-    mesh::{
-        Edit, MeshDefault, ObjectName, Port, Registry, Service, Snapshot, TargetPort, Workload,
-    },
+use auth_daemon::{discovery::Sink, discovery::kubernetes, discovery::kubernetes::Settings};
+use auth_kubernetes::{Objects, client};
+use auth_mesh::{
+    Edit, MeshDefault, ObjectName, Port, Registry, Service, Snapshot, TargetPort, Workload,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1;

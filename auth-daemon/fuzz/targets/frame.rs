@@ -1,9 +1,10 @@
 //! Frames: never a panic, the same events however the bytes are cut, and what is decoded encodes to itself.
 #![no_main]
 
-use auth_daemon::tunnel::frame::{
-    Decoder, Event, InvalidFrame, MAX_CONTROL_BYTES, data_header, encode_connect, encode_connected,
-    encode_end, encode_reset,
+use auth_tunnel::{
+    frame::Decoder, frame::Event, frame::InvalidFrame, frame::MAX_CONTROL_BYTES,
+    frame::data_header, frame::encode_connect, frame::encode_connected, frame::encode_end,
+    frame::encode_reset,
 };
 use libfuzzer_sys::fuzz_target;
 

@@ -1,10 +1,7 @@
 //! First bytes: never a panic, and what is decided stays decided when more comes.
 #![no_main]
 
-use auth_daemon::tunnel::{
-    ALPN,
-    hello::{Opening, classify},
-};
+use auth_tunnel::{ALPN, hello::Opening, hello::classify};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

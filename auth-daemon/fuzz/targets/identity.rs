@@ -1,7 +1,7 @@
 //! SPIFFE IDs: never a panic; what parses is written as it was read, and its parts make it up.
 #![no_main]
 
-use auth_daemon::mesh::{Identity, TrustDomain};
+use auth_mesh::{Identity, TrustDomain};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (bool, &str)| {

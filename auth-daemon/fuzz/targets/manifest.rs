@@ -1,10 +1,8 @@
 //! Kubernetes manifests: never a panic, whatever the file holds, down to the registry that is made of it.
 #![no_main]
 
-use auth_daemon::{
-    discovery::{files::parse, manifest::Object},
-    mesh::{Edit, Snapshot},
-};
+use auth_daemon::{discovery::files::parse, discovery::manifest::Object};
+use auth_mesh::{Edit, Snapshot};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

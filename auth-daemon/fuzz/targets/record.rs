@@ -1,8 +1,9 @@
 //! Records: never a panic on noise, what is sealed opens to itself, and what was changed on the way does not open.
 #![no_main]
 
-use auth_daemon::tunnel::record::{
-    ContentType, HEADER_BYTES, MAX_PLAIN_BYTES, MAX_RECORD_BYTES, Opener, Sealer, complete,
+use auth_tunnel::{
+    record::ContentType, record::HEADER_BYTES, record::MAX_PLAIN_BYTES, record::MAX_RECORD_BYTES,
+    record::Opener, record::Sealer, record::complete,
 };
 use libfuzzer_sys::fuzz_target;
 use rustls::{

@@ -1,7 +1,7 @@
 //! Certificates: never a panic, on noise and on a good one with bytes changed; and what is an SVID is one of ours.
 #![no_main]
 
-use auth_daemon::tunnel::svid::Svid;
+use auth_tunnel::tls::svid::Svid;
 use libfuzzer_sys::fuzz_target;
 
 /// Of spiffe://cluster.local/ns/default/sa/web.

@@ -13,11 +13,9 @@ use std::{
 use axum::{Router, extract::State, http::StatusCode, routing::get};
 use tokio::net::UnixListener;
 
-use crate::{
-    answers::answer,
-    mesh::Registry,
-    proxy::{Node, Pulse},
-};
+use crate::proxy::{Node, Pulse};
+use auth_mesh::Registry;
+use auth_support::http_server::answer;
 
 /// Where a daemon answers that may stand by: while two share the node's addresses, each has this to itself.
 pub const HEALTH_SOCKET: &str = "/run/auth-daemon/health.sock";
@@ -117,7 +115,8 @@ pub(super) async fn serve(listener: UnixListener, health: Arc<Health>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{mesh::Snapshot, proxy::Workers};
+    use crate::proxy::Workers;
+    use auth_mesh::Snapshot;
 
     #[tokio::test]
     async fn who_stands_by_is_ready_once_it_is_known_who_is_who() {

@@ -9,7 +9,9 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{answers::open_metrics, proxy::Node, tunnel::tls::unix_seconds};
+use crate::proxy::Node;
+use auth_support::http_server::open_metrics;
+use auth_tunnel::tls::unix_seconds;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PodState {

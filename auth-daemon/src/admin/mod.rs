@@ -22,13 +22,10 @@ use tokio::{
     time::{Duration, Instant, sleep},
 };
 
-use crate::{
-    answers::answer,
-    config::Mode,
-    policy::question::{Answer, Known, Question},
-    proxy::Node,
-    tunnel::tls::{rfc3339, unix_seconds},
-};
+use crate::{config::Mode, proxy::Node};
+use auth_mesh::policy::question::{Answer, Known, Question};
+use auth_support::http_server::answer;
+use auth_tunnel::tls::{rfc3339, unix_seconds};
 
 /// Status, on the loopback.
 pub const ADMIN_PORT: u16 = 15000;

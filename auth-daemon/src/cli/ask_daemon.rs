@@ -6,7 +6,8 @@ use anyhow::{Context, anyhow};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::TcpStream, runtime, time::timeout};
 
-use crate::{admin::ADMIN_PORT, http};
+use crate::admin::ADMIN_PORT;
+use auth_support::http_client;
 
 /// Largest answer, in bytes.
 const MAX_ANSWER: usize = 256 << 20;
@@ -23,8 +24,8 @@ pub(super) fn ask<T: DeserializeOwned>(
     let request = async {
         let stream = TcpStream::connect(("127.0.0.1", ADMIN_PORT)).await?;
         let answer = match body {
-            None => http::get(stream, &uri, MAX_ANSWER).await,
-            Some(body) => http::post(stream, &uri, body, MAX_ANSWER).await,
+            None => http_client::get(stream, &uri, MAX_ANSWER).await,
+            Some(body) => http_client::post(stream, &uri, body, MAX_ANSWER).await,
         };
         let (status, body) = answer.map_err(|error| anyhow!(error))?;
         anyhow::ensure!(status == 200, "it answers HTTP {status}");

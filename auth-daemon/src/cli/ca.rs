@@ -8,26 +8,23 @@ use anyhow::Context;
 use tokio::{runtime, sync::watch, time::timeout};
 
 use super::run::{asked_to_stop, raise_file_limit, start_log};
-use crate::{
-    ca::{
-        attest::{
-            Attestor,
-            jwks::Jwks,
-            kubernetes::{Settings as ReviewSettings, TokenReviewer},
-            static_token::StaticTokens,
-        },
-        authority::Authority,
-        config::{CaConfig, KubernetesState, State},
-        distribution::Distribution,
-        leader::{Candidate, Term, election::Timing},
-        roots::PublishedRoots,
-        server::Server,
-        store::{directory::DirectoryStore, secret::SecretStore},
+use crate::discovery::{self, Sink};
+use auth_ca::{
+    attest::{
+        Attestor,
+        jwks::Jwks,
+        kubernetes::{Settings as ReviewSettings, TokenReviewer},
+        static_token::StaticTokens,
     },
-    discovery::{self, Sink},
-    kubernetes,
-    mesh::{MeshDefault, Registry},
+    authority::Authority,
+    config::{CaConfig, KubernetesState, State},
+    distribution::Distribution,
+    leader::{Candidate, Term, election::Timing},
+    roots::PublishedRoots,
+    server::Server,
+    store::{directory::DirectoryStore, secret::SecretStore},
 };
+use auth_mesh::{MeshDefault, Registry};
 
 /// How long a new leader waits for the list of pods before it leaves the Lease to others.
 const SYNC_DEADLINE: Duration = Duration::from_secs(30);
@@ -73,7 +70,7 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
         || config.manifests.is_none()
         || matches!(config.state, State::Kubernetes(_));
     let cluster = if in_cluster {
-        Some(kubernetes::connect().await?)
+        Some(auth_kubernetes::connect().await?)
     } else {
         None
     };

@@ -4,10 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 
-use crate::{
-    config::{Config, DEFAULT_PINS},
-    datapath::features,
-};
+use crate::config::{Config, DEFAULT_PINS};
+use auth_datapath::features;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {

@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::{
-    ca::embedded::EmbeddedCa,
-    issuer::{IssueError, IssueFuture, Issued, Issuer},
-    mesh::Identity,
-    tunnel::tls::trust::TrustStore,
-};
+use crate::issuer::{IssueError, IssueFuture, Issued, Issuer};
+use auth_ca::embedded::EmbeddedCa;
+use auth_mesh::Identity;
+use auth_tunnel::tls::trust::TrustStore;
 
 impl Issuer for EmbeddedCa {
     fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {

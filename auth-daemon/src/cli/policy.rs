@@ -17,7 +17,9 @@ use super::ask_daemon;
 use crate::{
     admin::ADMIN_PORT,
     discovery::{files, manifest},
-    mesh::TrustDomain,
+};
+use auth_mesh::{
+    TrustDomain,
     policy::{
         Policies, Settings,
         api::Mode,

@@ -19,16 +19,14 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     admin::{self, Health},
-    ca::embedded::EmbeddedCa,
     config::{CaSource, Config, Discovery, Log, LogFormat},
-    datapath::{Kernel, KernelError, PinLock, features, host, mounts, try_load, unload},
     discovery::{self, Sink},
     issuer::{CaClient, Certificates, Issuer},
-    kubernetes,
-    mesh::{Published, Registry},
-    policy::Policies,
     proxy::{Enrolment, Node, Workers},
 };
+use auth_ca::embedded::EmbeddedCa;
+use auth_datapath::{Kernel, KernelError, PinLock, features, host, mounts, try_load, unload};
+use auth_mesh::{Published, Registry, policy::Policies};
 
 use super::stand_by::{EarlyCertificates, stand_by};
 
@@ -175,7 +173,7 @@ fn check_privileges(config: &Config) -> anyhow::Result<()> {
     if !capabilities.ok {
         faults.push(format!("capabilities: {}", capabilities.detail));
     }
-    if matches!(config.discovery, Discovery::Kubernetes { .. }) && kubernetes::is_pod() {
+    if matches!(config.discovery, Discovery::Kubernetes { .. }) && auth_kubernetes::is_pod() {
         let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
         faults.extend(host::blind_spots(&cgroup));
     }
@@ -224,7 +222,7 @@ async fn follow(
                 daemons: Some(own_namespace.clone()),
             };
             let (synced, _) = watch::channel(false);
-            let client = kubernetes::connect().await?;
+            let client = auth_kubernetes::connect().await?;
             let removed = discovery::removal::watch(client.clone(), own_namespace);
             let follow = discovery::kubernetes::run(client, settings, sink, synced);
             (Box::pin(follow), Some(removed))

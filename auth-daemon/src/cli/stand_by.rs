@@ -12,12 +12,9 @@ use std::{
 use anyhow::Context;
 use tokio::sync::{oneshot, watch};
 
-use crate::{
-    datapath::{KernelError, PinLock},
-    issuer::Certificates,
-    mesh::{Identity, Registry},
-    proxy::Node,
-};
+use crate::{issuer::Certificates, proxy::Node};
+use auth_datapath::{KernelError, PinLock};
+use auth_mesh::{Identity, Registry};
 
 /// How often to see whether the node's pods have their certificates themselves.
 const POLL: Duration = Duration::from_millis(100);

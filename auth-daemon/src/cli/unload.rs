@@ -2,10 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::{
-    config::Config,
-    datapath::{self, PinLock},
-};
+use crate::config::Config;
+use auth_datapath::{self, PinLock};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -23,7 +21,7 @@ pub(super) fn unload(arguments: &Arguments) -> anyhow::Result<()> {
         );
         return Ok(());
     }
-    let pods = datapath::unload::unload(PinLock::take(&config.pins)?)?;
+    let pods = auth_datapath::unload::unload(PinLock::take(&config.pins)?)?;
     println!(
         "unloaded: {pods} pods released, {} removed; pods now talk plainly",
         config.pins.display()

@@ -1,8 +1,5 @@
 //! The daemon's configuration file: YAML, checked as a whole, so that one run shows every fault.
 
-mod log;
-pub(crate) mod section;
-
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -12,14 +9,13 @@ use std::{
 
 use ipnet::IpNet;
 
-pub use log::{Log, LogFormat};
-pub use section::InvalidConfig;
-use section::{Section, absolute, duration};
-
-use crate::{
-    mesh::{Membership, MeshDefault, TrustDomain},
-    policy,
+use auth_support::config::{self as section, Section, absolute, duration, node_name, server_name};
+pub use auth_support::{
+    config::InvalidConfig,
+    log::{Log, LogFormat},
 };
+
+use auth_mesh::{Membership, MeshDefault, TrustDomain, policy};
 
 /// What a pod admits from callers without the tunnel (Istio's PeerAuthentication modes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,7 +168,7 @@ impl Config {
         };
         Ok(Self {
             node_name,
-            trust_domain: trust_domain.unwrap_or_else(default_trust_domain),
+            trust_domain: trust_domain.unwrap_or_default(),
             mode: mode.unwrap_or(Mode::Strict),
             policy: policy::Settings {
                 root_namespace: root_namespace.unwrap_or_else(|| "istio-system".into()),
@@ -301,34 +297,9 @@ fn host_and_port(text: &str) -> Result<(String, u16), &'static str> {
     }
 }
 
-pub(crate) fn server_name(name: &str) -> Result<String, &'static str> {
-    rustls::pki_types::ServerName::try_from(name)
-        .map(|_| name.to_owned())
-        .map_err(|_| "is neither a DNS name nor an IP address")
-}
-
-/// Where nothing else is said, as everywhere in this field.
-pub(crate) fn default_trust_domain() -> TrustDomain {
-    // A literal that the parser takes: see the tests.
-    "cluster.local".parse().expect("well-formed")
-}
-
-pub(crate) fn node_name(name: &str) -> Result<String, &'static str> {
-    let valid = !name.is_empty()
-        && name.len() <= 253
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
-    if valid {
-        Ok(name.to_owned())
-    } else {
-        Err("is not a node name")
-    }
-}
-
 /// A namespace, as Kubernetes names one.
 fn kubernetes_namespace(name: &str) -> Result<String, &'static str> {
-    let named = default_trust_domain().identity(name, "x");
+    let named = TrustDomain::default().identity(name, "x");
     named
         .map(|_| name.to_owned())
         .map_err(|_| "is not the name of a namespace")

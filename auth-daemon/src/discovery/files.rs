@@ -19,7 +19,7 @@ use super::{
     Sink,
     manifest::{self, Object},
 };
-use crate::mesh::{Edit, ObjectName, Snapshot, TrustDomain};
+use auth_mesh::{Edit, ObjectName, Snapshot, TrustDomain};
 
 /// A manifest larger than this is refused, in bytes.
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -259,7 +259,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::mesh::Registry;
+    use auth_mesh::Registry;
 
     const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: NAME}\nspec: {nodeName: a, containers: []}\n\
                        status: {podIP: ADDRESS}\n";
@@ -394,7 +394,7 @@ mod tests {
             fs::write(&file, text).unwrap();
             source.scan(&sink);
             let policies = sink.policies.as_ref().unwrap().current();
-            let connection = crate::policy::Connection {
+            let connection = auth_mesh::policy::Connection {
                 client: Some(&"spiffe://cluster.local/ns/a/sa/b".parse().unwrap()),
                 source: "10.0.0.1".parse().unwrap(),
                 destination: "10.0.0.2:80".parse().unwrap(),

@@ -19,12 +19,9 @@ use super::{
     Sink,
     manifest::{self, Object},
 };
-use crate::{
-    backoff,
-    kubernetes::{follow, objects, served},
-    mesh::{MeshDefault, ObjectName, TrustDomain},
-    policy::api,
-};
+use auth_kubernetes::{follow, objects, served};
+use auth_mesh::{MeshDefault, ObjectName, TrustDomain, policy::api};
+use auth_support::backoff;
 
 /// How long to wait for more changes after the first.
 const SETTLE: Duration = Duration::from_millis(5);

@@ -13,11 +13,9 @@ use k8s_openapi::apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::I
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{
-    kubernetes::objects,
-    mesh::{
-        Identity, Membership, ObjectName, Port, Service, Slice, TargetPort, TrustDomain, Workload,
-    },
+use auth_kubernetes::objects;
+use auth_mesh::{
+    Identity, Membership, ObjectName, Port, Service, Slice, TargetPort, TrustDomain, Workload,
     policy,
 };
 

@@ -7,8 +7,8 @@ pub mod removal;
 
 use std::sync::Arc;
 
-use crate::{
-    mesh::{Published, Registry},
+use auth_mesh::{
+    Published, Registry,
     policy::{Policies, api},
 };
 

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::Namespace;
 use kube::{Api, Client, core::PartialObjectMeta, runtime::watcher};
 use tokio::sync::watch;
 
-use crate::kubernetes::follow;
+use auth_kubernetes::follow;
 
 /// Follows the daemon's own namespace: true as long as that is being deleted.
 pub fn watch(client: Client, namespace: &str) -> watch::Receiver<bool> {

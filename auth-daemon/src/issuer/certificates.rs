@@ -20,10 +20,8 @@ use tokio::{
 };
 
 use super::{IssueError, Issuer, renewal::Schedule};
-use crate::{
-    mesh::Identity,
-    tunnel::tls::{Configs, svid::Svid, trust::TrustStore},
-};
+use auth_mesh::Identity;
+use auth_tunnel::tls::{Configs, svid::Svid, trust::TrustStore};
 
 /// How long one request to the CA may take.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -296,12 +294,10 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::{
-        ca::embedded::EmbeddedCa,
-        issuer::IssueFuture,
-        mesh::TrustDomain,
-        tunnel::tls::trust::{Reason, Trust, TrustBundle},
-    };
+    use crate::issuer::IssueFuture;
+    use auth_ca::embedded::EmbeddedCa;
+    use auth_mesh::TrustDomain;
+    use auth_tunnel::{tls::trust::Reason, tls::trust::Trust, tls::trust::TrustBundle};
 
     const PATIENCE: Duration = Duration::from_secs(10);
 

@@ -28,13 +28,11 @@ use super::{
     link::{Link, explain_status, read_roots, read_token},
     trust_watch,
 };
-use crate::{
-    config::CaServer,
-    mesh::{Identity, TrustDomain},
-    tunnel::tls::{
-        svid::Svid,
-        trust::{Trust, TrustBundle, TrustStore},
-    },
+use crate::config::CaServer;
+use auth_mesh::{Identity, TrustDomain};
+use auth_tunnel::tls::{
+    svid::Svid,
+    trust::{Trust, TrustBundle, TrustStore},
 };
 
 /// One request, with all attempts.

@@ -24,10 +24,8 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::{
-    config::CaServer,
-    tunnel::tls::{explain, provider, trust::TrustStore},
-};
+use crate::config::CaServer;
+use auth_tunnel::tls::{explain, provider, trust::TrustStore};
 
 /// From the name lookup to the end of the TLS handshake.
 const CONNECT: Duration = Duration::from_secs(5);

@@ -13,7 +13,8 @@ use rustls::pki_types::CertificateDer;
 pub use certificates::{Certificate, Certificates, Current};
 pub use client::{CaClient, UnusableServer};
 
-use crate::{mesh::Identity, tunnel::tls::trust::TrustStore};
+use auth_mesh::Identity;
+use auth_tunnel::tls::trust::TrustStore;
 
 /// Signs the certificates of this node's workloads.
 pub trait Issuer: Send + Sync + fmt::Debug {

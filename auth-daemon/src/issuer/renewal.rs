@@ -2,7 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::{backoff, tunnel::tls::svid::Svid};
+use auth_support::backoff;
+use auth_tunnel::tls::svid::Svid;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);

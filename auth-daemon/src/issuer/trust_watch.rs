@@ -14,13 +14,11 @@ use tonic::{Code, Streaming};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer, time::ASN1Time};
 
 use super::link::{Link, explain_status, read_roots};
-use crate::{
-    backoff,
-    mesh::{Identity, TrustDomain},
-    tunnel::tls::{
-        crl,
-        trust::{Reason, Revocations, Trust, TrustBundle},
-    },
+use auth_mesh::{Identity, TrustDomain};
+use auth_support::backoff;
+use auth_tunnel::tls::{
+    crl,
+    trust::{Reason, Revocations, Trust, TrustBundle},
 };
 
 /// Largest message of the CA that is read, in bytes.

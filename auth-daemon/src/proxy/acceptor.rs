@@ -9,7 +9,8 @@ use tokio::{
 };
 
 use super::{Node, Pod, Workers, connections::Connections, inbound, outbound};
-use crate::{datapath::sockets::canonical, places::Place};
+use auth_datapath::sockets::canonical;
+use auth_support::connection_limit::ConnectionPermit;
 
 /// How often a drain looks whether it is over.
 pub(super) const DRAIN_POLL: Duration = Duration::from_millis(20);
@@ -132,7 +133,13 @@ impl Acceptor {
 
 /// One connection: of a pod that calls, or, with a `place` among the handshakes, of one that is called. Each on the heap by
 /// itself, for neither is to take as much memory as the larger one.
-async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Option<Place>) {
+async fn serve(
+    node: &Node,
+    pod: &Pod,
+    tcp: TcpStream,
+    from: SocketAddr,
+    place: Option<ConnectionPermit>,
+) {
     match place {
         None => Box::pin(outbound::serve(node, pod, tcp, from)).await,
         Some(place) => Box::pin(inbound::serve(node, pod, tcp, from, place)).await,

@@ -15,11 +15,8 @@ use futures_util::future::AbortHandle;
 use serde::Serialize;
 
 use super::Totals;
-use crate::{
-    mesh::{Identity, ObjectName},
-    policy::Decision,
-    tunnel::{Counters, svid::Svid},
-};
+use auth_mesh::{Identity, ObjectName, policy::Decision};
+use auth_tunnel::{Counters, tls::svid::Svid};
 
 /// Whether the pod made the connection or got it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -8,7 +8,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use crate::mesh::Endpoint;
+use auth_mesh::Endpoint;
 
 /// Connections of this node by endpoint.
 #[derive(Debug, Default)]
@@ -98,7 +98,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::mesh::{ObjectName, Workload};
+    use auth_mesh::{ObjectName, Workload};
 
     fn endpoints(count: u8) -> Vec<Endpoint> {
         (1..=count)

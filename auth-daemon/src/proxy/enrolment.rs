@@ -25,13 +25,12 @@ use super::{
     acceptor::{DRAIN_POLL, Side, accept},
     residents::{Resident, Residents},
     revocation, rules, same_node,
-    search::Search,
 };
-use crate::{
-    config::Mode,
-    datapath::{EnrolError, Enrolled, Netns, forget_others, open_netns, sockets::Listeners},
-    mesh::{AddressKind, ObjectName, Snapshot, Workload},
+use crate::config::Mode;
+use auth_datapath::{
+    EnrolError, Enrolled, Netns, NetnsDiscovery, forget_others, open_netns, sockets::Listeners,
 };
+use auth_mesh::{AddressKind, ObjectName, Snapshot, Workload};
 
 /// How often to look for named namespaces made anew, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
@@ -50,7 +49,7 @@ pub struct Enrolment {
     serving: HashMap<ObjectName, Serving>,
     failing: BTreeMap<ObjectName, Failing>,
     /// For the namespaces that have no names.
-    search: Search,
+    netns_discovery: NetnsDiscovery,
     /// Which pod has each address; of two that claim one, the one that was first.
     owners: HashMap<IpAddr, ObjectName>,
     /// What the kernel's side was told the mesh's addresses are.
@@ -111,7 +110,7 @@ impl Enrolment {
     /// Serves no pod yet; connections will run on `workers`. Called within the control runtime.
     pub fn new(node: Arc<Node>, workers: Arc<Workers>) -> Self {
         Self {
-            search: Search::new(&node.kernel),
+            netns_discovery: NetnsDiscovery::new(&node.kernel),
             node,
             workers,
             serving: HashMap::new(),
@@ -146,9 +145,9 @@ impl Enrolment {
             if first {
                 // What a daemon before this one served is to be found before anything of it is let go.
                 let wanted = wanted(&snapshot, &self.node.config.node_name);
-                self.search
+                self.netns_discovery
                     .want(wanted.values().map(|workload| &***workload));
-                self.search.look().await;
+                self.netns_discovery.look().await;
             }
             self.reconcile(&snapshot);
             if first {
@@ -168,7 +167,7 @@ impl Enrolment {
                 _ = changes.changed() => {}
                 _ = policies.changed() => {}
                 _ = stop.changed() => {}
-                () = self.search.changed() => {}
+                () = self.netns_discovery.changed() => {}
                 _ = ticks.tick() => {
                     self.node.kernel.sweep_pending();
                     for serving in self.serving.values() {
@@ -244,7 +243,7 @@ impl Enrolment {
 
     fn reconcile(&mut self, snapshot: &Snapshot) {
         let wanted = wanted(snapshot, &self.node.config.node_name);
-        self.search
+        self.netns_discovery
             .want(wanted.values().map(|workload| &***workload));
         let (staying, mut leaving): (HashMap<_, _>, HashMap<_, _>) =
             std::mem::take(&mut self.serving).into_iter().partition(
@@ -266,7 +265,7 @@ impl Enrolment {
         }
         for (name, serving) in leaving {
             let failing = self.failing.get(&name);
-            let shared = failing.and_then(|failing| self.search.shared(&failing.workload));
+            let shared = failing.and_then(|failing| self.netns_discovery.shared(&failing.workload));
             if shared == Some(serving.cookie()) {
                 // It is the pod's, and may be another's: nobody talks there until that is known.
                 serving.pod.enrolled.refuse(&self.node.kernel);
@@ -275,13 +274,13 @@ impl Enrolment {
                 self.release(serving);
             }
         }
-        if self.search.knows_all() {
+        if self.netns_discovery.knows_all() {
             // Those that cannot be served now stay in the kernel's hands, and are refused.
             let failing = self.failing.values().filter_map(|failing| {
                 let netns = self.netns(&failing.workload).ok();
                 netns
                     .map(|netns| netns.cookie())
-                    .or_else(|| self.search.shared(&failing.workload))
+                    .or_else(|| self.netns_discovery.shared(&failing.workload))
             });
             let kept = self.serving.values().map(Serving::cookie).chain(failing);
             forget_others(&self.node.kernel, &kept.collect());
@@ -296,7 +295,7 @@ impl Enrolment {
     fn netns(&self, workload: &Workload) -> Result<Arc<Netns>, EnrolError> {
         match &workload.netns {
             Some(path) => open_netns(&workload.name, path).map(Arc::new),
-            None => self.search.netns(workload),
+            None => self.netns_discovery.netns(workload),
         }
     }
 
@@ -312,7 +311,7 @@ impl Enrolment {
         is_same
             && match &workload.netns {
                 Some(_) => !serving.pod.enrolled.netns.is_replaced(),
-                None => match self.search.netns(workload) {
+                None => match self.netns_discovery.netns(workload) {
                     Ok(netns) => netns.cookie() == serving.cookie(),
                     Err(error) => !matches!(error, EnrolError::Shared { .. }),
                 },
@@ -399,7 +398,9 @@ impl Enrolment {
             tunnel,
             Side::Inbound,
         ));
-        let unserved = self.search.unserved(workload, pod.enrolled.netns.cookie());
+        let unserved = self
+            .netns_discovery
+            .unserved(workload, pod.enrolled.netns.cookie());
         tracing::info!(
             pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses,
             netns = %pod.enrolled.netns.path().display(),

@@ -20,16 +20,15 @@ use super::{
     outbound::farewell,
     plain,
 };
-use crate::{
-    datapath::sockets::{self, end_in_good_order},
-    places::Place,
-    policy::{Connection, admit_source, check_revoked},
-    tunnel::{
-        self, Channel, ChannelError, Ending,
-        frame::{Connect, Event, ResetCode},
-        relay,
-        svid::Svid,
-    },
+use crate::proxy::caller::{admit_source, check_revoked};
+use auth_datapath::sockets::{self, end_in_good_order};
+use auth_mesh::policy::Connection;
+use auth_support::connection_limit::ConnectionPermit;
+use auth_tunnel::{
+    self, Channel, ChannelError, Ending,
+    frame::{Connect, Event, ResetCode},
+    relay,
+    tls::svid::Svid,
 };
 
 /// From a connection's start until its CONNECT is read.
@@ -42,7 +41,13 @@ const APP_ANSWER: Duration = Duration::from_secs(2);
 /// Serves one accepted connection. Returns when it has ended, or was cut; dropping sockets on the way resets them.
 ///
 /// `place` is the one that it takes among those in their handshake.
-pub(super) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Place) {
+pub(super) async fn serve(
+    node: &Node,
+    pod: &Pod,
+    tcp: TcpStream,
+    from: SocketAddr,
+    place: ConnectionPermit,
+) {
     let (cut, registration) = AbortHandle::new_pair();
     let _ = Abortable::new(take(node, pod, tcp, from, place, cut), registration).await;
 }
@@ -52,7 +57,7 @@ async fn take(
     pod: &Pod,
     tcp: TcpStream,
     from: SocketAddr,
-    place: Place,
+    place: ConnectionPermit,
     cut: AbortHandle,
 ) {
     let access = node.live.open(Direction::Inbound, from, cut.clone());
@@ -121,7 +126,7 @@ async fn take(
 struct First<'a> {
     access: Guard<'a>,
     deadline: Instant,
-    _place: Place,
+    _place: ConnectionPermit,
 }
 
 fn late() -> String {
@@ -135,7 +140,7 @@ async fn shake_hands(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Box<Chann
         .await
         .ok_or_else(|| format!("no valid certificate for {}", pod.workload.identity))?;
     let config = certificate.configs.server.clone();
-    tunnel::handshake::accept(tcp, config, node.config.trust_domain.as_str())
+    auth_tunnel::handshake::accept(tcp, config, node.config.trust_domain.as_str())
         .await
         .map(Box::new)
         .map_err(|error| error.to_string())

@@ -4,6 +4,7 @@
 mod acceptor;
 pub mod access;
 mod balance;
+mod caller;
 mod connections;
 mod enrolment;
 mod inbound;
@@ -16,7 +17,6 @@ mod residents;
 mod revocation;
 mod rules;
 mod same_node;
-mod search;
 mod totals;
 mod verdict;
 mod workers;
@@ -37,13 +37,9 @@ pub use workers::Workers;
 
 use rules::Rules;
 
-use crate::{
-    config::Config,
-    datapath::Kernel,
-    issuer::Certificates,
-    mesh::{Published, Registry},
-    policy::Policies,
-};
+use crate::{config::Config, issuer::Certificates};
+use auth_datapath::Kernel;
+use auth_mesh::{Published, Registry, policy::Policies};
 
 /// What all connections on this node share.
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use std::{io, os::fd::AsRawFd, time::Duration};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::{io::Interest, net::TcpStream, time::timeout};
 
-use crate::tunnel::{
+use auth_tunnel::{
     ALPN,
     hello::{Opening, PEEK_BYTES, classify},
 };

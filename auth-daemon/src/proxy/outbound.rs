@@ -25,18 +25,14 @@ use super::{
     plain,
     residents::{Forbidden, Resident, permit},
 };
-use crate::{
-    config::SameNode,
-    datapath::sockets::{self, end_in_good_order},
-    issuer::Current,
-    mesh::{Destination, Endpoint},
-    policy::{Connection, check_revoked},
-    tunnel::{
-        self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made, Taken,
-        frame::{Connect, Event, Reset, ResetCode},
-        relay,
-        trust::Revoked,
-    },
+use crate::{config::SameNode, issuer::Current, proxy::caller::check_revoked};
+use auth_datapath::sockets::{self, end_in_good_order};
+use auth_mesh::{Destination, Endpoint, policy::Connection};
+use auth_tunnel::{
+    self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made, Taken,
+    frame::{Connect, Event, Reset, ResetCode},
+    relay,
+    tls::trust::Revoked,
 };
 
 /// How long the app waits at most until its connection stands or is refused.
@@ -211,9 +207,9 @@ struct Call<'a> {
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
     #[error(transparent)]
-    Unreachable(#[from] crate::mesh::Unreachable),
+    Unreachable(#[from] auth_mesh::Unreachable),
     #[error("no valid certificate for {0}; see the daemon's log for why the CA gives none")]
-    NoCertificate(crate::mesh::Identity),
+    NoCertificate(auth_mesh::Identity),
     #[error("{endpoint}: {why}")]
     Endpoint { endpoint: SocketAddr, why: Failure },
     #[error(transparent)]
@@ -588,7 +584,7 @@ async fn shake_hands(
 ) -> Result<Channel, Failure> {
     let config = certificate.configs.client.clone();
     let trust_domain = node.config.trust_domain.as_str();
-    let channel = tunnel::handshake::connect(tcp, config, trust_domain).await?;
+    let channel = auth_tunnel::handshake::connect(tcp, config, trust_domain).await?;
     let presented = &channel.peer().identity;
     if !destination.identities.contains(presented) {
         return Err(Failure::Naming {

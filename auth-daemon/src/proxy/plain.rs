@@ -14,7 +14,8 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{datapath::sockets::end_in_good_order, tunnel::Counters};
+use auth_datapath::sockets::end_in_good_order;
+use auth_tunnel::Counters;
 
 const CHUNK_BYTES: usize = 32 * 1024;
 

@@ -6,13 +6,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use crate::{
-    datapath::{Enrolled, sockets::SourcePorts},
-    issuer::Certificate,
-    mesh::Workload,
-    places::Places,
-    tunnel::Pool,
-};
+use crate::issuer::Certificate;
+use auth_datapath::{Enrolled, sockets::SourcePorts};
+use auth_mesh::Workload;
+use auth_support::connection_limit::ConnectionLimit;
+use auth_tunnel::Pool;
 
 /// Callers of a pod that may be in their handshake at once.
 const MAX_HANDSHAKES: usize = 8192;
@@ -31,7 +29,7 @@ pub struct Pod {
     /// Tunnels that its connections left open.
     pub pool: Pool,
     pub(super) source_ports: SourcePorts,
-    pub(super) handshakes: Arc<Places>,
+    pub(super) handshakes: Arc<ConnectionLimit>,
     tunnels: Mutex<HashSet<(SocketAddr, u16)>>,
 }
 
@@ -47,7 +45,10 @@ impl Pod {
             certificate,
             pool: Pool::default(),
             source_ports: SourcePorts::default(),
-            handshakes: Arc::new(Places::new(MAX_HANDSHAKES, MAX_HANDSHAKES_PER_SOURCE)),
+            handshakes: Arc::new(ConnectionLimit::new(
+                MAX_HANDSHAKES,
+                MAX_HANDSHAKES_PER_SOURCE,
+            )),
             tunnels: Mutex::default(),
         }
     }

@@ -7,11 +7,9 @@ use std::{
 };
 
 use super::rules::{ByPod, Refused};
-use crate::{
-    mesh::{Destination, Identity, Snapshot},
-    policy::{Connection, Denied, admit_source, check_revoked_node},
-    tunnel::trust::{Revocations, Revoked},
-};
+use crate::proxy::caller::{Denied, admit_source, check_revoked_node};
+use auth_mesh::{Destination, Identity, Snapshot, policy::Connection};
+use auth_tunnel::tls::trust::{Revocations, Revoked};
 
 /// An enrolled pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,11 +6,9 @@ use super::{
     Node,
     access::{Details, Direction},
 };
-use crate::{
-    mesh::Snapshot,
-    policy::check_revoked_node,
-    tunnel::trust::{Revocations, Revoked},
-};
+use crate::proxy::caller::check_revoked_node;
+use auth_mesh::Snapshot;
+use auth_tunnel::tls::trust::{Revocations, Revoked};
 
 /// Cuts connections as the CA revokes those who make them.
 pub(super) async fn keep(node: Arc<Node>) {

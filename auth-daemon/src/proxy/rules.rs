@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use auth_common::Inbound;
 
 use super::access::{Details, Direction, Guard, Path};
-use crate::policy::{Connection, Verdict, WorkloadPolicy};
+use auth_mesh::policy::{Connection, Verdict, WorkloadPolicy};
 
 /// The policies of this node's pods, by the cookies of their namespaces.
 #[derive(Debug, Default)]

@@ -16,10 +16,8 @@ use super::{
     residents::{Resident, Residents},
     verdict::{Basis, Decision, Facts},
 };
-use crate::{
-    config,
-    datapath::{Closing, Ending, Grant, Side},
-};
+use crate::config;
+use auth_datapath::{Closing, Ending, Grant, Side};
 
 /// How often the lease is renewed; it holds for a few times that.
 const RENEWAL: Duration = Duration::from_secs(1);

@@ -7,7 +7,7 @@ use prometheus_client::{
 };
 
 use super::access::Finished;
-use crate::policy::Decision;
+use auth_mesh::policy::Decision;
 
 /// How many connections have ended, and what they carried, since the daemon started.
 #[derive(Clone, Debug, Default)]

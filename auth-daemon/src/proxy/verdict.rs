@@ -10,12 +10,9 @@ use super::{
     residents::{Residents, allows, permit},
     rules::{ByPod, Refused},
 };
-use crate::{
-    datapath::Grant,
-    mesh::{Identity, ObjectName, Snapshot},
-    policy::Connection,
-    tunnel::trust::{Revocations, Trust},
-};
+use auth_datapath::Grant;
+use auth_mesh::{Identity, ObjectName, Snapshot, policy::Connection};
+use auth_tunnel::tls::trust::{Revocations, Trust};
 
 /// What holds for a client pod and an address, if it can be said once for all connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -211,11 +208,8 @@ impl Basis {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        mesh::{Inventory, Port, Service, TargetPort, Workload},
-        policy::{Denied, Policies},
-        proxy::residents::{Forbidden, Resident},
-    };
+    use crate::{proxy::caller::Denied, proxy::residents::Forbidden, proxy::residents::Resident};
+    use auth_mesh::{Inventory, Port, Service, TargetPort, Workload, policy::Policies};
 
     fn name(name: &str) -> ObjectName {
         ObjectName {

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use auth_ca::authority::Target;
 use auth_ca_api::{
     auth::{
         Denial, Trust, WatchRequest,
@@ -20,13 +21,9 @@ use auth_ca_api::{
     },
     pem,
 };
-use auth_daemon::{
-    ca::authority::Target,
-    config::CaServer,
-    issuer::{CaClient, Issuer as _},
-    mesh::{Inventory, Snapshot},
-    tunnel::tls::{provider, svid::Svid, trust::Reason},
-};
+use auth_daemon::{config::CaServer, issuer::CaClient, issuer::Issuer as _};
+use auth_mesh::{Inventory, Snapshot};
+use auth_tunnel::tls::{provider, svid::Svid, trust::Reason};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
 use rustls::{ServerConfig, pki_types::CertificateDer};
 use tokio::{net::TcpListener, sync::watch};

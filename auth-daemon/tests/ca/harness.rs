@@ -9,6 +9,13 @@ use std::{
     time::Duration,
 };
 
+use auth_ca::{
+    attest::{Attestor, jwks::Jwks, static_token::StaticTokens},
+    authority::Authority,
+    config::CaConfig,
+    server::Server,
+    store::directory::DirectoryStore,
+};
 use auth_ca_api::{
     IMPERSONATED_IDENTITY,
     auth::trust_service_client::TrustServiceClient,
@@ -17,18 +24,9 @@ use auth_ca_api::{
     },
     pem,
 };
-use auth_daemon::{
-    ca::{
-        attest::{Attestor, jwks::Jwks, static_token::StaticTokens},
-        authority::Authority,
-        config::CaConfig,
-        server::Server,
-        store::directory::DirectoryStore,
-    },
-    config::CaServer,
-    mesh::{Identity, Inventory, ObjectName, Registry, Snapshot, TrustDomain, Workload},
-    tunnel::tls::provider,
-};
+use auth_daemon::config::CaServer;
+use auth_mesh::{Identity, Inventory, ObjectName, Registry, Snapshot, TrustDomain, Workload};
+use auth_tunnel::tls::provider;
 use hyper_util::rt::TokioIo;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, jwk::Jwk};
 use rcgen::{CertificateParams, KeyPair};

@@ -11,12 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use auth_ca::authority::Target;
 use auth_ca_api::auth::WatchRequest;
-use auth_daemon::{
-    ca::authority::Target,
-    mesh::{Inventory, Snapshot},
-    tunnel::tls::{svid::Svid, trust::Reason},
-};
+use auth_mesh::{Inventory, Snapshot};
+use auth_tunnel::tls::{svid::Svid, trust::Reason};
 use harness::*;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose, SanType};
 use rustls::pki_types::{CertificateSigningRequestDer, pem::PemObject};

@@ -2,13 +2,11 @@
 
 use std::{fs, sync::Arc, time::SystemTime};
 
-use auth_daemon::{
-    ca::attest::{
-        Attestor, Caller, Credentials, Unattested,
-        kubernetes::{Settings, TokenReviewer},
-    },
-    mesh::ObjectName,
+use auth_ca::attest::{
+    Attestor, Caller, Credentials, Unattested,
+    kubernetes::{Settings, TokenReviewer},
 };
+use auth_mesh::ObjectName;
 use futures_util::future::join_all;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use mesh_tests::{Kubernetes, TokenOptions};

@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use auth_daemon::{
-    discovery::{Sink, kubernetes},
-    mesh::{MeshDefault, Registry},
-};
+use auth_daemon::{discovery::Sink, discovery::kubernetes};
+use auth_mesh::{MeshDefault, Registry};
 use mesh_tests::Kubernetes;
 use serde_json::json;
 use tokio::sync::watch;

@@ -2,7 +2,7 @@
 
 use std::{future::pending, sync::Arc, time::Duration};
 
-use auth_daemon::ca::leader::{Candidate, LEADER_LABEL, Term, election::Timing};
+use auth_ca::leader::{Candidate, LEADER_LABEL, Term, election::Timing};
 use kube::Client;
 use mesh_tests::Kubernetes;
 use serde_json::{Value, json};

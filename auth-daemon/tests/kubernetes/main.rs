@@ -44,7 +44,7 @@ async fn with_role(cluster: &Kubernetes, role: &str, account: &str) -> Client {
     let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
     let options = KubeConfigOptions::default();
     let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;
-    auth_daemon::kubernetes::client(config.unwrap()).unwrap()
+    auth_kubernetes::client(config.unwrap()).unwrap()
 }
 
 /// Asks until there is an answer.

@@ -1,6 +1,6 @@
 //! The CA's state in a Secret.
 
-use auth_daemon::ca::store::{Store, Stored, secret::SecretStore};
+use auth_ca::store::{Store, Stored, secret::SecretStore};
 use futures_util::future::join_all;
 use kube::Client;
 use mesh_tests::Kubernetes;

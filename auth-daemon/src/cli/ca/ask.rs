@@ -19,13 +19,11 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::{
-    ca::{
-        config::{CaConfig, DEFAULT_OPERATOR_SOCKET},
-        status::CaStatus,
-    },
-    tunnel::tls::trust::Reason,
+use auth_ca::{
+    config::{CaConfig, DEFAULT_OPERATOR_SOCKET},
+    status::CaStatus,
 };
+use auth_tunnel::tls::trust::Reason;
 
 const DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
 /// Largest answer: a status lists everything that is revoked.
@@ -36,7 +34,7 @@ pub(super) enum Question {
     /// Show roots, the phase of a rotation, revocations, and refused requests.
     Status {
         #[command(flatten)]
-        place: Place,
+        place: ConnectionPermit,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
@@ -44,7 +42,7 @@ pub(super) enum Question {
     /// Revoke a certificate, an identity or a node, everywhere.
     Revoke {
         #[command(flatten)]
-        place: Place,
+        place: ConnectionPermit,
         #[command(flatten)]
         target: Target,
         /// Why, by a name of RFC 5280 §5.3.1, such as keyCompromise.
@@ -54,20 +52,20 @@ pub(super) enum Question {
     /// Withdraw a revocation.
     Unrevoke {
         #[command(flatten)]
-        place: Place,
+        place: ConnectionPermit,
         #[command(flatten)]
         target: Target,
     },
     /// Replace the root without an outage.
     RotateRoot {
         #[command(flatten)]
-        place: Place,
+        place: ConnectionPermit,
     },
 }
 
 /// Where the CA's socket is.
 #[derive(Debug, clap::Args)]
-pub(super) struct Place {
+pub(super) struct ConnectionPermit {
     /// The CA's configuration file, which names the socket.
     #[arg(long, conflicts_with = "socket")]
     config: Option<PathBuf>,
@@ -164,13 +162,13 @@ impl fmt::Display for Target {
     }
 }
 
-async fn connect(place: &Place) -> anyhow::Result<OperatorClient<Channel>> {
+async fn connect(place: &ConnectionPermit) -> anyhow::Result<OperatorClient<Channel>> {
     let path = match place {
-        Place {
+        ConnectionPermit {
             socket: Some(socket),
             ..
         } => socket.clone(),
-        Place {
+        ConnectionPermit {
             config: Some(config),
             ..
         } => CaConfig::load(config)?.operator_socket,
@@ -219,7 +217,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_the_socket_without_a_ca() {
-        let place = Place {
+        let place = ConnectionPermit {
             config: None,
             socket: Some("/nonexistent/operator.sock".into()),
         };

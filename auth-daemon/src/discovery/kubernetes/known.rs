@@ -6,11 +6,8 @@ use std::{
 };
 
 use super::{Kind, POLICIES, Settings};
-use crate::{
-    discovery::manifest::{self, Object},
-    mesh::{Edit, ObjectName, Snapshot, Workload},
-    policy::api,
-};
+use crate::discovery::manifest::{self, Object};
+use auth_mesh::{Edit, ObjectName, Snapshot, Workload, policy::api};
 
 /// What the node daemons' pods have as `app.kubernetes.io/name`.
 const DAEMON_NAME: &str = "auth-daemon";
@@ -236,7 +233,8 @@ mod tests {
         super::{name as name_of, pod},
         *,
     };
-    use crate::{kubernetes::objects, mesh::MeshDefault};
+    use auth_kubernetes::objects;
+    use auth_mesh::MeshDefault;
 
     fn seen(name: &str, uid: &str, address: &str) -> Seen {
         let read: objects::Pod = serde_json::from_value(json!({
@@ -393,7 +391,7 @@ mod tests {
         take(&mut known, Event::InitApply(seen("one", "1", "10.0.0.1")));
         take(&mut known, Event::InitDone);
         let namespace = |disabled: bool| {
-            let membership = disabled.then_some(crate::mesh::Membership::Disabled);
+            let membership = disabled.then_some(auth_mesh::Membership::Disabled);
             Event::Apply(Seen {
                 name: ObjectName {
                     namespace: String::new(),

@@ -3,10 +3,8 @@
 use std::sync::Arc;
 
 use super::{Object, address, object_name, port_number};
-use crate::{
-    kubernetes::objects,
-    mesh::{ObjectName, Slice, SliceEndpoint},
-};
+use auth_kubernetes::objects;
+use auth_mesh::{ObjectName, Slice, SliceEndpoint};
 
 /// The service that an endpoint slice is of.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";

@@ -5,10 +5,10 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 use auth_common::Inbound;
 
 use super::{Enrolment, Pod, Serving};
-use crate::{
-    mesh::{ObjectName, Snapshot, Workload},
+use crate::proxy::rules::{self, ByPod};
+use auth_mesh::{
+    ObjectName, Snapshot, Workload,
     policy::{Connection, WorkloadPolicy},
-    proxy::rules::{self, ByPod},
 };
 
 impl Enrolment {

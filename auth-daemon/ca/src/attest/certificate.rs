@@ -1,0 +1,65 @@
+//! Certificates that this CA issued and has not revoked, presented over TLS for renewal.
+
+use std::future;
+
+use rustls::pki_types::CertificateDer;
+
+use super::{Attestation, Attestor, Caller, Credentials, Unattested};
+use crate::authority::Leader;
+
+/// Identifies workloads by their certificates.
+#[derive(Debug)]
+pub struct Certificates {
+    leader: Leader,
+}
+
+impl Certificates {
+    /// Accepts what the leader has issued.
+    pub fn new(leader: Leader) -> Self {
+        Self { leader }
+    }
+
+    fn caller(&self, certificate: &CertificateDer<'_>) -> Result<Caller, Unattested> {
+        let refused = |why: String| Unattested(format!("the client certificate is refused: {why}"));
+        let authority = self.leader.borrow().clone();
+        let authority =
+            authority.ok_or_else(|| Unattested("this replica is not the leader".into()))?;
+        // The connection may be older than its certificate's expiry or revocation, and a root may have other issuers.
+        let svid = authority.verify(certificate).map_err(refused)?;
+        let node = svid.node.ok_or_else(|| {
+            refused("it does not name its node, as those of earlier versions: use a token".into())
+        })?;
+        Ok(Caller::Workload {
+            identity: svid.identity,
+            node: (!node.is_empty()).then(|| node.to_string()),
+        })
+    }
+}
+
+impl Attestor for Certificates {
+    fn attest<'a>(&'a self, credentials: Credentials<'a>) -> Attestation<'a> {
+        let caller = credentials.certificate.map(|shown| self.caller(shown));
+        Box::pin(future::ready(caller))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::watch;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn accepts_only_certificates_and_only_as_leader() {
+        let (_sender, leader) = watch::channel(None);
+        let attestor = Certificates::new(leader);
+        assert_eq!(attestor.attest(Credentials::default()).await, None);
+        let rubbish = CertificateDer::from(vec![0x30, 0]);
+        let credentials = Credentials {
+            bearer: None,
+            certificate: Some(&rubbish),
+        };
+        let refused = attestor.attest(credentials).await;
+        assert!(matches!(refused, Some(Err(_))));
+    }
+}

@@ -1,0 +1,446 @@
+//! Tokens of an OIDC issuer, such as a cluster's service account tokens, verified with the issuer's published keys.
+
+use std::sync::Arc;
+
+use auth_mesh::{ObjectName, Registry, Snapshot, TrustDomain};
+use jsonwebtoken::{
+    Algorithm, Validation, dangerous,
+    errors::{Error, ErrorKind},
+};
+use serde::Deserialize;
+
+use super::{Attestation, Attestor, Caller, Credentials, Unattested, keys::Keys};
+use crate::config::JwksAttestation;
+
+/// Signature algorithms that are accepted: none with a shared secret.
+const ALGORITHMS: [Algorithm; 4] = [
+    Algorithm::RS256,
+    Algorithm::ES256,
+    Algorithm::ES384,
+    Algorithm::EdDSA,
+];
+/// Tolerated difference of the issuer's clock, in seconds.
+const LEEWAY: u64 = 30;
+const SUBJECT: &str = "system:serviceaccount:";
+
+/// Identifies the holders of one issuer's tokens.
+#[derive(Debug)]
+pub struct Jwks {
+    config: JwksAttestation,
+    trust_domain: TrustDomain,
+    registry: Arc<Registry>,
+    keys: Keys,
+}
+
+/// The only claim that is read before the signature is verified.
+#[derive(Deserialize)]
+struct Unverified {
+    iss: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Claims {
+    sub: Option<String>,
+    #[serde(rename = "kubernetes.io")]
+    kubernetes: Option<KubernetesClaims>,
+}
+
+#[derive(Debug, Deserialize)]
+struct KubernetesClaims {
+    namespace: String,
+    serviceaccount: Named,
+    pod: Option<Named>,
+    node: Option<Named>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Named {
+    name: String,
+    #[serde(default)]
+    uid: String,
+}
+
+impl Jwks {
+    /// Accepts tokens of the issuer of `config`. `registry` tells on which node a pod runs, if its token does not.
+    ///
+    /// Fails if the file with the issuer's keys cannot be used.
+    pub fn open(
+        config: JwksAttestation,
+        trust_domain: TrustDomain,
+        registry: Arc<Registry>,
+    ) -> Result<Self, String> {
+        let keys = Keys::open(config.source.clone())
+            .map_err(|error| format!("attestation.jwks.jwksFile: {error}"))?;
+        Ok(Self {
+            config,
+            trust_domain,
+            registry,
+            keys,
+        })
+    }
+
+    async fn caller(&self, token: &str) -> Result<Caller, Unattested> {
+        let refused = |why: String| Unattested(why);
+        let header = jsonwebtoken::decode_header(token)
+            .ok()
+            .filter(|header| ALGORITHMS.contains(&header.alg))
+            .ok_or_else(|| {
+                refused("the token is not signed with RS256, ES256, ES384 or EdDSA".into())
+            })?;
+        // None of the extensions that could be listed here is supported (RFC 7515 §4.1.11).
+        if header.crit.is_some() {
+            return Err(refused(
+                "the token has an unsupported critical header".into(),
+            ));
+        }
+        let key = self
+            .keys
+            .find(header.kid.as_deref(), header.alg)
+            .await
+            .ok_or_else(|| {
+                refused(format!(
+                    "the token is signed with a key that {} does not publish",
+                    self.config.issuer
+                ))
+            })?;
+        let mut validation = Validation::new(header.alg);
+        validation.set_issuer(&[&self.config.issuer]);
+        validation.set_audience(&[&self.config.audience]);
+        validation.set_required_spec_claims(&["aud", "exp", "iss"]);
+        validation.validate_nbf = true;
+        validation.leeway = LEEWAY;
+        let token = jsonwebtoken::decode::<Claims>(token, &key, &validation)
+            .map_err(|error| refused(self.explain(&error)))?;
+        caller(
+            &token.claims,
+            &self.trust_domain,
+            self.config.node_service_account.as_ref(),
+            &self.registry.snapshot(),
+        )
+    }
+
+    /// Explains `error` without any part of the token.
+    fn explain(&self, error: &Error) -> String {
+        match error.kind() {
+            ErrorKind::ExpiredSignature => "the token has expired".into(),
+            ErrorKind::ImmatureSignature => {
+                "the token is not valid yet: check the clocks of the issuer and the CA (NTP)".into()
+            }
+            ErrorKind::InvalidAudience => format!(
+                "the token is for another audience than {}",
+                self.config.audience
+            ),
+            ErrorKind::InvalidIssuer => {
+                format!("the token's issuer is not {}", self.config.issuer)
+            }
+            ErrorKind::InvalidSignature => format!(
+                "the token's signature is not that of {}",
+                self.config.issuer
+            ),
+            ErrorKind::MissingRequiredClaim(claim) => format!("the token has no {claim}"),
+            _ => "the token cannot be read".into(),
+        }
+    }
+}
+
+/// The caller that verified claims identify.
+fn caller(
+    claims: &Claims,
+    trust_domain: &TrustDomain,
+    node_account: Option<&ObjectName>,
+    snapshot: &Snapshot,
+) -> Result<Caller, Unattested> {
+    let refused = |why: &str| Unattested(why.to_owned());
+    let (namespace, name) = match (&claims.kubernetes, &claims.sub) {
+        (Some(kubernetes), _) => (
+            kubernetes.namespace.as_str(),
+            kubernetes.serviceaccount.name.as_str(),
+        ),
+        (None, Some(subject)) => subject
+            .strip_prefix(SUBJECT)
+            .and_then(|rest| rest.split_once(':'))
+            .ok_or_else(|| refused("the token's subject is no Kubernetes service account"))?,
+        (None, None) => return Err(refused("the token has no subject")),
+    };
+    let identity = trust_domain
+        .identity(namespace, name)
+        .map_err(|error| Unattested(format!("the token's service account: {error}")))?;
+    let node = claims.kubernetes.as_ref().and_then(|kubernetes| {
+        let claimed = kubernetes.node.as_ref().map(|node| node.name.clone());
+        let claimed = claimed.filter(|node| !node.is_empty());
+        claimed.or_else(|| node_of(kubernetes.pod.as_ref()?, &kubernetes.namespace, snapshot))
+    });
+    let is_node =
+        node_account.is_some_and(|account| account.namespace == namespace && account.name == name);
+    match (is_node, node) {
+        (true, Some(node)) => Ok(Caller::Node { node }),
+        (true, None) => Err(refused(
+            "the token is a node daemon's, but names neither its node nor a pod whose node is known",
+        )),
+        (false, node) => Ok(Caller::Workload { identity, node }),
+    }
+}
+
+/// The node of a pod, if it still is the pod of the token.
+fn node_of(pod: &Named, namespace: &str, snapshot: &Snapshot) -> Option<String> {
+    let found = snapshot.workloads().find(|workload| {
+        workload.name.namespace == namespace
+            && workload.name.name == pod.name
+            && (workload.uid.is_empty() || pod.uid.is_empty() || workload.uid == pod.uid)
+    })?;
+    Some(found.node.clone()).filter(|node| !node.is_empty())
+}
+
+impl Attestor for Jwks {
+    fn attest<'a>(&'a self, credentials: Credentials<'a>) -> Attestation<'a> {
+        Box::pin(async move {
+            let token = credentials.bearer?;
+            let unverified: Unverified = dangerous::insecure_decode_claims(token).ok()?;
+            if unverified.iss != self.config.issuer {
+                return None;
+            }
+            Some(self.caller(token).await)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use auth_mesh::{Inventory, Workload};
+    use jsonwebtoken::{EncodingKey, Header, jwk::Jwk};
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::config::JwksSource;
+
+    const ISSUER: &str = "https://issuer.example";
+
+    /// An issuer with one key.
+    struct Issuer {
+        key: EncodingKey,
+        jwk: Value,
+        kid: &'static str,
+    }
+
+    impl Issuer {
+        fn new(kid: &'static str) -> Self {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let key = EncodingKey::from_ec_der(&key.serialize_der());
+            let mut jwk = Jwk::from_encoding_key(&key, Algorithm::ES256).unwrap();
+            jwk.common.key_id = Some(kid.into());
+            Self {
+                key,
+                jwk: serde_json::to_value(jwk).unwrap(),
+                kid,
+            }
+        }
+
+        fn sign(&self, claims: &Value) -> String {
+            let mut header = Header::new(Algorithm::ES256);
+            header.kid = Some(self.kid.into());
+            jsonwebtoken::encode(&header, claims, &self.key).unwrap()
+        }
+    }
+
+    fn write_keys(path: &Path, issuers: &[&Issuer]) {
+        let keys: Vec<_> = issuers.iter().map(|issuer| &issuer.jwk).collect();
+        fs::write(path, json!({ "keys": keys }).to_string()).unwrap();
+    }
+
+    fn attestor(path: &Path) -> Jwks {
+        let registry = Registry::new();
+        registry.publish(pods());
+        let config = JwksAttestation {
+            issuer: ISSUER.into(),
+            audience: "ca".into(),
+            source: JwksSource::File(path.into()),
+            node_service_account: Some(ObjectName {
+                namespace: "mesh".into(),
+                name: "daemon".into(),
+            }),
+        };
+        let domain = "cluster.local".parse().unwrap();
+        Jwks::open(config, domain, Arc::new(registry)).unwrap()
+    }
+
+    fn pods() -> Snapshot {
+        let name = ObjectName {
+            namespace: "default".into(),
+            name: "web-0".into(),
+        };
+        Snapshot::new(Inventory {
+            workloads: vec![Workload {
+                uid: "u1".into(),
+                node: "a".into(),
+                ..Workload::new(
+                    name,
+                    "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
+                )
+            }],
+            services: vec![],
+        })
+    }
+
+    fn claims(change: impl FnOnce(&mut Value)) -> Value {
+        let now = jsonwebtoken::get_current_timestamp();
+        let mut claims = json!({
+            "iss": ISSUER, "aud": ["ca"], "exp": now + 600, "nbf": now,
+            "sub": "system:serviceaccount:default:web",
+            "kubernetes.io": {
+                "namespace": "default", "serviceaccount": {"name": "web", "uid": "x"},
+                "pod": {"name": "web-0", "uid": "u1"},
+            },
+        });
+        change(&mut claims);
+        claims
+    }
+
+    async fn attest(attestor: &Jwks, token: &str) -> Option<Result<Caller, Unattested>> {
+        let credentials = Credentials {
+            bearer: Some(token),
+            certificate: None,
+        };
+        attestor.attest(credentials).await
+    }
+
+    #[tokio::test]
+    async fn identifies_callers_by_good_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("jwks");
+        let issuer = Issuer::new("one");
+        write_keys(&path, &[&issuer]);
+        let attestor = attestor(&path);
+        let workload = |node: Option<&str>| {
+            Some(Ok(Caller::Workload {
+                identity: "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
+                node: node.map(str::to_owned),
+            }))
+        };
+        let node = |node: &str| Some(Ok(Caller::Node { node: node.into() }));
+        let daemon = |c: &mut Value| {
+            c["kubernetes.io"]["namespace"] = "mesh".into();
+            c["kubernetes.io"]["serviceaccount"]["name"] = "daemon".into();
+        };
+        for (claims, expected) in [
+            (claims(|_| {}), workload(Some("a"))),
+            (claims(|c| c["aud"] = "ca".into()), workload(Some("a"))),
+            (
+                claims(|c| c["kubernetes.io"]["node"] = json!({"name": "b"})),
+                workload(Some("b")),
+            ),
+            (
+                claims(|c| c["kubernetes.io"]["pod"]["uid"] = "u0".into()),
+                workload(None),
+            ),
+            (claims(|c| c["kubernetes.io"] = Value::Null), workload(None)),
+            (
+                claims(|c| {
+                    daemon(c);
+                    c["kubernetes.io"]["node"] = json!({"name": "b"});
+                }),
+                node("b"),
+            ),
+        ] {
+            assert_eq!(
+                attest(&attestor, &issuer.sign(&claims)).await,
+                expected,
+                "{claims}"
+            );
+        }
+        let lost = attest(&attestor, &issuer.sign(&claims(daemon))).await;
+        assert!(matches!(lost, Some(Err(_))), "no node is known: {lost:?}");
+    }
+
+    #[tokio::test]
+    async fn refuses_bad_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("jwks");
+        let (issuer, stranger) = (Issuer::new("one"), Issuer::new("one"));
+        write_keys(&path, &[&issuer]);
+        let attestor = attestor(&path);
+        let now = jsonwebtoken::get_current_timestamp();
+        let good = claims(|_| {});
+        let without = |name: &str| claims(|c| drop(c.as_object_mut().unwrap().remove(name)));
+        let body = issuer.sign(&good);
+        let body = body.split('.').nth(1).unwrap();
+        // {"alg":"none"}, and HS256 with the key's id.
+        let none = format!("eyJhbGciOiJub25lIn0.{body}.");
+        let mut header = Header::new(Algorithm::HS256);
+        header.kid = Some("one".into());
+        let public = issuer.jwk["x"].as_str().unwrap();
+        let hmac =
+            jsonwebtoken::encode(&header, &good, &EncodingKey::from_secret(public.as_bytes()));
+        let unknown = Issuer::new("two");
+        for (token, expected) in [
+            (stranger.sign(&good), "signature is not that of"),
+            (unknown.sign(&good), "does not publish"),
+            (none, "not signed with"),
+            (hmac.unwrap(), "not signed with"),
+            (
+                issuer.sign(&claims(|c| c["exp"] = (now - 60).into())),
+                "has expired",
+            ),
+            (
+                issuer.sign(&claims(|c| c["nbf"] = (now + 60).into())),
+                "not valid yet",
+            ),
+            (
+                issuer.sign(&claims(|c| c["aud"] = "istio-ca".into())),
+                "another audience",
+            ),
+            (issuer.sign(&without("aud")), "has no aud"),
+            (issuer.sign(&without("exp")), "has no exp"),
+            (
+                issuer.sign(&claims(|c| c["exp"] = "soon".into())),
+                "has no exp",
+            ),
+            (
+                issuer.sign(&claims(|c| {
+                    c["kubernetes.io"]["serviceaccount"]["name"] = "../x".into();
+                })),
+                "service account",
+            ),
+            (
+                issuer.sign(&claims(|c| {
+                    c["kubernetes.io"] = Value::Null;
+                    c["sub"] = "alice".into();
+                })),
+                "no Kubernetes service account",
+            ),
+        ] {
+            let refused = attest(&attestor, &token).await.unwrap().unwrap_err();
+            assert!(refused.0.contains(expected), "{refused}, not {expected}");
+        }
+        for other in [
+            issuer.sign(&claims(|c| c["iss"] = "https://other.example".into())),
+            issuer.sign(&claims(|c| c["iss"] = json!([ISSUER]))),
+            "x.y.z".into(),
+            "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa".into(),
+        ] {
+            assert_eq!(attest(&attestor, &other).await, None);
+        }
+        assert_eq!(attestor.attest(Credentials::default()).await, None);
+    }
+
+    #[tokio::test]
+    async fn finds_new_keys() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("jwks");
+        let (one, two) = (Issuer::new("one"), Issuer::new("two"));
+        write_keys(&path, &[&one]);
+        let attestor = attestor(&path);
+        let (first, second) = (one.sign(&claims(|_| {})), two.sign(&claims(|_| {})));
+        assert!(attest(&attestor, &first).await.unwrap().is_ok());
+        assert!(attest(&attestor, &second).await.unwrap().is_err());
+        write_keys(&path, &[&two]);
+        while attest(&attestor, &second).await.unwrap().is_err() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        assert!(
+            attest(&attestor, &first).await.unwrap().is_err(),
+            "withdrawn"
+        );
+    }
+}

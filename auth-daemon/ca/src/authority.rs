@@ -1,0 +1,646 @@
+//! The CA of a trust domain, without a network: it issues, revokes, and rotates its root. Its callers decide who may ask.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use auth_mesh::Identity;
+use auth_tunnel::tls::{
+    rfc3339,
+    svid::Svid,
+    trust::{Reason, Revoked},
+    unix_seconds,
+};
+use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    config::{MIN_LIFETIME, Root, Settings},
+    crl,
+    csr::RequestedKey,
+    intermediate::Intermediate,
+    rotation::{self, Phase, Rotation},
+    signer::{self, SignError},
+    state::{CaState, Revocation, StoredSigner, Text},
+    status::AuthorityStatus,
+    store::{Store, StoreError, Stored},
+    view::{self, CaView},
+};
+pub use crate::{state::Serial, view::Published};
+
+/// The authority, while this replica is the leader.
+pub type Leader = watch::Receiver<Option<Arc<Authority>>>;
+
+/// What to revoke.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// One certificate.
+    Serial(Serial),
+    /// An identity: all of its certificates, and it gets no more.
+    Identity(Identity),
+    /// A node: all certificates that it got, all of its pods, and it gets no more.
+    Node(String),
+}
+
+/// Why the CA refuses a request.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The request is wrong: malformed, a weak key, a CSR that its key did not sign, another trust domain.
+    #[error("{0}")]
+    Request(String),
+    /// The identity or the node is revoked.
+    #[error("{0}")]
+    Revoked(#[from] Revoked),
+    /// The state could not be stored, so nothing was done.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    /// The operation does not fit the CA's state.
+    #[error("{0}")]
+    State(String),
+}
+
+/// Why a CA cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UnusableCa(pub String);
+
+/// Longest sleep before the clock is read again, because somebody may set it, in seconds.
+const LONGEST_SLEEP: u64 = 3600;
+/// Longest wait after a failure, in seconds.
+const LONGEST_RETRY: u64 = 60;
+/// Longest name of a node (a DNS subdomain, RFC 1123), in bytes.
+const MAX_NODE: usize = 253;
+
+/// The CA.
+pub struct Authority {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Arc<dyn Store>,
+    settings: Settings,
+    intermediate: Option<Intermediate>,
+    clock: Clock,
+    /// The stored state. Locked during a change.
+    state: tokio::sync::Mutex<CaState>,
+    /// The view of it, for readers.
+    view: ArcSwap<CaView>,
+    published: watch::Sender<Arc<Published>>,
+    /// Wakes [`Authority::run`] when something becomes due at another time.
+    changed: Notify,
+    /// When the next revocation lists are due, in seconds since the Unix epoch.
+    crls_due: AtomicU64,
+}
+
+/// The source of the current time.
+#[derive(Clone)]
+pub(crate) struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
+
+impl Clock {
+    pub(crate) fn new(now: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
+        Self(Arc::new(now))
+    }
+
+    fn now(&self) -> u64 {
+        unix_seconds((self.0)())
+    }
+}
+
+impl Authority {
+    /// Opens the CA of `store`, or creates one if there is none.
+    pub async fn open(store: Arc<dyn Store>, settings: Settings) -> Result<Self, UnusableCa> {
+        Self::open_at(store, settings, Clock::new(SystemTime::now)).await
+    }
+
+    pub(crate) async fn open_at(
+        store: Arc<dyn Store>,
+        settings: Settings,
+        clock: Clock,
+    ) -> Result<Self, UnusableCa> {
+        let now = clock.now();
+        check_settings(&settings)?;
+        let intermediate = match &settings.root {
+            Root::SelfSigned { .. } => None,
+            Root::Intermediate { directory } => Some(
+                Intermediate::load(directory, &settings.trust_domain, now)
+                    .map_err(|errors| UnusableCa(errors.join("\n")))?,
+            ),
+        };
+        let stored = store.load().await.map_err(|error| UnusableCa(error.0))?;
+        let in_state = |what| UnusableCa(format!("the CA's state {what}"));
+        let state = match stored {
+            Stored::State(json) => CaState::from_json(&json, now).map_err(in_state)?,
+            Stored::EmbeddedRoot(pem) => CaState::with_embedded_root(&pem)
+                .map_err(|what| UnusableCa(format!("the embedded CA's root {what}")))?,
+            Stored::Nothing => new_state(&settings, intermediate.as_ref(), now)?,
+        };
+        let mut state = check_state(state, &settings, intermediate.as_ref())?;
+        // The lists are signed anew, so what is published changes.
+        state.changed(now);
+        let view = CaView::new(&state, None, intermediate.as_ref()).map_err(UnusableCa)?;
+        let published = view
+            .publish(&state, now)
+            .map_err(|error| UnusableCa(error.to_string()))?;
+        let written = store.replace(&state.to_json()).await;
+        written.map_err(|error| UnusableCa(error.0))?;
+        let inner = Inner {
+            store,
+            settings,
+            intermediate,
+            clock,
+            state: tokio::sync::Mutex::new(state),
+            view: ArcSwap::from_pointee(view),
+            published: watch::Sender::new(Arc::new(published)),
+            changed: Notify::new(),
+            crls_due: AtomicU64::new(now + crl::LIFETIME / 2),
+        };
+        inner.write_published().await;
+        if let Some(intermediate) = &inner.intermediate {
+            intermediate.warn_before_expiry(now);
+        }
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Signs the key of `csr` (PKCS #10, DER; everything else in it is ignored) for `identity`. The certificate names
+    /// `node`, and is valid for `lifetime`, at most for the maximum; zero asks for the maximum, and less than ten seconds
+    /// is refused. Returns the leaf and its intermediates, without the root.
+    pub fn issue(
+        &self,
+        identity: &Identity,
+        csr: &[u8],
+        lifetime: Duration,
+        node: Option<&str>,
+    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+        let inner = &*self.inner;
+        inner.check_trust_domain(identity)?;
+        let lifetime = inner.lifetime(lifetime)?;
+        let view = inner.view.load_full();
+        let check = |view: &CaView| {
+            view.revocations.check_identity(identity)?;
+            node.map_or(Ok(()), |node| view.revocations.check_node(node))
+        };
+        check(&view)?;
+        let key =
+            RequestedKey::from_csr(csr).map_err(|error| Refusal::Request(error.to_string()))?;
+        if view.owns_key(&key.spki()) {
+            return Err(Refusal::Request("the CSR's key is the CA's own".into()));
+        }
+        let now = inner.clock.now();
+        let signer = view.signing();
+        let node = Some(node.unwrap_or_default());
+        let leaf = signer.svid(identity, &key, node, lifetime, now)?;
+        // The state may have changed meanwhile. A root that stopped signing is only needed for what it signed before.
+        let current = inner.view.load();
+        check(&current)?;
+        if current.rotation.signing != view.rotation.signing {
+            return Err(Refusal::State(
+                "the root was replaced while this was signed: retry".into(),
+            ));
+        }
+        Ok(signer.chain(&leaf))
+    }
+
+    /// Key and certificate for the CA's own server, for DNS names and IP addresses, and when to renew it: at half of its
+    /// life, or when the roots change ([`Authority::published`]).
+    pub fn server_certificate(
+        &self,
+        names: &[String],
+    ) -> Result<(Arc<CertifiedKey>, SystemTime), Refusal> {
+        let inner = &*self.inner;
+        let now = inner.clock.now();
+        let lifetime = inner.settings.max_lifetime.as_secs();
+        let view = inner.view.load();
+        let (key, leaf) = view.signing().server_certificate(names, lifetime, now)?;
+        let half = now + (leaf.not_after - now) / 2;
+        Ok((key, UNIX_EPOCH + Duration::from_secs(half)))
+    }
+
+    /// The content of `certificate` (DER), if this CA issued it to a workload, and it is neither expired nor revoked.
+    pub fn verify(&self, certificate: &[u8]) -> Result<Svid, String> {
+        let inner = &*self.inner;
+        let svid = Svid::parse(certificate, inner.settings.trust_domain.as_str())
+            .map_err(|error| error.to_string())?;
+        let view = inner.view.load();
+        if !view.issued(certificate) {
+            return Err(format!("{} was not issued by this CA", svid.serial));
+        }
+        if unix_seconds(svid.not_after) < inner.clock.now() {
+            return Err(format!("{} has expired", svid.serial));
+        }
+        view.check(&svid).map_err(|revoked| revoked.to_string())?;
+        Ok(svid)
+    }
+
+    /// Revokes `target`. If it is revoked already, that gets the new reason.
+    pub async fn revoke(&self, target: Target, reason: Reason) -> Result<(), Refusal> {
+        self.inner
+            .change(move |state, inner, now| inner.revoke(state, target, reason, now))
+            .await
+    }
+
+    /// Withdraws a revocation.
+    pub async fn unrevoke(&self, target: Target) -> Result<(), Refusal> {
+        self.inner
+            .change(move |state, _, _| {
+                let revoked = &mut state.revoked;
+                let found = match &target {
+                    Target::Serial(serial) => revoked.serials.remove(&Text(*serial)),
+                    Target::Identity(identity) => {
+                        revoked.identities.remove(&Text(identity.clone()))
+                    }
+                    Target::Node(node) => revoked.nodes.remove(node),
+                };
+                if found.is_none() {
+                    return Err(Refusal::State(format!(
+                        "{target} is not revoked by itself: `auth-daemon ca status` lists revocations"
+                    )));
+                }
+                tracing::warn!(%target, "revocation withdrawn");
+                Ok(())
+            })
+            .await
+    }
+
+    /// Starts to rotate the root. Returns the phase, for people.
+    pub async fn rotate_root(&self) -> Result<String, Refusal> {
+        self.inner
+            .change(|state, inner, now| {
+                inner.start_rotation(state, now)?;
+                Ok(view::describe(state.rotation))
+            })
+            .await
+    }
+
+    /// What is published, and each change of it.
+    pub fn published(&self) -> watch::Receiver<Arc<Published>> {
+        self.inner.published.subscribe()
+    }
+
+    /// The status of the CA.
+    pub fn status(&self) -> AuthorityStatus {
+        let inner = &*self.inner;
+        let view = inner.view.load();
+        AuthorityStatus {
+            trust_domain: inner.settings.trust_domain.to_string(),
+            phase: view.phase_name().into(),
+            phase_ends: view.rotation.due().map(rfc3339),
+            version: view.version,
+            algorithm: view.signing().algorithm(),
+            intermediate: inner.intermediate.is_some(),
+            roots: view.roots_status(),
+            revoked: view.revoked_status(),
+        }
+    }
+
+    /// Does what becomes due: the steps of a rotation, and new revocation lists before the old ones expire. Runs for
+    /// ever.
+    pub async fn run(&self) {
+        let mut failures = 0_u32;
+        loop {
+            let wait = match self.inner.do_due().await {
+                Ok(due) => {
+                    failures = 0;
+                    due.saturating_sub(self.inner.clock.now())
+                        .min(LONGEST_SLEEP)
+                }
+                Err(error) => {
+                    failures += 1;
+                    let wait = LONGEST_RETRY.min(1 << failures.min(6));
+                    tracing::error!(%error, retry_in_seconds = wait, "CA state cannot be advanced");
+                    wait
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_secs(wait)) => {}
+                () = self.inner.changed.notified() => {}
+            }
+        }
+    }
+}
+
+impl Inner {
+    /// Changes the state: the result of `change` is stored first, and takes effect then. Completes even if the caller
+    /// stops waiting.
+    async fn change<T: Send + 'static>(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut CaState, &Self, u64) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let inner = self.clone();
+        let task = tokio::spawn(async move {
+            let mut state = inner.state.lock().await;
+            let now = inner.clock.now();
+            let mut next = state.clone();
+            let answer = change(&mut next, &inner, now)?;
+            next.changed(now);
+            let previous = inner.view.load_full();
+            let view = CaView::new(&next, Some(&previous), inner.intermediate.as_ref())
+                .map_err(Refusal::State)?;
+            inner.store.replace(&next.to_json()).await?;
+            *state = next;
+            inner.view.store(Arc::new(view));
+            inner.publish(&state, now);
+            inner.write_published().await;
+            inner.changed.notify_one();
+            Ok(answer)
+        });
+        task.await
+            .unwrap_or_else(|error| Err(Refusal::State(format!("the change failed: {error}"))))
+    }
+
+    /// Signs the revocation lists of `state` and publishes everything.
+    fn publish(&self, state: &CaState, now: u64) {
+        let due = match self.view.load().publish(state, now) {
+            Ok(published) => {
+                self.published.send_replace(Arc::new(published));
+                now + crl::LIFETIME / 2
+            }
+            Err(error) => {
+                tracing::error!(%error, "revocation lists cannot be signed; daemons keep the last ones");
+                now + LONGEST_RETRY
+            }
+        };
+        self.crls_due.store(due, Ordering::SeqCst);
+    }
+
+    async fn write_published(&self) {
+        let published = self.published.borrow().clone();
+        let written = self.store.publish(&published.roots, &published.crls).await;
+        if let Err(error) = written {
+            tracing::warn!(%error, "published roots and revocation lists cannot be written");
+        }
+    }
+
+    fn lifetime(&self, wanted: Duration) -> Result<u64, Refusal> {
+        let most = self.settings.max_lifetime;
+        if wanted.is_zero() {
+            return Ok(most.as_secs());
+        }
+        if wanted < MIN_LIFETIME {
+            return Err(Refusal::Request(format!(
+                "a lifetime of {wanted:?} is asked for; the shortest is {MIN_LIFETIME:?}"
+            )));
+        }
+        Ok(wanted.min(most).as_secs())
+    }
+
+    fn check_trust_domain(&self, identity: &Identity) -> Result<(), Refusal> {
+        let own = &self.settings.trust_domain;
+        if identity.trust_domain() == own.as_str() {
+            return Ok(());
+        }
+        Err(Refusal::Request(format!(
+            "{identity} is not of trust domain {own}"
+        )))
+    }
+
+    fn revoke(
+        &self,
+        state: &mut CaState,
+        target: Target,
+        reason: Reason,
+        now: u64,
+    ) -> Result<(), Refusal> {
+        let new = Revocation { reason, at: now };
+        let revoked = &mut state.revoked;
+        let entry = match &target {
+            Target::Serial(serial) => {
+                if self.view.load().owns_serial(*serial) {
+                    return Err(Refusal::Request(
+                        "this is the serial number of the CA's own certificate: rotate the root instead".into(),
+                    ));
+                }
+                revoked.serials.entry(Text(*serial)).or_insert(new)
+            }
+            Target::Identity(identity) => {
+                self.check_trust_domain(identity)?;
+                let identities = revoked.identities.entry(Text(identity.clone()));
+                identities.or_insert(new)
+            }
+            Target::Node(node) => {
+                if node.is_empty() || node.len() > MAX_NODE || node.chars().any(char::is_control) {
+                    return Err(Refusal::Request(format!("{node:.64?} is not a node name")));
+                }
+                revoked.nodes.entry(node.clone()).or_insert(new)
+            }
+        };
+        entry.reason = reason;
+        tracing::warn!(%target, %reason, "revoked");
+        Ok(())
+    }
+
+    fn start_rotation(&self, state: &mut CaState, now: u64) -> Result<(), Refusal> {
+        let Root::SelfSigned {
+            algorithm,
+            lifetime,
+            spread,
+        } = &self.settings.root
+        else {
+            return Err(Refusal::State(
+                "the CA signs as an intermediate (pluggedIn): add the new root to root-cert.pem and restart, then \
+                 replace ca-cert.pem, ca-key.pem and cert-chain.pem and restart, then remove the old root"
+                    .into(),
+            ));
+        };
+        let rotation = state.rotation;
+        let in_progress = || {
+            Refusal::State(format!(
+                "a rotation is in progress ({}): wait until `auth-daemon ca status` shows steady",
+                view::describe(rotation)
+            ))
+        };
+        if rotation.phase != Phase::Steady {
+            return Err(in_progress());
+        }
+        let trust_domain = &self.settings.trust_domain;
+        let root = signer::make_root(trust_domain, *algorithm, lifetime.as_secs(), now)?;
+        let end = self.view.load().signing().life().end;
+        let stored = StoredSigner::root(root, self.settings.max_lifetime.as_secs())
+            .map_err(Refusal::State)?;
+        let next = state.add_signer(stored);
+        state.rotation = rotation
+            .start(next, now, spread.as_secs(), end)
+            .ok_or_else(in_progress)?;
+        tracing::info!(root = next, "new root published; it does not sign yet");
+        Ok(())
+    }
+
+    /// Does what is due now; returns when the next thing is due.
+    async fn do_due(self: &Arc<Self>) -> Result<u64, Refusal> {
+        loop {
+            let now = self.clock.now();
+            let view = self.view.load_full();
+            let crls = self.crls_due.load(Ordering::SeqCst);
+            let others = [view.rotation.due(), self.rotation_starts(&view)];
+            let due = others.into_iter().flatten().fold(crls, u64::min);
+            if due > now {
+                return Ok(due);
+            }
+            if let Some(intermediate) = &self.intermediate {
+                intermediate.warn_before_expiry(now);
+            }
+            self.change(move |state, inner, now| {
+                if let Some(next) = state.rotation.step(now, state.longest_lifetime()) {
+                    state.rotate(next);
+                    tracing::info!(phase = view::describe(next), "root rotation advanced");
+                } else if inner
+                    .rotation_starts(&inner.view.load())
+                    .is_some_and(|due| due <= now)
+                {
+                    tracing::info!("root expires soon and is replaced");
+                    inner.start_rotation(state, now)?;
+                }
+                Ok(())
+            })
+            .await?;
+        }
+    }
+
+    /// When a rotation starts by itself; `None` during a rotation, and for an intermediate.
+    fn rotation_starts(&self, view: &CaView) -> Option<u64> {
+        match &self.settings.root {
+            Root::SelfSigned { spread, .. } if view.rotation.phase == Phase::Steady => {
+                let lifetime = self.settings.max_lifetime.as_secs();
+                let life = view.signing().life();
+                Some(rotation::starts_by_itself(life, spread.as_secs(), lifetime))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Refuses settings that cannot work, with all errors.
+fn check_settings(settings: &Settings) -> Result<(), UnusableCa> {
+    let mut errors = Vec::new();
+    let longest = settings.max_lifetime;
+    if longest < MIN_LIFETIME {
+        errors.push(format!(
+            "the longest lifetime of a certificate is {longest:?}; it is at least {MIN_LIFETIME:?}"
+        ));
+    }
+    if let Root::SelfSigned {
+        lifetime, spread, ..
+    } = &settings.root
+    {
+        let least = 2 * rotation::least_left(spread.as_secs(), longest.as_secs());
+        if lifetime.as_secs() < least {
+            errors.push(format!(
+                "a root's lifetime of {lifetime:?} is too short to replace it in time: with certificates of \
+                 {longest:?} and a spread of {spread:?} it is at least {least} s"
+            ));
+        }
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    Err(UnusableCa(errors.join("\n")))
+}
+
+fn new_state(
+    settings: &Settings,
+    intermediate: Option<&Intermediate>,
+    now: u64,
+) -> Result<CaState, UnusableCa> {
+    let (domain, longest) = (&settings.trust_domain, settings.max_lifetime.as_secs());
+    match (&settings.root, intermediate) {
+        (
+            Root::SelfSigned {
+                algorithm,
+                lifetime,
+                ..
+            },
+            _,
+        ) => {
+            let root = signer::make_root(domain, *algorithm, lifetime.as_secs(), now)
+                .map_err(|error| UnusableCa(error.to_string()))?;
+            CaState::with_root(domain, root, longest).map_err(UnusableCa)
+        }
+        (Root::Intermediate { .. }, Some(intermediate)) => {
+            let certificate = intermediate.signer.certificate().clone();
+            Ok(CaState::with_intermediate(domain, certificate, longest))
+        }
+        (Root::Intermediate { .. }, None) => Err(UnusableCa("there is no intermediate".into())),
+    }
+}
+
+/// Checks that the stored state belongs to these settings, and makes the configured intermediate the signer.
+fn check_state(
+    mut state: CaState,
+    settings: &Settings,
+    intermediate: Option<&Intermediate>,
+) -> Result<CaState, UnusableCa> {
+    if state.trust_domain != settings.trust_domain {
+        return Err(UnusableCa(format!(
+            "the CA's state is of trust domain {}, but trustDomain is {}: each needs a place of its own",
+            state.trust_domain, settings.trust_domain
+        )));
+    }
+    let longest = settings.max_lifetime.as_secs();
+    for signer in state.signers.values_mut() {
+        signer.max_lifetime = signer.max_lifetime.max(longest);
+    }
+    let own_root = state.signers.values().any(|signer| signer.key.is_some());
+    match (own_root, intermediate) {
+        (true, Some(_)) => Err(UnusableCa(
+            "the CA's state has a root of its own, but an intermediate (pluggedIn) is configured: use a new place for \
+             the state, and keep the old root beside the new one in root-cert.pem until its last certificate has expired"
+                .into(),
+        )),
+        (false, None) => Err(UnusableCa(
+            "the CA's state is of an intermediate (pluggedIn), but none is configured: configure it, or use a new \
+             place for the state"
+                .into(),
+        )),
+        (true, None) => Ok(state),
+        (false, Some(intermediate)) => {
+            let certificate = intermediate.signer.certificate();
+            if state.signers[&state.rotation.signing].certificate != *certificate {
+                let number = state.add_signer(StoredSigner {
+                    certificate: certificate.clone(),
+                    key: None,
+                    max_lifetime: longest,
+                });
+                state.rotate(Rotation::steady(number));
+                tracing::info!("another intermediate is configured");
+            }
+            Ok(state)
+        }
+    }
+}
+
+impl From<SignError> for Refusal {
+    fn from(error: SignError) -> Self {
+        match error {
+            SignError::Name(_) | SignError::NoName => Self::Request(error.to_string()),
+            error => Self::State(error.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Serial(serial) => write!(f, "certificate {serial}"),
+            Self::Identity(identity) => write!(f, "{identity}"),
+            Self::Node(node) => write!(f, "node {node}"),
+        }
+    }
+}
+
+impl fmt::Debug for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Authority")
+            .field("settings", &self.inner.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! TLS of the CA's server: a certificate of its own, renewed in time, and callers with or without a client certificate.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::ArcSwapOption;
+use auth_mesh::TrustDomain;
+use auth_tunnel::tls::{provider, svid::Svid};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
+    ServerConfig, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    pki_types::{CertificateDer, UnixTime},
+    server::{
+        NoServerSessionStorage, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::{CertifiedKey, SingleCertAndKey},
+    version::TLS13,
+};
+
+use crate::authority::{Authority, Leader};
+
+const RETRY: Duration = Duration::from_secs(1);
+/// How often the clock is read at least, because somebody may set it.
+const CHECK: Duration = Duration::from_secs(600);
+
+/// The configuration of new handshakes; `None` before this process was the leader for the first time.
+pub(crate) type CurrentTls = Arc<ArcSwapOption<ServerConfig>>;
+
+/// TLS 1.3 and HTTP/2 as the holder of `key`. A client may stay without a certificate; one that shows a certificate
+/// must hold an SVID of the trust domain that leads to one of `roots`.
+pub(crate) fn config(
+    key: Arc<CertifiedKey>,
+    roots: &[CertificateDer<'static>],
+    trust_domain: &TrustDomain,
+) -> Result<ServerConfig, Error> {
+    let mut store = RootCertStore::empty();
+    for root in roots {
+        store.add(root.clone())?;
+    }
+    let provider = Arc::new(provider());
+    let webpki = WebPkiClientVerifier::builder_with_provider(Arc::new(store), provider.clone())
+        .allow_unauthenticated()
+        .clear_root_hint_subjects()
+        .build()
+        .map_err(|error| Error::General(error.to_string()))?;
+    let verifier = Arc::new(WorkloadsOnly {
+        trust_domain: trust_domain.clone(),
+        webpki,
+    });
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    // A resumed session would not present its certificate again, and callers connect rarely.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(config)
+}
+
+/// Renews `current`. Returns when to do so again.
+pub(crate) fn renew(
+    leader: &Authority,
+    roots: &[CertificateDer<'static>],
+    names: &[String],
+    trust_domain: &TrustDomain,
+    current: &CurrentTls,
+) -> Duration {
+    let made = leader
+        .server_certificate(names)
+        .map_err(|error| error.to_string())
+        .and_then(|(key, due)| {
+            let config = config(key, roots, trust_domain).map_err(|error| error.to_string())?;
+            Ok((config, due))
+        });
+    match made {
+        Ok((config, due)) => {
+            current.store(Some(Arc::new(config)));
+            let wait = due.duration_since(SystemTime::now()).unwrap_or_default();
+            tracing::debug!(
+                renew_in_seconds = wait.as_secs(),
+                "server certificate renewed"
+            );
+            wait.max(RETRY)
+        }
+        Err(error) => {
+            tracing::error!(%error, "server certificate cannot be renewed; retrying");
+            RETRY
+        }
+    }
+}
+
+/// Renews `current` when this replica becomes the leader, when the roots change, and when the certificate is due.
+pub(crate) async fn keep_current(
+    mut authority: Leader,
+    names: Vec<String>,
+    trust_domain: TrustDomain,
+    current: CurrentTls,
+) {
+    loop {
+        let leader = authority.borrow_and_update().clone();
+        // A former leader keeps its last certificate, to tell callers that it is not the leader any more.
+        let Some(leader) = leader else {
+            if authority.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        let mut published = leader.published();
+        let roots = published.borrow_and_update().roots.clone();
+        let wait = renew(&leader, &roots, &names, &trust_domain, &current);
+        let new_roots = async {
+            while published.changed().await.is_ok() {
+                if published.borrow_and_update().roots != roots {
+                    return;
+                }
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            changed = authority.changed() => if changed.is_err() { return },
+            () = new_roots => {}
+            () = tokio::time::sleep(wait.min(CHECK)) => {}
+        }
+    }
+}
+
+/// Accepts callers without a certificate, and those with a workload's.
+#[derive(Debug)]
+struct WorkloadsOnly {
+    trust_domain: TrustDomain,
+    webpki: Arc<dyn ClientCertVerifier>,
+}
+
+impl ClientCertVerifier for WorkloadsOnly {
+    fn offer_client_auth(&self) -> bool {
+        true
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        Svid::parse(end_entity, self.trust_domain.as_str())
+            .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))))?;
+        self.webpki
+            .verify_client_cert(end_entity, intermediates, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.2 is not supported".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.webpki
+            .verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.webpki.supported_verify_schemes()
+    }
+}

@@ -1,0 +1,456 @@
+//! What the CA answers: Istio's certificate service, and the trust bundle for those who watch it.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use auth_ca_api::{
+    IMPERSONATED_IDENTITY,
+    auth::{Denial, Trust, WatchRequest, trust_service_server::TrustService},
+    istio::{
+        IstioCertificateRequest, IstioCertificateResponse,
+        istio_certificate_service_server::IstioCertificateService,
+    },
+    pem,
+};
+use auth_mesh::{Identity, Registry, TrustDomain};
+use auth_tunnel::tls::{svid::Svid, trust::Reason, unix_seconds};
+use futures_util::{Stream, stream};
+use prost_types::value::Kind as FieldKind;
+use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, pem::PemObject};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
+
+use crate::{
+    attest::{Attestor, Caller, Credentials, Unattested},
+    authority::{Authority, Leader, Published, Refusal},
+    connections::{Peer, WatchGuard},
+    counters::{Counters, Kind},
+    placement::{self, Denied, Grant},
+    signer,
+};
+
+/// How long a request waits for the registry to learn of a pod: its node may know it a moment earlier.
+const PLACEMENT_WAIT: Duration = Duration::from_secs(1);
+/// Longest bearer token, in bytes.
+const MAX_TOKEN: usize = 12 << 10;
+pub(crate) const NOT_THE_LEADER: &str = "this replica is not the leader";
+
+/// Decides on requests.
+#[derive(Debug)]
+pub(crate) struct CaService {
+    pub(crate) trust_domain: TrustDomain,
+    /// Asked in this order who the caller is.
+    pub(crate) attestors: Vec<Arc<dyn Attestor>>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) leader: Leader,
+    pub(crate) counters: Arc<Counters>,
+    /// Longest lifetime of a certificate.
+    pub(crate) lifetime: Duration,
+}
+
+/// A refusal, and what is logged of it.
+struct Refused {
+    kind: Kind,
+    caller: Option<Caller>,
+    asked: Option<String>,
+    why: String,
+}
+
+impl Refused {
+    fn new(kind: Kind, why: impl Into<String>) -> Self {
+        Self {
+            kind,
+            caller: None,
+            asked: None,
+            why: why.into(),
+        }
+    }
+
+    fn by(self, caller: &Caller) -> Self {
+        Self {
+            caller: Some(caller.clone()),
+            ..self
+        }
+    }
+
+    fn status(&self) -> Status {
+        let code = match self.kind {
+            Kind::Unattested => Code::Unauthenticated,
+            Kind::Denied | Kind::Revoked => Code::PermissionDenied,
+            Kind::Malformed => Code::InvalidArgument,
+            Kind::TooLarge => Code::ResourceExhausted,
+            Kind::Unavailable => Code::Unavailable,
+        };
+        Status::new(code, self.why.chars().take(512).collect::<String>())
+    }
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Request(why) => Self::new(Kind::Malformed, why),
+            Refusal::Revoked(revoked) => Self::new(Kind::Revoked, revoked.to_string()),
+            // The CA's paths and names are for its own log.
+            Refusal::Store(error) => {
+                tracing::error!(%error, "CA state cannot be stored");
+                Self::new(
+                    Kind::Unavailable,
+                    "the CA cannot store its state; its log says why",
+                )
+            }
+            Refusal::State(why) => Self::new(Kind::Unavailable, why),
+        }
+    }
+}
+
+impl CaService {
+    fn authority(&self) -> Result<Arc<Authority>, Refused> {
+        let leader = self.leader.borrow().clone();
+        leader.ok_or_else(|| Refused::new(Kind::Unavailable, NOT_THE_LEADER))
+    }
+
+    /// Identifies the caller. A token takes precedence over a certificate, which does not make up for a bad token.
+    async fn attest(&self, peer: &Peer, metadata: &MetadataMap) -> Result<Caller, Refused> {
+        let unattested = |why: &str| Refused::new(Kind::Unattested, why);
+        let bearer = bearer(metadata).map_err(|why| unattested(&why.0))?;
+        let certificate = peer.certificate.as_ref().filter(|_| bearer.is_none());
+        let credentials = Credentials {
+            bearer,
+            certificate,
+        };
+        for attestor in &self.attestors {
+            if let Some(outcome) = attestor.attest(credentials).await {
+                return outcome.map_err(|why| unattested(&why.0));
+            }
+        }
+        Err(unattested(if bearer.is_some() {
+            "the token is no known node's, and of no known issuer"
+        } else {
+            "the request has neither a bearer token nor a client certificate"
+        }))
+    }
+
+    /// Decides what the caller may have. Waits a little for a pod that is not known yet.
+    async fn place(&self, caller: &Caller, asked: Option<&Identity>) -> Result<Grant, Denied> {
+        let mut changes = self.registry.changes();
+        let deadline = Instant::now() + PLACEMENT_WAIT;
+        loop {
+            changes.borrow_and_update();
+            let snapshot = self.registry.snapshot();
+            match placement::decide(caller, asked, &self.trust_domain, &snapshot) {
+                Err(denied @ Denied::NotThere { .. }) => {
+                    if !matches!(timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
+                        return Err(denied);
+                    }
+                }
+                decided => return decided,
+            }
+        }
+    }
+
+    async fn issue(
+        &self,
+        peer: &Peer,
+        metadata: &MetadataMap,
+        request: &IstioCertificateRequest,
+    ) -> Result<Vec<String>, Refused> {
+        let authority = self.authority()?;
+        let caller = self.attest(peer, metadata).await?;
+        let asked = impersonated(request).map_err(|refused| refused.by(&caller))?;
+        let issued = self
+            .issue_for(&authority, &caller, asked.as_deref(), request)
+            .await;
+        let (chain, grant) = issued.map_err(|refused| Refused {
+            asked,
+            ..refused.by(&caller)
+        })?;
+        let leaf = Svid::parse(&chain[0], self.trust_domain.as_str()).ok();
+        self.counters.issued.inc();
+        tracing::info!(
+            peer = %peer.address,
+            identity = %grant.identity,
+            node = grant.node.as_deref().unwrap_or_default(),
+            serial = leaf.as_ref().map_or("", |leaf| &*leaf.serial),
+            not_after = leaf.as_ref().map_or(0, |leaf| unix_seconds(leaf.not_after)),
+            "certificate issued"
+        );
+        Ok(chain.iter().map(|der| pem::certificate(der)).collect())
+    }
+
+    /// The chain, with its root.
+    async fn issue_for(
+        &self,
+        authority: &Authority,
+        caller: &Caller,
+        asked: Option<&str>,
+        request: &IstioCertificateRequest,
+    ) -> Result<(Vec<CertificateDer<'static>>, Grant), Refused> {
+        let malformed = |why: String| Refused::new(Kind::Malformed, why);
+        let csr = CertificateSigningRequestDer::from_pem_slice(request.csr.as_bytes())
+            .map_err(|_| malformed("csr: is not a CERTIFICATE REQUEST in PEM".into()))?;
+        let parse = |asked: &str| {
+            let parsed = asked.parse::<Identity>();
+            parsed.map_err(|error| malformed(format!("metadata.{IMPERSONATED_IDENTITY}: {error}")))
+        };
+        let asked = asked.map(parse).transpose()?;
+        let grant = self.place(caller, asked.as_ref()).await.map_err(|denied| {
+            let kind = match denied {
+                Denied::Unnamed(_) => Kind::Malformed,
+                _ => Kind::Denied,
+            };
+            Refused::new(kind, denied.to_string())
+        })?;
+        let lifetime = match u64::try_from(request.validity_duration) {
+            Ok(seconds @ 1..) => Duration::from_secs(seconds).min(self.lifetime),
+            _ => self.lifetime,
+        };
+        let mut chain = authority.issue(&grant.identity, &csr, lifetime, grant.node.as_deref())?;
+        let root = root_of(&chain, &authority.published().borrow().roots);
+        let Some(root) = root else {
+            tracing::error!(identity = %grant.identity, "no published root issued the new certificate");
+            let why = "the CA has no root for what it signs";
+            return Err(Refused::new(Kind::Unavailable, why));
+        };
+        chain.push(root);
+        Ok((chain, grant))
+    }
+
+    /// Counts and logs a refusal, and turns it into an answer.
+    fn refuse(&self, peer: &Peer, refused: &Refused) -> Status {
+        let asked = refused.asked.as_deref().unwrap_or_default();
+        self.counters.refused(refused.kind);
+        tracing::warn!(
+            peer = %peer.address,
+            caller = refused.caller.as_ref().map(ToString::to_string).unwrap_or_default(),
+            asked = asked.chars().take(256).collect::<String>(),
+            kind = refused.kind.name(),
+            why = refused.why,
+            "request refused"
+        );
+        refused.status()
+    }
+}
+
+/// The token of `authorization`, whose scheme may have any case (RFC 9110 §11.1).
+fn bearer(metadata: &MetadataMap) -> Result<Option<&str>, Unattested> {
+    let refused = |why: &str| Unattested(why.to_owned());
+    let mut values = metadata.get_all("authorization").iter();
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
+    if values.next().is_some() {
+        return Err(refused("there is more than one authorization"));
+    }
+    let value = value
+        .to_str()
+        .map_err(|_| refused("authorization is not text"))?;
+    let token = match value.split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
+        _ => return Err(refused("authorization is not a bearer token")),
+    };
+    match token.len() {
+        0 => Err(refused("the bearer token is empty")),
+        1..=MAX_TOKEN => Ok(Some(token)),
+        _ => Err(refused("the bearer token is too long")),
+    }
+}
+
+/// The identity that a node asks for. Istio's clients leave it out, or empty, to ask for themselves.
+fn impersonated(request: &IstioCertificateRequest) -> Result<Option<String>, Refused> {
+    let metadata = request.metadata.as_ref();
+    match metadata.and_then(|metadata| metadata.fields.get(IMPERSONATED_IDENTITY)) {
+        None => Ok(None),
+        Some(value) => match &value.kind {
+            Some(FieldKind::StringValue(text)) if text.is_empty() => Ok(None),
+            Some(FieldKind::StringValue(text)) => Ok(Some(text.clone())),
+            _ => {
+                let why = format!("metadata.{IMPERSONATED_IDENTITY}: is not a string");
+                Err(Refused::new(Kind::Malformed, why))
+            }
+        },
+    }
+}
+
+/// The root that signed the last certificate of `chain`.
+fn root_of(
+    chain: &[CertificateDer<'_>],
+    roots: &[CertificateDer<'static>],
+) -> Option<CertificateDer<'static>> {
+    let last = signer::parse(chain.last()?).ok()?;
+    let signed = |root: &&CertificateDer<'static>| {
+        signer::parse(root).is_ok_and(|root| {
+            root.subject().as_raw() == last.issuer().as_raw()
+                && last.verify_signature(Some(root.public_key())).is_ok()
+        })
+    };
+    roots.iter().find(signed).cloned()
+}
+
+fn peer<T>(request: &Request<T>) -> Result<Arc<Peer>, Status> {
+    let peer = request.extensions().get::<Arc<Peer>>();
+    peer.cloned()
+        .ok_or_else(|| Status::internal("the connection is not known"))
+}
+
+#[tonic::async_trait]
+impl IstioCertificateService for CaService {
+    async fn create_certificate(
+        &self,
+        request: Request<IstioCertificateRequest>,
+    ) -> Result<Response<IstioCertificateResponse>, Status> {
+        let peer = peer(&request)?;
+        let (metadata, _, request) = request.into_parts();
+        match self.issue(&peer, &metadata, &request).await {
+            Ok(cert_chain) => Ok(Response::new(IstioCertificateResponse { cert_chain })),
+            Err(refused) => Err(self.refuse(&peer, &refused)),
+        }
+    }
+}
+
+/// Streams the trust bundle to daemons.
+#[derive(Debug)]
+pub(crate) struct TrustWatches {
+    pub(crate) service: Arc<CaService>,
+    pub(crate) stopped: watch::Receiver<bool>,
+}
+
+/// The watch of one daemon.
+struct Watcher {
+    leader: Leader,
+    published: watch::Receiver<Arc<Published>>,
+    stopped: watch::Receiver<bool>,
+    first: bool,
+    _guard: WatchGuard,
+}
+
+impl Watcher {
+    /// The next message: the newest bundle, whatever was missed since the last one. An error ends the stream.
+    async fn next(&mut self) -> Result<Trust, Status> {
+        if !std::mem::take(&mut self.first) {
+            let ended = tokio::select! {
+                _ = self.stopped.wait_for(|stopped| *stopped) => Some("the CA is stopping"),
+                _ = self.leader.changed() => Some(NOT_THE_LEADER),
+                changed = self.published.changed() => changed.err().map(|_| NOT_THE_LEADER),
+            };
+            if let Some(why) = ended {
+                return Err(Status::unavailable(why));
+            }
+        }
+        Ok(message(&self.published.borrow_and_update()))
+    }
+}
+
+#[tonic::async_trait]
+impl TrustService for TrustWatches {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<Trust, Status>> + Send>>;
+
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let (peer, service) = (peer(&request)?, &*self.service);
+        let refuse = |refused: Refused| service.refuse(&peer, &refused);
+        let mut leader = service.leader.clone();
+        leader.mark_unchanged();
+        let authority = service.authority().map_err(refuse)?;
+        let caller = service.attest(&peer, request.metadata()).await;
+        let caller = caller.map_err(refuse)?;
+        let guard = peer.watch().ok_or_else(|| {
+            let why = "this connection has too many watches already";
+            refuse(Refused::new(Kind::TooLarge, why).by(&caller))
+        })?;
+        tracing::info!(peer = %peer.address, %caller, "trust watch started");
+        let watcher = Watcher {
+            leader,
+            published: authority.published(),
+            stopped: self.stopped.clone(),
+            first: true,
+            _guard: guard,
+        };
+        let messages = stream::unfold(Some(watcher), |watcher| async move {
+            let mut watcher = watcher?;
+            let next = watcher.next().await;
+            let watcher = next.is_ok().then_some(watcher);
+            Some((next, watcher))
+        });
+        Ok(Response::new(Box::pin(messages)))
+    }
+}
+
+fn message(published: &Published) -> Trust {
+    let denial = |name: &str, reason: &Reason| Denial {
+        name: name.to_owned(),
+        reason: reason.as_str().to_owned(),
+    };
+    let ders =
+        |certificates: &[CertificateDer<'_>]| certificates.iter().map(|c| c.to_vec()).collect();
+    let (identities, nodes) = (published.identities.iter(), published.nodes.iter());
+    Trust {
+        version: published.version,
+        roots: ders(&published.roots),
+        crls: published.crls.clone(),
+        denied_identities: identities
+            .map(|(identity, reason)| denial(identity.as_str(), reason))
+            .collect(),
+        denied_nodes: nodes.map(|(node, reason)| denial(node, reason)).collect(),
+        phase: published.phase.clone(),
+        intermediates: ders(&published.intermediates),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_bearer_tokens() {
+        let authorization = |values: &[&str]| {
+            let mut metadata = MetadataMap::new();
+            for value in values {
+                metadata.append("authorization", value.parse().unwrap());
+            }
+            metadata
+        };
+        assert_eq!(bearer(&MetadataMap::new()), Ok(None));
+        for good in ["Bearer x", "bearer x", "BEARER   x "] {
+            assert_eq!(bearer(&authorization(&[good])), Ok(Some("x")), "{good}");
+        }
+        let long = format!("Bearer {}", "x".repeat(MAX_TOKEN + 1));
+        for bad in [
+            &["Basic x"][..],
+            &["Bearer"],
+            &["Bearer "],
+            &["x"],
+            &["Bearer x", "Bearer x"],
+            &[&long],
+        ] {
+            assert!(bearer(&authorization(bad)).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn impersonation_is_a_string_or_nothing() {
+        let request = |kind: Option<FieldKind>| IstioCertificateRequest {
+            metadata: Some(prost_types::Struct {
+                fields: [(
+                    IMPERSONATED_IDENTITY.to_owned(),
+                    prost_types::Value { kind },
+                )]
+                .into(),
+            }),
+            ..Default::default()
+        };
+        let read = |request: &IstioCertificateRequest| {
+            impersonated(request).map_err(|refused| refused.kind)
+        };
+        assert_eq!(read(&IstioCertificateRequest::default()), Ok(None));
+        let text = |text: &str| request(Some(FieldKind::StringValue(text.into())));
+        assert_eq!(read(&text("")), Ok(None));
+        assert_eq!(read(&text("spiffe://x")), Ok(Some("spiffe://x".into())));
+        for bad in [None, Some(FieldKind::NumberValue(1.0))] {
+            assert_eq!(read(&request(bad)), Err(Kind::Malformed));
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! The kernel's side, as the daemon handles it: programs, maps and pins; pods' network namespaces and the sockets and
+//! routes inside them.
+
+mod containers;
+mod events;
+pub mod features;
+mod first_socket;
+mod flows;
+pub mod host;
+mod kernel;
+pub mod mounts;
+mod netns;
+mod netns_discovery;
+mod pin_lock;
+mod plumbing;
+mod pods;
+mod processes;
+mod same_node;
+pub mod sockets;
+pub mod unload;
+
+pub use containers::{NoPodUid, PodUid};
+pub use first_socket::FirstSockets;
+pub use kernel::{Kernel, KernelError, try_load};
+pub use netns::Netns;
+pub use netns_discovery::NetnsDiscovery;
+pub use pin_lock::PinLock;
+pub use pods::{EnrolError, Enrolled, forget_others, open_netns};
+pub use processes::{Scan, Whereabouts, find};
+pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};

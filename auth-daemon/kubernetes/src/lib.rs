@@ -1,0 +1,429 @@
+//! The cluster's API server: how it is reached, and calls with a limit and a deadline each.
+//!
+//! Calls do not go through [`kube::Api`]: that reads an answer of any length, without a deadline, and logs the whole of
+//! one that it cannot parse, tokens and keys included.
+
+pub mod objects;
+
+use std::{env, error::Error, fmt::Debug, marker::PhantomData, time::Duration};
+
+use axum::body::{Body, to_bytes};
+use futures_util::{Stream, StreamExt};
+use k8s_openapi::NamespaceResourceScope;
+use kube::{
+    Api, Client, Config, Resource,
+    api::{DeleteParams, GetParams, ListParams, Patch, PatchParams, PostParams, Preconditions},
+    client::{Body as ClientBody, ClientBuilder},
+    config::KubeConfigOptions,
+    core::{ObjectList, Request, Status},
+    runtime::{WatchStreamExt, utils::Backoff, watcher},
+};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use auth_support::backoff;
+
+/// How long one call may take, its answer included.
+pub const DEADLINE: Duration = Duration::from_secs(5);
+/// Longest answer that is read, in bytes. A page of a list fits: objects have at most 1.5 MiB.
+const MAX_ANSWER_BYTES: usize = 32 << 20;
+/// Longest text of the API server's that goes into an error, in characters.
+const MAX_TEXT: usize = 300;
+/// Objects in one page of a list.
+const PAGE: u32 = 20;
+/// After the first failure of a watch, and after many: of 5,000 nodes, a thousand a second ask an API server that is back.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// Why the cluster's API cannot be used at all. Names what to set.
+#[derive(Debug, thiserror::Error)]
+#[error("kubernetes: {0}")]
+pub struct NoCluster(String);
+
+/// Connects to the cluster of `$KUBECONFIG`, else to the one that this process runs in as a pod. Nothing is sent yet.
+pub async fn connect() -> Result<Client, NoCluster> {
+    let config = if env::var_os("KUBECONFIG").is_some() {
+        Config::from_kubeconfig(&KubeConfigOptions::default())
+            .await
+            .map_err(|error| NoCluster(format!("$KUBECONFIG: {}", with_causes(&error))))?
+    } else {
+        Config::incluster().map_err(|error| {
+            NoCluster(format!(
+                "$KUBECONFIG is not set, and this is no pod with a service account: {}",
+                with_causes(&error)
+            ))
+        })?
+    };
+    client(config)
+}
+
+/// Whether [`connect`] takes this process for a pod.
+pub fn is_pod() -> bool {
+    env::var_os("KUBECONFIG").is_none()
+}
+
+/// A client of the API server that `config` names. Fails where that server's certificate would not be checked.
+pub fn client(mut config: Config) -> Result<Client, NoCluster> {
+    // kube builds its TLS from the process's default. The first one to be set counts: it has to be this.
+    if CryptoProvider::get_default().is_none() {
+        let _ = aws_lc_rs::default_provider().install_default();
+    }
+    if config.accept_invalid_certs || config.cluster_url.scheme_str() != Some("https") {
+        return Err(NoCluster(format!(
+            "{}: the API server says who may have which certificate, so its own must be checked: use https, with \
+             certificate-authority and without insecure-skip-tls-verify",
+            config.cluster_url
+        )));
+    }
+    config.connect_timeout = Some(DEADLINE);
+    // Who calls knows better whether a call may be made again.
+    config.default_retry = false;
+    let builder =
+        ClientBuilder::try_from(config).map_err(|error| NoCluster(with_causes(&error)))?;
+    Ok(builder.build())
+}
+
+/// Why a call has no result.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// No answer in time.
+    #[error("the API server did not answer within {0:?}")]
+    TimedOut(Duration),
+    /// No connection, or it broke.
+    #[error("the API server cannot be reached: {0}")]
+    Unreachable(String),
+    /// It said no.
+    #[error("the API server refuses: {message} ({reason}, HTTP {code})")]
+    Refused {
+        /// HTTP status.
+        code: u16,
+        /// One word, for programs.
+        reason: String,
+        /// A sentence, for people.
+        message: String,
+    },
+    /// Too long, or not what was asked for.
+    #[error("the API server's answer is not understood: {0}")]
+    Answer(String),
+}
+
+impl Fault {
+    /// The object is there already, or has changed since it was read.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Self::Refused { code: 409, .. })
+    }
+
+    /// There is no such object.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused { code: 404, .. })
+    }
+
+    /// Whether what was asked for may have been done, or may yet be.
+    pub fn is_uncertain(&self) -> bool {
+        match self {
+            Self::TimedOut(_) | Self::Unreachable(_) | Self::Answer(_) => true,
+            Self::Refused { code, .. } => *code >= 500,
+        }
+    }
+}
+
+/// The objects of one kind, in one namespace or in all.
+#[derive(Clone)]
+pub struct Objects<K> {
+    client: Client,
+    request: Request,
+    kind: PhantomData<fn() -> K>,
+}
+
+impl<K> std::fmt::Debug for Objects<K> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Objects")
+            .field("path", &self.request.url_path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
+    /// Those of `namespace`.
+    pub fn of(client: Client, namespace: &str) -> Self
+    where
+        K: Resource<Scope = NamespaceResourceScope>,
+    {
+        Self::at(client, K::url_path(&(), Some(namespace)))
+    }
+
+    /// Those of the cluster.
+    pub fn all(client: Client) -> Self {
+        Self::at(client, K::url_path(&(), None))
+    }
+
+    fn at(client: Client, path: String) -> Self {
+        Self {
+            client,
+            request: Request::new(path),
+            kind: PhantomData,
+        }
+    }
+
+    /// The object, or nothing where there is none.
+    pub async fn get(&self, name: &str) -> Result<Option<K>, Fault> {
+        match self
+            .call(self.request.get(name, &GetParams::default()))
+            .await
+        {
+            Ok(found) => Ok(Some(found)),
+            Err(fault) if fault.is_not_found() => Ok(None),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// All objects with these labels.
+    pub async fn list(&self, labels: &str) -> Result<Vec<K>, Fault> {
+        let mut parameters = ListParams::default().labels(labels).limit(PAGE);
+        let mut objects = Vec::new();
+        loop {
+            let page: ObjectList<K> = self.call(self.request.list(&parameters)).await?;
+            objects.extend(page.items);
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => parameters.continue_token = Some(token),
+                None => return Ok(objects),
+            }
+        }
+    }
+
+    /// Makes an object; returns it as it is kept.
+    pub async fn create(&self, object: &K) -> Result<K, Fault>
+    where
+        K: Serialize,
+    {
+        let body = serialize(object)?;
+        self.call(self.request.create(&PostParams::default(), body))
+            .await
+    }
+
+    /// Replaces an object, if it still has the resource version that `object` names.
+    pub async fn replace(&self, name: &str, object: &K) -> Result<K, Fault>
+    where
+        K: Serialize,
+    {
+        let body = serialize(object)?;
+        self.call(self.request.replace(name, &PostParams::default(), body))
+            .await
+    }
+
+    /// Changes fields of an object (RFC 7396).
+    pub async fn merge(&self, name: &str, change: &Value) -> Result<K, Fault> {
+        let patch = Patch::Merge(change);
+        self.call(self.request.patch(name, &PatchParams::default(), &patch))
+            .await
+    }
+
+    /// Removes the object, if it is the one with this UID. It is no fault when it is gone already.
+    pub async fn delete(&self, name: &str, uid: Option<String>) -> Result<(), Fault> {
+        let parameters = DeleteParams {
+            preconditions: uid.map(|uid| Preconditions {
+                uid: Some(uid),
+                resource_version: None,
+            }),
+            ..DeleteParams::default()
+        };
+        // What it answers depends on finalizers: the object or a status.
+        match self
+            .call::<Value>(self.request.delete(name, &parameters))
+            .await
+        {
+            Err(fault) if !fault.is_not_found() => Err(fault),
+            _ => Ok(()),
+        }
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        request: Result<axum::http::Request<Vec<u8>>, kube::core::request::Error>,
+    ) -> Result<T, Fault> {
+        let request = request.map_err(|error| Fault::Answer(error.to_string()))?;
+        tokio::time::timeout(DEADLINE, exchange(&self.client, request))
+            .await
+            .unwrap_or(Err(Fault::TimedOut(DEADLINE)))
+    }
+}
+
+/// The first of `versions` of `group` that the API server has `plural` in; `None` where it has the kind in none of them.
+pub async fn served<'a>(
+    client: &Client,
+    group: &str,
+    versions: &[&'a str],
+    plural: &str,
+) -> Result<Option<&'a str>, Fault> {
+    for version in versions {
+        let request = axum::http::Request::get(format!("/apis/{group}/{version}"))
+            .body(Vec::new())
+            .map_err(|error| Fault::Answer(error.to_string()))?;
+        let answer = tokio::time::timeout(DEADLINE, exchange::<Value>(client, request)).await;
+        match answer.unwrap_or(Err(Fault::TimedOut(DEADLINE))) {
+            Ok(kinds) => {
+                let mut kinds = kinds["resources"].as_array().into_iter().flatten();
+                if kinds.any(|kind| kind["name"] == plural) {
+                    return Ok(Some(version));
+                }
+            }
+            Err(fault) if fault.is_not_found() => {}
+            Err(fault) => return Err(fault),
+        }
+    }
+    Ok(None)
+}
+
+/// How long to wait before the next attempt at a watch. An API server that was away for long is not to be left alone for
+/// long by those who know nothing new until they have asked.
+#[derive(Debug, Default)]
+struct Pauses {
+    /// Failures in a row.
+    earlier: u32,
+}
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = backoff::pause(FIRST_PAUSE, LONGEST_PAUSE, self.earlier, rand::random());
+        self.earlier = self.earlier.saturating_add(1);
+        Some(pause)
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.earlier = 0;
+    }
+}
+
+/// Watches objects for ever: lists them, follows the changes, and begins anew where the API server cannot say what has
+/// changed since. While it is away, nothing comes. `what` they are is for the log.
+pub fn follow<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    what: &'static str,
+) -> impl Stream<Item = watcher::Event<K>> + Send
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let events = watcher(api, config).backoff(Pauses::default());
+    events.filter_map(move |event| {
+        let event = event.inspect_err(|error| {
+            tracing::error!(
+                error = %with_causes(error),
+                "cannot watch {what}; going on with what is known"
+            );
+        });
+        std::future::ready(event.ok())
+    })
+}
+
+async fn exchange<T: DeserializeOwned>(
+    client: &Client,
+    request: axum::http::Request<Vec<u8>>,
+) -> Result<T, Fault> {
+    let answer = client
+        .send(request.map(ClientBody::from))
+        .await
+        .map_err(|error| Fault::Unreachable(with_causes(&error)))?;
+    let code = answer.status().as_u16();
+    let body = to_bytes(Body::new(answer.into_body()), MAX_ANSWER_BYTES)
+        .await
+        .map_err(|error| Fault::Answer(with_causes(&error)))?;
+    if (200..300).contains(&code) {
+        // serde_json's errors can quote what was there instead: only where it was is told.
+        return serde_json::from_slice(&body).map_err(|error| {
+            Fault::Answer(format!(
+                "not the object that was asked for (line {}, column {})",
+                error.line(),
+                error.column()
+            ))
+        });
+    }
+    let status: Status = serde_json::from_slice(&body).unwrap_or_default();
+    Err(Fault::Refused {
+        code,
+        reason: printable(&status.reason),
+        message: printable(&status.message),
+    })
+}
+
+fn serialize(object: &impl Serialize) -> Result<Vec<u8>, Fault> {
+    serde_json::to_vec(object).map_err(|error| Fault::Answer(error.to_string()))
+}
+
+/// A text from elsewhere, fit for one line of a log.
+pub fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(MAX_TEXT)
+        .collect()
+}
+
+/// An error with all that caused it, as one line.
+pub fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        let next_text = next.to_string();
+        // Many libraries' errors already end with their cause.
+        if !text.contains(&next_text) {
+            text = format!("{text}: {next_text}");
+        }
+        cause = next.source();
+    }
+    printable(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_have_been_done() {
+        let refused = |code| Fault::Refused {
+            code,
+            reason: String::new(),
+            message: String::new(),
+        };
+        assert!(refused(409).is_conflict() && !refused(409).is_uncertain());
+        assert!(refused(404).is_not_found() && !refused(403).is_uncertain());
+        assert!(refused(504).is_uncertain() && Fault::TimedOut(DEADLINE).is_uncertain());
+    }
+
+    #[test]
+    fn an_api_server_that_is_back_is_asked_soon() {
+        let mut pauses = Pauses::default();
+        let first = pauses.next().unwrap();
+        assert!(first <= FIRST_PAUSE, "{first:?}");
+        let later: Vec<_> = pauses.by_ref().take(100).collect();
+        assert!(
+            later.iter().all(|pause| *pause <= LONGEST_PAUSE),
+            "{later:?}"
+        );
+        assert!(
+            later[90..].iter().all(|pause| *pause >= LONGEST_PAUSE / 2),
+            "{later:?}"
+        );
+        pauses.reset();
+        assert!(pauses.next().unwrap() <= FIRST_PAUSE);
+    }
+
+    #[test]
+    fn texts_from_elsewhere_stay_on_their_line() {
+        assert_eq!(printable("a\nb\u{1b}[1m"), "a b [1m");
+        assert_eq!(printable(&"x".repeat(5000)).len(), MAX_TEXT);
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer")]
+        struct Outer(#[source] std::io::Error);
+        let error = Outer(std::io::Error::other("inner"));
+        assert_eq!(with_causes(&error), "outer: inner");
+    }
+}

@@ -1,0 +1,582 @@
+//! From one snapshot to the next: each change costs what it touches, whatever else is known.
+
+use std::{collections::BTreeSet, hash::Hash, net::IpAddr, sync::Arc};
+
+use imbl::{HashMap, OrdMap, OrdSet};
+
+use super::{
+    Membership, ObjectName, Service, Slice, SliceEndpoint, Snapshot, Workload,
+    claims::{AddressKind, Claim, Claims},
+    resolved::{Backends, MAX_SLICED, Resolved, Server, Sliced},
+    snapshot::{Daemons, Namespace, ServiceState},
+};
+
+/// A snapshot that is being made out of another.
+#[derive(Debug)]
+pub struct Edit {
+    next: Snapshot,
+    /// Services whose endpoints are to be worked out anew.
+    dirty: BTreeSet<ObjectName>,
+}
+
+impl From<Snapshot> for Edit {
+    fn from(next: Snapshot) -> Self {
+        Self {
+            next,
+            dirty: BTreeSet::new(),
+        }
+    }
+}
+
+impl Edit {
+    /// Takes `pod`, in the place of one of the same name.
+    pub fn pod(&mut self, pod: impl Into<Arc<Workload>>) {
+        let pod = pod.into();
+        self.remove_pod(&pod.name);
+        self.index(&pod);
+        let namespace = self.namespace_of(&pod.name);
+        namespace.pods.insert(pod.name.name.clone(), pod.clone());
+        self.select(&pod, true);
+    }
+
+    /// Forgets the pod.
+    pub fn remove_pod(&mut self, name: &ObjectName) {
+        let Some(namespace) = self.next.namespaces.get_mut(&name.namespace) else {
+            return;
+        };
+        let Some(pod) = namespace.pods.remove(&name.name) else {
+            return;
+        };
+        self.unindex(&pod);
+        self.select(&pod, false);
+        self.drop_if_empty(&name.namespace);
+    }
+
+    /// Takes `service`, in the place of one of the same name.
+    pub fn service(&mut self, service: impl Into<Arc<Service>>) {
+        let service = service.into();
+        self.remove_service(&service.name);
+        let name = service.name.clone();
+        let namespace = self.namespace_of(&name);
+        let selected: OrdMap<_, _> = namespace
+            .pods
+            .iter()
+            .filter(|(_, pod)| service.selects(pod))
+            .map(|(name, pod)| (name.clone(), pod.clone()))
+            .collect();
+        if let Some(label) = index_label(&service) {
+            let services = namespace.by_label.entry(label).or_default();
+            services.insert(name.name.clone());
+        }
+        let state = ServiceState { service, selected };
+        namespace
+            .services
+            .insert(name.name.clone(), Arc::new(state));
+        self.dirty.insert(name);
+    }
+
+    /// Forgets the service.
+    pub fn remove_service(&mut self, name: &ObjectName) {
+        let Some(namespace) = self.next.namespaces.get_mut(&name.namespace) else {
+            return;
+        };
+        let Some(state) = namespace.services.remove(&name.name) else {
+            return;
+        };
+        if let Some(label) = index_label(&state.service) {
+            forget(&mut namespace.by_label, &label, &name.name);
+        }
+        self.next.crowded.remove(name);
+        for address in &state.service.addresses {
+            self.unclaim(*address, AddressKind::Service, name);
+        }
+        self.drop_if_empty(&name.namespace);
+    }
+
+    /// Takes `slice`, in the place of one of the same name.
+    pub fn slice(&mut self, slice: impl Into<Arc<Slice>>) {
+        let slice = slice.into();
+        self.remove_slice(&slice.name);
+        let by = &mut self.next.slices;
+        for endpoint in &slice.endpoints {
+            let slices = by.address.entry(endpoint.address).or_default();
+            slices.insert(slice.name.clone());
+            if let Some(pod) = &endpoint.pod {
+                let slices = by.pod.entry(pod.clone()).or_default();
+                slices.insert(slice.name.clone());
+            }
+        }
+        self.dirty.insert(service_of(&slice));
+        let namespace = self.namespace_of(&slice.name);
+        let slices = namespace.by_service.entry(slice.service.clone());
+        slices.or_default().insert(slice.name.name.clone());
+        namespace.slices.insert(slice.name.name.clone(), slice);
+    }
+
+    /// Forgets the slice.
+    pub fn remove_slice(&mut self, name: &ObjectName) {
+        let Some(namespace) = self.next.namespaces.get_mut(&name.namespace) else {
+            return;
+        };
+        let Some(slice) = namespace.slices.remove(&name.name) else {
+            return;
+        };
+        forget(&mut namespace.by_service, &slice.service, &name.name);
+        let by = &mut self.next.slices;
+        for endpoint in &slice.endpoints {
+            forget(&mut by.address, &endpoint.address, name);
+            if let Some(pod) = &endpoint.pod {
+                forget(&mut by.pod, pod, name);
+            }
+        }
+        self.dirty.insert(service_of(&slice));
+        self.drop_if_empty(&name.namespace);
+    }
+
+    /// What the namespace `name` says of its pods' membership.
+    pub fn namespace(&mut self, name: &str, membership: Option<Membership>) {
+        let before = self.next.namespaces.get(name);
+        if before.and_then(|before| before.membership) == membership {
+            return;
+        }
+        let pods = before.map(|before| before.pods.clone()).unwrap_or_default();
+        for pod in pods.values() {
+            self.unindex(pod);
+        }
+        let namespace = self.next.namespaces.entry(name.to_owned()).or_default();
+        namespace.membership = membership;
+        for service in namespace.services.keys() {
+            self.dirty.insert(ObjectName {
+                namespace: name.to_owned(),
+                name: service.clone(),
+            });
+        }
+        for pod in pods.values() {
+            self.index(pod);
+        }
+        self.drop_if_empty(name);
+    }
+
+    /// From now on, only nodes count as having a daemon that [`Edit::daemon`] names.
+    pub fn know_daemons(&mut self) {
+        self.next.daemons.get_or_insert_default();
+    }
+
+    /// The node daemon's pod `name` is ready on `node`, or not ready at all.
+    pub fn daemon(&mut self, name: &ObjectName, node: Option<&str>) {
+        let Daemons { pods, nodes } = self.next.daemons.get_or_insert_default();
+        if let Some(before) = pods.remove(name)
+            && let Some(count) = nodes.get_mut(&before)
+        {
+            *count -= 1;
+            if *count == 0 {
+                nodes.remove(&before);
+            }
+        }
+        if let Some(node) = node {
+            pods.insert(name.clone(), node.to_owned());
+            *nodes.entry(node.to_owned()).or_insert(0) += 1;
+        }
+    }
+
+    /// The snapshot with all that was changed.
+    pub fn finish(mut self) -> Snapshot {
+        for name in std::mem::take(&mut self.dirty) {
+            self.work_out(&name);
+        }
+        self.next
+    }
+
+    fn namespace_of(&mut self, name: &ObjectName) -> &mut Namespace {
+        let namespaces = &mut self.next.namespaces;
+        namespaces.entry(name.namespace.clone()).or_default()
+    }
+
+    fn drop_if_empty(&mut self, name: &str) {
+        let namespace = self.next.namespaces.get(name);
+        let is_empty = namespace.is_some_and(|namespace| {
+            namespace.membership.is_none()
+                && namespace.pods.is_empty()
+                && namespace.services.is_empty()
+                && namespace.slices.is_empty()
+        });
+        if is_empty {
+            self.next.namespaces.remove(name);
+        }
+    }
+
+    /// Enters a pod of the mesh where others find it.
+    fn index(&mut self, pod: &Arc<Workload>) {
+        self.touch(pod);
+        if !self.next.is_member(pod) {
+            return;
+        }
+        // A pod that has no node yet runs nowhere.
+        if !pod.node.is_empty() {
+            let pods = self.next.nodes.entry(pod.node.clone()).or_default();
+            pods.insert(pod.name.clone(), pod.clone());
+        }
+        for address in &pod.addresses {
+            self.claim(*address, Claim::Pod(pod.clone()));
+        }
+    }
+
+    fn unindex(&mut self, pod: &Arc<Workload>) {
+        self.touch(pod);
+        if let Some(pods) = self.next.nodes.get_mut(&pod.node) {
+            pods.remove(&pod.name);
+            if pods.is_empty() {
+                self.next.nodes.remove(&pod.node);
+            }
+        }
+        for address in &pod.addresses {
+            self.unclaim(*address, AddressKind::Pod, &pod.name);
+        }
+    }
+
+    /// Works out the services anew that have endpoints in slices which may be `pod`.
+    fn touch(&mut self, pod: &Workload) {
+        let by = &self.next.slices;
+        let by_address = pod.addresses.iter().filter_map(|ip| by.address.get(ip));
+        let names = by_address.chain(by.pod.get(&pod.name)).flatten();
+        let slices = names.filter_map(|name| {
+            let namespace = self.next.namespaces.get(&name.namespace)?;
+            namespace.slices.get(&name.name)
+        });
+        self.dirty.extend(slices.map(|slice| service_of(slice)));
+    }
+
+    /// Puts `pod` behind the services that select it, or takes it away.
+    fn select(&mut self, pod: &Arc<Workload>, there: bool) {
+        let Some(namespace) = self.next.namespaces.get_mut(&pod.name.namespace) else {
+            return;
+        };
+        let Namespace {
+            services, by_label, ..
+        } = namespace;
+        for (key, value) in &pod.labels {
+            let candidates = by_label.get(&(key.clone(), value.clone()));
+            for name in candidates.into_iter().flatten() {
+                let Some(state) = services.get_mut(name) else {
+                    continue;
+                };
+                if !state.service.selects(pod) {
+                    continue;
+                }
+                let selected = &mut Arc::make_mut(state).selected;
+                if there {
+                    selected.insert(pod.name.name.clone(), pod.clone());
+                } else {
+                    selected.remove(&pod.name.name);
+                }
+                self.dirty.insert(ObjectName {
+                    namespace: pod.name.namespace.clone(),
+                    name: name.clone(),
+                });
+            }
+        }
+    }
+
+    /// Works out where a service's addresses lead.
+    fn work_out(&mut self, name: &ObjectName) {
+        let namespace = self.next.namespaces.get(&name.namespace);
+        let Some(state) = namespace
+            .and_then(|ns| ns.services.get(&name.name))
+            .cloned()
+        else {
+            return;
+        };
+        let service = &*state.service;
+        let slices: Vec<_> = self.next.slices_of(name).cloned().collect();
+        let backends = if service.selector.is_empty() {
+            let endpoints = slices.iter().flat_map(|slice| {
+                slice.endpoints.iter().map(|endpoint| Sliced {
+                    endpoint,
+                    ports: &slice.ports,
+                    server: self.server_at(endpoint),
+                })
+            });
+            Backends::Slices(endpoints.collect())
+        } else {
+            let pods = state.selected.values();
+            Backends::Pods(pods.map(|pod| (pod, self.next.is_member(pod))).collect())
+        };
+        // A service without a pod of the mesh is none of ours, unless its owner says who may run it.
+        let ours = service.pinned_identities.is_some() || backends.any_meshed();
+        let mut room = Some(MAX_SLICED);
+        let claims: Vec<_> = service
+            .addresses
+            .iter()
+            .filter(|_| ours)
+            .map(|address| {
+                let resolved = Resolved::new(service, &backends, *address, &mut room);
+                (*address, Claim::Service(Arc::new(resolved)))
+            })
+            .collect();
+        for address in &service.addresses {
+            self.unclaim(*address, AddressKind::Service, name);
+        }
+        for (address, claim) in claims {
+            self.claim(address, claim);
+        }
+        match room {
+            Some(_) => self.next.crowded.remove(name),
+            None => self.next.crowded.insert(name.clone()),
+        };
+    }
+
+    /// Who is at an endpoint of a slice. Whose the address is counts first: what a slice says of it takes no pod out of the
+    /// mesh, and gives none another's identity.
+    fn server_at(&self, endpoint: &SliceEndpoint) -> Server<'_> {
+        let claims = self.next.addresses.get(&endpoint.address);
+        match claims.and_then(Claims::pod) {
+            Some(Ok(pod)) => return Server::Pod((pod, true)),
+            Some(Err(_)) => return Server::Disputed,
+            None => {}
+        }
+        let named = endpoint.pod.as_ref();
+        match named.and_then(|name| self.next.any_pod(name)) {
+            Some(pod) => Server::Pod((pod, self.next.is_member(pod))),
+            None => Server::Outside,
+        }
+    }
+
+    fn claim(&mut self, address: IpAddr, claim: Claim) {
+        let others = self
+            .next
+            .addresses
+            .get(&address)
+            .map_or(&[][..], Claims::all);
+        let claims = others.iter().cloned().chain([claim]).collect();
+        self.settle(address, claims);
+    }
+
+    fn unclaim(&mut self, address: IpAddr, kind: AddressKind, name: &ObjectName) {
+        let claims = self
+            .next
+            .addresses
+            .get(&address)
+            .map_or(&[][..], Claims::all);
+        let others = claims.iter().filter(|claim| !claim.is_of(kind, name));
+        let others: Vec<_> = others.cloned().collect();
+        if others.len() < claims.len() {
+            self.settle(address, others);
+        }
+    }
+
+    fn settle(&mut self, address: IpAddr, mut claims: Vec<Claim>) {
+        let claims = match claims.len() {
+            0 => {
+                self.next.addresses.remove(&address);
+                self.next.disputed.remove(&address);
+                return;
+            }
+            1 => Claims::One(claims.remove(0)),
+            _ => Claims::Several(claims.into()),
+        };
+        if claims.owner().is_none() {
+            self.next.disputed.insert(address);
+        } else {
+            self.next.disputed.remove(&address);
+        }
+        self.next.addresses.insert(address, claims);
+    }
+}
+
+fn service_of(slice: &Slice) -> ObjectName {
+    ObjectName {
+        namespace: slice.name.namespace.clone(),
+        name: slice.service.clone(),
+    }
+}
+
+/// Takes `value` away from those that `key` leads to.
+fn forget<K, V>(index: &mut HashMap<K, OrdSet<V>>, key: &K, value: &V)
+where
+    K: Clone + Eq + Hash,
+    V: Clone + Ord,
+{
+    if let Some(values) = index.get_mut(key) {
+        values.remove(value);
+        if values.is_empty() {
+            index.remove(key);
+        }
+    }
+}
+
+/// The label by which a service is found from the pods that have it.
+fn index_label(service: &Service) -> Option<(String, String)> {
+    let (key, value) = service.selector.first_key_value()?;
+    Some((key.clone(), value.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Inventory, Port, TargetPort};
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Pod(Workload),
+        Service(Service),
+        Slice(Slice),
+        NoPod(ObjectName),
+        NoService(ObjectName),
+        NoSlice(ObjectName),
+        Namespace(String, Option<Membership>),
+    }
+
+    fn name() -> impl Strategy<Value = ObjectName> {
+        ("[xy]", "[abc]").prop_map(|(namespace, name)| ObjectName { namespace, name })
+    }
+
+    fn membership() -> impl Strategy<Value = Option<Membership>> {
+        prop::sample::select(vec![
+            None,
+            None,
+            Some(Membership::Enabled),
+            Some(Membership::Disabled),
+        ])
+    }
+
+    fn address() -> impl Strategy<Value = Vec<IpAddr>> {
+        let one = (1..5_u8).prop_map(|last| IpAddr::from([10, 0, 0, last]));
+        prop::collection::btree_set(one, 0..3).prop_map(|all| all.into_iter().collect())
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+        let pod = (name(), address(), "[mn]?", "[pq]", membership(), flags).prop_map(
+            |(name, addresses, node, app, membership, (ready, terminating, host_network))| {
+                let account = format!("spiffe://c/ns/{}/sa/{app}", name.namespace);
+                Change::Pod(Workload {
+                    addresses,
+                    node,
+                    ready,
+                    terminating,
+                    host_network,
+                    membership,
+                    labels: [("app".to_owned(), app), ("x".to_owned(), "y".to_owned())].into(),
+                    ..Workload::new(name, account.parse().unwrap())
+                })
+            },
+        );
+        let service = (name(), address(), "[pq]?").prop_map(|(name, addresses, app)| {
+            let selector = (!app.is_empty()).then(|| ("app".to_owned(), app));
+            Change::Service(Service {
+                addresses,
+                ports: vec![Port {
+                    name: String::new(),
+                    port: 80,
+                    target: TargetPort::Number(8080),
+                }],
+                selector: selector.into_iter().collect(),
+                ..Service::new(name)
+            })
+        });
+        prop_oneof![
+            4 => pod,
+            2 => service,
+            2 => slice(),
+            1 => name().prop_map(Change::NoPod),
+            1 => name().prop_map(Change::NoSlice),
+            1 => name().prop_map(Change::NoService),
+            1 => ("[xy]", membership()).prop_map(|(name, membership)| Change::Namespace(name, membership)),
+        ]
+    }
+
+    fn slice() -> impl Strategy<Value = Change> {
+        let endpoint = (
+            (1..5_u8).prop_map(|last| IpAddr::from([10, 0, 0, last])),
+            prop::option::of(name()),
+            any::<bool>(),
+            any::<bool>(),
+        );
+        let endpoint = endpoint.prop_map(|(address, pod, ready, serves_last)| SliceEndpoint {
+            address,
+            pod,
+            node: None,
+            ready,
+            serves_last,
+        });
+        let endpoints = prop::collection::vec(endpoint, 0..4);
+        (name(), "[abc]", endpoints).prop_map(|(name, service, endpoints)| {
+            Change::Slice(Slice {
+                name,
+                service,
+                ports: vec![(String::new(), 8080)],
+                endpoints,
+            })
+        })
+    }
+
+    /// What can be asked of a snapshot.
+    fn observed(snapshot: &Snapshot) -> Vec<String> {
+        let mut seen: Vec<_> = (1..5_u8)
+            .map(|last| {
+                let found = snapshot.resolve(([10, 0, 0, last], 80).into());
+                format!("{found:?}")
+            })
+            .collect();
+        seen.extend(snapshot.addresses().map(|found| format!("{found:?}")));
+        seen.extend(snapshot.workloads().map(|pod| pod.name.to_string()));
+        for node in ["m", "n", ""] {
+            seen.extend(
+                snapshot
+                    .on_node(node)
+                    .map(|pod| format!("{node} {}", pod.name)),
+            );
+        }
+        seen.push(format!("{:?}", snapshot.disputed));
+        seen
+    }
+
+    proptest! {
+        #[test]
+        fn change_by_change_is_the_same_as_at_once(changes in prop::collection::vec(change(), 0..40)) {
+            let mut last = Snapshot::default();
+            for change in &changes {
+                let mut edit = Edit::from(last.clone());
+                match change.clone() {
+                    Change::Pod(pod) => edit.pod(pod),
+                    Change::Service(service) => edit.service(service),
+                    Change::Slice(slice) => edit.slice(slice),
+                    Change::NoPod(name) => edit.remove_pod(&name),
+                    Change::NoSlice(name) => edit.remove_slice(&name),
+                    Change::NoService(name) => edit.remove_service(&name),
+                    Change::Namespace(name, membership) => edit.namespace(&name, membership),
+                }
+                let next = edit.finish();
+                let mut told: std::collections::BTreeMap<_, _> = last.addresses().collect();
+                for (address, kind) in next.addresses_since(&last) {
+                    match kind {
+                        Some(kind) => told.insert(address, kind),
+                        None => told.remove(&address),
+                    };
+                }
+                prop_assert!(told.into_iter().eq(next.addresses()), "the difference tells it all");
+                last = next;
+            }
+            // The same objects, in the order of their names.
+            let mut namespaces = Edit::from(Snapshot::default());
+            let mut inventory = Inventory::default();
+            for (name, namespace) in &last.namespaces {
+                namespaces.namespace(name, namespace.membership);
+                inventory.workloads.extend(namespace.pods.values().map(|pod| (**pod).clone()));
+                inventory.services.extend(namespace.services.values().map(|s| (*s.service).clone()));
+                for slice in namespace.slices.values() {
+                    namespaces.slice(slice.clone());
+                }
+            }
+            for service in inventory.services {
+                namespaces.service(service);
+            }
+            for pod in inventory.workloads {
+                namespaces.pod(pod);
+            }
+            prop_assert_eq!(observed(&last), observed(&namespaces.finish()));
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! SPIFFE IDs of Kubernetes service accounts.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+/// Longest SPIFFE ID that implementations must take, in bytes (SPIFFE-ID §2.3).
+const MAX_BYTES: usize = 2048;
+/// Longest trust domain, in bytes (SPIFFE-ID §2.1).
+const MAX_TRUST_DOMAIN_BYTES: usize = 255;
+
+/// A trust domain: the name of the authority behind a set of identities (SPIFFE-ID §2.1).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TrustDomain(Arc<str>);
+
+impl Default for TrustDomain {
+    /// `cluster.local`, as elsewhere in Kubernetes.
+    fn default() -> Self {
+        Self("cluster.local".into())
+    }
+}
+
+/// The identity of a service account: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
+///
+/// A value of this type is well formed. Cloning is cheap.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Identity {
+    uri: Arc<str>,
+    trust_domain_end: u16,
+    namespace_end: u16,
+}
+
+/// Why a text is no SPIFFE ID of a service account.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidIdentity {
+    /// Longer than 2048 bytes.
+    #[error("longer than {MAX_BYTES} bytes")]
+    TooLong,
+    /// Another scheme than `spiffe`, in lower case.
+    #[error("does not start with spiffe://")]
+    Scheme,
+    /// Empty, too long, or with a character outside `a-z0-9.-_`.
+    #[error("trust domain {0:?} is not 1 to 255 of a-z, 0-9, '.', '-', '_'")]
+    TrustDomain(String),
+    /// Not of the form `/ns/<namespace>/sa/<service account>`.
+    #[error("path is not /ns/<namespace>/sa/<service account>")]
+    Path,
+    /// A namespace or service account that Kubernetes would not take.
+    #[error("{0:?} is not a Kubernetes name")]
+    Name(String),
+}
+
+impl TrustDomain {
+    /// The name, without scheme.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The identity of a service account in this trust domain.
+    ///
+    /// Fails when a name is none that Kubernetes would take.
+    pub fn identity(
+        &self,
+        namespace: &str,
+        service_account: &str,
+    ) -> Result<Identity, InvalidIdentity> {
+        format!("spiffe://{self}/ns/{namespace}/sa/{service_account}").parse()
+    }
+}
+
+impl FromStr for TrustDomain {
+    type Err = InvalidIdentity;
+
+    fn from_str(name: &str) -> Result<Self, InvalidIdentity> {
+        let valid = !name.is_empty()
+            && name.len() <= MAX_TRUST_DOMAIN_BYTES
+            && name
+                .bytes()
+                .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'));
+        if valid {
+            Ok(Self(name.into()))
+        } else {
+            Err(InvalidIdentity::TrustDomain(
+                name.chars().take(64).collect(),
+            ))
+        }
+    }
+}
+
+impl fmt::Display for TrustDomain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+const SCHEME: &str = "spiffe://";
+
+impl Identity {
+    /// The whole SPIFFE ID.
+    pub fn as_str(&self) -> &str {
+        &self.uri
+    }
+
+    /// The trust domain's name.
+    pub fn trust_domain(&self) -> &str {
+        &self.uri[SCHEME.len()..usize::from(self.trust_domain_end)]
+    }
+
+    /// The service account's namespace.
+    pub fn namespace(&self) -> &str {
+        &self.uri
+            [usize::from(self.trust_domain_end) + "/ns/".len()..usize::from(self.namespace_end)]
+    }
+
+    /// The service account's name.
+    pub fn service_account(&self) -> &str {
+        &self.uri[usize::from(self.namespace_end) + "/sa/".len()..]
+    }
+}
+
+impl FromStr for Identity {
+    type Err = InvalidIdentity;
+
+    fn from_str(uri: &str) -> Result<Self, InvalidIdentity> {
+        if uri.len() > MAX_BYTES {
+            return Err(InvalidIdentity::TooLong);
+        }
+        let rest = uri.strip_prefix(SCHEME).ok_or(InvalidIdentity::Scheme)?;
+        let (trust_domain, path) = rest.split_once('/').ok_or(InvalidIdentity::Path)?;
+        trust_domain.parse::<TrustDomain>()?;
+        let (namespace, account) = path
+            .strip_prefix("ns/")
+            .and_then(|path| path.split_once("/sa/"))
+            .ok_or(InvalidIdentity::Path)?;
+        if namespace.contains('/') || account.contains('/') {
+            return Err(InvalidIdentity::Path);
+        }
+        for (name, longest, dots) in [(namespace, 63, false), (account, 253, true)] {
+            if !kubernetes_name(name, longest, dots) {
+                return Err(InvalidIdentity::Name(name.chars().take(64).collect()));
+            }
+        }
+        let trust_domain_end = SCHEME.len() + trust_domain.len();
+        Ok(Self {
+            uri: uri.into(),
+            // Both fit: the whole is at most 2048 bytes.
+            trust_domain_end: trust_domain_end as u16,
+            namespace_end: (trust_domain_end + "/ns/".len() + namespace.len()) as u16,
+        })
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.uri)
+    }
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.uri)
+    }
+}
+
+/// Whether `name` is an RFC 1123 label, or, with `dots`, a subdomain.
+fn kubernetes_name(name: &str, longest: usize, dots: bool) -> bool {
+    let alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    name.len() <= longest
+        && name.split('.').enumerate().all(|(index, label)| {
+            (index == 0 || dots)
+                && label.bytes().next().is_some_and(alphanumeric)
+                && label.bytes().last().is_some_and(alphanumeric)
+                && label.bytes().all(|b| alphanumeric(b) || b == b'-')
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn parts_of_an_identity() {
+        let id: Identity = "spiffe://cluster.local/ns/default/sa/web.v1"
+            .parse()
+            .unwrap();
+        assert_eq!(id.trust_domain(), "cluster.local");
+        assert_eq!(id.namespace(), "default");
+        assert_eq!(id.service_account(), "web.v1");
+        let domain: TrustDomain = "cluster.local".parse().unwrap();
+        assert_eq!(domain.identity("default", "web.v1").unwrap(), id);
+    }
+
+    #[test]
+    fn refuses_what_is_no_service_account() {
+        use InvalidIdentity as E;
+        for (uri, expected) in [
+            ("", E::Scheme),
+            ("SPIFFE://a/ns/b/sa/c", E::Scheme),
+            ("https://a/ns/b/sa/c", E::Scheme),
+            ("spiffe://a", E::Path),
+            ("spiffe:///ns/b/sa/c", E::TrustDomain(String::new())),
+            ("spiffe://A/ns/b/sa/c", E::TrustDomain("A".into())),
+            ("spiffe://a:80/ns/b/sa/c", E::TrustDomain("a:80".into())),
+            ("spiffe://a/ns/b", E::Path),
+            ("spiffe://a/ns/b/sa/c/", E::Path),
+            ("spiffe://a/ns/b/x/sa/c", E::Path),
+            ("spiffe://a/ns/b/sa/c?d", E::Name("c?d".into())),
+            ("spiffe://a/ns/b/sa/c#d", E::Name("c#d".into())),
+            ("spiffe://a/ns/b/sa/%63", E::Name("%63".into())),
+            ("spiffe://a/ns//sa/c", E::Name(String::new())),
+            ("spiffe://a/ns/b/sa/", E::Name(String::new())),
+            ("spiffe://a/ns/b.c/sa/d", E::Name("b.c".into())),
+            ("spiffe://a/ns/-b/sa/d", E::Name("-b".into())),
+            ("spiffe://a/ns/b/sa/..", E::Name("..".into())),
+        ] {
+            assert_eq!(uri.parse::<Identity>(), Err(expected), "{uri}");
+        }
+        let long = format!("spiffe://a/ns/b/sa/{}", "c".repeat(2048));
+        assert_eq!(long.parse::<Identity>(), Err(E::TooLong));
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(text in "(spiffe://)?[a-z./]{0,12}(/ns/)?[a-z0-9./-]{0,8}(/sa/)?\\PC{0,8}") {
+            if let Ok(id) = text.parse::<Identity>() {
+                prop_assert_eq!(id.as_str(), &text);
+                let whole = format!(
+                    "spiffe://{}/ns/{}/sa/{}", id.trust_domain(), id.namespace(), id.service_account()
+                );
+                prop_assert_eq!(whole, text);
+            }
+        }
+    }
+}

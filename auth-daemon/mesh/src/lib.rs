@@ -1,0 +1,24 @@
+//! The model of the mesh: who is who, what runs where. No I/O, no clock, no kernel.
+
+mod claims;
+mod edit;
+mod identity;
+mod membership;
+pub mod policy;
+mod registry;
+mod resolved;
+mod service;
+mod slice;
+mod snapshot;
+mod workload;
+
+pub use claims::AddressKind;
+pub use edit::Edit;
+pub use identity::{Identity, InvalidIdentity, TrustDomain};
+pub use membership::{Membership, MeshDefault};
+pub use registry::{Published, Registry};
+pub use resolved::{Destination, Endpoint};
+pub use service::{Port, Service, TargetPort};
+pub use slice::{Slice, SliceEndpoint};
+pub use snapshot::{Inventory, Snapshot, Unreachable};
+pub use workload::{ObjectName, Workload};

@@ -1,0 +1,647 @@
+//! AuthorizationPolicy and PeerAuthentication of `security.istio.io/v1`, read into checked values.
+//!
+//! Each object stands alone: one that cannot be read is [`Unreadable`], and the others are in force.
+
+mod authorization;
+mod pattern;
+mod peer;
+mod read;
+
+use std::{collections::BTreeMap, fmt};
+
+use serde_json::Value;
+
+pub use authorization::{Action, AuthorizationPolicy, Condition, Matches, Operation, Rule, Source};
+pub use pattern::{Account, Pattern};
+pub use peer::{Mode, PeerAuthentication};
+use read::{Fault, Node, exceeds, quoted};
+
+use crate::ObjectName;
+
+/// The API group of all policies.
+pub const GROUP: &str = "security.istio.io";
+/// Its versions; they have one shape.
+pub const VERSIONS: [&str; 2] = ["v1", "v1beta1"];
+/// Largest object, in bytes of JSON: what etcd takes (`--max-request-bytes`, 1.5 MiB).
+const MAX_OBJECT_BYTES: usize = 3 << 19;
+/// Largest selector that is looked at, in bytes of JSON.
+const MAX_SELECTOR_BYTES: usize = 1 << 20;
+
+/// A policy object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    /// Who may call.
+    Authorization(AuthorizationPolicy),
+    /// Whether callers need mutual TLS.
+    Peer(PeerAuthentication),
+    /// One that cannot be read. The last version that could be read stays in force instead, where there is one.
+    Unreadable(Unreadable),
+}
+
+/// Kinds of policy objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// AuthorizationPolicy
+    Authorization,
+    /// PeerAuthentication
+    Peer,
+}
+
+/// An object that cannot be read, and what holds in its place so that its mistake opens nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{kind} {name}: {field}: {reason}")]
+pub struct Unreadable {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name.
+    pub name: ObjectName,
+    /// The first field at fault.
+    pub field: String,
+    /// What is wrong with it.
+    pub reason: String,
+    /// What holds in its place.
+    pub instead: Instead,
+    /// Whom that holds for: everybody in the namespace where the selector cannot be read.
+    pub selector: Selector,
+}
+
+/// What holds in the place of an object that cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Instead {
+    /// An ALLOW policy that matches nobody.
+    AllowNothing,
+    /// A DENY policy that matches everybody: the object denies, or its action is not to be known.
+    DenyAll,
+    /// Nothing: the object could not have denied anything (AUDIT, dry run).
+    Nothing,
+    /// Mutual TLS on all ports.
+    Strict,
+}
+
+/// Which workloads of its scope a policy is for: those that have all of these labels.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selector(BTreeMap<String, String>);
+
+impl Object {
+    /// Reads a document. None when it is of no kind that is a policy.
+    pub fn read(document: &Value) -> Option<Self> {
+        let text = |name: &str| document.get(name).and_then(Value::as_str);
+        let version = text("apiVersion")?.strip_prefix(GROUP)?.strip_prefix('/')?;
+        let kind = match text("kind")? {
+            "AuthorizationPolicy" => Kind::Authorization,
+            "PeerAuthentication" => Kind::Peer,
+            _ => return None,
+        };
+        let read = || {
+            if !VERSIONS.contains(&version) {
+                return Err(Node::top(document, "apiVersion").fault(format!(
+                    "version {} is not known here; known are {}",
+                    quoted(version),
+                    VERSIONS.join(", ")
+                )));
+            }
+            if exceeds(document, MAX_OBJECT_BYTES) {
+                return Err(Node::top(document, "spec").fault(format!(
+                    "the object is larger than {MAX_OBJECT_BYTES} bytes; split it"
+                )));
+            }
+            let name = name(document)?;
+            match kind {
+                Kind::Authorization => {
+                    AuthorizationPolicy::read(document, name).map(Self::Authorization)
+                }
+                Kind::Peer => PeerAuthentication::read(document, name).map(Self::Peer),
+            }
+        };
+        Some(
+            read().unwrap_or_else(|fault| Self::Unreadable(Unreadable::new(kind, document, fault))),
+        )
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Authorization(_) => Kind::Authorization,
+            Self::Peer(_) => Kind::Peer,
+            Self::Unreadable(unreadable) => unreadable.kind,
+        }
+    }
+
+    /// Its namespace and name.
+    pub fn name(&self) -> &ObjectName {
+        match self {
+            Self::Authorization(policy) => &policy.name,
+            Self::Peer(policy) => &policy.name,
+            Self::Unreadable(unreadable) => &unreadable.name,
+        }
+    }
+
+    /// What its author should know, where it can be read but not fully met. Each names the field.
+    pub fn warnings(&self) -> &[String] {
+        match self {
+            Self::Authorization(policy) => &policy.warnings,
+            Self::Peer(policy) => &policy.warnings,
+            Self::Unreadable(_) => &[],
+        }
+    }
+}
+
+impl Unreadable {
+    fn new(kind: Kind, document: &Value, fault: Fault) -> Self {
+        let metadata = |field| {
+            let text = document["metadata"][field].as_str()?;
+            is_name(text, 253).then(|| text.to_owned())
+        };
+        let spec = Node::top(document, "spec");
+        let instead = match kind {
+            Kind::Peer => Instead::Strict,
+            Kind::Authorization if authorization::is_dry_run(document) == Ok(true) => {
+                Instead::Nothing
+            }
+            Kind::Authorization => match Action::read(&spec.field("action")) {
+                // Of another type than an object, it says nothing of an action.
+                _ if !spec.is_null() && !spec.value().is_object() => Instead::DenyAll,
+                Ok(Action::Allow) => Instead::AllowNothing,
+                Ok(Action::Audit) => Instead::Nothing,
+                Ok(Action::Deny) | Err(_) => Instead::DenyAll,
+            },
+        };
+        let selector = spec.field("selector");
+        let contradicted =
+            targets(&spec).is_some() || exceeds(selector.value(), MAX_SELECTOR_BYTES);
+        let selector = match Selector::read(&selector) {
+            Ok(selector) if !contradicted => selector,
+            _ => Selector::default(),
+        };
+        Self {
+            kind,
+            name: ObjectName {
+                namespace: metadata("namespace").unwrap_or_else(|| "default".into()),
+                name: metadata("name").unwrap_or_else(|| "?".into()),
+            },
+            field: fault.field,
+            reason: fault.reason,
+            instead,
+            selector,
+        }
+    }
+}
+
+impl Selector {
+    fn read(node: &Node<'_>) -> Result<Self, Fault> {
+        node.only(&["matchLabels"])?;
+        let mut labels = BTreeMap::new();
+        for (key, value) in node.field("matchLabels").entries()? {
+            if !is_label_key(key) {
+                return Err(value.fault("is not a label that a pod can have"));
+            }
+            match value.text()? {
+                Some(text) if is_label_value(text) => {
+                    labels.insert(key.to_owned(), text.to_owned())
+                }
+                Some(text) => {
+                    let reason = format!("{} is not a value that a label can have", quoted(text));
+                    return Err(value.fault(reason));
+                }
+                None => return Err(value.fault("is null, not a string")),
+            };
+        }
+        Ok(Self(labels))
+    }
+
+    /// Whether it is for a workload with `labels`.
+    pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
+        self.0
+            .iter()
+            .all(|(key, value)| labels.get(key) == Some(value))
+    }
+
+    /// The labels that it asks for.
+    pub fn labels(&self) -> &BTreeMap<String, String> {
+        &self.0
+    }
+
+    /// Whether it is for all workloads of its scope.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (key, value)) in self.0.iter().enumerate() {
+            let comma = if index > 0 { "," } else { "" };
+            write!(f, "{comma}{key}={value}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Kind {
+    /// As Kubernetes calls it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Authorization => "AuthorizationPolicy",
+            Self::Peer => "PeerAuthentication",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for Instead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::AllowNothing => "it allows nobody",
+            Self::DenyAll => "it denies everybody",
+            Self::Nothing => "it does nothing",
+            Self::Strict => "mutual TLS is required on all ports",
+        })
+    }
+}
+
+/// `metadata.name` and `metadata.namespace`.
+fn name(document: &Value) -> Result<ObjectName, Fault> {
+    let metadata = Node::top(document, "metadata");
+    let part = |field: &str, longest| {
+        let node = metadata.field(field);
+        match node.text()? {
+            Some(text) if is_name(text, longest) => Ok(Some(text.to_owned())),
+            Some(text) => Err(node.fault(format!("{} is not a name", quoted(text)))),
+            None => Ok(None),
+        }
+    };
+    let name = part("name", 253)?.ok_or_else(|| metadata.field("name").fault("is missing"))?;
+    let namespace = part("namespace", 63)?.unwrap_or_else(|| "default".into());
+    Ok(ObjectName { namespace, name })
+}
+
+/// Where the policy says that it is for gateways or services instead of workloads.
+fn targets<'a>(spec: &Node<'a>) -> Option<Node<'a>> {
+    ["targetRefs", "targetRef"]
+        .map(|field| spec.field(field))
+        .into_iter()
+        .find(|node| !matches!(node.value(), Value::Null) && node.value() != &Value::Array(vec![]))
+}
+
+fn is_name(text: &str, longest: usize) -> bool {
+    !text.is_empty()
+        && text.len() <= longest
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.'))
+}
+
+fn is_label_key(key: &str) -> bool {
+    !key.is_empty()
+        && key.len() <= 253 + 1 + 63
+        && key
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/'))
+}
+
+fn is_label_value(value: &str) -> bool {
+    value.len() <= 63
+        && value
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn object(kind: &str, spec: Value) -> Object {
+        Object::read(&json!({
+            "apiVersion": "security.istio.io/v1", "kind": kind,
+            "metadata": {"namespace": "shop", "name": "web"}, "spec": spec,
+        }))
+        .unwrap()
+    }
+
+    fn refused(kind: &str, spec: Value) -> Unreadable {
+        match object(kind, spec) {
+            Object::Unreadable(unreadable) => unreadable,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn each_fault_names_object_and_field() {
+        let source =
+            |field: &str, value: Value| json!({"rules": [{"from": [{"source": {field: value}}]}]});
+        let operation = |value: Value| json!({"rules": [{"to": [{"operation": value}]}]});
+        for (spec, expected) in [
+            (
+                source("ipBlocks", json!(["10.0.0.0/8", "10.0.0.0/33"])),
+                "spec.rules[0].from[0].source.ipBlocks[1]: \"10.0.0.0/33\" is not a CIDR",
+            ),
+            (
+                source("principals", json!(["^cluster.local/(.*$"])),
+                "spec.rules[0].from[0].source.principals[0]: \"^cluster.local/(.*$\": a * stands",
+            ),
+            (
+                source("principals", json!(["td/ns/(a|b)/sa/c"])),
+                "is not a principal; there are no regular expressions",
+            ),
+            (
+                source("principals", json!(["spiffe://td/ns/a/sa/b"])),
+                "principals are written without spiffe://",
+            ),
+            (
+                source("principal", json!(["td/ns/a/sa/b"])),
+                "spec.rules[0].from[0].source.principal: is not known here",
+            ),
+            (
+                source("namespaces", json!("a")),
+                "source.namespaces: is a string, not a list",
+            ),
+            (
+                source("namespaces", json!([1])),
+                "source.namespaces[0]: is a number, not a string",
+            ),
+            (
+                source("namespaces", json!([])),
+                "spec.rules[0].from[0].source: is empty",
+            ),
+            (
+                source("serviceAccounts", json!(["web*"])),
+                "is not a service account",
+            ),
+            (
+                json!({"rules": [{"from": [{"source":
+                    {"serviceAccounts": ["a"], "notPrincipals": ["b"]}}]}]}),
+                "spec.rules[0].from[0].source.serviceAccounts: cannot stand beside principals",
+            ),
+            (
+                json!({"rules": [{"from": []}]}),
+                "spec.rules[0].from: is empty",
+            ),
+            (
+                json!({"rules": [{"from": [{}]}]}),
+                "spec.rules[0].from[0].source: is missing",
+            ),
+            (json!({"rules": [null]}), "spec.rules[0]: is null"),
+            (
+                json!({"rules": [[]]}),
+                "spec.rules[0]: is a list, not an object",
+            ),
+            (
+                operation(json!({})),
+                "spec.rules[0].to[0].operation: is empty",
+            ),
+            (
+                operation(json!({"ports": ["http"]})),
+                "to[0].operation.ports[0]: \"http\" is not a port",
+            ),
+            (
+                operation(json!({"ports": [80]})),
+                "to[0].operation.ports[0]: is a number, not a string",
+            ),
+            (
+                json!({"rules": [{"when": [{"key": "source.ips", "values": ["10.0.0.1"]}]}]}),
+                "spec.rules[0].when[0].key: \"source.ips\" is not known here",
+            ),
+            (
+                json!({"rules": [{"when": [{"key": "source.ip"}]}]}),
+                "spec.rules[0].when[0]: has neither values nor notValues",
+            ),
+            (
+                json!({"rules": [{"when": [{"key": "source.ip", "notValues": ["*"]}]}]}),
+                "spec.rules[0].when[0].notValues[0]: \"*\" is not an IP address",
+            ),
+            (
+                json!({"action": "allow"}),
+                "spec.action: \"allow\" is none of ALLOW, DENY, AUDIT",
+            ),
+            (
+                json!({"action": "CUSTOM"}),
+                "spec.action: CUSTOM needs an external authorizer",
+            ),
+            (
+                json!({"selector": {"matchLabels": {"app": "web"}}, "targetRefs": [{"kind": "Service"}]}),
+                "spec.targetRefs: contradicts spec.selector",
+            ),
+            (
+                json!({"selector": {"matchLabels": {"app": "w*"}}}),
+                "spec.selector.matchLabels[app]: \"w*\" is not a value",
+            ),
+            (
+                json!({"selector": {"matchExpressions": []}}),
+                "spec.selector.matchExpressions: is not known here; known are matchLabels",
+            ),
+        ] {
+            let error = refused("AuthorizationPolicy", spec.clone()).to_string();
+            assert!(
+                error.starts_with("AuthorizationPolicy shop/web: spec"),
+                "{error}"
+            );
+            assert!(error.contains(expected), "{spec}: {error}");
+        }
+        for (spec, expected) in [
+            (
+                json!({"mtls": {"mode": "strict"}}),
+                "spec.mtls.mode: \"strict\" is none of STRICT, PERMISSIVE, DISABLE, UNSET",
+            ),
+            (
+                json!({"portLevelMtls": {"80": {"mode": "STRICT"}}}),
+                "spec.portLevelMtls: needs a selector",
+            ),
+            (
+                json!({"selector": {"matchLabels": {"a": "b"}}, "portLevelMtls": {"http": {}}}),
+                "spec.portLevelMtls[http]: \"http\" is not a port",
+            ),
+        ] {
+            let refused = refused("PeerAuthentication", spec);
+            assert!(refused.to_string().contains(expected), "{refused}");
+            assert_eq!(refused.instead, Instead::Strict);
+        }
+    }
+
+    #[test]
+    fn what_holds_instead() {
+        let bad = json!([{"from": 5}]);
+        for (mut spec, instead) in [
+            (json!({}), Instead::AllowNothing),
+            (json!({"action": "ALLOW"}), Instead::AllowNothing),
+            (json!({"action": "DENY"}), Instead::DenyAll),
+            (json!({"action": "AUDIT"}), Instead::Nothing),
+            (json!({"action": "deny"}), Instead::DenyAll),
+            (json!({"action": ["DENY"]}), Instead::DenyAll),
+            (json!({"action": "CUSTOM"}), Instead::DenyAll),
+        ] {
+            spec["rules"] = bad.clone();
+            assert_eq!(
+                refused("AuthorizationPolicy", spec.clone()).instead,
+                instead,
+                "{spec}"
+            );
+        }
+        assert_eq!(
+            refused("AuthorizationPolicy", json!("x")).instead,
+            Instead::DenyAll
+        );
+
+        let of = |selector: Value| {
+            let spec = json!({"rules": 5, "selector": selector});
+            refused("AuthorizationPolicy", spec).selector.to_string()
+        };
+        assert_eq!(
+            of(json!({"matchLabels": {"app": "web", "v": "1"}})),
+            "app=web,v=1"
+        );
+        assert_eq!(of(json!({"matchLabels": ["app"]})), "");
+        let contradictory = json!({"selector": {"matchLabels": {"app": "web"}}, "targetRef": {}});
+        assert!(
+            refused("AuthorizationPolicy", contradictory)
+                .selector
+                .is_empty()
+        );
+
+        let mut dry = json!({
+            "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+            "metadata": {"name": "web", "annotations": {"istio.io/dry-run": "true"}},
+            "spec": {"action": "DENY", "rules": 5},
+        });
+        let instead = |document: &Value| match Object::read(document) {
+            Some(Object::Unreadable(unreadable)) => unreadable.instead,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(instead(&dry), Instead::Nothing);
+        dry["metadata"]["annotations"]["istio.io/dry-run"] = "perhaps".into();
+        assert_eq!(instead(&dry), Instead::DenyAll);
+    }
+
+    #[test]
+    fn ten_megabytes_of_rules_are_refused_cheaply() {
+        let principals = vec!["cluster.local/ns/a/sa/b"; 100];
+        let rule = json!({"from": [{"source": {"principals": principals}}]});
+        let spec = json!({
+            "action": "DENY", "selector": {"matchLabels": {"app": "web"}}, "rules": vec![rule; 4000],
+        });
+        assert!(spec.to_string().len() > 10_000_000);
+        let start = std::time::Instant::now();
+        let document = json!({
+            "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+            "metadata": {"name": "web"}, "spec": spec,
+        });
+        let copying = start.elapsed();
+        let start = std::time::Instant::now();
+        let Some(Object::Unreadable(refused)) = Object::read(&document) else {
+            panic!("accepted");
+        };
+        assert!(start.elapsed() < copying, "{:?}", start.elapsed());
+        assert_eq!(
+            refused.to_string(),
+            "AuthorizationPolicy default/web: spec: the object is larger than 1572864 bytes; split it"
+        );
+        assert_eq!(refused.instead, Instead::DenyAll);
+        assert_eq!(refused.selector.to_string(), "app=web");
+    }
+
+    #[test]
+    fn other_objects_are_passed_over() {
+        for (version, kind) in [
+            ("security.istio.io/v1", "RequestAuthentication"),
+            ("v1", "Pod"),
+            ("example.com/v1", "AuthorizationPolicy"),
+        ] {
+            let document = json!({"apiVersion": version, "kind": kind, "metadata": {"name": "a"}});
+            assert_eq!(Object::read(&document), None, "{version} {kind}");
+        }
+        assert_eq!(Object::read(&json!(null)), None);
+        let unknown = json!({
+            "apiVersion": "security.istio.io/v2", "kind": "AuthorizationPolicy", "metadata": {"name": "a"}
+        });
+        let Some(Object::Unreadable(unknown)) = Object::read(&unknown) else {
+            panic!();
+        };
+        assert!(
+            unknown.to_string().contains("apiVersion: version \"v2\""),
+            "{unknown}"
+        );
+        let unnamed =
+            json!({"apiVersion": "security.istio.io/v1beta1", "kind": "PeerAuthentication"});
+        let Some(Object::Unreadable(unnamed)) = Object::read(&unnamed) else {
+            panic!();
+        };
+        assert_eq!(
+            unnamed.to_string(),
+            "PeerAuthentication default/?: metadata.name: is missing"
+        );
+    }
+
+    fn anything() -> impl Strategy<Value = Value> {
+        let text = prop::sample::select(vec![
+            "ALLOW",
+            "DENY",
+            "*",
+            "a*",
+            "10.0.0.0/8",
+            "80",
+            "source.ip",
+            "STRICT",
+            "\u{1b}[31m",
+            "",
+        ]);
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i32>().prop_map(Value::from),
+            text.prop_map(Value::from),
+        ];
+        let key = prop::sample::select(vec![
+            "rules",
+            "from",
+            "to",
+            "when",
+            "source",
+            "operation",
+            "principals",
+            "ports",
+            "key",
+            "values",
+            "notValues",
+            "action",
+            "selector",
+            "matchLabels",
+            "mtls",
+            "mode",
+            "portLevelMtls",
+            "80",
+            "app",
+        ]);
+        leaf.prop_recursive(6, 60, 5, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::btree_map(key.clone().prop_map(str::to_owned), inner, 0..4)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics_and_never_echoes_control_characters(
+            spec in anything(), metadata in anything(), peer in any::<bool>()
+        ) {
+            let kind = if peer { "PeerAuthentication" } else { "AuthorizationPolicy" };
+            for metadata in [metadata, json!({"name": "a"})] {
+                let object = Object::read(&json!({
+                    "apiVersion": "security.istio.io/v1", "kind": kind, "metadata": metadata, "spec": spec,
+                }));
+                if let Some(Object::Unreadable(unreadable)) = object {
+                    let clean = !unreadable.to_string().contains(char::is_control);
+                    prop_assert!(clean, "{}", unreadable);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,686 @@
+//! All policies of the mesh, made ready once for each change; and for each workload the view that its connections are
+//! checked against.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use super::{
+    api::{
+        Action, AuthorizationPolicy, Instead, Kind, Mode, Object, PeerAuthentication, Rule,
+        Selector,
+    },
+    rules::{Facts, Rules},
+};
+use crate::{Identity, ObjectName};
+
+/// What holds for the whole mesh, whatever the policies say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Policies in this namespace are for all namespaces.
+    pub root_namespace: String,
+    /// For workloads that no PeerAuthentication sets a mode for.
+    pub mode: Mode,
+}
+
+impl Default for Settings {
+    /// As Istio has it, and STRICT.
+    fn default() -> Self {
+        Self {
+            root_namespace: "istio-system".into(),
+            mode: Mode::Strict,
+        }
+    }
+}
+
+/// A connection, as the server's side knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct Connection<'a> {
+    /// Who calls, by certificate or by the kernel's record; none in plaintext.
+    pub client: Option<&'a Identity>,
+    /// Where from.
+    pub source: IpAddr,
+    /// The workload's own address, and the app's own port.
+    pub destination: SocketAddr,
+}
+
+/// Whether a connection may be, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// What holds.
+    pub decision: Decision,
+    /// AUDIT policies that match, with the first rule of each that does.
+    pub audits: Vec<Hit>,
+    /// What would hold if all dry-run policies were enforced; none without any.
+    pub dry_run: Option<Decision>,
+}
+
+/// Allowed or denied, with the policy behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// No policy has anything against it.
+    Unrestricted,
+    /// An ALLOW policy matches.
+    Allowed(Hit),
+    /// A DENY policy matches.
+    Denied(Hit),
+    /// There are ALLOW policies, these, and none of them matches.
+    NotAllowed(Arc<[Arc<ObjectName>]>),
+    /// It is plaintext and the port takes mutual TLS alone.
+    Plaintext(PeerMode),
+}
+
+/// A policy that matches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hit {
+    /// The AuthorizationPolicy.
+    pub policy: Arc<ObjectName>,
+    /// Which of its rules, counted from 0; none where it cannot be read.
+    pub rule: Option<usize>,
+}
+
+/// What a port takes, and which PeerAuthentication says so; none: the mesh's default.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerMode {
+    /// The mode.
+    pub mode: Mode,
+    /// Who set it.
+    pub policy: Option<Arc<ObjectName>>,
+}
+
+/// All policies, ready for use.
+#[derive(Debug)]
+pub struct Policies {
+    settings: Settings,
+    objects: Vec<Arc<Object>>,
+    authorizations: Vec<Authorization>,
+    peers: Vec<Peer>,
+    /// By namespace.
+    scopes: HashMap<String, Scope>,
+    /// Workloads that are selected by the same policies share a view.
+    views: Mutex<HashMap<Selected, Arc<WorkloadPolicy>>>,
+}
+
+/// An AuthorizationPolicy, or what holds in its place.
+#[derive(Debug)]
+struct Authorization {
+    name: Arc<ObjectName>,
+    action: Action,
+    dry_run: bool,
+    rules: Vec<Rule>,
+    readable: bool,
+}
+
+/// A PeerAuthentication, or what holds in its place.
+#[derive(Debug)]
+struct Peer {
+    name: Arc<ObjectName>,
+    mode: Option<Mode>,
+    ports: BTreeMap<u16, Mode>,
+    wide: bool,
+    readable: bool,
+}
+
+/// What is in a namespace: numbers into [`Policies::authorizations`] and [`Policies::peers`].
+#[derive(Debug, Default)]
+struct Scope {
+    authorizations: Selectors,
+    peers: Selectors,
+}
+
+/// Who is selected: without a label, or by the first of the selector's labels, then in full.
+#[derive(Debug, Default)]
+struct Selectors {
+    everybody: Vec<u32>,
+    by_label: HashMap<String, HashMap<String, Vec<(Selector, u32)>>>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Selected {
+    authorizations: Vec<u32>,
+    /// The mesh's, the namespace's, the workload's.
+    peers: [Option<u32>; 3],
+    /// One that cannot be read.
+    strict: Option<u32>,
+}
+
+/// The policies of one workload.
+#[derive(Debug)]
+pub struct WorkloadPolicy {
+    deny: Group,
+    allow: Group,
+    audit: Group,
+    dry_deny: Group,
+    dry_allow: Group,
+    mode: PeerMode,
+    ports: BTreeMap<u16, PeerMode>,
+    /// All ALLOW policies, and those with the dry-run ones.
+    allowing: Arc<[Arc<ObjectName>]>,
+    dry_allowing: Arc<[Arc<ObjectName>]>,
+}
+
+/// Policies of one action.
+#[derive(Debug)]
+struct Group {
+    policies: Vec<(Arc<ObjectName>, bool)>,
+    rules: Rules,
+}
+
+impl Default for Policies {
+    /// None.
+    fn default() -> Self {
+        Self::compile(Settings::default(), [])
+    }
+}
+
+impl Policies {
+    /// Makes `objects` ready. Two of one kind and name must not be among them.
+    pub fn compile(settings: Settings, objects: impl IntoIterator<Item = Arc<Object>>) -> Self {
+        let mut objects: Vec<_> = objects.into_iter().collect();
+        objects.sort_by(|a, b| (a.kind(), a.name()).cmp(&(b.kind(), b.name())));
+        let mut policies = Self {
+            settings,
+            objects: Vec::new(),
+            authorizations: Vec::new(),
+            peers: Vec::new(),
+            scopes: HashMap::new(),
+            views: Mutex::default(),
+        };
+        let mut by_age: Vec<&PeerAuthentication> = Vec::new();
+        for object in &objects {
+            match &**object {
+                Object::Authorization(policy) => policies.add_authorization(policy),
+                Object::Peer(policy) => by_age.push(policy),
+                Object::Unreadable(unreadable) => {
+                    policies.add_instead(&unreadable.name, unreadable.instead, &unreadable.selector)
+                }
+            }
+        }
+        by_age.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
+        for policy in by_age {
+            policies.add_peer(policy);
+        }
+        policies.objects = objects;
+        policies
+    }
+
+    fn add_authorization(&mut self, policy: &AuthorizationPolicy) {
+        if policy.elsewhere {
+            return;
+        }
+        self.add(
+            &policy.selector,
+            Authorization {
+                name: Arc::new(policy.name.clone()),
+                action: policy.action,
+                dry_run: policy.dry_run,
+                rules: policy.rules.clone(),
+                readable: true,
+            },
+        );
+    }
+
+    fn add(&mut self, selector: &Selector, authorization: Authorization) {
+        let number = self.authorizations.len() as u32;
+        self.scope(&authorization.name.namespace)
+            .authorizations
+            .add(selector, number);
+        self.authorizations.push(authorization);
+    }
+
+    fn add_peer(&mut self, policy: &PeerAuthentication) {
+        let wide = policy.selector.is_empty();
+        if !wide && policy.name.namespace == self.settings.root_namespace {
+            return;
+        }
+        let number = self.peers.len() as u32;
+        self.scope(&policy.name.namespace)
+            .peers
+            .add(&policy.selector, number);
+        self.peers.push(Peer {
+            name: Arc::new(policy.name.clone()),
+            mode: policy.mode,
+            ports: policy.ports.clone(),
+            wide,
+            readable: true,
+        });
+    }
+
+    fn add_instead(&mut self, name: &ObjectName, instead: Instead, selector: &Selector) {
+        let (action, rules) = match instead {
+            Instead::AllowNothing => (Action::Allow, vec![]),
+            Instead::DenyAll => (Action::Deny, vec![Rule::default()]),
+            Instead::Nothing => return,
+            Instead::Strict => {
+                let number = self.peers.len() as u32;
+                self.scope(&name.namespace).peers.add(selector, number);
+                self.peers.push(Peer {
+                    name: Arc::new(name.clone()),
+                    mode: Some(Mode::Strict),
+                    ports: BTreeMap::new(),
+                    wide: selector.is_empty(),
+                    readable: false,
+                });
+                return;
+            }
+        };
+        self.add(
+            selector,
+            Authorization {
+                name: Arc::new(name.clone()),
+                action,
+                dry_run: false,
+                rules,
+                readable: false,
+            },
+        );
+    }
+
+    fn scope(&mut self, namespace: &str) -> &mut Scope {
+        self.scopes.entry(namespace.to_owned()).or_default()
+    }
+
+    /// What holds for the whole mesh.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// All objects, by kind and name.
+    pub fn objects(&self) -> &[Arc<Object>] {
+        &self.objects
+    }
+
+    /// What the authors of objects should know, each with kind, name and field: what cannot be read, what cannot be met,
+    /// and what another object overrules.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let mut scopes: HashMap<&str, &PeerAuthentication> = HashMap::new();
+        let root = &self.settings.root_namespace;
+        let older = |a: &PeerAuthentication, b: &PeerAuthentication| {
+            (&a.created, &a.name) < (&b.created, &b.name)
+        };
+        for object in &self.objects {
+            let told = format!("{} {}", object.kind(), object.name());
+            let own = object.warnings().iter();
+            warnings.extend(own.map(|warning| format!("{told}: {warning}")));
+            match &**object {
+                Object::Unreadable(unreadable) => {
+                    warnings.push(format!("{unreadable}; {} instead", unreadable.instead));
+                }
+                Object::Peer(policy) if policy.selector.is_empty() => {
+                    let oldest = scopes.entry(&policy.name.namespace).or_insert(policy);
+                    if older(policy, oldest) {
+                        *oldest = policy;
+                    }
+                }
+                Object::Peer(policy) if policy.name.namespace == *root => warnings.push(format!(
+                    "{told}: spec.selector: in the root namespace it has no effect; leave it out for the whole mesh"
+                )),
+                Object::Peer(_) | Object::Authorization(_) => {}
+            }
+        }
+        for object in &self.objects {
+            if let Object::Peer(policy) = &**object
+                && policy.selector.is_empty()
+                && let Some(oldest) = scopes.get(policy.name.namespace.as_str())
+                && oldest.name != policy.name
+            {
+                warnings.push(format!(
+                    "{} {}: has no effect: {} is older (or first by name), for the same workloads",
+                    Kind::Peer,
+                    policy.name,
+                    oldest.name
+                ));
+            }
+        }
+        warnings
+    }
+
+    /// Whether `object` is for the workloads in `namespace` that have `labels`.
+    pub fn selects(
+        &self,
+        object: &Object,
+        namespace: &str,
+        labels: &BTreeMap<String, String>,
+    ) -> bool {
+        let root = self.settings.root_namespace.as_str();
+        let scope = object.name().namespace.as_str();
+        let selector = match object {
+            Object::Authorization(policy) if policy.elsewhere => return false,
+            Object::Peer(policy) if scope == root && !policy.selector.is_empty() => return false,
+            Object::Authorization(policy) => &policy.selector,
+            Object::Peer(policy) => &policy.selector,
+            Object::Unreadable(unreadable) => &unreadable.selector,
+        };
+        (scope == root || scope == namespace) && selector.selects(labels)
+    }
+
+    /// The policies of the workloads in `namespace` that have `labels`.
+    pub fn workload(
+        &self,
+        namespace: &str,
+        labels: &BTreeMap<String, String>,
+    ) -> Arc<WorkloadPolicy> {
+        let selected = self.select(namespace, labels);
+        // What panicked while it held the lock changed nothing by halves: a view is inserted whole.
+        let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(view) = views.get(&selected) {
+            return view.clone();
+        }
+        let view = Arc::new(self.view(&selected));
+        views.insert(selected, view.clone());
+        view
+    }
+
+    fn select(&self, namespace: &str, labels: &BTreeMap<String, String>) -> Selected {
+        let root = self.settings.root_namespace.as_str();
+        let mut selected = Selected::default();
+        let namespaces = [Some(root), Some(namespace).filter(|own| *own != root)];
+        for namespace in namespaces.into_iter().flatten() {
+            let Some(scope) = self.scopes.get(namespace) else {
+                continue;
+            };
+            scope
+                .authorizations
+                .find(labels, |number| selected.authorizations.push(number));
+            scope.peers.find(labels, |number| {
+                let peer = &self.peers[number as usize];
+                let place = match (peer.readable, peer.wide) {
+                    (false, _) => &mut selected.strict,
+                    (true, true) if namespace == root => &mut selected.peers[0],
+                    (true, true) => &mut selected.peers[1],
+                    (true, false) => &mut selected.peers[2],
+                };
+                // They are numbered by age: the oldest counts.
+                *place = Some(place.map_or(number, |older| older.min(number)));
+            });
+        }
+        selected.authorizations.sort_unstable();
+        selected
+    }
+
+    fn view(&self, selected: &Selected) -> WorkloadPolicy {
+        let group = |action: Action, dry_run: bool| {
+            let policies: Vec<_> = selected
+                .authorizations
+                .iter()
+                .map(|number| &self.authorizations[*number as usize])
+                .filter(|policy| policy.action == action && policy.dry_run == dry_run)
+                .collect();
+            Group {
+                rules: Rules::new(policies.iter().map(|policy| policy.rules.as_slice())),
+                policies: policies
+                    .iter()
+                    .map(|policy| (policy.name.clone(), policy.readable))
+                    .collect(),
+            }
+        };
+        let (mode, ports) = self.modes(selected);
+        let (allow, dry_allow) = (group(Action::Allow, false), group(Action::Allow, true));
+        let names = |group: &Group| -> Vec<_> {
+            let names = group.policies.iter().map(|(name, _)| name.clone());
+            names.collect()
+        };
+        WorkloadPolicy {
+            deny: group(Action::Deny, false),
+            audit: group(Action::Audit, false),
+            dry_deny: group(Action::Deny, true),
+            allowing: names(&allow).into(),
+            dry_allowing: [names(&allow), names(&dry_allow)].concat().into(),
+            allow,
+            dry_allow,
+            mode,
+            ports,
+        }
+    }
+
+    /// The narrowest that says something counts.
+    fn modes(&self, selected: &Selected) -> (PeerMode, BTreeMap<u16, PeerMode>) {
+        let by = |peer: &Peer, mode: Mode| PeerMode {
+            mode,
+            policy: Some(peer.name.clone()),
+        };
+        if let Some(strict) = selected.strict {
+            let strict = &self.peers[strict as usize];
+            return (by(strict, Mode::Strict), BTreeMap::new());
+        }
+        let mut mode = PeerMode {
+            mode: self.settings.mode,
+            policy: None,
+        };
+        let mut ports = BTreeMap::new();
+        for number in selected.peers.into_iter().flatten() {
+            let peer = &self.peers[number as usize];
+            if let Some(own) = peer.mode {
+                mode = by(peer, own);
+            }
+            ports = peer
+                .ports
+                .iter()
+                .map(|(port, mode)| (*port, by(peer, *mode)))
+                .collect();
+        }
+        (mode, ports)
+    }
+}
+
+impl Selectors {
+    fn add(&mut self, selector: &Selector, number: u32) {
+        match selector.labels().first_key_value() {
+            None => self.everybody.push(number),
+            Some((key, value)) => self
+                .by_label
+                .entry(key.clone())
+                .or_default()
+                .entry(value.clone())
+                .or_default()
+                .push((selector.clone(), number)),
+        }
+    }
+
+    fn find(&self, labels: &BTreeMap<String, String>, mut found: impl FnMut(u32)) {
+        self.everybody.iter().for_each(|number| found(*number));
+        let by_label = labels
+            .iter()
+            .filter_map(|(key, value)| self.by_label.get(key)?.get(value))
+            .flatten();
+        for (selector, number) in by_label {
+            if selector.selects(labels) {
+                found(*number);
+            }
+        }
+    }
+}
+
+impl WorkloadPolicy {
+    /// Whether `connection` may be.
+    pub fn evaluate(&self, connection: &Connection<'_>) -> Verdict {
+        let port = connection.destination.port();
+        let facts = Facts::new(
+            connection.client,
+            connection.source,
+            connection.destination.ip(),
+            port,
+        );
+        let audits = self.audit.each(&facts);
+        let peer = self.mode(port);
+        if connection.client.is_none() && !peer.mode.takes_plaintext() {
+            return Verdict {
+                decision: Decision::Plaintext(peer.clone()),
+                audits,
+                dry_run: None,
+            };
+        }
+        let denied = self.deny.first(&facts);
+        let allowed = self.allow.first(&facts);
+        let dry_run = (!self.dry_deny.is_empty() || !self.dry_allow.is_empty()).then(|| {
+            decide(
+                || denied.clone().or_else(|| self.dry_deny.first(&facts)),
+                || allowed.clone().or_else(|| self.dry_allow.first(&facts)),
+                &self.dry_allowing,
+            )
+        });
+        Verdict {
+            decision: decide(|| denied, || allowed, &self.allowing),
+            audits,
+            dry_run,
+        }
+    }
+
+    /// What `port` takes.
+    pub fn mode(&self, port: u16) -> &PeerMode {
+        self.ports.get(&port).unwrap_or(&self.mode)
+    }
+
+    /// What single ports take instead of what [`WorkloadPolicy::default_mode`] says.
+    pub fn port_modes(&self) -> &BTreeMap<u16, PeerMode> {
+        &self.ports
+    }
+
+    /// What all other ports take.
+    pub fn default_mode(&self) -> &PeerMode {
+        &self.mode
+    }
+
+    /// Whether no policy can deny, audit or tell anything: there is no need to evaluate callers with an identity.
+    pub fn is_unrestricted(&self) -> bool {
+        let groups = [
+            &self.deny,
+            &self.allow,
+            &self.audit,
+            &self.dry_deny,
+            &self.dry_allow,
+        ];
+        groups.iter().all(|group| group.is_empty())
+    }
+}
+
+fn decide(
+    denied: impl FnOnce() -> Option<Hit>,
+    allowed: impl FnOnce() -> Option<Hit>,
+    allowing: &Arc<[Arc<ObjectName>]>,
+) -> Decision {
+    if let Some(hit) = denied() {
+        return Decision::Denied(hit);
+    }
+    if allowing.is_empty() {
+        return Decision::Unrestricted;
+    }
+    match allowed() {
+        Some(hit) => Decision::Allowed(hit),
+        None => Decision::NotAllowed(allowing.clone()),
+    }
+}
+
+impl Group {
+    fn is_empty(&self) -> bool {
+        self.policies.is_empty()
+    }
+
+    fn hit(&self, (policy, rule): (usize, usize)) -> Hit {
+        let (name, readable) = &self.policies[policy];
+        Hit {
+            policy: name.clone(),
+            rule: readable.then_some(rule),
+        }
+    }
+
+    fn first(&self, facts: &Facts<'_>) -> Option<Hit> {
+        if self.is_empty() {
+            return None;
+        }
+        self.rules.first(facts).map(|found| self.hit(found))
+    }
+
+    /// The first rule of each policy that matches.
+    fn each(&self, facts: &Facts<'_>) -> Vec<Hit> {
+        if self.is_empty() {
+            return Vec::new();
+        }
+        let mut hits = Vec::new();
+        self.rules.matching(facts, |matching| {
+            let mut last = None;
+            for found in matching {
+                if last.replace(found.0) != Some(found.0) {
+                    hits.push(self.hit(found));
+                }
+            }
+        });
+        hits
+    }
+}
+
+impl Verdict {
+    /// Whether the connection may be.
+    pub fn allowed(&self) -> bool {
+        self.decision.allowed()
+    }
+}
+
+impl Decision {
+    /// Whether the connection may be.
+    pub fn allowed(&self) -> bool {
+        matches!(self, Self::Unrestricted | Self::Allowed(_))
+    }
+
+    /// The policies behind it.
+    pub fn policies(&self) -> impl Iterator<Item = (Kind, &ObjectName)> {
+        let (kind, policies) = match self {
+            Self::Unrestricted => (Kind::Authorization, &[][..]),
+            Self::Allowed(hit) | Self::Denied(hit) => {
+                (Kind::Authorization, std::slice::from_ref(&hit.policy))
+            }
+            Self::NotAllowed(policies) => (Kind::Authorization, &**policies),
+            Self::Plaintext(peer) => (Kind::Peer, peer.policy.as_slice()),
+        };
+        policies.iter().map(move |policy| (kind, &**policy))
+    }
+}
+
+/// How many policies a text names at most.
+const MAX_NAMED: usize = 3;
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unrestricted => f.write_str("allowed: no policy is against it"),
+            Self::Allowed(hit) => write!(f, "allowed by {hit}"),
+            Self::Denied(hit) => write!(f, "denied by {hit}"),
+            Self::NotAllowed(policies) => {
+                f.write_str("denied: no rule matches of AuthorizationPolicy ")?;
+                for (index, policy) in policies.iter().take(MAX_NAMED).enumerate() {
+                    let comma = if index > 0 { ", " } else { "" };
+                    write!(f, "{comma}{policy}")?;
+                }
+                match policies.len().saturating_sub(MAX_NAMED) {
+                    0 => Ok(()),
+                    more => write!(f, " and {more} more"),
+                }
+            }
+            Self::Plaintext(peer) => write!(f, "denied: plaintext, and the port takes {peer}"),
+        }
+    }
+}
+
+impl fmt::Display for Hit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AuthorizationPolicy {}", self.policy)?;
+        match self.rule {
+            Some(rule) => write!(f, " rules[{rule}]"),
+            None => f.write_str(", which cannot be read"),
+        }
+    }
+}
+
+impl fmt::Display for PeerMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.mode.as_str())?;
+        match &self.policy {
+            Some(policy) => write!(f, " by PeerAuthentication {policy}"),
+            None => f.write_str(" by the mesh's default"),
+        }
+    }
+}

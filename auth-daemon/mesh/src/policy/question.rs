@@ -1,0 +1,346 @@
+//! Who may call whom, asked in words: of a folder of manifests, or of a daemon.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use anyhow::{Context, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Connection, Policies,
+    api::{Condition, Mode, Object},
+    explain,
+};
+use crate::{Identity, ObjectName, Service, Workload};
+
+/// What is known of pods, services and policies, and where from.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// For errors: a folder, or a node.
+    pub source: String,
+    /// Pods of the mesh.
+    pub pods: Vec<Arc<Workload>>,
+    /// Services.
+    pub services: Vec<Arc<Service>>,
+    /// All policies.
+    pub policies: Arc<Policies>,
+}
+
+/// One who calls.
+struct Client {
+    name: String,
+    identity: Identity,
+    /// Where the pod can call from; empty where no pod is known.
+    addresses: Vec<IpAddr>,
+}
+
+/// Whether one may call another.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Question {
+    /// Who calls: a SPIFFE ID, or a pod as `NAMESPACE/NAME`.
+    pub from: String,
+    /// Who is called: a pod or service as `NAMESPACE/NAME[:PORT]`.
+    pub to: String,
+    /// Where the call comes from, in place of the pod's own address.
+    pub source_ip: Option<IpAddr>,
+}
+
+/// What is said of a question.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Answer {
+    /// For people.
+    pub text: String,
+    /// Every call is allowed; every policy can be read.
+    pub good: bool,
+    /// What the authors of policies should know.
+    pub warnings: Vec<String>,
+}
+
+impl Known {
+    /// Explains whether one may call another. Fails where that cannot be told.
+    pub fn check(&self, question: &Question) -> anyhow::Result<Answer> {
+        let mut clients = self.clients(&question.from)?;
+        if let Some(source) = question.source_ip {
+            for client in &mut clients {
+                client.addresses = vec![source.to_canonical()];
+            }
+        }
+        let servers = self.servers(&question.to)?;
+        // Many pods mostly fare alike: what is said of each is said once.
+        let mut said: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        let mut all_allowed = true;
+        for client in &clients {
+            for (server, port) in &servers {
+                let (address, source) = self.route(client, server)?;
+                let connection = Connection {
+                    client: Some(&client.identity),
+                    source,
+                    destination: SocketAddr::new(address, *port),
+                };
+                let explanation = explain(
+                    &self.policies,
+                    &server.name.namespace,
+                    &server.labels,
+                    &connection,
+                );
+                all_allowed &= explanation.verdict.allowed();
+                let from = match source.is_unspecified() {
+                    true => client.name.clone(),
+                    false => format!("{} at {source}", client.name),
+                };
+                let call = format!("{from} to {} at {}", server.name, connection.destination);
+                said.entry(explanation.to_string()).or_default().push(call);
+            }
+        }
+        let mut text = String::new();
+        for (explanation, calls) in said {
+            if !text.is_empty() {
+                text.push('\n');
+            }
+            let more = match calls.len() - 1 {
+                0 => String::new(),
+                more => format!(", and {more} more"),
+            };
+            text.push_str(&format!("{}{more}:\n{explanation}", calls[0]));
+        }
+        Ok(Answer {
+            text,
+            good: all_allowed,
+            warnings: self.policies.warnings(),
+        })
+    }
+
+    /// A table of all policies.
+    pub fn list(&self) -> Answer {
+        let mut rows =
+            vec![["KIND", "NAME", "DOES", "SELECTOR", "PODS", "RULES"].map(str::to_owned)];
+        let mut readable = true;
+        for object in self.policies.objects() {
+            let (does, selector, rules) = match &**object {
+                Object::Authorization(policy) => {
+                    let dry = if policy.dry_run { " (dry run)" } else { "" };
+                    let does = format!("{}{dry}", policy.action.as_str());
+                    (does, &policy.selector, policy.rules.len().to_string())
+                }
+                Object::Peer(policy) => {
+                    let mode = policy.mode.map_or("UNSET", Mode::as_str);
+                    let ports = policy
+                        .ports
+                        .iter()
+                        .map(|(port, mode)| format!(" {port}:{}", mode.as_str()));
+                    let does = format!("{mode}{}", ports.collect::<String>());
+                    (does, &policy.selector, "-".to_owned())
+                }
+                Object::Unreadable(unreadable) => {
+                    readable = false;
+                    ("REFUSED".to_owned(), &unreadable.selector, "-".to_owned())
+                }
+            };
+            let selects = |pod: &&Arc<Workload>| {
+                self.policies
+                    .selects(object, &pod.name.namespace, &pod.labels)
+            };
+            rows.push([
+                object.kind().to_string(),
+                object.name().to_string(),
+                does,
+                match selector.is_empty() {
+                    true => "-".to_owned(),
+                    false => selector.to_string(),
+                },
+                self.pods.iter().filter(selects).count().to_string(),
+                rules,
+            ]);
+        }
+        let widths = std::array::from_fn::<usize, 6, _>(|column| {
+            rows.iter()
+                .map(|row| row[column].chars().count())
+                .max()
+                .unwrap_or(0)
+        });
+        let mut text = String::new();
+        for row in &rows {
+            let cells = row
+                .iter()
+                .zip(widths)
+                .map(|(cell, width)| format!("{cell:width$}"));
+            text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+            text.push('\n');
+        }
+        Answer {
+            text,
+            good: readable,
+            warnings: self.policies.warnings(),
+        }
+    }
+
+    fn clients(&self, from: &str) -> anyhow::Result<Vec<Client>> {
+        let client = |pod: &Arc<Workload>| Client {
+            name: format!("{} ({})", pod.name, pod.identity),
+            identity: pod.identity.clone(),
+            addresses: pod.addresses.clone(),
+        };
+        if !from.starts_with("spiffe://") {
+            let name = object_name(from).with_context(|| format!("--from {from:?}"))?;
+            let pod = self
+                .pod(&name)
+                .with_context(|| self.missing("pod", &name))?;
+            return Ok(vec![client(pod)]);
+        }
+        let identity: Identity = from.parse().with_context(|| format!("--from {from:?}"))?;
+        let mut clients: Vec<_> = self
+            .pods
+            .iter()
+            .filter(|pod| pod.identity == identity)
+            .map(client)
+            .collect();
+        if clients.is_empty() {
+            clients.push(Client {
+                name: identity.to_string(),
+                identity,
+                addresses: Vec::new(),
+            });
+        }
+        Ok(clients)
+    }
+
+    /// The pods that are called, each with the app's port.
+    fn servers(&self, to: &str) -> anyhow::Result<Vec<(&Workload, u16)>> {
+        let bad = || format!("--to {to:?}");
+        let (target, port) = match to.rsplit_once(':') {
+            Some((target, port)) => {
+                let port = port.parse().map_err(|_| anyhow!("{port:?} is not a port"));
+                (target, Some(port.with_context(bad)?))
+            }
+            None => (to, None),
+        };
+        let (kind, name) = match target.split_once('/') {
+            Some((kind @ ("pod" | "service"), name)) if name.contains('/') => (Some(kind), name),
+            _ => (None, target),
+        };
+        let name = object_name(name).with_context(bad)?;
+        let pod = self.pod(&name).filter(|_| kind != Some("service"));
+        let service = self.services.iter().find(|service| service.name == name);
+        match (pod, service.filter(|_| kind != Some("pod"))) {
+            (Some(_), Some(_)) => {
+                bail!("{name} is a pod and a service: ask for pod/{name} or service/{name}")
+            }
+            (Some(pod), None) => {
+                let named: Vec<u16> = pod.named_ports.values().copied().collect();
+                let port = one_port(port, &named).with_context(bad)?;
+                Ok(vec![(pod, port)])
+            }
+            (None, Some(service)) => self.endpoints(service, port).with_context(bad),
+            (None, None) => bail!(self.missing(kind.unwrap_or("pod or service"), &name)),
+        }
+    }
+
+    fn endpoints(
+        &self,
+        service: &Service,
+        port: Option<u16>,
+    ) -> anyhow::Result<Vec<(&Workload, u16)>> {
+        let ports: Vec<u16> = service.ports.iter().map(|port| port.port).collect();
+        let number = one_port(port, &ports)?;
+        let port = service.ports.iter().find(|port| port.port == number);
+        let port =
+            port.with_context(|| format!("service {} has no TCP port {number}", service.name))?;
+        let endpoints: Vec<_> = self
+            .pods
+            .iter()
+            .filter(|pod| service.selects(pod))
+            .filter(|pod| match &service.pinned_identities {
+                Some(pinned) => pinned.contains(&pod.identity),
+                None => true,
+            })
+            .filter_map(|pod| Some((&**pod, port.target.on(pod)?)))
+            .collect();
+        ensure!(
+            !endpoints.is_empty(),
+            "service {} has no pod in {} that may run it",
+            service.name,
+            self.source
+        );
+        Ok(endpoints)
+    }
+
+    /// The server's address and the client's, of one family where there is one.
+    fn route(&self, client: &Client, server: &Workload) -> anyhow::Result<(IpAddr, IpAddr)> {
+        let address = server.addresses.first();
+        let address = *address.with_context(|| format!("pod {} has no address", server.name))?;
+        let Some(first) = client.addresses.first() else {
+            ensure!(
+                !looks_at_source(&self.policies),
+                "policies look at the source's address, and no pod in {} is {}: say where it calls from with --source-ip",
+                self.source,
+                client.identity
+            );
+            return Ok((address, Ipv4Addr::UNSPECIFIED.into()));
+        };
+        let mut routes = server.addresses.iter().filter_map(|to| {
+            let same = |from: &&IpAddr| from.is_ipv4() == to.is_ipv4();
+            Some((*to, *client.addresses.iter().find(same)?))
+        });
+        Ok(routes.next().unwrap_or((address, *first)))
+    }
+
+    fn pod(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
+        self.pods.iter().find(|pod| pod.name == *name)
+    }
+
+    fn missing(&self, what: &str, name: &ObjectName) -> String {
+        format!(
+            "{} has no {what} {name} that is part of the mesh (a pod needs status.podIP, a service a clusterIP)",
+            self.source
+        )
+    }
+}
+
+fn one_port(asked: Option<u16>, known: &[u16]) -> anyhow::Result<u16> {
+    match (asked, known) {
+        (Some(port), _) => Ok(port),
+        (None, [port]) => Ok(*port),
+        (None, []) => bail!("add the port, as :80"),
+        (None, known) => {
+            let known: Vec<_> = known.iter().map(u16::to_string).collect();
+            bail!("add one of the ports: {}", known.join(", "))
+        }
+    }
+}
+
+fn object_name(text: &str) -> anyhow::Result<ObjectName> {
+    match text.split_once('/') {
+        Some((namespace, name))
+            if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
+        {
+            Ok(ObjectName {
+                namespace: namespace.into(),
+                name: name.into(),
+            })
+        }
+        _ => bail!("is not NAMESPACE/NAME"),
+    }
+}
+
+fn looks_at_source(policies: &Policies) -> bool {
+    let rules = policies
+        .objects()
+        .iter()
+        .flat_map(|object| match &**object {
+            Object::Authorization(policy) => policy.rules.as_slice(),
+            _ => &[],
+        });
+    rules.into_iter().any(|rule| {
+        let source = rule
+            .from
+            .iter()
+            .any(|from| !(from.blocks.is_empty() && from.remote_blocks.is_empty()));
+        let is_address =
+            |when: &Condition| matches!(when, Condition::SourceIp(_) | Condition::RemoteIp(_));
+        source || rule.when.iter().any(is_address)
+    })
+}

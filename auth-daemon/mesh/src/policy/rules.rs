@@ -1,0 +1,209 @@
+//! Many rules as one: which of them match a connection, in a time that hardly grows with their number.
+//!
+//! Every rule is taken apart into branches, one a source. All branches start as members of a set; each field of the
+//! connection takes out those that ask for another value (T. V. Lakshman, D. Stiliadis: High-Speed Policy-Based
+//! Packet Forwarding, SIGCOMM 1998). What is left matches.
+
+use std::{net::IpAddr, slice};
+
+use super::{
+    api::{Account, Condition, Matches, Pattern, Rule, Source},
+    bits::{insert, members, words},
+    fields::{Accounts, Blocks, Exact, Field, FieldBuilder, Patterns, Ports},
+};
+use crate::Identity;
+
+/// Sets up to this many words are kept on the stack.
+const SMALL: usize = 16;
+
+/// What rules look at.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Facts<'a> {
+    /// The client's SPIFFE ID without its scheme; none in plaintext. So with the next two.
+    pub(super) principal: Option<&'a str>,
+    pub(super) namespace: Option<&'a str>,
+    /// The path of the SPIFFE ID.
+    pub(super) account: Option<&'a str>,
+    pub(super) source: IpAddr,
+    pub(super) destination: IpAddr,
+    pub(super) port: u16,
+}
+
+impl<'a> Facts<'a> {
+    pub(super) fn new(
+        client: Option<&'a Identity>,
+        source: IpAddr,
+        destination: IpAddr,
+        port: u16,
+    ) -> Self {
+        let principal = client.map(|client| &client.as_str()["spiffe://".len()..]);
+        Self {
+            principal,
+            namespace: client.map(Identity::namespace),
+            account: client
+                .zip(principal)
+                .map(|(client, principal)| &principal[client.trust_domain().len()..]),
+            source: source.to_canonical(),
+            destination: destination.to_canonical(),
+            port,
+        }
+    }
+}
+
+/// The rules of some policies, by the place of each policy among them.
+#[derive(Debug)]
+pub(super) struct Rules {
+    /// Where each branch comes from, in order: policy and rule.
+    branches: Box<[(u32, u32)]>,
+    /// Every branch.
+    all: Box<[u64]>,
+    principals: Field<Patterns>,
+    accounts: Field<Accounts>,
+    namespaces: Field<Patterns>,
+    ports: Field<Exact<u16>>,
+    sources: Field<Blocks>,
+    destinations: Field<Blocks>,
+}
+
+impl Rules {
+    pub(super) fn new<'a>(policies: impl Iterator<Item = &'a [Rule]>) -> Self {
+        let mut branches: Vec<(u32, u32)> = Vec::new();
+        let mut principals = FieldBuilder::<Pattern>::new();
+        let mut accounts = FieldBuilder::<Account>::new();
+        let mut namespaces = FieldBuilder::<Pattern>::new();
+        let mut ports = FieldBuilder::<u16>::new();
+        let mut sources = FieldBuilder::new();
+        let mut destinations = FieldBuilder::new();
+        let any_source = Source::default();
+        for (policy, rules) in policies.enumerate() {
+            for (index, rule) in rules.iter().enumerate() {
+                let open = port_set(rule);
+                if rule.never || open == Ports::nothing() {
+                    continue;
+                }
+                let from = match rule.from.as_slice() {
+                    [] => slice::from_ref(&any_source),
+                    from => from,
+                };
+                for source in from {
+                    let number = branches.len() as u32;
+                    branches.push((policy as u32, index as u32));
+                    let listed: Vec<u16> = open.listed.iter().copied().collect();
+                    match open.excluded {
+                        true => ports.ask(number, 0, &[], &listed),
+                        false => ports.ask(number, 0, &listed, &[]),
+                    };
+                    // How many demands this branch has made on each field.
+                    let mut layers = [0; 5];
+                    let [
+                        of_principal,
+                        of_account,
+                        of_namespace,
+                        of_source,
+                        of_destination,
+                    ] = &mut layers;
+                    ask(&mut principals, number, of_principal, &source.principals);
+                    ask(&mut accounts, number, of_account, &source.accounts);
+                    ask(&mut namespaces, number, of_namespace, &source.namespaces);
+                    ask(&mut sources, number, of_source, &source.blocks);
+                    ask(&mut sources, number, of_source, &source.remote_blocks);
+                    for condition in &rule.when {
+                        match condition {
+                            Condition::Principal(values) => {
+                                ask(&mut principals, number, of_principal, values);
+                            }
+                            Condition::Account(values) => {
+                                ask(&mut accounts, number, of_account, values);
+                            }
+                            Condition::Namespace(values) => {
+                                ask(&mut namespaces, number, of_namespace, values);
+                            }
+                            Condition::SourceIp(values) | Condition::RemoteIp(values) => {
+                                ask(&mut sources, number, of_source, values);
+                            }
+                            Condition::DestinationIp(values) => {
+                                ask(&mut destinations, number, of_destination, values);
+                            }
+                            // In the set of ports already.
+                            Condition::DestinationPort(_) => {}
+                        }
+                    }
+                }
+            }
+        }
+        let count = branches.len();
+        let mut all = vec![0; words(count)];
+        (0..count).for_each(|number| insert(&mut all, number));
+        Self {
+            branches: branches.into(),
+            all: all.into(),
+            principals: principals.build(count),
+            accounts: accounts.build(count),
+            namespaces: namespaces.build(count),
+            ports: ports.build(count),
+            sources: sources.build(count),
+            destinations: destinations.build(count),
+        }
+    }
+
+    /// Gives `found` the rules that match, as policy and rule, in order.
+    pub(super) fn matching<T>(
+        &self,
+        facts: &Facts<'_>,
+        found: impl FnOnce(&mut dyn Iterator<Item = (usize, usize)>) -> T,
+    ) -> T {
+        let words = self.all.len();
+        let mut small = [0_u64; 2 * SMALL];
+        let mut large;
+        let sets: &mut [u64] = if words <= SMALL {
+            &mut small[..2 * words]
+        } else {
+            large = vec![0; 2 * words];
+            &mut large
+        };
+        let (live, scratch) = sets.split_at_mut(words);
+        live.copy_from_slice(&self.all);
+        self.principals.narrow(facts.principal, live, scratch);
+        self.accounts.narrow(facts.account, live, scratch);
+        self.namespaces.narrow(facts.namespace, live, scratch);
+        self.ports.narrow(Some(&facts.port), live, scratch);
+        self.sources.narrow(Some(&facts.source), live, scratch);
+        self.destinations
+            .narrow(Some(&facts.destination), live, scratch);
+        let mut matching = members(live).map(|number| {
+            let (policy, rule) = self.branches[number];
+            (policy as usize, rule as usize)
+        });
+        found(&mut matching)
+    }
+
+    /// The first rule that matches.
+    pub(super) fn first(&self, facts: &Facts<'_>) -> Option<(usize, usize)> {
+        self.matching(facts, |matching| matching.next())
+    }
+}
+
+/// The ports that a rule is for: of one of its operations, and of all its conditions.
+pub(super) fn port_set(rule: &Rule) -> Ports {
+    let operations = rule
+        .to
+        .iter()
+        .map(|operation| Ports::new(&operation.ports.any, &operation.ports.none))
+        .reduce(|a, b| a.or(&b))
+        .unwrap_or(Ports::all());
+    rule.when
+        .iter()
+        .fold(operations, |ports, condition| match condition {
+            Condition::DestinationPort(values) => ports.and(&Ports::new(&values.any, &values.none)),
+            _ => ports,
+        })
+}
+
+fn ask<A: Ord + Clone>(
+    field: &mut FieldBuilder<A>,
+    number: u32,
+    layer: &mut usize,
+    matches: &Matches<A>,
+) {
+    *layer = field.ask(number, *layer, &matches.any, &matches.none);
+}

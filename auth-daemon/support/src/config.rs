@@ -1,0 +1,250 @@
+//! Reading a configuration file: fields are taken one by one, every fault is noted with its field, and what is left over
+//! is a fault too.
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::{Map, Value};
+
+/// Everything that is wrong with a configuration file.
+#[derive(Debug)]
+pub struct InvalidConfig {
+    file: PathBuf,
+    faults: Vec<String>,
+}
+
+impl fmt::Display for InvalidConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} cannot be used:", self.file.display())?;
+        for fault in &self.faults {
+            write!(f, "\n  {fault}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for InvalidConfig {}
+
+/// Reads `file` and lets `parse` check it.
+pub fn load<T>(
+    file: &Path,
+    parse: impl FnOnce(&str) -> Result<T, Vec<String>>,
+) -> Result<T, InvalidConfig> {
+    let invalid = |faults| InvalidConfig {
+        file: file.to_owned(),
+        faults,
+    };
+    let text = fs::read_to_string(file)
+        .map_err(|error| invalid(vec![format!("cannot be read: {error}")]))?;
+    parse(&text).map_err(invalid)
+}
+
+/// A mapping of the file, emptied as its fields are taken, so that what is left is what nobody knows.
+pub struct Section {
+    path: String,
+    fields: Map<String, Value>,
+}
+
+impl Section {
+    /// The whole of a file.
+    pub fn of_yaml(text: &str, faults: &mut Vec<String>) -> Result<Self, Vec<String>> {
+        let root: Value =
+            serde_saphyr::from_str(text).map_err(|error| vec![format!("is not YAML: {error}")])?;
+        Ok(Self::new("", root, faults))
+    }
+
+    /// Reads `value`, which stands at `path`, as a mapping. An error is added to `faults` if it is not one.
+    pub fn new(path: &str, value: Value, faults: &mut Vec<String>) -> Self {
+        let fields = match value {
+            Value::Object(fields) => fields,
+            Value::Null => Map::new(),
+            _ => {
+                let name = if path.is_empty() { "the file" } else { path };
+                faults.push(format!("{name}: is not a mapping of fields"));
+                Map::new()
+            }
+        };
+        Self {
+            path: path.to_owned(),
+            fields,
+        }
+    }
+
+    fn field(&self, name: &str) -> String {
+        if self.path.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.path)
+        }
+    }
+
+    /// Whether the field is present.
+    pub fn has(&self, name: &str) -> bool {
+        self.fields.contains_key(name)
+    }
+
+    /// Takes a field out unread.
+    pub fn skip(&mut self, name: &str) {
+        self.fields.remove(name);
+    }
+
+    /// Takes a nested mapping; an empty one if the field is absent.
+    pub fn section(&mut self, name: &str, faults: &mut Vec<String>) -> Self {
+        let value = self.fields.remove(name).unwrap_or(Value::Null);
+        Self::new(&self.field(name), value, faults)
+    }
+
+    /// Takes a string field and parses it. `None` if it is absent or invalid.
+    pub fn parsed<T, E: fmt::Display>(
+        &mut self,
+        name: &str,
+        faults: &mut Vec<String>,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        let field = self.field(name);
+        match self.fields.remove(name)? {
+            Value::String(text) => parse(&text)
+                .map_err(|error| faults.push(format!("{field}: {text:?}: {error}")))
+                .ok(),
+            other => {
+                faults.push(format!("{field}: {other} is not a string"));
+                None
+            }
+        }
+    }
+
+    /// As [`Section::parsed`]; an absent field is an error.
+    pub fn required<T, E: fmt::Display>(
+        &mut self,
+        name: &str,
+        faults: &mut Vec<String>,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        if !self.fields.contains_key(name) {
+            faults.push(format!("{}: is missing", self.field(name)));
+        }
+        self.parsed(name, faults, parse)
+    }
+
+    /// Takes a list of strings and parses each. `None` if the field is absent or not a list.
+    pub fn list<T, E: fmt::Display>(
+        &mut self,
+        name: &str,
+        faults: &mut Vec<String>,
+        parse: impl Fn(&str) -> Result<T, E>,
+    ) -> Option<Vec<T>> {
+        let field = self.field(name);
+        let Value::Array(items) = self.fields.remove(name)? else {
+            faults.push(format!("{field}: is not a list"));
+            return None;
+        };
+        let mut parsed = Vec::new();
+        for (index, item) in items.into_iter().enumerate() {
+            match item.as_str().map(&parse) {
+                Some(Ok(value)) => parsed.push(value),
+                Some(Err(error)) => faults.push(format!("{field}[{index}]: {item}: {error}")),
+                None => faults.push(format!("{field}[{index}]: {item} is not a string")),
+            }
+        }
+        Some(parsed)
+    }
+
+    /// A list of mappings, each with its place as its path.
+    pub fn sections(&mut self, name: &str, faults: &mut Vec<String>) -> Vec<Self> {
+        let field = self.field(name);
+        match self.fields.remove(name) {
+            None => Vec::new(),
+            Some(Value::Array(items)) => items
+                .into_iter()
+                .enumerate()
+                .map(|(index, item)| Self::new(&format!("{field}[{index}]"), item, faults))
+                .collect(),
+            Some(_) => {
+                faults.push(format!("{field}: is not a list"));
+                Vec::new()
+            }
+        }
+    }
+
+    /// Adds an error for each field that was not taken.
+    pub fn refuse_the_rest(self, faults: &mut Vec<String>) {
+        for name in self.fields.keys() {
+            faults.push(format!("{}: there is no such field", self.field(name)));
+        }
+    }
+}
+
+/// Parses an absolute path.
+pub fn absolute(path: &str) -> Result<PathBuf, &'static str> {
+    let path = PathBuf::from(path);
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err("is not an absolute path")
+    }
+}
+
+/// A whole number with the unit `ms`, `s`, `m` or `h`.
+pub fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let milliseconds = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60 * 1000,
+        "h" => 60 * 60 * 1000,
+        _ => return Err("is not a duration such as 500ms, 5s, 10m or 24h".into()),
+    };
+    let duration = number
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(milliseconds))
+        .map(Duration::from_millis)
+        .ok_or("is not a duration such as 500ms, 5s, 10m or 24h")?;
+    if (min..=max).contains(&duration) {
+        Ok(duration)
+    } else {
+        Err(format!("is not between {min:?} and {max:?}"))
+    }
+}
+
+/// A DNS name or an IP address.
+pub fn server_name(name: &str) -> Result<String, &'static str> {
+    rustls::pki_types::ServerName::try_from(name)
+        .map(|_| name.to_owned())
+        .map_err(|_| "is neither a DNS name nor an IP address")
+}
+
+/// The name of a Kubernetes node: a DNS subdomain (RFC 1123), of at most 253 bytes.
+pub fn node_name(name: &str) -> Result<String, &'static str> {
+    let valid = !name.is_empty()
+        && name.len() <= 253
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
+    if valid {
+        Ok(name.to_owned())
+    } else {
+        Err("is not a node name")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        let any = |text| duration(text, Duration::ZERO, Duration::MAX);
+        assert_eq!(any("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(any("2h"), Ok(Duration::from_secs(7200)));
+        for bad in ["", "s", "5", "-5s", "5 s", "1d", "99999999999999999999s"] {
+            assert!(any(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! How many strangers may be served at once: each costs nothing but a place, and places are counted by where they call
+//! from, so that one of them cannot take all.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// A number of places.
+#[derive(Debug)]
+pub struct ConnectionLimit {
+    max: usize,
+    max_per_source: usize,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    total: usize,
+    by_source: HashMap<IpAddr, usize>,
+}
+
+impl ConnectionLimit {
+    /// As many as `max`, of which one source has `max_per_source` at most.
+    pub fn new(max: usize, max_per_source: usize) -> Self {
+        Self {
+            max,
+            max_per_source,
+            taken: Mutex::default(),
+        }
+    }
+
+    /// A place for a caller from `source`, kept until it is dropped. `None`: there is none left.
+    pub fn admit(self: &Arc<Self>, source: IpAddr) -> Option<ConnectionPermit> {
+        let mut taken = self.lock();
+        let by_source = taken.by_source.get(&source).copied().unwrap_or(0);
+        if taken.total >= self.max || by_source >= self.max_per_source {
+            return None;
+        }
+        taken.total += 1;
+        taken.by_source.insert(source, by_source + 1);
+        Some(ConnectionPermit {
+            places: self.clone(),
+            source,
+        })
+    }
+
+    /// How many are taken.
+    pub fn taken(&self) -> usize {
+        self.lock().total
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// See [`ConnectionLimit::admit`].
+#[derive(Debug)]
+pub struct ConnectionPermit {
+    places: Arc<ConnectionLimit>,
+    source: IpAddr,
+}
+
+impl Drop for ConnectionPermit {
+    fn drop(&mut self) {
+        let mut taken = self.places.lock();
+        taken.total -= 1;
+        if let Some(by_source) = taken.by_source.get_mut(&self.source) {
+            *by_source -= 1;
+            if *by_source == 0 {
+                taken.by_source.remove(&self.source);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_source_cannot_take_all() {
+        const MAX: usize = 64;
+        const MAX_PER_SOURCE: usize = 16;
+        let places = Arc::new(ConnectionLimit::new(MAX, MAX_PER_SOURCE));
+        let source = |last: u8| IpAddr::from([10, 0, 0, last]);
+        let mut held: Vec<_> = (0..MAX_PER_SOURCE)
+            .map(|_| places.admit(source(1)).unwrap())
+            .collect();
+        assert!(places.admit(source(1)).is_none());
+        held.push(places.admit(source(2)).unwrap());
+        drop(held.swap_remove(0));
+        held.push(places.admit(source(1)).unwrap());
+        for last in 3..=255 {
+            held.extend((0..MAX_PER_SOURCE).map_while(|_| places.admit(source(last))));
+        }
+        assert_eq!(held.len(), MAX);
+        drop(held);
+        assert!(places.taken() == 0 && places.lock().by_source.is_empty());
+    }
+}

@@ -1,0 +1,573 @@
+//! One tunnel connection after its handshake: frames over TLS records over TCP.
+//!
+//! Split in two halves that share nothing but the key schedule, so that [`super::relay`] can move both directions at
+//! once.
+
+use std::{
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    ops::Range,
+    os::fd::AsRawFd,
+    pin::Pin,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::Poll,
+    thread::{self, ThreadId},
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
+};
+use rustls::{
+    ConnectionTrafficSecrets, Error, client::ClientConnectionData, kernel::KernelConnection,
+    server::ServerConnectionData,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWriteExt, ReadBuf},
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
+
+use super::{
+    buffer::{Buffer, SMALL_BYTES},
+    frame::{self, Connect, Decoder, Event, InvalidFrame, Reset},
+    record::{
+        self, ContentType, HEADER_BYTES, InvalidRecord, MAX_RECORD_BYTES, Opener, Sealer,
+        TRAILER_BYTES,
+    },
+    tls,
+    tls::svid::Svid,
+};
+
+const NEW_SESSION_TICKET: u8 = 4;
+const KEY_UPDATE: u8 = 24;
+const CLOSE_NOTIFY: [u8; 2] = [1, 0];
+
+/// A tunnel connection, ready for the next app connection.
+#[derive(Debug)]
+pub struct Channel {
+    tcp: TcpStream,
+    /// The thread whose runtime watches `tcp`.
+    home: ThreadId,
+    sender: Sender,
+    receiver: Receiver,
+    keys: SharedKeys,
+    peer: Svid,
+}
+
+/// How a tunnel connection ended, other than by a clean close between two app connections.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The connection broke.
+    #[error("the tunnel broke: {0}")]
+    Io(#[from] io::Error),
+    /// It was closed in the midst of an app connection, or by TCP alone, which anyone on the way can do.
+    #[error("the peer closed the tunnel in the midst of a connection")]
+    Closed,
+    /// Not TLS, or forged.
+    #[error("the peer broke TLS: {0}")]
+    Record(#[from] InvalidRecord),
+    /// Not our framing.
+    #[error("the peer broke the framing: {0}")]
+    Frame(#[from] InvalidFrame),
+    /// A frame that has no place where it came.
+    #[error("the peer sent {0} out of turn")]
+    OutOfTurn(&'static str),
+    /// A TLS alert other than the clean close: how a server refuses a client's certificate (RFC 8446 §4.4.2.4).
+    #[error("{}", tls::explain_alert((*.0).into()))]
+    Alert(u8),
+    /// A post-handshake message that we do not take.
+    #[error("the peer sent post-handshake message {0}")]
+    Handshake(u8),
+    /// A ticket to resume with that cannot be read (RFC 8446 §4.6.1).
+    #[error("the peer sent a malformed session ticket: {0}")]
+    Ticket(Error),
+    /// Keys could not be changed.
+    #[error("the tunnel's keys cannot be changed: {0}")]
+    Keys(Error),
+}
+
+/// What rustls keeps of the connection: the key schedule.
+pub(super) enum Keys {
+    Client(KernelConnection<ClientConnectionData>),
+    Server(KernelConnection<ServerConnectionData>),
+}
+
+impl Keys {
+    fn next_sending(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
+        match self {
+            Self::Client(keys) => keys.update_tx_secret(),
+            Self::Server(keys) => keys.update_tx_secret(),
+        }
+    }
+
+    fn next_receiving(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
+        match self {
+            Self::Client(keys) => keys.update_rx_secret(),
+            Self::Server(keys) => keys.update_rx_secret(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Keys(..)")
+    }
+}
+
+/// The key schedule, which both halves use, hardly ever.
+#[derive(Debug)]
+pub(super) struct SharedKeys {
+    keys: Mutex<Keys>,
+    /// The peer asked us to change our sending key too.
+    update_requested: AtomicBool,
+}
+
+impl Channel {
+    pub(super) fn new(
+        tcp: TcpStream,
+        sealer: Sealer,
+        opener: Opener,
+        keys: Keys,
+        incoming: Buffer,
+        peer: Svid,
+    ) -> Self {
+        let slot_bytes = slot_bytes(socket2::SockRef::from(&tcp).tcp_mss().ok());
+        Self {
+            tcp,
+            home: thread::current().id(),
+            sender: Sender {
+                sealer,
+                outgoing: Buffer::default(),
+                slot_bytes,
+            },
+            receiver: Receiver {
+                opener,
+                incoming,
+                plain: 0..0,
+                record_end: 0,
+                decoder: Decoder::new(),
+            },
+            keys: SharedKeys {
+                keys: Mutex::new(keys),
+                update_requested: AtomicBool::new(false),
+            },
+            peer,
+        }
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> &Svid {
+        &self.peer
+    }
+
+    /// The address at this end.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+
+    /// The socket, to set options on.
+    pub fn socket(&self) -> socket2::SockRef<'_> {
+        socket2::SockRef::from(&self.tcp)
+    }
+
+    /// Whether this thread's runtime watches its socket.
+    pub fn is_at_home(&self) -> bool {
+        self.home == thread::current().id()
+    }
+
+    /// The same tunnel, watched by this thread's runtime.
+    pub fn bring_home(self) -> io::Result<Self> {
+        if self.is_at_home() {
+            return Ok(self);
+        }
+        Ok(Self {
+            tcp: TcpStream::from_std(self.tcp.into_std()?)?,
+            home: thread::current().id(),
+            ..self
+        })
+    }
+
+    /// The halves, to be moved at once.
+    pub(super) fn split(
+        &mut self,
+    ) -> (
+        (WriteHalf<'_>, &mut Sender),
+        (ReadHalf<'_>, &mut Receiver),
+        &SharedKeys,
+    ) {
+        let (read, write) = self.tcp.split();
+        (
+            (write, &mut self.sender),
+            (read, &mut self.receiver),
+            &self.keys,
+        )
+    }
+
+    /// Sends a CONNECT with the app's first bytes behind it: none, or at most [`MAX_EARLY_BYTES`].
+    pub async fn send_connect(
+        &mut self,
+        connect: &Connect,
+        early: &[u8],
+    ) -> Result<(), ChannelError> {
+        self.send(|out| {
+            frame::encode_connect(connect, out);
+            frame::encode_data(early, out);
+        })
+        .await
+    }
+
+    /// Sends the app's first bytes, at most [`MAX_EARLY_BYTES`], behind a CONNECT that went without them.
+    pub async fn send_early(&mut self, early: &[u8]) -> Result<(), ChannelError> {
+        self.send(|out| frame::encode_data(early, out)).await
+    }
+
+    /// Sends a CONNECTED.
+    pub async fn send_connected(&mut self) -> Result<(), ChannelError> {
+        self.send(frame::encode_connected).await
+    }
+
+    /// As [`Channel::send_connected`]; but where the client's first bytes are here already, and no more wait for this, it
+    /// goes with what the server's app answers, or a moment later.
+    pub async fn answer_connected(&mut self) -> Result<(), ChannelError> {
+        if (1..MAX_EARLY_BYTES).contains(&self.receiver.plain.len()) {
+            self.sender.push_frames(frame::encode_connected);
+            return Ok(());
+        }
+        self.send_connected().await
+    }
+
+    /// Sends a RESET, the tunnel's last frame, and waits for the peer to close in answer.
+    ///
+    /// What the peer sends meanwhile is dropped, but it is read: a socket that is closed with unread bytes sends a RST,
+    /// and that would take the RESET and its reason away from a peer that has not read them yet.
+    pub async fn send_reset(&mut self, reset: &Reset) -> Result<(), ChannelError> {
+        self.send(|out| frame::encode_reset(reset, out)).await?;
+        self.tcp.shutdown().await?;
+        loop {
+            self.tcp.readable().await?;
+            // Not held across the wait: it would be part of every connection's state.
+            let mut dropped = [0; 16 * 1024];
+            match self.tcp.try_read(&mut dropped) {
+                Ok(0) => return Ok(()),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error.into()),
+                _ => {}
+            }
+        }
+    }
+
+    async fn send(&mut self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), ChannelError> {
+        let (mut write, sender) = (self.tcp.split().1, &mut self.sender);
+        sender.flush(&mut write).await?;
+        if sender.is_key_change_due(&self.keys) {
+            sender.change_key(&self.keys, &mut write).await?;
+        }
+        sender.push_frames(encode);
+        sender.flush(&mut write).await?;
+        sender.outgoing.release();
+        Ok(())
+    }
+
+    /// Waits for the next frame that is not DATA. `None`: the peer closed the tunnel between two app connections and said
+    /// so, which nobody else can. Cancel it as you like: what has come is kept.
+    pub async fn receive_control(&mut self) -> Result<Option<Event>, ChannelError> {
+        let mut read = self.tcp.split().0;
+        loop {
+            match self.receiver.next_event(&self.keys)? {
+                Next::Event(Event::Data(_)) => return Err(ChannelError::OutOfTurn("DATA")),
+                Next::Event(event) => return Ok(Some(event)),
+                Next::Closed => return Ok(None),
+                Next::Starved => {
+                    if !self.receiver.fill(&mut read).await? {
+                        return Err(ChannelError::Closed);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives back the memory that it needs no more until it is used again.
+    pub(super) fn rest(&mut self) {
+        self.receiver.discard();
+        self.receiver.incoming.release();
+    }
+
+    /// Whether an idle tunnel has nothing to read, and may be used again.
+    pub fn is_quiet(&self) -> bool {
+        // The socket itself is asked: the runtime may not have heard yet.
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        self.receiver.incoming.is_empty()
+            && recv(self.tcp.as_raw_fd(), &mut [0], peek) == Err(Errno::EAGAIN)
+    }
+
+    /// Ends the tunnel in good order, as far as the socket takes it at once.
+    pub fn close(mut self) {
+        if self.sender.outgoing.is_empty() {
+            self.sender.push(ContentType::Alert, &CLOSE_NOTIFY);
+            let _ = self.tcp.try_write(self.sender.outgoing.filled());
+            let _ = self.socket().set_linger(None);
+        }
+    }
+}
+
+/// The half that sends.
+#[derive(Debug)]
+pub(super) struct Sender {
+    pub(super) sealer: Sealer,
+    /// Sealed records on their way.
+    pub(super) outgoing: Buffer,
+    /// Size of a stream's records, in bytes.
+    pub(super) slot_bytes: usize,
+}
+
+/// Size of a stream's records, in bytes: four of them make whole segments, and no more than the kernel hands on in one
+/// piece. What is left over would go all the way by itself.
+fn slot_bytes(mss: Option<u32>) -> usize {
+    /// 64 KiB, less what the kernel keeps free for headers (tcp_tso_autosize, Linux 6.18).
+    const PIECE_BYTES: usize = 65_536 - 1 - 320;
+    let mss = mss.map_or(0, |mss| mss as usize);
+    match PIECE_BYTES.checked_rem(mss) {
+        Some(rest) if rest < PIECE_BYTES => MAX_RECORD_BYTES.min((PIECE_BYTES - rest) / 4),
+        _ => MAX_RECORD_BYTES,
+    }
+}
+
+impl Sender {
+    /// Writes what is sealed.
+    pub(super) async fn flush(&mut self, write: &mut WriteHalf<'_>) -> io::Result<()> {
+        while !self.outgoing.is_empty() {
+            let written = write.write(self.outgoing.filled()).await?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            self.outgoing.consume(written);
+        }
+        Ok(())
+    }
+
+    /// Seals one small record behind those on their way.
+    pub(super) fn push(&mut self, kind: ContentType, plain: &[u8]) {
+        let room = self
+            .outgoing
+            .spare_for(HEADER_BYTES + plain.len() + TRAILER_BYTES);
+        room[HEADER_BYTES..HEADER_BYTES + plain.len()].copy_from_slice(plain);
+        let sealed = self.sealer.seal(room, plain.len(), kind);
+        self.outgoing.extend(sealed);
+    }
+
+    /// Seals small frames as one record.
+    pub(super) fn push_frames(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
+        let mut plain = Vec::with_capacity(64);
+        encode(&mut plain);
+        self.push(ContentType::ApplicationData, &plain);
+    }
+
+    /// Whether the sending key is to be changed before the next byte of the app's: its limit is near, or the peer has
+    /// asked for it (RFC 8446 §4.6.3).
+    pub(super) fn is_key_change_due(&self, shared: &SharedKeys) -> bool {
+        shared.update_requested.load(Ordering::Relaxed) || self.sealer.wants_new_key()
+    }
+
+    /// Changes the sending key, behind what is sealed.
+    pub(super) async fn change_key(
+        &mut self,
+        shared: &SharedKeys,
+        write: &mut WriteHalf<'_>,
+    ) -> Result<(), ChannelError> {
+        const UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
+        self.flush(write).await?;
+        shared.update_requested.store(false, Ordering::Relaxed);
+        let mut record = [0; HEADER_BYTES + UPDATE.len() + TRAILER_BYTES];
+        record[HEADER_BYTES..HEADER_BYTES + UPDATE.len()].copy_from_slice(&UPDATE);
+        self.sealer
+            .seal(&mut record, UPDATE.len(), ContentType::Handshake);
+        write.write_all(&record).await?;
+        let (sequence, secrets) = shared.lock().next_sending().map_err(ChannelError::Keys)?;
+        self.sealer = Sealer::new(sequence, &secrets)
+            .ok_or_else(|| ChannelError::Keys(Error::General("no TLS 1.3 suite".into())))?;
+        Ok(())
+    }
+}
+
+/// The half that receives.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    opener: Opener,
+    /// Bytes from the wire. The first record may be open already.
+    incoming: Buffer,
+    /// Plaintext of the open record that is not decoded yet, counted from the start of `incoming`.
+    plain: Range<usize>,
+    /// Where the records that are open end, counted likewise.
+    record_end: usize,
+    decoder: Decoder,
+}
+
+/// What the bytes at hand amount to.
+pub(super) enum Next {
+    /// An event. A DATA range counts from the start of the incoming bytes, and holds until [`Receiver::discard`].
+    Event(Event),
+    /// The peer closed the tunnel in good order.
+    Closed,
+    /// More bytes are needed.
+    Starved,
+}
+
+impl Receiver {
+    /// Opens and decodes up to the next event, without I/O. DATA stays where it is until [`Receiver::discard`].
+    pub(super) fn next_event(&mut self, keys: &SharedKeys) -> Result<Next, ChannelError> {
+        loop {
+            if !self.plain.is_empty() {
+                let base = self.plain.start;
+                let (taken, event) = self
+                    .decoder
+                    .decode(&self.incoming.filled()[self.plain.clone()])?;
+                self.plain.start += taken;
+                match event {
+                    Some(Event::Data(range)) => {
+                        return Ok(Next::Event(Event::Data(
+                            base + range.start..base + range.end,
+                        )));
+                    }
+                    Some(event) => return Ok(Next::Event(event)),
+                    None => continue,
+                }
+            }
+            let rest = &mut self.incoming.filled_mut()[self.record_end..];
+            let Some(length) = record::complete(rest)? else {
+                return Ok(Next::Starved);
+            };
+            let (kind, plain) = self.opener.open(&mut rest[..length])?;
+            let start = self.record_end + HEADER_BYTES;
+            let range = start..start + plain;
+            self.record_end += length;
+            match kind {
+                ContentType::ApplicationData => self.plain = range,
+                ContentType::Alert => {
+                    return match self.incoming.filled()[range] {
+                        [_, 0] if self.decoder.at_boundary() => Ok(Next::Closed),
+                        [_, 0] => Err(ChannelError::Closed),
+                        [_, alert] => Err(ChannelError::Alert(alert)),
+                        _ => Err(ChannelError::Alert(0)),
+                    };
+                }
+                ContentType::Handshake => self.post_handshake(range, keys)?,
+            }
+        }
+    }
+
+    fn post_handshake(
+        &mut self,
+        range: Range<usize>,
+        keys: &SharedKeys,
+    ) -> Result<(), ChannelError> {
+        let mut messages = &self.incoming.filled()[range];
+        while let [NEW_SESSION_TICKET, a, b, c, rest @ ..] = messages
+            && let Keys::Client(client) = &mut *keys.lock()
+            && let Some((ticket, rest)) =
+                rest.split_at_checked(u32::from_be_bytes([0, *a, *b, *c]) as usize)
+        {
+            client
+                .handle_new_session_ticket(ticket)
+                .map_err(ChannelError::Ticket)?;
+            if rest.is_empty() {
+                return Ok(());
+            }
+            messages = rest;
+        }
+        let &[KEY_UPDATE, 0, 0, 1, requested @ (0 | 1)] = messages else {
+            return Err(ChannelError::Handshake(
+                messages.first().copied().unwrap_or(0),
+            ));
+        };
+        if requested == 1 {
+            keys.update_requested.store(true, Ordering::Relaxed);
+        }
+        let (sequence, secrets) = keys.lock().next_receiving().map_err(ChannelError::Keys)?;
+        self.opener = Opener::new(sequence, &secrets)
+            .ok_or_else(|| ChannelError::Keys(Error::General("no TLS 1.3 suite".into())))?;
+        Ok(())
+    }
+
+    /// Bytes of a DATA event.
+    pub(super) fn bytes(&self, range: &Range<usize>) -> &[u8] {
+        &self.incoming.filled()[range.clone()]
+    }
+
+    /// Forgets records that are open and decoded. Earlier DATA ranges no longer hold.
+    pub(super) fn discard(&mut self) {
+        let done = if self.plain.is_empty() {
+            self.record_end
+        } else {
+            self.plain.start
+        };
+        self.incoming.consume(done);
+        self.plain = self.plain.start.saturating_sub(done)..self.plain.end.saturating_sub(done);
+        self.record_end -= done;
+    }
+
+    /// Reads more from the wire; holds no memory while it waits with nothing to keep. `false` at the end.
+    pub(super) async fn fill(&mut self, read: &mut ReadHalf<'_>) -> io::Result<bool> {
+        self.discard();
+        let (count, room) = poll_fn(|context| {
+            // A record always fits behind what is held: at most part of one.
+            let room = self.incoming.spare();
+            let bytes = room.len();
+            let mut room = ReadBuf::new(room);
+            match Pin::new(&mut *read).poll_read(context, &mut room) {
+                Poll::Ready(result) => Poll::Ready(result.map(|()| (room.filled().len(), bytes))),
+                Poll::Pending => {
+                    self.incoming.release();
+                    Poll::Pending
+                }
+            }
+        })
+        .await?;
+        self.incoming.extend(count);
+        self.incoming
+            .note_stream(count >= SMALL_BYTES || count == room);
+        Ok(count > 0)
+    }
+}
+
+impl SharedKeys {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Keys> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// App bytes that go with a CONNECT at most: one record holds both.
+pub const MAX_EARLY_BYTES: usize = 8 * 1024;
+
+const _: () = assert!(
+    frame::MAX_CONTROL_BYTES + MAX_EARLY_BYTES + 2 * frame::HEADER_BYTES <= record::MAX_PLAIN_BYTES
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_records_of_a_stream_are_whole_segments() {
+        for mss in [536, 1220, 1398, 1448, 8948, 32_000] {
+            let slot = slot_bytes(Some(mss));
+            let rest = 4 * slot % mss as usize;
+            let short = (mss as usize - rest) % mss as usize;
+            assert!(short < 4, "{mss}: {slot} leaves {short}");
+            assert!(4 * slot <= 65_215, "{mss}: {slot}");
+        }
+    }
+
+    #[test]
+    fn a_segment_size_that_helps_nothing_is_left_alone() {
+        for mss in [None, Some(0), Some(65_483), Some(u32::MAX)] {
+            assert_eq!(slot_bytes(mss), MAX_RECORD_BYTES, "{mss:?}");
+        }
+        assert!((12_000..=MAX_RECORD_BYTES).contains(&slot_bytes(Some(1))));
+    }
+}

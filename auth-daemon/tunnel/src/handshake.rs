@@ -1,0 +1,270 @@
+//! From a TCP connection to a [`Channel`]: the TLS handshake, made by rustls, one record at a time, so that not a byte
+//! behind the handshake is taken by anyone but the channel.
+
+use std::{io, sync::Arc};
+
+use rustls::{
+    ClientConfig, Error, ExtractedSecrets, ServerConfig,
+    client::{ClientConnectionData, UnbufferedClientConnection},
+    kernel::KernelConnection,
+    pki_types::ServerName,
+    server::{ServerConnectionData, UnbufferedServerConnection},
+    unbuffered::{
+        ConnectionState, EncodeError, EncodeTlsData, UnbufferedConnectionCommon, UnbufferedStatus,
+    },
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use super::{
+    ALPN,
+    buffer::Buffer,
+    channel::{Channel, Keys},
+    record::{HEADER_BYTES, MAX_RECORD_BYTES, Opener, Sealer},
+    tls,
+    tls::svid::Svid,
+};
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The connection broke.
+    #[error("the connection broke during the handshake: {0}")]
+    Io(#[from] io::Error),
+    /// TLS, or the peer's certificate.
+    #[error("{}", tls::explain(.0))]
+    Tls(#[from] Error),
+    /// What came is no TLS record.
+    #[error("the peer does not speak TLS: it answers in plaintext; is there a daemon on its node?")]
+    NotTls,
+    /// The peer speaks TLS, but not our protocol.
+    #[error("the peer does not speak {}", String::from_utf8_lossy(ALPN))]
+    Protocol,
+}
+
+/// Opens a tunnel on `tcp` as a client. Cancel it to give up.
+pub async fn connect(
+    tcp: TcpStream,
+    config: Arc<ClientConfig>,
+    trust_domain: &str,
+) -> Result<Channel, HandshakeError> {
+    let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
+    let connection = UnbufferedClientConnection::new(config, name)?;
+    drive(tcp, Client(connection), trust_domain).await
+}
+
+/// Opens a tunnel on `tcp` as a server. Cancel it to give up.
+pub async fn accept(
+    tcp: TcpStream,
+    config: Arc<ServerConfig>,
+    trust_domain: &str,
+) -> Result<Channel, HandshakeError> {
+    let connection = UnbufferedServerConnection::new(config)?;
+    drive(tcp, Server(connection), trust_domain).await
+}
+
+/// What differs between the two ends.
+trait Side {
+    type Data;
+    fn common(&mut self) -> &mut UnbufferedConnectionCommon<Self::Data>;
+    fn process<'c, 'i>(&'c mut self, records: &'i mut [u8])
+    -> UnbufferedStatus<'c, 'i, Self::Data>;
+    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), Error>;
+}
+
+struct Client(UnbufferedClientConnection);
+struct Server(UnbufferedServerConnection);
+
+impl Side for Client {
+    type Data = ClientConnectionData;
+
+    fn common(&mut self) -> &mut UnbufferedConnectionCommon<Self::Data> {
+        &mut self.0
+    }
+
+    fn process<'c, 'i>(
+        &'c mut self,
+        records: &'i mut [u8],
+    ) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.0.process_tls_records(records)
+    }
+
+    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), Error> {
+        let (secrets, keys): (_, KernelConnection<_>) =
+            self.0.dangerous_into_kernel_connection()?;
+        Ok((secrets, Keys::Client(keys)))
+    }
+}
+
+impl Side for Server {
+    type Data = ServerConnectionData;
+
+    fn common(&mut self) -> &mut UnbufferedConnectionCommon<Self::Data> {
+        &mut self.0
+    }
+
+    fn process<'c, 'i>(
+        &'c mut self,
+        records: &'i mut [u8],
+    ) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.0.process_tls_records(records)
+    }
+
+    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), Error> {
+        let (secrets, keys): (_, KernelConnection<_>) =
+            self.0.dangerous_into_kernel_connection()?;
+        Ok((secrets, Keys::Server(keys)))
+    }
+}
+
+/// What to do after one step of the state machine.
+enum Step {
+    Again,
+    Write,
+    Read,
+    Fail(Error),
+}
+
+async fn drive<S: Side>(
+    mut tcp: TcpStream,
+    mut side: S,
+    trust_domain: &str,
+) -> Result<Channel, HandshakeError> {
+    let mut incoming = Buffer::default();
+    // How much of `incoming` rustls may see: up to the end of a record.
+    let mut visible = 0;
+    let mut outgoing = Vec::new();
+    while side.common().is_handshaking() || side.common().wants_write() || !outgoing.is_empty() {
+        let status = side.process(&mut incoming.filled_mut()[..visible]);
+        let step = match status.state {
+            Ok(ConnectionState::EncodeTlsData(data)) => {
+                encode(data, &mut outgoing)?;
+                Step::Again
+            }
+            Ok(ConnectionState::TransmitTlsData(data)) => {
+                data.done();
+                Step::Write
+            }
+            // A server may write before the client has shown who it is; it has nothing to say yet.
+            Ok(ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_)) => Step::Read,
+            Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            // Early data is not offered, and traffic is never shown to rustls.
+            Ok(_) => return Err(HandshakeError::Protocol),
+            Err(error) => Step::Fail(error),
+        };
+        let discard = status.discard;
+        incoming.consume(discard);
+        visible -= discard;
+        match step {
+            Step::Again => {}
+            Step::Write => {
+                tcp.write_all(&outgoing).await?;
+                outgoing.clear();
+            }
+            Step::Fail(error) => {
+                let rest = &mut incoming.filled_mut()[..visible];
+                send_alert(&mut tcp, &mut side, rest).await;
+                return Err(error.into());
+            }
+            Step::Read if !side.common().is_handshaking() => break,
+            Step::Read => visible = next_record(&mut tcp, &mut incoming, visible).await?,
+        }
+    }
+    let connection = side.common();
+    if connection.alpn_protocol() != Some(ALPN) {
+        return Err(HandshakeError::Protocol);
+    }
+    let leaf = connection
+        .peer_certificates()
+        .and_then(|chain| chain.first())
+        .ok_or(Error::NoCertificatesPresented)?;
+    let peer =
+        Svid::parse(leaf, trust_domain).map_err(|error| Error::General(error.to_string()))?;
+    // A session that is resumed shows no certificate, and verifies none.
+    tls::check_not_expired(peer.not_after)?;
+    let (secrets, keys) = side.into_keys()?;
+    let unknown = || Error::General("cipher suite is not of TLS 1.3".into());
+    let sealer = Sealer::new(secrets.tx.0, &secrets.tx.1).ok_or_else(unknown)?;
+    let opener = Opener::new(secrets.rx.0, &secrets.rx.1).ok_or_else(unknown)?;
+    Ok(Channel::new(tcp, sealer, opener, keys, incoming, peer))
+}
+
+fn encode<D>(mut data: EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(), Error> {
+    let start = outgoing.len();
+    match data.encode(&mut []) {
+        Err(EncodeError::InsufficientSize(room)) => outgoing.resize(start + room.required_size, 0),
+        Ok(_) | Err(_) => return Ok(()),
+    }
+    let written = data
+        .encode(&mut outgoing[start..])
+        .map_err(|error| Error::General(error.to_string()))?;
+    outgoing.truncate(start + written);
+    Ok(())
+}
+
+/// Tells the peer why its handshake failed, as far as its socket takes it at once.
+///
+/// `rest` is what is left of the bytes that failed: rustls may hold positions of messages in them, and looks there
+/// again before it says that it has nothing more to send.
+async fn send_alert<S: Side>(tcp: &mut TcpStream, side: &mut S, rest: &mut [u8]) {
+    let mut outgoing = Vec::new();
+    while let Ok(ConnectionState::EncodeTlsData(data)) = side.process(rest).state {
+        if encode(data, &mut outgoing).is_err() {
+            break;
+        }
+    }
+    if tcp.try_write(&outgoing).is_ok() {
+        // A RST right behind it would take the alert away from a peer that has not read it yet.
+        let _ = socket2::SockRef::from(&*tcp).set_linger(None);
+        let _ = tcp.shutdown().await;
+    }
+}
+
+/// Whether `bytes`, as far as they go, can be the header of a record (RFC 8446 §5.1).
+fn begins_record(bytes: &[u8]) -> bool {
+    bytes.first().is_none_or(|kind| (20..=24).contains(kind))
+        && bytes.get(1).is_none_or(|major| *major == 3)
+}
+
+/// Reads until `incoming` holds one more whole record behind the `visible` bytes; returns where it ends.
+async fn next_record(
+    tcp: &mut TcpStream,
+    incoming: &mut Buffer,
+    visible: usize,
+) -> Result<usize, HandshakeError> {
+    loop {
+        let behind = &incoming.filled()[visible..];
+        if !begins_record(behind) {
+            return Err(HandshakeError::NotTls);
+        }
+        if let Some(header) = behind.first_chunk::<HEADER_BYTES>() {
+            let length = HEADER_BYTES + usize::from(u16::from_be_bytes([header[3], header[4]]));
+            if length > MAX_RECORD_BYTES + 256 {
+                return Err(Error::InvalidMessage(rustls::InvalidMessage::MessageTooLarge).into());
+            }
+            if behind.len() >= length {
+                return Ok(visible + length);
+            }
+        }
+        if incoming.is_empty() {
+            // A peer that keeps us waiting costs no buffer.
+            incoming.release();
+            tcp.readable().await?;
+        }
+        let spare = incoming.spare();
+        if spare.is_empty() {
+            return Err(
+                Error::InvalidMessage(rustls::InvalidMessage::HandshakePayloadTooLarge).into(),
+            );
+        }
+        let read = tcp.read(spare).await?;
+        if read == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        incoming.extend(read);
+    }
+}

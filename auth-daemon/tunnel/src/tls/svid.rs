@@ -1,0 +1,268 @@
+//! X.509-SVIDs: which identity a certificate carries, and whether it may (SPIFFE X509-SVID §2 to §4).
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use x509_parser::{
+    asn1_rs::{ToDer as _, Utf8String},
+    certificate::X509Certificate,
+    extensions::{GeneralName, ParsedExtension, X509Extension},
+    prelude::FromDer,
+};
+
+use auth_mesh::{Identity, InvalidIdentity};
+
+/// Object identifier of the certificate extension with the name of the node that the certificate was issued to: a
+/// non-critical UTF8String. Nodes refuse certificates of a revoked node by it. Arc 2.25 needs no registration (X.667).
+pub const NODE_EXTENSION: [u64; 3] = [2, 25, 3_713_620_917_452_836_174];
+
+/// The content of the extension for `node`, DER. An empty name means that the CA does not know the node.
+pub fn encode_node(node: &str) -> Vec<u8> {
+    // Encoding a string in memory does not fail.
+    node.to_der_vec().unwrap_or_default()
+}
+
+/// A leaf certificate that names one identity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Svid {
+    /// Whose it is.
+    pub identity: Identity,
+    /// Serial number, in lower-case hexadecimal.
+    pub serial: Arc<str>,
+    /// The node that it was issued to, from [`NODE_EXTENSION`]. Empty if the CA did not know the node, `None` if the
+    /// certificate has no such extension.
+    pub node: Option<Arc<str>>,
+    /// Not valid before.
+    pub not_before: SystemTime,
+    /// Not valid after.
+    pub not_after: SystemTime,
+}
+
+/// Longest name of a node (a DNS subdomain, RFC 1123), in bytes.
+const MAX_NODE: usize = 253;
+
+/// Why a certificate is no SVID of a workload.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidSvid {
+    /// Not X.509, or with a malformed extension.
+    #[error("certificate cannot be parsed")]
+    Malformed,
+    /// Anything but one URI in the subject alternative name.
+    #[error("certificate has {0} URI SANs; an SVID has exactly one")]
+    UriSans(usize),
+    /// The URI is no SPIFFE ID of a service account.
+    #[error("URI SAN {uri:?} is no SPIFFE ID of a service account: {why}")]
+    Identity {
+        /// The URI, cut to 256 characters.
+        uri: String,
+        /// What is wrong with it.
+        why: InvalidIdentity,
+    },
+    /// A SPIFFE ID of another trust domain.
+    #[error("identity {0} is of another trust domain")]
+    TrustDomain(Identity),
+    /// A CA certificate where a workload's is due.
+    #[error("certificate is a CA's, not a workload's")]
+    CertificateAuthority,
+    /// Key usages that a workload must not have, or lacks.
+    #[error("key usage must include digitalSignature and neither keyCertSign nor cRLSign")]
+    KeyUsage,
+}
+
+impl Svid {
+    /// Reads a leaf certificate of `trust_domain`. The chain, the signature and the life are for others to check.
+    pub fn parse(der: &[u8], trust_domain: &str) -> Result<Self, InvalidSvid> {
+        let (rest, certificate) =
+            X509Certificate::from_der(der).map_err(|_| InvalidSvid::Malformed)?;
+        if !rest.is_empty() {
+            return Err(InvalidSvid::Malformed);
+        }
+        let mut uris = Vec::new();
+        let mut signs = None;
+        let mut node = None;
+        for extension in certificate.extensions() {
+            if is_node(extension) {
+                let name = node_name(extension.value).ok_or(InvalidSvid::Malformed)?;
+                if node.replace(name).is_some() {
+                    return Err(InvalidSvid::Malformed);
+                }
+            }
+            match extension.parsed_extension() {
+                ParsedExtension::SubjectAlternativeName(names) => {
+                    uris.extend(names.general_names.iter().filter_map(|name| match name {
+                        GeneralName::URI(uri) => Some(*uri),
+                        _ => None,
+                    }));
+                }
+                ParsedExtension::BasicConstraints(constraints) if constraints.ca => {
+                    return Err(InvalidSvid::CertificateAuthority);
+                }
+                ParsedExtension::KeyUsage(usage) => {
+                    signs = Some(
+                        usage.digital_signature() && !usage.key_cert_sign() && !usage.crl_sign(),
+                    );
+                }
+                ParsedExtension::ParseError { .. } => return Err(InvalidSvid::Malformed),
+                _ => {}
+            }
+        }
+        let [uri] = uris[..] else {
+            return Err(InvalidSvid::UriSans(uris.len()));
+        };
+        let identity: Identity = uri.parse().map_err(|why| InvalidSvid::Identity {
+            uri: uri.chars().take(256).collect(),
+            why,
+        })?;
+        if identity.trust_domain() != trust_domain {
+            return Err(InvalidSvid::TrustDomain(identity));
+        }
+        if signs != Some(true) {
+            return Err(InvalidSvid::KeyUsage);
+        }
+        let validity = certificate.validity();
+        Ok(Self {
+            identity,
+            serial: certificate
+                .raw_serial()
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect::<String>()
+                .into(),
+            node,
+            not_before: at(validity.not_before.timestamp()),
+            not_after: at(validity.not_after.timestamp()),
+        })
+    }
+}
+
+fn is_node(extension: &X509Extension<'_>) -> bool {
+    extension
+        .oid
+        .iter()
+        .is_some_and(|arcs| arcs.eq(NODE_EXTENSION))
+}
+
+fn node_name(value: &[u8]) -> Option<Arc<str>> {
+    match Utf8String::from_der(value) {
+        Ok(([], name)) if name.as_ref().len() <= MAX_NODE => Some(name.as_ref().into()),
+        _ => None,
+    }
+}
+
+fn at(unix_seconds: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(u64::try_from(unix_seconds).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{
+        BasicConstraints, CertificateParams, CustomExtension, IsCa, KeyPair, KeyUsagePurpose,
+        SanType, string::Ia5String,
+    };
+
+    use super::*;
+
+    const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
+
+    fn certificate(change: impl FnOnce(&mut CertificateParams)) -> Vec<u8> {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![uri(WEB)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        change(&mut params);
+        params
+            .self_signed(&KeyPair::generate().unwrap())
+            .unwrap()
+            .der()
+            .to_vec()
+    }
+
+    fn uri(text: &str) -> SanType {
+        SanType::URI(Ia5String::try_from(text).unwrap())
+    }
+
+    fn parse(der: &[u8]) -> Result<Svid, InvalidSvid> {
+        Svid::parse(der, "cluster.local")
+    }
+
+    #[test]
+    fn a_workloads_certificate() {
+        let svid = parse(&certificate(|_| {})).unwrap();
+        assert_eq!(svid.identity.as_str(), WEB);
+        let with_dns = certificate(|params| {
+            params
+                .subject_alt_names
+                .push(SanType::DnsName("web".try_into().unwrap()));
+        });
+        assert_eq!(parse(&with_dns).unwrap().identity.as_str(), WEB);
+    }
+
+    #[test]
+    fn reads_the_node() {
+        let with = |content: Vec<u8>| {
+            let extension = CustomExtension::from_oid_content(&NODE_EXTENSION, content);
+            parse(&certificate(|p| p.custom_extensions = vec![extension]))
+        };
+        assert_eq!(parse(&certificate(|_| {})).unwrap().node, None);
+        for name in ["node-a", ""] {
+            let svid = with(encode_node(name)).unwrap();
+            assert_eq!(svid.node.as_deref(), Some(name));
+        }
+        for bad in [
+            vec![],
+            vec![4, 1, b'a'],
+            [encode_node("a"), vec![0]].concat(),
+        ] {
+            assert_eq!(with(bad), Err(InvalidSvid::Malformed));
+        }
+        let long = with(encode_node(&"a".repeat(MAX_NODE + 1)));
+        assert_eq!(long, Err(InvalidSvid::Malformed));
+    }
+
+    #[test]
+    fn refuses_what_is_no_svid() {
+        use InvalidSvid as E;
+        type Expected = fn(&InvalidSvid) -> bool;
+        let cases: [(_, Expected); 8] = [
+            (vec![0x30, 0], |e| *e == E::Malformed),
+            ([certificate(|_| {}), vec![0]].concat(), |e| {
+                *e == E::Malformed
+            }),
+            (certificate(|p| p.subject_alt_names.clear()), |e| {
+                *e == E::UriSans(0)
+            }),
+            (
+                certificate(|p| {
+                    p.subject_alt_names
+                        .push(uri("spiffe://cluster.local/ns/a/sa/b"))
+                }),
+                |e| *e == E::UriSans(2),
+            ),
+            (
+                certificate(|p| p.subject_alt_names = vec![uri("https://example.org/")]),
+                |e| matches!(e, E::Identity { .. }),
+            ),
+            (
+                certificate(|p| p.subject_alt_names = vec![uri("spiffe://other/ns/a/sa/b")]),
+                |e| matches!(e, E::TrustDomain(_)),
+            ),
+            (
+                certificate(|p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)),
+                |e| *e == E::CertificateAuthority,
+            ),
+            (
+                certificate(|p| p.key_usages.push(KeyUsagePurpose::KeyCertSign)),
+                |e| *e == E::KeyUsage,
+            ),
+        ];
+        for (der, expected) in cases {
+            let error = parse(&der).unwrap_err();
+            assert!(expected(&error), "{error}");
+        }
+        assert_eq!(
+            parse(&certificate(|p| p.key_usages.clear())),
+            Err(InvalidSvid::KeyUsage)
+        );
+    }
+}

@@ -1,0 +1,258 @@
+//! Whom this node believes, as its CA says: roots, and what is revoked.
+
+use std::{collections::HashMap, fmt, sync::Arc};
+
+use arc_swap::ArcSwap;
+use rustls::pki_types::CertificateDer;
+use tokio::sync::watch;
+
+use super::svid::Svid;
+use auth_mesh::{Identity, TrustDomain};
+
+/// The roots of a trust domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrustBundle {
+    /// Whose roots they are.
+    pub trust_domain: TrustDomain,
+    /// Root certificates, DER.
+    pub roots: Vec<CertificateDer<'static>>,
+}
+
+/// What the CA says of whom to believe, at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trust {
+    /// Grows with each change of a CA that counts them; 0 from one that does not.
+    pub version: u64,
+    /// Whom to believe.
+    pub bundle: TrustBundle,
+    /// Except these.
+    pub revoked: Revocations,
+    /// Where a rotation of the root stands, for people.
+    pub phase: String,
+}
+
+impl Trust {
+    /// Believes `bundle`, all of it, for good.
+    pub fn fixed(bundle: TrustBundle) -> Self {
+        Self {
+            version: 0,
+            bundle,
+            revoked: Revocations::default(),
+            phase: String::new(),
+        }
+    }
+}
+
+/// Why something was revoked (RFC 5280 §5.3.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reason {
+    /// None is given.
+    #[default]
+    Unspecified,
+    /// Somebody else may have the key.
+    KeyCompromise,
+    /// Somebody else may have a CA's key.
+    CaCompromise,
+    /// The holder's name or role has changed.
+    AffiliationChanged,
+    /// Another certificate has taken its place.
+    Superseded,
+    /// It is not needed any more.
+    CessationOfOperation,
+    /// For the time being.
+    CertificateHold,
+    /// The holder may not do any more what it could.
+    PrivilegeWithdrawn,
+}
+
+impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Unspecified,
+        Self::KeyCompromise,
+        Self::CaCompromise,
+        Self::AffiliationChanged,
+        Self::Superseded,
+        Self::CessationOfOperation,
+        Self::CertificateHold,
+        Self::PrivilegeWithdrawn,
+    ];
+
+    /// The name in RFC 5280.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unspecified => "unspecified",
+            Self::KeyCompromise => "keyCompromise",
+            Self::CaCompromise => "cACompromise",
+            Self::AffiliationChanged => "affiliationChanged",
+            Self::Superseded => "superseded",
+            Self::CessationOfOperation => "cessationOfOperation",
+            Self::CertificateHold => "certificateHold",
+            Self::PrivilegeWithdrawn => "privilegeWithdrawn",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl std::str::FromStr for Reason {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|reason| reason.as_str() == name);
+        found.ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.map(Self::as_str).into();
+            format!("is none of {}", names.join(", "))
+        })
+    }
+}
+
+/// What is not to be believed although a root stands behind it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Revocations {
+    /// Certificates, by serial number in lower-case hexadecimal, as [`Svid::serial`].
+    pub serials: HashMap<Box<str>, Reason>,
+    /// Identities, whatever their certificates.
+    pub identities: HashMap<Identity, Reason>,
+    /// Nodes, by name: whatever a pod there shows.
+    pub nodes: HashMap<String, Reason>,
+}
+
+/// What is revoked, and why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Revoked {
+    /// One certificate.
+    #[error("certificate {serial} of {identity} is revoked ({reason})")]
+    Certificate {
+        /// Its serial number.
+        serial: Arc<str>,
+        /// Whose it is.
+        identity: Identity,
+        /// Why.
+        reason: Reason,
+    },
+    /// An identity.
+    #[error("{identity} is revoked ({reason})")]
+    Identity {
+        /// Which one.
+        identity: Identity,
+        /// Why.
+        reason: Reason,
+    },
+    /// A node.
+    #[error("node {node} is revoked ({reason})")]
+    Node {
+        /// Its name.
+        node: String,
+        /// Why.
+        reason: Reason,
+    },
+}
+
+impl Revocations {
+    /// Whether nothing is.
+    pub fn is_empty(&self) -> bool {
+        self.serials.is_empty() && self.identities.is_empty() && self.nodes.is_empty()
+    }
+
+    /// Fails if the certificate, its identity, or the node that it was issued to is revoked.
+    pub fn check(&self, svid: &Svid) -> Result<(), Revoked> {
+        self.check_identity(&svid.identity)?;
+        if let Some(node) = &svid.node {
+            self.check_node(node)?;
+        }
+        match self.serials.get(&*svid.serial) {
+            Some(&reason) => Err(Revoked::Certificate {
+                serial: svid.serial.clone(),
+                identity: svid.identity.clone(),
+                reason,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether `identity` is.
+    pub fn check_identity(&self, identity: &Identity) -> Result<(), Revoked> {
+        match self.identities.get(identity) {
+            Some(&reason) => Err(Revoked::Identity {
+                identity: identity.clone(),
+                reason,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether pods of `node` are.
+    pub fn check_node(&self, node: &str) -> Result<(), Revoked> {
+        match self.nodes.get(node) {
+            Some(&reason) => Err(Revoked::Node {
+                node: node.to_owned(),
+                reason,
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The current [`Trust`]: set by who talks to the CA, read by everyone.
+#[derive(Debug)]
+pub struct TrustStore {
+    current: ArcSwap<Trust>,
+    changed: watch::Sender<u64>,
+}
+
+impl TrustStore {
+    /// Begins with `trust`.
+    pub fn new(trust: Trust) -> Self {
+        Self {
+            current: ArcSwap::from_pointee(trust),
+            changed: watch::Sender::new(0),
+        }
+    }
+
+    /// What holds now.
+    pub fn current(&self) -> Arc<Trust> {
+        self.current.load_full()
+    }
+
+    /// Replaces it, and wakes those who wait for a change.
+    pub fn publish(&self, trust: Trust) {
+        self.current.store(Arc::new(trust));
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Counts publications.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_revoked_node_revokes_the_certificates_issued_to_it() {
+        let svid = |node: Option<&str>| Svid {
+            identity: "spiffe://a/ns/b/sa/c".parse().unwrap(),
+            serial: "01".into(),
+            node: node.map(Into::into),
+            not_before: std::time::UNIX_EPOCH,
+            not_after: std::time::UNIX_EPOCH,
+        };
+        let nodes = HashMap::from([("a".to_owned(), Reason::KeyCompromise)]);
+        let revoked = Revocations {
+            nodes,
+            ..Revocations::default()
+        };
+        let error = revoked.check(&svid(Some("a"))).unwrap_err();
+        assert_eq!(error.to_string(), "node a is revoked (keyCompromise)");
+        for other in [Some("b"), Some(""), None] {
+            assert_eq!(revoked.check(&svid(other)), Ok(()));
+        }
+    }
+}
