@@ -179,6 +179,18 @@ impl Authority {
         lifetime: Duration,
         node: Option<&str>,
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+        let (chain, _) = self.issue_with_root(identity, csr, lifetime, node)?;
+        Ok(chain)
+    }
+
+    /// Like [`Authority::issue`], but returns the root too.
+    pub(crate) fn issue_with_root(
+        &self,
+        identity: &Identity,
+        csr: &[u8],
+        lifetime: Duration,
+        node: Option<&str>,
+    ) -> Result<(Vec<CertificateDer<'static>>, CertificateDer<'static>), Refusal> {
         let inner = &*self.inner;
         inner.check_trust_domain(identity)?;
         let lifetime = inner.lifetime(lifetime)?;
@@ -205,7 +217,7 @@ impl Authority {
                 "the root was replaced while this was signed: retry".into(),
             ));
         }
-        Ok(signer.chain(&leaf))
+        Ok((signer.chain(&leaf), view.root().clone()))
     }
 
     /// Key and certificate for the CA's own server, for DNS names and IP addresses, and when to renew it: at half of its

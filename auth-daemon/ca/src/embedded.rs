@@ -4,7 +4,7 @@
 use std::{
     fs, io,
     os::unix::fs::DirBuilderExt,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -24,7 +24,9 @@ use crate::{
     store::directory::{EMBEDDED as ROOT_FILE, ROOTS as CERTIFICATE_FILE, STATE},
 };
 
-const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+/// Largest key file that is read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// Signs with a root key from a directory.
 pub struct EmbeddedCa {
@@ -34,65 +36,15 @@ pub struct EmbeddedCa {
     lifetime: Duration,
 }
 
-/// Why the directory cannot be used. Each error names the file.
+/// Why the directory cannot be used. Names the file.
 #[derive(Debug, thiserror::Error)]
-pub enum UnusableCa {
-    /// Reading or writing failed.
-    #[error("ca.directory: {path}: {error}")]
-    Io {
-        /// The file or directory.
-        path: PathBuf,
-        /// What happened.
-        error: io::Error,
-    },
-    /// Others than the owner can read the key.
-    #[error(
-        "ca.directory: {path}: mode {mode:03o} allows others than its owner to read it; they may know the root key. \
-         If they do not, run `chmod 600 {path}`"
-    )]
-    Exposed {
-        /// The key file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// Others than the owner can replace the key.
-    #[error(
-        "ca.directory: {path}: {what}: somebody else could put a root of their own here. \
-         Give it to the daemon's user and run `chmod 700 {path}`"
-    )]
-    Writable {
-        /// The directory or file.
-        path: PathBuf,
-        /// Who can write there.
-        what: String,
-    },
-    /// The key file is not what this daemon writes.
-    #[error("ca.directory: {path}: {what}")]
-    Malformed {
-        /// The key file.
-        path: PathBuf,
-        /// What is wrong with it.
-        what: String,
-    },
-    /// The directory belongs to a CA with a server.
-    #[error(
-        "ca.directory: {path}: is the state of `auth-daemon ca`: configure that CA's address instead of this directory"
-    )]
-    NotEmbedded {
-        /// The state file.
-        path: PathBuf,
-    },
-    /// The root is another trust domain's.
-    #[error("ca.directory: {path}: is the root of {found:?}, but trustDomain is {expected:?}")]
-    TrustDomain {
-        /// The key file.
-        path: PathBuf,
-        /// The URI in the root.
-        found: String,
-        /// The trust domain configured.
-        expected: String,
-    },
+#[error("ca.directory: {0}")]
+pub struct UnusableDirectory(String);
+
+impl UnusableDirectory {
+    fn new(path: &Path, what: impl std::fmt::Display) -> Self {
+        Self(format!("{}: {what}", path.display()))
+    }
 }
 
 impl EmbeddedCa {
@@ -102,91 +54,59 @@ impl EmbeddedCa {
         directory: &Path,
         trust_domain: &TrustDomain,
         lifetime: Duration,
-    ) -> Result<Self, UnusableCa> {
+    ) -> Result<Self, UnusableDirectory> {
         let path = directory.join(ROOT_FILE);
-        let io = |error| UnusableCa::Io {
-            path: path.clone(),
-            error,
-        };
+        let failed = |error: io::Error| UnusableDirectory::new(&path, error);
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(directory)
-            .map_err(io)?;
-        check_owner(directory, &fs::metadata(directory).map_err(io)?)?;
-        if !path.try_exists().map_err(io)? {
+            .map_err(failed)?;
+        check_owner(directory, &fs::metadata(directory).map_err(failed)?)?;
+        if !path.try_exists().map_err(failed)? {
             let state = directory.join(STATE);
             if state.exists() {
-                return Err(UnusableCa::NotEmbedded { path: state });
+                let what = "is the state of `auth-daemon ca`: configure that CA's address instead of this directory";
+                return Err(UnusableDirectory::new(&state, what));
             }
-            create(directory, &path, trust_domain).map_err(io)?;
+            create(directory, &path, trust_domain).map_err(failed)?;
         }
-        let ca = Self::read(&path, trust_domain, lifetime)?;
+        let pem = read(&path)?;
+        let ca = Self::from_pem(&pem, trust_domain, lifetime)
+            .map_err(|what| UnusableDirectory::new(&path, what))?;
         let certificate = directory.join(CERTIFICATE_FILE);
         if !certificate.exists() {
-            let pem = fs::read_to_string(&path).map_err(io)?;
-            // The part after the key, which `read` has checked.
+            // The part after the key, which has been checked.
             let begin = pem.find("-----BEGIN CERTIFICATE").unwrap_or(pem.len());
-            write_atomically(&certificate, &pem.as_bytes()[begin..], 0o644).map_err(|error| {
-                UnusableCa::Io {
-                    path: certificate.clone(),
-                    error,
-                }
-            })?;
+            write_atomically(&certificate, &pem.as_bytes()[begin..])
+                .map_err(|error| UnusableDirectory::new(&certificate, error))?;
         }
         Ok(ca)
     }
 
-    fn read(
-        path: &Path,
-        trust_domain: &TrustDomain,
-        lifetime: Duration,
-    ) -> Result<Self, UnusableCa> {
-        let io = |error| UnusableCa::Io {
-            path: path.to_owned(),
-            error,
-        };
-        let malformed = |what: String| UnusableCa::Malformed {
-            path: path.to_owned(),
-            what,
-        };
-        let mut file = fs::File::open(path).map_err(io)?;
-        // Of the open file, so that nobody can replace it meanwhile.
-        let metadata = file.metadata().map_err(io)?;
-        if let Some(mode) = files::exposed_mode(&metadata) {
-            return Err(UnusableCa::Exposed {
-                path: path.to_owned(),
-                mode,
-            });
-        }
-        check_owner(path, &metadata)?;
-        let pem = files::read_at_most(&mut file, 1 << 20)
-            .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
-            .map_err(io)?;
-        let key = signer::key_from_pem(&pem).map_err(malformed)?;
+    fn from_pem(pem: &str, trust_domain: &TrustDomain, lifetime: Duration) -> Result<Self, String> {
+        let key = signer::key_from_pem(pem)?;
         let root = CertificateDer::from_pem_slice(pem.as_bytes())
-            .map_err(|error| malformed(format!("has no certificate: {error:?}")))?;
-        let parsed = signer::parse(&root).map_err(malformed)?;
+            .map_err(|error| format!("has no certificate: {error:?}"))?;
+        let parsed = signer::parse(&root)?;
         let uris = signer::uris(&parsed);
-        let found = uris
-            .first()
-            .ok_or_else(|| malformed("is no root of a trust domain".into()))?;
+        let found = uris.first().ok_or("is not the root of a trust domain")?;
         if *found != format!("spiffe://{trust_domain}") {
-            return Err(UnusableCa::TrustDomain {
-                path: path.to_owned(),
-                found: (*found).to_owned(),
-                expected: trust_domain.to_string(),
-            });
+            return Err(format!(
+                "is the root of {found:?}, but trustDomain is {:?}",
+                trust_domain.as_str()
+            ));
         }
-        let signer = Signer::root(key, root.clone())
-            .map_err(|what| malformed(format!("cannot be used: {what}")))?;
+        let signer =
+            Signer::root(key, root.clone()).map_err(|what| format!("cannot be used: {what}"))?;
+        let bundle = TrustBundle {
+            trust_domain: trust_domain.clone(),
+            roots: vec![root],
+        };
         Ok(Self {
             trust_domain: trust_domain.clone(),
             signer,
-            trust: Arc::new(TrustStore::new(Trust::fixed(TrustBundle {
-                trust_domain: trust_domain.clone(),
-                roots: vec![root],
-            }))),
+            trust: Arc::new(TrustStore::new(Trust::fixed(bundle))),
             lifetime,
         })
     }
@@ -197,20 +117,15 @@ impl EmbeddedCa {
         identity: &Identity,
         csr: &[u8],
     ) -> Result<Vec<CertificateDer<'static>>, String> {
-        if identity.trust_domain() != self.trust_domain.as_str() {
-            return Err(format!(
-                "{identity} is not of trust domain {}",
-                self.trust_domain
-            ));
+        let own = &self.trust_domain;
+        if identity.trust_domain() != own.as_str() {
+            return Err(format!("{identity} is not of trust domain {own}"));
         }
         let failed = |error: &dyn std::fmt::Display| format!("{identity}: {error}");
         let key = RequestedKey::from_csr(csr).map_err(|error| failed(&error))?;
-        let now = unix_seconds(SystemTime::now());
-        let leaf = self
-            .signer
-            .svid(identity, &key, None, self.lifetime.as_secs(), now)
-            .map_err(|error| failed(&error))?;
-        Ok(self.signer.chain(&leaf))
+        let (now, lifetime) = (unix_seconds(SystemTime::now()), self.lifetime.as_secs());
+        let leaf = self.signer.svid(identity, &key, None, lifetime, now);
+        Ok(self.signer.chain(&leaf.map_err(|error| failed(&error))?))
     }
 
     /// The trust bundle, which never changes.
@@ -227,20 +142,41 @@ impl std::fmt::Debug for EmbeddedCa {
     }
 }
 
-/// Refuses files of other users, and those that others can write.
-fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), UnusableCa> {
-    match files::writable_by_others(metadata) {
-        Some(what) => Err(UnusableCa::Writable {
-            path: path.to_owned(),
-            what,
-        }),
-        None => Ok(()),
+/// Reads the key file, if only its owner can access it.
+fn read(path: &Path) -> Result<String, UnusableDirectory> {
+    let failed = |error: io::Error| UnusableDirectory::new(path, error);
+    let mut file = fs::File::open(path).map_err(failed)?;
+    // Of the open file, so that nobody can replace it meanwhile.
+    let metadata = file.metadata().map_err(failed)?;
+    if let Some(mode) = files::exposed_mode(&metadata) {
+        let what = format!(
+            "mode {mode:03o} allows others than its owner to read it; they may know the root key. If they do not, run \
+             `chmod 600 {}`",
+            path.display()
+        );
+        return Err(UnusableDirectory::new(path, what));
     }
+    check_owner(path, &metadata)?;
+    files::read_at_most(&mut file, MAX_BYTES)
+        .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
+        .map_err(failed)
+}
+
+/// Refuses files of other users, and those that others can write.
+fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), UnusableDirectory> {
+    let Some(what) = files::writable_by_others(metadata) else {
+        return Ok(());
+    };
+    let what = format!(
+        "{what}: somebody else could put a root of their own here. Give it to the daemon's user and run `chmod 700 {}`",
+        path.display()
+    );
+    Err(UnusableDirectory::new(path, what))
 }
 
 fn create(directory: &Path, path: &Path, trust_domain: &TrustDomain) -> io::Result<()> {
-    let now = unix_seconds(SystemTime::now());
-    let root = signer::make_root(trust_domain, KeyAlgorithm::P256, ROOT_LIFE.as_secs(), now)
+    let (now, lifetime) = (unix_seconds(SystemTime::now()), ROOT_LIFETIME.as_secs());
+    let root = signer::make_root(trust_domain, KeyAlgorithm::P256, lifetime, now)
         .map_err(io::Error::other)?;
     // Key and certificate are in one file, so that they appear together.
     let pem = root.key_pem + &root.certificate_pem;
@@ -255,9 +191,9 @@ fn create(directory: &Path, path: &Path, trust_domain: &TrustDomain) -> io::Resu
     }
 }
 
-fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     let draft = path.with_extension(format!("{:016x}", rand::random::<u64>()));
-    write_new(&draft, content, mode)?;
+    write_new(&draft, content, 0o644)?;
     fs::rename(&draft, path)
 }
 
@@ -265,17 +201,16 @@ fn write_atomically(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
+    use auth_tunnel::tls::svid::Svid;
     use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
-    use x509_parser::prelude::FromDer;
 
     use super::*;
-    use auth_tunnel::tls::svid::Svid;
 
     fn domain() -> TrustDomain {
         "cluster.local".parse().unwrap()
     }
 
-    fn open(directory: &Path) -> Result<EmbeddedCa, UnusableCa> {
+    fn open(directory: &Path) -> Result<EmbeddedCa, UnusableDirectory> {
         EmbeddedCa::open(directory, &domain(), Duration::from_secs(3600))
     }
 
@@ -283,20 +218,15 @@ mod tests {
     fn daemons_that_start_together_share_one_root() {
         let folder = tempfile::tempdir().unwrap();
         let directory = folder.path().join("ca");
+        let open = || open(&directory).unwrap().trust.current();
         let roots: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..8)
-                .map(|_| scope.spawn(|| open(&directory).unwrap().trust.current()))
-                .collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap())
-                .collect()
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
+            let joined = threads.into_iter().map(|thread| thread.join().unwrap());
+            joined.collect()
         });
         assert!(roots.iter().all(|root| *root == roots[0]));
-        let mut names: Vec<_> = fs::read_dir(&directory)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
+        let entries = fs::read_dir(&directory).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, [CERTIFICATE_FILE, ROOT_FILE], "no drafts remain");
         let mode = fs::metadata(directory.join(ROOT_FILE)).unwrap().mode();
@@ -311,18 +241,13 @@ mod tests {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["evil.example".into()]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let csr = CertificateParams::new(vec!["evil.example".into()])
-            .unwrap()
-            .serialize_request(&key)
-            .unwrap();
+        let csr = params.serialize_request(&key).unwrap();
         let chain = ca.issue(&identity, csr.der()).unwrap();
         let svid = Svid::parse(&chain[0], "cluster.local").unwrap();
-        assert_eq!(svid.identity, identity);
-        let (_, certificate) =
-            x509_parser::certificate::X509Certificate::from_der(&chain[0]).unwrap();
-        let names = certificate.subject_alternative_name().unwrap().unwrap();
+        assert_eq!((svid.identity, svid.node), (identity.clone(), None));
+        let leaf = signer::parse(&chain[0]).unwrap();
+        let names = leaf.subject_alternative_name().unwrap().unwrap();
         assert_eq!(names.value.general_names.len(), 1, "only the CA's name");
-        assert_eq!(svid.serial.len(), 32);
         let other = "spiffe://other/ns/a/sa/b".parse().unwrap();
         assert!(ca.issue(&other, csr.der()).is_err());
         assert!(ca.issue(&identity, b"rubbish").is_err());
@@ -333,27 +258,26 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         open(folder.path()).unwrap();
         let other: TrustDomain = "example.org".parse().unwrap();
-        let error = EmbeddedCa::open(folder.path(), &other, Duration::from_secs(60)).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("is the root of \"spiffe://cluster.local\""),
-            "{error}"
-        );
-        let path = folder.path().join(ROOT_FILE);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
-        let error = open(folder.path()).unwrap_err().to_string();
-        assert!(
-            error.contains("mode 640") && error.contains("chmod 600"),
-            "{error}"
-        );
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o770)).unwrap();
-        let error = open(folder.path()).unwrap_err().to_string();
-        assert!(error.contains("mode 770 lets others write"), "{error}");
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        fs::write(&path, "rubbish").unwrap();
-        let error = open(folder.path()).unwrap_err().to_string();
-        assert!(error.contains("no usable private key"), "{error}");
+        let error = EmbeddedCa::open(folder.path(), &other, Duration::from_secs(60));
+        let error = error.unwrap_err().to_string();
+        let expected = "is the root of \"spiffe://cluster.local\"";
+        assert!(error.contains(expected), "{error}");
+        let key = folder.path().join(ROOT_FILE);
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        let refused = |expected: &str| {
+            let error = open(folder.path()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        mode(&key, 0o640);
+        refused("mode 640");
+        refused("chmod 600");
+        mode(&key, 0o600);
+        mode(folder.path(), 0o770);
+        refused("mode 770 lets others write");
+        mode(folder.path(), 0o700);
+        fs::write(&key, "rubbish").unwrap();
+        refused("no usable private key");
     }
 }

@@ -474,73 +474,47 @@ pub(crate) mod tests {
             let expected = format!("{file}: cannot be read");
             assert!(missing.contains(&expected), "{missing}");
         }
-        let broken = |change: &dyn Fn(), expected: &[&str]| {
+        let broken = |expected: &str, change: &dyn Fn()| {
             istio(dir);
             change();
             let found = errors(now());
-            for expected in expected {
-                assert!(found.contains(expected), "{expected} in\n{found}");
-            }
+            assert!(found.contains(expected), "{expected} in\n{found}");
         };
-        let exposed = || {
+        let write = |name: &str, content: &str| fs::write(dir.join(name), content).unwrap();
+        let expose = || {
             let mode = fs::Permissions::from_mode(0o644);
             fs::set_permissions(dir.join(KEY), mode).unwrap();
         };
-        broken(&exposed, &["mode 644", "defaultMode: 0400"]);
-        broken(
-            &|| copy(dir, &[("middle.key", KEY)]),
-            &["is not the key of ca-cert.pem"],
-        );
-        broken(
-            &|| fs::write(dir.join(KEY), "rubbish").unwrap(),
-            &["ca-key.pem: has no usable private key"],
-        );
-        broken(
-            &|| copy(dir, &[("ca.pem", CHAIN)]),
-            &["does not lead from ca-cert.pem to a valid root"],
-        );
-        broken(
-            &|| fs::write(dir.join(ROOTS), "").unwrap(),
-            &["root-cert.pem: has no certificate"],
-        );
-        broken(
-            &|| {
-                sign(dir, "other", "/O=Example/CN=Root", "other", CA, EC);
-                copy(dir, &[("other.pem", ROOTS)]);
-            },
-            &["does not lead"],
-        );
-        broken(
-            &|| {
-                let leaf = "basicConstraints=CA:false\nkeyUsage=digitalSignature";
-                sign(dir, "leaf", "/CN=Leaf", "middle", leaf, EC);
-                copy(dir, &[("leaf.pem", CERTIFICATE), ("leaf.key", KEY)]);
-            },
-            &["lacks CA:TRUE"],
-        );
-        broken(
-            &|| {
-                let short = CA.replace("CA:true", "CA:true,pathlen:0");
-                sign(
-                    dir,
-                    "middle",
-                    "/DC=com/DC=example/CN=Middle",
-                    "root",
-                    &short,
-                    EC,
-                );
-                sign(dir, "ca", "/CN=Cluster", "middle", CA, EC);
-                copy(
-                    dir,
-                    &[
-                        ("ca.pem", CERTIFICATE),
-                        ("ca.key", KEY),
-                        ("middle.pem", CHAIN),
-                    ],
-                );
-            },
-            &["path length"],
-        );
+        broken("mode 644", &expose);
+        broken("defaultMode: 0400", &expose);
+        broken("not the key of ca-cert.pem", &|| {
+            copy(dir, &[("middle.key", KEY)])
+        });
+        broken("ca-key.pem: has no usable private key", &|| write(KEY, "x"));
+        broken("root-cert.pem: has no certificate", &|| write(ROOTS, ""));
+        let no_chain = "does not lead from ca-cert.pem to a valid root";
+        broken(no_chain, &|| copy(dir, &[("ca.pem", CHAIN)]));
+        broken(no_chain, &|| {
+            sign(dir, "other", "/O=Example/CN=Root", "other", CA, EC);
+            copy(dir, &[("other.pem", ROOTS)]);
+        });
+        broken("lacks CA:TRUE", &|| {
+            let leaf = "basicConstraints=CA:false\nkeyUsage=digitalSignature";
+            sign(dir, "leaf", "/CN=Leaf", "middle", leaf, EC);
+            copy(dir, &[("leaf.pem", CERTIFICATE), ("leaf.key", KEY)]);
+        });
+        broken("path length", &|| {
+            let short = CA.replace("CA:true", "CA:true,pathlen:0");
+            let middle = "/DC=com/DC=example/CN=Middle";
+            sign(dir, "middle", middle, "root", &short, EC);
+            sign(dir, "ca", "/CN=Cluster", "middle", CA, EC);
+            let files = [
+                ("ca.pem", CERTIFICATE),
+                ("ca.key", KEY),
+                ("middle.pem", CHAIN),
+            ];
+            copy(dir, &files);
+        });
         make(dir, EC, "", "spiffe://example.org/ns/a/sa/b");
         assert!(errors(now()).contains("trustDomain is cluster.local"));
         make(

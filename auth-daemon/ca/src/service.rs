@@ -28,7 +28,6 @@ use crate::{
     connections::{Peer, WatchGuard},
     counters::{Counters, Kind},
     placement::{self, Denied, Grant},
-    signer,
 };
 
 /// How long a request waits for the registry to learn of a pod: its node may know it a moment earlier.
@@ -166,6 +165,8 @@ impl CaService {
             asked,
             ..refused.by(&caller)
         })?;
+        // A process that was stopped meanwhile may have lost the Lease.
+        self.authority()?;
         let leaf = Svid::parse(&chain[0], self.trust_domain.as_str()).ok();
         self.counters.issued.inc();
         tracing::info!(
@@ -206,13 +207,8 @@ impl CaService {
             Ok(seconds @ 1..) => Duration::from_secs(seconds).min(self.lifetime),
             _ => self.lifetime,
         };
-        let mut chain = authority.issue(&grant.identity, &csr, lifetime, grant.node.as_deref())?;
-        let root = root_of(&chain, &authority.published().borrow().roots);
-        let Some(root) = root else {
-            tracing::error!(identity = %grant.identity, "no published root issued the new certificate");
-            let why = "the CA has no root for what it signs";
-            return Err(Refused::new(Kind::Unavailable, why));
-        };
+        let (identity, node) = (&grant.identity, grant.node.as_deref());
+        let (mut chain, root) = authority.issue_with_root(identity, &csr, lifetime, node)?;
         chain.push(root);
         Ok((chain, grant))
     }
@@ -271,21 +267,6 @@ fn impersonated(request: &IstioCertificateRequest) -> Result<Option<String>, Ref
             }
         },
     }
-}
-
-/// The root that signed the last certificate of `chain`.
-fn root_of(
-    chain: &[CertificateDer<'_>],
-    roots: &[CertificateDer<'static>],
-) -> Option<CertificateDer<'static>> {
-    let last = signer::parse(chain.last()?).ok()?;
-    let signed = |root: &&CertificateDer<'static>| {
-        signer::parse(root).is_ok_and(|root| {
-            root.subject().as_raw() == last.issuer().as_raw()
-                && last.verify_signature(Some(root.public_key())).is_ok()
-        })
-    };
-    roots.iter().find(signed).cloned()
 }
 
 fn peer<T>(request: &Request<T>) -> Result<Arc<Peer>, Status> {

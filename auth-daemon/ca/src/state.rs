@@ -353,6 +353,9 @@ mod certificate_pem {
 mod format1 {
     use super::*;
 
+    /// Serial number, reason, time of the revocation, and two fields of the record.
+    type Serial1 = (Text<Serial>, Text<Reason>, u64, Option<u64>, Option<u32>);
+
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     pub(super) struct State {
@@ -363,8 +366,7 @@ mod format1 {
         last_signer: u32,
         rotation: Rotation,
         signers: Vec<StoredSigner1>,
-        /// Serial number, reason, time of the revocation, and two fields of the record.
-        revoked_serials: Vec<(Text<Serial>, Text<Reason>, u64, Option<u64>, Option<u32>)>,
+        revoked_serials: Vec<Serial1>,
         revoked_identities: Vec<(Text<Identity>, Text<Reason>, u64)>,
         revoked_nodes: Vec<(String, Text<Reason>, u64)>,
     }

@@ -45,6 +45,7 @@ pub(crate) struct CaView {
     pub(crate) revocations: Revocations,
     signers: BTreeMap<u32, Arc<Signer>>,
     signing: Arc<Signer>,
+    /// All trusted roots: at least one, that of new certificates first.
     roots: Vec<CertificateDer<'static>>,
 }
 
@@ -100,6 +101,11 @@ impl CaView {
     /// The signer of new certificates.
     pub(crate) fn signing(&self) -> &Signer {
         &self.signing
+    }
+
+    /// The root of new certificates.
+    pub(crate) fn root(&self) -> &CertificateDer<'static> {
+        &self.roots[0]
     }
 
     /// Whether `spki` is a key of the CA itself.
@@ -203,7 +209,6 @@ impl CaView {
                 subject: parsed.subject().to_string(),
                 not_before: rfc3339(life.begin),
                 not_after: rfc3339(life.end),
-                // The first root is the signer, or the one above it.
                 signs: index == 0,
             })
         };

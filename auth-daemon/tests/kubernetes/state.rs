@@ -1,5 +1,7 @@
 //! The CA's state in a Secret.
 
+use std::time::Duration;
+
 use auth_ca::store::{Store, Stored, secret::SecretStore};
 use futures_util::future::join_all;
 use kube::Client;
@@ -92,10 +94,11 @@ async fn nothing_of_a_replaced_writer_is_kept() {
                     Ok(()) => confirmed = number,
                     Err(error) => return (confirmed, error.0),
                 }
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
         let new_loads = async {
-            tokio::time::sleep(std::time::Duration::from_millis(150)).await;
+            tokio::time::sleep(Duration::from_millis(150)).await;
             load(&client, "fence").await
         };
         let ((confirmed, why), (_new, state)) = tokio::join!(old_writes, new_loads);

@@ -17,8 +17,8 @@ use jsonwebtoken::{
 use serde_json::Value;
 use tokio::sync::Mutex;
 
-use super::{fetch::fetch, file::WatchedFile};
-use crate::config::JwksSource;
+use super::fetch::fetch;
+use crate::{config::JwksSource, files};
 
 const MAX_BYTES: usize = 1 << 20;
 const MAX_KEYS: usize = 64;
@@ -39,7 +39,8 @@ pub(super) struct Keys {
 
 #[derive(Debug, Default)]
 struct Reading {
-    file: Option<WatchedFile>,
+    /// What was read last.
+    content: Vec<u8>,
     tried: Option<Instant>,
     read: Option<Instant>,
 }
@@ -58,15 +59,15 @@ impl Keys {
         let mut reading = Reading::default();
         let mut keys = Vec::new();
         if let JwksSource::File(path) = &source {
-            let mut file = WatchedFile::new(path.clone(), MAX_BYTES as u64);
-            let content = file
-                .changed()
-                .map_err(|error| format!("{}: {error}", path.display()))?;
-            keys = parse(&content.unwrap_or_default())
-                .map_err(|error| format!("{}: {error}", path.display()))?;
-            reading.file = Some(file);
-            reading.tried = Some(Instant::now());
-            reading.read = reading.tried;
+            let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+            let content = files::read(path, MAX_BYTES as u64).map_err(|error| named(&error))?;
+            keys = parse(&content).map_err(|error| named(&error))?;
+            let now = Some(Instant::now());
+            reading = Reading {
+                content,
+                tried: now,
+                read: now,
+            };
         }
         Ok(Self {
             source,
@@ -130,21 +131,20 @@ impl Keys {
 
     /// Returns `None` if they have not changed.
     async fn read(&self, reading: &mut Reading) -> Result<Option<Vec<Key>>, String> {
-        match &self.source {
+        let content = match &self.source {
             JwksSource::File(path) => {
-                let file = reading
-                    .file
-                    .get_or_insert_with(|| WatchedFile::new(path.clone(), MAX_BYTES as u64));
-                match file.changed().map_err(|error| error.to_string())? {
-                    None => Ok(None),
-                    Some(content) => parse(&content).map(Some),
-                }
+                files::read(path, MAX_BYTES as u64).map_err(|error| error.to_string())?
             }
             JwksSource::Url { url, root_file } => {
-                let body = fetch(url, root_file.as_deref(), MAX_BYTES).await?;
-                parse(&body).map(Some)
+                fetch(url, root_file.as_deref(), MAX_BYTES).await?
             }
+        };
+        if content == reading.content {
+            return Ok(None);
         }
+        let keys = parse(&content)?;
+        reading.content = content;
+        Ok(Some(keys))
     }
 }
 

@@ -2,7 +2,6 @@
 
 pub mod certificate;
 mod fetch;
-mod file;
 pub mod jwks;
 mod keys;
 pub mod kubernetes;

@@ -2,20 +2,20 @@
 
 use std::{
     future,
-    path::Path,
+    path::PathBuf,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use aws_lc_rs::{constant_time, digest};
 
-use super::{Attestation, Attestor, Caller, Credentials, file::WatchedFile};
-use crate::config::NodeToken;
+use super::{Attestation, Attestor, Caller, Credentials};
+use crate::{config::NodeToken, files};
 
 /// 32 characters of hexadecimal are 128 bits.
 const MIN_CHARACTERS: usize = 32;
 const MAX_BYTES: u64 = 4096;
-/// How often the files are checked, at most: unknown tokens must not cause work.
+/// How often the files are read, at most: unknown tokens must not cause work.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Identifies nodes by their tokens.
@@ -29,7 +29,7 @@ struct State {
 /// A node. Only the hash of its token is kept.
 struct Node {
     name: String,
-    file: WatchedFile,
+    file: PathBuf,
     hash: Option<[u8; 32]>,
 }
 
@@ -48,15 +48,14 @@ impl StaticTokens {
         for (index, token) in tokens.iter().enumerate() {
             let mut node = Node {
                 name: token.node.clone(),
-                file: WatchedFile::new(token.token_file.clone(), MAX_BYTES),
+                file: token.token_file.clone(),
                 hash: None,
             };
             let mut fail = |what: String| {
                 errors.push(format!("attestation.tokens[{index}].tokenFile: {what}"));
             };
-            match node.read() {
-                Ok(()) => {}
-                Err(error) => fail(error),
+            if let Err(error) = node.read() {
+                fail(error);
             }
             if let Some(other) = nodes.iter().find(|other| node.shares_token_with(other)) {
                 fail(format!(
@@ -114,7 +113,7 @@ impl State {
             }
             if node.hash != before && node.hash.is_some() {
                 changed = true;
-                tracing::info!(node = %node.name, file = %node.file.path().display(), "node token read");
+                tracing::info!(node = %node.name, file = %node.file.display(), "node token read");
             }
         }
         if !changed {
@@ -134,19 +133,16 @@ impl State {
 }
 
 impl Node {
-    /// Reads the file, if it has changed. An unusable one leaves the node without a token.
+    /// Reads the file. An unusable one leaves the node without a token.
     fn read(&mut self) -> Result<(), String> {
-        let path = self.file.path().to_owned();
-        let content = match self.file.changed() {
-            Ok(None) => return Ok(()),
-            Ok(Some(content)) => content,
-            Err(error) => {
-                self.hash = None;
-                return Err(format!("{}: {error}", path.display()));
-            }
-        };
         self.hash = None;
-        self.hash = Some(sha256(check(&content, &path)?));
+        let content = files::read(&self.file, MAX_BYTES).map_err(|error| error.to_string());
+        let token = content
+            .as_ref()
+            .map_err(Clone::clone)
+            .and_then(|c| check(c));
+        let token = token.map_err(|what| format!("{}: {what}", self.file.display()))?;
+        self.hash = Some(sha256(token));
         Ok(())
     }
 
@@ -155,21 +151,17 @@ impl Node {
     }
 }
 
-fn check<'a>(content: &'a [u8], path: &Path) -> Result<&'a [u8], String> {
+fn check(content: &[u8]) -> Result<&[u8], String> {
     let token = content.trim_ascii();
     if token.len() < MIN_CHARACTERS {
         return Err(format!(
-            "{}: a token of {} characters; at least {MIN_CHARACTERS} are required, such as from `openssl rand -hex 32`",
-            path.display(),
+            "a token of {} characters; at least {MIN_CHARACTERS} are required, such as from `openssl rand -hex 32`",
             token.len()
         ));
     }
     // RFC 6750 §2.1, and what an HTTP header can carry.
     if !token.iter().all(u8::is_ascii_graphic) {
-        return Err(format!(
-            "{}: a token has no spaces, and only ASCII characters",
-            path.display()
-        ));
+        return Err("a token has no spaces, and only ASCII characters".into());
     }
     Ok(token)
 }
@@ -189,7 +181,7 @@ impl Attestor for StaticTokens {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::PathBuf};
+    use std::fs;
 
     use super::*;
 

@@ -76,7 +76,8 @@ impl SecretStore {
         if *self.lost.borrow() {
             return Err(self.superseded());
         }
-        for _ in 0..ATTEMPTS {
+        // Until the deadline: an earlier writer may write in between, but not all the time.
+        loop {
             let Some(found) = self.read().await? else {
                 known.loaded = true;
                 known.version = None;
@@ -116,7 +117,6 @@ impl SecretStore {
                 Err(error) => return Err(self.error(&format!("cannot be written: {error}"))),
             }
         }
-        Err(self.error("is written by another CA all the time"))
     }
 
     async fn write(&self, state: &[u8]) -> Result<(), StoreError> {

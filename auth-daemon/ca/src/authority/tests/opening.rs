@@ -36,8 +36,10 @@ async fn refuses_settings_that_do_not_fit_the_state() {
 #[tokio::test]
 async fn signs_as_an_intermediate() {
     let (folder, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let settings_with_files = intermediate(files.path());
+    // After the certificates, which are valid from now on.
     let clock = FakeClock::new();
-    let ca = open_with(folder.path(), intermediate(files.path()), &clock).await;
+    let ca = open_with(folder.path(), settings_with_files, &clock).await;
     let error = ca.rotate_root().await.unwrap_err().to_string();
     assert!(error.contains("intermediate"), "{error}");
     let chain = issue(&ca, "web", "a").unwrap();

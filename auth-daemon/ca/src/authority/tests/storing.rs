@@ -87,7 +87,10 @@ async fn a_full_disk_refuses_changes_but_not_certificates() {
 
 /// A document that several CAs share, as a Secret is: a writer fails once another one has read it.
 #[derive(Clone, Debug)]
-struct Shared(Arc<Mutex<(u32, Option<Vec<u8>>)>>, Arc<Mutex<u32>>);
+struct Shared(Arc<Mutex<Document>>, Arc<Mutex<u32>>);
+
+/// The number of the last reader, and the content.
+type Document = (u32, Option<Vec<u8>>);
 
 impl Store for Shared {
     fn load(&self) -> StoreFuture<'_, Stored> {
