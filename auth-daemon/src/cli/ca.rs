@@ -1,6 +1,6 @@
 //! `auth-daemon ca`: runs the CA, or with a subcommand sends a request to the CA on this machine.
 
-mod ask;
+mod operator;
 
 use std::{path::PathBuf, pin::Pin, sync::Arc, time::Duration};
 
@@ -36,15 +36,15 @@ pub(super) struct Arguments {
     #[arg(long, required = true)]
     config: Option<PathBuf>,
     #[command(subcommand)]
-    question: Option<ask::Question>,
+    command: Option<operator::OperatorCommand>,
 }
 
 pub(super) fn ca(arguments: Arguments) -> anyhow::Result<()> {
     match arguments {
         Arguments {
-            question: Some(question),
+            command: Some(command),
             ..
-        } => ask::ask(question),
+        } => operator::execute(command),
         Arguments { config, .. } => run(&config.context("--config is missing")?),
     }
 }

@@ -16,17 +16,9 @@ use kube::{Client, api::ObjectMeta};
 use tokio::time::sleep;
 
 use crate::authority::{Authority, Leader};
+use namespace::Issuing;
+use verdict::DISTRIBUTED_LABEL;
 
-/// On Secrets that this controller created, with value `true`: it changes and removes no others.
-pub const DISTRIBUTED_LABEL: &str = "auth-daemon.io/ca-secret";
-/// Istio's type.
-pub const SECRET_TYPE: &str = "istio.io/key-and-cert";
-/// Precedes the service account in a Secret's name.
-pub const PREFIX: &str = "istio.";
-const ACCOUNT_ANNOTATION: &str = "istio.io/service-account.name";
-const CHAIN: &str = "cert-chain.pem";
-const KEY: &str = "key.pem";
-const ROOTS: &str = "root-cert.pem";
 const NAMESPACES: &str = "namespaces";
 /// First and longest pause after a failure.
 const RETRY: Duration = Duration::from_secs(2);
@@ -79,10 +71,16 @@ impl Distribution {
 
     async fn serve(&self, authority: &Authority) {
         let recorded = self.record().await;
+        let issuing = Issuing {
+            client: &self.client,
+            trust_domain: &self.trust_domain,
+            lifetime: self.lifetime,
+            authority,
+        };
         let mut all: FuturesUnordered<_> = self
             .namespaces
             .iter()
-            .map(|name| namespace::keep(self, name, authority))
+            .map(|name| namespace::keep(&issuing, name))
             .collect();
         let deselected = recorded.difference(&self.namespaces).cloned().collect();
         let clear = self.clear_all(deselected);

@@ -7,35 +7,45 @@ use std::{
 
 use auth_ca_api::pem;
 use auth_kubernetes::{Fault, Objects, follow};
-use auth_mesh::Identity;
+use auth_mesh::{Identity, TrustDomain};
 use futures_util::{StreamExt, future::join_all};
 use k8s_openapi::{
     ByteString,
     api::core::v1::{Secret, ServiceAccount},
     apimachinery::pkg::apis::meta::v1::OwnerReference,
 };
-use kube::{Api, ResourceExt, api::ObjectMeta, core::PartialObjectMeta, runtime::watcher};
+use kube::{Api, Client, ResourceExt, api::ObjectMeta, core::PartialObjectMeta, runtime::watcher};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
 use rustls::pki_types::CertificateDer;
 use tokio::time::{Instant, sleep_until};
 
-use super::{
-    ACCOUNT_ANNOTATION, CHAIN, DISTRIBUTED_LABEL, Distribution, KEY, PREFIX, ROOTS, SECRET_TYPE,
-    verdict::{Verdict, is_ours, verdict},
+use super::verdict::{
+    CHAIN, DISTRIBUTED_LABEL, KEY, ROOTS, SECRET_TYPE, Verdict, is_ours, verdict,
 };
 use crate::{
     authority::{Authority, Refusal},
     schedule::Schedule,
 };
 
+/// Precedes the service account in a Secret's name.
+const PREFIX: &str = "istio.";
+const ACCOUNT_ANNOTATION: &str = "istio.io/service-account.name";
 /// Service accounts that are reconciled at the same time.
 const AT_ONCE: usize = 8;
 /// How often a Secret is checked without an event. Another one under its name may be gone.
 const CHECK: Duration = Duration::from_secs(300);
 
+/// Where the Secrets are, and who signs their certificates.
+pub(super) struct Issuing<'a> {
+    pub(super) client: &'a Client,
+    pub(super) trust_domain: &'a TrustDomain,
+    pub(super) lifetime: Duration,
+    pub(super) authority: &'a Authority,
+}
+
 /// Keeps the Secrets of namespace `name` up to date, for ever.
-pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Authority) {
-    let client = &settings.client;
+pub(super) async fn keep(issuing: &Issuing<'_>, name: &str) {
+    let client = issuing.client;
     let mut accounts = Box::pin(follow(
         Api::<PartialObjectMeta<ServiceAccount>>::namespaced(client.clone(), name),
         watcher::Config::default(),
@@ -48,11 +58,10 @@ pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Author
         watcher::Config::default().labels(&labels),
         "Secrets with certificates",
     ));
-    let mut published = authority.published();
+    let mut published = issuing.authority.published();
     let mut namespace = Namespace {
-        settings,
+        issuing,
         name,
-        authority,
         secrets: Objects::of(client.clone(), name),
         accounts: None,
         due: Schedule::default(),
@@ -92,9 +101,8 @@ pub(super) async fn keep(settings: &Distribution, name: &str, authority: &Author
 }
 
 struct Namespace<'a> {
-    settings: &'a Distribution,
+    issuing: &'a Issuing<'a>,
     name: &'a str,
-    authority: &'a Authority,
     secrets: Objects<Secret>,
     /// UIDs by name; `None` until they have been listed.
     accounts: Option<BTreeMap<String, String>>,
@@ -191,13 +199,13 @@ impl Namespace<'_> {
             return Ok(Done::Gone);
         };
         let identity = self
-            .settings
+            .issuing
             .trust_domain
             .identity(self.name, account)
             .map_err(|error| error.to_string())?;
-        let roots = pem::certificates(&self.authority.published().borrow().roots);
+        let roots = pem::certificates(&self.issuing.authority.published().borrow().roots);
         let now = SystemTime::now();
-        let valid = |leaf: &CertificateDer<'_>| self.authority.verify(leaf).is_ok();
+        let valid = |leaf: &CertificateDer<'_>| self.issuing.authority.verify(leaf).is_ok();
         let is_new = found.is_none();
         let (mut secret, why) = match found {
             None => (self.empty(account, &secret_name), Some("it is new")),
@@ -273,8 +281,11 @@ impl Namespace<'_> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         let csr = params.serialize_request(&key).map_err(failed)?;
-        let lifetime = self.settings.lifetime;
-        let chain = self.authority.issue(identity, csr.der(), lifetime, None)?;
+        let lifetime = self.issuing.lifetime;
+        let chain = self
+            .issuing
+            .authority
+            .issue(identity, csr.der(), lifetime, None)?;
         Ok((pem::certificates(&chain), key.serialize_pem()))
     }
 }

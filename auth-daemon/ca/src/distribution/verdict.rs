@@ -12,8 +12,18 @@ use rcgen::{KeyPair, PublicKeyData};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use super::{CHAIN, DISTRIBUTED_LABEL, KEY, ROOTS, SECRET_TYPE};
 use crate::signer::BACKDATE;
+
+/// On Secrets that this controller created, with value `true`: it changes and removes no others.
+pub(super) const DISTRIBUTED_LABEL: &str = "auth-daemon.io/ca-secret";
+/// Istio's type.
+pub(super) const SECRET_TYPE: &str = "istio.io/key-and-cert";
+/// The certificate and its intermediates.
+pub(super) const CHAIN: &str = "cert-chain.pem";
+/// The private key.
+pub(super) const KEY: &str = "key.pem";
+/// The trusted roots.
+pub(super) const ROOTS: &str = "root-cert.pem";
 
 /// What a Secret needs.
 #[derive(Debug, PartialEq, Eq)]

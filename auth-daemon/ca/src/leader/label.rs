@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use auth_kubernetes::{Fault, Objects, objects::Pod};
+use kube::Client;
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::sleep};
-
-use super::Candidate;
 
 /// On the leader's pod, with value `true`.
 pub const LEADER_LABEL: &str = "auth-daemon.io/ca-leader";
@@ -15,13 +14,18 @@ const RETRY: Duration = Duration::from_secs(2);
 /// How often the leader checks whether another pod has the label.
 const CHECK: Duration = Duration::from_secs(30);
 
-/// Keeps the label equal to `leads` until its sender is dropped.
-pub(super) async fn follow(candidate: &Candidate, mut leads: watch::Receiver<bool>) {
-    let Some(pod) = &candidate.pod else {
+/// Keeps the label of `pod` equal to `leads` until its sender is dropped.
+pub(super) async fn follow(
+    client: &Client,
+    namespace: &str,
+    pod: Option<&str>,
+    mut leads: watch::Receiver<bool>,
+) {
+    let Some(pod) = pod else {
         tracing::info!("leader label is not set: this is not a pod ($POD_NAME is not set)");
         return;
     };
-    let pods: Objects<Pod> = Objects::of(candidate.client.clone(), &candidate.namespace);
+    let pods: Objects<Pod> = Objects::of(client.clone(), namespace);
     loop {
         let leader = *leads.borrow_and_update();
         let closing = leads.has_changed().is_err();
@@ -29,7 +33,7 @@ pub(super) async fn follow(candidate: &Candidate, mut leads: watch::Receiver<boo
             Ok(()) => CHECK,
             Err(error) => {
                 tracing::warn!(
-                    pod = format!("{}/{pod}", candidate.namespace), leader, %error,
+                    pod = format!("{namespace}/{pod}"), leader, %error,
                     "leader label cannot be set"
                 );
                 RETRY

@@ -94,7 +94,7 @@ impl Candidate {
         tokio::join!(
             terms_run,
             self.campaign(terms, &resign, all_ended),
-            label::follow(&self, label)
+            label::follow(&self.client, &self.namespace, self.pod.as_deref(), label)
         );
     }
 

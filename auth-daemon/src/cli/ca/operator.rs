@@ -30,11 +30,11 @@ const DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
 const MAX_ANSWER: usize = 64 << 20;
 
 #[derive(Debug, clap::Subcommand)]
-pub(super) enum Question {
+pub(super) enum OperatorCommand {
     /// Show roots, the phase of a rotation, revocations, and refused requests.
     Status {
         #[command(flatten)]
-        place: ConnectionPermit,
+        options: ConnectionPermit,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
@@ -42,7 +42,7 @@ pub(super) enum Question {
     /// Revoke a certificate, an identity or a node, everywhere.
     Revoke {
         #[command(flatten)]
-        place: ConnectionPermit,
+        options: ConnectionPermit,
         #[command(flatten)]
         target: Target,
         /// Why, by a name of RFC 5280 §5.3.1, such as keyCompromise.
@@ -52,14 +52,14 @@ pub(super) enum Question {
     /// Withdraw a revocation.
     Unrevoke {
         #[command(flatten)]
-        place: ConnectionPermit,
+        options: ConnectionPermit,
         #[command(flatten)]
         target: Target,
     },
     /// Replace the root without an outage.
     RotateRoot {
         #[command(flatten)]
-        place: ConnectionPermit,
+        options: ConnectionPermit,
     },
 }
 
@@ -88,15 +88,15 @@ pub(super) struct Target {
     node: Option<String>,
 }
 
-pub(super) fn ask(question: Question) -> anyhow::Result<()> {
+pub(super) fn execute(command: OperatorCommand) -> anyhow::Result<()> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
     runtime.block_on(async {
-        match question {
-            Question::Status { place, json } => {
-                let answer = connect(&place).await?.status(StatusRequest {}).await;
+        match command {
+            OperatorCommand::Status { options, json } => {
+                let answer = connect(&options).await?.status(StatusRequest {}).await;
                 let text = answer.map_err(explain)?.into_inner().json;
                 if json {
                     println!("{text}");
@@ -106,8 +106,8 @@ pub(super) fn ask(question: Question) -> anyhow::Result<()> {
                     print!("{status}");
                 }
             }
-            Question::Revoke {
-                place,
+            OperatorCommand::Revoke {
+                options,
                 target,
                 reason,
             } => {
@@ -116,23 +116,23 @@ pub(super) fn ask(question: Question) -> anyhow::Result<()> {
                     target: target.message(),
                     reason: reason.unwrap_or_default().as_str().to_owned(),
                 };
-                let answer = connect(&place).await?.revoke(request).await;
+                let answer = connect(&options).await?.revoke(request).await;
                 answer.map_err(explain)?;
                 println!("{named} is revoked; daemons refuse it within two seconds");
             }
-            Question::Unrevoke { place, target } => {
+            OperatorCommand::Unrevoke { options, target } => {
                 let request = UnrevokeRequest {
                     target: target.message(),
                 };
-                connect(&place)
+                connect(&options)
                     .await?
                     .unrevoke(request)
                     .await
                     .map_err(explain)?;
                 println!("the revocation is withdrawn");
             }
-            Question::RotateRoot { place } => {
-                let answer = connect(&place)
+            OperatorCommand::RotateRoot { options } => {
+                let answer = connect(&options)
                     .await?
                     .rotate_root(RotateRootRequest {})
                     .await;
@@ -162,8 +162,8 @@ impl fmt::Display for Target {
     }
 }
 
-async fn connect(place: &ConnectionPermit) -> anyhow::Result<OperatorClient<Channel>> {
-    let path = match place {
+async fn connect(options: &ConnectionPermit) -> anyhow::Result<OperatorClient<Channel>> {
+    let path = match options {
         ConnectionPermit {
             socket: Some(socket),
             ..
@@ -217,11 +217,11 @@ mod tests {
 
     #[tokio::test]
     async fn names_the_socket_without_a_ca() {
-        let place = ConnectionPermit {
+        let options = ConnectionPermit {
             config: None,
             socket: Some("/nonexistent/operator.sock".into()),
         };
-        let error = connect(&place).await.unwrap_err().to_string();
+        let error = connect(&options).await.unwrap_err().to_string();
         assert!(
             error.contains("no CA answers at /nonexistent/operator.sock"),
             "{error}"
