@@ -34,7 +34,7 @@ pub(super) enum OperatorCommand {
     /// Show roots, the phase of a rotation, revocations, and refused requests.
     Status {
         #[command(flatten)]
-        options: ConnectionPermit,
+        options: SocketOptions,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
@@ -42,7 +42,7 @@ pub(super) enum OperatorCommand {
     /// Revoke a certificate, an identity or a node, everywhere.
     Revoke {
         #[command(flatten)]
-        options: ConnectionPermit,
+        options: SocketOptions,
         #[command(flatten)]
         target: Target,
         /// Why, by a name of RFC 5280 §5.3.1, such as keyCompromise.
@@ -52,20 +52,20 @@ pub(super) enum OperatorCommand {
     /// Withdraw a revocation.
     Unrevoke {
         #[command(flatten)]
-        options: ConnectionPermit,
+        options: SocketOptions,
         #[command(flatten)]
         target: Target,
     },
     /// Replace the root without an outage.
     RotateRoot {
         #[command(flatten)]
-        options: ConnectionPermit,
+        options: SocketOptions,
     },
 }
 
 /// Where the CA's socket is.
 #[derive(Debug, clap::Args)]
-pub(super) struct ConnectionPermit {
+pub(super) struct SocketOptions {
     /// The CA's configuration file, which names the socket.
     #[arg(long, conflicts_with = "socket")]
     config: Option<PathBuf>,
@@ -162,13 +162,13 @@ impl fmt::Display for Target {
     }
 }
 
-async fn connect(options: &ConnectionPermit) -> anyhow::Result<OperatorClient<Channel>> {
+async fn connect(options: &SocketOptions) -> anyhow::Result<OperatorClient<Channel>> {
     let path = match options {
-        ConnectionPermit {
+        SocketOptions {
             socket: Some(socket),
             ..
         } => socket.clone(),
-        ConnectionPermit {
+        SocketOptions {
             config: Some(config),
             ..
         } => CaConfig::load(config)?.operator_socket,
@@ -217,7 +217,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_the_socket_without_a_ca() {
-        let options = ConnectionPermit {
+        let options = SocketOptions {
             config: None,
             socket: Some("/nonexistent/operator.sock".into()),
         };
