@@ -1,31 +1,33 @@
-//! Sockets in network namespaces that no pod is known by: what tells the daemon that a pod has begun to talk.
+//! Reports of sockets in network namespaces that are not enrolled. They tell the daemon that a new pod is running.
 
-/// Namespaces and cgroups that are remembered as told.
-pub const MAX_TOLD: u32 = 8192;
-/// After so long a further socket of the same origin is told of again, in nanoseconds: the daemon may have looked too
-/// early, or not at all.
-pub const TELL_AGAIN_NANOSECONDS: u64 = 1_000_000_000;
-/// Size of the ring that [`FirstSocket`] events wait in: a power of two, and a multiple of every page size.
+/// Maximum number of origins whose last report is remembered. When the map is full, the least recently used is dropped.
+pub const MAX_REPORTED: u32 = 8192;
+/// Minimum time between two reports for one origin, in nanoseconds. A report is repeated because the daemon may have
+/// scanned too early, or may not have been running.
+pub const REPORT_INTERVAL_NANOSECONDS: u64 = 1_000_000_000;
+/// Size of the ring buffer for [`FirstSocket`] events, in bytes: a power of two, and a multiple of every page size.
 pub const FIRST_SOCKET_BYTES: u32 = 1 << 16;
 
-/// Where sockets come from: the key of the TOLD map, whose value is when that was told, by `CLOCK_MONOTONIC`, in
-/// nanoseconds. With the cgroup, because a runtime makes sockets in a pod's namespace before any process of the pod's
-/// does.
+/// Where a socket was created: the key of the REPORTED map, whose value is the time of the last report in nanoseconds of
+/// `CLOCK_MONOTONIC`.
+///
+/// The cgroup is part of the key because a container runtime creates sockets in a pod's netns before the pod's own
+/// processes do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct SocketOrigin {
     /// Cookie of the socket's netns.
     pub netns_cookie: u64,
-    /// The cgroup v2 of the process that makes it.
+    /// Id of the cgroup (version 2) of the process that created the socket.
     pub cgroup: u64,
 }
 
-/// A socket was made in a namespace that is no enrolled pod's: an event.
+/// Event in the FIRST_SOCKETS ring buffer: a socket was created in a netns that is not an enrolled pod's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct FirstSocket {
     /// Cookie of the socket's netns.
     pub netns_cookie: u64,
-    /// When, by `CLOCK_MONOTONIC`, in nanoseconds.
+    /// Time of the event, in nanoseconds of `CLOCK_MONOTONIC`.
     pub at_nanoseconds: u64,
 }

@@ -1,49 +1,59 @@
 //! The contract between the eBPF programs and the daemon: map keys and values, ports and marks.
 //!
 //! Both sides compile this crate, one for the kernel and one for userspace, so a layout cannot drift between them.
-//! Addresses are 16 bytes in network byte order, IPv4 as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2), so that one map serves
-//! both families. Every struct is padded by hand: the kernel compares keys byte by byte.
+//!
+//! Conventions for every type here:
+//! - An [`Address`] is 16 bytes in network byte order. IPv4 is stored as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2), so that one
+//!   map serves both families.
+//! - A port is a number in host byte order, whatever its width.
+//! - A netns cookie is the kernel's number for a network namespace (`SO_NETNS_COOKIE`), in host byte order. The kernel
+//!   never reuses one before it reboots.
+//! - A time is in nanoseconds of `CLOCK_MONOTONIC`, which is what `bpf_ktime_get_ns` returns.
+//! - Padding is an explicit field that is always zero, because the kernel compares keys byte by byte.
 #![no_std]
 
 mod first_socket;
 mod same_node;
 
 pub use first_socket::{
-    FIRST_SOCKET_BYTES, FirstSocket, MAX_TOLD, SocketOrigin, TELL_AGAIN_NANOSECONDS,
+    FIRST_SOCKET_BYTES, FirstSocket, MAX_REPORTED, REPORT_INTERVAL_NANOSECONDS, SocketOrigin,
 };
 pub use same_node::{
     Admitted, Closed, EVENT_BYTES, FLOW_CLIENT, FLOW_CLOSED, FLOW_DIALLED, FLOW_SERVER, Flow,
     LEASE_NANOSECONDS, MAX_VERDICTS, Verdict, closed,
 };
 
-/// The layout's version. Pins live in a folder of this name: a daemon never adopts maps of another layout.
+/// Version of the maps' layout, and the name of the folder that holds their pins. A daemon never adopts maps of another
+/// layout.
 pub const LAYOUT: &str = "v1";
 
-/// Where captured connections arrive, on the loopback of the client pod's netns.
+/// Port of the listener that accepts captured connections, on the loopback of the client pod's netns.
 pub const OUTBOUND_PORT: u16 = 15001;
-/// Where the tunnel listens in each enrolled pod's netns. `sk_lookup` brings every other port there too.
+/// Port of the tunnel listener in each enrolled pod's netns. `sk_lookup` steers connections for every other port to the
+/// same listener.
 pub const TUNNEL_PORT: u16 = 15008;
 
-/// Firewall mark of the daemon's connections to a pod's own server. A route rule in the pod's netns sends replies that
-/// carry it to the loopback, so that the daemon can speak from the client's address.
+/// Firewall mark (`SO_MARK`) of the daemon's connections to a pod's own app. A routing rule in the pod's netns sends
+/// replies with this mark to the loopback, so that the daemon can connect from the client's address.
 pub const ORIGINAL_SOURCE_MARK: u32 = 0x6d54_4c53;
-/// Route table that [`ORIGINAL_SOURCE_MARK`] selects in a pod's netns, and the preference of its rule.
+/// Number of the routing table that the rule for [`ORIGINAL_SOURCE_MARK`] selects in a pod's netns.
 pub const ORIGINAL_SOURCE_TABLE: u32 = 15006;
 
-/// Pods that one node may have enrolled at once.
+/// Maximum number of enrolled pods on a node.
 pub const MAX_PODS: u32 = 4096;
-/// Addresses and networks of the mesh: pods, services, nodes.
+/// Maximum number of entries in the MESH map: addresses and networks of pods, services and nodes.
 pub const MAX_MESH_ADDRESSES: u32 = 1_000_000;
-/// Captured connections between their `connect` and the daemon's `accept`.
+/// Maximum number of captured connections between the app's `connect` and the daemon's `accept`, and of connections from
+/// the daemon to apps that are not established yet.
 pub const MAX_PENDING: u32 = 131_072;
 
 /// An IPv4-mapped or IPv6 address in network byte order.
 pub type Address = [u8; 16];
 
-/// Key of the zero address in [`Inbound`]'s map: what holds for local addresses that no pod is known by.
+/// The unspecified address. Its entry in the INBOUND map applies to local addresses that have no entry of their own.
 pub const ANY_ADDRESS: Address = [0; 16];
 
-/// Wraps an IPv4 address (network byte order) as IPv4-mapped IPv6.
+/// Converts an IPv4 address in network byte order to IPv4-mapped IPv6.
 #[inline(always)]
 pub const fn mapped(v4: [u8; 4]) -> Address {
     [
@@ -51,106 +61,109 @@ pub const fn mapped(v4: [u8; 4]) -> Address {
     ]
 }
 
-/// What an address of the mesh is. The value of the MESH map, as a `u32`.
+/// Kind of an address or network of the mesh: the value of the MESH map, stored as a `u32`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum MeshKind {
-    /// A pod that the mesh reaches through the tunnel.
+    /// A pod that is reached through the tunnel. Connections to it are captured.
     Pod = 1,
-    /// A service's virtual address.
+    /// The virtual address of a service. Connections to it are captured.
     Service = 2,
-    /// A network that pods live in. Not captured; PERMISSIVE servers await the tunnel from it.
+    /// A network that contains pod addresses. Connections to it are not captured; connections from it go to the tunnel
+    /// listener of a PERMISSIVE pod.
     PodNetwork = 3,
-    /// This node's own address: probes come from it. Never captured, never asked for TLS.
+    /// An address of this node, which sends probes. Never captured, never required to use TLS.
     Node = 4,
 }
 
-/// An enrolled pod, keyed by its netns cookie (`SO_NETNS_COOKIE`).
+/// An enrolled pod: the value of the PODS map, whose key is the pod's netns cookie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Pod {
-    /// The pod's IPv4 address, IPv4-mapped; zero if it has none.
+    /// The pod's IPv4 address, IPv4-mapped. All zeros if it has none, or if it is not known yet.
     pub v4: Address,
-    /// The pod's IPv6 address; zero if it has none.
+    /// The pod's IPv6 address. All zeros if it has none, or if it is not known yet.
     pub v6: Address,
-    /// Which of the sysctls that enrolment switches on were off before, and are to be off again after it: a bit each, in
-    /// the order of the daemon's list.
+    /// Bit mask of the sysctls that enrolment switched on and release must switch off again. Bit 0 is the first sysctl of
+    /// the daemon's list.
     pub switched_on: u32,
-    /// Non-zero for a pod that cannot be served (yet): its connections to the mesh are refused, not captured.
+    /// Non-zero if the daemon cannot serve the pod (yet): its connections to the mesh are refused instead of captured.
     pub refused: u32,
 }
 
-/// Names a client's socket from both of its ends: the netns it lives in and its local address there.
+/// Identifies a client's socket, or a destination as seen from a client: a netns, an address and a port. The key of the
+/// PENDING map, with the socket's local address, and of the VERDICTS map, with the address that an app dials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct SocketKey {
-    /// Cookie of the socket's netns.
+    /// Cookie of the client's netns.
     pub netns_cookie: u64,
-    /// Local address.
+    /// Local address, or dialled address.
     pub address: Address,
-    /// Local port, host byte order.
+    /// Local port, or dialled port, in host byte order.
     pub port: u32,
-    /// Zero.
+    /// Always zero.
     pub padding: u32,
 }
 
-/// What an app dialled before its connection was turned to the daemon.
+/// The destination that an app dialled before the connection was captured: the value of the PENDING and DIALLED maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Dialled {
     /// Destination address.
     pub address: Address,
-    /// When, by `CLOCK_MONOTONIC`, in nanoseconds.
+    /// Time of the `connect` call, in nanoseconds of `CLOCK_MONOTONIC`.
     pub at_nanoseconds: u64,
-    /// Destination port, host byte order.
+    /// Destination port in host byte order.
     pub port: u32,
-    /// Zero.
+    /// Always zero.
     pub padding: u32,
 }
 
-/// A connection from the daemon to a pod's own app, on its way: the key of the DELIVERIES map. The kernel records it for
-/// sockets that the daemon marked as [`DELIVERY`], before their SYN leaves.
+/// Addresses and ports of a TCP connection, the same from both ends: the key of the DELIVERIES and ADMITTED maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
-pub struct Delivery {
-    /// The client's address, which the daemon speaks from.
+pub struct FourTuple {
+    /// The client's address.
     pub client: Address,
-    /// The pod's address.
+    /// The server's address.
     pub server: Address,
-    /// The client's port, host byte order.
+    /// The client's port in host byte order.
     pub client_port: u32,
-    /// The app's port, host byte order.
+    /// The server's port in host byte order.
     pub server_port: u32,
 }
 
-/// Value in the BYPASS map of a socket that the daemon makes to the world outside the pod.
+/// Value in the BYPASS map for a socket that the daemon opens to a destination outside the pod. It is not captured.
 pub const DIAL: u32 = 1;
-/// Value in the BYPASS map of a socket that the daemon makes to the pod's own app.
+/// Value in the BYPASS map for a socket that the daemon opens to the pod's own app. It is not captured, and its 4-tuple is
+/// entered in the DELIVERIES map before its SYN leaves.
 pub const DELIVERY: u32 = 2;
 
-/// What a pod admits, keyed by the pod's address. The value of the INBOUND map, as a `u32`.
+/// What a pod admits: the value of the INBOUND map, stored as a `u32`. The key is the pod's address, or [`ANY_ADDRESS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Inbound {
-    /// Only the tunnel, and this node's own probes.
+    /// All connections go to the tunnel listener, except those from this node's own addresses.
     Strict = 1,
-    /// The tunnel from the pod networks; everybody else as the kernel would have it.
+    /// Connections from addresses and networks in the MESH map go to the tunnel listener, except those from this node's
+    /// own addresses. All others go to the app's own listener.
     Permissive = 2,
 }
 
 #[cfg(feature = "user")]
 mod user {
-    // SAFETY: repr(C) structs of integers and byte arrays with their padding written out: every byte pattern is valid
-    // and no byte is uninitialised.
+    // SAFETY: a repr(C) struct of integers and byte arrays with explicit padding, so every byte pattern is valid and no
+    // byte is uninitialised.
     unsafe impl aya::Pod for super::Pod {}
-    // SAFETY: as above.
+    // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::SocketKey {}
-    // SAFETY: as above.
+    // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::Dialled {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for super::Delivery {}
-    // SAFETY: as above.
+    // SAFETY: as for `Pod`.
+    unsafe impl aya::Pod for super::FourTuple {}
+    // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::Verdict {}
-    // SAFETY: as above.
+    // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::Admitted {}
 }

@@ -1,135 +1,115 @@
-//! cgroup/connect4 and connect6: turn a pod's connect to a mesh address to the daemon's listener on its loopback, or, where
-//! a verdict of the daemon says that it may stay in the kernel, straight to a pod of this node.
+//! cgroup/connect4 and connect6: redirect a pod's connection to a mesh address to the daemon's listener on the pod's
+//! loopback or, under a verdict of the daemon, straight to a pod of the same node.
 //!
-//! On the way of every connect on the node, so the cheap answers come first: not TCP, not an enrolled pod, not a mesh
-//! address. Those keep the kernel's own path and leave nothing in any map.
+//! These programs run for every connect on the node, so the cheap checks come first: not TCP, not an enrolled pod, not a
+//! mesh address. Such a connect takes the kernel's own path and leaves no entry in any map.
 
-use auth_common::{Address, Dialled, MeshKind, OUTBOUND_PORT, Verdict, mapped};
-use aya_ebpf::{
-    bindings::{bpf_sock, bpf_sock_addr},
-    helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_setsockopt},
-    macros::cgroup_sock_addr,
-    programs::SockAddrContext,
-};
+use auth_common::{Address, Dialled, MeshKind, OUTBOUND_PORT, Verdict};
+use aya_ebpf::{helpers::bpf_setsockopt, macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
+    context::{
+        IPPROTO_TCP, LOOPBACK_V4, LOOPBACK_V6, PROCEED, SocketContext, is_mapped, now,
+        set_user_ip4, set_user_ip6, set_user_port, user_ip4, user_ip6, user_port,
+    },
     maps::{BYPASS, DIALLED, FLOWS, PODS, dialled, flow_or_closed, mesh_kind},
     same_node,
 };
 
+/// Return value that makes the connect fail with EPERM.
 const REFUSE: i32 = 0;
-const PROCEED: i32 = 1;
-const IPPROTO_TCP: u32 = 6;
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTODEVICE: i32 = 25;
-/// Where the listeners are.
-pub const LOOPBACK_V4: [u8; 4] = [127, 0, 0, 1];
-/// Where the listeners are.
-pub const LOOPBACK_V6: Address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    let sa = ctx.sock_addr;
-    // SAFETY: the context is the kernel's; its fields are read and written as the words the verifier asks for.
-    let destination = mapped(unsafe { (*sa).user_ip4 }.to_ne_bytes());
-    let (address, port) = match route(&ctx, &destination) {
-        Route::Leave => return PROCEED,
+    let (address, port) = match route(&ctx, &user_ip4(&ctx)) {
+        Route::Ignore => return PROCEED,
         Route::Refuse => return REFUSE,
-        Route::Capture => (LOOPBACK_V4, OUTBOUND_PORT),
-        Route::SameNode(verdict) => {
-            let a = &verdict.endpoint;
-            ([a[12], a[13], a[14], a[15]], verdict.port as u16)
-        }
+        Route::Capture => (&LOOPBACK_V4, u32::from(OUTBOUND_PORT)),
+        Route::SameNode(verdict) => (&verdict.endpoint, verdict.port),
     };
-    // SAFETY: as above.
-    unsafe {
-        (*sa).user_ip4 = u32::from_ne_bytes(address);
-        (*sa).user_port = u32::from(port.to_be());
-    }
+    set_user_ip4(&ctx, address);
+    set_user_port(&ctx, port);
     PROCEED
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    let sa = ctx.sock_addr;
-    let destination = user_ip6(sa);
+    let destination = user_ip6(&ctx);
     let (address, port) = match route(&ctx, &destination) {
-        Route::Leave => return PROCEED,
+        Route::Ignore => return PROCEED,
         Route::Refuse => return REFUSE,
-        Route::Capture if is_mapped(&destination) => (mapped(LOOPBACK_V4), OUTBOUND_PORT),
-        Route::Capture => (LOOPBACK_V6, OUTBOUND_PORT),
-        Route::SameNode(verdict) => (verdict.endpoint, verdict.port as u16),
+        Route::Capture if is_mapped(&destination) => (&LOOPBACK_V4, u32::from(OUTBOUND_PORT)),
+        Route::Capture => (&LOOPBACK_V6, u32::from(OUTBOUND_PORT)),
+        Route::SameNode(verdict) => (&verdict.endpoint, verdict.port),
     };
-    set_user_ip6(sa, &address);
-    // SAFETY: the context is the kernel's; its fields are read and written as the words the verifier asks for.
-    unsafe { (*sa).user_port = u32::from(port.to_be()) };
+    set_user_ip6(&ctx, address);
+    set_user_port(&ctx, port);
     PROCEED
 }
 
 enum Route {
-    /// Not ours: the kernel's own path.
-    Leave,
-    /// Ours, but it cannot be captured: an error, never plaintext.
+    /// Not a connection of the mesh: takes the kernel's own path.
+    Ignore,
+    /// A connection of the mesh that cannot be captured: fails, and is never sent in plaintext.
     Refuse,
+    /// Goes to the daemon's listener.
     Capture,
-    /// To a pod of this node, without the daemon.
+    /// Goes to the verdict's endpoint, a pod of this node, without the daemon.
     SameNode(&'static Verdict),
 }
 
 #[inline(always)]
 fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
-    let sa = ctx.sock_addr;
-    // SAFETY: the context is the kernel's.
-    if unsafe { (*sa).protocol } != IPPROTO_TCP {
-        return Route::Leave;
+    // SAFETY: the kernel passed this context to the program.
+    if unsafe { (*ctx.sock_addr).protocol } != IPPROTO_TCP {
+        return Route::Ignore;
     }
-    // SAFETY: the helper reads the socket of this context.
-    let cookie = unsafe { bpf_get_netns_cookie(sa.cast()) };
-    // SAFETY: entries are written once, at enrolment, and freed after a grace period.
+    let cookie = ctx.netns_cookie();
+    // SAFETY: entries are replaced whole and freed after a grace period.
     let Some(pod) = (unsafe { PODS.get(cookie) }) else {
-        return Route::Leave;
+        return Route::Ignore;
     };
-    // SAFETY: the context is the kernel's; the port is in network byte order in the low half.
-    let port = u32::from(u16::from_be(unsafe { (*sa).user_port } as u16));
-    // SAFETY: the context's socket, which the helpers take.
-    unsafe {
-        if !BYPASS.get_ptr_mut(ctx).is_null() {
-            return Route::Leave;
+    let port = user_port(ctx);
+    // SAFETY: the kernel passed this context to the program.
+    if !unsafe { BYPASS.get_ptr_mut(ctx) }.is_null() {
+        return Route::Ignore;
+    }
+    // An app may dial again on a socket whose connect failed: drop what the socket holds from the previous attempt.
+    if dialled(ctx).is_some() {
+        // SAFETY: the context's socket, which is not null since it has storage.
+        let _ = unsafe { DIALLED.delete(ctx.socket()) };
+    }
+    // SAFETY: this program holds no other reference to the socket's entry.
+    if let Some(flow) = unsafe { flow_or_closed(ctx) } {
+        // During a takeover the programs of both daemons run: the other one may have redirected this connect already.
+        if let Some(verdict) = same_node::already_redirected(flow, cookie, destination, port) {
+            return Route::SameNode(verdict);
         }
-        let sk: *mut bpf_sock = (*sa).__bindgen_anon_1.sk;
-        // A socket may be dialled again after a failure: forget what it dialled before.
-        if dialled(sk).is_some() {
-            let _ = DIALLED.delete(sk);
-        }
-        if let Some(flow) = flow_or_closed(sk) {
-            // While one daemon takes over from another, both have their programs here.
-            if let Some(verdict) = same_node::already_led(flow, cookie, destination, port) {
-                return Route::SameNode(verdict);
-            }
-            let _ = FLOWS.delete(sk);
-        }
+        // SAFETY: the context's socket, which is not null since it has storage.
+        let _ = unsafe { FLOWS.delete(ctx.socket()) };
     }
     let captured = match mesh_kind(*destination) {
         Some(kind) => kind == MeshKind::Pod as u32 || kind == MeshKind::Service as u32,
         None => false,
     };
     if !captured || *destination == pod.v4 || *destination == pod.v6 {
-        return Route::Leave;
+        return Route::Ignore;
     }
     if pod.refused != 0 {
         return Route::Refuse;
     }
-    if let Some(verdict) = same_node::dial(ctx, cookie, pod, destination, port) {
+    if let Some(verdict) = same_node::redirect(ctx, cookie, pod, destination, port) {
         return Route::SameNode(verdict);
     }
     let mut entry = Dialled {
         address: *destination,
-        // SAFETY: a helper without arguments.
-        at_nanoseconds: unsafe { bpf_ktime_get_ns() },
+        at_nanoseconds: now(),
         port,
         padding: 0,
     };
-    // SAFETY: the context's socket, and a value of the map's own type.
+    // SAFETY: the kernel passed this context to the program, and `entry` has the map's value type.
     if unsafe { DIALLED.get_or_insert_ptr_mut(ctx, Some(&mut entry)) }.is_null() {
         return Route::Refuse;
     }
@@ -139,70 +119,25 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
     }
 }
 
-/// Lets go of the interface that the app bound its socket to, if it did: the listener is on another one. The app's
-/// packets never leave by this socket.
+/// Clears SO_BINDTODEVICE of the app's socket, if it is set: the daemon's listener is on another interface. A captured
+/// connection sends no packets through the interface that the app chose.
 #[inline(always)]
 fn unbind_interface(ctx: &SockAddrContext) -> Result<(), ()> {
-    // SAFETY: the context's socket; the verifier knows it for one.
-    let bound = unsafe { (*(*ctx.sock_addr).__bindgen_anon_1.sk).bound_dev_if };
+    // SAFETY: the kernel passed this context to the program, and its socket is never null in this hook.
+    let bound = unsafe { (*ctx.socket()).bound_dev_if };
     if bound == 0 {
         return Ok(());
     }
-    let mut none = [0_u8; 4];
-    // SAFETY: `none` is four readable bytes: an empty name.
+    let mut no_name = [0_u8; 4];
+    // SAFETY: `no_name` is readable for the length that is passed with it.
     let result = unsafe {
         bpf_setsockopt(
             ctx.sock_addr.cast(),
             SOL_SOCKET,
             SO_BINDTODEVICE,
-            (&raw mut none).cast(),
-            size_of_val(&none) as i32,
+            (&raw mut no_name).cast(),
+            size_of_val(&no_name) as i32,
         )
     };
     if result == 0 { Ok(()) } else { Err(()) }
-}
-
-/// The IPv6 address in the context: the destination of a connect, the answer of a getpeername or getsockname.
-#[inline(always)]
-pub fn user_ip6(sa: *const bpf_sock_addr) -> Address {
-    // SAFETY: the context is the kernel's.
-    words(unsafe { &raw const (*sa).user_ip6 })
-}
-
-/// An IPv6 address in a program's context, word by word: volatile, because the verifier takes no larger loads there and
-/// the compiler would merge them.
-#[inline(always)]
-pub fn words(field: *const [u32; 4]) -> Address {
-    // SAFETY: `field` is of a context that the kernel gave.
-    let word = |word| unsafe { core::ptr::read_volatile(field.cast::<u32>().add(word)) };
-    // As words: sixteen bytes would take sixteen registers, or as many places on the stack.
-    let words = [word(0), word(1), word(2), word(3)];
-    // SAFETY: both are sixteen plain bytes.
-    unsafe { core::mem::transmute(words) }
-}
-
-/// Writes the IPv6 address in the context.
-#[inline(always)]
-pub fn set_user_ip6(sa: *mut bpf_sock_addr, address: &Address) {
-    for word in 0..4 {
-        let value = u32::from_ne_bytes([
-            address[4 * word],
-            address[4 * word + 1],
-            address[4 * word + 2],
-            address[4 * word + 3],
-        ]);
-        // SAFETY: as for reading.
-        unsafe { core::ptr::write_volatile(&raw mut (*sa).user_ip6[word], value) };
-    }
-}
-
-#[inline(always)]
-pub fn is_mapped(address: &Address) -> bool {
-    let mut zeros = true;
-    let mut byte = 0;
-    while byte < 10 {
-        zeros &= address[byte] == 0;
-        byte += 1;
-    }
-    zeros && address[10] == 0xff && address[11] == 0xff
 }

@@ -1,39 +1,34 @@
-//! cgroup/sock_create: tells the daemon of sockets in namespaces that it does not know, so that it finds a new pod when the
-//! pod begins to talk.
+//! cgroup/sock_create: reports sockets in network namespaces that are not enrolled, so that the daemon finds a new pod as
+//! soon as the pod uses the network.
 //!
-//! On the way of every socket of IPv4 and IPv6 on the node. The machine's own and those of enrolled pods cost a lookup at
-//! most; any other origin is told of once a second at most.
+//! This program runs for every IPv4 and IPv6 socket on the node. A socket of the node's own netns or of an enrolled pod
+//! costs one map lookup at most; any other origin is reported at most once a second.
 
-use auth_common::{FirstSocket, SocketOrigin, TELL_AGAIN_NANOSECONDS};
+use auth_common::{FirstSocket, REPORT_INTERVAL_NANOSECONDS, SocketOrigin};
 use aya_ebpf::{
-    bindings::bpf_sock,
-    helpers::{bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_ktime_get_ns},
+    helpers::{bpf_get_current_cgroup_id, bpf_get_netns_cookie},
     macros::cgroup_sock,
     programs::SockContext,
 };
 
-use crate::maps::{FIRST_SOCKETS, PODS, TOLD};
-
-const PROCEED: i32 = 1;
+use crate::{
+    context::{PROCEED, SocketContext, now},
+    maps::{FIRST_SOCKETS, PODS, REPORTED},
+};
 
 #[cgroup_sock(sock_create)]
 pub fn first_socket(ctx: SockContext) -> i32 {
-    tell(ctx.sock);
+    report(&ctx);
     PROCEED
 }
 
 #[inline(always)]
-fn tell(sk: *mut bpf_sock) {
-    // SAFETY: the helper reads the socket of this context; without one it gives the cookie of the machine's first
-    // namespace.
-    let (cookie, machines) = unsafe {
-        (
-            bpf_get_netns_cookie(sk.cast()),
-            bpf_get_netns_cookie(core::ptr::null_mut()),
-        )
-    };
-    // SAFETY: entries are replaced whole and freed after a grace period; this asks only whether there is one.
-    if cookie == machines || unsafe { PODS.get(cookie) }.is_some() {
+fn report(ctx: &SockContext) {
+    let cookie = ctx.netns_cookie();
+    // SAFETY: without a context the helper returns the cookie of the node's initial netns.
+    let node_cookie = unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) };
+    // SAFETY: the entry is not read, only whether there is one.
+    if cookie == node_cookie || unsafe { PODS.get(cookie) }.is_some() {
         return;
     }
     let origin = SocketOrigin {
@@ -41,11 +36,10 @@ fn tell(sk: *mut bpf_sock) {
         // SAFETY: a helper without arguments.
         cgroup: unsafe { bpf_get_current_cgroup_id() },
     };
-    // SAFETY: a helper without arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
-    // SAFETY: a plain word; an entry that is reused meanwhile costs or saves an event.
-    if let Some(told) = unsafe { TOLD.get(origin) }
-        && now.wrapping_sub(*told) < TELL_AGAIN_NANOSECONDS
+    let now = now();
+    // SAFETY: a single word. If the kernel reuses the entry meanwhile, one report is sent too many or too few.
+    if let Some(last) = unsafe { REPORTED.get(origin) }
+        && now.wrapping_sub(*last) < REPORT_INTERVAL_NANOSECONDS
     {
         return;
     }
@@ -53,8 +47,8 @@ fn tell(sk: *mut bpf_sock) {
         netns_cookie: cookie,
         at_nanoseconds: now,
     };
-    // A ring that is full: the daemon is woken already, and the next socket tries again.
+    // If the ring is full, the daemon has events to read already, and the origin's next socket retries.
     if FIRST_SOCKETS.output(event, 0).is_ok() {
-        let _ = TOLD.insert(origin, now, 0);
+        let _ = REPORTED.insert(origin, now, 0);
     }
 }

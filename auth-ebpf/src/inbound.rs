@@ -1,38 +1,37 @@
-//! sk_lookup, in each enrolled pod's netns: a SYN for any port of the pod goes to its tunnel listener, by who sends it.
+//! sk_lookup, in each enrolled pod's netns: steers a SYN for any port of the pod to its tunnel listener, depending on who
+//! sent it.
 //!
-//! Runs when a SYN looks for a listener, never on an established connection. What the pod sends to itself passes, and so
-//! do the daemon on its way to the app, and whom the kernel itself has seen dial from another pod of this node.
+//! The program runs when the kernel looks for a listener, never for an established connection. It leaves the choice to the
+//! kernel for what the pod sends to itself, for the daemon's connections to the app, and for connections that the kernel
+//! has recorded leaving another pod of this node under a verdict.
 
-use auth_common::{ANY_ADDRESS, Address, Delivery, Inbound, MeshKind, mapped};
-use aya_ebpf::{bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
+use auth_common::{ANY_ADDRESS, Address, FourTuple, Inbound, MeshKind, mapped};
+use aya_ebpf::{macros::sk_lookup, programs::SkLookupContext};
 
 use crate::{
-    connect::words,
+    context::{AF_INET, IPPROTO_TCP, read_address},
     maps::{ADMITTED, DELIVERIES, INBOUND, TUNNELS, mesh_kind},
 };
 
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
-const AF_INET: u32 = 2;
-const IPPROTO_TCP: u32 = 6;
 /// The loopback is the first interface of every netns.
 const LOOPBACK_IFINDEX: u32 = 1;
 
 #[sk_lookup]
 pub fn inbound(ctx: SkLookupContext) -> u32 {
-    let lookup = ctx.lookup;
-    // SAFETY: the context is the kernel's; fields are read as the words the verifier asks for.
-    let (protocol, ifindex) = unsafe { ((*lookup).protocol, (*lookup).ingress_ifindex) };
+    // SAFETY: the kernel passed this context to the program.
+    let (protocol, ifindex) = unsafe { ((*ctx.lookup).protocol, (*ctx.lookup).ingress_ifindex) };
     if protocol != IPPROTO_TCP || ifindex == LOOPBACK_IFINDEX {
         return SK_PASS;
     }
-    let (local, remote) = addresses(lookup);
-    // The kernel gives what a pod sends to its own address for what came by the address's interface (ip_route_output,
-    // ip6_rcv_core). From outside nobody gets an answer there: it goes to the pod itself.
-    if local == remote || is_expected(lookup, local, remote) {
+    let (local, remote) = addresses(&ctx);
+    // A packet from the pod to its own address may arrive with the interface of that address instead of the loopback
+    // (ip_route_output, ip6_rcv_core). Someone else who forges that source gets no answer: replies stay in the pod.
+    if local == remote || is_recorded(&ctx, local, remote) {
         return SK_PASS;
     }
-    // SAFETY: plain words, replaced whole.
+    // SAFETY: single words, which are replaced whole.
     let mode = unsafe { INBOUND.get(local).or_else(|| INBOUND.get(ANY_ADDRESS)) };
     let Some(mode) = mode else {
         return SK_DROP;
@@ -43,30 +42,34 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
         None if *mode == Inbound::Permissive as u32 => return SK_PASS,
         None => {}
     }
-    // No listener: the daemon is gone, and nothing passes in its place.
+    // Without a listener no daemon is running: the connection is refused rather than passed to the app.
     match TUNNELS.redirect_sk_lookup(&ctx, local, 0) {
         Ok(()) => SK_PASS,
         Err(_) => SK_DROP,
     }
 }
 
-/// Whether this SYN is the daemon's, on its way to the app, or of a connection that stays in the kernel.
+/// Whether the connection is the daemon's to the app, or one between two pods of this node under a verdict.
 #[inline(always)]
-fn is_expected(lookup: *const bpf_sk_lookup, local: Address, remote: Address) -> bool {
-    // SAFETY: the context is the kernel's.
-    let (client_port, server_port) = unsafe { ((*lookup).remote_port, (*lookup).local_port) };
-    let key = Delivery {
+fn is_recorded(ctx: &SkLookupContext, local: Address, remote: Address) -> bool {
+    // SAFETY: the kernel passed this context to the program.
+    let (client_port, server_port) =
+        unsafe { ((*ctx.lookup).remote_port, (*ctx.lookup).local_port) };
+    let connection = FourTuple {
         client: remote,
         server: local,
+        // In network byte order, unlike the local port.
         client_port: u32::from(u16::from_be(client_port)),
         server_port,
     };
-    DELIVERIES.get_ptr(key).is_some() || ADMITTED.get_ptr(key).is_some()
+    DELIVERIES.get_ptr(connection).is_some() || ADMITTED.get_ptr(connection).is_some()
 }
 
+/// The local and the remote address.
 #[inline(always)]
-fn addresses(lookup: *const bpf_sk_lookup) -> (Address, Address) {
-    // SAFETY: the context is the kernel's; fields are read as the words the verifier asks for.
+fn addresses(ctx: &SkLookupContext) -> (Address, Address) {
+    let lookup = ctx.lookup;
+    // SAFETY: the kernel passed this context to the program.
     unsafe {
         if (*lookup).family == AF_INET {
             (
@@ -75,8 +78,8 @@ fn addresses(lookup: *const bpf_sk_lookup) -> (Address, Address) {
             )
         } else {
             (
-                words(&raw const (*lookup).local_ip6),
-                words(&raw const (*lookup).remote_ip6),
+                read_address(&raw const (*lookup).local_ip6),
+                read_address(&raw const (*lookup).remote_ip6),
             )
         }
     }

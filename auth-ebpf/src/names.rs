@@ -1,91 +1,71 @@
-//! cgroup/getpeername and getsockname: an app whose connection was captured, or led to a service's pod on this node, sees
-//! the addresses that it would see without us: the one it dialled, and its pod's own.
+//! cgroup/getpeername and getsockname: after a connection was captured, or redirected to a service's pod on this node, show
+//! the app the addresses that it would see without the mesh: the one that it dialled, and its pod's own.
 
-use auth_common::{Address, FLOW_SERVER, OUTBOUND_PORT, Pod, mapped};
-use aya_ebpf::{
-    bindings::bpf_sock_addr, helpers::bpf_get_netns_cookie, macros::cgroup_sock_addr,
-    programs::SockAddrContext,
-};
+use auth_common::{Address, FLOW_SERVER, OUTBOUND_PORT, Pod};
+use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
-    connect::{LOOPBACK_V4, LOOPBACK_V6, set_user_ip6, user_ip6},
+    context::{
+        LOOPBACK_V4, LOOPBACK_V6, PROCEED, SocketContext, set_user_ip4, set_user_ip6,
+        set_user_port, user_ip4, user_ip6, user_port,
+    },
     maps::{PODS, dialled, flow},
 };
 
-const PROCEED: i32 = 1;
-/// Of a pod that has begun to talk before anything said its address.
+/// The address of a pod that was enrolled before its address was known.
 const UNKNOWN: Address = [0; 16];
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
-    let sa = ctx.sock_addr;
-    // SAFETY: the context and its socket are the kernel's; fields are accessed as the words the verifier asks for.
-    unsafe {
-        let peer = mapped((*sa).user_ip4.to_ne_bytes());
-        if let Some((a, port)) = dialled_instead_of(sa, &peer) {
-            (*sa).user_ip4 = u32::from_ne_bytes([a[12], a[13], a[14], a[15]]);
-            (*sa).user_port = u32::from((port as u16).to_be());
-        }
+    if let Some((address, port)) = dialled_instead_of(&ctx, &user_ip4(&ctx)) {
+        set_user_ip4(&ctx, address);
+        set_user_port(&ctx, port);
     }
     PROCEED
 }
 
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
-    let sa = ctx.sock_addr;
-    // SAFETY: as in getpeername4.
-    unsafe {
-        if let Some((address, port)) = dialled_instead_of(sa, &user_ip6(sa)) {
-            set_user_ip6(sa, address);
-            (*sa).user_port = u32::from((port as u16).to_be());
-        }
+    if let Some((address, port)) = dialled_instead_of(&ctx, &user_ip6(&ctx)) {
+        set_user_ip6(&ctx, address);
+        set_user_port(&ctx, port);
     }
     PROCEED
 }
 
-/// What the app dialled, where we led it to `peer` in its place.
+/// The address and port that the app dialled, if the connection was redirected to `peer` and the port in the context.
 #[inline(always)]
-fn dialled_instead_of<'a>(sa: *const bpf_sock_addr, peer: &Address) -> Option<(&'a Address, u32)> {
-    // SAFETY: as in getpeername4.
-    unsafe {
-        let sk = (*sa).__bindgen_anon_1.sk;
-        let port = u32::from(u16::from_be((*sa).user_port as u16));
-        if port == u32::from(OUTBOUND_PORT)
-            && let Some(dialled) = dialled(sk)
-        {
-            return Some((&dialled.address, dialled.port));
-        }
-        let flow = flow(sk)?;
-        let is_client = flow.role != FLOW_SERVER;
-        if is_client && flow.endpoint_port == port && flow.endpoint == *peer {
-            return Some((&flow.admitted.dialled, flow.admitted.dialled_port));
-        }
+fn dialled_instead_of<'a>(ctx: &'a SockAddrContext, peer: &Address) -> Option<(&'a Address, u32)> {
+    let port = user_port(ctx);
+    if port == u32::from(OUTBOUND_PORT)
+        && let Some(dialled) = dialled(ctx)
+    {
+        return Some((&dialled.address, dialled.port));
+    }
+    // SAFETY: this program holds no other reference to the socket's entry.
+    let flow = unsafe { flow(ctx) }?;
+    let is_client = flow.role != FLOW_SERVER;
+    if is_client && flow.endpoint_port == port && flow.endpoint == *peer {
+        return Some((&flow.admitted.dialled, flow.admitted.dialled_port));
     }
     None
 }
 
 #[cgroup_sock_addr(getsockname4)]
 pub fn getsockname4(ctx: SockAddrContext) -> i32 {
-    let sa = ctx.sock_addr;
-    // SAFETY: as in getpeername4.
-    unsafe {
-        if (*sa).user_ip4.to_ne_bytes() == LOOPBACK_V4
-            && let Some(pod) = captured_in(&ctx)
-            && pod.v4 != UNKNOWN
-        {
-            let a = &pod.v4;
-            (*sa).user_ip4 = u32::from_ne_bytes([a[12], a[13], a[14], a[15]]);
-        }
+    if user_ip4(&ctx) == LOOPBACK_V4
+        && let Some(pod) = captured_in(&ctx)
+        && pod.v4 != UNKNOWN
+    {
+        set_user_ip4(&ctx, &pod.v4);
     }
     PROCEED
 }
 
 #[cgroup_sock_addr(getsockname6)]
 pub fn getsockname6(ctx: SockAddrContext) -> i32 {
-    const MAPPED_LOOPBACK: Address = mapped(LOOPBACK_V4);
-    let sa = ctx.sock_addr;
-    let address = user_ip6(sa);
-    if (address == LOOPBACK_V6 || address == MAPPED_LOOPBACK)
+    let address = user_ip6(&ctx);
+    if (address == LOOPBACK_V6 || address == LOOPBACK_V4)
         && let Some(pod) = captured_in(&ctx)
     {
         let own = if address == LOOPBACK_V6 {
@@ -94,18 +74,16 @@ pub fn getsockname6(ctx: SockAddrContext) -> i32 {
             &pod.v4
         };
         if *own != UNKNOWN {
-            set_user_ip6(sa, own);
+            set_user_ip6(&ctx, own);
         }
     }
     PROCEED
 }
 
-/// The pod whose captured connection the context's socket is.
+/// The pod that the context's socket belongs to, if its connection was captured.
 #[inline(always)]
-fn captured_in<'a>(ctx: &SockAddrContext) -> Option<&'a Pod> {
-    // SAFETY: the context's own socket; entries of pods are written once, at enrolment, and freed after a grace period.
-    unsafe {
-        dialled((*ctx.sock_addr).__bindgen_anon_1.sk)?;
-        PODS.get(bpf_get_netns_cookie(ctx.sock_addr.cast()))
-    }
+fn captured_in(ctx: &SockAddrContext) -> Option<&Pod> {
+    dialled(ctx)?;
+    // SAFETY: entries are replaced whole and freed after a grace period.
+    unsafe { PODS.get(ctx.netns_cookie()) }
 }

@@ -1,45 +1,45 @@
-//! Connections between two pods of this node, by verdicts of the daemon: they stay in the kernel.
+//! Connections between two pods of this node that stay in the kernel, under a verdict of the daemon.
 //!
-//! connect asks [`dial`]; from there on the connection is told by its sockets' storage, FLOWS. Before the SYN leaves,
-//! [`connecting`] enters its exact four in ADMITTED, where the inbound program finds it; [`accepted`] takes it out again
-//! when the server's socket stands. [`closed`] tells the daemon how each end closed.
+//! The connect hook calls [`redirect`], which stores the connection's state on the client's socket (FLOWS). Before the SYN
+//! leaves, [`connecting`] enters the 4-tuple in ADMITTED, where the inbound program finds it. [`accepted`] removes it when
+//! the server's socket is established. [`closed`] sends the daemon an event for each end that closes.
 
 use core::ptr::read_volatile;
 
 use auth_common::{
-    Address, Admitted, Delivery, FLOW_CLIENT, FLOW_CLOSED, FLOW_DIALLED, FLOW_SERVER, Flow, Pod,
+    Address, Admitted, FLOW_CLIENT, FLOW_CLOSED, FLOW_DIALLED, FLOW_SERVER, Flow, FourTuple, Pod,
     SocketKey, Verdict, closed as flag,
 };
 use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock},
-    helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns},
     programs::{SockAddrContext, SockOpsContext},
 };
 
 use crate::{
-    connect::{is_mapped, words},
-    established::{four, watch},
-    maps::{ADMITTED, EVENTS, FLOWS, LEASE, LOST, PODS, VERDICTS, flow, new_flow},
+    context::{
+        SocketContext, TCP_CLOSE, enable_callbacks, four_tuple, is_mapped, now, read_address,
+    },
+    maps::{ADMITTED, EVENTS, FLOWS, LEASE, LOST, PODS, VERDICTS, new_flow},
 };
 
 const TCP_FIN_WAIT1: u32 = 4;
-const TCP_CLOSE: u32 = 7;
 const TCP_LAST_ACK: u32 = 9;
 const TCP_FLAG_FIN: u8 = 1;
 const TCP_HEADER_BYTES: usize = 20;
 
-/// A field of a context. Volatile, because the verifier takes no larger loads there and the compiler would merge them.
+/// Reads a field of a context. The read is volatile because the verifier refuses larger loads there, and the compiler
+/// would merge them.
 macro_rules! field {
     ($ctx:ident.$field:ident) => {
-        // SAFETY: the context is the kernel's.
+        // SAFETY: the kernel passed this context to the program.
         unsafe { read_volatile(&raw const (*$ctx.ops).$field) }
     };
 }
 
-/// The verdict on a connection of the pod in `cookie` to `destination`, if it holds and the socket speaks as the pod.
-/// What it needs later is on the socket then.
+/// The verdict on a connection from the pod in the netns `cookie` to `destination`, if it is valid and the socket uses the
+/// pod's own address. The connection's state is then stored on the socket.
 #[inline(always)]
-pub fn dial(
+pub fn redirect(
     ctx: &SockAddrContext,
     cookie: u64,
     pod: &Pod,
@@ -52,8 +52,7 @@ pub fn dial(
     } else {
         &pod.v6
     };
-    // SAFETY: the context's socket; its fields are read as the words the verifier asks for.
-    if !speaks_as(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }, own) {
+    if !uses_address(ctx.socket(), own) {
         return None;
     }
     let mut entry = Flow {
@@ -62,8 +61,7 @@ pub fn dial(
             client_cookie: cookie,
             server_cookie: verdict.server_cookie,
             verdict: verdict.id,
-            // SAFETY: a helper without arguments.
-            started: unsafe { bpf_ktime_get_ns() },
+            started: now(),
             dialled_port: port,
             padding: 0,
         },
@@ -75,22 +73,22 @@ pub fn dial(
         fin_seen: 0,
         padding: 0,
     };
-    // SAFETY: the context's socket, and a value of the map's own type.
-    let kept = unsafe { FLOWS.get_or_insert_ptr_mut(ctx, Some(&mut entry)) };
-    (!kept.is_null()).then_some(verdict)
+    // SAFETY: the kernel passed this context to the program, and `entry` has the map's value type.
+    let stored = unsafe { FLOWS.get_or_insert_ptr_mut(ctx, Some(&mut entry)) };
+    (!stored.is_null()).then_some(verdict)
 }
 
-/// The verdict by which a program before this one has led the socket to `destination`, if it holds.
+/// The verdict under which another daemon's program has already redirected the socket to `destination`, if it is valid.
 #[inline(always)]
-pub fn already_led(
+pub fn already_redirected(
     flow: &Flow,
     cookie: u64,
     destination: &Address,
     port: u32,
 ) -> Option<&'static Verdict> {
-    let led =
+    let redirected =
         flow.role == FLOW_DIALLED && flow.endpoint_port == port && flow.endpoint == *destination;
-    if !led {
+    if !redirected {
         return None;
     }
     let admitted = &flow.admitted;
@@ -98,6 +96,7 @@ pub fn already_led(
     (verdict.id == admitted.verdict).then_some(verdict)
 }
 
+/// The verdict for `destination` in the client's netns `cookie`, if the lease has not expired.
 #[inline(always)]
 fn verdict(cookie: u64, destination: &Address, port: u32) -> Option<&'static Verdict> {
     let key = SocketKey {
@@ -109,19 +108,18 @@ fn verdict(cookie: u64, destination: &Address, port: u32) -> Option<&'static Ver
     // SAFETY: entries are replaced whole and freed after a grace period.
     let verdict = unsafe { VERDICTS.get(key) }?;
     let until = LEASE.get(0)?;
-    // SAFETY: a helper without arguments.
-    (unsafe { bpf_ktime_get_ns() } < *until).then_some(verdict)
+    (now() < *until).then_some(verdict)
 }
 
 /// Whether a socket that is about to connect is bound to no address, or to `own`.
 #[inline(always)]
-fn speaks_as(sk: *const bpf_sock, own: &Address) -> bool {
-    // Both are read, whichever counts: a choice between two fields would be one of addresses, which the verifier refuses.
-    // SAFETY: the caller's context gave the socket.
+fn uses_address(sk: *const bpf_sock, own: &Address) -> bool {
+    // Both are read in any case: to choose a field first would be to choose between two pointers, which the verifier refuses.
+    // SAFETY: the socket is the caller's context's.
     let (v4, v6) = unsafe {
         (
             read_volatile(&raw const (*sk).src_ip4),
-            words(&raw const (*sk).src_ip6),
+            read_address(&raw const (*sk).src_ip6),
         )
     };
     if is_mapped(own) {
@@ -131,14 +129,14 @@ fn speaks_as(sk: *const bpf_sock, own: &Address) -> bool {
     }
 }
 
-/// Enters a connection in ADMITTED before its SYN leaves, if it is what the verdict was on and comes from the pod's own
-/// address. Else there is no record, and the server's side treats it as anybody's.
+/// Enters a connection in ADMITTED before its SYN leaves, if it matches its verdict and comes from the pod's own address.
+/// Without an entry, the server's netns treats it like any other connection.
 #[inline(always)]
 pub fn connecting(ctx: &SockOpsContext, flow: &mut Flow) {
     let Flow {
         admitted, endpoint, ..
     } = flow;
-    // It may have been taken back since.
+    // The daemon may have withdrawn it since.
     let Some(verdict) = verdict(
         admitted.client_cookie,
         &admitted.dialled,
@@ -146,75 +144,74 @@ pub fn connecting(ctx: &SockOpsContext, flow: &mut Flow) {
     ) else {
         return;
     };
-    // SAFETY: the helper reads the socket of this context.
-    let cookie = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
-    // SAFETY: entries of pods are written whole and freed after a grace period.
+    let cookie = ctx.netns_cookie();
+    // SAFETY: entries are written whole and freed after a grace period.
     let Some(pod) = (unsafe { PODS.get(cookie) }) else {
         return;
     };
-    let four = four(ctx, false);
-    let genuine = cookie == admitted.client_cookie
+    let connection = four_tuple(ctx, false);
+    let matches = cookie == admitted.client_cookie
         && verdict.id == admitted.verdict
-        && (four.client == pod.v4 || four.client == pod.v6)
-        && four.server == *endpoint
-        && four.server_port == flow.endpoint_port;
-    if !genuine || ADMITTED.insert(four, *admitted, 0).is_err() {
+        && (connection.client == pod.v4 || connection.client == pod.v6)
+        && connection.server == *endpoint
+        && connection.server_port == flow.endpoint_port;
+    if !matches || ADMITTED.insert(connection, *admitted, 0).is_err() {
         return;
     }
     flow.role = FLOW_CLIENT;
-    watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+    enable_callbacks(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-/// Takes a connection that a server's socket has accepted out of ADMITTED, if that socket is where the verdict says.
-/// In another namespace it stays there: then the client's end tells that nobody took it. Whether it was there.
+/// Removes a connection that a server's socket has accepted from ADMITTED, if the socket is in the verdict's netns. In
+/// another netns the entry stays, so that the event of the client's end says that it was not claimed. Returns whether there
+/// was an entry.
 #[inline(always)]
-pub fn accepted(ctx: &SockOpsContext, four: &Delivery) -> bool {
-    // SAFETY: an entry is not written to once it is there.
-    let Some(admitted) = (unsafe { ADMITTED.get(four) }) else {
+pub fn accepted(ctx: &SockOpsContext, connection: &FourTuple) -> bool {
+    // SAFETY: an entry does not change after its insertion.
+    let Some(admitted) = (unsafe { ADMITTED.get(connection) }) else {
         return false;
     };
-    // SAFETY: the helper reads the socket of this context.
-    if unsafe { bpf_get_netns_cookie(ctx.ops.cast()) } != admitted.server_cookie {
+    if ctx.netns_cookie() != admitted.server_cookie {
         return true;
     }
-    // SAFETY: the context's own socket.
-    match unsafe { new_flow(socket(ctx)) } {
+    // SAFETY: this program holds no other reference to the socket's entry.
+    match unsafe { new_flow(ctx) } {
         Some(flow) => {
             flow.admitted = *admitted;
             flow.role = FLOW_SERVER;
-            watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+            enable_callbacks(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
         }
         None => lost(),
     }
-    let _ = ADMITTED.remove(four);
+    let _ = ADMITTED.remove(connection);
     true
 }
 
-/// Follows the states of an end of such a connection.
+/// An end of such a connection changes its TCP state.
 #[inline(always)]
 pub fn state_changed(ctx: &SockOpsContext, flow: &mut Flow) {
     let (from, to) = (ctx.arg(0), ctx.arg(1));
     match to {
-        // The own FIN is about to leave. How the connection closes shows in the segments from here on.
+        // The socket is about to send its FIN. How the connection closes shows in the segments from here on.
         TCP_FIN_WAIT1 | TCP_LAST_ACK => {
             flow.segments = field!(ctx.segs_in);
-            watch(ctx, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
+            enable_callbacks(ctx, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
         }
         TCP_CLOSE => {
             closed(ctx, flow, from);
-            // It goes with the socket: to take it away now would cost the kernel far more.
+            // The entry is removed with the socket: to delete it now would cost the kernel far more.
             flow.role = FLOW_CLOSED;
         }
         _ => {}
     }
 }
 
-/// Looks at a valid segment that comes in after the own FIN has left. It is no RST: those never get here.
+/// A valid segment arrived after the socket sent its FIN. It is not a RST: the kernel does not call this program for one.
 #[inline(always)]
 pub fn segment(ctx: &SockOpsContext, flow: &mut Flow) {
     flow.segments = field!(ctx.segs_in);
     let length = field!(ctx.skb_len);
-    // SAFETY: the context is the kernel's; the header is read below its end.
+    // SAFETY: the kernel passed this context to the program; the header is read only up to its end.
     unsafe {
         let header = (*ctx.ops).__bindgen_anon_3.skb_data.cast::<u8>();
         let end = (*ctx.ops).__bindgen_anon_4.skb_data_end.cast::<u8>();
@@ -235,10 +232,11 @@ pub fn segment(ctx: &SockOpsContext, flow: &mut Flow) {
     }
 }
 
+/// Sends the event of an end that has closed. `from` is the TCP state before.
 #[inline(always)]
 fn closed(ctx: &SockOpsContext, flow: &Flow, from: u32) {
     let is_server = flow.role == FLOW_SERVER;
-    let four = four(ctx, is_server);
+    let connection = four_tuple(ctx, is_server);
     let segments = field!(ctx.segs_in);
     let mut flags = 0;
     if field!(ctx.snd_una) == field!(ctx.snd_nxt) {
@@ -253,25 +251,25 @@ fn closed(ctx: &SockOpsContext, flow: &Flow, from: u32) {
     if segments != 0 {
         flags |= flag::ANSWERED;
     }
-    if !is_server && ADMITTED.remove(four).is_ok() {
+    if !is_server && ADMITTED.remove(connection).is_ok() {
         flags |= flag::UNCLAIMED;
     }
     let Some(mut room) = EVENTS.reserve(0) else {
         return lost();
     };
     let (acked, received) = (field!(ctx.bytes_acked), field!(ctx.bytes_received));
-    // Written where it is to be: the stack has no room for one more.
+    // Written in place: the stack has no room for a copy.
     let event = room.as_mut_ptr();
-    // SAFETY: the room is of this size, and every field is written.
+    // SAFETY: the reservation has the event's size, and every field is written.
     unsafe {
-        (*event).client = four.client;
-        (*event).server = four.server;
+        (*event).client = connection.client;
+        (*event).server = connection.server;
         (*event).admitted = flow.admitted;
-        (*event).ended = bpf_ktime_get_ns();
+        (*event).ended = now();
         (*event).acked = acked;
         (*event).received = received;
-        (*event).client_port = four.client_port as u16;
-        (*event).server_port = four.server_port as u16;
+        (*event).client_port = connection.client_port as u16;
+        (*event).server_port = connection.server_port as u16;
         (*event).role = flow.role as u8;
         (*event).state = from as u8;
         (*event).flags = flags;
@@ -279,24 +277,11 @@ fn closed(ctx: &SockOpsContext, flow: &Flow, from: u32) {
     room.submit(0);
 }
 
-/// Counts an end of a connection that will leave no line.
+/// Counts an end without an event.
 #[inline(always)]
 fn lost() {
     if let Some(count) = LOST.get_ptr_mut(0) {
-        // SAFETY: this CPU's own slot, and programs of one kind are not interrupted by their like on it.
+        // SAFETY: the slot belongs to this CPU, and this program does not interrupt itself there.
         unsafe { *count += 1 };
     }
-}
-
-/// The storage of the context's own socket, if it is of such a connection.
-#[inline(always)]
-pub fn flow_of<'a>(ctx: &SockOpsContext) -> Option<&'a mut Flow> {
-    // SAFETY: the context's own socket; while a program of it runs, no other does.
-    unsafe { flow(socket(ctx)) }
-}
-
-#[inline(always)]
-fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
-    // SAFETY: the context is the kernel's.
-    unsafe { (*ctx.ops).__bindgen_anon_2.sk }
 }

@@ -50,7 +50,7 @@ const MAPS: [&str; 16] = [
     "FLOWS",
     "EVENTS",
     "LOST",
-    "TOLD",
+    "REPORTED",
     "FIRST_SOCKETS",
 ];
 const CGROUP_PROGRAMS: [&str; 6] = [

@@ -4,7 +4,7 @@
 use std::{io, net::SocketAddr, sync::Mutex, time::Duration};
 
 use auth_common::{
-    Admitted, Closed, Delivery, FLOW_CLIENT, FLOW_SERVER, LEASE_NANOSECONDS, SocketKey, Verdict,
+    Admitted, Closed, FLOW_CLIENT, FLOW_SERVER, FourTuple, LEASE_NANOSECONDS, SocketKey, Verdict,
     closed as flag,
 };
 use aya::{
@@ -24,7 +24,7 @@ use super::{
 /// Verdicts, and what came of them.
 pub struct SameNode {
     verdicts: Mutex<BpfHashMap<MapData, SocketKey, Verdict>>,
-    admitted: Mutex<BpfHashMap<MapData, Delivery, Admitted>>,
+    admitted: Mutex<BpfHashMap<MapData, FourTuple, Admitted>>,
     lease: Mutex<Array<MapData, u64>>,
     flows: MapData,
     lost: PerCpuArray<MapData, u64>,
