@@ -6,6 +6,7 @@
 mod built_in;
 mod ca;
 mod chart;
+mod counters;
 mod envoy;
 mod loads;
 mod machine;
@@ -20,6 +21,7 @@ mod stage;
 mod system;
 mod table;
 mod targets;
+mod topology;
 mod usage;
 mod ztunnel;
 

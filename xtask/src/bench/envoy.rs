@@ -13,8 +13,8 @@ use anyhow::{Context, Result, anyhow};
 use mesh_tests::{Place, Pod, Process, TIMEOUT, eventually_ok};
 use serde::Deserialize;
 
+use super::counters::{Counters, Moved};
 use super::peer;
-use super::proxies::{Counters, Moved};
 use config::{ADMIN, IN, INBOUND, OUTBOUND, PASSTHROUGH};
 
 pub(super) use certificates::Authority;

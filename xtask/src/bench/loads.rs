@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::proxies::Moved;
+use super::counters::Moved;
 use super::stage::Stage;
 use super::system::Way;
 

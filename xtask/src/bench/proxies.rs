@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::{Ca, CaOptions, Daemon, Mesh, TIMEOUT, eventually_ok};
 
+use super::counters::{Counters, Moved};
 use super::envoy::{Authority, Server, Sidecar, binary};
-use super::stage::{CLIENT, NEAR, NODE_A, NODE_B, PORTS, WEB};
 use super::system::{Role, System, Way};
+use super::topology::{CLIENT, NEAR, NODE_A, NODE_B, PORTS, WEB};
 use super::usage;
 use super::ztunnel::{self, Ztunnel};
 
@@ -30,24 +31,6 @@ pub(super) enum Mark {
     None,
     Counted { client: Counters, server: Counters },
     Daemons { client: u64, server: u64 },
-}
-
-/// What a sidecar or a ztunnel has counted since it started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counters {
-    /// Under TLS, to its pods.
-    pub(super) inbound: Moved,
-    /// Connections of its pods to the rest of the world.
-    pub(super) passed: u64,
-}
-
-/// What a load has moved at least.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Moved {
-    /// Connections that came about.
-    pub(super) connections: u64,
-    /// Bytes that arrived, both ways together.
-    pub(super) bytes: u64,
 }
 
 impl Proxies {

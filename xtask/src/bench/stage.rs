@@ -7,6 +7,7 @@ use mesh_tests::{App, Iperf3, Mesh, Nginx, Place, PodSpec};
 
 use super::proxies::Proxies;
 use super::system::{System, Way};
+use super::topology::{CLIENT, ECHO_PORT, IPERF3_PORT, NEAR, NGINX_PORT, NODE_A, NODE_B, WEB};
 
 /// A mesh with a system's proxies and the servers. Dropped from top to bottom: the programs first.
 pub(super) struct Stage {
@@ -120,17 +121,4 @@ impl Servers {
     }
 }
 
-pub(super) const NODE_A: &str = "node-a";
-pub(super) const NODE_B: &str = "node-b";
-/// On node A; also the name of its service account, as with the other pods.
-pub(super) const CLIENT: &str = "client";
-/// The server on node A.
-pub(super) const NEAR: &str = "near";
-/// The server on node B.
-pub(super) const WEB: &str = "web";
-pub(super) const NGINX_PORT: u16 = 8080;
-pub(super) const IPERF3_PORT: u16 = 5201;
-pub(super) const ECHO_PORT: u16 = 7000;
-/// The ports of all servers.
-pub(super) const PORTS: [u16; 3] = [NGINX_PORT, IPERF3_PORT, ECHO_PORT];
 const BODY: &str = "hello!";

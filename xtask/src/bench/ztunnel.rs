@@ -16,8 +16,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use mesh_tests::{Ca, Mesh, Node, Place, Process, TIMEOUT, eventually_ok};
 use serde_json::{Value, json};
 
+use super::counters::Counters;
 use super::peer;
-use super::proxies::Counters;
 use crate::step::output;
 use agent::{Agent, Workload};
 
@@ -216,7 +216,7 @@ const READINESS: u16 = 15021;
 
 #[cfg(test)]
 mod tests {
-    use super::super::proxies::Moved;
+    use super::super::counters::Moved;
     use super::*;
 
     #[test]

@@ -7,9 +7,10 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use super::{Measured, PATIENCE};
-use crate::bench::proxies::Moved;
-use crate::bench::stage::{IPERF3_PORT, Stage};
+use crate::bench::counters::Moved;
+use crate::bench::stage::Stage;
 use crate::bench::system::Way;
+use crate::bench::topology::IPERF3_PORT;
 
 /// Gbit/s that arrive, and the proxies' CPU seconds for each GiB.
 pub(super) fn run(stage: &Stage, way: Way, time: Duration, streams: u64) -> Result<Measured> {

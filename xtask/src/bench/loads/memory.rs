@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 use anyhow::Result;
 
 use super::Measured;
-use crate::bench::proxies::Moved;
-use crate::bench::stage::{NGINX_PORT, Stage};
+use crate::bench::counters::Moved;
+use crate::bench::stage::Stage;
 use crate::bench::system::{Role, Way};
+use crate::bench::topology::NGINX_PORT;
 use crate::bench::usage::memory;
 
 /// MiB resident now and at most, of the client's proxy and of the server's.

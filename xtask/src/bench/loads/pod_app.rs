@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::{Measured, PATIENCE};
-use crate::bench::proxies::Moved;
-use crate::bench::stage::{ECHO_PORT, Stage};
+use crate::bench::counters::Moved;
+use crate::bench::stage::Stage;
 use crate::bench::system::{Role, Way};
+use crate::bench::topology::ECHO_PORT;
 use crate::bench::usage;
 
 /// One connection after the other: microseconds from connect(2) to the first byte's echo, median.

@@ -6,9 +6,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::{Measured, PATIENCE};
-use crate::bench::proxies::Moved;
-use crate::bench::stage::{NGINX_PORT, Stage};
+use crate::bench::counters::Moved;
+use crate::bench::stage::Stage;
 use crate::bench::system::Way;
+use crate::bench::topology::NGINX_PORT;
 
 /// Whether a connection serves one request or all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
