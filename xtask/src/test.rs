@@ -1,28 +1,34 @@
-//! `cargo xtask test`: all tests against the built daemon, and what became of them.
+//! `cargo xtask test`: builds the tests, runs them side by side, and sums up the results.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
-use std::time::Duration;
+pub(crate) mod binaries;
+mod runner;
+mod summary;
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{Context, Result, bail};
 
-use crate::step::{self, cargo, programs, root, step};
+use crate::step::{cargo, programs, root, step};
 use crate::{build, kubernetes, setup};
+
+use binaries::Binary;
+use runner::Test;
+pub(crate) use summary::Summary;
 
 /// Options of the test run.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Only tests whose name contains one of these; further options go to the test programs
-    #[arg(
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        value_name = "FILTER"
-    )]
-    filters: Vec<String>,
+    /// Only tests whose name contains one of these: scenarios, or any test if no scenario's name does
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// Tests of all crates, not only scenarios, whose name contains a NAME
+    #[arg(long)]
+    all: bool,
+    /// Test the daemon that is built already
+    #[arg(long)]
+    no_build: bool,
 }
 
 /// Installs and builds what the tests need, runs them, and sums up.
@@ -35,285 +41,109 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             "the tests make network namespaces and load eBPF programs: run them as root (sudo -E cargo xtask test)"
         );
     }
-    setup::run()?;
-    kubernetes::ensure_or_say();
-    build::run()?;
-    run_tests(&["--workspace"], &arguments.filters)
+    if !arguments.no_build {
+        setup::run()?;
+        kubernetes::ensure_or_say();
+        build::programs()?;
+    }
+    // The scenarios run the daemon but do not link it: without the other crates' tests, they build in seconds.
+    let named = !arguments.names.is_empty() && !arguments.all;
+    if named && run_tests(&SCENARIOS, &arguments.names)? {
+        return Ok(());
+    }
+    if !run_tests(&["--workspace"], &arguments.names)? {
+        bail!("no test's name contains {}", arguments.names.join(" or "));
+    }
+    Ok(())
 }
 
-/// Runs those tests that cargo's options choose and whose name contains a filter, and sums up.
+/// The options that select the scenario tests, which live in `tests/tests`.
+pub(crate) const SCENARIOS: [&str; 4] = ["--package", "mesh-tests", "--test", "*"];
+
+/// Runs those tests of the binaries that cargo's options select whose name contains one of these, or all, and sums up.
+/// Returns false when there are none.
 ///
 /// # Errors
 /// When one fails.
-pub(crate) fn run_tests(options: &[&str], filters: &[String]) -> Result<()> {
+pub(crate) fn run_tests(options: &[&str], names: &[String]) -> Result<bool> {
+    let binaries = step("build the tests", || binaries::build(options))?;
+    let mut summary = Summary::default();
+    let mut tests = Vec::new();
+    for binary in &binaries {
+        tests.extend(select(binary, binary.tests()?, names));
+        summary.add_ignored(select(binary, binary.ignored()?, names).count());
+    }
+    if tests.is_empty() {
+        return Ok(false);
+    }
     step("run the tests", || {
-        let mut command = cargo();
-        command
-            .args(["test", "--release", "--no-fail-fast"])
-            .args(options)
-            .args(["--", "--show-output"])
-            .args(filters)
-            .env("AUTH_DAEMON", programs()?.join("auth-daemon"));
-        let (passed, summary) = watch(command)?;
-        eprint!("\n{}", summary.describe());
-        if !passed {
-            bail!("the tests failed: {}", summary.failures());
+        let path = programs()?.join("test.log");
+        let mut log =
+            File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        eprintln!("    all output goes to {}", path.display());
+        runner::run(tests, &mut log, &mut summary)?;
+        let documented = !names.is_empty() || doc_tests(options, &mut log, &mut summary)?;
+        print!("\n{}", summary.describe());
+        if !documented || !summary.failed_tests().is_empty() {
+            bail!("tests failed, see {}", path.display());
         }
-        Ok(())
+        Ok(true)
     })
 }
 
-/// Runs the tests, shows what they print (but not that of tests that passed), and keeps all of it in a file.
-fn watch(mut command: Command) -> Result<(bool, Summary)> {
-    let path = programs()?.join("test.log");
-    let mut log =
-        fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    eprintln!("    all output goes to {}", path.display());
-
-    // One pipe for both, so that cargo's lines ("Running …") keep their place between the tests' own.
-    let (reader, writer) = io::pipe().context("cannot make a pipe")?;
-    command
-        .stdin(Stdio::null())
-        .stdout(writer.try_clone().context("cannot make a pipe")?)
-        .stderr(writer);
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("cannot run `{}`", step::show(&command)))?;
-    // It holds the pipe's other end: we would never see the end of it.
-    drop(command);
-
-    let (sender, lines) = mpsc::channel();
-    thread::spawn(move || {
-        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
-            if sender.send(line).is_err() {
-                break;
-            }
-        }
-    });
-    let mut summary = Summary::default();
-    loop {
-        match lines.recv_timeout(Duration::from_secs(1)) {
-            Ok(mut line) => {
-                let shown = summary.line(String::from_utf8_lossy(&line).trim_end());
-                line.push(b'\n');
-                log.write_all(&line)
-                    .with_context(|| format!("cannot write {}", path.display()))?;
-                if shown {
-                    io::stdout().write_all(&line).context("cannot print")?;
-                }
-            }
-            // A program that a test left behind may hold the pipe open for ever.
-            Err(RecvTimeoutError::Timeout) => {
-                if child
-                    .try_wait()
-                    .context("cannot wait for the tests")?
-                    .is_some()
-                {
-                    break;
-                }
-            }
-            Err(RecvTimeoutError::Disconnected) => break,
-        }
-    }
-    let status = child.wait().context("cannot wait for the tests")?;
-    Ok((status.success(), summary))
+fn select<'a>(
+    binary: &'a Binary,
+    tests: Vec<String>,
+    names: &[String],
+) -> impl Iterator<Item = Test<'a>> {
+    tests
+        .into_iter()
+        .map(move |name| Test { binary, name })
+        .filter(move |test| {
+            names.is_empty() || names.iter().any(|name| test.full_name().contains(name))
+        })
 }
 
-/// What became of the tests, read from what cargo and libtest print.
-#[derive(Debug, Default)]
-pub(crate) struct Summary {
-    /// The test program that is running.
-    program: String,
-    /// Each program's closing line.
-    results: Vec<(String, String)>,
-    passed: usize,
-    failed: usize,
-    ignored: usize,
-    failures: BTreeSet<String>,
-    skipped: BTreeMap<String, String>,
-    /// Inside what passing tests printed.
-    quiet: bool,
+/// Runs the examples in documentation and tells whether all of them work.
+fn doc_tests(options: &[&str], log: &mut File, summary: &mut Summary) -> Result<bool> {
+    if options != ["--workspace"] {
+        return Ok(true);
+    }
+    let mut file = temporary_file()?;
+    let writer = || file.try_clone().context("cannot share a file");
+    let passed = cargo()
+        .args(["test", "--release", "--doc", "--no-fail-fast"])
+        .args(options)
+        .stdout(writer()?)
+        .stderr(writer()?)
+        .status()
+        .context("cannot run cargo")?
+        .success();
+    let output = read(&mut file)?;
+    output.lines().for_each(|line| summary.line(line));
+    log.write_all(output.as_bytes())
+        .context("cannot write the log")?;
+    if !passed {
+        print!("{output}");
+    }
+    Ok(passed)
 }
 
-impl Summary {
-    /// Takes one line of output, and tells whether it is worth showing.
-    pub(crate) fn line(&mut self, line: &str) -> bool {
-        if let Some(program) = line
-            .trim_start()
-            .strip_prefix("Running ")
-            .or_else(|| line.trim_start().strip_prefix("Doc-tests "))
-        {
-            self.program = program.split(" (").next().unwrap_or(program).to_owned();
-            if let Some((_, path)) = program.rsplit_once('/') {
-                // `unittests src/lib.rs (target/release/deps/mesh_tests-0123456789abcdef)`: the crate's name helps more.
-                let name = path
-                    .trim_end_matches(')')
-                    .rsplit_once('-')
-                    .map_or(path, |(name, _)| name);
-                self.program = format!("{name}: {}", self.program);
-            }
-        } else if let Some(result) = line.strip_prefix("test result: ") {
-            self.quiet = false;
-            self.passed += count(result, "passed");
-            self.failed += count(result, "failed");
-            self.ignored += count(result, "ignored");
-            self.results.push((self.program.clone(), line.to_owned()));
-        } else if let Some(test) = line
-            .strip_prefix("test ")
-            .and_then(|line| line.strip_suffix(" ... FAILED"))
-        {
-            self.failures.insert(test.to_owned());
-        } else if let Some((test, reason)) = line
-            .trim_start()
-            .strip_prefix("SKIPPED ")
-            .and_then(|line| line.split_once(": "))
-        {
-            self.skipped.insert(test.to_owned(), reason.to_owned());
-        } else if line == "successes:" {
-            self.quiet = true;
-        } else if line == "failures:" {
-            self.quiet = false;
-        }
-        !self.quiet
-    }
-
-    fn describe(&self) -> String {
-        let mut text = String::new();
-        for (program, result) in self
-            .results
-            .iter()
-            .filter(|(_, result)| !result.contains("ok. 0 passed; 0 failed; 0 ignored"))
-        {
-            text += &format!("{result}  [{program}]\n");
-        }
-        for (test, reason) in &self.skipped {
-            text += &format!("SKIPPED {test}: {reason}\n");
-        }
-        for test in &self.failures {
-            text += &format!("FAILED {test}\n");
-        }
-        let passed = self.passed();
-        let (failed, skipped, ignored) = (self.failed, self.skipped.len(), self.ignored);
-        text + &format!(
-            "tests: {passed} passed, {failed} failed, {skipped} skipped, {ignored} ignored\n"
-        )
-    }
-
-    /// How many did what they are there for: a skipped test has passed in libtest's eyes.
-    pub(crate) fn passed(&self) -> usize {
-        self.passed.saturating_sub(self.skipped.len())
-    }
-
-    /// The names of tests that failed.
-    pub(crate) fn failed_tests(&self) -> Vec<String> {
-        self.failures.iter().cloned().collect()
-    }
-
-    /// Tests that were skipped, and why.
-    pub(crate) fn skipped_tests(&self) -> Vec<String> {
-        let skipped = self.skipped.iter();
-        skipped
-            .map(|(test, reason)| format!("{test}: {reason}"))
-            .collect()
-    }
-
-    fn failures(&self) -> String {
-        if self.failures.is_empty() {
-            // A test program that was killed reports nothing.
-            return "a test program ended without a result, see its output above".to_owned();
-        }
-        self.failures.iter().cloned().collect::<Vec<_>>().join(", ")
-    }
+/// A file without a name, for a program's output. A pipe would be held open by what the program leaves running.
+fn temporary_file() -> Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(nix::fcntl::OFlag::O_TMPFILE.bits())
+        .open(std::env::temp_dir())
+        .context("cannot make a temporary file")
 }
 
-/// The number before a word in `ok. 3 passed; 0 failed; 1 ignored; …`.
-fn count(result: &str, what: &str) -> usize {
-    let words: Vec<&str> = result.split([' ', ';']).collect();
-    words
-        .windows(2)
-        .find(|pair| pair[1] == what)
-        .and_then(|pair| pair[0].parse().ok())
-        .unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const OUTPUT: &str = "\
-    Finished `release` profile [optimized + debuginfo] target(s) in 0.1s
-     Running unittests src/lib.rs (target/release/deps/mesh_tests-0123456789abcdef)
-
-running 3 tests
-test good ... ok
-test absent ... ok
-test bad ... FAILED
-
-successes:
-
----- absent stdout ----
-SKIPPED absent: no kTLS here
-
-successes:
-    absent
-    good
-
-failures:
-
----- bad stdout ----
-it went wrong
-
-failures:
-    bad
-
-test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
-
-error: test failed, to rerun pass `-p mesh-tests --lib`
-   Doc-tests mesh_tests
-
-running 1 test
-test src/lib.rs - x (line 3) ... ok
-
-test result: ok. 1 passed; 0 failed; 4 ignored; 0 measured; 0 filtered out; finished in 0.00s
-";
-
-    #[test]
-    fn results_of_all_programs_are_summed() {
-        let mut summary = Summary::default();
-        let shown: Vec<&str> = OUTPUT.lines().filter(|line| summary.line(line)).collect();
-        assert_eq!((summary.passed, summary.failed, summary.ignored), (3, 1, 4));
-        assert_eq!(summary.failures(), "bad");
-        let text = summary.describe();
-        assert!(text.contains("1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s  [mesh_tests: unittests"), "{text}");
-        assert!(
-            text.contains("SKIPPED absent: no kTLS here\nFAILED bad\n"),
-            "{text}"
-        );
-        assert!(
-            text.ends_with("tests: 2 passed, 1 failed, 1 skipped, 4 ignored\n"),
-            "{text}"
-        );
-        // What a failed test printed is shown; what passed tests printed is not.
-        assert!(
-            shown.contains(&"it went wrong") && !shown.contains(&"---- absent stdout ----"),
-            "{shown:?}"
-        );
-        assert!(
-            shown
-                .iter()
-                .filter(|line| line.starts_with("test result:"))
-                .count()
-                == 2
-        );
-    }
-
-    #[test]
-    fn a_program_that_was_killed_is_not_a_success() {
-        let summary = Summary::default();
-        assert!(summary.failures().contains("without a result"));
-        assert_eq!(
-            summary.describe(),
-            "tests: 0 passed, 0 failed, 0 skipped, 0 ignored\n"
-        );
-    }
+/// All that was written to the file.
+fn read(file: &mut File) -> Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind().context("cannot read a temporary file")?;
+    file.read_to_end(&mut bytes)
+        .context("cannot read a temporary file")?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

@@ -6,6 +6,7 @@
 mod guest;
 mod kernels;
 mod machine;
+mod programs;
 mod suite;
 mod table;
 
@@ -15,7 +16,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use mesh_tests::vm::Plan;
 
-use crate::step::{programs, root, step};
+use crate::step::{self, root, step};
 use crate::{build, setup};
 
 use kernels::{KERNELS, Kernel};
@@ -57,16 +58,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !arguments.no_build {
         build::programs()?;
     }
-    let folder = programs()?.join("vm");
+    let folder = step::programs()?.join("vm");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let chosen: Vec<&Kernel> = match arguments.kernels.as_slice() {
         [] => KERNELS.iter().collect(),
         some => some.to_vec(),
     };
 
-    let tests = step("build the tests", suite::test_programs)?;
+    let (binaries, tests) = step("build the tests", || {
+        programs::build(|module| suite::row(module).is_some(), &arguments.filters)
+    })?;
     let guest = step("collect what runs in a machine", || {
-        guest::collect(&tests, &folder)
+        guest::collect(&binaries, &folder)
     })?;
     let mut accelerator = None;
     let mut columns = Vec::new();
@@ -83,7 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             accelerator,
             &tests,
             arguments.short,
-            &arguments.filters,
+            !arguments.filters.is_empty(),
         );
         let archive: PathBuf = folder.join(format!("{}.cpio", kernel.name));
         let plan = Plan {
@@ -122,7 +125,7 @@ fn report(columns: &[Column], save: bool) -> Result<()> {
         bail!(
             "{} failures on other kernels, see above and the consoles in {}",
             failures.len(),
-            programs()?.join("vm").display()
+            step::programs()?.join("vm").display()
         );
     }
     Ok(())

@@ -1,5 +1,4 @@
 //! Pods that are found by their UID.
-#![allow(dead_code, reason = "each file of tests uses a part")]
 
 use std::fs;
 

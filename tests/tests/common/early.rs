@@ -1,7 +1,5 @@
 //! What apps say first, and who gets it: scripted apps, servers that keep a ledger, and a server of the wire's own.
 
-#![allow(dead_code, reason = "every test file takes what it needs")]
-
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};

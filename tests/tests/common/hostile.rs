@@ -1,8 +1,6 @@
 //! An attacker's kit: certificates of any kind, a TLS peer that says what it likes inside, and what the daemon is to
 //! make of it.
 
-#![allow(dead_code, reason = "every test file takes what it needs from the kit")]
-
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -20,10 +18,8 @@ use rustls::{
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
-#[path = "authority.rs"]
-mod authority;
-#[allow(unused_imports, reason = "as above")]
-pub(crate) use authority::{Authority, Presented, self_signed, spiffe, uri};
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub(crate) use super::authority::{Authority, Presented, self_signed, spiffe, uri};
 
 pub(crate) const ALPN: &[u8] = b"auth-daemon/1";
 pub(crate) const CONNECT: u8 = 1;

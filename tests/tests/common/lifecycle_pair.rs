@@ -1,5 +1,4 @@
 //! Two nodes, a client on one and a server on the other.
-#![allow(dead_code, reason = "each file of tests uses a part")]
 
 use std::net::SocketAddr;
 

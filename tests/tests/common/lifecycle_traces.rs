@@ -1,5 +1,5 @@
 //! What a daemon leaves in the kernel: programs, maps, pins, rules, routes, sysctls.
-#![allow(dead_code, reason = "each file of tests uses a part")]
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;

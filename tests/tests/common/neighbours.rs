@@ -1,5 +1,4 @@
 //! Pods of one node: two clients and a server with a service in front of it.
-#![allow(dead_code, reason = "each file of tests uses a part")]
 
 use std::net::SocketAddr;
 

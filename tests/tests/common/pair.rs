@@ -1,5 +1,4 @@
 //! The pair that most scenarios play on: a client on one node, a server on another, a service in front of it.
-#![allow(dead_code, reason = "each file of tests uses a part")]
 
 use mesh_tests::{Daemon, DaemonOptions, Mesh, MeshBuilder, Pod, PodSpec, Result, ServiceSpec};
 

@@ -1,7 +1,5 @@
 //! Handshakes as they cross the wire: which began a session, and which resumed one.
 
-#![allow(dead_code, reason = "every test file takes what it needs")]
-
 use std::net::SocketAddr;
 
 use mesh_tests::{App, Pod, Recording, Result, Stream, TIMEOUT};

@@ -1,8 +1,6 @@
 //! Servers that misbehave, each on a port of a pod without a daemon, and an app that calls them all through the daemon
 //! of its own node.
 
-#![allow(dead_code, reason = "every test file takes what it needs")]
-
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex};

@@ -1,7 +1,5 @@
 //! Where the attacks take place: two nodes with daemons, a client, a server, and a host outside that is the attacker's.
 
-#![allow(dead_code, reason = "every test file takes what it needs")]
-
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

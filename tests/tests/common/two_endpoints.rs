@@ -1,7 +1,5 @@
 //! A service with an honest endpoint and one or more that are the test's own, which the client's daemon tries first.
 
-#![allow(dead_code, reason = "every test file takes what it needs")]
-
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;

@@ -1,5 +1,4 @@
 //! The pair of pods, with a CA on the host outside that both nodes get their certificates from.
-#![allow(dead_code, reason = "each file of tests uses a part")]
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -10,11 +10,9 @@ use mesh_tests::FileTree;
 use mesh_tests::vm::{PLAN, Plan};
 
 use super::kernels::Unpacked;
-use super::suite::TestProgram;
+use super::programs::OURS;
 use crate::step::{programs, run, which};
-
-/// Where our own programs lie in a machine.
-pub(super) const OURS: &str = "/opt/auth-daemon";
+use crate::test::binaries::Binary;
 
 /// What tests and demo run, and the guest itself.
 const PROGRAMS: [&str; 26] = [
@@ -47,7 +45,7 @@ const MODULES: [&str; 6] = [
 ///
 /// # Errors
 /// When a program is missing.
-pub(super) fn collect(tests: &[TestProgram], folder: &Path) -> Result<FileTree> {
+pub(super) fn collect(tests: &[Binary], folder: &Path) -> Result<FileTree> {
     let mut tree = FileTree::default();
     for name in ["bin", "sbin", "lib", "lib64"] {
         let path = Path::new("/").join(name);

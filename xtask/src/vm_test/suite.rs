@@ -1,97 +1,15 @@
 //! What is run in a machine, and what came of it.
 
-use std::fs;
-use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use mesh_tests::vm::{Cgroups, EMULATED, Event, Step};
-use serde::Deserialize;
 
-use super::guest::OURS;
 use super::kernels::Kernel;
 use super::machine::{Accelerator, Machine};
+use super::programs::{OURS, Tests};
 use super::table::{Cell, Column};
-use crate::step::{cargo, workspace};
 use crate::test::Summary;
-
-/// A program of tests, as cargo has built it.
-#[derive(Debug)]
-pub(super) struct TestProgram {
-    /// Its file in tests/tests, without `.rs`.
-    pub(super) name: String,
-    /// The program.
-    pub(super) path: PathBuf,
-    /// What it shows.
-    row: &'static str,
-}
-
-/// Builds the scenario tests and tells where they are.
-///
-/// # Errors
-/// When they do not build.
-pub(super) fn test_programs() -> Result<Vec<TestProgram>> {
-    #[derive(Deserialize)]
-    struct Message {
-        target: Option<Target>,
-        executable: Option<PathBuf>,
-        manifest_path: Option<PathBuf>,
-    }
-    #[derive(Deserialize)]
-    struct Target {
-        name: String,
-    }
-    let sources = workspace().join("tests/tests");
-    let reading = || format!("reading {}", sources.display());
-    let mut names = Vec::new();
-    for entry in fs::read_dir(&sources).with_context(reading)? {
-        let path = entry.with_context(reading)?.path();
-        if let Some(name) = path.file_name().and_then(|name| name.to_str())
-            && let Some(name) = name.strip_suffix(".rs")
-            && row(name).is_some()
-        {
-            names.push(name.to_owned());
-        }
-    }
-    let mut command = cargo();
-    // Of the whole workspace, so that nothing is built with other features than `cargo xtask test` has.
-    command
-        .args(["test", "--release", "--workspace", "--no-run"])
-        .args(names.iter().flat_map(|name| ["--test", name]))
-        .arg("--message-format=json-render-diagnostics")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped());
-    let mut child = command.spawn().context("cannot run cargo")?;
-    let output = child.stdout.take().context("cargo has no output")?;
-    let mut tests = Vec::new();
-    for line in BufReader::new(output).lines() {
-        let line = line.context("cannot read what cargo says")?;
-        let Ok(message) = serde_json::from_str::<Message>(&line) else {
-            continue;
-        };
-        let (Some(target), Some(path), Some(manifest)) =
-            (message.target, message.executable, message.manifest_path)
-        else {
-            continue;
-        };
-        if manifest == workspace().join("tests/Cargo.toml")
-            && let Some(row) = row(&target.name)
-        {
-            tests.push(TestProgram {
-                name: target.name,
-                path,
-                row,
-            });
-        }
-    }
-    if !child.wait().context("cannot wait for cargo")?.success() {
-        bail!("the tests do not build");
-    }
-    tests.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(tests)
-}
 
 /// A row of the table: what it is about, and the tests that show it.
 struct Feature {
@@ -109,19 +27,27 @@ const FEATURES: [Feature; 6] = [
     Feature {
         title: "Redirection and addresses",
         tests: &[
-            "basics",
-            "redirection",
-            "traffic_addresses",
-            "traffic_services",
+            "traffic::basics",
+            "traffic::redirection",
+            "traffic::addresses",
+            "traffic::services",
         ],
     },
     Feature {
         title: "Ends of connections, and data before them",
-        tests: &["traffic_endings", "early_endings", "early_sizes"],
+        tests: &["traffic::endings", "early::endings", "early::sizes"],
     },
     Feature {
         title: "Fail closed, restarts, unload",
-        tests: &["fail_closed", "lifecycle"],
+        tests: &[
+            "lifecycle::changes",
+            "lifecycle::claims",
+            "lifecycle::drain",
+            "lifecycle::fail_closed",
+            "lifecycle::pods",
+            "lifecycle::takeover",
+            "lifecycle::unload",
+        ],
     },
     Feature {
         title: "Hostile peers and pods",
@@ -133,25 +59,25 @@ const FEATURES: [Feature; 6] = [
     },
     Feature {
         title: "Pods found by their processes, STRICT and policies",
-        tests: &["enrolment", "policy"],
+        tests: &["lifecycle::enrolment", "traffic::policy"],
     },
 ];
 /// What is run with both versions of cgroups.
 const WITH_BOTH: [&str; 4] = [
-    "redirection",
-    "fail_closed",
-    "enrolment",
-    "lifecycle_unload",
+    "traffic::redirection",
+    "lifecycle::fail_closed",
+    "lifecycle::enrolment",
+    "lifecycle::unload",
 ];
 /// What the short run has of the tests.
 const SHORT: [&str; 7] = [
-    "redirection",
-    "fail_closed",
-    "hostile_certificates",
-    "hostile_frames",
-    "hostile_oddities",
-    "lifecycle_unload",
-    "same_node_hostile",
+    "traffic::redirection",
+    "lifecycle::fail_closed",
+    "hostile::certificates",
+    "hostile::frames",
+    "hostile::oddities",
+    "lifecycle::unload",
+    "same_node::hostile",
 ];
 
 /// A program to run, the row that it counts for, and how its success is told.
@@ -181,20 +107,20 @@ impl Suite {
     pub(super) fn of(
         kernel: &Kernel,
         accelerator: Accelerator,
-        tests: &[TestProgram],
+        tests: &[Tests],
         short: bool,
-        filters: &[String],
+        filtered: bool,
     ) -> Self {
         let mut runs = Vec::new();
         if !kernel.supported {
             runs.push(check(REFUSED, Cgroups::V2, refused));
             runs.push(refused_run());
-        } else if filters.is_empty() {
+        } else if !filtered {
             runs.push(check(CHECK, Cgroups::V2, met));
             runs.push(demo(DEMO, Cgroups::V2));
             for test in tests {
                 if !short || SHORT.contains(&test.name.as_str()) {
-                    runs.push(tested(test.row, &test.name, Cgroups::V2, &[]));
+                    runs.extend(tested(test, Cgroups::V2));
                 }
             }
             runs.push(check(BOTH, Cgroups::Both, met));
@@ -203,16 +129,16 @@ impl Suite {
             }
             for test in tests {
                 let wanted = match short {
-                    true => test.name == "redirection",
+                    true => test.name == "traffic::redirection",
                     false => WITH_BOTH.iter().any(|name| test.name.starts_with(name)),
                 };
                 if wanted {
-                    runs.push(tested(BOTH, &test.name, Cgroups::Both, &[]));
+                    runs.extend(tested(test, Cgroups::Both));
                 }
             }
         } else {
             for test in tests {
-                runs.push(tested(test.row, &test.name, Cgroups::V2, filters));
+                runs.extend(tested(test, Cgroups::V2));
             }
         }
         if accelerator == Accelerator::Tcg {
@@ -298,7 +224,7 @@ impl Suite {
 }
 
 /// The row of a test, if it is run in machines.
-fn row(test: &str) -> Option<&'static str> {
+pub(super) fn row(test: &str) -> Option<&'static str> {
     let has = |feature: &&Feature| feature.tests.iter().any(|start| test.starts_with(start));
     FEATURES.iter().find(has).map(|feature| feature.title)
 }
@@ -364,26 +290,30 @@ fn demo(title: &'static str, cgroups: Cgroups) -> Run {
     }
 }
 
-fn tested(title: &'static str, test: &str, cgroups: Cgroups, filters: &[String]) -> Run {
-    let mut command = vec![ours(&format!("tests/{test}")), "--show-output".to_owned()];
-    command.extend(filters.iter().cloned());
+/// The run of a module of tests, if it has a row.
+fn tested(tests: &Tests, cgroups: Cgroups) -> Option<Run> {
+    let title = row(&tests.name)?;
+    let mut command = vec![
+        ours(&format!("tests/{}", tests.binary)),
+        "--show-output".to_owned(),
+        "--exact".to_owned(),
+    ];
+    command.extend(tests.tests.iter().cloned());
     let step = Step {
-        name: named(test, cgroups),
+        name: named(&tests.name, cgroups),
         cgroups,
         command,
         environment: environment(),
         seconds: 600,
     };
-    Run {
-        title,
-        step,
-        // Of a filter, most programs have no test.
-        verdict: if filters.is_empty() {
-            some_passed
-        } else {
-            passed
+    Some(Run {
+        title: match cgroups {
+            Cgroups::V2 => title,
+            Cgroups::Both => BOTH,
         },
-    }
+        step,
+        verdict: some_passed,
+    })
 }
 
 /// The daemon itself, started without looking at `check` first.
@@ -516,6 +446,7 @@ fn ended(output: &Output) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::step::workspace;
 
     fn output(code: i32, text: &str) -> Output {
         Output {
@@ -527,14 +458,14 @@ mod tests {
 
     #[test]
     fn tests_have_rows_by_their_names() {
-        assert_eq!(row("traffic_addresses"), Some(FEATURES[0].title));
-        assert_eq!(row("traffic_endings"), Some(FEATURES[1].title));
-        assert_eq!(row("same_node_policy"), Some(FEATURES[4].title));
-        assert_eq!(row("ca_rotation"), None);
+        assert_eq!(row("traffic::addresses"), Some(FEATURES[0].title));
+        assert_eq!(row("traffic::endings"), Some(FEATURES[1].title));
+        assert_eq!(row("same_node::policy"), Some(FEATURES[4].title));
+        assert_eq!(row("identity::ca_rotation"), None);
         for name in WITH_BOTH.iter().chain(&SHORT) {
             assert!(row(name).is_some(), "{name}");
-            let file = workspace().join(format!("tests/tests/{name}.rs"));
-            assert!(file.is_file(), "{name}");
+            let file = format!("tests/tests/{}.rs", name.replace("::", "/"));
+            assert!(workspace().join(file).is_file(), "{name}");
         }
     }
 

@@ -1,0 +1,16 @@
+//! What the scenarios share: the pods that they start from, and the peers and apps that they play.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+pub(crate) mod authority;
+pub(crate) mod by_uid;
+pub(crate) mod early;
+pub(crate) mod hostile;
+pub(crate) mod lifecycle_pair;
+pub(crate) mod lifecycle_traces;
+pub(crate) mod neighbours;
+pub(crate) mod pair;
+pub(crate) mod resumption;
+pub(crate) mod servers;
+pub(crate) mod stage;
+pub(crate) mod two_endpoints;
+pub(crate) mod with_ca;

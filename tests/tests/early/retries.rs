@@ -1,0 +1,312 @@
+//! A server that says that its app has got nothing: the same bytes go to another endpoint, or another tunnel, whole and
+//! once. And what waits for CONNECTED.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::thread;
+use std::time::Duration;
+
+use crate::common::early::{Ledger, PATIENCE, Spoke, line_of, spoken};
+use crate::common::hostile::{Faults, Peer};
+use crate::common::two_endpoints::{TwoEndpoints, behind, hold, refuse, rst, serve_well};
+use mesh_tests::{Result, eventually};
+
+/// The most that goes before CONNECTED.
+const EARLY: usize = 8192;
+const SOON: Duration = Duration::from_secs(3);
+
+#[test]
+fn a_no_sends_the_same_bytes_elsewhere() -> Result<()> {
+    let scene = TwoEndpoints::start(&[("hostile", says_no)])?;
+    let mut faults = Faults::default();
+    let mut apps = Vec::new();
+    for no in [
+        "reset1", "reset2", "reset3", "reset4", "reset5", "reset6", "slow", "notify",
+    ] {
+        for size in [30, EARLY, EARLY + 1, 100_000] {
+            let steps = format!("send:{size},end,rest");
+            apps.push((scene.script(&format!("{no}-{size}"), &steps)?, size));
+        }
+        let steps = "pause:100,send:40,pause:100,send:40,end,rest";
+        apps.push((scene.script(&format!("{no}-late"), steps)?, 80));
+    }
+    for (app, size) in apps {
+        for spoke in spoken(app)? {
+            check_whole(&scene, &spoke, size, "honest", &mut faults)?;
+        }
+    }
+    faults.finish();
+    Ok(())
+}
+
+#[test]
+fn two_that_say_no_are_passed_over() -> Result<()> {
+    let scene = TwoEndpoints::start(&[("one", says_no), ("two", says_no)])?;
+    let mut faults = Faults::default();
+    let mut apps = Vec::new();
+    for number in 0..8 {
+        for no in ["reset2", "reset3", "notify"] {
+            let name = format!("{no}-{number}");
+            let size = 100 + 5000 * number;
+            let app = scene.script(&name, &format!("send:{size},end,rest"))?;
+            apps.push((app, size));
+        }
+    }
+    for (app, size) in apps {
+        for spoke in spoken(app)? {
+            check_whole(&scene, &spoke, size, "honest", &mut faults)?;
+        }
+    }
+    faults.finish();
+    Ok(())
+}
+
+#[test]
+fn when_all_that_are_tried_say_no_the_app_gets_an_error() -> Result<()> {
+    let scene = TwoEndpoints::start(&[("one", says_no), ("two", says_no), ("three", says_no)])?;
+    let mut faults = Faults::default();
+    for no in ["reset2", "notify"] {
+        for spoke in spoken(scene.script(&format!("{no}-x"), "send:100,end,rest")?)? {
+            faults.check(spoke.was_reset(), || format!("{no}: {}", spoke.0));
+            let takers = scene.ledger.takers(spoke.name());
+            faults.check(takers.is_empty(), || format!("{no} went to {takers:?}"));
+            let line = line_of(&scene.near, &spoke)?;
+            faults.check(line["result"] == "refused", || format!("{line}"));
+        }
+    }
+    faults.finish();
+    Ok(())
+}
+
+/// Where nothing of the app's has gone, any end of the tunnel is as good as a no: the pool's have idled too long, and
+/// the CONNECT goes alone.
+#[test]
+fn a_tunnel_that_ends_instead_of_answering_is_replaced() -> Result<()> {
+    let scene = TwoEndpoints::start(&[("hostile", once_a_tunnel)])?;
+    let to = scene.at("hostile");
+    let mut faults = Faults::default();
+    // One after another: they would take each other's tunnels.
+    let mut scripts = Vec::new();
+    for end in ["notify", "fin", "rst"] {
+        for size in [30, EARLY + 1] {
+            let (first, second) = (format!("{end}-a{size}"), format!("{end}-b{size}"));
+            let steps = format!(
+                "close,again:{first}:{to},send:{size},end,rest,close,pause:60,\
+                 again:{second}:{to},send:{size},end,rest"
+            );
+            scripts.push((steps, size));
+        }
+    }
+    // A moment later: with the bytes behind the CONNECT, only a close_notify says that nobody has read them.
+    for number in 0..10 {
+        let steps = format!(
+            "close,again:notify-c{number}:{to},send:50,end,rest,close,\
+             again:notify-d{number}:{to},send:50,end,rest"
+        );
+        scripts.push((steps, 50));
+    }
+    for (steps, size) in scripts {
+        let spokes = spoken(scene.script("none", &steps)?)?;
+        for spoke in spokes.iter().filter(|spoke| spoke.name() != "none") {
+            check_whole(&scene, spoke, size, "hostile", &mut faults)?;
+        }
+        // What idles is the next one's trouble.
+        let quiet = || {
+            scene
+                .near
+                .status()
+                .ok()
+                .filter(|now| now.pool.idle <= 1)
+                .map(drop)
+        };
+        eventually(PATIENCE, "the broken tunnels to be gone", quiet)?;
+    }
+    faults.finish();
+    Ok(())
+}
+
+/// Bytes left from an endpoint that said no, on a tunnel that has idled.
+#[test]
+fn what_is_left_goes_through_a_tunnel_of_the_pool() -> Result<()> {
+    let scene = TwoEndpoints::start(&[("hostile", says_no)])?;
+    let honest = scene.at("honest");
+    let capture = scene.mesh.wire().capture_start_of_packets(0)?;
+    let mut faults = Faults::default();
+    for size in [30, EARLY, 20_000] {
+        for no in ["reset2", "notify"] {
+            let (first, second) = (format!("first-{no}{size}"), format!("{no}-{size}"));
+            let steps = format!(
+                "close,again:{first}:{honest},send:{size},end,rest,close,pause:60,\
+                 again:{second}:10.96.0.7:80,send:{size},end,rest"
+            );
+            let spokes = spoken(scene.script("none", &steps)?)?;
+            for spoke in spokes.iter().filter(|spoke| spoke.name() != "none") {
+                check_whole(&scene, spoke, size, "honest", &mut faults)?;
+            }
+        }
+    }
+    let recording = capture.stop()?.syns();
+    let dialled = recording.only(|packet| packet.destination == honest);
+    let dialled = dialled.packets().len();
+    faults.check(dialled <= 3, || {
+        format!("{dialled} tunnels for six times two connections in turn")
+    });
+    faults.finish();
+    Ok(())
+}
+
+#[test]
+fn the_rest_and_the_end_wait_for_connected() -> Result<()> {
+    let scene = TwoEndpoints::start(&[("hostile", answers_late)])?;
+    let to = scene.at("hostile");
+    let mut faults = Faults::default();
+    let scripts = [
+        ("send:40,end,rest", 40),
+        ("send:8192,end,rest", EARLY),
+        ("send:8193,end,rest", EARLY + 1),
+        ("send:100000,end,rest", 100_000),
+        ("drip:600:1000,end,rest", 600),
+        ("pause:100,drip:300:2000,end,rest", 300),
+        ("pause:100,send:20000,send:20000,end,rest", 40_000),
+        ("end,rest", 0),
+    ];
+    let mut apps = Vec::new();
+    for (number, (steps, size)) in scripts.into_iter().enumerate() {
+        let steps = format!("close,again:wait-{number}:{to},{steps}");
+        apps.push((scene.script("none", &steps)?, size));
+    }
+    for (app, size) in apps {
+        let spokes = spoken(app)?;
+        for spoke in spokes.iter().filter(|spoke| spoke.name() != "none") {
+            check_line(&scene, spoke, size, "hostile", &mut faults)?;
+            if size > 0 {
+                let takers = scene.ledger.takers(spoke.name());
+                faults.check(takers == ["hostile"], || format!("{takers:?}"));
+            }
+        }
+    }
+    let breaches = BREACHES.lock().expect("no holder panics").clone();
+    faults.check(breaches.is_empty(), || format!("{breaches:#?}"));
+    faults.finish();
+    Ok(())
+}
+
+/// Who is to have it has got all of it, once, and given it back; both logs know how much it was.
+fn check_whole(
+    scene: &TwoEndpoints,
+    spoke: &Spoke,
+    size: usize,
+    by: &str,
+    faults: &mut Faults,
+) -> Result<()> {
+    let name = spoke.name();
+    let taken = scene.ledger.of(name);
+    let whole = matches!(taken.as_slice(), [one] if one.who == by && one.is_true() && one.bytes.len() == size);
+    faults.check(whole, || {
+        let took: Vec<_> = taken.iter().map(|t| (&t.who, t.bytes.len())).collect();
+        format!("{name} of {size} bytes went to {took:?}")
+    });
+    check_line(scene, spoke, size, by, faults)
+}
+
+fn check_line(
+    scene: &TwoEndpoints,
+    spoke: &Spoke,
+    size: usize,
+    by: &str,
+    faults: &mut Faults,
+) -> Result<()> {
+    let name = spoke.name();
+    faults.check(spoke.was_echoed(), || {
+        format!("{name}: the app sees {}", spoke.0)
+    });
+    let mut lines = vec![line_of(&scene.near, spoke)?];
+    if by == "honest" {
+        lines.push(line_of(&scene.far, spoke)?);
+    }
+    for line in lines {
+        let right = line["result"] == "ok"
+            && line["bytes_to_server"] == size
+            && line["bytes_to_client"] == size
+            && line["endpoint"] == scene.at(by).to_string();
+        faults.check(right, || format!("{name} of {size} bytes: {line}"));
+    }
+    Ok(())
+}
+
+/// Says no in the way that the connection's name asks for.
+fn says_no(peer: &mut Peer, _: SocketAddr, _: usize, _: &Ledger) -> io::Result<bool> {
+    let bytes = behind(peer, SOON)?.unwrap_or_default();
+    let name = String::from_utf8_lossy(&bytes).into_owned();
+    match name.split('-').next().unwrap_or_default() {
+        "notify" => {
+            peer.close_notify()?;
+            peer.finish_tcp()?;
+            hold(&peer.tcp)
+        }
+        "slow" => {
+            thread::sleep(Duration::from_millis(500));
+            refuse(peer, 2)
+        }
+        reset => refuse(peer, reset.trim_start_matches("reset").parse().unwrap_or(2)),
+    }
+}
+
+/// Serves one connection well, and ends the tunnel in answer to the next CONNECT, as the first one's name says.
+fn once_a_tunnel(
+    peer: &mut Peer,
+    from: SocketAddr,
+    number: usize,
+    ledger: &Ledger,
+) -> io::Result<bool> {
+    if number > 1 {
+        let mut first = ledger.all().into_iter();
+        let first = first.find(|taken| taken.from == from);
+        match first.map(|first| first.name()).unwrap_or_default() {
+            name if name.starts_with("notify") => peer.close_notify()?,
+            name if name.starts_with("rst") => return rst(&peer.tcp),
+            _ => {}
+        }
+        peer.finish_tcp()?;
+        return hold(&peer.tcp);
+    }
+    let bytes = behind(peer, SOON)?.unwrap_or_default();
+    serve_noting(peer, from, &bytes, ledger)?;
+    Ok(true)
+}
+
+static BREACHES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Takes half a second for its CONNECTED, and notes what comes before it and should not.
+fn answers_late(peer: &mut Peer, from: SocketAddr, _: usize, ledger: &Ledger) -> io::Result<bool> {
+    let breach = |what: String| BREACHES.lock().expect("no holder panics").push(what);
+    let first = match behind(peer, Duration::from_millis(300)) {
+        Ok(first) => first.unwrap_or_default(),
+        Err(error) => {
+            breach(format!("{error}"));
+            return Err(error);
+        }
+    };
+    if first.len() > EARLY {
+        breach(format!("{} bytes before CONNECTED", first.len()));
+    }
+    match behind(peer, Duration::from_millis(300)) {
+        Ok(None) => {}
+        other => breach(format!("{other:?} behind {} bytes", first.len())),
+    }
+    serve_noting(peer, from, &first, ledger)?;
+    Ok(true)
+}
+
+/// As [`serve_well`], and notes what came.
+fn serve_noting(
+    peer: &mut Peer,
+    from: SocketAddr,
+    first: &[u8],
+    ledger: &Ledger,
+) -> io::Result<()> {
+    let entry = ledger.open("hostile", from);
+    ledger.add(entry, first);
+    serve_well(peer, first, |bytes| ledger.add(entry, bytes))
+}

@@ -1,0 +1,241 @@
+//! Callers of a pod whose certificates are not in order: each is refused, and the log says why.
+
+use crate::common::hostile::{
+    ALPN, Authority, CONNECTED, Faults, Peer, Presented, RESET, client_config, connect_frame, dial,
+    lines_of, self_signed, spiffe, uri,
+};
+use crate::common::stage::{HTTP, Stage, WITNESS};
+use mesh_tests::{DaemonOptions, Result};
+use rcgen::{
+    BasicConstraints, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType, date_time_ymd,
+};
+
+/// The code of a RESET.
+const FORBIDDEN: u8 = 4;
+
+#[test]
+fn only_certificates_in_order_are_admitted() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let before = stage.snapshot()?;
+    let mut faults = Faults::default();
+    for (what, certificate, reason) in &cases(&stage.authority)? {
+        let mut peer = stage.outsider_as(HTTP, certificate.as_ref())?;
+        let client = peer.local();
+        // It may be refused by now.
+        let _ = peer.send(&connect_frame(stage.web().at(HTTP), client));
+        let ended = peer.end();
+        faults.check(ended.frames.is_empty() && ended.error.is_some(), || {
+            format!("{what}: the daemon answers: {ended:?}")
+        });
+        faults.expect_line(what, &stage.daemon, client, ("refused", reason));
+        let line = &lines_of(&stage.daemon, client)?[0];
+        faults.check(line["server_identity"] == spiffe("web"), || {
+            format!("{what}: no server's identity: {line}")
+        });
+    }
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
+type Case = (&'static str, Option<Presented>, &'static str);
+
+fn cases(stolen: &Authority) -> Result<Vec<Case>> {
+    let web = spiffe("web");
+    let web = web.as_str();
+    let other_root = Authority::another()?;
+    let mut cases: Vec<Case> = vec![
+        ("no certificate", None, "presents no certificate"),
+        (
+            "another root",
+            Some(other_root.mint("web")?),
+            "not issued by this trust domain's CA",
+        ),
+        (
+            "self-signed",
+            Some(self_signed("web")?),
+            "not issued by this trust domain's CA",
+        ),
+        (
+            "another trust domain",
+            Some(stolen.mint_with(&["spiffe://elsewhere.example/ns/default/sa/web"], |_| {})?),
+            "spiffe://elsewhere.example/ns/default/sa/web is of another trust domain",
+        ),
+        (
+            "expired",
+            Some(stolen.mint_with(&[web], |p| p.not_after = date_time_ymd(2021, 1, 1))?),
+            "has expired",
+        ),
+        (
+            "not yet valid",
+            Some(stolen.mint_with(&[web], |p| p.not_before = date_time_ymd(2080, 1, 1))?),
+            "not valid yet",
+        ),
+        (
+            "two URI SANs",
+            Some(stolen.mint_with(&[web, &spiffe("admin")], |_| {})?),
+            "2 URI SANs",
+        ),
+        (
+            "the same URI SAN twice",
+            Some(stolen.mint_with(&[web, web], |_| {})?),
+            "2 URI SANs",
+        ),
+        ("no SAN", Some(stolen.mint_with(&[], |_| {})?), "0 URI SANs"),
+        (
+            "a DNS SAN only",
+            Some(stolen.mint_with(&[], |p| {
+                p.subject_alt_names = vec![SanType::DnsName("web".try_into().expect("ASCII"))];
+            })?),
+            "0 URI SANs",
+        ),
+        (
+            "CA:TRUE",
+            Some(stolen.mint_with(&[web], |p| {
+                p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            })?),
+            "is a CA's",
+        ),
+        (
+            "keyCertSign",
+            Some(stolen.mint_with(&[web], |p| p.key_usages.push(KeyUsagePurpose::KeyCertSign))?),
+            "keyCertSign",
+        ),
+        (
+            "cRLSign",
+            Some(stolen.mint_with(&[web], |p| p.key_usages.push(KeyUsagePurpose::CrlSign))?),
+            "cRLSign",
+        ),
+        (
+            "no key usage",
+            Some(stolen.mint_with(&[web], |p| p.key_usages.clear())?),
+            "digitalSignature",
+        ),
+        (
+            "serverAuth only",
+            Some(stolen.mint_with(&[web], |p| {
+                p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+            })?),
+            "extended key usage",
+        ),
+    ];
+    // Whoever holds a workload's certificate is no CA.
+    let (workload, certificate) = stolen.below()?;
+    let mut presented = workload.mint("web")?;
+    presented.chain.push(certificate);
+    cases.push(("signed by a workload", Some(presented), "not issued"));
+    // Certificates are no secret; keys are.
+    let mut stranger = stolen.mint("web")?;
+    stranger.key_pem = stolen.mint("web")?.key_pem;
+    cases.push(("another's certificate", Some(stranger), "key"));
+    for (what, id) in MALFORMED {
+        let certificate = stolen.mint_with(&[], |p| {
+            p.subject_alt_names = vec![uri(id).expect("ASCII")];
+        })?;
+        cases.push((what, Some(certificate), "is no SPIFFE ID"));
+    }
+    let long = format!("{web}{}", "x".repeat(3000));
+    cases.push((
+        "an endless SPIFFE ID",
+        Some(stolen.mint_with(&[&long], |_| {})?),
+        "longer than 2048 bytes",
+    ));
+    Ok(cases)
+}
+
+const MALFORMED: [(&str, &str); 9] = [
+    ("another scheme", "https://cluster.local/ns/default/sa/web"),
+    ("capitals", "SPIFFE://cluster.local/ns/default/sa/web"),
+    ("no service account", "spiffe://cluster.local/ns/default"),
+    (
+        "a longer path",
+        "spiffe://cluster.local/ns/default/sa/web/x",
+    ),
+    ("a query", "spiffe://cluster.local/ns/default/sa/web?x"),
+    ("an escape", "spiffe://cluster.local/ns/default/sa/%77eb"),
+    ("dots", "spiffe://cluster.local/ns/../sa/web"),
+    ("a port", "spiffe://cluster.local:1/ns/default/sa/web"),
+    (
+        "a line for the log",
+        "spiffe://cluster.local/ns/default/sa/web\n{\"target\":\"access\",\"result\":\"ok\"}\x1b[2J",
+    ),
+];
+
+#[test]
+fn a_pods_address_is_its_identitys_alone() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let other = stage.mesh.pod("other");
+    let web = stage.web();
+    let before = stage.snapshot()?;
+    let mut faults = Faults::default();
+    for server in [web.at(HTTP), web.at6(HTTP)] {
+        // The pod's own identity opens; the one of its neighbour on the same node does not, though it is genuine.
+        for (account, admitted) in [("other", true), ("client", false)] {
+            let tcp = dial(&other, server)?;
+            let certificate = stage.authority.mint(account)?;
+            let mut peer = Peer::client(tcp, client_config(Some(&certificate), &[ALPN])?)?;
+            let client = peer.local();
+            peer.send(&connect_frame(server, client))?;
+            let answer = peer.frame()?;
+            if admitted {
+                assert_eq!(answer, Some((CONNECTED, vec![])), "{account} at {server}");
+                continue;
+            }
+            let Some((RESET, payload)) = answer else {
+                panic!("{account} at {server}: {answer:?}");
+            };
+            assert_eq!(payload[0], FORBIDDEN);
+            let ended = peer.end();
+            assert!(ended.frames.is_empty(), "{ended:?}");
+            let (is, says) = (spiffe("other"), spiffe(account));
+            let reason = format!("address of pod default/other, which is {is}, not {says}");
+            faults.expect_line("an impostor", &stage.daemon, client, ("refused", &reason));
+            let line = &lines_of(&stage.daemon, client)?[0];
+            assert_eq!(line["client_identity"], says, "{line:#}");
+            assert_eq!(line["server_identity"], spiffe("web"), "{line:#}");
+        }
+    }
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
+#[test]
+fn permissive_does_not_mean_without_a_certificate() -> Result<()> {
+    let mut stage = Stage::set_with(&DaemonOptions::default().permissive())?;
+    let other = stage.mesh.pod("other");
+    let before = stage.snapshot()?;
+    let mut faults = Faults::default();
+    let strangers = [
+        ("no certificate", None, "presents no certificate"),
+        (
+            "another root",
+            Some(Authority::another()?.mint("other")?),
+            "not issued",
+        ),
+        (
+            "another's identity",
+            Some(stage.authority.mint("client")?),
+            "is the address of pod",
+        ),
+    ];
+    for (what, certificate, reason) in strangers {
+        // A ClientHello of the tunnel is never the app's, whatever comes of it.
+        let server = stage.web().at(WITNESS);
+        let tcp = dial(&other, server)?;
+        let client = tcp.local_addr()?;
+        let mut peer = Peer::client(tcp, client_config(certificate.as_ref(), &[ALPN])?)?;
+        let _ = peer.send(&connect_frame(server, client));
+        let ended = peer.end();
+        faults.check(ended.frames.iter().all(|(kind, _)| *kind == RESET), || {
+            format!("{what}: the daemon answers: {ended:?}")
+        });
+        faults.expect_line(what, &stage.daemon, client, ("refused", reason));
+        faults.check(!stage.was_witnessed(client), || {
+            format!("{what}: the app was reached")
+        });
+    }
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}

@@ -1,0 +1,425 @@
+//! Callers of a pod that never get as far as a tunnel: other protocols, other versions, noise, silence, and crowds.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::common::hostile::{
+    self, ALPN, CONNECTED, Faults, PATIENCE, Presented, client_config, connect_frame, dial,
+    frame_of_length, lines_of,
+};
+use crate::common::stage::{HTTP, Stage};
+use mesh_tests::{Context, Result, TcpState, eventually_ok};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use rustls::ClientConnection;
+use rustls::pki_types::ServerName;
+use socket2::SockRef;
+
+/// The daemon's deadline for a handshake.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The ClientHello of an honest client.
+fn client_hello(stage: &Stage) -> Result<Vec<u8>> {
+    hello_offering(stage, &[ALPN])
+}
+
+fn hello_offering(stage: &Stage, alpn: &[&[u8]]) -> Result<Vec<u8>> {
+    let certificate = stage.authority.mint("outsider")?;
+    let config = client_config(Some(&certificate), alpn)?;
+    let name = ServerName::IpAddress(stage.web().at(HTTP).ip().into());
+    let mut tls = ClientConnection::new(config.into(), name)?;
+    let mut hello = Vec::new();
+    tls.write_tls(&mut hello)?;
+    Ok(hello)
+}
+
+/// Reads to the end, whatever it is, and gives what came.
+fn drain(mut tcp: TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(count @ 1..) = tcp.read(&mut buffer) {
+        bytes.extend_from_slice(&buffer[..count]);
+    }
+    bytes
+}
+
+#[test]
+fn what_is_not_the_tunnel_is_refused_at_once() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let before = stage.snapshot()?;
+    let mut faults = Faults::default();
+    let hello = client_hello(&stage)?;
+    // A record header of TLS 1.3's own, and a ClientHello in two records.
+    let (first, second) = hello[5..].split_at(50);
+    let split = [
+        &hello[..3],
+        &[0, 50],
+        first,
+        &hello[..3],
+        &u16::try_from(second.len())?.to_be_bytes(),
+        second,
+    ]
+    .concat();
+    let mut bad_versions = hello.clone();
+    // The value of supported_versions: TLS 1.3 becomes something else.
+    let versions = position(&bad_versions, &[0, 43, 0, 3, 2, 3, 4])?;
+    bad_versions[versions + 6] = 9;
+    let noise: Vec<u8> = (0..4096_u32)
+        .map(|number| (number.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let cases: [(&str, &[u8], &str); 13] = [
+        ("HTTP", b"GET / HTTP/1.1\r\nHost: web\r\n\r\n", "plaintext"),
+        (
+            "the preface of HTTP/2",
+            b"PRI * HTTP/2.0\r\n\r\n",
+            "plaintext",
+        ),
+        ("noise", &noise, "plaintext"),
+        ("zeros", &[0; 4096], "plaintext"),
+        ("one byte, then the end", &[22], "closed"),
+        (
+            "SSLv2",
+            &[0x80, 0x2e, 1, 0, 2, 0, 0x15, 0, 0, 0, 0x10],
+            "plaintext",
+        ),
+        (
+            "an endless record",
+            &[22, 3, 1, 0xff, 0xff, 1, 0xff, 0xff, 0xff],
+            "plaintext",
+        ),
+        ("an alert", &[21, 3, 3, 0, 2, 2, 40], "plaintext"),
+        (
+            "application data",
+            &[23, 3, 3, 0, 17, 1, 2, 3, 4, 5],
+            "plaintext",
+        ),
+        ("a ClientHello in two records", &split, "plaintext"),
+        (
+            "half a ClientHello, then the end",
+            &hello[..hello.len() / 2],
+            "closed",
+        ),
+        ("no TLS 1.3 in supported_versions", &bad_versions, "TLS 1.3"),
+        ("nothing, then the end", b"", "closed"),
+    ];
+    for (what, bytes, reason) in cases {
+        let mut tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
+        let client = tcp.local_addr()?;
+        let start = Instant::now();
+        // The daemon may have had enough before the end.
+        let _ = tcp.write_all(bytes);
+        let _ = tcp.shutdown(Shutdown::Write);
+        let answer = drain(tcp);
+        faults.check(answer.len() < 100, || {
+            format!("{what}: answered {answer:?}")
+        });
+        faults.expect_line(what, &stage.daemon, client, ("refused", reason));
+        faults.check(start.elapsed() < DEADLINE / 2, || {
+            format!("{what}: refused after {:?} only", start.elapsed())
+        });
+    }
+    for (what, alpn) in [
+        ("no ALPN", &[][..]),
+        ("another ALPN", &[&b"h2"[..], b"http/1.1"]),
+    ] {
+        let mut tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
+        let client = tcp.local_addr()?;
+        tcp.write_all(&hello_offering(&stage, alpn)?)?;
+        assert!(drain(tcp).is_empty(), "{what}");
+        faults.expect_line(what, &stage.daemon, client, ("refused", "plaintext"));
+    }
+    // Gone before it is looked at.
+    let tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
+    let client = tcp.local_addr()?;
+    SockRef::from(&tcp).set_linger(Some(Duration::ZERO))?;
+    drop(tcp);
+    faults.expect_line("a reset", &stage.daemon, client, ("refused", ""));
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
+fn position(bytes: &[u8], of: &[u8]) -> Result<usize> {
+    let mut windows = bytes.windows(of.len());
+    windows.position(|window| window == of).context("not found")
+}
+
+#[test]
+fn openssl_with_tls_1_2_is_refused() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let before = stage.snapshot()?;
+    let mut faults = Faults::default();
+    let (web, outside) = (stage.web().at(HTTP).to_string(), stage.mesh.outside_ipv4());
+    for (number, version, alpn) in [(0, "-tls1_2", "auth-daemon/1"), (1, "-tls1_2", "h2")] {
+        let client = SocketAddr::from((outside, 30_000 + number));
+        let bind = client.to_string();
+        let arguments = [
+            "s_client", "-bind", &bind, "-connect", &web, version, "-alpn", alpn,
+        ];
+        let openssl = stage.mesh.outside().run("openssl", arguments)?;
+        assert_ne!(openssl.code(), Some(0), "{openssl:?}");
+        assert!(!openssl.stdout.contains("BEGIN CERTIFICATE"), "{openssl:?}");
+        let reason = if alpn == "h2" { "plaintext" } else { "TLS 1.3" };
+        let what = format!("openssl {version} {alpn}");
+        faults.expect_line(&what, &stage.daemon, client, ("refused", reason));
+    }
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
+#[test]
+fn an_enormous_chain_is_refused() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let before = stage.snapshot()?;
+    let leaf = stage.authority.mint("outsider")?;
+    let padding = stage.authority.mint("padding")?.chain.remove(0);
+    let mut faults = Faults::default();
+    for certificates in [100, 1000, 10_000] {
+        let chain = [leaf.chain.clone(), vec![padding.clone(); certificates]].concat();
+        let chain = Presented {
+            chain,
+            ..leaf.clone()
+        };
+        // It is refused while it still speaks, or right after.
+        let tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
+        let client = tcp.local_addr()?;
+        let config = client_config(Some(&chain), &[ALPN])?;
+        if let Ok(mut peer) = hostile::Peer::client(tcp, config) {
+            let _ = peer.send(&connect_frame(stage.web().at(HTTP), client));
+            match peer.frame() {
+                // It fits into a handshake message of 64 KiB, and the leaf is flawless: that is fine too.
+                Ok(Some((CONNECTED, _))) if certificates == 100 => continue,
+                Ok(frame) => panic!("a chain of {certificates} is answered: {frame:?}"),
+                Err(_) => {}
+            }
+        }
+        let what = format!("a chain of {certificates}");
+        faults.expect_line(&what, &stage.daemon, client, ("refused", "too large"));
+    }
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
+/// What a caller does that never comes to the point.
+type Stalling = Box<dyn FnOnce() -> Result<SocketAddr> + Send>;
+
+#[test]
+fn a_handshake_that_never_ends_ends_at_the_deadline() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let before = stage.snapshot()?;
+    let (web, outside) = (stage.web().at(HTTP), stage.mesh.outside().clone());
+    let hello = client_hello(&stage)?;
+    let stall = |bytes: Vec<u8>| -> Result<Stalling> {
+        let mut tcp = dial(&outside, web)?;
+        Ok(Box::new(move || {
+            tcp.write_all(&bytes)?;
+            let client = tcp.local_addr()?;
+            drain(tcp);
+            Ok(client)
+        }))
+    };
+    let tunnel = |plain: Vec<u8>| -> Result<Stalling> {
+        let mut peer = stage.outsider(HTTP)?;
+        Ok(Box::new(move || {
+            let client = peer.local();
+            peer.send(&plain)?;
+            peer.end();
+            Ok(client)
+        }))
+    };
+    let slow: Stalling = {
+        let mut tcp = dial(&outside, web)?;
+        let hello = hello.clone();
+        Box::new(move || {
+            let client = tcp.local_addr()?;
+            for byte in hello {
+                if tcp.write_all(&[byte]).is_err() {
+                    break;
+                }
+                // The pace is the attack; the end comes by an error.
+                thread::sleep(Duration::from_secs(1));
+            }
+            Ok(client)
+        })
+    };
+    let cases: Vec<(&str, Stalling)> = vec![
+        ("silence", stall(vec![])?),
+        (
+            "half a ClientHello",
+            stall(hello[..hello.len() / 2].to_vec())?,
+        ),
+        ("the first byte", stall(vec![22])?),
+        ("a ClientHello and no more", stall(hello.clone())?),
+        (
+            "half a record behind the ClientHello",
+            stall([&hello[..], &[20, 3, 3]].concat())?,
+        ),
+        ("one byte a second", slow),
+        ("no CONNECT", tunnel(vec![])?),
+        (
+            "half a CONNECT",
+            tunnel(frame_of_length(hostile::CONNECT, 15, &[1, 4, 10]))?,
+        ),
+        (
+            "a CONNECT that says it is longer",
+            tunnel({
+                let connect = connect_frame(web, web);
+                [&[hostile::CONNECT, 0, 0, 1, 0], &connect[5..]].concat()
+            })?,
+        ),
+    ];
+    let ended: Vec<_> = thread::scope(|scope| {
+        let running: Vec<_> = cases
+            .into_iter()
+            .map(|(what, stalling)| (what, scope.spawn(stalling)))
+            .collect();
+        let join = |(what, thread): (_, thread::ScopedJoinHandle<'_, _>)| (what, thread.join());
+        running.into_iter().map(join).collect()
+    });
+    let mut faults = Faults::default();
+    for (what, client) in ended {
+        let client = client.expect("no stalling panics").context(what)?;
+        faults.expect_line(what, &stage.daemon, client, ("refused", "within 10s"));
+        let took = lines_of(&stage.daemon, client)?[0]["duration_ms"].as_u64();
+        faults.check(
+            took.is_some_and(|took| (9_500..13_000).contains(&took)),
+            || format!("{what}: took {took:?} ms"),
+        );
+    }
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
+#[test]
+fn half_a_hello_and_the_end_cost_no_processor_time() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let before = stage.snapshot()?;
+    let hello = client_hello(&stage)?;
+    let start = (Instant::now(), processor_time(stage.daemon.pid())?);
+    let callers: Vec<TcpStream> = (0..20)
+        .map(|_| {
+            let mut tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
+            tcp.write_all(&hello[..hello.len() / 2])?;
+            tcp.shutdown(Shutdown::Write)?;
+            Ok(tcp)
+        })
+        .collect::<Result<_>>()?;
+    for caller in callers {
+        let client = caller.local_addr()?;
+        drain(caller);
+        let lines = lines_of(&stage.daemon, client)?;
+        assert_eq!(lines.len(), 1, "{lines:#?}");
+        assert_eq!(lines[0]["result"], "refused", "{lines:#?}");
+    }
+    let used = processor_time(stage.daemon.pid())? - start.1;
+    assert!(
+        used < Duration::from_secs(1),
+        "20 callers that are gone cost {used:?} of processor time within {:?}",
+        start.0.elapsed()
+    );
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
+/// User and system time of a process.
+fn processor_time(pid: u32) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // Behind the name in parentheses: state is field 3, utime and stime are 14 and 15, in hundredths of a second.
+    let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
+    let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+    let ticks = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
+    Ok(Duration::from_millis(ticks * 10))
+}
+
+#[test]
+fn a_thousand_idle_half_handshakes_are_no_hindrance() -> Result<()> {
+    const CALLERS: usize = 1000;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    let mut stage = Stage::set()?;
+    let before = stage.snapshot()?;
+    let web = stage.web();
+    let hello = client_hello(&stage)?;
+    let callers: Vec<TcpStream> = (0..CALLERS)
+        .map(|number| {
+            let mut tcp = dial(stage.mesh.outside(), web.at(HTTP))?;
+            // Silent, in the middle of a ClientHello, and waiting for an answer, in turn.
+            tcp.write_all(&hello[..[0, hello.len() / 2, hello.len()][number % 3]])?;
+            Ok(tcp)
+        })
+        .collect::<Result<_>>()?;
+    let held = || -> Result<usize> { Ok(web.sockets()?.of(TcpState::Established)) };
+    eventually_ok(PATIENCE, "all callers to be held", || {
+        let held = held()?;
+        anyhow::ensure!(held >= CALLERS, "{held} are held");
+        Ok(())
+    })?;
+    let during = stage.snapshot()?;
+    let slowest = latencies(&stage)?;
+    let held = held()?;
+    println!("slowest of 100 with {held} callers held: {slowest:?}; {during:?}");
+    assert!(
+        held >= CALLERS,
+        "only {held} are held while traffic goes on"
+    );
+    assert!(
+        slowest[1] < Duration::from_millis(500),
+        "real traffic is slow: {slowest:?}"
+    );
+    for caller in callers {
+        drain(caller);
+    }
+    let refused = eventually_ok(PATIENCE, "a line for every caller", || {
+        let lines = stage.daemon.access_log();
+        let refused = lines.iter().filter(|line| {
+            line["client"]
+                .as_str()
+                .is_some_and(|client| client.starts_with("192.0.2.10:"))
+        });
+        let refused: Vec<_> = refused.cloned().collect();
+        anyhow::ensure!(refused.len() >= CALLERS, "{}", refused.len());
+        Ok(refused)
+    })?;
+    assert_eq!(refused.len(), CALLERS);
+    for line in refused {
+        assert_eq!(line["result"], "refused", "{line}");
+        assert_eq!(line["reason"], "no handshake within 10s", "{line}");
+    }
+    stage.assert_unharmed(&before, 64 * 1024);
+    Ok(())
+}
+
+/// How long requests took, each on a connection of its own, the slowest ten of a hundred, slowest first.
+fn latencies(stage: &Stage) -> Result<Vec<Duration>> {
+    let url = format!("http://{}/[1-100]", stage.web().at(HTTP));
+    let arguments = [
+        "-sS",
+        "-m",
+        "10",
+        "-o",
+        "/dev/null",
+        "-H",
+        "Connection: close",
+        "-w",
+        "%{http_code} %{time_total}\\n",
+        &url,
+    ];
+    let answers = stage
+        .mesh
+        .pod("client")
+        .run("curl", arguments)?
+        .ok()?
+        .stdout;
+    let mut times = Vec::new();
+    for line in answers.lines() {
+        let time = line.strip_prefix("200 ").with_context(|| answers.clone())?;
+        times.push(Duration::from_secs_f64(time.parse()?));
+    }
+    assert_eq!(times.len(), 100, "{answers}");
+    times.sort();
+    Ok(times.into_iter().rev().take(10).collect())
+}

@@ -1,0 +1,267 @@
+//! What is revoked is refused, and what it has open ends, within two seconds, on every node.
+
+use std::time::Instant;
+
+use mesh_tests::{App, CaOptions, DaemonOptions, Result, TIMEOUT, eventually_ok};
+
+use crate::common::with_ca::{LEARNT, WithCa, serial, spiffe};
+
+/// Waits for the conversation's end by a RST, which is due [`LEARNT`] after `since`.
+fn ends(chat: App, since: Instant) -> Result<()> {
+    let failed = chat.failure(TIMEOUT)?;
+    let took = since.elapsed();
+    assert_eq!(failed["errno"], "ECONNRESET", "{failed}");
+    assert!(took < LEARNT, "it took {took:?}");
+    Ok(())
+}
+
+/// The conversation goes on.
+fn goes_on(chat: &App) -> Result<()> {
+    let rounds = chat.events_of("round").len();
+    eventually_ok(TIMEOUT, "the conversation to go on", || {
+        anyhow::ensure!(chat.events_of("round").len() > rounds + 2);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_revoked_identity_is_cut_off_and_comes_back() -> Result<()> {
+    let stage = WithCa::start()?;
+    let _echo = stage.web.app("echo-server --port 7")?.listening()?;
+    let to = stage.web.at(7);
+    let chat = stage.chat(&stage.client, to)?;
+    let bystander = stage.chat(&stage.other, to)?;
+    let (near, far) = (stage.near.log_position(), stage.far.log_position());
+
+    let client = spiffe("client");
+    let since = Instant::now();
+    stage
+        .ca
+        .operate(&["revoke", "--identity", &client, "--reason", "keyCompromise"])?
+        .ok()?;
+    ends(chat, since)?;
+    // The node that learns it first cuts the connection, and the other one sees it broken.
+    let revoked = format!("{client} is revoked (keyCompromise)");
+    eventually_ok(TIMEOUT, "a line that says why", || {
+        let mut lines = stage.near.access_log_after(near);
+        lines.extend(stage.far.access_log_after(far));
+        let said = lines
+            .iter()
+            .any(|line| line["result"] == "reset" && line["reason"] == revoked);
+        anyhow::ensure!(said, "{lines:#?}");
+        Ok(())
+    })?;
+    assert!(!stage.reaches(&stage.client, to)?, "a new connection");
+    stage.reason(&stage.near, near, &revoked, "refused")?;
+    goes_on(&bystander)?;
+    let listed = stage.near.status_json()?["trust"]["revoked"]["identities"].clone();
+    assert_eq!(listed[0]["identity"], client);
+
+    stage
+        .ca
+        .operate(&["unrevoke", "--identity", &client])?
+        .ok()?;
+    stage.wait_reaches(&stage.client, to)?;
+    Ok(())
+}
+
+#[test]
+fn a_revoked_server_is_not_talked_to() -> Result<()> {
+    let stage = WithCa::start()?;
+    let _echo = stage.web.app("echo-server --port 7")?.listening()?;
+    let to = stage.web.at(7);
+    let chat = stage.chat(&stage.client, to)?;
+    let since = Instant::now();
+    stage
+        .ca
+        .operate(&["revoke", "--identity", &spiffe("web")])?
+        .ok()?;
+    ends(chat, since)?;
+    let start = stage.near.log_position();
+    assert!(!stage.reaches(&stage.client, to)?);
+    let revoked = format!("{} is revoked (unspecified)", spiffe("web"));
+    stage.reason(&stage.near, start, &revoked, "refused")?;
+    Ok(())
+}
+
+#[test]
+fn a_revoked_certificate_ends_and_the_next_one_serves() -> Result<()> {
+    let stage = WithCa::start()?;
+    let _echo = stage.web.app("echo-server --port 7")?.listening()?;
+    let to = stage.web.at(7);
+    let chat = stage.chat(&stage.client, to)?;
+    let bystander = stage.chat(&stage.other, to)?;
+    let stolen = serial(&stage.near, "client")?;
+    let start = stage.far.log_position();
+    let since = Instant::now();
+    let answer = stage
+        .ca
+        .operate(&["revoke", "--serial", &stolen, "--reason", "superseded"])?
+        .ok()?;
+    assert!(answer.stdout.contains(&stolen), "{}", answer.stdout);
+    ends(chat, since)?;
+    let revoked = format!(
+        "certificate {stolen} of {} is revoked (superseded)",
+        spiffe("client")
+    );
+    stage.reason(&stage.far, start, &revoked, "reset")?;
+    // The daemon has asked for another one by itself, and tunnels begin with that.
+    stage.wait_reaches(&stage.client, to)?;
+    assert_ne!(serial(&stage.near, "client")?, stolen);
+    goes_on(&bystander)?;
+    assert_eq!(
+        stage.near.status_json()?["trust"]["revoked"]["certificates"],
+        1
+    );
+    Ok(())
+}
+
+#[test]
+fn a_revoked_node_has_no_friends() -> Result<()> {
+    let stage = WithCa::start()?;
+    let _echo = stage.web.app("echo-server --port 7")?.listening()?;
+    let to = stage.web.at(7);
+    let chats = [
+        stage.chat(&stage.client, to)?,
+        stage.chat(&stage.other, to)?,
+    ];
+    let near = stage.near.log_position();
+    let since = Instant::now();
+    stage.ca.operate(&["revoke", "--node", "b"])?.ok()?;
+    for chat in chats {
+        ends(chat, since)?;
+    }
+    assert!(!stage.reaches(&stage.client, to)?);
+    stage.reason(&stage.near, near, "is revoked", "refused")?;
+    // It gets nothing from the CA any more.
+    let late = stage.mesh.add_pod(
+        mesh_tests::PodSpec::new("late")
+            .on("b")
+            .service_account("late"),
+    )?;
+    stage.far.wait_enrolled(&[late.full_name()])?;
+    stage
+        .far
+        .wait_for_log("why there is no certificate", TIMEOUT, |line| {
+            line["message"]
+                .as_str()
+                .is_some_and(|message| message.starts_with("no certificate issued"))
+                && line["identity"] == spiffe("late")
+                && line["error"]
+                    .as_str()
+                    .is_some_and(|error| error.contains("node b is revoked"))
+        })?;
+    stage.ca.operate(&["unrevoke", "--node", "b"])?.ok()?;
+    stage.wait_reaches(&stage.client, to)?;
+    Ok(())
+}
+
+#[test]
+fn neighbours_in_one_kernel_are_cut_off_too() -> Result<()> {
+    let stage = WithCa::start()?;
+    let _echo = stage.other.app("echo-server --port 7")?.listening()?;
+    let to = stage.other.at(7);
+    // By the daemon, then by the kernel alone.
+    let first = stage.chat(&stage.client, to)?;
+    eventually_ok(TIMEOUT, "a verdict", || {
+        let verdicts = stage.near.status_json()?["sameNode"]["verdicts"].clone();
+        anyhow::ensure!(verdicts == 1, "{verdicts}");
+        Ok(())
+    })?;
+    let second = stage.chat(&stage.client, to)?;
+    assert!(
+        !stage
+            .near
+            .status()?
+            .connections
+            .iter()
+            .any(|connection| connection.client.to_string() == local(&second)),
+        "the kernel carries it"
+    );
+    let start = stage.near.log_position();
+    let since = Instant::now();
+    stage
+        .ca
+        .operate(&["revoke", "--identity", &spiffe("client")])?
+        .ok()?;
+    ends(first, since)?;
+    ends(second, since)?;
+    let revoked = format!("{} is revoked", spiffe("client"));
+    stage.reason(&stage.near, start, &revoked, "reset")?;
+    assert!(!stage.reaches(&stage.client, to)?);
+    stage.reason(&stage.near, start, &revoked, "refused")?;
+    Ok(())
+}
+
+fn local(chat: &App) -> String {
+    let connected = chat.events_of("connected");
+    connected[0]["local"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+#[test]
+fn a_ca_that_is_down_unrevokes_nothing() -> Result<()> {
+    let stage = WithCa::start()?;
+    let _echo = stage.web.app("echo-server --port 7")?.listening()?;
+    let to = stage.web.at(7);
+    stage
+        .ca
+        .operate(&["revoke", "--identity", &spiffe("client")])?
+        .ok()?;
+    let since = Instant::now();
+    eventually_ok(LEARNT, "both nodes to learn it", || {
+        for daemon in [&stage.near, &stage.far] {
+            let listed = daemon.status_json()?["trust"]["revoked"]["identities"].clone();
+            anyhow::ensure!(listed[0]["identity"] == spiffe("client"), "{listed}");
+        }
+        Ok(())
+    })?;
+    println!("learnt after {:?}", since.elapsed());
+    let WithCa {
+        near,
+        far,
+        ca,
+        client,
+        other,
+        web,
+        mesh,
+    } = stage;
+    ca.kill()?;
+    let refused = |from: &mesh_tests::Pod| -> Result<bool> {
+        let command = format!("connect --to {to} --send hi --shutdown --read");
+        let events = from.app(&command)?.finish(TIMEOUT)?.json_lines();
+        Ok(events.last().is_none_or(|last| last["text"] != "hi"))
+    };
+    assert!(refused(&client)?, "without a CA");
+    assert!(!refused(&other)?, "others go on without a CA");
+    // One that comes back knows it still.
+    let ca = mesh.start_ca(&CaOptions::default())?;
+    let version = |daemon: &mesh_tests::Daemon| -> Result<u64> {
+        Ok(daemon.status_json()?["trust"]["version"]
+            .as_u64()
+            .unwrap_or(0))
+    };
+    let before = version(&near)?;
+    ca.operate(&["revoke", "--identity", &spiffe("nobody")])?
+        .ok()?;
+    eventually_ok(TIMEOUT, "the new CA to be heard", || {
+        anyhow::ensure!(version(&near)? > before && version(&far)? > before);
+        Ok(())
+    })?;
+    assert!(refused(&client)?, "with the CA that came back");
+    // And so does a daemon that starts now.
+    near.terminate(TIMEOUT)?;
+    let near = mesh
+        .node("a")
+        .start_daemon_with(DaemonOptions::default().ca(&ca))?;
+    near.wait_enrolled(&[client.full_name(), other.full_name()])?;
+    eventually_ok(TIMEOUT, "others to go on", || {
+        anyhow::ensure!(!refused(&other)?);
+        Ok(())
+    })?;
+    assert!(refused(&client)?, "by a daemon that started later");
+    drop(web);
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! A new root takes over from the old one under load, and no request fails; killed at each step, the CA goes on with it.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use mesh_tests::{CaOptions, Context, DaemonOptions, Result, TIMEOUT, eventually, eventually_ok};
+use serde_json::Value;
+
+use crate::common::with_ca::WithCa;
+
+/// The shortest lives and times, so that a rotation takes well below a minute.
+const LIFETIME: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn options() -> (CaOptions, DaemonOptions) {
+    let ca = CaOptions::default()
+        .setting("certificateLifetime", "10s".into())
+        .setting("rotationSpread", "3s".into());
+    let daemons = DaemonOptions::default().certificate_lifetime(LIFETIME);
+    (ca, daemons)
+}
+
+/// Fingerprints of the CA's roots, and of the one that signs.
+fn roots(status: &Value) -> (Vec<String>, String) {
+    let fingerprint = |root: &Value| root["sha256"].as_str().unwrap_or_default().to_owned();
+    let all = status["roots"].as_array().cloned().unwrap_or_default();
+    let signs = all.iter().find(|root| root["signs"] == true);
+    (
+        all.iter().map(fingerprint).collect(),
+        signs.map(fingerprint).unwrap_or_default(),
+    )
+}
+
+fn count_of_roots(status: &Value) -> Result<u64> {
+    status["trust"]["roots"].as_u64().context("no roots")
+}
+
+#[test]
+fn a_root_is_replaced_under_load() -> Result<()> {
+    let (ca, daemons) = options();
+    let stage = WithCa::start_with(&ca, &daemons)?;
+    let _echo = stage.web.app("echo-server --port 7 --quiet")?.listening()?;
+    let to = stage.web.at(7);
+    let old_chat = stage.chat(&stage.client, to)?;
+    let before = fs::read_to_string(stage.ca.roots())?;
+    let (first, signs) = roots(&stage.ca.status()?);
+    assert_eq!(first, std::slice::from_ref(&signs));
+    let stop = AtomicBool::new(false);
+    let count = thread::scope(|scope| -> Result<u32> {
+        let load = scope.spawn(|| -> Result<u32> {
+            let mut count = 0;
+            while !stop.load(Ordering::Relaxed) {
+                anyhow::ensure!(stage.reaches(&stage.client, to)?, "request {count} failed");
+                count += 1;
+            }
+            Ok(count)
+        });
+        let rotated = (|| -> Result<()> {
+            stage.ca.operate(&["rotate-root"])?.ok()?;
+            eventually_ok(TIMEOUT, "both daemons to learn of the new root", || {
+                for daemon in [&stage.near, &stage.far] {
+                    let status = daemon.status_json()?;
+                    anyhow::ensure!(count_of_roots(&status)? == 2, "{}", status["trust"]);
+                    anyhow::ensure!(status["trust"]["phase"] != "", "{}", status["trust"]);
+                }
+                Ok(())
+            })?;
+            let refused = stage.ca.operate(&["rotate-root"])?;
+            anyhow::ensure!(!refused.status.success(), "twice at once");
+            eventually_ok(PATIENCE, "the new root to be the only one", || {
+                let (all, signing) = roots(&stage.ca.status()?);
+                anyhow::ensure!(all.len() == 1 && signing != signs, "{all:?}");
+                Ok(())
+            })?;
+            eventually_ok(TIMEOUT, "both daemons to forget the old root", || {
+                for daemon in [&stage.near, &stage.far] {
+                    let status = daemon.status_json()?;
+                    anyhow::ensure!(count_of_roots(&status)? == 1, "{}", status["trust"]);
+                }
+                Ok(())
+            })
+        })();
+        stop.store(true, Ordering::Relaxed);
+        let count = load.join().expect("no panic").context("under load")?;
+        rotated?;
+        Ok(count)
+    })?;
+    println!("{count} requests during the rotation");
+    // A connection that began under the old root goes on.
+    let rounds = old_chat.events_of("round").len();
+    eventually(TIMEOUT, "the old conversation to go on", || {
+        (old_chat.events_of("round").len() > rounds + 2).then_some(())
+    })?;
+    let after = fs::read_to_string(stage.ca.roots())?;
+    assert_ne!(before, after);
+    assert_eq!(after.matches("BEGIN CERTIFICATE").count(), 1);
+    Ok(())
+}
+
+#[test]
+fn killed_at_each_step_it_goes_on_where_it_was() -> Result<()> {
+    let (options, daemons) = options();
+    let stage = WithCa::start_with(&options, &daemons)?;
+    let _echo = stage.web.app("echo-server --port 7 --quiet")?.listening()?;
+    let to = stage.web.at(7);
+    let WithCa {
+        near,
+        far,
+        mut ca,
+        client,
+        mesh,
+        web,
+        ..
+    } = stage;
+    let (_, old) = roots(&ca.status()?);
+    ca.operate(&["rotate-root"])?.ok()?;
+    let talks = || -> Result<bool> {
+        let command = format!("connect --to {to} --send hi --shutdown --read");
+        let events = client.app(&command)?.finish(TIMEOUT)?.json_lines();
+        Ok(events.last().is_some_and(|last| last["text"] == "hi"))
+    };
+    let mut phases = Vec::new();
+    let mut steps = 0;
+    loop {
+        let status = ca.status()?;
+        let (all, signs) = roots(&status);
+        let phase = (all.len(), signs != old);
+        if phases.last() != Some(&phase) {
+            phases.push(phase);
+            // In each phase, as soon as it is seen.
+            ca.kill()?;
+            ca = mesh.start_ca(&options)?;
+            let again = roots(&ca.status()?);
+            anyhow::ensure!(!again.0.is_empty() && !again.1.is_empty(), "{again:?}");
+            steps += 1;
+        }
+        anyhow::ensure!(talks()?, "a request failed in {phase:?}");
+        if phase == (1, true) {
+            break;
+        }
+        anyhow::ensure!(steps < 10, "{phases:?}");
+    }
+    assert_eq!(phases, [(2, false), (2, true), (1, true)]);
+    drop((near, far, web));
+    Ok(())
+}

@@ -1,0 +1,12 @@
+//! Certificates and the identities in them, and the CA that issues them.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod ca_outages;
+mod ca_revocation;
+mod ca_rotation;
+mod certificates;
+mod clock;
+mod naming;
+mod renewal;

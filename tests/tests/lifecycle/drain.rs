@@ -1,0 +1,228 @@
+//! SIGTERM: what ends in time ends well, the rest is cut at the deadline, and nobody comes in any more.
+
+use std::time::{Duration, Instant};
+
+use mesh_tests::{DaemonOptions, TIMEOUT, http_get};
+use nix::sys::signal::Signal;
+
+use crate::common::lifecycle_pair::{
+    assert_refused, assert_reset, call, daemons, daemons_with, echoes, pair, ways,
+};
+
+#[test]
+fn a_connection_that_ends_in_time_ends_cleanly_on_the_clients_node() {
+    ends_cleanly("a");
+}
+
+#[test]
+fn a_connection_that_ends_in_time_ends_cleanly_on_the_servers_node() {
+    ends_cleanly("b");
+}
+
+/// The daemon of this node is stopped in the middle of a conversation that takes another second.
+fn ends_cleanly(stopped: &str) {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let mut echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (a, b) = daemons_with(
+        &mesh,
+        &DaemonOptions::default().drain(Duration::from_secs(20)),
+    );
+    let (mut stopped, _other) = if stopped == "a" { (a, b) } else { (b, a) };
+    let mut chat = client
+        .app(&format!(
+            "chat --to {} --rounds 22 --interval 50",
+            web.at(8080)
+        ))
+        .unwrap();
+    chat.event("round", TIMEOUT).unwrap();
+    stopped.process().signal(Signal::SIGTERM).unwrap();
+    assert_eq!(chat.success(TIMEOUT).unwrap()["rounds"], 22);
+    let closed = echo.event("closed", TIMEOUT).unwrap();
+    assert_eq!(
+        (&closed["errno"], &closed["bytes"]),
+        (&serde_json::Value::Null, &176.into())
+    );
+    // With nothing left to wait for it does not wait.
+    let since = Instant::now();
+    let status = stopped.process().wait(Duration::from_secs(10)).unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert!(
+        since.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        since.elapsed()
+    );
+    let lines = stopped.access_log();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!(
+        (&lines[0]["result"], &lines[0]["reason"]),
+        (&"ok".into(), &"".into())
+    );
+}
+
+#[test]
+fn a_connection_that_does_not_is_reset_at_the_deadline() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let mut echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let drain = Duration::from_millis(1500);
+    let (mut a, _b) = daemons_with(&mesh, &DaemonOptions::default().drain(drain));
+    let mut chat = client
+        .app(&format!("chat --to {} --interval 20", web.at(8080)))
+        .unwrap();
+    chat.event("round", TIMEOUT).unwrap();
+    let since = Instant::now();
+    a.process().signal(Signal::SIGTERM).unwrap();
+    let failed = chat.failure(TIMEOUT).unwrap();
+    let took = since.elapsed();
+    assert_reset(&failed);
+    assert!(
+        took >= drain && took < drain + Duration::from_secs(2),
+        "{took:?}"
+    );
+    assert!(
+        failed["rounds"].as_u64().unwrap() > 15,
+        "it went on meanwhile: {failed}"
+    );
+    assert_reset(&echo.event("closed", TIMEOUT).unwrap());
+    let status = a.process().wait(Duration::from_secs(5)).unwrap();
+    assert_eq!(status.code(), Some(0), "a drain that cuts is no failure");
+    let lines = a.access_log();
+    assert_eq!(
+        (lines.len(), &lines[0]["result"]),
+        (1, &"reset".into()),
+        "{lines:?}"
+    );
+    assert!(
+        lines[0]["reason"].as_str().unwrap().contains("daemon"),
+        "{lines:?}"
+    );
+}
+
+#[test]
+fn nobody_comes_in_while_it_drains() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let mut echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (mut a, mut b) = daemons_with(
+        &mesh,
+        &DaemonOptions::default().drain(Duration::from_secs(60)),
+    );
+    // These leave tunnels behind that could carry another connection.
+    for to in ways(&web) {
+        echoes(&client, to);
+    }
+    let mut chat = client
+        .app(&format!("chat --to {} --interval 20", web.at(8080)))
+        .unwrap();
+    chat.event("round", TIMEOUT).unwrap();
+
+    // First the server's side: the tunnels between them are still there, and yet.
+    b.process().signal(Signal::SIGTERM).unwrap();
+    b.wait_for_log("that it drains", TIMEOUT, |line| {
+        line["message"] == "draining"
+    })
+    .unwrap();
+    for to in ways(&web) {
+        let failed = call(&client, to);
+        assert_eq!(failed["event"], "failed", "{to}: {failed}");
+    }
+    assert_refused(&call(mesh.outside(), web.at(8080)));
+    assert_eq!(
+        echo.events_of("accepted").len(),
+        5,
+        "{:?}",
+        echo.events_of("accepted")
+    );
+
+    a.process().signal(Signal::SIGTERM).unwrap();
+    a.wait_for_log("that it drains", TIMEOUT, |line| {
+        line["message"] == "draining"
+    })
+    .unwrap();
+    for to in ways(&web) {
+        assert_refused(&call(&client, to));
+    }
+
+    for (daemon, node) in [(&mut a, mesh.node("a")), (&mut b, mesh.node("b"))] {
+        assert!(daemon.is_running());
+        let answer = http_get(
+            node.netns(),
+            "127.0.0.1:15021".parse().unwrap(),
+            "/healthz/ready",
+        )
+        .unwrap();
+        assert_eq!(answer.status, 503, "{}", answer.body);
+        let status = daemon.status().unwrap();
+        assert!(!status.ready);
+        assert_eq!(status.connections.len(), 1, "{:?}", status.connections);
+    }
+    // The one that was there is still served.
+    let rounds = chat.events_of("round").len();
+    for _ in 0..rounds + 3 {
+        chat.event("round", TIMEOUT).unwrap();
+    }
+    chat.process().kill().unwrap();
+    echo.event("closed", TIMEOUT).unwrap();
+    for daemon in [&mut a, &mut b] {
+        assert_eq!(daemon.process().wait(TIMEOUT).unwrap().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_drain_of_nothing_cuts_at_once() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let mut echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let options = DaemonOptions::default().setting("drain", "0s".into());
+    let (mut a, _b) = daemons_with(&mesh, &options);
+    let mut chat = client.app(&format!("chat --to {}", web.at(8080))).unwrap();
+    chat.event("round", TIMEOUT).unwrap();
+    let since = Instant::now();
+    a.process().signal(Signal::SIGTERM).unwrap();
+    assert_eq!(a.process().wait(TIMEOUT).unwrap().code(), Some(0));
+    let took = since.elapsed();
+    assert!(took < Duration::from_millis(1500), "{took:?}");
+    assert_reset(&chat.failure(TIMEOUT).unwrap());
+    assert_reset(&echo.event("closed", TIMEOUT).unwrap());
+}
+
+#[test]
+fn an_idle_daemon_stops_at_once_and_the_next_one_goes_on() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (a, _b) = daemons(&mesh);
+    echoes(&client, web.at(8080));
+    let since = Instant::now();
+    assert_eq!(a.terminate(TIMEOUT).unwrap().code(), Some(0));
+    let took = since.elapsed();
+    assert!(
+        took < Duration::from_secs(3),
+        "nothing was under way: {took:?}"
+    );
+    let _a = mesh.node("a").start_daemon().unwrap();
+    for to in ways(&web) {
+        echoes(&client, to);
+    }
+}

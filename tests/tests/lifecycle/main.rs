@@ -1,0 +1,17 @@
+//! What happens while daemons and pods come, change and go: enrolment, discovery, takeover, fail closed, unload.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod changes;
+mod claims;
+mod discovery;
+mod drain;
+mod enrolment;
+mod enrolment_addresses;
+mod enrolment_churn;
+mod fail_closed;
+mod fail_closed_restart;
+mod pods;
+mod takeover;
+mod unload;

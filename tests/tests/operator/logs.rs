@@ -1,0 +1,347 @@
+//! The log: its two forms, and the line that every connection leaves in it.
+
+use mesh_tests::{Daemon, DaemonOptions, PodSpec, ServiceSpec, TIMEOUT};
+use serde_json::{Value, json};
+
+use crate::common::lifecycle_pair::{MARKER, SERVICES, call, daemons, daemons_with, echoes, pair};
+
+#[test]
+fn a_connection_that_ends_well_is_told_by_both_sides_with_exact_counts() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _sink = web.app("sink --port 8080").unwrap().listening().unwrap();
+    let (a, b) = daemons(&mesh);
+    for (way, service) in [
+        (web.at(8080), ""),
+        (web.at6(8080), ""),
+        (SERVICES[0].parse().unwrap(), "default/web"),
+        (SERVICES[1].parse().unwrap(), "default/web"),
+    ] {
+        let mut source = client
+            .app(&format!("source --to {way} --bytes 1000003"))
+            .unwrap();
+        let local = source.event("connected", TIMEOUT).unwrap()["local"].clone();
+        source.success(TIMEOUT).unwrap();
+        let endpoint = if way.is_ipv4() {
+            web.at(8080)
+        } else {
+            web.at6(8080)
+        };
+        let outbound = line_of(&a, "outbound", &local);
+        let inbound = line_of(&b, "inbound", &local);
+        for line in [&outbound, &inbound] {
+            // 16 bytes say what will come, and 8 how much did.
+            expect(
+                line,
+                &json!({
+                    "target": "access",
+                    "level": "INFO",
+                    "path": "tunnel",
+                    "client_identity": identity("client"),
+                    "server_identity": identity("web"),
+                    "destination": way.to_string(),
+                    "endpoint": endpoint.to_string(),
+                    "bytes_to_server": 1_000_019,
+                    "bytes_to_client": 8,
+                    "result": "ok",
+                    "reason": "",
+                }),
+            );
+            assert!(
+                line["duration_ms"].as_u64().is_some_and(|ms| ms < 30_000),
+                "{line}"
+            );
+        }
+        assert_eq!(outbound["service"], service, "{outbound}");
+    }
+}
+
+#[test]
+fn the_duration_is_the_connections() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _stall = web
+        .app("stall --port 8080 --seconds 0.7")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (a, b) = daemons(&mesh);
+    // The second goes through the tunnel that the first has made.
+    for _ in 0..2 {
+        let source = client
+            .app(&format!("source --to {} --bytes 100", web.at(8080)))
+            .unwrap();
+        source.success(TIMEOUT).unwrap();
+    }
+    for daemon in [&a, &b] {
+        let mut durations = Vec::new();
+        daemon
+            .wait_for_access("two lines", TIMEOUT, |line| {
+                durations.push(line["duration_ms"].as_u64().unwrap());
+                durations.len() == 2
+            })
+            .unwrap();
+        assert!(
+            durations.iter().all(|ms| (700..5000).contains(ms)),
+            "{durations:?}"
+        );
+    }
+}
+
+#[test]
+fn a_refused_connection_says_why() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let (a, b) = daemons(&mesh);
+    // Nobody listens on the port.
+    assert_eq!(call(&client, web.at(9999))["event"], "failed");
+    let to = json!(web.at(9999).to_string());
+    let outbound = line_with(&a, "destination", &to);
+    expect(
+        &outbound,
+        &json!({
+            "direction": "outbound", "result": "refused", "client_identity": identity("client"),
+            "bytes_to_server": 0, "bytes_to_client": 0, "endpoint": to,
+        }),
+    );
+    assert!(reason(&outbound).contains("refused"), "{outbound}");
+    let inbound = line_with(&b, "destination", &to);
+    expect(
+        &inbound,
+        &json!({
+            "direction": "inbound", "result": "refused", "client_identity": identity("client"),
+            "server_identity": identity("web"), "client": outbound["client"],
+        }),
+    );
+    assert!(reason(&inbound).contains("refused"), "{inbound}");
+
+    // The service has no such port, then no endpoint.
+    assert_eq!(
+        call(&client, "10.96.0.7:81".parse().unwrap())["event"],
+        "failed"
+    );
+    let line = line_with(&a, "destination", &"10.96.0.7:81".into());
+    assert_eq!(line["result"], "refused");
+    assert!(
+        reason(&line).contains("default/web has no TCP port 81"),
+        "{line}"
+    );
+    let pinned = ServiceSpec::new("pinned")
+        .selector("app", "web")
+        .address("10.96.0.8");
+    let pinned = pinned.port(80, 8080).service_accounts("nobody").manifest();
+    let addresses = || a.status().unwrap().kernel.mesh_addresses;
+    let before = addresses();
+    mesh.manifests().apply(&pinned).unwrap();
+    mesh_tests::eventually(TIMEOUT, "the pinned service", || {
+        (addresses() > before).then_some(())
+    })
+    .unwrap();
+    assert_eq!(
+        call(&client, "10.96.0.8:80".parse().unwrap())["event"],
+        "failed"
+    );
+    let line = line_with(&a, "destination", &"10.96.0.8:80".into());
+    assert_eq!(
+        (&line["result"], &line["service"]),
+        (&"refused".into(), &"default/pinned".into()),
+        "{line}"
+    );
+    assert!(reason(&line).contains("no ready endpoint"), "{line}");
+
+    // Plaintext from outside.
+    assert_eq!(call(mesh.outside(), web.at(8080))["event"], "failed");
+    let line = line_with(&b, "client_identity", &"".into());
+    expect(
+        &line,
+        &json!({
+            "direction": "inbound", "result": "refused", "server_identity": identity("web"),
+            "destination": web.at(8080).to_string(),
+        }),
+    );
+    assert!(
+        line["client"].as_str().unwrap().starts_with("192.0.2.10:"),
+        "{line}"
+    );
+    assert!(reason(&line).contains("plaintext"), "{line}");
+}
+
+#[test]
+fn a_reset_says_whose_it_was() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let _reset = web
+        .app("reset --port 9 --after 27")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (a, b) = daemons(&mesh);
+    client
+        .app(&format!("reset --to {} --after 5", web.at(8080)))
+        .unwrap()
+        .success(TIMEOUT)
+        .unwrap();
+    let cut = client
+        .app(&format!(
+            "connect --to {} --send {MARKER} --read",
+            web.at(9)
+        ))
+        .unwrap();
+    assert_eq!(cut.failure(TIMEOUT).unwrap()["errno"], "ECONNRESET");
+    for (to, whose, up, down) in [
+        (web.at(8080), "client's", 5, 5),
+        (web.at(9), "server's", MARKER.len(), 0),
+    ] {
+        for daemon in [&a, &b] {
+            let line = line_with(daemon, "destination", &to.to_string().into());
+            expect(
+                &line,
+                &json!({
+                    "result": "reset", "bytes_to_server": up, "bytes_to_client": down,
+                    "client_identity": identity("client"), "server_identity": identity("web"),
+                }),
+            );
+            assert!(reason(&line).contains(whose), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_reaches_itself_through_its_service_is_told_as_such() {
+    let mesh = pair();
+    let web = mesh.pod("web");
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (_a, b) = daemons(&mesh);
+    echoes(&web, SERVICES[0].parse().unwrap());
+    let line = line_with(&b, "direction", &"outbound".into());
+    expect(
+        &line,
+        &json!({
+            "path": "self", "result": "ok", "service": "default/web", "client_identity": identity("web"),
+            "server_identity": identity("web"), "bytes_to_server": MARKER.len(), "bytes_to_client": MARKER.len(),
+        }),
+    );
+}
+
+#[test]
+fn json_is_one_object_a_line() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (a, _b) = daemons_with(&mesh, &DaemonOptions::default().log_level("debug"));
+    echoes(&client, web.at(8080));
+    mesh.manifests().write("broken.yaml", "words").unwrap();
+    line_with(&a, "result", &"ok".into());
+    a.wait_for_log("a fault", TIMEOUT, |line| line["level"] == "ERROR")
+        .unwrap();
+    let text = a.log_text();
+    let whole = text.rsplit_once('\n').unwrap().0;
+    for line in whole.lines() {
+        let value: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
+        for field in ["timestamp", "level", "target"] {
+            assert!(value[field].is_string(), "{line}");
+        }
+        assert!(value["fields"].is_null(), "flat: {line}");
+    }
+}
+
+#[test]
+fn text_is_for_people() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let options = DaemonOptions::default().setting("log", json!({"format": "text"}));
+    let (a, _b) = daemons_with(&mesh, &options);
+    echoes(&client, web.at(8080));
+    let line = mesh_tests::eventually(TIMEOUT, "the line of the connection", || {
+        a.log_text()
+            .lines()
+            .find(|line| line.contains("result=\"ok\""))
+            .map(str::to_owned)
+    })
+    .unwrap();
+    let identity = identity("client");
+    for part in [
+        "INFO",
+        "access",
+        "direction=\"outbound\"",
+        &format!("client_identity={identity}"),
+        &format!("bytes_to_server={}", MARKER.len()),
+    ] {
+        assert!(line.contains(part), "{part} is not in {line}");
+    }
+    let text = a.log_text();
+    assert!(!text.contains('\u{1b}'), "no colours in a file: {text}");
+    assert!(serde_json::from_str::<Value>(text.lines().next().unwrap()).is_err());
+    assert!(text.contains("pod enrolled pod=default/client"), "{text}");
+}
+
+#[test]
+fn the_level_is_a_filter() {
+    let mesh = pair();
+    mesh.add_pod(PodSpec::new("lost").annotation("auth-daemon.io/netns", "/none"))
+        .unwrap();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let node = mesh.node("a");
+    let a = node
+        .start_daemon_with(DaemonOptions::default().log_level("error,access=info"))
+        .unwrap();
+    let _b = mesh.node("b").start_daemon().unwrap();
+    echoes(&client, web.at(8080));
+    line_with(&a, "result", &"ok".into());
+    let logs = a.logs();
+    let about_lost = |line: &&Value| line["message"].as_str().is_some_and(|m| m.contains("lost"));
+    assert_eq!(logs.iter().filter(about_lost).count(), 1, "{logs:?}");
+    assert_eq!(logs.len(), 2, "{logs:?}");
+}
+
+fn identity(account: &str) -> String {
+    format!("spiffe://cluster.local/ns/default/sa/{account}")
+}
+
+fn reason(line: &Value) -> &str {
+    line["reason"].as_str().unwrap_or_default()
+}
+
+/// The line of a connection in this direction from this client, who is the same on both sides.
+fn line_of(daemon: &Daemon, direction: &str, client: &Value) -> Value {
+    let is = |line: &Value| line["direction"] == direction && line["client"] == *client;
+    let what = format!("the {direction} connection of {client}");
+    let found = daemon.wait_for_access(&what, TIMEOUT, is);
+    found.unwrap_or_else(|error| panic!("{error:#}: {:#?}", daemon.access_log()))
+}
+
+fn line_with(daemon: &Daemon, field: &str, value: &Value) -> Value {
+    let found = daemon.wait_for_access(&format!("{field}={value}"), TIMEOUT, |line| {
+        line[field] == *value
+    });
+    found.unwrap_or_else(|error| panic!("{error:#}: {:#?}", daemon.access_log()))
+}
+
+fn expect(line: &Value, fields: &Value) {
+    for (name, value) in fields.as_object().unwrap() {
+        assert_eq!(&line[name], value, "{name} in {line}");
+    }
+}

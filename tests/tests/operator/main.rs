@@ -1,0 +1,9 @@
+//! What an operator sees and sets: commands, configuration, logs, and what the daemon costs.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod commands;
+mod config;
+mod footprint;
+mod logs;

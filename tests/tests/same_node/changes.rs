@@ -1,0 +1,437 @@
+//! A verdict lasts for as long as the daemon would give it again, and over a restart of the daemon: no longer.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mesh_tests::{
+    App, DaemonOptions, Mesh, PodSpec, Result, ServiceSpec, TIMEOUT, eventually,
+    vm::skipped_when_emulated,
+};
+use serde_json::Value;
+
+use crate::common::neighbours::{
+    self, Neighbours, echo, is_direct, refused, verdicts, wait_for_verdicts,
+};
+
+#[test]
+fn another_account_of_either_pod_takes_verdicts_back() -> Result<()> {
+    for (pod, field) in [("web", "server_identity"), ("client", "client_identity")] {
+        let stage = Neighbours::start()?;
+        let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+        let to = stage.web.at(8080);
+        stage.decide(to)?;
+        stage.mesh.manifests().edit("Pod", "default", pod, |pod| {
+            pod["spec"]["serviceAccountName"] = "promoted".into();
+        })?;
+        wait_for_verdicts(&stage.daemon, 0)?;
+        wait_for_account(&stage, pod, "promoted")?;
+        let start = stage.daemon.log_position();
+        let mut chat = stage
+            .client
+            .app(&format!("chat --to {to} --rounds 2 --interval 300"))?;
+        let ends = chat.event("connected", TIMEOUT)?;
+        assert!(!is_direct(&stage.client, &ends["local"])?);
+        chat.success(TIMEOUT)?;
+        for line in stage.lines(start, to, 2)? {
+            assert_eq!(line[field], spiffe("promoted"), "{line}");
+        }
+        wait_for_verdicts(&stage.daemon, 1)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_change_of_the_service_takes_its_verdict_back_and_no_other() -> Result<()> {
+    let stage = Neighbours::start_with(&DaemonOptions::default(), |builder| {
+        builder.pod(
+            PodSpec::new("web-2")
+                .on("a")
+                .label("app", "web")
+                .not_ready(),
+        )
+    })?;
+    let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+    let _other = stage.web.app("echo-server --port 8090")?.listening()?;
+    let service: SocketAddr = neighbours::SERVICES[0].parse()?;
+    stage.decide(service)?;
+    stage.decide(stage.web.at(8080))?;
+    // Another port behind it.
+    stage
+        .mesh
+        .manifests()
+        .edit("Service", "default", "web", |service| {
+            service["spec"]["ports"][0]["targetPort"] = 8090.into();
+        })?;
+    wait_for_verdicts(&stage.daemon, 1)?;
+    stage.decide(service)?;
+    let start = stage.daemon.log_position();
+    echo(&stage.client, service)?;
+    for line in stage.lines(start, service, 2)? {
+        assert_eq!(line["endpoint"], stage.web.at(8090).to_string(), "{line}");
+    }
+    // Another pod behind it.
+    stage
+        .mesh
+        .manifests()
+        .edit("Pod", "default", "web-2", |pod| {
+            pod["status"]["conditions"][0]["status"] = "True".into();
+        })?;
+    wait_for_verdicts(&stage.daemon, 1)?;
+    // Pinned to an account that is not the pod's.
+    stage
+        .mesh
+        .manifests()
+        .edit("Pod", "default", "web-2", |pod| {
+            pod["status"]["conditions"][0]["status"] = "False".into();
+        })?;
+    eventually(TIMEOUT, "a verdict on the service", || {
+        echo(&stage.client, service).ok()?;
+        (stage.verdicts().ok()? == 2).then_some(())
+    })?;
+    stage
+        .mesh
+        .manifests()
+        .edit("Service", "default", "web", |service| {
+            service["metadata"]["annotations"]["auth-daemon.io/service-accounts"] = "nobody".into();
+        })?;
+    wait_for_verdicts(&stage.daemon, 1)?;
+    refused(&stage.client, service)?;
+    // It is the service's alone.
+    let mut chat = stage.client.app(&format!(
+        "chat --to {} --rounds 2 --interval 300",
+        stage.web.at(8080)
+    ))?;
+    let ends = chat.event("connected", TIMEOUT)?;
+    assert!(is_direct(&stage.client, &ends["local"])?);
+    chat.success(TIMEOUT)?;
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_goes_takes_its_verdicts_along() -> Result<()> {
+    let stage = Neighbours::start()?;
+    let server = stage.web.app("echo-server --port 8080")?.listening()?;
+    for client in [&stage.client, &stage.other] {
+        stage.decide_from(client, stage.web.at(8080))?;
+        stage.decide_from(client, neighbours::SERVICES[0].parse()?)?;
+    }
+    stage.mesh.remove_pod("other")?;
+    wait_for_verdicts(&stage.daemon, 2)?;
+    // Made anew under its name: another namespace.
+    drop(server);
+    stage.mesh.recreate_pod("web")?;
+    wait_for_verdicts(&stage.daemon, 0)?;
+    let web = stage.mesh.pod("web");
+    let _server = web.app("echo-server --port 8080")?.listening()?;
+    eventually(TIMEOUT, "the new pod to be served", || {
+        echo(&stage.client, web.at(8080)).ok()
+    })?;
+    wait_for_verdicts(&stage.daemon, 1)?;
+    stage.mesh.remove_pod("web")?;
+    wait_for_verdicts(&stage.daemon, 0)?;
+    Ok(())
+}
+
+#[test]
+fn connections_end_with_the_account_that_either_pod_had() -> Result<()> {
+    for (pod, account) in [("web", "web"), ("client", "client")] {
+        let stage = Neighbours::start()?;
+        let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+        let _server6 = stage.web.app("echo-server --port 8081")?.listening()?;
+        let _bystander = stage.other.app("echo-server --port 8080")?.listening()?;
+        let ways = [stage.web.at(8080), stage.web.at6(8081)];
+        for to in ways {
+            stage.decide(to)?;
+        }
+        // Between pods that do not change; it has to be another server when the client is what changes.
+        let (from, beside) = match pod {
+            "web" => (&stage.client, stage.other.at(8080)),
+            _ => (&stage.other, stage.web.at(8080)),
+        };
+        stage.decide_from(from, beside)?;
+        let mut goes = from.app(&format!("chat --to {beside}"))?;
+        let ends = goes.event("connected", TIMEOUT)?;
+        assert!(is_direct(from, &ends["local"])?);
+        let mut chats = Vec::new();
+        for to in ways {
+            let mut chat = stage.client.app(&format!("chat --to {to}"))?;
+            let ends = chat.event("connected", TIMEOUT)?;
+            assert!(is_direct(&stage.client, &ends["local"])?);
+            chats.push(chat);
+        }
+        let start = stage.daemon.log_position();
+        stage.mesh.manifests().edit("Pod", "default", pod, |pod| {
+            pod["spec"]["serviceAccountName"] = "promoted".into();
+        })?;
+        for (chat, to) in chats.into_iter().zip(ways) {
+            let failed = chat.failure(TIMEOUT)?;
+            assert_eq!(failed["errno"], "ECONNRESET", "{failed}");
+            for line in stage.lines(start, to, 2)? {
+                assert_eq!(line["result"], "reset", "{line}");
+                let reason = line["reason"].as_str().unwrap_or_default();
+                let expected = format!("sa/{account} has left this node, or the mesh");
+                assert!(reason.ends_with(&expected), "{line}");
+            }
+        }
+        goes_on(&goes)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_dead_daemon_is_outlived_by_its_lease_and_no_longer() -> Result<()> {
+    let stage = Neighbours::start()?;
+    let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    stage.decide(to)?;
+    let chat = stage.client.app(&format!("chat --to {to}"))?;
+    goes_on(&chat)?;
+    let Neighbours {
+        daemon,
+        client,
+        mesh,
+        web,
+        ..
+    } = stage;
+    daemon.kill()?;
+    let died = Instant::now();
+    echo(&client, to)?;
+    // What it had not decided is refused at once, and so is all after the lease.
+    refused(&client, web.at6(8080))?;
+    eventually(TIMEOUT, "the end of the lease", || {
+        refuses(&client, to).then_some(())
+    })?;
+    let held = died.elapsed();
+    assert!(
+        (Duration::from_secs(3)..Duration::from_secs(8)).contains(&held),
+        "it held for {held:?}"
+    );
+    // A connection that stands does not ask.
+    goes_on(&chat)?;
+
+    let daemon = mesh.node("a").start_daemon()?;
+    // What closed meanwhile is logged by the next daemon.
+    for direction in ["outbound", "inbound"] {
+        let line = daemon.wait_for_access("what closed without a daemon", TIMEOUT, |line| {
+            line["direction"] == direction && line["bytes_to_server"] == 19
+        })?;
+        for (field, value) in [
+            ("client_identity", spiffe("client")),
+            ("server_identity", spiffe("web")),
+            ("path", "same-node".into()),
+            ("result", "ok".into()),
+        ] {
+            assert_eq!(line[field], value, "{line}");
+        }
+    }
+    // It would decide the same, and so the verdict holds again.
+    assert_eq!(verdicts(&daemon)?, 1);
+    echo(&client, to)?;
+    let start = daemon.log_position();
+    drop(chat);
+    daemon.wait_for_log_after(start, "the long connection", TIMEOUT, |line| {
+        line["path"] == "same-node"
+            && line["direction"] == "outbound"
+            && line["client_identity"] == spiffe("client")
+    })?;
+    Ok(())
+}
+
+#[test]
+fn a_restart_interrupts_nothing() -> Result<()> {
+    if skipped_when_emulated("a_restart_interrupts_nothing") {
+        return Ok(());
+    }
+    let stage = Neighbours::start()?;
+    let _server = stage
+        .web
+        .app("echo-server --port 8080 --quiet")?
+        .listening()?;
+    let to = stage.web.at(8080);
+    let service = neighbours::SERVICES[0].parse()?;
+    stage.decide(to)?;
+    stage.decide(service)?;
+    let chat = stage.client.app(&format!("chat --to {to} --interval 10"))?;
+    goes_on(&chat)?;
+    let Neighbours {
+        daemon,
+        client,
+        mesh,
+        ..
+    } = stage;
+    // Connections all the while, a hundred at a time: each leaves a port behind for a minute.
+    let over = AtomicBool::new(false);
+    let daemon = thread::scope(|scope| {
+        let dialling = [to, service].map(|to| {
+            let (client, over) = (&client, &over);
+            scope.spawn(move || -> Result<u64> {
+                let mut hundreds = 0;
+                while !over.load(Ordering::Relaxed) {
+                    client
+                        .app(&format!("churn --to {to} --connections 100"))?
+                        .success(TIMEOUT)?;
+                    hundreds += 1;
+                }
+                Ok(hundreds)
+            })
+        });
+        let restarted = daemon
+            .terminate(TIMEOUT)
+            .and_then(|_| mesh.node("a").start_daemon())
+            .and_then(|daemon| echo(&client, to).map(|_| daemon));
+        over.store(true, Ordering::Relaxed);
+        for dialled in dialling {
+            let hundreds = dialled.join().expect("it does not panic")?;
+            assert!(hundreds > 0);
+        }
+        restarted
+    })?;
+    goes_on(&chat)?;
+    assert_eq!(verdicts(&daemon)?, 2);
+    Ok(())
+}
+
+#[test]
+fn what_changed_while_no_daemon_ran_counts() -> Result<()> {
+    let stage = Neighbours::start()?;
+    let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    stage.decide(to)?;
+    stage.decide_from(&stage.other, to)?;
+    let Neighbours {
+        daemon,
+        client,
+        other,
+        mesh,
+        ..
+    } = stage;
+    assert!(daemon.terminate(TIMEOUT)?.success());
+    mesh.manifests().edit("Pod", "default", "other", |pod| {
+        pod["metadata"]["annotations"]["auth-daemon.io/mesh"] = "disabled".into();
+    })?;
+    let daemon = mesh.node("a").start_daemon()?;
+    assert_eq!(verdicts(&daemon)?, 1);
+    echo(&client, to)?;
+    refused(&other, to)?;
+    Ok(())
+}
+
+#[test]
+fn unloading_leaves_plain_connections() -> Result<()> {
+    let stage = Neighbours::start()?;
+    let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    stage.decide(to)?;
+    let chat = stage.client.app(&format!("chat --to {to}"))?;
+    goes_on(&chat)?;
+    let Neighbours {
+        daemon,
+        client,
+        mesh,
+        other,
+        ..
+    } = stage;
+    assert!(daemon.terminate(TIMEOUT)?.success());
+    mesh.node("a").unload()?.ok()?;
+    for pod in [&client, &other] {
+        let answer = echo(pod, to)?;
+        assert_eq!(answer["peer"], to.to_string(), "{answer}");
+    }
+    goes_on(&chat)?;
+    Ok(())
+}
+
+#[test]
+fn a_daemon_told_to_use_the_tunnel_gives_nothing_to_the_kernel() -> Result<()> {
+    let stage = Neighbours::start()?;
+    let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    stage.decide(to)?;
+    let Neighbours {
+        daemon,
+        client,
+        mesh,
+        ..
+    } = stage;
+    assert!(daemon.terminate(TIMEOUT)?.success());
+    let daemon = mesh
+        .node("a")
+        .start_daemon_with(DaemonOptions::default().same_node_tunnel())?;
+    eventually(TIMEOUT, "the tunnel", || {
+        let start = daemon.log_position();
+        echo(&client, to).ok()?;
+        let line = daemon.wait_for_log_after(start, "a connection", TIMEOUT, |line| {
+            line["target"] == "access" && line["direction"] == "outbound"
+        });
+        (line.ok()?["path"] == "tunnel").then_some(())
+    })?;
+    Ok(())
+}
+
+#[test]
+fn a_service_added_in_front_of_a_pod_elsewhere_is_none_of_the_kernels() -> Result<()> {
+    let mesh = Mesh::builder()
+        .node("a")
+        .node("b")
+        .pod(PodSpec::new("client").on("a"))
+        .pod(PodSpec::new("far").on("b").label("app", "far"))
+        .service(
+            ServiceSpec::new("far")
+                .selector("app", "far")
+                .address("10.96.0.9")
+                .port(80, 8080),
+        )
+        .start()?;
+    let daemons = mesh.start_daemons()?;
+    let (client, far) = (mesh.pod("client"), mesh.pod("far"));
+    let _server = far.app("echo-server --port 8080")?.listening()?;
+    let capture = mesh.wire().capture()?;
+    for to in [far.at(8080), "10.96.0.9:80".parse()?] {
+        for _ in 0..2 {
+            echo(&client, to)?;
+        }
+    }
+    assert!(!capture.stop()?.contains(neighbours::SAID.as_bytes()));
+    for daemon in &daemons {
+        assert_eq!(verdicts(daemon)?, 0);
+    }
+    Ok(())
+}
+
+/// Waits until a conversation has gone on from now.
+fn goes_on(chat: &App) -> Result<()> {
+    let rounds = chat.events_of("round").len();
+    eventually(TIMEOUT, "the conversation to go on", || {
+        (chat.events_of("round").len() > rounds + 1).then_some(())
+    })
+}
+
+fn refuses(client: &mesh_tests::Pod, to: SocketAddr) -> bool {
+    let answer = client
+        .app(&format!("connect --to {to}"))
+        .and_then(|app| app.finish(TIMEOUT))
+        .map(|finished| finished.json_lines());
+    answer.is_ok_and(|events| {
+        events
+            .iter()
+            .any(|event| event["errno"] == "ECONNREFUSED" && event["stage"] == "connect")
+    })
+}
+
+fn wait_for_account(stage: &Neighbours, pod: &str, account: &str) -> Result<()> {
+    let name = format!("default/{pod}");
+    eventually(TIMEOUT, &format!("{pod} to be {account}"), || {
+        let status = stage.daemon.status().ok()?;
+        status
+            .pods
+            .iter()
+            .any(|pod| pod.pod == name && pod.enrolled && spiffe(account) == pod.identity)
+            .then_some(())
+    })
+}
+
+fn spiffe(account: &str) -> Value {
+    format!("spiffe://cluster.local/ns/default/sa/{account}").into()
+}

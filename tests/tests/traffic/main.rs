@@ -1,0 +1,14 @@
+//! Connections between pods of two nodes: addresses, services, endings, outages, redirection, policies and load.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod addresses;
+mod basics;
+mod endings;
+mod load;
+mod outages;
+mod policy;
+mod redirection;
+mod redirection_permissive;
+mod services;

@@ -1,0 +1,87 @@
+//! A network that loses packets for a while: what TCP would get over, a connection through two daemons gets over.
+
+use std::time::{Duration, Instant};
+
+use mesh_tests::{DaemonOptions, Firewall, Result, TIMEOUT, eventually};
+
+use crate::common::pair::Pair;
+
+#[test]
+fn a_server_that_answers_late_is_waited_for() -> Result<()> {
+    let pair = Pair::start()?;
+    let _echo = pair.web.app("echo-server --port 7")?.listening()?;
+    let rules = "counter dropped {}\n\
+        chain forward { type filter hook forward priority 0; tcp flags syn counter name dropped drop; }";
+    let firewall = Firewall::install(pair.mesh.node("b"), rules)?;
+    let to = pair.web.at(7);
+    let mut client = pair
+        .client
+        .app(&format!("connect --to {to} --send hi --shutdown --read"))?;
+    // The first leaves at once, the third after two seconds or three, by the kernel's version.
+    eventually(TIMEOUT, "three SYNs to be lost", || {
+        let lost = firewall.packets("dropped").ok()? >= 3;
+        let ended = client.process().ended().ok()?.is_some();
+        (lost || ended).then_some(())
+    })?;
+    drop(firewall);
+    assert_eq!(client.success(TIMEOUT)?["text"], "hi");
+    Ok(())
+}
+
+#[test]
+fn a_tunnel_that_died_in_silence_is_replaced() -> Result<()> {
+    let pair = Pair::start()?;
+    let _echo = pair.web.app("echo-server --port 7")?.listening()?;
+    let to = pair.web.at(7);
+    let talk = || {
+        let command = format!("connect --to {to} --send hi --shutdown --read");
+        pair.client.app(&command)?.success(TIMEOUT)
+    };
+    talk()?;
+    let idle = eventually(TIMEOUT, "an idle tunnel", || {
+        let sockets = pair.client.endpoints().ok()?;
+        sockets.into_iter().find(|socket| socket.remote == to)
+    })?;
+    // As when a firewall on the way has forgotten the connection: a new one may pass, this one may not.
+    let rules = format!(
+        "chain forward {{ type filter hook forward priority 0; tcp sport {} drop; }}",
+        idle.local.port()
+    );
+    let _firewall = Firewall::install(pair.mesh.node("b"), &rules)?;
+    let start = Instant::now();
+    assert_eq!(talk()?["text"], "hi");
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(8), "it took {took:?}");
+    Ok(())
+}
+
+#[test]
+fn a_lossy_wire_slows_but_breaks_nothing() -> Result<()> {
+    for options in [
+        DaemonOptions::default(),
+        DaemonOptions::default().permissive(),
+    ] {
+        let pair = Pair::start_with(&options, |builder| builder)?;
+        let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
+        let rules = "counter dropped {}\nchain forward { type filter hook forward priority 0; \
+            numgen random mod 100 < 5 counter name dropped drop; }";
+        let firewall = Firewall::install(pair.mesh.node("b"), rules)?;
+        let to = pair.web.at(7);
+        let many = pair
+            .client
+            .app(&format!("many --to {to} --connections 200"))?
+            .finish(TIMEOUT)?;
+        assert!(firewall.packets("dropped")? > 0);
+        let events = many.json_lines();
+        let last = events.last();
+        assert!(
+            last.is_some_and(|last| last["failed"] == 0),
+            "{last:?}, {:?}",
+            pair.near
+                .access_log()
+                .iter()
+                .find(|line| line["result"] != "ok")
+        );
+    }
+    Ok(())
+}
