@@ -1,12 +1,12 @@
 //! `cargo xtask test`: builds the tests, runs them side by side, and sums up the results.
 
 pub(crate) mod binaries;
+mod output;
 mod runner;
 mod summary;
 
 use std::fs::File;
-use std::io::{Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 
@@ -14,6 +14,7 @@ use crate::step::{cargo, programs, root, step};
 use crate::{build, kubernetes, setup};
 
 use binaries::Binary;
+use output::{read, temporary_file};
 use runner::Test;
 pub(crate) use summary::Summary;
 
@@ -127,23 +128,4 @@ fn doc_tests(options: &[&str], log: &mut File, summary: &mut Summary) -> Result<
         print!("{output}");
     }
     Ok(passed)
-}
-
-/// A file without a name, for a program's output. A pipe would be held open by what the program leaves running.
-fn temporary_file() -> Result<File> {
-    File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(nix::fcntl::OFlag::O_TMPFILE.bits())
-        .open(std::env::temp_dir())
-        .context("cannot make a temporary file")
-}
-
-/// All that was written to the file.
-fn read(file: &mut File) -> Result<String> {
-    let mut bytes = Vec::new();
-    file.rewind().context("cannot read a temporary file")?;
-    file.read_to_end(&mut bytes)
-        .context("cannot read a temporary file")?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

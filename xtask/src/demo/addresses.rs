@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, ensure};
 use mesh_tests::Firewall;
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::stage::{Answer, CLIENT, LOGGED, NODE_A, NODE_B, PORT, Stage, WEB, WEB_V6, soon};
 use super::wire::only_tls;
 

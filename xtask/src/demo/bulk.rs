@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use mesh_tests::Iperf3;
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::stage::{CLIENT, Stage};
 
 pub(super) fn bulk_transfer(stage: &mut Stage, evidence: &Evidence) -> Result<()> {

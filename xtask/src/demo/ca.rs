@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use mesh_tests::{CertificateStatus, Pod, TIMEOUT, eventually, eventually_ok};
 use serde_json::Value;
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::stage::{CERTIFICATE_LIFE, CLIENT, LOGGED, NODE_A, NODE_B, PORT, Stage, soon};
 
 pub(super) fn ca_issued(stage: &mut Stage, evidence: &Evidence) -> Result<()> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use mesh_tests::{Recording, TcpState};
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::stage::{CLIENT, NODE_A, NODE_B, PORT, Stage, WEB};
 
 pub(super) fn fail_closed(stage: &mut Stage, evidence: &Evidence) -> Result<()> {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use mesh_tests::{Daemon, TIMEOUT, eventually_ok};
 use serde_json::Value;
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::stage::{CLIENT, LOGGED, NODE_A, NODE_B, PORT, SHOP, Stage};
 
 pub(super) fn identity_in_log(stage: &mut Stage, evidence: &Evidence) -> Result<()> {

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::stage::{CLIENT, LOGGED, NODE_A, NODE_B, OUTSIDE, PORT, Stage};
 
 pub(super) fn plaintext_refused(stage: &mut Stage, evidence: &Evidence) -> Result<()> {

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use mesh_tests::{TIMEOUT, eventually, eventually_ok};
 use serde_json::{Value, json};
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::stage::{CLIENT, LOGGED, NEIGHBOUR, NODE_B, PORT, Stage, soon};
 
 const NAME: &str = "web";

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Error, Result, anyhow};
 use serde_json::json;
 
-use super::{AFTER, BEFORE};
+use super::checks::{AFTER, BEFORE};
 
 /// Collects the checks' results. For people it writes on stdout; with JSON, which is alone on stdout, on stderr.
 pub(super) struct Report {

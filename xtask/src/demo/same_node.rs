@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use anyhow::{Result, ensure};
 use mesh_tests::{TIMEOUT, TcpState, eventually};
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::stage::{LOGGED, NEIGHBOUR, NODE_B, PORT, Stage, soon};
 
 pub(super) fn same_node(stage: &mut Stage, evidence: &Evidence) -> Result<()> {

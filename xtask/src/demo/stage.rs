@@ -12,7 +12,7 @@ use mesh_tests::{
 
 use serde_json::json;
 
-use super::Evidence;
+use super::evidence::Evidence;
 
 /// Dropped from top to bottom: the programs first.
 pub(super) struct Stage {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::{Recording, Stream, TlsRecord};
 
-use super::Evidence;
+use super::evidence::Evidence;
 use super::server_hello::{TLS_1_3, X25519_MLKEM768, server_hello};
 use super::stage::{CLIENT, PORT, Stage};
 

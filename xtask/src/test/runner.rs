@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::binaries::Binary;
+use super::output::{read, temporary_file};
 use super::summary::Summary;
-use super::{read, temporary_file};
 use crate::step::programs;
 
 /// A test, and how it shares the machine with others.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::{Measured, PATIENCE};
+use super::load::{Measured, PATIENCE};
 use crate::bench::counters::Moved;
 use crate::bench::stage::Stage;
 use crate::bench::system::Way;

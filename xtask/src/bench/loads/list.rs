@@ -1,6 +1,7 @@
 //! The loads, in the order of the table.
 
-use super::{Better, Group, Load, Row, When, iperf3, memory, pod_app, wrk};
+use super::load::{Better, Group, Load, Row, When};
+use super::{iperf3, memory, pod_app, wrk};
 use crate::bench::system::Way;
 
 const fn rate(key: &'static str, name: &'static str, unit: &'static str) -> Row {

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 
-use super::Measured;
+use super::load::Measured;
 use crate::bench::counters::Moved;
 use crate::bench::stage::Stage;
 use crate::bench::system::{Role, Way};

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Measured, PATIENCE};
+use super::load::{Measured, PATIENCE};
 use crate::bench::counters::Moved;
 use crate::bench::stage::Stage;
 use crate::bench::system::{Role, Way};

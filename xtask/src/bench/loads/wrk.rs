@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{Measured, PATIENCE};
+use super::load::{Measured, PATIENCE};
 use crate::bench::counters::Moved;
 use crate::bench::stage::Stage;
 use crate::bench::system::Way;

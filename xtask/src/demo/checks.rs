@@ -1,0 +1,124 @@
+//! The checks of the demo, in the order in which they run.
+
+use anyhow::Result;
+
+use super::evidence::Evidence;
+use super::stage::Stage;
+use super::{addresses, bulk, ca, failure, identity, outside, policy, same_node, wire};
+
+/// One thing that the demo shows.
+pub(super) struct Check {
+    pub(super) name: &'static str,
+    /// What is claimed, in a few words.
+    pub(super) claim: &'static str,
+    pub(super) run: fn(&mut Stage, &Evidence) -> Result<()>,
+}
+
+pub(super) const BEFORE: [Check; 1] = [Check {
+    name: "plaintext-before",
+    claim: "without the daemon, request and answer are readable between the nodes",
+    run: wire::plaintext_before,
+}];
+
+pub(super) const AFTER: [Check; 20] = [
+    Check {
+        name: "ca-issued",
+        claim: "the certificates of both nodes come from one CA, on a third host",
+        run: ca::ca_issued,
+    },
+    Check {
+        name: "mtls-on-wire",
+        claim: "with it, the same request crosses in TLS 1.3 records and nothing else",
+        run: wire::mtls_on_wire,
+    },
+    Check {
+        name: "peer-address-kept",
+        claim: "nginx logs the client pod's address, and curl sees the server's",
+        run: addresses::peer_address_kept,
+    },
+    Check {
+        name: "port-kept",
+        claim: "firewalls between the nodes see the app's own port",
+        run: addresses::port_kept,
+    },
+    Check {
+        name: "service-address",
+        claim: "a service's address leads to all its endpoints",
+        run: addresses::service_address,
+    },
+    Check {
+        name: "identity-in-log",
+        claim: "both daemons log who called whom",
+        run: identity::identity_in_log,
+    },
+    Check {
+        name: "same-node",
+        claim: "two pods of one node talk in its kernel, and the log says who",
+        run: same_node::same_node,
+    },
+    Check {
+        name: "secure-naming",
+        claim: "a server of another account is refused before it gets a byte",
+        run: identity::secure_naming,
+    },
+    Check {
+        name: "plaintext-refused",
+        claim: "a caller without a certificate does not reach the app (STRICT)",
+        run: outside::plaintext_refused,
+    },
+    Check {
+        name: "non-mesh-untouched",
+        claim: "a connection to a host outside of the mesh passes no daemon",
+        run: outside::non_mesh_untouched,
+    },
+    Check {
+        name: "ipv6",
+        claim: "all of that over IPv6",
+        run: addresses::ipv6,
+    },
+    Check {
+        name: "bulk-transfer",
+        claim: "iperf3 streams both ways through the tunnel",
+        run: bulk::bulk_transfer,
+    },
+    Check {
+        name: "rotation-live",
+        claim: "certificates are renewed under load, and no request fails",
+        run: ca::rotation_live,
+    },
+    Check {
+        name: "root-rotation",
+        claim: "the CA's root is replaced under load, and no request fails",
+        run: ca::root_rotation,
+    },
+    Check {
+        name: "revoked",
+        claim: "a revoked identity's open connection ends within two seconds, and no new one opens",
+        run: ca::revoked,
+    },
+    Check {
+        name: "policy-deny",
+        claim: "a policy refuses one account and no other, and says which it was",
+        run: policy::policy_deny,
+    },
+    Check {
+        name: "policy-live",
+        claim: "a policy that comes into force ends what it denies within a second, and nothing else",
+        run: policy::policy_live,
+    },
+    Check {
+        name: "strict-refuses-plaintext",
+        claim: "whether plaintext is taken is as PeerAuthentication says",
+        run: policy::strict_refuses_plaintext,
+    },
+    Check {
+        name: "fail-closed",
+        claim: "a killed daemon means refused connections, never plaintext; a new one takes over",
+        run: failure::fail_closed,
+    },
+    Check {
+        name: "unload",
+        claim: "unloading leaves nothing behind, and the pods talk plainly again",
+        run: failure::unload,
+    },
+];
