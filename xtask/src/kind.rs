@@ -1,4 +1,4 @@
-//! `cargo xtask kind up`: deploy/ on a cluster of kind, for those who have it.
+//! `cargo xtask kind`: deploy/ on a kind cluster, on machines with Docker and kind.
 
 use std::process::Command;
 
@@ -8,24 +8,24 @@ use mesh_tests::AUTH_DAEMON_IMAGE;
 use crate::image;
 use crate::step::{output, programs, run, step, which, workspace};
 
-/// What is to be done.
+/// What to do with the cluster.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Action {
-    /// Make a cluster where there is none, give it the image, and apply deploy/overlays/kind
+    /// Create the cluster if it does not exist, load the daemon's image, and apply deploy/overlays/kind
     Up,
     /// Delete the cluster
     Down,
 }
 
-/// Does it.
+/// Runs the action.
 ///
 /// # Errors
-/// When kind or kubectl is missing, or one of their steps fails.
+/// If kind or kubectl is missing, or one of their commands fails.
 pub(crate) fn act(action: &Action) -> Result<()> {
     for program in ["kind", "kubectl"] {
         if which(program).is_none() {
             bail!(
-                "there is no {program}: see https://kind.sigs.k8s.io and https://kubernetes.io/docs/tasks/tools"
+                "{program} is missing: see https://kind.sigs.k8s.io and https://kubernetes.io/docs/tasks/tools"
             );
         }
     }
@@ -43,14 +43,14 @@ fn up() -> Result<()> {
     let deploy = workspace().join("deploy");
     let clusters = output(Command::new("kind").args(["get", "clusters"])).unwrap_or_default();
     if !clusters.lines().any(|name| name == CLUSTER) {
-        step("make a cluster", || {
+        step("create the cluster", || {
             let config = deploy.join("kind/config.yaml");
             let mut kind = Command::new("kind");
             kind.args(["create", "cluster", "--name", CLUSTER, "--config"]);
             run(kind.arg(config))
         })?;
     }
-    step(&format!("give its nodes {AUTH_DAEMON_IMAGE}"), || {
+    step(&format!("load {AUTH_DAEMON_IMAGE} on its nodes"), || {
         let mut kind = Command::new("kind");
         kind.args(["load", "image-archive", "--name", CLUSTER]);
         run(kind.arg(archive))
@@ -59,7 +59,7 @@ fn up() -> Result<()> {
         run(kubectl()
             .args(["apply", "-k"])
             .arg(deploy.join("overlays/kind")))?;
-        // Of an earlier `up`: the same name, another image.
+        // Pods of an earlier `up` still run another image of the same name.
         for what in ["deployment/auth-ca", "daemonset/auth-daemon"] {
             run(kubectl().args(["-n", NAMESPACE, "rollout", "restart", what]))?;
         }

@@ -7,6 +7,10 @@ use crate::{build, kubernetes, setup, test};
 
 /// Options of the test.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Environment:\n  KUBE_PROXY_MODE  kube-proxy's mode: nftables (default) or iptables\n  \
+                  KUBE_CHURN_PODS  pods that one step creates and deletes (default: 100)"
+)]
 pub(crate) struct Arguments {
     /// Test the existing build
     #[arg(long)]

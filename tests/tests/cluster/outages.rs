@@ -14,12 +14,21 @@ pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
     let url = who(stage, "web-2")?;
     let load = Load::start(stage, "load-no-ca", "node1", &url)?;
     let start = load.mark(stage)?;
+    let replicas = stage.pods(SYSTEM, CA)?;
     stage.kubectl(&format!(
         "scale -n {SYSTEM} deployment/auth-ca --replicas=0"
     ))?;
     stage.kubectl(&format!(
         "delete pods -n {SYSTEM} -l {CA} --grace-period=0 --force"
     ))?;
+    // The API no longer has the pods; their processes run until the kubelets learn of it.
+    for replica in &replicas {
+        eventually_ok(PATIENCE, "the exit of the CA", || {
+            ensure(stage.process(replica, "container").is_err(), || {
+                format!("{} still runs", name(replica))
+            })
+        })?;
+    }
     // A pod that starts meanwhile has no certificate, and gets no answer.
     stage.apply(&[account("late"), idle_pod("late", "node1", "late")])?;
     stage.kubectl(&format!(
