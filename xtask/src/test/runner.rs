@@ -56,7 +56,7 @@ impl Group {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         match self {
             Self::Unit => cores,
-            Self::Mesh => 3 * cores,
+            Self::Mesh => 2 * cores,
             Self::Alone => 1,
         }
     }
