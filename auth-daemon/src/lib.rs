@@ -8,4 +8,6 @@ pub mod cli;
 pub mod config;
 pub mod discovery;
 pub mod issuer;
+pub mod node;
+pub mod observe;
 pub mod proxy;

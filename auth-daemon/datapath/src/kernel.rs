@@ -263,12 +263,12 @@ impl Kernel {
     }
 
     /// Lets go of the pins: from now on they are another daemon's.
-    pub fn let_go(&self) {
+    pub fn release(&self) {
         lock(&self.lock).take();
     }
 
     /// Whether the pins are another daemon's.
-    pub fn has_let_go(&self) -> bool {
+    pub fn is_released(&self) -> bool {
         lock(&self.lock).is_none()
     }
 

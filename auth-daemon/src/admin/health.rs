@@ -13,7 +13,7 @@ use std::{
 use axum::{Router, extract::State, http::StatusCode, routing::get};
 use tokio::net::UnixListener;
 
-use crate::proxy::{Node, Pulse};
+use crate::{node::Pulse, proxy::Node};
 use auth_mesh::Registry;
 use auth_support::http_server::answer;
 
@@ -115,7 +115,7 @@ pub(super) async fn serve(listener: UnixListener, health: Arc<Health>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proxy::Workers;
+    use crate::node::Workers;
     use auth_mesh::Snapshot;
 
     #[tokio::test]

@@ -34,7 +34,7 @@ fn collect(node: &Node) -> Registry {
         "This daemon",
         Info::new([("version", env!("CARGO_PKG_VERSION"))]),
     );
-    node.live.totals.register(&mut registry);
+    node.connections.totals.register(&mut registry);
     let mut gauge = |name: &str, help: &str, value: u64| {
         let gauge = Gauge::<u64, AtomicU64>::default();
         gauge.set(value);
@@ -43,7 +43,7 @@ fn collect(node: &Node) -> Registry {
     gauge(
         "open_connections",
         "Connections under way through this daemon",
-        node.live.count() as u64,
+        node.connections.count() as u64,
     );
     gauge(
         "ready",

@@ -170,7 +170,7 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
                 }).collect::<Vec<_>>(),
             },
         },
-        "connections": node.live.list(),
+        "connections": node.connections.list(),
         "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "pods": pods},
         "pool": {"idle": idle},
         "sameNode": {"verdicts": node.same_node.count(), "unlogged": node.kernel.same_node.lost()},

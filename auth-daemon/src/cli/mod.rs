@@ -7,7 +7,7 @@ mod embedded_ca;
 mod policy;
 pub(crate) mod probe;
 mod run;
-mod stand_by;
+mod standby;
 mod status;
 mod unload;
 

@@ -22,13 +22,14 @@ use crate::{
     config::{CaSource, Config, Discovery, Log, LogFormat},
     discovery::{self, Sink},
     issuer::{CaClient, Certificates, Issuer},
-    proxy::{Enrolment, Node, Workers},
+    node::{Enrolment, Workers},
+    proxy::Node,
 };
 use auth_ca::embedded::EmbeddedCa;
 use auth_datapath::{Kernel, KernelError, PinLock, features, host, mounts, try_load, unload};
 use auth_mesh::{Published, Registry, policy::Policies};
 
-use super::stand_by::{EarlyCertificates, stand_by};
+use super::standby::{EarlyCertificates, stand_by};
 
 /// How long the threads that have ended may still hold what they had.
 const LAST_BREATH: Duration = Duration::from_secs(5);
@@ -127,7 +128,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Enrolment::new(node.clone(), Arc::new(workers))
             .run(stopped)
             .await;
-        if node.kernel.has_let_go() {
+        if node.kernel.is_released() {
             return Ok(None);
         }
         anyhow::Ok(Some(removed.is_some_and(|removed| *removed.borrow())))

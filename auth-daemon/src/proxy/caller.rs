@@ -10,7 +10,7 @@ use auth_tunnel::tls::{
 
 /// Why a caller is not admitted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Denied {
+pub(crate) enum Denied {
     /// The address is that of a pod that is somebody else.
     #[error("{source_address} is the address of pod {pod}, which is {expected}, not {presented}")]
     Impostor {
@@ -37,7 +37,7 @@ pub(super) enum Denied {
 }
 
 /// Whether the CA still lets the holder of `svid` be believed, who is at `address`.
-pub(super) fn check_revoked(
+pub(crate) fn check_revoked(
     snapshot: &Snapshot,
     revoked: &Revocations,
     svid: &Svid,
@@ -48,7 +48,7 @@ pub(super) fn check_revoked(
 }
 
 /// Whether it still lets the pods be believed that run where the one with `address` does.
-pub(super) fn check_revoked_node(
+pub(crate) fn check_revoked_node(
     snapshot: &Snapshot,
     revoked: &Revocations,
     address: IpAddr,
@@ -62,7 +62,7 @@ pub(super) fn check_revoked_node(
 /// Whether the holder of `presented` may speak as the client at `claimed`, through a tunnel from `tunnel`.
 ///
 /// A pod that is not known here is believed by its certificate alone: its node may have heard of it first.
-pub(super) fn admit_source(
+pub(crate) fn admit_source(
     snapshot: &Snapshot,
     presented: &Identity,
     tunnel: IpAddr,

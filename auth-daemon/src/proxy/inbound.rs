@@ -15,10 +15,13 @@ use tokio::{
 
 use super::{
     Node, Pod,
-    access::{Direction, Guard, Outcome, Path},
-    opening::{self, Spoken},
-    outbound::farewell,
-    plain,
+    detect::{self, Detected},
+    outbound::send_reset,
+    plaintext as plain,
+};
+use crate::observe::{
+    access_log::{Direction, Outcome, Path},
+    connections::Guard,
 };
 use crate::proxy::caller::{admit_source, check_revoked};
 use auth_datapath::sockets::{self, end_in_good_order};
@@ -41,7 +44,7 @@ const APP_ANSWER: Duration = Duration::from_secs(2);
 /// Serves one accepted connection. Returns when it has ended, or was cut; dropping sockets on the way resets them.
 ///
 /// `place` is the one that it takes among those in their handshake.
-pub(super) async fn serve(
+pub(crate) async fn serve(
     node: &Node,
     pod: &Pod,
     tcp: TcpStream,
@@ -60,7 +63,7 @@ async fn take(
     place: ConnectionPermit,
     cut: AbortHandle,
 ) {
-    let access = node.live.open(Direction::Inbound, from, cut.clone());
+    let access = node.connections.open(Direction::Inbound, from, cut.clone());
     let local = match tcp.local_addr() {
         Ok(local) => sockets::canonical(local),
         Err(error) => return access.finish(Outcome::Refused, error),
@@ -83,20 +86,20 @@ async fn take(
         .verdict(cookie, &in_plaintext)
         .is_ok_and(|verdict| verdict.allowed());
     let spoken = match plaintext_allowed {
-        false => timeout_at(deadline, opening::strict(&tcp))
+        false => timeout_at(deadline, detect::strict(&tcp))
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, late()))),
         true => {
             let dial = || dial_plain(node, pod, from, local);
-            let spoken = Box::pin(opening::permissive(&tcp, dial)).await;
+            let spoken = Box::pin(detect::permissive(&tcp, dial)).await;
             // It may have been silent for long before it began.
             deadline = Instant::now() + HANDSHAKE;
             spoken
         }
     };
     match spoken {
-        Ok(Spoken::Tunnel) => {}
-        Ok(Spoken::Plaintext(app)) => {
+        Ok(Detected::Tunnel) => {}
+        Ok(Detected::Plaintext(app)) => {
             access.learn(|details| details.path = Path::Plaintext);
             // Now that it is known for what it is.
             if let Err(refused) = node.rules.judge(cookie, &in_plaintext, &access) {
@@ -109,7 +112,7 @@ async fn take(
     }
     let _note = pod.note_tunnel(from, local.port());
     // On the heap, to be gone when it is over: it is far larger than what the relay needs.
-    let channel = match timeout_at(deadline, Box::pin(shake_hands(node, pod, tcp))).await {
+    let channel = match timeout_at(deadline, Box::pin(handshake(node, pod, tcp))).await {
         Ok(Ok(channel)) => channel,
         Ok(Err(reason)) => return access.finish(Outcome::Refused, reason),
         Err(_) => return access.finish(Outcome::Refused, late()),
@@ -133,7 +136,7 @@ fn late() -> String {
     format!("no handshake within {HANDSHAKE:?}")
 }
 
-async fn shake_hands(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Box<Channel>, String> {
+async fn handshake(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Box<Channel>, String> {
     let certificate = pod
         .certificate
         .obtain(HANDSHAKE)
@@ -185,7 +188,7 @@ async fn carry(
         };
         let access = match first.take() {
             Some(first) => first.access,
-            None => node.live.open(Direction::Inbound, from, cut.clone()),
+            None => node.connections.open(Direction::Inbound, from, cut.clone()),
         };
         access.learn(|details| {
             details.client_identity = Some(channel.peer().identity.clone());
@@ -197,7 +200,7 @@ async fn carry(
         let clean = match connect {
             Ok(connect) => one(node, pod, &mut channel, from, local, connect, access).await,
             Err(reason) => {
-                farewell(&mut channel, ResetCode::Protocol, &reason).await;
+                send_reset(&mut channel, ResetCode::Protocol, &reason).await;
                 return access.finish(Outcome::Refused, reason);
             }
         };
@@ -223,7 +226,7 @@ async fn one(
     let mut app = match admitted {
         Ok(app) => app,
         Err((code, reason)) => {
-            farewell(channel, code, &reason).await;
+            send_reset(channel, code, &reason).await;
             access.finish(Outcome::Refused, reason);
             return false;
         }
@@ -244,7 +247,7 @@ async fn one(
             }
         },
         Ending::App(error) => {
-            farewell(channel, ResetCode::App, &error.to_string()).await;
+            send_reset(channel, ResetCode::App, &error.to_string()).await;
             access.finish(Outcome::Reset, format_args!("the server's app: {error}"));
             false
         }
@@ -259,7 +262,7 @@ async fn one(
         Ending::Tunnel(error) => {
             sockets::reset_when_delivered(app).await;
             if matches!(error, ChannelError::Frame(_) | ChannelError::OutOfTurn(_)) {
-                farewell(channel, ResetCode::Protocol, &error.to_string()).await;
+                send_reset(channel, ResetCode::Protocol, &error.to_string()).await;
             }
             access.finish(Outcome::Reset, error);
             false

@@ -1,25 +1,17 @@
-//! A connection's life, from the app's `connect` to the last byte: `outbound` on the client's node, `inbound` on
-//! the server's. Nothing of the kernel and nothing of TLS's insides.
+//! A connection's life, from the app's `connect` to the last byte: `outbound` on the client's node, `inbound` on the
+//! server's.
 
-mod acceptor;
-pub mod access;
 mod balance;
-mod caller;
-mod connections;
-mod enrolment;
-mod inbound;
-mod opening;
-mod outbound;
-mod plain;
+pub(crate) mod caller;
+mod detect;
+pub(crate) mod inbound;
+pub(crate) mod local_pods;
+pub(crate) mod outbound;
+mod plaintext;
 mod pod;
-mod pulse;
-mod residents;
-mod revocation;
-mod rules;
-mod same_node;
-mod totals;
+pub(crate) mod rules;
+pub(crate) mod same_node;
 mod verdict;
-mod workers;
 
 use std::sync::{
     Arc,
@@ -28,50 +20,46 @@ use std::sync::{
 
 use tokio::sync::watch;
 
-pub use enrolment::{Enrolment, PodStatus};
-pub use pod::Pod;
-pub use pulse::Pulse;
+pub use pod::{Pod, PodStatus};
 pub use same_node::SameNode;
-pub use totals::Totals;
-pub use workers::Workers;
 
 use rules::Rules;
 
-use crate::{config::Config, issuer::Certificates};
+use crate::{config::Config, issuer::Certificates, observe::connections::OpenConnections};
 use auth_datapath::Kernel;
 use auth_mesh::{Published, Registry, policy::Policies};
 
 /// What all connections on this node share.
 #[derive(Debug)]
 pub struct Node {
-    /// The configuration it runs by.
+    /// The daemon's configuration.
     pub config: Config,
-    /// Who is who.
+    /// The model of the mesh.
     pub registry: Arc<Registry>,
-    /// Who may call whom.
+    /// The policies in force.
     pub policies: Arc<Published<Policies>>,
-    /// What that comes to for each pod of this node.
-    rules: Rules,
-    /// Programs and maps.
+    /// The policies of each pod of this node.
+    pub(crate) rules: Rules,
+    /// eBPF programs and maps.
     pub kernel: Kernel,
-    /// This node's workloads' certificates.
+    /// The certificates of this node's pods.
     pub certificates: Certificates,
-    /// Connections under way.
-    pub live: access::Live,
-    /// Pods as they stand.
+    /// The open connections.
+    pub connections: OpenConnections,
+    /// The status of each pod of this node.
     pub pods: std::sync::Mutex<Vec<PodStatus>>,
-    /// Connections between pods of this node that the kernel carries.
+    /// Connections between pods of this node that stay in the kernel.
     pub same_node: SameNode,
     balance: balance::Balance,
-    ready: AtomicBool,
-    /// Raised once: from then on no connection begins.
-    draining: watch::Sender<bool>,
-    /// Each listener that is open has a receiver of it.
-    listening: watch::Sender<()>,
+    pub(crate) ready: AtomicBool,
+    /// Set once: no connection is accepted afterwards.
+    pub(crate) draining: watch::Sender<bool>,
+    /// Each open listener holds a receiver.
+    pub(crate) listening: watch::Sender<()>,
 }
 
 impl Node {
-    /// Brings the parts together; nothing runs yet.
+    /// Assembles the parts. Nothing runs yet.
     pub fn new(
         config: Config,
         registry: Arc<Registry>,
@@ -86,7 +74,7 @@ impl Node {
             rules: Rules::default(),
             kernel,
             certificates,
-            live: access::Live::default(),
+            connections: OpenConnections::default(),
             pods: std::sync::Mutex::default(),
             same_node: SameNode::new(),
             balance: balance::Balance::default(),
@@ -96,7 +84,7 @@ impl Node {
         }
     }
 
-    /// Whether the node's pods have been enrolled once, as far as they can be.
+    /// Whether all pods that can be enrolled have been enrolled once.
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
     }

@@ -21,9 +21,12 @@ use tokio::{
 
 use super::{
     Node, Pod,
-    access::{Direction, Guard, Outcome, Path},
-    plain,
-    residents::{Forbidden, Resident, permit},
+    local_pods::{Forbidden, LocalPod, permit},
+    plaintext as plain,
+};
+use crate::observe::{
+    access_log::{Direction, Outcome, Path},
+    connections::Guard,
 };
 use crate::{config::SameNode, issuer::Current, proxy::caller::check_revoked};
 use auth_datapath::sockets::{self, end_in_good_order};
@@ -49,12 +52,12 @@ const ANSWER: Duration = Duration::from_secs(3);
 /// other one the CONNECT goes alone, so that it can be tried elsewhere when no answer comes.
 const FRESH: Duration = Duration::from_millis(5);
 /// How long a RESET may take to leave.
-const FAREWELL: Duration = Duration::from_secs(1);
+const SEND_RESET: Duration = Duration::from_secs(1);
 /// Endpoints tried for one connection.
 const MAX_ATTEMPTS: usize = 3;
 
 /// Serves one accepted connection. Returns when it has ended, or was cut; dropping `app` on the way resets it.
-pub(super) async fn serve(node: &Node, pod: &Pod, app: TcpStream, from: SocketAddr) {
+pub(crate) async fn serve(node: &Node, pod: &Pod, app: TcpStream, from: SocketAddr) {
     let (cut, registration) = AbortHandle::new_pair();
     let _ = Abortable::new(take(node, pod, app, from, cut), registration).await;
 }
@@ -63,7 +66,7 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
     let cookie = pod.enrolled.netns.cookie();
     let dialled = node.kernel.take_dialled(cookie, from);
     let client = own_address(pod, from, dialled);
-    let access = node.live.open(Direction::Outbound, client, cut);
+    let access = node.connections.open(Direction::Outbound, client, cut);
     access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));
     let Some(dialled) = dialled else {
         return access.finish(
@@ -112,7 +115,7 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
             let carried = carry_plainly(&mut app, &mut neighbour.tcp, &early, &access);
             let ended = tokio::select! {
                 ended = carried => ended,
-                () = node.same_node.gone(&neighbour.resident) => return,
+                () = node.same_node.gone(&neighbour.local_pod) => return,
             };
             for access in [access, servers_side] {
                 match &ended {
@@ -151,7 +154,7 @@ enum Opened {
 struct Neighbour {
     tcp: TcpStream,
     endpoint: SocketAddr,
-    resident: Arc<Resident>,
+    local_pod: Arc<LocalPod>,
 }
 
 struct Tunnel {
@@ -348,24 +351,24 @@ impl Call<'_> {
             return Ok(Opened::Plainly(server));
         }
         if node.config.same_node == SameNode::Kernel
-            && let Some(resident) = node.same_node.residents().by_address.get(&address.ip())
+            && let Some(local_pod) = node.same_node.local_pods().by_address.get(&address.ip())
         {
             self.access.learn(|details| details.path = Path::SameNode);
-            let step = self.reach(destination, resident, source, address);
+            let step = self.reach(destination, local_pod, source, address);
             let tcp = within(limit(DIAL), step).await;
             if let Err(why) = &tcp {
                 self.access.servers_side().finish(Outcome::Refused, why);
             }
             self.access.learn(|details| {
-                details.server_identity = Some(resident.identity.clone());
+                details.server_identity = Some(local_pod.identity.clone());
             });
             // Once more, now that the live connections tell whose it is.
             let revoked = &node.certificates.trust().current().revoked;
-            revoked.check_identity(&resident.identity)?;
+            revoked.check_identity(&local_pod.identity)?;
             return Ok(Opened::SameNode(Neighbour {
                 tcp: tcp.map_err(failed)?,
                 endpoint: address,
-                resident: resident.clone(),
+                local_pod: local_pod.clone(),
             }));
         }
         if let Some(why) = self.plain_to(endpoint).map_err(failed)? {
@@ -411,7 +414,7 @@ impl Call<'_> {
         let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
         let dial = async { dial.await.map_err(Failure::Dial) };
         let tcp = within(limit(DIAL), dial).await.map_err(failed)?;
-        let handshake = shake_hands(node, tcp, &certificate, destination);
+        let handshake = handshake(node, tcp, &certificate, destination);
         let mut channel = within(limit(HANDSHAKE), handshake).await.map_err(failed)?;
         self.believe(&channel, address)
             .map_err(|revoked| failed(revoked.into()))?;
@@ -468,14 +471,14 @@ impl Call<'_> {
     async fn reach(
         &self,
         destination: &Destination,
-        resident: &Arc<Resident>,
+        local_pod: &Arc<LocalPod>,
         source: IpAddr,
         address: SocketAddr,
     ) -> Result<TcpStream, Failure> {
         let (node, netns) = (self.node, &self.pod.enrolled.netns);
-        let residents = node.same_node.residents();
+        let local_pods = node.same_node.local_pods();
         // Not there between a change of the pod's and the end of its connections.
-        let client = residents.by_cookie.get(&netns.cookie());
+        let client = local_pods.by_cookie.get(&netns.cookie());
         let client = client.ok_or(Failure::Closed)?;
         let (snapshot, trust) = (
             node.registry.snapshot(),
@@ -489,7 +492,7 @@ impl Call<'_> {
             source,
             claimed.ip(),
             destination,
-            resident,
+            local_pod,
         )?;
         let asked = Connection {
             client: Some(&client.identity),
@@ -497,7 +500,7 @@ impl Call<'_> {
             destination: address,
         };
         node.rules
-            .judge(resident.cookie, &asked, self.access)
+            .judge(local_pod.cookie, &asked, self.access)
             .map_err(Forbidden::from)?;
         let from = SocketAddr::new(source, claimed.port());
         sockets::dial_neighbour(&node.kernel, netns, from, address)
@@ -576,7 +579,7 @@ fn within<T>(
 }
 
 /// TLS, and secure naming: who answers must be one of those that may.
-async fn shake_hands(
+async fn handshake(
     node: &Node,
     tcp: TcpStream,
     certificate: &Current,
@@ -613,7 +616,7 @@ async fn finish(
             }
         }
         Ending::App(error) => {
-            farewell(&mut tunnel.channel, ResetCode::App, &error.to_string()).await;
+            send_reset(&mut tunnel.channel, ResetCode::App, &error.to_string()).await;
             access.finish(Outcome::Reset, format_args!("the client's app: {error}"));
         }
         Ending::Peer(reset) => access.finish(
@@ -625,13 +628,13 @@ async fn finish(
 }
 
 /// Tells the other side that the connection is over, if its tunnel still takes that.
-pub(super) async fn farewell(channel: &mut Channel, code: ResetCode, reason: &str) {
+pub(crate) async fn send_reset(channel: &mut Channel, code: ResetCode, reason: &str) {
     let reset = Reset {
         code,
         reason: reason.to_owned(),
     };
     // What does not get through ends in a RST of the tunnel, which says the same.
-    if let Ok(Ok(())) = timeout(FAREWELL, channel.send_reset(&reset)).await {
+    if let Ok(Ok(())) = timeout(SEND_RESET, channel.send_reset(&reset)).await {
         let _ = end_in_good_order(channel.socket());
     }
 }

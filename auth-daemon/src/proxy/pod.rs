@@ -2,11 +2,13 @@
 
 use std::{
     collections::HashSet,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use crate::issuer::Certificate;
+use serde::Serialize;
+
 use auth_datapath::{Enrolled, sockets::SourcePorts};
 use auth_mesh::Workload;
 use auth_support::connection_limit::ConnectionLimit;
@@ -28,13 +30,13 @@ pub struct Pod {
     pub certificate: Arc<Certificate>,
     /// Tunnels that its connections left open.
     pub pool: Pool,
-    pub(super) source_ports: SourcePorts,
-    pub(super) handshakes: Arc<ConnectionLimit>,
+    pub(crate) source_ports: SourcePorts,
+    pub(crate) handshakes: Arc<ConnectionLimit>,
     tunnels: Mutex<HashSet<(SocketAddr, u16)>>,
 }
 
 impl Pod {
-    pub(super) fn new(
+    pub(crate) fn new(
         workload: Workload,
         enrolled: Enrolled,
         certificate: Arc<Certificate>,
@@ -54,7 +56,7 @@ impl Pod {
     }
 
     /// Notes a tunnel from `peer` to this pod's `port`, until the guard is dropped.
-    pub(super) fn note_tunnel(&self, peer: SocketAddr, port: u16) -> TunnelNote<'_> {
+    pub(crate) fn note_tunnel(&self, peer: SocketAddr, port: u16) -> TunnelNote<'_> {
         self.tunnels().insert((peer, port));
         TunnelNote {
             pod: self,
@@ -64,7 +66,7 @@ impl Pod {
 
     /// Whether `client` may be the source of a connection to the app on `port`: a tunnel of the same four would get
     /// its packets.
-    pub(super) fn is_free(&self, client: SocketAddr, port: u16) -> bool {
+    pub(crate) fn is_free(&self, client: SocketAddr, port: u16) -> bool {
         !SourcePorts::contain(client.port()) || !self.tunnels().contains(&(client, port))
     }
 
@@ -74,7 +76,7 @@ impl Pod {
 }
 
 /// See [`Pod::note_tunnel`].
-pub(super) struct TunnelNote<'a> {
+pub(crate) struct TunnelNote<'a> {
     pod: &'a Pod,
     key: (SocketAddr, u16),
 }
@@ -83,4 +85,24 @@ impl Drop for TunnelNote<'_> {
     fn drop(&mut self) {
         self.pod.tunnels().remove(&self.key);
     }
+}
+
+/// A pod of this node, for `auth-daemon status`.
+#[derive(Clone, Debug, Serialize)]
+pub struct PodStatus {
+    /// Namespace and name.
+    pub pod: String,
+    /// Its SPIFFE ID.
+    pub identity: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its network namespace.
+    pub netns: String,
+    /// Whether the daemon handles its connections.
+    pub enrolled: bool,
+    /// Why not, or empty.
+    pub reason: String,
+    /// Number of idle tunnels.
+    #[serde(rename = "idleTunnels")]
+    pub idle_tunnels: usize,
 }

@@ -6,32 +6,35 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 use arc_swap::ArcSwap;
 use auth_common::Inbound;
 
-use super::access::{Details, Direction, Guard, Path};
+use crate::observe::{
+    access_log::{Direction, Path},
+    connections::{Details, Guard},
+};
 use auth_mesh::policy::{Connection, Verdict, WorkloadPolicy};
 
 /// The policies of this node's pods, by the cookies of their namespaces.
 #[derive(Debug, Default)]
-pub(super) struct Rules {
+pub(crate) struct Rules {
     current: ArcSwap<ByPod>,
 }
 
 /// At one moment.
 #[derive(Clone, Debug, Default)]
-pub(super) struct ByPod(HashMap<u64, Arc<WorkloadPolicy>>);
+pub(crate) struct ByPod(HashMap<u64, Arc<WorkloadPolicy>>);
 
 /// Why a connection may not be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub(super) struct Refused(pub(super) String);
+pub(crate) struct Refused(pub(super) String);
 
 impl Rules {
     /// Those in force.
-    pub(super) fn current(&self) -> Arc<ByPod> {
+    pub(crate) fn current(&self) -> Arc<ByPod> {
         self.current.load_full()
     }
 
     /// These are in force now. Returns those before, if they were others.
-    pub(super) fn replace(&self, ByPod(rules): ByPod) -> Option<Arc<ByPod>> {
+    pub(crate) fn replace(&self, ByPod(rules): ByPod) -> Option<Arc<ByPod>> {
         let before = self.current();
         let is_same = before.0.len() == rules.len()
             && rules.iter().all(|(cookie, policy)| {
@@ -46,7 +49,7 @@ impl Rules {
     }
 
     /// A pod that is about to be served has these.
-    pub(super) fn add(&self, cookie: u64, policy: Arc<WorkloadPolicy>) {
+    pub(crate) fn add(&self, cookie: u64, policy: Arc<WorkloadPolicy>) {
         let mut rules = self.current.load().0.clone();
         rules.insert(cookie, policy);
         self.current.store(Arc::new(ByPod(rules)));
@@ -54,7 +57,7 @@ impl Rules {
 
     /// Asks whether `connection` to the pod of `cookie` may be, and notes in the log what policies have to say of it.
     /// Asked when the connection is among the live ones: what changes from here on cuts it.
-    pub(super) fn judge(
+    pub(crate) fn judge(
         &self,
         cookie: u64,
         connection: &Connection<'_>,
@@ -81,7 +84,7 @@ impl FromIterator<(u64, Arc<WorkloadPolicy>)> for ByPod {
 
 impl ByPod {
     /// What the policies of a pod say.
-    pub(super) fn verdict(
+    pub(crate) fn verdict(
         &self,
         cookie: u64,
         connection: &Connection<'_>,
@@ -91,19 +94,19 @@ impl ByPod {
     }
 
     /// Whether no policy can deny anybody who is known.
-    pub(super) fn is_unrestricted(&self) -> bool {
+    pub(crate) fn is_unrestricted(&self) -> bool {
         self.0.values().all(|policy| policy.is_unrestricted())
     }
 
     /// The policies of a pod.
-    pub(super) fn of(&self, cookie: u64) -> Result<&Arc<WorkloadPolicy>, Refused> {
+    pub(crate) fn of(&self, cookie: u64) -> Result<&Arc<WorkloadPolicy>, Refused> {
         let policy = self.0.get(&cookie);
         policy.ok_or_else(|| Refused("the pod has left this node, or the mesh".into()))
     }
 
     /// Why a live connection may not go on, if so: the same that was asked before it began. `cookie` tells whose an
     /// address is.
-    pub(super) fn forbid(
+    pub(crate) fn forbid(
         &self,
         direction: Direction,
         details: &Details,
@@ -134,7 +137,7 @@ impl ByPod {
 }
 
 /// What a pod's callers meet in the kernel: where every one of them may come in plaintext, they need not come by the daemon.
-pub(super) fn inbound(policy: &WorkloadPolicy) -> Inbound {
+pub(crate) fn inbound(policy: &WorkloadPolicy) -> Inbound {
     let mut modes = policy.port_modes().values().chain([policy.default_mode()]);
     if policy.is_unrestricted() && modes.all(|peer| peer.mode.takes_plaintext()) {
         Inbound::Permissive

@@ -12,11 +12,13 @@ use tokio::sync::watch;
 
 use super::{
     Node, Pod,
-    access::{Direction, Finished, Outcome, Path},
-    residents::{Resident, Residents},
+    local_pods::{LocalPod, LocalPods},
     verdict::{Basis, Decision, Facts},
 };
-use crate::config;
+use crate::{
+    config,
+    observe::access_log::{Direction, Finished, Outcome, Path},
+};
 use auth_datapath::{Closing, Ending, Grant, Side};
 
 /// How often the lease is renewed; it holds for a few times that.
@@ -27,7 +29,7 @@ const REMEMBERED: usize = 16_384;
 /// The verdicts that hold.
 #[derive(Debug)]
 pub struct SameNode {
-    residents: watch::Sender<Arc<Residents>>,
+    local_pods: watch::Sender<Arc<LocalPods>>,
     /// Them, with their namespaces.
     pods: Mutex<Vec<Arc<Pod>>>,
     /// Held over a decision and what becomes of it in the kernel.
@@ -37,7 +39,7 @@ pub struct SameNode {
 #[derive(Debug)]
 struct Verdicts {
     /// Whether they are another daemon's to give and to take back.
-    let_go: bool,
+    released: bool,
     given: HashMap<(u64, SocketAddr), (u64, Decision)>,
     next: u64,
     /// By the verdict's id: of those that hold, and of some that did.
@@ -50,14 +52,14 @@ struct Verdicts {
 }
 
 impl SameNode {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let since_boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
         let since_boot = since_boot.map_or(0, |time| Duration::from(time).as_nanos());
         Self {
-            residents: watch::Sender::default(),
+            local_pods: watch::Sender::default(),
             pods: Mutex::default(),
             verdicts: Mutex::new(Verdicts {
-                let_go: false,
+                released: false,
                 given: HashMap::new(),
                 // Above all that a daemon before this one can have come to.
                 next: since_boot as u64,
@@ -70,8 +72,8 @@ impl SameNode {
     }
 
     /// The pods of this node.
-    pub(super) fn residents(&self) -> Arc<Residents> {
-        self.residents.borrow().clone()
+    pub(crate) fn local_pods(&self) -> Arc<LocalPods> {
+        self.local_pods.borrow().clone()
     }
 
     /// How many verdicts hold.
@@ -80,23 +82,23 @@ impl SameNode {
     }
 
     /// Returns when `server` is no pod of this node any more, or not the same.
-    pub(super) async fn gone(&self, server: &Resident) {
+    pub(crate) async fn gone(&self, server: &LocalPod) {
         let is_gone =
-            |now: &Arc<Residents>| now.by_cookie.get(&server.cookie).map(|r| &**r) != Some(server);
-        if self.residents.subscribe().wait_for(is_gone).await.is_err() {
+            |now: &Arc<LocalPods>| now.by_cookie.get(&server.cookie).map(|r| &**r) != Some(server);
+        if self.local_pods.subscribe().wait_for(is_gone).await.is_err() {
             // The sender is this value's own.
             std::future::pending().await
         }
     }
 
     /// The pods of this node are these now.
-    pub(super) fn settle(&self, node: &Node, residents: Residents, pods: Vec<Arc<Pod>>) {
+    pub(crate) fn settle(&self, node: &Node, local_pods: LocalPods, pods: Vec<Arc<Pod>>) {
         // What those have open that have left is seen from their own namespaces too.
         let before = std::mem::replace(&mut *lock(&self.pods), pods);
-        let changed = self.residents.send_if_modified(|now| {
-            let changed = **now != residents;
+        let changed = self.local_pods.send_if_modified(|now| {
+            let changed = **now != local_pods;
             if changed {
-                *now = Arc::new(residents);
+                *now = Arc::new(local_pods);
             }
             changed
         });
@@ -108,11 +110,11 @@ impl SameNode {
 
     /// Ends the connections in the kernel's hands whose pods have left or become others, or are revoked: what the
     /// daemon does with those in its own.
-    pub(super) fn end_forbidden(&self, node: &Node, also_in: &[Arc<Pod>]) {
+    pub(crate) fn end_forbidden(&self, node: &Node, also_in: &[Arc<Pod>]) {
         let basis = Basis::of(node);
         let mut verdicts = self.lock();
         // The daemon that has them knows more of them by now.
-        if verdicts.let_go {
+        if verdicts.released {
             return;
         }
         let mut forbidden = HashSet::new();
@@ -133,7 +135,7 @@ impl SameNode {
                 || adopted
                     && !known.contains(&verdict)
                     && basis
-                        .forbids(&basis.residents.facts(client, server))
+                        .forbids(&basis.local_pods.facts(client, server))
                         .is_some()
         };
         let mut pods = lock(&self.pods).clone();
@@ -167,7 +169,7 @@ impl SameNode {
 
     /// Takes over the verdicts of a daemon before this one that this one would give too, and takes the others back, with
     /// the connections by them that may not be. Called once, when the pods are served.
-    pub(super) fn adopt(&self, node: &Node) {
+    pub(crate) fn adopt(&self, node: &Node) {
         let mut verdicts = self.lock();
         let basis = Basis::of(node);
         let mut gone = Vec::new();
@@ -194,17 +196,17 @@ impl SameNode {
     }
 
     /// Leaves the verdicts to another daemon: gives none and takes none back any more.
-    pub(super) fn let_go(&self) {
-        self.lock().let_go = true;
+    pub(crate) fn release(&self) {
+        self.lock().released = true;
     }
 
     /// Lets the kernel carry what the client pod dials there from now on, if that can be said.
-    pub(super) fn remember(&self, node: &Node, client_cookie: u64, dialled: SocketAddr) {
+    pub(crate) fn remember(&self, node: &Node, client_cookie: u64, dialled: SocketAddr) {
         if node.config.same_node == config::SameNode::Tunnel {
             return;
         }
         let mut verdicts = self.lock();
-        if verdicts.let_go || verdicts.given.contains_key(&(client_cookie, dialled)) {
+        if verdicts.released || verdicts.given.contains_key(&(client_cookie, dialled)) {
             return;
         }
         let Some(decision) = Basis::of(node).decide(client_cookie, dialled) else {
@@ -227,10 +229,10 @@ impl SameNode {
     }
 
     /// Takes back each verdict that would not be given again. Called after every change of what they follow from.
-    pub(super) fn revise(&self, node: &Node) {
+    pub(crate) fn revise(&self, node: &Node) {
         let mut verdicts = self.lock();
         let basis = Basis::of(node);
-        if verdicts.let_go {
+        if verdicts.released {
             return;
         }
         if verdicts.basis.as_ref().is_some_and(|was| was.is(&basis)) {
@@ -265,7 +267,7 @@ impl SameNode {
             return facts.clone();
         }
         // A verdict of a daemon before this one.
-        self.residents()
+        self.local_pods()
             .facts(closing.client_cookie, closing.server_cookie)
     }
 
@@ -286,7 +288,7 @@ impl Verdicts {
 }
 
 /// Keeps verdicts true to the registry and their lease alive.
-pub(super) async fn keep(node: Arc<Node>) {
+pub(crate) async fn keep(node: Arc<Node>) {
     let kernel = &node.kernel.same_node;
     if node.config.same_node == config::SameNode::Tunnel {
         if let Err(error) = kernel.end_lease() {
@@ -315,13 +317,13 @@ pub(super) async fn keep(node: Arc<Node>) {
 }
 
 /// Writes a line for each end of a connection that the kernel carried.
-pub(super) async fn log_closed(node: Arc<Node>) {
+pub(crate) async fn log_closed(node: Arc<Node>) {
     let log = async {
         let mut events = node.kernel.same_node.closed()?;
         loop {
             events
                 .next(|closing| {
-                    node.live
+                    node.connections
                         .log(&line(&closing, node.same_node.facts(&closing)))
                 })
                 .await?;

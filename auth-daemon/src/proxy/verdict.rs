@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Node,
-    residents::{Residents, allows, permit},
+    local_pods::{LocalPods, allows, permit},
     rules::{ByPod, Refused},
 };
 use auth_datapath::Grant;
@@ -36,7 +36,7 @@ pub(super) struct Facts {
     pub(super) ended_because: Option<String>,
 }
 
-impl Residents {
+impl LocalPods {
     /// What can be said of a connection by its ends alone.
     pub(super) fn facts(&self, client_cookie: u64, server_cookie: u64) -> Facts {
         let identity = |cookie| Some(self.by_cookie.get(&cookie)?.identity.clone());
@@ -57,7 +57,7 @@ impl Residents {
 fn decide(
     snapshot: &Snapshot,
     revoked: &Revocations,
-    residents: &Residents,
+    local_pods: &LocalPods,
     rules: &ByPod,
     client_cookie: u64,
     dialled: SocketAddr,
@@ -67,8 +67,8 @@ fn decide(
         return None;
     };
     let address = endpoint.address;
-    let client = residents.by_cookie.get(&client_cookie)?;
-    let server = residents.by_address.get(&address.ip())?;
+    let client = local_pods.by_cookie.get(&client_cookie)?;
+    let server = local_pods.by_address.get(&address.ip())?;
     let source = client.address_like(address.ip())?;
     if client.cookie == server.cookie {
         return None;
@@ -111,7 +111,7 @@ fn decide(
 #[derive(Clone, Debug)]
 pub(super) struct Basis {
     pub(super) snapshot: Arc<Snapshot>,
-    pub(super) residents: Arc<Residents>,
+    pub(super) local_pods: Arc<LocalPods>,
     pub(super) trust: Arc<Trust>,
     pub(super) rules: Arc<ByPod>,
     pub(super) node_name: String,
@@ -121,7 +121,7 @@ impl Basis {
     pub(super) fn of(node: &Node) -> Self {
         Self {
             snapshot: node.registry.snapshot(),
-            residents: node.same_node.residents(),
+            local_pods: node.same_node.local_pods(),
             trust: node.certificates.trust().current(),
             rules: node.rules.current(),
             node_name: node.config.node_name.clone(),
@@ -130,7 +130,7 @@ impl Basis {
 
     pub(super) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.snapshot, &other.snapshot)
-            && Arc::ptr_eq(&self.residents, &other.residents)
+            && Arc::ptr_eq(&self.local_pods, &other.local_pods)
             && Arc::ptr_eq(&self.trust, &other.trust)
             && Arc::ptr_eq(&self.rules, &other.rules)
     }
@@ -144,8 +144,8 @@ impl Basis {
             let Some(identity) = identity else {
                 return Some("a pod has left this node, or the mesh".into());
             };
-            match self.residents.by_cookie.get(&cookie) {
-                Some(resident) if resident.identity == *identity => {}
+            match self.local_pods.by_cookie.get(&cookie) {
+                Some(local_pod) if local_pod.identity == *identity => {}
                 _ => return Some(format!("{identity} has left this node, or the mesh")),
             }
             let revoked = &self.trust.revoked;
@@ -160,12 +160,12 @@ impl Basis {
 
     /// What can be said of the connections by a verdict of a daemon before this one.
     pub(super) fn facts_of(&self, grant: &Grant) -> Facts {
-        let client = self.residents.by_cookie.get(&grant.client_cookie);
+        let client = self.local_pods.by_cookie.get(&grant.client_cookie);
         let source = client.and_then(|client| client.address_like(grant.endpoint.ip()));
         Facts {
             route: source.map(|source| (source, grant.endpoint)),
             ..self
-                .residents
+                .local_pods
                 .facts(grant.client_cookie, grant.server_cookie)
         }
     }
@@ -197,7 +197,7 @@ impl Basis {
         decide(
             &self.snapshot,
             &self.trust.revoked,
-            &self.residents,
+            &self.local_pods,
             &self.rules,
             client_cookie,
             dialled,
@@ -208,7 +208,7 @@ impl Basis {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{proxy::caller::Denied, proxy::residents::Forbidden, proxy::residents::Resident};
+    use crate::{proxy::caller::Denied, proxy::local_pods::Forbidden, proxy::local_pods::LocalPod};
     use auth_mesh::{Inventory, Port, Service, TargetPort, Workload, policy::Policies};
 
     fn name(name: &str) -> ObjectName {
@@ -259,20 +259,20 @@ mod tests {
     }
 
     /// Their cookies count from 1.
-    fn residents(pods: &[Workload]) -> Residents {
-        let mut residents = Residents::default();
+    fn local_pods(pods: &[Workload]) -> LocalPods {
+        let mut local_pods = LocalPods::default();
         for (cookie, pod) in (1..).zip(pods) {
-            let resident = Arc::new(Resident {
+            let local_pod = Arc::new(LocalPod {
                 cookie,
                 identity: pod.identity.clone(),
                 addresses: pod.addresses.clone(),
             });
-            residents.by_cookie.insert(cookie, resident.clone());
+            local_pods.by_cookie.insert(cookie, local_pod.clone());
             for address in &pod.addresses {
-                residents.by_address.insert(*address, resident.clone());
+                local_pods.by_address.insert(*address, local_pod.clone());
             }
         }
-        residents
+        local_pods
     }
 
     const CLIENT: u64 = 1;
@@ -281,7 +281,7 @@ mod tests {
         decide(
             &snapshot(workloads.to_vec()),
             &Revocations::default(),
-            &residents(enrolled),
+            &local_pods(enrolled),
             &rules(&Policies::default()),
             CLIENT,
             dialled.parse().unwrap(),
@@ -338,9 +338,9 @@ mod tests {
             pod("client", "client", "10.1.0.1"),
             pod("web", "web", "10.1.0.2"),
         ];
-        let (snapshot, residents) = (snapshot(pods.to_vec()), residents(&pods));
+        let (snapshot, local_pods) = (snapshot(pods.to_vec()), local_pods(&pods));
         let destination = snapshot.resolve("10.1.0.2:80".parse().unwrap()).unwrap();
-        let (client, web) = (&residents.by_cookie[&1], &residents.by_cookie[&2]);
+        let (client, web) = (&local_pods.by_cookie[&1], &local_pods.by_cookie[&2]);
         let own = client.addresses[0];
         let ask = |claimed, server| {
             let nothing = Revocations::default();

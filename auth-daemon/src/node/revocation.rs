@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::{
-    Node,
-    access::{Details, Direction},
-};
 use crate::proxy::caller::check_revoked_node;
+use crate::{
+    observe::{access_log::Direction, connections::Details},
+    proxy::Node,
+};
 use auth_mesh::Snapshot;
 use auth_tunnel::tls::trust::{Revocations, Revoked};
 
@@ -17,7 +17,7 @@ pub(super) async fn keep(node: Arc<Node>) {
     // The sender lives as long as the node.
     while changes.changed().await.is_ok() {
         let (snapshot, trust) = (node.registry.snapshot(), trust.current());
-        node.live.cut(|direction, details| {
+        node.connections.cut(|direction, details| {
             check(&snapshot, &trust.revoked, direction, details)
                 .err()
                 .map(|revoked| revoked.to_string())

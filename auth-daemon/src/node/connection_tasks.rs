@@ -10,7 +10,7 @@ use tokio::{runtime::Handle, task::AbortHandle};
 
 /// Tasks that are ended together. One that ends by itself takes its leave without waking anybody.
 #[derive(Debug, Default)]
-pub(super) struct Connections(Arc<Mutex<Running>>);
+pub(super) struct ConnectionTasks(Arc<Mutex<Running>>);
 
 #[derive(Debug, Default)]
 struct Running {
@@ -19,7 +19,7 @@ struct Running {
     next: u64,
 }
 
-impl Connections {
+impl ConnectionTasks {
     /// Runs `connection` on `runtime`.
     pub(super) fn spawn(
         &self,
@@ -51,7 +51,7 @@ impl Connections {
     }
 }
 
-impl Drop for Connections {
+impl Drop for ConnectionTasks {
     fn drop(&mut self) {
         // Not under the lock: a task that is dropped here and now takes its leave.
         let tasks = std::mem::take(&mut self.lock().tasks);
@@ -91,7 +91,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_ends_is_forgotten() {
-        let connections = Connections::default();
+        let connections = ConnectionTasks::default();
         let (end, ended) = oneshot::channel();
         connections.spawn(&Handle::current(), async {
             let _ = ended.await;
@@ -119,7 +119,7 @@ mod tests {
 
     #[tokio::test]
     async fn dropped_it_ends_them_all() {
-        let connections = Connections::default();
+        let connections = ConnectionTasks::default();
         let (held, ended) = oneshot::channel::<()>();
         connections.spawn(&Handle::current(), async {
             let _held = held;

@@ -1,4 +1,4 @@
-//! Connections that have ended, counted for Prometheus.
+//! Counters of connections that have ended, for Prometheus.
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -6,10 +6,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::access::Finished;
+use super::access_log::Finished;
 use auth_mesh::policy::Decision;
 
-/// How many connections have ended, and what they carried, since the daemon started.
+/// Counters of connections that have ended since the daemon started.
 #[derive(Clone, Debug, Default)]
 pub struct Totals {
     connections: Family<Ended, Counter>,
@@ -38,7 +38,7 @@ struct Denied {
 }
 
 impl Totals {
-    /// Adds them to what is told.
+    /// Registers the counters with Prometheus.
     pub fn register(&self, registry: &mut Registry) {
         registry.register(
             "connections",

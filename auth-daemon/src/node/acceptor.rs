@@ -8,7 +8,8 @@ use tokio::{
     task::AbortHandle,
 };
 
-use super::{Node, Pod, Workers, connections::Connections, inbound, outbound};
+use super::{Workers, connection_tasks::ConnectionTasks};
+use crate::proxy::{Node, Pod, inbound, outbound};
 use auth_datapath::sockets::canonical;
 use auth_support::connection_limit::ConnectionPermit;
 
@@ -39,7 +40,7 @@ pub(super) fn accept(
         pod: pod.clone(),
         side,
         workers: workers.clone(),
-        connections: Connections::default(),
+        connections: ConnectionTasks::default(),
     };
     let draining = node.draining.subscribe();
     let open = node.listening.subscribe();
@@ -58,7 +59,7 @@ struct Acceptor {
     pod: Arc<Pod>,
     side: Side,
     workers: Arc<Workers>,
-    connections: Connections,
+    connections: ConnectionTasks,
 }
 
 impl Acceptor {

@@ -1,4 +1,4 @@
-//! Connections under way, and the line that each leaves in the log when it ends.
+//! The open connections of this node. Each writes a line to the access log when it ends.
 
 use std::{
     collections::HashMap,
@@ -8,99 +8,69 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use futures_util::future::AbortHandle;
 use serde::Serialize;
 
-use super::Totals;
+use super::{
+    access_log::{Direction, Finished, Outcome, Path},
+    totals::Totals,
+};
 use auth_mesh::{Identity, ObjectName, policy::Decision};
 use auth_tunnel::{Counters, tls::svid::Svid};
 
-/// Whether the pod made the connection or got it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Direction {
-    /// Made by a pod of this node.
-    Outbound,
-    /// Made to one.
-    Inbound,
-}
-
-/// What carries the bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Path {
-    /// Mutual TLS.
-    Tunnel,
-    /// Without TLS: PERMISSIVE.
-    Plaintext,
-    /// A pod that reached itself through a service.
-    Itself,
-    /// Nothing but this node's kernel: two pods of one node.
-    SameNode,
-}
-
-/// A connection under way.
+/// An open connection.
 #[derive(Debug)]
 pub struct Connection {
     direction: Direction,
     started: Instant,
     /// Bytes so far.
     pub counters: Arc<Counters>,
-    /// Whether those that go up go to the server.
+    /// Whether [`Counters::up`] counts bytes to the server.
     up_is_to_server: bool,
     details: Mutex<Details>,
-    /// Ends its task, and why it was used.
+    /// Ends the connection's task.
     cut: AbortHandle,
+    /// Why `cut` was used.
     cut_because: OnceLock<String>,
 }
 
-/// What is learnt of a connection on its way.
+/// What is known about a connection so far.
 #[derive(Clone, Debug)]
 pub struct Details {
-    /// The client's own address; until that is known, the address that a tunnel comes from.
+    /// The client's address. Inbound, it is the tunnel's source address until CONNECT is verified.
     pub client: SocketAddr,
-    /// The address dialled.
+    /// The address that the client dialled.
     pub destination: Option<SocketAddr>,
-    /// The service it belongs to.
+    /// The service that the destination belongs to.
     pub service: Option<ObjectName>,
-    /// Where the connection went.
+    /// The endpoint that was chosen.
     pub endpoint: Option<SocketAddr>,
-    /// Who called.
+    /// The client's SPIFFE ID.
     pub client_identity: Option<Identity>,
-    /// Who answered.
+    /// The server's SPIFFE ID.
     pub server_identity: Option<Identity>,
-    /// The certificate that the other end of its tunnel showed.
+    /// The certificate that the tunnel's peer presented.
     pub peer: Option<Svid>,
-    /// What carries it.
+    /// How it reaches the server.
     pub path: Path,
-    /// What policies had to say of it.
+    /// The policies that decided, or that audited it.
     pub policy: Option<String>,
 }
 
-/// How a connection ended, in the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Both sides finished.
-    Ok,
-    /// It never came to be.
-    Refused,
-    /// It was cut.
-    Reset,
-}
-
-/// The connections under way.
+/// The open connections of this node.
 #[derive(Debug, Default)]
-pub struct Live {
+pub struct OpenConnections {
     connections: Mutex<HashMap<u64, Arc<Connection>>>,
     next: AtomicU64,
-    /// Those that have ended.
+    /// Counters of connections that have ended.
     pub totals: Totals,
 }
 
-impl Live {
-    /// Notes a connection from `client`. It leaves a line in the log when the guard is finished or dropped. `cut` ends
+impl OpenConnections {
+    /// Adds a connection from `client`. Its access log line is written when the guard is finished or dropped. `cut` ends
     /// the task that holds the guard.
     pub fn open(&self, direction: Direction, client: SocketAddr, cut: AbortHandle) -> Guard<'_> {
         self.insert(Connection {
@@ -130,20 +100,20 @@ impl Live {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.lock().insert(id, connection.clone());
         Guard {
-            live: self,
+            open: self,
             id,
             connection,
             finished: false,
         }
     }
 
-    /// Writes the line of a connection that has ended, and counts it.
-    pub(super) fn log(&self, finished: &Finished) {
+    /// Writes the access log line of a connection that has ended, and counts it.
+    pub(crate) fn log(&self, finished: &Finished) {
         finished.write();
         self.totals.count(finished);
     }
 
-    /// Cuts those for which `condition` has a reason: they end with a RST at both ends, and a line that says it.
+    /// Resets the connections for which `condition` returns a reason, at both ends. The reason goes to the access log.
     pub fn cut(&self, condition: impl Fn(Direction, &Details) -> Option<String>) {
         let connections: Vec<_> = self.lock().values().cloned().collect();
         for connection in connections {
@@ -155,12 +125,12 @@ impl Live {
         }
     }
 
-    /// How many there are.
+    /// The number of open connections.
     pub fn count(&self) -> usize {
         self.lock().len()
     }
 
-    /// All of them, oldest first.
+    /// All open connections, oldest first.
     pub fn list(&self) -> Vec<ConnectionStatus> {
         let mut connections: Vec<_> = self.lock().values().cloned().collect();
         connections.sort_by_key(|connection| connection.started);
@@ -191,27 +161,27 @@ impl Live {
     }
 }
 
-/// A connection under way, for `auth-daemon status`.
+/// An open connection, for `auth-daemon status`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ConnectionStatus {
-    /// Made or got.
+    /// Whether the pod is the client or the server.
     pub direction: Direction,
-    /// The client's own address.
+    /// The client's address.
     pub client: SocketAddr,
-    /// The address it dialled.
+    /// The address that it dialled.
     pub destination: Option<SocketAddr>,
-    /// The service that belongs to.
+    /// The service that the destination belongs to.
     pub service: Option<String>,
-    /// Who called.
+    /// The client's SPIFFE ID.
     pub client_identity: Option<String>,
-    /// Who answered.
+    /// The server's SPIFFE ID.
     pub server_identity: Option<String>,
-    /// From client to server.
+    /// Bytes from client to server.
     pub bytes_to_server: u64,
-    /// From server to client.
+    /// Bytes from server to client.
     pub bytes_to_client: u64,
-    /// Since it began.
+    /// Age in seconds.
     pub seconds: f64,
 }
 
@@ -224,7 +194,7 @@ impl Connection {
         self.details.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// To the server, to the client.
+    /// Bytes to the server and to the client.
     fn bytes(&self) -> (u64, u64) {
         let up = self.counters.up.load(Ordering::Relaxed);
         let down = self.counters.down.load(Ordering::Relaxed);
@@ -236,21 +206,21 @@ impl Connection {
     }
 }
 
-/// A connection's place among the live ones. Dropped unfinished (the task was ended from outside), it says so.
+/// An entry in [`OpenConnections`]. If it is dropped unfinished, the task was ended from outside, and the line says so.
 #[derive(Debug)]
 pub struct Guard<'a> {
-    live: &'a Live,
+    open: &'a OpenConnections,
     id: u64,
     connection: Arc<Connection>,
     finished: bool,
 }
 
 impl<'a> Guard<'a> {
-    /// The same outbound connection once more, as its server's side sees it: it is in the hands of one daemon.
+    /// Adds the server's side of an outbound connection to a pod of this node.
     pub fn servers_side(&self) -> Guard<'a> {
         let connection = &self.connection;
         let details = connection.details();
-        self.live.insert(Connection {
+        self.open.insert(Connection {
             direction: Direction::Inbound,
             started: connection.started,
             counters: connection.counters.clone(),
@@ -264,22 +234,22 @@ impl<'a> Guard<'a> {
         })
     }
 
-    /// Adds what was learnt.
+    /// Updates the details.
     pub fn learn(&self, change: impl FnOnce(&mut Details)) {
         change(&mut self.connection.lock());
     }
 
-    /// Counts that policies have denied it.
-    pub(super) fn count_denied(&self, decision: &Decision) {
-        self.live.totals.count_denied(decision);
+    /// Counts a denial by policies.
+    pub(crate) fn count_denied(&self, decision: &Decision) {
+        self.open.totals.count_denied(decision);
     }
 
-    /// Where bytes are counted.
+    /// The byte counters.
     pub fn counters(&self) -> &Counters {
         &self.connection.counters
     }
 
-    /// Writes the line. `reason` is empty for [`Outcome::Ok`].
+    /// Writes the access log line. `reason` is empty for [`Outcome::Ok`].
     pub fn finish(mut self, outcome: Outcome, reason: impl fmt::Display) {
         self.write(outcome, &reason);
     }
@@ -305,81 +275,7 @@ impl<'a> Guard<'a> {
             reason: reason.to_string(),
             policy: details.policy,
         };
-        self.live.log(&finished);
-    }
-}
-
-impl Direction {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Outbound => "outbound",
-            Self::Inbound => "inbound",
-        }
-    }
-}
-
-impl Path {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Tunnel => "tunnel",
-            Self::Plaintext => "plaintext",
-            Self::Itself => "self",
-            Self::SameNode => "same-node",
-        }
-    }
-}
-
-impl Outcome {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Refused => "refused",
-            Self::Reset => "reset",
-        }
-    }
-}
-
-/// All that the log says of a connection.
-#[derive(Debug)]
-pub(super) struct Finished {
-    pub(super) direction: Direction,
-    pub(super) path: Path,
-    pub(super) client: SocketAddr,
-    pub(super) destination: Option<SocketAddr>,
-    pub(super) endpoint: Option<SocketAddr>,
-    pub(super) service: Option<ObjectName>,
-    pub(super) client_identity: Option<Identity>,
-    pub(super) server_identity: Option<Identity>,
-    pub(super) bytes_to_server: u64,
-    pub(super) bytes_to_client: u64,
-    pub(super) duration: Duration,
-    pub(super) outcome: Outcome,
-    /// Empty for [`Outcome::Ok`].
-    pub(super) reason: String,
-    /// What policies had to say of it.
-    pub(super) policy: Option<String>,
-}
-
-impl Finished {
-    fn write(&self) {
-        tracing::info!(
-            target: "access",
-            direction = self.direction.name(),
-            path = self.path.name(),
-            client = %Shown(Some(&self.client)),
-            client_identity = %Shown(self.client_identity.as_ref()),
-            destination = %Shown(self.destination.as_ref()),
-            endpoint = %Shown(self.endpoint.as_ref()),
-            service = %Shown(self.service.as_ref()),
-            server_identity = %Shown(self.server_identity.as_ref()),
-            bytes_to_server = self.bytes_to_server,
-            bytes_to_client = self.bytes_to_client,
-            duration_ms = self.duration.as_millis() as u64,
-            result = self.outcome.name(),
-            reason = %self.reason,
-            policy = self.policy.as_deref(),
-            "connection"
-        );
+        self.open.log(&finished);
     }
 }
 
@@ -396,19 +292,6 @@ impl Drop for Guard<'_> {
             };
             self.write(Outcome::Reset, &reason);
         }
-        self.live.lock().remove(&self.id);
-    }
-}
-
-/// Nothing, for what is not known. Written in one piece: what writes the log checks and escapes each piece by itself, and
-/// an address has a dozen.
-struct Shown<'a, T>(Option<&'a T>);
-
-impl<T: fmt::Display> fmt::Display for Shown<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(value) => f.write_str(&value.to_string()),
-            None => Ok(()),
-        }
+        self.open.lock().remove(&self.id);
     }
 }

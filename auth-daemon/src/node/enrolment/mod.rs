@@ -13,7 +13,6 @@ use std::{
 
 use auth_common::{Inbound, MeshKind};
 use ipnet::IpNet;
-use serde::Serialize;
 use tokio::{
     sync::watch,
     task::{AbortHandle, JoinHandle},
@@ -21,12 +20,16 @@ use tokio::{
 };
 
 use super::{
-    Node, Pod, Workers,
+    Workers,
     acceptor::{DRAIN_POLL, Side, accept},
-    residents::{Resident, Residents},
-    revocation, rules, same_node,
+    revocation,
 };
 use crate::config::Mode;
+use crate::proxy::{
+    Node, Pod, PodStatus,
+    local_pods::{LocalPod, LocalPods},
+    rules, same_node,
+};
 use auth_datapath::{
     EnrolError, Enrolled, Netns, NetnsDiscovery, forget_others, open_netns, sockets::Listeners,
 };
@@ -78,26 +81,6 @@ struct Failing {
     reason: String,
     since: Instant,
     is_logged: bool,
-}
-
-/// A pod of this node, for `auth-daemon status`.
-#[derive(Clone, Debug, Serialize)]
-pub struct PodStatus {
-    /// Namespace and name.
-    pub pod: String,
-    /// Its SPIFFE ID.
-    pub identity: String,
-    /// Its addresses.
-    pub addresses: Vec<IpAddr>,
-    /// Its network namespace.
-    pub netns: String,
-    /// Whether its connections go through the daemon.
-    pub enrolled: bool,
-    /// Why not.
-    pub reason: String,
-    /// Tunnels that idle.
-    #[serde(rename = "idleTunnels")]
-    pub idle_tunnels: usize,
 }
 
 impl Serving {
@@ -189,11 +172,11 @@ impl Enrolment {
             .flat_map(|serving| serving.tasks)
             .collect();
         let started = tokio::time::Instant::now();
-        tracing::info!(connections = self.node.live.count(), "draining");
+        tracing::info!(connections = self.node.connections.count(), "draining");
         if self.node.kernel.is_awaited() {
-            let_go(&self.node, self.keepers).await;
+            release(&self.node, self.keepers).await;
         }
-        while self.node.live.count() > 0 && started.elapsed() < self.node.config.drain {
+        while self.node.connections.count() > 0 && started.elapsed() < self.node.config.drain {
             tokio::time::sleep(DRAIN_POLL).await;
         }
         // The pods stay enrolled, so that the kernel refuses what nobody serves now.
@@ -202,7 +185,7 @@ impl Enrolment {
         }
         // Each leaves its line in the log on its worker.
         let aborted = tokio::time::Instant::now();
-        while self.node.live.count() > 0 && aborted.elapsed() < ABORT {
+        while self.node.connections.count() > 0 && aborted.elapsed() < ABORT {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -508,31 +491,31 @@ impl Enrolment {
         let pods = self.serving.values().map(|serving| serving.pod.clone());
         self.node
             .same_node
-            .settle(&self.node, self.residents(), pods.collect());
+            .settle(&self.node, self.local_pods(), pods.collect());
     }
 
-    fn residents(&self) -> Residents {
+    fn local_pods(&self) -> LocalPods {
         let by_cookie: HashMap<_, _> = self
             .serving
             .values()
             .map(|serving| {
-                let resident = Resident {
+                let local_pod = LocalPod {
                     cookie: serving.cookie(),
                     identity: serving.pod.workload.identity.clone(),
                     addresses: serving.pod.enrolled.addresses().to_vec(),
                 };
-                (resident.cookie, Arc::new(resident))
+                (local_pod.cookie, Arc::new(local_pod))
             })
             .collect();
         let by_address = self
             .owners
             .iter()
             .filter_map(|(address, name)| {
-                let resident = by_cookie.get(&self.serving.get(name)?.cookie())?;
-                Some((*address, resident.clone()))
+                let local_pod = by_cookie.get(&self.serving.get(name)?.cookie())?;
+                Some((*address, local_pod.clone()))
             })
             .collect();
-        Residents {
+        LocalPods {
             by_cookie,
             by_address,
         }
@@ -591,7 +574,7 @@ impl Enrolment {
 }
 
 /// Leaves the pods and the kernel's side to the daemon that waits for them: what is under way needs neither.
-async fn let_go(node: &Node, keepers: Vec<JoinHandle<()>>) {
+async fn release(node: &Node, keepers: Vec<JoinHandle<()>>) {
     // Where these are open, others cannot be.
     if timeout(CLOSE, node.listening.closed()).await.is_err() {
         tracing::warn!(
@@ -602,8 +585,8 @@ async fn let_go(node: &Node, keepers: Vec<JoinHandle<()>>) {
         keeper.abort();
         let _ = keeper.await;
     }
-    node.same_node.let_go();
-    node.kernel.let_go();
+    node.same_node.release();
+    node.kernel.release();
     tracing::info!("another daemon takes over; what is under way here may end");
 }
 

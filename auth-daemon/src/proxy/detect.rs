@@ -15,17 +15,17 @@ use auth_tunnel::{
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// What a caller turned out to speak.
-pub(super) enum Spoken {
+pub(super) enum Detected {
     Tunnel,
     /// With the app's connection, where the app had to be asked.
     Plaintext(Option<TcpStream>),
 }
 
 /// STRICT: waits for as long as it takes the caller to show what it speaks.
-pub(super) async fn strict(tcp: &TcpStream) -> io::Result<Spoken> {
+pub(super) async fn strict(tcp: &TcpStream) -> io::Result<Detected> {
     match first_bytes(tcp).await? {
-        Opening::Tunnel => Ok(Spoken::Tunnel),
-        Opening::Plaintext => Ok(Spoken::Plaintext(None)),
+        Opening::Tunnel => Ok(Detected::Tunnel),
+        Opening::Plaintext => Ok(Detected::Plaintext(None)),
         Opening::Undecided => Err(io::Error::new(
             io::ErrorKind::UnexpectedEof,
             "closed before it said what it speaks",
@@ -35,26 +35,26 @@ pub(super) async fn strict(tcp: &TcpStream) -> io::Result<Spoken> {
 
 /// PERMISSIVE: a caller that stays silent may wait for the server to speak first. Then the app is asked, by `dial`, and
 /// whoever speaks first decides; a tunnel that was only slow is still one.
-pub(super) async fn permissive<F>(tcp: &TcpStream, dial: impl FnOnce() -> F) -> io::Result<Spoken>
+pub(super) async fn permissive<F>(tcp: &TcpStream, dial: impl FnOnce() -> F) -> io::Result<Detected>
 where
     F: Future<Output = io::Result<TcpStream>>,
 {
     if let Ok(opening) = timeout(SILENCE, first_bytes(tcp)).await {
         return Ok(match opening? {
-            Opening::Tunnel => Spoken::Tunnel,
-            Opening::Plaintext | Opening::Undecided => Spoken::Plaintext(None),
+            Opening::Tunnel => Detected::Tunnel,
+            Opening::Plaintext | Opening::Undecided => Detected::Plaintext(None),
         });
     }
     let app = dial().await?;
     tokio::select! {
         biased;
         opening = first_bytes(tcp) => Ok(match opening? {
-            Opening::Tunnel => Spoken::Tunnel,
-            Opening::Plaintext | Opening::Undecided => Spoken::Plaintext(Some(app)),
+            Opening::Tunnel => Detected::Tunnel,
+            Opening::Plaintext | Opening::Undecided => Detected::Plaintext(Some(app)),
         }),
         ready = app.readable() => {
             ready?;
-            Ok(Spoken::Plaintext(Some(app)))
+            Ok(Detected::Plaintext(Some(app)))
         }
     }
 }

@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use auth_common::Inbound;
 
-use super::{Enrolment, Pod, Serving};
+use super::{Enrolment, Serving};
+use crate::proxy::Pod;
 use crate::proxy::rules::{self, ByPod};
 use auth_mesh::{
     ObjectName, Snapshot, Workload,
@@ -36,12 +37,12 @@ impl Enrolment {
         let node = &self.node;
         node.same_node.revise(node);
         node.same_node.end_forbidden(node, &[]);
-        let (rules, residents) = (node.rules.current(), node.same_node.residents());
+        let (rules, local_pods) = (node.rules.current(), node.same_node.local_pods());
         let cookie = |address: SocketAddr| {
-            let resident = residents.by_address.get(&address.ip());
-            resident.map(|resident| resident.cookie)
+            let local_pod = local_pods.by_address.get(&address.ip());
+            local_pod.map(|local_pod| local_pod.cookie)
         };
-        node.live
+        node.connections
             .cut(|direction, details| rules.forbid(direction, details, cookie));
         for Serving { pod, .. } in self.serving.values() {
             let cookie = pod.enrolled.netns.cookie();

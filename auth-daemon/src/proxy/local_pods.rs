@@ -13,18 +13,18 @@ use auth_tunnel::tls::trust::{Revocations, Revoked};
 
 /// An enrolled pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Resident {
+pub(crate) struct LocalPod {
     /// Of its namespace.
-    pub(super) cookie: u64,
+    pub(crate) cookie: u64,
     /// As which it is served.
-    pub(super) identity: Identity,
+    pub(crate) identity: Identity,
     /// Its addresses, the one that it speaks from first in each family.
-    pub(super) addresses: Vec<IpAddr>,
+    pub(crate) addresses: Vec<IpAddr>,
 }
 
-impl Resident {
+impl LocalPod {
     /// Its address of the family of `address`.
-    pub(super) fn address_like(&self, address: IpAddr) -> Option<IpAddr> {
+    pub(crate) fn address_like(&self, address: IpAddr) -> Option<IpAddr> {
         self.addresses
             .iter()
             .find(|own| own.is_ipv4() == address.is_ipv4())
@@ -34,17 +34,17 @@ impl Resident {
 
 /// The enrolled pods of this node.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Residents {
-    pub(super) by_cookie: HashMap<u64, Arc<Resident>>,
-    pub(super) by_address: HashMap<IpAddr, Arc<Resident>>,
+pub(crate) struct LocalPods {
+    pub(crate) by_cookie: HashMap<u64, Arc<LocalPod>>,
+    pub(crate) by_address: HashMap<IpAddr, Arc<LocalPod>>,
 }
 
 /// Why a pod may not talk to another of its node.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Forbidden {
+pub(crate) enum Forbidden {
     #[error("secure naming: it is {}, but may only be {allowed}", server.identity)]
     Naming {
-        server: Arc<Resident>,
+        server: Arc<LocalPod>,
         allowed: String,
     },
     #[error(transparent)]
@@ -57,14 +57,14 @@ pub(super) enum Forbidden {
 
 /// Whether `client` may talk to `server` when it dials what `destination` is of: the same that both ends of a tunnel ask.
 /// `source` is the address that it is to speak from, `claimed` the one that its app speaks from.
-pub(super) fn permit(
+pub(crate) fn permit(
     snapshot: &Snapshot,
     revoked: &Revocations,
-    client: &Resident,
+    client: &LocalPod,
     source: IpAddr,
     claimed: IpAddr,
     destination: &Destination,
-    server: &Arc<Resident>,
+    server: &Arc<LocalPod>,
 ) -> Result<(), Forbidden> {
     for identity in [&client.identity, &server.identity] {
         revoked.check_identity(identity)?;
@@ -80,7 +80,7 @@ pub(super) fn permit(
 }
 
 /// Whether the server's policies say nothing against it.
-pub(super) fn allows(
+pub(crate) fn allows(
     rules: &ByPod,
     client: &Identity,
     source: IpAddr,

@@ -1,0 +1,13 @@
+//! A node's life: enrols its pods, accepts their connections, and gives these to the data path's threads, where
+//! [`proxy`](crate::proxy) handles them.
+
+mod acceptor;
+mod connection_tasks;
+mod enrolment;
+mod pulse;
+mod revocation;
+mod workers;
+
+pub use enrolment::Enrolment;
+pub use pulse::Pulse;
+pub use workers::Workers;

@@ -1,0 +1,5 @@
+//! What is seen of connections: the access log, the open connections, and counters.
+
+pub mod access_log;
+pub mod connections;
+pub mod totals;
