@@ -26,5 +26,5 @@ pub use netns::Netns;
 pub use netns_discovery::NetnsDiscovery;
 pub use pin_lock::PinLock;
 pub use pods::{EnrolError, Enrolled, forget_others, open_netns};
-pub use processes::{Scan, Whereabouts, find};
+pub use processes::{NetnsLocation, Scan, find};
 pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::task::JoinHandle;
 
-use crate::{EnrolError, FirstSockets, Kernel, Netns, PodUid, Scan, Whereabouts, find};
+use crate::{EnrolError, FirstSockets, Kernel, Netns, NetnsLocation, PodUid, Scan, find};
 use auth_mesh::{ObjectName, Workload};
 
 /// Until the next look after one that left a pod unfound, doubled each time. A sandbox is there some hundred milliseconds
@@ -48,7 +48,7 @@ struct Sought {
     /// One, unless two objects say that they are the same pod.
     pods: Vec<ObjectName>,
     since: Instant,
-    found: Option<Whereabouts>,
+    found: Option<NetnsLocation>,
 }
 
 /// What came of the last look.
@@ -66,7 +66,7 @@ impl Sought {
     /// The namespace that its processes are in, whoever else's are.
     fn netns(&self) -> Option<&Arc<Netns>> {
         match &self.found {
-            Some(Whereabouts::In(netns) | Whereabouts::Shared(netns, _)) => Some(netns),
+            Some(NetnsLocation::In(netns) | NetnsLocation::Shared(netns, _)) => Some(netns),
             _ => None,
         }
     }
@@ -132,17 +132,17 @@ impl NetnsDiscovery {
             return Err(EnrolError::Shared { pod, other });
         }
         match &sought.found {
-            Some(Whereabouts::In(netns)) => Ok(netns.clone()),
-            Some(Whereabouts::Shared(_, other)) => Err(EnrolError::Shared {
+            Some(NetnsLocation::In(netns)) => Ok(netns.clone()),
+            Some(NetnsLocation::Shared(_, other)) => Err(EnrolError::Shared {
                 pod,
                 other: self.name(*other),
             }),
-            Some(Whereabouts::Hidden { pid, error }) => Err(EnrolError::Hidden {
+            Some(NetnsLocation::Hidden { pid, error }) => Err(EnrolError::Hidden {
                 pod,
                 pid: *pid,
                 error: error.clone(),
             }),
-            Some(Whereabouts::Node) => Err(EnrolError::NoProcess {
+            Some(NetnsLocation::Node) => Err(EnrolError::NoProcess {
                 pod,
                 why: "all its processes are in the node's own network namespace".into(),
             }),
@@ -175,9 +175,9 @@ impl NetnsDiscovery {
         let uid = workload.uid.parse().ok()?;
         let sought = self.sought.get(&uid)?;
         match &sought.found {
-            Some(Whereabouts::Shared(netns, _)) => Some(netns.cookie()),
+            Some(NetnsLocation::Shared(netns, _)) => Some(netns.cookie()),
             // Two objects say that they are the pod in it.
-            Some(Whereabouts::In(netns)) if sought.pods.len() > 1 => Some(netns.cookie()),
+            Some(NetnsLocation::In(netns)) if sought.pods.len() > 1 => Some(netns.cookie()),
             _ => None,
         }
     }
@@ -185,7 +185,7 @@ impl NetnsDiscovery {
     /// Whether all namespaces of pods that have processes are known. While that is not so, one that a daemon before this
     /// one knew may be any pod's.
     pub fn knows_all(&self) -> bool {
-        let hidden = |sought: &Sought| matches!(sought.found, Some(Whereabouts::Hidden { .. }));
+        let hidden = |sought: &Sought| matches!(sought.found, Some(NetnsLocation::Hidden { .. }));
         self.sought.is_empty()
             || matches!(self.last, Last::Done { .. }) && !self.sought.values().any(hidden)
     }
@@ -296,7 +296,7 @@ impl NetnsDiscovery {
 
     /// The kernel has told of a socket in the namespace with `cookie`.
     fn told(&mut self, cookie: u64, at: Instant) {
-        let known = |sought: &Sought| matches!(&sought.found, Some(Whereabouts::In(netns)) if netns.cookie() == cookie);
+        let known = |sought: &Sought| matches!(&sought.found, Some(NetnsLocation::In(netns)) if netns.cookie() == cookie);
         if self.nodes.contains(&cookie) || self.sought.values().any(known) {
             return;
         }
@@ -334,26 +334,26 @@ async fn hear(
 
 /// What is known of a pod that was `before`, after a look that has shown `seen`. A namespace that was found is the pod's
 /// until another one is found: between two containers there may be no process, or none that can be seen.
-fn after(before: Option<&Whereabouts>, seen: Option<Whereabouts>) -> Option<Whereabouts> {
+fn after(before: Option<&NetnsLocation>, seen: Option<NetnsLocation>) -> Option<NetnsLocation> {
     match (before, seen) {
-        (_, Some(found @ (Whereabouts::In(_) | Whereabouts::Shared(..)))) => Some(found),
-        (Some(held @ Whereabouts::In(_)), _) => Some(held.clone()),
+        (_, Some(found @ (NetnsLocation::In(_) | NetnsLocation::Shared(..)))) => Some(found),
+        (Some(held @ NetnsLocation::In(_)), _) => Some(held.clone()),
         (_, seen) => seen,
     }
 }
 
-fn is_same(one: Option<&Whereabouts>, other: Option<&Whereabouts>) -> bool {
+fn is_same(one: Option<&NetnsLocation>, other: Option<&NetnsLocation>) -> bool {
     match (one, other) {
-        (Some(Whereabouts::In(one)), Some(Whereabouts::In(other))) => {
+        (Some(NetnsLocation::In(one)), Some(NetnsLocation::In(other))) => {
             one.cookie() == other.cookie()
         }
-        (Some(Whereabouts::Shared(one, with)), Some(Whereabouts::Shared(other, also))) => {
+        (Some(NetnsLocation::Shared(one, with)), Some(NetnsLocation::Shared(other, also))) => {
             (one.cookie(), with) == (other.cookie(), also)
         }
-        (Some(Whereabouts::Node), Some(Whereabouts::Node)) | (None, None) => true,
+        (Some(NetnsLocation::Node), Some(NetnsLocation::Node)) | (None, None) => true,
         (
-            Some(Whereabouts::Hidden { error: one, .. }),
-            Some(Whereabouts::Hidden { error: other, .. }),
+            Some(NetnsLocation::Hidden { error: one, .. }),
+            Some(NetnsLocation::Hidden { error: other, .. }),
         ) => one.kind() == other.kind(),
         _ => false,
     }
@@ -492,21 +492,21 @@ mod tests {
 
     #[test]
     fn what_was_found_is_held_until_something_else_is() {
-        let found = |cookie| Whereabouts::In(Arc::new(Netns::imagined(cookie)));
-        let cookie = |now: Option<Whereabouts>| match now {
-            Some(Whereabouts::In(netns)) => Some(netns.cookie()),
+        let found = |cookie| NetnsLocation::In(Arc::new(Netns::imagined(cookie)));
+        let cookie = |now: Option<NetnsLocation>| match now {
+            Some(NetnsLocation::In(netns)) => Some(netns.cookie()),
             _ => None,
         };
         assert_eq!(cookie(after(None, Some(found(1)))), Some(1));
         assert_eq!(cookie(after(Some(&found(1)), None)), Some(1));
         assert_eq!(
-            cookie(after(Some(&found(1)), Some(Whereabouts::Node))),
+            cookie(after(Some(&found(1)), Some(NetnsLocation::Node))),
             Some(1)
         );
         assert_eq!(cookie(after(Some(&found(1)), Some(found(2)))), Some(2));
-        assert!(after(Some(&Whereabouts::Node), None).is_none());
+        assert!(after(Some(&NetnsLocation::Node), None).is_none());
         let other = "11111111-2222-4333-8444-555555555555".parse().unwrap();
-        let shared = Whereabouts::Shared(Arc::new(Netns::imagined(1)), other);
+        let shared = NetnsLocation::Shared(Arc::new(Netns::imagined(1)), other);
         let now = after(Some(&found(1)), Some(shared.clone()));
         assert!(is_same(now.as_ref(), Some(&shared)), "neither is believed");
         assert!(after(Some(&shared), None).is_none());

@@ -28,32 +28,32 @@ use super::{
 
 /// Where a pod's processes are.
 #[derive(Clone, Debug)]
-pub enum Whereabouts {
+pub enum NetnsLocation {
     /// In this namespace.
     In(Arc<Netns>),
-    /// In this one, as another pod's are: neither can be believed.
+    /// In this namespace, together with processes of the given other pod. Neither pod can be identified by it.
     Shared(Arc<Netns>, PodUid),
-    /// In the node's own, all of them: on their way into the pod's, or helpers of the runtime.
+    /// All in the node's namespace: they have yet to enter the pod's, or are helpers of the runtime.
     Node,
-    /// Not to be seen.
+    /// Unknown, because the namespace of a process could not be read.
     Hidden {
-        /// One of them.
+        /// ID of that process.
         pid: u32,
-        /// What happened.
+        /// Why the read failed.
         error: Arc<io::Error>,
     },
 }
 
-/// What one look at all processes has shown.
+/// Result of one scan of all processes.
 #[derive(Debug, Default)]
 pub struct Scan {
-    /// Of the pods that were looked for, those that have processes.
-    pub pods: HashMap<PodUid, Whereabouts>,
-    /// How many processes there are.
+    /// Requested pods that have processes.
+    pub pods: HashMap<PodUid, NetnsLocation>,
+    /// Number of processes on the node.
     pub processes: usize,
-    /// How many of them are pods', looked for or not.
+    /// Number of processes that belong to any pod, requested or not.
     pub of_pods: usize,
-    /// How long a processor was busy with it.
+    /// CPU time that the scan used.
     pub effort: Duration,
 }
 
@@ -171,12 +171,12 @@ fn find_in(
                 processes.entry(pod).or_default().push(process);
             }
             Ok(Some(_)) => {
-                scan.pods.entry(pod).or_insert(Whereabouts::Node);
+                scan.pods.entry(pod).or_insert(NetnsLocation::Node);
             }
             Ok(None) => {}
             Err(error) => {
                 let error = Arc::new(error);
-                scan.pods.insert(pod, Whereabouts::Hidden { pid, error });
+                scan.pods.insert(pod, NetnsLocation::Hidden { pid, error });
             }
         }
     }
@@ -215,9 +215,9 @@ fn settle(
         for (pod, process) in &residents {
             let other = residents.iter().find(|(other, _)| other != pod);
             let found = match (&netns, other) {
-                (Ok(netns), None) => Whereabouts::In(netns.clone()),
-                (Ok(netns), Some((other, _))) => Whereabouts::Shared(netns.clone(), *other),
-                (Err(error), _) => Whereabouts::Hidden {
+                (Ok(netns), None) => NetnsLocation::In(netns.clone()),
+                (Ok(netns), Some((other, _))) => NetnsLocation::Shared(netns.clone(), *other),
+                (Err(error), _) => NetnsLocation::Hidden {
                     pid: process.pid,
                     error: error.clone(),
                 },

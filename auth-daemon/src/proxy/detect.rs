@@ -8,7 +8,7 @@ use tokio::{io::Interest, net::TcpStream, time::timeout};
 
 use auth_tunnel::{
     ALPN,
-    hello::{Opening, PEEK_BYTES, classify},
+    hello::{FirstBytes, PEEK_BYTES, classify},
 };
 
 /// PERMISSIVE: a caller that is silent for so long may wait for the server to speak first.
@@ -24,9 +24,9 @@ pub(super) enum Detected {
 /// STRICT: waits for as long as it takes the caller to show what it speaks.
 pub(super) async fn strict(tcp: &TcpStream) -> io::Result<Detected> {
     match first_bytes(tcp).await? {
-        Opening::Tunnel => Ok(Detected::Tunnel),
-        Opening::Plaintext => Ok(Detected::Plaintext(None)),
-        Opening::Undecided => Err(io::Error::new(
+        FirstBytes::Tunnel => Ok(Detected::Tunnel),
+        FirstBytes::Plaintext => Ok(Detected::Plaintext(None)),
+        FirstBytes::Undecided => Err(io::Error::new(
             io::ErrorKind::UnexpectedEof,
             "closed before it said what it speaks",
         )),
@@ -41,16 +41,16 @@ where
 {
     if let Ok(opening) = timeout(SILENCE, first_bytes(tcp)).await {
         return Ok(match opening? {
-            Opening::Tunnel => Detected::Tunnel,
-            Opening::Plaintext | Opening::Undecided => Detected::Plaintext(None),
+            FirstBytes::Tunnel => Detected::Tunnel,
+            FirstBytes::Plaintext | FirstBytes::Undecided => Detected::Plaintext(None),
         });
     }
     let app = dial().await?;
     tokio::select! {
         biased;
         opening = first_bytes(tcp) => Ok(match opening? {
-            Opening::Tunnel => Detected::Tunnel,
-            Opening::Plaintext | Opening::Undecided => Detected::Plaintext(Some(app)),
+            FirstBytes::Tunnel => Detected::Tunnel,
+            FirstBytes::Plaintext | FirstBytes::Undecided => Detected::Plaintext(Some(app)),
         }),
         ready = app.readable() => {
             ready?;
@@ -60,7 +60,7 @@ where
 }
 
 /// What the caller's first bytes are; undecided, if it ends before that can be told.
-async fn first_bytes(tcp: &TcpStream) -> io::Result<Opening> {
+async fn first_bytes(tcp: &TcpStream) -> io::Result<FirstBytes> {
     loop {
         let ready = tcp.ready(Interest::READABLE).await?;
         let peek = tcp.try_io(Interest::READABLE, || {
@@ -68,7 +68,7 @@ async fn first_bytes(tcp: &TcpStream) -> io::Result<Opening> {
             let count = recv(tcp.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK)?;
             match classify(&bytes[..count], ALPN) {
                 // More may come: wait for it as for the first byte.
-                Opening::Undecided if !ready.is_read_closed() => {
+                FirstBytes::Undecided if !ready.is_read_closed() => {
                     Err(io::ErrorKind::WouldBlock.into())
                 }
                 opening => Ok(opening),

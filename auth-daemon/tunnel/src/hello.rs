@@ -1,8 +1,8 @@
-//! Tells the tunnel from plaintext by the first bytes that a caller sends, before any is taken from the socket.
+//! Distinguishes the tunnel from plaintext by the first bytes of a connection, which are peeked at and stay in the socket.
 
-/// A ClientHello of ours is far smaller; what announces more is somebody else's, in bytes.
+/// Largest record that can be a tunnel's ClientHello, in bytes. Those that this daemon sends are far smaller.
 const MAX_HELLO_BYTES: usize = 8 * 1024;
-/// Enough to peek at: a whole record of that size.
+/// Number of bytes to peek at: a whole record of the largest size.
 pub const PEEK_BYTES: usize = RECORD_HEADER_BYTES + MAX_HELLO_BYTES;
 
 const RECORD_HEADER_BYTES: usize = 5;
@@ -10,50 +10,50 @@ const HANDSHAKE_RECORD: u8 = 22;
 const CLIENT_HELLO: u8 = 1;
 const ALPN_EXTENSION: u16 = 16;
 
-/// What the first bytes are.
+/// Protocol of a connection, judged by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Opening {
-    /// A ClientHello that offers our protocol.
+pub enum FirstBytes {
+    /// A ClientHello that offers the tunnel's ALPN protocol.
     Tunnel,
-    /// Anything else: the app's own business.
+    /// Anything else, including the app's own TLS.
     Plaintext,
-    /// Too little to tell.
+    /// Too few bytes to decide.
     Undecided,
 }
 
-/// Reads the opening bytes of a connection. `alpn` is the protocol that makes a ClientHello ours.
+/// Classifies the first bytes of a connection. A ClientHello that offers `alpn` starts a tunnel.
 ///
-/// A ClientHello split over several records is not ours: we never send one.
-pub fn classify(bytes: &[u8], alpn: &[u8]) -> Opening {
+/// A ClientHello split over several records counts as plaintext, because this daemon never sends one.
+pub fn classify(bytes: &[u8], alpn: &[u8]) -> FirstBytes {
     let mut record = Reader(bytes);
     match record.u8() {
-        None => return Opening::Undecided,
+        None => return FirstBytes::Undecided,
         Some(HANDSHAKE_RECORD) => {}
-        Some(_) => return Opening::Plaintext,
+        Some(_) => return FirstBytes::Plaintext,
     }
     match record.u8() {
-        None => return Opening::Undecided,
+        None => return FirstBytes::Undecided,
         Some(3) => {}
-        Some(_) => return Opening::Plaintext,
+        Some(_) => return FirstBytes::Plaintext,
     }
     let (Some(_minor), Some(length)) = (record.u8(), record.u16()) else {
-        return Opening::Undecided;
+        return FirstBytes::Undecided;
     };
     let length = usize::from(length);
     if length == 0 || length > MAX_HELLO_BYTES {
-        return Opening::Plaintext;
+        return FirstBytes::Plaintext;
     }
     match record.u8() {
-        None => return Opening::Undecided,
+        None => return FirstBytes::Undecided,
         Some(CLIENT_HELLO) => {}
-        Some(_) => return Opening::Plaintext,
+        Some(_) => return FirstBytes::Plaintext,
     }
     let Some(fragment) = record.take(length - 1) else {
-        return Opening::Undecided;
+        return FirstBytes::Undecided;
     };
     match offers(fragment, alpn) {
-        Some(true) => Opening::Tunnel,
-        _ => Opening::Plaintext,
+        Some(true) => FirstBytes::Tunnel,
+        _ => FirstBytes::Plaintext,
     }
 }
 
@@ -139,15 +139,15 @@ mod tests {
     #[test]
     fn tells_ours_from_others() {
         let ours = hello(b"auth-daemon/1");
-        assert_eq!(classify(&ours, b"auth-daemon/1"), Opening::Tunnel);
+        assert_eq!(classify(&ours, b"auth-daemon/1"), FirstBytes::Tunnel);
         assert_eq!(
             classify(&hello(b"h2"), b"auth-daemon/1"),
-            Opening::Plaintext
+            FirstBytes::Plaintext
         );
         for length in 0..ours.len() {
             assert_eq!(
                 classify(&ours[..length], b"auth-daemon/1"),
-                Opening::Undecided,
+                FirstBytes::Undecided,
                 "{length}"
             );
         }
@@ -157,7 +157,7 @@ mod tests {
             b"\x16\x03\x01\x00\x00",
             b"\x16\x03\x01\x00\x05\x02",
         ] {
-            assert_eq!(classify(other, b"auth-daemon/1"), Opening::Plaintext);
+            assert_eq!(classify(other, b"auth-daemon/1"), FirstBytes::Plaintext);
         }
     }
 

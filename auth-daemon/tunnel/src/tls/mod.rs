@@ -1,4 +1,4 @@
-//! How this daemon speaks TLS: version, suites, certificates, and who is believed.
+//! TLS configuration: protocol version, cipher suites, certificates and peer verification.
 
 pub mod crl;
 pub mod svid;
@@ -73,8 +73,8 @@ struct ChainTooLarge(usize);
 const MAX_SESSIONS: usize = 1024;
 
 impl Configs {
-    /// Speaks as the holder of `key` and believes who `trust` does: by its roots of now, and by its revocations as they
-    /// are at each handshake.
+    /// Builds configurations that present `key` and verify peers against `trust`: its current roots, and its
+    /// revocations as of each handshake.
     pub fn new(key: Arc<CertifiedKey>, trust: Arc<TrustStore>) -> Result<Self, Error> {
         let provider = Arc::new(provider());
         let verifier = Arc::new(Verifier::new(trust, provider.clone())?);

@@ -1,4 +1,4 @@
-//! Whom this node believes, as its CA says: roots, and what is revoked.
+//! Trust received from the CA: root certificates and revocations.
 
 use std::{collections::HashMap, fmt, sync::Arc};
 
@@ -12,20 +12,20 @@ use auth_mesh::{Identity, TrustDomain};
 /// The roots of a trust domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustBundle {
-    /// Whose roots they are.
+    /// Trust domain that the roots belong to.
     pub trust_domain: TrustDomain,
     /// Root certificates, DER.
     pub roots: Vec<CertificateDer<'static>>,
 }
 
-/// What the CA says of whom to believe, at one moment.
+/// Trust published by the CA at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trust {
     /// Grows with each change of a CA that counts them; 0 from one that does not.
     pub version: u64,
-    /// Whom to believe.
+    /// Trusted roots.
     pub bundle: TrustBundle,
-    /// Except these.
+    /// Certificates that are rejected although they chain to a trusted root.
     pub revoked: Revocations,
     /// Where a rotation of the root stands, for people.
     pub phase: String,
@@ -111,7 +111,7 @@ impl std::str::FromStr for Reason {
     }
 }
 
-/// What is not to be believed although a root stands behind it.
+/// Certificates that are rejected although they chain to a trusted root.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Revocations {
     /// Certificates, by serial number in lower-case hexadecimal, as [`Svid::serial`].
