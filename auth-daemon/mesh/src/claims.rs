@@ -1,33 +1,33 @@
-//! Whose an address is, when several say that it is theirs.
+//! Ownership of an address that several pods or services claim.
 
 use std::sync::Arc;
 
 use super::{ObjectName, Workload, resolved::Resolved};
 
-/// Who says that an address is its own.
+/// A pod or service that claims an address.
 #[derive(Clone, Debug)]
 pub(super) enum Claim {
     Pod(Arc<Workload>),
     Service(Arc<Resolved>),
 }
 
-/// All who say that of one address.
+/// All claims to one address.
 #[derive(Clone, Debug)]
 pub(super) enum Claims {
     One(Claim),
     Several(Arc<[Claim]>),
 }
 
-/// More than one pod says that an address is its own.
+/// More than one pod claims the address.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Disputed;
 
-/// What an address is.
+/// Kind of owner of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddressKind {
-    /// A pod's. Those in dispute are: what is captured and then cannot be served is refused.
+    /// A pod. Also the kind of a disputed address, so that connections to it are captured and then refused.
     Pod,
-    /// A service's.
+    /// A service.
     Service,
 }
 
@@ -50,7 +50,7 @@ impl Claim {
         }
     }
 
-    /// A pod that is going gives way to one that has got its address.
+    /// Reports whether this is a terminating pod, which yields the address to a new owner.
     fn yields(&self) -> bool {
         matches!(self, Self::Pod(pod) if pod.terminating)
     }
@@ -72,7 +72,7 @@ impl Claims {
         }
     }
 
-    /// Whose the address is. `None`: it is in dispute.
+    /// Returns the owner of the address, or `None` if the address is disputed.
     pub(super) fn owner(&self) -> Option<&Claim> {
         match self {
             Self::One(claim) => Some(claim),
@@ -83,7 +83,7 @@ impl Claims {
         }
     }
 
-    /// The pod whose the address is, whatever services say of it. `None`: it is no pod's.
+    /// Returns the pod that owns the address, regardless of claims by services, or `None` if no pod claims it.
     pub(super) fn pod(&self) -> Option<Result<&Arc<Workload>, Disputed>> {
         let pods = || {
             self.all().iter().filter_map(|claim| match claim {
@@ -105,7 +105,7 @@ impl Claims {
     }
 }
 
-/// Whether they are the same, not only alike: for telling one snapshot from the next.
+/// Compares claims by pointer, not by value, to find what changed between two snapshots.
 impl PartialEq for Claims {
     fn eq(&self, other: &Self) -> bool {
         let (one, other) = (self.all(), other.all());

@@ -1,4 +1,4 @@
-//! From one snapshot to the next: each change costs what it touches, whatever else is known.
+//! Changes from one snapshot to the next. The cost of a change depends on what it touches, not on the size of the mesh.
 
 use std::{collections::BTreeSet, hash::Hash, net::IpAddr, sync::Arc};
 
@@ -11,11 +11,11 @@ use super::{
     snapshot::{Daemons, Namespace, ServiceState},
 };
 
-/// A snapshot that is being made out of another.
+/// A snapshot under construction, based on a previous one.
 #[derive(Debug)]
 pub struct Edit {
     next: Snapshot,
-    /// Services whose endpoints are to be worked out anew.
+    /// Services whose endpoints must be resolved again.
     dirty: BTreeSet<ObjectName>,
 }
 
@@ -29,7 +29,7 @@ impl From<Snapshot> for Edit {
 }
 
 impl Edit {
-    /// Takes `pod`, in the place of one of the same name.
+    /// Adds `pod`, or replaces the pod of the same name.
     pub fn pod(&mut self, pod: impl Into<Arc<Workload>>) {
         let pod = pod.into();
         self.remove_pod(&pod.name);
@@ -39,7 +39,7 @@ impl Edit {
         self.select(&pod, true);
     }
 
-    /// Forgets the pod.
+    /// Removes the pod.
     pub fn remove_pod(&mut self, name: &ObjectName) {
         let Some(namespace) = self.next.namespaces.get_mut(&name.namespace) else {
             return;
@@ -52,7 +52,7 @@ impl Edit {
         self.drop_if_empty(&name.namespace);
     }
 
-    /// Takes `service`, in the place of one of the same name.
+    /// Adds `service`, or replaces the service of the same name.
     pub fn service(&mut self, service: impl Into<Arc<Service>>) {
         let service = service.into();
         self.remove_service(&service.name);
@@ -75,7 +75,7 @@ impl Edit {
         self.dirty.insert(name);
     }
 
-    /// Forgets the service.
+    /// Removes the service.
     pub fn remove_service(&mut self, name: &ObjectName) {
         let Some(namespace) = self.next.namespaces.get_mut(&name.namespace) else {
             return;
@@ -93,7 +93,7 @@ impl Edit {
         self.drop_if_empty(&name.namespace);
     }
 
-    /// Takes `slice`, in the place of one of the same name.
+    /// Adds `slice`, or replaces the slice of the same name.
     pub fn slice(&mut self, slice: impl Into<Arc<Slice>>) {
         let slice = slice.into();
         self.remove_slice(&slice.name);
@@ -113,7 +113,7 @@ impl Edit {
         namespace.slices.insert(slice.name.name.clone(), slice);
     }
 
-    /// Forgets the slice.
+    /// Removes the slice.
     pub fn remove_slice(&mut self, name: &ObjectName) {
         let Some(namespace) = self.next.namespaces.get_mut(&name.namespace) else {
             return;
@@ -133,7 +133,7 @@ impl Edit {
         self.drop_if_empty(&name.namespace);
     }
 
-    /// What the namespace `name` says of its pods' membership.
+    /// Sets the membership that the namespace `name` specifies for its pods.
     pub fn namespace(&mut self, name: &str, membership: Option<Membership>) {
         let before = self.next.namespaces.get(name);
         if before.and_then(|before| before.membership) == membership {
@@ -157,12 +157,12 @@ impl Edit {
         self.drop_if_empty(name);
     }
 
-    /// From now on, only nodes count as having a daemon that [`Edit::daemon`] names.
+    /// Starts to track daemons: from now on, only nodes reported by [`Edit::daemon`] count as having one.
     pub fn know_daemons(&mut self) {
         self.next.daemons.get_or_insert_default();
     }
 
-    /// The node daemon's pod `name` is ready on `node`, or not ready at all.
+    /// Records that the node daemon's pod `name` is ready on `node`, or, with `None`, not ready on any node.
     pub fn daemon(&mut self, name: &ObjectName, node: Option<&str>) {
         let Daemons { pods, nodes } = self.next.daemons.get_or_insert_default();
         if let Some(before) = pods.remove(name)
@@ -179,7 +179,7 @@ impl Edit {
         }
     }
 
-    /// The snapshot with all that was changed.
+    /// Returns the snapshot with all changes applied.
     pub fn finish(mut self) -> Snapshot {
         for name in std::mem::take(&mut self.dirty) {
             self.work_out(&name);
@@ -205,13 +205,13 @@ impl Edit {
         }
     }
 
-    /// Enters a pod of the mesh where others find it.
+    /// Adds `pod` to the indexes by node and address, if it is in the mesh.
     fn index(&mut self, pod: &Arc<Workload>) {
         self.touch(pod);
         if !self.next.is_member(pod) {
             return;
         }
-        // A pod that has no node yet runs nowhere.
+        // A pod without a node is not scheduled yet.
         if !pod.node.is_empty() {
             let pods = self.next.nodes.entry(pod.node.clone()).or_default();
             pods.insert(pod.name.clone(), pod.clone());
@@ -234,7 +234,7 @@ impl Edit {
         }
     }
 
-    /// Works out the services anew that have endpoints in slices which may be `pod`.
+    /// Marks services for resolution whose endpoint slices may refer to `pod`.
     fn touch(&mut self, pod: &Workload) {
         let by = &self.next.slices;
         let by_address = pod.addresses.iter().filter_map(|ip| by.address.get(ip));
@@ -246,7 +246,7 @@ impl Edit {
         self.dirty.extend(slices.map(|slice| service_of(slice)));
     }
 
-    /// Puts `pod` behind the services that select it, or takes it away.
+    /// Adds `pod` to the services that select it, or removes it if `there` is false.
     fn select(&mut self, pod: &Arc<Workload>, there: bool) {
         let Some(namespace) = self.next.namespaces.get_mut(&pod.name.namespace) else {
             return;
@@ -277,7 +277,7 @@ impl Edit {
         }
     }
 
-    /// Works out where a service's addresses lead.
+    /// Resolves the addresses of a service.
     fn work_out(&mut self, name: &ObjectName) {
         let namespace = self.next.namespaces.get(&name.namespace);
         let Some(state) = namespace
@@ -301,7 +301,8 @@ impl Edit {
             let pods = state.selected.values();
             Backends::Pods(pods.map(|pod| (pod, self.next.is_member(pod))).collect())
         };
-        // A service without a pod of the mesh is none of ours, unless its owner says who may run it.
+        // A service without a pod in the mesh is not a mesh service, unless its owner pins the identities that may run
+        // it.
         let ours = service.pinned_identities.is_some() || backends.any_meshed();
         let mut room = Some(MAX_SLICED);
         let claims: Vec<_> = service
@@ -325,8 +326,8 @@ impl Edit {
         };
     }
 
-    /// Who is at an endpoint of a slice. Whose the address is counts first: what a slice says of it takes no pod out of the
-    /// mesh, and gives none another's identity.
+    /// Finds what is at the address of a slice's endpoint. The owner of the address takes precedence: a slice can
+    /// neither remove a pod from the mesh nor give it the identity of another.
     fn server_at(&self, endpoint: &SliceEndpoint) -> Server<'_> {
         let claims = self.next.addresses.get(&endpoint.address);
         match claims.and_then(Claims::pod) {
@@ -390,7 +391,7 @@ fn service_of(slice: &Slice) -> ObjectName {
     }
 }
 
-/// Takes `value` away from those that `key` leads to.
+/// Removes `value` from the set of `key`.
 fn forget<K, V>(index: &mut HashMap<K, OrdSet<V>>, key: &K, value: &V)
 where
     K: Clone + Eq + Hash,
@@ -404,7 +405,7 @@ where
     }
 }
 
-/// The label by which a service is found from the pods that have it.
+/// Returns the label under which pods with that label find the service.
 fn index_label(service: &Service) -> Option<(String, String)> {
     let (key, value) = service.selector.first_key_value()?;
     Some((key.clone(), value.clone()))
@@ -512,7 +513,7 @@ mod tests {
         })
     }
 
-    /// What can be asked of a snapshot.
+    /// Everything that can be queried from a snapshot.
     fn observed(snapshot: &Snapshot) -> Vec<String> {
         let mut seen: Vec<_> = (1..5_u8)
             .map(|last| {

@@ -2,9 +2,9 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-/// Longest SPIFFE ID that implementations must take, in bytes (SPIFFE-ID §2.3).
+/// Maximum length of a SPIFFE ID that implementations must support, in bytes (SPIFFE-ID §2.3).
 const MAX_BYTES: usize = 2048;
-/// Longest trust domain, in bytes (SPIFFE-ID §2.1).
+/// Maximum length of a trust domain, in bytes (SPIFFE-ID §2.1).
 const MAX_TRUST_DOMAIN_BYTES: usize = 255;
 
 /// A trust domain: the name of the authority behind a set of identities (SPIFFE-ID §2.1).
@@ -12,7 +12,7 @@ const MAX_TRUST_DOMAIN_BYTES: usize = 255;
 pub struct TrustDomain(Arc<str>);
 
 impl Default for TrustDomain {
-    /// `cluster.local`, as elsewhere in Kubernetes.
+    /// Returns `cluster.local`, the usual default in Kubernetes.
     fn default() -> Self {
         Self("cluster.local".into())
     }
@@ -20,7 +20,7 @@ impl Default for TrustDomain {
 
 /// The identity of a service account: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 ///
-/// A value of this type is well formed. Cloning is cheap.
+/// A value of this type is always well formed. Cloning is cheap.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Identity {
     uri: Arc<str>,
@@ -28,35 +28,35 @@ pub struct Identity {
     namespace_end: u16,
 }
 
-/// Why a text is no SPIFFE ID of a service account.
+/// Reason why a text is not the SPIFFE ID of a service account.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidIdentity {
-    /// Longer than 2048 bytes.
+    /// The text is longer than 2048 bytes.
     #[error("longer than {MAX_BYTES} bytes")]
     TooLong,
-    /// Another scheme than `spiffe`, in lower case.
+    /// The scheme is not `spiffe`, in lower case.
     #[error("does not start with spiffe://")]
     Scheme,
-    /// Empty, too long, or with a character outside `a-z0-9.-_`.
+    /// The trust domain is empty, too long, or has a character outside `a-z0-9.-_`.
     #[error("trust domain {0:?} is not 1 to 255 of a-z, 0-9, '.', '-', '_'")]
     TrustDomain(String),
-    /// Not of the form `/ns/<namespace>/sa/<service account>`.
+    /// The path does not have the form `/ns/<namespace>/sa/<service account>`.
     #[error("path is not /ns/<namespace>/sa/<service account>")]
     Path,
-    /// A namespace or service account that Kubernetes would not take.
+    /// The namespace or service account is not a valid Kubernetes name.
     #[error("{0:?} is not a Kubernetes name")]
     Name(String),
 }
 
 impl TrustDomain {
-    /// The name, without scheme.
+    /// Returns the name, without the scheme.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The identity of a service account in this trust domain.
+    /// Returns the identity of a service account in this trust domain.
     ///
-    /// Fails when a name is none that Kubernetes would take.
+    /// Fails if a name is not a valid Kubernetes name.
     pub fn identity(
         &self,
         namespace: &str,
@@ -94,23 +94,23 @@ impl fmt::Display for TrustDomain {
 const SCHEME: &str = "spiffe://";
 
 impl Identity {
-    /// The whole SPIFFE ID.
+    /// Returns the whole SPIFFE ID.
     pub fn as_str(&self) -> &str {
         &self.uri
     }
 
-    /// The trust domain's name.
+    /// Returns the trust domain's name.
     pub fn trust_domain(&self) -> &str {
         &self.uri[SCHEME.len()..usize::from(self.trust_domain_end)]
     }
 
-    /// The service account's namespace.
+    /// Returns the service account's namespace.
     pub fn namespace(&self) -> &str {
         &self.uri
             [usize::from(self.trust_domain_end) + "/ns/".len()..usize::from(self.namespace_end)]
     }
 
-    /// The service account's name.
+    /// Returns the service account's name.
     pub fn service_account(&self) -> &str {
         &self.uri[usize::from(self.namespace_end) + "/sa/".len()..]
     }
@@ -141,7 +141,7 @@ impl FromStr for Identity {
         let trust_domain_end = SCHEME.len() + trust_domain.len();
         Ok(Self {
             uri: uri.into(),
-            // Both fit: the whole is at most 2048 bytes.
+            // Both fit in 16 bits, because the whole ID is at most 2048 bytes.
             trust_domain_end: trust_domain_end as u16,
             namespace_end: (trust_domain_end + "/ns/".len() + namespace.len()) as u16,
         })
@@ -160,7 +160,7 @@ impl fmt::Debug for Identity {
     }
 }
 
-/// Whether `name` is an RFC 1123 label, or, with `dots`, a subdomain.
+/// Reports whether `name` is an RFC 1123 label, or, if `dots` is true, an RFC 1123 subdomain.
 fn kubernetes_name(name: &str, longest: usize, dots: bool) -> bool {
     let alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     name.len() <= longest

@@ -1,4 +1,4 @@
-//! The model of the mesh: who is who, what runs where. No I/O, no clock, no kernel.
+//! The model of the mesh: identities, pods, services, policies. No I/O, no clock, no kernel.
 
 mod claims;
 mod edit;

@@ -1,13 +1,13 @@
-//! Which pods are of the mesh.
+//! Which pods are in the mesh.
 
 use std::{collections::BTreeSet, str::FromStr};
 
-/// What a pod or namespace says of itself.
+/// Membership as set on a pod or namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Membership {
-    /// Its pods are of the mesh.
+    /// The pods are in the mesh.
     Enabled,
-    /// They are not.
+    /// The pods are not in the mesh.
     Disabled,
 }
 
@@ -23,17 +23,17 @@ impl FromStr for Membership {
     }
 }
 
-/// What holds for pods that say nothing, in namespaces that say nothing.
+/// Default for pods whose membership is set neither on the pod nor on its namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeshDefault {
-    /// For most.
+    /// Membership in all namespaces that are not excluded.
     pub membership: Membership,
-    /// Namespaces whose pods are not of the mesh.
+    /// Namespaces whose pods are not in the mesh by default.
     pub excluded: BTreeSet<String>,
 }
 
 impl MeshDefault {
-    /// For a pod of `namespace`.
+    /// Returns the default for a pod of `namespace`.
     pub fn of(&self, namespace: &str) -> Membership {
         if self.excluded.contains(namespace) {
             Membership::Disabled
@@ -44,7 +44,7 @@ impl MeshDefault {
 }
 
 impl Default for MeshDefault {
-    /// Every pod is of the mesh.
+    /// Returns a default under which every pod is in the mesh.
     fn default() -> Self {
         Self {
             membership: Membership::Enabled,

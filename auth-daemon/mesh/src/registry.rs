@@ -1,4 +1,4 @@
-//! What is in force: published by discovery, read by everyone without a lock.
+//! Published state: written by discovery, read without a lock.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub struct Published<T> {
 pub type Registry = Published<Snapshot>;
 
 impl<T> Published<T> {
-    /// Holds `first` until the first [`Published::publish`].
+    /// Creates a value that holds `first` until the first [`Published::publish`].
     pub fn holding(first: T) -> Self {
         Self {
             current: ArcSwap::from_pointee(first),
@@ -26,18 +26,18 @@ impl<T> Published<T> {
         }
     }
 
-    /// The newest one.
+    /// Returns the current value.
     pub fn current(&self) -> Arc<T> {
         self.current.load_full()
     }
 
-    /// Replaces it and wakes those who wait for a change.
+    /// Replaces the value and wakes tasks that wait for a change.
     pub fn publish(&self, next: T) {
         self.current.store(Arc::new(next));
         self.changed.send_modify(|version| *version += 1);
     }
 
-    /// Counts publications: 0 before the first.
+    /// Returns a receiver of the number of publications, which is 0 before the first.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
@@ -50,12 +50,12 @@ impl<T: Default> Default for Published<T> {
 }
 
 impl Registry {
-    /// Empty until the first [`Published::publish`].
+    /// Creates a registry that is empty until the first [`Published::publish`].
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The newest snapshot.
+    /// Returns the current snapshot.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.current()
     }

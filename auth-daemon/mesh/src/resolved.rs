@@ -1,4 +1,4 @@
-//! Services with their endpoints worked out.
+//! Services with their endpoints resolved.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -9,14 +9,15 @@ use std::{
 
 use super::{Identity, ObjectName, Port, Service, SliceEndpoint, Workload};
 
-/// Endpoints that a service gets from slices at most, over all its ports: who may write slices is not to fill the memory of
-/// all nodes.
+/// Maximum number of endpoints that a service gets from slices, over all its ports. The limit keeps a user who may
+/// write slices from exhausting the memory of all nodes.
 pub(super) const MAX_SLICED: usize = 10_000;
 
-/// Ports that a service with slices has at most: as many as a slice. Others are refused.
+/// Maximum number of ports of a service that gets its endpoints from slices: as many as a slice may have. Connections
+/// to further ports are refused.
 const MAX_SLICED_PORTS: usize = 100;
 
-/// A service as one of its addresses leads to it.
+/// A service, resolved for one of its addresses.
 #[derive(Debug)]
 pub(super) struct Resolved {
     pub(super) name: ObjectName,
@@ -34,20 +35,20 @@ pub(super) struct ServicePort {
 /// Where a connection to a mesh address may go.
 #[derive(Clone, Debug)]
 pub struct Destination {
-    /// The service dialled; none when a pod was dialled by its own address.
+    /// The service that was dialled. `None` if a pod was dialled by its own address.
     pub service: Option<ObjectName>,
-    /// Endpoints that may be used, whose identity may run the service.
+    /// Endpoints that may be used. The identity of each may run the service.
     pub endpoints: Arc<[Endpoint]>,
-    /// The identities that may answer (secure naming).
+    /// Identities that may answer (secure naming).
     pub identities: Arc<BTreeSet<Identity>>,
-    /// Whether a client always gets the same endpoint.
+    /// Whether a client keeps the same endpoint.
     pub sticky: bool,
-    /// Whether only endpoints on the client's node count.
+    /// Whether only endpoints on the client's node are used.
     pub local: bool,
 }
 
 impl Destination {
-    /// The identities that may answer, for an error.
+    /// Returns the identities that may answer, as text for an error.
     pub fn allowed(&self) -> String {
         let allowed: Vec<_> = self.identities.iter().map(Identity::as_str).collect();
         allowed.join(" or ")
@@ -57,18 +58,18 @@ impl Destination {
 /// A server behind a destination.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
-    /// The pod. `None`: none that is known has the address, which an endpoint slice names.
+    /// The pod. `None` if an endpoint slice lists an address that no known pod has.
     pub workload: Option<Arc<Workload>>,
-    /// The pod's address, of the family that was dialled, and the app's own port.
+    /// The pod's address, of the dialled family, and the port of the app itself.
     pub address: SocketAddr,
-    /// Whether it is of the mesh: a service may have endpoints that are not.
+    /// Whether the endpoint is in the mesh. A service may have endpoints that are not.
     pub meshed: bool,
-    /// The node that an endpoint slice says it is on.
+    /// The node of the endpoint, according to an endpoint slice.
     pub node: Option<Arc<str>>,
 }
 
 impl Endpoint {
-    /// Whether it runs on `node`.
+    /// Reports whether the endpoint runs on `node`.
     pub fn is_on(&self, node: &str) -> bool {
         match &self.workload {
             Some(pod) => pod.node == node,
@@ -77,34 +78,34 @@ impl Endpoint {
     }
 }
 
-/// A pod that a service selects, and whether it is of the mesh.
+/// A pod that a service selects, and whether the pod is in the mesh.
 pub(super) type Selected<'a> = (&'a Arc<Workload>, bool);
 
-/// An endpoint of a slice, with the slice's ports, and who is there.
+/// An endpoint of a slice, with the slice's ports and the pod at the endpoint's address.
 pub(super) struct Sliced<'a> {
     pub(super) endpoint: &'a SliceEndpoint,
     pub(super) ports: &'a [(String, u16)],
     pub(super) server: Server<'a>,
 }
 
-/// Who is at an address.
+/// What is at the address of a slice's endpoint.
 #[derive(Clone, Copy)]
 pub(super) enum Server<'a> {
     Pod(Selected<'a>),
-    /// Pods of the mesh, and none of them for sure.
+    /// More than one mesh pod claims the address.
     Disputed,
-    /// None of the pods that are known.
+    /// No known pod.
     Outside,
 }
 
-/// Who is behind a service.
+/// The backends of a service.
 pub(super) enum Backends<'a> {
     Pods(Vec<Selected<'a>>),
     Slices(Vec<Sliced<'a>>),
 }
 
 impl Backends<'_> {
-    /// Whether any is of the mesh.
+    /// Reports whether any backend is in the mesh.
     pub(super) fn any_meshed(&self) -> bool {
         match self {
             Self::Pods(pods) => pods.iter().any(|(_, meshed)| *meshed),
@@ -114,7 +115,7 @@ impl Backends<'_> {
         }
     }
 
-    /// Those that have `port`, in the order of their addresses, or of the pods' names.
+    /// Returns the backends that have `port`, ordered by address for slices and by name for pods.
     fn on(
         &self,
         service: &Service,
@@ -135,15 +136,16 @@ impl Backends<'_> {
                             node: None,
                         },
                         ready: service.publish_not_ready || (pod.ready && !pod.terminating),
-                        // Pods that are going still serve, where there are no others (Kubernetes 1.28).
+                        // Terminating pods still serve if there are no others (Kubernetes 1.28).
                         serves_last: pod.ready,
                     })
                 })
                 .collect(),
             Self::Slices(endpoints) => {
-                // The same endpoint may be in two slices while it moves from one to the other.
+                // An endpoint may be in two slices while it moves from one to the other.
                 let mut found: BTreeMap<SocketAddr, Candidate> = BTreeMap::new();
-                // A slice's ports of that name: looked for once for all its endpoints, which come one after the other.
+                // Numbers of the ports of that name in the current slice. Looked up once per slice, because its
+                // endpoints are adjacent.
                 let (mut of, mut numbers): (&[_], Vec<u16>) = (&[], Vec::new());
                 for Sliced {
                     endpoint,
@@ -197,20 +199,20 @@ impl Backends<'_> {
 struct Candidate {
     endpoint: Endpoint,
     ready: bool,
-    /// Whether it counts where none is ready.
+    /// Whether the endpoint is used if none is ready.
     serves_last: bool,
 }
 
 impl Resolved {
-    /// `service`, with `backends` behind it, as `address` leads to it. Endpoints of slices take from `room`, and are left
-    /// out when there is none, which is told by `None` from then on.
+    /// Resolves `service` with `backends` for `address`. Each endpoint from a slice takes one from `room`. If there is
+    /// no room left, `room` becomes `None` and further endpoints are left out.
     pub(super) fn new(
         service: &Service,
         backends: &Backends<'_>,
         address: IpAddr,
         room: &mut Option<usize>,
     ) -> Self {
-        // Who is not of the mesh cannot show who it is.
+        // An endpoint outside the mesh cannot prove its identity.
         let may_run = |endpoint: &Endpoint| {
             let pinned = service.pinned_identities.as_ref();
             pinned.is_none_or(|pinned| {

@@ -1,4 +1,4 @@
-//! Services as the mesh sees them.
+//! Services in the model of the mesh.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,26 +12,26 @@ use super::{Identity, ObjectName, Workload};
 pub struct Service {
     /// Namespace and name.
     pub name: ObjectName,
-    /// Virtual addresses; IPv4 addresses are never IPv4-mapped.
+    /// Virtual addresses. IPv4 addresses are never IPv4-mapped.
     pub addresses: Vec<IpAddr>,
     /// TCP ports.
     pub ports: Vec<Port>,
-    /// Labels that a pod must have to be an endpoint. Empty: endpoint slices say who is.
+    /// Labels that a pod must have to be an endpoint. If empty, endpoint slices list the endpoints.
     pub selector: BTreeMap<String, String>,
-    /// The only identities that may run it, where an annotation pins them.
+    /// The only identities that may run the service, if an annotation pins them.
     pub pinned_identities: Option<BTreeSet<Identity>>,
-    /// Whether pods that are not ready are endpoints all the same.
+    /// Whether pods that are not ready are endpoints too.
     pub publish_not_ready: bool,
-    /// Whether a client always gets the same endpoint, as long as that is there (`sessionAffinity: ClientIP`).
+    /// Whether a client keeps the same endpoint while that endpoint exists (`sessionAffinity: ClientIP`).
     pub sticky: bool,
-    /// Whether only endpoints on the client's node count (`internalTrafficPolicy: Local`).
+    /// Whether only endpoints on the client's node are used (`internalTrafficPolicy: Local`).
     pub local: bool,
 }
 
 /// A TCP port of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Port {
-    /// Name, by which endpoint slices know it. Empty where the service has this one alone.
+    /// Name by which endpoint slices refer to the port. May be empty if it is the only port of the service.
     pub name: String,
     /// Port of the virtual address.
     pub port: u16,
@@ -39,17 +39,17 @@ pub struct Port {
     pub target: TargetPort,
 }
 
-/// How a service's port names the port of its endpoints.
+/// How a service port refers to the port of its endpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetPort {
-    /// The same on each endpoint.
+    /// The same number on each endpoint.
     Number(u16),
-    /// By the name that each pod's containers give it.
+    /// The name of a container port, which may have another number on each pod.
     Name(String),
 }
 
 impl Service {
-    /// A service without addresses, ports and pods.
+    /// Creates a service without addresses, ports or pods.
     pub fn new(name: ObjectName) -> Self {
         Self {
             name,
@@ -63,7 +63,7 @@ impl Service {
         }
     }
 
-    /// Whether `pod` is one of those this service stands for, ready or not.
+    /// Reports whether the selector matches `pod`, ready or not.
     pub fn selects(&self, pod: &Workload) -> bool {
         !self.selector.is_empty()
             && self.name.namespace == pod.name.namespace
@@ -75,7 +75,7 @@ impl Service {
 }
 
 impl TargetPort {
-    /// The port on `pod`, if `pod` has it.
+    /// Returns the port number on `pod`, if `pod` has the port.
     pub fn on(&self, pod: &Workload) -> Option<u16> {
         match self {
             Self::Number(port) => Some(*port),

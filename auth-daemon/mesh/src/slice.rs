@@ -1,4 +1,4 @@
-//! Endpoints that services without a selector are given by hand, or by a controller.
+//! Endpoints of services without a selector, which users or controllers list in EndpointSlices.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -9,9 +9,9 @@ use super::ObjectName;
 pub struct Slice {
     /// Namespace and name.
     pub name: ObjectName,
-    /// The service, of the same namespace.
+    /// Name of the service, in the same namespace.
     pub service: String,
-    /// TCP ports that each of its endpoints has, by the names of the service's ports.
+    /// TCP ports of each endpoint, by the names of the service's ports.
     pub ports: Vec<(String, u16)>,
     /// Endpoints.
     pub endpoints: Vec<SliceEndpoint>,
@@ -20,15 +20,15 @@ pub struct Slice {
 /// An endpoint in a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SliceEndpoint {
-    /// Its address; never IPv4-mapped.
+    /// The endpoint's address. Never IPv4-mapped.
     pub address: IpAddr,
-    /// The pod that it is said to be.
+    /// The pod of the endpoint, according to the slice.
     pub pod: Option<ObjectName>,
-    /// The node that it is said to be on.
+    /// The node of the endpoint, according to the slice.
     pub node: Option<Arc<str>>,
-    /// Whether it takes connections.
+    /// Whether the endpoint accepts connections.
     pub ready: bool,
-    /// Whether it is going and serves all the same: used where no endpoint is ready.
+    /// Whether the endpoint is terminating but still serves. It is used if no endpoint is ready.
     pub serves_last: bool,
 }
 
@@ -107,7 +107,8 @@ mod tests {
         snapshot.resolve(VIRTUAL.parse().unwrap())
     }
 
-    /// Addresses with who is there: an account, `-` for a pod outside of the mesh, nothing for no pod.
+    /// Addresses with their pods: the account of a mesh pod, `-` for a pod outside the mesh, nothing if there is no
+    /// pod.
     fn endpoints(snapshot: &Snapshot) -> Vec<String> {
         let found = resolve(snapshot).unwrap();
         let endpoints = found.endpoints.iter().map(|endpoint| {
@@ -137,9 +138,9 @@ mod tests {
             edit.slice(slice(
                 "s",
                 vec![
-                    // The slice would have it outside.
+                    // The slice refers to a pod outside the mesh.
                     said("10.1.0.1", "out"),
-                    // Whose address is not known yet.
+                    // The slice refers to a pod whose address is not known yet.
                     said("10.1.0.5", "starts"),
                     said("10.1.0.9", "out"),
                     said("192.0.2.1", "gone"),
@@ -166,7 +167,7 @@ mod tests {
         assert!(matches!(resolve(&snapshot), Err(Unreachable::Unknown(_))));
         for (change, expected) in [
             (pod("two", "10.1.0.7"), Some("10.1.0.7:8080 two")),
-            // In dispute it is nobody's, and not plain.
+            // A disputed address has no owner, and is not reached in plaintext either.
             (pod("thief", "10.1.0.7"), None),
             (pod("thief", "10.1.0.8"), Some("10.1.0.7:8080 two")),
         ] {
@@ -196,10 +197,10 @@ mod tests {
                 ready: false,
                 ..endpoint(address)
             };
-            // In both while it moves, and ready in one.
+            // The endpoint is in both slices while it moves, and ready in one.
             edit.slice(slice("a", vec![failing("10.1.0.1"), failing("10.1.0.2")]));
             edit.slice(slice("b", vec![endpoint("10.1.0.1"), endpoint("10.1.0.3")]));
-            // Not of the family, or another port's.
+            // Endpoints of the other address family, and of another port.
             edit.slice(slice("c", vec![endpoint("fd00::1")]));
             edit.slice(Slice {
                 ports: vec![("other".into(), 8081)],
@@ -284,7 +285,7 @@ mod tests {
                 node: Some(node.into()),
                 ..endpoint(address)
             };
-            // The pod's own node counts.
+            // The pod's own node takes precedence.
             let endpoints = vec![
                 on("b", "10.1.0.1"),
                 on("b", "192.0.2.1"),

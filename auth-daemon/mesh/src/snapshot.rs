@@ -1,8 +1,8 @@
-//! What is known of the mesh at one moment, with the lookups that a connection needs.
+//! The known state of the mesh at one moment, with the lookups that a connection needs.
 //!
-//! Snapshots share what they have in common, so that the next one costs what has changed, whatever the size of the
-//! cluster ([`Edit`]). A lookup takes a few steps through a B-tree. Readers load the current one without a lock and keep
-//! it for as long as they need a consistent view.
+//! Snapshots share unchanged parts, so that the cost of the next one depends on what changed, not on the size of the
+//! cluster ([`Edit`]). A lookup takes a few steps through a B-tree. Readers load the current snapshot without a lock
+//! and keep it for as long as they need a consistent view.
 
 use std::{
     collections::BTreeSet,
@@ -19,7 +19,7 @@ use super::{
     resolved::MAX_SLICED,
 };
 
-/// What a discovery source knows, before it is indexed.
+/// What a discovery source knows, before indexing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inventory {
     /// Pods.
@@ -28,20 +28,21 @@ pub struct Inventory {
     pub services: Vec<Service>,
 }
 
-/// All that is known, indexed.
+/// The known state of the mesh, indexed.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     pub(super) defaults: Arc<MeshDefault>,
     pub(super) namespaces: OrdMap<String, Namespace>,
-    /// Pods of the mesh that have a node.
+    /// Mesh pods that are assigned to a node.
     pub(super) nodes: HashMap<String, OrdMap<ObjectName, Arc<Workload>>>,
     pub(super) addresses: OrdMap<IpAddr, Claims>,
     pub(super) disputed: OrdSet<IpAddr>,
-    /// Slices by what may tell which pods their endpoints are.
+    /// Slices, indexed by the address and pod of their endpoints, either of which may determine the pod at an endpoint.
     pub(super) slices: SlicesBy,
-    /// Services with more endpoints in slices than are taken.
+    /// Services with more endpoints in slices than the limit.
     pub(super) crowded: OrdSet<ObjectName>,
-    /// The node daemons' pods that are ready, with their nodes. `None`: nothing is known of them, all nodes have one.
+    /// Ready pods of the node daemon, with their nodes. `None` if they are not tracked, and every node is assumed to
+    /// have one.
     pub(super) daemons: Option<Daemons>,
 }
 
@@ -49,7 +50,7 @@ pub struct Snapshot {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Daemons {
     pub(super) pods: HashMap<ObjectName, String>,
-    /// How many each node has: more than one while one takes over from another.
+    /// Number of ready daemons on each node: more than one during a takeover.
     pub(super) nodes: HashMap<String, usize>,
 }
 
@@ -60,7 +61,7 @@ pub(super) struct SlicesBy {
     pub(super) pod: HashMap<ObjectName, OrdSet<ObjectName>>,
 }
 
-/// What is in a namespace.
+/// The contents of a namespace.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Namespace {
     pub(super) membership: Option<Membership>,
@@ -68,41 +69,41 @@ pub(super) struct Namespace {
     pub(super) pods: OrdMap<String, Arc<Workload>>,
     /// By name.
     pub(super) services: OrdMap<String, Arc<ServiceState>>,
-    /// Services by one label of their selectors.
+    /// Services, by one label of their selectors.
     pub(super) by_label: HashMap<(String, String), OrdSet<String>>,
     /// By name.
     pub(super) slices: OrdMap<String, Arc<Slice>>,
-    /// Slices by the services that they are of.
+    /// Slices, by their service.
     pub(super) by_service: HashMap<String, OrdSet<String>>,
 }
 
-/// A service and what follows from the pods there are.
+/// A service, and the pods that its selector matches.
 #[derive(Clone, Debug)]
 pub(super) struct ServiceState {
     pub(super) service: Arc<Service>,
-    /// The pods that it selects, by name.
+    /// The selected pods, by name.
     pub(super) selected: OrdMap<String, Arc<Workload>>,
 }
 
-/// Why an address of the mesh leads nowhere.
+/// Reason why an address cannot be resolved.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unreachable {
-    /// Not, or no longer, an address of the mesh.
+    /// The address is not, or no longer, a mesh address.
     #[error("{0} is no address of a pod or service of the mesh (any more)")]
     Unknown(IpAddr),
-    /// More than one live pod or service says it has this address.
+    /// More than one live pod or service claims the address.
     #[error("{0} is claimed by more than one pod or service; fix the objects that claim it")]
     Disputed(IpAddr),
     /// The service has no such TCP port.
     #[error("service {0} has no TCP port {1}")]
     NoPort(ObjectName, u16),
-    /// No pod of the service is ready, or none may run it.
+    /// No pod of the service is ready, or none of the ready pods may run it.
     #[error("service {0} has no ready endpoint for port {1} that may run it")]
     NoEndpoint(ObjectName, u16),
 }
 
 impl Unreachable {
-    /// The service that was dialled, where it is known.
+    /// Returns the service that was dialled, if it is known.
     pub fn service(&self) -> Option<&ObjectName> {
         match self {
             Self::NoPort(service, _) | Self::NoEndpoint(service, _) => Some(service),
@@ -112,7 +113,7 @@ impl Unreachable {
 }
 
 impl Snapshot {
-    /// Indexes `inventory`, of which every pod is of the mesh that does not say otherwise.
+    /// Indexes `inventory`. Every pod whose membership is not set is in the mesh.
     pub fn new(inventory: Inventory) -> Self {
         let mut edit = Edit::from(Self::default());
         for pod in inventory.workloads {
@@ -124,7 +125,7 @@ impl Snapshot {
         edit.finish()
     }
 
-    /// An empty one, for pods that are of the mesh by `defaults`.
+    /// Creates an empty snapshot whose pods are in the mesh according to `defaults`.
     pub fn with_defaults(defaults: MeshDefault) -> Self {
         Self {
             defaults: Arc::new(defaults),
@@ -132,24 +133,24 @@ impl Snapshot {
         }
     }
 
-    /// The pods of the mesh, by namespace and name.
+    /// Returns the mesh pods, by namespace and name.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
         let pods = self.namespaces.values().flat_map(|ns| ns.pods.values());
         pods.filter(|pod| self.is_member(pod))
     }
 
-    /// The services, by namespace and name; those that are none of the mesh's too.
+    /// Returns all services, by namespace and name, including those outside the mesh.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         let services = self.namespaces.values().flat_map(|ns| ns.services.values());
         services.map(|state| &state.service)
     }
 
-    /// The pods of the mesh on `node`, by namespace and name; those without an address too.
+    /// Returns the mesh pods on `node`, by namespace and name, including those without an address.
     pub fn on_node(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
         self.nodes.get(node).into_iter().flat_map(OrdMap::values)
     }
 
-    /// The pod of the mesh that has `address`.
+    /// Returns the mesh pod that owns `address`.
     pub fn pod(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         match self.addresses.get(&address)?.owner()? {
             Claim::Pod(pod) => Some(pod),
@@ -157,34 +158,35 @@ impl Snapshot {
         }
     }
 
-    /// Whether a pod with `identity` runs on `node`.
+    /// Reports whether a mesh pod with `identity` runs on `node`.
     pub fn runs(&self, node: &str, identity: &Identity) -> bool {
         self.on_node(node).any(|pod| pod.identity == *identity)
     }
 
-    /// Whether the daemon on `node` is there for its pods, as far as is known.
+    /// Reports whether `node` has a ready daemon. Always true if daemons are not tracked.
     pub fn has_daemon(&self, node: &str) -> bool {
         let known = self.daemons.as_ref();
         known.is_none_or(|daemons| daemons.nodes.contains_key(node))
     }
 
-    /// Whether more than one pod or service says that `address` is its own.
+    /// Reports whether more than one pod or service claims `address`.
     pub fn is_disputed(&self, address: IpAddr) -> bool {
         self.disputed.contains(&address)
     }
 
-    /// What `address` is to the mesh, if anything.
+    /// Returns the kind of `address`, if it is a mesh address.
     pub fn kind(&self, address: IpAddr) -> Option<AddressKind> {
         self.addresses.get(&address).map(Claims::kind)
     }
 
-    /// Addresses of pods and services, and what they are.
+    /// Returns the addresses of pods and services, with their kinds.
     pub fn addresses(&self) -> impl Iterator<Item = (IpAddr, AddressKind)> {
         let addresses = self.addresses.iter();
         addresses.map(|(address, claims)| (*address, claims.kind()))
     }
 
-    /// Which addresses are new since `before`, something else, or gone (`None`). Costs what has changed.
+    /// Returns the addresses that are new since `before`, changed their kind, or are gone (`None`). The cost depends on
+    /// the number of changes.
     pub fn addresses_since<'a>(
         &'a self,
         before: &'a Self,
@@ -200,13 +202,13 @@ impl Snapshot {
         })
     }
 
-    /// Contradictions, each naming the objects.
+    /// Returns descriptions of all conflicts. Each names the objects.
     pub fn faults(&self) -> impl Iterator<Item = String> {
         let disputed = self.disputed.iter().map(|address| self.fault(*address));
         disputed.chain(self.crowded.iter().map(crowd))
     }
 
-    /// The contradictions that `before` did not have. Costs what has changed.
+    /// Returns the conflicts that `before` did not have. The cost depends on the number of changes.
     pub fn faults_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = String> {
         let changes = before.disputed.diff(&self.disputed);
         let disputed = changes.filter_map(|change| match change {
@@ -236,7 +238,7 @@ impl Snapshot {
         )
     }
 
-    /// Where a connection that dialled `address` may go, and who may answer there.
+    /// Resolves `address` to the endpoints that a connection may use and the identities that may answer.
     pub fn resolve(&self, address: SocketAddr) -> Result<Destination, Unreachable> {
         let ip = address.ip();
         let claims = self.addresses.get(&ip).ok_or(Unreachable::Unknown(ip))?;
@@ -273,7 +275,7 @@ impl Snapshot {
         }
     }
 
-    /// The slices of a service, by name.
+    /// Returns the slices of a service, by name.
     pub(super) fn slices_of(&self, service: &ObjectName) -> impl Iterator<Item = &Arc<Slice>> {
         let namespace = self.namespaces.get(&service.namespace);
         namespace.into_iter().flat_map(move |namespace| {
@@ -286,12 +288,12 @@ impl Snapshot {
         })
     }
 
-    /// The pod `name`, of the mesh or not.
+    /// Returns the pod `name`, in the mesh or not.
     pub(super) fn any_pod(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
         self.namespaces.get(&name.namespace)?.pods.get(&name.name)
     }
 
-    /// Whether `pod` is of the mesh.
+    /// Reports whether `pod` is in the mesh.
     pub(super) fn is_member(&self, pod: &Workload) -> bool {
         let namespace = &pod.name.namespace;
         let said = pod.membership.or_else(|| {
@@ -496,7 +498,7 @@ mod tests {
             let case = format!("{own:?} {namespace:?} {defaults:?}");
             assert_eq!(snapshot.workloads().count(), usize::from(meshed), "{case}");
             assert_eq!(snapshot.on_node("a").count(), usize::from(meshed), "{case}");
-            // A service whose pods are none of the mesh's is none either.
+            // A service whose pods are all outside the mesh is not a mesh service.
             let addresses = if meshed { 2 } else { 0 };
             assert_eq!(snapshot.addresses().count(), addresses, "{case}");
         }
@@ -551,7 +553,7 @@ mod tests {
                 on("a", pod("one", "web", "10.1.0.1", true)),
                 on("a", pod("two", "web", "10.1.0.2", false)),
                 on("b", pod("three", "api", "10.1.0.3", true)),
-                // In dispute, but alive.
+                // The address is disputed, but the pod is alive.
                 on("b", pod("four", "db", "10.1.0.3", true)),
                 on("", pod("five", "cron", "10.1.0.5", true)),
             ],

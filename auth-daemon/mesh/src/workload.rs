@@ -1,10 +1,10 @@
-//! Pods as the mesh sees them.
+//! Pods in the model of the mesh.
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 
 use super::{Identity, Membership};
 
-/// A namespaced object's name.
+/// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName {
     /// Namespace.
@@ -19,38 +19,38 @@ impl fmt::Display for ObjectName {
     }
 }
 
-/// A pod, of the mesh or not.
+/// A pod, in the mesh or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
     /// Namespace and name.
     pub name: ObjectName,
-    /// `metadata.uid`: a pod made anew under the same name is another pod. Empty where the source has none.
+    /// `metadata.uid`, which tells a recreated pod from an earlier one of the same name. Empty if the source has none.
     pub uid: String,
-    /// Who it is.
+    /// Identity of the pod's service account.
     pub identity: Identity,
-    /// Its addresses, most preferred first; IPv4 addresses are never IPv4-mapped.
+    /// The pod's addresses, most preferred first. IPv4 addresses are never IPv4-mapped.
     pub addresses: Vec<IpAddr>,
-    /// The node that runs it.
+    /// The node that runs the pod.
     pub node: String,
-    /// Whether it says that it can take connections.
+    /// Whether the pod is ready to accept connections.
     pub ready: bool,
-    /// Whether it is being deleted: then it gets new connections only where there is no other pod, and an address that
-    /// another pod says is its own is that one's.
+    /// Whether the pod is being deleted. A terminating pod receives new connections only if there is no other pod, and
+    /// yields its address to another pod that claims it.
     pub terminating: bool,
-    /// Whether it has the node's network namespace: such a pod cannot be told from its node.
+    /// Whether the pod uses the node's network namespace, in which it cannot be told from the node itself.
     pub host_network: bool,
-    /// What it says of its membership. `None`: what its namespace says, or the mesh's default.
+    /// The pod's own setting of its membership. `None`: the namespace's setting or the mesh's default applies.
     pub membership: Option<Membership>,
     /// `metadata.labels`, for selectors.
     pub labels: BTreeMap<String, String>,
-    /// Ports that its containers name.
+    /// Named ports of the pod's containers.
     pub named_ports: BTreeMap<String, u16>,
-    /// Where its network namespace is to be found, if the source says so.
+    /// Path of the pod's network namespace, if the source provides it.
     pub netns: Option<PathBuf>,
 }
 
 impl Workload {
-    /// A ready pod without an address, on no node yet.
+    /// Creates a ready pod that has no address and is not scheduled to a node yet.
     pub fn new(name: ObjectName, identity: Identity) -> Self {
         Self {
             name,
@@ -68,7 +68,7 @@ impl Workload {
         }
     }
 
-    /// Its address of the family of `like`.
+    /// Returns the pod's first address of the same family as `like`.
     pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
         let mut addresses = self.addresses.iter();
         addresses.find(|ip| ip.is_ipv4() == like.is_ipv4()).copied()
