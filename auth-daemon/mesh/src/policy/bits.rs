@@ -1,9 +1,9 @@
 //! Sets of small numbers.
 
-/// Members of one word.
+/// Number of members in one word.
 const WORD: usize = 64;
 
-/// How many words a set of numbers below `count` takes.
+/// Returns the number of words that a set of numbers below `count` takes.
 pub(super) fn words(count: usize) -> usize {
     count.div_ceil(WORD)
 }
@@ -16,7 +16,7 @@ fn remove(set: &mut [u64], member: usize) {
     set[member / WORD] &= !(1 << (member % WORD));
 }
 
-/// The members, in order.
+/// Returns the members in ascending order.
 pub(super) fn members(set: &[u64]) -> impl Iterator<Item = usize> {
     set.iter().enumerate().flat_map(|(index, word)| {
         let mut left = *word;
@@ -28,7 +28,7 @@ pub(super) fn members(set: &[u64]) -> impl Iterator<Item = usize> {
     })
 }
 
-/// A set that is made once and joined often, in whichever form that takes fewer steps.
+/// An immutable set that is often added to or removed from others, in whichever form takes fewer steps.
 #[derive(Clone, Debug)]
 pub(super) enum Frozen {
     Sparse(Box<[u32]>),
@@ -36,7 +36,7 @@ pub(super) enum Frozen {
 }
 
 impl Frozen {
-    /// Of `members` below `count`.
+    /// Creates a set of `members`, all of which are below `count`.
     pub(super) fn new(members: &[u32], count: usize) -> Self {
         if members.len() <= words(count) {
             return Self::Sparse(members.into());

@@ -1,4 +1,4 @@
-//! All policies of the mesh, made ready once for each change; and for each workload the view that its connections are
+//! Compiles all policies of the mesh after each change, and derives for each workload the view that its connections are
 //! checked against.
 
 use std::{
@@ -17,17 +17,17 @@ use super::{
 };
 use crate::{Identity, ObjectName};
 
-/// What holds for the whole mesh, whatever the policies say.
+/// Settings of the mesh that apply in addition to the policies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Policies in this namespace are for all namespaces.
+    /// Namespace whose policies apply to all namespaces.
     pub root_namespace: String,
-    /// For workloads that no PeerAuthentication sets a mode for.
+    /// Mode of workloads for which no PeerAuthentication sets one.
     pub mode: Mode,
 }
 
 impl Default for Settings {
-    /// As Istio has it, and STRICT.
+    /// Returns Istio's root namespace, and STRICT.
     fn default() -> Self {
         Self {
             root_namespace: "istio-system".into(),
@@ -36,75 +36,75 @@ impl Default for Settings {
     }
 }
 
-/// A connection, as the server's side knows it.
+/// A connection, as seen by the server.
 #[derive(Clone, Copy, Debug)]
 pub struct Connection<'a> {
-    /// Who calls, by certificate or by the kernel's record; none in plaintext.
+    /// The client's identity, from its certificate or the kernel's record. `None` in plaintext.
     pub client: Option<&'a Identity>,
-    /// Where from.
+    /// The client's address.
     pub source: IpAddr,
-    /// The workload's own address, and the app's own port.
+    /// The workload's own address, and the port of the app itself.
     pub destination: SocketAddr,
 }
 
-/// Whether a connection may be, and why.
+/// The result of an evaluation: whether a connection is allowed, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// What holds.
+    /// The decision that is enforced.
     pub decision: Decision,
-    /// AUDIT policies that match, with the first rule of each that does.
+    /// AUDIT policies that match, each with its first matching rule.
     pub audits: Vec<Hit>,
-    /// What would hold if all dry-run policies were enforced; none without any.
+    /// The decision if all dry-run policies were enforced. `None` if there are no dry-run policies.
     pub dry_run: Option<Decision>,
 }
 
-/// Allowed or denied, with the policy behind it.
+/// Whether a connection is allowed, with the policies that decide.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// No policy has anything against it.
+    /// Allowed, because no policy restricts the connection.
     Unrestricted,
-    /// An ALLOW policy matches.
+    /// Allowed by an ALLOW policy that matches.
     Allowed(Hit),
-    /// A DENY policy matches.
+    /// Denied by a DENY policy that matches.
     Denied(Hit),
-    /// There are ALLOW policies, these, and none of them matches.
+    /// Denied, because there are ALLOW policies (these), and none of them matches.
     NotAllowed(Arc<[Arc<ObjectName>]>),
-    /// It is plaintext and the port takes mutual TLS alone.
+    /// Denied, because the connection is plaintext and the port requires mutual TLS.
     Plaintext(PeerMode),
 }
 
-/// A policy that matches.
+/// A policy that matches, with the rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hit {
-    /// The AuthorizationPolicy.
+    /// Name of the AuthorizationPolicy.
     pub policy: Arc<ObjectName>,
-    /// Which of its rules, counted from 0; none where it cannot be read.
+    /// Index of the rule, from 0. `None` if the policy is unreadable.
     pub rule: Option<usize>,
 }
 
-/// What a port takes, and which PeerAuthentication says so; none: the mesh's default.
+/// The mutual TLS mode of a port, and where it is set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerMode {
     /// The mode.
     pub mode: Mode,
-    /// Who set it.
+    /// Name of the PeerAuthentication that sets the mode. `None` if it is the mesh's default.
     pub policy: Option<Arc<ObjectName>>,
 }
 
-/// All policies, ready for use.
+/// All policies, compiled.
 #[derive(Debug)]
 pub struct Policies {
     settings: Settings,
     objects: Vec<Arc<Object>>,
     authorizations: Vec<Authorization>,
     peers: Vec<Peer>,
-    /// By namespace.
+    /// Policies by namespace.
     scopes: HashMap<String, Scope>,
-    /// Workloads that are selected by the same policies share a view.
+    /// Views by selected policies. Workloads that the same policies select share a view.
     views: Mutex<HashMap<Selected, Arc<WorkloadPolicy>>>,
 }
 
-/// An AuthorizationPolicy, or what holds in its place.
+/// An AuthorizationPolicy, or the replacement of one that is unreadable.
 #[derive(Debug)]
 struct Authorization {
     name: Arc<ObjectName>,
@@ -114,7 +114,7 @@ struct Authorization {
     readable: bool,
 }
 
-/// A PeerAuthentication, or what holds in its place.
+/// A PeerAuthentication, or the replacement of one that is unreadable.
 #[derive(Debug)]
 struct Peer {
     name: Arc<ObjectName>,
@@ -124,14 +124,14 @@ struct Peer {
     readable: bool,
 }
 
-/// What is in a namespace: numbers into [`Policies::authorizations`] and [`Policies::peers`].
+/// The policies of a namespace, as indexes into [`Policies::authorizations`] and [`Policies::peers`].
 #[derive(Debug, Default)]
 struct Scope {
     authorizations: Selectors,
     peers: Selectors,
 }
 
-/// Who is selected: without a label, or by the first of the selector's labels, then in full.
+/// Policies by selector. A selector with labels is found by its first label and then compared in full.
 #[derive(Debug, Default)]
 struct Selectors {
     everybody: Vec<u32>,
@@ -141,13 +141,13 @@ struct Selectors {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Selected {
     authorizations: Vec<u32>,
-    /// The mesh's, the namespace's, the workload's.
+    /// The mesh-wide, the namespace-wide and the workload's own PeerAuthentication.
     peers: [Option<u32>; 3],
-    /// One that cannot be read.
+    /// An unreadable PeerAuthentication, which enforces STRICT.
     strict: Option<u32>,
 }
 
-/// The policies of one workload.
+/// The policies of one workload, compiled.
 #[derive(Debug)]
 pub struct WorkloadPolicy {
     deny: Group,
@@ -157,12 +157,12 @@ pub struct WorkloadPolicy {
     dry_allow: Group,
     mode: PeerMode,
     ports: BTreeMap<u16, PeerMode>,
-    /// All ALLOW policies, and those with the dry-run ones.
+    /// Names of all ALLOW policies, and of those together with the dry-run ones.
     allowing: Arc<[Arc<ObjectName>]>,
     dry_allowing: Arc<[Arc<ObjectName>]>,
 }
 
-/// Policies of one action.
+/// The policies of one action.
 #[derive(Debug)]
 struct Group {
     policies: Vec<(Arc<ObjectName>, bool)>,
@@ -170,14 +170,14 @@ struct Group {
 }
 
 impl Default for Policies {
-    /// None.
+    /// Compiles no policies, with the default settings.
     fn default() -> Self {
         Self::compile(Settings::default(), [])
     }
 }
 
 impl Policies {
-    /// Makes `objects` ready. Two of one kind and name must not be among them.
+    /// Compiles `objects`. They must not contain two objects of the same kind and name.
     pub fn compile(settings: Settings, objects: impl IntoIterator<Item = Arc<Object>>) -> Self {
         let mut objects: Vec<_> = objects.into_iter().collect();
         objects.sort_by(|a, b| (a.kind(), a.name()).cmp(&(b.kind(), b.name())));
@@ -283,18 +283,18 @@ impl Policies {
         self.scopes.entry(namespace.to_owned()).or_default()
     }
 
-    /// What holds for the whole mesh.
+    /// Returns the settings of the mesh.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
 
-    /// All objects, by kind and name.
+    /// Returns all objects, by kind and name.
     pub fn objects(&self) -> &[Arc<Object>] {
         &self.objects
     }
 
-    /// What the authors of objects should know, each with kind, name and field: what cannot be read, what cannot be met,
-    /// and what another object overrules.
+    /// Returns warnings for the authors of objects, each with kind, name and field: unreadable objects, fields that
+    /// cannot be enforced, and objects that another object overrides.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         let mut scopes: HashMap<&str, &PeerAuthentication> = HashMap::new();
@@ -339,7 +339,7 @@ impl Policies {
         warnings
     }
 
-    /// Whether `object` is for the workloads in `namespace` that have `labels`.
+    /// Reports whether `object` applies to workloads in `namespace` that have `labels`.
     pub fn selects(
         &self,
         object: &Object,
@@ -358,14 +358,14 @@ impl Policies {
         (scope == root || scope == namespace) && selector.selects(labels)
     }
 
-    /// The policies of the workloads in `namespace` that have `labels`.
+    /// Returns the compiled policies of workloads in `namespace` that have `labels`.
     pub fn workload(
         &self,
         namespace: &str,
         labels: &BTreeMap<String, String>,
     ) -> Arc<WorkloadPolicy> {
         let selected = self.select(namespace, labels);
-        // What panicked while it held the lock changed nothing by halves: a view is inserted whole.
+        // A panic cannot leave the map inconsistent, because each view is inserted whole.
         let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(view) = views.get(&selected) {
             return view.clone();
@@ -394,7 +394,7 @@ impl Policies {
                     (true, true) => &mut selected.peers[1],
                     (true, false) => &mut selected.peers[2],
                 };
-                // They are numbered by age: the oldest counts.
+                // The numbers are in order of age, and the oldest takes precedence.
                 *place = Some(place.map_or(number, |older| older.min(number)));
             });
         }
@@ -437,7 +437,7 @@ impl Policies {
         }
     }
 
-    /// The narrowest that says something counts.
+    /// Returns the modes. The narrowest scope that sets a mode takes precedence.
     fn modes(&self, selected: &Selected) -> (PeerMode, BTreeMap<u16, PeerMode>) {
         let by = |peer: &Peer, mode: Mode| PeerMode {
             mode,
@@ -496,7 +496,7 @@ impl Selectors {
 }
 
 impl WorkloadPolicy {
-    /// Whether `connection` may be.
+    /// Decides whether `connection` is allowed.
     pub fn evaluate(&self, connection: &Connection<'_>) -> Verdict {
         let port = connection.destination.port();
         let facts = Facts::new(
@@ -530,22 +530,23 @@ impl WorkloadPolicy {
         }
     }
 
-    /// What `port` takes.
+    /// Returns the mode of `port`.
     pub fn mode(&self, port: u16) -> &PeerMode {
         self.ports.get(&port).unwrap_or(&self.mode)
     }
 
-    /// What single ports take instead of what [`WorkloadPolicy::default_mode`] says.
+    /// Returns the modes of single ports, which take precedence over [`WorkloadPolicy::default_mode`].
     pub fn port_modes(&self) -> &BTreeMap<u16, PeerMode> {
         &self.ports
     }
 
-    /// What all other ports take.
+    /// Returns the mode of all other ports.
     pub fn default_mode(&self) -> &PeerMode {
         &self.mode
     }
 
-    /// Whether no policy can deny, audit or tell anything: there is no need to evaluate callers with an identity.
+    /// Reports whether no policy can deny, audit or dry-run anything, so that callers with an identity need not be
+    /// evaluated.
     pub fn is_unrestricted(&self) -> bool {
         let groups = [
             &self.deny,
@@ -595,7 +596,7 @@ impl Group {
         self.rules.first(facts).map(|found| self.hit(found))
     }
 
-    /// The first rule of each policy that matches.
+    /// Returns the first matching rule of each policy that matches.
     fn each(&self, facts: &Facts<'_>) -> Vec<Hit> {
         if self.is_empty() {
             return Vec::new();
@@ -614,19 +615,19 @@ impl Group {
 }
 
 impl Verdict {
-    /// Whether the connection may be.
+    /// Reports whether the connection is allowed.
     pub fn allowed(&self) -> bool {
         self.decision.allowed()
     }
 }
 
 impl Decision {
-    /// Whether the connection may be.
+    /// Reports whether the connection is allowed.
     pub fn allowed(&self) -> bool {
         matches!(self, Self::Unrestricted | Self::Allowed(_))
     }
 
-    /// The policies behind it.
+    /// Returns the policies that decide.
     pub fn policies(&self) -> impl Iterator<Item = (Kind, &ObjectName)> {
         let (kind, policies) = match self {
             Self::Unrestricted => (Kind::Authorization, &[][..]),
@@ -640,7 +641,7 @@ impl Decision {
     }
 }
 
-/// How many policies a text names at most.
+/// Maximum number of policies named in a text.
 const MAX_NAMED: usize = 3;
 
 impl fmt::Display for Decision {

@@ -1,9 +1,9 @@
-//! The examples of Istio's documentation, as they stand there, with the verdicts that it states.
+//! The examples of Istio's documentation, verbatim, with the verdicts that it states.
 //!
 //! From istio.io/latest/docs: reference/config/security (authorization-policy, peer_authentication, conditions),
 //! concepts/security, tasks/security/authorization (authz-tcp, authz-deny, authz-dry-run),
-//! tasks/security/authentication (authn-policy, mtls-migration), ambient/usage (l4-policy),
-//! ambient/getting-started (enforce-auth-policies), news/security/istio-security-2021-004.
+//! tasks/security/authentication (authn-policy, mtls-migration), ambient/usage (l4-policy), ambient/getting-started
+//! (enforce-auth-policies), news/security/istio-security-2021-004.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
@@ -20,7 +20,7 @@ struct Mesh {
     warnings: Vec<String>,
 }
 
-/// PERMISSIVE, as Istio is without a PeerAuthentication.
+/// Creates a mesh whose default mode is PERMISSIVE, as in Istio without a PeerAuthentication.
 fn mesh(manifests: &str) -> Mesh {
     let documents: Vec<Value> = serde_saphyr::from_multiple(manifests).unwrap();
     let objects: Vec<_> = documents
@@ -54,7 +54,7 @@ fn mesh(manifests: &str) -> Mesh {
 }
 
 impl Mesh {
-    /// From `client`, a principal, or from nobody in plaintext, to `server`, a namespace and labels, at `port`.
+    /// Evaluates a connection from `client`, a principal or plaintext, to `server`, a namespace and labels, at `port`.
     fn verdict(&self, client: &str, server: &str, port: u16) -> Verdict {
         self.from(client, "10.0.0.9", server, port)
     }
@@ -370,7 +370,7 @@ spec:
     );
 }
 
-/// Dry run: what is annotated changes nothing and is told; AUDIT denies nothing and is told.
+/// Dry run: annotated policies are reported but not enforced. AUDIT policies are reported and deny nothing.
 #[test]
 fn dry_run_and_audit() {
     let mesh = mesh(
@@ -396,7 +396,7 @@ spec: {action: AUDIT, rules: [{from: [{source: {namespaces: [bar]}}]}, {from: [{
     assert_eq!(mesh.verdict(SLEEP, "foo app=x", 80).dry_run, None);
 }
 
-/// Authentication policy and mutual TLS migration: who is reached from `legacy`, which has no mutual TLS.
+/// Authentication policy and mutual TLS migration: which servers `legacy`, which has no mutual TLS, can reach.
 #[test]
 fn peer_authentication_tasks() {
     let strict = |namespace: &str, selector: &str, more: &str| {
@@ -442,7 +442,7 @@ fn peer_authentication_tasks() {
     assert!(!reached(&overwritten, "foo app=sleep", 8000));
 }
 
-/// Reference of PeerAuthentication, and of two in one scope the older.
+/// Reference of PeerAuthentication. Of two policies in one scope, the older takes precedence.
 #[test]
 fn peer_authentication_reference() {
     let finance = ", selector: {matchLabels: {app: finance}}";
@@ -481,7 +481,7 @@ fn peer_authentication_reference() {
     );
 }
 
-/// What cannot be read opens nothing, and leaves the others in force.
+/// An unreadable policy allows nothing, and leaves the others in force.
 #[test]
 fn unreadable_fails_closed() {
     let with = |action: &str, selector: &str| {

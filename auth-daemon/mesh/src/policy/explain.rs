@@ -1,6 +1,6 @@
-//! Why a connection is allowed or denied: policy by policy, rule by rule, in words.
+//! Explanations of verdicts, policy by policy and rule by rule.
 //!
-//! It reads the rules as they are written, where `rules.rs` reads them all at once.
+//! Evaluates the rules as they are written, one by one, whereas `rules.rs` evaluates all of them at once.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -14,53 +14,53 @@ use super::{
 };
 use crate::ObjectName;
 
-/// How many sources of a rule are told of, and how many policies of other namespaces are named.
+/// Maximum number of sources of a rule that are explained, and of policies of other namespaces that are named.
 const MAX_TOLD: usize = 5;
 
-/// A verdict, and what each policy has to do with it.
+/// A verdict, and how each policy relates to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Explanation {
     /// The verdict.
     pub verdict: Verdict,
-    /// What the port takes.
+    /// The mode of the port.
     pub mode: PeerMode,
-    /// Every policy, by kind and name.
+    /// Findings for all policies, by kind and name.
     pub findings: Vec<Finding>,
 }
 
-/// What a policy has to do with a verdict.
+/// How a policy relates to a verdict.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Its kind.
+    /// Kind of the policy.
     pub kind: Kind,
-    /// Its name.
+    /// Name of the policy.
     pub policy: ObjectName,
-    /// Its action or mode, and whether it is a dry run.
+    /// The policy's action or mode, and whether it is a dry run.
     pub does: String,
-    /// Whether it matches.
+    /// Whether the policy matches.
     pub outcome: Outcome,
 }
 
 /// Whether a policy matches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is for another namespace.
+    /// The policy applies to another namespace.
     OtherNamespace,
-    /// It is not for this workload.
+    /// The policy does not select this workload, for this reason.
     NotSelected(String),
-    /// The first of its rules that matches.
+    /// The policy matches. The value is the index of the first rule that does.
     Matches(usize),
-    /// Why each of its rules does not match.
+    /// The policy does not match. The values are the reasons, one per rule.
     Misses(Vec<String>),
-    /// Its mode is the port's.
+    /// The policy sets the port's mode.
     Counts,
-    /// Another's mode counts before its own.
+    /// Another policy's mode takes precedence.
     Overruled,
-    /// Why it cannot be read, and what holds in its place.
+    /// The policy is unreadable. The text says why, and what is enforced instead.
     Unreadable(String),
 }
 
-/// Explains the verdict on `connection` to the workload in `namespace` that has `labels`.
+/// Explains the verdict on `connection` to a workload in `namespace` that has `labels`.
 pub fn explain(
     policies: &Policies,
     namespace: &str,
@@ -135,7 +135,7 @@ fn authorization(policy: &AuthorizationPolicy, facts: &Facts<'_>) -> Outcome {
     }
 }
 
-/// Why `rule` does not match; none if it does.
+/// Returns why `rule` does not match, or `None` if it does.
 fn miss(rule: &Rule, facts: &Facts<'_>) -> Option<String> {
     if rule.never {
         return Some("it allows by what cannot be known below HTTP".into());
@@ -212,7 +212,7 @@ fn condition(condition: &Condition, facts: &Facts<'_>) -> Option<String> {
         Condition::Namespace(names) => text(names, "namespace", facts.namespace, Pattern::matches),
         Condition::Principal(names) => text(names, "principal", facts.principal, Pattern::matches),
         Condition::Account(names) => text(names, "service account", facts.account, is_account),
-        // Asked before.
+        // Already checked by the caller.
         Condition::DestinationPort(_) => None,
     }
 }

@@ -1,6 +1,6 @@
-//! For each field of a connection: which of many rules ask something of it that its value meets.
+//! Index of the values that rules require of a field of a connection.
 //!
-//! A lookup takes as long for ten thousand values as for ten.
+//! The time of a lookup hardly depends on the number of values: ten or ten thousand.
 
 use std::{
     cmp::Ordering,
@@ -15,40 +15,41 @@ use super::{
     bits::{Frozen, insert, members, words},
 };
 
-/// Values that a field may be compared with, each with those who compare with it.
+/// Index from the values that a field is compared with to the branches that require or exclude them.
 pub(super) trait Index {
-    /// What is asked for.
+    /// A value that rules can name.
     type Asked: Ord + Clone;
-    /// What the connection has.
+    /// A value that a connection has.
     type Value: ?Sized;
 
-    /// Of numbers below `count`.
+    /// Creates an index of `entries`, whose branch numbers are below `count`.
     fn new(entries: BTreeMap<Self::Asked, Vec<u32>>, count: usize) -> Self;
 
-    /// Calls `found` with those that `value` meets.
+    /// Calls `found` with each set of branches that name a value which `value` matches.
     fn find(&self, value: &Self::Value, found: impl FnMut(&Frozen));
 }
 
-/// A field with all that is asked of it.
+/// A field, with all requirements on it.
 #[derive(Debug)]
 pub(super) struct Field<I> {
-    /// A rule may ask more than once, all of which must be met: the first of each are in one layer, and so on.
+    /// A branch may place several requirements on a field, all of which must be met. The first layer holds the first
+    /// requirement of each branch, and so on.
     layers: Vec<Layer<I>>,
-    /// What must not be.
+    /// Values that branches exclude.
     none: Option<I>,
 }
 
 #[derive(Debug)]
 struct Layer<I> {
-    /// Those that ask nothing here.
+    /// Branches without a requirement in this layer.
     free: Box<[u64]>,
     any: I,
 }
 
-/// Collects what is asked of a field.
+/// Collects the requirements on a field.
 pub(super) struct FieldBuilder<A> {
     layers: Vec<BTreeMap<A, Vec<u32>>>,
-    /// Which ask something, by layer.
+    /// Branches that have a requirement, by layer.
     bound: Vec<Vec<u32>>,
     none: BTreeMap<A, Vec<u32>>,
 }
@@ -62,8 +63,9 @@ impl<A: Ord + Clone> FieldBuilder<A> {
         }
     }
 
-    /// `number` asks for one of `any`, and none of `none`, in its `layer`-th demand on this field that has an `any`.
-    /// Numbers come in rising order. Returns the next layer.
+    /// Adds a requirement of branch `number`: one of `any`, unless it is empty, and none of `none`. `layer` counts the
+    /// branch's earlier requirements on this field that have an `any`. Numbers must be in ascending order. Returns the
+    /// next layer.
     pub(super) fn ask(&mut self, number: u32, layer: usize, any: &[A], none: &[A]) -> usize {
         let add = |entries: &mut BTreeMap<A, Vec<u32>>, values: &[A]| {
             for value in values {
@@ -105,8 +107,8 @@ impl<A: Ord + Clone> FieldBuilder<A> {
 }
 
 impl<I: Index> Field<I> {
-    /// Takes from `live` those whose demands `value` does not meet. No value meets no demand, and breaks no
-    /// prohibition. `scratch` is as long as `live`.
+    /// Removes from `live` the branches whose requirements `value` does not meet. A missing value meets no `any` and
+    /// violates no `none`. `scratch` must be as long as `live`.
     pub(super) fn narrow(&self, value: Option<&I::Value>, live: &mut [u64], scratch: &mut [u64]) {
         for layer in &self.layers {
             scratch.copy_from_slice(&layer.free);
@@ -132,7 +134,7 @@ fn freeze<A>(
         .map(move |(asked, numbers)| (asked, Frozen::new(&numbers, count)))
 }
 
-/// Values that must be the same.
+/// Values that must be equal.
 #[derive(Debug)]
 pub(super) struct Exact<A>(HashMap<A, Frozen>);
 
@@ -169,7 +171,7 @@ impl Index for Accounts {
     }
 }
 
-/// Patterns of strings.
+/// String patterns.
 #[derive(Debug)]
 pub(super) struct Patterns {
     present: Option<Frozen>,
@@ -219,7 +221,7 @@ impl Index for Patterns {
     }
 }
 
-/// Blocks of addresses.
+/// CIDR blocks.
 #[derive(Debug)]
 pub(super) struct Blocks(Prefixes<IpNet>);
 
@@ -236,27 +238,27 @@ impl Index for Blocks {
     }
 }
 
-/// Something that covers all values that begin with it.
+/// A prefix: covers all values that begin with it.
 ///
-/// In their order, each stands before all that it covers, and those stand together.
+/// In the order of prefixes, those that a prefix contains follow it directly, without a gap.
 trait Prefix: Ord {
     type Value: ?Sized;
 
-    /// Whether it covers `value`.
+    /// Reports whether the prefix covers `value`.
     fn covers(&self, value: &Self::Value) -> bool;
 
-    /// Whether it covers all that `other` covers.
+    /// Reports whether the prefix covers all that `other` covers.
     fn contains(&self, other: &Self) -> bool;
 
-    /// Where the value stands, seen from here: a prefix that covers it is never behind it.
+    /// Compares the prefix with a value. A prefix that covers the value is never greater.
     fn order(&self, value: &Self::Value) -> Ordering;
 }
 
-/// Prefixes, found by their longest: each carries the numbers of those that contain it.
+/// Prefixes, looked up by longest match. Each also holds the branches of all prefixes that contain it.
 #[derive(Debug)]
 struct Prefixes<P> {
     sorted: Vec<(P, Frozen)>,
-    /// The nearest that contains each, by its place in `sorted`.
+    /// For each prefix, the index in `sorted` of the nearest one that contains it.
     around: Vec<Option<u32>>,
 }
 
@@ -289,7 +291,7 @@ impl<P: Prefix> Prefixes<P> {
         Self { sorted, around }
     }
 
-    /// The numbers of all prefixes that cover `value`.
+    /// Returns the branches of all prefixes that cover `value`.
     fn longest(&self, value: &P::Value) -> Option<&Frozen> {
         let after = self
             .sorted
@@ -325,7 +327,7 @@ impl Prefix for Head {
     }
 }
 
-/// The end of a string: the beginning, read from behind.
+/// The end of a string: a prefix of the string when read backwards.
 #[derive(Debug, PartialEq, Eq)]
 struct Tail(Box<str>);
 
@@ -373,7 +375,7 @@ impl Prefix for IpNet {
     }
 }
 
-/// A set of ports: these, or all but these.
+/// A set of ports: the listed ones, or all others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ports {
     pub(super) listed: BTreeSet<u16>,
@@ -381,7 +383,7 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// All ports.
+    /// Returns the set of all ports.
     pub(super) fn all() -> Self {
         Self {
             listed: Default::default(),
@@ -389,7 +391,7 @@ impl Ports {
         }
     }
 
-    /// No port.
+    /// Returns the empty set.
     pub(super) fn nothing() -> Self {
         Self {
             listed: Default::default(),
@@ -397,7 +399,7 @@ impl Ports {
         }
     }
 
-    /// Those of `any`, or all if there are none, without those of `none`.
+    /// Returns the ports in `any`, or all ports if it is empty, without those in `none`.
     pub(super) fn new(any: &[u16], none: &[u16]) -> Self {
         let without = Self {
             listed: none.iter().copied().collect(),

@@ -1,7 +1,8 @@
-//! Who may call whom: plain functions of what is known. No I/O, no clock.
+//! Authorization: which connections the policies allow. Pure functions, without I/O or a clock.
 //!
-//! `api` reads the objects that users write, `compile` makes of them what a connection is checked against, `explain`
-//! tells why, and `question` lets people ask. `source` asks before all of that whether the caller is who it says.
+//! `api` reads the objects that users write, `compile` builds from them what connections are checked against, `explain`
+//! gives the reasons for a verdict, and `question` answers questions of users. The daemon verifies the caller's
+//! identity before any of this.
 
 pub mod api;
 mod bits;

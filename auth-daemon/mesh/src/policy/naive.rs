@@ -1,5 +1,5 @@
-//! A second reading of the policies, straight from Istio's documentation and on the objects as they are written; and
-//! a million generated cases on which both must say the same.
+//! A second implementation of the policies as a test oracle, straight from Istio's documentation and on the objects as
+//! written, and a million generated cases on which both implementations must agree.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use crate::Identity;
 
 const ROOT: &str = "istio-system";
 
-/// What is known of a connection, as the documentation names it. Empty is absent.
+/// The attributes of a connection, with the documentation's names. An absent one is empty.
 struct Attributes {
     namespace: String,
     labels: BTreeMap<String, String>,
@@ -79,7 +79,7 @@ fn ip_match(block: &str, ip: IpAddr) -> bool {
     width == ip_width && (length == 0 || (network_bits ^ ip_bits) >> (128 - length) == 0)
 }
 
-/// A field and its negative: "If not set, any … is allowed."
+/// Evaluates a field and its negative: "If not set, any … is allowed."
 fn allows(any: &Value, none: &Value, matches: impl Fn(&str) -> bool) -> bool {
     let (any, none) = (list(any), list(none));
     let matches = |one: &Value| matches(one.as_str().unwrap());
@@ -133,7 +133,7 @@ fn condition_match(when: &Value, namespace: &str, a: &Attributes) -> bool {
     })
 }
 
-/// Whether there is anything in a rule that can only be known of HTTP.
+/// Reports whether a rule contains anything that is only known for HTTP.
 fn http_only(rule: &Value) -> bool {
     let http = ["methods", "notPaths", "hosts", "requestPrincipals"];
     match rule {
@@ -182,7 +182,7 @@ fn applies(policy: &Value, a: &Attributes) -> bool {
             .all(|(key, value)| a.labels.get(key).map(String::as_str) == value.as_str())
 }
 
-/// A policy by name, and the first of its rules that matches.
+/// Name of a policy, and the index of its first rule that matches.
 type Found = Option<(String, usize)>;
 
 #[derive(Debug, PartialEq)]
@@ -203,7 +203,7 @@ fn full_name(policy: &Value) -> String {
     )
 }
 
-/// The first match among the policies of an action, as `(there are any, the match)`.
+/// Finds the matches among the policies of an action. Returns whether there are any such policies, and the matches.
 fn action(
     policies: &[&Value],
     wanted: &str,
@@ -335,7 +335,7 @@ fn said(verdict: &Verdict) -> Expected {
     }
 }
 
-/// SplitMix64 (S. Steele, D. Lea, C. Flood 2014): the cases of a seed are always the same.
+/// SplitMix64 (S. Steele, D. Lea, C. Flood 2014), so that a seed always yields the same cases.
 struct Random(u64);
 
 impl Random {
@@ -359,7 +359,7 @@ impl Random {
         of[self.below(of.len())]
     }
 
-    /// One to three of `of`.
+    /// Returns one to three elements of `of`.
     fn some(&mut self, of: &[&str]) -> Value {
         let count = 1 + self.below(3);
         (0..count).map(|_| Value::from(self.one(of))).collect()
@@ -548,7 +548,7 @@ fn policy(random: &mut Random, number: usize) -> Value {
     policy
 }
 
-/// One set of policies and the connections to it: all that a seed says.
+/// Checks the set of policies that a seed yields, on generated connections.
 fn check(
     seed: u64,
     connections: usize,
@@ -614,7 +614,7 @@ fn check(
             .as_ref()
             .is_some_and(|dry| dry.allowed() != verdict.allowed());
         *seen.entry("dry run differs").or_default() += usize::from(differs);
-        // What is explained reads the rules in a third way; now and then is enough.
+        // The explanation evaluates the rules in a third way. A sample is enough.
         if random.chance(10) && !expected.plaintext {
             let explanation = explain(&policies, namespace, &labels, &connection);
             for finding in &explanation.findings {
@@ -659,7 +659,7 @@ fn a_million_cases_agree() {
             panic!("seed {seed}: {difference}");
         }
     }
-    // Each way to end must be common enough to have been tried.
+    // Each outcome must occur often enough to count as tested.
     let least = sets as usize * connections / 100;
     for outcome in [
         "unrestricted",

@@ -1,4 +1,4 @@
-//! Who may call whom, asked in words: of a folder of manifests, or of a daemon.
+//! Answers to the question of which calls are allowed, based on a folder of manifests or on a daemon's state.
 
 use std::{
     collections::BTreeMap,
@@ -16,12 +16,12 @@ use super::{
 };
 use crate::{Identity, ObjectName, Service, Workload};
 
-/// What is known of pods, services and policies, and where from.
+/// The known pods, services and policies, and where they come from.
 #[derive(Clone, Debug)]
 pub struct Known {
-    /// For errors: a folder, or a node.
+    /// Name of the source in errors: a folder, or a node.
     pub source: String,
-    /// Pods of the mesh.
+    /// Pods in the mesh.
     pub pods: Vec<Arc<Workload>>,
     /// Services.
     pub services: Vec<Arc<Service>>,
@@ -29,39 +29,39 @@ pub struct Known {
     pub policies: Arc<Policies>,
 }
 
-/// One who calls.
+/// A caller.
 struct Client {
     name: String,
     identity: Identity,
-    /// Where the pod can call from; empty where no pod is known.
+    /// Addresses of the pod that calls. Empty if no pod is known.
     addresses: Vec<IpAddr>,
 }
 
-/// Whether one may call another.
+/// The question whether a call is allowed.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Question {
-    /// Who calls: a SPIFFE ID, or a pod as `NAMESPACE/NAME`.
+    /// The caller: a SPIFFE ID, or a pod as `NAMESPACE/NAME`.
     pub from: String,
-    /// Who is called: a pod or service as `NAMESPACE/NAME[:PORT]`.
+    /// The server: a pod or service as `NAMESPACE/NAME[:PORT]`.
     pub to: String,
-    /// Where the call comes from, in place of the pod's own address.
+    /// Source address of the call, instead of the pod's own.
     pub source_ip: Option<IpAddr>,
 }
 
-/// What is said of a question.
+/// The answer to a question.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Answer {
-    /// For people.
+    /// Human-readable text.
     pub text: String,
-    /// Every call is allowed; every policy can be read.
+    /// Whether all calls are allowed (check), or all policies are readable (list).
     pub good: bool,
-    /// What the authors of policies should know.
+    /// Warnings for the authors of policies.
     pub warnings: Vec<String>,
 }
 
 impl Known {
-    /// Explains whether one may call another. Fails where that cannot be told.
+    /// Explains whether the call is allowed. Fails if that cannot be determined.
     pub fn check(&self, question: &Question) -> anyhow::Result<Answer> {
         let mut clients = self.clients(&question.from)?;
         if let Some(source) = question.source_ip {
@@ -70,7 +70,7 @@ impl Known {
             }
         }
         let servers = self.servers(&question.to)?;
-        // Many pods mostly fare alike: what is said of each is said once.
+        // Most pods share the same explanation, so each explanation is printed once.
         let mut said: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let mut all_allowed = true;
         for client in &clients {
@@ -114,7 +114,7 @@ impl Known {
         })
     }
 
-    /// A table of all policies.
+    /// Returns a table of all policies.
     pub fn list(&self) -> Answer {
         let mut rows =
             vec![["KIND", "NAME", "DOES", "SELECTOR", "PODS", "RULES"].map(str::to_owned)];
@@ -208,7 +208,7 @@ impl Known {
         Ok(clients)
     }
 
-    /// The pods that are called, each with the app's port.
+    /// Returns the pods that are called, each with the port of the app.
     fn servers(&self, to: &str) -> anyhow::Result<Vec<(&Workload, u16)>> {
         let bad = || format!("--to {to:?}");
         let (target, port) = match to.rsplit_once(':') {
@@ -268,7 +268,7 @@ impl Known {
         Ok(endpoints)
     }
 
-    /// The server's address and the client's, of one family where there is one.
+    /// Returns the server's and the client's address, of the same family if possible.
     fn route(&self, client: &Client, server: &Workload) -> anyhow::Result<(IpAddr, IpAddr)> {
         let address = server.addresses.first();
         let address = *address.with_context(|| format!("pod {} has no address", server.name))?;

@@ -1,8 +1,8 @@
-//! Many rules as one: which of them match a connection, in a time that hardly grows with their number.
+//! Many rules compiled into one matcher, whose run time hardly grows with the number of rules.
 //!
-//! Every rule is taken apart into branches, one a source. All branches start as members of a set; each field of the
-//! connection takes out those that ask for another value (T. V. Lakshman, D. Stiliadis: High-Speed Policy-Based
-//! Packet Forwarding, SIGCOMM 1998). What is left matches.
+//! Each rule is split into branches, one per source. All branches start as members of a set, and each field of the
+//! connection removes those that require another value (T. V. Lakshman, D. Stiliadis: High-Speed Policy-Based Packet
+//! Forwarding, SIGCOMM 1998). The branches that remain match.
 
 use std::{net::IpAddr, slice};
 
@@ -13,16 +13,16 @@ use super::{
 };
 use crate::Identity;
 
-/// Sets up to this many words are kept on the stack.
+/// Maximum number of words in a set that is kept on the stack.
 const SMALL: usize = 16;
 
-/// What rules look at.
+/// The attributes of a connection that rules match on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Facts<'a> {
-    /// The client's SPIFFE ID without its scheme; none in plaintext. So with the next two.
+    /// The client's SPIFFE ID without its scheme. `None` in plaintext, as are the next two.
     pub(super) principal: Option<&'a str>,
     pub(super) namespace: Option<&'a str>,
-    /// The path of the SPIFFE ID.
+    /// The path of the client's SPIFFE ID.
     pub(super) account: Option<&'a str>,
     pub(super) source: IpAddr,
     pub(super) destination: IpAddr,
@@ -50,12 +50,12 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// The rules of some policies, by the place of each policy among them.
+/// The rules of several policies. Each policy is referred to by its index among them.
 #[derive(Debug)]
 pub(super) struct Rules {
-    /// Where each branch comes from, in order: policy and rule.
+    /// Policy and rule of each branch, in order.
     branches: Box<[(u32, u32)]>,
-    /// Every branch.
+    /// The set of all branches.
     all: Box<[u64]>,
     principals: Field<Patterns>,
     accounts: Field<Accounts>,
@@ -93,7 +93,7 @@ impl Rules {
                         true => ports.ask(number, 0, &[], &listed),
                         false => ports.ask(number, 0, &listed, &[]),
                     };
-                    // How many demands this branch has made on each field.
+                    // Number of requirements that this branch has placed on each field.
                     let mut layers = [0; 5];
                     let [
                         of_principal,
@@ -124,7 +124,7 @@ impl Rules {
                             Condition::DestinationIp(values) => {
                                 ask(&mut destinations, number, of_destination, values);
                             }
-                            // In the set of ports already.
+                            // Already part of `open`.
                             Condition::DestinationPort(_) => {}
                         }
                     }
@@ -146,7 +146,7 @@ impl Rules {
         }
     }
 
-    /// Gives `found` the rules that match, as policy and rule, in order.
+    /// Calls `found` with the rules that match, as policy and rule, in order.
     pub(super) fn matching<T>(
         &self,
         facts: &Facts<'_>,
@@ -177,13 +177,13 @@ impl Rules {
         found(&mut matching)
     }
 
-    /// The first rule that matches.
+    /// Returns the first rule that matches.
     pub(super) fn first(&self, facts: &Facts<'_>) -> Option<(usize, usize)> {
         self.matching(facts, |matching| matching.next())
     }
 }
 
-/// The ports that a rule is for: of one of its operations, and of all its conditions.
+/// Returns the ports that a rule matches: those of any of its operations that also meet all of its conditions.
 pub(super) fn port_set(rule: &Rule) -> Ports {
     let operations = rule
         .to

@@ -11,104 +11,105 @@ use super::{
 };
 use crate::ObjectName;
 
-/// Most rules of a policy, and sources or operations of a rule: Istio's own limit.
+/// Maximum number of rules in a policy, and of sources or operations in a rule. Istio has the same limit.
 const MAX_RULES: usize = 512;
-/// Most conditions of a rule.
+/// Maximum number of conditions in a rule.
 const MAX_CONDITIONS: usize = 64;
-/// Evaluates a policy without enforcing it.
+/// Annotation that makes a policy evaluated but not enforced.
 const DRY_RUN: &str = "istio.io/dry-run";
 
-/// Who may call the workloads that it selects.
+/// Which callers may connect to the selected workloads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuthorizationPolicy {
-    /// Its name. The namespace is its scope; the root namespace is the whole mesh.
+    /// Name of the policy. Its namespace is its scope; the root namespace stands for the whole mesh.
     pub name: ObjectName,
-    /// What a match does.
+    /// Effect of a match.
     pub action: Action,
-    /// Whether its verdict is only told, not enforced.
+    /// Whether the verdict is only reported, not enforced.
     pub dry_run: bool,
-    /// The workloads of its scope that it is for.
+    /// Workloads in scope that the policy applies to.
     pub selector: Selector,
-    /// Whether it is for gateways or services: then it selects nothing here.
+    /// Whether the policy is bound to gateways or services, so that it selects no workload here.
     pub elsewhere: bool,
-    /// It matches when one of them does; so without any, never.
+    /// The policy matches if any of these rules matches. Without rules, it never matches.
     pub rules: Vec<Rule>,
-    /// What cannot be met, each with its field.
+    /// Fields that cannot be enforced, each with an explanation.
     pub warnings: Vec<String>,
 }
 
-/// What a match does.
+/// Effect of a match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Action {
-    /// Allows. What it selects is otherwise denied.
+    /// Allows. Connections to the selected workloads that no ALLOW policy matches are denied.
     Allow,
-    /// Denies, whatever allows.
+    /// Denies, even if other policies allow.
     Deny,
-    /// Is noted in the access log.
+    /// Records the connection in the access log.
     Audit,
 }
 
-/// Matches a connection that one of the sources, one of the operations and all conditions match. Without sources, any
-/// matches; so with operations.
+/// A rule, which matches a connection if at least one source, at least one operation and all conditions match. An empty
+/// list of sources or operations matches every connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule {
-    /// `from`
+    /// `from`.
     pub from: Vec<Source>,
-    /// `to`
+    /// `to`.
     pub to: Vec<Operation>,
-    /// `when`
+    /// `when`.
     pub when: Vec<Condition>,
-    /// Whether it can never match: it allows by something that is not to be known below HTTP.
+    /// Whether the rule can never match, because it allows based on attributes that are unknown below HTTP.
     pub never: bool,
 }
 
-/// Values of which one must match, where there are any, and none may match.
+/// A requirement on a value: it must match one of `any`, unless that is empty, and none of `none`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Matches<T> {
-    /// One of these, unless there are none.
+    /// Values of which one must match. If empty, every value matches.
     pub any: Vec<T>,
-    /// None of these.
+    /// Values that must not match.
     pub none: Vec<T>,
 }
 
-/// `from.source`: all fields must match.
+/// `from.source`. All fields must match.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Source {
     /// `principals` and `notPrincipals`, without `spiffe://`.
     pub principals: Matches<Pattern>,
-    /// `namespaces` and `notNamespaces`
+    /// `namespaces` and `notNamespaces`.
     pub namespaces: Matches<Pattern>,
-    /// `serviceAccounts` and `notServiceAccounts`
+    /// `serviceAccounts` and `notServiceAccounts`.
     pub accounts: Matches<Account>,
-    /// `ipBlocks` and `notIpBlocks`
+    /// `ipBlocks` and `notIpBlocks`.
     pub blocks: Matches<IpNet>,
-    /// `remoteIpBlocks` and `notRemoteIpBlocks`. Nothing here forwards for others, so this is the same address.
+    /// `remoteIpBlocks` and `notRemoteIpBlocks`. Compared with the same address as `blocks`, because no proxy forwards
+    /// connections for others here.
     pub remote_blocks: Matches<IpNet>,
 }
 
-/// `to.operation`
+/// `to.operation`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Operation {
-    /// `ports` and `notPorts`
+    /// `ports` and `notPorts`.
     pub ports: Matches<u16>,
 }
 
-/// One of `when`: a key with its values.
+/// An entry of `when`: a key with its values.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// `source.ip`
+    /// `source.ip`.
     SourceIp(Matches<IpNet>),
-    /// `remote.ip`: see [`Source::remote_blocks`].
+    /// `remote.ip`. See [`Source::remote_blocks`].
     RemoteIp(Matches<IpNet>),
-    /// `source.namespace`
+    /// `source.namespace`.
     Namespace(Matches<Pattern>),
-    /// `source.principal`
+    /// `source.principal`.
     Principal(Matches<Pattern>),
-    /// `source.serviceAccount`
+    /// `source.serviceAccount`.
     Account(Matches<Account>),
-    /// `destination.ip`
+    /// `destination.ip`.
     DestinationIp(Matches<IpNet>),
-    /// `destination.port`
+    /// `destination.port`.
     DestinationPort(Matches<u16>),
 }
 
@@ -181,7 +182,7 @@ impl Action {
         }
     }
 
-    /// As the API writes it.
+    /// Returns the action's name in the API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Allow => "ALLOW",
@@ -192,7 +193,7 @@ impl Action {
 }
 
 impl<T> Matches<T> {
-    /// Whether nothing is asked for.
+    /// Reports whether there is no requirement.
     pub fn is_empty(&self) -> bool {
         self.any.is_empty() && self.none.is_empty()
     }
@@ -207,13 +208,13 @@ impl<T> Default for Matches<T> {
     }
 }
 
-/// Whether the policy is annotated so.
+/// Reports whether the policy has the dry-run annotation.
 pub(super) fn is_dry_run(document: &Value) -> Result<bool, Fault> {
     let annotations = Node::top(document, "metadata").field("annotations");
     let Some((_, node)) = annotations.entries()?.find(|(key, _)| *key == DRY_RUN) else {
         return Ok(false);
     };
-    // Go's strconv.ParseBool, which Istio reads it with.
+    // The values that Go's strconv.ParseBool accepts, which Istio uses.
     match node.text()? {
         None | Some("0" | "f" | "F" | "false" | "FALSE" | "False" | "") => Ok(false),
         Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
@@ -229,7 +230,7 @@ fn limited<'a>(node: &Node<'a>, limit: usize) -> Result<Vec<Node<'a>>, Fault> {
     Ok(elements)
 }
 
-/// What all rules of a policy are read with.
+/// Context for parsing the rules of a policy.
 struct Reader<'a> {
     namespace: &'a str,
     action: Action,
@@ -251,7 +252,7 @@ const SOURCE_FIELDS: [&str; 14] = [
     "trustDomains",
     "notTrustDomains",
 ];
-/// Those of them that a layer-4 proxy cannot meet.
+/// The fields of `SOURCE_FIELDS` that a layer-4 proxy cannot enforce.
 const UNMET_SOURCE_FIELDS: &[&str] = SOURCE_FIELDS.split_at(10).1;
 
 const OPERATION_FIELDS: [&str; 8] = [
@@ -266,7 +267,7 @@ const OPERATION_FIELDS: [&str; 8] = [
 ];
 const UNMET_OPERATION_FIELDS: &[&str] = OPERATION_FIELDS.split_at(2).1;
 
-/// Keys of conditions that cannot be met; those that end in a bracket or dot go on.
+/// Condition keys that cannot be enforced. A key that ends in a bracket or dot stands for all keys that begin with it.
 const UNMET_KEYS: [&str; 9] = [
     "request.headers[",
     "request.experimental.inline.headers[",
@@ -300,8 +301,9 @@ impl Reader<'_> {
         for when in limited(&node.field("when"), MAX_CONDITIONS)? {
             rule.when.extend(self.condition(&when, &mut unmet)?);
         }
-        // Istio's documentation (ambient: use layer 4 security policy; tasks: authorization for TCP traffic): a rule
-        // that allows by what cannot be known is left out, one that denies goes without it. Both refuse more than asked.
+        // Follows Istio's documentation (ambient: use layer 4 security policy; tasks: authorization for TCP traffic):
+        // an ALLOW rule with an unknown attribute never matches, and a DENY rule ignores the attribute. Both deny more
+        // than requested.
         rule.never = self.action == Action::Allow && !unmet.is_empty();
         warnings.extend(unmet.into_iter().map(|field| match self.action {
             Action::Allow => format!("{field}: cannot be known below HTTP, so this rule never allows"),
@@ -313,7 +315,8 @@ impl Reader<'_> {
         Ok(rule)
     }
 
-    /// The elements of `from` or `to`. An empty list would mean any; who writes it may mean none.
+    /// Parses the elements of `from` or `to`. Rejects an empty list: it would match everything, but its author may mean
+    /// nothing.
     fn alternatives<'a>(&self, node: &Node<'a>) -> Result<Vec<Node<'a>>, Fault> {
         let elements = limited(node, MAX_RULES)?;
         if elements.is_empty() && !node.is_null() {
@@ -396,7 +399,7 @@ impl Reader<'_> {
                 if !unmet_key {
                     return Err(key.fault(format!("{} is not known here", quoted(name))));
                 }
-                // Read all the same: what is no list of strings is a mistake.
+                // Parsed anyway, to reject values that are not lists of strings.
                 matches(node, "values", "notValues", |_| Ok(()))?;
                 unmet.push(format!("{}: {}", key.path(), quoted(name)));
                 return Ok(None);
@@ -406,7 +409,7 @@ impl Reader<'_> {
     }
 }
 
-/// Refuses an object that has no fields, or others than `known`: without any, it would match everything.
+/// Rejects an object that has unknown fields, or no fields, because without fields it would match everything.
 fn present(node: &Node<'_>, known: &[&str]) -> Result<(), Fault> {
     node.only(known)?;
     if node.is_null() {
@@ -434,7 +437,7 @@ fn matches<T>(
     })
 }
 
-/// Which of `fields` have values.
+/// Returns the paths of those `fields` that have values.
 fn set(node: &Node<'_>, fields: &[&str]) -> Result<Vec<String>, Fault> {
     let mut paths = Vec::new();
     for field in fields {

@@ -1,6 +1,6 @@
-//! AuthorizationPolicy and PeerAuthentication of `security.istio.io/v1`, read into checked values.
+//! AuthorizationPolicy and PeerAuthentication of `security.istio.io/v1`, parsed into validated values.
 //!
-//! Each object stands alone: one that cannot be read is [`Unreadable`], and the others are in force.
+//! Each object is parsed independently: one that cannot be read becomes [`Unreadable`], and the others stay in force.
 
 mod authorization;
 mod pattern;
@@ -18,72 +18,72 @@ use read::{Fault, Node, exceeds, quoted};
 
 use crate::ObjectName;
 
-/// The API group of all policies.
+/// API group of all policies.
 pub const GROUP: &str = "security.istio.io";
-/// Its versions; they have one shape.
+/// Versions of the API group, which have the same schema.
 pub const VERSIONS: [&str; 2] = ["v1", "v1beta1"];
-/// Largest object, in bytes of JSON: what etcd takes (`--max-request-bytes`, 1.5 MiB).
+/// Maximum size of an object, in bytes of JSON: etcd's limit (`--max-request-bytes`, 1.5 MiB).
 const MAX_OBJECT_BYTES: usize = 3 << 19;
-/// Largest selector that is looked at, in bytes of JSON.
+/// Maximum size of a selector that is parsed, in bytes of JSON.
 const MAX_SELECTOR_BYTES: usize = 1 << 20;
 
 /// A policy object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
-    /// Who may call.
+    /// Which callers are allowed.
     Authorization(AuthorizationPolicy),
     /// Whether callers need mutual TLS.
     Peer(PeerAuthentication),
-    /// One that cannot be read. The last version that could be read stays in force instead, where there is one.
+    /// An object that cannot be read. The last readable version, if there is one, stays in force instead.
     Unreadable(Unreadable),
 }
 
-/// Kinds of policy objects.
+/// Kind of a policy object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
-    /// AuthorizationPolicy
+    /// AuthorizationPolicy.
     Authorization,
-    /// PeerAuthentication
+    /// PeerAuthentication.
     Peer,
 }
 
-/// An object that cannot be read, and what holds in its place so that its mistake opens nothing.
+/// An object that cannot be read, and what is enforced in its place so that the mistake does not allow anything.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{kind} {name}: {field}: {reason}")]
 pub struct Unreadable {
-    /// Its kind.
+    /// Kind of the object.
     pub kind: Kind,
-    /// Its name.
+    /// Name of the object.
     pub name: ObjectName,
-    /// The first field at fault.
+    /// The first invalid field.
     pub field: String,
-    /// What is wrong with it.
+    /// What is wrong with the field.
     pub reason: String,
-    /// What holds in its place.
+    /// What is enforced in the object's place.
     pub instead: Instead,
-    /// Whom that holds for: everybody in the namespace where the selector cannot be read.
+    /// Workloads for which that is enforced: all in the namespace if the selector cannot be read.
     pub selector: Selector,
 }
 
-/// What holds in the place of an object that cannot be read.
+/// What is enforced in the place of an object that cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Instead {
-    /// An ALLOW policy that matches nobody.
+    /// An ALLOW policy that matches no connection.
     AllowNothing,
-    /// A DENY policy that matches everybody: the object denies, or its action is not to be known.
+    /// A DENY policy that matches every connection, because the object denies or its action is unknown.
     DenyAll,
-    /// Nothing: the object could not have denied anything (AUDIT, dry run).
+    /// Nothing, because the object could not have denied anything (AUDIT, dry run).
     Nothing,
     /// Mutual TLS on all ports.
     Strict,
 }
 
-/// Which workloads of its scope a policy is for: those that have all of these labels.
+/// A label selector, which matches the workloads in its scope that have all of these labels.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selector(BTreeMap<String, String>);
 
 impl Object {
-    /// Reads a document. None when it is of no kind that is a policy.
+    /// Parses a document. Returns `None` if it is not a policy.
     pub fn read(document: &Value) -> Option<Self> {
         let text = |name: &str| document.get(name).and_then(Value::as_str);
         let version = text("apiVersion")?.strip_prefix(GROUP)?.strip_prefix('/')?;
@@ -118,7 +118,7 @@ impl Object {
         )
     }
 
-    /// Its kind.
+    /// Returns the object's kind.
     pub fn kind(&self) -> Kind {
         match self {
             Self::Authorization(_) => Kind::Authorization,
@@ -127,7 +127,7 @@ impl Object {
         }
     }
 
-    /// Its namespace and name.
+    /// Returns the object's namespace and name.
     pub fn name(&self) -> &ObjectName {
         match self {
             Self::Authorization(policy) => &policy.name,
@@ -136,7 +136,7 @@ impl Object {
         }
     }
 
-    /// What its author should know, where it can be read but not fully met. Each names the field.
+    /// Returns warnings for the author of a readable object that cannot be fully enforced. Each names the field.
     pub fn warnings(&self) -> &[String] {
         match self {
             Self::Authorization(policy) => &policy.warnings,
@@ -159,7 +159,7 @@ impl Unreadable {
                 Instead::Nothing
             }
             Kind::Authorization => match Action::read(&spec.field("action")) {
-                // Of another type than an object, it says nothing of an action.
+                // A spec that is not an object specifies no action.
                 _ if !spec.is_null() && !spec.value().is_object() => Instead::DenyAll,
                 Ok(Action::Allow) => Instead::AllowNothing,
                 Ok(Action::Audit) => Instead::Nothing,
@@ -209,19 +209,19 @@ impl Selector {
         Ok(Self(labels))
     }
 
-    /// Whether it is for a workload with `labels`.
+    /// Reports whether the selector matches a workload with `labels`.
     pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
         self.0
             .iter()
             .all(|(key, value)| labels.get(key) == Some(value))
     }
 
-    /// The labels that it asks for.
+    /// Returns the required labels.
     pub fn labels(&self) -> &BTreeMap<String, String> {
         &self.0
     }
 
-    /// Whether it is for all workloads of its scope.
+    /// Reports whether the selector matches all workloads in its scope.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -238,7 +238,7 @@ impl fmt::Display for Selector {
 }
 
 impl Kind {
-    /// As Kubernetes calls it.
+    /// Returns the kind's name in Kubernetes.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Authorization => "AuthorizationPolicy",
@@ -264,7 +264,7 @@ impl fmt::Display for Instead {
     }
 }
 
-/// `metadata.name` and `metadata.namespace`.
+/// Parses `metadata.name` and `metadata.namespace`.
 fn name(document: &Value) -> Result<ObjectName, Fault> {
     let metadata = Node::top(document, "metadata");
     let part = |field: &str, longest| {
@@ -280,7 +280,7 @@ fn name(document: &Value) -> Result<ObjectName, Fault> {
     Ok(ObjectName { namespace, name })
 }
 
-/// Where the policy says that it is for gateways or services instead of workloads.
+/// Returns the field that binds the policy to gateways or services instead of workloads, if it is set.
 fn targets<'a>(spec: &Node<'a>) -> Option<Node<'a>> {
     ["targetRefs", "targetRef"]
         .map(|field| spec.field(field))

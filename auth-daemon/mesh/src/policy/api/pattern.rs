@@ -1,4 +1,4 @@
-//! How rules name callers and addresses.
+//! How rules refer to callers and addresses.
 
 use std::{fmt, net::IpAddr};
 
@@ -6,21 +6,21 @@ use ipnet::{IpNet, Ipv4Net};
 
 use super::read::quoted;
 
-/// What a string must be: exactly this, this and more behind or before it, or anything at all.
+/// A string pattern: exact, prefix, suffix or presence.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Pattern {
-    /// `abc`
+    /// `abc`.
     Exact(Box<str>),
-    /// `abc*`: also `abc` itself.
+    /// `abc*`. Also matches `abc`.
     Prefix(Box<str>),
-    /// `*abc`: also `abc` itself.
+    /// `*abc`. Also matches `abc`.
     Suffix(Box<str>),
-    /// `*`: not empty, so there must be an identity.
+    /// `*`. Matches every non-empty string, so it requires an identity.
     Present,
 }
 
 impl Pattern {
-    /// A pattern of a principal: a SPIFFE ID without its scheme.
+    /// Parses a pattern of principals: SPIFFE IDs without the scheme.
     pub(super) fn principal(text: &str) -> Result<Self, String> {
         if text.starts_with("spiffe://") {
             return Err(format!(
@@ -33,7 +33,7 @@ impl Pattern {
         })
     }
 
-    /// A pattern of a namespace's name.
+    /// Parses a pattern of namespace names.
     pub(super) fn namespace(text: &str) -> Result<Self, String> {
         Self::new(text, "a namespace", |b| {
             b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'
@@ -65,7 +65,7 @@ impl Pattern {
         Ok(pattern(text.into()))
     }
 
-    /// Whether `text` is such a string.
+    /// Reports whether `text` matches the pattern.
     pub fn matches(&self, text: &str) -> bool {
         match self {
             Self::Exact(exact) => text == &**exact,
@@ -87,12 +87,12 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// A service account, whatever its trust domain.
+/// A service account in any trust domain.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Account(Box<str>);
 
 impl Account {
-    /// `namespace/name`, or a name in the policy's own `namespace`. No wildcards.
+    /// Parses `namespace/name`, or a name in the policy's own `namespace`. Wildcards are not allowed.
     pub(super) fn new(text: &str, namespace: &str) -> Result<Self, String> {
         let (namespace, name) = text.split_once('/').unwrap_or((namespace, text));
         let named = |part: &str, dot: bool| {
@@ -110,13 +110,14 @@ impl Account {
         Ok(Self(format!("/ns/{namespace}/sa/{name}").into()))
     }
 
-    /// The path of its SPIFFE ID: `/ns/<namespace>/sa/<name>`.
+    /// Returns the path of the account's SPIFFE ID: `/ns/<namespace>/sa/<name>`.
     pub fn path(&self) -> &str {
         &self.0
     }
 }
 
-/// Longest service account in a policy, in bytes: 63 of a namespace, a slash, 253 of a name, and room.
+/// Maximum length of a service account in a policy, in bytes: 63 for the namespace, a slash, 253 for the name, and
+/// slack.
 const MAX_ACCOUNT_BYTES: usize = 320;
 
 impl fmt::Display for Account {
@@ -125,7 +126,7 @@ impl fmt::Display for Account {
     }
 }
 
-/// An address, or a CIDR block. IPv4-mapped ones are IPv4; bits outside the block are cleared.
+/// Parses an address or a CIDR block. IPv4-mapped addresses become IPv4, and bits outside the prefix are cleared.
 pub(super) fn block(text: &str) -> Result<IpNet, String> {
     let block = if text.contains('/') {
         let block: IpNet = text
@@ -148,7 +149,7 @@ pub(super) fn block(text: &str) -> Result<IpNet, String> {
     Ok(block.trunc())
 }
 
-/// A port, as a decimal string.
+/// Parses a port, written as a decimal string.
 pub(super) fn port(text: &str) -> Result<u16, String> {
     let digits = text.bytes().all(|b| b.is_ascii_digit());
     text.parse()

@@ -11,31 +11,31 @@ use super::{
 };
 use crate::ObjectName;
 
-/// Whether callers of the workloads that it selects need mutual TLS.
+/// Whether callers of the selected workloads must use mutual TLS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerAuthentication {
-    /// Its name. The namespace is its scope; the root namespace is the whole mesh.
+    /// Name of the policy. Its namespace is its scope; the root namespace stands for the whole mesh.
     pub name: ObjectName,
-    /// `metadata.creationTimestamp`: of two in one scope the older counts. What has none is older.
+    /// `metadata.creationTimestamp`. Of two policies in one scope, the older takes precedence. `None` counts as older.
     pub created: Option<String>,
-    /// The workloads of the namespace that it is for.
+    /// Workloads in scope that the policy applies to.
     pub selector: Selector,
-    /// For all ports; none is that of the scope around it.
+    /// Mode of all ports. `None` inherits the mode of the enclosing scope.
     pub mode: Option<Mode>,
-    /// For single ports, before [`PeerAuthentication::mode`].
+    /// Modes of single ports, which take precedence over [`PeerAuthentication::mode`].
     pub ports: BTreeMap<u16, Mode>,
-    /// What is not as its author may think, each with its field.
+    /// Settings that do not have the effect that the author may expect, each with its field.
     pub warnings: Vec<String>,
 }
 
-/// What a port takes.
+/// Mutual TLS mode: which connections a port accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Mode {
-    /// Mutual TLS alone.
+    /// Mutual TLS only.
     Strict,
     /// Mutual TLS and plaintext.
     Permissive,
-    /// As [`Mode::Permissive`]: callers of the mesh use mutual TLS whether it is asked for or not.
+    /// Same as [`Mode::Permissive`]: callers in the mesh use mutual TLS in any case.
     Disable,
 }
 
@@ -50,7 +50,7 @@ impl PeerAuthentication {
         let port_level = spec.field("portLevelMtls");
         for (number, node) in port_level.entries()? {
             let number = port(number).map_err(|reason| node.fault(reason))?;
-            // UNSET is the mode of all ports.
+            // UNSET means that the mode of all ports applies.
             if let Some(mode) = self::mode(&node, &mut warnings)? {
                 ports.insert(number, mode);
             }
@@ -92,7 +92,7 @@ fn mode(mtls: &Node<'_>, warnings: &mut Vec<String>) -> Result<Option<Mode>, Fau
     })
 }
 
-/// The API server writes `2026-01-02T03:04:05Z`, which sorts as text.
+/// Parses the creation time. The API server writes `2026-01-02T03:04:05Z`, which sorts as text.
 fn created(metadata: &Node<'_>) -> Result<Option<String>, Fault> {
     const FORM: &[u8] = b"0000-00-00T00:00:00Z";
     let node = metadata.field("creationTimestamp");
@@ -115,7 +115,7 @@ fn created(metadata: &Node<'_>) -> Result<Option<String>, Fault> {
 }
 
 impl Mode {
-    /// As the API writes it.
+    /// Returns the mode's name in the API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Strict => "STRICT",
@@ -124,7 +124,7 @@ impl Mode {
         }
     }
 
-    /// Whether a caller without mutual TLS is taken.
+    /// Reports whether callers without mutual TLS are accepted.
     pub fn takes_plaintext(self) -> bool {
         self != Self::Strict
     }

@@ -1,18 +1,18 @@
-//! A JSON value and where it stands, so that each fault names its field.
+//! JSON values with their paths, so that each error names its field.
 
 use serde_json::Value;
 
-/// Longest piece of a value that an error repeats, in characters.
+/// Maximum length of a value that an error quotes, in characters.
 const MAX_QUOTED: usize = 64;
 
-/// What is wrong with which field.
+/// An error, with the field that it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) field: String,
     pub(super) reason: String,
 }
 
-/// A value of an object, and its path. What is absent is null, as Kubernetes has it.
+/// A value in an object, with its path. An absent value is null, as in Kubernetes.
 #[derive(Clone, Debug)]
 pub(super) struct Node<'a> {
     path: String,
@@ -20,7 +20,7 @@ pub(super) struct Node<'a> {
 }
 
 impl<'a> Node<'a> {
-    /// The field `name` of the whole object.
+    /// Returns the field `name` of the top-level object.
     pub(super) fn top(object: &'a Value, name: &str) -> Self {
         Self {
             path: name.to_owned(),
@@ -47,7 +47,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// A field of this object; null when it is absent, or when this is no object.
+    /// Returns the field `name`. The field is null if it is absent, or if this value is not an object.
     pub(super) fn field(&self, name: &str) -> Self {
         Self {
             path: format!("{}.{name}", self.path),
@@ -55,8 +55,8 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// Refuses what is neither an object of these fields nor null. A field that nobody reads could have narrowed what
-    /// the object matches.
+    /// Rejects a value that is neither null nor an object with only `known` fields. An ignored field might have
+    /// narrowed what the object matches.
     pub(super) fn only(&self, known: &[&str]) -> Result<(), Fault> {
         let fields = match self.value {
             Value::Null => return Ok(()),
@@ -72,7 +72,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// The elements of a list; none when it is null.
+    /// Returns the elements of a list. Null is an empty list.
     pub(super) fn list(&self) -> Result<impl Iterator<Item = Self>, Fault> {
         let elements = match self.value {
             Value::Null => &[],
@@ -85,7 +85,7 @@ impl<'a> Node<'a> {
         }))
     }
 
-    /// The entries of an object whose keys are the user's; none when it is null.
+    /// Returns the entries of an object with user-defined keys. Null has no entries.
     pub(super) fn entries(&self) -> Result<impl Iterator<Item = (&'a str, Self)>, Fault> {
         let fields = match self.value {
             Value::Null => None,
@@ -98,7 +98,7 @@ impl<'a> Node<'a> {
         }))
     }
 
-    /// A text; none when it is null.
+    /// Returns a string, or `None` for null.
     pub(super) fn text(&self) -> Result<Option<&'a str>, Fault> {
         match self.value {
             Value::Null => Ok(None),
@@ -107,7 +107,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// A list of texts, each of which `parse` makes a value of.
+    /// Returns a list of strings, each converted by `parse`.
     pub(super) fn texts<T>(
         &self,
         parse: impl Fn(&str) -> Result<T, String>,
@@ -121,7 +121,7 @@ impl<'a> Node<'a> {
     }
 }
 
-/// As much of a text as an error repeats, quoted and without control characters.
+/// Quotes the beginning of a text for an error, with control characters escaped.
 pub(super) fn quoted(text: &str) -> String {
     format!("{:?}", shortened(text))
 }
@@ -145,7 +145,7 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// Whether `value`, written as JSON, may take more than `limit` bytes. Looks at no more than that.
+/// Reports whether `value`, written as JSON, may take more than `limit` bytes. Stops reading at that limit.
 pub(super) fn exceeds(value: &Value, limit: usize) -> bool {
     fn spend(value: &Value, left: &mut usize) -> bool {
         let own = match value {
