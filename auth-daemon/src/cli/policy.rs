@@ -1,5 +1,5 @@
-//! `auth-daemon policy`: who may call whom, and why: of the node's daemon, or from a folder of manifests. For a person at
-//! a terminal and for a pipeline that must not let a change through.
+//! `auth-daemon policy`: explains which connections the policies allow and why, based on the state of the node's daemon
+//! or on a folder of manifests. For people at a terminal, and for pipelines that must reject a change.
 
 use std::{
     collections::BTreeSet,
@@ -80,9 +80,9 @@ enum DefaultMode {
     Permissive,
 }
 
-/// How long the daemon may take to answer.
+/// Maximum time to wait for the daemon's answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// It cannot be told: neither allowed nor denied.
+/// Exit code if it cannot be determined whether the call is allowed.
 const UNKNOWN: u8 = 2;
 const DENIED: u8 = 1;
 
@@ -139,7 +139,7 @@ fn ask(what: &str, question: &impl serde::Serialize) -> anyhow::Result<Answer> {
 }
 
 impl Manifests {
-    /// Reads the whole folder. Fails with all that is wrong in it, but for policies: they are refused one by one.
+    /// Reads the whole folder. Fails with all errors in it, except for policies, which are rejected one by one.
     fn read(&self, folder: &Path) -> anyhow::Result<Known> {
         let trust_domain: TrustDomain = self
             .trust_domain

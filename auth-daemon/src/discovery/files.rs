@@ -1,4 +1,4 @@
-//! Discovery from a folder of Kubernetes manifests, watched: an edit takes effect at once, and a file that cannot be
+//! Discovery from a watched folder of Kubernetes manifests: an edit takes effect at once, and a file that cannot be
 //! read keeps its last good state.
 
 use std::{
@@ -21,16 +21,17 @@ use super::{
 };
 use auth_mesh::{Edit, ObjectName, Snapshot, TrustDomain};
 
-/// A manifest larger than this is refused, in bytes.
+/// Maximum size of a manifest, in bytes. Larger ones are rejected.
 const MAX_FILE_BYTES: u64 = 64 << 20;
-/// How long to wait for more edits after the first.
+/// Time to wait for more edits after the first.
 const SETTLE: Duration = Duration::from_millis(50);
-/// How often to look without being told: covers folders whose file system tells nothing.
+/// Interval of scans without a notification, for file systems that send none.
 const RESCAN: Duration = Duration::from_secs(10);
 
-/// Reads the folder into `sink` and keeps doing so. Returns after the first reading; the returned future watches.
+/// Starts discovery from a folder. Returns after the first scan; the returned future watches the folder and keeps
+/// `sink` up to date.
 ///
-/// Fails when the folder cannot be read at all.
+/// Fails if the folder cannot be watched.
 pub fn start(
     folder: PathBuf,
     trust_domain: TrustDomain,
@@ -39,7 +40,7 @@ pub fn start(
     let (events, mut edits) = mpsc::channel::<()>(1);
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
         if may_be_an_edit(&event) {
-            // A full channel already promises a reading.
+            // If the channel is full, a scan is already pending.
             let _ = events.try_send(());
         }
     })?;
@@ -67,12 +68,12 @@ pub fn start(
     })
 }
 
-/// Whether something may have changed. That a file is opened is told of, too: each reading of ours would call for the
-/// next one.
+/// Reports whether the event may be an edit. Opening a file sends an event too, so without this filter each scan would
+/// cause the next one.
 fn may_be_an_edit(event: &notify::Result<Event>) -> bool {
     match event.as_ref().map(|event| event.kind) {
         Ok(EventKind::Access(access)) => access == AccessKind::Close(AccessMode::Write),
-        // What cannot be told may be anything.
+        // An unknown event may be an edit.
         Ok(_) | Err(_) => true,
     }
 }
@@ -84,7 +85,7 @@ struct Source {
     published: Option<Vec<(ObjectName, Object)>>,
 }
 
-/// A file's content as last seen, and its objects as last understood.
+/// A file's last read content, and the objects of its last valid content.
 #[derive(Default)]
 struct File {
     text: Vec<u8>,
@@ -139,7 +140,7 @@ impl Source {
         for path in present {
             let text = match read_file(&path) {
                 Ok(text) => text,
-                // Removed since it was listed: the next reading sees it gone.
+                // Removed since the listing. The next scan notices.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => {
                     tracing::error!(file = %path.display(), %error, "cannot read a manifest; keeping its last good state");
@@ -151,7 +152,7 @@ impl Source {
                 continue;
             }
             let parsed = if text.trim_ascii().is_empty() && !known.objects.is_empty() {
-                // What a shell's `>` leaves before the writer behind it has written.
+                // A shell's `>` leaves an empty file until the program behind it writes.
                 Err("is empty; remove the file to remove its objects".to_owned())
             } else {
                 parse(&text, &self.trust_domain)
@@ -167,7 +168,8 @@ impl Source {
         Ok(())
     }
 
-    /// All files' objects; the first of two with the same kind and name counts, and the second is reported.
+    /// Returns the objects of all files. Of two objects of the same kind and name, the first is used and the second is
+    /// reported.
     fn objects(&self) -> Vec<(ObjectName, Object)> {
         let mut objects = Vec::new();
         let mut seen: BTreeMap<(&str, &ObjectName), &Path> = BTreeMap::new();
@@ -190,7 +192,7 @@ impl Source {
     }
 }
 
-/// The manifests in a folder, by name.
+/// Returns the manifests in a folder, by name.
 pub fn manifests(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut manifests = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -205,7 +207,7 @@ pub fn manifests(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(manifests)
 }
 
-/// Reads one of them, within limits.
+/// Reads a manifest, up to the size limit.
 pub fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_file() {
@@ -219,7 +221,7 @@ pub fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
     fs::read(path)
 }
 
-/// Of a policy that cannot be read, what was read of it `before` stays in force.
+/// Replaces each policy that cannot be read by its last readable version in `before`, if there is one.
 fn keep_good_policies(
     objects: Vec<(ObjectName, Object)>,
     before: &[(ObjectName, Object)],
@@ -234,7 +236,7 @@ fn keep_good_policies(
     kept.collect()
 }
 
-/// All objects of a file of one or more YAML or JSON documents; all or none.
+/// Parses a file of one or more YAML or JSON documents. Fails if any object is invalid.
 pub fn parse(text: &[u8], trust_domain: &TrustDomain) -> Result<Vec<(ObjectName, Object)>, String> {
     let text = std::str::from_utf8(text).map_err(|error| format!("is not UTF-8: {error}"))?;
     let documents: Vec<Value> =
@@ -333,7 +335,7 @@ mod tests {
             .watch(folder.path(), RecursiveMode::NonRecursive)
             .unwrap();
         source(folder.path()).scan(&Sink::default());
-        // Told of after all that the reading gave cause to.
+        // The event for this edit follows all events that the scan caused.
         let last = folder.path().join("last.yaml");
         fs::write(&last, pod("last", "10.0.0.2")).unwrap();
         let mut readings = 0;
@@ -345,7 +347,7 @@ mod tests {
         };
         assert_eq!(first, std::slice::from_ref(&last));
         assert!(readings > 0, "a watcher that does not tell of readings");
-        // An editor may keep a file open and write it for long.
+        // An editor may keep a file open and write to it for a long time.
         let written = |(edit, paths)| edit && paths == [last.clone()];
         assert!(
             std::iter::from_fn(|| events.recv_timeout(Duration::from_secs(10)).ok()).any(written)

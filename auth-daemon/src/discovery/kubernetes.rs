@@ -1,4 +1,4 @@
-//! Discovery from the cluster's API: watches objects, and goes on with what is known while the API is away.
+//! Discovery from the Kubernetes API: watches objects, and keeps the last known state while the API is unavailable.
 
 mod known;
 
@@ -23,28 +23,31 @@ use auth_kubernetes::{follow, objects, served};
 use auth_mesh::{MeshDefault, ObjectName, TrustDomain, policy::api};
 use auth_support::backoff;
 
-/// How long to wait for more changes after the first.
+/// Time to wait for more changes after the first.
 const SETTLE: Duration = Duration::from_millis(5);
-/// How soon to ask again whether the cluster has a kind, after a failure, and at most; and after it has not.
+/// Initial delay before asking again whether the cluster serves a kind, after an error. `ABSENT` is the maximum delay,
+/// and the interval while the cluster does not serve the kind.
+/// does not serve the kind.
 const RETRY: Duration = Duration::from_secs(1);
 const ABSENT: Duration = Duration::from_secs(30);
 
-/// What is followed, and how it is understood.
+/// What is watched, and how it is interpreted.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Of the identities.
+    /// Trust domain of the identities.
     pub trust_domain: TrustDomain,
-    /// Which pods are of the mesh.
+    /// Which pods are in the mesh by default.
     pub defaults: MeshDefault,
-    /// Whether namespaces and services are watched too: who only asks what runs where needs pods alone.
+    /// Whether namespaces and services are watched too. Pods are enough for a user that only needs to know where
+    /// identities run.
     pub services: bool,
-    /// Where the node daemons' own pods are: a node without a ready one does not speak the tunnel. `None`: every node is
-    /// taken to have one.
+    /// Namespace of the node daemons' own pods. A node without a ready one does not serve the tunnel protocol. `None`:
+    /// every node is assumed to have a daemon.
     pub daemons: Option<String>,
 }
 
-/// Watches the cluster into `sink`, for ever. `synced` becomes true once everything has been read for the first
-/// time; until then all stays as it is.
+/// Watches the cluster and publishes to `sink`, without end. `synced` becomes true once everything has been read for
+/// the first time; nothing is published before that.
 pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::Sender<bool>) {
     let mut events = select_all(watches(&client, &settings, sink.policies.is_some()));
     let mut known = Known::new(settings, sink.policies.is_some());
@@ -59,7 +62,7 @@ pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::
             }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
-                // First: who appears is judged by them.
+                // Policies are published first, because new pods are checked against them.
                 if let Some(policies) = known.policies() {
                     sink.publish_policies(policies);
                 }
@@ -76,7 +79,7 @@ pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::
     }
 }
 
-/// What is watched. Each kind is read on its own, and all of them before the first snapshot.
+/// Kind of a watched object. Each kind is read on its own, and all of them before the first snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Namespace,
@@ -141,13 +144,14 @@ fn watches(client: &Client, settings: &Settings, policies: bool) -> Vec<Watch> {
 
 const POLICIES: [api::Kind; 2] = [api::Kind::Authorization, api::Kind::Peer];
 
-/// Endpoint slices, and those of them that count: of services that select pods, the pods themselves tell more, and sooner.
+/// API group of endpoint slices, and the selector of the slices that are used. For services that select pods, the pods
+/// themselves tell more, and sooner.
 const SLICES_GROUP: &str = "discovery.k8s.io";
 const SLICES_VERSIONS: [&str; 1] = ["v1"];
 const OWN_SLICES: &str = "endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io";
 
-/// Follows the objects of a kind. A cluster that does not have the kind, in one of these versions of its group, has none of
-/// them, and is asked again now and then.
+/// Watches the objects of a kind. A cluster that does not serve the kind, in one of these versions of its group, has no
+/// such objects, and is asked again periodically.
 fn watch_if_served(
     client: &Client,
     kind: Kind,
@@ -205,7 +209,7 @@ fn policies_of(client: Client, kind: api::Kind, version: &str) -> Watch {
     let api = Api::<objects::Custom>::all_with(client, &resource);
     watched(api, here, move |read| {
         let mut document = read.content;
-        // Items of a list may leave out what the list already says.
+        // Items of a list may omit what the list already specifies.
         document["apiVersion"] = resource.api_version.as_str().into();
         document["kind"] = resource.kind.as_str().into();
         let policy = api::Object::read(&document).map(Arc::new);
@@ -213,7 +217,7 @@ fn policies_of(client: Client, kind: api::Kind, version: &str) -> Watch {
     })
 }
 
-/// A pod whose label cannot be read is what it would be without: a slip of the pen takes nobody out of the mesh.
+/// Parses a pod. Ignores a mesh label that cannot be read, so that a typo does not remove the pod from the mesh.
 fn pod(mut pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     manifest::pod(pod.clone(), trust_domain).or_else(|error| {
         let (labels, annotations) = (&mut pod.metadata.labels, &mut pod.metadata.annotations);

@@ -1,4 +1,4 @@
-//! Kubernetes objects into the mesh's model. One vocabulary and one parser, whatever source they come from.
+//! Conversion of Kubernetes objects to the model of the mesh. All sources share the same vocabulary and parser.
 
 mod slice;
 
@@ -21,31 +21,31 @@ use auth_mesh::{
 
 pub use slice::slice;
 
-/// Says where a pod's network namespace is, for sources that have no container runtime to ask.
+/// Annotation with the path of a pod's network namespace, for sources without a container runtime to ask.
 pub const NETNS_ANNOTATION: &str = "auth-daemon.io/netns";
-/// `enabled` or `disabled`, as a label of a pod or namespace, says whether a pod is of the mesh; the pod's counts first. On
-/// a pod an annotation will do.
+/// Label of a pod or namespace, `enabled` or `disabled`, that sets whether pods are in the mesh. The pod's label takes
+/// precedence. On a pod, an annotation works too.
 pub const MESH_LABEL: &str = "auth-daemon.io/mesh";
-/// Pins the service accounts that may run a service: names, or namespace/name, separated by commas.
+/// Annotation that pins the service accounts that may run a service: names, or namespace/name, separated by commas.
 pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
 
-/// An object of interest.
+/// An object that is relevant to the mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
-    /// A pod that has not ended.
+    /// A pod that has not terminated.
     Pod(Arc<Workload>),
     /// A service with virtual addresses.
     Service(Arc<Service>),
     /// Endpoints of a service that selects no pods.
     Slice(Arc<Slice>),
-    /// What a namespace says of its pods' membership.
+    /// The membership that a namespace sets for its pods.
     Namespace(Option<Membership>),
     /// An AuthorizationPolicy or PeerAuthentication, readable or not.
     Policy(Arc<policy::api::Object>),
 }
 
 impl Object {
-    /// As Kubernetes calls it.
+    /// Returns the kind's name in Kubernetes.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Pod(_) => "Pod",
@@ -57,9 +57,9 @@ impl Object {
     }
 }
 
-/// Reads one document: a Pod, Service, EndpointSlice, Namespace, ServiceAccount, a policy, or a List of them.
+/// Reads a document: a Pod, Service, EndpointSlice, Namespace, ServiceAccount, a policy, or a List of them.
 ///
-/// Objects of other kinds are passed over: a folder may hold more than the mesh needs. Errors name the object and the
+/// Skips objects of other kinds, because a folder may hold more than the mesh needs. Errors name the object and the
 /// field.
 pub fn read(
     document: Value,
@@ -136,7 +136,7 @@ pub fn read(
             let item_kind = kind.strip_suffix("List").filter(|kind| !kind.is_empty());
             let mut objects = Vec::new();
             for (index, mut item) in items.into_iter().enumerate() {
-                // Items of a typed list leave out what the list already says.
+                // Items of a typed list omit what the list already specifies.
                 if let (Some(item_kind), Value::Object(fields)) = (item_kind, &mut item) {
                     fields.entry("apiVersion").or_insert_with(|| version.into());
                     fields.entry("kind").or_insert_with(|| item_kind.into());
@@ -155,7 +155,8 @@ pub fn read(
     }
 }
 
-/// `object`, or, where that is a policy that cannot be read, the one that was `before`. Tells what is wrong with it.
+/// Returns `object`, or, if it is a policy that cannot be read, the readable version from `before`, if there is one.
+/// Logs what is wrong with the policy in that case.
 pub(super) fn keep_good_policy(object: Object, before: Option<&Object>) -> Object {
     let Object::Policy(policy) = &object else {
         return object;
@@ -216,7 +217,7 @@ fn address(text: &str) -> Result<IpAddr, String> {
     Ok(ip)
 }
 
-/// What `metadata` says of membership: the label first, then, on a pod, the annotation.
+/// Reads the membership from `metadata`: the label first, then, on a pod, the annotation.
 fn membership(metadata: &ObjectMeta) -> Result<Option<Membership>, String> {
     for (field, values) in [
         ("labels", &metadata.labels),
@@ -244,7 +245,7 @@ pub fn namespace(namespace: &objects::Namespace) -> Result<Option<Object>, Strin
         .map_err(|error| format!("Namespace {name}: {error}"))
 }
 
-/// Reads a pod; `None` for one that has ended. Errors name the object and the field.
+/// Reads a pod. Returns `None` for one that has terminated. Errors name the object and the field.
 pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let name = object_name("Pod", &pod.metadata)?;
     let fault = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
@@ -273,7 +274,7 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         None => None,
     };
     let mut named_ports = BTreeMap::new();
-    // A sidecar is an init container (Kubernetes 1.29). Of two with one name the first counts.
+    // A sidecar is an init container (Kubernetes 1.29). Of two ports with the same name, the first is used.
     let containers = spec.containers.into_iter().chain(spec.init_containers);
     for port in containers.flat_map(|container| container.ports) {
         if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
@@ -308,7 +309,7 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
     }))))
 }
 
-/// The addresses that `texts` name, once each. Empty texts are none.
+/// Parses addresses. Skips empty texts and duplicates.
 fn addresses(texts: impl IntoIterator<Item = String>) -> Result<Vec<IpAddr>, String> {
     let mut addresses = Vec::new();
     for text in texts {
@@ -323,8 +324,8 @@ fn addresses(texts: impl IntoIterator<Item = String>) -> Result<Vec<IpAddr>, Str
     Ok(addresses)
 }
 
-/// Reads a service; `None` for one without a virtual address: headless, or an ExternalName. Errors name the object and
-/// the field.
+/// Reads a service. Returns `None` for one without a virtual address: headless, or an ExternalName. Errors name the
+/// object and the field.
 pub fn service(
     service: objects::Service,
     trust_domain: &TrustDomain,
@@ -450,7 +451,7 @@ mod tests {
         assert_eq!(pod.netns, Some("/run/netns/web-1".into()));
     }
 
-    /// The pod with `value` in the place that `pointer` names.
+    /// Returns the pod with the field at `pointer` set to `value`.
     fn pod_with(pointer: &str, value: Value) -> Option<Arc<Workload>> {
         let mut pod = pod_object();
         let (parent, field) = pointer.rsplit_once('/').unwrap();

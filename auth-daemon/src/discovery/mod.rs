@@ -1,4 +1,4 @@
-//! Where the mesh is learnt of: what runs where, and who may call whom.
+//! Discovery of the mesh: which pods and services run where, and which policies apply.
 
 pub mod files;
 pub mod kubernetes;
@@ -12,17 +12,17 @@ use auth_mesh::{
     policy::{Policies, api},
 };
 
-/// Where discovery writes what it learns.
+/// Where discovery publishes what it finds.
 #[derive(Clone, Debug, Default)]
 pub struct Sink {
     /// Pods and services.
     pub registry: Arc<Registry>,
-    /// Policies; for who has no use for them, none.
+    /// Policies. `None` for users that do not need them.
     pub policies: Option<Arc<Published<Policies>>>,
 }
 
 impl Sink {
-    /// These are all policies there are. Nothing happens where they are the same as before.
+    /// Publishes `objects` as the complete set of policies. Does nothing if they are unchanged.
     fn publish_policies(&self, mut objects: Vec<Arc<api::Object>>) {
         let Some(policies) = &self.policies else {
             return;

@@ -1,7 +1,9 @@
-//! Whether the daemon is being taken out of the cluster, and not only restarted: then it leaves nothing behind.
+//! Detects that the daemon is being removed from the cluster rather than only restarted, so that it leaves nothing
+//! behind.
 //!
-//! A pod that ends is not told why. What `kubectl delete` of everything does first is to mark the namespace, and the
-//! watch that is open by then says so; to ask at the end would be too late, for the right to ask is gone, too.
+//! A pod that is terminated does not learn why. But `kubectl delete` of the whole deployment marks the namespace first,
+//! and a watch that is already open reports it. A request at the end would be too late, because the permission for it
+//! is gone by then.
 
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::Namespace;
@@ -10,7 +12,7 @@ use tokio::sync::watch;
 
 use auth_kubernetes::follow;
 
-/// Follows the daemon's own namespace: true as long as that is being deleted.
+/// Watches the daemon's own namespace. The value is true while the namespace is being deleted.
 pub fn watch(client: Client, namespace: &str) -> watch::Receiver<bool> {
     let (told, removed) = watch::channel(false);
     let by_name = format!("metadata.name={namespace}");

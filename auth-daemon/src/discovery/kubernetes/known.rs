@@ -1,4 +1,4 @@
-//! What is known of the cluster: of each object its last good state, and what has changed since it was last published.
+//! The known state of the cluster: the last good state of each object, and the changes since the last publication.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -9,15 +9,15 @@ use super::{Kind, POLICIES, Settings};
 use crate::discovery::manifest::{self, Object};
 use auth_mesh::{Edit, ObjectName, Snapshot, Workload, policy::api};
 
-/// What the node daemons' pods have as `app.kubernetes.io/name`.
+/// Value of the label `app.kubernetes.io/name` of the node daemons' pods.
 const DAEMON_NAME: &str = "auth-daemon";
 const NAME_LABEL: &str = "app.kubernetes.io/name";
 
-/// An event of any kind.
+/// A watch event for any kind of object.
 pub(super) enum Event {
     Apply(Seen),
     Delete(ObjectName),
-    /// Everything comes anew, as `InitApply`, until `InitDone`.
+    /// A new list begins: all objects follow as `InitApply`, then `InitDone`.
     Init,
     InitApply(Seen),
     InitDone,
@@ -26,17 +26,17 @@ pub(super) enum Event {
 pub(super) struct Seen {
     pub(super) name: ObjectName,
     pub(super) uid: String,
-    /// What it is to the mesh, or why that cannot be told.
+    /// The parsed object, `None` if it is irrelevant to the mesh, or the reason why it cannot be parsed.
     pub(super) object: Result<Option<Object>, String>,
 }
 
-/// All that is known of the cluster.
+/// The known state of the cluster.
 pub(super) struct Known {
     settings: Settings,
     kinds: BTreeMap<Kind, Objects>,
-    /// What was published last, with what has changed since.
+    /// The last published snapshot, with the changes since.
     edit: Edit,
-    /// Whether policies have changed since they were published last.
+    /// Whether policies have changed since they were last published.
     policies_changed: bool,
 }
 
@@ -44,16 +44,16 @@ pub(super) struct Known {
 #[derive(Default)]
 struct Objects {
     current: HashMap<ObjectName, Kept>,
-    /// What a list that is under way has brought so far.
+    /// The objects received so far from a list in progress.
     listed: Option<HashMap<ObjectName, Kept>>,
     complete: bool,
 }
 
-/// An object as last understood.
+/// The last good state of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Kept {
     uid: String,
-    /// `None`: nothing to the mesh.
+    /// `None` if the object is irrelevant to the mesh.
     object: Option<Object>,
 }
 
@@ -81,7 +81,7 @@ impl Known {
         }
     }
 
-    /// Whether each kind has been read to its end once.
+    /// Reports whether each kind has been read completely once.
     pub(super) fn is_complete(&self) -> bool {
         self.kinds.values().all(|objects| objects.complete)
     }
@@ -93,7 +93,7 @@ impl Known {
             .sum()
     }
 
-    /// Takes an event; tells whether that changed anything.
+    /// Applies an event. Returns whether it changed anything.
     pub(super) fn take(&mut self, kind: Kind, event: Event) -> bool {
         let objects = self.kinds.entry(kind).or_default();
         match event {
@@ -111,7 +111,7 @@ impl Known {
                 objects.listed.get_or_insert_default().insert(name, kept);
                 false
             }
-            // What the list does not have was deleted while nobody watched.
+            // Objects missing from the list were deleted while the watch was interrupted.
             Event::InitDone => {
                 let listed = objects.listed.take().unwrap_or_default();
                 let mut changed = !std::mem::replace(&mut objects.complete, true);
@@ -131,7 +131,7 @@ impl Known {
         }
     }
 
-    /// Keeps what is known of an object now; tells whether that is another thing to the mesh than before.
+    /// Stores the state of an object. Returns whether it changed for the mesh.
     fn keep(&mut self, kind: Kind, name: ObjectName, kept: Option<Kept>) -> bool {
         let objects = &mut self.kinds.entry(kind).or_default().current;
         let object = kept.as_ref().and_then(|kept| kept.object.clone());
@@ -169,7 +169,7 @@ impl Known {
         true
     }
 
-    /// All policies, if they have changed.
+    /// Returns all policies, if they have changed.
     pub(super) fn policies(&mut self) -> Option<Vec<Arc<api::Object>>> {
         if !std::mem::take(&mut self.policies_changed) {
             return None;
@@ -185,7 +185,7 @@ impl Known {
         Some(policies.collect())
     }
 
-    /// All the rest, indexed.
+    /// Returns a snapshot of everything else.
     pub(super) fn snapshot(&mut self) -> Snapshot {
         let edit = std::mem::replace(&mut self.edit, Edit::from(Snapshot::default()));
         let snapshot = edit.finish();
@@ -195,7 +195,7 @@ impl Known {
 }
 
 impl Settings {
-    /// Whether `pod` is a node daemon that serves its node's pods.
+    /// Reports whether `pod` is a node daemon that serves its node's pods.
     fn has_daemon(&self, pod: &Workload) -> bool {
         self.daemons.as_ref() == Some(&pod.name.namespace)
             && pod
@@ -207,7 +207,7 @@ impl Settings {
     }
 }
 
-/// An object that cannot be understood keeps its last good state, unless it was made anew.
+/// Returns the state to store. An object that cannot be parsed keeps its last good state, unless it was recreated.
 fn read(seen: Seen, known: &HashMap<ObjectName, Kept>) -> (ObjectName, Kept) {
     let Seen { name, uid, object } = seen;
     let before = known.get(&name).filter(|before| before.uid == uid);
@@ -319,7 +319,7 @@ mod tests {
             "the old state holds until the list is whole"
         );
         take(&mut known, Event::InitApply(seen("two", "two", "10.0.0.2")));
-        // The connection broke: the list begins again.
+        // The connection is lost, and a new list begins.
         take(&mut known, Event::Init);
         take(&mut known, Event::InitApply(seen("two", "two", "10.0.0.2")));
         assert!(take(&mut known, Event::InitDone));

@@ -6,13 +6,13 @@ use super::{Object, address, object_name, port_number};
 use auth_kubernetes::objects;
 use auth_mesh::{ObjectName, Slice, SliceEndpoint};
 
-/// The service that an endpoint slice is of.
+/// Label with the service that an endpoint slice belongs to.
 const SERVICE_LABEL: &str = "kubernetes.io/service-name";
-/// Endpoints and ports of a slice at most, as the API has it.
+/// Maximum number of endpoints and of ports in a slice, as in the Kubernetes API.
 const MAX_SLICE_ENDPOINTS: usize = 1000;
 const MAX_SLICE_PORTS: usize = 100;
 
-/// Reads an endpoint slice; `None` for one of no service, or without addresses. Errors name the object and the field.
+/// Reads an endpoint slice. Returns `None` if it has no service, or no addresses. Errors name the object and the field.
 pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
     let name = object_name("EndpointSlice", &slice.metadata)?;
     let fault = |field: &str, what: String| format!("EndpointSlice {name}: {field}: {what}");
@@ -21,7 +21,7 @@ pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
     let is_v4 = match slice.address_type.as_str() {
         "IPv4" => true,
         "IPv6" => false,
-        // Names, and what is yet to come.
+        // Names (FQDN), and types added in the future.
         _ => return Ok(None),
     };
     let Some(service) = service.cloned() else {
@@ -37,7 +37,7 @@ pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
     }
     let mut ports = Vec::new();
     for (index, port) in slice.ports.into_iter().enumerate() {
-        // One without a number is not for services.
+        // A port without a number cannot be used by services.
         let (Some(number), "TCP") = (port.port, port.protocol.as_deref().unwrap_or("TCP")) else {
             continue;
         };
