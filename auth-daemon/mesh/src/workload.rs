@@ -24,7 +24,8 @@ impl fmt::Display for ObjectName {
 pub struct Workload {
     /// Namespace and name.
     pub name: ObjectName,
-    /// `metadata.uid`, which tells a recreated pod from an earlier one of the same name. Empty if the source has none.
+    /// `metadata.uid`, which distinguishes a recreated pod from its predecessor of the same name. Empty if the source
+    /// has none.
     pub uid: String,
     /// Identity of the pod's service account.
     pub identity: Identity,
@@ -37,7 +38,7 @@ pub struct Workload {
     /// Whether the pod is being deleted. A terminating pod receives new connections only if there is no other pod, and
     /// yields its address to another pod that claims it.
     pub terminating: bool,
-    /// Whether the pod uses the node's network namespace, in which it cannot be told from the node itself.
+    /// Whether the pod uses the node's network namespace. Such a pod cannot be distinguished from its node.
     pub host_network: bool,
     /// The pod's own setting of its membership. `None`: the namespace's setting or the mesh's default applies.
     pub membership: Option<Membership>,

@@ -236,7 +236,7 @@ fn keep_good_policies(
     kept.collect()
 }
 
-/// Parses a file of one or more YAML or JSON documents. Fails if any object is invalid.
+/// Parses a file of one or more YAML or JSON documents. An error in one document fails the whole file.
 pub fn parse(text: &[u8], trust_domain: &TrustDomain) -> Result<Vec<(ObjectName, Object)>, String> {
     let text = std::str::from_utf8(text).map_err(|error| format!("is not UTF-8: {error}"))?;
     let documents: Vec<Value> =

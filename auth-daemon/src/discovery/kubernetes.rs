@@ -27,7 +27,6 @@ use auth_support::backoff;
 const SETTLE: Duration = Duration::from_millis(5);
 /// Initial delay before asking again whether the cluster serves a kind, after an error. `ABSENT` is the maximum delay,
 /// and the interval while the cluster does not serve the kind.
-/// does not serve the kind.
 const RETRY: Duration = Duration::from_secs(1);
 const ABSENT: Duration = Duration::from_secs(30);
 
@@ -145,7 +144,7 @@ fn watches(client: &Client, settings: &Settings, policies: bool) -> Vec<Watch> {
 const POLICIES: [api::Kind; 2] = [api::Kind::Authorization, api::Kind::Peer];
 
 /// API group of endpoint slices, and the selector of the slices that are used. For services that select pods, the pods
-/// themselves tell more, and sooner.
+/// themselves provide more information, and sooner.
 const SLICES_GROUP: &str = "discovery.k8s.io";
 const SLICES_VERSIONS: [&str; 1] = ["v1"];
 const OWN_SLICES: &str = "endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io";
