@@ -35,23 +35,23 @@ pub(super) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Say whether one may call another, by which rule, and why the other policies do not match. Exit code 0: allowed,
-    /// 1: denied, 2: it cannot be told.
+    /// Explain whether a call is allowed, by which rule, and why the other policies do not match. Exit code 0: allowed,
+    /// 1: denied, 2: unknown.
     Check(CheckArguments),
-    /// List the policies, what each selects and what is wrong with it. Exit code 2 if one cannot be read.
+    /// List the policies, with the pods that each selects and any errors. Exit code 2 if a policy cannot be read.
     List(Manifests),
 }
 
 #[derive(Debug, clap::Args)]
 struct CheckArguments {
-    /// Who calls: a SPIFFE ID, or a pod as NAMESPACE/NAME.
+    /// The caller: a SPIFFE ID, or a pod as NAMESPACE/NAME.
     #[arg(long)]
     from: String,
-    /// Who is called: a pod or service as NAMESPACE/NAME[:PORT]; where both have the name, pod/NAMESPACE/NAME or
-    /// service/NAMESPACE/NAME. A service is each of its pods.
+    /// The server: a pod or service as NAMESPACE/NAME[:PORT]. If a pod and a service have the same name, use
+    /// pod/NAMESPACE/NAME or service/NAMESPACE/NAME. A service stands for each of its pods.
     #[arg(long)]
     to: String,
-    /// Where the call comes from, in place of the pod's own address.
+    /// Source address of the call, instead of the pod's own.
     #[arg(long)]
     source_ip: Option<IpAddr>,
     #[command(flatten)]
@@ -60,16 +60,17 @@ struct CheckArguments {
 
 #[derive(Debug, clap::Args)]
 struct Manifests {
-    /// Folder of manifests: pods with their addresses, services, policies. Without it the daemon of this node is asked.
+    /// Folder of manifests: pods with their addresses, services, policies. Without it, the daemon of this node is
+    /// asked.
     #[arg(long)]
     files: Option<PathBuf>,
     /// The trust domain of the pods' identities.
     #[arg(long, requires = "files", default_value = "cluster.local")]
     trust_domain: String,
-    /// Policies in this namespace are for all namespaces.
+    /// Namespace whose policies apply to all namespaces.
     #[arg(long, requires = "files", default_value = "istio-system")]
     root_namespace: String,
-    /// What a pod takes that no PeerAuthentication is for.
+    /// Mode of pods that no PeerAuthentication applies to.
     #[arg(long, requires = "files", value_enum, default_value_t = DefaultMode::Strict, ignore_case = true)]
     mode: DefaultMode,
 }
