@@ -7,6 +7,7 @@ mod detect;
 pub(crate) mod inbound;
 pub(crate) mod local_pods;
 pub(crate) mod outbound;
+mod path;
 mod plaintext;
 mod pod;
 pub(crate) mod rules;

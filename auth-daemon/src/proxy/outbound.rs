@@ -22,6 +22,7 @@ use tokio::{
 use super::{
     Node, Pod,
     local_pods::{Forbidden, LocalPod, permit},
+    path::{ChosenPath, NoPath, View, choose_path},
     plaintext as plain,
 };
 use crate::observe::{
@@ -206,6 +207,30 @@ struct Call<'a> {
     early: Early,
 }
 
+/// One endpoint that is tried.
+struct Attempt<'a> {
+    destination: &'a Destination,
+    address: SocketAddr,
+    /// The pod's address that the connection comes from.
+    source: IpAddr,
+    /// Whether further endpoints can be tried.
+    others: bool,
+}
+
+impl Attempt<'_> {
+    /// The time limit of a step. The last endpoint may take as long as the app waits.
+    fn limit(&self, step: Duration) -> Duration {
+        if self.others { step } else { PATIENCE }
+    }
+
+    fn failed(&self, why: Failure) -> Refusal {
+        Refusal::Endpoint {
+            endpoint: self.address,
+            why,
+        }
+    }
+}
+
 /// Why a connection is refused, for the log.
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
@@ -234,12 +259,8 @@ enum Failure {
     Dial(std::io::Error),
     #[error("does not answer")]
     Silent,
-    #[error(
-        "no daemon is ready on its node {0}, and it takes mutual TLS alone; see the DaemonSet's pod there"
-    )]
-    NoDaemon(String),
-    #[error("it is taken to be outside of the mesh, and its address is the mesh's")]
-    NotOutside,
+    #[error(transparent)]
+    NoPath(#[from] NoPath),
     #[error("{0}")]
     Forbidden(#[from] Forbidden),
     #[error("{0}")]
@@ -320,6 +341,7 @@ impl Call<'_> {
         Err(last.unwrap_or(Refusal::Late))
     }
 
+    /// Connects to `endpoint` by the path that [`choose_path`] chooses. `others` tells whether further endpoints can be tried.
     async fn attempt(
         &mut self,
         destination: &Destination,
@@ -327,59 +349,109 @@ impl Call<'_> {
         others: bool,
     ) -> Result<Opened, Refusal> {
         let address = endpoint.address;
-        let limit = |limit| if others { limit } else { PATIENCE };
-        let failed = |why| Refusal::Endpoint {
+        let source = self.source(address).map_err(|error| Refusal::Endpoint {
             endpoint: address,
-            why,
+            why: Failure::Dial(error),
+        })?;
+        let attempt = Attempt {
+            destination,
+            address,
+            source: source.ok_or(Refusal::Family(address))?,
+            others,
         };
-        let (node, pod) = (self.node, self.pod);
-        let netns = &pod.enrolled.netns;
-        let source = match pod.enrolled.address_like(address.ip()) {
-            Some(own) => own,
-            None if pod.enrolled.addresses().is_empty() => sockets::source_towards(netns, address)
-                .map_err(|error| failed(Failure::Dial(error)))?,
-            None => return Err(Refusal::Family(address)),
-        };
-        if pod.enrolled.addresses().contains(&address.ip()) {
-            self.access.learn(|details| {
-                details.path = Path::Itself;
-                details.server_identity = Some(pod.workload.identity.clone());
-            });
-            let dial =
-                sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
-            let server = dial.await.map_err(|error| failed(Failure::Dial(error)))?;
-            return Ok(Opened::Plainly(server));
+        let path = self.choose(endpoint);
+        match path.map_err(|why| attempt.failed(why.into()))? {
+            ChosenPath::Itself => self.dial_itself(&attempt).await,
+            ChosenPath::SameNode(server) => self.dial_same_node(&attempt, &server).await,
+            ChosenPath::Plaintext(why) => self.dial_plaintext(&attempt, why).await,
+            ChosenPath::Tunnel => self.dial_tunnel(&attempt).await,
         }
-        if node.config.same_node == SameNode::Kernel
-            && let Some(local_pod) = node.same_node.local_pods().by_address.get(&address.ip())
-        {
-            self.access.learn(|details| details.path = Path::SameNode);
-            let step = self.reach(destination, local_pod, source, address);
-            let tcp = within(limit(DIAL), step).await;
-            if let Err(why) = &tcp {
-                self.access.servers_side().finish(Outcome::Refused, why);
+    }
+
+    /// The pod's address that a connection to `address` comes from. `None` if it has none of that family.
+    fn source(&self, address: SocketAddr) -> io::Result<Option<IpAddr>> {
+        let enrolled = &self.pod.enrolled;
+        match enrolled.address_like(address.ip()) {
+            None if enrolled.addresses().is_empty() => {
+                sockets::source_towards(&enrolled.netns, address).map(Some)
             }
-            self.access.learn(|details| {
-                details.server_identity = Some(local_pod.identity.clone());
-            });
-            // Once more, now that the live connections tell whose it is.
-            let revoked = &node.certificates.trust().current().revoked;
-            revoked.check_identity(&local_pod.identity)?;
-            return Ok(Opened::SameNode(Neighbour {
-                tcp: tcp.map_err(failed)?,
-                endpoint: address,
-                local_pod: local_pod.clone(),
-            }));
+            own => Ok(own),
         }
-        if let Some(why) = self.plain_to(endpoint).map_err(failed)? {
-            self.access.learn(|details| details.path = Path::Plaintext);
-            tracing::debug!(client = %self.connect.client, endpoint = %address, why, "without TLS");
-            let dial =
-                sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
-            let dial = async { dial.await.map_err(Failure::Dial) };
-            let server = within(limit(DIAL), dial).await.map_err(failed)?;
-            return Ok(Opened::Plainly(server));
+    }
+
+    fn choose(&self, endpoint: &Endpoint) -> Result<ChosenPath, NoPath> {
+        let node = self.node;
+        let local_pods =
+            (node.config.same_node == SameNode::Kernel).then(|| node.same_node.local_pods());
+        choose_path(
+            endpoint,
+            &View {
+                own_addresses: self.pod.enrolled.addresses(),
+                local_pods: local_pods.as_deref(),
+                node_name: &node.config.node_name,
+                snapshot: &node.registry.snapshot(),
+                policies: &node.policies.current(),
+            },
+        )
+    }
+
+    /// Connects to the pod's own app.
+    async fn dial_itself(&self, attempt: &Attempt<'_>) -> Result<Opened, Refusal> {
+        self.access.learn(|details| {
+            details.path = Path::Itself;
+            details.server_identity = Some(self.pod.workload.identity.clone());
+        });
+        match self.dial(attempt).await {
+            Ok(server) => Ok(Opened::Plainly(server)),
+            Err(why) => Err(attempt.failed(why)),
         }
+    }
+
+    /// Connects to the app of `server`, a pod of this node.
+    async fn dial_same_node(
+        &self,
+        attempt: &Attempt<'_>,
+        server: &Arc<LocalPod>,
+    ) -> Result<Opened, Refusal> {
+        let Attempt {
+            address, source, ..
+        } = *attempt;
+        self.access.learn(|details| details.path = Path::SameNode);
+        let step = self.reach(attempt.destination, server, source, address);
+        let tcp = within(attempt.limit(DIAL), step).await;
+        if let Err(why) = &tcp {
+            self.access.servers_side().finish(Outcome::Refused, why);
+        }
+        self.access.learn(|details| {
+            details.server_identity = Some(server.identity.clone());
+        });
+        // Checked again, now that the open connections name the identity: a later revocation cuts this one.
+        let revoked = &self.node.certificates.trust().current().revoked;
+        revoked.check_identity(&server.identity)?;
+        Ok(Opened::SameNode(Neighbour {
+            tcp: tcp.map_err(|why| attempt.failed(why))?,
+            endpoint: address,
+            local_pod: server.clone(),
+        }))
+    }
+
+    /// Connects to the endpoint without TLS.
+    async fn dial_plaintext(
+        &self,
+        attempt: &Attempt<'_>,
+        why: &'static str,
+    ) -> Result<Opened, Refusal> {
+        self.access.learn(|details| details.path = Path::Plaintext);
+        tracing::debug!(client = %self.connect.client, endpoint = %attempt.address, why, "without TLS");
+        let server = within(attempt.limit(DIAL), self.dial(attempt)).await;
+        Ok(Opened::Plainly(server.map_err(|why| attempt.failed(why))?))
+    }
+
+    /// Sends CONNECT over an idle tunnel or, if none works, over a new one.
+    async fn dial_tunnel(&mut self, attempt: &Attempt<'_>) -> Result<Opened, Refusal> {
+        let (node, pod, address) = (self.node, self.pod, attempt.address);
+        let destination = attempt.destination;
+        let failed = |why| attempt.failed(why);
         // An idle tunnel may have been closed by the other side a moment ago; then the next, then a new one.
         while let Some(taken) = pod.pool.take(address, &destination.identities) {
             let Taken {
@@ -387,7 +459,7 @@ impl Call<'_> {
                 made,
                 idled,
             } = taken;
-            if self.believe(&channel, address).is_err() {
+            if self.verify(&channel, address).is_err() {
                 channel.close();
                 continue;
             }
@@ -399,7 +471,7 @@ impl Call<'_> {
                 Err(Failure::Silent) => {
                     // It speaks for all tunnels, each of which would cost as long, but not for the endpoint.
                     pod.pool.forget(address);
-                    if others {
+                    if attempt.others {
                         return Err(failed(Failure::Silent));
                     }
                 }
@@ -411,18 +483,19 @@ impl Call<'_> {
             .obtain(CERTIFICATE)
             .await
             .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
-        let dial = sockets::dial_endpoint(&node.kernel, netns, source, &pod.source_ports, address);
-        let dial = async { dial.await.map_err(Failure::Dial) };
-        let tcp = within(limit(DIAL), dial).await.map_err(failed)?;
+        let dial = self.dial(attempt);
+        let tcp = within(attempt.limit(DIAL), dial).await.map_err(failed)?;
         let handshake = handshake(node, tcp, &certificate, destination);
-        let mut channel = within(limit(HANDSHAKE), handshake).await.map_err(failed)?;
-        self.believe(&channel, address)
+        let mut channel = within(attempt.limit(HANDSHAKE), handshake)
+            .await
+            .map_err(failed)?;
+        self.verify(&channel, address)
             .map_err(|revoked| failed(revoked.into()))?;
         let made = Made {
             at: std::time::Instant::now(),
             valid_until: certificate.svid.not_after.min(channel.peer().not_after),
         };
-        match within(limit(ANSWER), self.establish(&mut channel, true)).await {
+        match within(attempt.limit(ANSWER), self.establish(&mut channel, true)).await {
             Ok(()) => {}
             Err(Failure::App(error)) => return Err(Refusal::App(error)),
             Err(failure) => return Err(failed(failure)),
@@ -430,36 +503,26 @@ impl Call<'_> {
         Ok(self.opened(channel, address, made))
     }
 
-    /// Why `endpoint` is to be reached without TLS, if it is. Fails where that would be a downgrade.
-    fn plain_to(&self, endpoint: &Endpoint) -> Result<Option<&'static str>, Failure> {
-        let snapshot = self.node.registry.snapshot();
-        let (true, Some(server)) = (endpoint.meshed, &endpoint.workload) else {
-            // Whatever an endpoint slice says: an address that is the mesh's by now is not reached without TLS.
-            return match snapshot.kind(endpoint.address.ip()) {
-                None => Ok(Some("the server is none of the mesh's pods")),
-                Some(_) => Err(Failure::NotOutside),
-            };
-        };
-        let config = &self.node.config;
-        if server.node == config.node_name || snapshot.has_daemon(&server.node) {
-            return Ok(None);
-        }
-        let policies = self.node.policies.current();
-        let policy = policies.workload(&server.name.namespace, &server.labels);
-        // By its own address: what a slice says of another one is no reason to go there without TLS.
-        let own = snapshot
-            .pod(endpoint.address.ip())
-            .is_some_and(|pod| pod.name == server.name);
-        if own && policy.mode(endpoint.address.port()).mode.takes_plaintext() {
-            Ok(Some("no daemon is ready on the server's node"))
-        } else {
-            Err(Failure::NoDaemon(server.node.clone()))
-        }
+    /// Connects to the endpoint from the pod's netns.
+    async fn dial(&self, attempt: &Attempt<'_>) -> Result<TcpStream, Failure> {
+        let Attempt {
+            address, source, ..
+        } = *attempt;
+        let (kernel, pod) = (&self.node.kernel, self.pod);
+        sockets::dial_endpoint(
+            kernel,
+            &pod.enrolled.netns,
+            source,
+            &pod.source_ports,
+            address,
+        )
+        .await
+        .map_err(Failure::Dial)
     }
 
-    /// Whether the CA still lets who answers at the other end of `channel` be believed. Asked of each tunnel before
-    /// anything goes into it, once the connection is among the live ones: what is revoked from then on cuts it.
-    fn believe(&self, channel: &Channel, address: SocketAddr) -> Result<(), Revoked> {
+    /// Checks that the peer of a tunnel is not revoked, before anything is sent over it. The open connection names the peer by
+    /// then, so a later revocation cuts it.
+    fn verify(&self, channel: &Channel, address: SocketAddr) -> Result<(), Revoked> {
         let peer = channel.peer();
         self.access
             .learn(|details| details.peer = Some(peer.clone()));
