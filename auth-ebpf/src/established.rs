@@ -22,7 +22,7 @@ use crate::{
     same_node,
 };
 
-/// The kernel ignores the return value, but the verifier accepts 0 and 1 only.
+/// Tells the kernel that the program succeeded. After 0 it would discard the program's `reply`.
 const DONE: u32 = 1;
 const TCP_SYN_SENT: u32 = 2;
 

@@ -10,7 +10,7 @@ mod first_socket;
 mod inbound;
 mod names;
 
-// What they share. Imports go up this list only: hook, `same_node`, `maps`, `context`.
+// What they share. Imports go one way: hooks, `same_node`, `maps`, `context`.
 mod context;
 mod maps;
 mod same_node;
