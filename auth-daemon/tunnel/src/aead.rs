@@ -1,28 +1,28 @@
-//! The ciphers of the record layer (RFC 8446 §5.2), each from the library that is the fastest on this processor.
+//! The ciphers of the record layer (RFC 8446 §5.2). Each key uses the library that is fastest on this processor.
 //!
-//! aws-lc-rs is the daemon's cryptography, and has AES-GCM for AVX-512. What it lacks is AES-GCM for processors that do two
-//! blocks at once (VAES) without AVX-512, such as AMD's third EPYC generation and Intel's without it: there ring's takes
-//! half of the time.
+//! The daemon's cryptography library is aws-lc-rs, which has AES-GCM for AVX-512. It lacks AES-GCM for processors that
+//! process two blocks at once (VAES) without AVX-512, such as AMD's third EPYC generation and Intel's processors
+//! without AVX-512. On those, ring takes half the time.
 
 use aws_lc_rs::aead as aws_lc;
 use ring::aead as ring;
 use rustls::{ConnectionTrafficSecrets, crypto::cipher::Iv};
 
-/// Bytes of a record's header: type, version and length (RFC 8446 §5.1).
+/// Size of a record's header, in bytes: type, version and length (RFC 8446 §5.1).
 pub(super) const HEADER_BYTES: usize = 5;
 
-/// A record's header. It is authenticated and not encrypted.
+/// Header of a record. It is authenticated but not encrypted.
 pub(super) type Header = [u8; HEADER_BYTES];
-/// Bytes of a tag.
+/// Size of an authentication tag, in bytes.
 pub(super) const TAG_BYTES: usize = 16;
 
-/// A key of one direction of a connection.
+/// Key of one direction of a connection.
 pub(super) enum AeadKey {
     AwsLc(aws_lc::LessSafeKey),
     Ring(Box<ring::LessSafeKey>),
 }
 
-/// Whose code is used.
+/// Library that implements a cipher.
 #[derive(Clone, Copy, Debug)]
 enum Library {
     AwsLc,
@@ -36,7 +36,7 @@ enum Cipher {
     Chacha20Poly1305,
 }
 
-/// The key as one of the libraries has it; `None` if it is not as long as the cipher's.
+/// Creates the library's key. `None` if the bytes do not have the length that the cipher requires.
 macro_rules! key {
     ($library:ident, $cipher:expr, $bytes:expr) => {{
         let algorithm = match $cipher {
@@ -49,7 +49,8 @@ macro_rules! key {
 }
 
 impl AeadKey {
-    /// The key among what rustls derived, and what nonces are made of; `None` for a cipher suite that TLS 1.3 has not.
+    /// Extracts the key and the IV from the secrets that rustls derived. `None` if the cipher suite is not one of TLS
+    /// 1.3.
     pub(super) fn from_secrets(secrets: &ConnectionTrafficSecrets) -> Option<(Self, Iv)> {
         use ConnectionTrafficSecrets as Secrets;
         let (cipher, key, iv) = match secrets {
@@ -70,7 +71,7 @@ impl AeadKey {
         })
     }
 
-    /// Encrypts `bytes` in place. `None` for more than 64 GiB.
+    /// Encrypts `bytes` in place and returns the tag. `None` if `bytes` is larger than 64 GiB.
     pub(super) fn seal(
         &self,
         nonce: [u8; 12],
@@ -91,7 +92,7 @@ impl AeadKey {
         }
     }
 
-    /// Decrypts in place `bytes` that end with their tag. `None`: it does not match.
+    /// Decrypts in place `bytes`, which end with their tag. `None` if the tag does not match.
     pub(super) fn open<'a>(
         &self,
         nonce: [u8; 12],
@@ -116,7 +117,7 @@ impl AeadKey {
 impl Library {
     #[cfg(target_arch = "x86_64")]
     fn fastest() -> Self {
-        // Asked of the processor once, and remembered.
+        // The standard library queries the processor once and caches the result.
         let two_blocks = is_x86_feature_detected!("vaes")
             && is_x86_feature_detected!("vpclmulqdq")
             && is_x86_feature_detected!("avx2");

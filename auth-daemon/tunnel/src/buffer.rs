@@ -1,5 +1,5 @@
-//! Buffers that connections borrow while bytes are on their way and give back when they idle: small ones, which hold a
-//! request or a handshake's flight, and large ones for streams.
+//! Buffers that connections hold while bytes are in flight and release when they are idle. A small buffer holds a
+//! request or a handshake flight. A large buffer serves a stream.
 
 use std::cell::RefCell;
 
@@ -7,11 +7,12 @@ use super::record::MAX_RECORD_BYTES;
 
 /// Size of a small buffer, in bytes.
 pub(super) const SMALL_BYTES: usize = 4096;
-/// Full records in a large buffer: more save wake-ups, and cost memory for each stream whose reader stalls.
+/// Number of full records in a large buffer. A higher number saves wake-ups, but costs memory for each stream whose
+/// reader stalls.
 pub(super) const RECORDS: usize = 8;
 /// Size of a large buffer, in bytes.
 pub(super) const LARGE_BYTES: usize = RECORDS * MAX_RECORD_BYTES;
-/// Free buffers of each size that a thread keeps.
+/// Maximum number of free buffers of each size that a thread keeps.
 const MAX_FREE_SMALL: usize = 64;
 const MAX_FREE_LARGE: usize = 8;
 
@@ -25,13 +26,13 @@ thread_local! {
     static FREE: RefCell<Free> = RefCell::default();
 }
 
-/// Bytes in flight: those between `start` and `end` are filled. Holds memory only while it is not empty.
+/// Bytes in flight: those between `start` and `end` are filled. Can hold no memory while it is empty.
 #[derive(Debug, Default)]
 pub(super) struct Buffer {
     bytes: Option<Box<[u8]>>,
     start: usize,
     end: usize,
-    /// What it carries is a stream, as far as one can tell.
+    /// Whether it appears to carry a stream. Selects the size of the next allocation.
     streams: bool,
 }
 
@@ -54,7 +55,7 @@ impl Buffer {
             .map_or(&mut [], |bytes| &mut bytes[self.start..self.end])
     }
 
-    /// Forgets `count` bytes at the front.
+    /// Removes `count` bytes from the front.
     pub(super) fn consume(&mut self, count: usize) {
         self.start += count;
         debug_assert!(self.start <= self.end);
@@ -63,18 +64,18 @@ impl Buffer {
         }
     }
 
-    /// Says that as much came at once as fills a small buffer, or that less did: the next one is chosen by that.
+    /// Records whether the last read was large enough to fill a small buffer. This selects the size of the next buffer.
     pub(super) fn note_stream(&mut self, streams: bool) {
         self.streams = streams;
     }
 
-    /// The room behind the filled bytes, which move to the front first, or to a large buffer, where that makes room.
-    /// Empty when a large buffer is full.
+    /// The free space after the filled bytes. Makes room first, if needed, by moving the filled bytes to the front or
+    /// to a large buffer. Empty if a large buffer is full.
     pub(super) fn spare(&mut self) -> &mut [u8] {
         self.spare_for(1)
     }
 
-    /// As [`Buffer::spare`], for `wanted` bytes, where a large buffer has room for them.
+    /// Like [`Buffer::spare`], but with space for `wanted` bytes if a large buffer has it.
     pub(super) fn spare_for(&mut self, wanted: usize) -> &mut [u8] {
         let length = self.allocated().len();
         if length < LARGE_BYTES && (self.streams || length - (self.end - self.start) < wanted) {
@@ -88,13 +89,13 @@ impl Buffer {
         &mut self.allocated()[end..]
     }
 
-    /// Counts `count` bytes of [`Buffer::spare`] as filled.
+    /// Marks `count` bytes of [`Buffer::spare`] as filled.
     pub(super) fn extend(&mut self, count: usize) {
         self.end += count;
         debug_assert!(self.end <= LARGE_BYTES);
     }
 
-    /// Gives the memory back if nothing is held.
+    /// Releases the memory if the buffer is empty.
     pub(super) fn release(&mut self) {
         if self.is_empty()
             && let Some(bytes) = self.bytes.take()
@@ -138,7 +139,7 @@ fn take(large: bool) -> Box<[u8]> {
 }
 
 fn give_back(bytes: Box<[u8]>) {
-    // A thread that is ending has no lists any more: the buffer is freed.
+    // The thread-local lists are gone if the thread is exiting. The buffer is then freed.
     let _ = FREE.try_with(|free| {
         let mut free = free.borrow_mut();
         let (list, most) = if bytes.len() < LARGE_BYTES {

@@ -1,7 +1,7 @@
 //! One tunnel connection after its handshake: frames over TLS records over TCP.
 //!
-//! Split in two halves that share nothing but the key schedule, so that [`super::relay`] can move both directions at
-//! once.
+//! The connection splits into two halves that share only the key schedule, so that [`super::relay`] can move both
+//! directions concurrently.
 
 use std::{
     future::poll_fn,
@@ -61,39 +61,39 @@ pub struct Channel {
     peer: Svid,
 }
 
-/// How a tunnel connection ended, other than by a clean close between two app connections.
+/// Why a tunnel connection ended, other than by a clean close between two app connections.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     /// The connection broke.
     #[error("the tunnel broke: {0}")]
     Io(#[from] io::Error),
-    /// It was closed in the midst of an app connection, or by TCP alone, which anyone on the way can do.
+    /// The tunnel was closed in the middle of an app connection, or by TCP alone, which anyone on the path can forge.
     #[error("the peer closed the tunnel in the midst of a connection")]
     Closed,
-    /// Not TLS, or forged.
+    /// A record is malformed or forged.
     #[error("the peer broke TLS: {0}")]
     Record(#[from] InvalidRecord),
-    /// Not our framing.
+    /// A frame is malformed.
     #[error("the peer broke the framing: {0}")]
     Frame(#[from] InvalidFrame),
-    /// A frame that has no place where it came.
+    /// A valid frame arrived in a state that does not allow it.
     #[error("the peer sent {0} out of turn")]
     OutOfTurn(&'static str),
-    /// A TLS alert other than the clean close: how a server refuses a client's certificate (RFC 8446 §4.4.2.4).
+    /// A TLS alert other than close_notify. This is how a server refuses a client's certificate (RFC 8446 §4.4.2.4).
     #[error("{}", tls::explain_alert((*.0).into()))]
     Alert(u8),
-    /// A post-handshake message that we do not take.
+    /// A post-handshake message that is not supported.
     #[error("the peer sent post-handshake message {0}")]
     Handshake(u8),
-    /// A ticket to resume with that cannot be read (RFC 8446 §4.6.1).
+    /// A session ticket that cannot be parsed (RFC 8446 §4.6.1).
     #[error("the peer sent a malformed session ticket: {0}")]
     Ticket(Error),
-    /// Keys could not be changed.
+    /// The traffic keys could not be updated.
     #[error("the tunnel's keys cannot be changed: {0}")]
     Keys(Error),
 }
 
-/// What rustls keeps of the connection: the key schedule.
+/// The state that rustls keeps for the connection: the key schedule.
 pub(super) enum Keys {
     Client(KernelConnection<ClientConnectionData>),
     Server(KernelConnection<ServerConnectionData>),
@@ -121,11 +121,11 @@ impl std::fmt::Debug for Keys {
     }
 }
 
-/// The key schedule, which both halves use, hardly ever.
+/// The key schedule. Both halves use it, but rarely.
 #[derive(Debug)]
 pub(super) struct SharedKeys {
     keys: Mutex<Keys>,
-    /// The peer asked us to change our sending key too.
+    /// Whether the peer requested an update of our sending key too.
     update_requested: AtomicBool,
 }
 
@@ -162,27 +162,27 @@ impl Channel {
         }
     }
 
-    /// Who is at the other end.
+    /// Identity and certificate of the peer.
     pub fn peer(&self) -> &Svid {
         &self.peer
     }
 
-    /// The address at this end.
+    /// Local address of the connection.
     pub fn local_address(&self) -> io::Result<SocketAddr> {
         self.tcp.local_addr()
     }
 
-    /// The socket, to set options on.
+    /// The underlying socket, for setting options.
     pub fn socket(&self) -> socket2::SockRef<'_> {
         socket2::SockRef::from(&self.tcp)
     }
 
-    /// Whether this thread's runtime watches its socket.
+    /// Whether the current thread's runtime watches the socket.
     pub fn is_at_home(&self) -> bool {
         self.home == thread::current().id()
     }
 
-    /// The same tunnel, watched by this thread's runtime.
+    /// Moves the tunnel to the current thread's runtime.
     pub fn bring_home(self) -> io::Result<Self> {
         if self.is_at_home() {
             return Ok(self);
@@ -194,7 +194,7 @@ impl Channel {
         })
     }
 
-    /// The halves, to be moved at once.
+    /// The two halves, which can be used concurrently.
     pub(super) fn split(
         &mut self,
     ) -> (
@@ -210,7 +210,7 @@ impl Channel {
         )
     }
 
-    /// Sends a CONNECT with the app's first bytes behind it: none, or at most [`MAX_EARLY_BYTES`].
+    /// Sends a CONNECT followed by the app's first bytes: none, or at most [`MAX_EARLY_BYTES`].
     pub async fn send_connect(
         &mut self,
         connect: &Connect,
@@ -223,7 +223,7 @@ impl Channel {
         .await
     }
 
-    /// Sends the app's first bytes, at most [`MAX_EARLY_BYTES`], behind a CONNECT that went without them.
+    /// Sends the app's first bytes, at most [`MAX_EARLY_BYTES`], after a CONNECT that was sent without them.
     pub async fn send_early(&mut self, early: &[u8]) -> Result<(), ChannelError> {
         self.send(|out| frame::encode_data(early, out)).await
     }
@@ -233,8 +233,8 @@ impl Channel {
         self.send(frame::encode_connected).await
     }
 
-    /// As [`Channel::send_connected`]; but where the client's first bytes are here already, and no more wait for this, it
-    /// goes with what the server's app answers, or a moment later.
+    /// Like [`Channel::send_connected`], but if the client's first bytes are already here, and no further bytes wait
+    /// for CONNECTED, the frame goes out with the answer of the server's app, or a moment later.
     pub async fn answer_connected(&mut self) -> Result<(), ChannelError> {
         if (1..MAX_EARLY_BYTES).contains(&self.receiver.plain.len()) {
             self.sender.push_frames(frame::encode_connected);
@@ -243,16 +243,17 @@ impl Channel {
         self.send_connected().await
     }
 
-    /// Sends a RESET, the tunnel's last frame, and waits for the peer to close in answer.
+    /// Sends a RESET, the last frame of the tunnel, and waits for the peer to close in response.
     ///
-    /// What the peer sends meanwhile is dropped, but it is read: a socket that is closed with unread bytes sends a RST,
-    /// and that would take the RESET and its reason away from a peer that has not read them yet.
+    /// Until then, bytes from the peer are read and dropped. Closing a socket with unread bytes sends a RST, which
+    /// would discard the RESET and its reason if the peer has not read them yet.
     pub async fn send_reset(&mut self, reset: &Reset) -> Result<(), ChannelError> {
         self.send(|out| frame::encode_reset(reset, out)).await?;
         self.tcp.shutdown().await?;
         loop {
             self.tcp.readable().await?;
-            // Not held across the wait: it would be part of every connection's state.
+            // Declared inside the loop so that it is not held across the await, where it would enlarge every
+            // connection's future.
             let mut dropped = [0; 16 * 1024];
             match self.tcp.try_read(&mut dropped) {
                 Ok(0) => return Ok(()),
@@ -274,8 +275,8 @@ impl Channel {
         Ok(())
     }
 
-    /// Waits for the next frame that is not DATA. `None`: the peer closed the tunnel between two app connections and said
-    /// so, which nobody else can. Cancel it as you like: what has come is kept.
+    /// Waits for the next frame that is not DATA. Returns `None` if the peer closed the tunnel between two app
+    /// connections with a close_notify, which nobody else can forge. Cancel-safe: received bytes are kept.
     pub async fn receive_control(&mut self) -> Result<Option<Event>, ChannelError> {
         let mut read = self.tcp.split().0;
         loop {
@@ -292,21 +293,21 @@ impl Channel {
         }
     }
 
-    /// Gives back the memory that it needs no more until it is used again.
+    /// Releases memory that is not needed until the next use.
     pub(super) fn rest(&mut self) {
         self.receiver.discard();
         self.receiver.incoming.release();
     }
 
-    /// Whether an idle tunnel has nothing to read, and may be used again.
+    /// Whether an idle tunnel has nothing to read, and can therefore be reused.
     pub fn is_quiet(&self) -> bool {
-        // The socket itself is asked: the runtime may not have heard yet.
+        // Ask the socket itself, because the runtime may not have been notified yet.
         let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         self.receiver.incoming.is_empty()
             && recv(self.tcp.as_raw_fd(), &mut [0], peek) == Err(Errno::EAGAIN)
     }
 
-    /// Ends the tunnel in good order, as far as the socket takes it at once.
+    /// Closes the tunnel, with a close_notify if the socket accepts it without waiting.
     pub fn close(mut self) {
         if self.sender.outgoing.is_empty() {
             self.sender.push(ContentType::Alert, &CLOSE_NOTIFY);
@@ -316,20 +317,20 @@ impl Channel {
     }
 }
 
-/// The half that sends.
+/// The sending half.
 #[derive(Debug)]
 pub(super) struct Sender {
     pub(super) sealer: Sealer,
-    /// Sealed records on their way.
+    /// Sealed records that are not written yet.
     pub(super) outgoing: Buffer,
     /// Size of a stream's records, in bytes.
     pub(super) slot_bytes: usize,
 }
 
-/// Size of a stream's records, in bytes: four of them make whole segments, and no more than the kernel hands on in one
-/// piece. What is left over would go all the way by itself.
+/// Size of a stream's records, in bytes. Four records fill whole TCP segments and fit into the largest packet that the
+/// kernel passes on in one piece. A remainder would travel as a packet of its own.
 fn slot_bytes(mss: Option<u32>) -> usize {
-    /// 64 KiB, less what the kernel keeps free for headers (tcp_tso_autosize, Linux 6.18).
+    /// 64 KiB, less what the kernel reserves for headers (tcp_tso_autosize, Linux 6.18).
     const PIECE_BYTES: usize = 65_536 - 1 - 320;
     let mss = mss.map_or(0, |mss| mss as usize);
     match PIECE_BYTES.checked_rem(mss) {
@@ -339,7 +340,7 @@ fn slot_bytes(mss: Option<u32>) -> usize {
 }
 
 impl Sender {
-    /// Writes what is sealed.
+    /// Writes all sealed records.
     pub(super) async fn flush(&mut self, write: &mut WriteHalf<'_>) -> io::Result<()> {
         while !self.outgoing.is_empty() {
             let written = write.write(self.outgoing.filled()).await?;
@@ -351,7 +352,7 @@ impl Sender {
         Ok(())
     }
 
-    /// Seals one small record behind those on their way.
+    /// Seals one small record and queues it after the pending ones.
     pub(super) fn push(&mut self, kind: ContentType, plain: &[u8]) {
         let room = self
             .outgoing
@@ -368,13 +369,13 @@ impl Sender {
         self.push(ContentType::ApplicationData, &plain);
     }
 
-    /// Whether the sending key is to be changed before the next byte of the app's: its limit is near, or the peer has
-    /// asked for it (RFC 8446 §4.6.3).
+    /// Whether the sending key must be updated before the next app byte: the key is close to its limit, or the peer
+    /// requested an update (RFC 8446 §4.6.3).
     pub(super) fn is_key_change_due(&self, shared: &SharedKeys) -> bool {
         shared.update_requested.load(Ordering::Relaxed) || self.sealer.wants_new_key()
     }
 
-    /// Changes the sending key, behind what is sealed.
+    /// Updates the sending key, after writing the records sealed with the old one.
     pub(super) async fn change_key(
         &mut self,
         shared: &SharedKeys,
@@ -395,31 +396,31 @@ impl Sender {
     }
 }
 
-/// The half that receives.
+/// The receiving half.
 #[derive(Debug)]
 pub(super) struct Receiver {
     opener: Opener,
-    /// Bytes from the wire. The first record may be open already.
+    /// Bytes from the wire. The first record may already be decrypted.
     incoming: Buffer,
-    /// Plaintext of the open record that is not decoded yet, counted from the start of `incoming`.
+    /// Plaintext of the decrypted record that is not decoded yet, relative to the start of `incoming`.
     plain: Range<usize>,
-    /// Where the records that are open end, counted likewise.
+    /// End of the decrypted records, relative to the start of `incoming`.
     record_end: usize,
     decoder: Decoder,
 }
 
-/// What the bytes at hand amount to.
+/// Result of decoding the received bytes.
 pub(super) enum Next {
-    /// An event. A DATA range counts from the start of the incoming bytes, and holds until [`Receiver::discard`].
+    /// An event. A DATA range is relative to the start of the incoming bytes, and is valid until [`Receiver::discard`].
     Event(Event),
-    /// The peer closed the tunnel in good order.
+    /// The peer closed the tunnel cleanly.
     Closed,
     /// More bytes are needed.
     Starved,
 }
 
 impl Receiver {
-    /// Opens and decodes up to the next event, without I/O. DATA stays where it is until [`Receiver::discard`].
+    /// Decrypts and decodes up to the next event, without I/O. DATA stays in place until [`Receiver::discard`].
     pub(super) fn next_event(&mut self, keys: &SharedKeys) -> Result<Next, ChannelError> {
         loop {
             if !self.plain.is_empty() {
@@ -494,12 +495,12 @@ impl Receiver {
         Ok(())
     }
 
-    /// Bytes of a DATA event.
+    /// The bytes of a DATA event.
     pub(super) fn bytes(&self, range: &Range<usize>) -> &[u8] {
         &self.incoming.filled()[range.clone()]
     }
 
-    /// Forgets records that are open and decoded. Earlier DATA ranges no longer hold.
+    /// Discards records that are decrypted and decoded. Invalidates earlier DATA ranges.
     pub(super) fn discard(&mut self) {
         let done = if self.plain.is_empty() {
             self.record_end
@@ -511,11 +512,11 @@ impl Receiver {
         self.record_end -= done;
     }
 
-    /// Reads more from the wire; holds no memory while it waits with nothing to keep. `false` at the end.
+    /// Reads more from the wire. Holds no memory while it waits with an empty buffer. Returns `false` at end of stream.
     pub(super) async fn fill(&mut self, read: &mut ReadHalf<'_>) -> io::Result<bool> {
         self.discard();
         let (count, room) = poll_fn(|context| {
-            // A record always fits behind what is held: at most part of one.
+            // A record always fits, because the buffer holds at most part of one.
             let room = self.incoming.spare();
             let bytes = room.len();
             let mut room = ReadBuf::new(room);
@@ -541,7 +542,7 @@ impl SharedKeys {
     }
 }
 
-/// App bytes that go with a CONNECT at most: one record holds both.
+/// Maximum number of app bytes sent with a CONNECT. One record holds both.
 pub const MAX_EARLY_BYTES: usize = 8 * 1024;
 
 const _: () = assert!(

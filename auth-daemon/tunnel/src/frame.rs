@@ -1,27 +1,27 @@
-//! The frames inside the tunnel (docs/WIRE.md): an encoder, and a decoder that takes bytes as they come.
+//! The frame format of the tunnel (docs/WIRE.md): an encoder, and an incremental decoder.
 //!
-//! A frame is a type (one byte), a length (four bytes, network order) and that many bytes. DATA passes through the
-//! decoder without a copy; every other frame is small and is read whole.
+//! A frame consists of a type (one byte), a length (four bytes, network byte order) and a payload of that length. DATA
+//! passes through the decoder without a copy. All other frames are small and are buffered whole.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Range,
 };
 
-/// Bytes before a frame's payload.
+/// Size of a frame's header, in bytes.
 pub const HEADER_BYTES: usize = 5;
 /// Largest DATA payload that a peer may announce, in bytes.
 pub const MAX_DATA_BYTES: u32 = 1 << 20;
 /// Largest payload of any other frame, in bytes.
 pub const MAX_CONTROL_BYTES: usize = 256;
-/// Largest reason in a RESET, in bytes.
+/// Largest reason of a RESET, in bytes.
 const MAX_REASON_BYTES: usize = 200;
-/// The version that this build speaks.
+/// Protocol version of this build.
 const VERSION: u8 = 1;
 
 const CONNECT: u8 = 1;
 const CONNECTED: u8 = 2;
-/// Type of DATA frames, for those who lay out the header themselves.
+/// Type of DATA frames, for callers that write the header themselves.
 pub const DATA: u8 = 3;
 const END: u8 = 4;
 const RESET: u8 = 5;
@@ -29,18 +29,18 @@ const RESET: u8 = 5;
 /// Opens an app connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Connect {
-    /// What the app dialled: an endpoint's address or a service's.
+    /// The address that the app dialled: an endpoint's or a service's.
     pub dialled: SocketAddr,
-    /// The client's own address, which the server's app is to see.
+    /// The client's own address, which the server's app sees as its peer.
     pub client: SocketAddr,
 }
 
-/// Ends an app connection at once.
+/// Ends an app connection immediately.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reset {
-    /// What kind of end it is.
+    /// Category of the reason.
     pub code: ResetCode,
-    /// For the log of the other side. Printable, at most 200 bytes.
+    /// Reason for the peer's log. Printable, at most 200 bytes.
     pub reason: String,
 }
 
@@ -54,39 +54,39 @@ pub enum ResetCode {
     Refused = 2,
     /// The server's app did not answer.
     Unreachable = 3,
-    /// Identity or policy forbids it.
+    /// Forbidden by the peer's identity or by a policy.
     Forbidden = 4,
-    /// The other side broke the protocol.
+    /// The other side violated the protocol.
     Protocol = 5,
-    /// The daemon is ending or in trouble.
+    /// The daemon is shutting down or failed internally.
     Internal = 6,
 }
 
-/// What the decoder found.
+/// Result of decoding.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// An app connection begins.
+    /// Start of an app connection.
     Connect(Connect),
-    /// The server's app accepted.
+    /// The server's app accepted the connection.
     Connected,
     /// App bytes, as a range of the input.
     Data(Range<usize>),
-    /// This direction is finished.
+    /// This direction has ended.
     End,
-    /// The app connection is over.
+    /// The app connection was reset.
     Reset(Reset),
 }
 
-/// How a peer broke the framing.
+/// How a peer violated the framing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidFrame {
-    /// A type outside the table.
+    /// Unknown frame type.
     #[error("unknown frame type {0}")]
     Type(u8),
-    /// A length that its type does not allow.
+    /// A length that the frame type does not allow.
     #[error("frame of type {0} with length {1}")]
     Length(u8, u32),
-    /// A CONNECT of a version that this build does not speak.
+    /// A CONNECT of a version that this build does not support.
     #[error("CONNECT of version {0}; this daemon speaks version {VERSION}")]
     Version(u8),
     /// A CONNECT whose addresses do not parse.
@@ -97,18 +97,18 @@ pub enum InvalidFrame {
     Reset,
 }
 
-/// Reads frames from bytes that arrive in any pieces. Holds at most one control frame.
+/// Incremental decoder. Buffers at most one control frame.
 #[derive(Debug)]
 pub struct Decoder {
-    /// Bytes of a header or a control payload that have come so far.
+    /// Received bytes of an incomplete header or control frame.
     held: [u8; HEADER_BYTES + MAX_CONTROL_BYTES],
     held_bytes: usize,
-    /// What is left of the current DATA frame.
+    /// Remaining bytes of the current DATA frame.
     data_left: u32,
 }
 
 impl Decoder {
-    /// At the boundary between two frames.
+    /// Creates a decoder at a frame boundary.
     pub fn new() -> Self {
         Self {
             held: [0; HEADER_BYTES + MAX_CONTROL_BYTES],
@@ -117,13 +117,13 @@ impl Decoder {
         }
     }
 
-    /// Whether the last byte taken ended a frame.
+    /// Whether the last decoded byte ended a frame.
     pub fn at_boundary(&self) -> bool {
         self.held_bytes == 0 && self.data_left == 0
     }
 
-    /// Takes bytes from the front of `input` up to the next event. Returns how many it took, and the event if one was
-    /// complete; without an event, all of `input` was taken.
+    /// Consumes bytes from the front of `input` up to the next event. Returns the number of consumed bytes, and the
+    /// event if one is complete. Without an event, all of `input` is consumed.
     pub fn decode(&mut self, input: &[u8]) -> Result<(usize, Option<Event>), InvalidFrame> {
         let mut taken = 0;
         loop {
@@ -233,7 +233,7 @@ fn parse_address(bytes: &[u8]) -> Option<(SocketAddr, &[u8])> {
         6 => {
             let (ip, rest) = rest.split_first_chunk::<16>()?;
             let ip = Ipv6Addr::from(*ip);
-            // One address, one spelling.
+            // Reject IPv4-mapped addresses, so that each address has one encoding.
             if ip.to_ipv4_mapped().is_some() {
                 return None;
             }
@@ -245,7 +245,7 @@ fn parse_address(bytes: &[u8]) -> Option<(SocketAddr, &[u8])> {
     Some((SocketAddr::new(ip, u16::from_be_bytes(*port)), rest))
 }
 
-/// What a peer says goes into our log: no control characters.
+/// Replaces control characters, because the peer's reason is written to the log.
 fn printable(reason: &str) -> String {
     reason
         .chars()
@@ -288,7 +288,7 @@ pub fn encode_connect(connect: &Connect, out: &mut Vec<u8>) {
     finish(start, out);
 }
 
-/// Appends `data` as a DATA frame to `out`; nothing, if there is none.
+/// Appends `data` as a DATA frame to `out`. Appends nothing if `data` is empty.
 pub fn encode_data(data: &[u8], out: &mut Vec<u8>) {
     if !data.is_empty() {
         out.extend_from_slice(&data_header(data.len()));
@@ -308,7 +308,7 @@ pub fn encode_end(out: &mut Vec<u8>) {
     finish(start, out);
 }
 
-/// Appends a RESET frame to `out`; a reason that is too long is cut.
+/// Appends a RESET frame to `out`. A reason that is too long is truncated.
 pub fn encode_reset(reset: &Reset, out: &mut Vec<u8>) {
     let start = begin(RESET, out);
     out.push(reset.code as u8);
@@ -344,7 +344,7 @@ mod tests {
 
     use super::*;
 
-    /// Feeds `bytes` in pieces of `piece` and gathers the events, DATA as the bytes themselves.
+    /// Decodes `bytes` in pieces of `piece` bytes and collects the events, with the payload of each DATA event.
     fn decode_all(bytes: &[u8], piece: usize) -> Result<Vec<(Event, Vec<u8>)>, InvalidFrame> {
         let mut decoder = Decoder::new();
         let mut events = Vec::new();

@@ -1,5 +1,5 @@
-//! From a TCP connection to a [`Channel`]: the TLS handshake, made by rustls, one record at a time, so that not a byte
-//! behind the handshake is taken by anyone but the channel.
+//! The TLS handshake, which turns a TCP connection into a [`Channel`]. rustls receives one record at a time, so that
+//! every byte after the handshake is left for the channel.
 
 use std::{io, sync::Arc};
 
@@ -33,18 +33,18 @@ pub enum HandshakeError {
     /// The connection broke.
     #[error("the connection broke during the handshake: {0}")]
     Io(#[from] io::Error),
-    /// TLS, or the peer's certificate.
+    /// The TLS handshake failed, or the peer's certificate was rejected.
     #[error("{}", tls::explain(.0))]
     Tls(#[from] Error),
-    /// What came is no TLS record.
+    /// The peer sent something other than a TLS record.
     #[error("the peer does not speak TLS: it answers in plaintext; is there a daemon on its node?")]
     NotTls,
-    /// The peer speaks TLS, but not our protocol.
+    /// The peer speaks TLS, but not the tunnel's protocol.
     #[error("the peer does not speak {}", String::from_utf8_lossy(ALPN))]
     Protocol,
 }
 
-/// Opens a tunnel on `tcp` as a client. Cancel it to give up.
+/// Opens a tunnel on `tcp` as a client. Drop the future to give up.
 pub async fn connect(
     tcp: TcpStream,
     config: Arc<ClientConfig>,
@@ -55,7 +55,7 @@ pub async fn connect(
     drive(tcp, Client(connection), trust_domain).await
 }
 
-/// Opens a tunnel on `tcp` as a server. Cancel it to give up.
+/// Opens a tunnel on `tcp` as a server. Drop the future to give up.
 pub async fn accept(
     tcp: TcpStream,
     config: Arc<ServerConfig>,
@@ -65,7 +65,7 @@ pub async fn accept(
     drive(tcp, Server(connection), trust_domain).await
 }
 
-/// What differs between the two ends.
+/// The operations that differ between client and server.
 trait Side {
     type Data;
     fn common(&mut self) -> &mut UnbufferedConnectionCommon<Self::Data>;
@@ -119,7 +119,7 @@ impl Side for Server {
     }
 }
 
-/// What to do after one step of the state machine.
+/// Action after one step of the rustls state machine.
 enum Step {
     Again,
     Write,
@@ -133,7 +133,7 @@ async fn drive<S: Side>(
     trust_domain: &str,
 ) -> Result<Channel, HandshakeError> {
     let mut incoming = Buffer::default();
-    // How much of `incoming` rustls may see: up to the end of a record.
+    // Number of bytes of `incoming` that are shown to rustls. Always ends at a record boundary.
     let mut visible = 0;
     let mut outgoing = Vec::new();
     while side.common().is_handshaking() || side.common().wants_write() || !outgoing.is_empty() {
@@ -147,12 +147,12 @@ async fn drive<S: Side>(
                 data.done();
                 Step::Write
             }
-            // A server may write before the client has shown who it is; it has nothing to say yet.
+            // A server may write before the client has authenticated, but has nothing to send yet.
             Ok(ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_)) => Step::Read,
             Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
-            // Early data is not offered, and traffic is never shown to rustls.
+            // Early data is not offered, and rustls never sees application data.
             Ok(_) => return Err(HandshakeError::Protocol),
             Err(error) => Step::Fail(error),
         };
@@ -184,7 +184,7 @@ async fn drive<S: Side>(
         .ok_or(Error::NoCertificatesPresented)?;
     let peer =
         Svid::parse(leaf, trust_domain).map_err(|error| Error::General(error.to_string()))?;
-    // A session that is resumed shows no certificate, and verifies none.
+    // A resumed session presents no certificate, so rustls verifies none.
     tls::check_not_expired(peer.not_after)?;
     let (secrets, keys) = side.into_keys()?;
     let unknown = || Error::General("cipher suite is not of TLS 1.3".into());
@@ -206,10 +206,10 @@ fn encode<D>(mut data: EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(
     Ok(())
 }
 
-/// Tells the peer why its handshake failed, as far as its socket takes it at once.
+/// Sends the alert that tells the peer why its handshake failed, if the socket accepts it without waiting.
 ///
-/// `rest` is what is left of the bytes that failed: rustls may hold positions of messages in them, and looks there
-/// again before it says that it has nothing more to send.
+/// `rest` is the remainder of the bytes that failed. rustls may hold positions of messages in them, and reads them
+/// again before it reports that there is nothing more to send.
 async fn send_alert<S: Side>(tcp: &mut TcpStream, side: &mut S, rest: &mut [u8]) {
     let mut outgoing = Vec::new();
     while let Ok(ConnectionState::EncodeTlsData(data)) = side.process(rest).state {
@@ -218,19 +218,19 @@ async fn send_alert<S: Side>(tcp: &mut TcpStream, side: &mut S, rest: &mut [u8])
         }
     }
     if tcp.try_write(&outgoing).is_ok() {
-        // A RST right behind it would take the alert away from a peer that has not read it yet.
+        // A RST right after the alert would discard it if the peer has not read it yet.
         let _ = socket2::SockRef::from(&*tcp).set_linger(None);
         let _ = tcp.shutdown().await;
     }
 }
 
-/// Whether `bytes`, as far as they go, can be the header of a record (RFC 8446 §5.1).
+/// Whether `bytes`, which may be incomplete, can be the header of a TLS record (RFC 8446 §5.1).
 fn begins_record(bytes: &[u8]) -> bool {
     bytes.first().is_none_or(|kind| (20..=24).contains(kind))
         && bytes.get(1).is_none_or(|major| *major == 3)
 }
 
-/// Reads until `incoming` holds one more whole record behind the `visible` bytes; returns where it ends.
+/// Reads until `incoming` holds another complete record after the `visible` bytes. Returns where that record ends.
 async fn next_record(
     tcp: &mut TcpStream,
     incoming: &mut Buffer,
@@ -251,7 +251,7 @@ async fn next_record(
             }
         }
         if incoming.is_empty() {
-            // A peer that keeps us waiting costs no buffer.
+            // Hold no buffer while waiting for a slow peer.
             incoming.release();
             tcp.readable().await?;
         }

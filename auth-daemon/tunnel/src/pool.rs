@@ -1,7 +1,7 @@
-//! Idle tunnels of one pod, kept for its next connections to the same endpoint.
+//! Pool of a pod's idle tunnels, kept for its next connections to the same endpoint.
 //!
-//! A tunnel carries one app connection at a time: no connection waits behind another's bytes. The pool grows by use
-//! only, is bounded, and forgets.
+//! A tunnel carries one app connection at a time, so no connection waits behind another's bytes. The pool grows only by
+//! use, is bounded, and drops tunnels that stay idle.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -13,15 +13,16 @@ use std::{
 use super::Channel;
 use auth_mesh::Identity;
 
-/// Idle tunnels kept to one endpoint.
+/// Maximum number of idle tunnels to one endpoint.
 const MAX_PER_ENDPOINT: usize = 64;
-/// Idle tunnels kept by one pod.
+/// Maximum number of idle tunnels of one pod.
 const MAX_PER_POD: usize = 512;
-/// How long a tunnel idles before it is closed.
+/// Idle time after which a tunnel is closed.
 const IDLE: Duration = Duration::from_secs(30);
-/// How old a tunnel may be when it takes a connection: a renewed certificate is in use everywhere soon after.
+/// Maximum age of a tunnel that takes a new connection. Bounds the time until a renewed certificate is in use
+/// everywhere.
 const MAX_AGE: Duration = Duration::from_secs(10 * 60);
-/// How long before the end of a certificate a tunnel is not used any more: clocks differ a little.
+/// Time before a certificate expires from which its tunnels are no longer used, to allow for clock skew.
 const VALIDITY_MARGIN: Duration = Duration::from_secs(2);
 
 /// The idle tunnels of one pod.
@@ -34,23 +35,23 @@ struct State {
     count: usize,
 }
 
-/// How a tunnel began.
+/// When a tunnel was established, and until when it may take connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Made {
-    /// When.
+    /// Time of establishment.
     pub at: Instant,
-    /// Until when both ends' certificates are valid: the other end takes nothing new after it.
+    /// Time until which both certificates are valid. The peer takes no new connection after it.
     pub valid_until: SystemTime,
 }
 
-/// A tunnel that was idle.
+/// A tunnel taken from the pool.
 #[derive(Debug)]
 pub struct Taken {
     /// The tunnel.
     pub channel: Channel,
-    /// How it began.
+    /// When it was established.
     pub made: Made,
-    /// For how long it idled.
+    /// How long it was idle.
     pub idled: Duration,
 }
 
@@ -62,8 +63,8 @@ struct Idle {
 }
 
 impl Pool {
-    /// An idle tunnel to `endpoint` whose peer is among `identities`: the one that this thread used last, else another
-    /// thread's.
+    /// Takes an idle tunnel to `endpoint` whose peer is one of `identities`. Prefers the tunnel that the current thread
+    /// used last over those of other threads.
     pub fn take(&self, endpoint: SocketAddr, identities: &BTreeSet<Identity>) -> Option<Taken> {
         loop {
             let mut state = self.lock();
@@ -91,7 +92,7 @@ impl Pool {
         }
     }
 
-    /// Keeps `channel` unless there are enough.
+    /// Returns `channel` to the pool, or closes it if the pool is full.
     pub fn put(&self, endpoint: SocketAddr, mut channel: Channel, made: Made) {
         channel.rest();
         let mut state = self.lock();
@@ -114,7 +115,7 @@ impl Pool {
         });
     }
 
-    /// Closes tunnels that have idled for long or whose peer has gone.
+    /// Closes tunnels that have been idle for too long, and those whose peer closed the connection.
     pub fn sweep(&self) {
         self.close_if(|_, idle| idle.since.elapsed() >= IDLE || !idle.channel.is_quiet());
     }
@@ -124,7 +125,7 @@ impl Pool {
         self.close_if(|of, _| of == endpoint);
     }
 
-    /// Closes the tunnels that come from `port`.
+    /// Closes the tunnels whose local port is `port`.
     pub fn forget_source(&self, port: u16) {
         self.close_if(|_, idle| {
             let local = idle.channel.local_address();
@@ -146,7 +147,7 @@ impl Pool {
         }
     }
 
-    /// How many tunnels idle.
+    /// Number of idle tunnels.
     pub fn idle(&self) -> usize {
         self.lock().count
     }

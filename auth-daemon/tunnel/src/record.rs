@@ -1,6 +1,8 @@
-//! The TLS 1.3 record layer after the handshake (RFC 8446 §5), in place: no copy between the socket and the cipher.
+//! The TLS 1.3 record layer after the handshake (RFC 8446 §5). It works in place, without a copy between the socket and
+//! the cipher.
 //!
-//! rustls makes the handshake and derives every key; this only applies them, as the kernel does with kTLS.
+//! rustls performs the handshake and derives every key. This module only applies the keys, as the kernel does with
+//! kTLS.
 
 use rustls::{
     ConnectionTrafficSecrets,
@@ -9,20 +11,20 @@ use rustls::{
 
 use super::aead::{self, AeadKey, TAG_BYTES};
 
-/// Bytes before a record's ciphertext.
+/// Size of a record's header, in bytes.
 pub const HEADER_BYTES: usize = aead::HEADER_BYTES;
 /// Largest plaintext of a record, in bytes (RFC 8446 §5.1).
 pub const MAX_PLAIN_BYTES: usize = 1 << 14;
-/// What sealing adds behind the plaintext: the inner content type and the tag.
+/// Bytes that sealing adds after the plaintext: the inner content type and the tag.
 pub const TRAILER_BYTES: usize = 1 + TAG_BYTES;
-/// Largest record that we make, in bytes.
+/// Largest record that [`Sealer`] produces, in bytes.
 pub const MAX_RECORD_BYTES: usize = HEADER_BYTES + MAX_PLAIN_BYTES + TRAILER_BYTES;
 /// Largest ciphertext that a peer may send, in bytes (RFC 8446 §5.2).
 const MAX_CIPHER_BYTES: usize = MAX_PLAIN_BYTES + 256;
-/// Records under one key before it is to be changed: well below AES-GCM's limit of 2^24.5 (RFC 8446 §5.5).
+/// Number of records after which a key is updated: well below AES-GCM's limit of 2^24.5 (RFC 8446 §5.5).
 const REKEY_AFTER: u64 = 1 << 23;
 
-/// The inner type of a record.
+/// Inner content type of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ContentType {
@@ -30,28 +32,28 @@ pub enum ContentType {
     Alert = 21,
     /// A post-handshake message (RFC 8446 §4.6).
     Handshake = 22,
-    /// Bytes of the tunnel.
+    /// Bytes of the tunnel's frames.
     ApplicationData = 23,
 }
 
-/// How a peer broke the record layer.
+/// How a peer violated the record layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidRecord {
     /// Not a protected TLS 1.3 record.
     #[error("record header {0:02x?} is not TLS 1.3 application data")]
     Header([u8; HEADER_BYTES]),
-    /// Longer than the protocol allows, or too short for a tag.
+    /// Longer than the protocol allows, or too short to hold a tag.
     #[error("record of {0} bytes")]
     Length(usize),
-    /// The tag does not match: forged, damaged, or out of order.
+    /// The tag does not match: the record is forged, damaged or out of order.
     #[error("record cannot be decrypted")]
     Decrypt,
-    /// Decrypted, but without a known content type.
+    /// The inner content type is unknown.
     #[error("record of unknown inner type")]
     ContentType,
 }
 
-/// Length of the first record in `bytes`, header included, once all of it is there.
+/// Length of the first record in `bytes`, including its header. `None` while the record is incomplete.
 pub fn complete(bytes: &[u8]) -> Result<Option<usize>, InvalidRecord> {
     let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else {
         return Ok(None);
@@ -67,7 +69,7 @@ pub fn complete(bytes: &[u8]) -> Result<Option<usize>, InvalidRecord> {
     Ok((bytes.len() >= whole).then_some(whole))
 }
 
-/// A key with its nonces: one direction of a connection.
+/// Key and nonce state of one direction of a connection.
 struct Keyed {
     key: AeadKey,
     iv: Iv,
@@ -82,32 +84,33 @@ impl Keyed {
 
     fn next_nonce(&mut self) -> [u8; 12] {
         let nonce = Nonce::new(&self.iv, self.sequence);
-        // Never wraps: keys are changed long before.
+        // Never overflows: keys are updated long before.
         self.sequence += 1;
         nonce.0
     }
 }
 
-/// Seals the records that we send.
+/// Encrypts the records to send.
 pub struct Sealer(Keyed);
 
 impl Sealer {
-    /// From what rustls derived; `None` for a cipher suite that TLS 1.3 has not.
+    /// Creates a sealer from the secrets that rustls derived. `None` if the cipher suite is not one of TLS 1.3.
     pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Option<Self> {
         Keyed::new(sequence, secrets).map(Self)
     }
 
-    /// Whether the key has sealed so many records that it should be changed.
+    /// Whether the key has sealed enough records to be updated.
     pub fn wants_new_key(&self) -> bool {
         self.0.sequence >= REKEY_AFTER
     }
 
-    /// Seals `plain_bytes` of plaintext that lie in `room` behind [`HEADER_BYTES`], in place. Returns the record's
-    /// length.
+    /// Seals in place the `plain_bytes` of plaintext that start at [`HEADER_BYTES`] in `room`. Returns the length of
+    /// the record.
     ///
     /// # Panics
     ///
-    /// If `plain_bytes` is more than [`MAX_PLAIN_BYTES`], or `room` lacks [`TRAILER_BYTES`] behind the plaintext.
+    /// Panics if `plain_bytes` exceeds [`MAX_PLAIN_BYTES`], or if `room` has no space for [`TRAILER_BYTES`] after the
+    /// plaintext.
     pub fn seal(&mut self, room: &mut [u8], plain_bytes: usize, kind: ContentType) -> usize {
         assert!(plain_bytes <= MAX_PLAIN_BYTES);
         let [high, low] = ((plain_bytes + TRAILER_BYTES) as u16).to_be_bytes();
@@ -118,24 +121,24 @@ impl Sealer {
         let (inner, behind) = rest.split_at_mut(plain_bytes + 1);
         let nonce = self.0.next_nonce();
         let tag = self.0.key.seal(nonce, header, inner);
-        // Fails only for inputs of more than 64 GiB.
+        // Sealing fails only for inputs larger than 64 GiB.
         let tag = tag.expect("a record is within the AEAD's limits");
         behind[..TAG_BYTES].copy_from_slice(&tag);
         HEADER_BYTES + plain_bytes + TRAILER_BYTES
     }
 }
 
-/// Opens the records that a peer sends.
+/// Decrypts the received records.
 pub struct Opener(Keyed);
 
 impl Opener {
-    /// From what rustls derived; `None` for a cipher suite that TLS 1.3 has not.
+    /// Creates an opener from the secrets that rustls derived. `None` if the cipher suite is not one of TLS 1.3.
     pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Option<Self> {
         Keyed::new(sequence, secrets).map(Self)
     }
 
-    /// Opens `record`, one whole record as [`complete`] found it, in place. The plaintext begins at [`HEADER_BYTES`];
-    /// returns its length.
+    /// Decrypts `record`, one complete record as found by [`complete`], in place. The plaintext starts at
+    /// [`HEADER_BYTES`]. Returns its content type and length.
     pub fn open(&mut self, record: &mut [u8]) -> Result<(ContentType, usize), InvalidRecord> {
         let (header, cipher) = record
             .split_first_chunk_mut::<HEADER_BYTES>()
@@ -143,7 +146,7 @@ impl Opener {
         let nonce = self.0.next_nonce();
         let inner = self.0.key.open(nonce, *header, cipher);
         let inner = inner.ok_or(InvalidRecord::Decrypt)?;
-        // Behind the plaintext stands its type, and behind that any number of zeros.
+        // The plaintext is followed by its content type and any number of zeros.
         let end = inner
             .iter()
             .rposition(|byte| *byte != 0)

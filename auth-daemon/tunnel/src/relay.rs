@@ -1,8 +1,8 @@
-//! Carries one app connection's bytes between the app's socket and the tunnel, both ways at once, until both
-//! directions have ended or something breaks.
+//! Relays the bytes of one app connection between the app's socket and the tunnel, in both directions concurrently,
+//! until both directions have ended or one connection breaks.
 //!
-//! Up, a read from the app lands where the record will be sealed; down, the app is written straight from the opened
-//! records. Buffers are held only while bytes are on their way.
+//! From the app to the tunnel, bytes are read directly to where they are sealed. From the tunnel to the app, they are
+//! written directly from the decrypted records. Buffers are held only while bytes are in flight.
 
 use std::{
     future::poll_fn,
@@ -31,16 +31,16 @@ use super::{
     record::{ContentType, HEADER_BYTES, TRAILER_BYTES},
 };
 
-/// Where the app's bytes begin in a record.
+/// Offset of the app's bytes in a record.
 const CHUNK_START: usize = HEADER_BYTES + frame::HEADER_BYTES;
-/// What a record holds beside the app's bytes: a DATA frame fills it whole.
+/// Bytes of a record other than the app's, if one DATA frame fills the record.
 const OVERHEAD_BYTES: usize = CHUNK_START + TRAILER_BYTES;
-/// How long CONNECTED waits for bytes of the app's to go with.
+/// How long CONNECTED waits for app bytes to share a record with.
 const CONNECTED_WAITS: Duration = Duration::from_millis(1);
-/// DATA frames gathered per write to the app.
+/// Maximum number of DATA frames per write to the app.
 const MAX_SLICES: usize = 16;
 
-/// Bytes carried, live.
+/// Number of bytes relayed so far, updated while the connection runs.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// From the app to the tunnel.
@@ -49,20 +49,21 @@ pub struct Counters {
     pub down: AtomicU64,
 }
 
-/// How an app connection ended. Unless it is [`Ending::Clean`], the tunnel is not to be used again.
+/// How an app connection ended. The tunnel can be reused only after [`Ending::Clean`].
 #[derive(Debug)]
 pub enum Ending {
-    /// Both directions ended with END: the tunnel can carry the next connection.
+    /// Both directions ended with END. The tunnel can carry the next connection.
     Clean,
-    /// The app's connection broke, mostly by a RST.
+    /// The app's connection broke, usually by a RST.
     App(io::Error),
-    /// The other side reset.
+    /// The peer sent a RESET.
     Peer(Reset),
     /// The tunnel broke.
     Tunnel(ChannelError),
 }
 
-/// Relays until the end. On any other than [`Ending::Clean`] the caller resets what is left.
+/// Relays until the connection ends. Unless the result is [`Ending::Clean`], the caller resets the remaining
+/// connections.
 pub async fn relay(app: &mut TcpStream, channel: &mut Channel, counters: &Counters) -> Ending {
     let (mut app_read, mut app_write) = app.split();
     let ((mut tunnel_write, sender), (mut tunnel_read, receiver), keys) = channel.split();
@@ -70,7 +71,7 @@ pub async fn relay(app: &mut TcpStream, channel: &mut Channel, counters: &Counte
     let up = async {
         up(&mut app_read, &mut tunnel_write, sender, keys, &counters.up).await?;
         up_ended.raise();
-        // The app may still reset what it reads from; nobody would notice before the next byte for it.
+        // The app may still reset its reading direction, which would otherwise go unnoticed until the next byte for it.
         tokio::select! {
             () = down_ended.raised() => Ok(()),
             broken = app_read.as_ref().ready(Interest::ERROR) => Err(Ending::App(
@@ -122,14 +123,14 @@ async fn up(
         let room = sender.outgoing.spare();
         let chunk = chunk_bytes(room, slot);
         let streams = read == chunk || read >= SMALL_BYTES;
-        // END goes with the last bytes, where the app's FIN is there already.
+        // If the app's FIN has already arrived, END is sent with the last bytes.
         let ended = read == 0 || read < chunk && has_ended(app)?;
         if read == slot - OVERHEAD_BYTES {
             read += read_more(app, room, slot).map_err(Ending::App)?;
         }
         count.fetch_add(read as u64, Ordering::Relaxed);
         if sender.is_key_change_due(keys) {
-            // Seldom: what is sealed with the old key goes first, from the same buffer.
+            // Rare. Records sealed with the old key are sent first, from the same buffer.
             let unsealed = sender.outgoing.spare().to_vec();
             sender
                 .change_key(keys, tunnel)
@@ -163,8 +164,8 @@ async fn up(
     }
 }
 
-/// Waits for bytes of the app's, and holds no memory meanwhile. Returns how many there are: they lie in the buffer's spare
-/// room, where the first frame of a record has its payload.
+/// Waits for bytes from the app, and holds no memory meanwhile. Returns the number of bytes. They lie in the buffer's
+/// spare room, at the payload of a record's first frame.
 async fn read_app(
     app: &mut ReadHalf<'_>,
     buffer: &mut Buffer,
@@ -185,13 +186,13 @@ async fn read_app(
     read.await.map_err(Ending::App)
 }
 
-/// App bytes that go into the first record in `room`, of records of `slot` bytes.
+/// Number of app bytes that fit into the first record in `room`, for records of `slot` bytes.
 fn chunk_bytes(room: &[u8], slot: usize) -> usize {
     slot.min(room.len()) - OVERHEAD_BYTES
 }
 
-/// Whether the app has finished and all that it sent is read. Less than was asked for is no sign of it: a read stops at
-/// urgent data, too.
+/// Whether the app has sent a FIN and all its bytes are read. A short read alone does not show that, because a read
+/// also stops at urgent data.
 fn has_ended(app: &ReadHalf<'_>) -> Result<bool, Ending> {
     let app = app.as_ref();
     let peek = app.try_io(Interest::READABLE, || {
@@ -204,7 +205,8 @@ fn has_ended(app: &ReadHalf<'_>) -> Result<bool, Ending> {
     }
 }
 
-/// A stream that fills a record has more: what is there already goes with the same write.
+/// Reads the bytes that are available after a full record, to send them in the same write. A stream that fills a record
+/// usually has more.
 fn read_more(app: &ReadHalf<'_>, room: &mut [u8], slot: usize) -> io::Result<usize> {
     let mut slots = room
         .chunks_exact_mut(slot)
@@ -213,7 +215,7 @@ fn read_more(app: &ReadHalf<'_>, room: &mut [u8], slot: usize) -> io::Result<usi
     let mut slots: [IoSliceMut<'_>; RECORDS - 1] =
         std::array::from_fn(|_| slots.next().unwrap_or_else(|| IoSliceMut::new(&mut [])));
     match app.try_read_vectored(&mut slots) {
-        // The end, too, is for the next read to find.
+        // An end of stream is left for the next read.
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
         result => result,
     }
@@ -263,7 +265,7 @@ async fn down(
             Some(Next::Closed) => return Err(Ending::Tunnel(ChannelError::Closed)),
             Some(Next::Event(Event::End)) => {
                 receiver.discard();
-                // Where nothing more comes from the app either, the socket is about to be closed, which says the same.
+                // If the app has also finished sending, the socket is about to be closed, which has the same effect.
                 return if up_ended.is_raised() {
                     Ok(())
                 } else {
@@ -282,7 +284,7 @@ async fn down(
     }
 }
 
-/// The peer's direction has ended, ours has not: a RESET may still come, and nothing else.
+/// Waits for a RESET after the peer's direction has ended and ours has not. No other frame is allowed.
 async fn await_reset(
     tunnel: &mut ReadHalf<'_>,
     receiver: &mut Receiver,
@@ -290,7 +292,7 @@ async fn await_reset(
     up_ended: &Flag,
 ) -> Result<(), Ending> {
     loop {
-        // Once both have ended, what comes is the next connection's, and not to be touched here.
+        // After both directions have ended, further bytes belong to the next connection and must not be read here.
         if up_ended.is_raised() {
             return Ok(());
         }
@@ -311,7 +313,7 @@ async fn await_reset(
     }
 }
 
-/// Tells one direction that the other has ended.
+/// Notifies one direction that the other has ended.
 #[derive(Default)]
 struct Flag {
     raised: AtomicBool,

@@ -16,31 +16,32 @@ use x509_parser::{
 
 use super::trust::Reason;
 
-/// Largest list that is read, in bytes: some 500,000 entries.
+/// Maximum size of a list, in bytes. Enough for about 500,000 entries.
 const MAX_BYTES: usize = 16 << 20;
 
-/// Why a list is refused.
+/// Why a list is rejected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidCrl {
-    /// Larger than what is read.
+    /// Larger than the maximum size.
     #[error("the CRL has {0} bytes; at most {MAX_BYTES} are read")]
     TooLong(usize),
-    /// Not DER, or not of RFC 5280's form.
+    /// Not valid DER, or not in the form that RFC 5280 defines.
     #[error("the CRL cannot be parsed")]
     Malformed,
-    /// None of the given certificates is the signer's.
+    /// Not signed by any of the given certificates.
     #[error("the CRL is not signed by the CA")]
     Signer,
-    /// It has a critical extension that is not supported, so it must not be used (§5.2 and §5.3).
+    /// Has an unsupported critical extension, so it must not be used (§5.2 and §5.3).
     #[error("the CRL has the unsupported critical extension {0}")]
     Extension(String),
 }
 
-/// The serial numbers on the list `der`, in lower-case hexadecimal like [`Svid::serial`](super::svid::Svid::serial), and
-/// the reasons. One of `signers` must have signed it: roots, or intermediates under a root.
+/// Reads the list `der`. Returns the revoked serial numbers, in lower-case hexadecimal like
+/// [`Svid::serial`](super::svid::Svid::serial), with their reasons. The list must be signed by one of `signers`: roots,
+/// or intermediates under a root.
 ///
-/// The caller must know that `der` is the newest list. One past its `nextUpdate` is read too: a CA that is down withdraws
-/// nothing.
+/// The caller must ensure that `der` is the newest list. A list past its `nextUpdate` is accepted too, because
+/// revocations stay in force while the CA is down.
 pub fn read(
     der: &[u8],
     signers: &[CertificateDer<'_>],
@@ -51,7 +52,7 @@ pub fn read(
     let Ok(([], list)) = CertificateRevocationList::from_der(der) else {
         return Err(InvalidCrl::Malformed);
     };
-    // Both name the algorithm, and must agree (§5.1.1.2).
+    // Both fields name the algorithm, and must agree (§5.1.1.2).
     let agreed = list.signature_algorithm == list.tbs_cert_list.signature
         && list.signature_value.unused_bits == 0;
     let signed = |signer: &CertificateDer<'_>| {
@@ -92,7 +93,7 @@ fn check_extensions(extensions: &[X509Extension<'_>], known: &[Oid<'_>]) -> Resu
     }
 }
 
-/// An unknown reason is a revocation too. `removeFromCRL` has no meaning on a complete list (§5.3.1).
+/// Maps a reason code. An unknown reason still revokes. `removeFromCRL` has no meaning on a complete list (§5.3.1).
 fn reason_of(code: ReasonCode) -> Reason {
     match code {
         ReasonCode::KeyCompromise => Reason::KeyCompromise,
@@ -117,7 +118,7 @@ mod tests {
 
     use super::*;
 
-    /// A root, and a list that it signed.
+    /// Creates a root and a list that it signed.
     fn list(
         change: impl FnOnce(&mut CertificateRevocationListParams),
     ) -> (CertificateDer<'static>, Vec<u8>) {
@@ -162,7 +163,7 @@ mod tests {
 
     #[test]
     fn refuses_unsupported_critical_extensions() {
-        // This one means that the list does not cover all certificates.
+        // This extension means that the list does not cover all certificates.
         let (root, der) = list(|params| {
             params.issuing_distribution_point = Some(CrlIssuingDistributionPoint {
                 distribution_point: CrlDistributionPoint {

@@ -36,16 +36,17 @@ use trust::TrustStore;
 /// The ALPN protocol of the project's own framing (docs/WIRE.md).
 pub const ALPN: &[u8] = b"auth-daemon/1";
 
-/// Both ends' TLS configurations for one workload identity.
+/// TLS configurations of one workload identity, for both ends of a tunnel.
 #[derive(Debug)]
 pub struct Configs {
-    /// For the connections that the workload's pods make.
+    /// For outbound connections of the workload's pods.
     pub client: Arc<ClientConfig>,
-    /// For those they get.
+    /// For inbound connections to the workload's pods.
     pub server: Arc<ServerConfig>,
 }
 
-/// TLS 1.3 suites, the one that two AES-NI cores carry fastest first; post-quantum key exchange preferred.
+/// Returns the TLS 1.3 cipher suites, with the fastest one on processors with AES-NI first. Prefers post-quantum key
+/// exchange.
 pub fn provider() -> CryptoProvider {
     use aws_lc_rs::{cipher_suite as suites, kx_group as groups};
     CryptoProvider {
@@ -59,22 +60,23 @@ pub fn provider() -> CryptoProvider {
     }
 }
 
-/// Certificates between a workload's and the root. A client's are part of every ticket that it gets.
+/// Maximum number of certificates between a workload's certificate and the root. A client's chain is part of every
+/// session ticket that it receives.
 const MAX_INTERMEDIATES: usize = 8;
 
-/// A chain of more than [`MAX_INTERMEDIATES`].
+/// The chain has more than [`MAX_INTERMEDIATES`] intermediates.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "its chain is too large: {0} certificates between it and the root, at most {MAX_INTERMEDIATES} are read"
 )]
 struct ChainTooLarge(usize);
 
-/// Servers that an identity of this node can come back to without showing certificates again.
+/// Maximum number of servers for which an identity of this node keeps a session to resume.
 const MAX_SESSIONS: usize = 1024;
 
 impl Configs {
     /// Builds configurations that present `key` and verify peers against `trust`: its current roots, and its
-    /// revocations as of each handshake.
+    /// revocations at the time of each handshake.
     pub fn new(key: Arc<CertifiedKey>, trust: Arc<TrustStore>) -> Result<Self, Error> {
         let provider = Arc::new(provider());
         let verifier = Arc::new(Verifier::new(trust, provider.clone())?);
@@ -87,10 +89,11 @@ impl Configs {
             .with_client_cert_resolver(certificate.clone() as Arc<dyn ResolvesClientCert>);
         client.alpn_protocols = vec![ALPN.to_vec()];
         client.enable_sni = false;
-        // A session is kept for as long as this certificate: a renewed one is shown to everybody once.
+        // Sessions are kept as long as this certificate is in use. A renewed certificate needs a full handshake with
+        // each server.
         client.resumption = Resumption::in_memory_sessions(MAX_SESSIONS)
             .tls12_resumption(Tls12Resumption::Disabled);
-        // The keys go to our own record layer, after the handshake.
+        // The keys are extracted for our own record layer after the handshake.
         client.enable_secret_extraction = true;
 
         let mut server = ServerConfig::builder_with_provider(provider)
@@ -98,10 +101,10 @@ impl Configs {
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(certificate);
         server.alpn_protocols = vec![ALPN.to_vec()];
-        // Nothing is kept for a client that may never come again: its ticket holds it all, sealed.
+        // The server keeps no state for clients that may never return. The encrypted ticket holds the whole session.
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.ticketer = aws_lc_rs::Ticketer::new()?;
-        // More than one, so that a burst of tunnels soon finds enough.
+        // More than one, so that a burst of new tunnels soon has enough tickets.
         server.send_tls13_tickets = 2;
         server.enable_secret_extraction = true;
 
@@ -112,8 +115,8 @@ impl Configs {
     }
 }
 
-/// Believes workload certificates of one trust domain: a chain to its roots, and an SVID at the end of it. Whether the
-/// identity may do what it is about to do is for the caller, after the handshake.
+/// Verifies workload certificates of one trust domain: the chain to one of its roots, and the SVID. The caller
+/// authorizes the identity after the handshake.
 #[derive(Debug)]
 struct Verifier {
     trust: Arc<TrustStore>,
@@ -171,7 +174,7 @@ impl ServerCertVerifier for Verifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        // What the certificate says comes first: it explains more than a chain that does not hold.
+        // Check the certificate's content first, because that gives a more specific error than an invalid chain.
         self.check_svid(end_entity, intermediates)?;
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,
@@ -216,7 +219,8 @@ impl ServerCertVerifier for Verifier {
 
 impl ClientCertVerifier for Verifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        // Clients have one certificate to show; naming our roots would only tell strangers about them.
+        // A client has only one certificate to present. Root names would only disclose information to unauthenticated
+        // peers.
         &[]
     }
 
@@ -255,13 +259,13 @@ impl ClientCertVerifier for Verifier {
     }
 }
 
-/// A certificate shown by somebody else than its owner.
+/// The peer presented a certificate without holding its private key.
 #[derive(Debug, thiserror::Error)]
 #[error("the peer does not hold the key of the certificate that it shows")]
 struct NotTheHolder;
 
-/// What webpki says of a chain in terms of its own (a leaf that signs, a loop, too many certificates) comes down to one
-/// thing: no root of ours stands behind it.
+/// Maps webpki's own chain errors (a leaf that signs, a loop, too many certificates) to an unknown issuer, because each
+/// of them means that the chain does not lead to a trusted root.
 fn chain_error(error: Error) -> Error {
     match error {
         Error::InvalidCertificate(CertificateError::Other(_)) => {
@@ -271,7 +275,7 @@ fn chain_error(error: Error) -> Error {
     }
 }
 
-/// Says what went wrong in a handshake in an operator's words, with what to look at next.
+/// Explains a handshake error to an operator, with what to check next.
 pub fn explain(error: &Error) -> String {
     match error {
         Error::InvalidCertificate(CertificateError::Other(OtherError(why))) => {
@@ -289,7 +293,7 @@ pub fn explain(error: &Error) -> String {
              is its renewal failing, or are the clocks (NTP) of the nodes apart?",
             difference(*time, *not_after)
         ),
-        // A root of the same name, but with another key, ends in a bad signature.
+        // A root with the same name but another key shows as an invalid signature.
         Error::InvalidCertificate(
             CertificateError::UnknownIssuer | CertificateError::BadSignature,
         ) => "the peer's certificate is not issued by this trust domain's CA".into(),
@@ -311,7 +315,8 @@ pub fn explain(error: &Error) -> String {
     }
 }
 
-/// Checks by this node's clock what a resumed session does not: that a certificate good until `not_after` still is.
+/// Checks by the local clock that a certificate with the expiry `not_after` has not expired. Session resumption does
+/// not check it.
 pub fn check_not_expired(not_after: SystemTime) -> Result<(), Error> {
     let now = SystemTime::now();
     if not_after > now {
@@ -326,7 +331,7 @@ pub fn check_not_expired(not_after: SystemTime) -> Result<(), Error> {
     ))
 }
 
-/// Says what a peer's alert means.
+/// Explains an alert that the peer sent.
 pub fn explain_alert(alert: AlertDescription) -> String {
     match alert {
         AlertDescription::CertificateExpired => {
@@ -352,7 +357,7 @@ fn difference(later: UnixTime, earlier: UnixTime) -> String {
     }
 }
 
-/// `seconds` since the Unix epoch as people read them (RFC 3339).
+/// Formats `seconds` since the Unix epoch according to RFC 3339.
 pub fn rfc3339(seconds: u64) -> String {
     i64::try_from(seconds)
         .ok()
@@ -361,7 +366,7 @@ pub fn rfc3339(seconds: u64) -> String {
         .unwrap_or_else(|| format!("{seconds} s after 1970"))
 }
 
-/// Seconds of `time` since the Unix epoch.
+/// Converts `time` to seconds since the Unix epoch.
 pub fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH)
         .unwrap_or(Duration::ZERO)

@@ -1,4 +1,5 @@
-//! X.509-SVIDs: which identity a certificate carries, and whether it may (SPIFFE X509-SVID §2 to §4).
+//! X.509-SVIDs: extracts the identity of a certificate, and validates the certificate's form (SPIFFE X509-SVID §2 to
+//! §4).
 
 use std::{
     sync::Arc,
@@ -14,65 +15,66 @@ use x509_parser::{
 
 use auth_mesh::{Identity, InvalidIdentity};
 
-/// Object identifier of the certificate extension with the name of the node that the certificate was issued to: a
-/// non-critical UTF8String. Nodes refuse certificates of a revoked node by it. Arc 2.25 needs no registration (X.667).
+/// Object identifier of the certificate extension that names the node to which the certificate was issued: a
+/// non-critical UTF8String. Nodes use it to reject certificates of a revoked node. Arc 2.25 needs no registration
+/// (X.667).
 pub const NODE_EXTENSION: [u64; 3] = [2, 25, 3_713_620_917_452_836_174];
 
-/// The content of the extension for `node`, DER. An empty name means that the CA does not know the node.
+/// Encodes the content of the extension for `node` as DER. An empty name means that the CA does not know the node.
 pub fn encode_node(node: &str) -> Vec<u8> {
-    // Encoding a string in memory does not fail.
+    // Encoding a string in memory cannot fail.
     node.to_der_vec().unwrap_or_default()
 }
 
-/// A leaf certificate that names one identity.
+/// A leaf certificate with exactly one SPIFFE identity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Svid {
-    /// Whose it is.
+    /// Identity of the workload.
     pub identity: Identity,
     /// Serial number, in lower-case hexadecimal.
     pub serial: Arc<str>,
     /// The node that it was issued to, from [`NODE_EXTENSION`]. Empty if the CA did not know the node, `None` if the
     /// certificate has no such extension.
     pub node: Option<Arc<str>>,
-    /// Not valid before.
+    /// Start of the validity period.
     pub not_before: SystemTime,
-    /// Not valid after.
+    /// End of the validity period.
     pub not_after: SystemTime,
 }
 
-/// Longest name of a node (a DNS subdomain, RFC 1123), in bytes.
+/// Maximum length of a node name (a DNS subdomain, RFC 1123), in bytes.
 const MAX_NODE: usize = 253;
 
-/// Why a certificate is no SVID of a workload.
+/// Why a certificate is not an SVID of a workload.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidSvid {
-    /// Not X.509, or with a malformed extension.
+    /// Not a valid X.509 certificate, or has a malformed extension.
     #[error("certificate cannot be parsed")]
     Malformed,
-    /// Anything but one URI in the subject alternative name.
+    /// The subject alternative name does not contain exactly one URI.
     #[error("certificate has {0} URI SANs; an SVID has exactly one")]
     UriSans(usize),
-    /// The URI is no SPIFFE ID of a service account.
+    /// The URI is not the SPIFFE ID of a service account.
     #[error("URI SAN {uri:?} is no SPIFFE ID of a service account: {why}")]
     Identity {
-        /// The URI, cut to 256 characters.
+        /// The URI, truncated to 256 characters.
         uri: String,
         /// What is wrong with it.
         why: InvalidIdentity,
     },
-    /// A SPIFFE ID of another trust domain.
+    /// The SPIFFE ID belongs to another trust domain.
     #[error("identity {0} is of another trust domain")]
     TrustDomain(Identity),
-    /// A CA certificate where a workload's is due.
+    /// A CA certificate instead of a workload's.
     #[error("certificate is a CA's, not a workload's")]
     CertificateAuthority,
-    /// Key usages that a workload must not have, or lacks.
+    /// The key usage lacks digitalSignature, or includes one that a workload must not have.
     #[error("key usage must include digitalSignature and neither keyCertSign nor cRLSign")]
     KeyUsage,
 }
 
 impl Svid {
-    /// Reads a leaf certificate of `trust_domain`. The chain, the signature and the life are for others to check.
+    /// Parses a leaf certificate of `trust_domain`. Does not verify the chain, the signature or the validity period.
     pub fn parse(der: &[u8], trust_domain: &str) -> Result<Self, InvalidSvid> {
         let (rest, certificate) =
             X509Certificate::from_der(der).map_err(|_| InvalidSvid::Malformed)?;

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use super::svid::Svid;
 use auth_mesh::{Identity, TrustDomain};
 
-/// The roots of a trust domain.
+/// Root certificates of a trust domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustBundle {
     /// Trust domain that the roots belong to.
@@ -21,18 +21,18 @@ pub struct TrustBundle {
 /// Trust published by the CA at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trust {
-    /// Grows with each change of a CA that counts them; 0 from one that does not.
+    /// Increases with each change if the CA counts them. 0 if it does not.
     pub version: u64,
     /// Trusted roots.
     pub bundle: TrustBundle,
     /// Certificates that are rejected although they chain to a trusted root.
     pub revoked: Revocations,
-    /// Where a rotation of the root stands, for people.
+    /// Phase of a root rotation, for display.
     pub phase: String,
 }
 
 impl Trust {
-    /// Believes `bundle`, all of it, for good.
+    /// Trusts all roots of `bundle` permanently.
     pub fn fixed(bundle: TrustBundle) -> Self {
         Self {
             version: 0,
@@ -46,27 +46,27 @@ impl Trust {
 /// Why something was revoked (RFC 5280 §5.3.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reason {
-    /// None is given.
+    /// No reason is given.
     #[default]
     Unspecified,
-    /// Somebody else may have the key.
+    /// The private key may be compromised.
     KeyCompromise,
-    /// Somebody else may have a CA's key.
+    /// A CA's private key may be compromised.
     CaCompromise,
     /// The holder's name or role has changed.
     AffiliationChanged,
-    /// Another certificate has taken its place.
+    /// Another certificate replaces it.
     Superseded,
-    /// It is not needed any more.
+    /// No longer needed.
     CessationOfOperation,
-    /// For the time being.
+    /// Revoked temporarily.
     CertificateHold,
-    /// The holder may not do any more what it could.
+    /// A privilege of the holder was withdrawn.
     PrivilegeWithdrawn,
 }
 
 impl Reason {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 8] = [
         Self::Unspecified,
         Self::KeyCompromise,
@@ -78,7 +78,7 @@ impl Reason {
         Self::PrivilegeWithdrawn,
     ];
 
-    /// The name in RFC 5280.
+    /// Name of the reason in RFC 5280.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Unspecified => "unspecified",
@@ -116,45 +116,45 @@ impl std::str::FromStr for Reason {
 pub struct Revocations {
     /// Certificates, by serial number in lower-case hexadecimal, as [`Svid::serial`].
     pub serials: HashMap<Box<str>, Reason>,
-    /// Identities, whatever their certificates.
+    /// Identities. Every certificate with one of them is rejected.
     pub identities: HashMap<Identity, Reason>,
-    /// Nodes, by name: whatever a pod there shows.
+    /// Nodes, by name. Every certificate issued to a pod on one of them is rejected.
     pub nodes: HashMap<String, Reason>,
 }
 
-/// What is revoked, and why.
+/// What is revoked, with the reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Revoked {
     /// One certificate.
     #[error("certificate {serial} of {identity} is revoked ({reason})")]
     Certificate {
-        /// Its serial number.
+        /// Serial number.
         serial: Arc<str>,
-        /// Whose it is.
+        /// Identity in the certificate.
         identity: Identity,
-        /// Why.
+        /// Reason of the revocation.
         reason: Reason,
     },
     /// An identity.
     #[error("{identity} is revoked ({reason})")]
     Identity {
-        /// Which one.
+        /// The identity.
         identity: Identity,
-        /// Why.
+        /// Reason of the revocation.
         reason: Reason,
     },
     /// A node.
     #[error("node {node} is revoked ({reason})")]
     Node {
-        /// Its name.
+        /// Name of the node.
         node: String,
-        /// Why.
+        /// Reason of the revocation.
         reason: Reason,
     },
 }
 
 impl Revocations {
-    /// Whether nothing is.
+    /// Whether nothing is revoked.
     pub fn is_empty(&self) -> bool {
         self.serials.is_empty() && self.identities.is_empty() && self.nodes.is_empty()
     }
@@ -175,7 +175,7 @@ impl Revocations {
         }
     }
 
-    /// Whether `identity` is.
+    /// Fails if `identity` is revoked.
     pub fn check_identity(&self, identity: &Identity) -> Result<(), Revoked> {
         match self.identities.get(identity) {
             Some(&reason) => Err(Revoked::Identity {
@@ -186,7 +186,7 @@ impl Revocations {
         }
     }
 
-    /// Whether pods of `node` are.
+    /// Fails if `node` is revoked.
     pub fn check_node(&self, node: &str) -> Result<(), Revoked> {
         match self.nodes.get(node) {
             Some(&reason) => Err(Revoked::Node {
@@ -198,7 +198,7 @@ impl Revocations {
     }
 }
 
-/// The current [`Trust`]: set by who talks to the CA, read by everyone.
+/// The current [`Trust`]. Set by the CA client, read by all connections.
 #[derive(Debug)]
 pub struct TrustStore {
     current: ArcSwap<Trust>,
@@ -206,7 +206,7 @@ pub struct TrustStore {
 }
 
 impl TrustStore {
-    /// Begins with `trust`.
+    /// Creates a store that holds `trust`.
     pub fn new(trust: Trust) -> Self {
         Self {
             current: ArcSwap::from_pointee(trust),
@@ -214,18 +214,18 @@ impl TrustStore {
         }
     }
 
-    /// What holds now.
+    /// Returns the current trust.
     pub fn current(&self) -> Arc<Trust> {
         self.current.load_full()
     }
 
-    /// Replaces it, and wakes those who wait for a change.
+    /// Replaces the trust and notifies the subscribers of [`TrustStore::changes`].
     pub fn publish(&self, trust: Trust) {
         self.current.store(Arc::new(trust));
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// Counts publications.
+    /// Subscribes to a counter that increases with each publication.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
