@@ -1,27 +1,27 @@
-//! Whose a process is, by its cgroup.
+//! Identifies the pod of a process by its cgroup.
 //!
-//! Whatever the container runtime and the cgroup driver, the kubelet names a pod's cgroup after the pod's UID, and all of
-//! the pod's processes are in it or below. No pod can choose that name, nor move its processes to another pod's, so what
-//! /proc/PID/cgroup says of a process is the node's word on whose it is.
+//! With every container runtime and cgroup driver, the kubelet names a pod's cgroup after the pod's UID, and all
+//! processes of the pod are in that cgroup or below it. A pod can neither choose that name nor move its processes to
+//! another pod's cgroup. /proc/PID/cgroup is therefore a trustworthy statement of the node.
 
 use std::{collections::HashSet, fmt, str::FromStr};
 
-/// What a pod's cgroup is named after: the UID that the API server gave it, or, of a static pod, the hash of its manifest
-/// (`kubernetes.io/config.hash` on the pod that mirrors it).
+/// The identifier in the name of a pod's cgroup: the UID from the API server, or, for a static pod, the hash of its
+/// manifest (`kubernetes.io/config.hash` on its mirror pod).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodUid {
     bits: u128,
-    /// A hash is written without dashes, and is never the UID that has the same digits.
+    /// Whether it is a hash. A hash is written without dashes, and never equals a UID with the same digits.
     is_hash: bool,
 }
 
-/// Text that no pod's cgroup is named after.
+/// The text does not identify a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("is neither a UUID nor a static pod's hash of 32 hexadecimal digits")]
 pub struct NoPodUid;
 
 impl PodUid {
-    /// Reads a UUID (RFC 9562 §4) with `dash` between its parts, or 32 hexadecimal digits.
+    /// Parses a UUID (RFC 9562 §4) with `dash` between its parts, or 32 hexadecimal digits.
     fn parse(text: &str, dash: u8) -> Option<Self> {
         let is_hash = text.len() == 32;
         if !is_hash && text.len() != 36 {
@@ -40,9 +40,9 @@ impl PodUid {
         Some(Self { bits, is_hash })
     }
 
-    /// The pod that a cgroup of this name is of: `pod<uid>` (cgroupfs), or a slice whose last part is that, with `_` in the
-    /// UID where `-` would separate slices (systemd). A runtime that is told of slices and does not know them makes
-    /// `<slice>:<prefix>:<container>`.
+    /// Returns the pod of a cgroup with this name: `pod<uid>` (cgroupfs), or a slice whose last part is that, with `_`
+    /// in the UID because `-` separates slices (systemd). A runtime that receives the name of a slice but does not
+    /// support slices creates `<slice>:<prefix>:<container>`.
     fn of_cgroup(name: &str) -> Option<Self> {
         let slice = name.split_once(':').map_or(name, |(slice, _)| slice);
         let (name, dash) = match slice.strip_suffix(".slice") {
@@ -72,19 +72,19 @@ impl fmt::Display for PodUid {
     }
 }
 
-/// All pods that a process with this /proc/PID/cgroup lies in, however deep.
+/// All pods at any level of the cgroup paths in this /proc/PID/cgroup.
 pub(super) fn pods_around(cgroups: &str) -> HashSet<PodUid> {
     paths(cgroups)
         .flat_map(|path| path.split('/').filter_map(PodUid::of_cgroup))
         .collect()
 }
 
-/// The pod that a process with this /proc/PID/cgroup is of, and the name of its container's cgroup, empty where it lies in
-/// the pod's own.
+/// Returns the pod of a process with this /proc/PID/cgroup, and the name of its container's cgroup. The name is empty
+/// if the process is in the pod's own cgroup.
 ///
-/// `around` are pods that the node itself lies in, as a node of kind does that runs in a pod. Of the others the outermost
-/// counts: what is further in was made by somebody in the pod. A process whose hierarchies (cgroup v1) name different pods
-/// is nobody's.
+/// `around` contains the pods that the node itself runs in, as a node of kind does. Of all other pods the outermost
+/// counts, because cgroups below it were created by somebody in that pod. If the hierarchies (cgroup v1) of a process
+/// name different pods, it belongs to none.
 pub(super) fn container<'a>(
     cgroups: &'a str,
     around: &HashSet<PodUid>,
@@ -109,7 +109,7 @@ pub(super) fn container<'a>(
     found
 }
 
-/// The paths of cgroups(7)'s `hierarchy:controllers:path` lines.
+/// Extracts the paths from the `hierarchy:controllers:path` lines of cgroups(7).
 fn paths(cgroups: &str) -> impl Iterator<Item = &str> {
     cgroups
         .lines()
@@ -156,7 +156,7 @@ mod tests {
                 format!("0::/kubepods.slice/kubepods-pod{slice}.slice/docker-{id}.scope\n"),
                 format!("docker-{id}.scope"),
             ),
-            // A systemd in the container.
+            // systemd inside the container.
             (
                 format!(
                     "0::/kubepods.slice/kubepods-pod{slice}.slice/crio-{id}.scope/init.scope\n"
@@ -174,7 +174,7 @@ mod tests {
                 format!("0::/custom/kubepods/besteffort/pod{UID}/{id}\n"),
                 id.to_owned(),
             ),
-            // kind, both drivers.
+            // kind, with both drivers.
             (
                 format!(
                     "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{slice}.slice/cri-containerd-{id}.scope\n"
@@ -189,7 +189,7 @@ mod tests {
                 format!("0::/docker/{id}/kubepods/besteffort/pod{UID}/{id}\n"),
                 id.to_owned(),
             ),
-            // Seen from a cgroup namespace further in (cgroup_namespaces(7)).
+            // Seen from a nested cgroup namespace (cgroup_namespaces(7)).
             (
                 format!(
                     "0::/../../kubelet-kubepods-burstable-pod{slice}.slice/cri-containerd-{id}.scope\n"
@@ -203,7 +203,7 @@ mod tests {
                 format!("cri-containerd-{id}.scope"),
             ),
             (format!("0::/../../pod{UID}/{id}\n"), id.to_owned()),
-            // cgroup v1, and both at once, some hierarchies of which know nothing of pods.
+            // cgroup v1, and hybrid mode. Some hierarchies have no cgroups for pods.
             (
                 format!(
                     "12:rdma:/\n11:memory:/kubepods/burstable/pod{UID}/{id}\n10:cpu,cpuacct:/kubepods/burstable/pod{UID}/{id}\n1:name=systemd:/kubepods/burstable/pod{UID}/{id}\n0::/system.slice/containerd.service\n"
@@ -216,14 +216,14 @@ mod tests {
                 ),
                 format!("cri-containerd-{id}.scope"),
             ),
-            // The kubelet's driver is systemd, the runtime's is not.
+            // The kubelet uses the systemd driver, the runtime does not.
             (
                 format!(
                     "0::/system.slice/containerd.service/kubepods-burstable-pod{slice}.slice:cri-containerd:{id}\n"
                 ),
                 format!("kubepods-burstable-pod{slice}.slice:cri-containerd:{id}"),
             ),
-            // Its cgroup is gone already.
+            // The process's cgroup is already deleted.
             (
                 format!("0::/kubepods/pod{UID}/{id} (deleted)\n"),
                 format!("{id} (deleted)"),
@@ -313,7 +313,7 @@ mod tests {
             prop_assert_eq!(PodUid::of_cgroup(&slice), Some(uid));
         }
 
-        /// Wherever the pod's cgroup lies, and whatever lies in it.
+        /// For any location of the pod's cgroup, and any cgroups inside it.
         #[test]
         fn the_outermost_pod_counts(
             before in prop::collection::vec("[a-z.-]{1,9}|\\.\\.", 0..5),

@@ -1,20 +1,20 @@
-//! Rings that the programs tell the daemon through.
+//! Ring buffers with events from the eBPF programs to the daemon.
 
 use std::io;
 
 use aya::maps::{MapData, RingBuf};
 use tokio::io::unix::AsyncFd;
 
-/// One of them, on the runtime that it was made on.
+/// A ring buffer, registered with the runtime that created it.
 pub(super) struct Events(AsyncFd<RingBuf<MapData>>);
 
 impl Events {
     pub(super) fn new(ring: RingBuf<MapData>) -> io::Result<Self> {
-        // SAFETY: the ring owns its descriptor, gives the same one each time, and closes it when it is dropped.
+        // SAFETY: the ring owns its descriptor, always returns the same one, and closes it only when it is dropped.
         Ok(Self(unsafe { AsyncFd::register(ring) }?))
     }
 
-    /// Waits for events and hands over each. Dropped while it waits, it has lost none.
+    /// Waits for events and passes each to `take`. Cancel-safe: no event is lost.
     pub(super) async fn next<T>(
         &mut self,
         parse: impl Fn(&[u8]) -> Option<T>,

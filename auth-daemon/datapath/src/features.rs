@@ -1,4 +1,4 @@
-//! What the daemon needs of the machine, checked one by one: for `auth-daemon check`.
+//! Checks each of the daemon's requirements on the machine, for `auth-daemon check`.
 
 use std::{fs, path::Path};
 
@@ -6,18 +6,19 @@ use nix::sys::utsname::uname;
 
 use super::{kernel::try_load, mounts, netns::Netns, plumbing};
 
-/// One requirement and how this machine meets it.
+/// A requirement, and whether this machine meets it.
 #[derive(Debug, serde::Serialize)]
 pub struct Finding {
-    /// What is needed.
+    /// Name of the requirement.
     pub name: &'static str,
-    /// Whether it is there.
+    /// Whether it is met.
     pub ok: bool,
-    /// What was found, and what to do where it is not enough.
+    /// What was found, and what to do if the requirement is not met.
     pub detail: String,
 }
 
-/// The oldest kernel that has every feature. Distributions carry some back to older ones, so a program that loads says more.
+/// Oldest kernel version with every feature. Distributions backport some of them, so loading the programs is the more
+/// reliable check.
 const OLDEST: (u32, u32) = (5, 17);
 
 /// Capabilities that the daemon uses, by number (capability.h).
@@ -41,7 +42,7 @@ const CAPABILITIES: [(u32, &str, &str); 5] = [
     (39, "CAP_BPF", "loading programs"),
 ];
 
-/// Checks everything that can be checked without changing the machine.
+/// Runs all checks that do not change the machine.
 pub fn check(cgroup: Option<&Path>, pins: &Path) -> Vec<Finding> {
     vec![
         kernel_version(),
@@ -98,11 +99,11 @@ fn programs() -> Finding {
     }
 }
 
-/// The first line of a text and its last. Between them the verifier tells its whole way through the program.
+/// Returns the first and the last line of a verifier log. The lines between them trace the verifier's whole path.
 fn ends(text: &str) -> String {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let first = lines.next().unwrap_or_default();
-    // After what it objects to it says how much work that was.
+    // The verifier's statistics follow its last error.
     let work = ["processed ", "stack depth ", "verification time "];
     match lines.rfind(|line| !work.iter().any(|word| line.starts_with(word))) {
         Some(last) => format!("{first} … {last}"),
@@ -131,7 +132,7 @@ fn kernel_version() -> Finding {
     }
 }
 
-/// Whether this process may do what it has to.
+/// Checks that this process has the required capabilities.
 pub fn capabilities() -> Finding {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status

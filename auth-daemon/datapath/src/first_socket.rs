@@ -1,4 +1,4 @@
-//! What the kernel tells of sockets in namespaces that no pod is known by.
+//! Events for the first sockets in netns that belong to no enrolled pod.
 
 use std::{
     io,
@@ -10,7 +10,7 @@ use aya::maps::{MapData, RingBuf};
 
 use super::{events::Events, kernel::monotonic_nanoseconds};
 
-/// The kernel's events, on the runtime that it was made on.
+/// Stream of the events, registered with the runtime that created it.
 pub struct FirstSockets(Events);
 
 impl FirstSockets {
@@ -18,8 +18,8 @@ impl FirstSockets {
         Ok(Self(Events::new(ring)?))
     }
 
-    /// Waits for events and hands over each: the namespace's cookie, and when the socket was made. Dropped while it waits,
-    /// it has lost none.
+    /// Waits for events and passes each to `take`: the cookie of the netns, and the time when the socket was created.
+    /// Cancel-safe: no event is lost.
     pub async fn next(&mut self, mut take: impl FnMut(u64, Instant)) -> io::Result<()> {
         self.0
             .next(parse, |event| {

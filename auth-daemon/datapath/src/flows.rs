@@ -1,6 +1,7 @@
-//! The sockets of connections that the kernel carries: between pods of this node, and from callers without the mesh to
-//! pods that take plaintext. They are found in their namespaces, the first by what the programs keep with them (sock_diag
-//! with socket storage, Linux 5.7), and ended there (SOCK_DESTROY, Linux 4.5).
+//! Finds and ends the connections that the kernel carries without the daemon: those between pods of this node, and
+//! those from callers outside the mesh to pods that accept plaintext. Connections are found in their netns, the former
+//! by the socket storage of the eBPF programs (sock_diag with socket storage, Linux 5.7), and are ended there
+//! (SOCK_DESTROY, Linux 4.5).
 
 use std::{
     collections::HashSet,
@@ -19,7 +20,7 @@ use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_
 
 use super::Netns;
 
-// The kernel's sock_diag.h and inet_diag.h.
+// From the kernel's sock_diag.h and inet_diag.h.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 const INET_DIAG_REQ_SK_BPF_STORAGES: u16 = 2;
@@ -27,21 +28,21 @@ const SK_DIAG_BPF_STORAGE_REQ_MAP_FD: u16 = 1;
 const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
 const SK_DIAG_BPF_STORAGE: u16 = 1;
 const SK_DIAG_BPF_STORAGE_MAP_VALUE: u16 = 3;
-/// A netlink message's header, in bytes.
+/// Size of a netlink message's header, in bytes.
 const HEADER: usize = 16;
-/// `struct inet_diag_req_v2`, in bytes.
+/// Size of `struct inet_diag_req_v2`, in bytes.
 const REQUEST: usize = 56;
-/// `struct inet_diag_sockid`, in bytes, with the socket's cookie.
+/// Size of `struct inet_diag_sockid`, including the socket's cookie, in bytes.
 const SOCKET_ID: usize = 48;
-/// `struct inet_diag_msg`, in bytes: family, state, two more, the socket's id, and numbers.
+/// Size of `struct inet_diag_msg`, in bytes: family, state, two other fields, the socket's id, and counters.
 const ANSWER: usize = 72;
 const LISTEN: u32 = 1 << 10;
 const TIME_WAIT: u32 = 1 << 6;
-/// All states of TCP but LISTEN and TIME_WAIT, which carry nothing.
+/// All TCP states except LISTEN and TIME_WAIT, which carry no data.
 const STATES: u32 = 0xfff & !LISTEN & !TIME_WAIT;
 
-/// Ends the connections in `netns` whose storage in `flows` (the FLOWS map) meets the condition: both ends get a RST.
-/// Returns how many.
+/// Ends the connections in `netns` whose entry in `flows` (the FLOWS map) meets `condition`. Both ends get a RST.
+/// Returns the number of ended connections.
 pub(super) fn end(
     netns: &Netns,
     flows: &MapData,
@@ -69,8 +70,8 @@ pub(super) fn end(
     })?
 }
 
-/// Ends the connections that apps in `netns` have accepted and whose own and peer's address meet the condition. Returns how
-/// many.
+/// Ends the connections that apps in `netns` have accepted and whose local and peer address meet `condition`. Returns
+/// the number of ended connections.
 pub(super) fn end_accepted(
     netns: &Netns,
     condition: &dyn Fn(SocketAddr, SocketAddr) -> bool,
@@ -99,13 +100,13 @@ pub(super) fn end_accepted(
     })?
 }
 
-/// Returns how many there still were.
+/// Returns the number of sockets that still existed.
 fn destroy_all(family: u8, found: Vec<[u8; SOCKET_ID]>) -> io::Result<usize> {
     let mut ended = 0;
     for id in found {
         match destroy(family, id) {
             Ok(()) => ended += 1,
-            // It has ended by itself.
+            // The connection has ended by itself.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) => return Err(error),
         }
@@ -120,7 +121,7 @@ fn open() -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Hands over what the kernel says of each TCP socket of the thread's namespace in one of `states`.
+/// Passes the kernel's answer for each TCP socket in the current netns that is in one of `states` to `take`.
 fn list(family: u8, states: u32, attributes: &[u8], mut take: impl FnMut(&[u8])) -> io::Result<()> {
     let socket = open()?;
     let request = request(
@@ -160,7 +161,7 @@ fn destroy(family: u8, id: [u8; SOCKET_ID]) -> io::Result<()> {
     }
 }
 
-/// A `struct nlmsghdr`, a `struct inet_diag_req_v2` and attributes.
+/// Encodes a `struct nlmsghdr`, a `struct inet_diag_req_v2` and attributes.
 fn request(
     (kind, flags): (u16, u16),
     family: u8,
@@ -170,7 +171,7 @@ fn request(
 ) -> Vec<u8> {
     let length = HEADER + REQUEST + attributes.len();
     let mut bytes = Vec::with_capacity(length);
-    // A request is a few dozen bytes.
+    // The cast cannot truncate, because a request is a few dozen bytes.
     bytes.extend((length as u32).to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());
     bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
@@ -188,7 +189,7 @@ fn emitted(attribute: &DefaultNla) -> Vec<u8> {
     bytes
 }
 
-/// The id of a socket, its own address and its peer's.
+/// Extracts the id, the local and the peer address of a socket.
 fn ends(answer: &[u8]) -> Option<([u8; SOCKET_ID], SocketAddr, SocketAddr)> {
     let id: [u8; SOCKET_ID] = *answer.get(4..)?.first_chunk()?;
     let family = i32::from(*answer.first()?);
@@ -203,7 +204,7 @@ fn ends(answer: &[u8]) -> Option<([u8; SOCKET_ID], SocketAddr, SocketAddr)> {
     Some((id, address(0, 4)?, address(2, 20)?))
 }
 
-/// The id of a socket and what the FLOWS map has for it, if it has.
+/// Extracts the id of a socket and its entry in the FLOWS map. `None` if it has no entry.
 fn socket_with_flow(answer: &[u8]) -> Option<([u8; SOCKET_ID], Flow)> {
     let id = *answer.get(4..)?.first_chunk()?;
     let storages = attribute(answer.get(ANSWER..)?, INET_DIAG_SK_BPF_STORAGES)?;
@@ -212,7 +213,7 @@ fn socket_with_flow(answer: &[u8]) -> Option<([u8; SOCKET_ID], Flow)> {
     if value.len() < size_of::<Flow>() {
         return None;
     }
-    // SAFETY: as many bytes as it has, of which every pattern is one.
+    // SAFETY: `value` has at least as many bytes as a `Flow`, and every bit pattern is a valid `Flow`.
     Some((id, unsafe {
         value.as_ptr().cast::<Flow>().read_unaligned()
     }))
@@ -225,7 +226,7 @@ fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     found.into_inner().get(4..length)
 }
 
-/// What a `struct nlmsgerr` says.
+/// Extracts the result from a `struct nlmsgerr`.
 fn outcome(payload: &[u8]) -> io::Result<()> {
     let code = payload
         .first_chunk()

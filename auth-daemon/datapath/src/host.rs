@@ -1,12 +1,13 @@
-//! Whether a daemon that runs in a pod has its node in sight: what a manifest leaves out is named at the start, before the
-//! node's pods find out.
+//! Checks whether a daemon that runs in a pod can see its node, so that omissions in its manifest are reported at the
+//! start, before they affect the node's pods.
 
 use std::{fs, io, os::unix::fs::MetadataExt, path::Path, process};
 
-/// What the daemon's own pod lacks to serve its node; `cgroup` is where it would attach. Nothing, where all is there.
+/// Returns what the daemon's own pod lacks to serve its node. Empty if nothing is missing. `cgroup` is where the daemon
+/// would attach.
 pub fn blind_spots(cgroup: &Path) -> Vec<String> {
     let mut faults = Vec::new();
-    // In the container's own process namespace the first process is one of the container's.
+    // In the container's own PID namespace, process 1 belongs to the container.
     let mounts = |process: &str| Some(fs::metadata(format!("/proc/{process}/ns/mnt")).ok()?.ino());
     if process::id() == 1 || mounts("1").is_some_and(|first| mounts("self") == Some(first)) {
         faults.push(
@@ -24,12 +25,13 @@ pub fn blind_spots(cgroup: &Path) -> Vec<String> {
     faults
 }
 
-/// Whether this process is in `cgroup` itself, and that is no root that all processes of a node may be in.
+/// Whether this process is in `cgroup` itself and `cgroup` is not a root, which may contain any process of the node.
 fn is_own(cgroup: &Path) -> io::Result<bool> {
     let own = process::id().to_string();
     let members = fs::read_to_string(cgroup.join("cgroup.procs"))?;
     let is_member = members.lines().any(|process| process == own);
-    // The root has none. Beside version 1, processes may be left in whatever stands for it.
+    // Only the root has no cgroup.events. In hybrid mode with cgroup v1, processes may stay in whatever cgroup serves
+    // as the root.
     let is_root = !cgroup.join("cgroup.events").exists();
     let hierarchies = fs::read_to_string("/proc/self/cgroup")?.lines().count();
     Ok(is_member && !is_root && hierarchies == 1)

@@ -1,8 +1,8 @@
-//! Programs, maps and pins.
+//! The eBPF programs, their maps and their pins.
 //!
-//! Everything is pinned below one folder, so that it works on when the daemon does not: captured connects are then
-//! refused, and pods refuse what comes. The next daemon adopts the maps with what they hold, attaches its own programs
-//! beside the old ones, and only then lets the old ones go: no connect slips through in between.
+//! Everything is pinned below one folder, so that it stays in force while the daemon is down: captured connects are
+//! then refused, and pods refuse inbound connections. The next daemon adopts the maps with their content, attaches its
+//! own programs beside the old ones, and only then detaches the old ones. No connect escapes the capture in between.
 
 use std::{
     collections::HashMap,
@@ -32,7 +32,7 @@ use ipnet::IpNet;
 
 use super::{FirstSockets, Netns, PinLock, SameNode};
 
-/// The compiled programs.
+/// The compiled eBPF programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF_OBJECT"));
 
 const MAPS: [&str; 16] = [
@@ -64,12 +64,12 @@ const CGROUP_PROGRAMS: [&str; 6] = [
 const SOCK_OPS_PROGRAM: &str = "established";
 const SOCK_PROGRAM: &str = "first_socket";
 const INBOUND_PROGRAM: &str = "inbound";
-/// A link goes by its program's name, with this while the old one is still there.
+/// Suffix of a new link's pin while the old link is still pinned. A link's pin has the name of its program.
 const NEW: &str = "new";
-/// Pending entries older than this belong to connections that nobody will accept, in nanoseconds.
+/// Age in nanoseconds from which a pending entry is stale, because no daemon will accept its connection.
 const PENDING_LIFE_NANOSECONDS: u64 = 60_000_000_000;
 
-/// Why the kernel's side cannot be set up.
+/// Why the kernel side cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// Another daemon is running, or is being unloaded.
@@ -77,45 +77,45 @@ pub enum KernelError {
         "another auth-daemon holds {0}: one runs per node; stop it first, or give this one another kernel.pins"
     )]
     Locked(PathBuf),
-    /// A pin could not be made, read or removed.
+    /// A pin could not be created, read or removed.
     #[error("{path}: {error}")]
     Pin {
-        /// The pin.
+        /// Path of the pin.
         path: PathBuf,
-        /// What happened.
+        /// Underlying error.
         error: io::Error,
     },
-    /// A map refused.
+    /// A map operation failed.
     #[error("map {map}: {error}")]
     Map {
-        /// Its name.
+        /// Name of the map.
         map: &'static str,
-        /// What happened.
+        /// Underlying error.
         error: MapError,
     },
-    /// The kernel refused the programs or maps.
+    /// The kernel rejected the programs or maps.
     #[error("cannot load the eBPF programs: {0}; `auth-daemon check` says what this kernel lacks")]
     Load(#[from] aya::EbpfError),
-    /// The kernel refused one program.
+    /// The kernel rejected one program.
     #[error(
         "this kernel refuses the eBPF program {program}, which needs {}: {error}",
         needs(program)
     )]
     Program {
-        /// Its name.
+        /// Name of the program.
         program: String,
-        /// What happened.
+        /// Underlying error.
         error: ProgramError,
     },
-    /// A link could not be taken over.
+    /// A link could not be replaced.
     #[error("eBPF link {program}: {error}")]
     Link {
-        /// Its program.
+        /// Name of the program.
         program: String,
-        /// What happened.
+        /// Underlying error.
         error: LinkError,
     },
-    /// The embedded object is not the one that this code was written for.
+    /// The embedded object does not match this code.
     #[error("the embedded eBPF object lacks {0}; rebuild with `cargo xtask build-ebpf`")]
     Missing(String),
 }
@@ -132,7 +132,7 @@ pub struct Kernel {
     first_sockets: Mutex<Option<RingBuf<MapData>>>,
     /// Connections between two pods of this node.
     pub same_node: SameNode,
-    /// `None`: let go of.
+    /// `None` after [`Kernel::release`].
     lock: Mutex<Option<PinLock>>,
 }
 
@@ -141,18 +141,18 @@ struct SkLookupProgram(Ebpf);
 struct InboundEntries {
     modes: BpfHashMap<MapData, Address, u32>,
     tunnels: SockHash<MapData, Address>,
-    /// What the maps hold: the listener's file descriptor, or [`NO_LISTENER`], and the mode.
+    /// Content of the maps: the listener's file descriptor, or [`NO_LISTENER`], and the mode.
     entries: HashMap<Address, (RawFd, Inbound)>,
 }
 
-/// In place of a listener: of the entry for all other addresses.
+/// Stands for a missing listener, in the entry that applies to all other addresses.
 const NO_LISTENER: RawFd = -1;
-/// Of those that a daemon before this one left: they are set anew, whatever they are.
+/// Marks an entry left behind by a previous daemon. Such entries are always rewritten.
 const LEFT: RawFd = -2;
 
 struct Mesh {
     map: LpmTrie<MapData, Address, u32>,
-    /// What the map holds.
+    /// Content of the map.
     entries: HashMap<(Address, u32), u32>,
 }
 
@@ -179,9 +179,9 @@ impl Mesh {
 }
 
 impl Kernel {
-    /// Loads the programs, adopts or makes the maps, and attaches to `cgroup`.
+    /// Loads the programs, adopts or creates the maps, and attaches to `cgroup`.
     ///
-    /// Pods enrolled by a daemon before this one stay enrolled: see [`Kernel::enrolled`].
+    /// Pods enrolled by a previous daemon stay enrolled: see [`Kernel::enrolled`].
     pub fn load(lock: PinLock, cgroup: &Path) -> Result<Self, KernelError> {
         let pins = lock.folder().join(LAYOUT);
         let maps = pins.join("maps");
@@ -210,7 +210,7 @@ impl Kernel {
             .map_err(map_error("MESH"))?;
         let mut pending: BpfHashMap<_, SocketKey, Dialled> =
             BpfHashMap::try_from(take_map(&mut ebpf, "PENDING")?).map_err(map_error("PENDING"))?;
-        // Nobody accepted these while the daemon was away, and nobody will.
+        // No daemon accepted these connections while none was running, and none will.
         let stale: Vec<_> = pending.keys().flatten().collect();
         for key in stale {
             let _ = pending.remove(&key);
@@ -221,7 +221,7 @@ impl Kernel {
             SockHash::try_from(take_map(&mut ebpf, "TUNNELS")?).map_err(map_error("TUNNELS"))?;
         let modes: BpfHashMap<_, Address, u32> =
             BpfHashMap::try_from(take_map(&mut ebpf, "INBOUND")?).map_err(map_error("INBOUND"))?;
-        // All to be written anew: the listeners are, and the mode may be another one.
+        // All entries are rewritten, because the listeners are new and the mode may have changed.
         let left: HashMap<_, _> = modes
             .keys()
             .flatten()
@@ -231,7 +231,7 @@ impl Kernel {
         let same_node = SameNode::new(&mut ebpf)?;
         let first_sockets = RingBuf::try_from(take_map(&mut ebpf, "FIRST_SOCKETS")?)
             .map_err(map_error("FIRST_SOCKETS"))?;
-        // All of them before any is attached: where the kernel refuses one, nothing has changed.
+        // Load all programs before any is attached, so that nothing has changed if the kernel rejects one.
         for name in programs() {
             load_program(&mut ebpf, name)?;
         }
@@ -257,27 +257,27 @@ impl Kernel {
         })
     }
 
-    /// Whether another daemon waits for this one to let go of the pins.
+    /// Whether another daemon waits for this one to release the pins.
     pub fn is_awaited(&self) -> bool {
         lock(&self.lock).as_ref().is_some_and(PinLock::is_awaited)
     }
 
-    /// Lets go of the pins: from now on they are another daemon's.
+    /// Releases the pins to another daemon.
     pub fn release(&self) {
         lock(&self.lock).take();
     }
 
-    /// Whether the pins are another daemon's.
+    /// Whether the pins have been released to another daemon.
     pub fn is_released(&self) -> bool {
         lock(&self.lock).is_none()
     }
 
-    /// Netns cookies of the pods that are enrolled, with their entries; those of a daemon before this one, too.
+    /// Netns cookies and entries of all enrolled pods, including those of a previous daemon.
     pub fn enrolled(&self) -> Vec<(u64, Pod)> {
         lock(&self.pods).iter().flatten().collect()
     }
 
-    /// Makes the mesh's addresses and networks what `wanted` says, changing only what differs.
+    /// Sets the mesh's addresses and networks to `wanted`. Writes only the differences.
     pub fn set_mesh(&self, wanted: &HashMap<IpNet, MeshKind>) -> Result<(), KernelError> {
         let wanted: HashMap<(Address, u32), u32> = wanted
             .iter()
@@ -299,7 +299,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// Changes what some of the mesh's addresses are; `None`: none of the mesh's.
+    /// Changes the kind of some mesh addresses. `None` removes the address from the mesh.
     pub fn change_mesh(
         &self,
         changes: impl Iterator<Item = (IpNet, Option<MeshKind>)>,
@@ -314,8 +314,8 @@ impl Kernel {
         Ok(())
     }
 
-    /// Makes what pods' addresses admit what `wanted` says: each address leads to its listener, by its mode. An address that
-    /// is in nobody's hands leads nowhere, and `others` says who passes there.
+    /// Sets the inbound entries of pod addresses to `wanted`: the listener and the mode of each address. An address
+    /// without an entry of its own has no listener, and `others` is its mode.
     pub fn set_inbound(
         &self,
         wanted: &HashMap<IpAddr, (&TcpListener, Inbound)>,
@@ -359,7 +359,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// Runs the inbound program in `netns`, in place of the one that a daemon before this one left there.
+    /// Attaches the inbound program to `netns`, replacing the one that a previous daemon attached.
     pub fn attach_inbound(&self, netns: &Netns) -> Result<(), KernelError> {
         let mut inbound = lock(&self.inbound);
         let program: &mut SkLookup = program(&mut inbound.0, INBOUND_PROGRAM)?;
@@ -376,29 +376,28 @@ impl Kernel {
         )
     }
 
-    /// Starts to capture the connections of the pod in the namespace with `cookie`.
+    /// Starts capturing the connections of the pod whose netns has `cookie`.
     pub fn capture(&self, cookie: u64, pod: &Pod) -> Result<(), KernelError> {
         lock(&self.pods)
             .insert(cookie, pod, 0)
             .map_err(map_error("PODS"))
     }
 
-    /// Undoes [`Kernel::capture`] and [`Kernel::attach_inbound`]. What is gone already is no error.
+    /// Undoes [`Kernel::capture`] and [`Kernel::attach_inbound`]. It is not an error if they are already undone.
     pub fn forget(&self, cookie: u64) {
         let _ = lock(&self.pods).remove(&cookie);
         let _ = fs::remove_file(self.pins.join("pods").join(cookie.to_string()));
     }
 
-    /// Keeps a socket of the daemon's from being captured. `kind` is [`auth_common::DIAL`] or
-    /// [`auth_common::DELIVERY`].
+    /// Exempts a socket of the daemon from capture. `kind` is [`auth_common::DIAL`] or [`auth_common::DELIVERY`].
     pub fn exempt(&self, socket: &socket2::Socket, kind: u32) -> Result<(), KernelError> {
         lock(&self.bypass)
             .insert(socket, kind, 0)
             .map_err(map_error("BYPASS"))
     }
 
-    /// What the connection from `client`, in the namespace with `cookie`, was dialling; forgets it. `None` if it was
-    /// not captured.
+    /// Takes the destination that the connection from `client`, in the netns with `cookie`, dialled. `None` if the
+    /// connection was not captured.
     pub fn take_dialled(&self, cookie: u64, client: SocketAddr) -> Option<SocketAddr> {
         let key = SocketKey {
             netns_cookie: cookie,
@@ -412,7 +411,7 @@ impl Kernel {
         Some(socket_address(dialled.address, dialled.port))
     }
 
-    /// Removes pending connections that nobody will accept any more.
+    /// Removes stale pending connections.
     pub fn sweep_pending(&self) {
         let now = monotonic_nanoseconds();
         let mut pending = lock(&self.pending);
@@ -429,13 +428,14 @@ impl Kernel {
         }
     }
 
-    /// Sockets in namespaces that are no enrolled pod's, those made while no daemon ran first. There is one reader.
+    /// Events for sockets in netns of no enrolled pod, starting with those created while no daemon was running. There
+    /// is only one reader.
     pub fn first_sockets(&self) -> io::Result<FirstSockets> {
         let ring = lock(&self.first_sockets).take();
         FirstSockets::new(ring.ok_or_else(|| io::Error::other("they are being read already"))?)
     }
 
-    /// How many mesh addresses, pending connections and pods the maps hold.
+    /// Number of mesh addresses, pending connections and pods in the maps.
     pub fn occupancy(&self) -> (usize, usize, usize) {
         (
             lock(&self.mesh).entries.len(),
@@ -445,7 +445,7 @@ impl Kernel {
     }
 }
 
-/// Loads and verifies the programs without attaching or pinning any, then drops them. Gives what the kernel refused.
+/// Loads and verifies the programs without attaching or pinning them, then drops them. Returns the kernel's errors.
 pub fn try_load() -> Vec<KernelError> {
     let mut ebpf = match EbpfLoader::new().load(OBJECT) {
         Ok(ebpf) => ebpf,
@@ -471,7 +471,7 @@ fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
     loaded.map_err(program_error(name))
 }
 
-/// What a program asks of the kernel, the youngest of it.
+/// The newest kernel feature that a program needs.
 fn needs(program: &str) -> &'static str {
     match program {
         INBOUND_PROGRAM => "ingress_ifindex in sk_lookup, which came with Linux 5.17",
@@ -481,7 +481,7 @@ fn needs(program: &str) -> &'static str {
     }
 }
 
-/// Entries of the pods map that is pinned below `folder`, if one is.
+/// Entries of the PODS map that is pinned below `folder`. Empty if none is pinned.
 pub(super) fn pinned_pods(folder: &Path) -> Vec<(u64, Pod)> {
     let path = folder.join(LAYOUT).join("maps/PODS");
     let Ok(map) = MapData::from_pin(path) else {
@@ -521,7 +521,7 @@ fn attach_to_cgroup(ebpf: &mut Ebpf, name: &str, cgroup: &File) -> Result<FdLink
     link.try_into().map_err(link_error(name))
 }
 
-/// Pins `link` as `name` in `folder`; the link that was pinned there works until the new one does.
+/// Pins `link` as `name` in `folder`. The link that was pinned there stays attached until it is replaced.
 fn replace_pin(folder: &Path, name: &str, link: FdLink) -> Result<(), KernelError> {
     let (path, draft) = (folder.join(name), folder.join(format!("{name}-{NEW}")));
     let pin = |path: &Path, error| KernelError::Pin {
@@ -529,13 +529,13 @@ fn replace_pin(folder: &Path, name: &str, link: FdLink) -> Result<(), KernelErro
         error,
     };
     if draft.exists() {
-        // Left by a daemon that died between the two steps below.
+        // Left behind by a daemon that died between the two steps below.
         fs::remove_file(&draft).map_err(|error| pin(&draft, error))?;
     }
     let _pinned: PinnedLink = link
         .pin(&draft)
         .map_err(|error| pin(&draft, io::Error::other(error)))?;
-    // bpffs renames over an existing pin, which drops the old link.
+    // A rename on bpffs replaces an existing pin, which drops the old link.
     fs::rename(&draft, &path).map_err(|error| pin(&path, error))
 }
 
@@ -572,11 +572,11 @@ fn link_error(program: &str) -> impl Fn(LinkError) -> KernelError {
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What these guard are handles: a panic elsewhere leaves none half written.
+    // The mutexes guard handles, so a panic elsewhere cannot leave one half-written.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// `address` as the maps have it.
+/// Converts `address` to the maps' format.
 pub(super) fn wire_address(address: IpAddr) -> Address {
     match address.to_canonical() {
         IpAddr::V4(v4) => mapped(v4.octets()),
@@ -584,7 +584,7 @@ pub(super) fn wire_address(address: IpAddr) -> Address {
     }
 }
 
-/// What the maps have as an address and a port.
+/// Converts an address and a port from the maps' format.
 pub(super) fn socket_address(address: Address, port: u32) -> SocketAddr {
     SocketAddr::new(IpAddr::from(address).to_canonical(), port as u16)
 }

@@ -1,4 +1,4 @@
-//! The kernel's side, as the daemon handles it: programs, maps and pins; pods' network namespaces and the sockets and
+//! The daemon's interface to the kernel: programs, maps and pins; the network namespaces of pods, and the sockets and
 //! routes inside them.
 
 mod containers;

@@ -1,4 +1,4 @@
-//! Finds, and where it must makes, the file systems that the kernel's side needs.
+//! Finds the file systems that the kernel side needs, and mounts them if necessary.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ use nix::{
 const BPFFS: &str = "/sys/fs/bpf";
 const SYSCTLS: &str = "/proc/sys";
 
-/// The cgroup v2 mount: `configured`, or the first one in /proc/mounts.
+/// Returns the cgroup v2 mount point: `configured`, or the first one in /proc/mounts.
 pub fn cgroup_root(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
     if let Some(path) = configured {
         let kind = statfs(path).with_context(|| format!("kernel.cgroup: {}", path.display()))?;
@@ -44,8 +44,8 @@ pub fn cgroup_root(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
         )
 }
 
-/// Lets the daemon change the sysctls of the pods' namespaces: a container sees them read-only at first. Only its own view
-/// of them changes.
+/// Makes the sysctls of the pods' netns writable for the daemon, because a container initially sees them read-only.
+/// Only changes the daemon's own view.
 pub fn ensure_sysctls() -> anyhow::Result<()> {
     let flags = statvfs(SYSCTLS).context(SYSCTLS)?.flags();
     if !flags.contains(FsFlags::ST_RDONLY) {
@@ -63,7 +63,7 @@ pub fn ensure_sysctls() -> anyhow::Result<()> {
     })
 }
 
-/// Makes sure that `pins` can lie on a bpf file system, mounting one on /sys/fs/bpf if nothing is there.
+/// Ensures that `pins` is on a bpf file system. Mounts one on /sys/fs/bpf if nothing is mounted there.
 pub fn ensure_bpffs(pins: &Path) -> anyhow::Result<()> {
     if is_bpffs(pins) {
         return Ok(());
@@ -86,7 +86,7 @@ pub fn ensure_bpffs(pins: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether `path`, or the nearest folder above it that exists, is on a bpf file system.
+/// Whether `path`, or its nearest existing ancestor, is on a bpf file system.
 pub fn is_bpffs(path: &Path) -> bool {
     path.ancestors()
         .find_map(|folder| statfs(folder).ok())

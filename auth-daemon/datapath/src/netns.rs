@@ -1,4 +1,4 @@
-//! Network namespaces: entering one on the current thread, and telling one from another.
+//! Network namespaces: identifying them, and entering one on the current thread.
 
 use std::{
     fs::File,
@@ -15,30 +15,30 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use socket2::{Domain, Socket, Type};
 
-/// A network namespace, held by a file descriptor.
+/// A network namespace (netns), held by a file descriptor.
 #[derive(Debug)]
 pub struct Netns {
     file: File,
     cookie: u64,
     inode: u64,
     path: PathBuf,
-    /// Whether the path is the namespace's name. Else it only tells people which one it is.
+    /// Whether the path is the name of the netns. Otherwise it is only for display.
     is_named: bool,
 }
 
 impl Netns {
-    /// Opens the namespace that `path` names: a mount such as /run/netns/x, or /proc/PID/ns/net.
+    /// Opens the netns at `path`: a mount such as /run/netns/x, or /proc/PID/ns/net.
     pub fn open(path: &Path) -> io::Result<Self> {
         Self::new(File::open(path)?, Some(path.to_owned()))
     }
 
-    /// The namespace that `file` is, which has no name.
+    /// Creates a netns without a name from `file`.
     pub(super) fn nameless(file: File) -> io::Result<Self> {
         Self::new(file, None)
     }
 
     fn new(file: File, name: Option<PathBuf>) -> io::Result<Self> {
-        // Anything else would give its inode number for a namespace's, and fail later and stranger.
+        // The inode number of any other file would be taken for a netns, and lead to confusing errors later.
         if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -51,14 +51,14 @@ impl Netns {
             cookie: 0,
             inode,
             is_named: name.is_some(),
-            // As namespaces(7) has it.
+            // The format of namespaces(7).
             path: name.unwrap_or_else(|| format!("net:[{inode}]").into()),
         };
         netns.cookie = netns.enter(read_cookie)??;
         Ok(netns)
     }
 
-    /// One that only has a cookie.
+    /// Creates a netns that only has a cookie.
     #[cfg(test)]
     pub(crate) fn imagined(cookie: u64) -> Self {
         Self {
@@ -70,35 +70,36 @@ impl Netns {
         }
     }
 
-    /// The kernel's name for it, as the programs see it (SO_NETNS_COOKIE, Linux 5.14). Never used again.
+    /// The kernel's number for the netns, as seen by the eBPF programs (SO_NETNS_COOKIE, Linux 5.14). Never reused.
     pub fn cookie(&self) -> u64 {
         self.cookie
     }
 
-    /// Where it was found, or, where it has no name, which one it is.
+    /// The path where it was found, or a description if it has no name.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its number among the namespaces that there are, and no other's for as long as it is held.
+    /// Its inode number, which is unique among all netns while this one is held.
     pub(super) fn inode(&self) -> u64 {
         self.inode
     }
 
-    /// Whether its name is another namespace's by now. A path that names none says nothing of the pod: the process that
-    /// it went by may have ended while others of the pod live on.
+    /// Whether its path now leads to another netns. A path that leads to none is no evidence: the process that it
+    /// referred to may have exited while others of the pod live on.
     pub fn is_replaced(&self) -> bool {
         self.is_named
             && std::fs::metadata(&self.path).is_ok_and(|metadata| metadata.ino() != self.inode)
     }
 
-    /// Whether this is the daemon's own namespace, or that of the machine's first process: a node's, never a pod's.
+    /// Whether this is the daemon's own netns or that of the machine's first process, which belong to the node and
+    /// never to a pod.
     pub fn is_the_nodes(&self) -> bool {
         the_nodes().contains(&self.inode)
     }
 
-    /// Its first address of each family that reaches further than one link, on an interface that is up. What a pod may
-    /// set itself, if it has the capability: nothing to know it by.
+    /// The first address of each family with more than link scope, on an interface that is up. A pod with the
+    /// capability can set its own addresses, so they do not identify it.
     pub fn own_addresses(&self) -> io::Result<Vec<IpAddr>> {
         let interfaces = self.enter(nix::ifaddrs::getifaddrs)??;
         let addresses = interfaces
@@ -124,7 +125,7 @@ impl Netns {
         Ok(first_v4.into_iter().chain(first_v6).collect())
     }
 
-    /// Runs `action` on this thread inside the namespace. `action` must not start threads.
+    /// Runs `action` on the current thread inside the netns. `action` must not start threads.
     pub fn enter<T>(&self, action: impl FnOnce() -> T) -> io::Result<T> {
         let home = home()?;
         setns(&self.file, CloneFlags::CLONE_NEWNET)?;
@@ -139,7 +140,7 @@ impl AsFd for Netns {
     }
 }
 
-/// The inodes of the namespaces that are the node's: the daemon's own, and the machine's first process's.
+/// Inode numbers of the node's netns: the daemon's own, and that of the machine's first process.
 pub(super) fn the_nodes() -> Vec<u64> {
     ["/proc/self/ns/net", "/proc/1/ns/net"]
         .into_iter()
@@ -147,13 +148,13 @@ pub(super) fn the_nodes() -> Vec<u64> {
         .collect()
 }
 
-/// Brings the thread home, also when the action panics.
+/// Returns the thread to the daemon's netns, even if the action panics.
 struct Back(&'static File);
 
 impl Drop for Back {
     fn drop(&mut self) {
         if let Err(error) = setns(self.0, CloneFlags::CLONE_NEWNET) {
-            // Every socket that this thread made from here on would be some pod's.
+            // Every further socket of this thread would belong to the pod's netns.
             eprintln!("cannot return to the daemon's network namespace: {error}; aborting");
             std::process::abort();
         }
@@ -169,7 +170,7 @@ fn home() -> io::Result<&'static File> {
     Ok(HOME.get_or_init(|| file))
 }
 
-/// The cookie of the namespace that this thread is in.
+/// Cookie of the current thread's netns.
 fn read_cookie() -> io::Result<u64> {
     let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
     let mut cookie = 0_u64;
@@ -190,7 +191,7 @@ fn read_cookie() -> io::Result<u64> {
     Ok(cookie)
 }
 
-/// Every network namespace that a process is in or a mount holds, once each.
+/// All netns that are held by a process or a mount, each once.
 pub(super) fn all() -> Vec<Netns> {
     let mut seen = std::collections::HashSet::new();
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

@@ -1,6 +1,6 @@
-//! Looks for the network namespaces of the pods that only their UIDs tell of: often while one is not found, at once when
-//! the kernel tells of a socket in a namespace that nobody knows, and now and then in any case, for a sandbox may have
-//! been made anew.
+//! Discovers the network namespaces of pods that are identified only by their UIDs. Scans frequently while a pod is not
+//! found, immediately after the kernel reports a socket in an unknown netns, and periodically in any case, because a
+//! sandbox may have been recreated.
 
 use std::{
     collections::HashMap,
@@ -14,56 +14,56 @@ use tokio::task::JoinHandle;
 use crate::{EnrolError, FirstSockets, Kernel, Netns, NetnsLocation, PodUid, Scan, find};
 use auth_mesh::{ObjectName, Workload};
 
-/// Until the next look after one that left a pod unfound, doubled each time. A sandbox is there some hundred milliseconds
-/// before its app is.
+/// Pause before the next scan after one that did not find a pod. Doubles each time. A sandbox exists some hundred
+/// milliseconds before its app.
 const FIRST: Duration = Duration::from_millis(20);
-/// And at most.
+/// Maximum pause between scans while a pod is not found.
 const MOST: Duration = Duration::from_secs(1);
-/// Between looks when all are found.
+/// Pause between scans when all pods are found.
 const SLOW: Duration = Duration::from_secs(10);
-/// Likewise, when the kernel tells of a namespace: it may be the new sandbox of a pod that is found.
+/// The same, if the kernel has reported a netns: it may be the new sandbox of a pod that is found.
 const TOLD: Duration = Duration::from_secs(1);
-/// A look is followed by so many times the processor's time that it took.
+/// Idle time after a scan, as a multiple of the CPU time the scan used.
 const REST: u32 = 4;
-/// How long one look may take.
+/// Maximum duration of one scan.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Namespaces whose first socket is remembered.
+/// Maximum number of netns whose first socket is remembered.
 const REMEMBERED: usize = 4096;
 
-/// The search, on the control plane's runtime. It reads /proc on threads of its own.
+/// The discovery, on the control plane's runtime. Reads /proc on separate threads.
 pub struct NetnsDiscovery {
     sockets: Option<FirstSockets>,
-    /// Cookies of the node's own namespaces, whose sockets say nothing.
+    /// Cookies of the node's own netns, whose sockets are ignored.
     nodes: Vec<u64>,
     first_sockets: HashMap<u64, Instant>,
     sought: HashMap<PodUid, Sought>,
     schedule: Schedule,
     look: Option<JoinHandle<io::Result<Scan>>>,
-    /// Whether that one is for all pods, or only for those that are not found.
+    /// Whether the current scan covers all pods, or only those that are not found.
     is_full: bool,
     last: Last,
 }
 
 struct Sought {
-    /// One, unless two objects say that they are the same pod.
+    /// Pods with this UID. More than one only if several objects claim the same UID.
     pods: Vec<ObjectName>,
     since: Instant,
     found: Option<NetnsLocation>,
 }
 
-/// What came of the last look.
+/// Result of the last scan.
 enum Last {
-    /// There was none.
+    /// No scan has run yet.
     None,
     Done {
-        /// Whether any process is a pod's.
+        /// Whether any process belongs to a pod.
         pods_seen: bool,
     },
     Failed(String),
 }
 
 impl Sought {
-    /// The namespace that its processes are in, whoever else's are.
+    /// The netns of the pod's processes, even if it is shared.
     fn netns(&self) -> Option<&Arc<Netns>> {
         match &self.found {
             Some(NetnsLocation::In(netns) | NetnsLocation::Shared(netns, _)) => Some(netns),
@@ -73,7 +73,7 @@ impl Sought {
 }
 
 impl NetnsDiscovery {
-    /// Seeks nothing yet. Called once, within the control runtime.
+    /// Creates a discovery that searches for no pod. Call it once, within the control plane's runtime.
     pub fn new(kernel: &Kernel) -> Self {
         let sockets = kernel.first_sockets().map_err(|error| {
             tracing::error!(%error, "cannot hear of new pods from the kernel; they are found a little later");
@@ -92,7 +92,7 @@ impl NetnsDiscovery {
         }
     }
 
-    /// Seeks these from now on, and no others. Those that have namespaces with a name are passed over.
+    /// Sets the pods to search for. Skips those whose object names their netns.
     pub fn want<'a>(&mut self, workloads: impl Iterator<Item = &'a Workload>) {
         for sought in self.sought.values_mut() {
             sought.pods.clear();
@@ -115,7 +115,7 @@ impl NetnsDiscovery {
         self.sought.retain(|_, sought| !sought.pods.is_empty());
     }
 
-    /// The namespace of a pod that is sought, or why it is not known.
+    /// Returns the netns of a pod, or why it is not known.
     pub fn netns(&self, workload: &Workload) -> Result<Arc<Netns>, EnrolError> {
         let pod = workload.name.clone();
         let uid: PodUid = workload.uid.parse().map_err(|error| EnrolError::NoNetns {
@@ -170,35 +170,35 @@ impl NetnsDiscovery {
         }
     }
 
-    /// The namespace of the pod that another one's processes are in, too.
+    /// Cookie of the pod's netns, if processes of another pod are in it too.
     pub fn shared(&self, workload: &Workload) -> Option<u64> {
         let uid = workload.uid.parse().ok()?;
         let sought = self.sought.get(&uid)?;
         match &sought.found {
             Some(NetnsLocation::Shared(netns, _)) => Some(netns.cookie()),
-            // Two objects say that they are the pod in it.
+            // Two objects claim to be the pod in it.
             Some(NetnsLocation::In(netns)) if sought.pods.len() > 1 => Some(netns.cookie()),
             _ => None,
         }
     }
 
-    /// Whether all namespaces of pods that have processes are known. While that is not so, one that a daemon before this
-    /// one knew may be any pod's.
+    /// Whether the netns of every pod with processes is known. Until then, a netns that a previous daemon enrolled may
+    /// belong to any pod.
     pub fn knows_all(&self) -> bool {
         let hidden = |sought: &Sought| matches!(sought.found, Some(NetnsLocation::Hidden { .. }));
         self.sought.is_empty()
             || matches!(self.last, Last::Done { .. }) && !self.sought.values().any(hidden)
     }
 
-    /// How long `workload`, whose namespace this is, has been making sockets unserved: since the kernel told of the first
-    /// one, or, if that was later, since the pod is known. `None` when it has made none.
+    /// How long `workload`, whose netns has `cookie`, has been creating sockets without being served: since the kernel
+    /// reported the first one, or since the pod is known, whichever is later. `None` if no socket was reported.
     pub fn unserved(&mut self, workload: &Workload, cookie: u64) -> Option<Duration> {
         let first = self.first_sockets.remove(&cookie)?;
         let sought = self.sought.get(&workload.uid.parse().ok()?)?;
         Some(sought.since.max(first).elapsed())
     }
 
-    /// Looks once, if there is anything to look for.
+    /// Runs one scan, if there are pods to search for.
     pub async fn look(&mut self) {
         if self.sought.is_empty() {
             return;
@@ -208,7 +208,7 @@ impl NetnsDiscovery {
         self.take(done);
     }
 
-    /// Looks when it is time to, and returns when that has changed anything. Dropped while it waits, it has lost nothing.
+    /// Runs scans when they are due, and returns when one has changed a result. Cancel-safe.
     pub async fn changed(&mut self) {
         loop {
             let due = self.schedule.due(self.is_missing());
@@ -247,10 +247,10 @@ impl NetnsDiscovery {
         self.look = Some(tokio::task::spawn_blocking(move || find(&sought, LIMIT)));
     }
 
-    /// Takes what a look has shown. Returns whether that is any news.
+    /// Applies the result of a scan. Returns whether anything changed.
     fn take(&mut self, done: io::Result<Scan>) -> bool {
         self.look = None;
-        // One that failed may have taken as long as it could.
+        // A failed scan may have used up its time limit.
         let effort = done.as_ref().map_or(LIMIT, |scan| scan.effort);
         self.schedule.ended(Instant::now(), effort);
         let mut scan = match done {
@@ -287,14 +287,14 @@ impl NetnsDiscovery {
             sought.found = now;
             let cookie = sought.netns().map(|netns| netns.cookie());
             if cookie.is_some_and(|cookie| held.get(&cookie).is_some_and(|owner| owner != uid)) {
-                // One look at both is to tell whose it is.
+                // Only a scan of both pods can tell whose netns it is.
                 self.schedule.doubt();
             }
         }
         news
     }
 
-    /// The kernel has told of a socket in the namespace with `cookie`.
+    /// Handles the kernel's report of a socket in the netns with `cookie`.
     fn told(&mut self, cookie: u64, at: Instant) {
         let known = |sought: &Sought| matches!(&sought.found, Some(NetnsLocation::In(netns)) if netns.cookie() == cookie);
         if self.nodes.contains(&cookie) || self.sought.values().any(known) {
@@ -302,7 +302,7 @@ impl NetnsDiscovery {
         }
         self.schedule.told();
         if self.first_sockets.len() >= REMEMBERED {
-            // They are for the log only, and of most nobody will ever ask.
+            // The entries are only used for logging, and most are never read.
             self.first_sockets.clear();
         }
         self.first_sockets.entry(cookie).or_insert(at);
@@ -332,8 +332,9 @@ async fn hear(
     }
 }
 
-/// What is known of a pod that was `before`, after a look that has shown `seen`. A namespace that was found is the pod's
-/// until another one is found: between two containers there may be no process, or none that can be seen.
+/// Returns a pod's new location, given its previous one and the one that a scan has `seen`. A netns that was found
+/// stays the pod's until another one is found, because between two containers there may be no process, or none that can
+/// be inspected.
 fn after(before: Option<&NetnsLocation>, seen: Option<NetnsLocation>) -> Option<NetnsLocation> {
     match (before, seen) {
         (_, Some(found @ (NetnsLocation::In(_) | NetnsLocation::Shared(..)))) => Some(found),
@@ -359,21 +360,21 @@ fn is_same(one: Option<&NetnsLocation>, other: Option<&NetnsLocation>) -> bool {
     }
 }
 
-/// When to look.
+/// Decides when to scan.
 #[derive(Debug, Default)]
 struct Schedule {
-    /// When the last look ended, and how much effort it was.
+    /// When the last scan ended, and how much CPU time it used.
     last: Option<(Instant, Duration)>,
-    /// Looks since something was new.
+    /// Number of scans since the last news.
     looks: u32,
-    /// Whether the kernel has told of anything since the last look began.
+    /// Whether the kernel has reported a netns since the last scan started.
     told: bool,
-    /// When the last look for all pods began; none, when one is due.
+    /// When the last scan of all pods started. `None` if one is due now.
     full: Option<Instant>,
 }
 
 impl Schedule {
-    /// There is a pod that was not looked for before.
+    /// Call when a new pod is to be searched for.
     fn news(&mut self) {
         self.looks = 0;
     }
@@ -383,12 +384,12 @@ impl Schedule {
         self.looks = 0;
     }
 
-    /// What was found may be another pod's, too.
+    /// Call when a netns that was found may belong to another pod too.
     fn doubt(&mut self) {
         self.full = None;
     }
 
-    /// Returns whether the look that begins is for all pods.
+    /// Call when a scan starts. Returns whether it covers all pods.
     fn begun(&mut self, now: Instant, missing: bool) -> bool {
         self.told = false;
         let is_full = !missing || self.full.is_none_or(|full| now - full >= SLOW);
@@ -403,7 +404,8 @@ impl Schedule {
         self.looks = self.looks.saturating_add(1);
     }
 
-    /// When to look next, given whether a pod is not found; `None` for at once.
+    /// Time of the next scan, where `missing` tells whether any pod is not found. `None` if no scan has run yet, so
+    /// that one is due now.
     fn due(&self, missing: bool) -> Option<Instant> {
         let (ended, effort) = self.last?;
         let pause = match (missing, self.told) {
@@ -439,7 +441,7 @@ mod tests {
         let expected = [20, 40, 80, 160, 320, 640, 1000, 1000, 1000];
         assert_eq!(pauses, expected.map(MS));
         assert_eq!(schedule.due(false), Some(now + SLOW));
-        // Another pod is waited for: from the beginning.
+        // A new pod to wait for: the pauses start again.
         schedule.news();
         assert_eq!(schedule.due(true), Some(now + FIRST));
     }
@@ -455,7 +457,7 @@ mod tests {
         schedule.told();
         assert_eq!(schedule.due(true), Some(now + MS(8)), "but for the rest");
         assert_eq!(schedule.due(false), Some(now + TOLD));
-        // Told while a look is under way: that one may have come too early.
+        // A report during a scan, which may have started too early to find the netns.
         schedule.begun(now, true);
         schedule.told();
         schedule.ended(now, MS(2));

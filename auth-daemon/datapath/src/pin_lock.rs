@@ -1,4 +1,4 @@
-//! Whose the pins are: one daemon's at a time, and who comes next.
+//! Lock on the pins, which belong to one daemon at a time. Also determines the next holder.
 
 use std::{
     fs::{self, File},
@@ -10,10 +10,10 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::KernelError;
 
-/// Below the pins: locked by who waits for the lock on them.
+/// Folder below the pins that is locked by the daemon that waits for them.
 const SUCCESSOR: &str = "successor";
 
-/// Shows that this process alone handles the pins in a folder. The kernel drops it with the process.
+/// Exclusive lock on the pins in a folder. The kernel releases it when the process exits.
 #[derive(Debug)]
 pub struct PinLock {
     _lock: Flock<File>,
@@ -21,7 +21,7 @@ pub struct PinLock {
 }
 
 impl PinLock {
-    /// Takes the lock on `pins`, making the folder if there is none.
+    /// Takes the lock on `pins`. Creates the folder if it does not exist.
     pub fn take(pins: &Path) -> Result<Self, KernelError> {
         let pin = |error| KernelError::Pin {
             path: pins.to_owned(),
@@ -39,8 +39,8 @@ impl PinLock {
         }
     }
 
-    /// Takes the lock on `pins` when whoever holds it lets go, which the end of its process does, too. Blocks until then. Of
-    /// several that wait, one is the successor.
+    /// Waits until the holder of the lock on `pins` releases it or exits, and takes it. Blocks the thread. If several
+    /// processes wait, one of them is the successor.
     pub fn wait(pins: &Path) -> Result<Self, KernelError> {
         let pin = |error| KernelError::Pin {
             path: pins.to_owned(),
@@ -55,7 +55,7 @@ impl PinLock {
             let _successor = lock(&pins.join(SUCCESSOR))?;
             let lock = lock(pins)?;
             let inode = lock.metadata().map_err(pin)?.ino();
-            // Who held it may have removed the folder: then it is another one that counts.
+            // The previous holder may have removed the folder. The lock must then be taken on the new one.
             if fs::metadata(pins).is_ok_and(|folder| folder.ino() == inode) {
                 return Ok(Self {
                     _lock: lock,
@@ -74,7 +74,7 @@ impl PinLock {
         matches!(taken, Err((_, nix::errno::Errno::EWOULDBLOCK)))
     }
 
-    /// The folder that is locked.
+    /// Path of the locked folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -120,7 +120,7 @@ mod tests {
         while !held.is_awaited() {
             thread::yield_now();
         }
-        // As the removal of all that is pinned does.
+        // As `unload` does.
         fs::remove_dir_all(&pins).unwrap();
         drop(held);
         let _held = next.join().unwrap();

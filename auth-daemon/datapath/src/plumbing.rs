@@ -1,9 +1,11 @@
-//! What lets the daemon speak from a client's address inside the server pod's netns, without a netfilter rule.
+//! Routes and sysctls that let the daemon connect from a client's address inside the server pod's netns, without
+//! netfilter rules.
 //!
-//! A connection to the pod's app is made from the client's address with a mark. The app's replies go to that address,
-//! which is not the pod's; they inherit the mark (`tcp_fwmark_accept` for connections, `fwmark_reflect` for the RSTs and
-//! ICMP errors that the kernel answers without one), and a rule sends what is marked to the loopback, where the
-//! daemon's socket waits. Marks end at the namespace's border: nothing from outside carries one.
+//! The daemon connects to the pod's app from the client's address, with a firewall mark. The app replies to that
+//! address, which is not the pod's own. The replies inherit the mark: through `tcp_fwmark_accept` for connections, and
+//! through `fwmark_reflect` for the RSTs and ICMP errors that the kernel sends without a connection. A rule routes
+//! marked packets to the loopback, where the daemon's socket is. Marks do not cross the border of a netns, so nothing
+//! from outside carries one.
 
 use std::{fs, io};
 
@@ -20,7 +22,7 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use super::Netns;
 
-/// Switched on in each pod's netns. The order is kept in pinned maps: append only.
+/// Sysctls switched on in each pod's netns. Their order is stored in pinned maps: only append.
 const SYSCTLS: [&str; 3] = [
     "/proc/sys/net/ipv4/tcp_fwmark_accept",
     "/proc/sys/net/ipv4/fwmark_reflect",
@@ -29,7 +31,7 @@ const SYSCTLS: [&str; 3] = [
 const RULE_PREFERENCE: u32 = 100;
 const LOOPBACK_INDEX: u32 = 1;
 
-/// Sets it up in `netns`. Done twice, it is done once. Returns which sysctls were switched on, for [`tear_down`].
+/// Sets up `netns`. Idempotent. Returns a bit mask of the sysctls that were switched on, for [`tear_down`].
 pub(super) fn set_up(netns: &Netns) -> io::Result<u32> {
     netns.enter(|| {
         let mut switched_on = 0;
@@ -41,7 +43,7 @@ pub(super) fn set_up(netns: &Netns) -> io::Result<u32> {
                     switched_on |= 1 << bit;
                 }
                 Ok(_) => {}
-                // A kernel without IPv6.
+                // The kernel has no IPv6.
                 Err(error) if error.kind() == io::ErrorKind::NotFound && path.contains("ipv6") => {}
                 Err(error) => return Err(named(error)),
             }
@@ -56,7 +58,7 @@ pub(super) fn set_up(netns: &Netns) -> io::Result<u32> {
             ] {
                 match netlink.request(message, flags) {
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                    // Without IPv6, or with it switched off in this namespace, nothing there needs it.
+                    // Without IPv6, or with IPv6 disabled in this netns, it is not needed.
                     Err(error) if family == AddressFamily::Inet6 && lacks_ipv6(&error) => {}
                     result => result?,
                 }
@@ -66,7 +68,7 @@ pub(super) fn set_up(netns: &Netns) -> io::Result<u32> {
     })?
 }
 
-/// Undoes [`set_up`] in `netns`. What is gone already is no error.
+/// Undoes [`set_up`] in `netns`. It is not an error if it is already undone.
 pub(super) fn tear_down(netns: &Netns, switched_on: u32) -> io::Result<()> {
     netns.enter(|| {
         for (bit, path) in SYSCTLS.into_iter().enumerate() {
@@ -100,7 +102,7 @@ pub(super) fn tear_down(netns: &Netns, switched_on: u32) -> io::Result<()> {
     })?
 }
 
-/// Asks for the route rules of both families, which a kernel without policy routing refuses.
+/// Lists the routing rules of both families. A kernel without policy routing returns an error.
 pub(super) fn list_rules() -> io::Result<()> {
     for (family, name) in [
         (AddressFamily::Inet, "IPv4"),
@@ -165,7 +167,7 @@ fn mark_rule(family: AddressFamily) -> RuleMessage {
     message
 }
 
-/// A route netlink socket of the namespace it was opened in.
+/// A route netlink socket of the netns in which it was opened.
 struct Netlink {
     socket: Socket,
     sequence: u32,

@@ -1,4 +1,4 @@
-//! Takes a pod's network namespace into the mesh in the kernel's eyes, and out again.
+//! Enrols a pod's network namespace in the kernel side of the mesh, and removes it.
 
 use std::{
     collections::HashSet,
@@ -19,101 +19,101 @@ use auth_mesh::{ObjectName, Workload};
 /// Why a pod could not be enrolled.
 #[derive(Debug, thiserror::Error)]
 pub enum EnrolError {
-    /// Nothing says where its namespace is.
+    /// Nothing identifies the pod's netns.
     #[error(
         "pod {pod}: nothing names its network namespace: metadata.uid {uid:?} {error}, and it has no annotation auth-daemon.io/netns"
     )]
     NoNetns {
         /// The pod.
         pod: ObjectName,
-        /// What its object has as its UID.
+        /// Value of `metadata.uid`.
         uid: String,
-        /// What is wrong with that.
+        /// Why it does not identify a pod.
         error: NoPodUid,
     },
-    /// None of its processes is to be found, so that its namespace is not either.
+    /// None of the pod's processes was found, so its netns is unknown.
     #[error("pod {pod}: {why}")]
     NoProcess {
         /// The pod.
         pod: ObjectName,
-        /// What was seen.
+        /// What the scan found instead.
         why: String,
     },
-    /// Its processes are in another pod's namespace, or another pod's are in its own.
+    /// The pod's processes share a netns with those of another pod.
     #[error(
         "pod {pod}: its processes are in one network namespace with those of pod {other}: neither is believed, and both are refused; do their runtime or their privileges let them?"
     )]
     Shared {
         /// The pod.
         pod: ObjectName,
-        /// The other one, or its UID.
+        /// Name of the other pod, or its UID.
         other: String,
     },
-    /// Its processes may not be looked at.
+    /// The daemon lacks permission to inspect the pod's processes.
     #[error(
         "pod {pod}: cannot open the network namespace of its process {pid}: {error}; the daemon needs CAP_SYS_PTRACE and CAP_SYS_ADMIN"
     )]
     Hidden {
         /// The pod.
         pod: ObjectName,
-        /// The process.
+        /// ID of the process.
         pid: u32,
-        /// What happened.
+        /// Underlying error.
         error: Arc<io::Error>,
     },
-    /// Its namespace cannot be opened.
+    /// The pod's netns cannot be opened.
     #[error("pod {pod}: cannot open its network namespace {path}: {error}; was the pod deleted?")]
     Netns {
         /// The pod.
         pod: ObjectName,
-        /// What its object names.
+        /// Path in the pod's annotation.
         path: PathBuf,
-        /// What happened.
+        /// Underlying error.
         error: io::Error,
     },
-    /// What it names is the node's.
+    /// The pod's annotation names the node's netns.
     #[error(
         "pod {pod}: {path} is the node's own network namespace, not a pod's; is the annotation out of date?"
     )]
     NodesOwn {
         /// The pod.
         pod: ObjectName,
-        /// What its object names.
+        /// Path in the pod's annotation.
         path: PathBuf,
     },
-    /// What it names is another pod's.
+    /// The pod's annotation names another pod's netns.
     #[error(
         "pod {pod}: {path} is the network namespace of pod {other}; one of the two objects is wrong"
     )]
     Taken {
         /// The pod.
         pod: ObjectName,
-        /// What its object names.
+        /// Path in the pod's annotation.
         path: PathBuf,
-        /// Whose it is.
+        /// Pod that the netns belongs to.
         other: ObjectName,
     },
-    /// Its listeners, routes or rules could not be made.
+    /// The pod's listeners, routes or rules could not be set up.
     #[error("pod {pod}: {what}: {error}")]
     Setup {
         /// The pod.
         pod: ObjectName,
-        /// What was being made.
+        /// The step that failed.
         what: &'static str,
-        /// What happened.
+        /// Underlying error.
         error: io::Error,
     },
-    /// A map or program refused.
+    /// A map or program operation failed.
     #[error("pod {pod}: {error}")]
     Kernel {
         /// The pod.
         pod: ObjectName,
-        /// What happened.
+        /// Underlying error.
         error: Box<KernelError>,
     },
 }
 
-/// Opens the network namespace at `path`, which `pod`'s object names. A node's own is refused.
+/// Opens the netns at `path`, which `pod`'s object names. Fails if it is a netns of the node.
 pub fn open_netns(pod: &ObjectName, path: &Path) -> Result<Netns, EnrolError> {
     let path = path.to_owned();
     match Netns::open(&path) {
@@ -133,22 +133,23 @@ pub fn open_netns(pod: &ObjectName, path: &Path) -> Result<Netns, EnrolError> {
 /// A pod whose connections go through the daemon.
 #[derive(Clone, Debug)]
 pub struct Enrolled {
-    /// Its network namespace.
+    /// The pod's netns.
     pub netns: Arc<Netns>,
-    /// Set when they are known: a pod may talk before its object has them.
+    /// Addresses from the pod's object. Set later if the pod communicates before its object has them.
     addresses: OnceLock<Vec<IpAddr>>,
-    /// Until then: what the namespace itself has, for the pod's own eyes. Nobody else believes it.
+    /// Addresses found in the netns, shown to the pod itself until its object has some. They are trusted for nothing
+    /// else, because a pod can set its own addresses.
     own_addresses: Vec<IpAddr>,
-    /// Which sysctls [`plumbing`] switched on.
+    /// Bit mask of the sysctls that [`plumbing`] switched on.
     switched_on: u32,
 }
 
 impl Enrolled {
-    /// Enrols `workload`, which lives in `netns`: its connections come to the returned listeners from here on. What comes
-    /// for it is refused until [`Kernel::set_inbound`] leads it to the tunnel listener.
+    /// Enrols `workload`, whose netns is `netns`. From now on the returned listeners receive its connections. Inbound
+    /// connections are refused until [`Kernel::set_inbound`] directs them to the tunnel listener.
     ///
-    /// A pod in which the daemon cannot work is left refused in both directions, for the next attempt or for
-    /// [`forget_others`]: it never talks plainly for want of a port or a route.
+    /// A pod that cannot be served is left refused in both directions, until the next attempt or [`forget_others`]. It
+    /// never communicates in plaintext because a port or a route is missing.
     pub fn new(
         kernel: &Kernel,
         workload: &Workload,
@@ -171,7 +172,7 @@ impl Enrolled {
             addresses: known(workload),
             own_addresses: own_addresses(workload, &netns),
             netns,
-            // A daemon before this one may have switched some on already, and knew what they were.
+            // A previous daemon may have switched on some of them, and stored which.
             switched_on: prepared.as_ref().map_or(0, |bits| *bits)
                 | before.map_or(0, |before| before.switched_on),
         };
@@ -193,7 +194,7 @@ impl Enrolled {
         Ok((enrolled, listeners?))
     }
 
-    /// The same namespace, now `workload`'s: it never leaves the kernel's hands.
+    /// Assigns the same netns to `workload`. The kernel keeps capturing its connections throughout.
     pub fn hand_over(&self, kernel: &Kernel, workload: &Workload) -> Result<Self, EnrolError> {
         let enrolled = Self {
             addresses: known(workload),
@@ -209,7 +210,7 @@ impl Enrolled {
         Ok(enrolled)
     }
 
-    /// The pod's addresses, most preferred first; none while its object has none.
+    /// The pod's addresses, most preferred first. Empty while its object has none.
     pub fn addresses(&self) -> &[IpAddr] {
         self.addresses.get().map_or(&[], Vec::as_slice)
     }
@@ -219,20 +220,20 @@ impl Enrolled {
         first_like(self.addresses(), address.is_ipv4())
     }
 
-    /// Gives a pod that had no addresses those that its object has now. Its connections go on.
+    /// Sets the addresses of a pod whose object had none before. Existing connections continue.
     pub fn learn_addresses(
         &self,
         kernel: &Kernel,
         addresses: &[IpAddr],
     ) -> Result<(), KernelError> {
         kernel.capture(self.netns.cookie(), &self.entry_with(addresses))?;
-        // Whoever was first has read the same object.
+        // If another thread set them first, it read the same object.
         let _ = self.addresses.set(addresses.to_vec());
         Ok(())
     }
 
-    /// Ends the connections that its apps have accepted and whose own and peer's address meet the condition. Returns how
-    /// many.
+    /// Ends the connections that the pod's apps have accepted, if `condition` accepts the local and the peer address.
+    /// Returns their number.
     pub fn end_accepted(
         &self,
         condition: impl Fn(SocketAddr, SocketAddr) -> bool,
@@ -240,7 +241,8 @@ impl Enrolled {
         flows::end_accepted(&self.netns, &condition)
     }
 
-    /// Leaves the pod refused in both directions: its connects are, and what comes for it finds no listener of its own.
+    /// Refuses the pod in both directions: its connects are refused, and inbound connections find no listener of their
+    /// own.
     pub fn refuse(&self, kernel: &Kernel) {
         let entry = Pod {
             refused: 1,
@@ -251,8 +253,8 @@ impl Enrolled {
         }
     }
 
-    /// Takes the pod out of the mesh; its listeners are closed by their owner. What fails is logged: the pod may be
-    /// gone already.
+    /// Removes the pod from the mesh. The owner of its listeners closes them. Errors are logged, because the pod may
+    /// already be gone.
     pub fn remove(&self, kernel: &Kernel) {
         kernel.forget(self.netns.cookie());
         if let Err(error) = plumbing::tear_down(&self.netns, self.switched_on) {
@@ -286,7 +288,7 @@ fn known(workload: &Workload) -> OnceLock<Vec<IpAddr>> {
     }
 }
 
-/// Those of the namespace, where the object has none.
+/// Addresses found in the netns. Empty if the pod's object has addresses.
 fn own_addresses(workload: &Workload, netns: &Netns) -> Vec<IpAddr> {
     if !workload.addresses.is_empty() {
         return Vec::new();
@@ -302,8 +304,8 @@ fn first_like(addresses: &[IpAddr], v4: bool) -> Option<IpAddr> {
     addresses.find(|address| address.is_ipv4() == v4).copied()
 }
 
-/// Forgets pods whose namespaces are not among `kept`: those that a daemon before this one enrolled, and those that could
-/// not be served and are not wanted any more.
+/// Removes pods whose netns are not in `kept`: those that a previous daemon enrolled, and those that could not be
+/// served and are no longer wanted.
 pub fn forget_others(kernel: &Kernel, kept: &HashSet<u64>) {
     let others: Vec<_> = kernel
         .enrolled()

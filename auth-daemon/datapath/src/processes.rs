@@ -57,10 +57,10 @@ pub struct Scan {
     pub effort: Duration,
 }
 
-/// Looks for the processes of the pods in `sought`, and for their namespaces; each may come with the one that it was found
-/// in before. Two pods are found out to share one only if both are sought.
+/// Scans for the processes of the pods in `sought`, and their netns. Each pod may come with the netns in which it was
+/// found before. A netns shared by two pods is detected only if both are sought.
 ///
-/// Keeps a processor busy for some twenty milliseconds with each thousand processes, and takes `limit` at most.
+/// Uses about 20 ms of CPU time per 1,000 processes, and takes at most `limit`.
 pub fn find(sought: &HashMap<PodUid, Option<Arc<Netns>>>, limit: Duration) -> io::Result<Scan> {
     let before = processor_time();
     let mut scan = find_in(Path::new("/proc"), sought, limit)?;
@@ -68,15 +68,15 @@ pub fn find(sought: &HashMap<PodUid, Option<Arc<Netns>>>, limit: Duration) -> io
     Ok(scan)
 }
 
-/// A pod's process in a namespace that is not the node's.
+/// A pod's process in a netns other than the node's.
 #[derive(Clone, Debug)]
 struct Process {
     pid: u32,
-    /// When it began, in clock ticks since boot (proc_pid_stat(5)).
+    /// Start time, in clock ticks since boot (proc_pid_stat(5)).
     start: u64,
-    /// Its container's cgroup.
+    /// Name of its container's cgroup.
     container: String,
-    /// Its network namespace's inode.
+    /// Inode number of its netns.
     netns: u64,
 }
 
@@ -86,12 +86,12 @@ impl Process {
     }
 }
 
-/// The process that tells which namespace is the pod's: one of those that `processes`, all of one pod, are in.
+/// Returns the process whose netns is the pod's, from `processes`, which all belong to one pod.
 ///
-/// A runtime starts each container's first process in the sandbox's namespace; what the container does afterwards, to
-/// unshare or to run containers of its own, it does in younger processes. So the oldest process of each container has a
-/// voice; where two namespaces have as many, the one with the oldest process of all counts, which is the sandbox's own. A
-/// process that did not die with its sandbox is outvoted by the containers of the new one.
+/// A runtime starts the first process of each container in the sandbox's netns. If the container later unshares its
+/// netns or runs containers of its own, it does so in younger processes. Therefore only the oldest process of each
+/// container votes. If two netns have the same number of votes, the one with the oldest process wins, because that is
+/// the sandbox's own. A process that survived its sandbox is outvoted by the containers of the new sandbox.
 fn spokesman(processes: &[Process]) -> Option<&Process> {
     let mut firsts: BTreeMap<&str, &Process> = BTreeMap::new();
     for process in processes {
@@ -118,7 +118,7 @@ fn spokesman(processes: &[Process]) -> Option<&Process> {
         .map(|(_, oldest)| oldest)
 }
 
-/// What this thread has used.
+/// CPU time that the current thread has used.
 fn processor_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
@@ -134,7 +134,7 @@ fn find_in(
     let nodes = the_nodes();
     let mut scan = Scan::default();
     let mut processes: HashMap<PodUid, Vec<Process>> = HashMap::new();
-    // Held until the end: a namespace that is held keeps its inode.
+    // Kept open until the end, because a netns keeps its inode number only while it is held.
     let mut files: HashMap<u64, File> = HashMap::new();
     let mut buffer = Vec::new();
     let processes_folder = File::open(proc)?;
@@ -151,7 +151,7 @@ fn find_in(
             ));
         }
         scan.processes += 1;
-        // Most are nobody's that is sought: to those, no more than this.
+        // Most processes belong to no sought pod, so this is all that is read of them.
         let Ok(cgroups) = read_at(&processes_folder, &format!("{pid}/cgroup"), &mut buffer) else {
             continue;
         };
@@ -184,7 +184,7 @@ fn find_in(
     Ok(scan)
 }
 
-/// Decides on the pods whose `processes` were seen.
+/// Determines the location of each pod in `processes`.
 fn settle(
     scan: &mut Scan,
     processes: &HashMap<PodUid, Vec<Process>>,
@@ -227,18 +227,18 @@ fn settle(
     }
 }
 
-/// A process's folder in /proc. It stays that process's: when the process has ended nothing can be opened in it any more,
-/// whoever has its number then.
+/// A process's folder in /proc. It refers to that process only: after the process has exited, nothing can be opened in
+/// it, even if its PID is reused.
 struct Folder(OwnedFd);
 
 impl Folder {
-    /// `None` when the process has ended.
+    /// Returns `None` if the process has exited.
     fn open(path: &Path) -> Option<Self> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         nix::fcntl::open(path, flags, Mode::empty()).ok().map(Self)
     }
 
-    /// Whose it is, see [`container`]. A process that has ended is nobody's.
+    /// Returns the pod of the process, see [`container`]. `None` if the process has exited.
     fn container(
         &self,
         around: &HashSet<PodUid>,
@@ -249,7 +249,7 @@ impl Folder {
         Some((pod, name.to_owned()))
     }
 
-    /// Opens the namespace of the process, if it is `pod`'s. `None` when it has ended, or is not.
+    /// Opens the netns of the process. `None` if the process has exited or does not belong to `pod`.
     fn look(
         &self,
         pid: u32,
@@ -272,7 +272,7 @@ impl Folder {
             Err(error) if has_ended(&error) => return Ok(None),
             Err(error) => return Err(error),
         };
-        // It was the pod's process all the while, and so the namespace is one that it has been in.
+        // The process belonged to the pod throughout, so the netns is one that it has been in.
         if self.container(around, buffer) != before {
             return Ok(None);
         }
@@ -291,7 +291,7 @@ fn open_at(folder: &impl AsFd, name: &str) -> io::Result<OwnedFd> {
     Ok(openat(folder, name, flags, Mode::empty())?)
 }
 
-/// What stands in a file of a process. Names in there may be no text, and are not the kubelet's then.
+/// Reads a file of a process. Names in it may be invalid UTF-8, but those never come from the kubelet.
 fn read_at<'a>(
     folder: &impl AsFd,
     name: &str,
@@ -300,7 +300,7 @@ fn read_at<'a>(
     let file = open_at(folder, name)?;
     buffer.resize(MAX_FILE_BYTES, 0);
     let mut length = 0;
-    // Not by way of `File`, which asks for the size first: these have none.
+    // Avoids `File`, which queries the size first: these files report none.
     while length < MAX_FILE_BYTES {
         match nix::unistd::read(&file, &mut buffer[length..])? {
             0 => break,
@@ -310,13 +310,13 @@ fn read_at<'a>(
     Ok(String::from_utf8_lossy(&buffer[..length]))
 }
 
-/// Of a process that has ended, or is about to, nothing is there.
+/// Whether the error means that the process has exited or is about to.
 fn has_ended(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
-/// The time in /proc/PID/stat at which the process began: field 22 (proc_pid_stat(5)). The second field is the program's
-/// name in parentheses, and may hold anything.
+/// Extracts the start time of a process from /proc/PID/stat: field 22 (proc_pid_stat(5)). The second field is the
+/// program's name in parentheses, which may contain any character.
 fn started(stat: &str) -> io::Result<u64> {
     let fields = stat.rsplit_once(')').map(|(_, fields)| fields);
     fields
@@ -324,7 +324,7 @@ fn started(stat: &str) -> io::Result<u64> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "stat: no time of start"))
 }
 
-/// A path has 4095 bytes at most, and cgroup v1 no more than a dozen hierarchies.
+/// Maximum number of bytes to read. A path has at most 4095 bytes, and cgroup v1 has at most a dozen hierarchies.
 const MAX_FILE_BYTES: usize = 64 << 10;
 
 #[cfg(test)]
@@ -371,7 +371,7 @@ mod tests {
         for (processes, expected) in [
             (vec![], None),
             (vec![pause.clone()], Some(SANDBOX)),
-            // An app that unshares, at once or in many children.
+            // An app that unshares its netns, once or in many children.
             (vec![process("app", 20, OWN), pause.clone()], Some(SANDBOX)),
             (
                 (0..50)
@@ -380,7 +380,7 @@ mod tests {
                     .collect(),
                 Some(SANDBOX),
             ),
-            // Two that do, each for itself.
+            // Two apps that unshare, each on its own.
             (
                 vec![
                     process("app", 20, OWN),
@@ -389,7 +389,7 @@ mod tests {
                 ],
                 Some(SANDBOX),
             ),
-            // Without a process of the sandbox's own, as with CRI-O.
+            // No process of the sandbox's own, as with CRI-O.
             (
                 vec![
                     process("app", 20, SANDBOX),
@@ -398,7 +398,7 @@ mod tests {
                 ],
                 Some(SANDBOX),
             ),
-            // The sandbox was made anew, and one process of the old one does not die.
+            // The sandbox was recreated, and one process of the old sandbox survived.
             (
                 vec![
                     process("old", 5, OWN),
@@ -450,7 +450,7 @@ mod tests {
     }
 
     proptest! {
-        /// In whatever order they are seen, and whoever else is there beside the sandbox and its containers.
+        /// In any order of the processes, and with any other processes beside the sandbox and its containers.
         #[test]
         fn younger_processes_have_no_voice(
             mut processes in prop::collection::vec(

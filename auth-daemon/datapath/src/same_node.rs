@@ -1,5 +1,5 @@
-//! The maps of connections between two pods of this node: verdicts and their lease, what is on its way, and how each end
-//! closed.
+//! Maps for connections between two pods of this node: verdicts and their lease, connections that are being
+//! established, and events for closed connections.
 
 use std::{io, net::SocketAddr, sync::Mutex, time::Duration};
 
@@ -21,7 +21,7 @@ use super::{
     },
 };
 
-/// Verdicts, and what came of them.
+/// Access to the maps of same-node connections.
 pub struct SameNode {
     verdicts: Mutex<BpfHashMap<MapData, SocketKey, Verdict>>,
     admitted: Mutex<BpfHashMap<MapData, FourTuple, Admitted>>,
@@ -31,18 +31,18 @@ pub struct SameNode {
     events: Mutex<Option<RingBuf<MapData>>>,
 }
 
-/// A verdict: the client in this namespace may go to this endpoint when it dials that.
+/// A verdict: the client in one netns may connect directly to `endpoint` when it dials `dialled`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// Cookie of the client's namespace.
+    /// Cookie of the client's netns.
     pub client_cookie: u64,
-    /// What it dials.
+    /// Address that the client dials.
     pub dialled: SocketAddr,
-    /// Where that leads.
+    /// Endpoint that the connection is directed to.
     pub endpoint: SocketAddr,
-    /// Cookie of the server's namespace.
+    /// Cookie of the server's netns.
     pub server_cookie: u64,
-    /// Its name, never used again.
+    /// Identifies the verdict. Never reused.
     pub id: u64,
 }
 
@@ -70,7 +70,7 @@ impl SameNode {
         })
     }
 
-    /// Lets such connections stay in the kernel from now on, for as long as the lease holds.
+    /// Adds a verdict. Matching connections stay in the kernel for as long as the lease is valid.
     pub fn grant(&self, grant: &Grant) -> Result<(), KernelError> {
         let verdict = Verdict {
             endpoint: wire_address(grant.endpoint.ip()),
@@ -84,8 +84,8 @@ impl SameNode {
             .map_err(map_error("VERDICTS"))
     }
 
-    /// Takes verdicts back, each by its client's cookie and what it dials, and with them the connections that are on
-    /// their way.
+    /// Removes verdicts, each identified by its client's cookie and the dialled address, together with their
+    /// connections that are being established.
     pub fn withdraw(&self, verdicts: &[(u64, SocketAddr)]) {
         let mut map = lock(&self.verdicts);
         for (cookie, dialled) in verdicts {
@@ -95,7 +95,7 @@ impl SameNode {
         self.sweep();
     }
 
-    /// All verdicts, those of a daemon before this one too.
+    /// All verdicts, including those of a previous daemon.
     pub fn granted(&self) -> Vec<Grant> {
         lock(&self.verdicts)
             .iter()
@@ -110,7 +110,7 @@ impl SameNode {
             .collect()
     }
 
-    /// Forgets connections on their way whose verdict is gone.
+    /// Removes connections that are being established and whose verdict no longer exists.
     fn sweep(&self) {
         let verdicts = lock(&self.verdicts);
         let mut admitted = lock(&self.admitted);
@@ -135,12 +135,12 @@ impl SameNode {
         }
     }
 
-    /// Lets verdicts hold for [`LEASE_NANOSECONDS`] from now on.
+    /// Renews the lease: verdicts stay valid for [`LEASE_NANOSECONDS`] from now.
     pub fn renew_lease(&self) -> Result<(), KernelError> {
         self.lease_until(monotonic_nanoseconds() + LEASE_NANOSECONDS)
     }
 
-    /// Lets none hold.
+    /// Ends the lease, so that no verdict is valid.
     pub fn end_lease(&self) -> Result<(), KernelError> {
         self.lease_until(0)
     }
@@ -151,16 +151,17 @@ impl SameNode {
             .map_err(map_error("LEASE"))
     }
 
-    /// How connections closed, those that closed while no daemon ran first. There is one reader.
+    /// Events for closed connections, starting with those that closed while no daemon was running. There is only one
+    /// reader.
     pub fn closed(&self) -> io::Result<ClosedEvents> {
         let ring = lock(&self.events).take();
         let ring = ring.ok_or_else(|| io::Error::other("the events are being read already"))?;
         Ok(ClosedEvents(Events::new(ring)?))
     }
 
-    /// Ends the connections that the kernel carries, one of whose ends is in `netns`, and whose verdict, client's cookie
-    /// and server's cookie meet the condition. The app of that end gets ECONNABORTED, the other one ECONNRESET. Returns
-    /// how many.
+    /// Ends the connections that the kernel carries and that have their `side` in `netns`, if their verdict, client
+    /// cookie and server cookie meet `condition`. The app on that side gets ECONNABORTED, the other one ECONNRESET.
+    /// Returns the number of ended connections.
     pub fn end(
         &self,
         netns: &Netns,
@@ -182,7 +183,7 @@ impl SameNode {
         })
     }
 
-    /// How many closings left no event since the maps were made.
+    /// Number of closed connections whose event was lost, since the maps were created.
     pub fn lost(&self) -> u64 {
         self.lost.get(&0, 0).map_or(0, |counts| counts.iter().sum())
     }
@@ -203,15 +204,15 @@ fn key(client_cookie: u64, dialled: SocketAddr) -> SocketKey {
     }
 }
 
-/// For how long events gather.
+/// How long events are collected before the next read.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// The kernel's events, on the runtime that it was made on.
+/// Stream of the events, registered with the runtime that created it.
 pub struct ClosedEvents(Events);
 
 impl ClosedEvents {
-    /// Waits for events and hands over each, and lets some gather: those that come while one waits to be read do not
-    /// wake the daemon again.
+    /// Waits for events, passes each to `take`, and then sleeps for a moment, so that the events of that time wake the
+    /// daemon only once.
     pub async fn next(&mut self, take: impl FnMut(Closing)) -> io::Result<()> {
         self.0.next(Closing::parse, take).await?;
         tokio::time::sleep(GATHER).await;
@@ -219,7 +220,7 @@ impl ClosedEvents {
     }
 }
 
-/// Whose end of a connection closed.
+/// One end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// The client's.
@@ -228,49 +229,49 @@ pub enum Side {
     Server,
 }
 
-/// How it closed, as that end saw it.
+/// How a connection closed, as seen by one end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// Both directions ended, or this end's did and its app waited for no more.
+    /// Both directions ended, or this end's direction ended and its app did not wait for the other.
     InOrder,
-    /// Cut.
+    /// An established connection was cut off, for example by a RST.
     Reset,
-    /// It never stood: the server's kernel said no.
+    /// The connection was not established, because the server's kernel refused it.
     Refused,
-    /// It never stood: nobody answered, or the app gave up.
+    /// The connection was not established, because nobody answered or the app gave up.
     Unanswered,
 }
 
-/// One end of a connection has closed.
+/// Event for a connection that closed at one end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closing {
-    /// Whose end.
+    /// The end that closed.
     pub side: Side,
-    /// The client's address.
+    /// Address of the client.
     pub client: SocketAddr,
-    /// The server's.
+    /// Address of the server.
     pub server: SocketAddr,
-    /// What the client dialled.
+    /// Address that the client dialled.
     pub dialled: SocketAddr,
-    /// Cookie of the client's namespace.
+    /// Cookie of the client's netns.
     pub client_cookie: u64,
-    /// Cookie of the server's namespace.
+    /// Cookie of the server's netns.
     pub server_cookie: u64,
-    /// The verdict's name.
+    /// Identifies the verdict.
     pub verdict: u64,
-    /// Bytes of the apps.
+    /// Number of bytes from the client's app to the server's.
     pub to_server: u64,
-    /// Bytes of the apps.
+    /// Number of bytes from the server's app to the client's.
     pub to_client: u64,
-    /// From connect to close.
+    /// Time from connect to close.
     pub duration: Duration,
-    /// How.
+    /// How the connection closed.
     pub ending: Ending,
-    /// Whether a socket in the server's namespace was seen to take it. Known on the client's end.
+    /// Whether a socket in the server's netns was seen to accept it. Only known at the client's end.
     pub claimed: bool,
 }
 
-// The kernel's tcp_states.h.
+// From the kernel's tcp_states.h.
 const SYN_SENT: u8 = 2;
 const FIN_WAIT2: u8 = 5;
 const CLOSE_WAIT: u8 = 8;
@@ -282,12 +283,12 @@ impl Closing {
         if bytes.len() != size_of::<Closed>() {
             return None;
         }
-        // SAFETY: as many bytes as it has, of which every pattern is one.
+        // SAFETY: the length is that of a `Closed`, and every bit pattern is a valid `Closed`.
         let event = unsafe { bytes.as_ptr().cast::<Closed>().read_unaligned() };
         Self::from_event(&event)
     }
 
-    /// What TCP counted, without SYN and FINs.
+    /// Converts an event. TCP's byte counts include SYN and FINs, which are subtracted.
     fn from_event(event: &Closed) -> Option<Self> {
         let side = match u32::from(event.role) {
             FLOW_CLIENT => Side::Client,
@@ -295,7 +296,8 @@ impl Closing {
             _ => return None,
         };
         let has = |bit| event.flags & bit != 0;
-        // Acknowledged, in its last state by the segment that closed it.
+        // Whether this end's FIN was acknowledged. In the last states, the segment that closed the connection
+        // acknowledges it.
         let own_fin = match event.state {
             FIN_WAIT2 => true,
             CLOSING | LAST_ACK => has(flag::ALL_ACKED) && has(flag::IN_ORDER),
@@ -386,17 +388,17 @@ mod tests {
     fn syns_and_fins_are_not_the_apps() {
         let all = flag::ALL_ACKED | flag::IN_ORDER;
         for (event, expected) in [
-            // The client ends first, the server's FIN comes.
+            // The client ends first, then the server's FIN arrives.
             (
                 event(FLOW_CLIENT, FIN_WAIT2, all | flag::FIN_RECEIVED, 12, 21),
                 (10, 20, Ending::InOrder),
             ),
-            // The client closes and waits for nothing.
+            // The client closes without waiting for the server.
             (
                 event(FLOW_CLIENT, FIN_WAIT2, all, 12, 20),
                 (10, 20, Ending::InOrder),
             ),
-            // A RST in place of the server's FIN.
+            // A RST instead of the server's FIN.
             (
                 event(FLOW_CLIENT, FIN_WAIT2, flag::ALL_ACKED, 12, 20),
                 (10, 20, Ending::Reset),
@@ -406,17 +408,17 @@ mod tests {
                 event(FLOW_SERVER, LAST_ACK, all, 21, 11),
                 (10, 20, Ending::InOrder),
             ),
-            // Its FIN never left: zero window, then a RST.
+            // The server's FIN was never sent: zero window, then a RST.
             (
                 event(FLOW_SERVER, LAST_ACK, flag::ALL_ACKED, 20, 11),
                 (10, 20, Ending::Reset),
             ),
-            // Both end at once.
+            // Both ends close at once.
             (
                 event(FLOW_CLIENT, CLOSING, all, 12, 21),
                 (10, 20, Ending::InOrder),
             ),
-            // A RST into a connection that stands, and into one that the other side has ended.
+            // A RST in an established connection, and in one that the other side has ended.
             (
                 event(FLOW_CLIENT, ESTABLISHED, 0, 11, 20),
                 (10, 20, Ending::Reset),
@@ -425,7 +427,7 @@ mod tests {
                 event(FLOW_SERVER, CLOSE_WAIT, 0, 20, 11),
                 (10, 20, Ending::Reset),
             ),
-            // The own FIN never left, though all that did is acknowledged.
+            // This end's FIN was never sent, although everything that was sent is acknowledged.
             (
                 event(FLOW_CLIENT, FIN_WAIT1, flag::ALL_ACKED, 11, 20),
                 (10, 20, Ending::Reset),
@@ -446,7 +448,7 @@ mod tests {
     #[test]
     fn events_are_checked() {
         let event = event(FLOW_CLIENT, ESTABLISHED, flag::UNCLAIMED, 1, 0);
-        // SAFETY: plain integers without padding between them.
+        // SAFETY: `Closed` consists of plain integers without padding.
         let bytes: [u8; size_of::<Closed>()] = unsafe { std::mem::transmute(event) };
         let closing = Closing::parse(&bytes).unwrap();
         assert_eq!(closing.client, "10.0.0.1:40000".parse().unwrap());

@@ -1,4 +1,4 @@
-//! Sockets inside pods' network namespaces: the daemon's listeners there, and the connections it makes from there.
+//! Sockets inside pods' network namespaces: the daemon's listeners, and the connections that it makes from there.
 
 use std::{
     collections::HashSet,
@@ -20,7 +20,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::{Kernel, Netns};
 
 const BACKLOG: i32 = 4096;
-/// Keep-alive on all legs: a peer that vanished is noticed within about two and a half minutes.
+/// Keep-alive for all connections. A vanished peer is detected within about two and a half minutes.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_time(Duration::from_secs(75))
     .with_interval(Duration::from_secs(15))
@@ -29,14 +29,14 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 /// The daemon's listeners in one pod.
 #[derive(Debug)]
 pub struct Listeners {
-    /// For captured connections, on the pod's loopback: one a family.
+    /// Listeners for captured connections, on the pod's loopback: one for each address family.
     pub outbound: Vec<TcpListener>,
-    /// For the tunnel, on all addresses and both families where the pod has both.
+    /// Listener for tunnels, on all addresses of every family that the pod has.
     pub tunnel: TcpListener,
 }
 
 impl Listeners {
-    /// Opens a pod's listeners: for IPv4, and for IPv6 where the namespace has it.
+    /// Opens a pod's listeners: for IPv4, and for IPv6 if the netns has it.
     pub fn open(netns: &Netns) -> io::Result<Self> {
         netns.enter(|| {
             let mut outbound = vec![listener((Ipv4Addr::LOCALHOST, OUTBOUND_PORT).into())?];
@@ -58,7 +58,7 @@ impl Listeners {
         })?
     }
 
-    /// The same sockets once more.
+    /// Duplicates the file descriptors of the listeners.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             outbound: self
@@ -94,7 +94,7 @@ fn listener(address: SocketAddr) -> io::Result<TcpListener> {
     if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         socket.set_only_v6(false)?;
     }
-    // Accepted sockets inherit these.
+    // Accepted sockets inherit these options.
     end_with_reset(SockRef::from(&socket))?;
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     socket.set_tcp_nodelay(true)?;
@@ -103,24 +103,26 @@ fn listener(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// Makes the end of `socket` a RST unless it is ended in good order: whatever happens to the daemon, an app never
-/// takes a broken connection for a finished one.
+/// Makes closing `socket` send a RST, unless it is shut down cleanly first. Whatever happens to the daemon, an app
+/// never mistakes a broken connection for a finished one.
 pub fn end_with_reset(socket: SockRef<'_>) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))
 }
 
-/// Makes the end of `socket` an ordinary one: what was written still arrives.
+/// Makes closing `socket` an ordinary close, which still delivers the written bytes.
 pub fn end_in_good_order(socket: SockRef<'_>) -> io::Result<()> {
     socket.set_linger(None)
 }
 
-/// How long an app may take to read what came before a reset.
+/// How long an app may take to receive the bytes written before a reset.
 const DELIVERY_LIMIT: Duration = Duration::from_secs(2);
 
-/// Resets the connection to a pod's app once the app's kernel has taken what was written before, or has had its time.
+/// Resets the connection to a pod's app once the app's kernel has acknowledged all written bytes, or after
+/// `DELIVERY_LIMIT`.
 ///
-/// A RST counts only where the receiver expects it (RFC 5961 §3). If segments before it were dropped for want of
-/// buffer, the receiver asks back, at an address that nobody in the pod's netns may answer for any more.
+/// A receiver accepts a RST only if its sequence number is the expected one (RFC 5961 §3). If earlier segments were
+/// dropped because a buffer was full, the receiver sends a challenge, to an address at which nobody in the pod's netns
+/// may answer any more.
 pub async fn reset_when_delivered(app: TcpStream) {
     let deadline = tokio::time::Instant::now() + DELIVERY_LIMIT;
     while unsent_bytes(&app) > 0 && tokio::time::Instant::now() < deadline {
@@ -131,32 +133,33 @@ pub async fn reset_when_delivered(app: TcpStream) {
 
 fn unsent_bytes(socket: &TcpStream) -> libc::c_int {
     let mut count = 0;
-    // SAFETY: SIOCOUTQ (the number that TIOCOUTQ has, tcp(7)) writes one int to the address it is given.
+    // SAFETY: SIOCOUTQ, which has the same number as TIOCOUTQ (tcp(7)), writes one int to the given address.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
     if result == 0 { count } else { 0 }
 }
 
-/// Source ports of a pod's tunnels: outside of the range that apps' ports come from by default, because a tunnel and
-/// the app connections that it carries meet in the server's netns under one pair of addresses.
+/// Source ports of a pod's tunnels. They are outside the default range of apps' ephemeral ports, because a tunnel and
+/// the app connections that it carries use the same pair of addresses in the server's netns.
 #[derive(Debug, Default)]
 pub struct SourcePorts {
     next: AtomicU32,
-    /// Ports in the range that apps of the pod use all the same.
+    /// Ports of the range that apps of the pod currently use.
     taken: Mutex<HashSet<u16>>,
 }
 
-/// First the ports above the usual ephemeral range, then those below.
+/// Ports above the usual ephemeral range are used first, then those below.
 const HIGH: std::ops::RangeInclusive<u16> = 61000..=65535;
 const LOW: std::ops::RangeInclusive<u16> = 15100..=32767;
 const ATTEMPTS: u32 = 128;
 
 impl SourcePorts {
-    /// Whether tunnels may use `port` as their source.
+    /// Whether `port` is in the range of the tunnels' source ports.
     pub fn contain(port: u16) -> bool {
         HIGH.contains(&port) || LOW.contains(&port)
     }
 
-    /// Keeps `port`, an app's, from being used until the guard is dropped.
+    /// Reserves `port` for an app until the guard is dropped, so that no tunnel uses it. `None` if it is outside the
+    /// range.
     pub fn reserve(&self, port: u16) -> Option<Reserved<'_>> {
         Self::contain(port).then(|| {
             self.lock().insert(port);
@@ -184,7 +187,7 @@ impl SourcePorts {
     }
 }
 
-/// An app's port that tunnels keep away from.
+/// Guard for an app's port that tunnels must not use.
 #[derive(Debug)]
 pub struct Reserved<'a> {
     ports: &'a SourcePorts,
@@ -197,7 +200,7 @@ impl Drop for Reserved<'_> {
     }
 }
 
-/// Connects from a pod's own address to `endpoint`, past the capture.
+/// Connects from a pod's own address to `endpoint`, without being captured.
 pub async fn dial_endpoint(
     kernel: &Kernel,
     netns: &Netns,
@@ -215,8 +218,8 @@ pub async fn dial_endpoint(
     Err(io::ErrorKind::AddrNotAvailable.into())
 }
 
-/// Connects to the app at `server`, an address of the pod that `netns` is of, from `client`'s address and port. With
-/// `keep_port` false, or when the port cannot be had, from another port of the client's address.
+/// Connects to the app at `server`, an address of the pod in `netns`, from the address and port of `client`. Uses
+/// another port of the same address if `keep_port` is false or the port is not available.
 pub async fn dial_app(
     kernel: &Kernel,
     netns: &Netns,
@@ -243,8 +246,8 @@ pub async fn dial_app(
     Err(io::ErrorKind::AddrNotAvailable.into())
 }
 
-/// Connects to the app at `server`, in another pod of this node, from `client`'s address and port, an address of the pod
-/// that `netns` is of; from another port when that one is taken.
+/// Connects to the app at `server`, in another pod of this node, from the address and port of `client`, which is in the
+/// pod in `netns`. Uses another port if that one is not available.
 pub async fn dial_neighbour(
     kernel: &Kernel,
     netns: &Netns,
@@ -261,7 +264,7 @@ pub async fn dial_neighbour(
     Err(io::ErrorKind::AddrNotAvailable.into())
 }
 
-/// The address that the kernel chooses for a connection from `netns` to `remote`. Nothing is sent.
+/// Returns the source address that the kernel selects for a connection from `netns` to `remote`. Sends nothing.
 pub fn source_towards(netns: &Netns, remote: SocketAddr) -> io::Result<IpAddr> {
     let socket = netns.enter(|| {
         Socket::new(
@@ -277,8 +280,8 @@ pub fn source_towards(netns: &Netns, remote: SocketAddr) -> io::Result<IpAddr> {
         .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
 }
 
-/// `None` when the address and port cannot be had: they are in use, or a closed connection of the same four is still in
-/// TIME_WAIT.
+/// Returns `None` if the address and port are not available: they are in use, or a closed connection with the same
+/// 4-tuple is still in TIME_WAIT.
 async fn connect_from(
     socket: Socket,
     from: SocketAddr,
@@ -318,10 +321,10 @@ fn socket_in(kernel: &Kernel, netns: &Netns, remote: SocketAddr, kind: u32) -> i
     Ok(socket)
 }
 
-/// `IPV6_TRANSPARENT` (Linux 2.6.37), which no library here has.
+/// Sets `IPV6_TRANSPARENT` (Linux 2.6.37), which none of the libraries in use supports.
 fn set_ipv6_transparent(socket: &Socket) -> io::Result<()> {
     let on: libc::c_int = 1;
-    // SAFETY: `on` is a readable int and the length says so; the descriptor lives.
+    // SAFETY: `on` is a readable int, the length matches, and the descriptor is open.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -338,11 +341,11 @@ fn set_ipv6_transparent(socket: &Socket) -> io::Result<()> {
     }
 }
 
-/// `address` with an IPv4-mapped IPv6 address as the IPv4 address that it is.
+/// Converts an IPv4-mapped IPv6 address to IPv4.
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_none() => {
-            // Without flow and scope: addresses are compared.
+            // Drop the flow label and the scope, because addresses are compared.
             SocketAddrV6::new(*v6.ip(), v6.port(), 0, 0).into()
         }
         other => SocketAddr::new(other.ip().to_canonical(), other.port()),

@@ -168,7 +168,7 @@ mod tests {
             for value in [0, 0xff] {
                 let mut bad = ours.clone();
                 bad[index] = value;
-                // The input may be anything, as long as the result comes without a panic.
+                // Any result is allowed, as long as there is no panic.
                 let _ = classify(&bad, b"auth-daemon/1");
             }
         }
