@@ -1,7 +1,7 @@
-//! The cluster's API server: how it is reached, and calls with a limit and a deadline each.
+//! Client for the cluster's API server. Each call has a size limit and a deadline.
 //!
-//! Calls do not go through [`kube::Api`]: that reads an answer of any length, without a deadline, and logs the whole of
-//! one that it cannot parse, tokens and keys included.
+//! Calls do not use [`kube::Api`], because it reads a response of any length, has no deadline, and logs the whole of a
+//! response that it cannot parse, including tokens and keys.
 
 pub mod objects;
 
@@ -24,24 +24,26 @@ use serde_json::Value;
 
 use auth_support::backoff;
 
-/// How long one call may take, its answer included.
+/// Maximum duration of one call, including its response.
 pub const DEADLINE: Duration = Duration::from_secs(5);
-/// Longest answer that is read, in bytes. A page of a list fits: objects have at most 1.5 MiB.
+/// Maximum size of a response, in bytes. A page of a list fits, because an object has at most 1.5 MiB.
 const MAX_ANSWER_BYTES: usize = 32 << 20;
-/// Longest text of the API server's that goes into an error, in characters.
+/// Maximum length of a text from the API server in an error, in characters.
 const MAX_TEXT: usize = 300;
-/// Objects in one page of a list.
+/// Number of objects in one page of a list.
 const PAGE: u32 = 20;
-/// After the first failure of a watch, and after many: of 5,000 nodes, a thousand a second ask an API server that is back.
+/// Pauses after the first failure of a watch and after many. With 5,000 nodes, an API server that is available again
+/// receives at most 1,000 requests per second.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// Why the cluster's API cannot be used at all. Names what to set.
+/// Why the cluster's API cannot be used at all. The message names the setting to change.
 #[derive(Debug, thiserror::Error)]
 #[error("kubernetes: {0}")]
 pub struct NoCluster(String);
 
-/// Connects to the cluster of `$KUBECONFIG`, else to the one that this process runs in as a pod. Nothing is sent yet.
+/// Creates a client for the cluster of `$KUBECONFIG`. If that is not set, uses the cluster that this process runs in as
+/// a pod. Sends nothing yet.
 pub async fn connect() -> Result<Client, NoCluster> {
     let config = if env::var_os("KUBECONFIG").is_some() {
         Config::from_kubeconfig(&KubeConfigOptions::default())
@@ -58,14 +60,15 @@ pub async fn connect() -> Result<Client, NoCluster> {
     client(config)
 }
 
-/// Whether [`connect`] takes this process for a pod.
+/// Whether [`connect`] treats this process as a pod of the cluster.
 pub fn is_pod() -> bool {
     env::var_os("KUBECONFIG").is_none()
 }
 
-/// A client of the API server that `config` names. Fails where that server's certificate would not be checked.
+/// Creates a client for the API server in `config`. Fails if the server's certificate would not be verified.
 pub fn client(mut config: Config) -> Result<Client, NoCluster> {
-    // kube builds its TLS from the process's default. The first one to be set counts: it has to be this.
+    // kube takes its TLS implementation from the process-wide default. Only the first provider that is installed
+    // counts, so it must be this one.
     if CryptoProvider::get_default().is_none() {
         let _ = aws_lc_rs::default_provider().install_default();
     }
@@ -77,49 +80,49 @@ pub fn client(mut config: Config) -> Result<Client, NoCluster> {
         )));
     }
     config.connect_timeout = Some(DEADLINE);
-    // Who calls knows better whether a call may be made again.
+    // The caller knows better whether a call may be retried.
     config.default_retry = false;
     let builder =
         ClientBuilder::try_from(config).map_err(|error| NoCluster(with_causes(&error)))?;
     Ok(builder.build())
 }
 
-/// Why a call has no result.
+/// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// No answer in time.
+    /// No response before the deadline.
     #[error("the API server did not answer within {0:?}")]
     TimedOut(Duration),
-    /// No connection, or it broke.
+    /// The connection failed or broke.
     #[error("the API server cannot be reached: {0}")]
     Unreachable(String),
-    /// It said no.
+    /// The API server rejected the request.
     #[error("the API server refuses: {message} ({reason}, HTTP {code})")]
     Refused {
-        /// HTTP status.
+        /// HTTP status code.
         code: u16,
-        /// One word, for programs.
+        /// Machine-readable reason: one word.
         reason: String,
-        /// A sentence, for people.
+        /// Human-readable message: one sentence.
         message: String,
     },
-    /// Too long, or not what was asked for.
+    /// The response is too long, or is not of the expected form.
     #[error("the API server's answer is not understood: {0}")]
     Answer(String),
 }
 
 impl Fault {
-    /// The object is there already, or has changed since it was read.
+    /// Whether the object already exists, or has changed since it was read.
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::Refused { code: 409, .. })
     }
 
-    /// There is no such object.
+    /// Whether the object does not exist.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused { code: 404, .. })
     }
 
-    /// Whether what was asked for may have been done, or may yet be.
+    /// Whether the request may have been executed, or may still be.
     pub fn is_uncertain(&self) -> bool {
         match self {
             Self::TimedOut(_) | Self::Unreachable(_) | Self::Answer(_) => true,
@@ -128,7 +131,7 @@ impl Fault {
     }
 }
 
-/// The objects of one kind, in one namespace or in all.
+/// Objects of one kind, in one namespace or in all namespaces.
 #[derive(Clone)]
 pub struct Objects<K> {
     client: Client,
@@ -145,7 +148,7 @@ impl<K> std::fmt::Debug for Objects<K> {
 }
 
 impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
-    /// Those of `namespace`.
+    /// Objects in `namespace`.
     pub fn of(client: Client, namespace: &str) -> Self
     where
         K: Resource<Scope = NamespaceResourceScope>,
@@ -153,7 +156,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
         Self::at(client, K::url_path(&(), Some(namespace)))
     }
 
-    /// Those of the cluster.
+    /// Objects in the whole cluster.
     pub fn all(client: Client) -> Self {
         Self::at(client, K::url_path(&(), None))
     }
@@ -166,7 +169,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
         }
     }
 
-    /// The object, or nothing where there is none.
+    /// Returns the object, or `None` if it does not exist.
     pub async fn get(&self, name: &str) -> Result<Option<K>, Fault> {
         match self
             .call(self.request.get(name, &GetParams::default()))
@@ -178,7 +181,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
         }
     }
 
-    /// All objects with these labels.
+    /// Returns all objects that match the label selector `labels`.
     pub async fn list(&self, labels: &str) -> Result<Vec<K>, Fault> {
         let mut parameters = ListParams::default().labels(labels).limit(PAGE);
         let mut objects = Vec::new();
@@ -192,7 +195,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
         }
     }
 
-    /// Makes an object; returns it as it is kept.
+    /// Creates an object. Returns it as it was stored.
     pub async fn create(&self, object: &K) -> Result<K, Fault>
     where
         K: Serialize,
@@ -202,7 +205,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
             .await
     }
 
-    /// Replaces an object, if it still has the resource version that `object` names.
+    /// Replaces an object if its resource version is still that of `object`.
     pub async fn replace(&self, name: &str, object: &K) -> Result<K, Fault>
     where
         K: Serialize,
@@ -212,14 +215,14 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
             .await
     }
 
-    /// Changes fields of an object (RFC 7396).
+    /// Changes fields of an object by a JSON merge patch (RFC 7396).
     pub async fn merge(&self, name: &str, change: &Value) -> Result<K, Fault> {
         let patch = Patch::Merge(change);
         self.call(self.request.patch(name, &PatchParams::default(), &patch))
             .await
     }
 
-    /// Removes the object, if it is the one with this UID. It is no fault when it is gone already.
+    /// Deletes the object, if `uid` is `None` or matches. It is not an error if the object does not exist.
     pub async fn delete(&self, name: &str, uid: Option<String>) -> Result<(), Fault> {
         let parameters = DeleteParams {
             preconditions: uid.map(|uid| Preconditions {
@@ -228,7 +231,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
             }),
             ..DeleteParams::default()
         };
-        // What it answers depends on finalizers: the object or a status.
+        // The response is the object or a status, depending on finalizers.
         match self
             .call::<Value>(self.request.delete(name, &parameters))
             .await
@@ -249,7 +252,8 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
     }
 }
 
-/// The first of `versions` of `group` that the API server has `plural` in; `None` where it has the kind in none of them.
+/// Returns the first of `versions` in which the API server serves the resource `plural` of `group`. `None` if it serves
+/// it in none of them.
 pub async fn served<'a>(
     client: &Client,
     group: &str,
@@ -275,11 +279,11 @@ pub async fn served<'a>(
     Ok(None)
 }
 
-/// How long to wait before the next attempt at a watch. An API server that was away for long is not to be left alone for
-/// long by those who know nothing new until they have asked.
+/// Pauses between attempts at a watch. They stay short, because after a long outage of the API server its clients
+/// should not wait long for their first update.
 #[derive(Debug, Default)]
 struct Pauses {
-    /// Failures in a row.
+    /// Number of consecutive failures.
     earlier: u32,
 }
 
@@ -299,8 +303,8 @@ impl Backoff for Pauses {
     }
 }
 
-/// Watches objects for ever: lists them, follows the changes, and begins anew where the API server cannot say what has
-/// changed since. While it is away, nothing comes. `what` they are is for the log.
+/// Watches objects indefinitely: lists them, follows the changes, and lists them again if the API server can no longer
+/// report the changes. Yields nothing while the API server is unavailable. `what` names the objects in the log.
 pub fn follow<K>(
     api: Api<K>,
     config: watcher::Config,
@@ -334,7 +338,7 @@ async fn exchange<T: DeserializeOwned>(
         .await
         .map_err(|error| Fault::Answer(with_causes(&error)))?;
     if (200..300).contains(&code) {
-        // serde_json's errors can quote what was there instead: only where it was is told.
+        // serde_json's errors may quote the content, so report only the position.
         return serde_json::from_slice(&body).map_err(|error| {
             Fault::Answer(format!(
                 "not the object that was asked for (line {}, column {})",
@@ -355,7 +359,7 @@ fn serialize(object: &impl Serialize) -> Result<Vec<u8>, Fault> {
     serde_json::to_vec(object).map_err(|error| Fault::Answer(error.to_string()))
 }
 
-/// A text from elsewhere, fit for one line of a log.
+/// Makes a text of another process safe for one line of a log: replaces control characters and limits the length.
 pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })
@@ -363,13 +367,13 @@ pub fn printable(text: &str) -> String {
         .collect()
 }
 
-/// An error with all that caused it, as one line.
+/// Formats an error with all its causes on one line.
 pub fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {
         let next_text = next.to_string();
-        // Many libraries' errors already end with their cause.
+        // The errors of many libraries already include their cause.
         if !text.contains(&next_text) {
             text = format!("{text}: {next_text}");
         }

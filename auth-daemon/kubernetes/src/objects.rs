@@ -1,4 +1,5 @@
-//! Objects of the cluster's API, and of each no more than the mesh uses: the rest is skipped as it is read, never kept.
+//! Objects of the Kubernetes API, with only the fields that the mesh uses. All other fields are skipped while parsing
+//! and never stored.
 
 use std::{borrow::Cow, collections::BTreeMap};
 
@@ -19,31 +20,31 @@ use serde_json::Value;
 /// A pod.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Pod {
-    /// Names, labels and the like.
+    /// Standard metadata: name, labels and so on.
     #[serde(default, deserialize_with = "metadata")]
     pub metadata: ObjectMeta,
-    /// What is wanted.
+    /// Desired state.
     #[serde(default, deserialize_with = "or_default")]
     pub spec: PodSpec,
-    /// What is.
+    /// Observed state.
     #[serde(default, deserialize_with = "or_default")]
     pub status: PodStatus,
 }
 
-/// What a pod is to be.
+/// Desired state of a pod.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodSpec {
-    /// The node that it is bound to.
+    /// Node that the pod is bound to.
     pub node_name: Option<String>,
-    /// Its service account.
+    /// Name of the pod's service account.
     pub service_account_name: Option<String>,
-    /// Whether it has no network namespace of its own.
+    /// Whether the pod uses the node's network namespace.
     pub host_network: Option<bool>,
-    /// Its containers.
+    /// Containers.
     #[serde(default, deserialize_with = "or_default")]
     pub containers: Vec<Container>,
-    /// Those that run before or beside them.
+    /// Init containers, including sidecars that keep running beside the containers.
     #[serde(default, deserialize_with = "or_default")]
     pub init_containers: Vec<Container>,
 }
@@ -51,7 +52,7 @@ pub struct PodSpec {
 /// A container of a pod.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Container {
-    /// Ports that it names.
+    /// Declared ports.
     #[serde(default, deserialize_with = "or_default")]
     pub ports: Vec<ContainerPort>,
 }
@@ -60,27 +61,27 @@ pub struct Container {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ContainerPort {
-    /// By which services may name it.
+    /// Name, by which a service may refer to the port.
     pub name: Option<String>,
-    /// Number.
+    /// Port number.
     pub container_port: i32,
-    /// `TCP` where it does not say.
+    /// Protocol. Defaults to `TCP`.
     pub protocol: Option<String>,
 }
 
-/// How a pod is.
+/// Observed state of a pod.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodStatus {
-    /// `Pending`, `Running`, `Succeeded`, `Failed`, `Unknown`.
+    /// `Pending`, `Running`, `Succeeded`, `Failed` or `Unknown`.
     pub phase: Option<String>,
-    /// Its first address.
+    /// Primary address.
     #[serde(rename = "podIP")]
     pub pod_ip: Option<String>,
-    /// All its addresses.
+    /// All addresses.
     #[serde(rename = "podIPs", default, deserialize_with = "or_default")]
     pub pod_ips: Vec<PodIp>,
-    /// Of which `Ready` is one.
+    /// Conditions, such as `Ready`.
     #[serde(default, deserialize_with = "or_default")]
     pub conditions: Vec<Condition>,
 }
@@ -88,15 +89,15 @@ pub struct PodStatus {
 /// An address of a pod.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct PodIp {
-    /// As text.
+    /// The address, as text.
     #[serde(default)]
     pub ip: String,
 }
 
-/// Something that is so, or is not.
+/// A condition of an object.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Condition {
-    /// Which one.
+    /// Type of the condition.
     #[serde(rename = "type")]
     pub type_: String,
     /// `True`, `False` or `Unknown`.
@@ -106,38 +107,38 @@ pub struct Condition {
 /// A service.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Service {
-    /// Names, labels and the like.
+    /// Standard metadata: name, labels and so on.
     #[serde(default, deserialize_with = "metadata")]
     pub metadata: ObjectMeta,
-    /// What is wanted.
+    /// Desired state.
     #[serde(default, deserialize_with = "or_default")]
     pub spec: ServiceSpec,
 }
 
-/// What a service is to be.
+/// Desired state of a service.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceSpec {
-    /// `ClusterIP`, `ExternalName` and others.
+    /// `ClusterIP`, `ExternalName` or another type.
     #[serde(rename = "type")]
     pub type_: Option<String>,
-    /// Its first virtual address, or `None`.
+    /// Primary virtual address, or the text `None`.
     #[serde(rename = "clusterIP")]
     pub cluster_ip: Option<String>,
-    /// All its virtual addresses.
+    /// All virtual addresses.
     #[serde(rename = "clusterIPs", default, deserialize_with = "or_default")]
     pub cluster_ips: Vec<String>,
-    /// Labels of its pods.
+    /// Labels that select the service's pods.
     #[serde(default, deserialize_with = "or_default")]
     pub selector: BTreeMap<String, String>,
     /// Ports.
     #[serde(default, deserialize_with = "or_default")]
     pub ports: Vec<ServicePort>,
-    /// Whether pods count that are not ready.
+    /// Whether pods that are not ready are included.
     pub publish_not_ready_addresses: Option<bool>,
-    /// `ClientIP`: a client always gets the same pod.
+    /// `ClientIP` if a client is always sent to the same pod.
     pub session_affinity: Option<String>,
-    /// `Local`: only pods of the client's node count.
+    /// `Local` if only pods on the client's node are used.
     pub internal_traffic_policy: Option<String>,
 }
 
@@ -145,20 +146,20 @@ pub struct ServiceSpec {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServicePort {
-    /// Name, by which endpoint slices know it.
+    /// Name, by which endpoint slices refer to the port.
     pub name: Option<String>,
     /// Port of the virtual address.
     pub port: i32,
-    /// `TCP` where it does not say.
+    /// Protocol. Defaults to `TCP`.
     pub protocol: Option<String>,
-    /// Port of the pods; the same where it does not say.
+    /// Port of the pods. Defaults to `port`.
     pub target_port: Option<IntOrString>,
 }
 
 /// A namespace.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Namespace {
-    /// Names, labels and the like.
+    /// Standard metadata: name, labels and so on.
     #[serde(default, deserialize_with = "metadata")]
     pub metadata: ObjectMeta,
 }
@@ -166,16 +167,16 @@ pub struct Namespace {
 /// A service account.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct ServiceAccount {
-    /// Names, labels and the like.
+    /// Standard metadata: name, labels and so on.
     #[serde(default, deserialize_with = "metadata")]
     pub metadata: ObjectMeta,
 }
 
-/// Some of the endpoints of a service.
+/// A slice of a service's endpoints.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointSlice {
-    /// Names, labels and the like.
+    /// Standard metadata: name, labels and so on.
     #[serde(default, deserialize_with = "metadata")]
     pub metadata: ObjectMeta,
     /// `IPv4`, `IPv6` or `FQDN`.
@@ -184,57 +185,57 @@ pub struct EndpointSlice {
     /// Endpoints.
     #[serde(default, deserialize_with = "or_default")]
     pub endpoints: Vec<SliceEndpoint>,
-    /// Ports that all of them have.
+    /// Ports that all endpoints of the slice have.
     #[serde(default, deserialize_with = "or_default")]
     pub ports: Vec<SlicePort>,
 }
 
-/// An endpoint in a slice.
+/// An endpoint of a slice.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SliceEndpoint {
-    /// As text. The first one counts; what others mean is not said.
+    /// Addresses, as text. Only the first one is used, because the API does not define the meaning of the others.
     #[serde(default, deserialize_with = "or_default")]
     pub addresses: Vec<String>,
-    /// The object that it is.
+    /// The object that the endpoint represents.
     pub target_ref: Option<TargetRef>,
-    /// The node that it is on.
+    /// Node that the endpoint is on.
     pub node_name: Option<String>,
-    /// Whether it may be used.
+    /// Conditions that determine whether the endpoint may be used.
     #[serde(default, deserialize_with = "or_default")]
     pub conditions: SliceConditions,
 }
 
-/// Whether an endpoint may be used.
+/// Conditions of an endpoint.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct SliceConditions {
-    /// Whether it takes connections. What is not said is taken for true.
+    /// Whether it accepts connections. Defaults to true.
     pub ready: Option<bool>,
-    /// Whether it would, were it not going. What is not said is taken for the same as `ready`.
+    /// Like `ready`, but ignores termination. Defaults to `ready`.
     pub serving: Option<bool>,
-    /// Whether it is going. What is not said is taken for false.
+    /// Whether it is terminating. Defaults to false.
     pub terminating: Option<bool>,
 }
 
-/// The object that an endpoint is.
+/// Reference to the object that an endpoint represents.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct TargetRef {
-    /// `Pod`, for one.
+    /// Kind of the object, such as `Pod`.
     pub kind: Option<String>,
-    /// Its namespace.
+    /// Namespace of the object.
     pub namespace: Option<String>,
-    /// Its name.
+    /// Name of the object.
     pub name: Option<String>,
 }
 
 /// A port of a slice's endpoints.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct SlicePort {
-    /// The name of the service's port.
+    /// Name of the service's port.
     pub name: Option<String>,
-    /// Number; none stands for all ports.
+    /// Port number. `None` stands for all ports.
     pub port: Option<i32>,
-    /// `TCP` where it does not say.
+    /// Protocol. Defaults to `TCP`.
     pub protocol: Option<String>,
 }
 
@@ -279,12 +280,12 @@ resource! {
     EndpointSlice: discovery::EndpointSlice,
 }
 
-/// An object of a kind that this program knows only by name, whole but for its managed fields.
+/// An object of a kind that is only known by name at run time. Complete, except for its managed fields.
 #[derive(Clone, Debug)]
 pub struct Custom {
-    /// Names, labels and the like.
+    /// Standard metadata: name, labels and so on.
     pub metadata: ObjectMeta,
-    /// All of it.
+    /// The whole object.
     pub content: Value,
 }
 
@@ -328,7 +329,7 @@ impl Resource for Custom {
     }
 }
 
-/// What stands for nothing is written as `null` by some.
+/// Deserializes `null` as the default value, because some clients write `null` for an empty field.
 fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -337,7 +338,7 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// Metadata without owners, finalizers and managed fields, which are most of it.
+/// Deserializes metadata without owners, finalizers and managed fields, which make up most of it.
 fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
     #[derive(Default, Deserialize)]
     #[serde(rename_all = "camelCase")]

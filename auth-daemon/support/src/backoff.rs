@@ -1,9 +1,9 @@
-//! How long to wait after failures. Pure: chance comes from the caller.
+//! Exponential backoff with jitter. Pure: the caller supplies the random number.
 
 use std::time::Duration;
 
-/// The wait after a failure that `earlier` others came before, in a row: `first`, twice as long each time, at most
-/// `most`; half of it by `chance`, which is between 0 and 1.
+/// Returns the pause after a failure that follows `earlier` consecutive failures. It starts at `first`, doubles with
+/// each failure, and is at most `most`. Half of it is jitter, scaled by `chance`, a random number between 0 and 1.
 pub fn pause(first: Duration, most: Duration, earlier: u32, chance: f64) -> Duration {
     first
         .saturating_mul(1 << earlier.min(16))

@@ -1,5 +1,5 @@
-//! Reading a configuration file: fields are taken one by one, every fault is noted with its field, and what is left over
-//! is a fault too.
+//! Parses a configuration file. Fields are taken one by one, each error is recorded with its field, and every field
+//! that remains is an error too.
 
 use std::{
     fmt, fs,
@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Map, Value};
 
-/// Everything that is wrong with a configuration file.
+/// All errors in a configuration file.
 #[derive(Debug)]
 pub struct InvalidConfig {
     file: PathBuf,
@@ -28,7 +28,7 @@ impl fmt::Display for InvalidConfig {
 
 impl std::error::Error for InvalidConfig {}
 
-/// Reads `file` and lets `parse` check it.
+/// Reads `file` and parses it with `parse`.
 pub fn load<T>(
     file: &Path,
     parse: impl FnOnce(&str) -> Result<T, Vec<String>>,
@@ -42,21 +42,21 @@ pub fn load<T>(
     parse(&text).map_err(invalid)
 }
 
-/// A mapping of the file, emptied as its fields are taken, so that what is left is what nobody knows.
+/// A mapping of fields. Each field is removed when it is taken, so that only unknown fields remain.
 pub struct Section {
     path: String,
     fields: Map<String, Value>,
 }
 
 impl Section {
-    /// The whole of a file.
+    /// Parses a whole YAML file.
     pub fn of_yaml(text: &str, faults: &mut Vec<String>) -> Result<Self, Vec<String>> {
         let root: Value =
             serde_saphyr::from_str(text).map_err(|error| vec![format!("is not YAML: {error}")])?;
         Ok(Self::new("", root, faults))
     }
 
-    /// Reads `value`, which stands at `path`, as a mapping. An error is added to `faults` if it is not one.
+    /// Interprets `value`, whose path in the file is `path`, as a mapping. Adds an error to `faults` if it is not one.
     pub fn new(path: &str, value: Value, faults: &mut Vec<String>) -> Self {
         let fields = match value {
             Value::Object(fields) => fields,
@@ -86,12 +86,12 @@ impl Section {
         self.fields.contains_key(name)
     }
 
-    /// Takes a field out unread.
+    /// Removes a field without reading it.
     pub fn skip(&mut self, name: &str) {
         self.fields.remove(name);
     }
 
-    /// Takes a nested mapping; an empty one if the field is absent.
+    /// Takes a nested mapping. Returns an empty one if the field is absent.
     pub fn section(&mut self, name: &str, faults: &mut Vec<String>) -> Self {
         let value = self.fields.remove(name).unwrap_or(Value::Null);
         Self::new(&self.field(name), value, faults)
@@ -116,7 +116,7 @@ impl Section {
         }
     }
 
-    /// As [`Section::parsed`]; an absent field is an error.
+    /// Like [`Section::parsed`], but an absent field is an error.
     pub fn required<T, E: fmt::Display>(
         &mut self,
         name: &str,
@@ -152,7 +152,7 @@ impl Section {
         Some(parsed)
     }
 
-    /// A list of mappings, each with its place as its path.
+    /// Takes a list of mappings. The path of each one includes its index.
     pub fn sections(&mut self, name: &str, faults: &mut Vec<String>) -> Vec<Self> {
         let field = self.field(name);
         match self.fields.remove(name) {
@@ -187,7 +187,7 @@ pub fn absolute(path: &str) -> Result<PathBuf, &'static str> {
     }
 }
 
-/// A whole number with the unit `ms`, `s`, `m` or `h`.
+/// Parses a duration between `min` and `max`: a whole number with the unit `ms`, `s`, `m` or `h`.
 pub fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -213,14 +213,14 @@ pub fn duration(text: &str, min: Duration, max: Duration) -> Result<Duration, St
     }
 }
 
-/// A DNS name or an IP address.
+/// Parses a DNS name or an IP address.
 pub fn server_name(name: &str) -> Result<String, &'static str> {
     rustls::pki_types::ServerName::try_from(name)
         .map(|_| name.to_owned())
         .map_err(|_| "is neither a DNS name nor an IP address")
 }
 
-/// The name of a Kubernetes node: a DNS subdomain (RFC 1123), of at most 253 bytes.
+/// Parses the name of a Kubernetes node: a DNS subdomain (RFC 1123) of at most 253 bytes.
 pub fn node_name(name: &str) -> Result<String, &'static str> {
     let valid = !name.is_empty()
         && name.len() <= 253

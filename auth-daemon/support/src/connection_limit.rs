@@ -1,5 +1,5 @@
-//! How many strangers may be served at once: each costs nothing but a place, and places are counted by where they call
-//! from, so that one of them cannot take all.
+//! Limits the number of unauthenticated connections, in total and for each source address, so that one source cannot
+//! use up the limit.
 
 use std::{
     collections::HashMap,
@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// A number of places.
+/// A limit on concurrent connections.
 #[derive(Debug)]
 pub struct ConnectionLimit {
     max: usize,
@@ -22,7 +22,7 @@ struct Taken {
 }
 
 impl ConnectionLimit {
-    /// As many as `max`, of which one source has `max_per_source` at most.
+    /// Creates a limit of `max` connections, of which one source may have at most `max_per_source`.
     pub fn new(max: usize, max_per_source: usize) -> Self {
         Self {
             max,
@@ -31,7 +31,7 @@ impl ConnectionLimit {
         }
     }
 
-    /// A place for a caller from `source`, kept until it is dropped. `None`: there is none left.
+    /// Admits a connection from `source`. It counts until the returned permit is dropped. `None` if a limit is reached.
     pub fn admit(self: &Arc<Self>, source: IpAddr) -> Option<ConnectionPermit> {
         let mut taken = self.lock();
         let by_source = taken.by_source.get(&source).copied().unwrap_or(0);
@@ -46,7 +46,7 @@ impl ConnectionLimit {
         })
     }
 
-    /// How many are taken.
+    /// Number of admitted connections.
     pub fn taken(&self) -> usize {
         self.lock().total
     }
@@ -56,7 +56,7 @@ impl ConnectionLimit {
     }
 }
 
-/// See [`ConnectionLimit::admit`].
+/// Permit for one connection. See [`ConnectionLimit::admit`].
 #[derive(Debug)]
 pub struct ConnectionPermit {
     places: Arc<ConnectionLimit>,

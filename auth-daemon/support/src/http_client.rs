@@ -1,4 +1,4 @@
-//! One HTTP/1.1 request over a connection that exists.
+//! HTTP/1.1 client for one request over an existing connection.
 
 use axum::{
     body::Body,
@@ -7,7 +7,7 @@ use axum::{
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// Requests `uri`. Returns the status and the body, of at most `limit` bytes.
+/// Sends a GET request for `uri`. Returns the status and the body. Fails if the body exceeds `limit` bytes.
 pub async fn get(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     uri: &Uri,
@@ -16,7 +16,7 @@ pub async fn get(
     request(stream, Method::GET, uri, Vec::new(), limit).await
 }
 
-/// The same with a JSON `body` to send, by POST.
+/// Sends a POST request with the JSON `body` to `uri`. Otherwise like [`get`].
 pub async fn post(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     uri: &Uri,

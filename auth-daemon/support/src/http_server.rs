@@ -1,4 +1,4 @@
-//! HTTP for those who only ask: short answers, to so many at once, each within a time.
+//! HTTP server for short responses, with limits on concurrent connections and their duration.
 
 use std::{
     future::poll_fn,
@@ -22,30 +22,30 @@ use tokio::{
     time::timeout,
 };
 
-/// Who asks at once; others are closed on.
+/// Maximum number of concurrent connections. Further ones are closed.
 const AT_ONCE: usize = 64;
-/// How long a request may take to arrive.
+/// Maximum time for a request's headers to arrive.
 const HEADERS: Duration = Duration::from_secs(5);
-/// How long a connection may last.
+/// Maximum duration of a connection.
 const CONNECTION: Duration = Duration::from_secs(10);
-/// After an accept failed for want of something: file descriptors, memory.
+/// Pause after a failed accept, which usually means a shortage of file descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What Prometheus is told, in the OpenMetrics text format.
+/// Encodes the metrics of `registry` in the OpenMetrics text format.
 pub fn open_metrics(registry: &Registry) -> impl IntoResponse + use<> {
     let mut text = String::new();
-    // Writing into a string does not fail.
+    // Writing to a string cannot fail.
     let _ = encode(&mut text, registry);
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(CONTENT_TYPE, kind)], text)
 }
 
-/// Where requests come from.
+/// A source of connections.
 pub trait Listener {
-    /// What they come by.
+    /// Type of a connection.
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    /// Takes the next one.
+    /// Accepts the next connection.
     fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<Self::Stream>>;
 }
 
@@ -65,7 +65,7 @@ impl Listener for UnixListener {
     }
 }
 
-/// Answers by `routes`, one request a connection, for ever.
+/// Serves `routes` indefinitely, with one request per connection.
 pub async fn answer(listener: impl Listener, routes: Router) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
     let mut http = Builder::new(TokioExecutor::new());
@@ -88,7 +88,7 @@ pub async fn answer(listener: impl Listener, routes: Router) {
         };
         let (http, service) = (http.clone(), TowerToHyperService::new(routes.clone()));
         tokio::spawn(async move {
-            // Who asks badly, or slowly, gets no answer.
+            // A client with a malformed or slow request gets no response.
             let _ = timeout(
                 CONNECTION,
                 http.serve_connection(TokioIo::new(stream), service),
@@ -119,7 +119,7 @@ mod tests {
         ));
         let ask = async || {
             let mut tcp = TcpStream::connect(address).await.unwrap();
-            // A connection that gets no place is closed on: reset, when it has said something by then.
+            // A connection over the limit is closed. If it has sent data by then, it is reset.
             let _ = tcp.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await;
             let mut said = String::new();
             let _ = tcp.read_to_string(&mut said).await;

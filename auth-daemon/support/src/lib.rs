@@ -1,4 +1,4 @@
-//! Small pieces that several crates share. Nothing here knows the mesh, TLS or the kernel programs.
+//! Utilities shared by several crates. They do not depend on the mesh, TLS or the eBPF programs.
 
 pub mod backoff;
 pub mod config;

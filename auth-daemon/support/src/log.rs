@@ -1,27 +1,27 @@
-//! The `log` section, of all configuration files.
+//! The `log` section, which all configuration files share.
 
 use crate::config::Section;
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people.
+    /// Human-readable text.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// What is logged, and how.
+/// Logging configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Log {
-    /// Defaults to text.
+    /// Format. Defaults to text.
     pub format: LogFormat,
     /// A tracing filter such as `info` or `auth_daemon=debug`. Defaults to `info`.
     pub level: String,
 }
 
 impl Log {
-    /// Takes the section out of `root`.
+    /// Takes the `log` section from `root`.
     pub fn read(root: &mut Section, faults: &mut Vec<String>) -> Self {
         let mut log = root.section("log", faults);
         let format = log.parsed("format", faults, |s| match s {
