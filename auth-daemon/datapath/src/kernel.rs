@@ -396,8 +396,8 @@ impl Kernel {
             .map_err(map_error("BYPASS"))
     }
 
-    /// Takes the destination that the connection from `client`, in the netns with `cookie`, dialled. `None` if the
-    /// connection was not captured.
+    /// Returns and removes the destination that the connection from `client`, in the netns with `cookie`, dialled.
+    /// `None` if the connection was not captured.
     pub fn take_dialled(&self, cookie: u64, client: SocketAddr) -> Option<SocketAddr> {
         let key = SocketKey {
             netns_cookie: cookie,

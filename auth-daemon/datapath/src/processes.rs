@@ -29,13 +29,13 @@ use super::{
 /// Where a pod's processes are.
 #[derive(Clone, Debug)]
 pub enum NetnsLocation {
-    /// In this namespace.
+    /// In this netns.
     In(Arc<Netns>),
-    /// In this namespace, together with processes of the given other pod. Neither pod can be identified by it.
+    /// In this netns, together with processes of the given other pod. Neither pod can be identified by it.
     Shared(Arc<Netns>, PodUid),
-    /// All in the node's namespace: they have yet to enter the pod's, or are helpers of the runtime.
+    /// All in the node's netns: they have yet to enter the pod's, or are helpers of the runtime.
     Node,
-    /// Unknown, because the namespace of a process could not be read.
+    /// Unknown, because the netns of a process could not be read.
     Hidden {
         /// ID of that process.
         pid: u32,

@@ -1,5 +1,5 @@
-//! Limits the number of unauthenticated connections, in total and for each source address, so that one source cannot
-//! use up the limit.
+//! Limits the number of concurrent connections or handshakes, in total and for each source address, so that one source
+//! cannot use up the limit. Callers need no identity, and a connection that counts costs nothing else.
 
 use std::{
     collections::HashMap,

@@ -45,8 +45,8 @@ pub struct Configs {
     pub server: Arc<ServerConfig>,
 }
 
-/// Returns the TLS 1.3 cipher suites, with the fastest one on processors with AES-NI first. Prefers post-quantum key
-/// exchange.
+/// Returns the cryptography provider. Prefers the TLS 1.3 cipher suite that is fastest on processors with AES-NI, and
+/// post-quantum key exchange.
 pub fn provider() -> CryptoProvider {
     use aws_lc_rs::{cipher_suite as suites, kx_group as groups};
     CryptoProvider {
