@@ -7,7 +7,7 @@ use std::{
 };
 
 use auth_ca_api::pem;
-use auth_kubernetes::{Fault, Objects, follow, objects::Namespace};
+use auth_kubernetes::{ApiError, Objects, follow, objects::Namespace};
 use futures_util::{StreamExt, future::join_all};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, Client, ResourceExt, api::ObjectMeta, core::PartialObjectMeta, runtime::watcher};
@@ -135,7 +135,7 @@ impl PublishedRoots {
     }
 
     /// Makes the ConfigMap of `namespace` contain `roots`.
-    async fn write(&self, namespace: &str, roots: &str) -> Result<(), Fault> {
+    async fn write(&self, namespace: &str, roots: &str) -> Result<(), ApiError> {
         let maps: Objects<ConfigMap> = Objects::of(self.client.clone(), namespace);
         let wanted = BTreeMap::from([(KEY.to_owned(), roots.to_owned())]);
         let written = match maps.get(&self.name).await? {
@@ -166,7 +166,7 @@ impl PublishedRoots {
         match written {
             // The namespace is gone, or being deleted.
             Err(error) if error.is_not_found() => Ok(()),
-            Err(Fault::Refused {
+            Err(ApiError::Refused {
                 code: 403, message, ..
             }) if message.contains("because it is being terminated") => Ok(()),
             Err(error) => Err(error),

@@ -6,23 +6,23 @@ use std::{fs, io, os::unix::fs::MetadataExt, path::Path, process};
 /// Returns what the daemon's own pod lacks to serve its node. Empty if nothing is missing. `cgroup` is where the daemon
 /// would attach.
 pub fn blind_spots(cgroup: &Path) -> Vec<String> {
-    let mut faults = Vec::new();
+    let mut errors = Vec::new();
     // In the container's own PID namespace, process 1 belongs to the container.
     let mounts = |process: &str| Some(fs::metadata(format!("/proc/{process}/ns/mnt")).ok()?.ino());
     if process::id() == 1 || mounts("1").is_some_and(|first| mounts("self") == Some(first)) {
-        faults.push(
+        errors.push(
             "no process of the node is to be seen, and so no pod's: set hostPID: true".to_owned(),
         );
     }
     match is_own(cgroup) {
         Ok(false) => {}
-        Ok(true) => faults.push(format!(
+        Ok(true) => errors.push(format!(
             "{} is the daemon's own cgroup, and not the node's: mount the node's /sys/fs/cgroup there",
             cgroup.display()
         )),
-        Err(error) => faults.push(format!("{}: {error}", cgroup.display())),
+        Err(error) => errors.push(format!("{}: {error}", cgroup.display())),
     }
-    faults
+    errors
 }
 
 /// Whether this process is in `cgroup` itself and `cgroup` is not a root, which may contain any process of the node.
@@ -43,10 +43,10 @@ mod tests {
 
     #[test]
     fn a_folder_that_is_no_cgroup_is_named() {
-        let faults = blind_spots(Path::new("/nowhere"));
+        let errors = blind_spots(Path::new("/nowhere"));
         assert!(
-            faults.iter().any(|fault| fault.starts_with("/nowhere: ")),
-            "{faults:?}"
+            errors.iter().any(|error| error.starts_with("/nowhere: ")),
+            "{errors:?}"
         );
     }
 }

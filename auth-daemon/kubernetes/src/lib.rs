@@ -89,7 +89,7 @@ pub fn client(mut config: Config) -> Result<Client, NoCluster> {
 
 /// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum ApiError {
     /// No response before the deadline.
     #[error("the API server did not answer within {0:?}")]
     TimedOut(Duration),
@@ -111,7 +111,7 @@ pub enum Fault {
     Answer(String),
 }
 
-impl Fault {
+impl ApiError {
     /// Whether the object already exists, or has changed since it was read.
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::Refused { code: 409, .. })
@@ -170,19 +170,19 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
     }
 
     /// Returns the object, or `None` if it does not exist.
-    pub async fn get(&self, name: &str) -> Result<Option<K>, Fault> {
+    pub async fn get(&self, name: &str) -> Result<Option<K>, ApiError> {
         match self
             .call(self.request.get(name, &GetParams::default()))
             .await
         {
             Ok(found) => Ok(Some(found)),
-            Err(fault) if fault.is_not_found() => Ok(None),
-            Err(fault) => Err(fault),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
     /// Returns all objects that match the label selector `labels`.
-    pub async fn list(&self, labels: &str) -> Result<Vec<K>, Fault> {
+    pub async fn list(&self, labels: &str) -> Result<Vec<K>, ApiError> {
         let mut parameters = ListParams::default().labels(labels).limit(PAGE);
         let mut objects = Vec::new();
         loop {
@@ -196,7 +196,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
     }
 
     /// Creates an object. Returns it as it was stored.
-    pub async fn create(&self, object: &K) -> Result<K, Fault>
+    pub async fn create(&self, object: &K) -> Result<K, ApiError>
     where
         K: Serialize,
     {
@@ -206,7 +206,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
     }
 
     /// Replaces an object if its resource version is still that of `object`.
-    pub async fn replace(&self, name: &str, object: &K) -> Result<K, Fault>
+    pub async fn replace(&self, name: &str, object: &K) -> Result<K, ApiError>
     where
         K: Serialize,
     {
@@ -216,14 +216,14 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
     }
 
     /// Changes fields of an object by a JSON merge patch (RFC 7396).
-    pub async fn merge(&self, name: &str, change: &Value) -> Result<K, Fault> {
+    pub async fn merge(&self, name: &str, change: &Value) -> Result<K, ApiError> {
         let patch = Patch::Merge(change);
         self.call(self.request.patch(name, &PatchParams::default(), &patch))
             .await
     }
 
     /// Deletes the object, if `uid` is `None` or matches. It is not an error if the object does not exist.
-    pub async fn delete(&self, name: &str, uid: Option<String>) -> Result<(), Fault> {
+    pub async fn delete(&self, name: &str, uid: Option<String>) -> Result<(), ApiError> {
         let parameters = DeleteParams {
             preconditions: uid.map(|uid| Preconditions {
                 uid: Some(uid),
@@ -236,7 +236,7 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
             .call::<Value>(self.request.delete(name, &parameters))
             .await
         {
-            Err(fault) if !fault.is_not_found() => Err(fault),
+            Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(()),
         }
     }
@@ -244,11 +244,11 @@ impl<K: Resource<DynamicType = ()> + DeserializeOwned + Clone> Objects<K> {
     async fn call<T: DeserializeOwned>(
         &self,
         request: Result<axum::http::Request<Vec<u8>>, kube::core::request::Error>,
-    ) -> Result<T, Fault> {
-        let request = request.map_err(|error| Fault::Answer(error.to_string()))?;
+    ) -> Result<T, ApiError> {
+        let request = request.map_err(|error| ApiError::Answer(error.to_string()))?;
         tokio::time::timeout(DEADLINE, exchange(&self.client, request))
             .await
-            .unwrap_or(Err(Fault::TimedOut(DEADLINE)))
+            .unwrap_or(Err(ApiError::TimedOut(DEADLINE)))
     }
 }
 
@@ -259,21 +259,21 @@ pub async fn served<'a>(
     group: &str,
     versions: &[&'a str],
     plural: &str,
-) -> Result<Option<&'a str>, Fault> {
+) -> Result<Option<&'a str>, ApiError> {
     for version in versions {
         let request = axum::http::Request::get(format!("/apis/{group}/{version}"))
             .body(Vec::new())
-            .map_err(|error| Fault::Answer(error.to_string()))?;
+            .map_err(|error| ApiError::Answer(error.to_string()))?;
         let answer = tokio::time::timeout(DEADLINE, exchange::<Value>(client, request)).await;
-        match answer.unwrap_or(Err(Fault::TimedOut(DEADLINE))) {
+        match answer.unwrap_or(Err(ApiError::TimedOut(DEADLINE))) {
             Ok(kinds) => {
                 let mut kinds = kinds["resources"].as_array().into_iter().flatten();
                 if kinds.any(|kind| kind["name"] == plural) {
                     return Ok(Some(version));
                 }
             }
-            Err(fault) if fault.is_not_found() => {}
-            Err(fault) => return Err(fault),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(None)
@@ -328,19 +328,19 @@ where
 async fn exchange<T: DeserializeOwned>(
     client: &Client,
     request: axum::http::Request<Vec<u8>>,
-) -> Result<T, Fault> {
+) -> Result<T, ApiError> {
     let answer = client
         .send(request.map(ClientBody::from))
         .await
-        .map_err(|error| Fault::Unreachable(with_causes(&error)))?;
+        .map_err(|error| ApiError::Unreachable(with_causes(&error)))?;
     let code = answer.status().as_u16();
     let body = to_bytes(Body::new(answer.into_body()), MAX_ANSWER_BYTES)
         .await
-        .map_err(|error| Fault::Answer(with_causes(&error)))?;
+        .map_err(|error| ApiError::Answer(with_causes(&error)))?;
     if (200..300).contains(&code) {
         // serde_json's errors may quote the content, so report only the position.
         return serde_json::from_slice(&body).map_err(|error| {
-            Fault::Answer(format!(
+            ApiError::Answer(format!(
                 "not the object that was asked for (line {}, column {})",
                 error.line(),
                 error.column()
@@ -348,15 +348,15 @@ async fn exchange<T: DeserializeOwned>(
         });
     }
     let status: Status = serde_json::from_slice(&body).unwrap_or_default();
-    Err(Fault::Refused {
+    Err(ApiError::Refused {
         code,
         reason: printable(&status.reason),
         message: printable(&status.message),
     })
 }
 
-fn serialize(object: &impl Serialize) -> Result<Vec<u8>, Fault> {
-    serde_json::to_vec(object).map_err(|error| Fault::Answer(error.to_string()))
+fn serialize(object: &impl Serialize) -> Result<Vec<u8>, ApiError> {
+    serde_json::to_vec(object).map_err(|error| ApiError::Answer(error.to_string()))
 }
 
 /// Makes a text of another process safe for one line of a log: replaces control characters and limits the length.
@@ -388,14 +388,14 @@ mod tests {
 
     #[test]
     fn what_may_have_been_done() {
-        let refused = |code| Fault::Refused {
+        let refused = |code| ApiError::Refused {
             code,
             reason: String::new(),
             message: String::new(),
         };
         assert!(refused(409).is_conflict() && !refused(409).is_uncertain());
         assert!(refused(404).is_not_found() && !refused(403).is_uncertain());
-        assert!(refused(504).is_uncertain() && Fault::TimedOut(DEADLINE).is_uncertain());
+        assert!(refused(504).is_uncertain() && ApiError::TimedOut(DEADLINE).is_uncertain());
     }
 
     #[test]

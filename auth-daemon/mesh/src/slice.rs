@@ -318,8 +318,8 @@ mod tests {
         edit.slice(slice("0", vec![endpoint("10.1.0.1")]));
         let empty = Snapshot::default();
         let counts = |snapshot: &Snapshot| {
-            let faults: Vec<_> = snapshot.faults_since(&empty).collect();
-            (resolve(snapshot).unwrap().endpoints.len(), faults)
+            let errors: Vec<_> = snapshot.errors_since(&empty).collect();
+            (resolve(snapshot).unwrap().endpoints.len(), errors)
         };
         let mut snapshot = edit.finish();
         for name in names.take(MAX_SLICED / 1000) {
@@ -328,11 +328,11 @@ mod tests {
             edit.slice(many(name));
             snapshot = edit.finish();
         }
-        let (count, faults) = counts(&snapshot);
+        let (count, errors) = counts(&snapshot);
         assert_eq!(count, MAX_SLICED);
         assert!(
-            faults[0].contains("service shop/web has more than"),
-            "{faults:?}"
+            errors[0].contains("service shop/web has more than"),
+            "{errors:?}"
         );
         let mut edit = Edit::from(snapshot);
         edit.remove_slice(&name("a"));

@@ -203,16 +203,16 @@ impl Snapshot {
     }
 
     /// Returns descriptions of all conflicts. Each names the objects.
-    pub fn faults(&self) -> impl Iterator<Item = String> {
-        let disputed = self.disputed.iter().map(|address| self.fault(*address));
+    pub fn errors(&self) -> impl Iterator<Item = String> {
+        let disputed = self.disputed.iter().map(|address| self.error(*address));
         disputed.chain(self.crowded.iter().map(crowd))
     }
 
     /// Returns the conflicts that `before` did not have. The cost depends on the number of changes.
-    pub fn faults_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = String> {
+    pub fn errors_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = String> {
         let changes = before.disputed.diff(&self.disputed);
         let disputed = changes.filter_map(|change| match change {
-            imbl::ordset::DiffItem::Add(address) => Some(self.fault(*address)),
+            imbl::ordset::DiffItem::Add(address) => Some(self.error(*address)),
             imbl::ordset::DiffItem::Remove(_) => None,
         });
         let changes = before.crowded.diff(&self.crowded);
@@ -223,7 +223,7 @@ impl Snapshot {
         disputed.chain(crowded)
     }
 
-    fn fault(&self, address: IpAddr) -> String {
+    fn error(&self, address: IpAddr) -> String {
         let claims = self.addresses.get(&address).map_or(&[][..], Claims::all);
         let who: Vec<_> = claims
             .iter()
@@ -418,7 +418,7 @@ mod tests {
         assert_eq!(snapshot.addresses().count(), 1);
         assert!(
             snapshot
-                .faults()
+                .errors()
                 .next()
                 .unwrap()
                 .contains("by pod default/one and by pod")
@@ -437,7 +437,7 @@ mod tests {
         });
         let address = "10.1.0.1".parse().unwrap();
         assert_eq!(snapshot.pod(address).unwrap().name.name, "two");
-        assert_eq!(snapshot.faults().count(), 0);
+        assert_eq!(snapshot.errors().count(), 0);
         let both = Workload {
             name: in_default("two"),
             ..going.clone()

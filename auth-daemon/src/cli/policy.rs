@@ -146,21 +146,21 @@ impl Manifests {
             .trust_domain
             .parse()
             .with_context(|| format!("--trust-domain {:?}", self.trust_domain))?;
-        let mut faults = Vec::new();
+        let mut errors = Vec::new();
         let (mut pods, mut services, mut policies) = (Vec::new(), Vec::new(), Vec::new());
         let mut named = BTreeSet::new();
         let unreadable = || format!("--files {}", folder.display());
         for path in files::manifests(folder).with_context(unreadable)? {
-            let mut fault = |what: String| faults.push(format!("{}: {what}", path.display()));
+            let mut invalid = |what: String| errors.push(format!("{}: {what}", path.display()));
             let text = files::read_file(&path).map_err(|error| error.to_string());
             let read = text.and_then(|text| files::parse(&text, &trust_domain));
             let objects = read.unwrap_or_else(|error| {
-                fault(error);
+                invalid(error);
                 Vec::new()
             });
             for (name, object) in objects {
                 if !named.insert((object.kind(), name.clone())) {
-                    fault(format!(
+                    invalid(format!(
                         "{} {name} stands here a second time",
                         object.kind()
                     ));
@@ -173,7 +173,7 @@ impl Manifests {
                 }
             }
         }
-        ensure!(faults.is_empty(), "{}", faults.join("\nauth-daemon: "));
+        ensure!(errors.is_empty(), "{}", errors.join("\nauth-daemon: "));
         let settings = Settings {
             root_namespace: self.root_namespace.clone(),
             mode: match self.mode {

@@ -169,19 +169,19 @@ async fn answer(node: Arc<Node>, health: Arc<Health>, listeners: Option<admin::L
 
 /// Refuses to start where no pod could be enrolled, and says what is missing: all of it at once.
 fn check_privileges(config: &Config) -> anyhow::Result<()> {
-    let mut faults = Vec::new();
+    let mut errors = Vec::new();
     let capabilities = features::capabilities();
     if !capabilities.ok {
-        faults.push(format!("capabilities: {}", capabilities.detail));
+        errors.push(format!("capabilities: {}", capabilities.detail));
     }
     if matches!(config.discovery, Discovery::Kubernetes { .. }) && auth_kubernetes::is_pod() {
         let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
-        faults.extend(host::blind_spots(&cgroup));
+        errors.extend(host::blind_spots(&cgroup));
     }
-    if faults.is_empty() {
+    if errors.is_empty() {
         return Ok(());
     }
-    anyhow::bail!("this node's pods cannot be served: {}", faults.join("; "))
+    anyhow::bail!("this node's pods cannot be served: {}", errors.join("; "))
 }
 
 /// Takes everything out of the kernel. Returns how many pods were enrolled.

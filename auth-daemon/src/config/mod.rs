@@ -1,4 +1,4 @@
-//! The daemon's configuration file: YAML, checked as a whole, so that one run shows every fault.
+//! The daemon's configuration file: YAML, checked as a whole, so that one run shows every error.
 
 use std::{
     collections::BTreeSet,
@@ -114,57 +114,57 @@ impl Config {
         section::load(file, Self::parse)
     }
 
-    /// Checks `text`; every fault names its field.
+    /// Checks `text`; every error names its field.
     pub fn parse(text: &str) -> Result<Self, Vec<String>> {
-        let mut faults = Vec::new();
-        let mut root = Section::of_yaml(text, &mut faults)?;
+        let mut errors = Vec::new();
+        let mut root = Section::of_yaml(text, &mut errors)?;
         let node_name = root
-            .parsed("nodeName", &mut faults, node_name)
+            .parsed("nodeName", &mut errors, node_name)
             .or_else(default_node_name);
-        let trust_domain = root.parsed("trustDomain", &mut faults, TrustDomain::from_str);
-        let mode = root.parsed("mode", &mut faults, |s| match s {
+        let trust_domain = root.parsed("trustDomain", &mut errors, TrustDomain::from_str);
+        let mode = root.parsed("mode", &mut errors, |s| match s {
             "STRICT" => Ok(Mode::Strict),
             "PERMISSIVE" => Ok(Mode::Permissive),
             _ => Err("is neither STRICT nor PERMISSIVE"),
         });
-        let pod_networks = root.list("podNetworks", &mut faults, IpNet::from_str);
-        let same_node = root.parsed("sameNode", &mut faults, |s| match s {
+        let pod_networks = root.list("podNetworks", &mut errors, IpNet::from_str);
+        let same_node = root.parsed("sameNode", &mut errors, |s| match s {
             "kernel" => Ok(SameNode::Kernel),
             "tunnel" => Ok(SameNode::Tunnel),
             _ => Err("is neither kernel nor tunnel"),
         });
-        let mut policies = root.section("policy", &mut faults);
-        let root_namespace = policies.parsed("rootNamespace", &mut faults, kubernetes_namespace);
-        let drain = root.parsed("drain", &mut faults, |s| {
+        let mut policies = root.section("policy", &mut errors);
+        let root_namespace = policies.parsed("rootNamespace", &mut errors, kubernetes_namespace);
+        let drain = root.parsed("drain", &mut errors, |s| {
             duration(s, Duration::ZERO, MAX_DRAIN)
         });
-        let mut sources = root.section("discovery", &mut faults);
+        let mut sources = root.section("discovery", &mut errors);
         let discovery = discovery(
             &mut sources,
             std::env::var("POD_NAMESPACE").ok(),
-            &mut faults,
+            &mut errors,
         );
-        let mut ca = root.section("ca", &mut faults);
-        let ca_source = ca_source(&mut ca, &mut faults);
-        let certificate_lifetime = ca.parsed("certificateLifetime", &mut faults, |s| {
+        let mut ca = root.section("ca", &mut errors);
+        let ca_source = ca_source(&mut ca, &mut errors);
+        let certificate_lifetime = ca.parsed("certificateLifetime", &mut errors, |s| {
             duration(s, MIN_LIFETIME, MAX_LIFETIME)
         });
-        let log = Log::read(&mut root, &mut faults);
-        let mut kernel = root.section("kernel", &mut faults);
-        let cgroup = kernel.parsed("cgroup", &mut faults, absolute);
-        let pins = kernel.parsed("pins", &mut faults, absolute);
+        let log = Log::read(&mut root, &mut errors);
+        let mut kernel = root.section("kernel", &mut errors);
+        let cgroup = kernel.parsed("cgroup", &mut errors, absolute);
+        let pins = kernel.parsed("pins", &mut errors, absolute);
         for section in [sources, ca, policies, kernel, root] {
-            section.refuse_the_rest(&mut faults);
+            section.refuse_the_rest(&mut errors);
         }
         if node_name.is_none() {
-            faults.push(
+            errors.push(
                 "nodeName: is missing, and neither $NODE_NAME nor the host name says it".into(),
             );
         }
         let (Some(node_name), Some(discovery), Some(ca), []) =
-            (node_name, discovery, ca_source, faults.as_slice())
+            (node_name, discovery, ca_source, errors.as_slice())
         else {
-            return Err(faults);
+            return Err(errors);
         };
         Ok(Self {
             node_name,
@@ -194,26 +194,26 @@ impl Config {
 fn discovery(
     sources: &mut Section,
     own_namespace: Option<String>,
-    faults: &mut Vec<String>,
+    errors: &mut Vec<String>,
 ) -> Option<Discovery> {
     match (sources.has("files"), sources.has("kubernetes")) {
         (true, true) => {
-            faults.push("discovery: has files and kubernetes; it is one or the other".into());
+            errors.push("discovery: has files and kubernetes; it is one or the other".into());
             sources.skip("files");
             sources.skip("kubernetes");
             None
         }
         (true, false) => sources
-            .required("files", faults, absolute)
+            .required("files", errors, absolute)
             .map(Discovery::Files),
         (false, true) => {
-            let mut cluster = sources.section("kubernetes", faults);
-            let membership = cluster.parsed("default", faults, Membership::from_str);
-            let excluded = cluster.list("excludedNamespaces", faults, kubernetes_namespace);
-            cluster.refuse_the_rest(faults);
+            let mut cluster = sources.section("kubernetes", errors);
+            let membership = cluster.parsed("default", errors, Membership::from_str);
+            let excluded = cluster.list("excludedNamespaces", errors, kubernetes_namespace);
+            cluster.refuse_the_rest(errors);
             let own_namespace = own_namespace.filter(|namespace| !namespace.is_empty());
             if own_namespace.is_none() {
-                faults.push(
+                errors.push(
                     "discovery.kubernetes: $POD_NAMESPACE is not set; it says where the nodes' daemons are".into(),
                 );
             }
@@ -232,7 +232,7 @@ fn discovery(
             })
         }
         (false, false) => {
-            faults.push(
+            errors.push(
                 "discovery: has neither files, a folder of manifests, nor kubernetes, for the cluster's API".into(),
             );
             None
@@ -241,11 +241,11 @@ fn discovery(
 }
 
 /// Either a folder, or an address with what belongs to it.
-fn ca_source(ca: &mut Section, faults: &mut Vec<String>) -> Option<CaSource> {
+fn ca_source(ca: &mut Section, errors: &mut Vec<String>) -> Option<CaSource> {
     let has = |field| ca.has(field);
     match (has("directory"), has("address")) {
         (true, true) => {
-            faults.push("ca: has directory and address; it is one or the other".into());
+            errors.push("ca: has directory and address; it is one or the other".into());
             for field in [
                 "directory",
                 "address",
@@ -258,13 +258,13 @@ fn ca_source(ca: &mut Section, faults: &mut Vec<String>) -> Option<CaSource> {
             None
         }
         (true, false) => ca
-            .required("directory", faults, absolute)
+            .required("directory", errors, absolute)
             .map(CaSource::Directory),
         (false, true) => {
-            let address = ca.required("address", faults, host_and_port);
-            let server_name = ca.parsed("serverName", faults, server_name);
-            let root_file = ca.required("rootFile", faults, absolute);
-            let token_file = ca.required("tokenFile", faults, absolute);
+            let address = ca.required("address", errors, host_and_port);
+            let server_name = ca.parsed("serverName", errors, server_name);
+            let root_file = ca.required("rootFile", errors, absolute);
+            let token_file = ca.required("tokenFile", errors, absolute);
             let (host, port) = address?;
             Some(CaSource::Server(CaServer {
                 address: format!("{host}:{port}"),
@@ -275,7 +275,7 @@ fn ca_source(ca: &mut Section, faults: &mut Vec<String>) -> Option<CaSource> {
             }))
         }
         (false, false) => {
-            faults.push(
+            errors.push(
                 "ca: has neither directory, a folder with the root key, nor address, where the CA is".into(),
             );
             None
@@ -358,12 +358,12 @@ mod tests {
 
     #[test]
     fn shows_all_faults_at_once() {
-        let faults = Config::parse(
+        let errors = Config::parse(
             "nodeName: ''\nsameNode: both\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
              drain: 5\nlog: {format: xml, colour: red}\nca: here\n",
         )
         .unwrap_err();
-        let text = faults.join("\n");
+        let text = errors.join("\n");
         for expected in [
             "nodeName: \"\": is not a node name",
             "mode: \"strict\": is neither STRICT nor PERMISSIVE",
@@ -384,14 +384,14 @@ mod tests {
     #[test]
     fn pods_come_from_a_folder_or_from_the_cluster() {
         let parse = |text: &str, own: Option<&str>| {
-            let mut faults = Vec::new();
-            let mut section = Section::of_yaml(text, &mut faults).unwrap();
-            let found = discovery(&mut section, own.map(str::to_owned), &mut faults);
-            section.refuse_the_rest(&mut faults);
-            if faults.is_empty() {
+            let mut errors = Vec::new();
+            let mut section = Section::of_yaml(text, &mut errors).unwrap();
+            let found = discovery(&mut section, own.map(str::to_owned), &mut errors);
+            section.refuse_the_rest(&mut errors);
+            if errors.is_empty() {
                 Ok(found.unwrap())
             } else {
-                Err(faults.join("\n"))
+                Err(errors.join("\n"))
             }
         };
         let cluster = |membership, excluded: &[&str]| {
@@ -416,7 +416,7 @@ mod tests {
             ),
             cluster(Membership::Disabled, &["auth-system", "shop"])
         );
-        for (wrong, own, fault) in [
+        for (wrong, own, error) in [
             ("kubernetes: {}", None, "$POD_NAMESPACE is not set"),
             ("kubernetes: {}\nfiles: /m", own, "it is one or the other"),
             ("kubernetes: {default: yes}", own, "kubernetes.default: "),
@@ -431,10 +431,10 @@ mod tests {
                 "kubernetes.mode: there is no such field",
             ),
         ] {
-            let faults = parse(wrong, own).unwrap_err();
+            let errors = parse(wrong, own).unwrap_err();
             assert!(
-                faults.contains(fault),
-                "{wrong}: {fault:?} is not in:\n{faults}"
+                errors.contains(error),
+                "{wrong}: {error:?} is not in:\n{errors}"
             );
         }
     }
@@ -470,7 +470,7 @@ mod tests {
             source(&format!("address: '10.0.0.1:1', serverName: ca.x, {files}")),
             server("10.0.0.1:1", "ca.x")
         );
-        for (wrong, fault) in [
+        for (wrong, error) in [
             (
                 "address: 'ca:1', directory: /ca",
                 "ca: has directory and address",
@@ -486,10 +486,10 @@ mod tests {
                 "ca.tokenFile: there is no such field",
             ),
         ] {
-            let faults = source(wrong).unwrap_err().join("\n");
+            let errors = source(wrong).unwrap_err().join("\n");
             assert!(
-                faults.contains(fault),
-                "{wrong}: {fault:?} is not in:\n{faults}"
+                errors.contains(error),
+                "{wrong}: {error:?} is not in:\n{errors}"
             );
         }
     }

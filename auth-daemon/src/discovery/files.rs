@@ -125,8 +125,8 @@ impl Source {
             }
             sink.publish_policies(policies);
             let snapshot = edit.finish();
-            for fault in snapshot.faults() {
-                tracing::error!("{fault}");
+            for error in snapshot.errors() {
+                tracing::error!("{error}");
             }
             tracing::info!(pods, services, "manifests read");
             sink.registry.publish(snapshot);

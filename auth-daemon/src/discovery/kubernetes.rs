@@ -66,8 +66,8 @@ pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::
                     sink.publish_policies(policies);
                 }
                 let snapshot = known.snapshot();
-                for fault in snapshot.faults_since(&sink.registry.snapshot()) {
-                    tracing::error!("{fault}");
+                for error in snapshot.errors_since(&sink.registry.snapshot()) {
+                    tracing::error!("{error}");
                 }
                 sink.registry.publish(snapshot);
                 if synced.send_if_modified(|synced| !std::mem::replace(synced, true)) {
@@ -179,8 +179,8 @@ fn watch_if_served(
                     }
                     sleep(ABSENT).await;
                 }
-                Err(fault) => {
-                    tracing::error!(%fault, "cannot ask whether there are {}", kind.plural());
+                Err(error) => {
+                    tracing::error!(%error, "cannot ask whether there are {}", kind.plural());
                     sleep(backoff::pause(RETRY, ABSENT, failures, rand::random())).await;
                     failures += 1;
                 }

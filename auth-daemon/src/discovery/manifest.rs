@@ -248,7 +248,7 @@ pub fn namespace(namespace: &objects::Namespace) -> Result<Option<Object>, Strin
 /// Reads a pod. Returns `None` for one that has terminated. Errors name the object and the field.
 pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let name = object_name("Pod", &pod.metadata)?;
-    let fault = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
+    let invalid = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
     let (spec, status) = (pod.spec, pod.status);
     let membership = membership(&pod.metadata).map_err(|error| format!("Pod {name}: {error}"))?;
     let annotations = pod.metadata.annotations.unwrap_or_default();
@@ -258,15 +258,15 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         .unwrap_or_else(|| "default".into());
     let identity = trust_domain
         .identity(&name.namespace, &account)
-        .map_err(|error| fault("spec.serviceAccountName", error.to_string()))?;
+        .map_err(|error| invalid("spec.serviceAccountName", error.to_string()))?;
     let ips = status.pod_ips.into_iter().map(|ip| ip.ip);
     let ips = status.pod_ip.into_iter().chain(ips);
     let host_network = spec.host_network == Some(true);
-    let addresses = addresses(ips).map_err(|error| fault("status.podIP", error))?;
+    let addresses = addresses(ips).map_err(|error| invalid("status.podIP", error))?;
     let netns = match annotations.get(NETNS_ANNOTATION) {
         Some(path) if path.starts_with('/') => Some(PathBuf::from(path)),
         Some(path) => {
-            return Err(fault(
+            return Err(invalid(
                 &format!("metadata.annotations[{NETNS_ANNOTATION}]"),
                 format!("{path:?} is not an absolute path"),
             ));
@@ -281,7 +281,7 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
             continue;
         }
         let number = port_number(port.container_port)
-            .map_err(|error| fault("spec.containers.ports.containerPort", error))?;
+            .map_err(|error| invalid("spec.containers.ports.containerPort", error))?;
         if let Some(name) = port.name {
             named_ports.entry(name).or_insert(number);
         }
@@ -331,23 +331,23 @@ pub fn service(
     trust_domain: &TrustDomain,
 ) -> Result<Option<Object>, String> {
     let name = object_name("Service", &service.metadata)?;
-    let fault = |field: &str, what: String| format!("Service {name}: {field}: {what}");
+    let invalid = |field: &str, what: String| format!("Service {name}: {field}: {what}");
     let spec = service.spec;
     let ips = spec.cluster_ip.into_iter().chain(spec.cluster_ips);
-    let addresses =
-        addresses(ips.filter(|ip| ip != "None")).map_err(|error| fault("spec.clusterIP", error))?;
+    let addresses = addresses(ips.filter(|ip| ip != "None"))
+        .map_err(|error| invalid("spec.clusterIP", error))?;
     let mut ports = Vec::new();
     for (index, port) in spec.ports.into_iter().enumerate() {
         if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
             continue;
         }
         let number = port_number(port.port)
-            .map_err(|error| fault(&format!("spec.ports[{index}].port"), error))?;
+            .map_err(|error| invalid(&format!("spec.ports[{index}].port"), error))?;
         let target = match port.target_port {
             None | Some(IntOrString::Int(0)) => TargetPort::Number(number),
             Some(IntOrString::Int(target)) => TargetPort::Number(
                 port_number(target)
-                    .map_err(|error| fault(&format!("spec.ports[{index}].targetPort"), error))?,
+                    .map_err(|error| invalid(&format!("spec.ports[{index}].targetPort"), error))?,
             ),
             Some(IntOrString::String(target)) => TargetPort::Name(target),
         };
@@ -362,7 +362,7 @@ pub fn service(
         .get(ACCOUNTS_ANNOTATION)
         .map(|accounts| {
             pinned(accounts, &name.namespace, trust_domain).map_err(|error| {
-                fault(
+                invalid(
                     &format!("metadata.annotations[{ACCOUNTS_ANNOTATION}]"),
                     error,
                 )

@@ -275,7 +275,7 @@ enum Failure {
     Reset(Reset),
     #[error("closed the tunnel instead of answering")]
     Closed,
-    /// Not the endpoint's fault.
+    /// The client's app failed, not the endpoint.
     #[error("the client's app: {0}")]
     App(io::Error),
 }

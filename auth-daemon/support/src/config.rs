@@ -13,14 +13,14 @@ use serde_json::{Map, Value};
 #[derive(Debug)]
 pub struct InvalidConfig {
     file: PathBuf,
-    faults: Vec<String>,
+    errors: Vec<String>,
 }
 
 impl fmt::Display for InvalidConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} cannot be used:", self.file.display())?;
-        for fault in &self.faults {
-            write!(f, "\n  {fault}")?;
+        for error in &self.errors {
+            write!(f, "\n  {error}")?;
         }
         Ok(())
     }
@@ -33,9 +33,9 @@ pub fn load<T>(
     file: &Path,
     parse: impl FnOnce(&str) -> Result<T, Vec<String>>,
 ) -> Result<T, InvalidConfig> {
-    let invalid = |faults| InvalidConfig {
+    let invalid = |errors| InvalidConfig {
         file: file.to_owned(),
-        faults,
+        errors,
     };
     let text = fs::read_to_string(file)
         .map_err(|error| invalid(vec![format!("cannot be read: {error}")]))?;
@@ -50,20 +50,20 @@ pub struct Section {
 
 impl Section {
     /// Parses a whole YAML file.
-    pub fn of_yaml(text: &str, faults: &mut Vec<String>) -> Result<Self, Vec<String>> {
+    pub fn of_yaml(text: &str, errors: &mut Vec<String>) -> Result<Self, Vec<String>> {
         let root: Value =
             serde_saphyr::from_str(text).map_err(|error| vec![format!("is not YAML: {error}")])?;
-        Ok(Self::new("", root, faults))
+        Ok(Self::new("", root, errors))
     }
 
-    /// Interprets `value`, whose path in the file is `path`, as a mapping. Adds an error to `faults` if it is not one.
-    pub fn new(path: &str, value: Value, faults: &mut Vec<String>) -> Self {
+    /// Interprets `value`, whose path in the file is `path`, as a mapping. Adds an error to `errors` if it is not one.
+    pub fn new(path: &str, value: Value, errors: &mut Vec<String>) -> Self {
         let fields = match value {
             Value::Object(fields) => fields,
             Value::Null => Map::new(),
             _ => {
                 let name = if path.is_empty() { "the file" } else { path };
-                faults.push(format!("{name}: is not a mapping of fields"));
+                errors.push(format!("{name}: is not a mapping of fields"));
                 Map::new()
             }
         };
@@ -92,25 +92,25 @@ impl Section {
     }
 
     /// Takes a nested mapping. Returns an empty one if the field is absent.
-    pub fn section(&mut self, name: &str, faults: &mut Vec<String>) -> Self {
+    pub fn section(&mut self, name: &str, errors: &mut Vec<String>) -> Self {
         let value = self.fields.remove(name).unwrap_or(Value::Null);
-        Self::new(&self.field(name), value, faults)
+        Self::new(&self.field(name), value, errors)
     }
 
     /// Takes a string field and parses it. `None` if it is absent or invalid.
     pub fn parsed<T, E: fmt::Display>(
         &mut self,
         name: &str,
-        faults: &mut Vec<String>,
+        errors: &mut Vec<String>,
         parse: impl FnOnce(&str) -> Result<T, E>,
     ) -> Option<T> {
         let field = self.field(name);
         match self.fields.remove(name)? {
             Value::String(text) => parse(&text)
-                .map_err(|error| faults.push(format!("{field}: {text:?}: {error}")))
+                .map_err(|error| errors.push(format!("{field}: {text:?}: {error}")))
                 .ok(),
             other => {
-                faults.push(format!("{field}: {other} is not a string"));
+                errors.push(format!("{field}: {other} is not a string"));
                 None
             }
         }
@@ -120,59 +120,59 @@ impl Section {
     pub fn required<T, E: fmt::Display>(
         &mut self,
         name: &str,
-        faults: &mut Vec<String>,
+        errors: &mut Vec<String>,
         parse: impl FnOnce(&str) -> Result<T, E>,
     ) -> Option<T> {
         if !self.fields.contains_key(name) {
-            faults.push(format!("{}: is missing", self.field(name)));
+            errors.push(format!("{}: is missing", self.field(name)));
         }
-        self.parsed(name, faults, parse)
+        self.parsed(name, errors, parse)
     }
 
     /// Takes a list of strings and parses each. `None` if the field is absent or not a list.
     pub fn list<T, E: fmt::Display>(
         &mut self,
         name: &str,
-        faults: &mut Vec<String>,
+        errors: &mut Vec<String>,
         parse: impl Fn(&str) -> Result<T, E>,
     ) -> Option<Vec<T>> {
         let field = self.field(name);
         let Value::Array(items) = self.fields.remove(name)? else {
-            faults.push(format!("{field}: is not a list"));
+            errors.push(format!("{field}: is not a list"));
             return None;
         };
         let mut parsed = Vec::new();
         for (index, item) in items.into_iter().enumerate() {
             match item.as_str().map(&parse) {
                 Some(Ok(value)) => parsed.push(value),
-                Some(Err(error)) => faults.push(format!("{field}[{index}]: {item}: {error}")),
-                None => faults.push(format!("{field}[{index}]: {item} is not a string")),
+                Some(Err(error)) => errors.push(format!("{field}[{index}]: {item}: {error}")),
+                None => errors.push(format!("{field}[{index}]: {item} is not a string")),
             }
         }
         Some(parsed)
     }
 
     /// Takes a list of mappings. The path of each one includes its index.
-    pub fn sections(&mut self, name: &str, faults: &mut Vec<String>) -> Vec<Self> {
+    pub fn sections(&mut self, name: &str, errors: &mut Vec<String>) -> Vec<Self> {
         let field = self.field(name);
         match self.fields.remove(name) {
             None => Vec::new(),
             Some(Value::Array(items)) => items
                 .into_iter()
                 .enumerate()
-                .map(|(index, item)| Self::new(&format!("{field}[{index}]"), item, faults))
+                .map(|(index, item)| Self::new(&format!("{field}[{index}]"), item, errors))
                 .collect(),
             Some(_) => {
-                faults.push(format!("{field}: is not a list"));
+                errors.push(format!("{field}: is not a list"));
                 Vec::new()
             }
         }
     }
 
     /// Adds an error for each field that was not taken.
-    pub fn refuse_the_rest(self, faults: &mut Vec<String>) {
+    pub fn refuse_the_rest(self, errors: &mut Vec<String>) {
         for name in self.fields.keys() {
-            faults.push(format!("{}: there is no such field", self.field(name)));
+            errors.push(format!("{}: there is no such field", self.field(name)));
         }
     }
 }

@@ -22,17 +22,17 @@ pub struct Log {
 
 impl Log {
     /// Takes the `log` section from `root`.
-    pub fn read(root: &mut Section, faults: &mut Vec<String>) -> Self {
-        let mut log = root.section("log", faults);
-        let format = log.parsed("format", faults, |s| match s {
+    pub fn read(root: &mut Section, errors: &mut Vec<String>) -> Self {
+        let mut log = root.section("log", errors);
+        let format = log.parsed("format", errors, |s| match s {
             "text" => Ok(LogFormat::Text),
             "json" => Ok(LogFormat::Json),
             _ => Err("is neither text nor json"),
         });
-        let level = log.parsed("level", faults, |s| {
+        let level = log.parsed("level", errors, |s| {
             tracing_subscriber::EnvFilter::try_new(s).map(|_| s.to_owned())
         });
-        log.refuse_the_rest(faults);
+        log.refuse_the_rest(errors);
         Self {
             format: format.unwrap_or(LogFormat::Text),
             level: level.unwrap_or_else(|| "info".to_owned()),

@@ -8,7 +8,7 @@ mod verdict;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use auth_kubernetes::{Fault, Objects};
+use auth_kubernetes::{ApiError, Objects};
 use auth_mesh::TrustDomain;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use k8s_openapi::{ByteString, api::core::v1::Secret};
@@ -121,7 +121,7 @@ impl Distribution {
     async fn update_record(
         &self,
         change: impl Fn(&mut BTreeSet<String>),
-    ) -> Result<BTreeSet<String>, Fault> {
+    ) -> Result<BTreeSet<String>, ApiError> {
         let secrets: Objects<Secret> = Objects::of(self.client.clone(), &self.state_namespace);
         let name = format!("{}-distribution", self.state_secret);
         let found = secrets.get(&name).await?;
@@ -157,7 +157,7 @@ impl Distribution {
     }
 
     /// Removes the distributed Secrets of a namespace that is not selected any more.
-    async fn clear(&self, namespace: &str) -> Result<(), Fault> {
+    async fn clear(&self, namespace: &str) -> Result<(), ApiError> {
         let secrets: Objects<Secret> = Objects::of(self.client.clone(), namespace);
         let found = secrets.list(&format!("{DISTRIBUTED_LABEL}=true")).await?;
         let mut count = 0;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use auth_ca_api::pem;
-use auth_kubernetes::{Fault, Objects, follow};
+use auth_kubernetes::{ApiError, Objects, follow};
 use auth_mesh::{Identity, TrustDomain};
 use futures_util::{StreamExt, future::join_all};
 use k8s_openapi::{
@@ -184,7 +184,7 @@ impl Namespace<'_> {
     async fn reconcile(&self, account: &str) -> Result<Done, String> {
         let secret_name = format!("{PREFIX}{account}");
         let full_name = format!("{}/{secret_name}", self.name);
-        let text = |error: Fault| error.to_string();
+        let text = |error: ApiError| error.to_string();
         let found = self.secrets.get(&secret_name).await.map_err(text)?;
         let accounts = self.accounts.as_ref();
         let Some(uid) = accounts.and_then(|accounts| accounts.get(account)) else {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use auth_kubernetes::{Fault, Objects, objects::Pod};
+use auth_kubernetes::{ApiError, Objects, objects::Pod};
 use kube::Client;
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::sleep};
@@ -50,7 +50,7 @@ pub(super) async fn follow(
     }
 }
 
-async fn apply(pods: &Objects<Pod>, own: &str, leader: bool) -> Result<(), Fault> {
+async fn apply(pods: &Objects<Pod>, own: &str, leader: bool) -> Result<(), ApiError> {
     let labelled = pods.list(&format!("{LEADER_LABEL}=true")).await?;
     let names = labelled.into_iter().filter_map(|pod| pod.metadata.name);
     let (own_label, others): (Vec<_>, Vec<_>) = names.partition(|name| name == own);

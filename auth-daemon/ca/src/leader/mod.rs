@@ -8,7 +8,7 @@ mod label;
 
 use std::{fmt, pin::Pin, sync::Arc, time::Duration};
 
-use auth_kubernetes::{Fault, Objects};
+use auth_kubernetes::{ApiError, Objects};
 use election::{Election, Move, Timing, View};
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
@@ -171,7 +171,7 @@ impl Candidate {
         leases: &Objects<Lease>,
         name: &str,
         election: &mut Election,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), ApiError> {
         let found = leases.get(&self.lease).await?;
         let view = found.as_ref().map(view);
         let sent = Instant::now();
@@ -240,12 +240,12 @@ impl Candidate {
             });
             leases.replace(&self.lease, &lease).await?;
             tracing::info!(lease = self.full_name(), "lease released");
-            Ok::<(), Fault>(())
+            Ok::<(), ApiError>(())
         };
         let failed = match timeout(RELEASE, release).await {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error,
-            Err(_) => Fault::TimedOut(RELEASE),
+            Err(_) => ApiError::TimedOut(RELEASE),
         };
         tracing::warn!(
             lease = self.full_name(), error = %failed,

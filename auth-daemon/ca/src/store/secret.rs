@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
-use auth_kubernetes::{Fault, Objects};
+use auth_kubernetes::{ApiError, Objects};
 use k8s_openapi::{ByteString, api::core::v1::Secret};
 use kube::{Client, api::ObjectMeta};
 use tokio::{
@@ -201,7 +201,7 @@ impl SecretStore {
     }
 
     async fn read(&self) -> Result<Option<Secret>, StoreError> {
-        let read: Result<_, Fault> = self.secrets.get(&self.name).await;
+        let read: Result<_, ApiError> = self.secrets.get(&self.name).await;
         read.map_err(|error| self.error(&format!("cannot be read: {error}")))
     }
 

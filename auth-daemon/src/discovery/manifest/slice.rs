@@ -15,7 +15,7 @@ const MAX_SLICE_PORTS: usize = 100;
 /// Reads an endpoint slice. Returns `None` if it has no service, or no addresses. Errors name the object and the field.
 pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
     let name = object_name("EndpointSlice", &slice.metadata)?;
-    let fault = |field: &str, what: String| format!("EndpointSlice {name}: {field}: {what}");
+    let invalid = |field: &str, what: String| format!("EndpointSlice {name}: {field}: {what}");
     let labels = slice.metadata.labels.unwrap_or_default();
     let service = labels.get(SERVICE_LABEL).filter(|name| !name.is_empty());
     let is_v4 = match slice.address_type.as_str() {
@@ -32,7 +32,7 @@ pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
         ("ports", slice.ports.len(), MAX_SLICE_PORTS),
     ] {
         if count > most {
-            return Err(fault(field, format!("are {count}, of {most} at most")));
+            return Err(invalid(field, format!("are {count}, of {most} at most")));
         }
     }
     let mut ports = Vec::new();
@@ -42,7 +42,7 @@ pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
             continue;
         };
         let number =
-            port_number(number).map_err(|error| fault(&format!("ports[{index}].port"), error))?;
+            port_number(number).map_err(|error| invalid(&format!("ports[{index}].port"), error))?;
         ports.push((port.name.unwrap_or_default(), number));
     }
     let mut endpoints = Vec::new();
@@ -51,10 +51,10 @@ pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
         let Some(text) = endpoint.addresses.first() else {
             continue;
         };
-        let address = address(text).map_err(|error| fault(&field(), error))?;
+        let address = address(text).map_err(|error| invalid(&field(), error))?;
         if address.is_ipv4() != is_v4 {
             let kind = &slice.address_type;
-            return Err(fault(&field(), format!("{text:?} is no {kind} address")));
+            return Err(invalid(&field(), format!("{text:?} is no {kind} address")));
         }
         let pod = endpoint.target_ref.and_then(|target| {
             let is_pod = target.kind.as_deref() == Some("Pod");

@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::{
     Account, Pattern, Selector,
     pattern::{block, port},
-    read::{Fault, Node, quoted},
+    read::{FieldError, Node, quoted},
     targets,
 };
 use crate::ObjectName;
@@ -114,7 +114,7 @@ pub enum Condition {
 }
 
 impl AuthorizationPolicy {
-    pub(super) fn read(document: &Value, name: ObjectName) -> Result<Self, Fault> {
+    pub(super) fn read(document: &Value, name: ObjectName) -> Result<Self, FieldError> {
         let spec = Node::top(document, "spec");
         spec.only(&[
             "action",
@@ -128,14 +128,14 @@ impl AuthorizationPolicy {
         let dry_run = is_dry_run(document)?;
         let provider = spec.field("provider");
         if !provider.is_null() {
-            return Err(provider.fault("is for action CUSTOM, which is not known here"));
+            return Err(provider.error("is for action CUSTOM, which is not known here"));
         }
         let selector = Selector::read(&spec.field("selector"))?;
         let mut warnings = Vec::new();
         let targets = targets(&spec);
         if let Some(targets) = &targets {
             if !spec.field("selector").is_null() {
-                return Err(targets.fault("contradicts spec.selector; a policy has one of them"));
+                return Err(targets.error("contradicts spec.selector; a policy has one of them"));
             }
             warnings.push(format!(
                 "{}: is for a waypoint or gateway, of which there are none here: the policy has no effect",
@@ -168,16 +168,16 @@ impl AuthorizationPolicy {
 }
 
 impl Action {
-    pub(super) fn read(node: &Node<'_>) -> Result<Self, Fault> {
+    pub(super) fn read(node: &Node<'_>) -> Result<Self, FieldError> {
         match node.text()? {
             None | Some("ALLOW") => Ok(Self::Allow),
             Some("DENY") => Ok(Self::Deny),
             Some("AUDIT") => Ok(Self::Audit),
             Some("CUSTOM") => {
-                Err(node.fault("CUSTOM needs an external authorizer, of which there is none here"))
+                Err(node.error("CUSTOM needs an external authorizer, of which there is none here"))
             }
             Some(other) => {
-                Err(node.fault(format!("{} is none of ALLOW, DENY, AUDIT", quoted(other))))
+                Err(node.error(format!("{} is none of ALLOW, DENY, AUDIT", quoted(other))))
             }
         }
     }
@@ -209,7 +209,7 @@ impl<T> Default for Matches<T> {
 }
 
 /// Reports whether the policy has the dry-run annotation.
-pub(super) fn is_dry_run(document: &Value) -> Result<bool, Fault> {
+pub(super) fn is_dry_run(document: &Value) -> Result<bool, FieldError> {
     let annotations = Node::top(document, "metadata").field("annotations");
     let Some((_, node)) = annotations.entries()?.find(|(key, _)| *key == DRY_RUN) else {
         return Ok(false);
@@ -218,14 +218,14 @@ pub(super) fn is_dry_run(document: &Value) -> Result<bool, Fault> {
     match node.text()? {
         None | Some("0" | "f" | "F" | "false" | "FALSE" | "False" | "") => Ok(false),
         Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
-        Some(other) => Err(node.fault(format!("{} is neither true nor false", quoted(other)))),
+        Some(other) => Err(node.error(format!("{} is neither true nor false", quoted(other)))),
     }
 }
 
-fn limited<'a>(node: &Node<'a>, limit: usize) -> Result<Vec<Node<'a>>, Fault> {
+fn limited<'a>(node: &Node<'a>, limit: usize) -> Result<Vec<Node<'a>>, FieldError> {
     let elements: Vec<_> = node.list()?.take(limit + 1).collect();
     if elements.len() > limit {
-        return Err(node.fault(format!("has more than {limit} elements")));
+        return Err(node.error(format!("has more than {limit} elements")));
     }
     Ok(elements)
 }
@@ -281,9 +281,9 @@ const UNMET_KEYS: [&str; 9] = [
 ];
 
 impl Reader<'_> {
-    fn rule(&self, node: &Node<'_>, warnings: &mut Vec<String>) -> Result<Rule, Fault> {
+    fn rule(&self, node: &Node<'_>, warnings: &mut Vec<String>) -> Result<Rule, FieldError> {
         if node.is_null() {
-            return Err(node.fault("is null; a rule that matches everything is {}"));
+            return Err(node.error("is null; a rule that matches everything is {}"));
         }
         node.only(&["from", "to", "when"])?;
         let mut rule = Rule::default();
@@ -317,15 +317,15 @@ impl Reader<'_> {
 
     /// Parses the elements of `from` or `to`. Rejects an empty list: it would match everything, but its author may mean
     /// nothing.
-    fn alternatives<'a>(&self, node: &Node<'a>) -> Result<Vec<Node<'a>>, Fault> {
+    fn alternatives<'a>(&self, node: &Node<'a>) -> Result<Vec<Node<'a>>, FieldError> {
         let elements = limited(node, MAX_RULES)?;
         if elements.is_empty() && !node.is_null() {
-            return Err(node.fault("is empty; leave it out to match any"));
+            return Err(node.error("is empty; leave it out to match any"));
         }
         Ok(elements)
     }
 
-    fn source(&self, node: &Node<'_>, unmet: &mut Vec<String>) -> Result<Source, Fault> {
+    fn source(&self, node: &Node<'_>, unmet: &mut Vec<String>) -> Result<Source, FieldError> {
         present(node, &SOURCE_FIELDS)?;
         let source = Source {
             principals: matches(node, "principals", "notPrincipals", Pattern::principal)?,
@@ -340,13 +340,13 @@ impl Reader<'_> {
         if !source.accounts.is_empty() && !alone {
             return Err(node
                 .field("serviceAccounts")
-                .fault("cannot stand beside principals or namespaces"));
+                .error("cannot stand beside principals or namespaces"));
         }
         unmet.extend(set(node, UNMET_SOURCE_FIELDS)?);
         Ok(source)
     }
 
-    fn operation(&self, node: &Node<'_>, unmet: &mut Vec<String>) -> Result<Operation, Fault> {
+    fn operation(&self, node: &Node<'_>, unmet: &mut Vec<String>) -> Result<Operation, FieldError> {
         present(node, &OPERATION_FIELDS)?;
         let operation = Operation {
             ports: matches(node, "ports", "notPorts", port)?,
@@ -359,15 +359,15 @@ impl Reader<'_> {
         &self,
         node: &Node<'_>,
         unmet: &mut Vec<String>,
-    ) -> Result<Option<Condition>, Fault> {
+    ) -> Result<Option<Condition>, FieldError> {
         node.only(&["key", "values", "notValues"])?;
         let key = node.field("key");
         let Some(name) = key.text()? else {
-            return Err(key.fault("is missing"));
+            return Err(key.error("is missing"));
         };
         let given = |field: &str| Ok(node.field(field).list()?.next().is_some());
         if !given("values")? && !given("notValues")? {
-            return Err(node.fault("has neither values nor notValues"));
+            return Err(node.error("has neither values nor notValues"));
         }
         let account = |text: &str| Account::new(text, self.namespace);
         let condition = match name {
@@ -397,7 +397,7 @@ impl Reader<'_> {
                             None => name == *known,
                         });
                 if !unmet_key {
-                    return Err(key.fault(format!("{} is not known here", quoted(name))));
+                    return Err(key.error(format!("{} is not known here", quoted(name))));
                 }
                 // Parsed anyway, to reject values that are not lists of strings.
                 matches(node, "values", "notValues", |_| Ok(()))?;
@@ -410,17 +410,17 @@ impl Reader<'_> {
 }
 
 /// Rejects an object that has unknown fields, or no fields, because without fields it would match everything.
-fn present(node: &Node<'_>, known: &[&str]) -> Result<(), Fault> {
+fn present(node: &Node<'_>, known: &[&str]) -> Result<(), FieldError> {
     node.only(known)?;
     if node.is_null() {
-        return Err(node.fault("is missing"));
+        return Err(node.error("is missing"));
     }
     let empty = |field: &&str| {
         let value = node.field(field);
         value.is_null() || value.value().as_array().is_some_and(Vec::is_empty)
     };
     if known.iter().all(empty) {
-        return Err(node.fault("is empty; leave it out to match any"));
+        return Err(node.error("is empty; leave it out to match any"));
     }
     Ok(())
 }
@@ -430,7 +430,7 @@ fn matches<T>(
     any: &str,
     none: &str,
     parse: impl Fn(&str) -> Result<T, String>,
-) -> Result<Matches<T>, Fault> {
+) -> Result<Matches<T>, FieldError> {
     Ok(Matches {
         any: node.field(any).texts(&parse)?,
         none: node.field(none).texts(&parse)?,
@@ -438,7 +438,7 @@ fn matches<T>(
 }
 
 /// Returns the paths of those `fields` that have values.
-fn set(node: &Node<'_>, fields: &[&str]) -> Result<Vec<String>, Fault> {
+fn set(node: &Node<'_>, fields: &[&str]) -> Result<Vec<String>, FieldError> {
     let mut paths = Vec::new();
     for field in fields {
         let field = node.field(field);

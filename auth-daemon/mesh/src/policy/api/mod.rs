@@ -14,7 +14,7 @@ use serde_json::Value;
 pub use authorization::{Action, AuthorizationPolicy, Condition, Matches, Operation, Rule, Source};
 pub use pattern::{Account, Pattern};
 pub use peer::{Mode, PeerAuthentication};
-use read::{Fault, Node, exceeds, quoted};
+use read::{FieldError, Node, exceeds, quoted};
 
 use crate::ObjectName;
 
@@ -94,14 +94,14 @@ impl Object {
         };
         let read = || {
             if !VERSIONS.contains(&version) {
-                return Err(Node::top(document, "apiVersion").fault(format!(
+                return Err(Node::top(document, "apiVersion").error(format!(
                     "version {} is not known here; known are {}",
                     quoted(version),
                     VERSIONS.join(", ")
                 )));
             }
             if exceeds(document, MAX_OBJECT_BYTES) {
-                return Err(Node::top(document, "spec").fault(format!(
+                return Err(Node::top(document, "spec").error(format!(
                     "the object is larger than {MAX_OBJECT_BYTES} bytes; split it"
                 )));
             }
@@ -114,7 +114,7 @@ impl Object {
             }
         };
         Some(
-            read().unwrap_or_else(|fault| Self::Unreadable(Unreadable::new(kind, document, fault))),
+            read().unwrap_or_else(|error| Self::Unreadable(Unreadable::new(kind, document, error))),
         )
     }
 
@@ -147,7 +147,7 @@ impl Object {
 }
 
 impl Unreadable {
-    fn new(kind: Kind, document: &Value, fault: Fault) -> Self {
+    fn new(kind: Kind, document: &Value, error: FieldError) -> Self {
         let metadata = |field| {
             let text = document["metadata"][field].as_str()?;
             is_name(text, 253).then(|| text.to_owned())
@@ -179,8 +179,8 @@ impl Unreadable {
                 namespace: metadata("namespace").unwrap_or_else(|| "default".into()),
                 name: metadata("name").unwrap_or_else(|| "?".into()),
             },
-            field: fault.field,
-            reason: fault.reason,
+            field: error.field,
+            reason: error.reason,
             instead,
             selector,
         }
@@ -188,12 +188,12 @@ impl Unreadable {
 }
 
 impl Selector {
-    fn read(node: &Node<'_>) -> Result<Self, Fault> {
+    fn read(node: &Node<'_>) -> Result<Self, FieldError> {
         node.only(&["matchLabels"])?;
         let mut labels = BTreeMap::new();
         for (key, value) in node.field("matchLabels").entries()? {
             if !is_label_key(key) {
-                return Err(value.fault("is not a label that a pod can have"));
+                return Err(value.error("is not a label that a pod can have"));
             }
             match value.text()? {
                 Some(text) if is_label_value(text) => {
@@ -201,9 +201,9 @@ impl Selector {
                 }
                 Some(text) => {
                     let reason = format!("{} is not a value that a label can have", quoted(text));
-                    return Err(value.fault(reason));
+                    return Err(value.error(reason));
                 }
-                None => return Err(value.fault("is null, not a string")),
+                None => return Err(value.error("is null, not a string")),
             };
         }
         Ok(Self(labels))
@@ -265,17 +265,17 @@ impl fmt::Display for Instead {
 }
 
 /// Parses `metadata.name` and `metadata.namespace`.
-fn name(document: &Value) -> Result<ObjectName, Fault> {
+fn name(document: &Value) -> Result<ObjectName, FieldError> {
     let metadata = Node::top(document, "metadata");
     let part = |field: &str, longest| {
         let node = metadata.field(field);
         match node.text()? {
             Some(text) if is_name(text, longest) => Ok(Some(text.to_owned())),
-            Some(text) => Err(node.fault(format!("{} is not a name", quoted(text)))),
+            Some(text) => Err(node.error(format!("{} is not a name", quoted(text)))),
             None => Ok(None),
         }
     };
-    let name = part("name", 253)?.ok_or_else(|| metadata.field("name").fault("is missing"))?;
+    let name = part("name", 253)?.ok_or_else(|| metadata.field("name").error("is missing"))?;
     let namespace = part("namespace", 63)?.unwrap_or_else(|| "default".into());
     Ok(ObjectName { namespace, name })
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{
     Selector,
     pattern::port,
-    read::{Fault, Node, quoted},
+    read::{FieldError, Node, quoted},
 };
 use crate::ObjectName;
 
@@ -40,7 +40,7 @@ pub enum Mode {
 }
 
 impl PeerAuthentication {
-    pub(super) fn read(document: &Value, name: ObjectName) -> Result<Self, Fault> {
+    pub(super) fn read(document: &Value, name: ObjectName) -> Result<Self, FieldError> {
         let spec = Node::top(document, "spec");
         spec.only(&["selector", "mtls", "portLevelMtls"])?;
         let selector = Selector::read(&spec.field("selector"))?;
@@ -49,14 +49,14 @@ impl PeerAuthentication {
         let mut ports = BTreeMap::new();
         let port_level = spec.field("portLevelMtls");
         for (number, node) in port_level.entries()? {
-            let number = port(number).map_err(|reason| node.fault(reason))?;
+            let number = port(number).map_err(|reason| node.error(reason))?;
             // UNSET means that the mode of all ports applies.
             if let Some(mode) = self::mode(&node, &mut warnings)? {
                 ports.insert(number, mode);
             }
         }
         if port_level.entries()?.next().is_some() && selector.is_empty() {
-            return Err(port_level.fault("needs a selector with labels"));
+            return Err(port_level.error("needs a selector with labels"));
         }
         Ok(Self {
             created: created(&Node::top(document, "metadata"))?,
@@ -69,7 +69,7 @@ impl PeerAuthentication {
     }
 }
 
-fn mode(mtls: &Node<'_>, warnings: &mut Vec<String>) -> Result<Option<Mode>, Fault> {
+fn mode(mtls: &Node<'_>, warnings: &mut Vec<String>) -> Result<Option<Mode>, FieldError> {
     mtls.only(&["mode"])?;
     let node = mtls.field("mode");
     Ok(match node.text()? {
@@ -84,7 +84,7 @@ fn mode(mtls: &Node<'_>, warnings: &mut Vec<String>) -> Result<Option<Mode>, Fau
             Some(Mode::Disable)
         }
         Some(other) => {
-            return Err(node.fault(format!(
+            return Err(node.error(format!(
                 "{} is none of STRICT, PERMISSIVE, DISABLE, UNSET",
                 quoted(other)
             )));
@@ -93,7 +93,7 @@ fn mode(mtls: &Node<'_>, warnings: &mut Vec<String>) -> Result<Option<Mode>, Fau
 }
 
 /// Parses the creation time. The API server writes `2026-01-02T03:04:05Z`, which sorts as text.
-fn created(metadata: &Node<'_>) -> Result<Option<String>, Fault> {
+fn created(metadata: &Node<'_>) -> Result<Option<String>, FieldError> {
     const FORM: &[u8] = b"0000-00-00T00:00:00Z";
     let node = metadata.field("creationTimestamp");
     let Some(text) = node.text()? else {
@@ -107,7 +107,7 @@ fn created(metadata: &Node<'_>) -> Result<Option<String>, Fault> {
     if written {
         Ok(Some(text.to_owned()))
     } else {
-        Err(node.fault(format!(
+        Err(node.error(format!(
             "{} is not a time as 2026-01-02T03:04:05Z",
             quoted(text)
         )))

@@ -7,7 +7,7 @@ const MAX_QUOTED: usize = 64;
 
 /// An error, with the field that it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Fault {
+pub(super) struct FieldError {
     pub(super) field: String,
     pub(super) reason: String,
 }
@@ -40,8 +40,8 @@ impl<'a> Node<'a> {
         self.value.is_null()
     }
 
-    pub(super) fn fault(&self, reason: impl Into<String>) -> Fault {
-        Fault {
+    pub(super) fn error(&self, reason: impl Into<String>) -> FieldError {
+        FieldError {
             field: self.path.clone(),
             reason: reason.into(),
         }
@@ -57,14 +57,14 @@ impl<'a> Node<'a> {
 
     /// Rejects a value that is neither null nor an object with only `known` fields. An ignored field might have
     /// narrowed what the object matches.
-    pub(super) fn only(&self, known: &[&str]) -> Result<(), Fault> {
+    pub(super) fn only(&self, known: &[&str]) -> Result<(), FieldError> {
         let fields = match self.value {
             Value::Null => return Ok(()),
             Value::Object(fields) => fields,
-            other => return Err(self.fault(format!("is {}, not an object", kind(other)))),
+            other => return Err(self.error(format!("is {}, not an object", kind(other)))),
         };
         match fields.keys().find(|key| !known.contains(&key.as_str())) {
-            Some(unknown) => Err(Fault {
+            Some(unknown) => Err(FieldError {
                 field: format!("{}.{}", self.path, shortened(unknown).escape_debug()),
                 reason: format!("is not known here; known are {}", known.join(", ")),
             }),
@@ -73,11 +73,11 @@ impl<'a> Node<'a> {
     }
 
     /// Returns the elements of a list. Null is an empty list.
-    pub(super) fn list(&self) -> Result<impl Iterator<Item = Self>, Fault> {
+    pub(super) fn list(&self) -> Result<impl Iterator<Item = Self>, FieldError> {
         let elements = match self.value {
             Value::Null => &[],
             Value::Array(elements) => elements.as_slice(),
-            other => return Err(self.fault(format!("is {}, not a list", kind(other)))),
+            other => return Err(self.error(format!("is {}, not a list", kind(other)))),
         };
         Ok(elements.iter().enumerate().map(|(index, value)| Self {
             path: format!("{}[{index}]", self.path),
@@ -86,11 +86,11 @@ impl<'a> Node<'a> {
     }
 
     /// Returns the entries of an object with user-defined keys. Null has no entries.
-    pub(super) fn entries(&self) -> Result<impl Iterator<Item = (&'a str, Self)>, Fault> {
+    pub(super) fn entries(&self) -> Result<impl Iterator<Item = (&'a str, Self)>, FieldError> {
         let fields = match self.value {
             Value::Null => None,
             Value::Object(fields) => Some(fields),
-            other => return Err(self.fault(format!("is {}, not an object", kind(other)))),
+            other => return Err(self.error(format!("is {}, not an object", kind(other)))),
         };
         Ok(fields.into_iter().flatten().map(|(key, value)| {
             let path = format!("{}[{}]", self.path, shortened(key).escape_debug());
@@ -99,11 +99,11 @@ impl<'a> Node<'a> {
     }
 
     /// Returns a string, or `None` for null.
-    pub(super) fn text(&self) -> Result<Option<&'a str>, Fault> {
+    pub(super) fn text(&self) -> Result<Option<&'a str>, FieldError> {
         match self.value {
             Value::Null => Ok(None),
             Value::String(text) => Ok(Some(text)),
-            other => Err(self.fault(format!("is {}, not a string", kind(other)))),
+            other => Err(self.error(format!("is {}, not a string", kind(other)))),
         }
     }
 
@@ -111,11 +111,11 @@ impl<'a> Node<'a> {
     pub(super) fn texts<T>(
         &self,
         parse: impl Fn(&str) -> Result<T, String>,
-    ) -> Result<Vec<T>, Fault> {
+    ) -> Result<Vec<T>, FieldError> {
         self.list()?
             .map(|element| match element.text()? {
-                Some(text) => parse(text).map_err(|reason| element.fault(reason)),
-                None => Err(element.fault("is null, not a string")),
+                Some(text) => parse(text).map_err(|reason| element.error(reason)),
+                None => Err(element.error("is null, not a string")),
             })
             .collect()
     }
