@@ -2,7 +2,7 @@
 
 use rustls::pki_types::CertificateDer;
 use x509_parser::{
-    asn1_rs::Oid,
+    asn1_rs::{Any, Oid},
     certificate::X509Certificate,
     extensions::X509Extension,
     oid_registry::{
@@ -18,6 +18,10 @@ use super::trust::Reason;
 
 /// Maximum size of a list, in bytes. Enough for about 500,000 entries.
 const MAX_BYTES: usize = 16 << 20;
+/// First byte of a DER SEQUENCE (X.690 §8.9).
+const SEQUENCE: u8 = 0x30;
+/// First byte of a DER BIT STRING (X.690 §8.6).
+const BIT_STRING: u8 = 0x03;
 
 /// Why a list is rejected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,9 +56,8 @@ pub fn read(
     let Ok(([], list)) = CertificateRevocationList::from_der(der) else {
         return Err(InvalidCrl::Malformed);
     };
-    // Both fields name the algorithm, and must agree (§5.1.1.2).
-    let agreed = list.signature_algorithm == list.tbs_cert_list.signature
-        && list.signature_value.unused_bits == 0;
+    // The signed and the unsigned part name the algorithm, and must agree (§5.1.1.2).
+    let agreed = algorithms_agree(der).unwrap_or(false) && list.signature_value.unused_bits == 0;
     let signed = |signer: &CertificateDer<'_>| {
         X509Certificate::from_der(signer).is_ok_and(|(_, signer)| {
             signer.subject().as_raw() == list.issuer().as_raw()
@@ -81,6 +84,19 @@ pub fn read(
             ))
         })
         .collect()
+}
+
+/// Whether the unsigned parts of a CRL of version 2 are DER, and name the same algorithm as the signed part, byte by byte: the
+/// parser accepts some other encodings. `None` if the structure differs.
+fn algorithms_agree(der: &[u8]) -> Option<bool> {
+    let (_, list) = Any::from_der(der).ok()?;
+    let (unsigned, signed) = Any::from_der(list.data).ok()?;
+    let (signature, _) = Any::from_der(unsigned).ok()?;
+    let (after_version, _) = Any::from_der(signed.data).ok()?;
+    let (after_algorithm, _) = Any::from_der(after_version).ok()?;
+    let outer = unsigned.strip_suffix(signature)?;
+    let inner = after_version.strip_suffix(after_algorithm)?;
+    Some(outer == inner && der.starts_with(&[SEQUENCE]) && signature.starts_with(&[BIT_STRING]))
 }
 
 fn check_extensions(extensions: &[X509Extension<'_>], known: &[Oid<'_>]) -> Result<(), InvalidCrl> {
@@ -159,6 +175,17 @@ mod tests {
         assert_eq!(read(&longer, &signers), Err(InvalidCrl::Malformed));
         let huge = read(&vec![0x30; MAX_BYTES + 1], &signers);
         assert!(matches!(huge, Err(InvalidCrl::TooLong(_))));
+    }
+
+    #[test]
+    fn refuses_a_change_of_any_bit() {
+        let (root, der) = list(|_| {});
+        let signers = [root];
+        for (at, bit) in (0..der.len()).flat_map(|at| (0..8).map(move |bit| (at, bit))) {
+            let mut changed = der.clone();
+            changed[at] ^= 1 << bit;
+            assert!(read(&changed, &signers).is_err(), "bit {bit} of byte {at}");
+        }
     }
 
     #[test]
