@@ -12,7 +12,7 @@ use crate::locate::pod_app;
 use crate::place::Place;
 use crate::process::{Finished, Process, json_lines};
 
-/// `pod-app` in a place. It prints one JSON object a line, each with an `event`.
+/// A `pod-app` process in a place. It prints one JSON object a line, each with an `event`.
 #[derive(Debug)]
 pub struct App {
     process: Process,
@@ -33,13 +33,13 @@ impl App {
         })
     }
 
-    /// Waits until a server listens, and gives itself.
+    /// Waits until the server listens, and returns `self`.
     pub fn listening(mut self) -> Result<Self> {
         self.event("listening", TIMEOUT)?;
         Ok(self)
     }
 
-    /// Waits for the next event of the kind that no earlier call has given.
+    /// Waits for the next event of this kind that no earlier call has returned.
     pub fn event(&mut self, kind: &str, deadline: Duration) -> Result<Value> {
         let mut number = 0;
         let consumed = &self.consumed;
@@ -63,7 +63,7 @@ impl App {
         json_lines(&self.process.stdout())
     }
 
-    /// All events so far of the kind.
+    /// All events of this kind so far.
     pub fn events_of(&self, kind: &str) -> Vec<Value> {
         self.events()
             .into_iter()
@@ -71,18 +71,19 @@ impl App {
             .collect()
     }
 
-    /// Waits for its end, whatever the exit code, and gives all events. Clients exit with 1 when something failed.
+    /// Waits until the process exits, with any exit code, and returns all events. Clients exit with 1 when something
+    /// failed.
     pub fn finish(self, deadline: Duration) -> Result<Finished> {
         self.process.finish(deadline)
     }
 
-    /// Waits for its end with exit code 0 and gives the last event.
+    /// Waits until the process exits with code 0 and returns the last event.
     pub fn success(self, deadline: Duration) -> Result<Value> {
         let mut events = self.finish(deadline)?.ok()?.json_lines();
         events.pop().context("pod-app ended without an event")
     }
 
-    /// Waits for its end with another exit code than 0 and gives the last event.
+    /// Waits until the process exits with a nonzero code and returns the last event.
     pub fn failure(self, deadline: Duration) -> Result<Value> {
         let finished = self.finish(deadline)?;
         if finished.status.success() {
@@ -95,7 +96,7 @@ impl App {
             .with_context(|| format!("pod-app ended without an event: {stderr}"))
     }
 
-    /// The process, to signal it or to look at its standard error.
+    /// The process, to send it signals or read its standard error.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }

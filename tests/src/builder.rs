@@ -1,4 +1,4 @@
-//! Declaring a mesh and bringing it up.
+//! Declares a mesh and starts it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
@@ -17,7 +17,7 @@ use crate::spec::{PodSpec, ServiceSpec};
 use crate::wire::Wire;
 use crate::{cgroup, leftovers, mounts, plumbing};
 
-/// What a mesh is to hold, see [`Mesh::builder`].
+/// The contents of a mesh, see [`Mesh::builder`].
 #[derive(Debug, Clone, Default)]
 pub struct MeshBuilder {
     nodes: Vec<String>,
@@ -26,7 +26,7 @@ pub struct MeshBuilder {
 }
 
 impl MeshBuilder {
-    /// Adds a node; at most 200.
+    /// Adds a node. A mesh has at most 200 nodes.
     pub fn node(mut self, name: &str) -> Self {
         self.nodes.push(name.to_owned());
         self
@@ -44,9 +44,10 @@ impl MeshBuilder {
         self
     }
 
-    /// Brings the mesh up: namespaces, links, cgroups, pods and the manifests of all. No daemon runs yet.
+    /// Starts the mesh: creates namespaces, links, cgroups, pods and all their manifests. Starts no daemon.
     ///
-    /// Leftovers of dead processes' meshes are removed first. On an error nothing of this mesh is left.
+    /// First removes the leftovers of meshes whose processes have died. On an error, everything created for this mesh
+    /// is removed.
     pub fn start(self) -> Result<Mesh> {
         if !nix::unistd::geteuid().is_root() {
             bail!("a mesh is made of network namespaces, which needs root");
@@ -60,7 +61,7 @@ impl MeshBuilder {
         mounts::mount_bpffs()?;
         leftovers::remove_dead()?;
         let id = MeshId::next();
-        // A dead process may have had this one's number.
+        // A dead process may have had the same process ID.
         leftovers::remove(id)?;
         self.bring_up(id)
             .with_context(|| format!("bringing up mesh {id}"))
@@ -69,7 +70,7 @@ impl MeshBuilder {
     fn bring_up(self, id: MeshId) -> Result<Mesh> {
         let guard = RemoveOnDrop(Some(id));
         let mesh = self.plumb(id)?;
-        // From here on, dropping the mesh removes what there is.
+        // From here on, dropping the mesh removes everything.
         guard.keep();
         for pod in self.pods {
             let name = pod.name.clone();
@@ -82,12 +83,12 @@ impl MeshBuilder {
         Ok(mesh)
     }
 
-    /// Everything but pods and services.
+    /// Creates everything except pods and services.
     fn plumb(&self, id: MeshId) -> Result<Mesh> {
         let folder = id.temporary_folder();
         let make = |path: &std::path::Path| DirBuilder::new().mode(0o700).create(path);
         make(&folder).with_context(|| format!("making {}", folder.display()))?;
-        // Private, or the daemon refuses it.
+        // Private, because the daemon refuses any other folder.
         make(&folder.join("ca")).context("making the folder of the CA")?;
         let tree = mounts::cgroup2()?.join(id.folder_name());
         cgroup::create(&tree)?;
@@ -161,7 +162,7 @@ impl MeshBuilder {
     }
 }
 
-/// Removes a mesh that did not come up.
+/// Removes a mesh that failed to start.
 struct RemoveOnDrop(Option<MeshId>);
 
 impl RemoveOnDrop {
@@ -180,5 +181,5 @@ impl Drop for RemoveOnDrop {
     }
 }
 
-/// Their last address byte is 10 + number.
+/// The last byte of a node's address is 10 plus its number.
 const MOST_NODES: usize = 200;

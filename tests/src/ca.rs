@@ -1,4 +1,4 @@
-//! The CA of a mesh, as a process on the host outside.
+//! The CA of a mesh, as a process on the host outside of the mesh.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -16,22 +16,23 @@ use crate::mesh::Mesh;
 use crate::place::Place;
 use crate::process::{Finished, Process, json_lines};
 
-/// Choices for a CA; what is not chosen is left to its own defaults, but for where it is and who may ask: each node of
-/// the mesh with a token of its own.
+/// Options of a CA. An option that is not set has the CA's own default, except for its address and its callers: by
+/// default each node of the mesh may call it with a token of its own.
 #[derive(Debug, Clone, Default)]
 pub struct CaOptions {
     settings: Map<String, Value>,
 }
 
 impl CaOptions {
-    /// Any top-level setting, over all others.
+    /// Sets any top-level setting; overrides all others.
     pub fn setting(mut self, name: &str, value: Value) -> Self {
         self.settings.insert(name.to_owned(), value);
         self
     }
 }
 
-/// A running CA, on the host outside. Dropping it kills it with SIGKILL; its state stays, until the mesh goes.
+/// A running CA on the host outside of the mesh. Dropping it kills it with SIGKILL; its state is kept until the mesh is
+/// removed.
 #[derive(Debug)]
 pub struct Ca {
     place: Place,
@@ -40,7 +41,7 @@ pub struct Ca {
     process: Process,
 }
 
-/// What a node needs to ask a CA: see [`crate::DaemonOptions::ca`].
+/// What a node needs to call a CA: see [`crate::DaemonOptions::ca`].
 #[derive(Debug, Clone)]
 pub(crate) struct CaAccess {
     pub(crate) address: String,
@@ -48,7 +49,7 @@ pub(crate) struct CaAccess {
 }
 
 impl CaAccess {
-    /// The `ca` section of a node's daemon.
+    /// The `ca` section of the configuration of a node's daemon.
     pub(crate) fn section(&self, node: &str) -> Value {
         json!({
             "address": self.address,
@@ -111,7 +112,7 @@ impl Ca {
         Ok(ca)
     }
 
-    /// Waits until it takes connections; fails at once when it ends instead.
+    /// Waits until the CA accepts connections. Fails at once if its process exits instead.
     fn wait_ready(&mut self) -> Result<()> {
         let port = 15012;
         let ready = eventually_ok(TIMEOUT, "the CA to be ready", || {
@@ -132,7 +133,7 @@ impl Ca {
         }
     }
 
-    /// Runs `auth-daemon ca …` against it, as its operator would.
+    /// Runs `auth-daemon ca …` against this CA, as its operator would.
     pub fn operate(&self, arguments: &[&str]) -> Result<Finished> {
         let mut command = self.place.command(auth_daemon()?)?;
         command
@@ -143,13 +144,13 @@ impl Ca {
         Process::spawn(command)?.finish(TIMEOUT)
     }
 
-    /// What `auth-daemon ca status --json` says.
+    /// The output of `auth-daemon ca status --json`.
     pub fn status(&self) -> Result<Value> {
         let answer = self.operate(&["status", "--json"])?.ok()?.stdout;
         serde_json::from_str(&answer).with_context(|| format!("reading the status {answer}"))
     }
 
-    /// Its roots, PEM, as they are for whoever wants to verify.
+    /// The file with its roots in PEM, as given to clients that verify certificates.
     pub fn roots(&self) -> PathBuf {
         self.state().join(ROOTS)
     }
@@ -164,7 +165,7 @@ impl Ca {
         self.folder.join(TOKENS).join(node)
     }
 
-    /// Host and port.
+    /// Its address, as host and port.
     pub fn address(&self) -> &str {
         &self.address
     }
@@ -176,17 +177,17 @@ impl Ca {
         }
     }
 
-    /// Its process, to signal it or wait for its end.
+    /// Its process, to send it signals or wait until it exits.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
 
-    /// All that it and those before it in this mesh have written.
+    /// Everything that this CA and its predecessors in this mesh have logged.
     pub fn log_text(&self) -> String {
         fs::read_to_string(self.folder.join(LOG)).unwrap_or_default()
     }
 
-    /// Its log lines so far, each an object.
+    /// Its log lines so far, one JSON object each.
     pub fn logs(&self) -> Vec<Value> {
         json_lines(&self.log_text())
     }
@@ -196,7 +197,7 @@ impl Ca {
         self.process.kill().map(drop)
     }
 
-    /// Asks it to end with SIGTERM and waits until it has.
+    /// Sends SIGTERM and waits until it has exited.
     pub fn terminate(mut self, deadline: Duration) -> Result<ExitStatus> {
         self.process.signal(Signal::SIGTERM)?;
         let ended = self.process.wait(deadline);

@@ -1,4 +1,4 @@
-//! Listening on the wire.
+//! Captures packets on the wire.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +17,7 @@ use crate::packet::Packet;
 use crate::plumbing::BRIDGE;
 use crate::recording::Recording;
 
-/// A running capture of the wire. Every packet is taken where it comes in, so none is there twice.
+/// A running packet capture on the wire. Packets are captured only on ingress, so each appears once.
 #[derive(Debug)]
 pub struct Capture {
     socket: Arc<OwnedFd>,
@@ -27,7 +27,7 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// It listens when this returns.
+    /// Starts a capture. Packets are captured from the moment this returns.
     pub(crate) fn start(netns: &Netns, kept: usize) -> Result<Self> {
         let (socket, bridge) = netns.enter(open)??;
         let socket = Arc::new(socket);
@@ -49,7 +49,7 @@ impl Capture {
         })
     }
 
-    /// What has been captured until now; the capture goes on.
+    /// Returns what has been captured so far; the capture continues.
     pub fn so_far(&self) -> Recording {
         Recording::new(
             self.packets
@@ -59,7 +59,7 @@ impl Capture {
         )
     }
 
-    /// Ends the capture and gives all that came before. An error when the kernel had to drop packets.
+    /// Stops the capture and returns all packets captured before. Returns an error if the kernel dropped packets.
     pub fn stop(mut self) -> Result<Recording> {
         self.end();
         let dropped = dropped(&self.socket)?;
@@ -87,9 +87,9 @@ impl Drop for Capture {
     }
 }
 
-/// A packet socket on all interfaces of the namespace, and the number of the bridge.
+/// Opens a packet socket on all interfaces of the namespace. Also returns the index of the bridge.
 fn open() -> Result<(OwnedFd, usize)> {
-    // The protocol given here makes the kernel deliver from now on; no bind is needed.
+    // With the protocol given here the kernel delivers packets from now on; no bind is needed.
     let socket = socket(
         AddressFamily::Packet,
         SockType::Raw,
@@ -112,10 +112,10 @@ fn read(
     stop: &AtomicBool,
 ) {
     let start = Instant::now();
-    // What is not to be kept is not copied: recvfrom(2) cuts a packet off where its buffer ends.
+    // Bytes that are not kept are not copied: recvfrom(2) truncates a packet at the end of its buffer.
     let mut frame = vec![0; kept.saturating_add(LONGEST_HEADERS).min(LONGEST_FRAME)];
     loop {
-        // Looked at before the socket is emptied: all that came before the order to stop is read.
+        // Read this flag before the socket is drained, so that all packets from before the stop are read.
         let last = stop.load(Ordering::Acquire);
         while let Ok((length, Some(from))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut frame) {
             if from.ifindex() == bridge {
@@ -138,7 +138,8 @@ fn read(
     }
 }
 
-/// Linux 4.20. Without it every packet would be delivered where it leaves the bridge, too.
+/// Ignores outgoing packets (Linux 4.20). Without this, every packet would also be delivered where it leaves the
+/// bridge.
 fn ignore_outgoing(socket: &OwnedFd) -> Result<()> {
     let yes: libc::c_int = 1;
     // SAFETY: the kernel reads one c_int at the pointer, which is valid during the call.
@@ -177,11 +178,11 @@ fn dropped(socket: &OwnedFd) -> Result<u32> {
     Ok(statistics.tp_drops)
 }
 
-/// Bytes, taken only as far as packets wait to be read.
+/// Receive buffer in bytes. Memory is used only for packets that wait to be read.
 const BUFFER: usize = 512 << 20;
-/// Segmentation is left to hardware that is not there, so frames are as long as IP packets get.
+/// In bytes. Segmentation is left to hardware that does not exist, so a frame is as long as an IP packet may be.
 const LONGEST_FRAME: usize = 65_536 + 64;
-/// Ethernet, IPv4 or IPv6 with the extensions that TCP is seen with, TCP; in bytes.
+/// In bytes: Ethernet, IPv4 or IPv6 with the extensions that occur with TCP, and TCP.
 const LONGEST_HEADERS: usize = 192;
-/// Milliseconds.
+/// In milliseconds.
 const STOP_LATENCY: u8 = 10;

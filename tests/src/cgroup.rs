@@ -1,5 +1,5 @@
-//! Folders of the cgroup v2 tree: making them, ending all that runs in them, removing them; and of the version 1 trees
-//! beside it, where nodes have their containers' limits.
+//! Folders of the cgroup v2 tree: creates them, kills all processes in them, removes them. Does the same for the cgroup
+//! v1 trees beside it, which hold the limits of the nodes' containers.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -14,9 +14,9 @@ pub(crate) fn create(path: &Path) -> Result<()> {
     fs::create_dir_all(path).with_context(|| format!("making the cgroup {}", path.display()))
 }
 
-/// Ends every process in the cgroup and below it, and waits until they are gone.
+/// Kills every process in the cgroup and below it, and waits until all have exited.
 pub(crate) fn kill(path: &Path) -> Result<()> {
-    // Linux 5.14. It also catches what is forked meanwhile.
+    // Linux 5.14. It also kills processes that are forked meanwhile.
     match fs::write(path.join("cgroup.kill"), "1") {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         result => result.with_context(|| format!("killing the cgroup {}", path.display()))?,
@@ -26,7 +26,7 @@ pub(crate) fn kill(path: &Path) -> Result<()> {
         &format!("the end of what runs in {}", path.display()),
         || {
             let events = match fs::read_to_string(path.join("cgroup.events")) {
-                // Somebody else has removed it meanwhile: another thread that cleans up.
+                // Another thread that cleans up has removed it meanwhile.
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
                 events => events.context("reading cgroup.events")?,
             };
@@ -38,7 +38,7 @@ pub(crate) fn kill(path: &Path) -> Result<()> {
     )
 }
 
-/// Ends what runs in the cgroup and removes it with all below it.
+/// Kills all processes in the cgroup and removes it with all cgroups below it.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     kill(path)?;
     remove_folders(path)
@@ -53,7 +53,7 @@ fn remove_folders(path: &Path) -> Result<()> {
             remove_folders(&entry.path())?;
         }
     }
-    // The last process may have left the count before it has left the folder.
+    // The last process may be gone from the count before it is gone from the folder.
     eventually_ok(
         Duration::from_secs(10),
         "an empty cgroup",
@@ -66,30 +66,30 @@ fn remove_folders(path: &Path) -> Result<()> {
     )
 }
 
-/// A mounted hierarchy of version 1.
+/// A mounted hierarchy of cgroup v1.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hierarchy {
-    /// What mounts it once more: `memory`, or `none,name=systemd` for one without controllers.
+    /// The mount options that mount it again: `memory`, or `none,name=systemd` for one without controllers.
     pub(crate) options: String,
     /// Where it is mounted.
     pub(crate) mount: PathBuf,
 }
 
 impl Hierarchy {
-    /// All that are mounted.
+    /// All hierarchies that are mounted.
     pub(crate) fn all() -> Result<Vec<Self>> {
         let table = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
         Ok(parse_hierarchies(&table))
     }
 
-    /// Makes a folder below its root, which takes part of all CPUs and memory.
+    /// Creates a folder below its root, with access to all CPUs and memory nodes.
     pub(crate) fn create(&self, path: &Path) -> Result<PathBuf> {
         let mut folder = self.mount.clone();
         for part in path {
             let above = folder.clone();
             folder.push(part);
             create(&folder)?;
-            // A cpuset begins with none, and then takes no process.
+            // A new cpuset has no CPUs and memory nodes, and accepts no process until it has some.
             for name in ["cpuset.cpus", "cpuset.mems"] {
                 if folder.join(name).exists() {
                     fs::read(above.join(name))
@@ -101,7 +101,7 @@ impl Hierarchy {
         Ok(folder)
     }
 
-    /// Removes a folder below its root, with all below it; their processes have ended.
+    /// Removes a folder below its root, with all folders below it. Their processes must have exited.
     pub(crate) fn remove(&self, path: &Path) -> Result<()> {
         remove_folders(&self.mount.join(path))
     }
@@ -128,7 +128,7 @@ fn parse_hierarchies(table: &str) -> Vec<Hierarchy> {
     hierarchies.collect()
 }
 
-/// Those of version 1 (Linux, Documentation/admin-guide/cgroup-v1).
+/// The controllers of version 1 (Linux, Documentation/admin-guide/cgroup-v1).
 const CONTROLLERS: [&str; 14] = [
     "blkio",
     "cpu",

@@ -12,14 +12,14 @@ use super::node::PAUSE;
 use super::oci::Image;
 use crate::process::Process;
 
-/// The daemon's image, as deploy/ names it.
+/// The reference of the daemon's image, as in deploy/.
 pub const AUTH_DAEMON_IMAGE: &str =
     concat!("docker.io/library/auth-daemon:", env!("CARGO_PKG_VERSION"));
-/// An image that every node of a [`crate::Cluster`] has, with busybox and curl. Its command sleeps.
+/// An image with busybox and curl that every node of a [`crate::Cluster`] has. Its command sleeps.
 pub const TOOLS: &str = "docker.io/library/tools:1";
 
-/// Writes the daemon's image as an OCI archive: the program without its debug information and the shared libraries that
-/// it needs. Returns the digest of the image's manifest.
+/// Writes the daemon's image as an OCI archive that contains the program without its debug information and the shared
+/// libraries it needs. Returns the digest of the image's manifest.
 pub fn auth_daemon_image(program: &Path, reference: &str, output: &Path) -> Result<String> {
     let stripped = output.with_extension("stripped");
     let mut command = Command::new("strip");
@@ -48,7 +48,7 @@ pub fn auth_daemon_image(program: &Path, reference: &str, output: &Path) -> Resu
     written
 }
 
-/// The image [`TOOLS`].
+/// Writes the image [`TOOLS`] and returns its path.
 pub(super) fn tools(folder: &Path) -> Result<PathBuf> {
     let mut image = Image::new(json!({
         "Cmd": ["/bin/sleep", "2147483647"],
@@ -71,7 +71,7 @@ pub(super) fn tools(folder: &Path) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// The image [`PAUSE`].
+/// Writes the image [`PAUSE`] and returns its path.
 pub(super) fn pause(folder: &Path) -> Result<PathBuf> {
     let mut image = Image::new(json!({"Cmd": ["/bin/sleep", "2147483647"]}));
     image.files.program("/bin/busybox", &find("busybox")?)?;

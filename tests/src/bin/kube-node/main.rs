@@ -1,5 +1,5 @@
 //! Prepares the mounts and cgroups of a node that runs containers, in namespaces of its own. The node's programs enter
-//! these namespaces, which disappear with them and this process.
+//! these namespaces, which disappear when this process and those programs have exited.
 //!
 //! The network namespace is the one that this program is started in.
 

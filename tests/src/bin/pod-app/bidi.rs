@@ -1,4 +1,4 @@
-//! Many bytes both ways at the same time.
+//! Bulk transfer in both directions at the same time.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -11,13 +11,13 @@ use crate::pattern::{self, Header};
 use crate::peer::Peer;
 use crate::report::{At, Failure, Outcome};
 
-/// As a client, sends bytes and receives as many; as a server, the same. Both verify, and the client waits for the
-/// server's word that all was well.
+/// Sends and receives the same number of bytes, as a client and as a server. Both sides verify the bytes, and the
+/// client waits for the server's confirmation that all were right.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Bidi {
     #[command(flatten)]
     peer: Peer,
-    /// So many bytes each way on each connection; the client's choice counts.
+    /// Bytes each way on each connection; the client's value applies
     #[arg(long, default_value_t = 0)]
     bytes: u64,
 }
@@ -76,7 +76,7 @@ fn server(stream: &mut TcpStream) -> Outcome {
     Ok(json!({"sent": header.length, "received": header.length}))
 }
 
-/// Lets the other thread's write end, which may wait for a peer that reads no more.
+/// Unblocks the other thread's write, which may wait for a peer that no longer reads.
 fn give_up(stream: &TcpStream) {
     let _ = stream.shutdown(Shutdown::Both);
 }

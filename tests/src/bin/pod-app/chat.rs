@@ -1,4 +1,4 @@
-//! A long conversation with an `echo-server`.
+//! A long exchange with an `echo-server`.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -12,15 +12,15 @@ use crate::peer::Target;
 use crate::report::{At, Failure, Outcome, event};
 use crate::server::ends;
 
-/// Exchanges a few bytes again and again on one connection, and says each time that it did.
+/// Exchanges a few bytes repeatedly on one connection, and prints an event for each exchange
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Chat {
     #[command(flatten)]
     target: Target,
-    /// So many rounds; by default without end.
+    /// Number of rounds; without limit by default
     #[arg(long, default_value_t = u64::MAX)]
     rounds: u64,
-    /// Milliseconds between rounds.
+    /// Milliseconds between rounds
     #[arg(long, default_value_t = 50)]
     interval: u64,
 }
@@ -45,7 +45,7 @@ impl Chat {
     }
 }
 
-/// Sends a number and waits for the same to come back.
+/// Sends a number and waits until the server echoes it.
 pub(crate) fn exchange(stream: &mut TcpStream, number: u64) -> Result<(), Failure> {
     stream.write_all(&number.to_be_bytes()).at("write")?;
     let mut answer = [0; 8];

@@ -1,4 +1,4 @@
-//! Many short connections, one after the other and some at a time.
+//! Many short connections, a limited number of them at the same time.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,10 +18,10 @@ use crate::report::{At, Failure, Outcome, event};
 pub(crate) struct Churn {
     #[command(flatten)]
     target: Target,
-    /// So many in all.
+    /// Number of connections in total
     #[arg(long)]
     connections: u64,
-    /// So many at a time.
+    /// Number of connections at the same time
     #[arg(long, default_value_t = 16)]
     concurrency: u64,
 }

@@ -1,4 +1,4 @@
-//! One connection, looked at closely.
+//! One connection, reported in detail.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -15,25 +15,25 @@ use crate::peer::Target;
 use crate::report::{At, Failure, Outcome, event, merge};
 use crate::server::ends;
 
-/// Connects and says what getsockname(2) and getpeername(2) say; then, in this order, reads a line, sends, reads to the
-/// end, as told.
+/// Connects and reports the results of getsockname(2) and getpeername(2). Then reads a line, sends, and reads to the
+/// end of the stream, in this order, as the options say.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Connect {
     #[command(flatten)]
     target: Target,
-    /// Connect without blocking: connect(2) must say EINPROGRESS, then poll(2) for the outcome.
+    /// Connect without blocking: connect(2) must return EINPROGRESS, then poll(2) waits for the outcome
     #[arg(long)]
     non_blocking: bool,
-    /// Wait for a line from the server before anything is sent.
+    /// Wait for a line from the server before sending anything
     #[arg(long)]
     read_line: bool,
-    /// Send this text.
+    /// Send this text
     #[arg(long)]
     send: Option<String>,
-    /// End the own direction after that.
+    /// Shut down the sending direction after that
     #[arg(long)]
     shutdown: bool,
-    /// Read until the server ends.
+    /// Read until the server shuts down its sending direction
     #[arg(long)]
     read: bool,
 }
@@ -112,7 +112,7 @@ fn read_line(stream: &mut TcpStream) -> Result<String, Failure> {
     }
 }
 
-/// What came before an error is told with the error.
+/// Reads to the end of the stream. A failure includes what was read before the error.
 fn read_to_end(stream: &mut TcpStream) -> Result<Value, Failure> {
     let mut received = Vec::new();
     let result = stream.read_to_end(&mut received).at("read");
@@ -121,12 +121,12 @@ fn read_to_end(stream: &mut TcpStream) -> Result<Value, Failure> {
     match result {
         Ok(_) => Ok(fields),
         Err(failure) => {
-            // Nothing more will come; what the socket still holds for the peer is of no use either.
+            // No more data will come, and what the socket still holds for the peer is of no use.
             let _ = SockRef::from(&*stream).shutdown(Shutdown::Both);
             Err(failure.with(fields))
         }
     }
 }
 
-/// Bytes of what was read that an event shows.
+/// Maximum bytes of the received data that an event shows.
 const TEXT: usize = 4096;

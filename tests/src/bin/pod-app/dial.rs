@@ -1,4 +1,4 @@
-//! Connections made in the ways that only some programs make them.
+//! Connections made in unusual ways.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -10,32 +10,32 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::report::{At, Failure, Outcome};
 
-/// Connects, sends, ends its direction and reads to the end. Addresses are told as getsockname(2) and getpeername(2)
-/// give them: an IPv6 socket's IPv4 address is told mapped.
+/// Connects, sends, shuts down its sending direction and reads to the end of the stream. Reports addresses as
+/// getsockname(2) and getpeername(2) return them: the IPv4 address of an IPv6 socket is reported mapped.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Dial {
-    /// Connect to this address and port; an IPv4-mapped address makes an IPv6 socket.
+    /// Connect to this address and port; an IPv4-mapped address makes an IPv6 socket
     #[arg(long)]
     to: SocketAddr,
-    /// First connect the same socket to this address, which must fail.
+    /// First connect the same socket to this address, which must fail
     #[arg(long)]
     first: Option<SocketAddr>,
-    /// Bind this source address first.
+    /// Bind this source address first
     #[arg(long)]
     bind: Option<IpAddr>,
-    /// Bind this source port first.
+    /// Bind this source port first
     #[arg(long, default_value_t = 0)]
     source_port: u16,
-    /// Bind to this interface first (SO_BINDTODEVICE).
+    /// Bind to this interface first (SO_BINDTODEVICE)
     #[arg(long)]
     device: Option<String>,
-    /// Connect with the first bytes: sendto(2) with MSG_FASTOPEN instead of connect(2) and send(2).
+    /// Connect with the first bytes: sendto(2) with MSG_FASTOPEN instead of connect(2) and send(2)
     #[arg(long)]
     fast_open: bool,
-    /// Multipath TCP (RFC 8684).
+    /// Use Multipath TCP (RFC 8684)
     #[arg(long)]
     multipath: bool,
-    /// What to send.
+    /// Text to send
     #[arg(long, default_value = "hello")]
     send: String,
 }
@@ -64,7 +64,8 @@ impl Dial {
         crate::report::end_sending(&stream).at("shutdown")?;
         let mut answer = Vec::new();
         match stream.read_to_end(&mut answer) {
-            // What a multipath socket may say instead of the end, where all is over by then (mptcp_recvmsg, Linux 6.12).
+            // A multipath socket may return this instead of end of file once the connection is closed (mptcp_recvmsg,
+            // Linux 6.12).
             Err(error) if self.multipath && error.raw_os_error() == Some(libc::ENOTCONN) => {}
             outcome => {
                 outcome.at("read")?;
@@ -101,7 +102,7 @@ impl Dial {
     }
 }
 
-/// A connect that must fail, in connect(2) itself.
+/// Makes a connection that must fail in connect(2) itself.
 fn fail(socket: &Socket, to: SocketAddr) -> Result<Value, Failure> {
     match socket.connect(&to.into()) {
         Ok(()) => Err(Failure::new(

@@ -1,4 +1,4 @@
-//! Gives back what comes.
+//! A server that echoes what it receives.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::report::{At, Outcome};
 use crate::server::Listen;
 
-/// Sends back every byte, and ends its direction when the client has ended its own.
+/// Sends back every byte, and shuts down its sending direction after the client has shut down its own.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct EchoServer {
     #[command(flatten)]

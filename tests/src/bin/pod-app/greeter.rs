@@ -9,12 +9,13 @@ use serde_json::json;
 use crate::report::{At, Outcome};
 use crate::server::Listen;
 
-/// Sends a line before it reads anything, reads until the client has ended and says what it got.
+/// Sends a line before it reads anything, reads until the client shuts down its sending direction, and reports what it
+/// received.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Greeter {
     #[command(flatten)]
     listen: Listen,
-    /// The line.
+    /// The line to send
     #[arg(long, default_value = "220-ready")]
     greeting: String,
 }

@@ -1,4 +1,4 @@
-//! One direction ends long before the other.
+//! A connection with one direction shut down long before the other.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -9,16 +9,16 @@ use serde_json::json;
 use crate::peer::Peer;
 use crate::report::{At, Outcome};
 
-/// Sends a message, ends its own direction, then reads to the end. With --after-end it reads to the end first and then
-/// sends: let one side have it and the other not.
+/// Sends a message, shuts down its sending direction, then reads to the end of the stream. With --after-end it reads to
+/// the end first and then sends; give that option to one side only.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct HalfClose {
     #[command(flatten)]
     peer: Peer,
-    /// Send only after the other side has ended its direction.
+    /// Send only after the other side has shut down its sending direction
     #[arg(long)]
     after_end: bool,
-    /// What to send.
+    /// Text to send
     #[arg(long, default_value = "half")]
     message: String,
 }

@@ -1,8 +1,8 @@
-//! Plays the clients and servers of the scenarios inside pods.
+//! Acts as the clients and servers of the scenarios, inside pods.
 //!
-//! One subcommand is one behaviour. Each event is one JSON object on one line of standard output, with its kind in
-//! `event`; servers begin with `listening`, say `accepted` and `closed` for every connection (with `errno` where it did
-//! not end well) and run until they are killed. A client that fails says `failed`, with `stage` and `errno`, and exits
+//! Each subcommand is one behaviour. Each event is one JSON object on one line of standard output, with its kind in
+//! `event`. Servers print `listening` first, then `accepted` and `closed` for every connection (with `errno` if it
+//! failed), and run until they are killed. A client that fails prints `failed`, with `stage` and `errno`, and exits
 //! with 1.
 
 mod bidi;
@@ -95,7 +95,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Thousands of connections need as many descriptors; what the hard limit forbids fails later, visibly.
+/// Raises the descriptor limit as far as the hard limit allows, for thousands of connections. Beyond that, opening a
+/// connection fails later with a visible error.
 fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);

@@ -12,16 +12,16 @@ use crate::peer::Target;
 use crate::report::{At, Failure, Outcome, event};
 use crate::server::STACK;
 
-/// Opens many connections to an `echo-server` at once and exchanges a few bytes on each; when all are open, says `open`,
-/// holds them, exchanges again on each, and closes.
+/// Opens many connections to an `echo-server` at once and exchanges a few bytes on each. When all are open, prints
+/// `open`, holds them, exchanges again on each, and closes them.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Many {
     #[command(flatten)]
     target: Target,
-    /// So many.
+    /// Number of connections
     #[arg(long)]
     connections: u64,
-    /// Milliseconds to hold them.
+    /// Milliseconds to hold the connections open
     #[arg(long, default_value_t = 0)]
     hold: u64,
 }

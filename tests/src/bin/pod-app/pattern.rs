@@ -1,4 +1,4 @@
-//! Bytes that are quick to make and to verify, and differ from stream to stream.
+//! Byte patterns that are fast to generate and verify, and differ from stream to stream.
 
 use std::io::{self, Read, Write};
 
@@ -16,7 +16,8 @@ pub(crate) fn send(mut to: impl Write, seed: u64, length: u64) -> io::Result<()>
     Ok(())
 }
 
-/// Receives `length` bytes and compares each with the pattern of `seed`. `after_chunk` is told how many came so far.
+/// Receives `length` bytes and compares each with the pattern of `seed`. Calls `after_chunk` with the number of bytes
+/// received so far.
 pub(crate) fn receive(
     mut from: impl Read,
     seed: u64,
@@ -40,7 +41,7 @@ pub(crate) fn receive(
     Ok(())
 }
 
-/// What a sender says first: the seed and the length.
+/// The header that a sender sends first: the seed and the length.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Header {
     pub(crate) seed: u64,
@@ -63,7 +64,7 @@ impl Header {
     }
 }
 
-/// A peer that has more to say than it announced has mixed something up.
+/// Returns an error if the peer sends more than it announced, which means that streams were mixed up.
 pub(crate) fn expect_end(mut from: impl Read) -> io::Result<()> {
     match from.read(&mut [0; 1])? {
         0 => Ok(()),
@@ -79,7 +80,7 @@ struct Pattern(u64);
 
 impl Pattern {
     fn new(seed: u64) -> Self {
-        // Zero would stay zero, and neighbouring seeds should differ in more than a bit.
+        // Zero would stay zero, and neighbouring seeds should differ in more than one bit.
         Self((seed ^ 0x9e37_79b9_7f4a_7c15) | 1)
     }
 

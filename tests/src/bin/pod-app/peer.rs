@@ -1,4 +1,4 @@
-//! Behaviours that either side of a connection may have.
+//! Behaviours that both sides of a connection can have.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -13,26 +13,26 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::report::{At, Failure, Outcome, event};
 use crate::server::{Listen, STACK, ends};
 
-/// Whom a client connects to, and from where.
+/// The destination and source of a client's connections.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Target {
-    /// Connect to this address and port.
+    /// Connect to this address and port
     #[arg(long)]
     pub(crate) to: SocketAddr,
     #[command(flatten)]
     from: From,
 }
 
-/// Where a client's connections come from.
+/// The source of a client's connections.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct From {
-    /// Bind this source port first.
+    /// Bind this source port first
     #[arg(long)]
     source_port: Option<u16>,
-    /// Bind this source address first. For a server: listen there only.
+    /// Bind this source address first. For a server: listen on this address only
     #[arg(long)]
     bind: Option<IpAddr>,
-    /// Milliseconds for the connection to come about.
+    /// Timeout for connecting, in milliseconds
     #[arg(long, default_value_t = 30_000)]
     timeout: u64,
 }
@@ -43,7 +43,7 @@ impl Target {
         self.from.connect(self.to)
     }
 
-    /// The unconnected socket, bound as told.
+    /// Returns the unconnected socket, bound as the options say.
     pub(crate) fn socket(&self) -> Result<Socket, Failure> {
         self.from.socket(self.to)
     }
@@ -81,21 +81,21 @@ impl From {
     }
 }
 
-/// One side of a connection or, as a client, of several.
+/// One side of a connection or, as a client, of several connections.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Peer {
-    /// As a client: connect to this address and port.
+    /// As a client: connect to this address and port
     #[arg(long, conflicts_with = "port", required_unless_present = "port")]
     to: Option<SocketAddr>,
-    /// As a server: listen on this port.
+    /// As a server: listen on this port
     #[arg(long)]
     port: Option<u16>,
     #[command(flatten)]
     from: From,
-    /// As a client: so many connections at once.
+    /// As a client: number of connections at the same time
     #[arg(long, default_value_t = 1)]
     streams: u64,
-    /// As a server: report only connections that did not end well.
+    /// As a server: report only connections that failed
     #[arg(long)]
     quiet: bool,
 }
@@ -105,9 +105,9 @@ impl Peer {
         self.to.is_some()
     }
 
-    /// Does `behave` on every connection. Its second argument is the connection's number, 0 for a server's.
+    /// Calls `behave` for every connection. Its second argument is the connection's number, 0 for a server's.
     ///
-    /// A client adds up the fields `sent` and `received`.
+    /// A client reports the sums of the fields `sent` and `received`.
     pub(crate) fn run<F>(&self, behave: F) -> Outcome
     where
         F: Fn(&mut TcpStream, u64) -> Outcome + Send + Sync + 'static,

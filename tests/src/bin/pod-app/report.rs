@@ -6,10 +6,10 @@ use std::net::{Shutdown, TcpStream};
 use nix::errno::Errno;
 use serde_json::{Value, json};
 
-/// The fields of the event `finished`, or why there is none.
+/// The fields of the event `finished`, or the failure that replaces it.
 pub(crate) type Outcome = Result<Value, Failure>;
 
-/// What failed, and when.
+/// What failed, and at which stage.
 #[derive(Debug)]
 pub(crate) struct Failure {
     stage: &'static str,
@@ -43,7 +43,7 @@ impl Failure {
     }
 }
 
-/// Says at which stage an I/O error came.
+/// Adds the stage at which an I/O error occurred.
 pub(crate) trait At<T> {
     fn at(self, stage: &'static str) -> Result<T, Failure>;
 }
@@ -54,7 +54,7 @@ impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
     }
 }
 
-/// Prints an event. Nobody reading is no reason to stop.
+/// Prints an event. Ignores errors: a closed standard output is no reason to stop.
 pub(crate) fn event(kind: &str, fields: Value) {
     let mut line = json!({"event": kind});
     merge(&mut line, fields);
@@ -69,7 +69,7 @@ pub(crate) fn merge(into: &mut Value, more: Value) {
     }
 }
 
-/// The name as in errno(3), or that of what has no number: `UnexpectedEof`, `InvalidData`.
+/// The error's name as in errno(3), or the name of its kind if it has no number: `UnexpectedEof`, `InvalidData`.
 pub(crate) fn errno_name(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(number) => format!("{:?}", Errno::from_raw(number)),
@@ -77,8 +77,8 @@ pub(crate) fn errno_name(error: &io::Error) -> String {
     }
 }
 
-/// Ends the sending direction. On a connection that was reset meanwhile shutdown(2) only says that there is none: then
-/// the error is the reset that is still pending.
+/// Shuts down the sending direction. If the connection was reset meanwhile, shutdown(2) only reports that it is not
+/// connected; this function then returns the reset that is still pending.
 pub(crate) fn end_sending(stream: &TcpStream) -> io::Result<()> {
     match stream.shutdown(Shutdown::Write) {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => {

@@ -1,4 +1,4 @@
-//! A side that ends with RST.
+//! A side that closes its connection with RST.
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -10,16 +10,16 @@ use socket2::SockRef;
 use crate::peer::Peer;
 use crate::report::{At, Outcome};
 
-/// As a server, reads so many bytes and resets the connection. As a client of an `echo-server`, sends so many, waits for
-/// them to come back, and resets.
+/// As a server, reads a number of bytes and resets the connection. As a client of an `echo-server`, sends that many,
+/// waits until they come back, and resets the connection.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Reset {
     #[command(flatten)]
     peer: Peer,
-    /// Bytes before the reset.
+    /// Bytes before the reset
     #[arg(long, default_value_t = 0)]
     after: usize,
-    /// End the own direction before the reset.
+    /// Shut down the sending direction before the reset
     #[arg(long)]
     shutdown: bool,
 }
@@ -36,7 +36,7 @@ impl Reset {
             if shutdown {
                 crate::report::end_sending(stream).at("shutdown")?;
             }
-            // Closing then sends RST instead of FIN, see socket(7).
+            // With a linger time of 0, close sends RST instead of FIN, see socket(7).
             SockRef::from(&*stream)
                 .set_linger(Some(Duration::ZERO))
                 .at("set SO_LINGER")?;

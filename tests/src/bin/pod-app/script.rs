@@ -1,4 +1,4 @@
-//! Connections one after another, each by a script: what is written when, in which pieces, and how it ends.
+//! Connections one after another, each driven by a script: what to write when, in which pieces, and how to close.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -13,18 +13,20 @@ use socket2::SockRef;
 use crate::peer::Target;
 use crate::report::{At, Failure, Outcome, event, merge};
 
-/// Plays a script. What the connection called N sends is "N|" and then letters that follow from their places, so that
-/// whoever gets it can tell whether it is whole, and whose it is. Every connection ends in an event `spoke`.
+/// Plays a script. A connection named N sends "N|" followed by letters that depend on their position, so that the
+/// receiver can tell whether the data is complete and which connection it belongs to. Every connection is reported with
+/// an event `spoke`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Script {
     #[command(flatten)]
     target: Target,
-    /// The first connection's name.
+    /// Name of the first connection
     #[arg(long, default_value = "it")]
     name: String,
-    /// Steps, with commas between: `send:N` in one write, `drip:N:MICROSECONDS` byte by byte, `urgent` one byte out of
-    /// band, `pause:MILLISECONDS`, `end` the own direction, `read:N`, `rest` until the server's end, `close`, `reset`,
-    /// and `again:NAME` or `again:NAME:ADDRESS` for another connection at once.
+    /// Steps, separated by commas: `send:N` in one write, `drip:N:MICROSECONDS` byte by byte, `urgent` one byte out of
+    /// band, `pause:MILLISECONDS`, `end` to shut down the sending direction, `read:N`, `rest` to read until the server
+    /// shuts down its direction, `close`, `reset`, and `again:NAME` or `again:NAME:ADDRESS` to open another connection
+    /// at once
     #[arg(long, value_delimiter = ',', required = true)]
     steps: Vec<Step>,
 }
@@ -95,7 +97,7 @@ impl Script {
         let mut count = 1;
         for step in self.steps {
             if let Step::Again(name, to) = step {
-                // The other one's event waits: printing takes time.
+                // Delay the previous connection's event: printing takes time.
                 target.to = to.unwrap_or(target.to);
                 let next = Connection::open(&target, name);
                 std::mem::replace(&mut connection, next).tell();
@@ -125,7 +127,7 @@ impl Connection {
         };
         match target.socket() {
             Ok(socket) => {
-                // Blocking: on the loopback nothing comes between the connection and a reset of it.
+                // Blocking: on the loopback interface nothing comes between connecting and a reset of the connection.
                 let connected = socket.connect(&target.to.into());
                 connection.local = socket.local_addr().ok().and_then(|it| it.as_socket());
                 match connected.and_then(|()| socket.set_tcp_nodelay(true)) {
@@ -224,7 +226,7 @@ impl Connection {
     }
 }
 
-/// What the connection of this name sends from its `start`th byte on.
+/// Returns `count` bytes of what the connection of this name sends, beginning with byte `start`.
 fn piece(name: &str, start: usize, count: usize) -> Vec<u8> {
     let head = name.as_bytes();
     let byte = |place: usize| match place.checked_sub(head.len()) {

@@ -1,4 +1,4 @@
-//! Accepting connections, a thread each.
+//! Accepting connections, with one thread per connection.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
@@ -11,16 +11,16 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::report::{At, Failure, Outcome, event, merge};
 
-/// Where a server listens.
+/// The address and port on which a server listens.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Listen {
-    /// The port to listen on.
+    /// Port to listen on
     #[arg(long)]
     port: u16,
-    /// The address to listen on: by default all, IPv4 and IPv6.
+    /// Address to listen on: by default all, IPv4 and IPv6
     #[arg(long, default_value_t = IpAddr::V6(Ipv6Addr::UNSPECIFIED))]
     bind: IpAddr,
-    /// Report only connections that did not end well.
+    /// Report only connections that failed
     #[arg(long)]
     quiet: bool,
 }
@@ -38,7 +38,7 @@ impl Listen {
         (self.bind, self.port).into()
     }
 
-    /// Listens and gives each connection to `serve`, which says what it did. It ends only with an error.
+    /// Listens and passes each connection to `serve`, which returns what to report. Returns only on an error.
     pub(crate) fn serve<F>(&self, serve: F) -> Outcome
     where
         F: Fn(&mut TcpStream) -> Outcome + Send + Sync + 'static,
@@ -96,12 +96,12 @@ fn connection(
     event("closed", fields);
 }
 
-/// An IPv4 address as such, also where an IPv6 socket shows it mapped.
+/// Converts an IPv4-mapped IPv6 address, as an IPv6 socket reports it, to the IPv4 address.
 pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     (address.ip().to_canonical(), address.port()).into()
 }
 
-/// Both ends of a connection, as fields of an event.
+/// Returns the addresses of both ends of a connection as fields of an event.
 pub(crate) fn ends(stream: &TcpStream) -> Result<Value, Failure> {
     Ok(json!({
         "local": canonical(stream.local_addr().at("getsockname")?),
@@ -109,7 +109,7 @@ pub(crate) fn ends(stream: &TcpStream) -> Result<Value, Failure> {
     }))
 }
 
-/// A connection that was reset meanwhile has no peer any more: what tells is the reset.
+/// Returns the peer's address. A connection that was reset meanwhile has no peer any more; the error is then the reset.
 fn peer(stream: &TcpStream) -> io::Result<SocketAddr> {
     stream
         .peer_addr()
@@ -119,5 +119,5 @@ fn peer(stream: &TcpStream) -> io::Result<SocketAddr> {
         })
 }
 
-/// Bytes. There may be thousands of threads.
+/// Bytes; small because there may be thousands of threads.
 pub(crate) const STACK: usize = 256 * 1024;

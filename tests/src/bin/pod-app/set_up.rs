@@ -1,4 +1,4 @@
-//! What a connection costs before it carries anything.
+//! The cost of setting up a connection, before it carries data.
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -9,13 +9,12 @@ use serde_json::json;
 use crate::peer::Target;
 use crate::report::{At, Failure, Outcome};
 
-/// Connects to an `echo-server`, exchanges one byte and closes, again and again; says how long that took, in
-/// microseconds.
+/// Repeatedly connects to an `echo-server`, exchanges one byte and closes. Reports how long that took, in microseconds.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct SetUp {
     #[command(flatten)]
     target: Target,
-    /// For so many milliseconds.
+    /// Duration in milliseconds
     #[arg(long)]
     time: u64,
 }

@@ -1,4 +1,4 @@
-//! A connection that goes as it is told, step by step.
+//! A connection that follows a list of steps.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -12,13 +12,14 @@ use socket2::SockRef;
 use crate::peer::Peer;
 use crate::report::{At, Failure, Outcome, event};
 
-/// Does what the steps say, in this order, and closes. Both sides may have a script.
+/// Performs the steps in order and closes the connection. Both sides may have steps.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Steps {
     #[command(flatten)]
     peer: Peer,
-    /// Steps separated by commas: `send:N` and `read:N` bytes, `end` (shutdown of the own direction), `drain` (read to the
-    /// end; a reset is one), `wait:MS`, `abort` (close with RST). Without any, it only closes.
+    /// Steps separated by commas: `send:N` and `read:N` bytes, `end` (shut down the sending direction), `drain` (read
+    /// to the end of the stream; a reset counts as its end), `wait:MS`, `abort` (close with RST). Without any, the
+    /// connection is only closed
     #[arg(long, value_delimiter = ',')]
     steps: Vec<Step>,
 }

@@ -1,4 +1,4 @@
-//! Many bytes one way, verified where they arrive and acknowledged with their count.
+//! Bulk transfer in one direction. The receiver verifies the bytes and acknowledges their count.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -12,12 +12,12 @@ use crate::pattern::{self, Header};
 use crate::peer::Peer;
 use crate::report::{At, Failure, Outcome, event};
 
-/// Sends bytes to a `sink` or a `stall`, ends its direction and waits for the count.
+/// Sends bytes to a `sink` or a `stall`, shuts down its sending direction and waits for the count.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Source {
     #[command(flatten)]
     peer: Peer,
-    /// So many bytes on each connection.
+    /// Bytes to send on each connection
     #[arg(long)]
     bytes: u64,
 }
@@ -60,15 +60,15 @@ impl Sink {
     }
 }
 
-/// A `sink` that stops reading for a while.
+/// A `sink` that stops reading for a while
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Stall {
     #[command(flatten)]
     peer: Peer,
-    /// Stop when so many bytes have come, rounded up to a chunk of 256 KiB.
+    /// Stop reading after this many bytes, rounded up to a chunk of 256 KiB
     #[arg(long, default_value_t = 1)]
     after: u64,
-    /// For so many seconds.
+    /// Seconds to stop reading
     #[arg(long)]
     seconds: f64,
 }

@@ -1,4 +1,4 @@
-//! UDP, which the mesh leaves alone.
+//! UDP, which the mesh does not intercept.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
@@ -12,10 +12,10 @@ use crate::server::canonical;
 /// Sends back every datagram.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct UdpEcho {
-    /// The port to receive on.
+    /// Port to receive on
     #[arg(long)]
     port: u16,
-    /// The address to receive on: by default all, IPv4 and IPv6.
+    /// Address to receive on: by default all, IPv4 and IPv6
     #[arg(long, default_value_t = IpAddr::V6(Ipv6Addr::UNSPECIFIED))]
     bind: IpAddr,
 }
@@ -39,19 +39,19 @@ impl UdpEcho {
     }
 }
 
-/// Sends datagrams, one at a time, and waits for each to come back.
+/// Sends datagrams one at a time and waits for the reply to each.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct UdpSend {
-    /// Send to this address and port.
+    /// Send to this address and port
     #[arg(long)]
     to: SocketAddr,
-    /// What to send.
+    /// Text to send
     #[arg(long, default_value = "datagram")]
     message: String,
-    /// So many times.
+    /// Number of datagrams
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// Milliseconds to wait for an answer.
+    /// Milliseconds to wait for a reply
     #[arg(long, default_value_t = 2000)]
     timeout: u64,
 }

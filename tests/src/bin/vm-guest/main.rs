@@ -1,5 +1,5 @@
-//! The first program of a virtual machine of `cargo xtask vm-test`: mounts what programs expect, runs the steps of its
-//! plan one after the other, reports, and powers off.
+//! The init process of a virtual machine of `cargo xtask vm-test`. Mounts the file systems that programs expect, runs
+//! the steps of its plan one after the other, reports the results, and powers off.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
@@ -21,13 +21,13 @@ use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::Pid;
 
 fn main() {
-    // Anywhere else it would end what is not ours.
+    // Outside of the virtual machine, this program would kill processes that are not ours.
     if std::process::id() != 1 {
         eprintln!("vm-guest is the first program of a virtual machine, see `cargo xtask vm-test`");
         std::process::exit(2);
     }
     if let Err(error) = run() {
-        // The serial line may be what is missing; the kernel's console shows this then.
+        // The serial line may be what is missing; in that case, the kernel's console shows this message.
         eprintln!("vm-guest: {error:#}");
         if let Ok(reporter) = Reporter::open() {
             let _ = reporter.say(&Event::Trouble(format!("{error:#}")));
@@ -69,7 +69,7 @@ fn run() -> Result<()> {
     reporter.say(&Event::Done)
 }
 
-/// The line on which the guest reports; a write at a time.
+/// The serial line on which the guest reports, one write at a time.
 #[derive(Clone)]
 struct Reporter(Arc<Mutex<File>>);
 
@@ -89,7 +89,7 @@ impl Reporter {
     }
 }
 
-/// Runs a step's program to its end, and passes on what it writes.
+/// Runs a step's program until it exits, and reports its output.
 fn perform(step: &Step, reporter: &Reporter) -> Result<Event> {
     let (program, arguments) = step.command.split_first().context("has no command")?;
     let (reader, writer) = io::pipe().context("making a pipe")?;
@@ -108,7 +108,7 @@ fn perform(step: &Step, reporter: &Reporter) -> Result<Event> {
     let child = command
         .spawn()
         .with_context(|| format!("starting {program}"))?;
-    // It holds the pipe's other end.
+    // The command holds the other end of the pipe.
     drop(command);
     let child = Pid::from_raw(child.id().cast_signed());
 
@@ -132,7 +132,7 @@ fn perform(step: &Step, reporter: &Reporter) -> Result<Event> {
         }
         late
     });
-    // As the first process we are the parent of all that lost theirs: they are waited for here, too.
+    // As the init process we are the parent of all orphaned processes, so they are reaped here as well.
     let code = loop {
         match wait() {
             Ok(WaitStatus::Exited(pid, code)) if pid == child => break Some(code),
@@ -143,7 +143,7 @@ fn perform(step: &Step, reporter: &Reporter) -> Result<Event> {
     };
     let _ = ended.send(());
     let late = watch.join().unwrap_or(false);
-    // What it left behind must neither hold the pipe open nor meet the next step.
+    // Processes that the step left behind must neither hold the pipe open nor interfere with the next step.
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     while wait().is_ok() {}
     let _ = printed.recv_timeout(Duration::from_secs(30));
@@ -152,7 +152,7 @@ fn perform(step: &Step, reporter: &Reporter) -> Result<Event> {
 
 fn set_up_cgroups(wanted: Cgroups) -> Result<()> {
     const ROOT: &str = "/sys/fs/cgroup";
-    // Deepest first. The folder itself is busy for a moment after the last process has gone.
+    // Deepest first. The folder itself stays busy for a moment after the last process has exited.
     let mounts = fs::read_to_string("/proc/self/mounts").context("reading /proc/self/mounts")?;
     let below = mounts.lines().filter_map(|line| line.split(' ').nth(1));
     for path in below.filter(|path| Path::new(path).starts_with(ROOT)).rev() {
@@ -171,7 +171,7 @@ fn set_up_cgroups(wanted: Cgroups) -> Result<()> {
     for name in controllers.filter_map(|line| line.split('\t').next()) {
         let folder = format!("{ROOT}/{name}");
         fs::create_dir(&folder).context("making a folder")?;
-        // Newer kernels have some for version 2 alone.
+        // Newer kernels have some controllers for version 2 only.
         match mount_on("cgroup", &folder, Some(name)) {
             Ok(()) => there.push(name),
             Err(_) => fs::remove_dir(&folder).context("removing a folder")?,
