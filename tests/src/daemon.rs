@@ -27,13 +27,13 @@ use crate::node::Node;
 use crate::process::{Finished, Process, json_lines};
 use crate::status::Status;
 
-/// A running daemon. Dropping it kills it with SIGKILL; its pins stay, until the mesh goes.
+/// A running daemon. Dropping it kills it with SIGKILL; its pins are kept until the mesh is removed.
 #[derive(Debug)]
 pub struct Daemon {
     node: Node,
     process: Process,
     log: PathBuf,
-    /// Where this daemon's lines begin: the log of a node goes on through restarts.
+    /// Where this daemon's lines begin in the node's log, which restarts append to.
     start: u64,
 }
 
@@ -47,7 +47,7 @@ impl Daemon {
         let config = folder.join(CONFIG);
         let text = format!("{:#}\n", options.config(node));
         fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
-        // Two daemons that share a node each have a log to themselves.
+        // Two daemons that share a node have separate logs.
         let log = folder.join(if options.stands_by { LOG_OF_NEXT } else { LOG });
         let file = OpenOptions::new()
             .create(true)
@@ -107,17 +107,17 @@ impl Daemon {
         self.process.pid()
     }
 
-    /// Whether it still runs.
+    /// Whether it is still running.
     pub fn is_running(&mut self) -> bool {
         matches!(self.process.ended(), Ok(None))
     }
 
-    /// Its process, to signal it or wait for its end.
+    /// Its process, to send it signals or wait until it exits.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
 
-    /// Waits until readiness answers 200; fails at once when the daemon ends instead.
+    /// Waits until the readiness endpoint returns 200. Fails at once if the daemon exits instead.
     pub fn wait_ready(&mut self) -> Result<()> {
         let what = format!("the daemon on {} to be ready", self.node());
         let ready = eventually_ok(TIMEOUT, &what, || {
@@ -143,7 +143,8 @@ impl Daemon {
         }
     }
 
-    /// What `auth-daemon probe ready` says in its container, for one that was started with [`DaemonOptions::stand_by`].
+    /// Runs `auth-daemon probe ready` as in the daemon's container; for a daemon started with
+    /// [`DaemonOptions::stand_by`].
     pub fn probe_ready(&self) -> Result<Finished> {
         let mut command = self.node.daemon_place().command("nsenter")?;
         command
@@ -153,7 +154,7 @@ impl Daemon {
         Process::spawn(command)?.finish(TIMEOUT)
     }
 
-    /// Waits until that begins with `answer`.
+    /// Waits until the output of the readiness probe begins with `answer`.
     pub fn wait_probed(&self, answer: &str) -> Result<()> {
         let what = format!("the daemon on {} to say {answer:?}", self.node());
         eventually_ok(TIMEOUT, &what, || {
@@ -169,7 +170,7 @@ impl Daemon {
         .with_context(|| format!("its log: {}", self.log_text()))
     }
 
-    /// Waits until its status has these pods, `namespace/name`, as enrolled.
+    /// Waits until its status lists these pods, `namespace/name`, as enrolled.
     pub fn wait_enrolled<S: AsRef<str>>(&self, pods: &[S]) -> Result<()> {
         let what = format!("the daemon on {} to enrol its pods", self.node());
         eventually_ok(TIMEOUT, &what, || {
@@ -186,19 +187,19 @@ impl Daemon {
         .with_context(|| format!("its log: {}", self.log_text()))
     }
 
-    /// Whether readiness answers 200 now.
+    /// Whether the readiness endpoint returns 200 now.
     pub fn is_ready(&self) -> bool {
         http_get(self.node.netns(), READINESS, "/healthz/ready")
             .is_ok_and(|answer| answer.status == 200)
     }
 
-    /// Its status now.
+    /// Its current status.
     pub fn status(&self) -> Result<Status> {
         let value = self.status_json()?;
         serde_json::from_value(value.clone()).with_context(|| format!("reading the status {value}"))
     }
 
-    /// What it tells Prometheus.
+    /// Its metrics, in the Prometheus text format.
     pub fn metrics(&self) -> Result<String> {
         let answer = http_get(self.node.netns(), METRICS, "/metrics")?;
         if answer.status != 200 {
@@ -212,7 +213,7 @@ impl Daemon {
         Ok(answer.body)
     }
 
-    /// Its status now, as it came.
+    /// Its current status, as unparsed JSON.
     pub fn status_json(&self) -> Result<Value> {
         let answer = http_get(self.node.netns(), ADMIN, "/status")?;
         if answer.status != 200 {
@@ -227,12 +228,12 @@ impl Daemon {
             .with_context(|| format!("reading the status {}", answer.body))
     }
 
-    /// All it has written, which is not only log lines when it panics.
+    /// All of its output, which includes text other than log lines when it panics.
     pub fn log_text(&self) -> String {
         read_from(&self.log, self.start)
     }
 
-    /// Its log lines so far, each an object.
+    /// Its log lines so far, one JSON object each.
     pub fn logs(&self) -> Vec<Value> {
         json_lines(&self.log_text())
     }
@@ -309,7 +310,7 @@ impl Daemon {
         self.process.kill().map(drop)
     }
 
-    /// Asks it to end with SIGTERM and waits until it has.
+    /// Sends SIGTERM and waits until it has exited.
     pub fn terminate(mut self, deadline: Duration) -> Result<ExitStatus> {
         self.process.signal(Signal::SIGTERM)?;
         self.process
@@ -318,7 +319,7 @@ impl Daemon {
     }
 }
 
-/// Has the kernel refuse the eBPF programs of a command, and nothing else.
+/// Makes the kernel refuse the eBPF programs of a command, and nothing else.
 fn refuse_programs(command: &mut Command) -> Result<()> {
     let load = SeccompCondition::new(
         0,
@@ -358,16 +359,16 @@ fn read_from(path: &Path, start: u64) -> String {
     String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
-/// Its configuration, in the node's folder.
+/// The daemon's configuration, in the node's folder.
 pub(crate) const CONFIG: &str = "auth-daemon.yaml";
-/// Its log, in the node's folder.
+/// The daemon's log, in the node's folder.
 pub(crate) const LOG: &str = "auth-daemon.log";
-/// The log of one that was started beside another.
+/// The log of a daemon that was started beside another one.
 const LOG_OF_NEXT: &str = "auth-daemon-next.log";
 /// Runs a command with the folder of the health socket to itself.
 const OWN_RUN: &str =
     "mkdir -p /run/auth-daemon && mount -t tmpfs tmpfs /run/auth-daemon && exec \"$@\"";
-/// A command of bpf(2), by linux/bpf.h.
+/// A command of bpf(2), from linux/bpf.h.
 const BPF_PROG_LOAD: u32 = 5;
 const ADMIN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15000);
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15020);

@@ -1,4 +1,4 @@
-//! A daemon's configuration, as a scenario chooses it.
+//! A daemon's configuration, as set by a scenario.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 use crate::ca::{Ca, CaAccess};
 use crate::node::Node;
 
-/// Choices for a daemon; what is not chosen is left to the daemon's own defaults, but for the pods' networks, which are
-/// the mesh's, and the log, which is JSON.
+/// Options of a daemon. An option that is not set has the daemon's own default, except for the pods' networks, which
+/// are the mesh's, and the log format, which is JSON.
 #[derive(Debug, Clone, Default)]
 pub struct DaemonOptions {
     settings: Map<String, Value>,
@@ -28,69 +28,69 @@ impl DaemonOptions {
         self.setting("mode", "PERMISSIVE".into())
     }
 
-    /// `sameNode: tunnel`: TLS between two pods of one node, too.
+    /// `sameNode: tunnel`: use TLS between two pods of the same node as well.
     pub fn same_node_tunnel(self) -> Self {
         self.setting("sameNode", "tunnel".into())
     }
 
-    /// Another trust domain than `cluster.local`. Give it another CA too.
+    /// Sets another trust domain than `cluster.local`. Set another CA as well.
     pub fn trust_domain(self, name: &str) -> Self {
         self.setting("trustDomain", name.into())
     }
 
-    /// How long connections may go on after SIGTERM.
+    /// How long connections may continue after SIGTERM.
     pub fn drain(self, time: Duration) -> Self {
         self.setting("drain", format!("{}ms", time.as_millis()).into())
     }
 
-    /// The networks that pods' addresses come from.
+    /// The networks that contain the pods' addresses.
     pub fn pod_networks(self, networks: &[&str]) -> Self {
         self.setting("podNetworks", json!(networks))
     }
 
-    /// The folder of another CA than the mesh's, made, private to root, when it is not there.
+    /// Sets a CA folder other than the mesh's. Creates it, private to root, if it does not exist.
     pub fn ca_folder(mut self, path: PathBuf) -> Self {
         self.ca_folder = Some(path);
         self
     }
 
-    /// Certificates from this CA, instead of a folder shared with the other daemons.
+    /// Gets certificates from this CA, instead of from a folder shared with the other daemons.
     pub fn ca(mut self, ca: &Ca) -> Self {
         self.ca = Some(ca.access());
         self
     }
 
-    /// How long certificates are valid.
+    /// The lifetime of certificates.
     pub fn certificate_lifetime(mut self, time: Duration) -> Self {
         self.certificate_lifetime = Some(time);
         self
     }
 
-    /// Another level of the log than the default `info`, or a filter.
+    /// Sets a log level other than the default `info`, or a filter.
     pub fn log_level(mut self, level: &str) -> Self {
         self.log_level = Some(level.to_owned());
         self
     }
 
-    /// Any top-level setting, over all others.
+    /// Sets any top-level setting; overrides all others.
     pub fn setting(mut self, name: &str, value: Value) -> Self {
         self.settings.insert(name.to_owned(), value);
         self
     }
 
-    /// An environment variable of the daemon's process.
+    /// Sets an environment variable of the daemon's process.
     pub fn environment(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// `--stand-by`, with the folder of its health socket to itself, as in a container.
+    /// Passes `--stand-by`, and gives the daemon the folder of its health socket to itself, as in a container.
     pub fn stand_by(mut self) -> Self {
         self.stands_by = true;
         self
     }
 
-    /// The kernel refuses this daemon's eBPF programs: bpf(2) answers EINVAL to BPF_PROG_LOAD.
+    /// Makes the kernel refuse this daemon's eBPF programs: bpf(2) returns EINVAL for BPF_PROG_LOAD.
     pub fn programs_refused(mut self) -> Self {
         self.refuses_programs = true;
         self

@@ -1,16 +1,16 @@
-//! Waiting for something to become true, never for a time to pass.
+//! Waiting for a condition, never for a fixed time.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-/// How long the library's own waits last before they fail, unless told otherwise.
+/// Default timeout of the library's own waits.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Asks `probe` every 10 ms until it gives a value, and fails when `deadline` has passed without one.
+/// Calls `probe` every 10 ms until it returns a value. Fails if `deadline` passes without one.
 ///
-/// `what` names what is waited for; the error says it.
+/// `what` names what is waited for, for the error message.
 pub fn eventually<T>(
     deadline: Duration,
     what: &str,
@@ -19,7 +19,8 @@ pub fn eventually<T>(
     eventually_ok(deadline, what, || probe().ok_or_else(|| anyhow!("not yet")))
 }
 
-/// Like [`eventually`], for a probe that says why it is not there yet; the error carries its last reason.
+/// Like [`eventually`], for a probe that returns the reason why it is not ready yet. The error contains the last
+/// reason.
 pub fn eventually_ok<T>(
     deadline: Duration,
     what: &str,

@@ -11,15 +11,16 @@ use crate::node::Node;
 use crate::place::Place;
 use crate::process::Process;
 
-/// Rules in a node's namespace, by nftables. They go when the value is dropped, or with the mesh.
+/// Packet filter rules in a node's namespace, by nftables. They are removed when the value is dropped, or with the
+/// mesh.
 #[derive(Debug)]
 pub struct Firewall {
     place: Place,
 }
 
 impl Firewall {
-    /// Lets pods' TCP to and from this one port through the node and drops all other TCP that the node forwards, as a
-    /// NetworkPolicy that names the port would.
+    /// Accepts pods' TCP to and from this one port and drops all other TCP that the node forwards, as a NetworkPolicy
+    /// that names the port would.
     pub fn only_port(node: &Node, port: u16) -> Result<Self> {
         Self::install(
             node,
@@ -33,20 +34,22 @@ impl Firewall {
         )
     }
 
-    /// Installs other contents of the table `inet mesh_tests`. What two pods of the node say to each other passes there, too.
+    /// Replaces the contents of the table `inet mesh_tests`. Traffic between two pods of the node passes through it as
+    /// well.
     pub fn install(node: &Node, contents: &str) -> Result<Self> {
         filter_bridges()?;
         let firewall = Self {
             place: node.place().clone(),
         };
-        // Deleting what was only just declared empties a table that may be there.
+        // Declaring and then deleting the table empties it, whether or not it existed.
         firewall.nft(&format!(
             "table {TABLE} {{}}\ndelete table {TABLE}\ntable {TABLE} {{\n{contents}\n}}\n"
         ))?;
         Ok(firewall)
     }
 
-    /// How many packets a named counter has counted, such as `allowed` and `dropped` of [`Firewall::only_port`].
+    /// The number of packets that a named counter has counted, such as `allowed` and `dropped` of
+    /// [`Firewall::only_port`].
     pub fn packets(&self, counter: &str) -> Result<u64> {
         let listing = self
             .place
@@ -70,7 +73,7 @@ impl Firewall {
             .stderr(Stdio::piped())
             .spawn()
             .context("cannot start the program `nft` (package nftables)")?;
-        // A write error means that nft has ended early; its own message says why.
+        // A write error means that nft has exited early; its own message says why.
         let _ = child
             .stdin
             .take()
@@ -90,12 +93,12 @@ impl Firewall {
 
 impl Drop for Firewall {
     fn drop(&mut self) {
-        // The mesh may be gone already, and the namespace with it.
+        // The mesh and its namespace may already be removed.
         let _ = self.nft(&format!("table {TABLE} {{}}\ndelete table {TABLE}\n"));
     }
 }
 
-/// Has the kernel show to its filter what crosses a bridge, as nodes of a cluster have it.
+/// Makes the kernel pass traffic that crosses a bridge to its packet filter, as on nodes of a cluster.
 fn filter_bridges() -> Result<()> {
     if Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables").exists() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The little of HTTP that asking a daemon needs.
+//! A minimal HTTP client, for the daemon's endpoints.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -8,16 +8,16 @@ use anyhow::{Context, Result};
 
 use crate::netns::Netns;
 
-/// An answer: the status code and the body.
+/// A response: the status code and the body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Response {
-    /// The status code, as 200.
+    /// The status code, such as 200.
     pub status: u16,
-    /// What follows the header.
+    /// Everything after the header.
     pub body: String,
 }
 
-/// Asks for `path` from inside a namespace, with HTTP/1.0 and 5 seconds for every step.
+/// Sends a GET request for `path` from inside a namespace, with HTTP/1.0 and a timeout of 5 seconds for each step.
 pub fn http_get(netns: &Netns, server: SocketAddr, path: &str) -> Result<Response> {
     netns
         .enter(|| {

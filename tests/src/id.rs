@@ -1,4 +1,4 @@
-//! A mesh's name, which everything it makes carries.
+//! The ID of a mesh, which is part of the name of everything that it creates.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Tells the meshes of one machine apart: the process that made it and that process's count of meshes.
+/// Distinguishes the meshes of one machine: the process that created the mesh and that process's count of meshes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct MeshId {
     pid: u32,
@@ -14,7 +14,7 @@ pub struct MeshId {
 }
 
 impl MeshId {
-    /// An id that no other mesh of this process has.
+    /// Returns an ID that no other mesh of this process has.
     pub(crate) fn next() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         Self {
@@ -23,7 +23,7 @@ impl MeshId {
         }
     }
 
-    /// The process that made the mesh.
+    /// The process that created the mesh.
     pub fn pid(self) -> u32 {
         self.pid
     }

@@ -1,11 +1,11 @@
-//! The `ip` program, many commands at a time.
+//! The `ip` program, with many commands at a time.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-/// Runs `commands`, one a line, inside the named network namespace or, without one, in the caller's.
+/// Runs `commands`, one per line, inside the named network namespace or, without one, in the caller's.
 pub(crate) fn ip(netns: Option<&str>, commands: &[String]) -> Result<()> {
     let mut command = Command::new("ip");
     if let Some(netns) = netns {
@@ -18,7 +18,7 @@ pub(crate) fn ip(netns: Option<&str>, commands: &[String]) -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .context("cannot start the program `ip` (package iproute2)")?;
-    // A write error means that ip has ended early; its own message says why.
+    // A write error means that ip has exited early; its own message says why.
     let _ = child
         .stdin
         .take()

@@ -1,4 +1,4 @@
-//! Taking away what a mesh made: at its end, or for one whose process can no longer do it.
+//! Removes what a mesh created: when it is dropped, or later if its process has died.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use crate::id::MeshId;
 use crate::netns::Netns;
 use crate::{cgroup, mounts};
 
-/// Removes all that meshes of dead processes left, and says which they were.
+/// Removes everything that meshes of dead processes left behind, and returns their IDs.
 pub fn remove_dead() -> Result<Vec<MeshId>> {
     remove_where(MeshId::owner_is_dead)
 }
@@ -22,7 +22,7 @@ pub fn remove_own() -> Result<Vec<MeshId>> {
     remove_where(|id| id.pid() == std::process::id())
 }
 
-/// What of a mesh there is: namespaces, cgroup, pins, temporary folder. Nothing after it was dropped.
+/// Returns what exists of a mesh: namespaces, cgroup, pins, temporary folder. Empty after the mesh was dropped.
 pub fn traces(id: MeshId) -> Result<Vec<PathBuf>> {
     let folder = id.folder_name();
     let mut folders = vec![
@@ -41,12 +41,12 @@ pub fn traces(id: MeshId) -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-/// Removes everything that carries the id. It goes on after an error and gives the first.
+/// Removes everything that carries the ID. Continues after an error and returns the first one.
 pub(crate) fn remove(id: MeshId) -> Result<()> {
     let folder = id.folder_name();
     let mut results = Vec::new();
     results.push(mounts::cgroup2().and_then(|mount| cgroup::remove(&mount.join(&folder))));
-    // What ran in these was in that one, too.
+    // The processes in these cgroups were in the cgroup above as well, and have exited.
     for hierarchy in Hierarchy::all()? {
         results.push(hierarchy.remove(Path::new(&folder)));
     }
@@ -60,7 +60,7 @@ pub(crate) fn remove(id: MeshId) -> Result<()> {
     results.into_iter().collect::<Result<Vec<()>>>().map(drop)
 }
 
-/// The ids that anything on this machine carries.
+/// The IDs of everything on this machine.
 fn present() -> Result<BTreeSet<MeshId>> {
     let mut ids: BTreeSet<MeshId> = Netns::names()
         .iter()
@@ -86,7 +86,7 @@ fn present() -> Result<BTreeSet<MeshId>> {
 }
 
 fn remove_where(chosen: impl Fn(MeshId) -> bool) -> Result<Vec<MeshId>> {
-    // Two that remove the same leftovers would stumble over each other.
+    // Only one process at a time may remove leftovers.
     let path = std::env::temp_dir().join("auth-mesh.lock");
     let lock = File::create(&path).with_context(|| format!("opening {}", path.display()))?;
     lock.lock()

@@ -1,7 +1,7 @@
 //! A mesh of several nodes on one machine, for the scenario tests and the demo.
 //!
-//! Every node and every pod is a network namespace and a cgroup of its own; the programs that run in them, the daemon
-//! first, are the real ones. What crosses the link between the nodes can be captured and read.
+//! Every node and every pod is a network namespace and a cgroup of its own. The programs that run in them, above all
+//! the daemon, are the real ones. Traffic on the link between the nodes can be captured and read.
 //!
 //! ```text
 //!                       wire: bridge br0, no addresses
@@ -19,9 +19,10 @@
 //!  pod                     pod
 //! ```
 //!
-//! Pods and nodes are routed, without NAT, so the outside host sees pods' own addresses. `rp_filter` stays as the kernel
-//! sets it in a new namespace (copied from the first one or 0, see `net.core.devconf_inherit_init_net`). MTU is 1500.
-//! Service addresses need no plumbing: a pod's default route takes them to its node, which has no route for them.
+//! Pods and nodes are routed, without NAT, so the outside host sees pods' own addresses. `rp_filter` stays as the
+//! kernel sets it in a new namespace (copied from the first one or 0, see `net.core.devconf_inherit_init_net`). MTU is
+//! 1500. Service addresses need no links or routes: a pod's default route sends them to its node, which has no route
+//! for them.
 //!
 //! ```no_run
 //! use mesh_tests::{Mesh, PodSpec, ServiceSpec};
@@ -42,9 +43,9 @@
 //! # anyhow::Ok(())
 //! ```
 //!
-//! Everything a mesh makes carries its id (the process's id and a counter): namespaces `/run/netns/am<id>-…`, cgroups
-//! and pins `auth-mesh-<id>`, and a temporary folder. Dropping the [`Mesh`] removes them, also while a panic unwinds;
-//! what a killed process left is removed by the next mesh that starts. Root is needed.
+//! Everything that a mesh creates carries its ID (the process ID and a counter): namespaces `/run/netns/am<id>-…`,
+//! cgroups and pins `auth-mesh-<id>`, and a temporary folder. Dropping the [`Mesh`] removes them, also during a panic.
+//! What a killed process left behind is removed by the next mesh that starts. A mesh requires root.
 
 mod app;
 mod builder;

@@ -1,11 +1,11 @@
-//! Where the programs under test are.
+//! Finds the programs under test.
 
 use std::env;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-/// The daemon: environment variable `AUTH_DAEMON`, else the release build of this workspace.
+/// The daemon: environment variable `AUTH_DAEMON`, or the release build of this workspace.
 pub fn auth_daemon() -> Result<PathBuf> {
     find(
         "AUTH_DAEMON",
@@ -14,7 +14,7 @@ pub fn auth_daemon() -> Result<PathBuf> {
     )
 }
 
-/// The helper that plays clients and servers in pods: environment variable `POD_APP`, else this workspace's build, the
+/// The program that acts as clients and servers in pods: environment variable `POD_APP`, or this workspace's build, the
 /// release build first.
 ///
 /// `cargo test -p mesh-tests` builds it; other users of this library build it themselves.
@@ -26,7 +26,7 @@ pub fn pod_app() -> Result<PathBuf> {
     )
 }
 
-/// The first process of a cluster's node: environment variable `KUBE_NODE`, else this workspace's build.
+/// The first process of a cluster's node: environment variable `KUBE_NODE`, or this workspace's build.
 pub(crate) fn kube_node() -> Result<PathBuf> {
     find(
         "KUBE_NODE",
@@ -45,7 +45,7 @@ fn find(variable: &str, candidates: &[&str], how: &str) -> Result<PathBuf> {
             .canonicalize()
             .with_context(|| format!("finding {}", path.display()));
     }
-    // The running program lies somewhere under the target folder: target/debug/deps/x or target/release/x.
+    // The running program is below the target folder: target/debug/deps/x or target/release/x.
     let running = env::current_exe().context("finding the running program")?;
     let here = env::current_dir()
         .context("finding the current folder")?

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-/// The folder of one node, or those of all nodes at once.
+/// The manifest folder of one node, or those of all nodes at once.
 ///
-/// Every node reads a folder of its own, so that nodes can be told different things: write to all through
-/// [`crate::Mesh::manifests`] and to one through [`crate::Node::manifests`]. An object is one file; every change of a
-/// file is atomic, and no other name than the final one ends in `.json`, `.yaml` or `.yml`.
+/// Every node reads a folder of its own, so that nodes can have different manifests: write to all through
+/// [`crate::Mesh::manifests`] and to one through [`crate::Node::manifests`]. An object is one file. Every change of a
+/// file is atomic, and only final file names end in `.json`, `.yaml` or `.yml`.
 #[derive(Debug, Clone)]
 pub struct Manifests {
     folders: Vec<PathBuf>,
@@ -25,17 +25,17 @@ impl Manifests {
         Ok(Self { folders })
     }
 
-    /// The folder; the first node's when these are all nodes' folders.
+    /// The folder; for all nodes' folders, the first node's.
     pub fn folder(&self) -> &Path {
         &self.folders[0]
     }
 
-    /// Writes an object, in place of an older one of its kind, namespace and name.
+    /// Writes an object. Replaces an existing one of the same kind, namespace and name.
     pub fn apply(&self, manifest: &Value) -> Result<()> {
         self.write(&file_of(manifest)?, &format!("{manifest:#}\n"))
     }
 
-    /// Changes an object where it is. `kind` as in `"Pod"`.
+    /// Edits an object in place. `kind` is written as in `"Pod"`.
     pub fn edit(
         &self,
         kind: &str,
@@ -56,19 +56,19 @@ impl Manifests {
         Ok(())
     }
 
-    /// Removes an object; it need not be there.
+    /// Removes an object, if it exists.
     pub fn remove(&self, kind: &str, namespace: &str, name: &str) -> Result<()> {
         self.remove_file(&file_name(kind, namespace, name))
     }
 
-    /// Writes a file of any text, as an operator would: YAML, several documents, or something broken.
+    /// Writes a file with any text, as an operator would: YAML, several documents, or invalid content.
     pub fn write(&self, file: &str, text: &str) -> Result<()> {
         self.folders
             .iter()
             .try_for_each(|folder| write(folder, file, text))
     }
 
-    /// Removes a file; it need not be there.
+    /// Removes a file, if it exists.
     pub fn remove_file(&self, file: &str) -> Result<()> {
         for folder in &self.folders {
             let path = folder.join(file);
@@ -84,7 +84,7 @@ impl Manifests {
 }
 
 fn write(folder: &Path, file: &str, text: &str) -> Result<()> {
-    // Hidden and without an ending, so that no reader takes it for a manifest.
+    // Hidden and without an extension, so that no reader takes it for a manifest.
     let temporary = folder.join(format!(".{file}.new"));
     let path = folder.join(file);
     fs::write(&temporary, text).with_context(|| format!("writing {}", temporary.display()))?;

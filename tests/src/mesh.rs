@@ -1,4 +1,4 @@
-//! The mesh as a whole.
+//! A mesh of nodes and pods.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -22,7 +22,7 @@ use crate::spec::{Family, PodSpec};
 use crate::wire::Wire;
 use crate::{cgroup, leftovers, plumbing};
 
-/// Nodes, pods, the wire between them and a host outside. Dropping it removes all of it.
+/// Nodes, pods, the wire between them and a host outside. Dropping it removes all of them.
 #[derive(Debug)]
 pub struct Mesh {
     pub(crate) id: MeshId,
@@ -35,12 +35,12 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// A mesh to declare.
+    /// Returns a builder for a mesh.
     pub fn builder() -> MeshBuilder {
         MeshBuilder::default()
     }
 
-    /// What tells it from other meshes on the machine.
+    /// Its ID, which distinguishes it from other meshes on the machine.
     pub fn id(&self) -> MeshId {
         self.id
     }
@@ -48,7 +48,7 @@ impl Mesh {
     /// The node of this name.
     ///
     /// # Panics
-    /// When there is none.
+    /// If there is none.
     pub fn node(&self, name: &str) -> &Node {
         self.nodes
             .get(name)
@@ -63,7 +63,7 @@ impl Mesh {
     /// The pod of this name, `namespace/name` or, in namespace `default`, `name`.
     ///
     /// # Panics
-    /// When there is none.
+    /// If there is none.
     pub fn pod(&self, name: &str) -> Pod {
         let pods = self.lock();
         pods.get(&full_name(name))
@@ -76,7 +76,7 @@ impl Mesh {
         self.lock().values().cloned().collect()
     }
 
-    /// The host that is not in the mesh, on the wire.
+    /// The host on the wire that is not in the mesh.
     pub fn outside(&self) -> &Place {
         &self.outside
     }
@@ -96,12 +96,12 @@ impl Mesh {
         &self.wire
     }
 
-    /// The manifests of all nodes at once; [`Node::manifests`] are one node's.
+    /// The manifests of all nodes at once. See [`Node::manifests`] for those of one node.
     pub fn manifests(&self) -> &Manifests {
         &self.manifests
     }
 
-    /// Makes a pod and writes its manifest and its service account's for all nodes.
+    /// Creates a pod and writes its manifest and its service account's for all nodes.
     pub fn add_pod(&self, spec: PodSpec) -> Result<Pod> {
         let pod = self.add_pod_quietly(spec)?;
         self.manifests
@@ -110,7 +110,7 @@ impl Mesh {
         Ok(pod)
     }
 
-    /// Makes a pod that no manifest tells of.
+    /// Creates a pod without writing a manifest for it.
     pub fn add_pod_quietly(&self, spec: PodSpec) -> Result<Pod> {
         let node_name = spec.node.as_deref().unwrap_or(&self.node_names[0]);
         let node = self
@@ -137,15 +137,15 @@ impl Mesh {
         self.plug(spec, uid, node, format!("p{number}"), addresses)
     }
 
-    /// Ends a pod as Kubernetes does: its manifest first, then its processes, its link, its namespace's name, its cgroup.
+    /// Removes a pod as Kubernetes does: first its manifest, then its processes, link, namespace name and cgroup.
     pub fn remove_pod(&self, name: &str) -> Result<()> {
         let pod = self.pod(name);
         self.manifests.remove("Pod", pod.namespace(), pod.name())?;
         self.unplug(&pod)
     }
 
-    /// Ends a pod's processes and network and makes a new namespace of the same name, with the same addresses: its
-    /// manifest stays true, the namespace's cookie does not. Gives the new pod.
+    /// Removes a pod's processes and network and creates a new namespace with the same name and addresses. The manifest
+    /// stays correct, but the namespace's cookie changes. Returns the new pod.
     pub fn recreate_pod(&self, name: &str) -> Result<Pod> {
         let pod = self.pod(name);
         self.unplug(&pod)?;
@@ -160,13 +160,13 @@ impl Mesh {
         )
     }
 
-    /// Starts a CA on the host outside, which gives each node what its pods need. Give it to the daemons by
-    /// [`DaemonOptions::ca`]. One runs at a time; the next goes on where it was.
+    /// Starts a CA on the host outside, which issues what each node's pods need. Pass it to the daemons with
+    /// [`DaemonOptions::ca`]. Only one runs at a time; the next one continues with its state.
     pub fn start_ca(&self, options: &CaOptions) -> Result<Ca> {
         Ca::spawn(self, options)
     }
 
-    /// Starts a daemon on every node with defaults, and waits until each is ready and has enrolled its pods.
+    /// Starts a daemon with default options on every node, and waits until each is ready and has enrolled its pods.
     pub fn start_daemons(&self) -> Result<Vec<Daemon>> {
         self.start_daemons_with(&DaemonOptions::default())
     }
@@ -206,7 +206,7 @@ impl Mesh {
         let netns = Netns::create(&[self.id.netns_name(&file)])?.remove(0);
         plumbing::prepare(&netns, false)?;
         plumbing::pod(&netns, node.netns(), node.number(), &link, &addresses)?;
-        // As the kubelet names it.
+        // Named as by the kubelet.
         let cgroup = node.cgroup().join(format!("pod{uid}"));
         let place = Place::new(&key, netns, cgroup, self.id.temporary_folder().join(file))?;
         let pod = Pod::new(pod::State {
@@ -242,7 +242,7 @@ impl Mesh {
         self.pods.lock().expect("no holder of this lock panics")
     }
 
-    /// What the daemons said last, for whoever has to find out why a test failed.
+    /// Prints the daemons' last log lines, to explain a failed test.
     fn print_logs(&self) {
         for node in self.nodes() {
             let Ok(log) = std::fs::read_to_string(node.folder().join(LOG)) else {

@@ -1,4 +1,4 @@
-//! The two file systems a mesh needs: cgroup v2 and the bpffs.
+//! The two file systems that a mesh needs: cgroup v2 and the bpffs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use nix::mount::{MsFlags, mount};
 
-/// Where the bpffs is, mounted by [`mount_bpffs`] when it is not.
+/// The mount point of the bpffs. [`mount_bpffs`] mounts it if necessary.
 pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 
-/// Where cgroup v2 is mounted.
+/// The mount point of cgroup v2.
 pub(crate) fn cgroup2() -> Result<PathBuf> {
     mounted("cgroup2")?.into_iter().next().ok_or_else(|| {
         anyhow!("no cgroup v2 is mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
     })
 }
 
-/// Mounts the bpffs when nothing of the kind is there.
+/// Mounts the bpffs unless it is already mounted.
 pub(crate) fn mount_bpffs() -> Result<()> {
     if mounted("bpf")?.iter().any(|path| path == Path::new(BPFFS)) {
         return Ok(());

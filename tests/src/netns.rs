@@ -1,4 +1,4 @@
-//! Network namespaces with a name, and running code inside them.
+//! Named network namespaces, and running code inside them.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -14,7 +14,7 @@ use crate::ip::ip;
 
 /// A network namespace under `/run/netns`.
 ///
-/// The value holds the namespace open: it names the same one even when the file is removed and made anew.
+/// The value holds the namespace open: it refers to the same namespace even if the file is removed and recreated.
 #[derive(Debug, Clone)]
 pub struct Netns {
     name: String,
@@ -22,7 +22,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes network namespaces of these names, in order.
+    /// Creates network namespaces with these names, in order.
     pub(crate) fn create(names: &[String]) -> Result<Vec<Self>> {
         ip(
             None,
@@ -34,7 +34,7 @@ impl Netns {
         names.iter().map(|name| Self::open(name)).collect()
     }
 
-    /// The namespace of this name, which must exist.
+    /// Opens the namespace of this name, which must exist.
     pub fn open(name: &str) -> Result<Self> {
         let path = Self::path_of(name);
         let file = File::open(&path)
@@ -50,7 +50,7 @@ impl Netns {
         &self.name
     }
 
-    /// Its file, as in the annotation `auth-daemon.io/netns`.
+    /// The path of its file, as in the annotation `auth-daemon.io/netns`.
     pub fn path(&self) -> PathBuf {
         Self::path_of(&self.name)
     }
@@ -60,14 +60,14 @@ impl Netns {
         &self.file
     }
 
-    /// Runs `body` on a thread inside the namespace and gives its value.
+    /// Runs `body` on a thread inside the namespace and returns its value.
     ///
-    /// Sockets made there stay in the namespace and may be used from anywhere. Read `/proc/thread-self/net`, not
-    /// `/proc/net`, which is the process's. The thread stays in the test's own cgroup, so no program attached to a
-    /// mesh's cgroups sees what it does; use [`crate::Place::spawn`] for what must be seen.
+    /// Sockets created there stay in the namespace and can be used from anywhere. Read `/proc/thread-self/net`, not
+    /// `/proc/net`, which belongs to the process. The thread stays in the test's own cgroup, so no program attached to
+    /// a mesh's cgroups sees what it does; use [`crate::Place::spawn`] for what the programs must see.
     ///
     /// # Panics
-    /// Where `body` panics, with its payload.
+    /// If `body` panics, with its payload.
     pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T> {
         thread::scope(|scope| {
             let inside = thread::Builder::new()
@@ -84,7 +84,7 @@ impl Netns {
         })
     }
 
-    /// Sets kernel parameters of the namespace: names as in `net/ipv4/ip_forward`.
+    /// Sets kernel parameters of the namespace, with names such as `net/ipv4/ip_forward`.
     pub fn set_parameters(&self, parameters: &[(&str, &str)]) -> Result<()> {
         self.enter(|| {
             for (name, value) in parameters {
@@ -95,10 +95,10 @@ impl Netns {
         })?
     }
 
-    /// Removes the name; the namespace itself ends with its last process and socket.
+    /// Removes the name. The namespace itself is removed with its last process and socket.
     pub(crate) fn remove(name: &str) -> Result<()> {
         let path = Self::path_of(name);
-        // It may be a plain file, when a run was killed between the file and the mount.
+        // The name may be a plain file, if a run was killed between creating the file and mounting on it.
         let _ = umount2(&path, MntFlags::MNT_DETACH);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -112,7 +112,7 @@ impl Netns {
         Path::new(FOLDER).join(name)
     }
 
-    /// The names of all that exist.
+    /// The names of all namespaces under `/run/netns`.
     pub(crate) fn names() -> Vec<String> {
         let Ok(entries) = fs::read_dir(FOLDER) else {
             return Vec::new();

@@ -1,4 +1,4 @@
-//! A node that exists.
+//! A running node of a mesh.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
@@ -16,8 +16,8 @@ use crate::place::Place;
 use crate::process::{Finished, Process};
 use crate::{mounts, plumbing};
 
-/// A node: a [`Place`] (its own programs, not its pods') with an address on the wire and networks for pods. A clone is
-/// the same node.
+/// A node: a [`Place`] for its own programs (not its pods') with an address on the wire and networks for pods. A clone
+/// refers to the same node.
 #[derive(Debug, Clone)]
 pub struct Node(Arc<State>);
 
@@ -70,27 +70,27 @@ impl Node {
         &self.0.name
     }
 
-    /// Its number, from 1 in the order of declaration: the N of its pods' networks.
+    /// Its number, from 1 in the order of declaration: the N in its pods' networks.
     pub fn number(&self) -> u8 {
         self.0.number
     }
 
-    /// Where its own programs run.
+    /// Where the node's own programs run.
     pub fn place(&self) -> &Place {
         &self.0.place
     }
 
-    /// Where its daemon runs: the node's namespace, another cgroup.
+    /// Where its daemon runs: the node's namespace, but another cgroup.
     pub(crate) fn daemon_place(&self) -> &Place {
         &self.0.daemon_place
     }
 
-    /// The cgroup that holds its programs and, each one below it, its pods: `kernel.cgroup` of its daemon.
+    /// The cgroup that holds its programs and, one below it for each, its pods: `kernel.cgroup` of its daemon.
     pub fn cgroup(&self) -> &Path {
         &self.0.cgroup
     }
 
-    /// Where its daemon pins: `kernel.pins`.
+    /// Where its daemon pins its programs and maps: `kernel.pins`.
     pub fn pins(&self) -> &Path {
         &self.0.pins
     }
@@ -115,7 +115,7 @@ impl Node {
         plumbing::node_ipv6(self.0.number)
     }
 
-    /// Starts its daemon with defaults and waits until it is ready.
+    /// Starts its daemon with default options and waits until it is ready.
     pub fn start_daemon(&self) -> Result<Daemon> {
         self.start_daemon_with(DaemonOptions::default())
     }
@@ -127,7 +127,7 @@ impl Node {
         Ok(daemon)
     }
 
-    /// Starts its daemon and waits for nothing.
+    /// Starts its daemon and returns without waiting.
     pub fn spawn_daemon(&self, options: DaemonOptions) -> Result<Daemon> {
         Daemon::spawn(self, options)
     }
@@ -145,7 +145,7 @@ impl Node {
         self.auth(&["unload", "--config", &config.display().to_string()])
     }
 
-    /// A number for another pod: part of its link's name and of its addresses.
+    /// Returns a number for another pod: part of its link's name and of its addresses.
     pub(crate) fn next_pod(&self) -> u8 {
         self.0.pods.fetch_add(1, Ordering::Relaxed)
     }
@@ -159,5 +159,5 @@ impl Deref for Node {
     }
 }
 
-/// 1 is the node's own side.
+/// Number 1 is the node's own side.
 const FIRST_POD: u8 = 2;

@@ -5,24 +5,25 @@ use std::time::Duration;
 
 use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
 
-/// A TCP or UDP packet as it crossed the wire. Checksums are not looked at: the kernel leaves them to hardware.
+/// A TCP or UDP packet captured on the wire. Checksums are not verified, because the kernel leaves them to hardware.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet {
-    /// Since the capture began.
+    /// Time since the capture began.
     pub at: Duration,
-    /// Where it comes from.
+    /// The source address and port.
     pub source: SocketAddr,
-    /// Where it goes.
+    /// The destination address and port.
     pub destination: SocketAddr,
     /// TCP with its header's fields, or UDP.
     pub transport: Transport,
-    /// What it carries, possibly many segments at once, and possibly cut off: see [`crate::Wire::capture_start_of_packets`].
+    /// The payload, possibly of many segments at once, and possibly truncated: see
+    /// [`crate::Wire::capture_start_of_packets`].
     pub payload: Vec<u8>,
-    /// How many bytes it carried.
+    /// The payload's original length, in bytes.
     pub length: usize,
 }
 
-/// What is above IP.
+/// The transport protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are those of RFC 9293")]
 pub enum Transport {
@@ -38,10 +39,11 @@ pub enum Transport {
 }
 
 impl Packet {
-    /// Reads an Ethernet frame, possibly cut off behind its headers; none when it holds no TCP and no UDP.
+    /// Parses an Ethernet frame, possibly truncated after its headers. Returns `None` if it contains neither TCP nor
+    /// UDP.
     pub(crate) fn parse(frame: &[u8], at: Duration, kept: usize) -> Option<Self> {
         let packet = LaxSlicedPacket::from_ethernet(frame).ok()?;
-        // What IP carries, by its own word: the rest of the frame may be missing.
+        // The length according to the IP header: the rest of the frame may be missing.
         let (source, destination, carried): (IpAddr, IpAddr, usize) = match packet.net? {
             LaxNetSlice::Ipv4(ip) => {
                 let header = ip.header();
@@ -106,7 +108,7 @@ impl Packet {
         matches!(self.transport, Transport::Tcp { .. })
     }
 
-    /// Whether it opens a connection: SYN without ACK.
+    /// Whether it opens a connection (SYN without ACK).
     pub fn is_syn(&self) -> bool {
         matches!(
             self.transport,
@@ -123,7 +125,7 @@ impl Packet {
         matches!(self.transport, Transport::Tcp { rst: true, .. })
     }
 
-    /// Whether it goes from or to the address.
+    /// Whether the address is its source or destination.
     pub fn touches(&self, address: IpAddr) -> bool {
         self.source.ip() == address || self.destination.ip() == address
     }

@@ -18,7 +18,7 @@ use crate::netns::Netns;
 use crate::process::{Finished, Process};
 use crate::sockets::{Endpoint, SocketCount, TcpState, sockets};
 
-/// A network namespace and a cgroup, together: a pod, a node, or the outside host, as its processes see it.
+/// A network namespace and a cgroup: a pod, a node, or the outside host, as its processes see it.
 #[derive(Debug, Clone)]
 pub struct Place {
     name: String,
@@ -54,13 +54,13 @@ impl Place {
         &self.cgroup
     }
 
-    /// A temporary folder for files of programs that run here.
+    /// A temporary folder for the files of programs that run here.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// A command that will run here; for what [`Place::run`] and [`Place::spawn`] do not offer. Give it to
-    /// [`Process::spawn`] so that it ends with the test.
+    /// Returns a command that will run here, for what [`Place::run`] and [`Place::spawn`] do not offer. Pass it to
+    /// [`Process::spawn`] so that it is killed when the test ends.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         let netns = Arc::clone(self.netns.file());
         let path = self.cgroup.join("cgroup.procs");
@@ -74,7 +74,8 @@ impl Place {
         // the closure owns; nothing is allocated.
         unsafe {
             command.pre_exec(move || {
-                // First the namespace: whoever finds pods by their cgroups must not find it in ours.
+                // Enter the namespace first: a program that finds pods by their cgroups must not find this process in
+                // ours.
                 setns(&*netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
                 nix::unistd::write(&procs, b"0").map_err(io::Error::from)?;
                 Ok(())
@@ -94,7 +95,8 @@ impl Place {
         Process::spawn(command).with_context(|| format!("in {}", self.name))
     }
 
-    /// Runs a program here to its end, at most [`TIMEOUT`]. That it failed is no error: see [`Finished::ok`].
+    /// Runs a program here until it exits, for at most [`TIMEOUT`]. A failure of the program is not an error: see
+    /// [`Finished::ok`].
     pub fn run<A: AsRef<OsStr>>(
         &self,
         program: &str,
@@ -105,8 +107,8 @@ impl Place {
             .with_context(|| format!("in {}", self.name))
     }
 
-    /// Starts `pod-app` here with arguments separated by white space (there is no quoting), as in
-    /// `"echo-server --port 7"`. A server is [`App::listening`] a moment later.
+    /// Starts `pod-app` here with arguments separated by white space (there is no quoting), as in `"echo-server --port
+    /// 7"`. Call [`App::listening`] to wait until a server listens.
     pub fn app(&self, arguments: &str) -> Result<App> {
         App::start(self, arguments.split_whitespace())
     }
@@ -116,24 +118,24 @@ impl Place {
         self.netns.enter(body)
     }
 
-    /// A connection from this namespace that no cgroup program sees, see [`Netns::enter`].
+    /// Opens a connection from this namespace that no cgroup program sees, see [`Netns::enter`].
     pub fn connect(&self, to: SocketAddr) -> Result<TcpStream> {
         self.enter(|| TcpStream::connect_timeout(&to, TIMEOUT))?
             .with_context(|| format!("connecting to {to} from {}", self.name))
     }
 
-    /// A listener in this namespace, for the test itself to accept from.
+    /// Opens a listener in this namespace, for the test itself to accept from.
     pub fn listen(&self, on: SocketAddr) -> Result<TcpListener> {
         self.enter(|| TcpListener::bind(on))?
             .with_context(|| format!("listening on {on} in {}", self.name))
     }
 
-    /// The TCP sockets of the namespace, by state.
+    /// Counts the TCP sockets of the namespace by state.
     pub fn sockets(&self) -> Result<SocketCount> {
         Ok(sockets(&self.netns)?.into_iter().collect())
     }
 
-    /// The TCP sockets of the namespace, one by one.
+    /// Lists the TCP sockets of the namespace.
     pub fn endpoints(&self) -> Result<Vec<Endpoint>> {
         sockets(&self.netns)
     }

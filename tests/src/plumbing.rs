@@ -30,12 +30,12 @@ pub(crate) fn pod_network(node: u8) -> String {
     format!("{}/24", pod_ipv4(node, 0))
 }
 
-/// The interface on the wire that leads to a node.
+/// The name of the interface on the wire that leads to a node.
 pub(crate) fn node_link(node: u8) -> String {
     format!("n{node}")
 }
 
-/// Parameters to set before a namespace has any interface: addresses are usable at once and stay the given ones.
+/// Parameters to set before a namespace has any interface, so that addresses are usable at once and do not change.
 pub(crate) fn prepare(netns: &Netns, forwards: bool) -> Result<()> {
     let mut parameters = vec![
         ("net/ipv6/conf/all/accept_dad", "0"),

@@ -1,4 +1,4 @@
-//! What a daemon and its pods hold at a moment, to compare with another: has anything leaked?
+//! Resources that a daemon and its pods use at one moment, to find leaks by comparing two snapshots.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +28,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Looks at the daemon and the places, one after the other.
+    /// Takes a snapshot of the daemon and the places, one after the other.
     pub fn take(daemon: &Daemon, places: &[&Place]) -> Result<Self> {
         let pid = daemon.pid();
         let count = |folder: &str| {
@@ -51,10 +51,10 @@ impl Snapshot {
         })
     }
 
-    /// What is more than in an earlier snapshot, one line each; nothing when nothing leaked.
+    /// Describes what has grown since an earlier snapshot, one line each; empty if nothing leaked.
     ///
-    /// `memory_kib` is how much resident memory may have grown, `descriptors` how many descriptors and, in each place,
-    /// sockets: idle tunnels of a pool, say. Sockets in TIME-WAIT are not counted.
+    /// `memory_kib` is the allowed growth of resident memory, `descriptors` that of descriptors and, in each place, of
+    /// sockets, to allow for idle tunnels of a pool, for example. Sockets in TIME-WAIT are not counted.
     pub fn growth_since(&self, earlier: &Self, memory_kib: u64, descriptors: usize) -> Vec<String> {
         let mut growth = Vec::new();
         let mut compare = |what: &str, before: u64, now: u64, allowed: u64| {

@@ -1,4 +1,4 @@
-//! The TCP sockets of a namespace, from its `/proc/net/tcp` and `/proc/net/tcp6`.
+//! The TCP sockets of a namespace, read from its `/proc/net/tcp` and `/proc/net/tcp6`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,12 +8,12 @@ use anyhow::{Context, Result};
 
 use crate::netns::Netns;
 
-/// A socket.
+/// A TCP socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Its own address.
+    /// Its local address.
     pub local: SocketAddr,
-    /// Its peer's; port 0 when it listens.
+    /// Its peer's address; port 0 if the socket is listening.
     pub remote: SocketAddr,
     /// Its state.
     pub state: TcpState,
@@ -36,17 +36,17 @@ pub enum TcpState {
     Closing,
 }
 
-/// How many sockets a namespace has, by state.
+/// The number of sockets in a namespace, by state.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SocketCount(BTreeMap<TcpState, usize>);
 
 impl SocketCount {
-    /// Those in the state.
+    /// The number of sockets in this state.
     pub fn of(&self, state: TcpState) -> usize {
         self.0.get(&state).copied().unwrap_or(0)
     }
 
-    /// All but those in TIME-WAIT, which hold next to nothing and end by themselves within a minute.
+    /// The number of sockets not in TIME-WAIT. Those in TIME-WAIT use almost no resources and expire within a minute.
     pub fn live(&self) -> usize {
         self.0
             .iter()
@@ -66,7 +66,7 @@ impl FromIterator<Endpoint> for SocketCount {
     }
 }
 
-/// All TCP sockets of a namespace, IPv4's first.
+/// Lists all TCP sockets of a namespace, IPv4 first.
 pub fn sockets(netns: &Netns) -> Result<Vec<Endpoint>> {
     netns
         .enter(|| {
@@ -89,12 +89,12 @@ fn parse(line: &str) -> Option<Endpoint> {
     let state = match u8::from_str_radix(fields.next()?, 16).ok()? {
         1 => TcpState::Established,
         2 => TcpState::SynSent,
-        // 12 is a request socket, not yet a full one.
+        // State 12 is a request socket, not yet a full socket.
         3 | 12 => TcpState::SynReceived,
         4 => TcpState::FinWait1,
         5 => TcpState::FinWait2,
         6 => TcpState::TimeWait,
-        // 13 is bound and nothing else.
+        // State 13 is bound, but neither connected nor listening.
         7 | 13 => TcpState::Close,
         8 => TcpState::CloseWait,
         9 => TcpState::LastAck,
@@ -109,7 +109,7 @@ fn parse(line: &str) -> Option<Endpoint> {
     })
 }
 
-/// An address as the kernel prints it: words of 32 bits in the machine's order, in hexadecimal, then the port.
+/// Parses an address as the kernel prints it: 32-bit words in the machine's byte order, in hexadecimal, then the port.
 fn address(field: &str) -> Option<SocketAddr> {
     let (address, port) = field.split_once(':')?;
     let word = |start: usize| {

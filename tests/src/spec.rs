@@ -1,4 +1,4 @@
-//! What a mesh is declared to hold, and the manifests that say so.
+//! The declared contents of a mesh, and their manifests.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-/// A pod, before it exists.
+/// The specification of a pod.
 #[derive(Debug, Clone)]
 pub struct PodSpec {
     pub(crate) namespace: String,
@@ -30,7 +30,7 @@ pub(crate) enum Family<A> {
 }
 
 impl PodSpec {
-    /// A pod in namespace `default` with service account `default`, on the mesh's first node, ready, with an IPv4 and an
+    /// A ready pod in namespace `default` with service account `default`, on the mesh's first node, with an IPv4 and an
     /// IPv6 address of its node's networks.
     pub fn new(name: &str) -> Self {
         Self {
@@ -48,19 +48,19 @@ impl PodSpec {
         }
     }
 
-    /// Its node.
+    /// Sets its node.
     pub fn on(mut self, node: &str) -> Self {
         self.node = Some(node.to_owned());
         self
     }
 
-    /// Its namespace.
+    /// Sets its namespace.
     pub fn namespace(mut self, namespace: &str) -> Self {
         self.namespace = namespace.to_owned();
         self
     }
 
-    /// Its service account.
+    /// Sets its service account.
     pub fn service_account(mut self, name: &str) -> Self {
         self.service_account = name.to_owned();
         self
@@ -72,13 +72,14 @@ impl PodSpec {
         self
     }
 
-    /// Adds an annotation. `auth-daemon.io/netns` is there already, but for [`PodSpec::by_uid`].
+    /// Adds an annotation. `auth-daemon.io/netns` is present by default, except after [`PodSpec::by_uid`].
     pub fn annotation(mut self, key: &str, value: &str) -> Self {
         self.annotations.insert(key.to_owned(), value.to_owned());
         self
     }
 
-    /// Without the annotation `auth-daemon.io/netns`: it is to be found by its UID, and so by the processes in its cgroup.
+    /// Omits the annotation `auth-daemon.io/netns`: the daemon must find the pod by its UID, through the processes in
+    /// its cgroup.
     pub fn by_uid(mut self) -> Self {
         self.by_uid = true;
         self
@@ -90,8 +91,8 @@ impl PodSpec {
         self
     }
 
-    /// An address to have instead of the next free one. It must lie in its node's network, 10.77.N.0/24 or fd77:N::/64,
-    /// to be routed, and be none that another pod of the node got: those are given from 2 upwards.
+    /// Sets an address instead of the next free one. To be routed, it must be in its node's network, 10.77.N.0/24 or
+    /// fd77:N::/64. No other pod of the node may have it: addresses are allocated from 2 upwards.
     pub fn address(mut self, address: IpAddr) -> Self {
         match address {
             IpAddr::V4(address) => self.ipv4 = Family::Given(address),
@@ -100,19 +101,19 @@ impl PodSpec {
         self
     }
 
-    /// Without an IPv6 address.
+    /// Omits the IPv6 address.
     pub fn ipv4_only(mut self) -> Self {
         self.ipv6 = Family::None;
         self
     }
 
-    /// Without an IPv4 address.
+    /// Omits the IPv4 address.
     pub fn ipv6_only(mut self) -> Self {
         self.ipv4 = Family::None;
         self
     }
 
-    /// With the condition Ready at `False` at first.
+    /// Sets the condition Ready to `False` at first.
     pub fn not_ready(mut self) -> Self {
         self.ready = false;
         self
@@ -174,7 +175,7 @@ impl PodSpec {
     }
 }
 
-/// A service, which is nothing but its manifest.
+/// The specification of a service, which exists only as its manifest.
 #[derive(Debug, Clone)]
 pub struct ServiceSpec {
     namespace: String,
@@ -198,34 +199,34 @@ impl ServiceSpec {
         }
     }
 
-    /// Its namespace.
+    /// Sets its namespace.
     pub fn namespace(mut self, namespace: &str) -> Self {
         self.namespace = namespace.to_owned();
         self
     }
 
-    /// Adds a label that its pods have.
+    /// Adds a label to its selector.
     pub fn selector(mut self, key: &str, value: &str) -> Self {
         self.selector.insert(key.to_owned(), value.to_owned());
         self
     }
 
-    /// Adds an address; the first is `clusterIP`. By convention of 10.96.0.0/16 and fd96::/112.
+    /// Adds an address, by convention from 10.96.0.0/16 or fd96::/112. The first is `clusterIP`.
     ///
     /// # Panics
-    /// When the text is no IP address.
+    /// If the text is not an IP address.
     pub fn address(mut self, address: &str) -> Self {
         self.addresses.push(address.parse().expect("an IP address"));
         self
     }
 
-    /// Adds a TCP port and the pods' port behind it.
+    /// Adds a TCP port and the pods' target port.
     pub fn port(mut self, port: u16, target: u16) -> Self {
         self.ports.push(json!({"name": format!("p{port}"), "port": port, "targetPort": target, "protocol": "TCP"}));
         self
     }
 
-    /// Adds a TCP port and the name of the pods' port behind it.
+    /// Adds a TCP port and the name of the pods' target port.
     pub fn named_port(mut self, port: u16, target: &str) -> Self {
         self.ports.push(json!({"name": format!("p{port}"), "port": port, "targetPort": target, "protocol": "TCP"}));
         self

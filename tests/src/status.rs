@@ -1,4 +1,4 @@
-//! What a daemon says about itself, `/status` on its admin port.
+//! A daemon's status, from `/status` on its admin port.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -44,7 +44,7 @@ pub struct PodStatus {
 #[expect(missing_docs, reason = "the daemon documents its status")]
 pub struct CertificateStatus {
     pub identity: String,
-    /// Empty while there is none.
+    /// Empty if there is none.
     #[serde(deserialize_with = "null_as_empty")]
     pub serial: String,
     pub not_before: Value,
@@ -74,7 +74,7 @@ pub struct ConnectionStatus {
     pub seconds: f64,
 }
 
-/// Entries of the daemon's maps in the kernel.
+/// The number of entries in the daemon's maps in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[expect(missing_docs, reason = "the daemon documents its status")]
@@ -84,7 +84,7 @@ pub struct KernelStatus {
     pub pods: u64,
 }
 
-/// Tunnels that wait for another connection.
+/// Idle tunnels, which wait for another connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[expect(missing_docs, reason = "the daemon documents its status")]
 pub struct PoolStatus {

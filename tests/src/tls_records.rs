@@ -1,9 +1,9 @@
-//! Telling TLS from everything else by its records (RFC 8446, section 5.1).
+//! Distinguishes TLS from other data by its records (RFC 8446, section 5.1).
 
 use std::error::Error;
 use std::fmt;
 
-/// The outside of one TLS record.
+/// The header of a TLS record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TlsRecord {
     /// 20 change_cipher_spec, 21 alert, 22 handshake, 23 application_data.
@@ -13,16 +13,16 @@ pub struct TlsRecord {
 }
 
 impl TlsRecord {
-    /// Whether it carries what was encrypted: in TLS 1.3 all after the hellos.
+    /// Whether it carries encrypted data: in TLS 1.3, everything after the hello messages.
     pub fn is_application_data(self) -> bool {
         self.content_type == 23
     }
 }
 
-/// Bytes that are no TLS record.
+/// Bytes that are not a TLS record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NotTls {
-    /// Where in the stream they begin.
+    /// Their offset in the stream.
     pub offset: usize,
 }
 
@@ -34,14 +34,14 @@ impl fmt::Display for NotTls {
 
 impl Error for NotTls {}
 
-/// The records of one direction of a stream. The last may be cut off.
+/// Parses the records of one direction of a stream. The last may be truncated.
 pub fn tls_records(stream: &[u8]) -> Result<Vec<TlsRecord>, NotTls> {
     let mut records = Vec::new();
     let mut offset = 0;
     while offset < stream.len() {
         let header = &stream[offset..stream.len().min(offset + HEADER)];
         let content_type = header[0];
-        // The version says TLS 1.0 to 1.2, whatever is spoken.
+        // The version field says TLS 1.0 to 1.2, whatever the real version is.
         let version_fits = header.get(1).is_none_or(|major| *major == 3)
             && header.get(2).is_none_or(|minor| (1..=3).contains(minor));
         let length = match header {
@@ -63,7 +63,7 @@ pub fn tls_records(stream: &[u8]) -> Result<Vec<TlsRecord>, NotTls> {
 }
 
 const HEADER: usize = 5;
-/// 2^14 bytes and what encryption may add, with the generosity of TLS 1.2.
+/// In bytes: 2^14 plus the expansion by encryption that TLS 1.2 allows.
 const LONGEST: usize = (1 << 14) + 2048;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Files for another machine's root: an image's layer, a virtual machine's memory.
+//! Files for the root of another machine: an image's layer, or a virtual machine's initramfs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,38 +9,38 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// Paths and what lies there. Folders above a path come with it.
+/// Paths and their entries. Parent folders are added with a path.
 #[derive(Debug, Clone, Default)]
 pub struct FileTree {
     entries: BTreeMap<PathBuf, Entry>,
 }
 
-/// What lies at a path.
+/// The entry at a path.
 #[derive(Debug, Clone)]
 pub(crate) enum Entry {
     /// A folder with this mode.
     Folder(u32),
     /// A copy of this file.
     File(PathBuf),
-    /// A file with these bytes that nobody executes.
+    /// A file with these bytes, not executable.
     Bytes(Vec<u8>),
-    /// A symbolic link to this.
+    /// A symbolic link to this target.
     Link(PathBuf),
 }
 
 impl FileTree {
-    /// Adds a folder, open to all but for writing; `mode` says otherwise.
+    /// Adds a folder, by default readable by all and writable by its owner only; `mode` sets another mode.
     ///
     /// # Errors
-    /// When the path is not absolute and plain.
+    /// If the path is not absolute or not normalized.
     pub fn folder(&mut self, path: impl Into<PathBuf>, mode: Option<u32>) -> Result<()> {
         self.add(path.into(), Entry::Folder(mode.unwrap_or(0o755)))
     }
 
-    /// Adds a symbolic link at `path`. What is added below it later lies where it leads.
+    /// Adds a symbolic link at `path`. Entries that are added below it later are placed below its target.
     ///
     /// # Errors
-    /// When the path is not absolute and plain.
+    /// If the path is not absolute or not normalized.
     pub fn link(&mut self, path: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Result<()> {
         self.add(path.into(), Entry::Link(target.into()))
     }
@@ -48,7 +48,7 @@ impl FileTree {
     /// Adds a copy of a file of this machine.
     ///
     /// # Errors
-    /// When the path is not absolute and plain.
+    /// If the path is not absolute or not normalized.
     pub fn file(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
         self.add(path.into(), Entry::File(source.to_owned()))
     }
@@ -56,15 +56,15 @@ impl FileTree {
     /// Adds a file with these bytes.
     ///
     /// # Errors
-    /// When the path is not absolute and plain.
+    /// If the path is not absolute or not normalized.
     pub fn bytes(&mut self, path: impl Into<PathBuf>, bytes: Vec<u8>) -> Result<()> {
         self.add(path.into(), Entry::Bytes(bytes))
     }
 
-    /// Adds a folder of this machine with all that is in it. Links are kept as links.
+    /// Adds a folder of this machine with its contents. Links are kept as links.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// If it cannot be read.
     pub fn copy(&mut self, path: &Path, source: &Path) -> Result<()> {
         let reading = || format!("reading {}", source.display());
         for entry in fs::read_dir(source).with_context(reading)? {
@@ -82,10 +82,11 @@ impl FileTree {
         Ok(())
     }
 
-    /// Adds a program of this machine at `path`, and the shared libraries that it needs where its loader looks for them.
+    /// Adds a program of this machine at `path`, and the shared libraries that it needs, where its loader searches for
+    /// them.
     ///
     /// # Errors
-    /// When one of its libraries is missing.
+    /// If one of its libraries is missing.
     pub fn program(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
         for library in libraries(source)? {
             self.add(library.clone(), Entry::File(library))?;
@@ -93,15 +94,15 @@ impl FileTree {
         self.file(path, source)
     }
 
-    /// All of it, folders before what they hold.
+    /// All entries, folders before their contents.
     pub(crate) fn entries(&self) -> impl Iterator<Item = (&Path, &Entry)> {
         self.entries.iter().map(|(path, entry)| (&**path, entry))
     }
 
-    /// Writes it as the kernel takes its first root file system (cpio "newc", Documentation/driver-api/early-userspace).
+    /// Writes an initramfs as the kernel expects it (cpio "newc", Documentation/driver-api/early-userspace).
     ///
     /// # Errors
-    /// When a file cannot be read, or `output` not be written.
+    /// If a file cannot be read, or `output` cannot be written.
     pub fn write_initramfs(&self, mut output: impl Write) -> Result<()> {
         for (path, entry) in self.entries() {
             let name = path.strip_prefix("/").unwrap_or(path);
@@ -144,7 +145,7 @@ impl FileTree {
         Ok(())
     }
 
-    /// Where a path leads, when a folder above it is a link: `/lib/x` is `/usr/lib/x` on most machines of today.
+    /// Resolves links in the folders above a path: `/lib/x` is `/usr/lib/x` on most current machines.
     fn resolved(&self, path: &Path) -> Result<PathBuf> {
         let mut resolved = PathBuf::from("/");
         let mut links = 0;
@@ -170,7 +171,7 @@ impl FileTree {
     }
 }
 
-/// A file's permissions, as 755 or 644, and its bytes.
+/// Returns a file's permissions, as 755 or 644, and its bytes.
 pub(crate) fn read_file(path: &Path) -> io::Result<(u32, Vec<u8>)> {
     let mut file = fs::File::open(path)?;
     let executable = file.metadata()?.permissions().mode() & 0o111 != 0;
@@ -179,7 +180,8 @@ pub(crate) fn read_file(path: &Path) -> io::Result<(u32, Vec<u8>)> {
     Ok((if executable { 0o755 } else { 0o644 }, content))
 }
 
-/// What `program` loads when it is started, its loader included, as `ldd` says; nothing when it is linked statically.
+/// The shared libraries that `program` loads, including its loader, according to `ldd`; none if it is statically
+/// linked.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let output = Command::new("ldd")
         .arg(program)
@@ -207,7 +209,7 @@ fn parse_ldd(said: &str) -> Result<Vec<PathBuf>> {
         } else if path == "not found" {
             bail!("a library is missing: {what}");
         }
-        // Else the kernel's own, linux-vdso, which is no file; or "statically linked".
+        // Otherwise the kernel's own linux-vdso, which is not a file, or "statically linked".
     }
     Ok(libraries)
 }

@@ -1,20 +1,20 @@
-//! What `cargo xtask vm-test` and `vm-guest`, the first program of its virtual machines, say to each other: a [`Plan`]
-//! as a file of the guest's, and [`Event`]s as lines of JSON on its second serial line.
+//! The interface between `cargo xtask vm-test` and `vm-guest`, the init process of its virtual machines: a [`Plan`] as
+//! a file in the guest, and [`Event`]s as lines of JSON on its second serial line.
 
 use std::env;
 
 use serde::{Deserialize, Serialize};
 
-/// Where the guest finds its plan.
+/// The path of the plan in the guest.
 pub const PLAN: &str = "/etc/vm-plan.json";
-/// Where the guest writes its events; the kernel's own messages go to the first line.
+/// The device to which the guest writes its events; the kernel's own messages go to the first serial line.
 pub const EVENTS: &str = "/dev/ttyS1";
 
-/// A variable of the tests in a machine whose processor is emulated.
+/// An environment variable that is set for tests in a machine with an emulated processor.
 pub const EMULATED: &str = "MESH_EMULATED";
 
-/// Whether this machine's processor is emulated, so that what needs its speed cannot be shown. Says that `test` is skipped
-/// then.
+/// Whether this machine's processor is emulated, so that a test that needs its speed cannot run. If so, reports `test`
+/// as skipped.
 pub fn skipped_when_emulated(test: &str) -> bool {
     let emulated = env::var_os(EMULATED).is_some();
     if emulated {
@@ -23,55 +23,55 @@ pub fn skipped_when_emulated(test: &str) -> bool {
     emulated
 }
 
-/// What a guest is to do, in this order.
+/// What a guest does, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// Programs to run.
     pub steps: Vec<Step>,
 }
 
-/// One program and how it is run.
+/// A program and how to run it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// What it is called in reports.
+    /// Its name in reports.
     pub name: String,
-    /// What /sys/fs/cgroup is to look like.
+    /// How /sys/fs/cgroup is mounted.
     pub cgroups: Cgroups,
     /// The program's path and its arguments.
     pub command: Vec<String>,
-    /// Variables, beside the guest's own.
+    /// Environment variables, in addition to the guest's own.
     pub environment: Vec<(String, String)>,
-    /// After so many seconds it is killed.
+    /// Time limit in seconds, after which the program is killed.
     pub seconds: u64,
 }
 
 /// How cgroups are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cgroups {
-    /// Version 2 alone, on /sys/fs/cgroup: what distributions have set up since 2021.
+    /// Version 2 only, on /sys/fs/cgroup: the default of distributions since 2021.
     V2,
-    /// The controllers of version 1 below /sys/fs/cgroup, and version 2, without any, on /sys/fs/cgroup/unified.
+    /// The version 1 controllers below /sys/fs/cgroup, and version 2, without controllers, on /sys/fs/cgroup/unified.
     Both,
 }
 
-/// What a guest reports.
+/// An event that a guest reports.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Event {
-    /// It has started, with this kernel (`uname -r`).
+    /// The guest has started, with this kernel (`uname -r`).
     Started(String),
-    /// A step begins: its index.
+    /// The step of this index begins.
     Begins(usize),
-    /// The program of this step has written a line, to standard output or error.
+    /// The program of this step has written a line to standard output or standard error.
     Line(String),
-    /// It has ended.
+    /// The program of this step has exited.
     Ended {
-        /// Its exit code; none after a signal.
+        /// Its exit code; `None` if it was killed by a signal.
         code: Option<i32>,
-        /// It did not end in its time, and was killed.
+        /// Whether it exceeded its time limit and was killed.
         late: bool,
     },
-    /// The guest itself cannot go on; it powers off.
+    /// The guest cannot continue because of this error; it powers off.
     Trouble(String),
-    /// All steps were run; it powers off.
+    /// All steps have run; the guest powers off.
     Done,
 }

@@ -16,22 +16,22 @@ impl Wire {
         Self(place)
     }
 
-    /// Its namespace, for programs such as `tc` or `tcpdump`.
+    /// Its place, for programs such as `tc` or `tcpdump`.
     pub fn place(&self) -> &Place {
         &self.0
     }
 
-    /// The interface here that leads to the node.
+    /// The name of the interface here that leads to the node.
     pub fn link(&self, node: &Node) -> String {
         plumbing::node_link(node.number())
     }
 
-    /// Captures all that crosses the wire from now on: each TCP and UDP packet once, whole.
+    /// Captures all traffic on the wire from now on: each TCP and UDP packet once, in full.
     pub fn capture(&self) -> Result<Capture> {
         Capture::start(self.0.netns(), usize::MAX)
     }
 
-    /// Like [`Wire::capture`], keeping at most `kept` bytes of each packet's payload; for heavy traffic.
+    /// Like [`Wire::capture`], but keeps at most `kept` bytes of each packet's payload; for heavy traffic.
     pub fn capture_start_of_packets(&self, kept: usize) -> Result<Capture> {
         Capture::start(self.0.netns(), kept)
     }

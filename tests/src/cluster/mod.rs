@@ -108,7 +108,7 @@ impl Cluster {
             images::tools(outside.folder())?,
         ];
         let mesh_folder = mesh.id().folder_name();
-        // The nodes start side by side.
+        // Start the nodes in parallel.
         let nodes = thread::scope(|scope| {
             let starting: Vec<_> = mesh
                 .nodes()

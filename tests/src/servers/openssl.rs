@@ -1,4 +1,4 @@
-//! `openssl s_server`: an app that speaks TLS itself.
+//! `openssl s_server`: an application that uses TLS itself.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use crate::place::Place;
 use crate::process::Process;
 
-/// A TLS server with a self-signed certificate for `localhost`, answering HTTP requests with its own status page.
+/// A TLS server with a self-signed certificate for `localhost`. It answers HTTP requests with its own status page.
 #[derive(Debug)]
 pub struct OpensslServer {
     process: Process,
@@ -15,7 +15,7 @@ pub struct OpensslServer {
 }
 
 impl OpensslServer {
-    /// Starts it with more arguments of `s_server` and waits until it listens. Without any it is `["-www"]`.
+    /// Starts it with more arguments of `s_server`, `["-www"]` if there are none, and waits until it listens.
     pub fn start(place: &Place, port: u16, arguments: &[&str]) -> Result<Self> {
         let key = place.folder().join(format!("openssl-{port}.key"));
         let certificate = place.folder().join(format!("openssl-{port}.pem"));

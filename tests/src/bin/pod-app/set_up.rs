@@ -1,4 +1,4 @@
-//! The cost of setting up a connection, before it carries data.
+//! The time it takes to set up a connection.
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
