@@ -50,7 +50,7 @@ pub(crate) fn prepare(netns: &Netns, forwards: bool) -> Result<()> {
     netns.set_parameters(&parameters)
 }
 
-/// The bridge between the nodes, and the other ends of its links in the nodes and the outside host.
+/// Creates the bridge between the nodes, and attaches the nodes and the outside host to it.
 pub(crate) fn wire(wire: &Netns, nodes: &[(u8, &Netns)], outside: &Netns) -> Result<()> {
     let mut commands = vec![
         "link set lo up".to_owned(),
@@ -72,14 +72,15 @@ pub(crate) fn wire(wire: &Netns, nodes: &[(u8, &Netns)], outside: &Netns) -> Res
     ip(Some(wire.name()), &commands)
 }
 
-/// A node's addresses, its pods' bridge and its routes to the other nodes' pods.
+/// Sets a node's addresses, its pods' bridge and its routes to the other nodes' pods.
 pub(crate) fn node(netns: &Netns, number: u8, others: &[u8]) -> Result<()> {
     let mut commands = vec![
         "link set lo up".to_owned(),
         "link set eth0 up".to_owned(),
         format!("addr add {}/24 dev eth0", node_ipv4(number)),
         format!("addr add {}/64 dev eth0 nodad", node_ipv6(number)),
-        // With an address of its own: else it has the least of its ports', and another one as pods come and go.
+        // With an address of its own. Otherwise it takes the lowest address of its ports, which changes as pods come
+        // and go.
         format!(
             "link add {POD_BRIDGE} address {} type bridge mcast_snooping 0",
             hardware_address(pod_ipv4(number, GATEWAY).octets())
@@ -108,7 +109,7 @@ pub(crate) fn node(netns: &Netns, number: u8, others: &[u8]) -> Result<()> {
     ip(Some(netns.name()), &commands)
 }
 
-/// The outside host's addresses and its routes to all nodes and pods.
+/// Sets the outside host's addresses and its routes to all nodes and pods.
 pub(crate) fn outside(netns: &Netns, nodes: &[u8]) -> Result<()> {
     let mut commands = vec![
         "link set lo up".to_owned(),
@@ -133,7 +134,7 @@ pub(crate) fn outside(netns: &Netns, nodes: &[u8]) -> Result<()> {
     ip(Some(netns.name()), &commands)
 }
 
-/// Sends what nodes have no route for to the host outside. The kernel must have one for an address before netfilter can
+/// Gives nodes a default route to the outside host. The kernel must have a route for an address before netfilter can
 /// translate it.
 pub(crate) fn outside_is_default_route<'a>(nodes: impl Iterator<Item = &'a Netns>) -> Result<()> {
     let command = [format!("route add default via {OUTSIDE_IPV4} dev eth0")];
@@ -142,10 +143,10 @@ pub(crate) fn outside_is_default_route<'a>(nodes: impl Iterator<Item = &'a Netns
         .try_for_each(|node| ip(Some(node.name()), &command))
 }
 
-/// A pod's link to its node's bridge, its addresses and its default routes.
+/// Creates a pod's link to its node's bridge, its addresses and its default routes.
 ///
-/// The hardware address follows from the first address, so that a pod that is made anew with its old address needs no
-/// neighbour's memory to expire.
+/// The hardware address is derived from the first address, so that neighbour entries stay valid when a pod is recreated
+/// with its old address.
 pub(crate) fn pod(
     pod: &Netns,
     node: &Netns,
@@ -193,7 +194,8 @@ pub(crate) fn pod(
     ip(Some(pod.name()), &commands)
 }
 
-/// Cuts a pod off, as a CNI plugin does at its end: both ends of its link go, even when its namespace lives on.
+/// Disconnects a pod, as a CNI plugin does when a pod is removed: removes both ends of its link, even if its namespace
+/// still exists.
 pub(crate) fn unplug(node: &Netns, link: &str) -> Result<()> {
     ip(Some(node.name()), &[format!("link del {link}")])
 }
@@ -203,11 +205,11 @@ fn hardware_address([a, b, c, d]: [u8; 4]) -> String {
     format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
-/// The outside host's IPv4 address, of TEST-NET-1 (RFC 5737).
+/// The outside host's IPv4 address, from TEST-NET-1 (RFC 5737).
 pub(crate) const OUTSIDE_IPV4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
-/// The outside host's IPv6 address, of the documentation prefix (RFC 3849).
+/// The outside host's IPv6 address, from the documentation prefix (RFC 3849).
 pub(crate) const OUTSIDE_IPV6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
-/// All nodes' pods.
+/// The network of all nodes' pods.
 pub(crate) const POD_NETWORKS: &str = "10.77.0.0/16";
 const OUTSIDE_NETWORK4: &str = "192.0.2.0/24";
 const OUTSIDE_NETWORK6: &str = "2001:db8::/64";

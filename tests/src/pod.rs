@@ -1,4 +1,4 @@
-//! A pod that exists.
+//! A running pod of a mesh.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Deref;
@@ -11,7 +11,7 @@ use crate::cgroup;
 use crate::place::Place;
 use crate::spec::PodSpec;
 
-/// A pod: a [`Place`] with addresses, a name and a node. A clone is the same pod.
+/// A pod: a [`Place`] with addresses, a name and a node. A clone refers to the same pod.
 #[derive(Debug, Clone)]
 pub struct Pod(Arc<State>);
 
@@ -45,7 +45,7 @@ impl Pod {
         &self.0.spec.namespace
     }
 
-    /// `namespace/name`, as the daemon's status has it.
+    /// `namespace/name`, as in the daemon's status.
     pub fn full_name(&self) -> String {
         format!("{}/{}", self.namespace(), self.name())
     }
@@ -60,7 +60,7 @@ impl Pod {
         &self.0.uid
     }
 
-    /// What it was made from.
+    /// The specification that it was created from.
     pub fn spec(&self) -> &PodSpec {
         &self.0.spec
     }
@@ -78,7 +78,7 @@ impl Pod {
     /// Its IPv4 address.
     ///
     /// # Panics
-    /// When it has none.
+    /// If it has none.
     pub fn ipv4(&self) -> Ipv4Addr {
         let find = |address: &IpAddr| {
             if let IpAddr::V4(address) = address {
@@ -97,7 +97,7 @@ impl Pod {
     /// Its IPv6 address.
     ///
     /// # Panics
-    /// When it has none.
+    /// If it has none.
     pub fn ipv6(&self) -> Ipv6Addr {
         let find = |address: &IpAddr| {
             if let IpAddr::V6(address) = address {
@@ -116,7 +116,7 @@ impl Pod {
     /// Its IPv4 address with a port.
     ///
     /// # Panics
-    /// When it has none.
+    /// If it has none.
     pub fn at(&self, port: u16) -> SocketAddr {
         (self.ipv4(), port).into()
     }
@@ -124,7 +124,7 @@ impl Pod {
     /// Its IPv6 address with a port.
     ///
     /// # Panics
-    /// When it has none.
+    /// If it has none.
     pub fn at6(&self, port: u16) -> SocketAddr {
         (self.ipv6(), port).into()
     }
@@ -139,7 +139,7 @@ impl Pod {
         )
     }
 
-    /// One of its containers: its network, and a cgroup below its own.
+    /// Creates a place for one of its containers: the pod's network, and a cgroup below the pod's own.
     pub fn container(&self, name: &str) -> Result<Place> {
         let place = self.place();
         Place::new(
@@ -150,7 +150,7 @@ impl Pod {
         )
     }
 
-    /// Kills its processes; its network stays.
+    /// Kills its processes and keeps its network.
     pub fn kill_processes(&self) -> Result<()> {
         cgroup::kill(self.0.place.cgroup())
     }

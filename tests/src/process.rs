@@ -1,4 +1,4 @@
-//! Child processes: their output as it comes, their end, and the end of them.
+//! Child processes: collects their output, waits until they exit, and kills them.
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -25,13 +25,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts the command in a process group of its own, its output collected and its input empty.
+    /// Starts the command in a process group of its own, with its output collected and its input empty.
     pub fn spawn(mut command: Command) -> Result<Self> {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         Self::spawn_as_is(command)
     }
 
-    /// Like [`Process::spawn`], with the output where the command sends it.
+    /// Like [`Process::spawn`], but leaves the output where the command sends it.
     pub fn spawn_as_is(mut command: Command) -> Result<Self> {
         let what = describe(&command);
         command.process_group(0).stdin(Stdio::null());
@@ -49,7 +49,7 @@ impl Process {
         })
     }
 
-    /// Its process id.
+    /// Its process ID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -64,7 +64,7 @@ impl Process {
         self.stderr.text()
     }
 
-    /// How it ended, if it has.
+    /// Its exit status, if it has exited.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
         if self.status.is_none() {
             self.status = self
@@ -75,7 +75,7 @@ impl Process {
         Ok(self.status)
     }
 
-    /// Waits for its end; an error, without ending it, when it still runs at the deadline.
+    /// Waits until it exits. Returns an error if it still runs at the deadline, and does not kill it.
     pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
         let what = format!("the end of `{}`", self.what);
         eventually_ok(deadline, &what, || {
@@ -84,10 +84,10 @@ impl Process {
         .with_context(|| format!("it has said: {}{}", self.stdout(), self.stderr()))
     }
 
-    /// Waits for its end and gives all it has written. At the deadline it is killed and an error given.
+    /// Waits until it exits and returns all of its output. At the deadline, kills it and returns an error.
     pub fn finish(mut self, deadline: Duration) -> Result<Finished> {
         let status = self.wait(deadline)?;
-        // A grandchild may hold the pipe open; what it will say is not waited for.
+        // A grandchild may hold the pipe open; its later output is not collected.
         let _ = eventually(Duration::from_secs(1), "the end of its output", || {
             (self.stdout.at_end() && self.stderr.at_end()).then_some(())
         });
@@ -99,7 +99,7 @@ impl Process {
         })
     }
 
-    /// Waits until standard output holds a line for which `find` gives a value.
+    /// Waits until standard output contains a line for which `find` returns a value.
     pub fn wait_for_line<T>(
         &mut self,
         what: &str,
@@ -108,7 +108,7 @@ impl Process {
     ) -> Result<T> {
         let mut seen = 0;
         let mut found = eventually(deadline, what, || {
-            // The end is looked at first: what was said before it is then all there.
+            // Check for the exit first: all output from before it has then been read.
             let ended = self.ended().ok().flatten().is_some() && self.stdout.at_end();
             let news = self.stdout.text_from(seen);
             for line in news
@@ -141,18 +141,18 @@ impl Process {
         })
     }
 
-    /// Sends a signal to it alone.
+    /// Sends a signal to this process only.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         nix::sys::signal::kill(self.as_pid(), signal)
             .with_context(|| format!("sending {signal} to `{}`", self.what))
     }
 
-    /// Kills it and its process group with SIGKILL and waits for its end.
+    /// Kills it and its process group with SIGKILL and waits until it has exited.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         if let Some(status) = self.ended()? {
             return Ok(status);
         }
-        // It was not reaped yet, so the group's number is still its own.
+        // The process has not been reaped yet, so the group ID is still its own.
         let _ = killpg(self.as_pid(), Signal::SIGKILL);
         let status = self
             .child
@@ -173,11 +173,11 @@ impl Drop for Process {
     }
 }
 
-/// A program that has ended.
+/// A program that has exited.
 #[derive(Debug, Clone)]
 pub struct Finished {
     what: String,
-    /// How it ended.
+    /// Its exit status.
     pub status: ExitStatus,
     /// All of its standard output.
     pub stdout: String,
@@ -186,7 +186,7 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// Itself when the program exited with 0, else an error that says how it ended and what it wrote.
+    /// Returns itself if the program exited with 0, otherwise an error with its exit status and output.
     pub fn ok(self) -> Result<Self> {
         if !self.status.success() {
             bail!(
@@ -200,7 +200,7 @@ impl Finished {
         Ok(self)
     }
 
-    /// The exit code, or none after a signal.
+    /// The exit code, or `None` if it was killed by a signal.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
     }
@@ -218,7 +218,7 @@ pub(crate) fn json_lines(text: &str) -> Vec<Value> {
         .collect()
 }
 
-/// What a pipe has given so far.
+/// The output read from a pipe so far.
 #[derive(Debug, Clone, Default)]
 struct Collected(Arc<Mutex<State>>);
 

@@ -1,31 +1,32 @@
-//! TCP connections put together from captured packets.
+//! Reassembles TCP connections from captured packets.
 
 use std::net::SocketAddr;
 
 use crate::packet::{Packet, Transport};
 use crate::tls_records::{NotTls, TlsRecord, tls_records};
 
-/// One TCP connection's bytes, as far as they were captured without a gap.
+/// The bytes of one TCP connection, up to the first gap in the capture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stream {
-    /// Who opened it; the sender of the first packet when its opening was not captured.
+    /// The side that opened it, or the sender of the first packet if the opening was not captured.
     pub client: SocketAddr,
     /// The other side.
     pub server: SocketAddr,
-    /// What the client sent.
+    /// The bytes that the client sent.
     pub to_server: Vec<u8>,
-    /// What the server sent.
+    /// The bytes that the server sent.
     pub to_client: Vec<u8>,
-    /// Bytes are missing after those here: a packet was not captured, or only its start was kept.
+    /// Whether bytes are missing after these: a packet was not captured, or only its start was kept.
     pub gap: bool,
-    /// Each side that sent a FIN: client, server.
+    /// Whether each side sent a FIN: client, server.
     pub finished: (bool, bool),
-    /// Some side sent a RST.
+    /// Whether either side sent a RST.
     pub reset: bool,
 }
 
 impl Stream {
-    /// The TLS records of both directions, client's first; an error when either holds anything else.
+    /// The TLS records of both directions, the client's first. Returns an error if either direction contains anything
+    /// else.
     pub fn tls_records(&self) -> Result<(Vec<TlsRecord>, Vec<TlsRecord>), NotTls> {
         Ok((tls_records(&self.to_server)?, tls_records(&self.to_client)?))
     }
@@ -50,7 +51,7 @@ pub(crate) fn streams(packets: &[Packet]) -> Vec<Stream> {
             packet.source.max(packet.destination),
         );
         let known = latest.get(&key).copied().filter(|number: &usize| {
-            // The same addresses and ports may serve another connection, later.
+            // A later connection may use the same addresses and ports.
             let connection = &connections[*number];
             !packet.is_syn() || connection.to_server.first == Some(sequence.wrapping_add(1))
         });
@@ -82,7 +83,7 @@ struct Connection<'a> {
 
 impl<'a> Connection<'a> {
     fn new(packet: &'a Packet) -> Self {
-        // An answer to a SYN that was not captured comes from the server.
+        // A reply to a SYN that was not captured comes from the server.
         let answer = matches!(
             packet.transport,
             Transport::Tcp {
@@ -121,7 +122,7 @@ impl<'a> Connection<'a> {
     }
 }
 
-/// One direction's segments, by their distance from its first byte.
+/// The segments of one direction, by their offset from its first byte.
 #[derive(Default)]
 struct Direction<'a> {
     first: Option<u32>,
@@ -131,7 +132,7 @@ struct Direction<'a> {
 
 impl<'a> Direction<'a> {
     fn add(&mut self, sequence: u32, syn: bool, fin: bool, packet: &'a Packet) {
-        // The SYN itself takes one number (RFC 9293, section 3.4).
+        // The SYN itself takes one sequence number (RFC 9293, section 3.4).
         let start = if syn {
             sequence.wrapping_add(1)
         } else {
@@ -140,7 +141,7 @@ impl<'a> Direction<'a> {
         let first = *self.first.get_or_insert(start);
         self.finished |= fin;
         let distance = start.wrapping_sub(first);
-        // A keep-alive probe repeats the byte before; it and anything else from before the first byte is left out.
+        // A keep-alive probe repeats the previous byte. Skip it and anything else from before the first byte.
         if packet.length > 0 && distance < u32::MAX / 2 {
             self.segments.push((distance, packet));
         }

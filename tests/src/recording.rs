@@ -1,4 +1,4 @@
-//! What crossed the wire, and questions to it.
+//! The packets of a capture, and queries on them.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -22,7 +22,7 @@ impl Recording {
         &self.packets
     }
 
-    /// The part that the predicate accepts.
+    /// The packets that the predicate accepts.
     pub fn only(&self, mut accept: impl FnMut(&Packet) -> bool) -> Self {
         Self {
             packets: self
@@ -34,27 +34,27 @@ impl Recording {
         }
     }
 
-    /// The TCP between two addresses, either way.
+    /// The TCP packets between two addresses, in both directions.
     pub fn tcp_between(&self, one: IpAddr, other: IpAddr) -> Self {
         self.only(|packet| packet.is_tcp() && packet.touches(one) && packet.touches(other))
     }
 
-    /// The packets that open connections; a repeated SYN counts again.
+    /// The packets that open connections; a retransmitted SYN counts again.
     pub fn syns(&self) -> Self {
         self.only(Packet::is_syn)
     }
 
-    /// Who opened connections to whom, without the opener's port.
+    /// The openers and destinations of connections, without the opener's port.
     pub fn connections(&self) -> BTreeSet<(IpAddr, SocketAddr)> {
         let syns = self.packets.iter().filter(|packet| packet.is_syn());
         syns.map(|packet| (packet.source.ip(), packet.destination))
             .collect()
     }
 
-    /// Whether the bytes are readable anywhere: in one packet, or in a TCP stream put together from its packets.
+    /// Whether the bytes are readable anywhere: in one packet, or in a TCP stream reassembled from its packets.
     ///
     /// # Panics
-    /// When `marker` is empty.
+    /// If `marker` is empty.
     pub fn contains(&self, marker: &[u8]) -> bool {
         assert!(!marker.is_empty(), "an empty marker is everywhere");
         let within = |bytes: &[u8]| bytes.windows(marker.len()).any(|window| window == marker);
@@ -65,12 +65,12 @@ impl Recording {
                 .any(|stream| within(&stream.to_server) || within(&stream.to_client))
     }
 
-    /// The TCP connections, put together from their packets, in the order of their first packets.
+    /// The TCP connections, reassembled from their packets, in the order of their first packets.
     pub fn streams(&self) -> Vec<Stream> {
         reassembly::streams(&self.packets)
     }
 
-    /// How many bytes TCP and UDP carried, the repeated ones too.
+    /// The number of payload bytes of TCP and UDP, including retransmissions.
     pub fn payload_bytes(&self) -> usize {
         self.packets.iter().map(|packet| packet.length).sum()
     }

@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::place::Place;
 
-/// A server of the test itself, listening in a place. Connections get a thread each, which is not waited for.
+/// A server in the test's own process, listening in a place. Each connection has a thread, which is not joined.
 #[derive(Debug)]
 pub struct InProcess {
     address: SocketAddr,
@@ -20,7 +20,7 @@ pub struct InProcess {
 }
 
 impl InProcess {
-    /// Listens on the address and gives every connection to `serve`. It listens when this returns.
+    /// Listens on the address and passes every connection to `serve`. The server is listening when this returns.
     pub fn start(
         place: &Place,
         on: SocketAddr,
@@ -49,7 +49,7 @@ impl InProcess {
         })
     }
 
-    /// Where it listens.
+    /// The address that it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -85,5 +85,5 @@ fn accept<F: Fn(TcpStream, SocketAddr) + Send + Sync + 'static>(
     }
 }
 
-/// Milliseconds.
+/// In milliseconds.
 const STOP_LATENCY: u8 = 10;

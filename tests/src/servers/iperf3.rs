@@ -1,4 +1,4 @@
-//! iperf3, to measure.
+//! iperf3, for measurements.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -23,7 +23,7 @@ impl Iperf3 {
         Ok(Self { process, port })
     }
 
-    /// Runs a client in `place` against `server` with more arguments, such as `["-t", "2", "-P", "8"]`, and gives its
+    /// Runs a client in `place` against `server` with more arguments, such as `["-t", "2", "-P", "8"]`, and returns its
     /// JSON report.
     pub fn measure(
         &self,

@@ -88,7 +88,7 @@ impl Nginx {
             .collect()
     }
 
-    /// Waits for a request to this path. nginx logs a request after it has sent the response.
+    /// Waits for a request to this path; nginx logs it after it has answered.
     pub fn wait_for_request(&self, path: &str, deadline: Duration) -> Result<NginxRequest> {
         eventually(
             deadline,

@@ -19,11 +19,11 @@ pub(crate) fn spiffe(account: &str) -> String {
     format!("spiffe://cluster.local/ns/default/sa/{account}")
 }
 
-/// A CA that signs anything.
+/// A CA that signs any certificate.
 pub(crate) struct Authority(Issuer<'static, KeyPair>);
 
 impl Authority {
-    /// The one that daemons share in the folder.
+    /// The CA that daemons share in the folder.
     pub(crate) fn stolen(folder: &Path) -> Result<Self> {
         let pem = fs::read_to_string(folder.join("root.pem")).context("reading the root")?;
         let root = CertificateDer::from_pem_slice(pem.as_bytes()).context("the root")?;
@@ -31,7 +31,7 @@ impl Authority {
         Ok(Self(Issuer::from_ca_cert_der(&root, key)?))
     }
 
-    /// One of its own, that says of itself what the daemons' says.
+    /// A CA with its own key and the same subject as the daemons' CA.
     pub(crate) fn another() -> Result<Self> {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -40,22 +40,22 @@ impl Authority {
         Ok(Self(Issuer::new(params, KeyPair::generate()?)))
     }
 
-    /// A workload with a flawless certificate, which signs others with it. Gives the certificate too.
+    /// A workload with a valid certificate that signs other certificates with it. Also returns the certificate.
     pub(crate) fn below(&self) -> Result<(Self, CertificateDer<'static>)> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let mut params = params(&[&spiffe("intruder")], |_| {})?;
         let certificate = params.signed_by(&key, &self.0)?.der().clone();
-        // rcgen asks that a signer may sign.
+        // rcgen requires that an issuer is allowed to sign.
         params.key_usages.clear();
         Ok((Self(Issuer::new(params, key)), certificate))
     }
 
-    /// A flawless certificate of `default`'s service account.
+    /// Issues a valid certificate for the service account `default`.
     pub(crate) fn mint(&self, account: &str) -> Result<Presented> {
         self.mint_with(&[&spiffe(account)], |_| {})
     }
 
-    /// A certificate with these URI SANs and whatever else is wrong with it.
+    /// Issues a certificate with these URI SANs and any other defects.
     pub(crate) fn mint_with(
         &self,
         uris: &[&str],
@@ -67,7 +67,7 @@ impl Authority {
     }
 }
 
-/// A certificate with its key, signed by itself.
+/// Creates a self-signed certificate with its key.
 pub(crate) fn self_signed(account: &str) -> Result<Presented> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let certificate = params(&[&spiffe(account)], |_| {})?.self_signed(&key)?;
@@ -94,7 +94,7 @@ pub(crate) fn uri(text: &str) -> Result<SanType> {
     Ok(SanType::URI(text.try_into()?))
 }
 
-/// A certificate and its key, to be presented.
+/// A certificate and its key, as a TLS peer presents them.
 #[derive(Debug, Clone)]
 pub(crate) struct Presented {
     pub(crate) chain: Vec<CertificateDer<'static>>,
@@ -111,7 +111,7 @@ impl Presented {
 
     pub(super) fn resolver(&self) -> Result<Arc<SingleCertAndKey>> {
         let key = PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).context("a key")?;
-        // Unlike rustls' builders, this does not ask whether the certificate makes sense.
+        // Unlike rustls' builders, this does not verify that the certificate makes sense.
         let certified = CertifiedKey::new(self.chain.clone(), any_supported_type(&key)?);
         Ok(Arc::new(SingleCertAndKey::from(certified)))
     }

@@ -1,12 +1,12 @@
-//! Pods that are found by their UID.
+//! Pods that the daemon finds by their UID.
 
 use std::fs;
 
 use mesh_tests::{Daemon, Mesh, Place, Pod, PodSpec, Process, ServiceSpec};
 use serde_json::Value;
 
-/// `client` on node a and `web` on node b, each with its own service account and without a process, and a service in front
-/// of `web`.
+/// A mesh with `client` on node a and `web` on node b, each with its own service account and without a process, and a
+/// service in front of `web`.
 pub(crate) fn pair() -> Mesh {
     let pod = |name: &str| PodSpec::new(name).service_account(name).by_uid();
     Mesh::builder()
@@ -25,30 +25,30 @@ pub(crate) fn pair() -> Mesh {
         .unwrap()
 }
 
-/// Daemons on both nodes, which enrol nobody yet.
+/// Starts daemons on both nodes, which enrol no pod yet.
 pub(crate) fn daemons(mesh: &Mesh) -> (Daemon, Daemon) {
     let start = |node| mesh.node(node).start_daemon().unwrap();
     (start("a"), start("b"))
 }
 
-/// The first process of a pod, in a container of its own.
+/// Starts the first process of a pod, in a container of its own.
 pub(crate) fn pause(pod: &Pod) -> Process {
     sleep(&pod.container("pause").unwrap())
 }
 
-/// A process that does nothing, and makes no socket.
+/// Starts a process that does nothing and creates no socket.
 pub(crate) fn sleep(place: &Place) -> Process {
     place.spawn("sleep", ["1000"]).unwrap()
 }
 
-/// The network namespace of a place, as the daemon's status names one without a name.
+/// The network namespace of a place, as the daemon's status shows an unnamed namespace.
 pub(crate) fn netns(place: &Place) -> String {
     let read = || fs::read_link("/proc/thread-self/ns/net");
     let link = place.enter(read).unwrap().unwrap();
     link.to_str().unwrap().to_owned()
 }
 
-/// The lines that a daemon has logged of a pod's enrolment.
+/// The log lines of a daemon about a pod's enrolment.
 pub(crate) fn enrolments(daemon: &Daemon, pod: &str) -> Vec<Value> {
     let lines = daemon.logs().into_iter();
     lines

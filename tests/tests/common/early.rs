@@ -1,4 +1,5 @@
-//! What apps say first, and who gets it: scripted apps, servers that keep a ledger, and a server of the wire's own.
+//! The first bytes that applications send, and their recipients: scripted clients, servers that record what they
+//! receive, and a server outside of the mesh.
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -8,16 +9,16 @@ use std::time::Duration;
 use mesh_tests::{App, Daemon, InProcess, Place, Result, eventually, eventually_ok};
 use serde_json::Value;
 
-/// How long a script may take.
+/// Time limit for a script.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Bytes that somebody got on one connection.
+/// The bytes that one server received on one connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Taken {
     pub(crate) who: String,
     pub(crate) from: SocketAddr,
     pub(crate) bytes: Vec<u8>,
-    /// `end`, or the error; none while it goes on.
+    /// `end`, or the error; `None` while the connection is open.
     pub(crate) end: Option<String>,
 }
 
@@ -33,12 +34,12 @@ impl Taken {
     }
 }
 
-/// All that anyone got.
+/// Everything that any server received.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Ledger(Arc<Mutex<Vec<Taken>>>);
 
 impl Ledger {
-    /// Begins an entry and gives its number.
+    /// Adds an entry and returns its index.
     pub(crate) fn open(&self, who: &str, from: SocketAddr) -> usize {
         let mut entries = self.lock();
         entries.push(Taken {
@@ -68,12 +69,12 @@ impl Ledger {
         entries.filter(|taken| taken.name() == name).collect()
     }
 
-    /// Who got bytes of the connection of this name.
+    /// The servers that received bytes of the connection of this name.
     pub(crate) fn takers(&self, name: &str) -> Vec<String> {
         self.of(name).into_iter().map(|taken| taken.who).collect()
     }
 
-    /// The entry of a connection from this address to this server, once it has ended.
+    /// The entry of a connection from this address to this server, once it is closed.
     pub(crate) fn ended(&self, who: &str, from: SocketAddr) -> Result<Taken> {
         let is = |taken: &Taken| taken.who == who && taken.from == from && taken.end.is_some();
         eventually(PATIENCE, &format!("the end of {from} at {who}"), || {
@@ -86,7 +87,7 @@ impl Ledger {
     }
 }
 
-/// An app that notes what comes, gives it back, and ends when its client has ended.
+/// A server that records what it receives, echoes it, and shuts down after its client has.
 pub(crate) fn echo(place: &Place, on: SocketAddr, who: &str, ledger: &Ledger) -> Result<InProcess> {
     let (who, ledger) = (who.to_owned(), ledger.clone());
     InProcess::start(place, on, move |mut stream, from| {
@@ -114,7 +115,7 @@ pub(crate) fn script(pod: &Place, to: SocketAddr, name: &str, steps: &str) -> Re
     pod.app(&format!("script --to {to} --name {name} --steps {steps}"))
 }
 
-/// Waits for a script's end and gives what became of each connection.
+/// Waits until a script has finished and returns the outcome of each connection.
 pub(crate) fn spoken(app: App) -> Result<Vec<Spoke>> {
     let finished = app.finish(PATIENCE)?.ok()?;
     let events = finished.json_lines().into_iter();
@@ -124,7 +125,7 @@ pub(crate) fn spoken(app: App) -> Result<Vec<Spoke>> {
         .collect())
 }
 
-/// What a script says of one of its connections.
+/// A script's report of one of its connections.
 #[derive(Debug, Clone)]
 pub(crate) struct Spoke(pub(crate) Value);
 
@@ -138,7 +139,7 @@ impl Spoke {
         self.address("local")
     }
 
-    /// What it dialled.
+    /// The address that it connected to.
     pub(crate) fn to(&self) -> SocketAddr {
         self.address("to")
     }
@@ -150,12 +151,12 @@ impl Spoke {
             .unwrap_or_else(|_| panic!("no address {field}: {}", self.0))
     }
 
-    /// Whether it got an error, and that one.
+    /// The error of the connection, if any.
     pub(crate) fn was_reset(&self) -> bool {
         matches!(self.0["errno"].as_str(), Some("ECONNRESET" | "EPIPE"))
     }
 
-    /// Whether all went as the script says, all that was sent came back, and then the end.
+    /// Whether the script was completed without error, everything sent was echoed, and the stream ended after that.
     pub(crate) fn was_echoed(&self) -> bool {
         self.0["errno"].is_null()
             && self.0["echoed"] == true
@@ -164,7 +165,7 @@ impl Spoke {
     }
 }
 
-/// The line of the connection in the access log; there must be one only.
+/// The line of the connection in the access log. Exactly one must exist.
 pub(crate) fn line_of(daemon: &Daemon, spoke: &Spoke) -> Result<Value> {
     let (client, destination) = (spoke.local().to_string(), spoke.to().to_string());
     let what = format!("one line of {client} to {destination}");
@@ -176,7 +177,7 @@ pub(crate) fn line_of(daemon: &Daemon, spoke: &Spoke) -> Result<Value> {
     })
 }
 
-/// What the connection of this name sends from its `start`th byte on: as `pod-app script` makes it.
+/// What the connection of this name sends from byte `start` on, as `pod-app script` generates it.
 pub(crate) fn piece(name: &str, start: usize, count: usize) -> Vec<u8> {
     let head = name.as_bytes();
     let byte = |place: usize| match place.checked_sub(head.len()) {

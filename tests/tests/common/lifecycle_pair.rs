@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use mesh_tests::{Daemon, DaemonOptions, Mesh, Pod, PodSpec, PodStatus, ServiceSpec, TIMEOUT};
 use serde_json::Value;
 
-/// Not to be read on the wire.
+/// A marker that must not be readable on the wire.
 pub(crate) const MARKER: &str = "marker-that-nobody-may-read";
 /// The service in front of `web`, port 80 to 8080.
 pub(crate) const SERVICES: [&str; 2] = ["10.96.0.7:80", "[fd96::7]:80"];
@@ -33,30 +33,31 @@ pub(crate) fn pair() -> Mesh {
         .unwrap()
 }
 
-/// Daemons on both nodes of a [`pair`].
+/// Starts daemons on both nodes of a [`pair`].
 pub(crate) fn daemons(mesh: &Mesh) -> (Daemon, Daemon) {
     daemons_with(mesh, &DaemonOptions::default())
 }
 
-/// Daemons on both nodes of a [`pair`], with options.
+/// Starts daemons with options on both nodes of a [`pair`].
 pub(crate) fn daemons_with(mesh: &Mesh, options: &DaemonOptions) -> (Daemon, Daemon) {
     let mut daemons = mesh.start_daemons_with(options).unwrap().into_iter();
     (daemons.next().unwrap(), daemons.next().unwrap())
 }
 
-/// The ways to `web`: by its own addresses and by its service's, in both families.
+/// The addresses of `web`: its own and its service's, in both families.
 pub(crate) fn ways(web: &Pod) -> [SocketAddr; 4] {
     let [v4, v6] = SERVICES.map(|service| service.parse().unwrap());
     [web.at(8080), web.at6(8080), v4, v6]
 }
 
-/// What the daemon says of a pod of its node, `namespace/name`, if it knows it.
+/// The daemon's status of a pod of its node, `namespace/name`, if the daemon knows it.
 pub(crate) fn pod_status(daemon: &Daemon, name: &str) -> Option<PodStatus> {
     let status = daemon.status().ok()?;
     status.pods.into_iter().find(|pod| pod.pod == name)
 }
 
-/// Says [`MARKER`] to an `echo-server` or `greeter` and reads to the end; the last event, whether it worked or not.
+/// Sends [`MARKER`] to an `echo-server` or `greeter` and reads to the end of the stream. Returns the last event,
+/// whether it succeeded or not.
 pub(crate) fn call(from: &mesh_tests::Place, to: SocketAddr) -> Value {
     let arguments = format!("connect --to {to} --timeout 10000 --send {MARKER} --shutdown --read");
     let mut events = from
@@ -68,7 +69,7 @@ pub(crate) fn call(from: &mesh_tests::Place, to: SocketAddr) -> Value {
     events.pop().unwrap()
 }
 
-/// Like [`call`], which must work and bring the marker back.
+/// Like [`call`], but must succeed and receive the marker.
 pub(crate) fn echoes(from: &mesh_tests::Place, to: SocketAddr) {
     let answer = call(from, to);
     assert_eq!(
@@ -79,9 +80,9 @@ pub(crate) fn echoes(from: &mesh_tests::Place, to: SocketAddr) {
     );
 }
 
-/// Asserts that the event is of a connection that ended with a RST and not with a clean end.
+/// Asserts that the event reports a connection that was reset, not closed cleanly.
 pub(crate) fn assert_reset(event: &Value) {
-    // A RST that has come before shutdown(2) has left it nothing to shut down.
+    // If the RST arrived before shutdown(2), there was no connection left to shut down.
     let already = event["stage"] == "shutdown" && event["errno"] == "ENOTCONN";
     assert!(already || event["errno"] == "ECONNRESET", "{event}");
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use mesh_tests::{Daemon, Node, Place};
 use nix::libc;
 
-/// Rules, routes and the sysctl of a namespace, to compare with those of another moment.
+/// Rules, routes and the sysctl of a namespace, for comparison with a later state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Routing(BTreeMap<&'static str, Vec<String>>);
 
@@ -42,14 +42,14 @@ impl Routing {
         Self(all)
     }
 
-    /// Whether anything of the daemon's is there.
+    /// Whether anything of the daemon is present.
     pub(crate) fn is_prepared(&self) -> bool {
         let lines = |what: &str| self.0[what].join("\n");
         lines("-4 rule").contains("0x6d544c53") && lines("net.ipv4.tcp_fwmark_accept") == "1"
     }
 }
 
-/// The files below a folder, sorted; none when there is no such folder.
+/// The files below a folder, sorted; empty if the folder does not exist.
 pub(crate) fn files(folder: &Path) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
     let Ok(entries) = fs::read_dir(folder) else {
@@ -65,17 +65,17 @@ pub(crate) fn files(folder: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-/// What `/proc/self/fdinfo` says of a pinned map: the fields that are numbers.
+/// The numeric fields of `/proc/self/fdinfo` for a pinned map.
 pub(crate) fn pinned_map(path: &Path) -> BTreeMap<String, u64> {
     let name = CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
     let descriptor = bpf(BPF_OBJ_GET, &mut [name.as_ptr() as u64, 0]).unwrap();
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    // SAFETY: the kernel has just created this descriptor for us, and nothing else uses it.
     let map = unsafe { OwnedFd::from_raw_fd(descriptor) };
     let info = format!("/proc/self/fdinfo/{}", map.as_raw_fd());
     numbers(&fs::read_to_string(info).unwrap())
 }
 
-/// How many programs are attached to a node's cgroup, by hook.
+/// The number of programs attached to a node's cgroup, by hook.
 pub(crate) fn attached_to_node(node: &Node) -> BTreeMap<&'static str, u32> {
     let hooks = [
         ("sock_create", 2),
@@ -92,14 +92,14 @@ pub(crate) fn attached_to_node(node: &Node) -> BTreeMap<&'static str, u32> {
         .collect()
 }
 
-/// How many sk_lookup programs are attached to a pod's network namespace.
+/// The number of sk_lookup programs attached to a pod's network namespace.
 pub(crate) fn attached_to_netns(place: &Place) -> u32 {
     const SK_LOOKUP: u32 = 36;
     let netns = place.enter(|| File::open("/proc/thread-self/ns/net"));
     attached(&netns.unwrap().unwrap(), SK_LOOKUP)
 }
 
-/// The numbers of all programs and maps that a daemon holds.
+/// The IDs of all programs and maps that a daemon holds.
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) programs: BTreeSet<u32>,
@@ -120,7 +120,7 @@ impl Held {
         held
     }
 
-    /// How many of them the kernel still has.
+    /// The number of them that still exist in the kernel.
     pub(crate) fn alive(&self) -> usize {
         let alive = |command, ids: &BTreeSet<u32>| {
             ids.iter()
@@ -131,12 +131,12 @@ impl Held {
     }
 }
 
-/// `/proc/PID/fdinfo` of every descriptor: the fields that are numbers.
+/// The numeric fields of `/proc/PID/fdinfo` for every descriptor.
 pub(crate) fn descriptors(daemon: &Daemon) -> Vec<BTreeMap<String, u64>> {
     let folder = format!("/proc/{}/fdinfo", daemon.pid());
     let mut all = Vec::new();
     for entry in fs::read_dir(folder).unwrap().flatten() {
-        // It may have been closed since.
+        // The descriptor may have been closed meanwhile.
         let text = fs::read_to_string(entry.path()).unwrap_or_default();
         all.push(numbers(&text));
     }
@@ -162,10 +162,10 @@ fn attached(target: &File, hook: u32) -> u32 {
     query.count
 }
 
-/// A descriptor of the program or map with this number, if there is one.
+/// A descriptor of the program or map with this ID, if it exists.
 fn by_id(command: libc::c_long, id: u32) -> Option<OwnedFd> {
     let descriptor = bpf(command, &mut [id, 0, 0]).ok()?;
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    // SAFETY: the kernel has just created this descriptor for us, and nothing else uses it.
     Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
@@ -183,7 +183,8 @@ struct Query {
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
-    // SAFETY: `attributes` is plain data, readable and writable for its size, and the kernel touches no more than that.
+    // SAFETY: `attributes` is plain data, readable and writable for its size, and the kernel accesses no more than
+    // that.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -198,7 +199,7 @@ fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
     Ok(result as i32)
 }
 
-/// Those that the daemon changes in a pod.
+/// The sysctls that the daemon changes in a pod.
 const SYSCTLS: [&str; 3] = [
     "net.ipv4.tcp_fwmark_accept",
     "net.ipv4.fwmark_reflect",

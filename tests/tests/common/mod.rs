@@ -1,4 +1,4 @@
-//! What the scenarios share: the pods that they start from, and the peers and apps that they play.
+//! Code that the scenarios share: their initial pods, and the peers and applications in them.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub(crate) mod authority;

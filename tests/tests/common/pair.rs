@@ -1,8 +1,8 @@
-//! The pair that most scenarios play on: a client on one node, a server on another, a service in front of it.
+//! The setup of most scenarios: a client on one node, a server on another, and a service in front of it.
 
 use mesh_tests::{Daemon, DaemonOptions, Mesh, MeshBuilder, Pod, PodSpec, Result, ServiceSpec};
 
-/// Dropped in this order: the daemons, then the mesh.
+/// Fields are dropped in this order: the daemons, then the mesh.
 pub(crate) struct Pair {
     /// The client's daemon.
     pub(crate) near: Daemon,
@@ -14,12 +14,12 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    /// With daemons on both nodes.
+    /// Starts the pair with daemons on both nodes.
     pub(crate) fn start() -> Result<Self> {
         Self::start_with(&DaemonOptions::default(), |builder| builder)
     }
 
-    /// With options of the daemons and more in the mesh.
+    /// Starts the pair with options of the daemons and additions to the mesh.
     pub(crate) fn start_with(
         options: &DaemonOptions,
         more: impl FnOnce(MeshBuilder) -> MeshBuilder,

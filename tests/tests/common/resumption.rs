@@ -1,4 +1,4 @@
-//! Handshakes as they cross the wire: which began a session, and which resumed one.
+//! TLS handshakes on the wire: which started a session, and which resumed one.
 
 use std::net::SocketAddr;
 
@@ -10,17 +10,17 @@ const PRE_SHARED_KEY: u16 = 41;
 /// One handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Handshake {
-    /// The client offered a session.
+    /// Whether the client offered a session.
     pub(crate) offered: bool,
-    /// The server took it.
+    /// Whether the server accepted it.
     pub(crate) resumed: bool,
-    /// Bytes that the server sent until now.
+    /// Bytes that the server has sent so far.
     pub(crate) from_server: usize,
-    /// And the client.
+    /// Bytes that the client has sent so far.
     pub(crate) from_client: usize,
 }
 
-/// The handshakes with a server, in the order of their SYNs. Streams without both hellos are left out.
+/// The handshakes with a server, in the order of their SYNs. Streams without both hello messages are skipped.
 pub(crate) fn handshakes(recording: &Recording, server: SocketAddr) -> Vec<Handshake> {
     let streams = recording.streams().into_iter();
     let streams = streams.filter(|stream| stream.server == server);
@@ -65,8 +65,8 @@ fn extensions(bytes: &[u8], of_client: bool) -> Option<Vec<u16>> {
     Some(types)
 }
 
-/// A connection that has spoken, and stays: it needs a tunnel of its own, and what the server said with the handshake has
-/// been read.
+/// A connection that has exchanged data and stays open: it needs a tunnel of its own, and what the server sent with the
+/// handshake has been read.
 pub(crate) fn held(client: &Pod, to: SocketAddr) -> Result<App> {
     let mut app = client.app(&format!("chat --to {to} --interval 3600000"))?;
     app.event("round", TIMEOUT)?;

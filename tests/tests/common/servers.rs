@@ -1,5 +1,5 @@
-//! Servers that misbehave, each on a port of a pod without a daemon, and an app that calls them all through the daemon
-//! of its own node.
+//! Misbehaving servers, each on a port of a pod without a daemon, and an application that calls all of them through the
+//! daemon of its own node.
 
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
@@ -10,9 +10,9 @@ use mesh_tests::{App, Daemon, InProcess, Mesh, PodSpec, Result, Snapshot, eventu
 
 use super::hostile::{Authority, Faults, PATIENCE, spiffe};
 
-/// What the app sends; no server here is to get it.
+/// What the application sends; no server here must receive it.
 const SECRET: &str = "for-web-only";
-/// How long the app may wait until it knows.
+/// Time limit for the application to get a result.
 const BOUND: Duration = Duration::from_secs(12);
 pub(crate) const FIRST_PORT: u16 = 9000;
 
@@ -40,10 +40,10 @@ pub(crate) fn case(
     }
 }
 
-/// Payloads of DATA that servers got, which none should have.
+/// Payloads of DATA frames that servers received; must stay empty.
 pub(crate) type Leaks = Arc<Mutex<Vec<String>>>;
 
-/// Node a with a client and a daemon, node b with the hostile pod `web` and none.
+/// Node a with a client and a daemon, and node b with the hostile pod `web` and no daemon.
 pub(crate) fn mesh() -> Result<(Mesh, Daemon, Authority)> {
     let mesh = Mesh::builder()
         .node("a")
@@ -59,7 +59,7 @@ pub(crate) fn mesh() -> Result<(Mesh, Daemon, Authority)> {
 
 pub(crate) type Extra = (u16, &'static str, (&'static str, &'static str));
 
-/// Has an app call every server at once, each on its own port, and checks what the app and the log make of it.
+/// Calls every server at once from an application, each on its own port, and checks the outcome and the log.
 pub(crate) fn run(
     mesh: &Mesh,
     daemon: &Daemon,
@@ -73,7 +73,7 @@ pub(crate) fn run(
     for (port, case) in (FIRST_PORT..).zip(cases) {
         expected.push((port, case.what, (case.result, case.reason)));
         servers.push(InProcess::start(&web, web.at(port), move |tcp, _| {
-            // How it ends for the server is of no interest.
+            // The server's own outcome does not matter.
             let _ = (case.behaviour)(tcp);
         })?);
     }
@@ -82,7 +82,8 @@ pub(crate) fn run(
         .into_iter()
         .map(|extra| {
             let to = web.at(extra.0);
-            // Reads to the end without ending its own direction: an honest end is an answer, all else an error.
+            // Reads to the end without shutting down its own direction. A clean end counts as an answer, everything
+            // else is an error.
             let app = client.app(&format!("connect --to {to} --send {SECRET} --read"))?;
             Ok((extra, app))
         })
@@ -92,7 +93,7 @@ pub(crate) fn run(
         faults.check(start.elapsed() < BOUND, || {
             format!("{what}: the app knows after {:?}", start.elapsed())
         });
-        // An END is the server's word for it; all else is an error to the app.
+        // An END frame is a clean end by the server; everything else is an error to the application.
         let ended = what.ends_with("after END") && finished.status.success();
         let says = |error| finished.stdout.contains(error);
         let reset = !finished.status.success() && (says("ECONNRESET") || says("EPIPE"));
@@ -118,7 +119,7 @@ pub(crate) fn run(
     Ok(())
 }
 
-/// The one line of the connections to this address.
+/// The one log line of the connections to this address.
 fn line_to(
     daemon: &Daemon,
     to: SocketAddr,
@@ -143,7 +144,7 @@ pub(crate) fn no_leaks(leaks: &Leaks, faults: &mut Faults) {
     faults.check(leaks.is_empty(), || format!("{leaks:?}"));
 }
 
-/// Asserts that the daemon lives, and that nothing of the connections is left.
+/// Asserts that the daemon is running, and that nothing of the connections is left.
 pub(crate) fn unharmed(mesh: &Mesh, mut daemon: Daemon, before: &Snapshot) {
     assert!(
         daemon.is_running(),
@@ -164,7 +165,7 @@ pub(crate) fn unharmed(mesh: &Mesh, mut daemon: Daemon, before: &Snapshot) {
     .unwrap_or_else(|error| panic!("something leaks: {error:#}"));
 }
 
-/// Keeps a connection open until the other side ends it.
+/// Keeps a connection open until the other side closes it.
 pub(crate) fn hold(mut tcp: &TcpStream) -> io::Result<()> {
     tcp.set_read_timeout(Some(PATIENCE))?;
     let mut buffer = [0; 4096];
