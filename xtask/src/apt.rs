@@ -1,4 +1,4 @@
-//! Debian's packages, for the parts of this project's tools that are not Rust crates.
+//! Debian packages, for the parts of this project's tools that are not Rust crates.
 
 use std::fs;
 use std::io;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::step::{output, root, run, step, which};
 
-/// Whether packages can be installed here: apt is there and this is root.
+/// Whether packages can be installed here: apt exists and this process is root.
 pub(crate) fn usable() -> bool {
     root() && present()
 }
@@ -20,17 +20,17 @@ pub(crate) fn present() -> bool {
     which("apt-get").is_some()
 }
 
-/// Reads the archive's list of packages anew: a fresh machine or container image comes without.
+/// Updates the package lists: a fresh machine or container image has none.
 ///
 /// # Errors
-/// When the archive cannot be reached.
+/// If the archive cannot be reached.
 pub(crate) fn update() -> Result<()> {
     step("read the package archive's index (apt-get update)", || {
         run(apt_get().args(["--quiet", "update"]))
     })
 }
 
-/// Whether the archive has all these packages, as far as the index on this machine knows.
+/// Whether the archive has all these packages, according to the index on this machine.
 pub(crate) fn available(packages: &[String]) -> bool {
     packages.iter().all(|package| {
         output(
@@ -49,10 +49,10 @@ fn has_candidate(policy: &str) -> bool {
         .any(|version| version != "(none)")
 }
 
-/// Installs packages, and starts none of the services that come with them. [`update`] comes before.
+/// Installs packages without starting the services that they contain. Call [`update`] first.
 ///
 /// # Errors
-/// When apt-get fails; its own messages are on stderr.
+/// If apt-get fails; its own messages are on stderr.
 pub(crate) fn install(packages: &[String]) -> Result<()> {
     let _guard = NoServices::new()?;
     step(&format!("install {}", packages.join(" ")), || {
@@ -65,7 +65,7 @@ pub(crate) fn install(packages: &[String]) -> Result<()> {
 
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
-    // Another apt (a machine's own updates, just after its start) may hold the lock for a while.
+    // Another apt process, such as a machine's own updates after boot, may hold the lock for a while.
     command.env("DEBIAN_FRONTEND", "noninteractive").args([
         "-o",
         "DPkg::Lock::Timeout=300",
@@ -75,7 +75,8 @@ fn apt_get() -> Command {
     command
 }
 
-/// While it lives, installing a package starts no service: Debian asks `/usr/sbin/policy-rc.d`, and 101 says no.
+/// While this exists, installing a package starts no service: Debian runs `/usr/sbin/policy-rc.d`, and exit code 101
+/// forbids it.
 struct NoServices {
     ours: bool,
 }
@@ -94,7 +95,7 @@ impl NoServices {
                 io::Write::write_all(&mut file, b"#!/bin/sh\nexit 101\n").context(Self::POLICY)?;
                 Ok(Self { ours: true })
             }
-            // The administrator's own policy stays. Container images come with exactly ours.
+            // Keep the administrator's own policy. Container images have exactly the same policy as ours.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Self { ours: false }),
             Err(error) => Err(error).context(Self::POLICY),
         }

@@ -1,7 +1,7 @@
-//! `cargo xtask bench`: what the daemon costs, measured side by side with plain connections and with Envoy sidecars.
+//! `cargo xtask bench`: measures the daemon's cost, side by side with plain connections and with Envoy sidecars.
 //!
-//! The loads run on a thread of their own. This thread collects what they show, ends a load that hangs, cleans up after
-//! Ctrl-C, and prints what there is in the end.
+//! The loads run on a thread of their own. This thread collects their results, stops a load that hangs, cleans up after
+//! Ctrl-C, and prints the results at the end.
 
 mod built_in;
 mod ca;
@@ -74,7 +74,7 @@ pub(crate) struct Arguments {
     no_build: bool,
 }
 
-/// What else can be measured.
+/// Other benchmarks.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 enum Part {
     /// How fast the CA issues
@@ -83,11 +83,11 @@ enum Part {
     Scale,
 }
 
-/// Installs and builds what is needed, measures, and prints what there is to tell.
+/// Installs and builds what is needed, runs the benchmark, and prints the results.
 ///
 /// # Errors
-/// When a system cannot be started, when a load fails or does not go the way it is to go, or when interrupted. A slow
-/// result is none.
+/// If a system cannot be started, if a load fails or takes the wrong path, or when interrupted. A slow result is not an
+/// error.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match arguments.what {
         Some(Part::Ca) => return ca::run(arguments.json),
@@ -180,7 +180,7 @@ fn measure(report: &mut Report) -> Result<()> {
     if followed.is_err() {
         stop.store(true, Ordering::Relaxed);
         eprintln!("cleaning up");
-        // What the running load waits for ends with this, and so does the load.
+        // This unblocks the running load, which then ends.
         let _ = remove_own();
         let end = Instant::now() + CLEAN_UP;
         while events
@@ -195,7 +195,7 @@ fn measure(report: &mut Report) -> Result<()> {
         .map_err(|_| anyhow!("the thread that measures panicked"))?
 }
 
-/// Takes what the loads tell until there is nothing more.
+/// Receives events from the loads until there are no more.
 fn follow(events: &Receiver<Event>, report: &mut Report, interrupted: &AtomicBool) -> Result<()> {
     let mut current = String::new();
     let longest = report.plan.time + LONGEST;
@@ -219,11 +219,11 @@ fn follow(events: &Receiver<Event>, report: &mut Report, interrupted: &AtomicBoo
     }
 }
 
-/// The systems that can be compared everywhere.
+/// The systems that can be compared on every machine.
 const ALWAYS: [System; 3] = [System::Direct, System::Envoy, System::Ours];
-/// How much longer than its time a load may take, with what it takes to start fresh proxies for it.
+/// How much longer than its duration a load may take, including the start of fresh proxies for it.
 const LONGEST: Duration = Duration::from_secs(180);
-/// How long a load that was ended may take to notice it.
+/// How long a stopped load may take to notice it.
 const CLEAN_UP: Duration = Duration::from_secs(10);
-/// How soon Ctrl-C is noticed.
+/// Interval at which Ctrl-C is checked.
 const POLL: Duration = Duration::from_millis(100);

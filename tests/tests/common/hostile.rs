@@ -1,5 +1,5 @@
-//! An attacker's kit: certificates of any kind, a TLS peer that says what it likes inside, and what the daemon is to
-//! make of it.
+//! Tools of an attacker: certificates of any kind, a TLS peer with control over the bytes inside TLS, and checks of the
+//! daemon's reaction.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
@@ -27,10 +27,10 @@ pub(crate) const CONNECTED: u8 = 2;
 pub(crate) const DATA: u8 = 3;
 pub(crate) const END: u8 = 4;
 pub(crate) const RESET: u8 = 5;
-/// Longer than any deadline of the daemon: what has not come by then will not.
+/// Longer than any timeout of the daemon: data that has not arrived by then never arrives.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(25);
 
-/// TLS 1.3 as a client that believes any server.
+/// A TLS 1.3 client configuration that trusts any server.
 pub(crate) fn client_config(presented: Option<&Presented>, alpn: &[&[u8]]) -> Result<ClientConfig> {
     let builder = ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -45,7 +45,7 @@ pub(crate) fn client_config(presented: Option<&Presented>, alpn: &[&[u8]]) -> Re
     Ok(config)
 }
 
-/// TLS 1.3 as a server that asks the client for nothing.
+/// A TLS 1.3 server configuration that requests no client certificate.
 pub(crate) fn server_config(presented: &Presented, alpn: &[&[u8]]) -> Result<ServerConfig> {
     let mut config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -56,7 +56,8 @@ pub(crate) fn server_config(presented: &Presented, alpn: &[&[u8]]) -> Result<Ser
     Ok(config)
 }
 
-/// A connection to `to` from a port of the place that nobody had before, so that its log lines are told apart.
+/// Connects to `to` from a port of the place that was not used before, so that log lines of connections can be
+/// distinguished.
 pub(crate) fn dial(place: &Place, to: SocketAddr) -> Result<TcpStream> {
     static NEXT: AtomicU16 = AtomicU16::new(20_000);
     let port = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -77,7 +78,7 @@ pub(crate) fn dial(place: &Place, to: SocketAddr) -> Result<TcpStream> {
     Ok(tcp)
 }
 
-/// One end of a TLS connection, with the frames inside in its own hands.
+/// One end of a TLS connection that controls the frames inside.
 pub(crate) struct Peer {
     pub(crate) tls: Connection,
     pub(crate) tcp: TcpStream,
@@ -87,20 +88,20 @@ pub(crate) struct Peer {
 /// How a connection ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// Frames that came before: type and payload.
+    /// Frames that arrived before the end: type and payload.
     pub(crate) frames: Vec<(u8, Vec<u8>)>,
-    /// Nothing for close_notify, else the error.
+    /// `None` after close_notify, otherwise the error.
     pub(crate) error: Option<io::Error>,
 }
 
 impl Peer {
-    /// Shakes hands as a client. Whether the server likes the certificate shows later.
+    /// Performs a handshake as a client. Whether the server accepts the certificate shows only later.
     pub(crate) fn client(tcp: TcpStream, config: ClientConfig) -> io::Result<Self> {
         let server = tcp.peer_addr()?.ip();
         Self::client_of(tcp, config, server)
     }
 
-    /// The same, with the sessions that it has with `server`.
+    /// Like the above, with the stored sessions for `server`.
     pub(crate) fn client_of(
         tcp: TcpStream,
         config: ClientConfig,
@@ -111,7 +112,7 @@ impl Peer {
         Self::shake_hands(tcp, connection.into())
     }
 
-    /// Shakes hands as a server.
+    /// Performs a handshake as a server.
     pub(crate) fn server(tcp: TcpStream, config: ServerConfig) -> io::Result<Self> {
         tcp.set_read_timeout(Some(PATIENCE))?;
         tcp.set_write_timeout(Some(PATIENCE))?;
@@ -132,7 +133,7 @@ impl Peer {
         Ok(peer)
     }
 
-    /// Its own address.
+    /// Its local address.
     pub(crate) fn local(&self) -> SocketAddr {
         self.tcp.local_addr().expect("a connected socket")
     }
@@ -153,7 +154,7 @@ impl Peer {
         Ok(())
     }
 
-    /// The records that would carry the bytes, for changing them first.
+    /// Returns the records that would carry the bytes, so that they can be modified first.
     pub(crate) fn seal(&mut self, plain: &[u8]) -> io::Result<Vec<u8>> {
         self.tls.writer().write_all(plain)?;
         let mut records = Vec::new();
@@ -174,7 +175,7 @@ impl Peer {
         self.flush()
     }
 
-    /// Asks the other side to change its key, and changes its own.
+    /// Requests a key update from the other side, and updates its own key.
     pub(crate) fn update_keys(&mut self) -> Result<()> {
         match &mut self.tls {
             Connection::Client(tls) => tls.refresh_traffic_keys()?,
@@ -184,8 +185,8 @@ impl Peer {
         Ok(())
     }
 
-    /// Opens an app connection as an honest client would, and waits for CONNECTED. Gives the app client's address: a
-    /// port of its own, as the tunnel's is taken.
+    /// Opens an application connection as an honest client would, and waits for CONNECTED. Returns the application
+    /// client's address, with a port of its own, because the tunnel's is taken.
     pub(crate) fn open(&mut self) -> Result<SocketAddr> {
         let local = self.local();
         let client = SocketAddr::new(local.ip(), local.port() + 20_000);
@@ -196,7 +197,7 @@ impl Peer {
         }
     }
 
-    /// The next frame; none after close_notify.
+    /// The next frame; `None` after close_notify.
     pub(crate) fn frame(&mut self) -> io::Result<Option<(u8, Vec<u8>)>> {
         loop {
             if let Some(header) = self.received.first_chunk::<5>() {
@@ -227,7 +228,7 @@ impl Peer {
                 Err(error) => return Err(error),
             }
             if self.tls.read_tls(&mut self.tcp)? == 0 {
-                // Tells a close_notify that came before from a cut.
+                // Distinguishes a close_notify that came before from a truncation.
                 self.tls.process_new_packets().map_err(io::Error::other)?;
                 match self.tls.reader().read(&mut buffer) {
                     Ok(0) => return Ok(false),
@@ -241,7 +242,7 @@ impl Peer {
         }
     }
 
-    /// Reads DATA until so many bytes have come.
+    /// Reads DATA frames until this many bytes have arrived.
     pub(crate) fn read_data(&mut self, count: usize) -> Result<Vec<u8>> {
         let mut data = Vec::new();
         while data.len() < count {
@@ -256,7 +257,7 @@ impl Peer {
         Ok(data)
     }
 
-    /// Reads to the end.
+    /// Reads to the end of the stream.
     pub(crate) fn end(mut self) -> Ended {
         let mut frames = Vec::new();
         loop {
@@ -278,18 +279,18 @@ impl Peer {
         }
     }
 
-    /// Says no more, outside TLS.
+    /// Shuts down the sending direction, outside TLS.
     pub(crate) fn finish_tcp(&self) -> io::Result<()> {
         self.tcp.shutdown(Shutdown::Write)
     }
 }
 
-/// A frame whose length is true.
+/// Encodes a frame with a correct length.
 pub(crate) fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
     frame_of_length(kind, payload.len() as u32, payload)
 }
 
-/// A frame that says another length than it has.
+/// Encodes a frame with a wrong length.
 pub(crate) fn frame_of_length(kind: u8, length: u32, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![kind];
     frame.extend_from_slice(&length.to_be_bytes());
@@ -297,7 +298,7 @@ pub(crate) fn frame_of_length(kind: u8, length: u32, payload: &[u8]) -> Vec<u8> 
     frame
 }
 
-/// An honest CONNECT.
+/// Encodes an honest CONNECT.
 pub(crate) fn connect_frame(dialled: SocketAddr, client: SocketAddr) -> Vec<u8> {
     frame(CONNECT, &connect_payload(1, dialled, client))
 }
@@ -320,10 +321,10 @@ pub(crate) fn connect_payload(version: u8, dialled: SocketAddr, client: SocketAd
     payload
 }
 
-/// From a connection's end to its line in the log.
+/// Time limit from a connection's end to its line in the log.
 const LOGGED: Duration = Duration::from_secs(8);
 
-/// The access log's lines of the client's address, once there is one.
+/// The access log's lines for the client's address, once there is at least one.
 pub(crate) fn lines_of(daemon: &Daemon, client: SocketAddr) -> Result<Vec<Value>> {
     let client = client.to_string();
     daemon
@@ -337,19 +338,19 @@ pub(crate) fn lines_of(daemon: &Daemon, client: SocketAddr) -> Result<Vec<Value>
         .collect())
 }
 
-/// What was not as it should be, gathered so that one run shows all of it.
+/// Failed expectations, collected so that one run shows all of them.
 #[derive(Default)]
 pub(crate) struct Faults(Vec<String>);
 
 impl Faults {
-    /// Notes a fault unless it holds.
+    /// Records a failure unless the condition holds.
     pub(crate) fn check(&mut self, holds: bool, fault: impl FnOnce() -> String) {
         if !holds {
             self.0.push(fault());
         }
     }
 
-    /// Expects that the client's connection left one line in the log, with this result, and this in the reason.
+    /// Expects that the client's connection left one log line, with this result, and this text in the reason.
     pub(crate) fn expect_line(
         &mut self,
         what: &str,
@@ -378,14 +379,14 @@ impl Faults {
     }
 
     /// # Panics
-    /// When there are any.
+    /// If there are any.
     pub(crate) fn finish(self) {
         let faults = self.0.join("\n  ");
         assert!(faults.is_empty(), "\n  {faults}");
     }
 }
 
-/// Believes every server and every signature.
+/// Accepts every server certificate and every signature.
 #[derive(Debug)]
 struct BelievesAll;
 

@@ -8,11 +8,11 @@ use mesh_tests::{
 };
 use serde_json::Value;
 
-/// Dropped in this order: the daemon, then the mesh.
+/// Fields are dropped in this order: the daemon, then the mesh.
 pub(crate) struct Neighbours {
     pub(crate) daemon: Daemon,
     pub(crate) client: Pod,
-    /// Of another account.
+    /// A client with another service account.
     pub(crate) other: Pod,
     pub(crate) web: Pod,
     pub(crate) mesh: Mesh,
@@ -41,13 +41,13 @@ impl Neighbours {
         })
     }
 
-    /// The ways to `web`: by its own addresses and by its service's, in both families.
+    /// The addresses of `web`: its own and its service's, in both families.
     pub(crate) fn ways(&self) -> [SocketAddr; 4] {
         let [v4, v6] = SERVICES.map(|service| service.parse().expect("an address"));
         [self.web.at(8080), self.web.at6(8080), v4, v6]
     }
 
-    /// Has the daemon decide on connections from `client` to `to`, where an `echo-server` answers.
+    /// Makes the daemon decide on connections from `client` to `to`, where an `echo-server` listens.
     pub(crate) fn decide(&self, to: SocketAddr) -> Result<()> {
         self.decide_from(&self.client, to)
     }
@@ -61,12 +61,12 @@ impl Neighbours {
         Ok(())
     }
 
-    /// How many verdicts hold.
+    /// The number of valid verdicts.
     pub(crate) fn verdicts(&self) -> Result<u64> {
         verdicts(&self.daemon)
     }
 
-    /// Waits for so many lines of the access log about `to` after a position; sorted by direction.
+    /// Waits for this many access log lines about `to` after a position, and returns them sorted by direction.
     pub(crate) fn lines(&self, start: u64, to: SocketAddr, count: usize) -> Result<Vec<Value>> {
         let mut lines = Vec::new();
         self.daemon.wait_for_log_after(
@@ -102,21 +102,21 @@ pub(crate) fn builder() -> MeshBuilder {
         )
 }
 
-/// How many verdicts a daemon has given that hold.
+/// The number of a daemon's verdicts that are valid.
 pub(crate) fn verdicts(daemon: &Daemon) -> Result<u64> {
     Ok(daemon.status_json()?["sameNode"]["verdicts"]
         .as_u64()
         .unwrap_or(u64::MAX))
 }
 
-/// Waits until so many verdicts hold.
+/// Waits until this many verdicts are valid.
 pub(crate) fn wait_for_verdicts(daemon: &Daemon, count: u64) -> Result<()> {
     eventually(TIMEOUT, &format!("{count} verdicts"), || {
         (verdicts(daemon).ok()? == count).then_some(())
     })
 }
 
-/// Says something to an `echo-server` and reads it back; the last event.
+/// Sends text to an `echo-server` and reads it back. Returns the last event.
 pub(crate) fn echo(from: &Place, to: SocketAddr) -> Result<Value> {
     let client = format!("connect --to {to} --send {SAID} --shutdown --read");
     let answer = from.app(&client)?.success(TIMEOUT)?;
@@ -124,7 +124,7 @@ pub(crate) fn echo(from: &Place, to: SocketAddr) -> Result<Value> {
     Ok(answer)
 }
 
-/// Like [`echo`], which must be refused; the last event.
+/// Like [`echo`], but must be refused. Returns the last event.
 pub(crate) fn refused(from: &Place, to: SocketAddr) -> Result<Value> {
     let client = format!("connect --to {to} --send {SAID} --shutdown --read");
     let answer = from.app(&client)?.failure(TIMEOUT)?;
@@ -135,11 +135,12 @@ pub(crate) fn refused(from: &Place, to: SocketAddr) -> Result<Value> {
     Ok(answer)
 }
 
-/// Whether a connection of the pod's app to `to` stays in the kernel: else it goes to the daemon's listener.
+/// Whether a connection from the pod's application to `to` stays in the kernel instead of going to the daemon's
+/// listener.
 pub(crate) fn is_direct(pod: &Pod, local: &Value) -> Result<bool> {
     let local: SocketAddr = local.as_str().unwrap_or_default().parse()?;
     let sockets = pod.endpoints()?;
-    // The daemon's own connection is from the same address and port.
+    // The daemon's own connection has the same source address and port.
     let captured = sockets
         .iter()
         .any(|socket| socket.remote.port() == 15001 && socket.local.port() == local.port());

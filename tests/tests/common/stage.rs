@@ -1,4 +1,4 @@
-//! Where the attacks take place: two nodes with daemons, a client, a server, and a host outside that is the attacker's.
+//! The setup of the attacks: two nodes with daemons, a client, a server, and a host outside that the attacker controls.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -16,21 +16,21 @@ pub(crate) const ECHO: u16 = 7000;
 pub(crate) const WITNESS: u16 = 7001;
 const MARKER: &str = "real traffic goes on";
 
-/// Dropped in this order: programs, daemons, the mesh.
+/// Fields are dropped in this order: programs, daemons, the mesh.
 pub(crate) struct Stage {
     pub(crate) authority: Authority,
     _nginx: Nginx,
     _echo: App,
     _witness: InProcess,
     ends: Ends,
-    /// Node a's, where the client is.
+    /// The daemon of node a, which runs the client.
     pub(crate) client_daemon: Daemon,
-    /// Node b's, where the server is.
+    /// The daemon of node b, which runs the server.
     pub(crate) daemon: Daemon,
     pub(crate) mesh: Mesh,
 }
 
-/// What the witness app saw of the client at this address, in the end.
+/// What the witness application saw when the connection of the client at this address was closed.
 type Ends = Arc<Mutex<Vec<(SocketAddr, String)>>>;
 
 impl Stage {
@@ -39,7 +39,7 @@ impl Stage {
         Self::set_with(&DaemonOptions::default())
     }
 
-    /// The same with daemons of these options.
+    /// Like the above, with daemons that have these options.
     pub(crate) fn set_with(options: &DaemonOptions) -> Result<Self> {
         let mesh = Mesh::builder()
             .node("a")
@@ -79,20 +79,20 @@ impl Stage {
         self.mesh.pod("web")
     }
 
-    /// A TLS client on the outside host, hands shaken, with a flawless certificate.
+    /// A TLS client on the outside host with a valid certificate, after its handshake.
     pub(crate) fn outsider(&self, port: u16) -> Result<Peer> {
         let certificate = self.authority.mint("outsider")?;
         self.outsider_as(port, Some(&certificate))
     }
 
-    /// A TLS client on the outside host with this certificate. Its handshake ends well in its own eyes.
+    /// A TLS client on the outside host with this certificate. Its handshake succeeds from its own point of view.
     pub(crate) fn outsider_as(&self, port: u16, certificate: Option<&Presented>) -> Result<Peer> {
         let config = client_config(certificate, &[super::hostile::ALPN])?;
         let tcp = dial(self.mesh.outside(), self.web().at(port))?;
         Ok(Peer::client(tcp, config)?)
     }
 
-    /// What the witness saw of the end of the connection from `client`.
+    /// What the witness saw at the end of the connection from `client`.
     pub(crate) fn witnessed(&self, client: SocketAddr) -> Result<String> {
         let what = format!("the end of {client} at the app");
         mesh_tests::eventually(Duration::from_secs(10), &what, || {
@@ -109,7 +109,7 @@ impl Stage {
         ends.iter().any(|(peer, _)| peer.ip() == client.ip())
     }
 
-    /// A request of the honest client is answered.
+    /// Asserts that a request of the honest client is answered.
     pub(crate) fn traffic(&self) {
         let url = format!("http://{}/", self.web().at(HTTP));
         let answer = self
@@ -121,12 +121,12 @@ impl Stage {
         assert_eq!(answer.stdout, MARKER);
     }
 
-    /// What the server's node holds.
+    /// Takes a snapshot of the server's node.
     pub(crate) fn snapshot(&self) -> Result<Snapshot> {
         Snapshot::take(&self.daemon, &[self.web().place()])
     }
 
-    /// Asserts that the daemons live, nothing was left behind since `before`, and traffic goes on.
+    /// Asserts that the daemons are running, nothing has leaked since `before`, and traffic continues.
     pub(crate) fn assert_unharmed(&mut self, before: &Snapshot, memory_kib: u64) {
         self.traffic();
         for daemon in [&mut self.daemon, &mut self.client_daemon] {

@@ -1,4 +1,4 @@
-//! A service with an honest endpoint and one or more that are the test's own, which the client's daemon tries first.
+//! A service with an honest endpoint and one or more that the test controls, which the client's daemon tries first.
 
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
@@ -15,7 +15,7 @@ use super::hostile::{
 pub(crate) const SERVICE: &str = "10.96.0.7:80";
 const PORT: u16 = 8080;
 
-/// Dropped in this order: apps and servers, daemons, the mesh.
+/// Fields are dropped in this order: applications and servers, daemons, the mesh.
 pub(crate) struct TwoEndpoints {
     pub(crate) ledger: Ledger,
     _hold: App,
@@ -92,19 +92,19 @@ impl TwoEndpoints {
         })
     }
 
-    /// A script of the client's, with the service at first.
+    /// Starts a script of the client, which connects to the service first.
     pub(crate) fn script(&self, name: &str, steps: &str) -> Result<App> {
         let to = SERVICE.parse().expect("an address");
         script(&self.mesh.pod("client"), to, name, steps)
     }
 
-    /// Where an endpoint listens.
+    /// The address that an endpoint listens on.
     pub(crate) fn at(&self, pod: &str) -> SocketAddr {
         self.mesh.pod(pod).at(PORT)
     }
 }
 
-/// What comes behind a CONNECT within the time.
+/// Returns the bytes that arrive after a CONNECT within the time limit.
 pub(crate) fn behind(peer: &mut Peer, time: Duration) -> io::Result<Option<Vec<u8>>> {
     peer.tcp.set_read_timeout(Some(time))?;
     let came = peer.frame();
@@ -117,7 +117,7 @@ pub(crate) fn behind(peer: &mut Peer, time: Duration) -> io::Result<Option<Vec<u
     }
 }
 
-/// Accepts, and gives back what comes until both have ended. `note` is told what comes after the first bytes.
+/// Accepts, and echoes what arrives until both sides have ended. Calls `note` with what arrives after the first bytes.
 pub(crate) fn serve_well(
     peer: &mut Peer,
     first: &[u8],
@@ -139,19 +139,19 @@ pub(crate) fn serve_well(
     }
 }
 
-/// Says no, as a daemon does, and waits until the client has closed.
+/// Refuses, as a daemon does, and waits until the client has closed.
 pub(crate) fn refuse(peer: &mut Peer, code: u8) -> io::Result<bool> {
     peer.send(&frame(RESET, &[&[code][..], b"not here"].concat()))?;
     hold(&peer.tcp)
 }
 
-/// Ends by a RST.
+/// Closes the connection with a RST.
 pub(crate) fn rst(tcp: &TcpStream) -> io::Result<bool> {
     SockRef::from(tcp).set_linger(Some(Duration::ZERO))?;
     Ok(false)
 }
 
-/// Says no more until the client has closed.
+/// Sends nothing more until the client has closed.
 pub(crate) fn hold(mut tcp: &TcpStream) -> io::Result<bool> {
     let mut buffer = [0; 4096];
     while tcp.read(&mut buffer)? > 0 {}

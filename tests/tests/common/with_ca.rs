@@ -1,4 +1,4 @@
-//! The pair of pods, with a CA on the host outside that both nodes get their certificates from.
+//! The pair of pods, with a CA on the host outside that issues the certificates of both nodes.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use mesh_tests::{
 };
 use serde_json::Value;
 
-/// Dropped in this order: the daemons, the CA, then the mesh.
+/// Fields are dropped in this order: the daemons, the CA, then the mesh.
 pub(crate) struct WithCa {
     /// Of node a.
     pub(crate) near: Daemon,
@@ -17,14 +17,14 @@ pub(crate) struct WithCa {
     pub(crate) ca: Ca,
     /// On node a.
     pub(crate) client: Pod,
-    /// On node a, of another account.
+    /// On node a, with another service account.
     pub(crate) other: Pod,
     /// On node b.
     pub(crate) web: Pod,
     pub(crate) mesh: Mesh,
 }
 
-/// How soon daemons must have learnt what the CA says.
+/// Time limit for daemons to learn a change from the CA.
 pub(crate) const LEARNT: Duration = Duration::from_secs(2);
 
 impl WithCa {
@@ -62,14 +62,14 @@ impl WithCa {
         Ok(stage)
     }
 
-    /// A conversation that goes on until something ends it.
+    /// Starts an exchange that continues until it is interrupted.
     pub(crate) fn chat(&self, from: &Pod, to: SocketAddr) -> Result<App> {
         let mut chat = from.app(&format!("chat --to {to} --interval 50"))?;
         chat.event("connected", TIMEOUT)?;
         Ok(chat)
     }
 
-    /// Whether a connection can be made, and says what it should.
+    /// Whether a connection can be made and its data comes back.
     pub(crate) fn reaches(&self, from: &Pod, to: SocketAddr) -> Result<bool> {
         let command = format!("connect --to {to} --send hi --shutdown --read");
         let events = from.app(&command)?.finish(TIMEOUT)?.json_lines();
@@ -84,7 +84,7 @@ impl WithCa {
         })
     }
 
-    /// The access line, of the given daemon, that says why a connection was refused or cut, after a position.
+    /// The given daemon's access log line, after a position, with the reason why a connection was refused or cut.
     pub(crate) fn reason(
         &self,
         daemon: &Daemon,

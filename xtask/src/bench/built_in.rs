@@ -7,10 +7,10 @@ use serde_json::Value;
 
 use crate::step::{self, cargo, step};
 
-/// Builds and runs the benchmark `name`; gives what it has measured.
+/// Builds and runs the benchmark `name`, and returns its measurements.
 ///
 /// # Errors
-/// When it does not build, or fails.
+/// If it does not build, or fails.
 pub(super) fn built_in(name: &str, what: &str) -> Result<Value> {
     step(what, || {
         let mut command = cargo();

@@ -1,14 +1,14 @@
-//! `cargo xtask bench ca`: how fast the CA issues on one core, beside the bare arithmetic.
+//! `cargo xtask bench ca`: how fast the CA issues on one core, compared with the bare cryptography.
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use super::built_in::built_in;
 
-/// Builds and runs the CA's benchmark, and shows what it measured.
+/// Builds and runs the CA's benchmark, and prints its measurements.
 ///
 /// # Errors
-/// When it does not build, or fails.
+/// If it does not build, or fails.
 pub(super) fn run(json: bool) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     ensure!(

@@ -1,4 +1,4 @@
-//! The results as a picture: how much of plain connections' speed is left, and what the proxies take for it.
+//! The results as a chart: how much of plain connections' speed remains, and the resources that the proxies use.
 
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
@@ -9,10 +9,10 @@ use super::number::number;
 use super::results::Results;
 use super::system::System;
 
-/// The chart as SVG. It needs direct, Envoy and ours; what was not measured is left out.
+/// Draws the chart as SVG. It needs direct, Envoy and ours; rows that were not measured are omitted.
 ///
 /// # Errors
-/// When drawing fails.
+/// If drawing fails.
 pub(super) fn svg(results: &Results, systems: &[System], footer: &str) -> Result<String> {
     let systems: Vec<System> = systems
         .iter()
@@ -60,7 +60,7 @@ pub(super) fn svg(results: &Results, systems: &[System], footer: &str) -> Result
     Ok(text)
 }
 
-/// What is compared with what.
+/// The reference of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     /// Direct is 1.
@@ -114,7 +114,7 @@ type Drawn = Result<(), Box<dyn std::error::Error>>;
 struct Picture<'a, 'b> {
     area: &'a Area<'b>,
     systems: &'a [System],
-    /// How high a row is.
+    /// The height of a row.
     row: i32,
 }
 
@@ -175,7 +175,7 @@ impl Picture<'_, '_> {
         )?;
         for ((system, ratio, label), number) in row.bars.iter().zip(0..) {
             let top = y + GAP / 2 + number * THICK;
-            // Whatever is measured, the label has to fit beside it.
+            // Whatever the value is, the label must fit beside its bar.
             let length = (f64::from(FULL) * ratio.clamp(0.0, 1.25)) as i32;
             self.bar(
                 (BARS, top),
@@ -240,18 +240,18 @@ const PRICE: [&str; 6] = [
     "memory-client",
     "memory-server",
 ];
-// Pixels.
+// In pixels.
 const WIDTH: i32 = 1080;
 const MARGIN: i32 = 16;
 const TOP: i32 = 44;
 const BOTTOM: i32 = 36;
 const SECTION: i32 = 40;
-/// Between the bars of two rows.
+/// Distance between the bars of two rows.
 const GAP: i32 = 12;
 const THICK: i32 = 14;
-/// Where bars begin.
+/// Start of the bars.
 const BARS: i32 = 440;
-/// How long a bar of 1 is.
+/// Length of a bar of value 1.
 const FULL: i32 = 400;
 const HEADING: i32 = 16;
 const NORMAL: i32 = 13;

@@ -1,19 +1,19 @@
-//! What proxies count, and what a load has moved.
+//! The proxies' counters, and what a load has transferred.
 
 /// What a sidecar or a ztunnel has counted since it started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counters {
-    /// Under TLS, to its pods.
+    /// Connections under TLS, to its pods.
     pub(super) inbound: Moved,
-    /// Connections of its pods to the rest of the world.
+    /// Connections of its pods to hosts outside of the mesh.
     pub(super) passed: u64,
 }
 
-/// What a load has moved at least.
+/// The minimum that a load has transferred.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Moved {
-    /// Connections that came about.
+    /// Established connections.
     pub(super) connections: u64,
-    /// Bytes that arrived, both ways together.
+    /// Bytes that arrived, in both directions together.
     pub(super) bytes: u64,
 }

@@ -1,4 +1,4 @@
-//! A sidecar: Envoy in a pod, and the rules that lead the pod's connections to it.
+//! A sidecar: Envoy in a pod, and the rules that redirect the pod's connections to it.
 
 mod certificates;
 mod config;
@@ -28,7 +28,7 @@ pub(super) struct Sidecar {
 }
 
 impl Sidecar {
-    /// Starts it and waits until it is ready; then leads the pod's connections to it.
+    /// Starts the sidecar and waits until it is ready, then redirects the pod's connections to it.
     ///
     /// It ends with the thread that calls this.
     pub(super) fn start(
@@ -45,14 +45,14 @@ impl Sidecar {
         let path = place.folder().join("envoy.json");
         fs::write(&path, config.to_string())
             .with_context(|| format!("writing {}", path.display()))?;
-        // With a group of its own the rules can tell it from the pod's app.
+        // The sidecar has a group of its own, by which the rules distinguish it from the pod's application.
         let mut command = place.command("setpriv")?;
         command
             .args(["--regid", &redirect::GROUP.to_string(), "--clear-groups"])
             .arg(binary)
             .arg("--config-path")
             .arg(&path)
-            // Istio's own default, whatever the machine has.
+            // Istio's own default, on every machine.
             .args(["--concurrency", "2", "--disable-hot-restart"])
             .args(["--log-level", "error"]);
         let mut sidecar = Self {
@@ -70,7 +70,7 @@ impl Sidecar {
         self.process.pid()
     }
 
-    /// What it has written, which is nothing when all is well.
+    /// Its output, which is empty if there are no errors.
     pub(super) fn said(&self) -> String {
         self.process.stderr()
     }

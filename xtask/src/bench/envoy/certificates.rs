@@ -1,4 +1,4 @@
-//! A CA for the sidecars, as istiod would be one.
+//! A CA for the sidecars, in place of istiod.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use rcgen::{
     IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
 };
 
-/// A root key and its certificate, which live as long as one mesh.
+/// A root key and its certificate, which exist as long as one mesh.
 pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     certificate: Certificate,
@@ -39,7 +39,7 @@ impl Authority {
         })
     }
 
-    /// A certificate of a service account in namespace `default`, written to files in a folder.
+    /// Issues a certificate for a service account in namespace `default`, and writes it to files in a folder.
     pub(crate) fn issue(&self, account: &str, folder: &Path) -> Result<Files> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
@@ -73,5 +73,5 @@ fn uri(text: &str) -> Result<SanType> {
     Ok(SanType::URI(text.try_into().context("a URI")?))
 }
 
-/// Where all identities begin.
+/// The prefix of all identities.
 pub(crate) const TRUST_DOMAIN: &str = "spiffe://cluster.local";

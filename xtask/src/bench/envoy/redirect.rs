@@ -1,4 +1,4 @@
-//! Leading a pod's connections to its sidecar, by the rules that Istio writes.
+//! Redirects a pod's connections to its sidecar, by the rules that Istio writes.
 
 use anyhow::Result;
 use mesh_tests::Place;
@@ -6,16 +6,16 @@ use mesh_tests::Place;
 use super::super::peer;
 use super::config::{INBOUND, OUTBOUND};
 
-/// Installs the rules in the pod's namespace. They go with it.
+/// Installs the rules in the pod's namespace, with which they are removed.
 ///
 /// # Errors
-/// When `nft` refuses them.
+/// If `nft` rejects them.
 pub(super) fn install(pod: &Place) -> Result<()> {
     peer::load(pod, &rules())
 }
 
-/// All TCP that comes from another host goes to the inbound listener, all that the pod sends to one to the outbound
-/// listener; the sidecar itself, which has a group of its own, is let through.
+/// Redirects all TCP from other hosts to the inbound listener, and all TCP that the pod sends to other hosts to the
+/// outbound listener. Traffic of the sidecar itself, which has a group of its own, passes.
 fn rules() -> String {
     format!(
         "table ip sidecar {{\n\
@@ -33,5 +33,5 @@ fn rules() -> String {
     )
 }
 
-/// The group that sidecars run with: Istio's.
+/// The group that sidecars run with, as in Istio.
 pub(super) const GROUP: u32 = 1337;
