@@ -1,4 +1,4 @@
-//! On what was measured: absolute numbers mean nothing without it.
+//! The machine of a measurement: absolute numbers mean nothing without it.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ pub(super) struct Machine {
     processor: String,
     cores: usize,
     kernel: String,
-    /// Load average of the last minute when it began: what else the machine was doing.
+    /// Load average of the last minute at the start, caused by other programs.
     load: String,
     commit: String,
     envoy: &'static str,
@@ -26,7 +26,7 @@ pub(super) struct Machine {
     wrk: String,
 }
 
-/// A program's name and version, without what follows.
+/// A program's name and version, without the text that follows.
 fn words(line: &str) -> String {
     line.split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
@@ -39,7 +39,7 @@ impl Machine {
             .lines()
             .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         let said = |program: &str, argument: &str| {
-            // Some say it on standard error, and wrk ends with an error after it.
+            // Some programs print it on standard error, and wrk exits with an error after it.
             let script = format!("{program} {argument} 2>&1; true");
             let text = output(Command::new("sh").args(["-c", &script])).unwrap_or_default();
             text.lines().next().unwrap_or_default().to_owned()
@@ -69,13 +69,13 @@ impl Machine {
         }
     }
 
-    /// Whether other programs took a good part of it when it began.
+    /// Whether other programs used a significant part of the machine at the start.
     pub(super) fn busy(&self) -> bool {
         let load: f64 = self.load.parse().unwrap_or(0.0);
         load > self.cores as f64 / 2.0
     }
 
-    /// In one line.
+    /// A description in one line.
     pub(super) fn line(&self) -> String {
         let ztunnel = self.ztunnel.as_ref();
         let ztunnel = ztunnel.map_or_else(String::new, |version| format!("ztunnel {version}, "));

@@ -1,6 +1,6 @@
-//! Numbers for people: three digits that matter.
+//! Formats numbers for people, with three significant digits.
 
-/// As `74,012`, `312`, `14.2`, `5.21` or `0.035`.
+/// Formats a number as `74,012`, `312`, `14.2`, `5.21` or `0.035`.
 pub(super) fn number(value: f64) -> String {
     let size = value.abs();
     if size >= 999.5 {

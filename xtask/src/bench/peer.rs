@@ -1,14 +1,14 @@
-//! What both peers need: rules that lead connections to them, and answers of their operators' ports.
+//! Helpers for both peers: nftables rules that redirect connections to them, and requests to their admin ports.
 
 use std::fs;
 
 use anyhow::{Context, Result};
 use mesh_tests::Place;
 
-/// Loads nftables rules into a pod's namespace. They go with it.
+/// Loads nftables rules into a pod's namespace, with which they are removed.
 ///
 /// # Errors
-/// When `nft` refuses them.
+/// If `nft` rejects them.
 pub(super) fn load(pod: &Place, rules: &str) -> Result<()> {
     let path = pod.folder().join("redirect.nft");
     fs::write(&path, rules).with_context(|| format!("writing {}", path.display()))?;
@@ -16,10 +16,10 @@ pub(super) fn load(pod: &Place, rules: &str) -> Result<()> {
     Ok(())
 }
 
-/// What a server on a place's loopback answers.
+/// Requests a response from a server on a place's loopback address.
 ///
 /// # Errors
-/// When it does not, within 5 s, or with a status that is no success.
+/// If there is no response within 5 s, or its status is not a success.
 pub(super) fn ask(place: &Place, port: u16, path: &str) -> Result<String> {
     let url = format!("http://127.0.0.1:{port}{path}");
     let arguments = ["-sS", "--fail", "--max-time", "5", &url];

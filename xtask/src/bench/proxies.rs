@@ -1,4 +1,4 @@
-//! The proxies of a system: starting them, what they take, and whether it was them who carried a load.
+//! The proxies of a system: starts them, measures their usage, and verifies that they carried a load.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use super::ztunnel::{self, Ztunnel};
 
 /// The proxies of one mesh.
 pub(super) enum Proxies {
-    /// There are none.
+    /// No proxies.
     None,
     /// By pod.
     Sidecars(BTreeMap<&'static str, Sidecar>),
@@ -26,7 +26,7 @@ pub(super) enum Proxies {
     Daemons(BTreeMap<&'static str, Daemon>),
 }
 
-/// What the proxies had done when a load began.
+/// The proxies' counters at the start of a load.
 pub(super) enum Mark {
     None,
     Counted { client: Counters, server: Counters },
@@ -51,7 +51,7 @@ impl Proxies {
         }
     }
 
-    /// CPU time that all of them have taken so far; none without proxies.
+    /// CPU time that all proxies have used so far; `None` without proxies.
     pub(super) fn cpu(&self) -> Result<Option<Duration>> {
         let times: Vec<Duration> = self
             .processes()
@@ -74,7 +74,7 @@ impl Proxies {
         }
     }
 
-    /// What they have done so far, for [`Proxies::check`].
+    /// The proxies' counters so far, for [`Proxies::check`].
     pub(super) fn mark(&self, way: Way) -> Result<Mark> {
         Ok(match self {
             Self::None => Mark::None,
@@ -89,8 +89,8 @@ impl Proxies {
         })
     }
 
-    /// Checks by the proxies' own counts that a load went the way it was to go: through them, encrypted, and none of it
-    /// past them.
+    /// Verifies by the proxies' own counters that a load took the intended path: through the proxies, encrypted, with
+    /// nothing bypassing them.
     pub(super) fn check(
         &self,
         since: &Mark,
@@ -133,7 +133,7 @@ impl Proxies {
                         tunnelled(self.daemon(NODE_B)?, before, server)?,
                     )
                 }),
-                // How one pod of a node reaches another there is the daemon's own affair: it may leave it to the kernel.
+                // The daemon may leave traffic between pods of its node to the kernel, so there is nothing to verify.
                 Way::OneNode => Ok(()),
                 Way::Outside => {
                     let log = self.daemon(NODE_A)?.access_log_after(client);
@@ -146,7 +146,7 @@ impl Proxies {
         }
     }
 
-    /// The last of what they have said, for whoever looks for the cause of a failure.
+    /// The last lines of the proxies' logs, to explain a failure.
     pub(super) fn last_words(&self) -> String {
         let logs: Vec<(&str, String)> = match self {
             Self::None => Vec::new(),
@@ -183,7 +183,7 @@ impl Proxies {
         }
     }
 
-    /// What a pod's proxy has counted.
+    /// The counters of a pod's proxy.
     fn counters(&self, pod: &str) -> Result<Counters> {
         let counters = match self {
             Self::Sidecars(all) => all.get(pod).map(Sidecar::counters),
@@ -231,7 +231,7 @@ fn ztunnels(mesh: &Mesh) -> Result<Proxies> {
     Ok(Proxies::Ztunnels(all.collect::<Result<_>>()?, Box::new(ca)))
 }
 
-/// The node that a pod is on.
+/// The node that a pod runs on.
 fn node_of(pod: &str) -> &'static str {
     if pod == WEB { NODE_B } else { NODE_A }
 }
@@ -244,7 +244,7 @@ fn server_pod(way: Way) -> &'static str {
     }
 }
 
-/// What a daemon has carried to a server since a position of its log.
+/// What a daemon has carried to a server since a position in its log.
 fn tunnelled(daemon: &Daemon, since: u64, server: SocketAddr) -> Result<Moved> {
     let server = server.to_string();
     let mut moved = Moved::default();
@@ -278,5 +278,5 @@ fn all_seen(who: &str, moved: Moved, seen: Moved) -> Result<()> {
     Ok(())
 }
 
-/// How many lines of a log are enough to see what went wrong.
+/// Number of log lines that explain an error.
 const LINES: usize = 8;

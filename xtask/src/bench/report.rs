@@ -1,4 +1,4 @@
-//! What the benchmark prints and saves: progress as it comes, the table, the targets, and the JSON object for programs.
+//! Output of the benchmark: progress, the table, the targets, and the JSON object for programs.
 
 use std::fs;
 use std::io::{self, Write};
@@ -20,11 +20,11 @@ use super::ztunnel;
 use crate::page;
 use crate::step::workspace;
 
-/// Collects what the loads tell. For people it writes on stdout; with JSON, which is alone on stdout, on stderr.
+/// Collects the loads' results. Text for people goes to stdout; with JSON, which is alone on stdout, it goes to stderr.
 pub(super) struct Report {
     pub(super) plan: Plan,
     pub(super) results: Results,
-    /// What went wrong, one line each.
+    /// Problems, one line each.
     pub(super) problems: Vec<String>,
     json: bool,
     machine: Machine,
@@ -33,7 +33,7 @@ pub(super) struct Report {
 
 impl Report {
     pub(super) fn new(plan: Plan, json: bool) -> Self {
-        // That it cannot be found was said when the plan was made.
+        // If it cannot be found, that was reported when the plan was made.
         let ztunnel = ztunnel::named().ok().flatten();
         let ztunnel = ztunnel.filter(|_| plan.systems.contains(&System::Ztunnel));
         let report = Self {
@@ -71,10 +71,10 @@ impl Report {
         }
     }
 
-    /// Prints the end of it; `broken` is why it ended early.
+    /// Prints the results; `broken` is the reason for an early end.
     pub(super) fn finish(&self, broken: Option<&Error>) {
         let text = self.text(broken);
-        // A reader that has left (`| head`) is no reason to fail.
+        // A reader that has closed the pipe (`| head`) is no reason to fail.
         if self.json {
             let _ = writeln!(io::stdout(), "{}", self.object(broken));
             eprint!("{text}");
@@ -89,7 +89,7 @@ impl Report {
         fs::write(path, svg).with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Writes the object and the chart into the documentation, and the table into its page.
+    /// Writes the JSON object and the chart into the documentation, and the table into its page.
     pub(super) fn save(&self) -> Result<()> {
         let folder = workspace().join("docs");
         let table = table::markdown(&self.results, &self.plan.loads(), &self.plan.systems);
@@ -126,7 +126,7 @@ impl Report {
         text
     }
 
-    /// How the numbers came about.
+    /// Describes how the numbers were measured.
     fn method(&self) -> String {
         format!(
             "Medians of {} rounds, loads of {} s, in brackets the least and the most; ↓: less is better. A ratio is the \
@@ -136,7 +136,7 @@ impl Report {
         )
     }
 
-    /// What one has to know to read the numbers.
+    /// Explains how to read the numbers.
     fn notes(&self) -> Vec<String> {
         let mut notes = vec![self.method()];
         notes.extend(NOTES.map(str::to_owned));

@@ -1,4 +1,4 @@
-//! What was measured: samples by row, system and round, and what follows from them.
+//! Measurements: samples by row, system and round, and statistics of them.
 
 use std::collections::BTreeMap;
 
@@ -10,13 +10,13 @@ pub(super) struct Results {
     samples: BTreeMap<(&'static str, System), BTreeMap<usize, f64>>,
 }
 
-/// A row's samples of one system in three numbers.
+/// A system's samples of a row, summarized in three numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Summary {
     pub(super) median: f64,
     pub(super) least: f64,
     pub(super) most: f64,
-    /// How many there are.
+    /// The number of samples.
     pub(super) rounds: usize,
 }
 
@@ -31,7 +31,7 @@ impl Results {
         self.samples.keys().any(|(other, _)| *other == key)
     }
 
-    /// In the order of the rounds.
+    /// Samples in the order of the rounds.
     pub(super) fn samples(&self, key: &'static str, system: System) -> Vec<f64> {
         let samples = self.samples.get(&(key, system));
         samples.map_or_else(Vec::new, |samples| samples.values().copied().collect())
@@ -47,8 +47,8 @@ impl Results {
         })
     }
 
-    /// One system's value by another's: the median of the rounds' own ratios, for two runs of one round were made within
-    /// seconds of each other.
+    /// The ratio of one system's value to another's: the median of the ratios in each round, because two runs of one
+    /// round are made within seconds of each other.
     pub(super) fn ratio(&self, key: &'static str, of: System, to: System) -> Option<f64> {
         let of = self.samples.get(&(key, of))?;
         let to = self.samples.get(&(key, to))?;
@@ -61,7 +61,7 @@ impl Results {
     }
 }
 
-/// The middle one, or what lies between the two in the middle.
+/// The median: the middle value, or the mean of the two middle values.
 fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn ratios_pair_the_rounds() {
         let mut results = Results::default();
-        // The machine became twice as fast after the first round; one run failed.
+        // The machine became twice as fast after the first round, and one run failed.
         for (round, direct, ours) in [(0, 10.0, 5.0), (1, 20.0, 10.0), (2, 20.0, 12.0)] {
             results.add("x", System::Direct, round, direct);
             results.add("x", System::Ours, round, ours);

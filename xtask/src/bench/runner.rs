@@ -1,4 +1,4 @@
-//! The rounds: every load on every system in turn, so that what the machine does meanwhile meets all of them alike.
+//! The rounds: every load on every system in turn, so that changes of the machine's load affect all systems alike.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -13,22 +13,22 @@ use super::number::number;
 use super::stage::Stage;
 use super::system::System;
 
-/// What is to be measured, and for how long.
+/// What to measure, and for how long.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     pub(super) systems: Vec<System>,
     pub(super) rounds: usize,
-    /// For each load.
+    /// Duration of each load.
     pub(super) time: Duration,
     /// Parts of rows' keys or titles; all rows when there are none.
     pub(super) only: Vec<String>,
 }
 
-/// What happens on the thread that measures.
+/// An event from the thread that measures.
 pub(super) enum Event {
-    /// Something begins.
+    /// A part of the benchmark begins.
     Begins(String),
-    /// A line for whoever watches.
+    /// A line of text for the user.
     Progress(String),
     /// A value of a row, from one round.
     Sample {
@@ -37,19 +37,19 @@ pub(super) enum Event {
         value: f64,
         round: usize,
     },
-    /// Something is not as it has to be.
+    /// An expectation was not met.
     Problem(String),
 }
 
 impl Plan {
-    /// Whether a row was asked for.
+    /// Whether a row was requested.
     pub(super) fn wants(&self, load: &Load, row: &Row) -> bool {
         let title = title(load, row);
         let named = |part: &String| row.key.contains(part) || title.contains(part);
         self.only.is_empty() || self.only.iter().any(named)
     }
 
-    /// The loads that fill a row that was asked for.
+    /// The loads that fill a requested row.
     pub(super) fn loads(&self) -> Vec<&'static Load> {
         LOADS
             .iter()
@@ -58,10 +58,10 @@ impl Plan {
     }
 }
 
-/// Measures until all is done or `stop` is set.
+/// Measures until all loads are done or `stop` is set.
 ///
 /// # Errors
-/// When a system cannot be started at all. A load that fails is a [`Event::Problem`], and the next one goes on.
+/// If a system cannot be started. A load that fails is a [`Event::Problem`], and the next load follows.
 pub(super) fn measure(plan: &Plan, events: &Sender<Event>, stop: &AtomicBool) -> Result<()> {
     let run = Run {
         plan,
@@ -100,7 +100,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// A load on each system, each round in another order.
+    /// Runs a load on each system, in a different order in each round.
     fn load(&self, load: &'static Load, stages: &[Stage], round: usize) -> Result<()> {
         let systems = &self.plan.systems;
         let mut shown = Vec::new();
@@ -144,7 +144,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// A load on one system, and whether it went the way it was to go.
+    /// Runs a load on one system, and verifies that it took the intended path.
     fn on(&self, load: &Load, stage: &Stage) -> Result<Measured> {
         let work = || {
             let mark = stage.proxies.mark(load.way)?;
@@ -155,7 +155,7 @@ impl Run<'_> {
             Ok(measured)
         };
         let result = work();
-        // What follows from the first failure says nothing new.
+        // Errors that follow from the first failure add no information.
         let tell = result.is_err() && !self.stop.load(Ordering::Relaxed);
         if tell && self.failed.borrow_mut().insert(stage.system) {
             self.tell(Event::Progress(stage.proxies.last_words()));
@@ -208,7 +208,7 @@ impl Run<'_> {
     }
 
     fn tell(&self, event: Event) {
-        // Nobody listens any more after Ctrl-C.
+        // The receiver is gone after Ctrl-C.
         let _ = self.events.send(event);
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask bench scale`: what a large cluster costs a node daemon.
+//! `cargo xtask bench scale`: the cost of a large cluster for a node daemon.
 
 use std::fmt::Write;
 
@@ -7,10 +7,10 @@ use serde_json::Value;
 
 use super::built_in::built_in;
 
-/// Builds and runs the benchmark of the registry and of discovery, and shows what it measured.
+/// Builds and runs the benchmark of the registry and of discovery, and prints its measurements.
 ///
 /// # Errors
-/// When it does not build, or fails.
+/// If it does not build, or fails.
 pub(super) fn run(json: bool) -> Result<()> {
     let measured = built_in("scale", "measure a large cluster")?;
     if json {

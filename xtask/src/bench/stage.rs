@@ -1,4 +1,4 @@
-//! One mesh for each system: two nodes, a client, servers on the other node, on the client's own, and outside.
+//! One mesh for each system: two nodes, a client, and servers on the other node, on the client's own node and outside.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,7 +9,7 @@ use super::proxies::Proxies;
 use super::system::{System, Way};
 use super::topology::{CLIENT, ECHO_PORT, IPERF3_PORT, NEAR, NGINX_PORT, NODE_A, NODE_B, WEB};
 
-/// A mesh with a system's proxies and the servers. Dropped from top to bottom: the programs first.
+/// A mesh with a system's proxies and the servers. Fields are dropped from top to bottom: the programs first.
 pub(super) struct Stage {
     pub(super) system: System,
     _servers: Vec<Servers>,
@@ -17,7 +17,7 @@ pub(super) struct Stage {
     pub(super) mesh: Mesh,
 }
 
-/// What listens in one place.
+/// The servers in one place.
 struct Servers {
     _nginx: Nginx,
     _iperf3: Iperf3,
@@ -25,7 +25,8 @@ struct Servers {
 }
 
 impl Stage {
-    /// Brings it up and shows by a capture that requests cross the wire as the system has them cross.
+    /// Starts the mesh, and verifies by a capture that requests cross the wire in the way that is expected of the
+    /// system.
     pub(super) fn set(system: System) -> Result<Self> {
         let pod = |name: &str, node: &str| {
             PodSpec::new(name)
@@ -68,7 +69,7 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Where the loads come from.
+    /// The place that the loads come from.
     pub(super) fn client(&self) -> Place {
         self.mesh.pod(CLIENT).place().clone()
     }
@@ -82,7 +83,7 @@ impl Stage {
         }
     }
 
-    /// Asks the server of a way for a word that nothing else on the wire holds, and looks whether it can be read there.
+    /// Requests a unique marker from the server of a way, and returns whether it is readable on the wire.
     fn show_encryption(&self, way: Way, encrypted: bool) -> Result<()> {
         let word = format!("readable-{}", self.mesh.id());
         let url = format!(

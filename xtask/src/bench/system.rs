@@ -1,4 +1,4 @@
-//! What is compared.
+//! The systems that are compared.
 
 use std::fmt;
 
@@ -66,22 +66,22 @@ impl fmt::Display for System {
     }
 }
 
-/// Where the client's connections lead.
+/// The destination of the client's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
-    /// To a pod of the other node.
+    /// A pod of the other node.
     Across,
-    /// To a pod of the client's own node.
+    /// A pod of the client's own node.
     OneNode,
-    /// To a host that is not in the mesh.
+    /// A host that is not in the mesh.
     Outside,
 }
 
-/// Which of a connection's two proxies.
+/// One of a connection's two proxies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     /// The sidecar of the client's pod, or the daemon of its node.
     Client,
-    /// The server's, on the other node.
+    /// The server's proxy, on the other node.
     Server,
 }

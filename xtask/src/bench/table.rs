@@ -1,4 +1,4 @@
-//! The results as text for people.
+//! The results as tables of text.
 
 use std::fmt::Write;
 
@@ -8,8 +8,8 @@ use super::results::Results;
 use super::system::System;
 use super::targets::TARGETS;
 
-/// A line for each row that was measured, under a heading for each group: medians, in brackets the least and the most,
-/// and what part of the other systems' values ours are.
+/// A line for each row that was measured, under a heading for each group: medians, in brackets minimum and maximum, and
+/// the ratio of our values to those of the other systems.
 pub(super) fn table(results: &Results, loads: &[&Load], systems: &[System]) -> String {
     let ratios = ratios(systems);
     let mut lines = Vec::new();
@@ -25,7 +25,7 @@ pub(super) fn table(results: &Results, loads: &[&Load], systems: &[System]) -> S
     align(&lines)
 }
 
-/// The same in Markdown, for the documentation.
+/// The same table in Markdown, for the documentation.
 pub(super) fn markdown(results: &Results, loads: &[&Load], systems: &[System]) -> String {
     let ratios = ratios(systems);
     let titles = systems.iter().map(|system| system.title().to_owned());
@@ -73,7 +73,8 @@ pub(super) fn targets(results: &Results) -> String {
                 Some(false) => "missed",
                 None => "not measured",
             };
-            // With a digit more than the table, or what just misses looks as if it met.
+            // With one digit more than the table; otherwise a value that narrowly misses its target looks as if it met
+            // it.
             let value = verdict.value.map(|value| format!("{value:.3}"));
             let value = value.unwrap_or_else(|| "–".to_owned());
             vec![
@@ -87,7 +88,7 @@ pub(super) fn targets(results: &Results) -> String {
     align(&lines)
 }
 
-/// The pairs whose ratio is shown: ours by each other system.
+/// The pairs whose ratio is shown: ours to each other system.
 pub(super) fn ratios(systems: &[System]) -> Vec<(System, System)> {
     let ours = systems.contains(&System::Ours);
     let others = systems.iter().filter(|system| **system != System::Ours);
@@ -142,7 +143,7 @@ fn line(
     cells
 }
 
-/// A cell of a table and to which side it goes.
+/// A cell of a table and its alignment.
 #[derive(Clone, Debug)]
 struct Cell {
     text: String,
@@ -169,7 +170,7 @@ impl Cell {
     }
 }
 
-/// Lines of cells, each column as wide as its widest cell, two blanks between them.
+/// Formats lines of cells. Each column is as wide as its widest cell, with two spaces between columns.
 fn align(lines: &[Vec<Cell>]) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns)

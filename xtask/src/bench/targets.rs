@@ -1,4 +1,4 @@
-//! What the project wants to reach. Missing one is told, and fails nothing: speed depends on the machine.
+//! Performance targets of the project. A missed target is reported, but is not a failure: speed depends on the machine.
 
 use super::loads::row;
 use super::number::number;
@@ -10,7 +10,7 @@ use super::system::System;
 pub(super) struct Target {
     pub(super) key: &'static str,
     bound: Bound,
-    /// By what the value is divided first; by nothing when none.
+    /// The reference that the value is divided by, if any.
     to: Option<System>,
 }
 
@@ -20,13 +20,13 @@ enum Bound {
     AtMost(f64),
 }
 
-/// A target and what became of it.
+/// A target and its result.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Verdict {
     pub(super) key: &'static str,
-    /// As `at least 1.60 × envoy`.
+    /// Text such as `at least 1.60 × envoy`.
     pub(super) wanted: String,
-    /// None when it was not measured.
+    /// `None` if it was not measured.
     pub(super) value: Option<f64>,
     pub(super) met: Option<bool>,
 }

@@ -2,7 +2,7 @@
 
 pub(super) const NODE_A: &str = "node-a";
 pub(super) const NODE_B: &str = "node-b";
-/// The client, on node A. As every pod, it has a service account of its own name.
+/// The client, on node A. Like every pod, it has a service account with its own name.
 pub(super) const CLIENT: &str = "client";
 /// The server on node A.
 pub(super) const NEAR: &str = "near";

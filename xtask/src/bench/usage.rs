@@ -1,4 +1,4 @@
-//! What processes take of the machine, from `/proc`.
+//! Resource usage of processes, from `/proc`.
 
 use std::fs;
 use std::time::Duration;
@@ -8,16 +8,16 @@ use anyhow::{Context, Result};
 /// Memory of a process, in KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Memory {
-    /// Resident now (VmRSS).
+    /// Current resident memory (VmRSS).
     pub(super) resident: u64,
-    /// Resident at most (VmHWM).
+    /// Peak resident memory (VmHWM).
     pub(super) peak: u64,
 }
 
 /// CPU time of a process and all its threads, in user and kernel mode. Its resolution is 10 ms.
 ///
 /// # Errors
-/// When there is no such process.
+/// If the process does not exist.
 pub(super) fn cpu(pid: u32) -> Result<Duration> {
     let path = format!("/proc/{pid}/stat");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -28,7 +28,7 @@ pub(super) fn cpu(pid: u32) -> Result<Duration> {
 /// Memory of a process.
 ///
 /// # Errors
-/// When there is no such process.
+/// If the process does not exist.
 pub(super) fn memory(pid: u32) -> Result<Memory> {
     let path = format!("/proc/{pid}/status");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -39,7 +39,8 @@ pub(super) fn memory(pid: u32) -> Result<Memory> {
     })
 }
 
-/// `utime` and `stime` together: the fields 14 and 15, counted from the process's name, which may hold anything.
+/// Parses `utime` plus `stime`: the fields 14 and 15, counted from the end of the process's name, which may contain
+/// anything.
 fn ticks(stat: &str) -> Option<u64> {
     let (_, after_name) = stat.rsplit_once(')')?;
     let mut fields = after_name.split_ascii_whitespace().skip(11);
@@ -52,7 +53,7 @@ fn field(status: &str, name: &str) -> Option<u64> {
     value.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
-/// USER_HZ, which is 100 wherever Linux runs a daemon.
+/// USER_HZ, which is 100 on all Linux systems that run a daemon.
 const TICK: Duration = Duration::from_millis(10);
 
 #[cfg(test)]

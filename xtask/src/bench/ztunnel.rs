@@ -1,8 +1,8 @@
-//! ztunnel on a node, as Istio's ambient mode sets it up: it has sockets in the pods' own namespaces, and speaks HBONE
-//! with the other node's.
+//! ztunnel on a node, as in Istio's ambient mode: it has sockets in the pods' own namespaces, and uses HBONE to the
+//! other node's ztunnel.
 //!
-//! Its certificates come from our own CA, which speaks istiod's protocol. What istiod would tell it of the pods stands in
-//! a file.
+//! Its certificates come from our own CA, which implements istiod's protocol. A file replaces what istiod would send
+//! about the pods.
 
 mod agent;
 mod redirect;
@@ -26,16 +26,16 @@ pub(super) struct Ztunnel {
     process: Process,
     place: Place,
     log: PathBuf,
-    /// It is not ready without one.
+    /// ztunnel is not ready without an agent.
     _agent: Agent,
 }
 
 impl Ztunnel {
-    /// Starts it, gives it the node's pods, and waits until it is ready; then leads the pods' connections to it.
+    /// Starts it, passes it the node's pods, and waits until it is ready. Then redirects the pods' connections to it.
     pub(super) fn start(binary: &Path, mesh: &Mesh, node: &Node, ca: &Ca) -> Result<Self> {
         let place = node.place().clone();
         let folder = place.folder().join("ztunnel");
-        // Where it looks by itself, from the folder that it runs in.
+        // The path where it looks by itself, relative to its working directory.
         let secrets = folder.join("var/run/secrets");
         for (from, to) in [
             (ca.roots(), "istio/root-cert.pem"),
@@ -90,7 +90,7 @@ impl Ztunnel {
         self.process.pid()
     }
 
-    /// Its log but for the lines of connections.
+    /// Its log without the lines about connections.
     pub(super) fn said(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let lines = text.lines().filter(|line| !line.contains("access"));
@@ -103,10 +103,10 @@ impl Ztunnel {
     }
 }
 
-/// The binary that `ZTUNNEL` names; none when it is not set.
+/// The binary that `ZTUNNEL` names; `None` if it is not set.
 ///
 /// # Errors
-/// When there is no such file.
+/// If the file does not exist.
 pub(super) fn named() -> Result<Option<PathBuf>> {
     let Some(path) = std::env::var_os("ZTUNNEL") else {
         return Ok(None);
@@ -122,13 +122,13 @@ pub(super) fn named() -> Result<Option<PathBuf>> {
     Ok(Some(found))
 }
 
-/// What the binary calls itself.
+/// The version that the binary reports.
 pub(super) fn version(binary: &Path) -> String {
     let said = output(Command::new(binary).arg("version")).unwrap_or_default();
     said.lines().next().unwrap_or("unknown").to_owned()
 }
 
-/// What the node's pods and those that they may call are, in the form of `LOCAL_XDS_PATH`.
+/// Describes the node's pods and those that they may call, in the form of `LOCAL_XDS_PATH`.
 fn workloads_of(mesh: &Mesh) -> Value {
     let pods = mesh.pods();
     let workloads: Vec<Value> = pods
@@ -152,7 +152,7 @@ fn workload(name: &str, namespace: &str, account: &str, node: &str, addresses: &
         "name": name,
         "namespace": namespace,
         "serviceAccount": account,
-        // What it asks certificates for: from a file it takes an identity as it stands there.
+        // The identity that it requests certificates for: it takes one from a file unchanged.
         "trustDomain": TRUST_DOMAIN,
         "workloadIps": addresses,
         "node": node,
@@ -171,7 +171,7 @@ fn wait_ready(place: &Place, process: &mut Process) -> Result<()> {
     })?
 }
 
-/// The sums of those metrics that matter, from their text.
+/// Sums the relevant metrics from their text.
 fn counters(metrics: &str) -> Counters {
     let mut counters = Counters::default();
     for line in metrics.lines() {
@@ -207,11 +207,11 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The one of the mesh's CA.
+/// The trust domain of the mesh's CA.
 const TRUST_DOMAIN: &str = "cluster.local";
-/// Where a node's ztunnel serves metrics.
+/// The port where a node's ztunnel serves metrics.
 const METRICS: u16 = 15020;
-/// Where it says that it is ready.
+/// The port where it reports readiness.
 const READINESS: u16 = 15021;
 
 #[cfg(test)]

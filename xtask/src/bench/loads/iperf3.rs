@@ -1,4 +1,4 @@
-//! Streams as fast as they go, by iperf3.
+//! Streams at maximum speed, by iperf3.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::bench::stage::Stage;
 use crate::bench::system::Way;
 use crate::bench::topology::IPERF3_PORT;
 
-/// Gbit/s that arrive, and the proxies' CPU seconds for each GiB.
+/// Measures received Gbit/s, and the proxies' CPU seconds per GiB.
 pub(super) fn run(stage: &Stage, way: Way, time: Duration, streams: u64) -> Result<Measured> {
     let server = SocketAddr::new(stage.server(way), IPERF3_PORT);
     let arguments = [
@@ -39,7 +39,7 @@ pub(super) fn run(stage: &Stage, way: Way, time: Duration, streams: u64) -> Resu
         .map(|(before, after)| (after - before).as_secs_f64() / gib);
     Ok(Measured {
         values: vec![Some(received.bits_per_second / 1e9), cpu],
-        // iperf3 has a connection more, on which both sides agree on what to do.
+        // iperf3 has one connection more, its control connection.
         moved: Moved {
             connections: streams + 1,
             bytes: received.bytes,
@@ -51,7 +51,7 @@ pub(super) fn run(stage: &Stage, way: Way, time: Duration, streams: u64) -> Resu
 
 #[derive(Deserialize)]
 struct Report {
-    /// Why there are no results.
+    /// The reason why there are no results.
     error: Option<String>,
     end: Option<End>,
 }
@@ -61,7 +61,7 @@ struct End {
     sum_received: Option<Sum>,
 }
 
-/// What arrived in all streams together.
+/// The bytes received in all streams together.
 #[derive(Debug, Deserialize)]
 struct Sum {
     bytes: u64,

@@ -1,4 +1,4 @@
-//! What a load is, and what it measures.
+//! The definition of a load, and what it measures.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -10,17 +10,17 @@ use crate::bench::counters::Moved;
 use crate::bench::stage::Stage;
 use crate::bench::system::Way;
 
-/// Something that is done to a system and gives the values of one or more rows.
+/// A load that is put on a system and measures the values of one or more rows.
 pub(in crate::bench) struct Load {
     pub(in crate::bench) group: Group,
     pub(in crate::bench) way: Way,
     pub(in crate::bench) when: When,
     pub(in crate::bench) rows: &'static [Row],
-    /// It lasts for about the given time.
+    /// Runs for about the given time.
     pub(in crate::bench) run: fn(&Stage, Way, Duration) -> Result<Measured>,
 }
 
-/// A line of the table.
+/// A row of the table.
 #[derive(Debug, PartialEq)]
 pub(in crate::bench) struct Row {
     /// Its name in JSON and for `--only`.
@@ -46,26 +46,26 @@ pub(in crate::bench) enum Group {
     Cost,
 }
 
-/// When a load is put on.
+/// When a load runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::bench) enum When {
     /// In each round.
     EachRound,
-    /// In each round, on proxies that were started for it.
+    /// In each round, on proxies that are started for it.
     OnFreshProxies,
     /// Once, after all rounds.
     AtTheEnd,
 }
 
-/// What a load has shown.
+/// The results of a load.
 #[derive(Clone, Debug)]
 pub(in crate::bench) struct Measured {
-    /// In the order of the load's rows; none where the system has no such thing.
+    /// Values in the order of the load's rows; `None` where a row does not apply to the system.
     pub(in crate::bench) values: Vec<Option<f64>>,
     pub(in crate::bench) moved: Moved,
-    /// Where its connections led.
+    /// The destination of its connections.
     pub(in crate::bench) server: SocketAddr,
-    /// What its program says went wrong.
+    /// Errors that its program reported.
     pub(in crate::bench) complaints: Vec<String>,
 }
 
@@ -80,5 +80,5 @@ impl fmt::Display for Group {
     }
 }
 
-/// How much longer than its time a load may take.
+/// How much longer than its duration a load may take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,4 +1,4 @@
-//! What the proxies hold when all is over.
+//! The proxies' memory after all loads.
 
 use std::net::SocketAddr;
 
@@ -11,7 +11,7 @@ use crate::bench::system::{Role, Way};
 use crate::bench::topology::NGINX_PORT;
 use crate::bench::usage::memory;
 
-/// MiB resident now and at most, of the client's proxy and of the server's.
+/// Current and peak resident memory in MiB, of the client's proxy and of the server's.
 pub(super) fn run(stage: &Stage, way: Way) -> Result<Measured> {
     let mut values = Vec::new();
     for role in [Role::Client, Role::Server] {

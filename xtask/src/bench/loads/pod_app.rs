@@ -1,4 +1,4 @@
-//! Loads that no ready-made program makes: connections that carry next to nothing.
+//! Loads that no existing program can generate: connections that carry almost no data.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -13,7 +13,7 @@ use crate::bench::system::{Role, Way};
 use crate::bench::topology::ECHO_PORT;
 use crate::bench::usage;
 
-/// One connection after the other: microseconds from connect(2) to the first byte's echo, median.
+/// One connection after the other: median microseconds from connect(2) to the echo of the first byte.
 pub(super) fn set_up(stage: &Stage, way: Way, time: Duration) -> Result<Measured> {
     let server = SocketAddr::new(stage.server(way), ECHO_PORT);
     let done = stage
@@ -26,7 +26,7 @@ pub(super) fn set_up(stage: &Stage, way: Way, time: Duration) -> Result<Measured
         values: vec![Some(done["p50"].as_f64().context("no median")?)],
         moved: Moved {
             connections,
-            // One each way.
+            // One byte in each direction.
             bytes: 2 * connections,
         },
         server,
@@ -34,10 +34,10 @@ pub(super) fn set_up(stage: &Stage, way: Way, time: Duration) -> Result<Measured
     })
 }
 
-/// Connections over which nothing moves: KiB of resident memory for each, at the client's proxy and at the server's.
+/// Idle connections: KiB of resident memory per connection, in the client's proxy and in the server's.
 ///
-/// The proxies are fresh, or the memory that earlier loads have left to be used again would hide it. What they set up
-/// once, they set up for the first connections, which are not counted.
+/// The proxies are fresh; otherwise memory that earlier loads freed would be reused and hide the cost. One-time
+/// allocations happen for the first connections, which are not counted.
 pub(super) fn idle(stage: &Stage, way: Way) -> Result<Measured> {
     let server = SocketAddr::new(stage.server(way), ECHO_PORT);
     let client = stage.client();
@@ -70,7 +70,7 @@ pub(super) fn idle(stage: &Stage, way: Way) -> Result<Measured> {
     })
 }
 
-/// Resident KiB of the client's and the server's proxy, once both stay the same.
+/// Resident memory in KiB of the client's and the server's proxy, once both are stable.
 fn resident(stage: &Stage) -> Result<[Option<u64>; 2]> {
     let look = || -> Result<[Option<u64>; 2]> {
         let mut both = [None; 2];
@@ -94,6 +94,6 @@ fn resident(stage: &Stage) -> Result<[Option<u64>; 2]> {
 
 const FIRST: u64 = 100;
 const IDLE: u64 = 1000;
-/// Memory that has not changed for so long is what the connections take.
+/// How long memory must be unchanged to count as stable.
 const STEADY: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(50);

@@ -11,14 +11,14 @@ use crate::bench::stage::Stage;
 use crate::bench::system::Way;
 use crate::bench::topology::NGINX_PORT;
 
-/// Whether a connection serves one request or all.
+/// Whether each request has its own connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Connections {
     Kept,
     ForEachRequest,
 }
 
-/// Requests on connections that stay open: requests per second.
+/// Requests on persistent connections: requests per second.
 pub(super) fn rate(stage: &Stage, way: Way, time: Duration, connections: u32) -> Result<Measured> {
     let report = run(stage, way, time, connections, Connections::Kept)?;
     Ok(report.measured(way, stage, vec![Some(report.rate)]))
@@ -30,7 +30,7 @@ pub(super) fn latency(stage: &Stage, way: Way, time: Duration) -> Result<Measure
     Ok(report.measured(way, stage, vec![Some(report.p50), Some(report.p99)]))
 }
 
-/// A connection for each request: requests per second, and the proxies' CPU seconds for 1,000 of them.
+/// One connection per request: requests per second, and the proxies' CPU seconds per 1,000 requests.
 pub(super) fn each(stage: &Stage, way: Way, time: Duration, at_a_time: u32) -> Result<Measured> {
     let before = stage.proxies.cpu()?;
     let report = run(stage, way, time, at_a_time, Connections::ForEachRequest)?;
@@ -75,7 +75,7 @@ fn run(
     Ok(report)
 }
 
-/// What wrk says at its end.
+/// The summary that wrk prints.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Report {
     connections: u64,
@@ -85,7 +85,7 @@ struct Report {
     /// Microseconds.
     p50: f64,
     p99: f64,
-    /// Lines that say what went wrong.
+    /// Lines that report errors.
     complaints: Vec<String>,
 }
 
@@ -124,7 +124,7 @@ impl Report {
     }
 }
 
-/// A time as wrk writes it: `73.00us`, `1.31ms`, `2.00s`, `1.50m`.
+/// Parses a time as wrk prints it: `73.00us`, `1.31ms`, `2.00s`, `1.50m`.
 fn microseconds(text: &str) -> Option<f64> {
     let units = [("us", 1.0), ("ms", 1e3), ("s", 1e6), ("m", 6e7)];
     let (number, unit) = units

@@ -1,5 +1,5 @@
-//! The part of istio-cni's node agent that ztunnel needs: it is told of each pod, and given the pod's namespace, over a
-//! socket of packets (`zds.proto`, version 1).
+//! The part of istio-cni's node agent that ztunnel needs: it sends ztunnel each pod with the pod's namespace over a
+//! packet socket (`zds.proto`, version 1).
 
 use std::fs::File;
 use std::io::{IoSlice, Read, Write};
@@ -15,7 +15,7 @@ use nix::sys::socket::{
 };
 use prost::Message;
 
-/// A pod, as ztunnel is told of it.
+/// A pod, as described to ztunnel.
 pub(super) struct Workload {
     uid: String,
     info: WorkloadInfo,
@@ -36,7 +36,7 @@ impl From<&Pod> for Workload {
     }
 }
 
-/// Where ztunnel asks for its pods.
+/// The socket where ztunnel requests its pods.
 pub(super) struct Agent {
     listener: UnixListener,
     /// Stays open: ztunnel without an agent is not ready.
@@ -59,10 +59,10 @@ impl Agent {
         })
     }
 
-    /// Waits for a ztunnel's call and tells it of the pods.
+    /// Waits until a ztunnel connects and sends it the pods.
     ///
     /// # Errors
-    /// When it ends before, says something else, or refuses one.
+    /// If ztunnel closes the connection early, sends an unexpected message, or rejects a pod.
     pub(super) fn introduce(
         &mut self,
         pods: impl IntoIterator<Item = Workload>,
@@ -112,7 +112,7 @@ fn add(stream: &mut UnixStream, pod: &Workload) -> Result<()> {
         MsgFlags::MSG_NOSIGNAL,
         None,
     )?;
-    // A packet goes whole or not at all.
+    // A packet is sent as a whole or not at all.
     ensure!(sent == bytes.len(), "{sent} of {} bytes", bytes.len());
     acknowledged(stream)
 }
@@ -133,7 +133,7 @@ fn receive<M: Message + Default>(stream: &mut UnixStream) -> Result<M> {
     Ok(M::decode(&packet[..length])?)
 }
 
-/// The first packet, from ztunnel.
+/// The first packet, sent by ztunnel.
 #[derive(Clone, PartialEq, Message)]
 struct Hello {
     #[prost(int32, tag = "1")]
@@ -168,7 +168,7 @@ struct WorkloadInfo {
     service_account: String,
 }
 
-/// All pods that there are have been told of.
+/// Marks the end of the initial list of pods.
 #[derive(Clone, PartialEq, Message)]
 struct SnapshotSent {}
 
@@ -180,7 +180,7 @@ struct Response {
 
 #[derive(Clone, PartialEq, Message)]
 struct Ack {
-    /// Empty when all is well.
+    /// Empty on success.
     #[prost(string, tag = "1")]
     error: String,
 }
@@ -199,7 +199,8 @@ mod tests {
 
     use super::*;
 
-    /// What a ztunnel does: greets, and answers each packet; gives what it was told, with the inodes of the namespaces.
+    /// Acts as ztunnel: sends the greeting and acknowledges each packet. Returns what it received, with the namespaces'
+    /// inodes.
     fn ztunnel(path: &Path, errors: &[&str]) -> Vec<(Request, Vec<u64>)> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
@@ -236,7 +237,7 @@ mod tests {
         told
     }
 
-    /// Introduces two pods to such a ztunnel.
+    /// Sends two pods to such a ztunnel.
     fn introduced(name: &str, errors: &'static [&str]) -> (Result<()>, Vec<(Request, Vec<u64>)>) {
         let path = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
         let mut agent = Agent::listen(&path).unwrap();

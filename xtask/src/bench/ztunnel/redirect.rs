@@ -1,14 +1,14 @@
-//! Leading a pod's connections to ztunnel, by the rules that istio-cni writes.
+//! Redirects a pod's connections to ztunnel, by the rules that istio-cni writes.
 
 use anyhow::Result;
 use mesh_tests::Place;
 
 use super::super::peer;
 
-/// Installs the rules and the route that they need in the pod's namespace. They go with it.
+/// Installs the rules and the route that they need in the pod's namespace, with which they are removed.
 ///
 /// # Errors
-/// When `nft` or `ip` refuses them.
+/// If `nft` or `ip` rejects them.
 pub(super) fn install(pod: &Place) -> Result<()> {
     peer::load(pod, &rules())?;
     let marked = format!("{ANSWERS:#x}/{MASK:#x}");
@@ -21,9 +21,9 @@ pub(super) fn install(pod: &Place) -> Result<()> {
     Ok(())
 }
 
-/// What is not ztunnel's own, which it marks, goes to it: the pod's connections to other hosts, and other hosts' to the
-/// pod that are not HBONE. To the pod's app ztunnel shows the caller's address, so the app's answers are brought back by
-/// the connection's mark.
+/// Redirects traffic that is not ztunnel's own (which carries a mark) to ztunnel: the pod's connections to other hosts,
+/// and connections from other hosts to the pod that are not HBONE. ztunnel connects to the pod's application from the
+/// caller's address, so the application's replies are routed back by the connection mark.
 fn rules() -> String {
     format!(
         "table ip ztunnel {{\n\
@@ -50,17 +50,17 @@ fn rules() -> String {
     )
 }
 
-/// Its port for what the pod sends.
+/// ztunnel's port for what the pod sends.
 pub(super) const OUTBOUND: u16 = 15001;
-/// Its port for what is sent to the pod in the clear.
+/// ztunnel's port for plaintext to the pod.
 pub(super) const INBOUND: u16 = 15006;
-/// Its port for other ztunnels.
+/// ztunnel's port for other ztunnels.
 pub(super) const HBONE: u16 = 15008;
-/// On ztunnel's own packets.
+/// The mark of ztunnel's own packets.
 const OWN: u32 = 0x539;
-/// On connections to the pod's app, and on the app's answers.
+/// The mark of connections to the pod's application, and of the application's replies.
 const ANSWERS: u32 = 0x111;
-/// Of the marks.
+/// The mask of the marks.
 const MASK: u32 = 0xfff;
-/// The routing table of the answers.
+/// The routing table for the replies.
 const TABLE: u32 = 100;
