@@ -8,7 +8,7 @@ use crate::step::{self, cargo, step};
 /// Builds the whole workspace with its tests.
 ///
 /// # Errors
-/// When the toolchain is missing or something does not compile.
+/// If the toolchain is missing or something does not compile.
 pub(crate) fn run() -> Result<()> {
     build("the workspace", &["--workspace", "--all-targets"])
 }
@@ -27,8 +27,8 @@ pub(crate) fn daemon() -> Result<()> {
 /// As [`run`].
 pub(crate) fn programs() -> Result<()> {
     daemon()?;
-    // Apart from the daemon, these share their dependencies with xtask, which is built already. Built together with it,
-    // their dependencies get the daemon's features and compile again.
+    // Apart from the daemon, these share their dependencies with xtask, which is already built. Building them together
+    // with the daemon would compile those dependencies again, with the daemon's features.
     build(
         "the helper programs",
         &["--package", "mesh-tests", "--bins"],

@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
-    /// The compiler that was asked for.
+    /// The requested compiler.
     pub(crate) fn wanted(&self) -> Option<Kind> {
         self.toolchain
     }
@@ -26,7 +26,7 @@ impl Arguments {
 /// Builds `target/bpf/auth-ebpf`.
 ///
 /// # Errors
-/// When there is no toolchain for it and none can be installed, or the programs do not compile.
+/// If there is no toolchain and none can be installed, or the programs do not compile.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     step("build the eBPF object", || {
         let toolchain = toolchain::ensure(arguments.wanted())?;
@@ -49,7 +49,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     })
 }
 
-/// Leaves an equal file alone, so that cargo does not rebuild the daemon that embeds it. Tells whether it wrote.
+/// Writes a file unless its content is already equal, so that cargo does not rebuild the daemon that embeds it. Returns
+/// whether it wrote.
 fn copy_if_changed(from: &Path, to: &Path) -> Result<bool> {
     let new = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
     if fs::read(to).is_ok_and(|old| old == new) {
@@ -57,7 +58,7 @@ fn copy_if_changed(from: &Path, to: &Path) -> Result<bool> {
     }
     let folder = to.parent().context("an object lies in a folder")?;
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    // Whole or not at all: another build may be reading it.
+    // Replace the file atomically: another build may be reading it.
     let partial = to.with_extension("partial");
     fs::write(&partial, new).with_context(|| format!("cannot write {}", partial.display()))?;
     fs::rename(&partial, to).with_context(|| format!("cannot write {}", to.display()))?;

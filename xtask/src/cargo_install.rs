@@ -1,4 +1,4 @@
-//! Programs that come as crates, installed with the cargo that runs us.
+//! Programs that are distributed as crates, installed with the cargo that runs us.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use crate::step::{cargo, run, step};
 /// Installs a crate's program with the cargo that runs us.
 ///
 /// # Errors
-/// When it does not compile or the registry cannot be reached.
+/// If it does not compile or the registry cannot be reached.
 pub(crate) fn install(name: &str, version: &str) -> Result<()> {
     let install = CargoInstall {
         variables: Vec::new(),
@@ -20,18 +20,18 @@ pub(crate) fn install(name: &str, version: &str) -> Result<()> {
     })
 }
 
-/// A `cargo install`, to run or to show.
+/// A `cargo install` command, to run or to print.
 pub(crate) struct CargoInstall {
-    /// For its environment.
+    /// Its environment variables.
     pub(crate) variables: Vec<(String, String)>,
-    /// After `cargo install`: the crate and how.
+    /// The arguments after `cargo install`: the crate and its options.
     pub(crate) arguments: Vec<String>,
 }
 
 impl CargoInstall {
     pub(crate) fn command(&self) -> Command {
         let mut command = cargo();
-        // What a user's settings add to our own build is not meant for tools.
+        // A user's settings for our own build do not apply to tools.
         for name in [
             "CARGO_ENCODED_RUSTFLAGS",
             "RUSTFLAGS",

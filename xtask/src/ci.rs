@@ -1,4 +1,4 @@
-//! `cargo xtask ci`: what continuous integration runs, on a developer's machine.
+//! `cargo xtask ci`: runs the steps of continuous integration on a developer's machine.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use crate::step::{self, workspace};
 /// Runs `.ci/run`, the only list of those steps.
 ///
 /// # Errors
-/// When one of the steps fails; the script has named it.
+/// If one of the steps fails; the script has named it.
 pub(crate) fn run() -> Result<()> {
     let mut script = Command::new(workspace().join(".ci/run"));
     step::forget_package(&mut script);

@@ -9,7 +9,7 @@ use crate::toolchain;
 /// Runs clippy with warnings denied.
 ///
 /// # Errors
-/// When it finds something, or there is no toolchain for it and none can be installed.
+/// If clippy reports something, or there is no toolchain and none can be installed.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     step("clippy on the eBPF programs", || {
         let toolchain = toolchain::ensure(arguments.wanted())?;

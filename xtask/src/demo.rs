@@ -1,6 +1,6 @@
-//! `cargo xtask demo`: pods of two nodes talk mutual TLS, and each check shows what it saw.
+//! `cargo xtask demo`: pods of two nodes use mutual TLS, and each check shows its evidence.
 //!
-//! The checks run on a thread of their own and tell what they see as they see it. This thread prints that, ends a check
+//! The checks run on a thread of their own and report events as they happen. This thread prints them, stops a check
 //! that hangs, and cleans up after Ctrl-C.
 
 mod addresses;
@@ -48,10 +48,10 @@ pub(crate) struct Arguments {
     no_build: bool,
 }
 
-/// Installs and builds what is needed, then shows each check.
+/// Installs and builds what is needed, then runs the checks.
 ///
 /// # Errors
-/// When not root, when something does not build, or when a check fails.
+/// If not root, if something does not build, or if a check fails.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut report = Report::new(arguments.json);
     let shown = prepare(arguments).and_then(|()| show(&mut report));
@@ -76,7 +76,8 @@ fn prepare(arguments: &Arguments) -> Result<()> {
     build::programs()
 }
 
-/// Runs the checks and reports them. An error is one of the demo itself, with the cause of all that was not run.
+/// Runs the checks and reports them. An error means that the demo itself failed, and is the cause of all checks not
+/// run.
 fn show(report: &mut Report) -> Result<()> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
@@ -96,7 +97,7 @@ fn show(report: &mut Report) -> Result<()> {
     if result.is_err() {
         stop.store(true, Ordering::Relaxed);
         eprintln!("cleaning up");
-        // What the running check waits for ends with this, and so does the check.
+        // This unblocks the running check, which then ends.
         let _ = remove_own();
         let end = Instant::now() + CLEAN_UP;
         while events
@@ -132,7 +133,7 @@ fn follow(events: &Receiver<Event>, report: &mut Report, interrupted: &AtomicBoo
     }
 }
 
-/// Sets the stage, runs the checks on it and takes it down.
+/// Starts the mesh, runs the checks on it and removes it.
 fn perform(evidence: &Evidence, stop: &AtomicBool) {
     let Some(mut stage) = step(evidence, None, "two nodes with a pod network", || {
         Stage::set(evidence)
@@ -157,7 +158,7 @@ fn perform(evidence: &Evidence, stop: &AtomicBool) {
     });
 }
 
-/// Runs checks until told to stop; whether it came to the end.
+/// Runs checks until told to stop. Returns whether all have run.
 fn checks(checks: &[Check], stage: &mut Stage, evidence: &Evidence, stop: &AtomicBool) -> bool {
     for check in checks {
         if stop.load(Ordering::Relaxed) {
@@ -202,9 +203,9 @@ fn nothing_left(id: MeshId) -> Result<()> {
     Ok(())
 }
 
-/// How long a check may take.
+/// Time limit for a check.
 const LONGEST: Duration = Duration::from_secs(60);
-/// How long a check that was ended may take to notice it.
+/// How long a stopped check may take to notice it.
 const CLEAN_UP: Duration = Duration::from_secs(10);
-/// How soon Ctrl-C is noticed.
+/// Interval at which Ctrl-C is checked.
 const POLL: Duration = Duration::from_millis(100);

@@ -1,4 +1,4 @@
-//! `cargo xtask deny`: licences, sources and duplicates of all dependencies, and advisories against them.
+//! `cargo xtask deny`: checks licences, sources and duplicates of all dependencies, and advisories against them.
 
 use std::process::Command;
 
@@ -7,10 +7,10 @@ use anyhow::Result;
 use crate::cargo_install;
 use crate::step::{self, cargo, step, which, workspace};
 
-/// Checks the workspace and the eBPF crate by the rules of deny.toml.
+/// Checks the workspace and the eBPF crate against the rules of deny.toml.
 ///
 /// # Errors
-/// When a rule is broken, or cargo-deny cannot be installed.
+/// If a rule is violated, or cargo-deny cannot be installed.
 pub(crate) fn run() -> Result<()> {
     if which("cargo-deny").is_none() {
         cargo_install::install("cargo-deny", CARGO_DENY_VERSION)?;
@@ -61,8 +61,8 @@ fn check(manifest: &str, arguments: &[&str]) -> Command {
     command
 }
 
-/// Brings the advisory database up to date, and tells whether it could be reached: it is a git repository, and some
-/// networks let only crates through.
+/// Updates the advisory database, and returns whether it could be reached: it is a git repository, and some networks
+/// allow only crates.
 fn fetch_advisories() -> bool {
     eprintln!("==> fetch the advisory database");
     let cargo = cargo();
@@ -79,7 +79,7 @@ fn fetch_advisories() -> bool {
 }
 
 fn cargo_deny(mut cargo: Command, manifest: &str) -> Command {
-    // Called as cargo's subcommand, because cargo finds it where it installs programs, on the PATH or not.
+    // Run as cargo's subcommand, because cargo finds it in its install folder, whether that is in the PATH or not.
     cargo
         .args(["deny", "--manifest-path"])
         .args([manifest, "--all-features"]);

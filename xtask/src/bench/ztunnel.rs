@@ -152,7 +152,7 @@ fn workload(name: &str, namespace: &str, account: &str, node: &str, addresses: &
         "name": name,
         "namespace": namespace,
         "serviceAccount": account,
-        // The identity that it requests certificates for: it takes one from a file unchanged.
+        // The trust domain of its certificates: ztunnel uses the identities from a file unchanged.
         "trustDomain": TRUST_DOMAIN,
         "workloadIps": addresses,
         "node": node,

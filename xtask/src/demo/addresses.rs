@@ -1,4 +1,4 @@
-//! Addresses and ports as the apps, the firewalls between the nodes and the services' users see them.
+//! Addresses and ports as applications, firewalls between the nodes and users of services see them.
 
 use std::net::SocketAddr;
 
@@ -40,7 +40,8 @@ pub(super) fn peer_address_kept(stage: &mut Stage, evidence: &Evidence) -> Resul
     Ok(())
 }
 
-/// Waits for the client's daemon to log that it carried curl's connection: without it, addresses are kept anyway.
+/// Waits until the client's daemon logs that it carried curl's connection. Without the daemon, addresses are kept
+/// anyway.
 fn through_tunnel(stage: &Stage, answer: &Answer) -> Result<()> {
     let client = answer.local.to_string();
     let line = stage.daemon(NODE_A)?.wait_for_access(
@@ -97,7 +98,7 @@ pub(super) fn port_kept(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
         allowed > 0 && dropped == 0,
         "the call did not pass by the rule"
     );
-    // The rule must be one that can say no.
+    // Verify that the rule can reject traffic.
     let why = stage.ask_nobody(&client, web.at(PORT + 1))?;
     let (_, dropped) = counts(&format!("after one to port {}, {why}", PORT + 1))?;
     ensure!(dropped > 0, "the rule drops nothing, so it shows nothing");
@@ -116,7 +117,7 @@ pub(super) fn service_address(stage: &mut Stage, evidence: &Evidence) -> Result<
         answer.remote == service,
         "curl does not see the address that it dialled"
     );
-    // One curl, a connection each.
+    // One curl process, with one connection per request.
     let url = format!("http://{service}{path}?[2-{CALLS}]");
     let arguments = [
         "-sS",
@@ -184,5 +185,5 @@ pub(super) fn ipv6(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     Ok(())
 }
 
-/// So many that one of two endpoints is left out by chance once in eight million runs.
+/// Enough requests that chance misses one of two endpoints only once in eight million runs.
 const CALLS: usize = 24;

@@ -1,4 +1,4 @@
-//! Streams as fast as they go.
+//! Streams at maximum speed.
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::Iperf3;
@@ -10,7 +10,7 @@ pub(super) fn bulk_transfer(stage: &mut Stage, evidence: &Evidence) -> Result<()
     let (client, web) = (stage.mesh.pod(CLIENT), stage.mesh.pod("web-1"));
     let iperf3 = Iperf3::start(&web, IPERF3)?;
     for (direction, more) in [("client to server", None), ("server to client", Some("-R"))] {
-        // The first bytes of each packet tell what it is.
+        // The first bytes of each packet identify it.
         let capture = stage.mesh.wire().capture_start_of_packets(KEPT)?;
         let mut arguments = vec!["-t", "1", "-P", "2"];
         arguments.extend(more);
@@ -30,7 +30,7 @@ pub(super) fn bulk_transfer(stage: &mut Stage, evidence: &Evidence) -> Result<()
             .streams();
         let carried = recording.payload_bytes() as u64;
         for stream in &streams {
-            // A tunnel that was open before shows no opening, so either side may count as the client.
+            // The opening of an older tunnel was not captured, so either side may count as the client.
             let ends = [stream.client, stream.server];
             ensure!(
                 ends.contains(&web.at(IPERF3)) && stream.tls_records().is_ok(),
@@ -55,7 +55,7 @@ pub(super) fn bulk_transfer(stage: &mut Stage, evidence: &Evidence) -> Result<()
     Ok(())
 }
 
-/// iperf3's own port.
+/// iperf3's default port.
 const IPERF3: u16 = 5201;
-/// A TLS record's header and a little more, in bytes.
+/// In bytes: a TLS record's header and a little more.
 const KEPT: usize = 16;

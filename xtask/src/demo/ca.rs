@@ -1,4 +1,4 @@
-//! The CA: it issues to both nodes, certificates and roots change under load, and what is revoked is cut off.
+//! The CA: it issues to both nodes, certificates and roots rotate under load, and revoked identities are cut off.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,11 +14,12 @@ use super::stage::{CERTIFICATE_LIFE, CLIENT, LOGGED, NODE_A, NODE_B, PORT, Stage
 
 pub(super) fn ca_issued(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     for node in [NODE_A, NODE_B] {
-        // Its pods are enrolled, and their certificates may still be on their way.
+        // Its pods are enrolled, but their certificates may not have arrived yet.
         let held = eventually_ok(LOGGED, "certificates that the CA logged", || {
             let held = stage.daemon(node)?.status()?.certificates;
             ensure!(!held.is_empty(), "{node} asks for none");
-            // Read after the status: a certificate that a node holds is in it, also one that was renewed meanwhile.
+            // Read this after the status, so that it includes every certificate that a node holds, even one that was
+            // just renewed.
             let issued = stage.ca()?.logs();
             { held.into_iter() }
                 .map(|certificate| Ok((logged(&certificate, &issued)?, certificate)))
@@ -49,7 +50,7 @@ pub(super) fn ca_issued(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     Ok(())
 }
 
-/// What the CA logged when it issued `certificate`.
+/// The CA's log line about issuing `certificate`.
 fn logged(certificate: &CertificateStatus, issued: &[Value]) -> Result<Value> {
     let CertificateStatus {
         identity, serial, ..
@@ -150,7 +151,7 @@ pub(super) fn revoked(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
         took.as_millis()
     ));
     ensure!(took < LEARNT, "it took too long");
-    // The node that learns it first cuts the connection, and the other one sees it broken.
+    // The node that learns of it first cuts the connection, and the other one sees it broken.
     let said = eventually(LOGGED, "a line that says why it ended", || {
         let nodes = [NODE_A, NODE_B].into_iter().zip(starts);
         nodes.into_iter().find_map(|(node, start)| {
@@ -193,8 +194,8 @@ fn signing_root(status: &Value) -> Result<String> {
     fingerprint.map(str::to_owned).context("no root signs")
 }
 
-/// Does `work` while the client asks web-1 again and again, and says how often it was answered. One request that fails
-/// is an error.
+/// Runs `work` while the client sends requests to web-1 repeatedly, and returns the number of successful requests. A
+/// single failed request is an error.
 fn under_load(stage: &Stage, work: impl FnOnce() -> Result<()>) -> Result<usize> {
     let (client, web) = (stage.mesh.pod(CLIENT), stage.mesh.pod("web-1"));
     let stop = AtomicBool::new(false);
@@ -223,11 +224,11 @@ fn ask_many(stage: &Stage, client: &Pod, web: &Pod) -> Result<usize> {
     Ok(right)
 }
 
-/// Requests of one curl.
+/// Number of requests per curl process.
 const AT_ONCE: usize = 50;
-/// Certificates of one identity that are to be seen.
+/// Number of certificates of one identity to wait for.
 const GENERATIONS: usize = 3;
-/// How long a rotation of the root may take.
+/// Time limit for a rotation of the root.
 const ROTATION: Duration = Duration::from_secs(50);
-/// How soon daemons must have learnt what is revoked.
+/// Time limit for daemons to learn of a revocation.
 const LEARNT: Duration = Duration::from_secs(2);

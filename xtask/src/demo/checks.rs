@@ -6,10 +6,10 @@ use super::evidence::Evidence;
 use super::stage::Stage;
 use super::{addresses, bulk, ca, failure, identity, outside, policy, same_node, wire};
 
-/// One thing that the demo shows.
+/// A single check of the demo.
 pub(super) struct Check {
     pub(super) name: &'static str,
-    /// What is claimed, in a few words.
+    /// The claim, in a few words.
     pub(super) claim: &'static str,
     pub(super) run: fn(&mut Stage, &Evidence) -> Result<()>,
 }

@@ -1,4 +1,4 @@
-//! Without a daemon: refused while its programs are loaded, plain when they are unloaded.
+//! Behaviour without a daemon: refused while its programs are loaded, plaintext after they are unloaded.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -112,7 +112,7 @@ pub(super) fn unload(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
             .endpoints()?
             .iter()
             .filter(|socket| {
-                // What is in TIME-WAIT is the kernel's, for a minute at most.
+                // Sockets in TIME-WAIT belong to the kernel, for a minute at most.
                 socket.state != TcpState::TimeWait && DAEMON_PORTS.contains(&socket.local.port())
             })
             .count();
@@ -143,10 +143,10 @@ pub(super) fn unload(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     Ok(())
 }
 
-/// How long a daemon may take to drain: no connection is under way.
+/// Time limit for a daemon to drain; no connection is open.
 const STOP: Duration = Duration::from_secs(10);
 const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
-/// As `ip route` prints it.
+/// The format of `ip route`.
 const ROUTE_TABLE: &str = "table 15006";
 /// Listeners inside pods.
 const DAEMON_PORTS: [u16; 2] = [15001, 15008];

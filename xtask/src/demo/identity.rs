@@ -1,4 +1,4 @@
-//! Who is who: both ends' identities in the logs, and a server that is not who it should be.
+//! Identities: those of both ends in the logs, and a server with the wrong identity.
 
 use std::net::SocketAddr;
 
@@ -100,7 +100,7 @@ pub(super) fn secure_naming(stage: &mut Stage, evidence: &Evidence) -> Result<()
     Ok(())
 }
 
-/// Changes what the server's node takes pod shop for, and waits until it serves it as that.
+/// Changes the identity that the server's node assigns to pod shop, and waits until the node uses it.
 fn become_account(stage: &Stage, daemon: &Daemon, account: &str) -> Result<()> {
     let manifests = stage.mesh.node(NODE_B).manifests();
     manifests.edit("Pod", "default", "shop", |pod| {

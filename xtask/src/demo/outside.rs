@@ -1,4 +1,4 @@
-//! The world outside of the mesh: it gets nowhere without a certificate, and the way to it is left alone.
+//! Hosts outside of the mesh: they cannot connect without a certificate, and connections to them are not intercepted.
 
 use std::net::SocketAddr;
 
@@ -90,7 +90,7 @@ pub(super) fn non_mesh_untouched(stage: &mut Stage, evidence: &Evidence) -> Resu
         before == after,
         "the maps have grown: {before:?}, {after:?}"
     );
-    // Lines come in order: once the next connection's is there, this one's would be.
+    // Log lines are in order: if the next connection's line is there, this connection's line would be as well.
     let web = stage.mesh.pod("web-1").at(PORT);
     stage.ask(web, &stage.path("fence"))?;
     for (daemon, start) in [a, b].into_iter().zip(starts) {

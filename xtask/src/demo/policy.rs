@@ -1,4 +1,4 @@
-//! Who may call whom: Istio's policies, for connections to come and for those that are open.
+//! Authorization: Istio's policies, for new connections and for open ones.
 
 use std::time::{Duration, Instant};
 
@@ -10,10 +10,10 @@ use super::evidence::Evidence;
 use super::stage::{CLIENT, LOGGED, NEIGHBOUR, NODE_B, PORT, Stage, soon};
 
 const NAME: &str = "web";
-/// A change reaches what is open within so long.
+/// Time limit for a change to affect open connections.
 const LIVE: Duration = Duration::from_secs(1);
 
-/// Denies the account of the pod `client`.
+/// Denies the service account of the pod `client`.
 fn deny() -> Value {
     json!({
         "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",

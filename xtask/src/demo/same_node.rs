@@ -1,4 +1,4 @@
-//! Two pods of one node: no wire, so no TLS, and after the first connection no daemon either.
+//! Two pods of one node: there is no wire, so no TLS, and after the first connection the daemon is bypassed as well.
 
 use std::net::SocketAddr;
 
@@ -24,7 +24,7 @@ pub(super) fn same_node(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
 
     let start = daemon.log_position();
     let path = stage.path("same-node");
-    // It stays open after the answer, until it is killed.
+    // It stays open after the response, until it is killed.
     let talk = format!(
         "exec 3<>/dev/tcp/{}/{PORT}; printf 'GET {path} HTTP/1.1\\r\\nHost: shop\\r\\n\\r\\n' >&3; exec cat <&3",
         shop.ipv4()

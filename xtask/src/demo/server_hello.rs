@@ -1,11 +1,11 @@
-//! What a server chose in a TLS handshake, read from the wire: the ServerHello (RFC 8446 §4.1.3) is not encrypted.
+//! The choices of a server in a TLS handshake, read from the wire: the ServerHello (RFC 8446 §4.1.3) is not encrypted.
 
 use anyhow::{Context, Result, bail};
 
-/// A ServerHello's choices, as numbers of the IANA registries.
+/// The choices in a ServerHello, as numbers of the IANA registries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ServerHello {
-    /// `supported_versions`; 0x0304 is TLS 1.3. None in TLS 1.2 and older.
+    /// `supported_versions`; 0x0304 is TLS 1.3. `None` in TLS 1.2 and older.
     pub(super) version: Option<u16>,
     /// The group of `key_share`.
     pub(super) group: Option<u16>,
@@ -16,10 +16,10 @@ pub(super) struct ServerHello {
 pub(super) const TLS_1_3: u16 = 0x0304;
 pub(super) const X25519_MLKEM768: u16 = 0x11ec;
 
-/// Reads the ServerHello at the start of what a server sent.
+/// Parses the ServerHello at the start of what a server sent.
 ///
 /// # Errors
-/// When there is none.
+/// If there is none.
 pub(super) fn server_hello(stream: &[u8]) -> Result<ServerHello> {
     let mut record = Reader(stream);
     let (kind, _version) = (record.u8()?, record.u16()?);

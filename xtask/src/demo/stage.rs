@@ -1,4 +1,4 @@
-//! What the checks play on: two nodes, their pods, the daemons, and the programs in the pods.
+//! The setup for the checks: two nodes, their pods, the daemons, and the programs in the pods.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -14,12 +14,12 @@ use serde_json::json;
 
 use super::evidence::Evidence;
 
-/// Dropped from top to bottom: the programs first.
+/// Fields are dropped from top to bottom: the programs first.
 pub(super) struct Stage {
     nginx: BTreeMap<&'static str, Nginx>,
     daemons: BTreeMap<&'static str, Daemon>,
     ca: Option<Ca>,
-    /// In every request's path and in every answer; nothing else on the wire holds it.
+    /// A marker in every request's path and every response; nothing else on the wire contains it.
     pub(super) marker: String,
     pub(super) mesh: Mesh,
 }
@@ -94,7 +94,8 @@ impl Stage {
 
     /// Starts the CA and the daemons, and waits until their pods are enrolled.
     pub(super) fn start_daemons(&mut self, evidence: &Evidence) -> Result<()> {
-        // Short lives, to see them end. The CA believes the server's node about which pods run there.
+        // Short lifetimes, so that certificates expire during the demo. The CA trusts the server's node about which
+        // pods run there.
         let life = format!("{}s", CERTIFICATE_LIFE.as_secs());
         let manifests = self.mesh.node(NODE_B).manifests().folder();
         let options = CaOptions::default()
@@ -123,7 +124,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Starts a node's daemon again and waits until its pods are enrolled.
+    /// Restarts a node's daemon and waits until its pods are enrolled.
     pub(super) fn start_daemon(&mut self, node: &'static str) -> Result<&Daemon> {
         let daemon = self.mesh.node(node).start_daemon_with(self.options()?)?;
         let pods: Vec<_> = self
@@ -155,7 +156,7 @@ impl Stage {
             .with_context(|| format!("no daemon runs on {node}, as an earlier check has failed"))
     }
 
-    /// Takes a node's daemon, to end it.
+    /// Takes a node's daemon, to stop it.
     pub(super) fn take_daemon(&mut self, node: &str) -> Result<Daemon> {
         self.daemons
             .remove(node)
@@ -173,22 +174,22 @@ impl Stage {
         requests
     }
 
-    /// Waits for the log line of a request with a path that nothing else has asked for.
+    /// Waits for the log line of a request with a path that no other request has.
     pub(super) fn request(&self, name: &str, path: &str) -> Result<NginxRequest> {
         self.nginx(name).wait_for_request(path, LOGGED)
     }
 
-    /// A path that holds the marker and that no other request has.
+    /// Returns a path that contains the marker and that no other request has.
     pub(super) fn path(&self, what: &str) -> String {
         format!("/{what}/{}", self.marker)
     }
 
-    /// The client's curl asks a server for a path, and gets the marker in the answer.
+    /// Sends a request from the client with curl, and expects the marker in the response.
     pub(super) fn ask(&self, server: SocketAddr, path: &str) -> Result<Answer> {
         self.ask_from(&self.mesh.pod(CLIENT), server, path)
     }
 
-    /// The same from another place.
+    /// Sends the same request from another place.
     pub(super) fn ask_from(&self, from: &Place, server: SocketAddr, path: &str) -> Result<Answer> {
         let answer = curl(from, server, path, PATIENCE)?;
         let Asked::Answered(answer) = answer else {
@@ -203,7 +204,7 @@ impl Stage {
         Ok(answer)
     }
 
-    /// The same request, where it is to be refused: at once, and with an error.
+    /// Sends the same request and expects it to be refused: at once, and with an error.
     pub(super) fn ask_in_vain(
         &self,
         from: &Place,
@@ -217,7 +218,7 @@ impl Stage {
                     answer.body
                 )
             }
-            // An answer that is merely empty would look like one of the app's.
+            // A merely empty response would look like one from the application.
             Asked::Refused {
                 code: code @ (EMPTY_ANSWER | TIMEOUT),
                 message,
@@ -230,7 +231,7 @@ impl Stage {
         }
     }
 
-    /// A request whose packets somebody drops.
+    /// Sends a request whose packets are dropped on the way.
     pub(super) fn ask_nobody(&self, from: &Place, server: SocketAddr) -> Result<String> {
         match curl(from, server, "/", LITTLE_PATIENCE)? {
             Asked::Answered(answer) => bail!("curl http://{server}/ got: {}", answer.body),
@@ -238,7 +239,7 @@ impl Stage {
         }
     }
 
-    /// The last lines of what the daemons have logged.
+    /// The last lines of the daemons' logs.
     pub(super) fn print_logs(&self) {
         for (node, daemon) in &self.daemons {
             let log = daemon.log_text();
@@ -255,13 +256,13 @@ impl Stage {
     }
 }
 
-/// What became of a request.
+/// The outcome of a request.
 enum Asked {
     Answered(Answer),
     Refused { code: i32, message: String },
 }
 
-/// An answer, and the connection's addresses as curl's own socket has them.
+/// A response, and the connection's addresses as reported by curl's own socket.
 pub(super) struct Answer {
     pub(super) body: String,
     pub(super) local: SocketAddr,
@@ -321,7 +322,7 @@ fn curl(from: &Place, server: SocketAddr, path: &str, seconds: &str) -> Result<A
     }))
 }
 
-/// Waits for something that a program writes down a moment after it has done it.
+/// Waits for a log entry that a program writes shortly after the event.
 pub(super) fn soon<T>(what: &str, probe: impl FnMut() -> Option<T>) -> Result<T> {
     eventually(LOGGED, what, probe)
 }
@@ -333,7 +334,7 @@ pub(super) const CLIENT: &str = "client";
 pub(super) const NEIGHBOUR: &str = "neighbour";
 pub(super) const SERVERS: [&str; 3] = ["web-1", "web-2", "shop"];
 pub(super) const OUTSIDE: &str = "outside";
-/// Where all servers listen.
+/// The port of all servers.
 pub(super) const PORT: u16 = 8080;
 pub(super) const WEB: &str = "10.96.0.10";
 pub(super) const WEB_V6: &str = "fd96::10";
@@ -343,12 +344,12 @@ const SHOP_V6: &str = "fd96::20";
 const EMPTY_ANSWER: i32 = 52;
 /// curl's exit code for `Operation timed out`.
 const TIMEOUT: i32 = 28;
-/// How long curl waits for the end of an answer, in seconds.
+/// curl's timeout for a response, in seconds.
 const PATIENCE: &str = "15";
-/// Likewise, where none can come.
+/// curl's timeout where no response can arrive, in seconds.
 const LITTLE_PATIENCE: &str = "2";
-/// How long a log line may take.
+/// Time limit for a log line.
 pub(super) const LOGGED: Duration = Duration::from_secs(10);
 const LINES_OF_LOG: usize = 8;
-/// How long a certificate lives.
+/// Lifetime of a certificate.
 pub(super) const CERTIFICATE_LIFE: Duration = Duration::from_secs(10);

@@ -1,4 +1,4 @@
-//! What crosses the link between the nodes, without the daemon and with it.
+//! Traffic on the link between the nodes, without the daemon and with it.
 
 use std::net::IpAddr;
 
@@ -64,8 +64,8 @@ pub(super) fn mtls_on_wire(stage: &mut Stage, evidence: &Evidence) -> Result<()>
     )
 }
 
-/// Shows that what passed between two addresses is TLS 1.3 with a post-quantum key exchange, and that no packet at all
-/// holds the marker. There must be a connection that began during the recording.
+/// Verifies that the traffic between two addresses is TLS 1.3 with a post-quantum key exchange, and that no packet at
+/// all contains the marker. At least one connection must have started during the recording.
 pub(super) fn only_tls(
     recording: &Recording,
     client: IpAddr,
@@ -108,8 +108,8 @@ pub(super) fn only_tls(
     Ok(())
 }
 
-/// How many TLS records each side sent, after a check that they are what TLS 1.3 shows to a stranger: one hello in the
-/// clear, perhaps a change_cipher_spec that means nothing, and encrypted records.
+/// Counts the TLS records that each side sent. First verifies that they are what TLS 1.3 shows to an observer: one
+/// hello in the clear, possibly a change_cipher_spec without meaning, and encrypted records.
 fn records(stream: &Stream) -> Result<(usize, usize)> {
     ensure!(!stream.gap, "the capture of {} has a gap", stream.client);
     let (sent, received) = stream
