@@ -19,10 +19,10 @@ pub(crate) struct Arguments {
     binary: Option<PathBuf>,
 }
 
-/// Writes an OCI archive with the release build, and says on stdout where it is.
+/// Writes an OCI archive with the release build, and prints its path on stdout.
 ///
 /// # Errors
-/// When it does not build, or the archive cannot be written.
+/// If it does not build, or the archive cannot be written.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let output = match &arguments.output {
         Some(output) => output.clone(),
@@ -36,7 +36,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 /// Writes the archive to `output`.
 ///
 /// # Errors
-/// When it does not build, or the archive cannot be written.
+/// If it does not build, or the archive cannot be written.
 pub(crate) fn write(binary: Option<&Path>, output: &Path) -> Result<()> {
     let binary = match binary {
         Some(binary) => binary.to_owned(),

@@ -20,8 +20,8 @@ pub(crate) struct Arguments {
 /// Installs and builds what the cluster and its pods need, and runs the tests that use it.
 ///
 /// # Errors
-/// When not root, when something does not build, or when a test fails. Where no cluster can run, the tests are reported
-/// as skipped, with the reason.
+/// If not root, if something does not build, or if a test fails. Where no cluster can run, the tests are reported as
+/// skipped, with the reason.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !root() {
         bail!(

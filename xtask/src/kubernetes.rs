@@ -49,7 +49,8 @@ pub(crate) fn ensure() -> Result<()> {
     Ok(())
 }
 
-/// As [`ensure`], for commands that can do without: tests that need these programs are then reported as skipped.
+/// Like [`ensure`], for commands that also work without these programs: tests that need them are then reported as
+/// skipped.
 pub(crate) fn ensure_or_say() {
     if let Err(error) = ensure() {
         eprintln!(
@@ -80,7 +81,7 @@ fn install() -> Result<()> {
     })
 }
 
-/// The `go` command, also where its own installer puts it: root's PATH may lack that folder.
+/// The `go` command, also from the folder of Go's own installer, which root's PATH may lack.
 fn go() -> Option<PathBuf> {
     let installed = PathBuf::from("/usr/local/go/bin/go");
     which("go").or_else(|| executable(&installed).then_some(installed))

@@ -86,7 +86,7 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // Without the backtrace that anyhow would print: what matters here was said by the programs that ran.
+        // Without anyhow's backtrace: the programs that ran have already printed what matters.
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

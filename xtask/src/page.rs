@@ -1,4 +1,4 @@
-//! Tables in the documentation that commands write from what they have measured.
+//! Tables in the documentation that commands write from their measurements.
 
 use std::fs;
 
@@ -6,10 +6,10 @@ use anyhow::{Context, Result, ensure};
 
 use crate::step::workspace;
 
-/// Puts `text` into the page `name` of docs, in place of what `command` wrote there before.
+/// Writes `text` into the page `name` of docs, in place of what `command` wrote there before.
 ///
 /// # Errors
-/// When the page cannot be read or written, or has no place for it.
+/// If the page cannot be read or written, or has no place for the text.
 pub(crate) fn write(name: &str, command: &str, text: &str) -> Result<()> {
     let path = workspace().join("docs").join(name);
     let page = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;

@@ -1,4 +1,4 @@
-//! `cargo xtask setup`: the programs that tests, demo and bench run in their pods and on their wires.
+//! `cargo xtask setup`: installs the programs that tests, demo and bench run.
 
 use std::process::Command;
 
@@ -7,15 +7,15 @@ use anyhow::{Result, bail};
 use crate::apt;
 use crate::step::{self, step, which};
 
-/// Installs what is missing; takes no time when nothing is.
+/// Installs what is missing; returns immediately if nothing is.
 ///
 /// # Errors
-/// When something is missing and cannot be installed from here: the message names it.
+/// If something is missing and cannot be installed from here: the message names it.
 pub(crate) fn run() -> Result<()> {
     ensure(&PROGRAMS)
 }
 
-/// Installs what virtual machines are made with, where it is missing.
+/// Installs the programs that create virtual machines, where they are missing.
 ///
 /// # Errors
 /// As [`run`].
@@ -64,7 +64,7 @@ fn ensure(programs: &[Program]) -> Result<()> {
     })
 }
 
-/// A program and the Debian package that brings it.
+/// A program and the Debian package that contains it.
 #[derive(Clone, Copy, Debug)]
 struct Program {
     command: &'static str,

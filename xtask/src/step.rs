@@ -1,6 +1,6 @@
-//! A long step and its progress: one line before it, what its programs print, and the time it took.
+//! A long step and its progress: a line that names it, the output of its programs, and the time that it took.
 //!
-//! All of that goes to stderr, so that stdout belongs to the command's own result.
+//! All of that goes to stderr, so that stdout contains only the command's own result.
 
 use std::env;
 use std::ffi::OsStr;
@@ -13,10 +13,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-/// Does `work` between a line that names it and a line that says how long it took.
+/// Runs `work` between a line that names it and a line with the time it took.
 ///
 /// # Errors
-/// Those of `work`.
+/// The errors of `work`.
 pub(crate) fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     eprintln!("==> {name}");
     let start = Instant::now();
@@ -29,10 +29,10 @@ pub(crate) fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T>
     result
 }
 
-/// Runs a program to its end and streams all it prints to stderr.
+/// Runs a program until it exits and streams its output to stderr.
 ///
 /// # Errors
-/// When it cannot be started or does not exit with 0.
+/// If it cannot be started or does not exit with 0.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let shown = show(command);
     let status = command
@@ -46,7 +46,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What a program prints on stdout, or nothing when it is missing or fails: for probes.
+/// A program's standard output, or `None` if it is missing or fails; for probes.
 pub(crate) fn output(command: &mut Command) -> Option<String> {
     let output = command
         .stdin(Stdio::null())
@@ -67,7 +67,8 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// A program of another toolchain than the one that runs us: nothing that chooses or flags a compiler is handed on.
+/// A command of another toolchain than the one that runs us: no variable that selects or configures a compiler is
+/// passed on.
 pub(crate) fn other_toolchain(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     command.current_dir(workspace());
@@ -120,7 +121,7 @@ pub(crate) fn forget_package(command: &mut Command) {
     }
 }
 
-/// The repository's root.
+/// The root of the repository.
 pub(crate) fn workspace() -> PathBuf {
     // Set by `cargo run`, and right even after the folder was moved; the other was true when this was compiled.
     let manifest = env::var_os("CARGO_MANIFEST_DIR")
@@ -132,7 +133,7 @@ pub(crate) fn workspace() -> PathBuf {
 
 /// Where cargo puts programs of the profile (and target) that this one was built with: `target/release`.
 ///
-/// # Errors
+/// The folder of the programs of this program's own profile (and target): `target/release`.
 /// When the running program has no path, which a file system that is gone can cause.
 pub(crate) fn programs() -> Result<PathBuf> {
     let program = env::current_exe().context("cannot tell where this program lies")?;
@@ -141,7 +142,8 @@ pub(crate) fn programs() -> Result<PathBuf> {
         .map_or_else(|| PathBuf::from("/"), Path::to_path_buf))
 }
 
-/// The path of an installed program. Looks where administrators' and cargo's programs lie, too: a user's PATH may lack both.
+/// The path of an installed program. Also searches the folders of administrators' and cargo's programs, which a user's
+/// PATH may lack.
 pub(crate) fn which(program: &str) -> Option<PathBuf> {
     let mut folders: Vec<PathBuf> = env::var_os("PATH")
         .iter()
@@ -156,21 +158,21 @@ pub(crate) fn which(program: &str) -> Option<PathBuf> {
         .find(|path| executable(path))
 }
 
-/// Whether `path` is a file that somebody may execute.
+/// Whether `path` is an executable file.
 pub(crate) fn executable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 
-/// Whether this process runs with user id 0.
+/// Whether this process runs with user ID 0.
 pub(crate) fn root() -> bool {
     // A process's folder under /proc belongs to its effective user.
     fs::metadata("/proc/self").is_ok_and(|found| found.uid() == 0)
 }
 
-/// A command as one could type it: its added variables, the program, its arguments.
+/// A command as text that can be typed: its added variables, the program, its arguments.
 pub(crate) fn show(command: &Command) -> String {
     let variables = command.get_envs().filter_map(|(name, value)| {
-        // Flags that are encoded hold unprintable separators.
+        // Encoded flags contain unprintable separators.
         let value = value?.to_string_lossy().replace('\u{1f}', " ");
         Some(format!("{}={}", name.to_string_lossy(), quote(&value)))
     });

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: builds the tests, runs them side by side, and sums up the results.
+//! `cargo xtask test`: builds the tests, runs them in parallel, and prints a summary.
 
 pub(crate) mod binaries;
 mod output;
@@ -32,10 +32,10 @@ pub(crate) struct Arguments {
     no_build: bool,
 }
 
-/// Installs and builds what the tests need, runs them, and sums up.
+/// Installs and builds what the tests need, runs them, and prints a summary.
 ///
 /// # Errors
-/// When not root, when something does not build, or when a test fails.
+/// If not root, if something does not build, or if a test fails.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !root() {
         bail!(
@@ -65,7 +65,7 @@ pub(crate) const SCENARIOS: [&str; 4] = ["--package", "mesh-tests", "--test", "*
 /// Returns false when there are none.
 ///
 /// # Errors
-/// When one fails.
+/// If a test fails.
 pub(crate) fn run_tests(options: &[&str], names: &[String]) -> Result<bool> {
     let binaries = step("build the tests", || binaries::build(options))?;
     let mut summary = Summary::default();

@@ -1,4 +1,4 @@
-//! Which compiler and linker build the eBPF programs: what is there, which is taken and why.
+//! The compiler and linker for the eBPF programs: which are installed, which are used, and why.
 //!
 //! rustup has no `core` for BPF targets. Either a distribution brings a compiler with one (Debian's `rustc-web`), or a
 //! nightly compiles `core` from its source. Both emit LLVM bitcode, which bpf-linker reads with an LLVM of its own: it
@@ -71,7 +71,7 @@ impl Toolchain {
         command
     }
 
-    /// One line: what was chosen, and why.
+    /// One line with the choice and its reason.
     fn describe(&self, wanted: Option<Kind>) -> String {
         let Compiler { version, llvm } = &self.compiler;
         let compiler = match self.kind {
@@ -103,7 +103,7 @@ pub(crate) enum Kind {
     Nightly,
 }
 
-/// A compiler, as `rustc -vV` tells.
+/// A compiler, as described by `rustc -vV`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Compiler {
     /// `1.96.0`, `1.97.0-nightly`.
@@ -137,25 +137,25 @@ pub(crate) struct Linker {
 }
 
 impl Linker {
-    /// Bitcode of older LLVMs can be read, that of newer ones cannot.
+    /// Whether it can read a compiler's bitcode: that of older LLVMs can be read, that of newer ones cannot.
     fn reads(&self, compiler: &Compiler) -> bool {
         self.llvm.is_none_or(|llvm| llvm >= compiler.llvm)
     }
 }
 
-/// What this machine has.
+/// The toolchains on this machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
-    /// The distribution's rustc, where it has core for BPF targets.
+    /// The distribution's rustc, if it has core for BPF targets.
     pub(crate) system: Option<Compiler>,
-    /// rustup's nightly, where it has rust-src.
+    /// rustup's nightly, if it has rust-src.
     pub(crate) nightly: Option<Compiler>,
-    /// bpf-linker, where it runs.
+    /// bpf-linker, if it runs.
     pub(crate) linker: Option<Linker>,
 }
 
 impl Facts {
-    /// Looks at this machine.
+    /// Finds the toolchains on this machine.
     pub(crate) fn probe() -> Self {
         Self {
             system: probe_system(),
@@ -167,7 +167,7 @@ impl Facts {
     /// Takes the first compiler that the linker can follow: the system's, because it needs no unstable build of core.
     ///
     /// # Errors
-    /// What is missing.
+    /// If something is missing: the error says what.
     pub(crate) fn choose(&self, wanted: Option<Kind>) -> Result<Toolchain, Missing> {
         let compilers: Vec<(Kind, &Compiler)> =
             [(Kind::System, &self.system), (Kind::Nightly, &self.nightly)]
@@ -201,10 +201,10 @@ impl Facts {
     }
 }
 
-/// Finds the toolchain, and says which. Installs what is missing where that takes only apt and cargo, as root.
+/// Finds the toolchain, and reports which. As root, installs what is missing if apt and cargo suffice.
 ///
 /// # Errors
-/// When something is missing that cannot be installed from here: the message holds the commands.
+/// If something is missing that cannot be installed from here: the message contains the commands.
 pub(crate) fn ensure(wanted: Option<Kind>) -> Result<Toolchain> {
     // Two things may be missing, one after the other: a compiler, and then a linker that can follow it.
     for _ in 0..2 {
@@ -244,7 +244,7 @@ pub(crate) fn target_directory() -> PathBuf {
 /// The clippy that belongs to the toolchain's compiler, installed if need be; `None` for rustup's, which brings its own.
 ///
 /// # Errors
-/// When it is missing and cannot be installed from here: the message holds the command.
+/// If it is missing and cannot be installed from here: the message contains the command.
 pub(crate) fn linter(kind: Kind) -> Result<PathBuf> {
     match kind {
         Kind::System => {
@@ -293,7 +293,7 @@ fn is_core(file: &OsString) -> bool {
 
 fn probe_nightly() -> Option<Compiler> {
     let rustc = |argument: &[&str]| {
-        // A question must not make rustup download a nightly.
+        // A probe must not make rustup download a nightly.
         let mut command = other_toolchain("rustup");
         output(
             command
@@ -309,7 +309,7 @@ fn probe_nightly() -> Option<Compiler> {
 
 fn probe_linker() -> Option<Linker> {
     let path = which("bpf-linker")?;
-    // One that lost its libLLVM to an upgrade is as good as none.
+    // A linker that lost its libLLVM to an upgrade is unusable.
     output(Command::new(&path).arg("--version"))?;
     let libraries = output(Command::new("ldd").arg(&path)).unwrap_or_default();
     Some(Linker {
@@ -431,7 +431,7 @@ mod tests {
             ..facts
         };
         assert_eq!(facts.choose(None).unwrap().kind, Kind::Nightly);
-        // A newer linker reads older bitcode; of a static one nothing is known, so it is tried.
+        // A newer linker reads older bitcode. The LLVM of a static one is unknown, so it is tried.
         assert!(
             Facts {
                 linker: linker(Some(24)),

@@ -146,7 +146,7 @@ pub(super) fn unload(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
 /// Time limit for a daemon to drain; no connection is open.
 const STOP: Duration = Duration::from_secs(10);
 const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
-/// The format of `ip route`.
+/// The routing table as `ip route` prints it.
 const ROUTE_TABLE: &str = "table 15006";
 /// Listeners inside pods.
 const DAEMON_PORTS: [u16; 2] = [15001, 15008];

@@ -1,4 +1,4 @@
-//! What the demo prints: each step with its evidence as it comes, a summary, and the JSON object for programs.
+//! Output of the demo: each step with its evidence, a summary, and the JSON object for programs.
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -8,7 +8,8 @@ use serde_json::json;
 
 use super::checks::{AFTER, BEFORE};
 
-/// Collects the checks' results. For people it writes on stdout; with JSON, which is alone on stdout, on stderr.
+/// Collects the checks' results. Text for people goes to stdout; with JSON, which is alone on stdout, it goes to
+/// stderr.
 pub(super) struct Report {
     json: bool,
     text: Box<dyn Write>,
@@ -18,7 +19,7 @@ pub(super) struct Report {
 }
 
 struct Running {
-    /// None for a part of the set-up.
+    /// `None` for a part of the setup.
     name: Option<&'static str>,
     claim: &'static str,
     start: Instant,
@@ -75,7 +76,7 @@ impl Report {
         }
     }
 
-    /// The end of what began last. An error when it was a part of the set-up that failed: nothing else can be shown.
+    /// Ends the current step. Returns an error if a part of the setup failed, because nothing else can run then.
     pub(super) fn ends(&mut self, result: Result<()>) -> Result<()> {
         let Some(mut running) = self.running.take() else {
             return Ok(());
@@ -101,7 +102,7 @@ impl Report {
         Ok(())
     }
 
-    /// Prints the end of it and gives the names of the checks that failed or, because of `broken`, were not run.
+    /// Prints the summary and returns the names of the checks that failed or, because of `broken`, did not run.
     pub(super) fn finish(mut self, broken: Option<&Error>) -> Vec<&'static str> {
         self.complete(broken);
         if self.json {
@@ -121,7 +122,7 @@ impl Report {
         failed.map(|done| done.name).collect()
     }
 
-    /// Gives each check a result.
+    /// Sets the result of each check.
     fn complete(&mut self, broken: Option<&Error>) {
         let why = broken.map_or("the demo ended early".to_owned(), |error| {
             format!("{error:#}")
@@ -154,7 +155,7 @@ impl Report {
     }
 
     fn print(&mut self, line: &str) {
-        // A reader that has left (`| head`) is no reason to leave the mesh standing.
+        // A reader that has closed the pipe (`| head`) is no reason to leave the mesh behind.
         let _ = writeln!(self.text, "{line}");
     }
 }
@@ -164,7 +165,7 @@ impl Done {
     fn line(&self) -> String {
         let result = match self.evidence.last() {
             _ if self.ok => "ok",
-            // Why is said once, at the very end.
+            // The reason is printed once, at the end.
             Some(why) if why.starts_with(NOT_RUN) => "not run",
             _ => "FAILED",
         };

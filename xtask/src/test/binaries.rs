@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::step::{cargo, show};
 
-/// A test binary as cargo has built it.
+/// A test binary that cargo has built.
 #[derive(Debug)]
 pub(crate) struct Binary {
     /// The target's name: the file or folder in `tests/`, or the crate.
@@ -24,7 +24,7 @@ pub(crate) struct Binary {
 /// Builds the test binaries that cargo's options select.
 ///
 /// # Errors
-/// When something does not compile.
+/// If something does not compile.
 pub(crate) fn build(options: &[&str]) -> Result<Vec<Binary>> {
     let mut command = cargo();
     command
@@ -83,7 +83,7 @@ impl Binary {
     /// The names of its tests, except those that are ignored.
     ///
     /// # Errors
-    /// When the binary cannot be run.
+    /// If the binary cannot be run.
     pub(crate) fn tests(&self) -> Result<Vec<String>> {
         let all = self.list(&[])?;
         let ignored = self.list(&["--ignored"])?;
@@ -119,7 +119,7 @@ impl Binary {
             .collect())
     }
 
-    /// The binary, to be run as `cargo test` runs it.
+    /// A command that runs the binary as `cargo test` does.
     pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
         command

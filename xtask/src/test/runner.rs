@@ -1,4 +1,4 @@
-//! Runs tests side by side, each in a process of its own, and reports each as it ends.
+//! Runs tests in parallel, each in a process of its own, and reports each result.
 
 use std::fs::File;
 use std::io::Write;
@@ -28,14 +28,14 @@ impl Test<'_> {
     }
 }
 
-/// What may run at the same time.
+/// The tests that may run at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Group {
-    /// Tests that compute: one a core.
+    /// Tests that compute: one per core.
     Unit,
-    /// Tests that build meshes: they wait most of the time.
+    /// Tests that build meshes, which wait most of the time.
     Mesh,
-    /// Tests that measure time or resources, or run a cluster: one at a time, with nothing beside it.
+    /// Tests that measure time or resources, or run a cluster: one at a time, with nothing in parallel.
     Alone,
 }
 
@@ -72,15 +72,15 @@ const ALONE: [&str; 7] = [
     "same_node::changes::",
     "traffic::load::",
 ];
-/// After this time, a test is killed and has failed.
+/// Time limit, after which a test is killed and counts as failed.
 const LONGEST: Duration = Duration::from_secs(900);
 const POLL: Duration = Duration::from_millis(20);
 
-/// Runs the tests, one group after the other, and adds their results to the summary. Output of tests that fail is
-/// printed; the log gets that of all.
+/// Runs the tests, one group after the other, and adds their results to the summary. Prints the output of failed tests;
+/// the log contains the output of all.
 ///
 /// # Errors
-/// When a test cannot be started or the log cannot be written.
+/// If a test cannot be started or the log cannot be written.
 pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -> Result<()> {
     let total = tests.len();
     let results = Mutex::new((log, summary, 0));
@@ -122,9 +122,9 @@ pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -
     Ok(())
 }
 
-/// What came of one test.
+/// The outcome of a test.
 struct Ended {
-    /// None when it was killed because it took too long.
+    /// `None` if it was killed because it exceeded its time limit.
     status: Option<ExitStatus>,
     end: String,
     output: String,

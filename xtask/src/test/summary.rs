@@ -1,4 +1,4 @@
-//! The results of tests: counted, and read from what libtest prints.
+//! The results of tests, counted from libtest's output.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,7 +24,7 @@ impl Summary {
         }
     }
 
-    /// Adds tests that nobody asked to run.
+    /// Adds tests that were not requested.
     pub(crate) fn add_ignored(&mut self, count: usize) {
         self.ignored += count;
     }

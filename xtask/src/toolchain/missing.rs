@@ -1,4 +1,4 @@
-//! What to do when the eBPF programs cannot be built here: what is missing, and how it is installed.
+//! What is missing when the eBPF programs cannot be built here, and how to install it.
 
 use std::path::PathBuf;
 
@@ -34,7 +34,7 @@ pub(crate) enum Missing {
 }
 
 impl Missing {
-    /// One sentence that says what is wrong.
+    /// One sentence that describes the problem.
     pub(super) fn describe(&self) -> String {
         match self {
             Self::Compiler {
@@ -59,7 +59,7 @@ impl Missing {
         }
     }
 
-    /// The commands that put it right, for somebody to type.
+    /// The commands that fix it, for a user to type.
     pub(super) fn instructions(&self, debian: bool) -> String {
         let debian_packages = |packages: &[String]| {
             format!(
@@ -106,7 +106,7 @@ impl Missing {
         }
     }
 
-    /// Puts it right with apt and cargo; false where the archive lacks what it takes.
+    /// Fixes it with apt and cargo. Returns false if the archive lacks what is needed.
     pub(super) fn install(&self) -> Result<bool> {
         match self {
             Self::Compiler {

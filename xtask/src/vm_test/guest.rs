@@ -1,4 +1,4 @@
-//! What a machine holds: the daemon, the tests, the programs that they run, and the kernel's modules.
+//! The contents of a machine: the daemon, the tests, the programs that they run, and the kernel's modules.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -14,14 +14,14 @@ use super::programs::OURS;
 use crate::step::{programs, run, which};
 use crate::test::binaries::Binary;
 
-/// What tests and demo run, and the guest itself.
+/// Programs that the tests, the demo and the guest itself run.
 const PROGRAMS: [&str; 26] = [
     "bash", "cat", "curl", "env", "faketime", "id", "ip", "iperf3", "mkdir", "modprobe", "mount",
     "nft", "nginx", "nsenter", "openssl", "ping", "ps", "setpriv", "sh", "sleep", "ss", "sysctl",
     "tcpdump", "umount", "unshare", "wrk",
 ];
 
-/// Settings and data of those.
+/// Settings and data of those programs.
 const FILES: [&str; 6] = [
     "/etc/passwd",
     "/etc/group",
@@ -44,7 +44,7 @@ const MODULES: [&str; 6] = [
 /// Everything but the kernel's modules and the plan, from this machine.
 ///
 /// # Errors
-/// When a program is missing.
+/// If a program is missing.
 pub(super) fn collect(tests: &[Binary], folder: &Path) -> Result<FileTree> {
     let mut tree = FileTree::default();
     for name in ["bin", "sbin", "lib", "lib64"] {
@@ -88,7 +88,7 @@ pub(super) fn collect(tests: &[Binary], folder: &Path) -> Result<FileTree> {
 /// Writes a machine's archive: that tree, a kernel's modules, and the plan.
 ///
 /// # Errors
-/// When a file cannot be read or written.
+/// If a file cannot be read or written.
 pub(super) fn write(
     everything: &FileTree,
     kernel: &Unpacked,
@@ -152,7 +152,7 @@ fn stripped(program: &Path, folder: &Path) -> Result<PathBuf> {
     Ok(small)
 }
 
-/// What faketime loads into the programs that it starts.
+/// The library that faketime loads into the programs that it starts.
 fn faketime_libraries() -> Vec<PathBuf> {
     let folders = ["/usr/lib/x86_64-linux-gnu/faketime", "/usr/lib/faketime"];
     let folders = folders.map(PathBuf::from).into_iter();

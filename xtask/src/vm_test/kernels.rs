@@ -14,15 +14,15 @@ use crate::step::{output, run};
 /// A kernel to test on.
 #[derive(Debug)]
 pub(super) struct Kernel {
-    /// What it is called here.
+    /// Its name here.
     pub(super) name: &'static str,
     /// The Debian release whose kernel it is.
     suite: &'static str,
-    /// Whether the daemon runs on it. On another one it must say what is missing.
+    /// Whether the daemon runs on it. On any other kernel the daemon must report what is missing.
     pub(super) supported: bool,
 }
 
-/// The kernels of all Debian releases that somebody still runs.
+/// The kernels of all Debian releases that are still in use.
 pub(super) const KERNELS: [Kernel; 4] = [
     Kernel {
         name: "5.10",
@@ -60,7 +60,7 @@ pub(super) fn named(name: &str) -> Result<&'static Kernel, String> {
 /// A kernel that is ready to boot.
 #[derive(Debug)]
 pub(super) struct Unpacked {
-    /// What `uname -r` will say.
+    /// The output of `uname -r`.
     pub(super) release: String,
     /// The kernel's image.
     pub(super) image: PathBuf,
@@ -68,10 +68,10 @@ pub(super) struct Unpacked {
     pub(super) modules: PathBuf,
 }
 
-/// Whether machines can be made here at all.
+/// Verifies that virtual machines can be created here.
 ///
 /// # Errors
-/// Says what is in the way.
+/// If something prevents it: the error says what.
 pub(super) fn supported_here() -> Result<()> {
     ensure!(
         env::consts::ARCH == "x86_64",
@@ -88,7 +88,7 @@ pub(super) fn supported_here() -> Result<()> {
 /// Downloads and unpacks a kernel, unless it was before: removing `folder` gets a newer one.
 ///
 /// # Errors
-/// When the archive cannot be reached, or does not hold what is expected.
+/// If the archive cannot be reached, or does not contain what is expected.
 pub(super) fn fetch(kernel: &Kernel, folder: &Path) -> Result<Unpacked> {
     let folder = folder.join(kernel.suite);
     let root = folder.join("root");
@@ -110,7 +110,7 @@ pub(super) fn fetch(kernel: &Kernel, folder: &Path) -> Result<Unpacked> {
         .args(&packages)
         .current_dir(&debs);
     run(&mut download)?;
-    // Under another name until it is whole.
+    // Use another name until the download is complete.
     let unfinished = folder.join("unfinished");
     recreate(&unfinished)?;
     for deb in files(&debs)? {
@@ -228,7 +228,7 @@ fn find(root: &Path) -> Result<Unpacked> {
     bail!("{}: holds no kernel with its modules", root.display())
 }
 
-/// What lies in a folder, in order.
+/// The entries of a folder, in order.
 fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let reading = || format!("reading {}", folder.display());
     let mut files = fs::read_dir(folder)

@@ -1,4 +1,4 @@
-//! A virtual machine of QEMU's, from its start to its end.
+//! A QEMU virtual machine, from start to shutdown.
 
 use std::fmt;
 use std::fs;
@@ -19,7 +19,7 @@ const BOOT: Duration = Duration::from_secs(180);
 /// For QEMU, to end once it has nothing more to say.
 const MOMENT: Duration = Duration::from_secs(5);
 
-/// What runs a machine's instructions.
+/// How a machine's instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Accelerator {
     /// The processor itself.
@@ -41,7 +41,7 @@ impl Accelerator {
     /// KVM where a kernel starts with it: that /dev/kvm is there does not say so. Tells which it is, and why.
     ///
     /// # Errors
-    /// When there is no QEMU.
+    /// If QEMU is missing.
     pub(super) fn probe(image: &Path) -> Result<Self> {
         if !Path::new("/dev/kvm").exists() {
             eprintln!("    no /dev/kvm here: the machines are emulated (TCG)");
@@ -88,14 +88,14 @@ impl Accelerator {
     }
 }
 
-/// What a machine is made of.
+/// The parts of a machine.
 #[derive(Debug)]
 pub(super) struct Machine {
     /// The kernel's image.
     pub(super) kernel: PathBuf,
     /// Its first root file system, and only one.
     pub(super) archive: PathBuf,
-    /// Where its console's lines go.
+    /// The file for its console output.
     pub(super) console: PathBuf,
     /// What runs it.
     pub(super) accelerator: Accelerator,
@@ -147,7 +147,7 @@ impl Machine {
             }
             limit = patience;
         }
-        // It powers off now. That it does is not what is tested.
+        // The machine powers off now, which is not part of the test.
         running.end(BOOT);
         if self.console_text().lines().any(complains) {
             bail!("all was run; {}", self.last_words());
@@ -161,7 +161,7 @@ impl Machine {
             .unwrap_or_default()
     }
 
-    /// The kernel's first complaint and what follows it, or the last lines.
+    /// The kernel's first error message and what follows it, or the last lines.
     fn last_words(&self) -> String {
         let text = self.console_text();
         let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
@@ -178,10 +178,10 @@ impl Machine {
     }
 }
 
-/// A kernel that goes wrong is to end at once, and says where it was.
+/// Makes a kernel that fails stop at once and report where.
 const COMMAND_LINE: &str = "console=ttyS0 panic=-1 oops=panic";
 
-/// Whether the kernel says here that something is wrong with itself.
+/// Whether the kernel reports an error of its own in this line.
 fn complains(line: &str) -> bool {
     [
         "Kernel panic",

@@ -24,7 +24,7 @@ pub(super) struct Tests {
 /// all. Returns their binaries, too.
 ///
 /// # Errors
-/// When they do not build.
+/// If they do not build.
 pub(super) fn build(
     wanted: impl Fn(&str) -> bool,
     filters: &[String],

@@ -1,4 +1,4 @@
-//! What is run in a machine, and what came of it.
+//! The programs that run in a machine, and their results.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use super::programs::{OURS, Tests};
 use super::table::{Cell, Column};
 use crate::test::Summary;
 
-/// A row of the table: what it is about, and the tests that show it.
+/// A row of the table: its subject, and the tests that cover it.
 struct Feature {
     title: &'static str,
     /// Their names begin with one of these.
@@ -62,14 +62,14 @@ const FEATURES: [Feature; 6] = [
         tests: &["lifecycle::enrolment", "traffic::policy"],
     },
 ];
-/// What is run with both versions of cgroups.
+/// The modules that run with both versions of cgroups.
 const WITH_BOTH: [&str; 4] = [
     "traffic::redirection",
     "lifecycle::fail_closed",
     "lifecycle::enrolment",
     "lifecycle::unload",
 ];
-/// What the short run has of the tests.
+/// The modules in the short run.
 const SHORT: [&str; 7] = [
     "traffic::redirection",
     "lifecycle::fail_closed",
@@ -87,7 +87,7 @@ struct Run {
     verdict: fn(&Output) -> Cell,
 }
 
-/// What a program has done.
+/// The outcome of a program.
 #[derive(Debug, Default)]
 struct Output {
     lines: Vec<String>,
@@ -162,7 +162,7 @@ impl Suite {
     /// come to.
     ///
     /// # Errors
-    /// When this machine, not the other, has trouble.
+    /// If the host has a problem, not the virtual machine.
     pub(super) fn run(&self, machine: &Machine, release: &str) -> Result<Column> {
         let mut column = Column::new(self.kernel, release, machine.accelerator);
         for run in &self.runs {
@@ -409,7 +409,7 @@ fn demonstrated(output: &Output) -> Cell {
     }
 }
 
-/// What libtest says.
+/// The result line of libtest.
 fn passed(output: &Output) -> Cell {
     let mut summary = Summary::default();
     for line in &output.lines {

@@ -7,14 +7,14 @@ use anyhow::Result;
 use super::machine::Accelerator;
 use crate::page;
 
-/// What came of a feature's tests on a kernel.
+/// The result of a feature's tests on a kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Cell {
     /// Tests that passed.
     pub(super) passed: usize,
-    /// Those that did not, each with what is known of it.
+    /// Tests that failed, each with details.
     pub(super) failures: Vec<String>,
-    /// Those that cannot run there.
+    /// Tests that cannot run there.
     pub(super) skipped: Vec<String>,
 }
 
@@ -72,7 +72,7 @@ impl Column {
         }
     }
 
-    /// Has a row of this title, without any result yet.
+    /// Returns the row of this title, adding it without results if necessary.
     pub(super) fn row(&mut self, title: &'static str) -> &mut Cell {
         let at = self.cells.iter().position(|(known, _)| *known == title);
         let at = at.unwrap_or_else(|| {
@@ -89,12 +89,12 @@ impl Column {
         cell.skipped.extend(more.skipped);
     }
 
-    /// Whether nothing was run.
+    /// Whether no test was run.
     pub(super) fn is_empty(&self) -> bool {
         self.cells.iter().all(|(_, cell)| *cell == Cell::default())
     }
 
-    /// All that failed.
+    /// All failures.
     pub(super) fn failures(&self) -> Vec<String> {
         let failures = self.cells.iter().flat_map(|(_, cell)| &cell.failures);
         failures
@@ -144,7 +144,7 @@ pub(super) fn text(columns: &[Column]) -> String {
     text
 }
 
-/// Puts the table into docs/KERNELS.md, in place of the one that is there.
+/// Writes the table into docs/KERNELS.md, in place of the existing one.
 pub(super) fn save(columns: &[Column]) -> Result<()> {
     page::write("KERNELS.md", "vm-test --save", &text(columns))
 }
