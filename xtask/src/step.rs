@@ -133,7 +133,7 @@ pub(crate) fn workspace() -> PathBuf {
 
 /// Where cargo puts programs of the profile (and target) that this one was built with: `target/release`.
 ///
-/// The folder of the programs of this program's own profile (and target): `target/release`.
+/// # Errors
 /// When the running program has no path, which a file system that is gone can cause.
 pub(crate) fn programs() -> Result<PathBuf> {
     let program = env::current_exe().context("cannot tell where this program lies")?;

@@ -137,7 +137,7 @@ pub(crate) struct Linker {
 }
 
 impl Linker {
-    /// Whether it can read a compiler's bitcode: that of older LLVMs can be read, that of newer ones cannot.
+    /// Whether it can read the compiler's bitcode: that of older LLVMs can be read, that of newer ones cannot.
     fn reads(&self, compiler: &Compiler) -> bool {
         self.llvm.is_none_or(|llvm| llvm >= compiler.llvm)
     }

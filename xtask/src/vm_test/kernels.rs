@@ -110,7 +110,7 @@ pub(super) fn fetch(kernel: &Kernel, folder: &Path) -> Result<Unpacked> {
         .args(&packages)
         .current_dir(&debs);
     run(&mut download)?;
-    // Use another name until the download is complete.
+    // Use another name until the extraction is complete.
     let unfinished = folder.join("unfinished");
     recreate(&unfinished)?;
     for deb in files(&debs)? {

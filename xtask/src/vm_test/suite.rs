@@ -409,7 +409,7 @@ fn demonstrated(output: &Output) -> Cell {
     }
 }
 
-/// The result line of libtest.
+/// The result according to libtest's output.
 fn passed(output: &Output) -> Cell {
     let mut summary = Summary::default();
     for line in &output.lines {
