@@ -26,10 +26,10 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
     let (address, port) = match route(&ctx, &user_ip4(&ctx)) {
         Route::Ignore => return PROCEED,
         Route::Refuse => return REFUSE,
-        Route::Capture => (&LOOPBACK_V4, u32::from(OUTBOUND_PORT)),
-        Route::SameNode(verdict) => (&verdict.endpoint, verdict.port),
+        Route::Capture => (LOOPBACK_V4, u32::from(OUTBOUND_PORT)),
+        Route::SameNode(verdict) => (verdict.endpoint, verdict.port),
     };
-    set_user_ip4(&ctx, address);
+    set_user_ip4(&ctx, &address);
     set_user_port(&ctx, port);
     PROCEED
 }
@@ -40,11 +40,11 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
     let (address, port) = match route(&ctx, &destination) {
         Route::Ignore => return PROCEED,
         Route::Refuse => return REFUSE,
-        Route::Capture if is_mapped(&destination) => (&LOOPBACK_V4, u32::from(OUTBOUND_PORT)),
-        Route::Capture => (&LOOPBACK_V6, u32::from(OUTBOUND_PORT)),
-        Route::SameNode(verdict) => (&verdict.endpoint, verdict.port),
+        Route::Capture if is_mapped(&destination) => (LOOPBACK_V4, u32::from(OUTBOUND_PORT)),
+        Route::Capture => (LOOPBACK_V6, u32::from(OUTBOUND_PORT)),
+        Route::SameNode(verdict) => (verdict.endpoint, verdict.port),
     };
-    set_user_ip6(&ctx, address);
+    set_user_ip6(&ctx, &address);
     set_user_port(&ctx, port);
     PROCEED
 }
