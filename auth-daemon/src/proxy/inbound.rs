@@ -1,5 +1,5 @@
-//! The server's side: what comes for a pod, from the first byte on its tunnel listener to the last one of the last
-//! connection that the tunnel carries.
+//! Server side of the data path: serves a connection to a pod, from the first byte on the pod's tunnel listener to the
+//! last byte of the last app connection that the tunnel carries.
 
 use std::{
     io,
@@ -34,16 +34,17 @@ use auth_tunnel::{
     tls::svid::Svid,
 };
 
-/// From a connection's start until its CONNECT is read.
+/// Timeout from the start of a connection until its CONNECT is read.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long a tunnel may idle between two connections; the client's side closes it earlier.
+/// How long a tunnel may stay idle between two app connections. The client's side closes it earlier.
 const IDLE: Duration = Duration::from_secs(60);
-/// How long the app may take to accept.
+/// Timeout for the app to accept a connection.
 const APP_ANSWER: Duration = Duration::from_secs(2);
 
-/// Serves one accepted connection. Returns when it has ended, or was cut; dropping sockets on the way resets them.
+/// Serves one accepted connection. Returns when the connection has ended or was cut. If the future is dropped earlier,
+/// its sockets are reset.
 ///
-/// `place` is the one that it takes among those in their handshake.
+/// `place` is the connection's permit among those that are still in their handshake.
 pub(crate) async fn serve(
     node: &Node,
     pod: &Pod,
@@ -92,7 +93,7 @@ async fn take(
         true => {
             let dial = || dial_plain(node, pod, from, local);
             let spoken = Box::pin(detect::permissive(&tcp, dial)).await;
-            // It may have been silent for long before it began.
+            // The caller may have been silent for a long time, so the handshake's time starts now.
             deadline = Instant::now() + HANDSHAKE;
             spoken
         }
@@ -101,7 +102,7 @@ async fn take(
         Ok(Detected::Tunnel) => {}
         Ok(Detected::Plaintext(app)) => {
             access.learn(|details| details.path = Path::Plaintext);
-            // Now that it is known for what it is.
+            // Judge again for the log, now that the connection is known to be plaintext.
             if let Err(refused) = node.rules.judge(cookie, &in_plaintext, &access) {
                 return access.finish(Outcome::Refused, refused);
             }
@@ -111,7 +112,7 @@ async fn take(
         Err(error) => return access.finish(Outcome::Refused, error),
     }
     let _note = pod.note_tunnel(from, local.port());
-    // On the heap, to be gone when it is over: it is far larger than what the relay needs.
+    // Boxed so that its memory is freed after the handshake: the future is far larger than what the relay needs.
     let channel = match timeout_at(deadline, Box::pin(handshake(node, pod, tcp))).await {
         Ok(Ok(channel)) => channel,
         Ok(Err(reason)) => return access.finish(Outcome::Refused, reason),
@@ -125,7 +126,7 @@ async fn take(
     carry(node, pod, channel, from, local, first, cut).await;
 }
 
-/// A tunnel whose first CONNECT is due: until then it counts as a handshake.
+/// A tunnel whose first CONNECT is due. Until it arrives, the tunnel counts as a handshake.
 struct First<'a> {
     access: Guard<'a>,
     deadline: Instant,
@@ -149,7 +150,8 @@ async fn handshake(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Box<Channel
         .map_err(|error| error.to_string())
 }
 
-/// One app connection after another, until the client's side closes the tunnel or one ends badly.
+/// Carries one app connection after another, until the client's side closes the tunnel or a connection does not end
+/// cleanly.
 async fn carry(
     node: &Node,
     pod: &Pod,
@@ -165,7 +167,7 @@ async fn carry(
     loop {
         let event = tokio::select! {
             event = timeout_at(deadline, channel.receive_control()) => event,
-            // The client's side dials anew, and is refused by the kernel.
+            // The client's side then dials again, and the kernel refuses it.
             _ = draining.wait_for(|draining| *draining), if first.is_none() => return channel.close(),
         };
         let Ok(event) = event else {
@@ -176,7 +178,7 @@ async fn carry(
         };
         let connect = match event {
             Ok(Some(Event::Connect(connect))) => Ok(connect),
-            // Between two connections nobody is served: however the tunnel ends, it is no connection's end.
+            // Between two app connections the end of the tunnel ends no connection, so nothing is logged.
             Ok(None) | Err(ChannelError::Io(_) | ChannelError::Closed) if first.is_none() => {
                 return channel.close();
             }
@@ -211,7 +213,7 @@ async fn carry(
     }
 }
 
-/// One app connection. Returns whether the tunnel can carry another.
+/// Serves one app connection. Returns whether the tunnel can carry another one.
 async fn one(
     node: &Node,
     pod: &Pod,
@@ -270,7 +272,7 @@ async fn one(
     }
 }
 
-/// Checks who calls, then connects to the app as the client would.
+/// Checks the caller, then connects to the app from the client's address.
 async fn admit(
     node: &Node,
     pod: &Pod,
@@ -297,7 +299,7 @@ async fn admit(
         not_after,
         ..
     } = channel.peer();
-    // A tunnel may outlive the certificate that it began with.
+    // A tunnel may outlive the certificate of its handshake.
     if *not_after <= SystemTime::now() {
         return Err((
             ResetCode::Forbidden,
@@ -305,7 +307,7 @@ async fn admit(
         ));
     }
     let snapshot = node.registry.snapshot();
-    // Asked now, that the connection is among the live ones: what is revoked from here on cuts it.
+    // The connection is registered by now, so a revocation after this check cuts it.
     let revoked = &node.certificates.trust().current().revoked;
     check_revoked(&snapshot, revoked, channel.peer(), from.ip())
         .and_then(|()| revoked.check_identity(&pod.workload.identity))
@@ -313,7 +315,7 @@ async fn admit(
     let claimed = connect.client.ip();
     admit_source(&snapshot, identity, from.ip(), claimed)
         .map_err(|denied| (ResetCode::Forbidden, denied.to_string()))?;
-    // Believed only now: no stranger writes lines in another's name.
+    // The claimed address is verified by now. Logging it earlier would let a caller write log lines for another client.
     access.learn(|details| details.client = connect.client);
     let asked = Connection {
         client: Some(identity),
@@ -339,7 +341,7 @@ async fn admit(
     }
 }
 
-/// PERMISSIVE: hands the caller to the app as it is, from the caller's own address.
+/// Relays a plaintext caller of a PERMISSIVE pod to the app, from the caller's own address.
 async fn plaintext(
     node: &Node,
     pod: &Pod,
@@ -371,7 +373,7 @@ async fn dial_plain(
     if local.port() == auth_common::TUNNEL_PORT {
         return Err(io::Error::other("plaintext on the tunnel's own port"));
     }
-    // The caller's port is taken, by its connection to us.
+    // The caller's port cannot be kept: its connection to the daemon uses it.
     let dial = sockets::dial_app(&node.kernel, &pod.enrolled.netns, from, false, local);
     timeout(APP_ANSWER, dial).await.unwrap_or_else(|_| {
         Err(io::Error::new(

@@ -1,4 +1,4 @@
-//! The client's side: an app's captured connection, from `accept` on the pod's loopback to its end.
+//! Client side of the data path: serves an app's captured connection, from `accept` on the pod's loopback to its end.
 
 use std::{
     io,
@@ -39,25 +39,28 @@ use auth_tunnel::{
     tls::trust::Revoked,
 };
 
-/// How long the app waits at most until its connection stands or is refused.
+/// Maximum time until the app's connection is established or refused.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a certificate that is on its way is waited for: less, so that the line in the log says what was missing.
+/// How long to wait for a certificate that is being issued. Less than [`PATIENCE`], so that the access log names the
+/// missing certificate.
 const CERTIFICATE: Duration = Duration::from_secs(9);
-/// How long an endpoint may take to answer a SYN, while there is another one to try.
+/// Timeout for an endpoint to answer a SYN, while there is another endpoint to try.
 const DIAL: Duration = Duration::from_secs(2);
-/// How long its handshake may take, likewise.
+/// Timeout for the TLS handshake, while there is another endpoint to try.
 const HANDSHAKE: Duration = Duration::from_secs(3);
-/// How long it may take to say whether its app accepts, likewise: longer than its daemon gives the app.
+/// Timeout for the answer to CONNECT, while there is another endpoint to try. Longer than the server's daemon waits for
+/// its app.
 const ANSWER: Duration = Duration::from_secs(3);
-/// A tunnel that idled for no longer is believed to lead to a daemon that lives: what the app says goes at once. On any
-/// other one the CONNECT goes alone, so that it can be tried elsewhere when no answer comes.
+/// Idle time up to which a tunnel counts as fresh: its daemon is assumed to be alive, and the app's early bytes are sent
+/// at once. On any other tunnel CONNECT is sent alone, so that the connection can be retried elsewhere if no answer comes.
 const FRESH: Duration = Duration::from_millis(5);
-/// How long a RESET may take to leave.
+/// Timeout for sending a RESET.
 const SEND_RESET: Duration = Duration::from_secs(1);
-/// Endpoints tried for one connection.
+/// Maximum number of endpoints tried for one connection.
 const MAX_ATTEMPTS: usize = 3;
 
-/// Serves one accepted connection. Returns when it has ended, or was cut; dropping `app` on the way resets it.
+/// Serves one accepted connection. Returns when the connection has ended or was cut. If the future is dropped earlier,
+/// `app` is reset.
 pub(crate) async fn serve(node: &Node, pod: &Pod, app: TcpStream, from: SocketAddr) {
     let (cut, registration) = AbortHandle::new_pair();
     let _ = Abortable::new(take(node, pod, app, from, cut), registration).await;
@@ -78,7 +81,7 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
     access.learn(|details| details.destination = Some(dialled));
     let reserved = pod.source_ports.reserve(from.port());
     if reserved.is_some() {
-        // An idle tunnel from this port would keep the server's app from seeing it.
+        // The server's app could not see this source port if an idle tunnel used it.
         pod.pool.forget_source(from.port());
     }
     let mut call = Call {
@@ -89,7 +92,8 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
         access: &access,
         early: Early::default(),
     };
-    // On the heap, to be gone when the connection stands: it is far larger than what the relay needs.
+    // Boxed so that its memory is freed once the connection is established: the future is far larger than what the
+    // relay needs.
     match Box::pin(call.open()).await {
         Ok(Opened::Tunnel(mut tunnel)) => {
             let early = call.early.bytes.len() as u64;
@@ -130,7 +134,7 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
     }
 }
 
-/// Relays without TLS. `early` is what was taken of the app's for an endpoint that said no.
+/// Relays without TLS. `early` holds bytes that were read from the app for an endpoint that refused the connection.
 async fn carry_plainly(
     app: &mut TcpStream,
     server: &mut TcpStream,
@@ -143,12 +147,12 @@ async fn carry_plainly(
     plain::relay(app, server, access.counters()).await
 }
 
-/// A connection that stands.
+/// An established connection to the server.
 enum Opened {
     Tunnel(Box<Tunnel>),
-    /// The pod's own app: no wire, no tunnel. Or one that speaks none.
+    /// The pod's own app, which needs no tunnel, or a server that is reached in plaintext.
     Plainly(TcpStream),
-    /// Another pod's app, on this node.
+    /// The app of another pod on this node.
     SameNode(Neighbour),
 }
 
@@ -164,10 +168,10 @@ struct Tunnel {
     made: Made,
 }
 
-/// What the app says before the server's app has accepted. It goes with the CONNECT, and saves the way there and back.
+/// Bytes that the app sends before the server's app has accepted. They are sent with CONNECT, which saves a round trip.
 ///
-/// It is sent to a daemon that has shown that it may answer, and once at most to one that may have handed it on: after
-/// that the connection fails rather than be tried elsewhere.
+/// They are sent only to an authenticated daemon that may serve the destination, and at most once to a daemon that may
+/// have delivered them: after that the connection fails instead of being retried elsewhere.
 #[derive(Debug, Default)]
 struct Early {
     bytes: Vec<u8>,
@@ -175,7 +179,8 @@ struct Early {
 }
 
 impl Early {
-    /// Takes what the app has said by now. `false`: it has ended its direction, which is for the relay to find again.
+    /// Reads what the app has sent so far. Returns `false` if the app has closed its direction, which the relay detects
+    /// again.
     fn take(&mut self, app: &TcpStream) -> io::Result<bool> {
         let mut bytes = [0; MAX_EARLY_BYTES];
         let count = recv(app.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT)?;
@@ -183,7 +188,7 @@ impl Early {
         Ok(count > 0)
     }
 
-    /// Waits until the app has said something; for ever, when it will not.
+    /// Waits until the app has sent something. Never returns if the app closes its direction without sending anything.
     async fn arrived(&mut self, app: &TcpStream) -> io::Result<()> {
         loop {
             app.readable().await?;
@@ -197,7 +202,7 @@ impl Early {
     }
 }
 
-/// An app's connection on its way to an endpoint.
+/// An app's connection that is being established.
 struct Call<'a> {
     node: &'a Node,
     pod: &'a Pod,
@@ -252,7 +257,7 @@ enum Refusal {
     App(io::Error),
 }
 
-/// Why one endpoint did not do.
+/// Reason for which an attempt to reach one endpoint failed.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error("cannot connect: {0}")]
@@ -292,7 +297,8 @@ fn refused_by(code: ResetCode) -> &'static str {
 }
 
 impl Call<'_> {
-    /// Finds an endpoint that takes the connection, with nothing of the app's sent to any that may not.
+    /// Tries endpoints until one accepts the connection. Sends none of the app's bytes to an endpoint that may not serve
+    /// the destination.
     async fn open(&mut self) -> Result<Opened, Refusal> {
         let deadline = Instant::now() + PATIENCE;
         let resolved = self.node.registry.snapshot().resolve(self.connect.dialled);
@@ -323,7 +329,7 @@ impl Call<'_> {
             tried.push(address);
             self.access
                 .learn(|details| details.endpoint = Some(address));
-            // The last one may take as long as the app has patience for.
+            // The last endpoint may use all the time that is left.
             let others = tried.len() < endpoints.len().min(MAX_ATTEMPTS);
             let attempt = self.attempt(&destination, endpoint, others);
             match timeout_at(deadline, attempt).await {
@@ -469,7 +475,7 @@ impl Call<'_> {
                 Err(failure) if self.early.in_doubt => return Err(failed(failure)),
                 Err(Failure::Channel(_) | Failure::Closed) => {}
                 Err(Failure::Silent) => {
-                    // It speaks for all tunnels, each of which would cost as long, but not for the endpoint.
+                    // The other idle tunnels to this address would time out too, but the endpoint may still answer on a new one.
                     pod.pool.forget(address);
                     if attempt.others {
                         return Err(failed(Failure::Silent));
@@ -530,7 +536,7 @@ impl Call<'_> {
         check_revoked(&self.node.registry.snapshot(), revoked, peer, address.ip())
     }
 
-    /// Connects to the app of a pod of this node, as the client's pod itself would.
+    /// Connects to the app of a pod on this node, in the same way as the client's pod would.
     async fn reach(
         &self,
         destination: &Destination,
@@ -540,7 +546,7 @@ impl Call<'_> {
     ) -> Result<TcpStream, Failure> {
         let (node, netns) = (self.node, &self.pod.enrolled.netns);
         let local_pods = node.same_node.local_pods();
-        // Not there between a change of the pod's and the end of its connections.
+        // Missing for a moment after the client pod changes, until its connections end.
         let client = local_pods.by_cookie.get(&netns.cookie());
         let client = client.ok_or(Failure::Closed)?;
         let (snapshot, trust) = (
@@ -578,7 +584,8 @@ impl Call<'_> {
             })
     }
 
-    /// CONNECT, and the server's answer. On a `fresh` tunnel, what the app says goes without waiting for that.
+    /// Sends CONNECT and waits for the server's answer. On a `fresh` tunnel, the app's early bytes are sent before the
+    /// answer arrives.
     async fn establish(&mut self, channel: &mut Channel, fresh: bool) -> Result<(), Failure> {
         if fresh && self.early.bytes.is_empty() {
             match self.early.take(self.app) {
@@ -611,10 +618,10 @@ impl Call<'_> {
             Some(_) => return Err(ChannelError::OutOfTurn("a frame other than CONNECTED").into()),
             None => Err(Failure::Closed),
         };
-        // The server's side has said itself what became of the connection.
+        // The server's side has answered, so it is known what became of the connection.
         self.early.in_doubt = false;
         if !fresh && answer.is_ok() && !self.early.bytes.is_empty() {
-            // Left from an endpoint that said no.
+            // Bytes left from an endpoint that refused the connection.
             self.early.in_doubt = true;
             channel.send_early(&self.early.bytes).await?;
         }
@@ -633,7 +640,7 @@ impl Call<'_> {
     }
 }
 
-/// No async fn, which would have room for `step` twice.
+/// Runs `step` with a time limit. Not an `async fn`, whose future would hold `step` twice.
 fn within<T>(
     limit: Duration,
     step: impl Future<Output = Result<T, Failure>>,
@@ -641,7 +648,7 @@ fn within<T>(
     timeout(limit, step).map(|outcome| outcome.unwrap_or(Err(Failure::Silent)))
 }
 
-/// TLS, and secure naming: who answers must be one of those that may.
+/// Performs the TLS handshake and checks secure naming: the server's identity must be one that may serve the destination.
 async fn handshake(
     node: &Node,
     tcp: TcpStream,
@@ -661,7 +668,7 @@ async fn handshake(
     Ok(channel)
 }
 
-/// Ends what is to be ended, in the way that it ended, and keeps the tunnel where it can go on.
+/// Closes or resets both sides according to `ending`, and returns the tunnel to the pool if it can be reused.
 async fn finish(
     pod: &Pod,
     app: TcpStream,
@@ -690,20 +697,20 @@ async fn finish(
     }
 }
 
-/// Tells the other side that the connection is over, if its tunnel still takes that.
+/// Sends RESET to the peer, if the tunnel can still carry it.
 pub(crate) async fn send_reset(channel: &mut Channel, code: ResetCode, reason: &str) {
     let reset = Reset {
         code,
         reason: reason.to_owned(),
     };
-    // What does not get through ends in a RST of the tunnel, which says the same.
+    // If the RESET cannot be sent, the tunnel ends with a RST, which means the same.
     if let Ok(Ok(())) = timeout(SEND_RESET, channel.send_reset(&reset)).await {
         let _ = end_in_good_order(channel.socket());
     }
 }
 
-/// The client's address as the server's app is to see it: the app itself may be bound to the loopback by now. While nothing
-/// says which addresses the pod has, the one that its kernel would choose.
+/// Returns the client's address as the server's app sees it. The app's own socket may be bound to the loopback by now. If
+/// the pod's addresses are not known, returns the address that the pod's kernel would choose.
 fn own_address(pod: &Pod, from: SocketAddr, dialled: Option<SocketAddr>) -> SocketAddr {
     if !from.ip().is_loopback() {
         return from;
