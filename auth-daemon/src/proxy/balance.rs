@@ -1,5 +1,5 @@
-//! Which endpoint a connection goes to: of two at random, the one that has fewer of this node's connections. Or, where a
-//! client is to get the same one each time, the one that its address leads to.
+//! Chooses the endpoint of a connection: of two random endpoints, the one with fewer of this node's connections. With
+//! session affinity, the client's address determines the endpoint.
 
 use std::{
     collections::HashMap,
@@ -10,13 +10,13 @@ use std::{
 
 use auth_mesh::Endpoint;
 
-/// Connections of this node by endpoint.
+/// Number of this node's connections, by endpoint.
 #[derive(Debug, Default)]
 pub(super) struct Balance(Mutex<HashMap<SocketAddr, usize>>);
 
 impl Balance {
-    /// Picks among `endpoints`, leaving out those in `tried`. `None` when all are. A `client` is told from others, and gets
-    /// the same one as long as there is that one.
+    /// Picks one of `endpoints` that is not in `tried`, or returns `None` if all are. With a `client` address, the same
+    /// client gets the same endpoint for as long as that endpoint exists.
     pub(super) fn pick<'a>(
         &self,
         endpoints: &[&'a Endpoint],
@@ -39,7 +39,7 @@ impl Balance {
                 .max_by_key(|endpoint| affinity(client, endpoint.address)),
             (count, None) => {
                 let first = rand::random_range(0..count);
-                // One of the others, each as likely.
+                // One of the other endpoints, with equal probability.
                 let second = (first + rand::random_range(1..count)) % count;
                 let (first, second) = (left[first], left[second]);
                 let loads = self.lock();
@@ -67,14 +67,15 @@ impl Balance {
     }
 }
 
-/// How much `client` leans to `endpoint`: whoever comes or goes, others keep their place (rendezvous hashing).
+/// Weight of `endpoint` for `client` (rendezvous hashing): when an endpoint appears or disappears, clients of the other
+/// endpoints keep theirs.
 fn affinity(client: IpAddr, endpoint: SocketAddr) -> u64 {
     let mut hasher = DefaultHasher::new();
     (client, endpoint).hash(&mut hasher);
     hasher.finish()
 }
 
-/// See [`Balance::count`].
+/// Guard returned by [`Balance::count`].
 #[derive(Debug)]
 pub(super) struct Counted<'a> {
     balance: &'a Balance,

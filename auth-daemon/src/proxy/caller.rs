@@ -1,4 +1,4 @@
-//! Whether a caller is who it says: its certificate, its address, and what the CA has taken back.
+//! Checks that a caller is who it claims to be: its certificate, its address, and the CA's revocations.
 
 use std::net::IpAddr;
 
@@ -11,32 +11,32 @@ use auth_tunnel::tls::{
 /// Why a caller is not admitted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Denied {
-    /// The address is that of a pod that is somebody else.
+    /// The source address belongs to a pod with another identity.
     #[error("{source_address} is the address of pod {pod}, which is {expected}, not {presented}")]
     Impostor {
         /// Where the connection comes from.
         source_address: IpAddr,
         /// The pod known there.
         pod: ObjectName,
-        /// Who that pod is.
+        /// That pod's identity.
         expected: Identity,
-        /// Whose certificate was presented.
+        /// The identity in the presented certificate.
         presented: Identity,
     },
-    /// More than one pod claims the address: nobody can be told from it.
+    /// More than one pod or service claims the address, so it identifies none of them.
     #[error("{0} is claimed by more than one pod or service; fix the objects that claim it")]
     Disputed(IpAddr),
-    /// The client speaks for an address that it does not call from.
+    /// The client claims an address other than the tunnel's source address.
     #[error("the client at {tunnel} says that it is {claimed}")]
     ClaimedAddress {
-        /// Where the tunnel comes from.
+        /// Source address of the tunnel.
         tunnel: IpAddr,
-        /// What CONNECT claims.
+        /// Client address in CONNECT.
         claimed: IpAddr,
     },
 }
 
-/// Whether the CA still lets the holder of `svid` be believed, who is at `address`.
+/// Checks that neither `svid`, nor its identity, nor the node of the pod at `address` is revoked.
 pub(crate) fn check_revoked(
     snapshot: &Snapshot,
     revoked: &Revocations,
@@ -47,7 +47,7 @@ pub(crate) fn check_revoked(
     check_revoked_node(snapshot, revoked, address)
 }
 
-/// Whether it still lets the pods be believed that run where the one with `address` does.
+/// Checks that the node of the pod at `address` is not revoked.
 pub(crate) fn check_revoked_node(
     snapshot: &Snapshot,
     revoked: &Revocations,
@@ -59,9 +59,9 @@ pub(crate) fn check_revoked_node(
     }
 }
 
-/// Whether the holder of `presented` may speak as the client at `claimed`, through a tunnel from `tunnel`.
+/// Checks that the holder of `presented` may act as the client at `claimed`, through a tunnel from `tunnel`.
 ///
-/// A pod that is not known here is believed by its certificate alone: its node may have heard of it first.
+/// A pod that is not known here is trusted by its certificate alone, because its own node may discover it first.
 pub(crate) fn admit_source(
     snapshot: &Snapshot,
     presented: &Identity,
@@ -91,7 +91,7 @@ mod tests {
     use auth_mesh::{Inventory, Workload};
     use auth_tunnel::tls::trust::Reason;
 
-    /// Pods on node `a` that all say that `address` is theirs.
+    /// Pods on node `a` that all claim `address`.
     fn pods_at(pods: &[(&str, &Identity)], address: IpAddr) -> Snapshot {
         let workloads = pods.iter().map(|(name, identity)| {
             let name = ObjectName {

@@ -1,5 +1,5 @@
-//! The first moments of a connection to a pod: is it the tunnel, or plaintext? Decided by what the caller sends, all of
-//! which stays in the socket.
+//! Detects whether an inbound connection is a tunnel or plaintext, by the caller's first bytes. The bytes are only
+//! peeked at and stay in the socket.
 
 use std::{io, os::fd::AsRawFd, time::Duration};
 
@@ -11,17 +11,17 @@ use auth_tunnel::{
     hello::{FirstBytes, PEEK_BYTES, classify},
 };
 
-/// PERMISSIVE: a caller that is silent for so long may wait for the server to speak first.
+/// Time after which a silent caller of a PERMISSIVE pod is assumed to wait for the server to speak first.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// What a caller turned out to speak.
+/// The protocol that a caller speaks.
 pub(super) enum Detected {
     Tunnel,
-    /// With the app's connection, where the app had to be asked.
+    /// Contains the connection to the app if detection had to open it.
     Plaintext(Option<TcpStream>),
 }
 
-/// STRICT: waits for as long as it takes the caller to show what it speaks.
+/// Detection for STRICT: waits without a limit until the first bytes identify the protocol.
 pub(super) async fn strict(tcp: &TcpStream) -> io::Result<Detected> {
     match first_bytes(tcp).await? {
         FirstBytes::Tunnel => Ok(Detected::Tunnel),
@@ -33,8 +33,8 @@ pub(super) async fn strict(tcp: &TcpStream) -> io::Result<Detected> {
     }
 }
 
-/// PERMISSIVE: a caller that stays silent may wait for the server to speak first. Then the app is asked, by `dial`, and
-/// whoever speaks first decides; a tunnel that was only slow is still one.
+/// Detection for PERMISSIVE. If the caller stays silent, it may wait for the server to speak first: `dial` then connects
+/// to the app, and the side that speaks first decides. A tunnel that was only slow is still detected.
 pub(super) async fn permissive<F>(tcp: &TcpStream, dial: impl FnOnce() -> F) -> io::Result<Detected>
 where
     F: Future<Output = io::Result<TcpStream>>,
@@ -59,7 +59,7 @@ where
     }
 }
 
-/// What the caller's first bytes are; undecided, if it ends before that can be told.
+/// Classifies the caller's first bytes. Undecided if the caller ends before they can be classified.
 async fn first_bytes(tcp: &TcpStream) -> io::Result<FirstBytes> {
     loop {
         let ready = tcp.ready(Interest::READABLE).await?;
@@ -67,7 +67,7 @@ async fn first_bytes(tcp: &TcpStream) -> io::Result<FirstBytes> {
             let mut bytes = [0; PEEK_BYTES];
             let count = recv(tcp.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK)?;
             match classify(&bytes[..count], ALPN) {
-                // More may come: wait for it as for the first byte.
+                // More bytes may follow: wait for them as for the first byte.
                 FirstBytes::Undecided if !ready.is_read_closed() => {
                     Err(io::ErrorKind::WouldBlock.into())
                 }

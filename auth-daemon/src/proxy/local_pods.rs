@@ -1,4 +1,4 @@
-//! The enrolled pods of this node, as they are to each other, and whether one may talk to another.
+//! The enrolled pods of this node, and whether one may connect to another.
 
 use std::{
     collections::HashMap,
@@ -14,16 +14,16 @@ use auth_tunnel::tls::trust::{Revocations, Revoked};
 /// An enrolled pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LocalPod {
-    /// Of its namespace.
+    /// Netns cookie.
     pub(crate) cookie: u64,
-    /// As which it is served.
+    /// The identity that the pod is served with.
     pub(crate) identity: Identity,
-    /// Its addresses, the one that it speaks from first in each family.
+    /// The pod's addresses. In each family, its source address comes first.
     pub(crate) addresses: Vec<IpAddr>,
 }
 
 impl LocalPod {
-    /// Its address of the family of `address`.
+    /// Returns the pod's address of the same family as `address`.
     pub(crate) fn address_like(&self, address: IpAddr) -> Option<IpAddr> {
         self.addresses
             .iter()
@@ -39,7 +39,7 @@ pub(crate) struct LocalPods {
     pub(crate) by_address: HashMap<IpAddr, Arc<LocalPod>>,
 }
 
-/// Why a pod may not talk to another of its node.
+/// Reason for which a pod may not connect to another pod of its node.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Forbidden {
     #[error("secure naming: it is {}, but may only be {allowed}", server.identity)]
@@ -55,8 +55,8 @@ pub(crate) enum Forbidden {
     Policy(#[from] Refused),
 }
 
-/// Whether `client` may talk to `server` when it dials what `destination` is of: the same that both ends of a tunnel ask.
-/// `source` is the address that it is to speak from, `claimed` the one that its app speaks from.
+/// Checks whether `client` may connect to `server` when it dials `destination`: the same checks as both ends of a tunnel
+/// make. `source` is the source address of the connection, `claimed` the address that the client's app uses.
 pub(crate) fn permit(
     snapshot: &Snapshot,
     revoked: &Revocations,
@@ -79,7 +79,7 @@ pub(crate) fn permit(
     Ok(admit_source(snapshot, &client.identity, source, claimed)?)
 }
 
-/// Whether the server's policies say nothing against it.
+/// Whether the server's policies allow the connection without further action.
 pub(crate) fn allows(
     rules: &ByPod,
     client: &Identity,
@@ -93,7 +93,7 @@ pub(crate) fn allows(
         destination,
     };
     let verdict = rules.verdict(server_cookie, &connection);
-    // What is to be told of each connection is the daemon's to tell.
+    // Only the daemon can report audits and dry-run results for each connection.
     verdict.is_ok_and(|verdict| {
         verdict.allowed() && verdict.audits.is_empty() && verdict.dry_run.is_none()
     })

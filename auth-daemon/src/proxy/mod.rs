@@ -30,7 +30,7 @@ use crate::{config::Config, issuer::Certificates, observe::connections::OpenConn
 use auth_datapath::Kernel;
 use auth_mesh::{Published, Registry, policy::Policies};
 
-/// What all connections on this node share.
+/// State shared by all connections on this node.
 #[derive(Debug)]
 pub struct Node {
     /// The daemon's configuration.

@@ -1,4 +1,4 @@
-//! Carries bytes between two plain connections: a pod that reached itself, or a caller without the tunnel.
+//! Relays bytes between two plaintext connections, for a pod that connects to itself or a peer without a tunnel.
 
 use std::{
     io,
@@ -19,9 +19,9 @@ use auth_tunnel::Counters;
 
 const CHUNK_BYTES: usize = 32 * 1024;
 
-/// Copies both ways until both ends have finished. On an error both are left to be reset.
+/// Copies in both directions until both ends have finished. On an error, both connections are left to be reset.
 ///
-/// `near` is the side whose bytes count as going up.
+/// `near` is the side whose bytes count as `up`.
 pub(super) async fn relay(
     near: &mut TcpStream,
     far: &mut TcpStream,
@@ -60,7 +60,7 @@ async fn one_way(
     mut other_ended: watch::Receiver<bool>,
 ) -> io::Result<()> {
     loop {
-        // No memory is held while nothing comes.
+        // Allocate the buffer only once there are bytes to read, so that an idle connection holds none.
         from.as_ref().readable().await?;
         let mut chunk = vec![0; CHUNK_BYTES];
         let read = from.read(&mut chunk).await?;
@@ -72,7 +72,7 @@ async fn one_way(
     }
     to.shutdown().await?;
     ended.send_replace(true);
-    // What has ended may still be reset while the other direction goes on.
+    // A direction that has ended may still be reset while the other one continues.
     tokio::select! {
         _ = other_ended.wait_for(|ended| *ended) => Ok(()),
         broken = from.as_ref().ready(Interest::ERROR) => Err(

@@ -1,4 +1,4 @@
-//! A pod of this node, as its connections see it.
+//! State of a pod on this node that its connections share.
 
 use std::{
     collections::HashSet,
@@ -14,21 +14,21 @@ use auth_mesh::Workload;
 use auth_support::connection_limit::ConnectionLimit;
 use auth_tunnel::Pool;
 
-/// Callers of a pod that may be in their handshake at once.
+/// Maximum number of a pod's inbound connections that are in their handshake at once.
 const MAX_HANDSHAKES: usize = 8192;
-/// Of these, from one address.
+/// Maximum number of such connections from one source address.
 const MAX_HANDSHAKES_PER_SOURCE: usize = 1024;
 
 /// An enrolled pod.
 #[derive(Debug)]
 pub struct Pod {
-    /// What discovery says of it.
+    /// The pod as discovery reports it.
     pub workload: Workload,
-    /// Its place in the kernel.
+    /// The pod's state in the kernel.
     pub enrolled: Enrolled,
-    /// Its identity's certificate.
+    /// Certificate of the pod's identity.
     pub certificate: Arc<Certificate>,
-    /// Tunnels that its connections left open.
+    /// Idle tunnels of the pod's connections.
     pub pool: Pool,
     pub(crate) source_ports: SourcePorts,
     pub(crate) handshakes: Arc<ConnectionLimit>,
@@ -55,7 +55,7 @@ impl Pod {
         }
     }
 
-    /// Notes a tunnel from `peer` to this pod's `port`, until the guard is dropped.
+    /// Records a tunnel from `peer` to this pod's `port`, until the guard is dropped.
     pub(crate) fn note_tunnel(&self, peer: SocketAddr, port: u16) -> TunnelNote<'_> {
         self.tunnels().insert((peer, port));
         TunnelNote {
@@ -64,8 +64,8 @@ impl Pod {
         }
     }
 
-    /// Whether `client` may be the source of a connection to the app on `port`: a tunnel of the same four would get
-    /// its packets.
+    /// Whether `client` may be the source of a connection to the app on `port`. It may not if a tunnel has the same
+    /// 4-tuple, because the tunnel would receive the connection's packets.
     pub(crate) fn is_free(&self, client: SocketAddr, port: u16) -> bool {
         !SourcePorts::contain(client.port()) || !self.tunnels().contains(&(client, port))
     }
@@ -75,7 +75,7 @@ impl Pod {
     }
 }
 
-/// See [`Pod::note_tunnel`].
+/// Guard returned by [`Pod::note_tunnel`].
 pub(crate) struct TunnelNote<'a> {
     pod: &'a Pod,
     key: (SocketAddr, u16),
@@ -100,7 +100,7 @@ pub struct PodStatus {
     pub netns: String,
     /// Whether the daemon handles its connections.
     pub enrolled: bool,
-    /// Why not, or empty.
+    /// Why the pod is not enrolled. Empty if it is.
     pub reason: String,
     /// Number of idle tunnels.
     #[serde(rename = "idleTunnels")]

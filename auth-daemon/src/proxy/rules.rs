@@ -1,5 +1,4 @@
-//! Who may call the pods of this node: the policies in force, as they come down to each of them, and what they say of a
-//! connection.
+//! Effective policies of each pod on this node, and their verdict on a connection.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
@@ -12,28 +11,28 @@ use crate::observe::{
 };
 use auth_mesh::policy::{Connection, Verdict, WorkloadPolicy};
 
-/// The policies of this node's pods, by the cookies of their namespaces.
+/// The policies of this node's pods, by netns cookie.
 #[derive(Debug, Default)]
 pub(crate) struct Rules {
     current: ArcSwap<ByPod>,
 }
 
-/// At one moment.
+/// A snapshot of [`Rules`].
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ByPod(HashMap<u64, Arc<WorkloadPolicy>>);
 
-/// Why a connection may not be.
+/// Reason for which policies deny a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Refused(pub(super) String);
 
 impl Rules {
-    /// Those in force.
+    /// Returns the policies in force.
     pub(crate) fn current(&self) -> Arc<ByPod> {
         self.current.load_full()
     }
 
-    /// These are in force now. Returns those before, if they were others.
+    /// Puts `rules` in force. Returns the previous policies if they differ.
     pub(crate) fn replace(&self, ByPod(rules): ByPod) -> Option<Arc<ByPod>> {
         let before = self.current();
         let is_same = before.0.len() == rules.len()
@@ -48,15 +47,15 @@ impl Rules {
         Some(before)
     }
 
-    /// A pod that is about to be served has these.
+    /// Adds the policy of a pod that is about to be served.
     pub(crate) fn add(&self, cookie: u64, policy: Arc<WorkloadPolicy>) {
         let mut rules = self.current.load().0.clone();
         rules.insert(cookie, policy);
         self.current.store(Arc::new(ByPod(rules)));
     }
 
-    /// Asks whether `connection` to the pod of `cookie` may be, and notes in the log what policies have to say of it.
-    /// Asked when the connection is among the live ones: what changes from here on cuts it.
+    /// Checks whether the policies of the pod with netns `cookie` allow `connection`, and records their verdict for the
+    /// access log. Called when the connection is already registered, so that a later policy change cuts it.
     pub(crate) fn judge(
         &self,
         cookie: u64,
@@ -83,7 +82,7 @@ impl FromIterator<(u64, Arc<WorkloadPolicy>)> for ByPod {
 }
 
 impl ByPod {
-    /// What the policies of a pod say.
+    /// Returns the verdict of a pod's policies on a connection.
     pub(crate) fn verdict(
         &self,
         cookie: u64,
@@ -93,19 +92,19 @@ impl ByPod {
         Ok(policy.evaluate(connection))
     }
 
-    /// Whether no policy can deny anybody who is known.
+    /// Whether no policy can deny an authenticated client.
     pub(crate) fn is_unrestricted(&self) -> bool {
         self.0.values().all(|policy| policy.is_unrestricted())
     }
 
-    /// The policies of a pod.
+    /// Returns the policies of a pod.
     pub(crate) fn of(&self, cookie: u64) -> Result<&Arc<WorkloadPolicy>, Refused> {
         let policy = self.0.get(&cookie);
         policy.ok_or_else(|| Refused("the pod has left this node, or the mesh".into()))
     }
 
-    /// Why a live connection may not go on, if so: the same that was asked before it began. `cookie` tells whose an
-    /// address is.
+    /// Returns why an open connection may not continue, or `None` if it may: the same check as before it began. `cookie`
+    /// maps an address to the netns cookie of its pod.
     pub(crate) fn forbid(
         &self,
         direction: Direction,
@@ -115,12 +114,12 @@ impl ByPod {
         let destination = details.endpoint?;
         let client = details.client_identity.as_ref();
         let client = match (direction, details.path) {
-            // Of what goes elsewhere, and of a pod that talks to itself, nobody here is asked.
+            // The server's node checks tunnels and plaintext that leave this node. A pod may always reach itself.
             (Direction::Outbound, Path::Tunnel | Path::Plaintext) | (_, Path::Itself) => {
                 return None;
             }
             (Direction::Inbound, Path::Plaintext) => None,
-            // Still in its handshake: it will be asked.
+            // Without a client identity the handshake is not complete; the connection is checked after it.
             (_, Path::Tunnel | Path::SameNode) => Some(client?),
         };
         let connection = Connection {
@@ -136,7 +135,8 @@ impl ByPod {
     }
 }
 
-/// What a pod's callers meet in the kernel: where every one of them may come in plaintext, they need not come by the daemon.
+/// Returns what the kernel does with a pod's callers. If all ports accept plaintext from every caller, plaintext
+/// connections need not pass through the daemon.
 pub(crate) fn inbound(policy: &WorkloadPolicy) -> Inbound {
     let mut modes = policy.port_modes().values().chain([policy.default_mode()]);
     if policy.is_unrestricted() && modes.all(|peer| peer.mode.takes_plaintext()) {
@@ -146,7 +146,7 @@ pub(crate) fn inbound(policy: &WorkloadPolicy) -> Inbound {
     }
 }
 
-/// For the log: the policies that had a part in a verdict.
+/// Formats the policies that contributed to a verdict, for the access log.
 fn told(verdict: &Verdict) -> Option<String> {
     let mut told: Vec<_> = verdict
         .decision
