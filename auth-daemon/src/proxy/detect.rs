@@ -33,8 +33,8 @@ pub(super) async fn strict(tcp: &TcpStream) -> io::Result<Detected> {
     }
 }
 
-/// Detection for PERMISSIVE. If the caller stays silent, it may wait for the server to speak first: `dial` then connects
-/// to the app, and the side that speaks first decides. A tunnel that was only slow is still detected.
+/// Detection for PERMISSIVE. If the caller stays silent, it may wait for the server to speak first: `dial` then
+/// connects to the app, and the side that speaks first decides. A tunnel that was only slow is still detected.
 pub(super) async fn permissive<F>(tcp: &TcpStream, dial: impl FnOnce() -> F) -> io::Result<Detected>
 where
     F: Future<Output = io::Result<TcpStream>>,

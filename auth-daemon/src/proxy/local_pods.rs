@@ -55,8 +55,8 @@ pub(crate) enum Forbidden {
     Policy(#[from] Refused),
 }
 
-/// Checks whether `client` may connect to `server` when it dials `destination`: the same checks as both ends of a tunnel
-/// make. `source` is the source address of the connection, `claimed` the address that the client's app uses.
+/// Checks whether `client` may connect to `server` when it dials `destination`: the same checks as both ends of a
+/// tunnel make. `source` is the source address of the connection, `claimed` the address that the client's app uses.
 pub(crate) fn permit(
     snapshot: &Snapshot,
     revoked: &Revocations,

@@ -51,8 +51,9 @@ const HANDSHAKE: Duration = Duration::from_secs(3);
 /// Timeout for the answer to CONNECT, while there is another endpoint to try. Longer than the server's daemon waits for
 /// its app.
 const ANSWER: Duration = Duration::from_secs(3);
-/// Idle time up to which a tunnel counts as fresh: its daemon is assumed to be alive, and the app's early bytes are sent
-/// at once. On any other tunnel CONNECT is sent alone, so that the connection can be retried elsewhere if no answer comes.
+/// Idle time up to which a tunnel counts as fresh: its daemon is assumed to be alive, and the app's early bytes are
+/// sent at once. On any other tunnel CONNECT is sent alone, so that the connection can be retried elsewhere if no
+/// answer comes.
 const FRESH: Duration = Duration::from_millis(5);
 /// Timeout for sending a RESET.
 const SEND_RESET: Duration = Duration::from_secs(1);
@@ -297,8 +298,8 @@ fn refused_by(code: ResetCode) -> &'static str {
 }
 
 impl Call<'_> {
-    /// Tries endpoints until one accepts the connection. Sends none of the app's bytes to an endpoint that may not serve
-    /// the destination.
+    /// Tries endpoints until one accepts the connection. Sends none of the app's bytes to an endpoint that may not
+    /// serve the destination.
     async fn open(&mut self) -> Result<Opened, Refusal> {
         let deadline = Instant::now() + PATIENCE;
         let resolved = self.node.registry.snapshot().resolve(self.connect.dialled);
@@ -475,7 +476,8 @@ impl Call<'_> {
                 Err(failure) if self.early.in_doubt => return Err(failed(failure)),
                 Err(Failure::Channel(_) | Failure::Closed) => {}
                 Err(Failure::Silent) => {
-                    // The other idle tunnels to this address would time out too, but the endpoint may still answer on a new one.
+                    // The other idle tunnels to this address would time out too, but the endpoint may still answer on a
+                    // new one.
                     pod.pool.forget(address);
                     if attempt.others {
                         return Err(failed(Failure::Silent));
@@ -648,7 +650,8 @@ fn within<T>(
     timeout(limit, step).map(|outcome| outcome.unwrap_or(Err(Failure::Silent)))
 }
 
-/// Performs the TLS handshake and checks secure naming: the server's identity must be one that may serve the destination.
+/// Performs the TLS handshake and checks secure naming: the server's identity must be one that may serve the
+/// destination.
 async fn handshake(
     node: &Node,
     tcp: TcpStream,
@@ -709,8 +712,8 @@ pub(crate) async fn send_reset(channel: &mut Channel, code: ResetCode, reason: &
     }
 }
 
-/// Returns the client's address as the server's app sees it. The app's own socket may be bound to the loopback by now. If
-/// the pod's addresses are not known, returns the address that the pod's kernel would choose.
+/// Returns the client's address as the server's app sees it. The app's own socket may be bound to the loopback by now.
+/// If the pod's addresses are not known, returns the address that the pod's kernel would choose.
 fn own_address(pod: &Pod, from: SocketAddr, dialled: Option<SocketAddr>) -> SocketAddr {
     if !from.ip().is_loopback() {
         return from;

@@ -103,8 +103,8 @@ impl ByPod {
         policy.ok_or_else(|| Refused("the pod has left this node, or the mesh".into()))
     }
 
-    /// Returns why an open connection may not continue, or `None` if it may: the same check as before it began. `cookie`
-    /// maps an address to the netns cookie of its pod.
+    /// Returns why an open connection may not continue, or `None` if it may: the same check as before it began.
+    /// `cookie` maps an address to the netns cookie of its pod.
     pub(crate) fn forbid(
         &self,
         direction: Direction,

@@ -1,5 +1,5 @@
-//! Connections between two pods of this node. The daemon decides on the first of each kind and carries it; the kernel
-//! carries the others by that verdict, for as long as the daemon would decide the same.
+//! Connections between two pods of this node. The daemon judges and relays the first connection to a destination. The
+//! kernel carries the following ones by that verdict, for as long as the daemon would decide the same.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -21,33 +21,33 @@ use crate::{
 };
 use auth_datapath::{Closing, Ending, Grant, Side};
 
-/// How often the lease is renewed; it holds for a few times that.
+/// Interval at which the lease is renewed. A lease is valid for a few intervals.
 const RENEWAL: Duration = Duration::from_secs(1);
-/// Verdicts taken back of which connections may still be open: so many are remembered, for their lines in the log.
+/// Maximum number of withdrawn verdicts that are kept for the access log, because their connections may still be open.
 const REMEMBERED: usize = 16_384;
 
-/// The verdicts that hold.
+/// The verdicts in force.
 #[derive(Debug)]
 pub struct SameNode {
     local_pods: watch::Sender<Arc<LocalPods>>,
-    /// Them, with their namespaces.
+    /// The same pods, with their netns.
     pods: Mutex<Vec<Arc<Pod>>>,
-    /// Held over a decision and what becomes of it in the kernel.
+    /// Locked from a decision until it is applied in the kernel.
     verdicts: Mutex<Verdicts>,
 }
 
 #[derive(Debug)]
 struct Verdicts {
-    /// Whether they are another daemon's to give and to take back.
+    /// Whether another daemon now manages the verdicts.
     released: bool,
     given: HashMap<(u64, SocketAddr), (u64, Decision)>,
     next: u64,
-    /// By the verdict's id: of those that hold, and of some that did.
+    /// Facts by verdict id, of the verdicts in force and of some that were withdrawn.
     facts: HashMap<u64, Facts>,
     past: VecDeque<u64>,
-    /// What all were last seen to follow from.
+    /// The inputs that all verdicts were last checked against.
     basis: Option<Basis>,
-    /// Whether those of a daemon before this one are among them.
+    /// Whether the verdicts of a previous daemon have been adopted.
     adopted: bool,
 }
 
@@ -61,7 +61,7 @@ impl SameNode {
             verdicts: Mutex::new(Verdicts {
                 released: false,
                 given: HashMap::new(),
-                // Above all that a daemon before this one can have come to.
+                // Above every id that a previous daemon can have used.
                 next: since_boot as u64,
                 facts: HashMap::new(),
                 past: VecDeque::new(),
@@ -71,29 +71,29 @@ impl SameNode {
         }
     }
 
-    /// The pods of this node.
+    /// Returns the pods of this node.
     pub(crate) fn local_pods(&self) -> Arc<LocalPods> {
         self.local_pods.borrow().clone()
     }
 
-    /// How many verdicts hold.
+    /// Returns the number of verdicts in force.
     pub fn count(&self) -> usize {
         self.lock().given.len()
     }
 
-    /// Returns when `server` is no pod of this node any more, or not the same.
+    /// Waits until `server` has left this node or has changed.
     pub(crate) async fn gone(&self, server: &LocalPod) {
         let is_gone =
             |now: &Arc<LocalPods>| now.by_cookie.get(&server.cookie).map(|r| &**r) != Some(server);
         if self.local_pods.subscribe().wait_for(is_gone).await.is_err() {
-            // The sender is this value's own.
+            // Unreachable: `self` owns the sender.
             std::future::pending().await
         }
     }
 
-    /// The pods of this node are these now.
+    /// Replaces the pods of this node.
     pub(crate) fn settle(&self, node: &Node, local_pods: LocalPods, pods: Vec<Arc<Pod>>) {
-        // What those have open that have left is seen from their own namespaces too.
+        // Connections of pods that have left are also found from those pods' own netns.
         let before = std::mem::replace(&mut *lock(&self.pods), pods);
         let changed = self.local_pods.send_if_modified(|now| {
             let changed = **now != local_pods;
@@ -108,12 +108,12 @@ impl SameNode {
         }
     }
 
-    /// Ends the connections in the kernel's hands whose pods have left or become others, or are revoked: what the
-    /// daemon does with those in its own.
+    /// Ends the connections that the kernel carries and whose pods have left, have changed identity or are revoked, as
+    /// the daemon does with those that it carries itself.
     pub(crate) fn end_forbidden(&self, node: &Node, also_in: &[Arc<Pod>]) {
         let basis = Basis::of(node);
         let mut verdicts = self.lock();
-        // The daemon that has them knows more of them by now.
+        // The daemon that manages the verdicts now has newer information.
         if verdicts.released {
             return;
         }
@@ -129,7 +129,7 @@ impl SameNode {
         let known: HashSet<u64> = verdicts.facts.keys().copied().collect();
         let adopted = verdicts.adopted;
         drop(verdicts);
-        // Of a verdict that a daemon before this one gave and took back, all that is known is whose pods they are.
+        // Of a verdict that a previous daemon gave and withdrew, only the pods are known.
         let condition = |verdict, client, server| {
             forbidden.contains(&verdict)
                 || adopted
@@ -150,7 +150,7 @@ impl SameNode {
         {
             return;
         }
-        // By the server's end where there is one: its client is told as by any server that resets it.
+        // From the server's end if it exists: the client then sees a RST as from any server.
         let ends = |side| pods.iter().map(move |pod| (side, pod));
         for (side, pod) in ends(Side::Server).chain(ends(Side::Client)) {
             let netns = &pod.enrolled.netns;
@@ -167,8 +167,8 @@ impl SameNode {
         }
     }
 
-    /// Takes over the verdicts of a daemon before this one that this one would give too, and takes the others back, with
-    /// the connections by them that may not be. Called once, when the pods are served.
+    /// Adopts those verdicts of a previous daemon that this one would give too. Withdraws the others, and ends their
+    /// connections that are not allowed. Called once, when the pods are served.
     pub(crate) fn adopt(&self, node: &Node) {
         let mut verdicts = self.lock();
         let basis = Basis::of(node);
@@ -195,12 +195,12 @@ impl SameNode {
         self.end_forbidden(node, &[]);
     }
 
-    /// Leaves the verdicts to another daemon: gives none and takes none back any more.
+    /// Leaves the verdicts to another daemon. Afterwards this one neither gives nor withdraws any.
     pub(crate) fn release(&self) {
         self.lock().released = true;
     }
 
-    /// Lets the kernel carry what the client pod dials there from now on, if that can be said.
+    /// Lets the kernel carry the client pod's later connections to `dialled`, if one verdict covers them all.
     pub(crate) fn remember(&self, node: &Node, client_cookie: u64, dialled: SocketAddr) {
         if node.config.same_node == config::SameNode::Tunnel {
             return;
@@ -223,12 +223,12 @@ impl SameNode {
         });
         match granted {
             Ok(()) => verdicts.insert((client_cookie, dialled), id, decision),
-            // The daemon carries them, then.
+            // The daemon continues to carry them.
             Err(error) => tracing::debug!(%dialled, %error, "a verdict does not reach the kernel"),
         }
     }
 
-    /// Takes back each verdict that would not be given again. Called after every change of what they follow from.
+    /// Withdraws each verdict that would not be given again. Called after every change of the verdicts' inputs.
     pub(crate) fn revise(&self, node: &Node) {
         let mut verdicts = self.lock();
         let basis = Basis::of(node);
@@ -266,7 +266,7 @@ impl SameNode {
         if let Some(facts) = self.lock().facts.get(&closing.verdict) {
             return facts.clone();
         }
-        // A verdict of a daemon before this one.
+        // A verdict of a previous daemon.
         self.local_pods()
             .facts(closing.client_cookie, closing.server_cookie)
     }
@@ -287,7 +287,7 @@ impl Verdicts {
     }
 }
 
-/// Keeps verdicts true to the registry and their lease alive.
+/// Revises the verdicts when the registry changes, and renews their lease.
 pub(crate) async fn keep(node: Arc<Node>) {
     let kernel = &node.kernel.same_node;
     if node.config.same_node == config::SameNode::Tunnel {
@@ -316,7 +316,7 @@ pub(crate) async fn keep(node: Arc<Node>) {
     }
 }
 
-/// Writes a line for each end of a connection that the kernel carried.
+/// Writes an access log line for each end of a connection that the kernel carried.
 pub(crate) async fn log_closed(node: Arc<Node>) {
     let log = async {
         let mut events = node.kernel.same_node.closed()?;
@@ -348,7 +348,7 @@ fn line(closing: &Closing, facts: Facts) -> Finished {
         Ending::Refused => (Outcome::Refused, "its app refuses the connection"),
         Ending::Unanswered => (Outcome::Refused, "its app does not answer"),
     };
-    // That the server's namespace took the connection says who answered.
+    // The server is known only if its netns accepted the connection.
     let answered = closing.claimed || closing.side == Side::Server;
     Finished {
         direction,

@@ -1,4 +1,5 @@
-//! Whether the kernel alone may carry the connections of a pod to an address of this node, and whether it still may.
+//! Decides whether the kernel alone may carry the connections of a pod to an address of this node, and whether it still
+//! may.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -14,7 +15,7 @@ use auth_datapath::Grant;
 use auth_mesh::{Identity, ObjectName, Snapshot, policy::Connection};
 use auth_tunnel::tls::trust::{Revocations, Trust};
 
-/// What holds for a client pod and an address, if it can be said once for all connections.
+/// A decision that covers all connections of a client pod to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Decision {
     pub(super) endpoint: SocketAddr,
@@ -22,7 +23,7 @@ pub(super) struct Decision {
     pub(super) facts: Facts,
 }
 
-/// What the log says of a connection beside its own numbers.
+/// Details of a connection for the access log, besides its counters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Facts {
     pub(super) service: Option<ObjectName>,
@@ -30,14 +31,14 @@ pub(super) struct Facts {
     pub(super) client: Option<Identity>,
     pub(super) server_cookie: u64,
     pub(super) server: Option<Identity>,
-    /// From where to where, if that is known.
+    /// Source and destination, if known.
     pub(super) route: Option<(IpAddr, SocketAddr)>,
-    /// Why this daemon has ended the connections, if it has.
+    /// Why this daemon ended the connections, if it did.
     pub(super) ended_because: Option<String>,
 }
 
 impl LocalPods {
-    /// What can be said of a connection by its ends alone.
+    /// Returns what is known about a connection from its two netns alone.
     pub(super) fn facts(&self, client_cookie: u64, server_cookie: u64) -> Facts {
         let identity = |cookie| Some(self.by_cookie.get(&cookie)?.identity.clone());
         Facts {
@@ -52,8 +53,8 @@ impl LocalPods {
     }
 }
 
-/// `None` where the kernel cannot decide alone: no pod of this node, more than one endpoint to choose from, or not
-/// permitted.
+/// Returns `None` if the kernel cannot decide alone: the server is no pod of this node, there is more than one
+/// endpoint, or the connection is not permitted.
 fn decide(
     snapshot: &Snapshot,
     revoked: &Revocations,
@@ -73,7 +74,7 @@ fn decide(
     if client.cookie == server.cookie {
         return None;
     }
-    // A pod that has become another one is not served as that yet.
+    // A pod that has changed is not served with its new identity yet.
     let endpoint = endpoint.workload.as_ref()?;
     let is_current =
         endpoint.identity == server.identity && snapshot.pod(source)?.identity == client.identity;
@@ -107,7 +108,7 @@ fn decide(
     })
 }
 
-/// What verdicts follow from.
+/// The inputs of verdicts.
 #[derive(Clone, Debug)]
 pub(super) struct Basis {
     pub(super) snapshot: Arc<Snapshot>,
@@ -135,7 +136,7 @@ impl Basis {
             && Arc::ptr_eq(&self.rules, &other.rules)
     }
 
-    /// Why a connection by the verdict with these facts may not go on, if so.
+    /// Returns why a connection with these facts may not continue, or `None` if it may.
     pub(super) fn forbids(&self, facts: &Facts) -> Option<String> {
         for (cookie, identity) in [
             (facts.client_cookie, &facts.client),
@@ -158,7 +159,7 @@ impl Basis {
         self.denies(facts).map(|refused| refused.to_string())
     }
 
-    /// What can be said of the connections by a verdict of a daemon before this one.
+    /// Returns what is known about the connections of a previous daemon's verdict.
     pub(super) fn facts_of(&self, grant: &Grant) -> Facts {
         let client = self.local_pods.by_cookie.get(&grant.client_cookie);
         let source = client.and_then(|client| client.address_like(grant.endpoint.ip()));
@@ -170,10 +171,10 @@ impl Basis {
         }
     }
 
-    /// Why the server's policies are against it, if they are.
+    /// Returns why the server's policies deny the connection, or `None` if they do not.
     pub(super) fn denies(&self, facts: &Facts) -> Option<Refused> {
         let Some((source, destination)) = facts.route else {
-            // Of an earlier daemon's verdict not even the port is known.
+            // The port of a previous daemon's verdict is not known.
             let policy = self.rules.of(facts.server_cookie);
             return match policy {
                 Ok(policy) if policy.is_unrestricted() => None,
@@ -252,13 +253,13 @@ mod tests {
         })
     }
 
-    /// Of pods with cookies from 1, that have no labels.
+    /// Policies of pods without labels, whose cookies count from 1.
     fn rules(policies: &Policies) -> ByPod {
         let policy = policies.workload("default", &Default::default());
         (1..10).map(|cookie| (cookie, policy.clone())).collect()
     }
 
-    /// Their cookies count from 1.
+    /// Local pods whose cookies count from 1.
     fn local_pods(pods: &[Workload]) -> LocalPods {
         let mut local_pods = LocalPods::default();
         for (cookie, pod) in (1..).zip(pods) {
@@ -315,14 +316,14 @@ mod tests {
         // The other pod is not enrolled here, or the client is not.
         assert_eq!(decided(&both, &both[..1], "10.1.0.2:8080"), None);
         assert_eq!(decided(&both, &[], "10.1.0.2:8080"), None);
-        // Two to choose from, of which only one is here.
+        // Two endpoints, of which only one is on this node.
         let three = [client.clone(), web.clone(), second];
         assert_eq!(decided(&three, &both, "10.96.0.7:80"), None);
-        // The pod itself, no port of the service, nobody.
+        // The pod itself, a port that the service does not have, and an unknown address.
         assert_eq!(decided(&both, &both, "10.1.0.1:8080"), None);
         assert_eq!(decided(&both, &both, "10.96.0.7:81"), None);
         assert_eq!(decided(&both, &both, "10.1.0.9:8080"), None);
-        // One of the two has become another since it was enrolled.
+        // One of the pods has changed its identity since it was enrolled.
         let became = [client.clone(), pod("web", "promoted", "10.1.0.2")];
         assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
         let became = [pod("client", "promoted", "10.1.0.1"), web.clone()];
