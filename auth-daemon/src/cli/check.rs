@@ -1,4 +1,4 @@
-//! `auth-daemon check`: what the daemon needs, what is missing, and how to get it.
+//! `auth-daemon check`: checks the daemon's requirements, and reports what is missing and how to provide it.
 
 use std::path::PathBuf;
 

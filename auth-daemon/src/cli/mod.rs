@@ -1,4 +1,4 @@
-//! The command line, one file a subcommand.
+//! The command line. Each subcommand has a file.
 
 mod ask_daemon;
 mod ca;
@@ -42,7 +42,7 @@ enum Command {
 }
 
 impl Cli {
-    /// Does what was asked for.
+    /// Executes the subcommand.
     pub fn execute(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Run(arguments) => run::run(&arguments),

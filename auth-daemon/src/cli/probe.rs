@@ -1,4 +1,5 @@
-//! `auth-daemon probe`: asks the daemon of this container, and no other of the node, how it is. For the kubelet's probes.
+//! `auth-daemon probe`: queries the health of the daemon in this container, and of no other daemon on the node. For the
+//! kubelet's probes.
 
 use std::{
     io::{Read, Write},
@@ -11,9 +12,9 @@ use anyhow::{Context, bail};
 
 use crate::admin::{HEALTH_SOCKET, LIVE, READY};
 
-/// How long an answer may take.
+/// Timeout for the answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Longest answer that is read, in bytes.
+/// Maximum length of an answer, in bytes.
 const MAX_ANSWER_BYTES: u64 = 4 << 10;
 
 #[derive(Debug, clap::Args)]
@@ -47,7 +48,7 @@ pub(super) fn probe(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the daemon behind the socket at `path` says of itself, and whether that is good.
+/// Queries the daemon behind the socket at `path`. Returns whether the check passes, and the daemon's answer.
 pub(crate) fn ask(path: &Path, what: &str) -> anyhow::Result<(bool, String)> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;

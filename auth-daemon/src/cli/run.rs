@@ -31,7 +31,7 @@ use auth_mesh::{Published, Registry, policy::Policies};
 
 use super::standby::{EarlyCertificates, stand_by};
 
-/// How long the threads that have ended may still hold what they had.
+/// Maximum time for the ending data path threads to release the lock on the pins.
 const LAST_BREATH: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
@@ -60,7 +60,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let pins = config.pins.clone();
     let patience = config.drain + LAST_BREATH;
 
-    // Connections have threads to themselves; discovery, certificates and admin share this one.
+    // Connections run on the workers' threads; discovery, certificates and admin share this one.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = Workers::start(cores).context("cannot start the data path's threads")?;
     let control = runtime::Builder::new_current_thread()
@@ -68,7 +68,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .build()
         .context("cannot start the control runtime")?;
     let removed = control.block_on(async {
-        // One that lets go of the node holds its ports until its connections have ended.
+        // A daemon that releases the node holds its ports until its connections have ended.
         let listeners = match arguments.stand_by {
             false => Some(admin::bind().await?),
             true => None,
@@ -100,7 +100,8 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let lock = match lock {
             Some(lock) => lock,
             None => {
-                // Ready to serve is not who would fail to: the daemon that serves ends by that word.
+                // Report ready only if the kernel accepts our programs: the running daemon exits as soon as we report
+                // ready.
                 if let Some(refused) = try_load().into_iter().next() {
                     return Err(with_causes(refused));
                 }
@@ -108,7 +109,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 let known = (&*registry, &certificates, config.node_name.as_str());
                 match stand_by(&pins, known, &mut early, stopped.clone()).await? {
                     Some(lock) => lock,
-                    // The daemon that serves leaves it to its successor to take everything back.
+                    // The running daemon leaves the removal to its successor.
                     None if removed.is_some_and(|removed| *removed.borrow()) => {
                         return Ok(Some(true));
                     }
@@ -152,7 +153,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Answers operators. The ports may be another daemon's still, which has connections to end.
+/// Serves the admin endpoints. Another daemon may still hold their ports until its connections have ended.
 async fn answer(node: Arc<Node>, health: Arc<Health>, listeners: Option<admin::Listeners>) {
     let listeners = match listeners {
         Some(listeners) => listeners,
@@ -167,7 +168,7 @@ async fn answer(node: Arc<Node>, health: Arc<Health>, listeners: Option<admin::L
     admin::serve(node, health, listeners).await;
 }
 
-/// Refuses to start where no pod could be enrolled, and says what is missing: all of it at once.
+/// Fails if a privilege that enrolment needs is missing. The error lists all that are missing.
 fn check_privileges(config: &Config) -> anyhow::Result<()> {
     let mut errors = Vec::new();
     let capabilities = features::capabilities();
@@ -184,12 +185,12 @@ fn check_privileges(config: &Config) -> anyhow::Result<()> {
     anyhow::bail!("this node's pods cannot be served: {}", errors.join("; "))
 }
 
-/// Takes everything out of the kernel. Returns how many pods were enrolled.
+/// Removes everything from the kernel. Returns the number of pods that were enrolled.
 fn take_back(pins: &Path, patience: Duration) -> anyhow::Result<usize> {
     let start = Instant::now();
     loop {
         match PinLock::take(pins) {
-            // The data path's threads let go of it as they end; so does another daemon.
+            // The data path's threads release the lock as they end; so does another daemon.
             Err(KernelError::Locked(_)) if start.elapsed() < patience => {
                 thread::sleep(Duration::from_millis(10));
             }
@@ -201,7 +202,7 @@ fn take_back(pins: &Path, patience: Duration) -> anyhow::Result<usize> {
 /// A task that never ends.
 type Follow = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What keeps what is known true to what is discovered; and, in a cluster, whether the daemon is taken out of it.
+/// Applies discovery updates to the registry. In a cluster, also watches for the daemon's own removal.
 async fn follow(
     config: &Config,
     sink: Sink,
@@ -231,7 +232,7 @@ async fn follow(
     })
 }
 
-/// Where certificates come from. Called within the control runtime.
+/// Creates the issuer of certificates. Must be called within the control runtime.
 fn issuer(config: &Config) -> anyhow::Result<Arc<dyn Issuer>> {
     let (trust_domain, lifetime) = (&config.trust_domain, config.certificate_lifetime);
     Ok(match &config.ca {
@@ -257,7 +258,8 @@ pub(super) async fn asked_to_stop() -> std::io::Result<()> {
 
 pub(super) fn start_log(log: &Log) -> anyhow::Result<()> {
     let mut filter = EnvFilter::try_new(&log.level).context("log.level")?;
-    // They log the whole of an answer that they cannot read, whatever is in it. Who asked tells what went wrong.
+    // These libraries log the whole of a response that they cannot parse, whatever it contains. The caller logs the
+    // error.
     for library in ["kube_client", "kube_runtime"] {
         if !log.level.contains(library) {
             filter = filter.add_directive(format!("{library}=off").parse()?);
@@ -278,7 +280,7 @@ pub(super) fn start_log(log: &Log) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A connection takes two file descriptors: take as many as the system lets us.
+/// Raises the limit of open files to the maximum that the system allows. A connection takes two file descriptors.
 pub(super) fn raise_file_limit() {
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard
@@ -288,7 +290,7 @@ pub(super) fn raise_file_limit() {
     }
 }
 
-/// aya's errors keep the kernel's words in their causes.
+/// Converts an error with all its causes, because aya keeps the kernel's message in them.
 fn with_causes(error: impl std::error::Error + Send + Sync + 'static) -> anyhow::Error {
     let error = anyhow::Error::new(error);
     anyhow::anyhow!("{error:#}")

@@ -1,5 +1,5 @@
-//! While another daemon has the node: this one learns what it will need, says that it is ready to, and takes over when the
-//! other one has let go.
+//! Standby while another daemon serves the node: this daemon discovers pods and requests certificates, reports ready,
+//! and takes over when the other daemon has released the node.
 
 use std::{
     collections::BTreeSet,
@@ -16,10 +16,10 @@ use crate::{issuer::Certificates, proxy::Node};
 use auth_datapath::{KernelError, PinLock};
 use auth_mesh::{Identity, Registry};
 
-/// How often to see whether the node's pods have their certificates themselves.
+/// Interval at which to check whether the node's pods hold their certificates themselves.
 const POLL: Duration = Duration::from_millis(100);
 
-/// Certificates of the node's pods, asked for before they are needed.
+/// Certificates of the node's pods, requested before they are needed.
 #[derive(Debug, Default)]
 pub(super) struct EarlyCertificates(BTreeSet<Identity>);
 
@@ -39,7 +39,7 @@ impl EarlyCertificates {
         self.0 = wanted;
     }
 
-    /// Holds them until the pods do.
+    /// Holds the certificates until the pods do.
     pub(super) async fn hand_over(self, node: Arc<Node>) {
         while !node.is_ready() && !self.0.is_empty() {
             tokio::time::sleep(POLL).await;
@@ -50,8 +50,8 @@ impl EarlyCertificates {
     }
 }
 
-/// Waits until the lock on `pins` is free, and takes it; `None` where `stop` comes first. Until then, keeps `early` to what
-/// is known of the node with that name.
+/// Waits until the lock on `pins` is free, and acquires it. Returns `None` if `stop` comes first. Until then, keeps
+/// `early` in step with the pods of the node with that name.
 pub(super) async fn stand_by(
     pins: &Path,
     (registry, certificates, node): (&Registry, &Certificates, &str),
@@ -78,13 +78,14 @@ pub(super) async fn stand_by(
     }
 }
 
-/// Told once the lock is taken. The thread that waits for it ends with the process at the latest.
+/// Returns a receiver that gets the lock once it is acquired. The thread that waits for the lock ends with the process
+/// at the latest.
 fn when_free(pins: PathBuf) -> std::io::Result<oneshot::Receiver<Result<PinLock, KernelError>>> {
     let (tell, told) = oneshot::channel();
     thread::Builder::new()
         .name("stand-by".into())
         .spawn(move || {
-            // Nobody listens any more: the lock goes with what is sent.
+            // If the receiver is gone, the lock is released with the value that is dropped here.
             let _ = tell.send(PinLock::wait(&pins));
         })?;
     Ok(told)

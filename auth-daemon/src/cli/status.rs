@@ -1,4 +1,4 @@
-//! `auth-daemon status`: asks the running daemon and prints what it says.
+//! `auth-daemon status`: queries the running daemon and prints its status.
 
 use anyhow::Context;
 use serde_json::Value;

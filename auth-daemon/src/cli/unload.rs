@@ -1,4 +1,4 @@
-//! `auth-daemon unload`: takes the stopped daemon's programs, maps, rules and routes out of the kernel.
+//! `auth-daemon unload`: removes a stopped daemon's programs, maps, rules and routes from the kernel.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! Takes connections from the pods' listeners and gives them to the workers.
+//! Accepts connections from the pods' listeners and distributes them to the workers.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -13,21 +13,21 @@ use crate::proxy::{Node, Pod, inbound, outbound};
 use auth_datapath::sockets::canonical;
 use auth_support::connection_limit::ConnectionPermit;
 
-/// How often a drain looks whether it is over.
+/// Interval at which a drain checks whether all connections have ended.
 pub(super) const DRAIN_POLL: Duration = Duration::from_millis(20);
-/// After an accept failed for want of something: file descriptors, memory.
+/// Pause after an `accept` that failed for lack of a resource, such as file descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Which of a pod's listeners.
+/// One of a pod's listeners.
 #[derive(Clone, Copy)]
 pub(super) enum Side {
-    /// For what the pod dials.
+    /// Accepts the connections that the pod opens.
     Outbound,
-    /// For what is dialled in the pod.
+    /// Accepts the connections to the pod.
     Inbound,
 }
 
-/// Serves what comes to one of `pod`'s listeners. Aborted, it drops all its connections.
+/// Serves the connections of one of `pod`'s listeners. If the task is aborted, all its connections are dropped.
 pub(super) fn accept(
     node: &Arc<Node>,
     pod: &Arc<Pod>,
@@ -53,7 +53,7 @@ pub(super) fn accept(
     workers.next().runtime.spawn(watch).abort_handle()
 }
 
-/// Takes what comes to one of a pod's listeners. Dropped, it drops all its connections.
+/// Accepts the connections of one of a pod's listeners. Dropping it drops all its connections.
 struct Acceptor {
     node: Arc<Node>,
     pod: Arc<Pod>,
@@ -63,7 +63,7 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts until told to drain, then only waits for what is under way.
+    /// Accepts until told to drain, then only waits for the open connections.
     async fn run(
         self,
         listener: TcpListener,
@@ -90,7 +90,7 @@ impl Acceptor {
         }
     }
 
-    /// Gives a connection to the worker that has the fewest.
+    /// Gives a connection to the worker that has the fewest connections.
     fn take(&self, tcp: TcpStream, from: SocketAddr) -> io::Result<()> {
         let from = canonical(from);
         let place = match self.side {
@@ -116,7 +116,7 @@ impl Acceptor {
             });
             return Ok(());
         }
-        // It wakes the thread whose runtime knows it.
+        // Register the socket with the worker's runtime, so that it wakes the worker's thread.
         let tcp = tcp.into_std()?;
         let elsewhere = async move {
             match TcpStream::from_std(tcp) {
@@ -132,8 +132,8 @@ impl Acceptor {
     }
 }
 
-/// One connection: of a pod that calls, or, with a `place` among the handshakes, of one that is called. Each on the heap by
-/// itself, for neither is to take as much memory as the larger one.
+/// Serves one connection: outbound, or inbound if there is a `place` among the handshakes. Each future is boxed by
+/// itself, so that neither takes as much memory as the larger one.
 async fn serve(
     node: &Node,
     pod: &Pod,

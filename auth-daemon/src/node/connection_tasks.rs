@@ -1,4 +1,4 @@
-//! The connections of one listener, on whichever worker each of them runs: they end when this is dropped.
+//! The connections of one listener, on all workers. They end when this is dropped.
 
 use std::{
     collections::HashMap,
@@ -8,13 +8,13 @@ use std::{
 use futures_util::FutureExt;
 use tokio::{runtime::Handle, task::AbortHandle};
 
-/// Tasks that are ended together. One that ends by itself takes its leave without waking anybody.
+/// Tasks that are aborted together. A task that ends by itself removes its entry without waking another task.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionTasks(Arc<Mutex<Running>>);
 
 #[derive(Debug, Default)]
 struct Running {
-    /// Without a handle until it is spawned.
+    /// `None` until the task is spawned.
     tasks: HashMap<u64, Option<AbortHandle>>,
     next: u64,
 }
@@ -35,13 +35,13 @@ impl ConnectionTasks {
         };
         let leave = Leave(self.0.clone(), id);
         let task = runtime.spawn(leaving(connection, leave));
-        // It may have ended already.
+        // The task may already have ended.
         if let Some(place) = self.lock().tasks.get_mut(&id) {
             *place = Some(task.abort_handle());
         }
     }
 
-    /// Whether all have ended.
+    /// Whether all tasks have ended.
     pub(super) fn is_empty(&self) -> bool {
         self.lock().tasks.is_empty()
     }
@@ -53,7 +53,7 @@ impl ConnectionTasks {
 
 impl Drop for ConnectionTasks {
     fn drop(&mut self) {
-        // Not under the lock: a task that is dropped here and now takes its leave.
+        // Abort without the lock: a task that is dropped at once locks it to remove its entry.
         let tasks = std::mem::take(&mut self.lock().tasks);
         for task in tasks.into_values().flatten() {
             task.abort();
@@ -61,7 +61,8 @@ impl Drop for ConnectionTasks {
     }
 }
 
-/// No async fn, which would have room for `connection` twice: it is most of what an idle connection takes.
+/// Runs `connection`, then removes its entry. Not an `async fn`, whose future would hold `connection` twice: it is most
+/// of an idle connection's memory.
 fn leaving(
     connection: impl Future<Output = ()> + Send,
     leave: Leave,

@@ -1,4 +1,4 @@
-//! A node's life: enrols its pods, accepts their connections, and gives these to the data path's threads, where
+//! Serves a node: enrols its pods, accepts their connections, and passes these to the data path's threads, where
 //! [`proxy`](crate::proxy) handles them.
 
 mod acceptor;

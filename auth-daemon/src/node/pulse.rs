@@ -1,4 +1,4 @@
-//! Whether the data path's threads still come round to what they have to do.
+//! Detects threads of the data path that are stuck.
 
 use std::{
     sync::{
@@ -8,27 +8,27 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How often a thread shows that it lives: a store, without a lock.
+/// Interval at which a thread records that it is alive, by an atomic store without a lock.
 pub(super) const BEAT: Duration = Duration::from_secs(1);
-/// A thread that has not shown it for so long is stuck, and not only busy.
+/// Time without a heartbeat after which a thread counts as stuck, not only busy.
 const STUCK: Duration = Duration::from_secs(20);
 
-/// What each thread has shown last.
+/// The last heartbeat of each thread.
 #[derive(Clone, Debug)]
 pub struct Pulse {
     threads: Vec<Beats>,
 }
 
-/// One thread's.
+/// The heartbeat of one thread.
 #[derive(Clone, Debug)]
 pub(super) struct Beats {
     start: Instant,
-    /// In milliseconds after `start`.
+    /// Last heartbeat, in milliseconds after `start`.
     last: Arc<AtomicU64>,
 }
 
 impl Beats {
-    /// The first is now.
+    /// Creates a heartbeat that is recorded as of now.
     pub(super) fn new() -> Self {
         Self {
             start: Instant::now(),
@@ -59,7 +59,7 @@ impl Pulse {
         }
     }
 
-    /// The first thread that is stuck at `now`, by its number, and for how long it has been.
+    /// Returns the number of the first thread that is stuck at `now`, and the time since its last heartbeat.
     pub fn stuck(&self, now: Instant) -> Option<(usize, Duration)> {
         let silences = self.threads.iter().map(|beats| beats.silence(now));
         silences.enumerate().find(|(_, silence)| *silence > STUCK)

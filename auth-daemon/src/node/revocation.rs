@@ -1,4 +1,4 @@
-//! What a change of trust does to the connections under way.
+//! Applies changes of trust to open connections.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::{
 use auth_mesh::Snapshot;
 use auth_tunnel::tls::trust::{Revocations, Revoked};
 
-/// Cuts connections as the CA revokes those who make them.
+/// Cuts open connections whose client or server the CA revokes.
 pub(super) async fn keep(node: Arc<Node>) {
     let trust = node.certificates.trust();
     let mut changes = trust.changes();
@@ -27,7 +27,7 @@ pub(super) async fn keep(node: Arc<Node>) {
     }
 }
 
-/// Asks of a live connection what is asked of each before it begins.
+/// Repeats, for an open connection, the revocation checks of a new one.
 fn check(
     snapshot: &Snapshot,
     revoked: &Revocations,

@@ -1,5 +1,5 @@
-//! The data path's threads. A connection lives on one of them from its first byte to its last: what it waits for wakes
-//! that thread and no other, and nothing it touches moves between cores.
+//! The data path's threads. A connection stays on one thread from its first byte to its last: its events wake only that
+//! thread, and its data does not move between cores.
 
 use std::{
     io,
@@ -18,13 +18,13 @@ use tokio::{
 
 use super::pulse::{BEAT, Beats, Pulse};
 
-/// One thread a core.
+/// The worker threads, one per core.
 #[derive(Debug)]
 pub struct Workers {
     workers: Vec<Worker>,
-    /// The worker that the next listener goes to.
+    /// Index of the worker that gets the next listener.
     next: AtomicUsize,
-    /// Dropped, it ends the threads.
+    /// Ends the threads when it is dropped.
     _stop: watch::Sender<()>,
 }
 
@@ -33,13 +33,13 @@ pub struct Workers {
 pub(super) struct Worker {
     pub(super) runtime: Handle,
     thread: ThreadId,
-    /// Connections that it has.
+    /// Number of the worker's connections.
     load: Arc<AtomicUsize>,
     beats: Beats,
 }
 
 impl Workers {
-    /// Starts `count` threads. They end when this is dropped, and what they have under way with them.
+    /// Starts `count` threads. They end, with all their tasks, when this is dropped.
     pub fn start(count: usize) -> io::Result<Self> {
         let (stop, stopped) = watch::channel(());
         let workers = (0..count.max(1))
@@ -52,18 +52,18 @@ impl Workers {
         })
     }
 
-    /// Whether the threads live.
+    /// Returns the threads' heartbeats.
     pub fn pulse(&self) -> Pulse {
         Pulse::of(self.workers.iter().map(|worker| worker.beats.clone()))
     }
 
-    /// A worker for something that lasts: each in turn.
+    /// Returns a worker for a long-lived task, round-robin.
     pub(super) fn next(&self) -> &Worker {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         &self.workers[number % self.workers.len()]
     }
 
-    /// The worker for a connection: the one with the fewest; of equals, the one that asks.
+    /// Returns the worker with the fewest connections. On a tie, prefers the calling thread's worker.
     pub(super) fn idlest(&self) -> &Worker {
         let load = |worker: &Worker| {
             let elsewhere = !worker.is_current();
@@ -89,7 +89,7 @@ impl Worker {
                     loop {
                         tokio::select! {
                             _ = ticks.tick() => heart.beat(),
-                            // Nothing is ever sent: the sender is gone.
+                            // Nothing is ever sent, so this means that the sender was dropped.
                             _ = stopped.changed() => break,
                         }
                     }
@@ -104,7 +104,7 @@ impl Worker {
         })
     }
 
-    /// Whether this is the thread that asks.
+    /// Whether this worker runs on the calling thread.
     pub(super) fn is_current(&self) -> bool {
         self.thread == thread::current().id()
     }
@@ -116,7 +116,7 @@ impl Worker {
     }
 }
 
-/// See [`Worker::count`].
+/// Guard returned by [`Worker::count`].
 pub(super) struct Load(Arc<AtomicUsize>);
 
 impl Drop for Load {
