@@ -1,4 +1,4 @@
-//! What probes are told, from the daemon's first moment on: before it has its node, and while another daemon has it.
+//! Health endpoints for probes. They answer from the daemon's start, also while another daemon serves the node.
 
 use std::{
     fs, io,
@@ -19,12 +19,12 @@ use auth_support::http_server::answer;
 
 /// Where a daemon answers that may stand by: while two share the node's addresses, each has this to itself.
 pub const HEALTH_SOCKET: &str = "/run/auth-daemon/health.sock";
-/// Whether the daemon serves its node, or would at once.
+/// Path that reports whether the daemon serves its node, or is ready to as a standby.
 pub const READY: &str = "/healthz/ready";
-/// Whether it is worth keeping.
+/// Path that reports whether the daemon is alive. If it is not, it should be restarted.
 pub const LIVE: &str = "/healthz/live";
 
-/// How the daemon is.
+/// The daemon's health.
 #[derive(Debug)]
 pub struct Health {
     pulse: Pulse,
@@ -34,7 +34,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// Of a daemon that has just begun.
+    /// Creates the health of a daemon that has just started.
     pub fn new(pulse: Pulse, registry: Arc<Registry>) -> Self {
         Self {
             pulse,
@@ -44,12 +44,12 @@ impl Health {
         }
     }
 
-    /// Another daemon has the node.
+    /// Records that another daemon serves the node.
     pub fn stand_by(&self) {
         self.stands_by.store(true, Ordering::Relaxed);
     }
 
-    /// The node is this daemon's.
+    /// Records that this daemon serves the node.
     pub fn serve(&self, node: Arc<Node>) {
         // There is one.
         let _ = self.node.set(node);

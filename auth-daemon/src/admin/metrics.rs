@@ -1,4 +1,4 @@
-//! What Prometheus is told of a node.
+//! Prometheus metrics of a node.
 
 use std::sync::{Arc, PoisonError, atomic::AtomicU64};
 

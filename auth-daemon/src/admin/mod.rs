@@ -1,4 +1,4 @@
-//! What an operator asks a running daemon: is it ready, and what is it doing. HTTP on the node's loopback.
+//! The daemon's HTTP endpoints: status, metrics and readiness.
 
 mod health;
 mod metrics;
@@ -27,11 +27,11 @@ use auth_mesh::policy::question::{Answer, Known, Question};
 use auth_support::http_server::answer;
 use auth_tunnel::tls::{rfc3339, unix_seconds};
 
-/// Status, on the loopback.
+/// Port of the status endpoints, on the loopback.
 pub const ADMIN_PORT: u16 = 15000;
-/// Metrics, on all addresses: Prometheus is elsewhere.
+/// Port of the metrics endpoint, on all addresses, because Prometheus runs elsewhere.
 pub const METRICS_PORT: u16 = 15020;
-/// Readiness, on all addresses: a kubelet may ask from the node's own.
+/// Port of the readiness endpoint, on all addresses, because a kubelet may probe from the node's own address.
 pub const READINESS_PORT: u16 = 15021;
 
 /// Where the daemon answers.
@@ -82,7 +82,7 @@ pub fn bind_health() -> anyhow::Result<UnixListener> {
         .map_err(|error| anyhow::anyhow!("cannot listen on {HEALTH_SOCKET}: {error}"))
 }
 
-/// Tells how the daemon is, until the runtime ends.
+/// Serves the health endpoints until the runtime ends.
 pub async fn serve_health(listener: UnixListener, health: Arc<Health>) {
     health::serve(listener, health).await;
 }
@@ -104,7 +104,7 @@ pub async fn serve(node: Arc<Node>, health: Arc<Health>, listeners: Listeners) {
     );
 }
 
-/// Whether one may call another, by what is in force now.
+/// Evaluates the policies in force for a connection between two workloads.
 async fn check_policy(
     State(node): State<Arc<Node>>,
     Json(question): Json<Question>,

@@ -26,7 +26,7 @@ pub enum Mode {
     Permissive,
 }
 
-/// What two pods of this node talk through.
+/// How two pods of this node communicate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SameNode {
     /// Their kernel alone, once the daemon has decided: there is no wire between them.
@@ -35,7 +35,7 @@ pub enum SameNode {
     Tunnel,
 }
 
-/// Where pods and services are learnt of.
+/// Source of pods and services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Discovery {
     /// A folder of Kubernetes manifests, watched.
@@ -65,7 +65,7 @@ pub struct CaServer {
     pub address: String,
     /// The name in the CA's certificate. Defaults to the address's host.
     pub server_name: String,
-    /// PEM file with the roots to believe the CA by. Read again at each connection.
+    /// PEM file with the roots that the CA is verified against. Read again at each connection.
     pub root_file: PathBuf,
     /// File with the bearer token that says which node this is. Read again when it is used.
     pub token_file: PathBuf,

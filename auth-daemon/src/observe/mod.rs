@@ -1,4 +1,4 @@
-//! What is seen of connections: the access log, the open connections, and counters.
+//! Observability of connections: the access log, the open connections, and counters.
 
 pub mod access_log;
 pub mod connections;

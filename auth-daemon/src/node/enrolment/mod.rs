@@ -1,5 +1,5 @@
-//! Keeps the pods that this node serves in step with the registry: enrols those that appear, lets go of those that
-//! leave, and tells the kernel's side which addresses the mesh has.
+//! Keeps the pods that this node serves in step with the registry: enrols pods that appear, releases pods that leave,
+//! and writes the mesh's addresses to the kernel's maps.
 
 mod policies;
 
@@ -35,36 +35,36 @@ use auth_datapath::{
 };
 use auth_mesh::{AddressKind, ObjectName, Snapshot, Workload};
 
-/// How often to look for named namespaces made anew, idle tunnels and stale entries.
+/// Interval at which to check for recreated named netns, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
-/// How long connections may take to end when they are cut.
+/// Timeout for connections to end after they are cut.
 const ABORT: Duration = Duration::from_secs(1);
-/// How long listeners may take to close.
+/// Timeout for listeners to close.
 const CLOSE: Duration = Duration::from_secs(1);
-/// How long a pod may have no process before somebody should know.
+/// Time for which a pod may have no process before that is logged.
 const LATE: Duration = Duration::from_secs(60);
 
 /// The pods of this node.
 pub struct Enrolment {
     node: Arc<Node>,
-    /// Where connections run.
+    /// The threads that connections run on.
     workers: Arc<Workers>,
     serving: HashMap<ObjectName, Serving>,
     failing: BTreeMap<ObjectName, Failing>,
-    /// For the namespaces that have no names.
+    /// Finds netns that have no name.
     netns_discovery: NetnsDiscovery,
-    /// Which pod has each address; of two that claim one, the one that was first.
+    /// The pod that owns each address. If two pods claim an address, the first one owns it.
     owners: HashMap<IpAddr, ObjectName>,
-    /// What the kernel's side was told the mesh's addresses are.
+    /// The mesh addresses last written to the kernel.
     told: Told,
-    /// What keeps the kernel's side as it should be, besides this.
+    /// The other tasks that update the kernel's maps.
     keepers: Vec<JoinHandle<()>>,
 }
 
-/// The sources of the mesh's addresses, as they were when the kernel's side was told.
+/// The sources of the mesh's addresses, as of the last write to the kernel.
 #[derive(Default)]
 struct Told {
-    /// `None`: not at all, or it could not be told.
+    /// `None` if nothing was written yet, or the write failed.
     snapshot: Option<Arc<Snapshot>>,
     node_addresses: Vec<IpAddr>,
 }
@@ -72,7 +72,7 @@ struct Told {
 struct Serving {
     pod: Arc<Pod>,
     tasks: Vec<AbortHandle>,
-    /// The pod's listeners once more: to be served for the pod that has the namespace next, and given addresses.
+    /// Duplicates of the pod's listeners, for handing over to the next pod of the netns and for learning addresses.
     listeners: Listeners,
 }
 
@@ -90,7 +90,8 @@ impl Serving {
 }
 
 impl Enrolment {
-    /// Serves no pod yet; connections will run on `workers`. Called within the control runtime.
+    /// Creates an enrolment that serves no pod yet. Connections run on `workers`. Must be called within the control
+    /// runtime.
     pub fn new(node: Arc<Node>, workers: Arc<Workers>) -> Self {
         Self {
             netns_discovery: NetnsDiscovery::new(&node.kernel),
@@ -104,14 +105,14 @@ impl Enrolment {
         }
     }
 
-    /// Follows the registry until `stop`, then drains: takes no more connections and waits for those under way, for
-    /// as long as the configuration says.
+    /// Follows the registry until `stop`, then drains: accepts no more connections and waits for the open ones, for at
+    /// most the configured time.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut changes = self.node.registry.changes();
         let mut policies = self.node.policies.changes();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Until it is known which pods there are, those of a daemon before this one stay as they are.
+        // Until discovery has reported the pods, a previous daemon's pods stay as they are.
         while *changes.borrow() == 0 && !*stop.borrow() {
             tokio::select! {
                 _ = changes.changed() => {}
@@ -120,13 +121,13 @@ impl Enrolment {
         }
         let mut first = true;
         while !*stop.borrow() {
-            // Before the snapshot: a change in between is seen again, never missed.
+            // Before the snapshot, so that a change in between is seen again and never missed.
             changes.borrow_and_update();
             policies.borrow_and_update();
             let snapshot = self.node.registry.snapshot();
             self.tell_addresses(&snapshot);
             if first {
-                // What a daemon before this one served is to be found before anything of it is let go.
+                // Find the pods that a previous daemon served before any of them is released.
                 let wanted = wanted(&snapshot, &self.node.config.node_name);
                 self.netns_discovery
                     .want(wanted.values().map(|workload| &***workload));
@@ -165,7 +166,7 @@ impl Enrolment {
     async fn drain(self) {
         self.node.ready.store(false, Ordering::Relaxed);
         self.node.draining.send_replace(true);
-        // The listeners close as their accepting tasks hear of it, and their copies here.
+        // The listeners close when their accepting tasks see the drain, and their duplicates are dropped here.
         let tasks: Vec<_> = self
             .serving
             .into_values()
@@ -179,18 +180,18 @@ impl Enrolment {
         while self.node.connections.count() > 0 && started.elapsed() < self.node.config.drain {
             tokio::time::sleep(DRAIN_POLL).await;
         }
-        // The pods stay enrolled, so that the kernel refuses what nobody serves now.
+        // The pods stay enrolled, so that the kernel refuses connections that no daemon serves.
         for task in tasks {
             task.abort();
         }
-        // Each leaves its line in the log on its worker.
+        // Each connection writes its access log line on its worker.
         let aborted = tokio::time::Instant::now();
         while self.node.connections.count() > 0 && aborted.elapsed() < ABORT {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
-    /// Tells the kernel's side which addresses the mesh has: what has changed, or, where the node's own have, all.
+    /// Writes the mesh's addresses to the kernel: the changes, or all of them if the node's own addresses changed.
     fn tell_addresses(&mut self, snapshot: &Arc<Snapshot>) {
         let kernel = &self.node.kernel;
         let node_addresses = node_addresses();
@@ -202,7 +203,7 @@ impl Enrolment {
                 let networks = &self.node.config.pod_networks;
                 let changes = snapshot.addresses_since(before);
                 let changes = changes
-                    // The node's own say what they are, whatever else they may be.
+                    // The node's own addresses take precedence over any other kind.
                     .filter(|(address, _)| !node_addresses.contains(address))
                     .map(|(address, kind)| {
                         let network = IpNet::from(address);
@@ -250,7 +251,7 @@ impl Enrolment {
             let failing = self.failing.get(&name);
             let shared = failing.and_then(|failing| self.netns_discovery.shared(&failing.workload));
             if shared == Some(serving.cookie()) {
-                // It is the pod's, and may be another's: nobody talks there until that is known.
+                // More than one pod may own the netns: refuse its connections until that is resolved.
                 serving.pod.enrolled.refuse(&self.node.kernel);
                 self.end(serving);
             } else {
@@ -258,7 +259,7 @@ impl Enrolment {
             }
         }
         if self.netns_discovery.knows_all() {
-            // Those that cannot be served now stay in the kernel's hands, and are refused.
+            // Pods that cannot be served now stay enrolled in the kernel, which refuses their connections.
             let failing = self.failing.values().filter_map(|failing| {
                 let netns = self.netns(&failing.workload).ok();
                 netns
@@ -274,7 +275,7 @@ impl Enrolment {
         }
     }
 
-    /// The namespace of a pod that is not served: by its name, or else by its processes.
+    /// Finds the netns of a pod that is not served, by the netns name or else by the pod's processes.
     fn netns(&self, workload: &Workload) -> Result<Arc<Netns>, EnrolError> {
         match &workload.netns {
             Some(path) => open_netns(&workload.name, path).map(Arc::new),
@@ -282,14 +283,13 @@ impl Enrolment {
         }
     }
 
-    /// Whether `serving` is `workload`, in the namespace that it has now. What else changed does not touch its
-    /// connections.
+    /// Whether `serving` serves `workload` in its current netns. Other changes do not affect its connections.
     fn is_served(&self, workload: &Workload, serving: &Serving) -> bool {
         let (pod, addresses) = (&serving.pod.workload, serving.pod.enrolled.addresses());
         let is_same = workload.uid == pod.uid
             && workload.identity == pod.identity
             && workload.netns == pod.netns
-            // Known from now on, they are no change.
+            // Addresses that become known are not a change.
             && (addresses.is_empty() || addresses == workload.addresses);
         is_same
             && match &workload.netns {
@@ -301,7 +301,7 @@ impl Enrolment {
             }
     }
 
-    /// Gives a pod that is served the addresses that it was served without.
+    /// Sets the addresses of a pod that was enrolled before its addresses were known.
     fn learn_addresses(&self, workload: &Workload, serving: &Serving) {
         let enrolled = &serving.pod.enrolled;
         let addresses = &workload.addresses;
@@ -318,8 +318,8 @@ impl Enrolment {
         }
     }
 
-    /// Begins to serve `workload`. A namespace that one of `leaving` had is handed over without a gap: it is never
-    /// without a listener, nor out of the kernel's hands.
+    /// Begins to serve `workload`. A netns that a pod of `leaving` had is handed over without a gap: it always has a
+    /// listener and stays enrolled in the kernel.
     fn serve(
         &mut self,
         workload: &Arc<Workload>,
@@ -352,14 +352,14 @@ impl Enrolment {
             },
             None => Enrolled::new(kernel, workload, netns)?,
         };
-        // Without them it stays in the kernel's hands, and is refused until the next attempt.
+        // If this fails, the pod stays enrolled in the kernel and is refused until the next attempt.
         let to_watch = listeners.try_clone().map_err(|error| EnrolError::Setup {
             pod: workload.name.clone(),
             what: "cannot keep its listeners",
             error,
         })?;
         let certificate = self.node.certificates.acquire(&workload.identity);
-        // Before anybody can call it.
+        // Before the pod can be called.
         let rules = self.rules_of(workload);
         self.node.rules.add(enrolled.netns.cookie(), rules);
         let pod = Arc::new(Pod::new((**workload).clone(), enrolled, certificate));
@@ -409,7 +409,7 @@ impl Enrolment {
             .map_or_else(Instant::now, |known| known.since);
         let mut is_logged = known.is_some_and(|known| known.is_logged);
         if !is_logged && matches!(error, EnrolError::NoProcess { .. }) {
-            // So does every pod begin.
+            // Every pod starts without a process.
             is_logged = since.elapsed() > LATE;
             if is_logged {
                 tracing::warn!(uid = %workload.uid, "{reason}, {LATE:?} after it was made known");
@@ -427,14 +427,14 @@ impl Enrolment {
         self.failing.insert(workload.name.clone(), failing);
     }
 
-    /// Takes a pod out of the mesh.
+    /// Removes a pod from the mesh.
     fn release(&self, serving: Serving) {
         serving.pod.enrolled.remove(&self.node.kernel);
         tracing::info!(pod = %serving.pod.workload.name, "pod released");
         self.end(serving);
     }
 
-    /// Ends what a pod has under way: connections end with a RST as their tasks are dropped.
+    /// Ends a pod's connections, with a RST as their tasks are dropped.
     fn end(&self, serving: Serving) -> Listeners {
         for task in serving.tasks {
             task.abort();
@@ -445,7 +445,7 @@ impl Enrolment {
         serving.listeners
     }
 
-    /// Leads each address to the pod that has it, and says which pods there are.
+    /// Assigns each address to the pod that owns it, and publishes the list of pods.
     fn settle_addresses(&mut self) {
         let serving = &self.serving;
         let claims = |name: &ObjectName, address: &IpAddr| {
@@ -472,7 +472,7 @@ impl Enrolment {
                 Some((*address, (&serving.listeners.tunnel, mode(serving))))
             })
             .collect();
-        // For those whose addresses are not known yet.
+        // For pods whose addresses are not known yet.
         let mut unknown = serving
             .values()
             .filter(|serving| serving.pod.enrolled.addresses().is_empty())
@@ -573,9 +573,9 @@ impl Enrolment {
     }
 }
 
-/// Leaves the pods and the kernel's side to the daemon that waits for them: what is under way needs neither.
+/// Releases the pods and the kernel's maps to the standby daemon. Open connections need neither.
 async fn release(node: &Node, keepers: Vec<JoinHandle<()>>) {
-    // Where these are open, others cannot be.
+    // The next daemon cannot open its listeners while these are open.
     if timeout(CLOSE, node.listening.closed()).await.is_err() {
         tracing::warn!(
             "listeners are still open after {CLOSE:?}; the next daemon may have to try again"
@@ -590,7 +590,7 @@ async fn release(node: &Node, keepers: Vec<JoinHandle<()>>) {
     tracing::info!("another daemon takes over; what is under way here may end");
 }
 
-/// What the kernel's side calls it.
+/// Converts an address's kind to the kernel's [`MeshKind`].
 fn mesh_kind(kind: AddressKind) -> MeshKind {
     match kind {
         AddressKind::Pod => MeshKind::Pod,
@@ -598,7 +598,7 @@ fn mesh_kind(kind: AddressKind) -> MeshKind {
     }
 }
 
-/// The pods that this node is to serve.
+/// Returns the pods that this node should serve.
 fn wanted<'a>(
     snapshot: &'a Snapshot,
     node_name: &str,
@@ -609,7 +609,7 @@ fn wanted<'a>(
         .collect()
 }
 
-/// The addresses of this node, where probes come from, in order.
+/// Returns the addresses of this node, which probes come from, sorted.
 fn node_addresses() -> Vec<IpAddr> {
     let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
     let mut addresses: Vec<_> = interfaces

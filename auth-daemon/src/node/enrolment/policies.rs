@@ -1,4 +1,4 @@
-//! Policies of the pods that are served, and what a change of them ends.
+//! Applies policies to the served pods, and ends the connections that a change denies.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
@@ -13,14 +13,14 @@ use auth_mesh::{
 };
 
 impl Enrolment {
-    /// What policies come to for a pod.
+    /// Returns the effective policy of a pod.
     pub(super) fn rules_of(&self, workload: &Workload) -> Arc<WorkloadPolicy> {
         let policies = self.node.policies.current();
         policies.workload(&workload.name.namespace, &workload.labels)
     }
 
-    /// Puts the policies in force for the pods that are served, with the labels that they have now. Returns those
-    /// before, if that changed anything.
+    /// Puts the policies in force for the served pods, by the pods' current labels. Returns the previous policies if
+    /// anything changed.
     pub(super) fn settle_rules(
         &self,
         wanted: &BTreeMap<&ObjectName, &Arc<Workload>>,
@@ -32,7 +32,7 @@ impl Enrolment {
         self.node.rules.replace(rules.collect())
     }
 
-    /// Ends the connections under way that policies are against now.
+    /// Ends the open connections that policies now deny.
     pub(super) fn end_denied(&self, snapshot: &Snapshot, before: &ByPod) {
         let node = &self.node;
         node.same_node.revise(node);
@@ -56,7 +56,8 @@ impl Enrolment {
         }
     }
 
-    /// Ends the connections to `pod` that the kernel let pass as they were, by nobody of the mesh, and that may not be now.
+    /// Ends the connections to `pod` that the kernel let pass as they were, by nobody of the mesh, and that may not be
+    /// now.
     fn end_plaintext(&self, snapshot: &Snapshot, pod: &Pod, rules: &ByPod) {
         let (own, networks) = (pod.enrolled.addresses(), &self.node.config.pod_networks);
         let ended = pod.enrolled.end_accepted(|local, peer| {
