@@ -20,16 +20,16 @@ use auth_mesh::{Membership, MeshDefault, TrustDomain, policy};
 /// What a pod admits from callers without the tunnel (Istio's PeerAuthentication modes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Refused, but for the pod itself and this node's own probes.
+    /// Plaintext is refused, except from the pod itself and from this node's own probes.
     Strict,
-    /// As the kernel would have it.
+    /// Plaintext is accepted, as without the daemon.
     Permissive,
 }
 
 /// How two pods of this node communicate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SameNode {
-    /// Their kernel alone, once the daemon has decided: there is no wire between them.
+    /// The kernel alone, once the daemon has decided: the bytes never leave the node.
     Kernel,
     /// TLS, as between nodes.
     Tunnel,
@@ -42,14 +42,14 @@ pub enum Discovery {
     Files(PathBuf),
     /// The API of the cluster.
     Kubernetes {
-        /// Which pods are of the mesh. By default all but those of `kube-system` and of the daemon's own namespace.
+        /// Which pods are in the mesh. By default all except those of `kube-system` and of the daemon's own namespace.
         defaults: MeshDefault,
         /// The daemon's own namespace, `$POD_NAMESPACE`, where the other nodes' daemons are too.
         own_namespace: String,
     },
 }
 
-/// Where certificates come from.
+/// Source of certificates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CaSource {
     /// A folder with the trust domain's root key and certificate: this daemon signs.
@@ -80,15 +80,15 @@ pub struct Config {
     pub trust_domain: TrustDomain,
     /// Defaults to STRICT.
     pub mode: Mode,
-    /// Where policies for the whole mesh are, and what holds where none says.
+    /// Location of mesh-wide policies, and the defaults where no policy applies.
     pub policy: policy::Settings,
-    /// Where pods and services are learnt of.
+    /// Source of pods and services.
     pub discovery: Discovery,
-    /// Where certificates come from.
+    /// Source of certificates.
     pub ca: CaSource,
-    /// Life of the certificates that are asked for. Defaults to 24 hours, between 10 seconds and 24 hours.
+    /// Lifetime of requested certificates. Defaults to 24 hours, between 10 seconds and 24 hours.
     pub certificate_lifetime: Duration,
-    /// Networks that pods live in: in PERMISSIVE, callers from here may be about to speak the tunnel.
+    /// Networks that contain pods. Callers of a PERMISSIVE pod from these networks may open a tunnel.
     pub pod_networks: Vec<IpNet>,
     /// Defaults to the kernel.
     pub same_node: SameNode,
@@ -102,7 +102,7 @@ pub struct Config {
     pub pins: PathBuf,
 }
 
-/// Where pins go unless told otherwise.
+/// Default folder for pins.
 pub const DEFAULT_PINS: &str = "/sys/fs/bpf/auth-daemon";
 const MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 const MIN_LIFETIME: Duration = Duration::from_secs(10);

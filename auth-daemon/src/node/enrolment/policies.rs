@@ -62,7 +62,7 @@ impl Enrolment {
         let (own, networks) = (pod.enrolled.addresses(), &self.node.config.pod_networks);
         let ended = pod.enrolled.end_accepted(|local, peer| {
             let ip = peer.ip();
-            // All others came by the daemon, or are the node's and the pod's own.
+            // All others came through the daemon, or are the node's and the pod's own.
             let passed = own.contains(&local.ip())
                 && !own.contains(&ip)
                 && !self.told.node_addresses.contains(&ip)
