@@ -17,7 +17,7 @@ use crate::{node::Pulse, proxy::Node};
 use auth_mesh::Registry;
 use auth_support::http_server::answer;
 
-/// Where a daemon answers that may stand by: while two share the node's addresses, each has this to itself.
+/// Path of the health socket. While two daemons share the node's addresses, each has its own socket.
 pub const HEALTH_SOCKET: &str = "/run/auth-daemon/health.sock";
 /// Path that reports whether the daemon serves its node, or is ready to as a standby.
 pub const READY: &str = "/healthz/ready";
@@ -67,7 +67,7 @@ impl Health {
         }
     }
 
-    /// That the thread which answers this lives, the answer shows.
+    /// The answer itself shows that the control thread is alive.
     fn live(&self) -> Result<&'static str, String> {
         match self.pulse.stuck(Instant::now()) {
             None => Ok("live\n"),
@@ -95,7 +95,7 @@ pub(super) fn routes(health: Arc<Health>) -> Router {
         .with_state(health)
 }
 
-/// Opens [`HEALTH_SOCKET`], in the place of the one of a daemon before this one.
+/// Opens [`HEALTH_SOCKET`], replacing the socket of a previous daemon.
 pub(super) fn bind(path: &Path) -> io::Result<UnixListener> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
@@ -107,7 +107,7 @@ pub(super) fn bind(path: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-/// Answers there until the runtime ends.
+/// Serves the socket until the runtime ends.
 pub(super) async fn serve(listener: UnixListener, health: Arc<Health>) {
     answer(listener, routes(health)).await;
 }

@@ -65,7 +65,7 @@ async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Opens the listeners, which a daemon before this one lets go of as it ends: waits for that up to `patience`.
+/// Opens the listeners. Waits up to `patience` for a previous daemon to release their ports.
 pub async fn bind_after_another(patience: Duration) -> anyhow::Result<Listeners> {
     let start = Instant::now();
     loop {

@@ -56,8 +56,7 @@ impl Enrolment {
         }
     }
 
-    /// Ends the connections to `pod` that the kernel let pass as they were, by nobody of the mesh, and that may not be
-    /// now.
+    /// Ends the connections to `pod` from outside the mesh that the kernel passed through and that are now denied.
     fn end_plaintext(&self, snapshot: &Snapshot, pod: &Pod, rules: &ByPod) {
         let (own, networks) = (pod.enrolled.addresses(), &self.node.config.pod_networks);
         let ended = pod.enrolled.end_accepted(|local, peer| {
