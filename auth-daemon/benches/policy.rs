@@ -126,6 +126,7 @@ fn measure(name: &str, identities: &[Identity], count: usize, rules: impl Fn(usi
     let settings = Settings {
         root_namespace: "istio-system".into(),
         mode: Mode::Strict,
+        ..Settings::default()
     };
     let start = Instant::now();
     let objects = documents

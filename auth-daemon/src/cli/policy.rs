@@ -180,6 +180,7 @@ impl Manifests {
                 DefaultMode::Strict => Mode::Strict,
                 DefaultMode::Permissive => Mode::Permissive,
             },
+            trust_domain,
         };
         Ok(Known {
             source: folder.display().to_string(),

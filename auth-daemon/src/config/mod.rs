@@ -166,9 +166,10 @@ impl Config {
         else {
             return Err(errors);
         };
+        let trust_domain: TrustDomain = trust_domain.unwrap_or_default();
         Ok(Self {
             node_name,
-            trust_domain: trust_domain.unwrap_or_default(),
+            trust_domain: trust_domain.clone(),
             mode: mode.unwrap_or(Mode::Strict),
             policy: policy::Settings {
                 root_namespace: root_namespace.unwrap_or_else(|| "istio-system".into()),
@@ -176,6 +177,7 @@ impl Config {
                     None | Some(Mode::Strict) => policy::api::Mode::Strict,
                     Some(Mode::Permissive) => policy::api::Mode::Permissive,
                 },
+                trust_domain,
             },
             discovery,
             ca,

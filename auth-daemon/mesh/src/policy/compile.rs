@@ -14,8 +14,9 @@ use super::{
         Selector,
     },
     rules::{Facts, Rules},
+    trust_domain,
 };
-use crate::{Identity, ObjectName};
+use crate::{Identity, ObjectName, TrustDomain};
 
 /// Settings of the mesh that apply in addition to the policies.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,14 +25,17 @@ pub struct Settings {
     pub root_namespace: String,
     /// Mode of workloads for which no PeerAuthentication sets one.
     pub mode: Mode,
+    /// The mesh's own trust domain. `cluster.local` in a policy stands for it, too.
+    pub trust_domain: TrustDomain,
 }
 
 impl Default for Settings {
-    /// Returns Istio's root namespace, and STRICT.
+    /// Returns Istio's root namespace and trust domain, and STRICT.
     fn default() -> Self {
         Self {
             root_namespace: "istio-system".into(),
             mode: Mode::Strict,
+            trust_domain: TrustDomain::default(),
         }
     }
 }
@@ -179,7 +183,10 @@ impl Default for Policies {
 impl Policies {
     /// Compiles `objects`. They must not contain two objects of the same kind and name.
     pub fn compile(settings: Settings, objects: impl IntoIterator<Item = Arc<Object>>) -> Self {
-        let mut objects: Vec<_> = objects.into_iter().collect();
+        let objects = objects.into_iter();
+        let mut objects: Vec<_> = objects
+            .map(|object| trust_domain::resolve(object, &settings.trust_domain))
+            .collect();
         objects.sort_by(|a, b| (a.kind(), a.name()).cmp(&(b.kind(), b.name())));
         let mut policies = Self {
             settings,
@@ -319,7 +326,11 @@ impl Policies {
                 Object::Peer(policy) if policy.name.namespace == *root => warnings.push(format!(
                     "{told}: spec.selector: in the root namespace it has no effect; leave it out for the whole mesh"
                 )),
-                Object::Peer(_) | Object::Authorization(_) => {}
+                Object::Authorization(policy) => {
+                    let foreign = trust_domain::warnings(policy, &self.settings.trust_domain);
+                    warnings.extend(foreign.iter().map(|warning| format!("{told}: {warning}")));
+                }
+                Object::Peer(_) => {}
             }
         }
         for object in &self.objects {

@@ -47,6 +47,7 @@ fn mesh(manifests: &str) -> Mesh {
             Settings {
                 root_namespace: "istio-system".into(),
                 mode: Mode::Permissive,
+                ..Settings::default()
             },
             objects,
         ),

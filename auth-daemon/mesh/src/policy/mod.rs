@@ -15,6 +15,7 @@ mod fields;
 mod naive;
 pub mod question;
 mod rules;
+mod trust_domain;
 
 pub use compile::{
     Connection, Decision, Hit, PeerMode, Policies, Settings, Verdict, WorkloadPolicy,

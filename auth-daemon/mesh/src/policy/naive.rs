@@ -66,6 +66,14 @@ fn string_match(pattern: &str, value: &str) -> bool {
     }
 }
 
+/// "cluster.local is a pointer to the local trust domain" (Istio, pilot/pkg/trustdomain).
+fn principal_match(pattern: &str, value: &str) -> bool {
+    match pattern.strip_prefix("cluster.local/") {
+        Some(path) => string_match(&format!("{TRUST_DOMAIN}/{path}"), value),
+        None => string_match(pattern, value),
+    }
+}
+
 /// "Single IP (e.g. "203.0.113.4") and CIDR (e.g. "203.0.113.0/24") are supported."
 fn ip_match(block: &str, ip: IpAddr) -> bool {
     let bits = |ip: IpAddr| match ip {
@@ -98,7 +106,7 @@ fn account_match(account: &str, policy_namespace: &str, attributes: &Attributes)
 /// "Fields in the source are ANDed together."
 fn source_match(source: &Value, namespace: &str, a: &Attributes) -> bool {
     allows(&source["principals"], &source["notPrincipals"], |p| {
-        string_match(p, &a.principal)
+        principal_match(p, &a.principal)
     }) && allows(&source["namespaces"], &source["notNamespaces"], |p| {
         string_match(p, &a.source_namespace)
     }) && allows(
@@ -125,7 +133,7 @@ fn condition_match(when: &Value, namespace: &str, a: &Attributes) -> bool {
     allows(&when["values"], &when["notValues"], |value| match key {
         "source.ip" | "remote.ip" => ip_match(value, a.source_ip),
         "source.namespace" => string_match(value, &a.source_namespace),
-        "source.principal" => string_match(value, &a.principal),
+        "source.principal" => principal_match(value, &a.principal),
         "source.serviceAccount" => account_match(value, namespace, a),
         "destination.ip" => ip_match(value, a.destination_ip),
         "destination.port" => value.parse() == Ok(a.destination_port),
@@ -367,7 +375,11 @@ impl Random {
 }
 
 const NAMESPACES: [&str; 4] = [ROOT, "a", "b", "ab"];
-const PRINCIPALS: [&str; 14] = [
+/// The mesh's own trust domain.
+const TRUST_DOMAIN: &str = "td";
+const PRINCIPALS: [&str; 16] = [
+    "cluster.local/ns/a/sa/x",
+    "cluster.local/ns/a*",
     "td/ns/a/sa/x",
     "td/ns/a/sa/y",
     "td/ns/b/sa/x",
@@ -569,6 +581,7 @@ fn check(
     let settings = Settings {
         root_namespace: ROOT.into(),
         mode,
+        trust_domain: TRUST_DOMAIN.parse().unwrap(),
     };
     let policies = Policies::compile(settings, objects);
     for _ in 0..connections {
