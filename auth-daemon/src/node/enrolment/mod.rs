@@ -1,6 +1,7 @@
 //! Keeps the pods that this node serves in step with the registry: enrols pods that appear, releases pods that leave,
 //! and writes the mesh's addresses to the kernel's maps.
 
+mod addresses;
 mod policies;
 
 use std::{
@@ -11,8 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use auth_common::{Inbound, MeshKind};
-use ipnet::IpNet;
+use auth_common::Inbound;
 use tokio::{
     sync::watch,
     task::{AbortHandle, JoinHandle},
@@ -30,10 +30,11 @@ use crate::proxy::{
     local_pods::{LocalPod, LocalPods},
     rules, same_node,
 };
+use addresses::Told;
 use auth_datapath::{
     EnrolError, Enrolled, Netns, NetnsDiscovery, forget_others, open_netns, sockets::Listeners,
 };
-use auth_mesh::{AddressKind, ObjectName, Snapshot, Workload};
+use auth_mesh::{ObjectName, Snapshot, Workload};
 
 /// Interval at which to check for recreated named netns, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
@@ -59,14 +60,6 @@ pub struct Enrolment {
     told: Told,
     /// The other tasks that update the kernel's maps.
     keepers: Vec<JoinHandle<()>>,
-}
-
-/// The sources of the mesh's addresses, as of the last write to the kernel.
-#[derive(Default)]
-struct Told {
-    /// `None` if nothing was written yet, or the write failed.
-    snapshot: Option<Arc<Snapshot>>,
-    node_addresses: Vec<IpAddr>,
 }
 
 struct Serving {
@@ -188,40 +181,6 @@ impl Enrolment {
         let aborted = tokio::time::Instant::now();
         while self.node.connections.count() > 0 && aborted.elapsed() < ABORT {
             tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    /// Writes the mesh's addresses to the kernel: the changes, or all of them if the node's own addresses changed.
-    fn tell_addresses(&mut self, snapshot: &Arc<Snapshot>) {
-        let kernel = &self.node.kernel;
-        let node_addresses = node_addresses();
-        let told = match &self.told.snapshot {
-            Some(before) if node_addresses == self.told.node_addresses => {
-                if Arc::ptr_eq(before, snapshot) {
-                    return;
-                }
-                let networks = &self.node.config.pod_networks;
-                let changes = snapshot.addresses_since(before);
-                let changes = changes
-                    // The node's own addresses take precedence over any other kind.
-                    .filter(|(address, _)| !node_addresses.contains(address))
-                    .map(|(address, kind)| {
-                        let network = IpNet::from(address);
-                        let left = networks.contains(&network).then_some(MeshKind::PodNetwork);
-                        (network, kind.map(mesh_kind).or(left))
-                    });
-                kernel.change_mesh(changes)
-            }
-            _ => kernel.set_mesh(&self.mesh_addresses(snapshot, &node_addresses)),
-        };
-        self.told = Told {
-            snapshot: told.is_ok().then(|| snapshot.clone()),
-            node_addresses,
-        };
-        if let Err(error) = told {
-            tracing::error!(
-                %error, "cannot tell the kernel's side the mesh's addresses; new ones are not captured"
-            );
         }
     }
 
@@ -521,24 +480,6 @@ impl Enrolment {
         }
     }
 
-    fn mesh_addresses(
-        &self,
-        snapshot: &Snapshot,
-        node_addresses: &[IpAddr],
-    ) -> HashMap<IpNet, MeshKind> {
-        let mut addresses = HashMap::new();
-        for network in &self.node.config.pod_networks {
-            addresses.insert(network.trunc(), MeshKind::PodNetwork);
-        }
-        for (address, kind) in snapshot.addresses() {
-            addresses.insert(address.into(), mesh_kind(kind));
-        }
-        for address in node_addresses {
-            addresses.insert((*address).into(), MeshKind::Node);
-        }
-        addresses
-    }
-
     fn publish_status(&self) {
         let shown = |path: &Path| path.display().to_string();
         let served = self.serving.values().map(|Serving { pod, .. }| PodStatus {
@@ -590,14 +531,6 @@ async fn release(node: &Node, keepers: Vec<JoinHandle<()>>) {
     tracing::info!("another daemon takes over; what is under way here may end");
 }
 
-/// Converts an address's kind to the kernel's [`MeshKind`].
-fn mesh_kind(kind: AddressKind) -> MeshKind {
-    match kind {
-        AddressKind::Pod => MeshKind::Pod,
-        AddressKind::Service => MeshKind::Service,
-    }
-}
-
 /// Returns the pods that this node should serve.
 fn wanted<'a>(
     snapshot: &'a Snapshot,
@@ -607,21 +540,4 @@ fn wanted<'a>(
     workloads
         .map(|workload| (&workload.name, workload))
         .collect()
-}
-
-/// Returns the addresses of this node, which probes come from, sorted.
-fn node_addresses() -> Vec<IpAddr> {
-    let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
-    let mut addresses: Vec<_> = interfaces
-        .filter_map(|interface| {
-            let storage = interface.address?;
-            let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            let v6 = storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()));
-            v4.or(v6)
-        })
-        .filter(|address| !address.is_loopback())
-        .collect();
-    addresses.sort();
-    addresses.dedup();
-    addresses
 }
