@@ -128,8 +128,8 @@ fn sync() -> Value {
         };
         let sink = Sink {
             registry: registry.clone(),
-            policies: None,
-        };
+            ..Sink::default()
+            };
         let start = Instant::now();
         let follows = tokio::spawn(kubernetes::run(client, settings, sink, synced));
         tokio::time::timeout(Duration::from_secs(120), is_synced.wait_for(|synced| *synced))

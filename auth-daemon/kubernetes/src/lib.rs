@@ -279,6 +279,21 @@ pub async fn served<'a>(
     Ok(None)
 }
 
+/// Reports whether the cluster defines the custom resource `plural` of `group`. An API server that has just started does
+/// not serve it yet.
+pub async fn is_defined(client: &Client, group: &str, plural: &str) -> Result<bool, ApiError> {
+    let path = format!("/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{plural}.{group}");
+    let request = axum::http::Request::get(path)
+        .body(Vec::new())
+        .map_err(|error| ApiError::Answer(error.to_string()))?;
+    let answer = tokio::time::timeout(DEADLINE, exchange::<Value>(client, request)).await;
+    match answer.unwrap_or(Err(ApiError::TimedOut(DEADLINE))) {
+        Ok(_) => Ok(true),
+        Err(error) if error.is_not_found() => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Pauses between attempts at a watch. They stay short, because after a long outage of the API server its clients
 /// should not wait long for their first update.
 #[derive(Debug, Default)]

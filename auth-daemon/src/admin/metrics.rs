@@ -1,6 +1,9 @@
 //! Prometheus metrics of a node.
 
-use std::sync::{Arc, PoisonError, atomic::AtomicU64};
+use std::sync::{
+    Arc, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
 
 use axum::{extract::State, response::IntoResponse};
 use prometheus_client::{
@@ -54,6 +57,11 @@ fn collect(node: &Node) -> Registry {
         "registry_version",
         "How often what is known of the mesh has changed",
         *node.registry.changes().borrow(),
+    );
+    gauge(
+        "unconfirmed_objects",
+        "Objects that stay in force although the API server lists none of their kind any more",
+        node.unconfirmed.load(Ordering::Relaxed) as u64,
     );
     gauge(
         "mesh_addresses",

@@ -78,7 +78,7 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
     let (synced, is_synced) = watch::channel(false);
     let sink = Sink {
         registry: registry.clone(),
-        policies: None,
+        ..Sink::default()
     };
     match (&config.manifests, &cluster) {
         (Some(folder), _) => {

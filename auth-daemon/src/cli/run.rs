@@ -3,7 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicUsize},
     thread,
     time::{Duration, Instant},
 };
@@ -83,9 +83,11 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         if arguments.stand_by {
             tokio::spawn(admin::serve_health(admin::bind_health()?, health.clone()));
         }
+        let unconfirmed: Arc<AtomicUsize> = Arc::default();
         let sink = Sink {
             registry: registry.clone(),
             policies: Some(policies.clone()),
+            unconfirmed: unconfirmed.clone(),
         };
         let (follow, removed) = follow(&config, sink).await?;
         tokio::spawn(follow);
@@ -122,7 +124,15 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
             cgroup = %cgroup.display(), pins = %config.pins.display(), "daemon started"
         );
-        let node = Arc::new(Node::new(config, registry, policies, kernel, certificates));
+        let node = Node::new(
+            config,
+            registry,
+            policies,
+            unconfirmed,
+            kernel,
+            certificates,
+        );
+        let node = Arc::new(node);
         health.serve(node.clone());
         tokio::spawn(answer(node.clone(), health, listeners));
         tokio::spawn(early.hand_over(node.clone()));

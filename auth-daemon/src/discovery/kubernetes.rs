@@ -2,7 +2,11 @@
 
 mod known;
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use futures_util::{Stream, StreamExt, stream::select_all};
 use kube::{Api, Client, Resource, ResourceExt, core::ApiResource, runtime::watcher};
@@ -19,7 +23,7 @@ use super::{
     Sink,
     manifest::{self, Object},
 };
-use auth_kubernetes::{follow, objects, served};
+use auth_kubernetes::{follow, is_defined, objects, served};
 use auth_mesh::{MeshDefault, ObjectName, TrustDomain, policy::api};
 use auth_support::backoff;
 
@@ -58,6 +62,7 @@ pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::
                 if known.take(kind, event) && known.is_complete() {
                     publish_at.get_or_insert_with(|| Instant::now() + SETTLE);
                 }
+                sink.unconfirmed.store(known.unconfirmed(), Ordering::Relaxed);
             }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
@@ -149,6 +154,30 @@ const SLICES_GROUP: &str = "discovery.k8s.io";
 const SLICES_VERSIONS: [&str; 1] = ["v1"];
 const OWN_SLICES: &str = "endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io";
 
+/// Returns the version in which the cluster serves a kind. `None` if it has no such kind.
+async fn served_version(
+    client: &Client,
+    kind: Kind,
+    group: &str,
+    versions: &[&'static str],
+) -> Result<Option<&'static str>, String> {
+    let version = served(client, group, versions, kind.plural()).await;
+    if let Some(version) = version.map_err(|error| error.to_string())? {
+        return Ok(Some(version));
+    }
+    // An API server that has just started serves custom resources a moment later than it answers. Taking that for a
+    // cluster without policies would allow everything.
+    let is_policy = matches!(kind, Kind::Policy(_));
+    match is_policy
+        && is_defined(client, group, kind.plural())
+            .await
+            .map_err(|error| error.to_string())?
+    {
+        true => Err("they are defined, but the API server does not serve them (yet)".to_owned()),
+        false => Ok(None),
+    }
+}
+
 /// Watches the objects of a kind. A cluster that does not serve the kind, in one of these versions of its group, has no
 /// such objects, and is asked again periodically.
 fn watch_if_served(
@@ -162,7 +191,7 @@ fn watch_if_served(
     tokio::spawn(async move {
         let (mut failures, mut absent) = (0, false);
         let version = loop {
-            match served(&client, group, versions, kind.plural()).await {
+            match served_version(&client, kind, group, versions).await {
                 Ok(Some(version)) => break version,
                 Ok(None) => {
                     if !std::mem::replace(&mut absent, true) {

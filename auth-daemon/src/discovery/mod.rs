@@ -5,7 +5,7 @@ pub mod kubernetes;
 pub mod manifest;
 pub mod removal;
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::AtomicUsize};
 
 use auth_mesh::{
     Published, Registry,
@@ -19,6 +19,8 @@ pub struct Sink {
     pub registry: Arc<Registry>,
     /// Policies. `None` for users that do not need them.
     pub policies: Option<Arc<Published<Policies>>>,
+    /// Number of objects that stay in force although the API server lists no object of their kind any more.
+    pub unconfirmed: Arc<AtomicUsize>,
 }
 
 impl Sink {

@@ -16,7 +16,7 @@ mod verdict;
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
 use tokio::sync::watch;
@@ -39,6 +39,8 @@ pub struct Node {
     pub registry: Arc<Registry>,
     /// The policies in force.
     pub policies: Arc<Published<Policies>>,
+    /// Number of objects that stay in force although the API server lists no object of their kind any more.
+    pub unconfirmed: Arc<AtomicUsize>,
     /// The policies of each pod of this node.
     pub(crate) rules: Rules,
     /// eBPF programs and maps.
@@ -65,6 +67,7 @@ impl Node {
         config: Config,
         registry: Arc<Registry>,
         policies: Arc<Published<Policies>>,
+        unconfirmed: Arc<AtomicUsize>,
         kernel: Kernel,
         certificates: Certificates,
     ) -> Self {
@@ -72,6 +75,7 @@ impl Node {
             config,
             registry,
             policies,
+            unconfirmed,
             rules: Rules::default(),
             kernel,
             certificates,

@@ -52,7 +52,7 @@ async fn the_registry_follows_the_cluster_through_an_outage() {
         },
         Sink {
             registry: registry.clone(),
-            policies: None,
+            ..Sink::default()
         },
         synced,
     ));
@@ -145,7 +145,7 @@ async fn a_service_without_a_selector_has_the_endpoints_of_its_slices() {
         },
         Sink {
             registry: registry.clone(),
-            policies: None,
+            ..Sink::default()
         },
         synced,
     ));
@@ -197,6 +197,84 @@ async fn a_service_without_a_selector_has_the_endpoints_of_its_slices() {
     cluster.delete(&format!("{slices}/two")).unwrap();
     eventually("a service of others", async || {
         endpoints(&registry).is_empty().then_some(())
+    })
+    .await;
+}
+
+/// A definition of one of Istio's kinds whose only version is served, or not.
+fn definition(plural: &str, kind: &str, is_served: bool) -> serde_json::Value {
+    let schema = json!({"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}});
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": format!("{plural}.security.istio.io")},
+        "spec": {
+            "group": "security.istio.io", "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural},
+            "versions": [{"name": "v1", "served": is_served, "storage": true, "schema": schema}],
+        },
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_that_are_defined_but_not_served_yet_are_waited_for() {
+    let test = "policies_that_are_defined_but_not_served_yet_are_waited_for";
+    if let Some(why) = Kubernetes::missing() {
+        println!("SKIPPED {test}: {why}");
+        return;
+    }
+    let cluster = Kubernetes::start().unwrap();
+    let definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+    cluster
+        .create(
+            definitions,
+            &definition("authorizationpolicies", "AuthorizationPolicy", false),
+        )
+        .unwrap();
+    let sink = Sink {
+        policies: Some(Arc::default()),
+        ..Sink::default()
+    };
+    let policies = sink.policies.clone().unwrap();
+    let (synced, mut is_synced) = watch::channel(false);
+    tokio::spawn(kubernetes::run(
+        with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await,
+        kubernetes::Settings {
+            trust_domain: "cluster.local".parse().unwrap(),
+            defaults: MeshDefault::default(),
+            services: true,
+            daemons: None,
+        },
+        sink,
+        synced,
+    ));
+    // Everything else has been read long before this.
+    let early = tokio::time::timeout(
+        std::time::Duration::from_secs(3),
+        is_synced.wait_for(|synced| *synced),
+    );
+    assert!(
+        early.await.is_err(),
+        "an API server without its custom resources counts as a cluster without policies"
+    );
+    cluster
+        .merge(
+            &format!("{definitions}/authorizationpolicies.security.istio.io"),
+            &json!({"spec": definition("authorizationpolicies", "AuthorizationPolicy", true)["spec"]}),
+        )
+        .unwrap();
+    let path = "/apis/security.istio.io/v1/namespaces/default/authorizationpolicies";
+    let policy = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "nobody"}, "spec": {},
+    });
+    eventually("a served kind", async || {
+        cluster.create(path, &policy).ok().map(|_| ())
+    })
+    .await;
+    // PeerAuthentication is not defined at all, which is a cluster without such policies.
+    is_synced.wait_for(|synced| *synced).await.unwrap();
+    eventually("the policy", async || {
+        (policies.current().objects().len() == 1).then_some(())
     })
     .await;
 }

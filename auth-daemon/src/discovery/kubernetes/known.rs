@@ -47,6 +47,8 @@ struct Objects {
     /// The objects received so far from a list in progress.
     listed: Option<HashMap<ObjectName, Kept>>,
     complete: bool,
+    /// Whether the last list was empty, although objects were known.
+    doubted: bool,
 }
 
 /// The last good state of an object.
@@ -86,6 +88,12 @@ impl Known {
         self.kinds.values().all(|objects| objects.complete)
     }
 
+    /// Returns the number of objects that are known only from before an empty list.
+    pub(super) fn unconfirmed(&self) -> usize {
+        let doubted = self.kinds.values().filter(|objects| objects.doubted);
+        doubted.map(|objects| objects.current.len()).sum()
+    }
+
     pub(super) fn count(&self) -> usize {
         self.kinds
             .values()
@@ -111,10 +119,25 @@ impl Known {
                 objects.listed.get_or_insert_default().insert(name, kept);
                 false
             }
-            // Objects missing from the list were deleted while the watch was interrupted.
+            // Objects missing from the list were deleted while the watch was interrupted. But an empty list deletes
+            // nothing: it is more likely that the API server has lost its data, or does not serve the kind at this
+            // moment, than that every object was deleted. Without its policies and pods the mesh would be open.
             Event::InitDone => {
                 let listed = objects.listed.take().unwrap_or_default();
                 let mut changed = !std::mem::replace(&mut objects.complete, true);
+                let doubted = listed.is_empty() && !objects.current.is_empty();
+                if doubted && !objects.doubted {
+                    tracing::warn!(
+                        objects = objects.current.len(),
+                        "the API server lists no {} any more; those known stay in force until the API server reports \
+                         that each was deleted. If they were deleted during an outage, restart the daemon",
+                        kind.plural()
+                    );
+                }
+                objects.doubted = doubted;
+                if doubted {
+                    return changed;
+                }
                 let known = objects.current.keys();
                 let gone: Vec<_> = known
                     .filter(|name| !listed.contains_key(*name))
@@ -324,6 +347,35 @@ mod tests {
         take(&mut known, Event::InitApply(seen("two", "two", "10.0.0.2")));
         assert!(take(&mut known, Event::InitDone));
         assert_eq!(pods(&mut known), ["two [10.0.0.2]"]);
+    }
+
+    #[test]
+    fn an_empty_list_deletes_nothing_until_a_watch_does() {
+        let mut known = known();
+        take(&mut known, Event::Init);
+        for (name, address) in [("one", "10.0.0.1"), ("two", "10.0.0.2")] {
+            take(&mut known, Event::InitApply(seen(name, name, address)));
+        }
+        take(&mut known, Event::InitDone);
+        take(&mut known, Event::Init);
+        assert!(!take(&mut known, Event::InitDone));
+        assert_eq!(pods(&mut known).len(), 2);
+        assert_eq!(known.unconfirmed(), 2);
+        let name = |name: &str| ObjectName {
+            namespace: "default".into(),
+            name: name.into(),
+        };
+        assert!(take(&mut known, Event::Delete(name("one"))));
+        assert_eq!(pods(&mut known), ["two [10.0.0.2]"]);
+        assert_eq!(known.unconfirmed(), 1);
+        take(&mut known, Event::Init);
+        take(
+            &mut known,
+            Event::InitApply(seen("three", "three", "10.0.0.3")),
+        );
+        assert!(take(&mut known, Event::InitDone));
+        assert_eq!(pods(&mut known), ["three [10.0.0.3]"]);
+        assert_eq!(known.unconfirmed(), 0);
     }
 
     #[test]
