@@ -12,6 +12,8 @@ mod examples;
 mod explain;
 mod fields;
 #[cfg(test)]
+mod generated;
+#[cfg(test)]
 mod naive;
 pub mod question;
 mod rules;
