@@ -62,18 +62,30 @@ pub const fn mapped(v4: [u8; 4]) -> Address {
 }
 
 /// Kind of an address or network of the mesh: the value of the MESH map, stored as a `u32`.
+///
+/// Connections to an address in the map are captured unless it is a [`MeshKind::Node`] or [`MeshKind::Outside`] address: the
+/// programs capture any kind that they do not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum MeshKind {
-    /// A pod that is reached through the tunnel. Connections to it are captured.
+    /// A pod that is reached through the tunnel.
     Pod = 1,
-    /// The virtual address of a service. Connections to it are captured.
+    /// The virtual address of a service.
     Service = 2,
-    /// A network that contains pod addresses. Connections to it are not captured; connections from it go to the tunnel
-    /// listener of a PERMISSIVE pod.
+    /// A network that contains pod addresses. Captured where no longer prefix says otherwise: the daemon refuses an address
+    /// that no object explains. Connections from it go to the tunnel listener of a PERMISSIVE pod.
     PodNetwork = 3,
-    /// An address of this node, which sends probes. Never captured, never required to use TLS.
+    /// An address of this node, which sends probes, and which no service claims. Never captured, never required to use TLS.
     Node = 4,
+    /// An address of a known pod or service outside the mesh. Never captured. As a caller, it is treated like an address
+    /// that is not in the map.
+    Outside = 5,
+    /// A network that contains virtual addresses of services. As a [`MeshKind::PodNetwork`], except that connections from
+    /// it are treated like those from an address that is not in the map.
+    ServiceNetwork = 6,
+    /// An address that was a pod's or service's of the mesh, and that no object claims any more. Captured, and refused by
+    /// the daemon. As a caller, it is treated like a [`MeshKind::Pod`].
+    Gone = 7,
 }
 
 /// An enrolled pod: the value of the PODS map, whose key is the pod's netns cookie.
@@ -146,8 +158,8 @@ pub const DELIVERY: u32 = 2;
 pub enum Inbound {
     /// All connections go to the tunnel listener, except those from this node's own addresses.
     Strict = 1,
-    /// Connections from addresses and networks in the MESH map go to the tunnel listener, except those from this node's
-    /// own addresses. All others go to the app's own listener.
+    /// Connections from pods, services and pod networks in the MESH map go to the tunnel listener. All others go to the
+    /// app's own listener.
     Permissive = 2,
 }
 

@@ -38,9 +38,11 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     };
     match mesh_kind(remote) {
         Some(kind) if kind == MeshKind::Node as u32 => return SK_PASS,
-        Some(_) => {}
-        None if *mode == Inbound::Permissive as u32 => return SK_PASS,
-        None => {}
+        Some(kind)
+            if kind != MeshKind::Outside as u32 && kind != MeshKind::ServiceNetwork as u32 => {}
+        // Of no mesh pod.
+        _ if *mode == Inbound::Permissive as u32 => return SK_PASS,
+        _ => {}
     }
     // Without a listener no daemon is running: the connection is refused rather than passed to the app.
     match TUNNELS.redirect_sk_lookup(&ctx, local, 0) {
