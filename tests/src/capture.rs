@@ -1,4 +1,4 @@
-//! Captures packets on the wire.
+//! Captures packets on the wire, or on the links of a node's pods.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,10 +14,10 @@ use nix::sys::socket::{recvfrom, setsockopt, socket, sockopt};
 
 use crate::netns::Netns;
 use crate::packet::Packet;
-use crate::plumbing::BRIDGE;
+use crate::plumbing::{BRIDGE, NODE_LINK, POD_BRIDGE};
 use crate::recording::Recording;
 
-/// A running packet capture on the wire. Packets are captured only on ingress, so each appears once.
+/// A running packet capture.
 #[derive(Debug)]
 pub struct Capture {
     socket: Arc<OwnedFd>,
@@ -27,9 +27,29 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Starts a capture. Packets are captured from the moment this returns.
-    pub(crate) fn start(netns: &Netns, kept: usize) -> Result<Self> {
-        let (socket, bridge) = netns.enter(open)??;
+    /// Starts a capture on the wire, where each packet appears once. Packets are captured from the moment this returns.
+    pub(crate) fn of_wire(netns: &Netns, kept: usize) -> Result<Self> {
+        // Without this, every packet would also be delivered where it leaves the bridge.
+        Self::start(netns, kept, &[BRIDGE], |socket| {
+            ignore_outgoing(socket).context("leaving out what a packet socket sees twice")
+        })
+    }
+
+    /// Starts a capture on the links of a node's pods, including those that are added later. What one pod sends to
+    /// another appears once on each link.
+    pub(crate) fn of_pods(node: &Netns) -> Result<Self> {
+        let others = ["lo", NODE_LINK, POD_BRIDGE];
+        Self::start(node, usize::MAX, &others, |_| Ok(()))
+    }
+
+    /// Captures on all interfaces of the namespace but these.
+    fn start(
+        netns: &Netns,
+        kept: usize,
+        without: &[&str],
+        prepare: impl FnOnce(&OwnedFd) -> Result<()> + Send,
+    ) -> Result<Self> {
+        let (socket, without) = netns.enter(|| open(without, prepare))??;
         let socket = Arc::new(socket);
         let packets = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(AtomicBool::new(false));
@@ -38,7 +58,7 @@ impl Capture {
             .spawn({
                 let (socket, packets, stop) =
                     (Arc::clone(&socket), Arc::clone(&packets), Arc::clone(&stop));
-                move || read(&socket, bridge, kept, &packets, &stop)
+                move || read(&socket, &without, kept, &packets, &stop)
             })
             .context("starting the thread of the capture")?;
         Ok(Self {
@@ -87,8 +107,11 @@ impl Drop for Capture {
     }
 }
 
-/// Opens a packet socket on all interfaces of the namespace. Also returns the index of the bridge.
-fn open() -> Result<(OwnedFd, usize)> {
+/// Opens a packet socket on all interfaces of the namespace. Also returns the indices of those to leave out.
+fn open(
+    without: &[&str],
+    prepare: impl FnOnce(&OwnedFd) -> Result<()>,
+) -> Result<(OwnedFd, Vec<usize>)> {
     // With the protocol given here the kernel delivers packets from now on; no bind is needed.
     let socket = socket(
         AddressFamily::Packet,
@@ -99,14 +122,20 @@ fn open() -> Result<(OwnedFd, usize)> {
     .context("opening a packet socket")?;
     setsockopt(&socket, sockopt::RcvBufForce, &BUFFER)
         .context("enlarging the buffer of the packet socket")?;
-    ignore_outgoing(&socket).context("leaving out what a packet socket sees twice")?;
-    let bridge = nix::net::if_::if_nametoindex(BRIDGE).context("finding the bridge of the wire")?;
-    Ok((socket, bridge as usize))
+    prepare(&socket)?;
+    let index = |name: &&str| {
+        let index = nix::net::if_::if_nametoindex(*name);
+        index
+            .map(|index| index as usize)
+            .with_context(|| format!("finding the interface {name}"))
+    };
+    let without = without.iter().map(index).collect::<Result<_>>()?;
+    Ok((socket, without))
 }
 
 fn read(
     socket: &OwnedFd,
-    bridge: usize,
+    without: &[usize],
     kept: usize,
     packets: &Mutex<Vec<Packet>>,
     stop: &AtomicBool,
@@ -118,7 +147,7 @@ fn read(
         // Read this flag before the socket is drained, so that all packets from before the stop are read.
         let last = stop.load(Ordering::Acquire);
         while let Ok((length, Some(from))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut frame) {
-            if from.ifindex() == bridge {
+            if without.contains(&from.ifindex()) {
                 continue;
             }
             if let Some(packet) = Packet::parse(&frame[..length], start.elapsed(), kept) {
@@ -138,8 +167,7 @@ fn read(
     }
 }
 
-/// Ignores outgoing packets (Linux 4.20). Without this, every packet would also be delivered where it leaves the
-/// bridge.
+/// Ignores outgoing packets (Linux 4.20).
 fn ignore_outgoing(socket: &OwnedFd) -> Result<()> {
     let yes: libc::c_int = 1;
     // SAFETY: the kernel reads one c_int at the pointer, which is valid during the call.

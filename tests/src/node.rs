@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use anyhow::Result;
 
+use crate::capture::Capture;
 use crate::daemon::Daemon;
 use crate::daemon_options::DaemonOptions;
 use crate::locate::auth_daemon;
@@ -113,6 +114,12 @@ impl Node {
     /// Its IPv6 address on the wire.
     pub fn ipv6(&self) -> Ipv6Addr {
         plumbing::node_ipv6(self.0.number)
+    }
+
+    /// Captures all traffic on the links of its pods from now on, both ways: what its pods, and whoever reaches them,
+    /// send each other. What one pod of the node sends to another appears on both links.
+    pub fn capture_pods(&self) -> Result<Capture> {
+        Capture::of_pods(self.netns())
     }
 
     /// Starts its daemon with default options and waits until it is ready.

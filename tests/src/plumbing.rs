@@ -218,4 +218,6 @@ const NODE_NETWORK6: &str = "fd31::/64";
 pub(crate) const OUTSIDE_LINK: &str = "outside";
 pub(crate) const BRIDGE: &str = "br0";
 pub(crate) const POD_BRIDGE: &str = "cni0";
+/// The interface of a node, a pod or the outside host that leads out of it.
+pub(crate) const NODE_LINK: &str = "eth0";
 const GATEWAY: u8 = 1;

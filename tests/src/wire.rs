@@ -28,11 +28,11 @@ impl Wire {
 
     /// Captures all traffic on the wire from now on: each TCP and UDP packet once, in full.
     pub fn capture(&self) -> Result<Capture> {
-        Capture::start(self.0.netns(), usize::MAX)
+        Capture::of_wire(self.0.netns(), usize::MAX)
     }
 
     /// Like [`Wire::capture`], but keeps at most `kept` bytes of each packet's payload; for heavy traffic.
     pub fn capture_start_of_packets(&self, kept: usize) -> Result<Capture> {
-        Capture::start(self.0.netns(), kept)
+        Capture::of_wire(self.0.netns(), kept)
     }
 }

@@ -63,8 +63,9 @@ impl Group {
 }
 
 /// Tests that need the machine for themselves.
-const ALONE: [&str; 7] = [
+const ALONE: [&str; 8] = [
     "cluster::",
+    "invariant::",
     "kubernetes::",
     "kubernetes_ca::",
     "lifecycle::enrolment_churn::",

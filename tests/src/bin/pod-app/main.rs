@@ -14,6 +14,7 @@ mod echo;
 mod greeter;
 mod half_close;
 mod many;
+mod markers;
 mod pattern;
 mod peer;
 mod report;
@@ -55,6 +56,8 @@ enum Behaviour {
     Dial(dial::Dial),
     Chat(chat::Chat),
     Many(many::Many),
+    MarkerServer(markers::MarkerServer),
+    MarkerCalls(markers::MarkerCalls),
     Churn(churn::Churn),
     SetUp(set_up::SetUp),
     UdpEcho(udp::UdpEcho),
@@ -78,6 +81,8 @@ fn main() -> ExitCode {
         Behaviour::Dial(it) => it.run(),
         Behaviour::Chat(it) => it.run(),
         Behaviour::Many(it) => it.run(),
+        Behaviour::MarkerServer(it) => it.run(),
+        Behaviour::MarkerCalls(it) => it.run(),
         Behaviour::Churn(it) => it.run(),
         Behaviour::SetUp(it) => it.run(),
         Behaviour::UdpEcho(it) => it.run(),

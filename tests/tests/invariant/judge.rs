@@ -1,0 +1,322 @@
+//! Compares what was seen with the table.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::ops::AddAssign;
+
+use crate::plan::Call;
+use crate::run::{Outcome, Report};
+use crate::table::{expected, involved, is_private, may_read};
+use crate::world::{Site, State, Target};
+
+/// How many connections were judged, so that a test cannot pass by judging none.
+#[derive(Debug, Default)]
+pub(crate) struct Judged {
+    pub(crate) connections: usize,
+    /// Connections that had to succeed, and did.
+    pub(crate) passed: usize,
+    /// Connections that had to be refused, and were.
+    pub(crate) refused: usize,
+    /// Markers that servers read from pods of the mesh, of which nothing was to be seen on a wire.
+    pub(crate) private: usize,
+    /// Markers from and to others, which crossed the wire as they were.
+    pub(crate) plain: usize,
+}
+
+impl AddAssign for Judged {
+    fn add_assign(&mut self, other: Self) {
+        self.connections += other.connections;
+        self.passed += other.passed;
+        self.refused += other.refused;
+        self.private += other.private;
+        self.plain += other.plain;
+    }
+}
+
+/// Returns what is counted, or a description of all violations.
+pub(crate) fn judge(outcome: &Outcome) -> Result<Judged, String> {
+    let mut judge = Judge {
+        outcome,
+        judged: Judged {
+            connections: outcome.calls.len(),
+            ..Judged::default()
+        },
+        violations: Vec::new(),
+    };
+    judge.reads();
+    judge.sightings();
+    judge.foreign();
+    judge.outcomes();
+    if judge.violations.is_empty() {
+        return Ok(judge.judged);
+    }
+    Err(judge.describe())
+}
+
+struct Judge<'a> {
+    outcome: &'a Outcome,
+    judged: Judged,
+    violations: Vec<String>,
+}
+
+impl Judge<'_> {
+    /// No server reads what every state in force denies, nor what comes from another address than the caller's.
+    fn reads(&mut self) {
+        let Outcome {
+            world,
+            history,
+            calls,
+            sightings,
+            ..
+        } = self.outcome;
+        let on_wire: BTreeSet<(u32, u8)> = sightings
+            .iter()
+            .filter(|sighting| sighting.node.is_none() && sighting.to_server)
+            .map(|sighting| (sighting.id, sighting.round))
+            .collect();
+        for read in &self.outcome.reads {
+            let Some((call, report)) = calls.get(&read.id) else {
+                self.violations
+                    .push(format!("a marker that nobody sent: {read:?}"));
+                continue;
+            };
+            let (sent, _) = report.window(read.round);
+            let states = history.in_force(sent, read.at);
+            let may = |state: &&State| may_read(world, state, call.from, read.server, read.local);
+            if !states.iter().any(may) {
+                let what = format!("delivered though denied: {read:?}");
+                self.violation(&what, call, report, &states);
+            }
+            // A node reaches its own pods from the address of its bridge.
+            let node = matches!(call.from, Site::Node(_));
+            if !node && !world.addresses(call.from).contains(&read.peer.ip()) {
+                let what = format!("from another address: {read:?}");
+                self.violation(&what, call, report, &states);
+            }
+            let private = |state: &State| match read.server {
+                Site::Pod(server) => is_private(state, call.from, server),
+                Site::Node(_) | Site::Outside => false,
+            };
+            if states.iter().all(|state| private(state)) {
+                self.judged.private += 1;
+            }
+            // What is none of the mesh's passes as it is. This also shows that the observer sees everything.
+            let crosses = world.machine(call.from) != world.machine(read.server);
+            if crosses && !states.iter().any(|state| private(state)) {
+                let seen =
+                    u8::try_from(read.round).is_ok_and(|round| on_wire.contains(&(read.id, round)));
+                if seen {
+                    self.judged.plain += 1;
+                } else {
+                    let what = format!("read, and not seen on the wire in between: {read:?}");
+                    self.violation(&what, call, report, &states);
+                }
+            }
+        }
+    }
+
+    /// Nothing between two pods of the mesh is readable on the wire, nor on their links, except what stays on a node
+    /// whose daemon leaves it to the kernel.
+    fn sightings(&mut self) {
+        let Outcome { world, calls, .. } = self.outcome;
+        for sighting in &self.outcome.sightings {
+            let Some((call, report)) = calls.get(&sighting.id) else {
+                self.violations
+                    .push(format!("a marker that nobody sent: {sighting:?}"));
+                continue;
+            };
+            let (start, end) = report.window(sighting.round.into());
+            let states = self.outcome.history.in_force(start, end);
+            let private = |state: &&State| match (world.pod_at(sighting.server.ip()), call.to) {
+                (Some(server), _) => is_private(state, call.from, server),
+                // Sent to an address that is no pod's, although a Service has it: all of its pods are the mesh's.
+                (None, Target::Service(_)) => {
+                    let mut servers = involved(world, state, call).into_iter();
+                    servers.all(|site| match site {
+                        Site::Pod(server) => {
+                            site == call.from || is_private(state, call.from, server)
+                        }
+                        Site::Node(_) | Site::Outside => false,
+                    })
+                }
+                (None, Target::Site(_)) => false,
+            };
+            let stays = world
+                .pod_at(sighting.server.ip())
+                .is_some_and(|server| world.machine(Site::Pod(server)) == world.machine(call.from));
+            let by_kernel = sighting.node.is_some() && stays && !world.same_node_tunnel;
+            if !by_kernel && states.iter().all(private) {
+                self.violation(
+                    &format!("in plaintext: {sighting:?}"),
+                    call,
+                    report,
+                    &states,
+                );
+            }
+        }
+    }
+
+    /// No server reads anything that no caller sent, except while its pod joins or leaves the mesh: then its peer's
+    /// daemon may still speak TLS to it.
+    fn foreign(&mut self) {
+        for (site, event) in &self.outcome.foreign {
+            let at = event["at"].as_u64().unwrap_or_default();
+            let states = self.outcome.history.in_force(at, at);
+            let members: BTreeSet<bool> = states
+                .iter()
+                .map(|state| matches!(site, Site::Pod(pod) if state.pods[*pod].member))
+                .collect();
+            if members.len() == 1 {
+                let site = self.outcome.world.describe(*site);
+                self.violations
+                    .push(format!("{site} read what nobody sent: {event}"));
+            }
+        }
+    }
+
+    /// What is to succeed succeeds, and what is to be refused is refused, wherever all states in force agree.
+    fn outcomes(&mut self) {
+        let Outcome { world, history, .. } = self.outcome;
+        for (call, report) in self.outcome.calls.values() {
+            if report.killed {
+                continue;
+            }
+            let states = history.in_force(report.start, report.end);
+            let verdicts: Vec<Option<bool>> = states
+                .iter()
+                .map(|state| expected(world, state, call))
+                .collect();
+            // A pod that joins or leaves the mesh, or is made anew, loses its connections.
+            let undisturbed = involved(world, states[0], call).iter().all(|site| {
+                let Site::Pod(pod) = site else { return true };
+                let is = |state: &&State| {
+                    let pod = &state.pods[*pod];
+                    (pod.member, pod.present)
+                };
+                states.iter().all(|state| is(state) == is(&states[0]))
+            });
+            if !undisturbed || verdicts.iter().any(|verdict| *verdict != verdicts[0]) {
+                continue;
+            }
+            match verdicts[0] {
+                Some(true) if report.succeeded() => self.judged.passed += 1,
+                Some(true) => self.violation("refused though allowed", call, report, &states),
+                Some(false) if !report.answered.is_empty() => {
+                    self.violation("answered though denied", call, report, &states);
+                }
+                Some(false) if matches!(call.to, Target::Site(_)) && report.hung() => {
+                    self.violation("left waiting, not refused", call, report, &states);
+                }
+                Some(false) => self.judged.refused += 1,
+                None => {}
+            }
+        }
+    }
+
+    fn violation(&mut self, what: &str, call: &Call, report: &Report, states: &[&State]) {
+        let world = &self.outcome.world;
+        let to = match call.to {
+            Target::Site(site) => world.describe(site),
+            Target::Service(number) => {
+                let service = &world.services[number];
+                format!(
+                    "service {}/{} (app={})",
+                    service.namespace, service.name, service.app
+                )
+            }
+        };
+        let mut text = format!(
+            "{what}\n  connection {} from {}\n  to {} of {to}\n  {}\n",
+            call.id,
+            world.describe(call.from),
+            call.address,
+            self.times(report),
+        );
+        for state in states {
+            let pods: Vec<String> = involved(world, state, call)
+                .into_iter()
+                .filter_map(|site| match site {
+                    Site::Pod(pod) => Some((&world.pods[pod], &state.pods[pod])),
+                    Site::Node(_) | Site::Outside => None,
+                })
+                .map(|(pod, state)| {
+                    let member = if state.member {
+                        "in the mesh"
+                    } else {
+                        "not in the mesh"
+                    };
+                    format!("{} {member}, {:?}", pod.name, state.labels)
+                })
+                .collect();
+            let _ = writeln!(
+                text,
+                "  in force: mode {}; serving {:?}; {}; expected {:?}",
+                world.mode,
+                state.serving,
+                pods.join("; "),
+                expected(world, state, call),
+            );
+            for policy in state.policies.values() {
+                let _ = writeln!(text, "    {policy}");
+            }
+        }
+        self.violations.push(text);
+    }
+
+    fn times(&self, report: &Report) -> String {
+        let times = |times: &[u64]| {
+            let times = times.iter().map(|time| self.seconds(*time));
+            times.collect::<Vec<_>>().join(" ")
+        };
+        format!(
+            "from {} to {}; sent {}; answered {}; {}",
+            self.seconds(report.start),
+            self.seconds(report.end),
+            times(&report.sent),
+            times(&report.answered),
+            report
+                .failure
+                .as_deref()
+                .unwrap_or(if report.killed { "killed" } else { "succeeded" }),
+        )
+    }
+
+    fn seconds(&self, time: u64) -> String {
+        let start = self.outcome.history.start();
+        format!("{:.3}", time.saturating_sub(start) as f64 / 1e9)
+    }
+
+    fn describe(&self) -> String {
+        let Outcome {
+            seed,
+            world,
+            events,
+            calls,
+            ..
+        } = self.outcome;
+        let count = self.violations.len();
+        let mut text = format!(
+            "seed {seed}: {count} violations of the invariant\nthe same again: INVARIANT_SEED={seed} \
+             INVARIANT_WORLDS=1 INVARIANT_CONNECTS={}\nmode {}, sameNode {}\n",
+            calls.len(),
+            world.mode,
+            if world.same_node_tunnel {
+                "tunnel"
+            } else {
+                "kernel"
+            },
+        );
+        for number in 0..world.pods.len() {
+            let _ = writeln!(text, "  {}", world.describe(Site::Pod(number)));
+        }
+        for (at, event) in events {
+            let _ = writeln!(text, "  {} {event}", self.seconds(*at));
+        }
+        for violation in self.violations.iter().take(MOST_DESCRIBED) {
+            let _ = writeln!(text, "{violation}");
+        }
+        text
+    }
+}
+
+const MOST_DESCRIBED: usize = 8;

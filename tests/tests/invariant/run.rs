@@ -1,0 +1,387 @@
+//! Runs a plan on a real mesh.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_tests::{App, Context, Daemon, DaemonOptions, Mesh, Place, Result, TIMEOUT};
+use serde_json::Value;
+
+use crate::events::Event;
+use crate::history::{History, now};
+use crate::observer::{Observer, Sighting};
+use crate::plan::{self, Call, Step};
+use crate::random::Random;
+use crate::world::{MEMBERSHIP, NODES, POD_PORTS, Site, State, World, membership};
+
+/// Everything that was planned, done and seen.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) seed: u64,
+    pub(crate) world: World,
+    pub(crate) history: History,
+    pub(crate) events: Vec<(u64, String)>,
+    pub(crate) calls: BTreeMap<u32, (Call, Report)>,
+    pub(crate) reads: Vec<Read>,
+    pub(crate) foreign: Vec<(Site, Value)>,
+    pub(crate) sightings: BTreeSet<Sighting>,
+}
+
+/// What a caller says of its connection. Times are in nanoseconds of CLOCK_MONOTONIC.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    /// When each round's marker was sent.
+    pub(crate) sent: Vec<u64>,
+    /// When each round's marker was answered.
+    pub(crate) answered: Vec<u64>,
+    /// What failed, and the error.
+    pub(crate) failure: Option<String>,
+    /// Whether the caller was killed before it could say anything.
+    pub(crate) killed: bool,
+}
+
+/// A marker that a server read.
+#[derive(Debug)]
+pub(crate) struct Read {
+    pub(crate) server: Site,
+    pub(crate) id: u32,
+    pub(crate) round: usize,
+    pub(crate) peer: SocketAddr,
+    pub(crate) local: SocketAddr,
+    pub(crate) at: u64,
+}
+
+impl Report {
+    /// The time in which the marker of this round was under way.
+    pub(crate) fn window(&self, round: usize) -> (u64, u64) {
+        let start = self.sent.get(round).copied().unwrap_or(self.start);
+        let end = self.answered.get(round).copied().unwrap_or(self.end);
+        (start, end)
+    }
+
+    /// Whether the caller gave up waiting.
+    pub(crate) fn hung(&self) -> bool {
+        let failure = self.failure.as_deref().unwrap_or_default();
+        ["TimedOut", "ETIMEDOUT", "EAGAIN"]
+            .iter()
+            .any(|error| failure.ends_with(error))
+    }
+
+    pub(crate) fn succeeded(&self) -> bool {
+        self.failure.is_none() && !self.killed
+    }
+}
+
+/// Generates a world and a plan from the seed and runs it. The same seed and number of connections make the same plan.
+pub(crate) fn run(seed: u64, connections: usize) -> Result<Outcome> {
+    let mut random = Random::new(seed);
+    let (mut world, state) = World::generate(&mut random);
+    let mesh = world.build(&state)?;
+    let steps = plan::generate(&mut random, &world, state.clone(), connections);
+    let mut run = Run::start(&world, &mesh, state)?;
+    let observer = Observer::start(&mesh)?;
+    for step in steps {
+        run.step(step)?;
+    }
+    run.collect_all()?;
+    let Run {
+        history,
+        events,
+        calls,
+        reads,
+        foreign,
+        ..
+    } = run;
+    Ok(Outcome {
+        seed,
+        history,
+        events,
+        calls,
+        reads,
+        foreign,
+        sightings: observer.stop()?,
+        world,
+    })
+}
+
+struct Run<'a> {
+    world: &'a World,
+    mesh: &'a Mesh,
+    servers: Vec<(Site, App)>,
+    daemons: [Option<Daemon>; 2],
+    history: History,
+    events: Vec<(u64, String)>,
+    calls: BTreeMap<u32, (Call, Report)>,
+    reads: Vec<Read>,
+    foreign: Vec<(Site, Value)>,
+}
+
+impl<'a> Run<'a> {
+    fn start(world: &'a World, mesh: &'a Mesh, state: State) -> Result<Self> {
+        let mut run = Self {
+            world,
+            mesh,
+            servers: Vec::new(),
+            daemons: [None, None],
+            history: History::default(),
+            events: Vec::new(),
+            calls: BTreeMap::new(),
+            reads: Vec::new(),
+            foreign: Vec::new(),
+        };
+        for node in 0..NODES.len() {
+            run.start_daemon(node, &state)?;
+        }
+        run.history.push(state);
+        let pods = (0..world.pods.len()).map(Site::Pod);
+        let others = [Site::Node(0), Site::Node(1), Site::Outside];
+        for site in pods.chain(others) {
+            run.start_server(site)?;
+        }
+        Ok(run)
+    }
+
+    fn step(&mut self, step: Step) -> Result<()> {
+        let during = self.begin(step.during)?;
+        let event = step.event;
+        let mut state = self.history.last().clone();
+        event.apply(&mut state);
+        self.events.push((now(), event.to_string()));
+        let mut meanwhile = state.clone();
+        event.begin(&mut meanwhile);
+        self.history.push(meanwhile);
+        self.execute(&event, &state)
+            .with_context(|| format!("{event}"))?;
+        if event.has_an_end() {
+            self.history.push(state);
+        }
+        self.finish(during)?;
+        let after = self.begin(step.after)?;
+        self.finish(after)
+    }
+
+    fn execute(&mut self, event: &Event, state: &State) -> Result<()> {
+        let manifests = self.mesh.manifests();
+        let label = |pod: usize, key: &str, value: &str| {
+            let pod = &self.world.pods[pod];
+            manifests.edit("Pod", pod.namespace, &pod.name, |pod| {
+                pod["metadata"]["labels"][key] = value.into();
+            })
+        };
+        match event {
+            Event::Apply(policy) => manifests.apply(policy),
+            Event::Remove(policy) => {
+                let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                let (kind, metadata) = (text(&policy["kind"]), &policy["metadata"]);
+                manifests.remove(
+                    &kind,
+                    &text(&metadata["namespace"]),
+                    &text(&metadata["name"]),
+                )
+            }
+            Event::Membership { pod, member } => label(*pod, MEMBERSHIP, membership(*member)),
+            Event::Relabel { pod, app } => label(*pod, "app", app),
+            Event::Crash { node } => {
+                self.daemons[*node].take().context("no daemon")?.kill()?;
+                self.start_daemon(*node, state)
+            }
+            Event::Restart { node } => {
+                let daemon = self.daemons[*node].take().context("no daemon")?;
+                daemon.terminate(TIMEOUT)?;
+                self.start_daemon(*node, state)
+            }
+            Event::Recreate { pod } => self.recreate(*pod, state.pods[*pod].member),
+        }
+    }
+
+    fn recreate(&mut self, number: usize, member: bool) -> Result<()> {
+        let site = Site::Pod(number);
+        let server = self.servers.iter().position(|(at, _)| *at == site);
+        let (_, server) = self.servers.remove(server.context("no server")?);
+        let name = self.world.pods[number].full_name();
+        self.mesh.pod(&name).kill_processes()?;
+        self.collect(site, server)?;
+        let pod = self.mesh.recreate_pod(&name)?;
+        if member {
+            // The status may still be about the network that is gone.
+            pod.wait_listening(TUNNEL_PORT)?;
+            let daemon = &self.daemons[self.world.pods[number].node];
+            daemon
+                .as_ref()
+                .context("no daemon")?
+                .wait_enrolled(&[name])?;
+        }
+        self.start_server(site)
+    }
+
+    fn start_daemon(&mut self, node: usize, state: &State) -> Result<()> {
+        let mut options = DaemonOptions::default()
+            .setting("mode", self.world.mode.into())
+            .drain(DRAIN);
+        if self.world.same_node_tunnel {
+            options = options.same_node_tunnel();
+        }
+        let daemon = self.mesh.node(NODES[node]).start_daemon_with(options)?;
+        let pods = self.world.pods.iter().zip(&state.pods);
+        let members: Vec<String> = pods
+            .filter(|(pod, state)| pod.node == node && state.member)
+            .map(|(pod, _)| pod.full_name())
+            .collect();
+        daemon.wait_enrolled(&members)?;
+        self.daemons[node] = Some(daemon);
+        Ok(())
+    }
+
+    fn start_server(&mut self, site: Site) -> Result<()> {
+        let ports = POD_PORTS.map(|port| format!("--port {port}")).join(" ");
+        let mut server = self.place(site).app(&format!("marker-server {ports}"))?;
+        for _ in POD_PORTS {
+            server.event("listening", TIMEOUT)?;
+        }
+        self.servers.push((site, server));
+        Ok(())
+    }
+
+    /// Starts the callers of a batch, one process for each site.
+    fn begin(&mut self, batch: Vec<Call>) -> Result<Batch> {
+        let start = now();
+        let mut callers = Vec::new();
+        let mut rest = batch.as_slice();
+        let mut sites: Vec<(Site, Vec<&Call>)> = Vec::new();
+        while let Some((call, others)) = rest.split_first() {
+            match sites.iter_mut().find(|(site, _)| *site == call.from) {
+                Some((_, calls)) => calls.push(call),
+                None => sites.push((call.from, vec![call])),
+            }
+            rest = others;
+        }
+        for (site, calls) in sites {
+            let place = self.place(site);
+            let path = place.folder().join(format!("calls-{}", calls[0].id));
+            let lines = calls.iter().map(|call| {
+                let Call {
+                    id,
+                    address,
+                    delay,
+                    rounds,
+                    interval,
+                    ..
+                } = call;
+                format!("{id} {address} {delay} {rounds} {interval}\n")
+            });
+            fs::write(&path, lines.collect::<String>())
+                .with_context(|| format!("writing {}", path.display()))?;
+            callers.push(place.app(&format!("marker-calls --plan {}", path.display()))?);
+        }
+        for caller in &mut callers {
+            caller.event("started", TIMEOUT)?;
+        }
+        Ok(Batch {
+            start,
+            calls: batch,
+            callers,
+        })
+    }
+
+    /// Waits until all callers are done, and keeps their reports.
+    fn finish(&mut self, batch: Batch) -> Result<()> {
+        let mut reports = BTreeMap::new();
+        for caller in batch.callers {
+            let finished = caller.finish(TIMEOUT)?;
+            for event in finished.json_lines() {
+                if event["event"] == "call" {
+                    reports.insert(event["id"].as_u64(), report(&event)?);
+                }
+            }
+        }
+        for call in batch.calls {
+            let report = reports.remove(&Some(call.id.into())).unwrap_or(Report {
+                start: batch.start,
+                end: now(),
+                sent: Vec::new(),
+                answered: Vec::new(),
+                failure: None,
+                killed: true,
+            });
+            self.calls.insert(call.id, (call, report));
+        }
+        Ok(())
+    }
+
+    fn collect_all(&mut self) -> Result<()> {
+        for (site, server) in std::mem::take(&mut self.servers) {
+            self.collect(site, server)?;
+        }
+        Ok(())
+    }
+
+    /// Ends a server and keeps what it has read.
+    fn collect(&mut self, site: Site, mut server: App) -> Result<()> {
+        server.process().kill()?;
+        for event in server.finish(TIMEOUT)?.json_lines() {
+            if event["event"] == "foreign" {
+                self.foreign.push((site, event));
+            } else if event["event"] == "read" {
+                let read = || {
+                    Some(Read {
+                        server: site,
+                        id: event["id"].as_u64()?.try_into().ok()?,
+                        round: event["round"].as_u64()?.try_into().ok()?,
+                        peer: event["peer"].as_str()?.parse().ok()?,
+                        local: event["local"].as_str()?.parse().ok()?,
+                        at: event["at"].as_u64()?,
+                    })
+                };
+                self.reads.push(read().with_context(|| event.to_string())?);
+            }
+        }
+        Ok(())
+    }
+
+    fn place(&self, site: Site) -> Place {
+        match site {
+            Site::Pod(pod) => self
+                .mesh
+                .pod(&self.world.pods[pod].full_name())
+                .place()
+                .clone(),
+            Site::Node(node) => self.mesh.node(NODES[node]).place().clone(),
+            Site::Outside => self.mesh.outside().clone(),
+        }
+    }
+}
+
+struct Batch {
+    start: u64,
+    calls: Vec<Call>,
+    callers: Vec<App>,
+}
+
+fn report(event: &Value) -> Result<Report> {
+    let times = |value: &Value| {
+        let times = value.as_array()?.iter();
+        times.map(Value::as_u64).collect::<Option<Vec<u64>>>()
+    };
+    let read = || {
+        Some(Report {
+            start: event["start"].as_u64()?,
+            end: event["end"].as_u64()?,
+            sent: times(&event["sent"])?,
+            answered: times(&event["answered"])?,
+            failure: event["failure"].as_array().map(|failure| {
+                let words = failure.iter().filter_map(Value::as_str);
+                words.collect::<Vec<_>>().join(": ")
+            }),
+            killed: false,
+        })
+    };
+    read().with_context(|| event.to_string())
+}
+
+/// How long a daemon that is stopped lets connections continue.
+const DRAIN: Duration = Duration::from_millis(500);
+/// The daemon's listener in a pod that is enrolled.
+const TUNNEL_PORT: u16 = 15008;
