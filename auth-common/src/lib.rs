@@ -25,7 +25,7 @@ pub use same_node::{
 
 /// Version of the maps' layout, and the name of the folder that holds their pins. A daemon never adopts maps of another
 /// layout.
-pub const LAYOUT: &str = "v1";
+pub const LAYOUT: &str = "v2";
 
 /// Port of the listener that accepts captured connections, on the loopback of the client pod's netns.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -44,14 +44,11 @@ pub const MAX_PODS: u32 = 4096;
 /// Maximum number of entries in the MESH map: addresses and networks of pods, services and nodes.
 pub const MAX_MESH_ADDRESSES: u32 = 1_000_000;
 /// Maximum number of captured connections between the app's `connect` and the daemon's `accept`, and of connections from
-/// the daemon to apps that are not established yet.
+/// the daemon and the node to apps that are not established yet.
 pub const MAX_PENDING: u32 = 131_072;
 
 /// An IPv4-mapped or IPv6 address in network byte order.
 pub type Address = [u8; 16];
-
-/// The unspecified address. Its entry in the INBOUND map applies to local addresses that have no entry of their own.
-pub const ANY_ADDRESS: Address = [0; 16];
 
 /// Converts an IPv4 address in network byte order to IPv4-mapped IPv6.
 #[inline(always)]
@@ -75,7 +72,8 @@ pub enum MeshKind {
     /// A network that contains pod addresses. Captured where no longer prefix says otherwise: the daemon refuses an address
     /// that no object explains. Connections from it go to the tunnel listener of a PERMISSIVE pod.
     PodNetwork = 3,
-    /// An address of this node, which sends probes, and which no service claims. Never captured, never required to use TLS.
+    /// An address of this node, which sends probes, and which no service claims. Never captured. A connection from it is
+    /// judged like any other, unless the kernel has recorded that a process of the node itself made it.
     Node = 4,
     /// An address of a known pod or service outside the mesh. Never captured. As a caller, it is treated like an address
     /// that is not in the map.
@@ -151,15 +149,45 @@ pub const DIAL: u32 = 1;
 /// Value in the BYPASS map for a socket that the daemon opens to the pod's own app. It is not captured, and its 4-tuple is
 /// entered in the DELIVERIES map before its SYN leaves.
 pub const DELIVERY: u32 = 2;
+/// Value in the BYPASS map for a socket with which a process of the node itself connects to a pod. Its 4-tuple is entered
+/// in the DELIVERIES map before its SYN leaves.
+pub const NODE_CONNECT: u32 = 3;
 
-/// What a pod admits: the value of the INBOUND map, stored as a `u32`. The key is the pod's address, or [`ANY_ADDRESS`].
+/// Maximum number of cgroups in [`Node::pod_roots`].
+pub const MAX_POD_ROOTS: usize = 4;
+
+/// What tells the node's own processes from its pods: the value of the NODE map.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Node {
+    /// Cookie of the node's own netns.
+    pub netns_cookie: u64,
+    /// The cgroups (version 2) that contain all pods, such as `kubepods.slice`. Unused entries are all zeros.
+    pub pod_roots: [PodRoot; MAX_POD_ROOTS],
+}
+
+/// A cgroup that contains pods.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct PodRoot {
+    /// Id of the cgroup.
+    pub cgroup: u64,
+    /// Its depth in the tree of cgroups. The root of the tree has depth 0.
+    pub level: u32,
+    /// Always zero.
+    pub padding: u32,
+}
+
+/// What a pod admits: the value of the MODE map of its inbound program, stored as a `u32`. Any other value counts as
+/// [`Inbound::Strict`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Inbound {
-    /// All connections go to the tunnel listener, except those from this node's own addresses.
+    /// All connections go to the tunnel listener, except those that the kernel has recorded: see the DELIVERIES and
+    /// ADMITTED maps.
     Strict = 1,
-    /// Connections from pods, services and pod networks in the MESH map go to the tunnel listener. All others go to the
-    /// app's own listener.
+    /// Connections from pods, services and pod networks in the MESH map go to the tunnel listener, except those that the
+    /// kernel has recorded. All others go to the app's own listener.
     Permissive = 2,
 }
 
@@ -174,6 +202,8 @@ mod user {
     unsafe impl aya::Pod for super::Dialled {}
     // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::FourTuple {}
+    // SAFETY: as for `Pod`.
+    unsafe impl aya::Pod for super::Node {}
     // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::Verdict {}
     // SAFETY: as for `Pod`.

@@ -1,23 +1,26 @@
-//! Finds the eBPF object that the daemon embeds.
+//! Finds the eBPF objects that the daemon embeds: in the folder AUTH_EBPF_OBJECTS, or where `cargo xtask build-ebpf` puts
+//! them.
 
 use std::{env, path::PathBuf};
 
 fn main() {
-    ebpf_object();
-}
-
-fn ebpf_object() {
-    println!("cargo::rerun-if-env-changed=AUTH_EBPF_OBJECT");
-    let object = env::var_os("AUTH_EBPF_OBJECT").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/bpf/auth-ebpf"),
+    println!("cargo::rerun-if-env-changed=AUTH_EBPF_OBJECTS");
+    let folder = env::var_os("AUTH_EBPF_OBJECTS").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/bpf"),
         PathBuf::from,
     );
-    println!("cargo::rerun-if-changed={}", object.display());
-    match object.canonicalize() {
-        Ok(object) => println!("cargo::rustc-env=AUTH_EBPF_OBJECT={}", object.display()),
-        Err(error) => println!(
-            "cargo::error=the eBPF programs are not built ({}: {error}): run `cargo xtask build-ebpf`",
-            object.display()
-        ),
+    for (variable, name) in [
+        ("AUTH_EBPF", "auth-ebpf"),
+        ("AUTH_EBPF_INBOUND", "auth-ebpf-inbound"),
+    ] {
+        let object = folder.join(name);
+        println!("cargo::rerun-if-changed={}", object.display());
+        match object.canonicalize() {
+            Ok(object) => println!("cargo::rustc-env={variable}={}", object.display()),
+            Err(error) => println!(
+                "cargo::error=the eBPF programs are not built ({}: {error}): run `cargo xtask build-ebpf`",
+                object.display()
+            ),
+        }
     }
 }

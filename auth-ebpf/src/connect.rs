@@ -13,7 +13,7 @@ use crate::{
         set_user_ip4, set_user_ip6, set_user_port, user_ip4, user_ip6, user_port,
     },
     maps::{BYPASS, DIALLED, FLOWS, PODS, dialled, flow_or_closed, mesh_kind},
-    same_node,
+    node_connect, same_node,
 };
 
 /// Return value that makes the connect fail with EPERM.
@@ -69,6 +69,7 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
     let cookie = ctx.netns_cookie();
     // SAFETY: entries are replaced whole and freed after a grace period.
     let Some(pod) = (unsafe { PODS.get(cookie) }) else {
+        node_connect::record(ctx, cookie, destination);
         return Route::Ignore;
     };
     let port = user_port(ctx);

@@ -1,9 +1,6 @@
 //! What the programs share: constants of the kernel, and access to addresses, ports and sockets in a program's context.
 
-use core::{
-    mem::transmute,
-    ptr::{read_volatile, write_volatile},
-};
+use core::ptr::write_volatile;
 
 use auth_common::{Address, FourTuple, mapped};
 use aya_ebpf::{
@@ -13,11 +10,11 @@ use aya_ebpf::{
     programs::{SockAddrContext, SockContext, SockOpsContext},
 };
 
+pub use crate::shared::{AF_INET, IPPROTO_TCP, read_address};
+
 /// Return value of a cgroup program that lets the system call go on.
 pub const PROCEED: i32 = 1;
 
-pub const AF_INET: u32 = 2;
-pub const IPPROTO_TCP: u32 = 6;
 /// A TCP state, as numbered in the kernel's `tcp_states.h`.
 pub const TCP_CLOSE: u32 = 7;
 
@@ -36,22 +33,6 @@ pub fn is_mapped(address: &Address) -> bool {
         byte += 1;
     }
     zeros && address[10] == 0xff && address[11] == 0xff
-}
-
-/// Reads an IPv6 address from a program's context, word by word. The reads are volatile because the verifier refuses
-/// larger loads there, and the compiler would merge them.
-///
-/// # Safety
-///
-/// `field` must be a field of a context, or of a context's socket, that the kernel passed to the program.
-#[inline(always)]
-pub unsafe fn read_address(field: *const [u32; 4]) -> Address {
-    // SAFETY: the caller passes a valid field of four words.
-    let word = |word| unsafe { read_volatile(field.cast::<u32>().add(word)) };
-    // Kept as words: 16 single bytes would need 16 registers or stack slots.
-    let words = [word(0), word(1), word(2), word(3)];
-    // SAFETY: both types are 16 bytes, and every byte pattern is valid.
-    unsafe { transmute(words) }
 }
 
 /// Time now, in nanoseconds of `CLOCK_MONOTONIC`.

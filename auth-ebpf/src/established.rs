@@ -3,7 +3,8 @@
 //! - A captured connection: what the app dialled goes to PENDING, under a key that the accepting daemon can compute. After
 //!   the connection is established the daemon removes the entry when it accepts. The app may have closed by then, but
 //!   what it sent must still arrive.
-//! - The daemon's connection to a pod's app: its 4-tuple goes to DELIVERIES, so that the inbound program admits the SYN.
+//! - The daemon's connection to a pod's app, and the node's own to a pod: the 4-tuple goes to DELIVERIES, so that the
+//!   inbound program admits the SYN.
 //! - A connection between two pods of this node that stays in the kernel: see [`crate::same_node`].
 
 use auth_common::{OUTBOUND_PORT, SocketKey};
@@ -18,7 +19,7 @@ use aya_ebpf::{
 
 use crate::{
     context::{SocketContext, TCP_CLOSE, enable_callbacks, four_tuple, local_address, remote_port},
-    maps::{DELIVERIES, PENDING, dialled, flow, is_delivery},
+    maps::{DELIVERIES, PENDING, dialled, flow, is_admitted},
     same_node,
 };
 
@@ -56,7 +57,7 @@ fn connecting(ctx: &SockOpsContext) {
             return;
         };
         let _ = PENDING.insert(pending_key(ctx), dialled, 0);
-    } else if is_delivery(ctx) {
+    } else if is_admitted(ctx) {
         let _ = DELIVERIES.insert(four_tuple(ctx, false), 1, 0);
     } else {
         return;

@@ -1,17 +1,36 @@
-//! sk_lookup, in each enrolled pod's netns: steers a SYN for any port of the pod to its tunnel listener, depending on who
-//! sent it.
+//! sk_lookup, in each enrolled pod's netns: steers a SYN for any address and port of the netns to the pod's tunnel listener,
+//! depending on who sent it.
+//!
+//! This is an object of its own, of which the daemon loads one instance for each enrolled netns, because an sk_lookup
+//! program cannot tell which netns it runs in. The instance has two maps of its own, and shares the others. So every SYN is
+//! judged by its netns, and not by its destination address, which a pod can have several of, and two pods may both have.
 //!
 //! The program runs when the kernel looks for a listener, never for an established connection. It leaves the choice to the
-//! kernel for what the pod sends to itself, for the daemon's connections to the app, and for connections that the kernel
-//! has recorded leaving another pod of this node under a verdict.
+//! kernel for what the pod sends to itself, for the connections to the app that the kernel has recorded as the daemon's or
+//! the node's own, and for those that it has recorded leaving another pod of this node under a verdict.
 
-use auth_common::{ANY_ADDRESS, Address, FourTuple, Inbound, MeshKind, mapped};
-use aya_ebpf::{macros::sk_lookup, programs::SkLookupContext};
+#![no_std]
+#![no_main]
 
-use crate::{
-    context::{AF_INET, IPPROTO_TCP, read_address},
-    maps::{ADMITTED, DELIVERIES, INBOUND, TUNNELS, mesh_kind},
+mod license;
+mod shared;
+
+use auth_common::{Address, FourTuple, Inbound, MeshKind, mapped};
+use aya_ebpf::{
+    btf_maps::{Array, SockMap},
+    macros::{btf_map, sk_lookup},
+    programs::SkLookupContext,
 };
+
+use shared::{ADMITTED, AF_INET, DELIVERIES, IPPROTO_TCP, mesh_kind, read_address};
+
+/// The pod's `Inbound` mode. It outlives the daemon.
+#[btf_map]
+static MODE: Array<u32, 1> = Array::new();
+
+/// The pod's tunnel listener. It is removed with the listener's socket, so without a daemon the pod refuses.
+#[btf_map]
+static TUNNEL: SockMap<1> = SockMap::new();
 
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
@@ -31,27 +50,33 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     if local == remote || is_recorded(&ctx, local, remote) {
         return SK_PASS;
     }
-    // SAFETY: single words, which are replaced whole.
-    let mode = unsafe { INBOUND.get(local).or_else(|| INBOUND.get(ANY_ADDRESS)) };
-    let Some(mode) = mode else {
-        return SK_DROP;
-    };
-    match mesh_kind(remote) {
-        Some(kind) if kind == MeshKind::Node as u32 => return SK_PASS,
-        Some(kind)
-            if kind != MeshKind::Outside as u32 && kind != MeshKind::ServiceNetwork as u32 => {}
-        // Of no mesh pod.
-        _ if *mode == Inbound::Permissive as u32 => return SK_PASS,
-        _ => {}
+    let is_permissive = MODE
+        .get(0)
+        .is_some_and(|mode| *mode == Inbound::Permissive as u32);
+    if is_permissive && !is_from_the_mesh(remote) {
+        return SK_PASS;
     }
     // Without a listener no daemon is running: the connection is refused rather than passed to the app.
-    match TUNNELS.redirect_sk_lookup(&ctx, local, 0) {
+    match TUNNEL.redirect_sk_lookup(&ctx, 0, 0) {
         Ok(()) => SK_PASS,
         Err(_) => SK_DROP,
     }
 }
 
-/// Whether the connection is the daemon's to the app, or one between two pods of this node under a verdict.
+/// Whether a caller at `address` may be one that uses the tunnel.
+#[inline(always)]
+fn is_from_the_mesh(address: Address) -> bool {
+    match mesh_kind(address) {
+        Some(kind) => {
+            kind != MeshKind::Node as u32
+                && kind != MeshKind::Outside as u32
+                && kind != MeshKind::ServiceNetwork as u32
+        }
+        None => false,
+    }
+}
+
+/// Whether the connection is the daemon's or the node's own, or one between two pods of this node under a verdict.
 #[inline(always)]
 fn is_recorded(ctx: &SkLookupContext, local: Address, remote: Address) -> bool {
     // SAFETY: the kernel passed this context to the program.

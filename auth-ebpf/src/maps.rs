@@ -4,31 +4,23 @@
 //! VERDICTS and ADMITTED), the ring buffer EVENTS (1 MiB) and REPORTED (1 MiB).
 
 use auth_common::{
-    Address, Admitted, Closed, DELIVERY, Dialled, EVENT_BYTES, FIRST_SOCKET_BYTES, FLOW_CLOSED,
-    FirstSocket, Flow, FourTuple, MAX_MESH_ADDRESSES, MAX_PENDING, MAX_PODS, MAX_REPORTED,
-    MAX_VERDICTS, Pod, SocketKey, SocketOrigin, Verdict,
+    Closed, DELIVERY, Dialled, EVENT_BYTES, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket, Flow,
+    MAX_PENDING, MAX_PODS, MAX_REPORTED, MAX_VERDICTS, NODE_CONNECT, Node, Pod, SocketKey,
+    SocketOrigin, Verdict,
 };
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE},
-    btf_maps::{
-        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage, SockHash,
-        lpm_trie::Key,
-    },
+    bindings::BPF_SK_STORAGE_GET_F_CREATE,
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     helpers::generated::bpf_sk_storage_get,
     macros::btf_map,
 };
 
-use crate::context::SocketContext;
-
-const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+pub use crate::shared::{ADMITTED, DELIVERIES, mesh_kind};
+use crate::{context::SocketContext, shared::ON_DEMAND};
 
 /// Enrolled pods by netns cookie.
 #[btf_map]
 pub static PODS: HashMap<u64, Pod, { MAX_PODS as usize }, ON_DEMAND> = HashMap::new();
-
-/// The `MeshKind` of each address and network of the mesh.
-#[btf_map]
-pub static MESH: LpmTrie<Address, u32, { MAX_MESH_ADDRESSES as usize }> = LpmTrie::new();
 
 /// Destinations of captured connections that the daemon has not accepted yet.
 #[btf_map]
@@ -40,23 +32,10 @@ pub static PENDING: HashMap<SocketKey, Dialled, { MAX_PENDING as usize }, ON_DEM
 pub static DIALLED: SkStorage<Dialled> = SkStorage::new();
 
 /// The daemon's own sockets, which are never captured: `DIAL` or `DELIVERY`. Only a process with the map's file descriptor
-/// can write here, so a pod cannot avoid capture as it could if a mark decided.
+/// can write here, so a pod cannot avoid capture as it could if a mark decided. Also the sockets with which the node itself
+/// connects to a pod: `NODE_CONNECT`.
 #[btf_map]
 pub static BYPASS: SkStorage<u32> = SkStorage::new();
-
-/// The daemon's connections to pods' apps that are not established yet. The inbound program admits them.
-#[btf_map]
-pub static DELIVERIES: HashMap<FourTuple, u32, { MAX_PENDING as usize }, ON_DEMAND> =
-    HashMap::new();
-
-/// Tunnel listeners of enrolled pods, by the pod's address.
-#[btf_map]
-pub static TUNNELS: SockHash<Address, { 2 * MAX_PODS as usize }> = SockHash::new();
-
-/// The `Inbound` mode of each enrolled pod's address. It outlives the daemon. The entries of TUNNELS are removed with their
-/// sockets, so without a daemon the pods refuse.
-#[btf_map]
-pub static INBOUND: HashMap<Address, u32, { 2 * MAX_PODS as usize }, ON_DEMAND> = HashMap::new();
 
 /// The daemon's verdicts on connections between two pods of this node, by the client's netns and the dialled destination.
 #[btf_map]
@@ -66,12 +45,6 @@ pub static VERDICTS: HashMap<SocketKey, Verdict, { MAX_VERDICTS as usize }, ON_D
 /// When VERDICTS expire, in nanoseconds of `CLOCK_MONOTONIC`. A running daemon renews it.
 #[btf_map]
 pub static LEASE: Array<u64, 1> = Array::new();
-
-/// Connections under a verdict, from before their SYN leaves until the server's socket is established. The inbound program
-/// admits them.
-#[btf_map]
-pub static ADMITTED: HashMap<FourTuple, Admitted, { MAX_VERDICTS as usize }, ON_DEMAND> =
-    HashMap::new();
 
 /// State of such a connection, as storage of both ends' sockets. Removed with the socket, or when the app dials again.
 #[btf_map]
@@ -93,12 +66,6 @@ pub static FIRST_SOCKETS: RingBuf<FirstSocket, { FIRST_SOCKET_BYTES as usize }> 
 #[btf_map]
 pub static REPORTED: LruHashMap<SocketOrigin, u64, { MAX_REPORTED as usize }> = LruHashMap::new();
 
-/// The `MeshKind` of `address`, or `None` if it is not in the mesh.
-#[inline(always)]
-pub fn mesh_kind(address: Address) -> Option<u32> {
-    MESH.get(&Key::new(128, address)).copied()
-}
-
 /// The destination that the app dialled on the context's socket, if the connection was captured.
 #[inline(always)]
 pub fn dialled(ctx: &impl SocketContext) -> Option<&Dialled> {
@@ -106,11 +73,17 @@ pub fn dialled(ctx: &impl SocketContext) -> Option<&Dialled> {
     unsafe { storage(&DIALLED, ctx, 0).as_ref() }
 }
 
-/// Whether the context's socket is a connection of the daemon to a pod's app.
+/// What tells the node's own processes from its pods. Written by the daemon.
+#[btf_map]
+pub static NODE: Array<Node, 1> = Array::new();
+
+/// Whether the inbound program is to admit the connection of the context's socket: the daemon's to a pod's app, or the
+/// node's own to a pod.
 #[inline(always)]
-pub fn is_delivery(ctx: &impl SocketContext) -> bool {
+pub fn is_admitted(ctx: &impl SocketContext) -> bool {
     // SAFETY: a single word, written before the socket connects.
-    unsafe { storage(&BYPASS, ctx, 0).as_ref() }.is_some_and(|kind| *kind == DELIVERY)
+    unsafe { storage(&BYPASS, ctx, 0).as_ref() }
+        .is_some_and(|kind| *kind == DELIVERY || *kind == NODE_CONNECT)
 }
 
 /// The state of the context's socket, if it is an open end of a connection between two pods of this node.

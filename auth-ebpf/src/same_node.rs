@@ -11,7 +11,7 @@ use auth_common::{
     SocketKey, Verdict, closed as flag,
 };
 use aya_ebpf::{
-    bindings::{BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock},
+    bindings::{BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG},
     programs::{SockAddrContext, SockOpsContext},
 };
 
@@ -52,7 +52,7 @@ pub fn redirect(
     } else {
         &pod.v6
     };
-    if !uses_address(ctx.socket(), own) {
+    if !uses_address(ctx, own) {
         return None;
     }
     let mut entry = Flow {
@@ -113,9 +113,10 @@ fn verdict(cookie: u64, destination: &Address, port: u32) -> Option<&'static Ver
 
 /// Whether a socket that is about to connect is bound to no address, or to `own`.
 #[inline(always)]
-fn uses_address(sk: *const bpf_sock, own: &Address) -> bool {
+fn uses_address(ctx: &SockAddrContext, own: &Address) -> bool {
+    let sk = ctx.socket();
     // Both are read in any case: to choose a field first would be to choose between two pointers, which the verifier refuses.
-    // SAFETY: the socket is the caller's context's.
+    // SAFETY: the kernel passed this context to the program, and its socket is never null in this hook.
     let (v4, v6) = unsafe {
         (
             read_volatile(&raw const (*sk).src_ip4),

@@ -415,7 +415,7 @@ fn nothing_is_left_after_the_end() -> Result<()> {
     let id = mesh.id();
     let sleeper = mesh.pod("client").spawn("sleep", ["1000"])?;
     let nginx = Nginx::start(&mesh.pod("web"), 80, "x")?;
-    std::fs::create_dir_all(mesh.node("node-a").pins().join("v1/maps"))?;
+    std::fs::create_dir_all(mesh.node("node-a").pins().join("v2/maps"))?;
     assert!(traces(id)?.len() >= 3 + 2 + 2 + 3);
     drop(mesh);
     assert_eq!(traces(id)?, Vec::<std::path::PathBuf>::new());

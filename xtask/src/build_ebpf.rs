@@ -1,4 +1,4 @@
-//! `cargo xtask build-ebpf`: compiles the eBPF programs to the object that the daemon embeds.
+//! `cargo xtask build-ebpf`: compiles the eBPF programs to the objects that the daemon embeds.
 
 use std::fs;
 use std::path::Path;
@@ -23,28 +23,34 @@ impl Arguments {
     }
 }
 
-/// Builds `target/bpf/auth-ebpf`.
+/// The objects: the programs of the cgroup root, and the one that each enrolled netns gets.
+const OBJECTS: [&str; 2] = ["auth-ebpf", "auth-ebpf-inbound"];
+
+/// Builds the objects into `target/bpf`.
 ///
 /// # Errors
 /// If there is no toolchain and none can be installed, or the programs do not compile.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    step("build the eBPF object", || {
+    step("build the eBPF objects", || {
         let toolchain = toolchain::ensure(arguments.wanted())?;
         step::run(
             toolchain
                 .cargo(None)
-                .args(["--package", "auth-ebpf", "--bin", "auth-ebpf"]),
+                .args(["--package", "auth-ebpf", "--bins"]),
         )?;
-        let built = toolchain::target_directory()
-            .join(TARGET)
-            .join("release/auth-ebpf");
-        let object = workspace().join("target/bpf/auth-ebpf");
-        let copied = copy_if_changed(&built, &object)?;
-        eprintln!(
-            "    {} {}",
-            object.display(),
-            if copied { "written" } else { "is up to date" }
-        );
+        for name in OBJECTS {
+            let built = toolchain::target_directory()
+                .join(TARGET)
+                .join("release")
+                .join(name);
+            let object = workspace().join("target/bpf").join(name);
+            let copied = copy_if_changed(&built, &object)?;
+            eprintln!(
+                "    {} {}",
+                object.display(),
+                if copied { "written" } else { "is up to date" }
+            );
+        }
         Ok(())
     })
 }

@@ -36,7 +36,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Build the eBPF object that the daemon embeds: target/bpf/auth-ebpf
+    /// Build the eBPF objects that the daemon embeds, in target/bpf
     BuildEbpf(build_ebpf::Arguments),
     /// Build everything, optimised: the eBPF object, then the workspace
     Build,

@@ -9,41 +9,41 @@ use std::{
     fs::{self, File},
     io,
     net::{IpAddr, SocketAddr, TcpListener},
-    os::fd::{AsFd, AsRawFd, RawFd},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use auth_common::{
-    ANY_ADDRESS, Address, Dialled, Inbound, LAYOUT, MeshKind, Pod, SocketKey, mapped,
-};
+use auth_common::{Address, Dialled, Inbound, LAYOUT, MeshKind, Node, Pod, SocketKey, mapped};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
-        HashMap as BpfHashMap, Map, MapData, MapError, RingBuf, SkStorage, SockHash,
+        Array, HashMap as BpfHashMap, Map, MapData, MapError, RingBuf, SkStorage,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
-        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, SkLookup, SockOps,
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, SockOps,
         links::{FdLink, LinkError, PinnedLink},
     },
 };
 use ipnet::IpNet;
 
-use super::{FirstSockets, Netns, PinLock, SameNode};
+use super::{
+    FirstSockets, Netns, PinLock, SameNode,
+    inbound::{self, InboundProgram},
+    node_cgroups::pod_roots,
+};
 
 /// The compiled eBPF programs.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF_OBJECT"));
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF"));
 
-const MAPS: [&str; 16] = [
+const MAPS: [&str; 15] = [
     "PODS",
     "MESH",
     "PENDING",
     "DIALLED",
     "BYPASS",
     "DELIVERIES",
-    "TUNNELS",
-    "INBOUND",
+    "NODE",
     "VERDICTS",
     "LEASE",
     "ADMITTED",
@@ -63,7 +63,6 @@ const CGROUP_PROGRAMS: [&str; 6] = [
 ];
 const SOCK_OPS_PROGRAM: &str = "established";
 const SOCK_PROGRAM: &str = "first_socket";
-const INBOUND_PROGRAM: &str = "inbound";
 /// Suffix of a new link's pin while the old link is still pinned. A link's pin has the name of its program.
 const NEW: &str = "new";
 /// Age in nanoseconds from which a pending entry is stale, because no daemon will accept its connection.
@@ -123,32 +122,25 @@ pub enum KernelError {
 /// The loaded programs and their maps.
 pub struct Kernel {
     pins: PathBuf,
-    inbound: Mutex<SkLookupProgram>,
+    /// The cgroup that the programs are attached to.
+    cgroup: PathBuf,
+    /// Keeps the programs of the cgroup root.
+    _programs: Mutex<Ebpf>,
+    /// Loads inbound programs, with the pinned maps.
+    loader: Mutex<EbpfLoader<'static>>,
     pods: Mutex<BpfHashMap<MapData, u64, Pod>>,
     mesh: Mutex<Mesh>,
     pending: Mutex<BpfHashMap<MapData, SocketKey, Dialled>>,
     bypass: Mutex<SkStorage<MapData, u32>>,
-    inbound_entries: Mutex<InboundEntries>,
+    node: Mutex<Array<MapData, Node>>,
+    /// Pods that a daemon with another layout of the maps has enrolled.
+    earlier: Vec<(u64, Pod)>,
     first_sockets: Mutex<Option<RingBuf<MapData>>>,
     /// Connections between two pods of this node.
     pub same_node: SameNode,
     /// `None` after [`Kernel::release`].
     lock: Mutex<Option<PinLock>>,
 }
-
-struct SkLookupProgram(Ebpf);
-
-struct InboundEntries {
-    modes: BpfHashMap<MapData, Address, u32>,
-    tunnels: SockHash<MapData, Address>,
-    /// Content of the maps: the listener's file descriptor, or [`NO_LISTENER`], and the mode.
-    entries: HashMap<Address, (RawFd, Inbound)>,
-}
-
-/// Stands for a missing listener, in the entry that applies to all other addresses.
-const NO_LISTENER: RawFd = -1;
-/// Marks an entry left behind by a previous daemon. Such entries are always rewritten.
-const LEFT: RawFd = -2;
 
 struct Mesh {
     map: LpmTrie<MapData, Address, u32>,
@@ -191,7 +183,7 @@ impl Kernel {
                 error,
             })?;
         }
-        let mut loader = EbpfLoader::new();
+        let mut loader = loader();
         for name in MAPS {
             loader.map_pin_path(name, maps.join(name));
         }
@@ -217,17 +209,8 @@ impl Kernel {
         }
         let bypass =
             SkStorage::try_from(take_map(&mut ebpf, "BYPASS")?).map_err(map_error("BYPASS"))?;
-        let tunnels =
-            SockHash::try_from(take_map(&mut ebpf, "TUNNELS")?).map_err(map_error("TUNNELS"))?;
-        let modes: BpfHashMap<_, Address, u32> =
-            BpfHashMap::try_from(take_map(&mut ebpf, "INBOUND")?).map_err(map_error("INBOUND"))?;
-        // All entries are rewritten, because the listeners are new and the mode may have changed.
-        let left: HashMap<_, _> = modes
-            .keys()
-            .flatten()
-            .filter(|address| *address != ANY_ADDRESS)
-            .map(|address| (address, (LEFT, Inbound::Strict)))
-            .collect();
+        let mut node: Array<_, Node> =
+            Array::try_from(take_map(&mut ebpf, "NODE")?).map_err(map_error("NODE"))?;
         let same_node = SameNode::new(&mut ebpf)?;
         let first_sockets = RingBuf::try_from(take_map(&mut ebpf, "FIRST_SOCKETS")?)
             .map_err(map_error("FIRST_SOCKETS"))?;
@@ -235,21 +218,25 @@ impl Kernel {
         for name in programs() {
             load_program(&mut ebpf, name)?;
         }
-        for name in programs().filter(|name| *name != INBOUND_PROGRAM) {
+        inbound::load(&mut loader)?;
+        set_node(&mut node, cgroup)?;
+        for name in programs() {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
         }
         Ok(Self {
-            inbound: Mutex::new(SkLookupProgram(ebpf)),
+            cgroup: cgroup.to_owned(),
+            _programs: Mutex::new(ebpf),
+            loader: Mutex::new(loader),
             pods: Mutex::new(pods),
             mesh: Mutex::new(Mesh { map: mesh, entries }),
             pending: Mutex::new(pending),
             bypass: Mutex::new(bypass),
-            inbound_entries: Mutex::new(InboundEntries {
-                modes,
-                tunnels,
-                entries: left,
-            }),
+            node: Mutex::new(node),
+            earlier: other_layouts(lock.folder())
+                .iter()
+                .flat_map(|layout| pinned_pods(layout))
+                .collect(),
             first_sockets: Mutex::new(Some(first_sockets)),
             same_node,
             pins,
@@ -275,6 +262,17 @@ impl Kernel {
     /// Netns cookies and entries of all enrolled pods, including those of a previous daemon.
     pub fn enrolled(&self) -> Vec<(u64, Pod)> {
         lock(&self.pods).iter().flatten().collect()
+    }
+
+    /// The entry that a previous daemon made for the pod whose netns has `cookie`.
+    pub(super) fn enrolled_before(&self, cookie: u64) -> Option<Pod> {
+        let current = lock(&self.pods).get(&cookie, 0).ok();
+        current.or_else(|| {
+            let mut earlier = self.earlier.iter();
+            earlier
+                .find(|(other, _)| *other == cookie)
+                .map(|(_, pod)| *pod)
+        })
     }
 
     /// Sets the mesh's addresses and networks to `wanted`. Writes only the differences.
@@ -314,66 +312,39 @@ impl Kernel {
         Ok(())
     }
 
-    /// Sets the inbound entries of pod addresses to `wanted`: the listener and the mode of each address. An address
-    /// without an entry of its own has no listener, and `others` is its mode.
-    pub fn set_inbound(
+    /// Attaches an inbound program to `netns`, and replaces the one that a previous daemon attached. `admits` is what the
+    /// program admits from the first SYN on: see [`InboundProgram::attach`].
+    pub(super) fn attach_inbound(
         &self,
-        wanted: &HashMap<IpAddr, (&TcpListener, Inbound)>,
-        others: Inbound,
-    ) -> Result<(), KernelError> {
-        let wanted: HashMap<Address, (RawFd, Inbound)> = wanted
-            .iter()
-            .map(|(address, (listener, mode))| {
-                (wire_address(*address), (listener.as_raw_fd(), *mode))
-            })
-            .chain([(ANY_ADDRESS, (NO_LISTENER, others))])
-            .collect();
-        let mut inbound = lock(&self.inbound_entries);
-        let InboundEntries {
-            modes,
-            tunnels,
-            entries,
-        } = &mut *inbound;
-        for (address, (listener, mode)) in &wanted {
-            if entries.get(address) == Some(&(*listener, *mode)) {
-                continue;
-            }
-            if *listener != NO_LISTENER {
-                tunnels
-                    .insert(*address, *listener, 0)
-                    .map_err(map_error("TUNNELS"))?;
-            }
-            modes
-                .insert(*address, *mode as u32, 0)
-                .map_err(map_error("INBOUND"))?;
-            entries.insert(*address, (*listener, *mode));
-        }
-        entries.retain(|address, _| {
-            let stays = wanted.contains_key(address);
-            if !stays {
-                let _ = tunnels.remove(address);
-                let _ = modes.remove(address);
-            }
-            stays
-        });
-        Ok(())
+        netns: &Netns,
+        admits: Option<(Inbound, &TcpListener)>,
+    ) -> Result<InboundProgram, KernelError> {
+        let (instance, link) = InboundProgram::attach(&mut lock(&self.loader), netns, admits)?;
+        replace_pin(&self.pins.join("pods"), &netns.cookie().to_string(), link)?;
+        Ok(instance)
     }
 
-    /// Attaches the inbound program to `netns`, replacing the one that a previous daemon attached.
-    pub fn attach_inbound(&self, netns: &Netns) -> Result<(), KernelError> {
-        let mut inbound = lock(&self.inbound);
-        let program: &mut SkLookup = program(&mut inbound.0, INBOUND_PROGRAM)?;
-        let id = program
-            .attach(netns.as_fd())
-            .map_err(program_error(INBOUND_PROGRAM))?;
-        let link = program
-            .take_link(id)
-            .map_err(program_error(INBOUND_PROGRAM))?;
-        replace_pin(
-            &self.pins.join("pods"),
-            &netns.cookie().to_string(),
-            link.into(),
-        )
+    /// Finds the cgroups of the node's pods again: the kubelet may have created them since. Returns whether there are any.
+    pub fn find_pod_roots(&self) -> Result<bool, KernelError> {
+        set_node(&mut lock(&self.node), &self.cgroup)
+    }
+
+    /// Detaches and removes what daemons with another layout of the maps have pinned. Until then the kernel runs their
+    /// programs too, and refuses what those capture.
+    pub fn remove_other_layouts(&self) {
+        let Some(folder) = self.pins.parent() else {
+            return;
+        };
+        for layout in other_layouts(folder) {
+            match remove_layout(&layout) {
+                Ok(()) => {
+                    tracing::info!(pins = %layout.display(), "programs of an earlier version removed");
+                }
+                Err(error) => tracing::error!(
+                    pins = %layout.display(), %error, "cannot remove the programs of an earlier version; connections are refused"
+                ),
+            }
+        }
     }
 
     /// Starts capturing the connections of the pod whose netns has `cookie`.
@@ -447,17 +418,26 @@ impl Kernel {
 
 /// Loads and verifies the programs without attaching or pinning them, then drops them. Returns the kernel's errors.
 pub fn try_load() -> Vec<KernelError> {
-    let mut ebpf = match EbpfLoader::new().load(OBJECT) {
+    let mut loader = loader();
+    let mut ebpf = match loader.load(OBJECT) {
         Ok(ebpf) => ebpf,
         Err(error) => return vec![error.into()],
     };
     programs()
         .filter_map(|name| load_program(&mut ebpf, name).err())
+        .chain(inbound::load(&mut loader).err())
         .collect()
 }
 
+/// Creates a loader. A new one reads the types of the kernel, which takes 20 ms, and these programs refer to none.
+fn loader() -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    loader
+}
+
 fn programs() -> impl Iterator<Item = &'static str> {
-    let others = [SOCK_OPS_PROGRAM, SOCK_PROGRAM, INBOUND_PROGRAM];
+    let others = [SOCK_OPS_PROGRAM, SOCK_PROGRAM];
     CGROUP_PROGRAMS.into_iter().chain(others)
 }
 
@@ -465,7 +445,6 @@ fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
     let loaded = match name {
         SOCK_OPS_PROGRAM => program::<SockOps>(ebpf, name)?.load(),
         SOCK_PROGRAM => program::<CgroupSock>(ebpf, name)?.load(),
-        INBOUND_PROGRAM => program::<SkLookup>(ebpf, name)?.load(),
         _ => program::<CgroupSockAddr>(ebpf, name)?.load(),
     };
     loaded.map_err(program_error(name))
@@ -474,16 +453,64 @@ fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
 /// The newest kernel feature that a program needs.
 fn needs(program: &str) -> &'static str {
     match program {
-        INBOUND_PROGRAM => "ingress_ifindex in sk_lookup, which came with Linux 5.17",
+        inbound::PROGRAM => "ingress_ifindex in sk_lookup, which came with Linux 5.17",
         SOCK_OPS_PROGRAM => "bpf_get_netns_cookie in sockops, which came with Linux 5.15",
         SOCK_PROGRAM => "ring buffers and cgroup/sock_create, which came with Linux 5.8",
         _ => "cgroup/getpeername, getsockname and socket storage there, which came with Linux 5.8",
     }
 }
 
-/// Entries of the PODS map that is pinned below `folder`. Empty if none is pinned.
-pub(super) fn pinned_pods(folder: &Path) -> Vec<(u64, Pod)> {
-    let path = folder.join(LAYOUT).join("maps/PODS");
+/// The folders of all layouts below `pins`.
+pub(super) fn layouts(pins: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(pins).into_iter().flatten().flatten();
+    let is_layout = |name: &std::ffi::OsStr| {
+        let version = name.to_str().and_then(|name| name.strip_prefix('v'));
+        version.is_some_and(|version| version.parse::<u32>().is_ok())
+    };
+    entries
+        .filter(|entry| is_layout(&entry.file_name()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn other_layouts(pins: &Path) -> Vec<PathBuf> {
+    let mut layouts = layouts(pins);
+    layouts.retain(|layout| !layout.ends_with(LAYOUT));
+    layouts
+}
+
+/// Removes the pins of a layout. The links come first: without them connections are not captured at all, so none is
+/// captured halfway.
+pub(super) fn remove_layout(layout: &Path) -> io::Result<()> {
+    for kind in ["links", "pods", "maps"] {
+        match fs::remove_dir_all(layout.join(kind)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    fs::remove_dir(layout)
+}
+
+/// Writes what tells the node's processes from its pods. Returns whether there are cgroups of pods.
+fn set_node(node: &mut Array<MapData, Node>, cgroup: &Path) -> Result<bool, KernelError> {
+    let own = Path::new("/proc/self/ns/net");
+    let netns = Netns::open(own).map_err(|error| KernelError::Pin {
+        path: own.to_owned(),
+        error,
+    })?;
+    let wanted = Node {
+        netns_cookie: netns.cookie(),
+        pod_roots: pod_roots(cgroup),
+    };
+    if node.get(&0, 0).map_err(map_error("NODE"))? != wanted {
+        node.set(0, wanted, 0).map_err(map_error("NODE"))?;
+    }
+    Ok(wanted.pod_roots[0].cgroup != 0)
+}
+
+/// Entries of the PODS map of a layout. Empty if none is pinned.
+pub(super) fn pinned_pods(layout: &Path) -> Vec<(u64, Pod)> {
+    let path = layout.join("maps/PODS");
     let Ok(map) = MapData::from_pin(path) else {
         return Vec::new();
     };
@@ -539,7 +566,7 @@ fn replace_pin(folder: &Path, name: &str, link: FdLink) -> Result<(), KernelErro
     fs::rename(&draft, &path).map_err(|error| pin(&path, error))
 }
 
-fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, KernelError>
+pub(super) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, KernelError>
 where
     &'a mut P: TryFrom<&'a mut aya::programs::Program>,
 {
@@ -557,7 +584,7 @@ pub(super) fn map_error(map: &'static str) -> impl Fn(MapError) -> KernelError {
     move |error| KernelError::Map { map, error }
 }
 
-fn program_error(program: &str) -> impl Fn(ProgramError) -> KernelError {
+pub(super) fn program_error(program: &str) -> impl Fn(ProgramError) -> KernelError {
     move |error| KernelError::Program {
         program: program.to_owned(),
         error,

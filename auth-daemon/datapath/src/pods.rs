@@ -3,16 +3,16 @@
 use std::{
     collections::HashSet,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
 
-use auth_common::Pod;
+use auth_common::{Inbound, Pod};
 
 use super::{
-    Kernel, KernelError, Netns, containers::NoPodUid, flows, kernel::wire_address, plumbing,
-    sockets::Listeners,
+    Kernel, KernelError, Netns, containers::NoPodUid, flows, inbound::InboundProgram,
+    kernel::wire_address, plumbing, sockets::Listeners,
 };
 use auth_mesh::{ObjectName, Workload};
 
@@ -140,13 +140,15 @@ pub struct Enrolled {
     /// Addresses found in the netns, shown to the pod itself until its object has some. They are trusted for nothing
     /// else, because a pod can set its own addresses.
     own_addresses: Vec<IpAddr>,
+    /// What the kernel admits to the netns.
+    inbound: Arc<InboundProgram>,
     /// Bit mask of the sysctls that [`plumbing`] switched on.
     switched_on: u32,
 }
 
 impl Enrolled {
-    /// Enrols `workload`, whose netns is `netns`. From now on the returned listeners receive its connections. Inbound
-    /// connections are refused until [`Kernel::set_inbound`] directs them to the tunnel listener.
+    /// Enrols `workload`, whose netns is `netns`. From now on the returned listeners receive its connections, as `mode`
+    /// tells for inbound ones.
     ///
     /// A pod that cannot be served is left refused in both directions, until the next attempt or [`forget_others`]. It
     /// never communicates in plaintext because a port or a route is missing.
@@ -154,12 +156,9 @@ impl Enrolled {
         kernel: &Kernel,
         workload: &Workload,
         netns: Arc<Netns>,
+        mode: Inbound,
     ) -> Result<(Self, Listeners), EnrolError> {
-        let before = kernel
-            .enrolled()
-            .into_iter()
-            .find(|(cookie, _)| *cookie == netns.cookie())
-            .map(|(_, entry)| entry);
+        let before = kernel.enrolled_before(netns.cookie());
         let setup = |what| {
             move |error| EnrolError::Setup {
                 pod: workload.name.clone(),
@@ -168,30 +167,40 @@ impl Enrolled {
             }
         };
         let prepared = plumbing::set_up(&netns);
+        // A previous daemon may have switched on some of them, and stored which.
+        let switched_on = prepared.as_ref().map_or(0, |bits| *bits)
+            | before.map_or(0, |before| before.switched_on);
+        let listeners = match prepared {
+            Ok(_) => Listeners::open(&netns).map_err(setup("cannot listen inside it")),
+            Err(error) => Err(setup("cannot prepare its routes")(error)),
+        };
+        let admits = listeners.as_ref().ok();
+        let admits = admits.map(|listeners| (mode, &listeners.tunnel));
+        let in_kernel = |error| EnrolError::Kernel {
+            pod: workload.name.clone(),
+            error: Box::new(error),
+        };
+        let inbound = kernel.attach_inbound(&netns, admits).map_err(in_kernel)?;
         let enrolled = Self {
             addresses: known(workload),
             own_addresses: own_addresses(workload, &netns),
             netns,
-            // A previous daemon may have switched on some of them, and stored which.
-            switched_on: prepared.as_ref().map_or(0, |bits| *bits)
-                | before.map_or(0, |before| before.switched_on),
-        };
-        let listeners = match prepared {
-            Ok(_) => Listeners::open(&enrolled.netns).map_err(setup("cannot listen inside it")),
-            Err(error) => Err(setup("cannot prepare its routes")(error)),
+            inbound: Arc::new(inbound),
+            switched_on,
         };
         let entry = Pod {
             refused: listeners.is_err().into(),
             ..enrolled.entry()
         };
         kernel
-            .attach_inbound(&enrolled.netns)
-            .and_then(|()| kernel.capture(enrolled.netns.cookie(), &entry))
-            .map_err(|error| EnrolError::Kernel {
-                pod: workload.name.clone(),
-                error: Box::new(error),
-            })?;
+            .capture(enrolled.netns.cookie(), &entry)
+            .map_err(in_kernel)?;
         Ok((enrolled, listeners?))
+    }
+
+    /// Sends inbound connections to the pod's tunnel listener, according to `mode`.
+    pub fn admit(&self, mode: Inbound, tunnel: &TcpListener) -> Result<(), KernelError> {
+        self.inbound.admit(mode, tunnel)
     }
 
     /// Assigns the same netns to `workload`. The kernel keeps capturing its connections throughout.
@@ -241,15 +250,15 @@ impl Enrolled {
         flows::end_accepted(&self.netns, &condition)
     }
 
-    /// Refuses the pod in both directions: its connects are refused, and inbound connections find no listener of their
-    /// own.
+    /// Refuses the pod in both directions.
     pub fn refuse(&self, kernel: &Kernel) {
         let entry = Pod {
             refused: 1,
             ..self.entry()
         };
-        if let Err(error) = kernel.capture(self.netns.cookie(), &entry) {
-            tracing::error!(netns = %self.netns.path().display(), %error, "cannot refuse what a pod dials");
+        let outbound = kernel.capture(self.netns.cookie(), &entry);
+        if let Err(error) = outbound.and_then(|()| self.inbound.refuse()) {
+            tracing::error!(netns = %self.netns.path().display(), %error, "cannot refuse a pod");
         }
     }
 

@@ -1,24 +1,26 @@
 //! Removes everything that the daemon intentionally leaves in the kernel.
 
-use std::fs;
+use std::{collections::HashMap, fs};
 
 use anyhow::Context;
-use auth_common::LAYOUT;
 
-use super::{PinLock, kernel::pinned_pods, netns, plumbing};
+use super::{
+    PinLock,
+    kernel::{layouts, pinned_pods, remove_layout},
+    netns, plumbing,
+};
 
 /// Removes the programs, maps, pins, rules, routes and sysctls of the daemon whose pins `lock` guards. Returns the
 /// number of pods that were enrolled.
 pub fn unload(lock: PinLock) -> anyhow::Result<usize> {
     let folder = lock.folder().to_owned();
-    let pods = pinned_pods(&folder);
-    let links = folder.join(LAYOUT);
-    // Remove the links first. Without them connections are not captured at all, so none is captured halfway.
-    for kind in ["links", "pods", "maps"] {
-        let folder = links.join(kind);
-        if folder.exists() {
-            fs::remove_dir_all(&folder).with_context(|| format!("{}", folder.display()))?;
-        }
+    let layouts = layouts(&folder);
+    let pods: HashMap<_, _> = layouts
+        .iter()
+        .flat_map(|layout| pinned_pods(layout))
+        .collect();
+    for layout in layouts {
+        remove_layout(&layout).with_context(|| format!("{}", layout.display()))?;
     }
     let namespaces = netns::all();
     for (cookie, entry) in &pods {

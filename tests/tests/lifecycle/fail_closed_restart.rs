@@ -112,7 +112,7 @@ fn pods_that_left_while_it_was_dead_are_cleaned_up() {
     let (_a, b) = daemons(&mesh);
     let before = b.status().unwrap().kernel;
     assert_eq!(
-        (before.pods, files(&node.pins().join("v1/pods")).len()),
+        (before.pods, files(&node.pins().join("v2/pods")).len()),
         (4, 4)
     );
     b.kill().unwrap();
@@ -136,7 +136,7 @@ fn pods_that_left_while_it_was_dead_are_cleaned_up() {
 
     let after = b.status().unwrap().kernel;
     assert_eq!(
-        (after.pods, files(&node.pins().join("v1/pods")).len()),
+        (after.pods, files(&node.pins().join("v2/pods")).len()),
         (2, 2)
     );
     // Two addresses of each of three pods are gone, and two have come.
@@ -177,7 +177,7 @@ fn a_pod_made_anew_while_it_was_dead_is_served_both_ways() {
     let b = node.start_daemon().unwrap();
     b.wait_enrolled(&["default/web"]).unwrap();
     assert_eq!(b.status().unwrap().kernel, before);
-    assert_eq!(files(&node.pins().join("v1/pods")).len(), 1);
+    assert_eq!(files(&node.pins().join("v2/pods")).len(), 1);
     let client = mesh.pod("client");
     for (from, to) in [(&web, &client), (&client, &web)] {
         echoes(from, to.at(8080));

@@ -69,7 +69,7 @@ fn leaves_the_mesh(leave: impl Fn(&Mesh)) {
     assert_eq!(Routing::of(&web), clean);
     assert_eq!(attached_to_netns(&web), 0);
     let node = mesh.node("b");
-    assert_eq!(files(&node.pins().join("v1/pods")).len(), 0);
+    assert_eq!(files(&node.pins().join("v2/pods")).len(), 0);
     assert_eq!(b.status().unwrap().kernel.pods, 0);
     assert_eq!(
         b.status().unwrap().certificates.len(),
@@ -150,7 +150,7 @@ fn a_pod_made_anew_is_enrolled_within_about_a_second() {
 
     let node = mesh.node("b");
     assert_eq!(b.status().unwrap().kernel.pods, before.kernel.pods);
-    assert_eq!(files(&node.pins().join("v1/pods")).len(), 1);
+    assert_eq!(files(&node.pins().join("v2/pods")).len(), 1);
     assert_eq!(attached_to_netns(&web), 1);
     eventually_ok(
         Duration::from_secs(10),

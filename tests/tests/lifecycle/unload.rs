@@ -198,7 +198,7 @@ fn it_finishes_what_another_has_begun() {
     b.kill().unwrap();
     let node = mesh.node("b");
     // As if it had been killed between two pins: the links are gone, the maps not.
-    std::fs::remove_dir_all(node.pins().join("v1/links")).unwrap();
+    std::fs::remove_dir_all(node.pins().join("v2/links")).unwrap();
     node.unload().unwrap().ok().unwrap();
     assert!(!node.pins().exists(), "{:?}", files(node.pins()));
     assert_eq!((Routing::of(&web), attached_to_netns(&web)), (clean, 0));

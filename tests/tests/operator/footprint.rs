@@ -28,7 +28,7 @@ fn maps_take_little_up_front_and_hold_enough() {
     assert!(locked.len() >= 8, "{locked:?}");
     assert!(locked.values().sum::<u64>() <= 16 << 20, "{locked:?}");
 
-    let maps = mesh.node("a").pins().join("v1/maps");
+    let maps = mesh.node("a").pins().join("v2/maps");
     for (name, room) in [
         ("MESH", 1_000_000),
         ("PENDING", 100_000),

@@ -2,6 +2,7 @@
 //! and writes the mesh's addresses to the kernel's maps.
 
 mod addresses;
+mod pod_roots;
 mod policies;
 
 use std::{
@@ -24,7 +25,6 @@ use super::{
     acceptor::{DRAIN_POLL, Side, accept},
     revocation,
 };
-use crate::config::Mode;
 use crate::proxy::{
     Node, Pod, PodStatus,
     local_pods::{LocalPod, LocalPods},
@@ -35,6 +35,7 @@ use auth_datapath::{
     EnrolError, Enrolled, Netns, NetnsDiscovery, forget_others, open_netns, sockets::Listeners,
 };
 use auth_mesh::{ObjectName, Snapshot, Workload};
+use pod_roots::PodRoots;
 
 /// Interval at which to check for recreated named netns, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
@@ -58,6 +59,7 @@ pub struct Enrolment {
     owners: HashMap<IpAddr, ObjectName>,
     /// The mesh addresses last written to the kernel.
     told: Told,
+    pod_roots: PodRoots,
     /// The other tasks that update the kernel's maps.
     keepers: Vec<JoinHandle<()>>,
 }
@@ -94,6 +96,7 @@ impl Enrolment {
             failing: BTreeMap::new(),
             owners: HashMap::new(),
             told: Told::default(),
+            pod_roots: PodRoots::default(),
             keepers: Vec::new(),
         }
     }
@@ -129,6 +132,7 @@ impl Enrolment {
             self.reconcile(&snapshot);
             if first {
                 first = false;
+                self.node.kernel.remove_other_layouts();
                 self.node.same_node.adopt(&self.node);
                 let keep = tokio::spawn(same_node::keep(self.node.clone()));
                 tokio::spawn(revocation::keep(self.node.clone()));
@@ -147,6 +151,7 @@ impl Enrolment {
                 () = self.netns_discovery.changed() => {}
                 _ = ticks.tick() => {
                     self.node.kernel.sweep_pending();
+                    self.pod_roots.keep(&self.node);
                     for serving in self.serving.values() {
                         serving.pod.pool.sweep();
                     }
@@ -272,7 +277,7 @@ impl Enrolment {
                 tracing::info!(pod = %workload.name, ?addresses, "a pod's addresses are known")
             }
             Err(error) => tracing::error!(
-                pod = %workload.name, %error, "cannot tell the kernel's side a pod's addresses; what comes for it is refused"
+                pod = %workload.name, %error, "cannot tell the kernel's side a pod's addresses; retrying"
             ),
         }
     }
@@ -309,7 +314,10 @@ impl Enrolment {
                     return Err(error);
                 }
             },
-            None => Enrolled::new(kernel, workload, netns)?,
+            None => {
+                let mode = rules::inbound(&self.rules_of(workload));
+                Enrolled::new(kernel, workload, netns, mode)?
+            }
         };
         // If this fails, the pod stays enrolled in the kernel and is refused until the next attempt.
         let to_watch = listeners.try_clone().map_err(|error| EnrolError::Setup {
@@ -419,33 +427,14 @@ impl Enrolment {
             }
         }
         let rules = self.node.rules.current();
-        let mode = |serving: &Serving| {
+        for serving in self.serving.values() {
             let policy = rules.of(serving.cookie());
-            policy.map_or(Inbound::Strict, |policy| rules::inbound(policy))
-        };
-        let wanted = self
-            .owners
-            .iter()
-            .filter_map(|(address, name)| {
-                let serving = serving.get(name)?;
-                Some((*address, (&serving.listeners.tunnel, mode(serving))))
-            })
-            .collect();
-        // For pods whose addresses are not known yet.
-        let mut unknown = serving
-            .values()
-            .filter(|serving| serving.pod.enrolled.addresses().is_empty())
-            .map(mode)
-            .chain([match self.node.config.mode {
-                Mode::Strict => Inbound::Strict,
-                Mode::Permissive => Inbound::Permissive,
-            }]);
-        let others = match unknown.all(|mode| mode == Inbound::Permissive) {
-            true => Inbound::Permissive,
-            false => Inbound::Strict,
-        };
-        if let Err(error) = self.node.kernel.set_inbound(&wanted, others) {
-            tracing::error!(%error, "cannot tell the kernel's side what to admit");
+            let mode = policy.map_or(Inbound::Strict, |policy| rules::inbound(policy));
+            let tunnel = &serving.listeners.tunnel;
+            if let Err(error) = serving.pod.enrolled.admit(mode, tunnel) {
+                let pod = &serving.pod.workload.name;
+                tracing::error!(%pod, %error, "cannot set what a pod admits; it may refuse all connections");
+            }
         }
         let pods = self.serving.values().map(|serving| serving.pod.clone());
         self.node

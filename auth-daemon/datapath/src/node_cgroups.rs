@@ -1,0 +1,94 @@
+//! The cgroups that contain all pods of the node. The kernel tells the node's own processes from its pods by them.
+
+use std::{fs, os::unix::fs::MetadataExt, path::Path};
+
+use auth_common::{MAX_POD_ROOTS, PodRoot};
+
+/// Maximum depth at which the cgroups are searched for, below the one that the daemon is attached to. The kubelet creates
+/// them in the root, or in its `--cgroup-root`.
+const MAX_DEPTH: usize = 4;
+
+/// Finds the cgroups (version 2) that contain pods: those that the kubelet names `kubepods` (cgroupfs driver) or
+/// `kubepods.slice` (systemd driver, with the names of parent slices before it). Unused entries are all zeros, and come
+/// last. `cgroup` is a folder of the cgroup file system, whose root is the root of all cgroups.
+pub(super) fn pod_roots(cgroup: &Path) -> [PodRoot; MAX_POD_ROOTS] {
+    let mut found = Vec::new();
+    search(cgroup, level(cgroup), MAX_DEPTH, &mut found);
+    found.sort_by_key(|root| (root.level, root.cgroup));
+    let mut roots = [PodRoot::default(); MAX_POD_ROOTS];
+    for (root, found) in roots.iter_mut().zip(found) {
+        *root = found;
+    }
+    roots
+}
+
+fn search(folder: &Path, level: u32, depth: usize, found: &mut Vec<PodRoot>) {
+    let Ok(entries) = fs::read_dir(folder) else {
+        // Removed in the meantime.
+        return;
+    };
+    for entry in entries.flatten() {
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let name = entry.file_name();
+        if !is_pod_root(&name.to_string_lossy()) {
+            if depth > 1 {
+                search(&entry.path(), level + 1, depth - 1, found);
+            }
+            continue;
+        }
+        // A cgroup's id is the number of its inode (kernfs, on 64-bit systems).
+        if let Ok(metadata) = entry.metadata() {
+            found.push(PodRoot {
+                cgroup: metadata.ino(),
+                level: level + 1,
+                padding: 0,
+            });
+        }
+    }
+}
+
+fn is_pod_root(name: &str) -> bool {
+    name == "kubepods" || name == "kubepods.slice" || name.ends_with("-kubepods.slice")
+}
+
+/// The depth of `cgroup`. Only the root has no `cgroup.events`.
+fn level(cgroup: &Path) -> u32 {
+    let parents = cgroup.ancestors();
+    let below_root = parents.take_while(|folder| folder.join("cgroup.events").exists());
+    below_root.count() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_pods_of_either_driver_and_no_cgroup_inside_them() {
+        let root = tempfile::tempdir().unwrap();
+        let folders = [
+            "kubelet/kubepods/burstable/pod1/kubepods",
+            "kubelet.slice/kubelet-kubepods.slice/x",
+            "system.slice/kubepods.service",
+            "a/b/c/d/kubepods",
+        ];
+        for folder in folders {
+            fs::create_dir_all(root.path().join(folder)).unwrap();
+        }
+        let inode = |path: &str| fs::metadata(root.path().join(path)).unwrap().ino();
+        let expected = [
+            ("kubelet/kubepods", 2),
+            ("kubelet.slice/kubelet-kubepods.slice", 2),
+        ];
+        let mut expected = expected.map(|(path, level)| PodRoot {
+            cgroup: inode(path),
+            level,
+            padding: 0,
+        });
+        expected.sort_by_key(|root| root.cgroup);
+        let found = pod_roots(root.path());
+        assert_eq!(found[..2], expected);
+        assert_eq!(found[2..], [PodRoot::default(); 2]);
+    }
+}

@@ -1,0 +1,48 @@
+//! Connections of the node itself to its pods, such as the kubelet's probes: pods admit them in every mode.
+//!
+//! Neither an address nor a port proves that the node connects: traffic that is translated to the node's address (NodePort)
+//! and pods in the node's own netns (`hostNetwork`) have the same address. What proves it is that the socket is in the
+//! node's netns and that the process which connects is in no pod's cgroup.
+
+use auth_common::{Address, MeshKind, NODE_CONNECT};
+use aya_ebpf::{helpers::bpf_get_current_ancestor_cgroup_id, programs::SockAddrContext};
+
+use crate::maps::{BYPASS, NODE, mesh_kind};
+
+/// Whether there may be an enrolled pod at `destination`. The kubelet probes a pod before its object has an address, so a
+/// pod's address may be in no map yet.
+#[inline(always)]
+fn may_be_a_pod(destination: &Address) -> bool {
+    match mesh_kind(*destination) {
+        Some(kind) => {
+            kind != MeshKind::Service as u32
+                && kind != MeshKind::ServiceNetwork as u32
+                && kind != MeshKind::Node as u32
+                && kind != MeshKind::Outside as u32
+        }
+        None => true,
+    }
+}
+
+/// Marks the socket of a connect to `destination`, from the netns `cookie`, if the node itself connects to a pod. The
+/// sockops program then records the connection's 4-tuple.
+#[inline(always)]
+pub fn record(ctx: &SockAddrContext, cookie: u64, destination: &Address) {
+    let Some(node) = NODE.get(0) else {
+        return;
+    };
+    if cookie != node.netns_cookie || !may_be_a_pod(destination) {
+        return;
+    }
+    for root in &node.pod_roots {
+        // SAFETY: a helper without pointers.
+        let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(root.level as i32) };
+        if root.cgroup != 0 && ancestor == root.cgroup {
+            return;
+        }
+    }
+    let mut kind = NODE_CONNECT;
+    // Without an entry the pod judges the connection as if somebody else made it.
+    // SAFETY: the kernel passed this context to the program, and `kind` has the map's value type.
+    let _ = unsafe { BYPASS.get_or_insert_ptr_mut(ctx, Some(&mut kind)) };
+}
