@@ -43,6 +43,8 @@ pub const ORIGINAL_SOURCE_TABLE: u32 = 15006;
 pub const MAX_PODS: u32 = 4096;
 /// Maximum number of entries in the MESH map: addresses and networks of pods, services and nodes.
 pub const MAX_MESH_ADDRESSES: u32 = 1_000_000;
+/// Maximum number of nodes that are remembered to have had a ready daemon.
+pub const MAX_PROVEN_NODES: u32 = 65_536;
 /// Maximum number of captured connections between the app's `connect` and the daemon's `accept`, and of connections from
 /// the daemon and the node to apps that are not established yet.
 pub const MAX_PENDING: u32 = 131_072;

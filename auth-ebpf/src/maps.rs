@@ -5,8 +5,8 @@
 
 use auth_common::{
     Closed, DELIVERY, Dialled, EVENT_BYTES, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket, Flow,
-    MAX_PENDING, MAX_PODS, MAX_REPORTED, MAX_VERDICTS, NODE_CONNECT, Node, Pod, SocketKey,
-    SocketOrigin, Verdict,
+    MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS, NODE_CONNECT, Node, Pod,
+    SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
     bindings::BPF_SK_STORAGE_GET_F_CREATE,
@@ -21,6 +21,12 @@ use crate::{context::SocketContext, shared::ON_DEMAND};
 /// Enrolled pods by netns cookie.
 #[btf_map]
 pub static PODS: HashMap<u64, Pod, { MAX_PODS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Nodes that have, or once had, a ready daemon: a hash of the name, and when that was noted. No program reads it: it is
+/// here because the pinned maps survive the daemon.
+#[btf_map]
+pub static PROVEN_NODES: HashMap<[u8; 16], u64, { MAX_PROVEN_NODES as usize }, ON_DEMAND> =
+    HashMap::new();
 
 /// Destinations of captured connections that the daemon has not accepted yet.
 #[btf_map]

@@ -28,15 +28,16 @@ use aya::{
 use ipnet::IpNet;
 
 use super::{
-    FirstSockets, Netns, PinLock, SameNode,
+    FirstSockets, Netns, PinLock, ProvenNodes, SameNode,
     inbound::{self, InboundProgram},
     node_cgroups::pod_roots,
+    proven_nodes,
 };
 
 /// The compiled eBPF programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF"));
 
-const MAPS: [&str; 15] = [
+const MAPS: [&str; 16] = [
     "PODS",
     "MESH",
     "PENDING",
@@ -52,6 +53,7 @@ const MAPS: [&str; 15] = [
     "LOST",
     "REPORTED",
     "FIRST_SOCKETS",
+    proven_nodes::MAP,
 ];
 const CGROUP_PROGRAMS: [&str; 6] = [
     "connect4",
@@ -138,6 +140,8 @@ pub struct Kernel {
     first_sockets: Mutex<Option<RingBuf<MapData>>>,
     /// Connections between two pods of this node.
     pub same_node: SameNode,
+    /// The nodes that have, or once had, a ready daemon.
+    pub proven_nodes: ProvenNodes,
     /// `None` after [`Kernel::release`].
     lock: Mutex<Option<PinLock>>,
 }
@@ -212,6 +216,7 @@ impl Kernel {
         let mut node: Array<_, Node> =
             Array::try_from(take_map(&mut ebpf, "NODE")?).map_err(map_error("NODE"))?;
         let same_node = SameNode::new(&mut ebpf)?;
+        let proven_nodes = ProvenNodes::new(&mut ebpf)?;
         let first_sockets = RingBuf::try_from(take_map(&mut ebpf, "FIRST_SOCKETS")?)
             .map_err(map_error("FIRST_SOCKETS"))?;
         // Load all programs before any is attached, so that nothing has changed if the kernel rejects one.
@@ -239,6 +244,7 @@ impl Kernel {
                 .collect(),
             first_sockets: Mutex::new(Some(first_sockets)),
             same_node,
+            proven_nodes,
             pins,
             lock: Mutex::new(Some(lock)),
         })
@@ -295,6 +301,18 @@ impl Kernel {
             mesh.remove(key)?;
         }
         Ok(())
+    }
+
+    /// Returns the addresses whose kind in the map is one of `kinds`, including those that a previous daemon wrote.
+    /// Networks are left out.
+    pub fn mesh_addresses(&self, kinds: &[MeshKind]) -> Vec<IpAddr> {
+        let mesh = lock(&self.mesh);
+        let entries = mesh.entries.iter().filter(|((_, prefix), kind)| {
+            *prefix == 128 && kinds.iter().any(|wanted| *wanted as u32 == **kind)
+        });
+        entries
+            .map(|((address, _), _)| IpAddr::from(*address).to_canonical())
+            .collect()
     }
 
     /// Changes the kind of some mesh addresses. `None` removes the address from the mesh.
