@@ -92,7 +92,7 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
         let _ = unsafe { FLOWS.delete(ctx.socket()) };
     }
     let captured = match mesh_kind(*destination) {
-        Some(kind) => kind == MeshKind::Pod as u32 || kind == MeshKind::Service as u32,
+        Some(kind) => kind != MeshKind::Node as u32 && kind != MeshKind::Outside as u32,
         None => false,
     };
     if !captured || *destination == pod.v4 || *destination == pod.v6 {

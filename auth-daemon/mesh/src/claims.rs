@@ -2,13 +2,17 @@
 
 use std::sync::Arc;
 
-use super::{ObjectName, Workload, resolved::Resolved};
+use super::{ObjectName, Service, Workload, resolved::Resolved};
 
 /// A pod or service that claims an address.
 #[derive(Clone, Debug)]
 pub(super) enum Claim {
     Pod(Arc<Workload>),
     Service(Arc<Resolved>),
+    /// A pod outside the mesh. It owns the address only if no pod or service of the mesh claims it.
+    OutsidePod(Arc<Workload>),
+    /// A service outside the mesh. As [`Claim::OutsidePod`].
+    OutsideService(Arc<Service>),
 }
 
 /// All claims to one address.
@@ -22,6 +26,13 @@ pub(super) enum Claims {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Disputed;
 
+/// Kind of object that claims an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Claimant {
+    Pod,
+    Service,
+}
+
 /// Kind of owner of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddressKind {
@@ -29,24 +40,51 @@ pub enum AddressKind {
     Pod,
     /// A service.
     Service,
+    /// A known pod or service outside the mesh.
+    Outside,
+}
+
+impl AddressKind {
+    /// Reports whether the owner is in the mesh.
+    pub fn is_meshed(self) -> bool {
+        self != Self::Outside
+    }
 }
 
 impl Claim {
     pub(super) fn name(&self) -> &ObjectName {
         match self {
-            Self::Pod(pod) => &pod.name,
+            Self::Pod(pod) | Self::OutsidePod(pod) => &pod.name,
             Self::Service(service) => &service.name,
+            Self::OutsideService(service) => &service.name,
         }
     }
 
-    pub(super) fn is_of(&self, kind: AddressKind, name: &ObjectName) -> bool {
-        self.kind() == kind && self.name() == name
+    pub(super) fn is_of(&self, claimant: Claimant, name: &ObjectName) -> bool {
+        self.claimant() == claimant && self.name() == name
     }
 
     pub(super) fn kind(&self) -> AddressKind {
         match self {
             Self::Pod(_) => AddressKind::Pod,
             Self::Service(_) => AddressKind::Service,
+            Self::OutsidePod(_) | Self::OutsideService(_) => AddressKind::Outside,
+        }
+    }
+
+    /// Describes the object, for messages.
+    pub(super) fn describe(&self) -> String {
+        let kind = match self.claimant() {
+            Claimant::Pod => "pod",
+            Claimant::Service => "service",
+        };
+        format!("{kind} {}", self.name())
+    }
+
+    fn claimant(&self) -> Claimant {
+        match self {
+            Self::Pod(_) | Self::OutsidePod(_) => Claimant::Pod,
+            Self::Service(_) | Self::OutsideService(_) => Claimant::Service,
         }
     }
 
@@ -57,8 +95,10 @@ impl Claim {
 
     fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Pod(one), Self::Pod(other)) => Arc::ptr_eq(one, other),
+            (Self::Pod(one), Self::Pod(other))
+            | (Self::OutsidePod(one), Self::OutsidePod(other)) => Arc::ptr_eq(one, other),
             (Self::Service(one), Self::Service(other)) => Arc::ptr_eq(one, other),
+            (Self::OutsideService(one), Self::OutsideService(other)) => Arc::ptr_eq(one, other),
             _ => false,
         }
     }
@@ -72,23 +112,36 @@ impl Claims {
         }
     }
 
-    /// Returns the owner of the address, or `None` if the address is disputed.
+    /// Returns the claims of the mesh's own pods and services.
+    pub(super) fn meshed(&self) -> impl Iterator<Item = &Claim> {
+        self.all().iter().filter(|claim| claim.kind().is_meshed())
+    }
+
+    /// Returns the owner of the address, or `None` if the address is disputed. Claims from outside the mesh dispute
+    /// nothing.
     pub(super) fn owner(&self) -> Option<&Claim> {
         match self {
             Self::One(claim) => Some(claim),
-            Self::Several(claims) => {
-                let mut claims = claims.iter().filter(|claim| !claim.yields());
-                claims.next().filter(|_| claims.next().is_none())
-            }
+            Self::Several(claims) => match self.meshed().count() {
+                // Which one is of no consequence, but it must not depend on the order in which they became known.
+                0 => claims
+                    .iter()
+                    .min_by_key(|claim| (claim.claimant(), claim.name())),
+                1 => self.meshed().next(),
+                _ => {
+                    let mut staying = self.meshed().filter(|claim| !claim.yields());
+                    staying.next().filter(|_| staying.next().is_none())
+                }
+            },
         }
     }
 
-    /// Returns the pod that owns the address, regardless of claims by services, or `None` if no pod claims it.
+    /// Returns the mesh pod that owns the address, regardless of claims by services, or `None` if no mesh pod claims it.
     pub(super) fn pod(&self) -> Option<Result<&Arc<Workload>, Disputed>> {
         let pods = || {
             self.all().iter().filter_map(|claim| match claim {
                 Claim::Pod(pod) => Some(pod),
-                Claim::Service(_) => None,
+                _ => None,
             })
         };
         let first = pods().next()?;

@@ -6,9 +6,9 @@ use imbl::{HashMap, OrdMap, OrdSet};
 
 use super::{
     Membership, ObjectName, Service, Slice, SliceEndpoint, Snapshot, Workload,
-    claims::{AddressKind, Claim, Claims},
+    claims::{Claim, Claimant, Claims},
     resolved::{Backends, MAX_SLICED, Resolved, Server, Sliced},
-    snapshot::{Daemons, Namespace, ServiceState},
+    snapshot::{Daemons, Namespace, Networks, ServiceState},
 };
 
 /// A snapshot under construction, based on a previous one.
@@ -88,7 +88,7 @@ impl Edit {
         }
         self.next.crowded.remove(name);
         for address in &state.service.addresses {
-            self.unclaim(*address, AddressKind::Service, name);
+            self.unclaim(*address, Claimant::Service, name);
         }
         self.drop_if_empty(&name.namespace);
     }
@@ -176,6 +176,29 @@ impl Edit {
         if let Some(node) = node {
             pods.insert(name.clone(), node.to_owned());
             *nodes.entry(node.to_owned()).or_insert(0) += 1;
+            if !self.next.disabled.contains(node) {
+                self.next.proven.insert(node.to_owned());
+            }
+        }
+    }
+
+    /// Records whether an administrator has disabled the tunnel of `node`. Disabling forgets that the node ever had a
+    /// daemon.
+    pub fn disable_tunnel(&mut self, node: &str, is_disabled: bool) {
+        let daemons = self.next.daemons.as_ref();
+        let has_daemon = daemons.is_some_and(|daemons| daemons.nodes.contains_key(node));
+        if is_disabled {
+            self.next.disabled.insert(node.to_owned());
+            self.next.proven.remove(node);
+        } else if self.next.disabled.remove(node).is_some() && has_daemon {
+            self.next.proven.insert(node.to_owned());
+        }
+    }
+
+    /// Sets the networks that the cluster takes addresses of pods and services from.
+    pub fn networks(&mut self, networks: Networks) {
+        if *self.next.networks != networks {
+            self.next.networks = Arc::new(networks);
         }
     }
 
@@ -205,10 +228,13 @@ impl Edit {
         }
     }
 
-    /// Adds `pod` to the indexes by node and address, if it is in the mesh.
+    /// Adds `pod` to the index by address and, if it is in the mesh, to the one by node.
     fn index(&mut self, pod: &Arc<Workload>) {
         self.touch(pod);
         if !self.next.is_member(pod) {
+            for address in &pod.addresses {
+                self.claim(*address, Claim::OutsidePod(pod.clone()));
+            }
             return;
         }
         // A pod without a node is not scheduled yet.
@@ -230,7 +256,7 @@ impl Edit {
             }
         }
         for address in &pod.addresses {
-            self.unclaim(*address, AddressKind::Pod, &pod.name);
+            self.unclaim(*address, Claimant::Pod, &pod.name);
         }
     }
 
@@ -301,21 +327,29 @@ impl Edit {
             let pods = state.selected.values();
             Backends::Pods(pods.map(|pod| (pod, self.next.is_member(pod))).collect())
         };
-        // A service without a pod in the mesh is not a mesh service, unless its owner pins the identities that may run
-        // it.
-        let ours = service.pinned_identities.is_some() || backends.any_meshed();
+        // A service whose backends are all outside the mesh is not a mesh service, unless its owner pins the identities
+        // that may run it. One without a backend is the mesh's if its next one would be: until then, connections to it are
+        // refused.
+        let ours = service.pinned_identities.is_some()
+            || backends.any_meshed()
+            || (backends.is_empty()
+                && self.next.default_of(&name.namespace) == Membership::Enabled);
         let mut room = Some(MAX_SLICED);
         let claims: Vec<_> = service
             .addresses
             .iter()
-            .filter(|_| ours)
             .map(|address| {
-                let resolved = Resolved::new(service, &backends, *address, &mut room);
-                (*address, Claim::Service(Arc::new(resolved)))
+                let claim = if ours {
+                    let resolved = Resolved::new(service, &backends, *address, &mut room);
+                    Claim::Service(Arc::new(resolved))
+                } else {
+                    Claim::OutsideService(state.service.clone())
+                };
+                (*address, claim)
             })
             .collect();
         for address in &service.addresses {
-            self.unclaim(*address, AddressKind::Service, name);
+            self.unclaim(*address, Claimant::Service, name);
         }
         for (address, claim) in claims {
             self.claim(address, claim);
@@ -352,13 +386,13 @@ impl Edit {
         self.settle(address, claims);
     }
 
-    fn unclaim(&mut self, address: IpAddr, kind: AddressKind, name: &ObjectName) {
+    fn unclaim(&mut self, address: IpAddr, claimant: Claimant, name: &ObjectName) {
         let claims = self
             .next
             .addresses
             .get(&address)
             .map_or(&[][..], Claims::all);
-        let others = claims.iter().filter(|claim| !claim.is_of(kind, name));
+        let others = claims.iter().filter(|claim| !claim.is_of(claimant, name));
         let others: Vec<_> = others.cloned().collect();
         if others.len() < claims.len() {
             self.settle(address, others);
@@ -521,7 +555,12 @@ mod tests {
                 format!("{found:?}")
             })
             .collect();
-        seen.extend(snapshot.addresses().map(|found| format!("{found:?}")));
+        seen.extend(snapshot.addresses().map(|(address, kind)| {
+            let owner = snapshot
+                .describe(address)
+                .filter(|_| !snapshot.is_disputed(address));
+            format!("{address} {kind:?} {owner:?}")
+        }));
         seen.extend(snapshot.workloads().map(|pod| pod.name.to_string()));
         for node in ["m", "n", ""] {
             seen.extend(
@@ -558,6 +597,15 @@ mod tests {
                     };
                 }
                 prop_assert!(told.into_iter().eq(next.addresses()), "the difference tells it all");
+                let namespaces = || next.namespaces.values();
+                let pods = namespaces().flat_map(|ns| ns.pods.values()).flat_map(|pod| &pod.addresses);
+                let services = namespaces().flat_map(|ns| ns.services.values());
+                let services = services.flat_map(|state| &state.service.addresses);
+                let claimed: BTreeSet<_> = pods.chain(services).copied().collect();
+                prop_assert!(
+                    claimed.into_iter().eq(next.addresses().map(|(address, _)| address)),
+                    "an address is known exactly if an object has it"
+                );
                 last = next;
             }
             // The same objects, in the order of their names.

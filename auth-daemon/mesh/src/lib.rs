@@ -20,5 +20,5 @@ pub use registry::{Published, Registry};
 pub use resolved::{Destination, Endpoint};
 pub use service::{Port, Service, TargetPort};
 pub use slice::{Slice, SliceEndpoint};
-pub use snapshot::{Inventory, Snapshot, Unreachable};
+pub use snapshot::{Inventory, Networks, Snapshot, Unreachable};
 pub use workload::{ObjectName, Workload};

@@ -48,6 +48,23 @@ pub struct Destination {
 }
 
 impl Destination {
+    /// Returns the destination for a connection to `address` itself, which is `pod`'s, or not a known pod's.
+    pub(super) fn at(address: SocketAddr, pod: Option<&Arc<Workload>>, meshed: bool) -> Self {
+        let identity = pod.filter(|_| meshed).map(|pod| pod.identity.clone());
+        Self {
+            service: None,
+            endpoints: Arc::new([Endpoint {
+                workload: pod.cloned(),
+                address,
+                meshed,
+                node: None,
+            }]),
+            identities: Arc::new(identity.into_iter().collect()),
+            sticky: false,
+            local: false,
+        }
+    }
+
     /// Returns the identities that may answer, as text for an error.
     pub fn allowed(&self) -> String {
         let allowed: Vec<_> = self.identities.iter().map(Identity::as_str).collect();
@@ -105,6 +122,13 @@ pub(super) enum Backends<'a> {
 }
 
 impl Backends<'_> {
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Self::Pods(pods) => pods.is_empty(),
+            Self::Slices(endpoints) => endpoints.is_empty(),
+        }
+    }
+
     /// Reports whether any backend is in the mesh.
     pub(super) fn any_meshed(&self) -> bool {
         match self {

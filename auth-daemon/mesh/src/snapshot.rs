@@ -11,10 +11,10 @@ use std::{
 };
 
 use imbl::{HashMap, OrdMap, OrdSet, ordmap::DiffItem};
+use ipnet::IpNet;
 
 use super::{
-    Destination, Edit, Endpoint, Identity, Membership, MeshDefault, ObjectName, Service, Slice,
-    Workload,
+    Destination, Edit, Identity, Membership, MeshDefault, ObjectName, Service, Slice, Workload,
     claims::{AddressKind, Claim, Claims},
     resolved::MAX_SLICED,
 };
@@ -44,6 +44,28 @@ pub struct Snapshot {
     /// Ready pods of the node daemon, with their nodes. `None` if they are not tracked, and every node is assumed to
     /// have one.
     pub(super) daemons: Option<Daemons>,
+    /// Nodes that have, or once had, a ready daemon.
+    pub(super) proven: OrdSet<String>,
+    /// Nodes whose tunnel an administrator has disabled.
+    pub(super) disabled: OrdSet<String>,
+    pub(super) networks: Arc<Networks>,
+}
+
+/// The networks that the cluster takes addresses of pods and services from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Networks {
+    /// Networks that contain pods.
+    pub pods: BTreeSet<IpNet>,
+    /// Networks that contain virtual addresses of services.
+    pub services: BTreeSet<IpNet>,
+}
+
+impl Networks {
+    /// Reports whether `address` is in one of the networks.
+    pub fn contain(&self, address: IpAddr) -> bool {
+        let mut all = self.pods.iter().chain(&self.services);
+        all.any(|network| network.contains(&address))
+    }
 }
 
 /// See [`Snapshot::daemons`].
@@ -154,7 +176,7 @@ impl Snapshot {
     pub fn pod(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         match self.addresses.get(&address)?.owner()? {
             Claim::Pod(pod) => Some(pod),
-            Claim::Service(_) => None,
+            _ => None,
         }
     }
 
@@ -169,17 +191,53 @@ impl Snapshot {
         known.is_none_or(|daemons| daemons.nodes.contains_key(node))
     }
 
+    /// Reports whether `node` has, or once had, a ready daemon, as far as this discovery knows. From then on the node's
+    /// pods are not reached in plaintext, unless an administrator disables the node's tunnel.
+    pub fn had_daemon(&self, node: &str) -> bool {
+        self.proven.contains(node)
+    }
+
+    /// Returns the nodes for which [`Snapshot::had_daemon`] has become true since `before`. The cost depends on the
+    /// number of changes.
+    pub fn proven_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a str> {
+        let changes = before.proven.diff(&self.proven);
+        changes.filter_map(|change| match change {
+            imbl::ordset::DiffItem::Add(node) => Some(node.as_str()),
+            imbl::ordset::DiffItem::Remove(_) => None,
+        })
+    }
+
+    /// Returns the nodes whose tunnel an administrator has disabled.
+    pub fn disabled_nodes(&self) -> impl Iterator<Item = &str> {
+        self.disabled.iter().map(String::as_str)
+    }
+
+    /// Returns the networks that the cluster takes addresses of pods and services from, as far as its objects tell.
+    pub fn networks(&self) -> &Arc<Networks> {
+        &self.networks
+    }
+
     /// Reports whether more than one pod or service claims `address`.
     pub fn is_disputed(&self, address: IpAddr) -> bool {
         self.disputed.contains(&address)
     }
 
-    /// Returns the kind of `address`, if it is a mesh address.
+    /// Returns the kind of `address`, if a known pod or service claims it.
     pub fn kind(&self, address: IpAddr) -> Option<AddressKind> {
         self.addresses.get(&address).map(Claims::kind)
     }
 
-    /// Returns the addresses of pods and services, with their kinds.
+    /// Describes the object that owns `address`, or all that dispute it: "pod default/web". `None` if no known object
+    /// claims the address.
+    pub fn describe(&self, address: IpAddr) -> Option<String> {
+        let claims = self.addresses.get(&address)?;
+        Some(match claims.owner() {
+            Some(owner) => owner.describe(),
+            None => describe_all(claims, " and "),
+        })
+    }
+
+    /// Returns the addresses of known pods and services, in the mesh or not, with their kinds.
     pub fn addresses(&self) -> impl Iterator<Item = (IpAddr, AddressKind)> {
         let addresses = self.addresses.iter();
         addresses.map(|(address, claims)| (*address, claims.kind()))
@@ -224,36 +282,22 @@ impl Snapshot {
     }
 
     fn error(&self, address: IpAddr) -> String {
-        let claims = self.addresses.get(&address).map_or(&[][..], Claims::all);
-        let who: Vec<_> = claims
-            .iter()
-            .map(|claim| match claim {
-                Claim::Pod(pod) => format!("pod {}", pod.name),
-                Claim::Service(service) => format!("service {}", service.name),
-            })
-            .collect();
-        format!(
-            "address {address} is claimed by {}: connections to it are refused",
-            who.join(" and by ")
-        )
+        let claims = self.addresses.get(&address);
+        let who = claims.map_or_else(String::new, |claims| describe_all(claims, " and by "));
+        format!("address {address} is claimed by {who}: connections to it are refused")
     }
 
-    /// Resolves `address` to the endpoints that a connection may use and the identities that may answer.
+    /// Resolves `address` to the endpoints that a connection may use and the identities that may answer. The address of a
+    /// pod or service outside the mesh is its own only endpoint, and no identity answers there.
     pub fn resolve(&self, address: SocketAddr) -> Result<Destination, Unreachable> {
         let ip = address.ip();
         let claims = self.addresses.get(&ip).ok_or(Unreachable::Unknown(ip))?;
         match claims.owner().ok_or(Unreachable::Disputed(ip))? {
-            Claim::Pod(pod) => Ok(Destination {
-                service: None,
-                endpoints: Arc::new([Endpoint {
-                    workload: Some(pod.clone()),
-                    address,
-                    meshed: true,
-                    node: None,
-                }]),
-                identities: Arc::new(BTreeSet::from([pod.identity.clone()])),
-                sticky: false,
-                local: false,
+            Claim::Pod(pod) => Ok(Destination::at(address, Some(pod), true)),
+            Claim::OutsidePod(pod) => Ok(Destination::at(address, Some(pod), false)),
+            Claim::OutsideService(service) => Ok(Destination {
+                service: Some(service.name.clone()),
+                ..Destination::at(address, None, false)
             }),
             Claim::Service(service) => {
                 let name = || service.name.clone();
@@ -296,13 +340,21 @@ impl Snapshot {
     /// Reports whether `pod` is in the mesh.
     pub(super) fn is_member(&self, pod: &Workload) -> bool {
         let namespace = &pod.name.namespace;
-        let said = pod.membership.or_else(|| {
-            let namespace = self.namespaces.get(namespace);
-            namespace.and_then(|namespace| namespace.membership)
-        });
-        !pod.host_network
-            && said.unwrap_or_else(|| self.defaults.of(namespace)) == Membership::Enabled
+        let membership = pod.membership.unwrap_or_else(|| self.default_of(namespace));
+        !pod.host_network && membership == Membership::Enabled
     }
+
+    /// Returns the membership of a pod in `namespace` that does not set its own.
+    pub(super) fn default_of(&self, namespace: &str) -> Membership {
+        let said = self.namespaces.get(namespace);
+        said.and_then(|namespace| namespace.membership)
+            .unwrap_or_else(|| self.defaults.of(namespace))
+    }
+}
+
+fn describe_all(claims: &Claims, separator: &str) -> String {
+    let all: Vec<_> = claims.meshed().map(Claim::describe).collect();
+    all.join(separator)
 }
 
 fn crowd(service: &ObjectName) -> String {
@@ -312,305 +364,4 @@ fn crowd(service: &ObjectName) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{Port, TargetPort};
-
-    fn in_default(name: &str) -> ObjectName {
-        ObjectName {
-            namespace: "default".into(),
-            name: name.into(),
-        }
-    }
-
-    fn pod(name: &str, account: &str, address: &str, ready: bool) -> Workload {
-        let identity = format!("spiffe://cluster.local/ns/default/sa/{account}");
-        Workload {
-            addresses: vec![address.parse().unwrap()],
-            node: "a".into(),
-            ready,
-            labels: [("app".to_owned(), "web".to_owned())].into(),
-            named_ports: [("http".to_owned(), 8080)].into(),
-            ..Workload::new(in_default(name), identity.parse().unwrap())
-        }
-    }
-
-    fn service(target: TargetPort) -> Service {
-        Service {
-            addresses: vec!["10.96.0.7".parse().unwrap()],
-            ports: vec![Port {
-                name: String::new(),
-                port: 80,
-                target,
-            }],
-            selector: [("app".to_owned(), "web".to_owned())].into(),
-            ..Service::new(in_default("web"))
-        }
-    }
-
-    fn resolve(workloads: Vec<Workload>, service: Service) -> Result<Destination, Unreachable> {
-        Snapshot::new(Inventory {
-            workloads,
-            services: vec![service],
-        })
-        .resolve("10.96.0.7:80".parse().unwrap())
-    }
-
-    #[test]
-    fn a_service_leads_to_its_ready_pods() {
-        let found = resolve(
-            vec![
-                pod("one", "web", "10.1.0.1", true),
-                pod("two", "web", "10.1.0.2", false),
-                pod("three", "api", "10.1.0.3", true),
-            ],
-            service(TargetPort::Name("http".into())),
-        )
-        .unwrap();
-        let addresses: Vec<_> = found
-            .endpoints
-            .iter()
-            .map(|e| e.address.to_string())
-            .collect();
-        assert_eq!(addresses, ["10.1.0.1:8080", "10.1.0.3:8080"]);
-        let names: Vec<_> = found
-            .identities
-            .iter()
-            .map(Identity::service_account)
-            .collect();
-        assert_eq!(names, ["api", "web"]);
-    }
-
-    #[test]
-    fn a_pinned_service_never_uses_another_account() {
-        let mut pinned = service(TargetPort::Number(80));
-        pinned.pinned_identities =
-            Some(["spiffe://cluster.local/ns/default/sa/web".parse().unwrap()].into());
-        let found = resolve(
-            vec![
-                pod("one", "web", "10.1.0.1", true),
-                pod("three", "api", "10.1.0.3", true),
-            ],
-            pinned.clone(),
-        )
-        .unwrap();
-        assert_eq!(found.endpoints.len(), 1);
-        assert_eq!(found.identities.len(), 1);
-        let none = resolve(vec![pod("three", "api", "10.1.0.3", true)], pinned).unwrap_err();
-        assert!(matches!(none, Unreachable::NoEndpoint(_, 80)), "{none}");
-    }
-
-    #[test]
-    fn an_address_with_two_owners_is_refused() {
-        let snapshot = Snapshot::new(Inventory {
-            workloads: vec![
-                pod("one", "web", "10.1.0.1", true),
-                pod("two", "api", "10.1.0.1", true),
-            ],
-            services: vec![],
-        });
-        let address = "10.1.0.1:80".parse().unwrap();
-        assert!(matches!(
-            snapshot.resolve(address),
-            Err(Unreachable::Disputed(_))
-        ));
-        assert!(snapshot.pod(address.ip()).is_none());
-        assert_eq!(snapshot.addresses().count(), 1);
-        assert!(
-            snapshot
-                .errors()
-                .next()
-                .unwrap()
-                .contains("by pod default/one and by pod")
-        );
-    }
-
-    #[test]
-    fn an_address_goes_to_the_pod_that_stays() {
-        let going = Workload {
-            terminating: true,
-            ..pod("one", "web", "10.1.0.1", true)
-        };
-        let snapshot = Snapshot::new(Inventory {
-            workloads: vec![going.clone(), pod("two", "api", "10.1.0.1", true)],
-            services: vec![],
-        });
-        let address = "10.1.0.1".parse().unwrap();
-        assert_eq!(snapshot.pod(address).unwrap().name.name, "two");
-        assert_eq!(snapshot.errors().count(), 0);
-        let both = Workload {
-            name: in_default("two"),
-            ..going.clone()
-        };
-        let snapshot = Snapshot::new(Inventory {
-            workloads: vec![going, both],
-            services: vec![],
-        });
-        assert!(snapshot.is_disputed(address));
-    }
-
-    #[test]
-    fn pods_that_go_serve_while_there_are_no_others() {
-        let going = Workload {
-            terminating: true,
-            ..pod("one", "web", "10.1.0.1", true)
-        };
-        let http = || service(TargetPort::Number(80));
-        let found = resolve(vec![going.clone()], http()).unwrap();
-        assert_eq!(found.endpoints.len(), 1);
-        let two = pod("two", "web", "10.1.0.2", true);
-        let found = resolve(vec![going.clone(), two], http()).unwrap();
-        assert_eq!(
-            found.endpoints[0].workload.as_ref().unwrap().name.name,
-            "two"
-        );
-        assert_eq!(found.endpoints.len(), 1);
-        let failing = Workload {
-            ready: false,
-            ..going
-        };
-        assert!(resolve(vec![failing], http()).is_err());
-    }
-
-    #[test]
-    fn membership_is_the_pods_then_the_namespaces_then_the_default() {
-        use Membership::{Disabled, Enabled};
-        let default = |membership| MeshDefault {
-            membership,
-            excluded: ["default".to_owned()].into(),
-        };
-        for (own, namespace, defaults, meshed) in [
-            (None, None, MeshDefault::default(), true),
-            (None, None, default(Enabled), false),
-            (None, Some(Enabled), default(Disabled), true),
-            (None, Some(Disabled), MeshDefault::default(), false),
-            (Some(Enabled), Some(Disabled), default(Disabled), true),
-            (Some(Disabled), Some(Enabled), MeshDefault::default(), false),
-        ] {
-            let mut edit = Edit::from(Snapshot::with_defaults(defaults.clone()));
-            edit.pod(Workload {
-                membership: own,
-                ..pod("one", "web", "10.1.0.1", true)
-            });
-            edit.service(service(TargetPort::Number(80)));
-            edit.namespace("default", namespace);
-            let snapshot = edit.finish();
-            let case = format!("{own:?} {namespace:?} {defaults:?}");
-            assert_eq!(snapshot.workloads().count(), usize::from(meshed), "{case}");
-            assert_eq!(snapshot.on_node("a").count(), usize::from(meshed), "{case}");
-            // A service whose pods are all outside the mesh is not a mesh service.
-            let addresses = if meshed { 2 } else { 0 };
-            assert_eq!(snapshot.addresses().count(), addresses, "{case}");
-        }
-    }
-
-    #[test]
-    fn a_service_has_pods_outside_the_mesh_too_unless_it_is_pinned() {
-        let outside = Workload {
-            host_network: true,
-            ..pod("two", "api", "10.1.0.2", true)
-        };
-        let pods = vec![pod("one", "web", "10.1.0.1", true), outside];
-        let found = resolve(pods.clone(), service(TargetPort::Number(80))).unwrap();
-        let meshed: Vec<_> = found.endpoints.iter().map(|e| e.meshed).collect();
-        assert_eq!(meshed, [true, false]);
-        assert_eq!(found.identities.len(), 1, "who may answer a tunnel");
-        let mut pinned = service(TargetPort::Number(80));
-        pinned.pinned_identities =
-            Some(["spiffe://cluster.local/ns/default/sa/api".parse().unwrap()].into());
-        let error = resolve(pods, pinned).unwrap_err();
-        assert!(matches!(error, Unreachable::NoEndpoint(..)), "{error}");
-    }
-
-    #[test]
-    fn daemons_are_there_unless_others_are_known() {
-        let snapshot = Snapshot::default();
-        assert!(snapshot.has_daemon("a"));
-        let mut edit = Edit::from(snapshot);
-        edit.know_daemons();
-        for daemon in ["old", "new"] {
-            edit.daemon(&in_default(daemon), Some("a"));
-        }
-        let snapshot = edit.finish();
-        assert!(snapshot.has_daemon("a") && !snapshot.has_daemon("b"));
-        let mut edit = Edit::from(snapshot);
-        edit.daemon(&in_default("old"), None);
-        let snapshot = edit.finish();
-        assert!(snapshot.has_daemon("a"), "its successor is there");
-        let mut edit = Edit::from(snapshot);
-        edit.daemon(&in_default("new"), None);
-        assert!(!edit.finish().has_daemon("a"));
-    }
-
-    #[test]
-    fn knows_which_identities_run_where() {
-        let on = |node: &str, pod: Workload| Workload {
-            node: node.into(),
-            ..pod
-        };
-        let snapshot = Snapshot::new(Inventory {
-            workloads: vec![
-                on("a", pod("one", "web", "10.1.0.1", true)),
-                on("a", pod("two", "web", "10.1.0.2", false)),
-                on("b", pod("three", "api", "10.1.0.3", true)),
-                // The address is disputed, but the pod is alive.
-                on("b", pod("four", "db", "10.1.0.3", true)),
-                on("", pod("five", "cron", "10.1.0.5", true)),
-            ],
-            services: vec![],
-        });
-        let runs = |node: &str, account: &str| {
-            let identity = format!("spiffe://cluster.local/ns/default/sa/{account}");
-            snapshot.runs(node, &identity.parse().unwrap())
-        };
-        assert!(runs("a", "web") && runs("b", "api") && runs("b", "db"));
-        for (node, account) in [
-            ("b", "web"),
-            ("a", "api"),
-            ("", "cron"),
-            ("c", "web"),
-            ("a", "x"),
-        ] {
-            assert!(!runs(node, account), "{account} on {node:?}");
-        }
-    }
-
-    #[test]
-    fn unknown_addresses_and_ports_say_so() {
-        let starting = vec![pod("one", "web", "10.1.0.1", false)];
-        let error = resolve(starting.clone(), service(TargetPort::Number(80))).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "service default/web has no ready endpoint for port 80 that may run it"
-        );
-        let snapshot = Snapshot::new(Inventory {
-            workloads: starting,
-            services: vec![service(TargetPort::Number(80))],
-        });
-        assert!(matches!(
-            snapshot.resolve("10.96.0.7:81".parse().unwrap()),
-            Err(Unreachable::NoPort(_, 81))
-        ));
-        assert!(matches!(
-            snapshot.resolve("10.96.0.8:80".parse().unwrap()),
-            Err(Unreachable::Unknown(_))
-        ));
-    }
-
-    #[test]
-    fn a_service_of_others_is_no_mesh_address() {
-        let mut foreign = service(TargetPort::Number(80));
-        let inventory = |service| Inventory {
-            workloads: vec![],
-            services: vec![service],
-        };
-        assert_eq!(
-            Snapshot::new(inventory(foreign.clone()))
-                .addresses()
-                .count(),
-            0
-        );
-        foreign.pinned_identities = Some(BTreeSet::new());
-        assert_eq!(Snapshot::new(inventory(foreign)).addresses().count(), 1);
-    }
-}
+mod tests;

@@ -65,9 +65,22 @@ fn collect(node: &Node) -> Registry {
     );
     gauge(
         "mesh_addresses",
-        "Addresses that are captured",
+        "Addresses and networks that the kernel knows, captured or not",
         node.kernel.occupancy().0 as u64,
     );
+    {
+        let gone = node.unclaimed.gone();
+        gauge(
+            "gone_addresses",
+            "Addresses that were of the mesh, and are refused because no object claims them any more",
+            gone.len() as u64,
+        );
+        gauge(
+            "dropped_gone_addresses",
+            "How many of those are no longer refused because there were too many of them",
+            gone.dropped(),
+        );
+    }
     gauge(
         "trust_version",
         "Version of the trust that the CA has published",

@@ -88,8 +88,12 @@ pub struct Config {
     pub ca: CaSource,
     /// Lifetime of requested certificates. Defaults to 24 hours, between 10 seconds and 24 hours.
     pub certificate_lifetime: Duration,
-    /// Networks that contain pods. Callers of a PERMISSIVE pod from these networks may open a tunnel.
+    /// Networks that contain pods, in addition to those that discovery finds. Connections to an address in them that no
+    /// object explains are refused; callers of a PERMISSIVE pod from these networks may open a tunnel.
     pub pod_networks: Vec<IpNet>,
+    /// Networks that contain virtual addresses of services, in addition to those that discovery finds. Connections to an
+    /// address in them that no object explains are refused.
+    pub service_networks: Vec<IpNet>,
     /// Defaults to the kernel.
     pub same_node: SameNode,
     /// How long SIGTERM waits for connections to end. Defaults to 5 seconds.
@@ -128,6 +132,7 @@ impl Config {
             _ => Err("is neither STRICT nor PERMISSIVE"),
         });
         let pod_networks = root.list("podNetworks", &mut errors, IpNet::from_str);
+        let service_networks = root.list("serviceNetworks", &mut errors, IpNet::from_str);
         let same_node = root.parsed("sameNode", &mut errors, |s| match s {
             "kernel" => Ok(SameNode::Kernel),
             "tunnel" => Ok(SameNode::Tunnel),
@@ -183,6 +188,7 @@ impl Config {
             ca,
             certificate_lifetime: certificate_lifetime.unwrap_or(MAX_LIFETIME),
             pod_networks: pod_networks.unwrap_or_default(),
+            service_networks: service_networks.unwrap_or_default(),
             same_node: same_node.unwrap_or(SameNode::Kernel),
             drain: drain.unwrap_or(Duration::from_secs(5)),
             log,
@@ -340,6 +346,7 @@ mod tests {
              discovery:\n  files: /etc/manifests\n\
              ca:\n  directory: /var/ca\n  certificateLifetime: 20s\n\
              podNetworks: [10.0.0.0/8, 'fd00::/8']\n\
+             serviceNetworks: [172.20.0.0/16]\n\
              sameNode: tunnel\n\
              drain: 0s\n\
              log: {format: json, level: debug}\n\
@@ -348,6 +355,7 @@ mod tests {
         .unwrap();
         assert_eq!(config.mode, Mode::Permissive);
         assert_eq!(config.pod_networks.len(), 2);
+        assert_eq!(config.service_networks, ["172.20.0.0/16".parse().unwrap()]);
         assert_eq!(config.certificate_lifetime, Duration::from_secs(20));
         assert_eq!(config.same_node, SameNode::Tunnel);
         assert_eq!(config.drain, Duration::ZERO);

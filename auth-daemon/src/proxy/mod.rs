@@ -12,6 +12,7 @@ mod plaintext;
 mod pod;
 pub(crate) mod rules;
 pub(crate) mod same_node;
+pub(crate) mod unclaimed;
 mod verdict;
 
 use std::sync::{
@@ -53,6 +54,8 @@ pub struct Node {
     pub pods: std::sync::Mutex<Vec<PodStatus>>,
     /// Connections between pods of this node that stay in the kernel.
     pub same_node: SameNode,
+    /// The addresses that no object claims, and that are refused.
+    pub(crate) unclaimed: unclaimed::Unclaimed,
     balance: balance::Balance,
     pub(crate) ready: AtomicBool,
     /// Set once: no connection is accepted afterwards.
@@ -82,6 +85,7 @@ impl Node {
             connections: OpenConnections::default(),
             pods: std::sync::Mutex::default(),
             same_node: SameNode::new(),
+            unclaimed: unclaimed::Unclaimed::default(),
             balance: balance::Balance::default(),
             ready: AtomicBool::new(false),
             draining: watch::Sender::new(false),

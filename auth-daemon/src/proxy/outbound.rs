@@ -1,5 +1,7 @@
 //! Client side of the data path: serves an app's captured connection, from `accept` on the pod's loopback to its end.
 
+mod dialers;
+
 use std::{
     io,
     net::{IpAddr, SocketAddr},
@@ -8,10 +10,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{
-    FutureExt,
-    future::{AbortHandle, Abortable},
-};
+use futures_util::future::{AbortHandle, Abortable};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::{AsyncWriteExt, Interest},
@@ -21,40 +20,29 @@ use tokio::{
 
 use super::{
     Node, Pod,
-    local_pods::{Forbidden, LocalPod, permit},
+    local_pods::{Forbidden, LocalPod},
     path::{ChosenPath, NoPath, View, choose_path},
-    plaintext as plain,
+    plaintext as plain, unclaimed,
 };
+use crate::config::SameNode;
 use crate::observe::{
-    access_log::{Direction, Outcome, Path},
+    access_log::{Direction, Outcome},
     connections::Guard,
 };
-use crate::{config::SameNode, issuer::Current, proxy::caller::check_revoked};
 use auth_datapath::sockets::{self, end_in_good_order};
-use auth_mesh::{Destination, Endpoint, policy::Connection};
+use auth_mesh::{Destination, Endpoint, Unreachable};
 use auth_tunnel::{
-    self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made, Taken,
-    frame::{Connect, Event, Reset, ResetCode},
+    self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made,
+    frame::{Connect, Reset, ResetCode},
     relay,
     tls::trust::Revoked,
 };
 
 /// Maximum time until the app's connection is established or refused.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long to wait for a certificate that is being issued. Less than [`PATIENCE`], so that the access log names the
-/// missing certificate.
-const CERTIFICATE: Duration = Duration::from_secs(9);
-/// Timeout for an endpoint to answer a SYN, while there is another endpoint to try.
-const DIAL: Duration = Duration::from_secs(2);
-/// Timeout for the TLS handshake, while there is another endpoint to try.
-const HANDSHAKE: Duration = Duration::from_secs(3);
-/// Timeout for the answer to CONNECT, while there is another endpoint to try. Longer than the server's daemon waits for
-/// its app.
-const ANSWER: Duration = Duration::from_secs(3);
-/// Idle time up to which a tunnel counts as fresh: its daemon is assumed to be alive, and the app's early bytes are
-/// sent at once. On any other tunnel CONNECT is sent alone, so that the connection can be retried elsewhere if no
-/// answer comes.
-const FRESH: Duration = Duration::from_millis(5);
+/// How long an address that no object claims may take to become known. A pod may be dialled a moment before the watch tells
+/// of it.
+const LEARN: Duration = Duration::from_secs(1);
 /// Timeout for sending a RESET.
 const SEND_RESET: Duration = Duration::from_secs(1);
 /// Maximum number of endpoints tried for one connection.
@@ -241,7 +229,9 @@ impl Attempt<'_> {
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
     #[error(transparent)]
-    Unreachable(#[from] auth_mesh::Unreachable),
+    Unreachable(#[from] Unreachable),
+    #[error(transparent)]
+    Unclaimed(#[from] unclaimed::Refused),
     #[error("no valid certificate for {0}; see the daemon's log for why the CA gives none")]
     NoCertificate(auth_mesh::Identity),
     #[error("{endpoint}: {why}")]
@@ -302,14 +292,7 @@ impl Call<'_> {
     /// serve the destination.
     async fn open(&mut self) -> Result<Opened, Refusal> {
         let deadline = Instant::now() + PATIENCE;
-        let resolved = self.node.registry.snapshot().resolve(self.connect.dialled);
-        self.access.learn(|details| {
-            details.service = match &resolved {
-                Ok(destination) => destination.service.clone(),
-                Err(unreachable) => unreachable.service().cloned(),
-            };
-        });
-        let destination = resolved?;
+        let destination = self.resolve().await?;
         let revoked = &self.node.certificates.trust().current().revoked;
         revoked.check_identity(&self.pod.workload.identity)?;
         let (own, local) = (&self.node.config.node_name, destination.local);
@@ -346,6 +329,34 @@ impl Call<'_> {
             }
         }
         Err(last.unwrap_or(Refusal::Late))
+    }
+
+    /// Resolves the dialled address. Waits for a moment if no object claims it yet.
+    async fn resolve(&self) -> Result<Destination, Refusal> {
+        let (registry, dialled) = (&self.node.registry, self.connect.dialled);
+        let deadline = Instant::now() + LEARN;
+        let mut changes = registry.changes();
+        let resolved = loop {
+            changes.borrow_and_update();
+            let resolved = registry.snapshot().resolve(dialled);
+            let is_known = !matches!(resolved, Err(Unreachable::Unknown(_)));
+            if is_known || !matches!(timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
+                break resolved;
+            }
+        };
+        self.access.learn(|details| {
+            details.service = match &resolved {
+                Ok(destination) => destination.service.clone(),
+                Err(unreachable) => unreachable.service().cloned(),
+            };
+        });
+        resolved.map_err(|unreachable| match unreachable {
+            Unreachable::Unknown(address) => match self.node.unclaimed.refuse(address) {
+                Some(refused) => refused.into(),
+                None => unreachable.into(),
+            },
+            _ => unreachable.into(),
+        })
     }
 
     /// Connects to `endpoint` by the path that [`choose_path`] chooses. `others` tells whether further endpoints can be tried.
@@ -390,285 +401,22 @@ impl Call<'_> {
         let node = self.node;
         let local_pods =
             (node.config.same_node == SameNode::Kernel).then(|| node.same_node.local_pods());
+        let snapshot = node.registry.snapshot();
         choose_path(
             endpoint,
             &View {
                 own_addresses: self.pod.enrolled.addresses(),
                 local_pods: local_pods.as_deref(),
                 node_name: &node.config.node_name,
-                snapshot: &node.registry.snapshot(),
-                policies: &node.policies.current(),
+                snapshot: &snapshot,
+                unclaimed: &node.unclaimed,
+                had_daemon: &|name| {
+                    snapshot.had_daemon(name) || node.kernel.proven_nodes.contains(name)
+                },
+                policies: &node.policies,
             },
         )
     }
-
-    /// Connects to the pod's own app.
-    async fn dial_itself(&self, attempt: &Attempt<'_>) -> Result<Opened, Refusal> {
-        self.access.learn(|details| {
-            details.path = Path::Itself;
-            details.server_identity = Some(self.pod.workload.identity.clone());
-        });
-        match self.dial(attempt).await {
-            Ok(server) => Ok(Opened::Plainly(server)),
-            Err(why) => Err(attempt.failed(why)),
-        }
-    }
-
-    /// Connects to the app of `server`, a pod of this node.
-    async fn dial_same_node(
-        &self,
-        attempt: &Attempt<'_>,
-        server: &Arc<LocalPod>,
-    ) -> Result<Opened, Refusal> {
-        let Attempt {
-            address, source, ..
-        } = *attempt;
-        self.access.learn(|details| details.path = Path::SameNode);
-        let step = self.reach(attempt.destination, server, source, address);
-        let tcp = within(attempt.limit(DIAL), step).await;
-        if let Err(why) = &tcp {
-            self.access.servers_side().finish(Outcome::Refused, why);
-        }
-        self.access.learn(|details| {
-            details.server_identity = Some(server.identity.clone());
-        });
-        // Checked again, now that the open connections name the identity: a later revocation cuts this one.
-        let revoked = &self.node.certificates.trust().current().revoked;
-        revoked.check_identity(&server.identity)?;
-        Ok(Opened::SameNode(Neighbour {
-            tcp: tcp.map_err(|why| attempt.failed(why))?,
-            endpoint: address,
-            local_pod: server.clone(),
-        }))
-    }
-
-    /// Connects to the endpoint without TLS.
-    async fn dial_plaintext(
-        &self,
-        attempt: &Attempt<'_>,
-        why: &'static str,
-    ) -> Result<Opened, Refusal> {
-        self.access.learn(|details| details.path = Path::Plaintext);
-        tracing::debug!(client = %self.connect.client, endpoint = %attempt.address, why, "without TLS");
-        let server = within(attempt.limit(DIAL), self.dial(attempt)).await;
-        Ok(Opened::Plainly(server.map_err(|why| attempt.failed(why))?))
-    }
-
-    /// Sends CONNECT over an idle tunnel or, if none works, over a new one.
-    async fn dial_tunnel(&mut self, attempt: &Attempt<'_>) -> Result<Opened, Refusal> {
-        let (node, pod, address) = (self.node, self.pod, attempt.address);
-        let destination = attempt.destination;
-        let failed = |why| attempt.failed(why);
-        // An idle tunnel may have been closed by the other side a moment ago; then the next, then a new one.
-        while let Some(taken) = pod.pool.take(address, &destination.identities) {
-            let Taken {
-                mut channel,
-                made,
-                idled,
-            } = taken;
-            if self.verify(&channel, address).is_err() {
-                channel.close();
-                continue;
-            }
-            match within(ANSWER, self.establish(&mut channel, idled < FRESH)).await {
-                Ok(()) => return Ok(self.opened(channel, address, made)),
-                Err(Failure::App(error)) => return Err(Refusal::App(error)),
-                Err(failure) if self.early.in_doubt => return Err(failed(failure)),
-                Err(Failure::Channel(_) | Failure::Closed) => {}
-                Err(Failure::Silent) => {
-                    // The other idle tunnels to this address would time out too, but the endpoint may still answer on a
-                    // new one.
-                    pod.pool.forget(address);
-                    if attempt.others {
-                        return Err(failed(Failure::Silent));
-                    }
-                }
-                Err(failure) => return Err(failed(failure)),
-            }
-        }
-        let certificate = pod
-            .certificate
-            .obtain(CERTIFICATE)
-            .await
-            .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
-        let dial = self.dial(attempt);
-        let tcp = within(attempt.limit(DIAL), dial).await.map_err(failed)?;
-        let handshake = handshake(node, tcp, &certificate, destination);
-        let mut channel = within(attempt.limit(HANDSHAKE), handshake)
-            .await
-            .map_err(failed)?;
-        self.verify(&channel, address)
-            .map_err(|revoked| failed(revoked.into()))?;
-        let made = Made {
-            at: std::time::Instant::now(),
-            valid_until: certificate.svid.not_after.min(channel.peer().not_after),
-        };
-        match within(attempt.limit(ANSWER), self.establish(&mut channel, true)).await {
-            Ok(()) => {}
-            Err(Failure::App(error)) => return Err(Refusal::App(error)),
-            Err(failure) => return Err(failed(failure)),
-        }
-        Ok(self.opened(channel, address, made))
-    }
-
-    /// Connects to the endpoint from the pod's netns.
-    async fn dial(&self, attempt: &Attempt<'_>) -> Result<TcpStream, Failure> {
-        let Attempt {
-            address, source, ..
-        } = *attempt;
-        let (kernel, pod) = (&self.node.kernel, self.pod);
-        sockets::dial_endpoint(
-            kernel,
-            &pod.enrolled.netns,
-            source,
-            &pod.source_ports,
-            address,
-        )
-        .await
-        .map_err(Failure::Dial)
-    }
-
-    /// Checks that the peer of a tunnel is not revoked, before anything is sent over it. The open connection names the peer by
-    /// then, so a later revocation cuts it.
-    fn verify(&self, channel: &Channel, address: SocketAddr) -> Result<(), Revoked> {
-        let peer = channel.peer();
-        self.access
-            .learn(|details| details.peer = Some(peer.clone()));
-        let revoked = &self.node.certificates.trust().current().revoked;
-        check_revoked(&self.node.registry.snapshot(), revoked, peer, address.ip())
-    }
-
-    /// Connects to the app of a pod on this node, in the same way as the client's pod would.
-    async fn reach(
-        &self,
-        destination: &Destination,
-        local_pod: &Arc<LocalPod>,
-        source: IpAddr,
-        address: SocketAddr,
-    ) -> Result<TcpStream, Failure> {
-        let (node, netns) = (self.node, &self.pod.enrolled.netns);
-        let local_pods = node.same_node.local_pods();
-        // Missing for a moment after the client pod changes, until its connections end.
-        let client = local_pods.by_cookie.get(&netns.cookie());
-        let client = client.ok_or(Failure::Closed)?;
-        let (snapshot, trust) = (
-            node.registry.snapshot(),
-            node.certificates.trust().current(),
-        );
-        let claimed = self.connect.client;
-        permit(
-            &snapshot,
-            &trust.revoked,
-            client,
-            source,
-            claimed.ip(),
-            destination,
-            local_pod,
-        )?;
-        let asked = Connection {
-            client: Some(&client.identity),
-            source: claimed.ip(),
-            destination: address,
-        };
-        node.rules
-            .judge(local_pod.cookie, &asked, self.access)
-            .map_err(Forbidden::from)?;
-        let from = SocketAddr::new(source, claimed.port());
-        sockets::dial_neighbour(&node.kernel, netns, from, address)
-            .await
-            .map_err(|error| {
-                let code = match error.kind() {
-                    io::ErrorKind::ConnectionRefused => ResetCode::Refused,
-                    _ => ResetCode::Unreachable,
-                };
-                let reason = format!("{address}: {error}");
-                Failure::Reset(Reset { code, reason })
-            })
-    }
-
-    /// Sends CONNECT and waits for the server's answer. On a `fresh` tunnel, the app's early bytes are sent before the
-    /// answer arrives.
-    async fn establish(&mut self, channel: &mut Channel, fresh: bool) -> Result<(), Failure> {
-        if fresh && self.early.bytes.is_empty() {
-            match self.early.take(self.app) {
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
-                    return Err(Failure::App(error));
-                }
-                _ => {}
-            }
-        }
-        let early: &[u8] = if fresh { &self.early.bytes } else { &[] };
-        self.early.in_doubt = !early.is_empty();
-        channel.send_connect(&self.connect, early).await?;
-        let answer = if self.early.in_doubt || !fresh {
-            channel.receive_control().await?
-        } else {
-            tokio::select! {
-                biased;
-                answer = channel.receive_control() => answer?,
-                arrived = self.early.arrived(self.app) => {
-                    arrived.map_err(Failure::App)?;
-                    self.early.in_doubt = true;
-                    channel.send_early(&self.early.bytes).await?;
-                    channel.receive_control().await?
-                }
-            }
-        };
-        let answer = match answer {
-            Some(Event::Connected) => Ok(()),
-            Some(Event::Reset(reset)) => Err(Failure::Reset(reset)),
-            Some(_) => return Err(ChannelError::OutOfTurn("a frame other than CONNECTED").into()),
-            None => Err(Failure::Closed),
-        };
-        // The server's side has answered, so it is known what became of the connection.
-        self.early.in_doubt = false;
-        if !fresh && answer.is_ok() && !self.early.bytes.is_empty() {
-            // Bytes left from an endpoint that refused the connection.
-            self.early.in_doubt = true;
-            channel.send_early(&self.early.bytes).await?;
-        }
-        answer
-    }
-
-    fn opened(&self, channel: Channel, endpoint: SocketAddr, made: Made) -> Opened {
-        self.access.learn(|details| {
-            details.server_identity = Some(channel.peer().identity.clone());
-        });
-        Opened::Tunnel(Box::new(Tunnel {
-            channel,
-            endpoint,
-            made,
-        }))
-    }
-}
-
-/// Runs `step` with a time limit. Not an `async fn`, whose future would hold `step` twice.
-fn within<T>(
-    limit: Duration,
-    step: impl Future<Output = Result<T, Failure>>,
-) -> impl Future<Output = Result<T, Failure>> {
-    timeout(limit, step).map(|outcome| outcome.unwrap_or(Err(Failure::Silent)))
-}
-
-/// Performs the TLS handshake and checks secure naming: the server's identity must be one that may serve the
-/// destination.
-async fn handshake(
-    node: &Node,
-    tcp: TcpStream,
-    certificate: &Current,
-    destination: &Destination,
-) -> Result<Channel, Failure> {
-    let config = certificate.configs.client.clone();
-    let trust_domain = node.config.trust_domain.as_str();
-    let channel = auth_tunnel::handshake::connect(tcp, config, trust_domain).await?;
-    let presented = &channel.peer().identity;
-    if !destination.identities.contains(presented) {
-        return Err(Failure::Naming {
-            presented: presented.to_string(),
-            allowed: destination.allowed(),
-        });
-    }
-    Ok(channel)
 }
 
 /// Closes or resets both sides according to `ending`, and returns the tunnel to the pool if it can be reused.

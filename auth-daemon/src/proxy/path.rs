@@ -5,9 +5,12 @@ use std::{
     sync::Arc,
 };
 
-use auth_mesh::{Endpoint, Snapshot, Workload, policy::Policies};
+use auth_mesh::{AddressKind, Endpoint, Published, Snapshot, Workload, policy::Policies};
 
-use super::local_pods::{LocalPod, LocalPods};
+use super::{
+    local_pods::{LocalPod, LocalPods},
+    unclaimed::{self, Unclaimed},
+};
 
 /// How a connection reaches an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,15 +31,28 @@ pub(super) enum NoPath {
     /// The endpoint is taken for one outside the mesh, but its address is the mesh's by now.
     #[error("it is taken to be outside of the mesh, and its address is the mesh's")]
     NotOutside,
-    /// The endpoint takes mutual TLS only, and its node has no daemon for it.
-    #[error(
-        "no daemon is ready on its node {0}, and it takes mutual TLS alone; see the DaemonSet's pod there"
-    )]
-    NoDaemon(String),
+    /// No object claims the endpoint's address.
+    #[error(transparent)]
+    Unclaimed(#[from] unclaimed::Refused),
+    /// The endpoint's node has no daemon for it, and plaintext would be a downgrade.
+    #[error("no daemon is ready on its node {node}, and {why}")]
+    NoDaemon {
+        node: String,
+        /// Why plaintext is out of the question, and what to do.
+        why: &'static str,
+    },
 }
 
+const NOT_IN_MESH: &str = "the server is none of the mesh's pods";
+const NO_DAEMON_YET: &str = "the server's node has had no ready daemon yet";
+const MUTUAL_TLS_ONLY: &str = "it takes mutual TLS alone; see the DaemonSet's pod there";
+const NOT_ITS_ADDRESS: &str =
+    "an endpoint slice gives it an address that is not its own; fix the slice";
+const HAD_DAEMON: &str = "there was one before, so plaintext would be a downgrade; see the DaemonSet's pod there or, if the \
+     node leaves the mesh, annotate the Node with auth-daemon.io/tunnel: disabled";
+
 /// What is known on the client's node.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) struct View<'a> {
     /// The client pod's addresses.
     pub(super) own_addresses: &'a [IpAddr],
@@ -45,11 +61,15 @@ pub(super) struct View<'a> {
     /// The name of this node.
     pub(super) node_name: &'a str,
     pub(super) snapshot: &'a Snapshot,
-    pub(super) policies: &'a Policies,
+    pub(super) unclaimed: &'a Unclaimed,
+    /// Whether a node has, or once had, a ready daemon.
+    pub(super) had_daemon: &'a dyn Fn(&str) -> bool,
+    /// Loaded only where the decision depends on them.
+    pub(super) policies: &'a Published<Policies>,
 }
 
 /// Decides how a connection reaches `endpoint`. The first path that applies is chosen: the pod itself, a pod of this node,
-/// plaintext, the tunnel. It fails where plaintext would be a downgrade.
+/// plaintext, the tunnel. It fails where plaintext would be a downgrade: a node that had a ready daemon once can do more.
 pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<ChosenPath, NoPath> {
     let address = endpoint.address.ip();
     if view.own_addresses.contains(&address) {
@@ -62,12 +82,15 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
         return Ok(ChosenPath::SameNode(local_pod.clone()));
     }
     let (true, Some(server)) = (endpoint.meshed, &endpoint.workload) else {
-        // Whatever an endpoint slice says: an address that is the mesh's by now is not reached without TLS.
+        // Whatever an endpoint slice says: an address that is the mesh's by now is not reached without TLS, nor one that
+        // may be because nothing explains it.
         return match view.snapshot.kind(address) {
-            None => Ok(ChosenPath::Plaintext(
-                "the server is none of the mesh's pods",
-            )),
-            Some(_) => Err(NoPath::NotOutside),
+            Some(AddressKind::Outside) => Ok(ChosenPath::Plaintext(NOT_IN_MESH)),
+            Some(AddressKind::Pod | AddressKind::Service) => Err(NoPath::NotOutside),
+            None => match view.unclaimed.refuse(address) {
+                Some(refused) => Err(refused.into()),
+                None => Ok(ChosenPath::Plaintext(NOT_IN_MESH)),
+            },
         };
     };
     if server.node == view.node_name || view.snapshot.has_daemon(&server.node) {
@@ -78,13 +101,19 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
         .snapshot
         .pod(address)
         .is_some_and(|pod| pod.name == server.name);
-    if is_own_address && takes_plaintext(view.policies, endpoint.address, server) {
-        Ok(ChosenPath::Plaintext(
-            "no daemon is ready on the server's node",
-        ))
+    let why = if !takes_plaintext(&view.policies.current(), endpoint.address, server) {
+        MUTUAL_TLS_ONLY
+    } else if (view.had_daemon)(&server.node) {
+        HAD_DAEMON
+    } else if !is_own_address {
+        NOT_ITS_ADDRESS
     } else {
-        Err(NoPath::NoDaemon(server.node.clone()))
-    }
+        return Ok(ChosenPath::Plaintext(NO_DAEMON_YET));
+    };
+    Err(NoPath::NoDaemon {
+        node: server.node.clone(),
+        why,
+    })
 }
 
 fn takes_plaintext(policies: &Policies, address: SocketAddr, server: &Workload) -> bool {
@@ -94,16 +123,23 @@ fn takes_plaintext(policies: &Policies, address: SocketAddr, server: &Workload) 
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
+    use auth_common::MeshKind;
     use auth_mesh::{
-        Edit, Inventory, ObjectName,
+        Edit, Inventory, Membership, ObjectName,
         policy::{Settings, api::Mode},
     };
 
     use super::*;
+    use crate::proxy::unclaimed::Gone;
 
     const CLIENT: &str = "10.1.0.1";
     const SERVER: &str = "10.1.0.2";
     const OUTSIDE: &str = "192.0.2.7";
+    const KNOWN_OUTSIDE: &str = "10.1.0.8";
+    /// Was a pod's address.
+    const GONE: &str = "192.0.2.8";
 
     fn name(name: &str) -> ObjectName {
         ObjectName {
@@ -132,29 +168,52 @@ mod tests {
         }
     }
 
-    /// Two pods; node b has a daemon, or not.
-    fn snapshot(b_has_daemon: bool) -> Snapshot {
+    /// What node a knows of the daemon on node b.
+    #[derive(Clone, Copy, Debug)]
+    enum Daemon {
+        /// None has been ready yet.
+        Never,
+        Ready,
+        /// One was ready before.
+        Before,
+        /// One was ready before this node's daemon started.
+        BeforeRestart,
+        /// One was ready before an administrator disabled the node's tunnel.
+        Disabled,
+    }
+
+    /// Two pods, and one outside the mesh.
+    fn snapshot(daemon: Daemon) -> Snapshot {
+        let known_outside = Workload {
+            membership: Some(Membership::Disabled),
+            ..(*pod("outside", KNOWN_OUTSIDE, "b")).clone()
+        };
         let workloads = vec![
             (*pod("client", CLIENT, "a")).clone(),
             (*pod("server", SERVER, "b")).clone(),
+            known_outside,
         ];
         let mut edit = Edit::from(Snapshot::new(Inventory {
             workloads,
             services: Vec::new(),
         }));
         edit.know_daemons();
-        if b_has_daemon {
+        if !matches!(daemon, Daemon::Never | Daemon::BeforeRestart) {
             edit.daemon(&name("daemon-b"), Some("b"));
         }
+        if matches!(daemon, Daemon::Before | Daemon::Disabled) {
+            edit.daemon(&name("daemon-b"), None);
+        }
+        edit.disable_tunnel("b", matches!(daemon, Daemon::Disabled));
         edit.finish()
     }
 
-    fn policies(mode: Mode) -> Policies {
+    fn policies(mode: Mode) -> Published<Policies> {
         let settings = Settings {
             mode,
             ..Settings::default()
         };
-        Policies::compile(settings, [])
+        Published::holding(Policies::compile(settings, []))
     }
 
     fn local_pods(pods: &[Arc<Workload>]) -> LocalPods {
@@ -170,104 +229,98 @@ mod tests {
         local_pods
     }
 
-    /// What node a chooses, with a daemon on node b or not, in `mode`.
-    fn choose(endpoint: &Endpoint, b_has_daemon: bool, mode: Mode) -> Result<ChosenPath, NoPath> {
+    /// What node a chooses, with this daemon on node b, in `mode`.
+    fn choose(endpoint: &Endpoint, daemon: Daemon, mode: Mode) -> Result<ChosenPath, NoPath> {
+        let unclaimed = Unclaimed::default();
+        let network = ("10.1.0.0/16".parse().unwrap(), MeshKind::PodNetwork);
+        unclaimed.set_networks([network].into());
+        let gone = Gone {
+            was: Some("pod default/old".into()),
+            is_service: false,
+            since: Instant::now(),
+        };
+        unclaimed.gone().add(GONE.parse().unwrap(), gone);
+        let snapshot = snapshot(daemon);
+        let remembered = matches!(daemon, Daemon::BeforeRestart);
         choose_path(
             endpoint,
             &View {
                 own_addresses: &[CLIENT.parse().unwrap()],
                 local_pods: None,
                 node_name: "a",
-                snapshot: &snapshot(b_has_daemon),
+                snapshot: &snapshot,
+                unclaimed: &unclaimed,
+                had_daemon: &|node| snapshot.had_daemon(node) || (remembered && node == "b"),
                 policies: &policies(mode),
             },
         )
     }
 
+    fn plain(why: &'static str) -> Result<ChosenPath, NoPath> {
+        Ok(ChosenPath::Plaintext(why))
+    }
+
+    fn no_daemon(why: &'static str) -> Result<ChosenPath, NoPath> {
+        Err(NoPath::NoDaemon {
+            node: "b".into(),
+            why,
+        })
+    }
+
     #[test]
-    fn chooses_by_membership_daemon_and_mode() {
+    fn reaches_a_mesh_pod_by_the_tunnel_and_never_in_plaintext_once_its_node_had_a_daemon() {
+        use Daemon::{Before, BeforeRestart, Disabled, Never, Ready};
+        use Mode::{Permissive, Strict};
         let server = pod("server", SERVER, "b");
         let mesh_pod = endpoint(Some(server.clone()), SERVER, true);
-        let other_address = endpoint(Some(server.clone()), OUTSIDE, true);
-        let known_outside = endpoint(Some(server), SERVER, false);
-        let outside = endpoint(None, OUTSIDE, false);
-        let unknown_in_mesh = endpoint(None, SERVER, true);
+        let other_address = endpoint(Some(server), OUTSIDE, true);
         let local = endpoint(Some(pod("neighbour", "10.1.0.3", "a")), "10.1.0.3", true);
-        let plain = |reason| Ok(ChosenPath::Plaintext(reason));
-        let no_mesh_pod = "the server is none of the mesh's pods";
-        let no_daemon = "no daemon is ready on the server's node";
-        let needs_daemon = Err(NoPath::NoDaemon("b".into()));
-        for (case, endpoint, b_has_daemon, mode, expected) in [
+        let tunnel = Ok(ChosenPath::Tunnel);
+        for (endpoint, daemon, mode, expected) in [
+            (&mesh_pod, Ready, Strict, tunnel.clone()),
+            (&mesh_pod, Ready, Permissive, tunnel.clone()),
+            (&mesh_pod, Never, Strict, no_daemon(MUTUAL_TLS_ONLY)),
+            (&mesh_pod, Before, Strict, no_daemon(MUTUAL_TLS_ONLY)),
+            (&mesh_pod, Disabled, Strict, no_daemon(MUTUAL_TLS_ONLY)),
+            (&mesh_pod, Never, Permissive, plain(NO_DAEMON_YET)),
+            (&mesh_pod, Before, Permissive, no_daemon(HAD_DAEMON)),
+            (&mesh_pod, BeforeRestart, Permissive, no_daemon(HAD_DAEMON)),
+            (&mesh_pod, Disabled, Permissive, plain(NO_DAEMON_YET)),
             (
-                "a daemon",
-                &mesh_pod,
-                true,
-                Mode::Strict,
-                Ok(ChosenPath::Tunnel),
-            ),
-            (
-                "a daemon",
-                &mesh_pod,
-                true,
-                Mode::Permissive,
-                Ok(ChosenPath::Tunnel),
-            ),
-            (
-                "no daemon",
-                &mesh_pod,
-                false,
-                Mode::Strict,
-                needs_daemon.clone(),
-            ),
-            (
-                "no daemon",
-                &mesh_pod,
-                false,
-                Mode::Permissive,
-                plain(no_daemon),
-            ),
-            (
-                "a slice's address",
                 &other_address,
-                false,
-                Mode::Permissive,
-                needs_daemon,
+                Never,
+                Permissive,
+                no_daemon(NOT_ITS_ADDRESS),
             ),
-            (
-                "a slice's address",
-                &other_address,
-                true,
-                Mode::Permissive,
-                Ok(ChosenPath::Tunnel),
-            ),
-            ("outside", &outside, true, Mode::Strict, plain(no_mesh_pod)),
-            (
-                "outside, but a pod's address",
-                &known_outside,
-                true,
-                Mode::Permissive,
-                Err(NoPath::NotOutside),
-            ),
-            (
-                "no pod, but a pod's address",
-                &unknown_in_mesh,
-                true,
-                Mode::Permissive,
-                Err(NoPath::NotOutside),
-            ),
-            (
-                "this node",
-                &local,
-                false,
-                Mode::Strict,
-                Ok(ChosenPath::Tunnel),
-            ),
+            (&other_address, Ready, Permissive, tunnel.clone()),
+            (&local, Never, Strict, tunnel),
         ] {
-            assert_eq!(
-                choose(endpoint, b_has_daemon, mode),
-                expected,
-                "{case}, {mode:?}"
-            );
+            let chosen = choose(endpoint, daemon, mode);
+            assert_eq!(chosen, expected, "{endpoint:?}, {daemon:?}, {mode:?}");
+        }
+    }
+
+    #[test]
+    fn reaches_an_endpoint_outside_the_mesh_only_if_its_address_is_known_or_in_no_network() {
+        let at = |address| {
+            choose(
+                &endpoint(None, address, false),
+                Daemon::Ready,
+                Mode::Permissive,
+            )
+        };
+        assert_eq!(at(OUTSIDE), plain(NOT_IN_MESH));
+        assert_eq!(at(KNOWN_OUTSIDE), plain(NOT_IN_MESH));
+        // Whatever a slice says, and whichever pod it names.
+        assert_eq!(at(SERVER), Err(NoPath::NotOutside));
+        for (workload, meshed) in [(Some(pod("server", SERVER, "b")), false), (None, true)] {
+            let endpoint = endpoint(workload, SERVER, meshed);
+            let chosen = choose(&endpoint, Daemon::Ready, Mode::Permissive);
+            assert_eq!(chosen, Err(NoPath::NotOutside), "{endpoint:?}");
+        }
+        for address in [GONE, "10.1.0.77"] {
+            let chosen = at(address);
+            assert!(matches!(chosen, Err(NoPath::Unclaimed(_))), "{chosen:?}");
         }
     }
 
@@ -279,12 +332,15 @@ mod tests {
         let own = [CLIENT.parse().unwrap()];
         let to_server = endpoint(Some(server), SERVER, true);
         let to_itself = endpoint(Some(client), CLIENT, true);
-        let (snapshot, policies) = (snapshot(true), policies(Mode::Strict));
+        let (snapshot, policies) = (snapshot(Daemon::Ready), policies(Mode::Strict));
+        let unclaimed = Unclaimed::default();
         let view = |local_pods| View {
             own_addresses: &own,
             local_pods,
             node_name: "a",
             snapshot: &snapshot,
+            unclaimed: &unclaimed,
+            had_daemon: &|_| false,
             policies: &policies,
         };
         let same_node = ChosenPath::SameNode(local.by_address[&SERVER.parse().unwrap()].clone());

@@ -1,80 +1,229 @@
-//! Writes the addresses of the mesh to the kernel's MESH map.
+//! Decides what each address of the mesh is to the kernel, and writes the changes to the MESH map.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Instant,
+};
 
 use auth_common::MeshKind;
 use ipnet::IpNet;
 
 use super::Enrolment;
+use crate::proxy::unclaimed::{Gone, GoneAddresses};
+use auth_datapath::Kernel;
 use auth_mesh::{AddressKind, Snapshot};
 
-/// The sources of the mesh's addresses, as of the last write to the kernel.
+/// What the MESH map was last written from.
 #[derive(Default)]
 pub(super) struct Told {
-    /// `None` if nothing was written yet, or the write failed.
-    snapshot: Option<Arc<Snapshot>>,
-    pub(super) node_addresses: Vec<IpAddr>,
+    /// `None` before the first write.
+    pub(super) snapshot: Option<Arc<Snapshot>>,
+    node_addresses: Vec<IpAddr>,
+    networks: HashMap<IpNet, MeshKind>,
+    /// Whether the last write succeeded. If not, the next one writes everything.
+    is_written: bool,
 }
 
 impl Enrolment {
-    /// Writes the mesh's addresses to the kernel: the changes, or all of them if the node's own addresses changed.
+    /// Writes the mesh's addresses to the kernel: the changes, or all of them the first time and after a failure.
     pub(super) fn tell_addresses(&mut self, snapshot: &Arc<Snapshot>) {
-        let kernel = &self.node.kernel;
+        let node = &self.node;
         let node_addresses = node_addresses();
-        let told = match &self.told.snapshot {
-            Some(before) if node_addresses == self.told.node_addresses => {
-                if Arc::ptr_eq(before, snapshot) {
-                    return;
-                }
-                let networks = &self.node.config.pod_networks;
-                let changes = snapshot.addresses_since(before);
-                let changes = changes
-                    // The node's own addresses take precedence over any other kind.
-                    .filter(|(address, _)| !node_addresses.contains(address))
-                    .map(|(address, kind)| {
-                        let network = IpNet::from(address);
-                        let left = networks.contains(&network).then_some(MeshKind::PodNetwork);
-                        (network, kind.map(mesh_kind).or(left))
-                    });
-                kernel.change_mesh(changes)
-            }
-            _ => kernel.set_mesh(&self.mesh_addresses(snapshot, &node_addresses)),
+        let mut gone = node.unclaimed.gone();
+        let expired = gone.expire(Instant::now());
+        let before = self.told.snapshot.as_ref();
+        let is_same = before.is_some_and(|before| Arc::ptr_eq(before, snapshot))
+            && node_addresses == self.told.node_addresses
+            && expired.is_empty();
+        if is_same && self.told.is_written {
+            return;
+        }
+        let mut changed: HashSet<IpAddr> = expired.into_iter().collect();
+        match before {
+            Some(before) => changed.extend(note_changes(&mut gone, before, snapshot)),
+            None => adopt(&mut gone, &node.kernel, snapshot, &node_addresses),
+        }
+        changed.extend(self.told.node_addresses.iter().chain(&node_addresses));
+        let networks = self.networks(snapshot);
+        if networks != self.told.networks {
+            // Before the kernel captures anything in them.
+            node.unclaimed.set_networks(networks.clone());
+        }
+        let sources = Sources {
+            snapshot,
+            node_addresses: &node_addresses,
+            networks: &networks,
+            gone: &gone,
         };
-        self.told = Told {
-            snapshot: told.is_ok().then(|| snapshot.clone()),
-            node_addresses,
+        let written = if self.told.is_written {
+            let addresses = changed.into_iter().map(IpNet::from);
+            let networks = self.told.networks.keys().chain(networks.keys()).copied();
+            let changes = addresses.chain(networks);
+            node.kernel
+                .change_mesh(changes.map(|net| (net, sources.entry(net))))
+        } else {
+            node.kernel.set_mesh(&sources.all())
         };
-        if let Err(error) = told {
+        drop(gone);
+        if let Err(error) = &written {
             tracing::error!(
                 %error, "cannot tell the kernel's side the mesh's addresses; new ones are not captured"
             );
         }
+        self.told = Told {
+            snapshot: Some(snapshot.clone()),
+            node_addresses,
+            networks,
+            is_written: written.is_ok(),
+        };
     }
 
-    fn mesh_addresses(
-        &self,
-        snapshot: &Snapshot,
-        node_addresses: &[IpAddr],
-    ) -> HashMap<IpNet, MeshKind> {
-        let mut addresses = HashMap::new();
-        for network in &self.node.config.pod_networks {
-            addresses.insert(network.trunc(), MeshKind::PodNetwork);
-        }
-        for (address, kind) in snapshot.addresses() {
-            addresses.insert(address.into(), mesh_kind(kind));
-        }
-        for address in node_addresses {
-            addresses.insert((*address).into(), MeshKind::Node);
-        }
-        addresses
+    /// Returns what an address is to the kernel when it calls a pod of this node. `None` if the MESH map says nothing of it.
+    pub(super) fn caller_kind(&self, snapshot: &Snapshot, address: IpAddr) -> Option<MeshKind> {
+        let Told {
+            node_addresses,
+            networks,
+            ..
+        } = &self.told;
+        let sources = Sources {
+            snapshot,
+            node_addresses,
+            networks,
+            gone: &self.node.unclaimed.gone(),
+        };
+        let containing = || {
+            let networks = networks.iter().filter(|(net, _)| net.contains(&address));
+            networks.max_by_key(|(net, _)| net.prefix_len())
+        };
+        let of_its_own = sources.kind(address);
+        of_its_own.or_else(|| containing().map(|(_, kind)| *kind))
+    }
+
+    /// Returns the networks of pods and services: the configured ones, and those that discovery finds.
+    fn networks(&self, snapshot: &Snapshot) -> HashMap<IpNet, MeshKind> {
+        let (config, found) = (&self.node.config, snapshot.networks());
+        let services = config.service_networks.iter().chain(&found.services);
+        let pods = config.pod_networks.iter().chain(&found.pods);
+        let services = services.map(|net| (net.trunc(), MeshKind::ServiceNetwork));
+        // Of a network that is given as both, pods are the safe reading: they may call.
+        services
+            .chain(pods.map(|net| (net.trunc(), MeshKind::PodNetwork)))
+            .collect()
     }
 }
 
-/// Converts an address's kind to the kernel's [`MeshKind`].
-fn mesh_kind(kind: AddressKind) -> MeshKind {
-    match kind {
-        AddressKind::Pod => MeshKind::Pod,
-        AddressKind::Service => MeshKind::Service,
+/// Everything that decides what an address is to the kernel.
+struct Sources<'a> {
+    snapshot: &'a Snapshot,
+    /// Sorted.
+    node_addresses: &'a [IpAddr],
+    networks: &'a HashMap<IpNet, MeshKind>,
+    gone: &'a GoneAddresses,
+}
+
+impl Sources<'_> {
+    /// Returns what `address` is by itself, regardless of the networks that contain it.
+    ///
+    /// This is the rule of which claim outranks which. A service outranks the node, because a pod that dials the service
+    /// must be captured even where the node holds the address, too (IPVS mode of kube-proxy, a virtual address on the
+    /// loopback). The address stays captured when the service is gone, because the node may still forward it. The node
+    /// outranks everything else.
+    fn kind(&self, address: IpAddr) -> Option<MeshKind> {
+        let claim = self.snapshot.kind(address);
+        let gone = self.gone.get(address).filter(|_| claim.is_none());
+        if claim == Some(AddressKind::Service) {
+            return Some(MeshKind::Service);
+        }
+        if gone.is_some_and(|gone| gone.is_service) {
+            return Some(MeshKind::Gone);
+        }
+        if self.node_addresses.binary_search(&address).is_ok() {
+            return Some(MeshKind::Node);
+        }
+        match claim {
+            Some(AddressKind::Pod) => Some(MeshKind::Pod),
+            Some(AddressKind::Service) => Some(MeshKind::Service),
+            Some(AddressKind::Outside) => Some(MeshKind::Outside),
+            None if gone.is_some() => Some(MeshKind::Gone),
+            // A network may be a single address.
+            None => self.networks.get(&IpNet::from(address)).copied(),
+        }
+    }
+
+    /// Returns the map's entry for an address or a network.
+    fn entry(&self, net: IpNet) -> Option<MeshKind> {
+        if net.prefix_len() == net.max_prefix_len() {
+            self.kind(net.addr())
+        } else {
+            self.networks.get(&net).copied()
+        }
+    }
+
+    /// Returns all entries of the map.
+    fn all(&self) -> HashMap<IpNet, MeshKind> {
+        let claimed = self.snapshot.addresses().map(|(address, _)| address);
+        let addresses = claimed
+            .chain(self.node_addresses.iter().copied())
+            .chain(self.gone.addresses())
+            .map(IpNet::from);
+        let nets = addresses.chain(self.networks.keys().copied());
+        nets.filter_map(|net| Some((net, self.entry(net)?)))
+            .collect()
+    }
+}
+
+/// Notes which of the mesh's addresses no object claims any more, and which are claimed again. Returns all addresses that
+/// have changed.
+fn note_changes(gone: &mut GoneAddresses, before: &Snapshot, snapshot: &Snapshot) -> Vec<IpAddr> {
+    let mut changed = Vec::new();
+    for (address, kind) in snapshot.addresses_since(before) {
+        changed.push(address);
+        let was = before.kind(address).filter(|was| was.is_meshed());
+        match (was, kind) {
+            (_, Some(_)) => gone.claim(address),
+            (Some(was), None) => changed.extend(gone.add(
+                address,
+                Gone {
+                    was: before.describe(address),
+                    is_service: was == AddressKind::Service,
+                    since: Instant::now(),
+                },
+            )),
+            (None, None) => {}
+        }
+    }
+    changed
+}
+
+/// Notes which addresses that a previous daemon left in the map as the mesh's no object claims now.
+fn adopt(
+    gone: &mut GoneAddresses,
+    kernel: &Kernel,
+    snapshot: &Snapshot,
+    node_addresses: &[IpAddr],
+) {
+    for kind in [MeshKind::Pod, MeshKind::Service, MeshKind::Gone] {
+        for address in kernel.mesh_addresses(&[kind]) {
+            if snapshot.kind(address).is_some() {
+                continue;
+            }
+            let is_service = match kind {
+                MeshKind::Service => true,
+                // Of the node's addresses, only those that were a service's stay captured.
+                MeshKind::Gone => node_addresses.binary_search(&address).is_ok(),
+                _ => false,
+            };
+            gone.add(
+                address,
+                Gone {
+                    was: None,
+                    is_service,
+                    since: Instant::now(),
+                },
+            );
+        }
     }
 }
 
@@ -93,4 +242,145 @@ fn node_addresses() -> Vec<IpAddr> {
     addresses.sort();
     addresses.dedup();
     addresses
+}
+
+#[cfg(test)]
+mod tests {
+    use auth_mesh::{Edit, Inventory, Membership, ObjectName, Service, Workload};
+
+    use super::*;
+
+    fn name(name: &str) -> ObjectName {
+        ObjectName {
+            namespace: "default".into(),
+            name: name.into(),
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn pod(pod: &str, address: &str, membership: Membership) -> Workload {
+        Workload {
+            addresses: vec![ip(address)],
+            membership: Some(membership),
+            ..Workload::new(name(pod), "spiffe://a/ns/default/sa/x".parse().unwrap())
+        }
+    }
+
+    fn service(service: &str, addresses: &[&str]) -> Service {
+        Service {
+            addresses: addresses.iter().map(|address| ip(address)).collect(),
+            ..Service::new(name(service))
+        }
+    }
+
+    fn snapshot() -> Snapshot {
+        Snapshot::new(Inventory {
+            workloads: vec![
+                pod("web", "10.1.0.1", Membership::Enabled),
+                pod("on-node", "192.0.2.1", Membership::Enabled),
+                pod("out", "10.1.0.2", Membership::Disabled),
+                pod("host", "192.0.2.2", Membership::Disabled),
+            ],
+            services: vec![service("web", &["10.96.0.1", "192.0.2.3"])],
+        })
+    }
+
+    fn without(snapshot: &Snapshot, change: impl FnOnce(&mut Edit)) -> Snapshot {
+        let mut edit = Edit::from(snapshot.clone());
+        change(&mut edit);
+        edit.finish()
+    }
+
+    /// Kinds of addresses on a node with 192.0.2.0/30.
+    fn kind(snapshot: &Snapshot, gone: &GoneAddresses, address: &str) -> Option<MeshKind> {
+        let networks = HashMap::from([
+            ("10.1.0.0/16".parse().unwrap(), MeshKind::PodNetwork),
+            ("10.96.0.9/32".parse().unwrap(), MeshKind::ServiceNetwork),
+        ]);
+        let node_addresses: Vec<_> = (1..5).map(|last| IpAddr::from([192, 0, 2, last])).collect();
+        let sources = Sources {
+            snapshot,
+            node_addresses: &node_addresses,
+            networks: &networks,
+            gone,
+        };
+        let all = sources.all();
+        let net = IpNet::from(ip(address));
+        assert_eq!(all.get(&net).copied(), sources.entry(net), "{address}");
+        sources.kind(ip(address))
+    }
+
+    #[test]
+    fn a_service_outranks_the_node_and_the_node_all_others() {
+        for (address, expected) in [
+            ("10.1.0.1", Some(MeshKind::Pod)),
+            ("10.1.0.2", Some(MeshKind::Outside)),
+            ("10.96.0.1", Some(MeshKind::Service)),
+            ("192.0.2.1", Some(MeshKind::Node)),
+            ("192.0.2.2", Some(MeshKind::Node)),
+            ("192.0.2.3", Some(MeshKind::Service)),
+            ("192.0.2.4", Some(MeshKind::Node)),
+            // Only its network has an entry.
+            ("10.1.0.3", None),
+            ("10.96.0.9", Some(MeshKind::ServiceNetwork)),
+            ("192.0.2.9", None),
+        ] {
+            let kind = kind(&snapshot(), &GoneAddresses::default(), address);
+            assert_eq!(kind, expected, "{address}");
+        }
+    }
+
+    #[test]
+    fn an_address_that_was_the_meshs_stays_captured_until_an_object_claims_it() {
+        let mut gone = GoneAddresses::default();
+        let before = snapshot();
+        let after = without(&before, |edit| {
+            for pod in ["web", "on-node", "out"] {
+                edit.remove_pod(&name(pod));
+            }
+            edit.remove_service(&name("web"));
+        });
+        assert_eq!(note_changes(&mut gone, &before, &after).len(), 5);
+        for (address, expected) in [
+            ("10.1.0.1", Some(MeshKind::Gone)),
+            ("10.96.0.1", Some(MeshKind::Gone)),
+            // The node may forward what was a service's.
+            ("192.0.2.3", Some(MeshKind::Gone)),
+            ("192.0.2.1", Some(MeshKind::Node)),
+            // It never was the mesh's.
+            ("10.1.0.2", None),
+        ] {
+            assert_eq!(kind(&after, &gone, address), expected, "{address}");
+        }
+        let was = gone.get(ip("10.1.0.1")).unwrap().was.clone();
+        assert_eq!(was.as_deref(), Some("pod default/web"));
+        let again = without(&after, |edit| {
+            edit.pod(pod("other", "10.1.0.1", Membership::Disabled));
+        });
+        note_changes(&mut gone, &after, &again);
+        assert_eq!(
+            kind(&again, &gone, "10.1.0.1"),
+            Some(MeshKind::Outside),
+            "claimed by a pod outside the mesh"
+        );
+        assert!(gone.get(ip("10.1.0.1")).is_none());
+        let nothing = without(&again, |edit| edit.remove_pod(&name("other")));
+        note_changes(&mut gone, &again, &nothing);
+        assert_eq!(kind(&nothing, &gone, "10.1.0.1"), None);
+    }
+
+    #[test]
+    fn a_pod_that_leaves_the_mesh_by_its_label_is_known() {
+        let mut gone = GoneAddresses::default();
+        let before = snapshot();
+        let after = without(&before, |edit| {
+            edit.pod(pod("web", "10.1.0.1", Membership::Disabled));
+        });
+        note_changes(&mut gone, &before, &after);
+        assert_eq!(gone.len(), 0);
+        assert_eq!(kind(&after, &gone, "10.1.0.1"), Some(MeshKind::Outside));
+    }
 }

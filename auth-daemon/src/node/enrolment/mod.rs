@@ -4,6 +4,7 @@
 mod addresses;
 mod pod_roots;
 mod policies;
+mod proven_nodes;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -121,6 +122,7 @@ impl Enrolment {
             changes.borrow_and_update();
             policies.borrow_and_update();
             let snapshot = self.node.registry.snapshot();
+            self.remember_daemons(&snapshot);
             self.tell_addresses(&snapshot);
             if first {
                 // Find the pods that a previous daemon served before any of them is released.

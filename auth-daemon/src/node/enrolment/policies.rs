@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
-use auth_common::Inbound;
+use auth_common::{Inbound, MeshKind};
 
 use super::{Enrolment, Serving};
 use crate::proxy::Pod;
@@ -58,15 +58,16 @@ impl Enrolment {
 
     /// Ends the connections to `pod` from outside the mesh that the kernel passed through and that are now denied.
     fn end_plaintext(&self, snapshot: &Snapshot, pod: &Pod, rules: &ByPod) {
-        let (own, networks) = (pod.enrolled.addresses(), &self.node.config.pod_networks);
+        let own = pod.enrolled.addresses();
         let ended = pod.enrolled.end_accepted(|local, peer| {
             let ip = peer.ip();
             // All others came through the daemon, or are the node's and the pod's own.
             let passed = own.contains(&local.ip())
                 && !own.contains(&ip)
-                && !self.told.node_addresses.contains(&ip)
-                && snapshot.kind(ip).is_none()
-                && !networks.iter().any(|network| network.contains(&ip));
+                && matches!(
+                    self.caller_kind(snapshot, ip),
+                    None | Some(MeshKind::Outside | MeshKind::ServiceNetwork)
+                );
             let connection = Connection {
                 client: None,
                 source: ip,
