@@ -158,7 +158,7 @@ pub const NODE_CONNECT: u32 = 3;
 /// Maximum number of cgroups in [`Node::pod_roots`].
 pub const MAX_POD_ROOTS: usize = 4;
 
-/// What tells the node's own processes from its pods: the value of the NODE map.
+/// Settings of the node, and what tells its own processes from its pods: the value of the NODE map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Node {
@@ -166,6 +166,10 @@ pub struct Node {
     pub netns_cookie: u64,
     /// The cgroups (version 2) that contain all pods, such as `kubepods.slice`. Unused entries are all zeros.
     pub pod_roots: [PodRoot; MAX_POD_ROOTS],
+    /// Non-zero if pods may not send anything but TCP to the mesh.
+    pub non_tcp_denied: u32,
+    /// Always zero.
+    pub padding: u32,
 }
 
 /// A cgroup that contains pods.

@@ -13,7 +13,7 @@ use crate::{
         set_user_ip4, set_user_ip6, set_user_port, user_ip4, user_ip6, user_port,
     },
     maps::{BYPASS, DIALLED, FLOWS, PODS, dialled, flow_or_closed, mesh_kind},
-    node_connect, same_node,
+    node_connect, non_tcp, same_node,
 };
 
 /// Return value that makes the connect fail with EPERM.
@@ -64,7 +64,10 @@ enum Route {
 fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
     // SAFETY: the kernel passed this context to the program.
     if unsafe { (*ctx.sock_addr).protocol } != IPPROTO_TCP {
-        return Route::Ignore;
+        return match non_tcp::refuses_datagrams(ctx, destination) {
+            true => Route::Refuse,
+            false => Route::Ignore,
+        };
     }
     let cookie = ctx.netns_cookie();
     // SAFETY: entries are replaced whole and freed after a grace period.

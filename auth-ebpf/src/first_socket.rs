@@ -1,8 +1,8 @@
 //! cgroup/sock_create: reports sockets in network namespaces that are not enrolled, so that the daemon finds a new pod as
-//! soon as the pod uses the network.
+//! soon as the pod uses the network. In those that are enrolled, refuses what [`crate::non_tcp`] says.
 //!
 //! This program runs for every IPv4 and IPv6 socket on the node. A socket of the node's own netns or of an enrolled pod
-//! costs one map lookup at most; any other origin is reported at most once a second.
+//! costs one map lookup; any other origin is reported at most once a second.
 
 use auth_common::{FirstSocket, REPORT_INTERVAL_NANOSECONDS, SocketOrigin};
 use aya_ebpf::{
@@ -14,21 +14,37 @@ use aya_ebpf::{
 use crate::{
     context::{PROCEED, SocketContext, now},
     maps::{FIRST_SOCKETS, PODS, REPORTED},
+    non_tcp,
 };
+
+/// Return value that makes `socket` fail with EPERM.
+const REFUSE: i32 = 0;
 
 #[cgroup_sock(sock_create)]
 pub fn first_socket(ctx: SockContext) -> i32 {
-    report(&ctx);
+    let cookie = ctx.netns_cookie();
+    // SAFETY: the entry is not read, only whether there is one.
+    let is_enrolled = unsafe { PODS.get(cookie) }.is_some();
+    if !is_enrolled {
+        report(cookie);
+    } else if non_tcp::refuses_sockets(protocol(&ctx)) {
+        return REFUSE;
+    }
     PROCEED
 }
 
+/// The socket's protocol.
 #[inline(always)]
-fn report(ctx: &SockContext) {
-    let cookie = ctx.netns_cookie();
+fn protocol(ctx: &SockContext) -> u32 {
+    // SAFETY: the kernel passed this context to the program.
+    unsafe { (*ctx.sock).protocol }
+}
+
+#[inline(always)]
+fn report(cookie: u64) {
     // SAFETY: without a context the helper returns the cookie of the node's initial netns.
     let node_cookie = unsafe { bpf_get_netns_cookie(core::ptr::null_mut()) };
-    // SAFETY: the entry is not read, only whether there is one.
-    if cookie == node_cookie || unsafe { PODS.get(cookie) }.is_some() {
+    if cookie == node_cookie {
         return;
     }
     let origin = SocketOrigin {

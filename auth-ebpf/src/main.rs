@@ -8,6 +8,7 @@ mod connect;
 mod established;
 mod first_socket;
 mod names;
+mod non_tcp;
 
 // What they share. Imports go one way: hooks, `node_connect` and `same_node`, `maps`, `context`, `shared`.
 mod context;

@@ -79,7 +79,7 @@ pub fn dialled(ctx: &impl SocketContext) -> Option<&Dialled> {
     unsafe { storage(&DIALLED, ctx, 0).as_ref() }
 }
 
-/// What tells the node's own processes from its pods. Written by the daemon.
+/// The node's settings, and what tells its own processes from its pods. Written by the daemon.
 #[btf_map]
 pub static NODE: Array<Node, 1> = Array::new();
 

@@ -55,13 +55,15 @@ const MAPS: [&str; 16] = [
     "FIRST_SOCKETS",
     proven_nodes::MAP,
 ];
-const CGROUP_PROGRAMS: [&str; 6] = [
+const CGROUP_PROGRAMS: [&str; 8] = [
     "connect4",
     "connect6",
     "getpeername4",
     "getpeername6",
     "getsockname4",
     "getsockname6",
+    "sendmsg4",
+    "sendmsg6",
 ];
 const SOCK_OPS_PROGRAM: &str = "established";
 const SOCK_PROGRAM: &str = "first_socket";
@@ -126,6 +128,7 @@ pub struct Kernel {
     pins: PathBuf,
     /// The cgroup that the programs are attached to.
     cgroup: PathBuf,
+    non_tcp_denied: bool,
     /// Keeps the programs of the cgroup root.
     _programs: Mutex<Ebpf>,
     /// Loads inbound programs, with the pinned maps.
@@ -177,8 +180,9 @@ impl Mesh {
 impl Kernel {
     /// Loads the programs, adopts or creates the maps, and attaches to `cgroup`.
     ///
-    /// Pods enrolled by a previous daemon stay enrolled: see [`Kernel::enrolled`].
-    pub fn load(lock: PinLock, cgroup: &Path) -> Result<Self, KernelError> {
+    /// Pods enrolled by a previous daemon stay enrolled: see [`Kernel::enrolled`]. With `non_tcp_denied`, enrolled pods may
+    /// not send anything but TCP to the mesh.
+    pub fn load(lock: PinLock, cgroup: &Path, non_tcp_denied: bool) -> Result<Self, KernelError> {
         let pins = lock.folder().join(LAYOUT);
         let maps = pins.join("maps");
         for folder in [&maps, &pins.join("links"), &pins.join("pods")] {
@@ -224,13 +228,14 @@ impl Kernel {
             load_program(&mut ebpf, name)?;
         }
         inbound::load(&mut loader)?;
-        set_node(&mut node, cgroup)?;
+        set_node(&mut node, cgroup, non_tcp_denied)?;
         for name in programs() {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
         }
         Ok(Self {
             cgroup: cgroup.to_owned(),
+            non_tcp_denied,
             _programs: Mutex::new(ebpf),
             loader: Mutex::new(loader),
             pods: Mutex::new(pods),
@@ -344,7 +349,7 @@ impl Kernel {
 
     /// Finds the cgroups of the node's pods again: the kubelet may have created them since. Returns whether there are any.
     pub fn find_pod_roots(&self) -> Result<bool, KernelError> {
-        set_node(&mut lock(&self.node), &self.cgroup)
+        set_node(&mut lock(&self.node), &self.cgroup, self.non_tcp_denied)
     }
 
     /// Detaches and removes what daemons with another layout of the maps have pinned. Until then the kernel runs their
@@ -509,8 +514,12 @@ pub(super) fn remove_layout(layout: &Path) -> io::Result<()> {
     fs::remove_dir(layout)
 }
 
-/// Writes what tells the node's processes from its pods. Returns whether there are cgroups of pods.
-fn set_node(node: &mut Array<MapData, Node>, cgroup: &Path) -> Result<bool, KernelError> {
+/// Writes the node's settings, and what tells its processes from its pods. Returns whether there are cgroups of pods.
+fn set_node(
+    node: &mut Array<MapData, Node>,
+    cgroup: &Path,
+    non_tcp_denied: bool,
+) -> Result<bool, KernelError> {
     let own = Path::new("/proc/self/ns/net");
     let netns = Netns::open(own).map_err(|error| KernelError::Pin {
         path: own.to_owned(),
@@ -519,6 +528,8 @@ fn set_node(node: &mut Array<MapData, Node>, cgroup: &Path) -> Result<bool, Kern
     let wanted = Node {
         netns_cookie: netns.cookie(),
         pod_roots: pod_roots(cgroup),
+        non_tcp_denied: non_tcp_denied.into(),
+        padding: 0,
     };
     if node.get(&0, 0).map_err(map_error("NODE"))? != wanted {
         node.set(0, wanted, 0).map_err(map_error("NODE"))?;

@@ -19,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     admin::{self, Health},
-    config::{CaSource, Config, Discovery, Log, LogFormat},
+    config::{CaSource, Config, Discovery, Log, LogFormat, NonTcp},
     discovery::{self, Sink},
     issuer::{CaClient, Certificates, Issuer},
     node::{Enrolment, Workers},
@@ -119,7 +119,8 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 }
             }
         };
-        let kernel = Kernel::load(lock, &cgroup).map_err(with_causes)?;
+        let non_tcp_denied = config.non_tcp == NonTcp::Deny;
+        let kernel = Kernel::load(lock, &cgroup, non_tcp_denied).map_err(with_causes)?;
         tracing::info!(
             node = %config.node_name, trust_domain = %config.trust_domain, mode = ?config.mode,
             cgroup = %cgroup.display(), pins = %config.pins.display(), "daemon started"

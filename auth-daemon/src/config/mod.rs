@@ -35,6 +35,15 @@ pub enum SameNode {
     Tunnel,
 }
 
+/// Whether pods may send anything but TCP to the mesh. It is never encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NonTcp {
+    /// As without the daemon.
+    Allow,
+    /// UDP to mesh addresses is refused, and so are SCTP and DCCP sockets.
+    Deny,
+}
+
 /// Source of pods and services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Discovery {
@@ -96,6 +105,8 @@ pub struct Config {
     pub service_networks: Vec<IpNet>,
     /// Defaults to the kernel.
     pub same_node: SameNode,
+    /// Defaults to allow.
+    pub non_tcp: NonTcp,
     /// How long SIGTERM waits for connections to end. Defaults to 5 seconds.
     pub drain: Duration,
     /// What is logged, and how.
@@ -137,6 +148,11 @@ impl Config {
             "kernel" => Ok(SameNode::Kernel),
             "tunnel" => Ok(SameNode::Tunnel),
             _ => Err("is neither kernel nor tunnel"),
+        });
+        let non_tcp = root.parsed("nonTcp", &mut errors, |s| match s {
+            "allow" => Ok(NonTcp::Allow),
+            "deny" => Ok(NonTcp::Deny),
+            _ => Err("is neither allow nor deny"),
         });
         let mut policies = root.section("policy", &mut errors);
         let root_namespace = policies.parsed("rootNamespace", &mut errors, kubernetes_namespace);
@@ -190,6 +206,7 @@ impl Config {
             pod_networks: pod_networks.unwrap_or_default(),
             service_networks: service_networks.unwrap_or_default(),
             same_node: same_node.unwrap_or(SameNode::Kernel),
+            non_tcp: non_tcp.unwrap_or(NonTcp::Allow),
             drain: drain.unwrap_or(Duration::from_secs(5)),
             log,
             cgroup,
@@ -348,6 +365,7 @@ mod tests {
              podNetworks: [10.0.0.0/8, 'fd00::/8']\n\
              serviceNetworks: [172.20.0.0/16]\n\
              sameNode: tunnel\n\
+             nonTcp: deny\n\
              drain: 0s\n\
              log: {format: json, level: debug}\n\
              kernel: {cgroup: /sys/fs/cgroup/x, pins: /sys/fs/bpf/x}\n",
@@ -369,7 +387,7 @@ mod tests {
     #[test]
     fn shows_all_faults_at_once() {
         let errors = Config::parse(
-            "nodeName: ''\nsameNode: both\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
+            "nodeName: ''\nsameNode: both\nnonTcp: never\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
              drain: 5\nlog: {format: xml, colour: red}\nca: here\n",
         )
         .unwrap_err();
@@ -378,6 +396,7 @@ mod tests {
             "nodeName: \"\": is not a node name",
             "mode: \"strict\": is neither STRICT nor PERMISSIVE",
             "sameNode: \"both\": is neither kernel nor tunnel",
+            "nonTcp: \"never\": is neither allow nor deny",
             "mood: there is no such field",
             "podNetworks[0]: \"10.0.0.0/33\"",
             "drain: 5 is not a string",

@@ -1,10 +1,12 @@
 //! Steps about kinds of services and of pods: NodePort, StatefulSet with a headless service, init containers.
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use mesh_tests::{Result, eventually_ok};
 use serde_json::{Value, json};
 
 use crate::stage::{APPS, PATIENCE, Stage, account, address, container, ensure, idle_pod};
-use crate::traffic::{MARKER, PORT, log_has_refused_plaintext, log_has_tunnel, server_pod, who};
+use crate::traffic::{MARKER, PORT, has_refused_plaintext, log_has_tunnel, server_pod, who};
 
 /// Requests from a host outside the mesh, over NodePorts of a server on node2.
 pub(crate) fn node_ports(stage: &Stage) -> Result<()> {
@@ -33,23 +35,31 @@ pub(crate) fn node_ports(stage: &Stage) -> Result<()> {
         let outside = stage.cluster.mesh().outside();
         Ok::<_, mesh_tests::Error>(outside.run("curl", curl)?.ok()?.stdout)
     };
-    // kube-proxy translates the caller's address to the node's own, which may call its pods in plaintext.
-    let answer = eventually_ok(PATIENCE, "an answer at the pod's node", || {
-        request("port-cluster", "node2")
-    })?;
-    ensure(answer.contains(MARKER), || answer.clone())?;
-    // From another node's address, or from the caller's own, plaintext is refused.
-    for (service, node) in [("port-cluster", "node1"), ("port-local", "node2")] {
-        let answer = request(service, node);
-        ensure(answer.is_err(), || {
-            format!("{service} at {node}: {answer:?}")
+    // Whether kube-proxy keeps the caller's address or translates it to a node's, plaintext from outside the mesh is refused.
+    let node = |name: &str| IpAddr::from(stage.cluster.node(name).node().ipv4());
+    let pod = stage.pod(APPS, "app=web-2")?;
+    let address: Ipv4Addr = pod["status"]["podIP"]
+        .as_str()
+        .unwrap_or_default()
+        .parse()?;
+    let [a, b, c, _] = address.octets();
+    // The node's address on the pods' bridge.
+    let bridge = IpAddr::from([a, b, c, 1]);
+    let outside = IpAddr::from(stage.cluster.mesh().outside_ipv4());
+    for (service, at, callers) in [
+        ("port-cluster", "node2", vec![node("node2"), bridge]),
+        ("port-cluster", "node1", vec![node("node1")]),
+        ("port-local", "node2", vec![outside]),
+    ] {
+        // kube-proxy may not know the port yet, which is refused too, but leaves no line.
+        eventually_ok(PATIENCE, "a refusal by the pod", || {
+            let answer = request(service, at);
+            ensure(answer.is_err(), || format!("{service} at {at}: {answer:?}"))?;
+            ensure(has_refused_plaintext(stage, "node2", &callers)?, || {
+                format!("no line of a refusal of {callers:?}")
+            })
         })?;
     }
-    log_has_refused_plaintext(
-        stage,
-        "node2",
-        &stage.cluster.mesh().outside_ipv4().to_string(),
-    )?;
     stage
         .kubectl(&format!("delete service -n {APPS} port-cluster port-local"))
         .map(drop)

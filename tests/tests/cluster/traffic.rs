@@ -1,6 +1,6 @@
 //! Steps about traffic between pods, and what is visible of it on the wire and in the access log.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use mesh_tests::{Recording, Result, Stream, eventually_ok};
 use serde_json::{Value, json};
@@ -243,25 +243,28 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
         ensure(answer.is_err(), || format!("it was answered: {answer:?}"))?;
     }
     let outsider = stage.get(&format!("pod -n {APPS} outsider"))?;
-    log_has_refused_plaintext(stage, "node2", address(&outsider))?;
+    let outsider_address: IpAddr = address(&outsider).parse()?;
+    eventually_ok(PATIENCE, "a line with the reason", || {
+        ensure(
+            has_refused_plaintext(stage, "node2", &[outsider_address])?,
+            || format!("none from {outsider_address}"),
+        )
+    })?;
     stage
         .kubectl(&format!("delete pod -n {APPS} outsider --now --wait=false"))
         .map(drop)
 }
 
-/// Waits until the access log of a node has a plaintext connection from this address that was refused.
-pub(crate) fn log_has_refused_plaintext(stage: &Stage, node: &str, client: &str) -> Result<()> {
-    eventually_ok(PATIENCE, "a line with the reason", || {
-        let log = stage.daemon_log(node)?;
-        let refused = access(&log).any(|line| {
-            let reason = line["reason"].as_str().unwrap_or_default();
-            let from = line["client"].as_str().unwrap_or_default();
-            line["result"] == "refused"
-                && from.starts_with(&format!("{client}:"))
-                && reason.contains("plaintext, and the port takes STRICT")
-        });
-        ensure(refused, || format!("none from {client}"))
-    })
+/// Whether the daemon on `node` has refused plaintext from one of `clients`, and has logged it with the reason.
+pub(crate) fn has_refused_plaintext(stage: &Stage, node: &str, clients: &[IpAddr]) -> Result<bool> {
+    let log = stage.daemon_log(node)?;
+    Ok(access(&log).any(|line| {
+        let text = |field: &str| line[field].as_str().unwrap_or_default();
+        let client: Option<SocketAddr> = text("client").parse().ok();
+        line["result"] == "refused"
+            && client.is_some_and(|client| clients.contains(&client.ip()))
+            && text("reason").contains("plaintext, and the port takes STRICT")
+    }))
 }
 
 pub(crate) fn probes_have_passed(stage: &Stage) -> Result<()> {

@@ -7,6 +7,7 @@ mod addresses;
 mod basics;
 mod endings;
 mod load;
+mod non_tcp;
 mod outages;
 mod policy;
 mod redirection;

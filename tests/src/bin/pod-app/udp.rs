@@ -54,6 +54,9 @@ pub(crate) struct UdpSend {
     /// Milliseconds to wait for a reply
     #[arg(long, default_value_t = 2000)]
     timeout: u64,
+    /// Name the destination with each datagram instead of connecting the socket
+    #[arg(long)]
+    unconnected: bool,
 }
 
 impl UdpSend {
@@ -64,13 +67,19 @@ impl UdpSend {
             [0_u16; 8].into()
         };
         let socket = UdpSocket::bind((any, 0)).at("bind")?;
-        socket.connect(self.to).at("connect")?;
+        if !self.unconnected {
+            socket.connect(self.to).at("connect")?;
+        }
         socket
             .set_read_timeout(Some(Duration::from_millis(self.timeout)))
             .at("set SO_RCVTIMEO")?;
         let mut buffer = vec![0; 65_536];
         for _ in 0..self.count {
-            socket.send(self.message.as_bytes()).at("send")?;
+            let message = self.message.as_bytes();
+            match self.unconnected {
+                true => socket.send_to(message, self.to).at("send")?,
+                false => socket.send(message).at("send")?,
+            };
             let length = socket.recv(&mut buffer).at("receive")?;
             event(
                 "answer",
@@ -80,7 +89,7 @@ impl UdpSend {
         Ok(json!({
             "count": self.count,
             "local": socket.local_addr().at("getsockname")?,
-            "peer": socket.peer_addr().at("getpeername")?,
+            "peer": self.to,
         }))
     }
 }
