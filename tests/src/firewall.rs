@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::eventually::TIMEOUT;
 use crate::node::Node;
 use crate::place::Place;
+use crate::pod::Pod;
 use crate::process::Process;
 
 /// Packet filter rules in a node's namespace, by nftables. They are removed when the value is dropped, or with the
@@ -30,6 +31,25 @@ impl Firewall {
                  \x20 tcp dport {port} counter name allowed accept\n\
                  \x20 tcp sport {port} counter name allowed accept\n\
                  \x20 meta l4proto tcp counter name dropped drop\n}}"
+            ),
+        )
+    }
+
+    /// Translates the node's `port`, in both families, to `port_of_pod` of `pod`, as kube-proxy does for a Service of type
+    /// NodePort with `externalTrafficPolicy: Cluster`: the pod sees the node's address as the caller's. It says nothing
+    /// about connections to the pod's own address.
+    pub fn node_port(node: &Node, port: u16, pod: &Pod, port_of_pod: u16) -> Result<Self> {
+        let (v4, v6) = (pod.ipv4(), pod.ipv6());
+        Self::install(
+            node,
+            &format!(
+                "chain prerouting {{\n  type nat hook prerouting priority dstnat;\n\
+                 \x20 ip daddr {} tcp dport {port} dnat ip to {v4}:{port_of_pod}\n\
+                 \x20 ip6 daddr {} tcp dport {port} dnat ip6 to [{v6}]:{port_of_pod}\n}}\n\
+                 chain postrouting {{\n  type nat hook postrouting priority srcnat;\n\
+                 \x20 ct status dnat masquerade\n}}",
+                node.ipv4(),
+                node.ipv6()
             ),
         )
     }

@@ -86,6 +86,18 @@ impl Node {
         &self.0.daemon_place
     }
 
+    /// Creates a place for a pod with `hostNetwork`: the node's own network, and a cgroup as the kubelet names a pod's. No
+    /// manifest of the pod is written.
+    pub fn host_network_pod(&self, uid: &str) -> Result<Place> {
+        Place::new(
+            &format!("{}, pod {uid}", self.name()),
+            self.place().netns().clone(),
+            self.cgroup()
+                .join(format!("kubepods/burstable/pod{uid}/container")),
+            self.place().folder().to_owned(),
+        )
+    }
+
     /// The cgroup that holds its programs and, one below it for each, its pods: `kernel.cgroup` of its daemon.
     pub fn cgroup(&self) -> &Path {
         &self.0.cgroup

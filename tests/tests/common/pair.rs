@@ -24,7 +24,11 @@ impl Pair {
         options: &DaemonOptions,
         more: impl FnOnce(MeshBuilder) -> MeshBuilder,
     ) -> Result<Self> {
-        let mesh = more(builder()).start()?;
+        Self::on(more(builder()).start()?, options)
+    }
+
+    /// Starts daemons with options on both nodes of the mesh, which [`builder`] describes.
+    pub(crate) fn on(mesh: Mesh, options: &DaemonOptions) -> Result<Self> {
         let mut daemons = mesh.start_daemons_with(options)?.into_iter();
         let (Some(near), Some(far)) = (daemons.next(), daemons.next()) else {
             unreachable!("each of two nodes has a daemon")

@@ -5,6 +5,7 @@ mod common;
 
 mod addresses;
 mod basics;
+mod callers;
 mod endings;
 mod load;
 mod non_tcp;
