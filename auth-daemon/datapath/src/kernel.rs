@@ -429,10 +429,14 @@ impl Kernel {
         FirstSockets::new(ring.ok_or_else(|| io::Error::other("they are being read already"))?)
     }
 
-    /// Number of mesh addresses, pending connections and pods in the maps.
+    /// Number of mesh addresses and networks, pending connections and pods in the maps. Addresses outside the mesh, and
+    /// those that no object claims any more, do not count.
     pub fn occupancy(&self) -> (usize, usize, usize) {
+        let others = [MeshKind::Outside as u32, MeshKind::Gone as u32];
+        let mesh = lock(&self.mesh);
+        let mesh_kinds = mesh.entries.values().filter(|kind| !others.contains(kind));
         (
-            lock(&self.mesh).entries.len(),
+            mesh_kinds.count(),
             lock(&self.pending).keys().flatten().count(),
             lock(&self.pods).keys().flatten().count(),
         )

@@ -65,7 +65,7 @@ fn collect(node: &Node) -> Registry {
     );
     gauge(
         "mesh_addresses",
-        "Addresses and networks that the kernel knows, captured or not",
+        "Addresses and networks of the mesh that the kernel knows",
         node.kernel.occupancy().0 as u64,
     );
     {

@@ -164,10 +164,12 @@ fn a_broken_file_keeps_its_last_good_state_and_the_log_says_what_is_wrong() {
         .unwrap();
     eventually(TIMEOUT, "the service to lose its endpoint", || {
         (call(&client, web.at(8080))["event"] == "finished"
-            && a.status().unwrap().kernel.mesh_addresses == before.0.mesh_addresses - 2)
+            && call(&client, SERVICES[0].parse().unwrap())["event"] == "failed")
             .then_some(())
     })
     .unwrap();
+    // It is refused, and stays the mesh's.
+    assert_eq!(a.status().unwrap().kernel, before.0);
 }
 
 #[test]
@@ -232,9 +234,12 @@ fn a_removed_file_removes_its_pods() {
     let before = addresses(&a);
     echoes(&client, web.at(8080));
     mesh.manifests().remove("Pod", "default", "web").unwrap();
-    // Two addresses of the pod, and of its service, which nobody of the mesh stands behind any more.
-    until(&a, before - 4);
-    until(&b, before - 4);
+    // Two addresses of the pod. Its service has no endpoint any more, and stays the mesh's.
+    until(&a, before - 2);
+    until(&b, before - 2);
+    for to in ways(&web) {
+        assert_eq!(call(&client, to)["event"], "failed", "{to}");
+    }
     eventually(TIMEOUT, "the pod's release", || {
         b.status().unwrap().pods.is_empty().then_some(())
     })
@@ -367,7 +372,12 @@ fn a_service_of_others_is_left_alone() {
         .unwrap()
         .listening()
         .unwrap();
-    let (a, _b) = daemons(&mesh);
+    let nobody = PodSpec::new("nobody").label("app", "nobody");
+    mesh.add_pod(nobody.annotation("auth-daemon.io/mesh", "disabled"))
+        .unwrap();
+    let [a, b] = ["a", "b"].map(|node| mesh.node(node).start_daemon().unwrap());
+    a.wait_enrolled(&["default/client"]).unwrap();
+    b.wait_enrolled(&["default/web"]).unwrap();
     let (before, position) = (addresses(&a), a.log_position());
     // A service whose pods are not of the mesh; its address is the outside host's, so that somebody answers.
     let foreign = |label: &str| {

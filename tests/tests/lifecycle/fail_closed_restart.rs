@@ -139,9 +139,8 @@ fn pods_that_left_while_it_was_dead_are_cleaned_up() {
         (after.pods, files(&node.pins().join("v2/pods")).len()),
         (2, 2)
     );
-    // Two addresses have come. Those of the pods that left stay known: as outside the mesh, or as refused because no object
-    // claims them any more.
-    assert_eq!(after.mesh_addresses, before.mesh_addresses + 2);
+    // Two addresses of each of three pods are gone, and two have come.
+    assert_eq!(after.mesh_addresses, before.mesh_addresses - 6 + 2);
     assert_eq!([Routing::of(&left), Routing::of(&disabled)], clean);
     for pod in [&left, &disabled] {
         assert_eq!(attached_to_netns(pod), 0);

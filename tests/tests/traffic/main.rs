@@ -1,4 +1,5 @@
-//! Connections between pods of two nodes: addresses, services, endings, outages, redirection, policies and load.
+//! Connections between pods of two nodes: addresses, services, endings, outages, redirection, policies, load, and addresses
+//! that no object claims.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -14,3 +15,4 @@ mod policy;
 mod redirection;
 mod redirection_permissive;
 mod services;
+mod unclaimed;
