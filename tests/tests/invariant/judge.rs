@@ -1,12 +1,12 @@
 //! Compares what was seen with the table.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::ops::AddAssign;
 
 use crate::plan::Call;
 use crate::run::{Outcome, Report};
-use crate::table::{expected, involved, is_private, may_read};
+use crate::table::{expected, is_private, may_read, servers, source, translated_by};
 use crate::world::{Site, State, Target};
 
 /// How many connections were judged, so that a test cannot pass by judging none.
@@ -82,26 +82,31 @@ impl Judge<'_> {
             };
             let (sent, _) = report.window(read.round);
             let states = history.in_force(sent, read.at);
-            let may = |state: &&State| may_read(world, state, call.from, read.server, read.local);
+            let may = |state: &&State| may_read(world, state, call, read.server, read.local);
             if !states.iter().any(may) {
                 let what = format!("delivered though denied: {read:?}");
                 self.violation(&what, call, report, &states);
             }
-            // A node reaches its own pods from the address of its bridge.
-            let node = matches!(call.from, Site::Node(_));
-            if !node && !world.addresses(call.from).contains(&read.peer.ip()) {
+            let from = |state: &&State| {
+                source(world, state, call, read.server, read.local) == read.peer.ip()
+            };
+            if call.from != read.server && !states.iter().any(from) {
                 let what = format!("from another address: {read:?}");
                 self.violation(&what, call, report, &states);
             }
-            let private = |state: &State| match read.server {
-                Site::Pod(server) => is_private(state, call.from, server),
-                Site::Node(_) | Site::Outside => false,
-            };
+            let private = |state: &State| is_private(state, call.from, read.server);
             if states.iter().all(|state| private(state)) {
                 self.judged.private += 1;
             }
             // What is none of the mesh's passes as it is. This also shows that the observer sees everything.
-            let crosses = world.machine(call.from) != world.machine(read.server);
+            let end = world.machine(read.server);
+            let crosses = [
+                translated_by(states[0], call),
+                Some(world.machine(call.from)),
+            ]
+            .into_iter()
+            .flatten()
+            .any(|machine| machine != end);
             if crosses && !states.iter().any(|state| private(state)) {
                 let seen =
                     u8::try_from(read.round).is_ok_and(|round| on_wire.contains(&(read.id, round)));
@@ -127,19 +132,17 @@ impl Judge<'_> {
             };
             let (start, end) = report.window(sighting.round.into());
             let states = self.outcome.history.in_force(start, end);
-            let private = |state: &&State| match (world.pod_at(sighting.server.ip()), call.to) {
-                (Some(server), _) => is_private(state, call.from, server),
-                // Sent to an address that is no pod's, although a Service has it: all of its pods are the mesh's.
-                (None, Target::Service(_)) => {
-                    let mut servers = involved(world, state, call).into_iter();
-                    servers.all(|site| match site {
-                        Site::Pod(server) => {
-                            site == call.from || is_private(state, call.from, server)
-                        }
-                        Site::Node(_) | Site::Outside => false,
-                    })
+            let private = |state: &&State| match world.pod_at(sighting.server.ip()) {
+                Some(server) => is_private(state, call.from, Site::Pod(server)),
+                // Sent to an address that is no pod's, such as a Service's: whoever may answer counts.
+                None => {
+                    let servers = servers(world, state, call);
+                    let private = |server: &Site| is_private(state, call.from, *server);
+                    servers.iter().any(private)
+                        && servers
+                            .iter()
+                            .all(|server| *server == call.from || private(server))
                 }
-                (None, Target::Site(_)) => false,
             };
             let stays = world
                 .pod_at(sighting.server.ip())
@@ -187,7 +190,8 @@ impl Judge<'_> {
                 .map(|state| expected(world, state, call))
                 .collect();
             // A pod that joins or leaves the mesh, or is made anew, loses its connections.
-            let undisturbed = involved(world, states[0], call).iter().all(|site| {
+            let involved = servers(world, states[0], call);
+            let undisturbed = involved.iter().chain([&call.from]).all(|site| {
                 let Site::Pod(pod) = site else { return true };
                 let is = |state: &&State| {
                     let pod = &state.pods[*pod];
@@ -204,7 +208,7 @@ impl Judge<'_> {
                 Some(false) if !report.answered.is_empty() => {
                     self.violation("answered though denied", call, report, &states);
                 }
-                Some(false) if matches!(call.to, Target::Site(_)) && report.hung() => {
+                Some(false) if !matches!(call.to, Target::Service(_)) && report.hung() => {
                     self.violation("left waiting, not refused", call, report, &states);
                 }
                 Some(false) => self.judged.refused += 1,
@@ -217,7 +221,14 @@ impl Judge<'_> {
         let world = &self.outcome.world;
         let to = match call.to {
             Target::Site(site) => world.describe(site),
-            Target::Service(number) => {
+            Target::Second(pod) => format!(
+                "{} (an address that no object lists)",
+                world.describe(Site::Pod(pod))
+            ),
+            Target::Service(number)
+            | Target::NodePort {
+                service: number, ..
+            } => {
                 let service = &world.services[number];
                 format!(
                     "service {}/{} (app={})",
@@ -233,11 +244,12 @@ impl Judge<'_> {
             self.times(report),
         );
         for state in states {
-            let pods: Vec<String> = involved(world, state, call)
+            let pods: Vec<String> = servers(world, state, call)
                 .into_iter()
+                .chain([call.from])
                 .filter_map(|site| match site {
                     Site::Pod(pod) => Some((&world.pods[pod], &state.pods[pod])),
-                    Site::Node(_) | Site::Outside => None,
+                    _ => None,
                 })
                 .map(|(pod, state)| {
                     let member = if state.member {
@@ -294,10 +306,19 @@ impl Judge<'_> {
             calls,
             ..
         } = self.outcome;
-        let count = self.violations.len();
+        let mut kinds: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for violation in &self.violations {
+            let kind = violation.split([':', '\n']).next().unwrap_or_default();
+            kinds.entry(kind).or_default().push(violation);
+        }
+        let counts: Vec<String> = kinds
+            .iter()
+            .map(|(kind, found)| format!("{} {kind}", found.len()))
+            .collect();
         let mut text = format!(
-            "seed {seed}: {count} violations of the invariant\nthe same again: INVARIANT_SEED={seed} \
+            "seed {seed}: the invariant is violated: {}\nthe same again: INVARIANT_SEED={seed} \
              INVARIANT_WORLDS=1 INVARIANT_CONNECTS={}\nmode {}, sameNode {}\n",
+            counts.join(", "),
             calls.len(),
             world.mode,
             if world.same_node_tunnel {
@@ -312,11 +333,15 @@ impl Judge<'_> {
         for (at, event) in events {
             let _ = writeln!(text, "  {} {event}", self.seconds(*at));
         }
-        for violation in self.violations.iter().take(MOST_DESCRIBED) {
+        let first = kinds
+            .values()
+            .flat_map(|found| found.iter().take(MOST_DESCRIBED));
+        for violation in first {
             let _ = writeln!(text, "{violation}");
         }
         text
     }
 }
 
-const MOST_DESCRIBED: usize = 8;
+/// Of each kind.
+const MOST_DESCRIBED: usize = 3;

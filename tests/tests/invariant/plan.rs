@@ -43,13 +43,22 @@ pub(crate) fn generate(
     let mut id = 0;
     while (id as usize) < connections {
         let event = Event::generate(random, world, &state, steps.len());
+        let mut next = state.clone();
+        event.apply(&mut next);
         let joins = matches!(event, Event::Membership { member: true, .. });
         let holds = JOINING_ENDS_OPEN_CONNECTIONS || !joins;
         let during = (0..DURING)
             .map(|_| {
-                let mut call = call(random, world, &state, &mut id);
+                let mut call = call(random, world, &[&state, &next], &mut id);
                 call.delay = random.below(DURING_MILLISECONDS);
-                if holds && random.chance(25) {
+                let followed = match (call.from, call.to) {
+                    (Site::HostPod(_), _) | (_, Target::NodePort { .. }) => {
+                        NODES_ADDRESSES_ARE_FOLLOWED
+                    }
+                    (_, Target::Second(_)) => SECOND_ADDRESSES_ARE_FOLLOWED,
+                    (_, Target::Service(_) | Target::Site(_)) => true,
+                };
+                if holds && followed && random.chance(25) {
                     // One that is open before and after the event.
                     call.delay = random.below(BEFORE_EVENT_MILLISECONDS);
                     call.rounds = 6;
@@ -58,10 +67,10 @@ pub(crate) fn generate(
                 call
             })
             .collect();
-        event.apply(&mut state);
+        state = next;
         let after = (0..AFTER)
             .map(|_| {
-                let mut call = call(random, world, &state, &mut id);
+                let mut call = call(random, world, &[&state], &mut id);
                 call.delay = random.below(AFTER_MILLISECONDS);
                 call
             })
@@ -75,26 +84,21 @@ pub(crate) fn generate(
     steps
 }
 
-fn call(random: &mut Random, world: &World, state: &State, id: &mut u32) -> Call {
-    let site = |random: &mut Random, pods: usize| match random.below(100) {
-        one if one < pods => Site::Pod(random.below(world.pods.len())),
-        one if one < pods + (100 - pods) / 2 => Site::Node(random.below(2)),
+/// Draws a connection for a time in which each of these states may be in force.
+fn call(random: &mut Random, world: &World, states: &[&State], id: &mut u32) -> Call {
+    let pod = |random: &mut Random| random.below(world.pods.len());
+    let from = match random.below(100) {
+        0..76 => Site::Pod(pod(random)),
+        76..84 => Site::Node(random.below(2)),
+        84..90 => Site::HostPod(random.below(2)),
         _ => Site::Outside,
     };
-    let from = site(random, 80);
-    let services: Vec<usize> = (0..world.services.len())
-        // Others may take long to be refused: the kernel limits how many ICMP errors it sends.
-        .filter(|service| leads_somewhere(world, state, from, *service))
-        .collect();
     let to = loop {
-        let to = if !services.is_empty() && random.chance(40) {
-            Target::Service(random.one(&services))
-        } else {
-            Target::Site(site(random, 92))
-        };
-        // What stays on one machine outside of the mesh is not this test's.
-        let outside = |site: Site| !matches!(site, Site::Pod(_));
-        if !(outside(from) && matches!(to, Target::Site(to) if outside(to))) {
+        let to = target(random, world);
+        if states
+            .iter()
+            .all(|state| is_sensible(world, state, from, to))
+        {
             break to;
         }
     };
@@ -115,6 +119,55 @@ fn call(random: &mut Random, world: &World, state: &State, id: &mut u32) -> Call
     }
 }
 
+/// Whether a connection from here to there has a use in this state.
+fn is_sensible(world: &World, state: &State, from: Site, to: Target) -> bool {
+    match (from, to) {
+        // A cluster IP that leads nowhere may take long to be refused: the kernel limits its ICMP errors.
+        (_, Target::Service(service)) => leads_somewhere(world, state, from, service),
+        // Pods of the mesh.
+        (Site::Pod(from), Target::NodePort { .. }) if state.pods[from].member => {
+            NODE_PORTS_ARE_TUNNELLED
+        }
+        (Site::Pod(from), Target::Second(to)) if state.pods[from].member && from != to => {
+            UNKNOWN_ADDRESSES_ARE_REFUSED
+        }
+        // A node does not translate what its own processes dial.
+        (Site::Node(from) | Site::HostPod(from), Target::NodePort { node, .. }) => from != node,
+        // What stays on machines outside of the mesh is not this test's.
+        (from, Target::Site(to)) => matches!(from, Site::Pod(_)) || matches!(to, Site::Pod(_)),
+        _ => true,
+    }
+}
+
+fn target(random: &mut Random, world: &World) -> Target {
+    let second: Vec<usize> = (0..world.pods.len())
+        .filter(|pod| world.pods[*pod].second.is_some())
+        .collect();
+    let exposed: Vec<usize> = (0..world.services.len())
+        .filter(|service| world.services[*service].node_ports.is_some())
+        .collect();
+    match random.below(100) {
+        0..25 => Target::Service(random.below(world.services.len())),
+        25..37 if !exposed.is_empty() => Target::NodePort {
+            service: random.one(&exposed),
+            node: random.below(2),
+        },
+        37..47 if !second.is_empty() => Target::Second(random.one(&second)),
+        47..51 => Target::Site(Site::Node(random.below(2))),
+        51..55 => Target::Site(Site::Outside),
+        _ => Target::Site(Site::Pod(random.below(world.pods.len()))),
+    }
+}
+
+/// Whether pods of the mesh that dial a node port are tunnelled to its Service. They are not yet, so they dial none.
+const NODE_PORTS_ARE_TUNNELLED: bool = false;
+/// Whether pods of the mesh are refused at an address that no object lists. If not, they dial none.
+const UNKNOWN_ADDRESSES_ARE_REFUSED: bool = true;
+/// Whether connections in plaintext to an address that no object lists are ended when policies change. They are not yet,
+/// so none is held open then.
+const SECOND_ADDRESSES_ARE_FOLLOWED: bool = false;
+/// The same for those that come from the node's address without being the node's.
+const NODES_ADDRESSES_ARE_FOLLOWED: bool = false;
 /// Whether connections in plaintext that are open when a pod joins the mesh are ended. They are not yet, so none is held
 /// open then.
 const JOINING_ENDS_OPEN_CONNECTIONS: bool = false;
@@ -122,5 +175,5 @@ const JOINING_ENDS_OPEN_CONNECTIONS: bool = false;
 const DURING_MILLISECONDS: usize = 2400;
 const BEFORE_EVENT_MILLISECONDS: usize = 100;
 const AFTER_MILLISECONDS: usize = 600;
-const DURING: usize = 150;
-const AFTER: usize = 250;
+const DURING: usize = 120;
+const AFTER: usize = 120;

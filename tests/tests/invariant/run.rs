@@ -79,7 +79,7 @@ impl Report {
 pub(crate) fn run(seed: u64, connections: usize) -> Result<Outcome> {
     let mut random = Random::new(seed);
     let (mut world, state) = World::generate(&mut random);
-    let mesh = world.build(&state)?;
+    let (mesh, _firewalls) = world.build(&state)?;
     let steps = plan::generate(&mut random, &world, state.clone(), connections);
     let mut run = Run::start(&world, &mesh, state)?;
     let observer = Observer::start(&mesh)?;
@@ -111,6 +111,7 @@ struct Run<'a> {
     world: &'a World,
     mesh: &'a Mesh,
     servers: Vec<(Site, App)>,
+    host_pods: Vec<Place>,
     daemons: [Option<Daemon>; 2],
     history: History,
     events: Vec<(u64, String)>,
@@ -121,10 +122,16 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn start(world: &'a World, mesh: &'a Mesh, state: State) -> Result<Self> {
+        // The kubelet's cgroups are there before the daemon.
+        let host_pods = NODES.into_iter().map(|node| {
+            let uid = "5f0c0fd5-0000-4000-8000-000000000001";
+            mesh.node(node).host_network_pod(uid)
+        });
         let mut run = Self {
             world,
             mesh,
             servers: Vec::new(),
+            host_pods: host_pods.collect::<Result<_>>()?,
             daemons: [None, None],
             history: History::default(),
             events: Vec::new(),
@@ -205,6 +212,7 @@ impl<'a> Run<'a> {
         self.mesh.pod(&name).kill_processes()?;
         self.collect(site, server)?;
         let pod = self.mesh.recreate_pod(&name)?;
+        self.world.add_second_addresses(self.mesh, number)?;
         if member {
             // The status may still be about the network that is gone.
             pod.wait_listening(TUNNEL_PORT)?;
@@ -349,6 +357,7 @@ impl<'a> Run<'a> {
                 .place()
                 .clone(),
             Site::Node(node) => self.mesh.node(NODES[node]).place().clone(),
+            Site::HostPod(node) => self.host_pods[node].clone(),
             Site::Outside => self.mesh.outside().clone(),
         }
     }

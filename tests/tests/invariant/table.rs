@@ -1,7 +1,7 @@
 //! What is to happen to a connection: a plain table of who is in the mesh, what an address means and what the policies
 //! say, which knows nothing of how the daemon works.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::oracle::{Attributes, naive};
 use crate::plan::Call;
@@ -12,7 +12,7 @@ use crate::world::{POD_PORTS, Site, State, TRUST_DOMAIN, Target, World};
 pub(crate) fn may_read(
     world: &World,
     state: &State,
-    from: Site,
+    call: &Call,
     server: Site,
     local: SocketAddr,
 ) -> bool {
@@ -20,16 +20,24 @@ pub(crate) fn may_read(
         return true;
     };
     let (pod, pod_state) = (&world.pods[number], &state.pods[number]);
-    if !pod_state.member || from == server || from == Site::Node(pod.node) {
+    if !pod_state.member || call.from == server {
         return true;
     }
-    let identity = match from {
-        Site::Pod(caller) if state.pods[caller].member => Some(world.pods[caller].identity()),
+    // The node's own processes, such as the kubelet's probes.
+    if call.from == Site::Node(pod.node) && translated_by(state, call).is_none() {
+        return true;
+    }
+    let identity = match call.from {
+        Site::Pod(caller) if state.pods[caller].member && !matches!(call.to, Target::Second(_)) => {
+            Some(world.pods[caller].identity())
+        }
         _ => None,
     };
-    let source = world.addresses(from)[usize::from(local.is_ipv6())];
     let attributes = Attributes::new(
-        (identity.as_deref(), source),
+        (
+            identity.as_deref(),
+            source(world, state, call, server, local),
+        ),
         local,
         pod.namespace,
         &pod_state.labels,
@@ -39,64 +47,106 @@ pub(crate) fn may_read(
     naive(&policies, world.mode, &attributes).allowed
 }
 
+/// The address that a server, which accepts at `local`, sees as its caller's.
+pub(crate) fn source(
+    world: &World,
+    state: &State,
+    call: &Call,
+    server: Site,
+    local: SocketAddr,
+) -> IpAddr {
+    let family = usize::from(local.is_ipv6());
+    // A node reaches its own pods from its bridge.
+    let of_node = |node: usize| match server {
+        Site::Pod(pod) if world.pods[pod].node == node => {
+            let number = 1 + node as u8;
+            let v6 = [0xfd77, number.into(), 0, 0, 0, 0, 0, 1];
+            [IpAddr::from([10, 77, number, 1]), IpAddr::from(v6)][family]
+        }
+        _ => world.addresses(Site::Node(node))[family],
+    };
+    match (translated_by(state, call), call.from) {
+        (Some(node), _) | (None, Site::Node(node) | Site::HostPod(node)) => of_node(node),
+        (None, from) => world.addresses(from)[family],
+    }
+}
+
+/// The node that translates both addresses of a connection, as it does for a node port. It does not for pods of the mesh:
+/// their daemon knows the Service.
+pub(crate) fn translated_by(state: &State, call: &Call) -> Option<usize> {
+    match call.to {
+        Target::NodePort { node, .. } if !is_member(state, call.from) => Some(node),
+        _ => None,
+    }
+}
+
 /// Whether nothing that these two send each other may be readable on a wire: both are pods of the mesh.
 ///
 /// The promise is only for STRICT. Pods of the mesh use TLS in PERMISSIVE as well, as long as both nodes have a daemon
 /// or are known by manifests only, so the mode makes no difference here.
-pub(crate) fn is_private(state: &State, from: Site, server: usize) -> bool {
-    let Site::Pod(caller) = from else {
-        return false;
-    };
-    caller != server && state.pods[caller].member && state.pods[server].member
+pub(crate) fn is_private(state: &State, from: Site, server: Site) -> bool {
+    from != server && is_member(state, from) && is_member(state, server)
+}
+
+fn is_member(state: &State, site: Site) -> bool {
+    matches!(site, Site::Pod(pod) if state.pods[pod].member)
 }
 
 /// Whether a call is to succeed in this state; `None` if that depends on something else.
 pub(crate) fn expected(world: &World, state: &State, call: &Call) -> Option<bool> {
-    let involved = involved(world, state, call);
+    let servers = servers(world, state, call);
     let down = |site: &Site| match site {
         Site::Pod(pod) => !state.serving[world.pods[*pod].node] || !state.pods[*pod].present,
-        Site::Node(_) | Site::Outside => false,
+        Site::Node(_) | Site::HostPod(_) | Site::Outside => false,
     };
-    if involved.iter().any(down) {
+    if servers.iter().chain([&call.from]).any(down) {
         return None;
     }
-    let servers = match call.to {
-        Target::Site(site) => vec![site],
-        Target::Service(service) => {
-            if !leads_somewhere(world, state, call.from, service) {
-                return Some(false);
-            }
-            let endpoints = endpoints(world, state, service);
-            if endpoints.contains(&call.from) {
-                return None;
-            }
-            endpoints
+    match call.to {
+        Target::Service(service) if !leads_somewhere(world, state, call.from, service) => {
+            return Some(false);
         }
-    };
+        // Whether a pod reaches itself by such an address is not promised.
+        _ if call.to != Target::Site(call.from) && servers.contains(&call.from) => return None,
+        Target::Second(_) if is_member(state, call.from) => return Some(false),
+        _ => {}
+    }
     let family = usize::from(call.address.is_ipv6());
     let mut may = servers.iter().map(|server| {
-        let local = (world.addresses(*server)[family], POD_PORTS[call.port]).into();
-        may_read(world, state, call.from, *server, local)
+        let address = match call.to {
+            Target::Second(_) => call.address.ip(),
+            _ => world.addresses(*server)[family],
+        };
+        let local = (address, POD_PORTS[call.port]).into();
+        may_read(world, state, call, *server, local)
     });
     let first = may.next()?;
     may.all(|one| one == first).then_some(first)
 }
 
-/// The caller, and whoever may answer.
-pub(crate) fn involved(world: &World, state: &State, call: &Call) -> Vec<Site> {
-    let mut involved = match call.to {
+/// Whoever may answer a call.
+pub(crate) fn servers(world: &World, state: &State, call: &Call) -> Vec<Site> {
+    match call.to {
         Target::Site(site) => vec![site],
-        Target::Service(service) => endpoints(world, state, service),
-    };
-    involved.push(call.from);
-    involved
+        Target::Second(pod) => vec![Site::Pod(pod)],
+        Target::NodePort { service, .. } if translated_by(state, call).is_some() => {
+            let node_ports = world.services[service].node_ports;
+            node_ports
+                .map(|(_, pod)| Site::Pod(pod))
+                .into_iter()
+                .collect()
+        }
+        Target::Service(service) | Target::NodePort { service, .. } => {
+            endpoints(world, state, service)
+        }
+    }
 }
 
 /// Whether a Service's cluster IP leads to its pods from here. There is no kube-proxy: nobody but the daemon knows what
 /// a cluster IP is, and it takes care only of Services with a pod of the mesh.
 pub(crate) fn leads_somewhere(world: &World, state: &State, from: Site, service: usize) -> bool {
-    let member = |site: &Site| matches!(site, Site::Pod(pod) if state.pods[*pod].member);
-    member(&from) && endpoints(world, state, service).iter().any(member)
+    let endpoints = endpoints(world, state, service);
+    is_member(state, from) && endpoints.iter().any(|endpoint| is_member(state, *endpoint))
 }
 
 /// The pods behind a Service.

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use mesh_tests::{Mesh, PodSpec, Result, ServiceSpec};
+use mesh_tests::{Firewall, Mesh, PodSpec, Result, ServiceSpec};
 use serde_json::Value;
 
+use crate::events::Event;
 use crate::policies;
 use crate::random::Random;
 
@@ -32,6 +33,8 @@ pub(crate) struct Pod {
     pub(crate) node: usize,
     /// IPv4, IPv6.
     pub(crate) addresses: [IpAddr; 2],
+    /// Addresses that its namespace has and no object lists.
+    pub(crate) second: Option<[IpAddr; 2]>,
 }
 
 /// A Service with a port 80 to 8080 and 81 to 8081.
@@ -42,6 +45,8 @@ pub(crate) struct Service {
     pub(crate) app: &'static str,
     /// IPv4, IPv6.
     pub(crate) addresses: [IpAddr; 2],
+    /// If it is of type NodePort: its two ports on each node, and the pod to which the nodes translate them.
+    pub(crate) node_ports: Option<([u16; 2], usize)>,
 }
 
 /// What is in force at a moment.
@@ -67,7 +72,10 @@ pub(crate) struct PodState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Site {
     Pod(usize),
+    /// A process of the node itself.
     Node(usize),
+    /// A pod with `hostNetwork`.
+    HostPod(usize),
     Outside,
 }
 
@@ -76,6 +84,13 @@ pub(crate) enum Site {
 pub(crate) enum Target {
     Site(Site),
     Service(usize),
+    /// A Service's port on a node.
+    NodePort {
+        service: usize,
+        node: usize,
+    },
+    /// The address of a pod that no object lists.
+    Second(usize),
 }
 
 impl World {
@@ -99,6 +114,12 @@ impl World {
                 account: random.one(&policies::ACCOUNTS),
                 node,
                 addresses: UNKNOWN,
+                // In its node's network. The mesh's own pods have addresses from 2 upwards.
+                second: random.chance(40).then(|| {
+                    let (node, host) = (1 + node as u8, 200 + number as u8);
+                    let v6 = [0xfd77, node.into(), 0, 0, 0, 0, 0, host.into()];
+                    [IpAddr::from([10, 77, node, host]), IpAddr::from(v6)]
+                }),
             });
             states.push(PodState {
                 member,
@@ -106,33 +127,50 @@ impl World {
                 labels: BTreeMap::from([("app".to_owned(), app.to_owned())]),
             });
         }
-        let services = (0..4).map(|number| Service {
-            name: format!("s{number}"),
-            namespace: policies::NAMESPACES[number / 2],
-            app: policies::APPS[number % 2],
-            addresses: [
-                IpAddr::from([10, 96, 0, 10 + number as u8]),
-                IpAddr::from([0xfd96, 0, 0, 0, 0, 0, 0, 0x10 + number as u16]),
-            ],
+        let services = (0..4).map(|number| {
+            let (namespace, app) = (policies::NAMESPACES[number / 2], policies::APPS[number % 2]);
+            let selected: Vec<usize> = (0..count)
+                .filter(|pod| {
+                    pods[*pod].namespace == namespace && states[*pod].labels["app"] == app
+                })
+                .collect();
+            let node_ports = (!selected.is_empty() && random.chance(60)).then(|| {
+                let first = 30_080 + 2 * number as u16;
+                ([first, first + 1], random.one(&selected))
+            });
+            Service {
+                name: format!("s{number}"),
+                namespace,
+                app,
+                addresses: [
+                    IpAddr::from([10, 96, 0, 10 + number as u8]),
+                    IpAddr::from([0xfd96, 0, 0, 0, 0, 0, 0, 0x10 + number as u16]),
+                ],
+                node_ports,
+            }
         });
+        let services = services.collect();
         let world = Self {
             pods,
-            services: services.collect(),
+            services,
             nodes: [UNKNOWN; 2],
             outside: UNKNOWN,
             mode: random.one(&["STRICT", "PERMISSIVE"]),
             same_node_tunnel: random.chance(30),
         };
-        let state = State {
+        let mut state = State {
             pods: states,
             policies: BTreeMap::new(),
             serving: [true; 2],
         };
+        for number in 0..random.below(3) {
+            Event::Apply(policies::generate(random, &format!("first-{number}"))).apply(&mut state);
+        }
         (world, state)
     }
 
-    /// Makes the mesh, without daemons, and enters all addresses.
-    pub(crate) fn build(&mut self, state: &State) -> Result<Mesh> {
+    /// Makes the mesh, without daemons, and enters all addresses. The nodes translate as long as the firewalls live.
+    pub(crate) fn build(&mut self, state: &State) -> Result<(Mesh, Vec<Firewall>)> {
         let mut builder = Mesh::builder().node(NODES[0]).node(NODES[1]);
         for (pod, state) in self.pods.iter().zip(&state.pods) {
             let mut spec = PodSpec::new(&pod.name)
@@ -158,6 +196,9 @@ impl World {
             builder = builder.service(spec);
         }
         let mesh = builder.start()?;
+        for policy in state.policies.values() {
+            mesh.manifests().apply(policy)?;
+        }
         for pod in &mut self.pods {
             let built = mesh.pod(&pod.full_name());
             pod.addresses = [built.ipv4().into(), built.ipv6().into()];
@@ -167,14 +208,75 @@ impl World {
             [node.ipv4().into(), node.ipv6().into()]
         });
         self.outside = [mesh.outside_ipv4().into(), mesh.outside_ipv6().into()];
-        Ok(mesh)
+        for number in 0..self.pods.len() {
+            self.add_second_addresses(&mesh, number)?;
+        }
+        self.add_node_ports(&mesh)?;
+        let firewalls = (0..NODES.len())
+            .map(|node| Firewall::install(mesh.node(NODES[node]), &self.translation(node)))
+            .collect::<Result<_>>()?;
+        Ok((mesh, firewalls))
+    }
+
+    /// Gives a pod its second addresses, if it has some.
+    pub(crate) fn add_second_addresses(&self, mesh: &Mesh, number: usize) -> Result<()> {
+        let pod = &self.pods[number];
+        for address in pod.second.into_iter().flatten() {
+            // Never a source address: IPv4 takes the first of a network, IPv6 takes none that is deprecated.
+            let more: &[&str] = if address.is_ipv6() {
+                &["nodad", "preferred_lft", "0"]
+            } else {
+                &[]
+            };
+            let address = format!("{address}/{}", if address.is_ipv6() { 64 } else { 24 });
+            let command = ["address", "add", &address, "dev", "eth0"];
+            let command = command.iter().chain(more);
+            mesh.pod(&pod.full_name()).run("ip", command)?.ok()?;
+        }
+        Ok(())
+    }
+
+    fn add_node_ports(&self, mesh: &Mesh) -> Result<()> {
+        for service in &self.services {
+            let Some((ports, _)) = service.node_ports else {
+                continue;
+            };
+            mesh.manifests()
+                .edit("Service", service.namespace, &service.name, |service| {
+                    service["spec"]["type"] = "NodePort".into();
+                    for (number, port) in ports.into_iter().enumerate() {
+                        service["spec"]["ports"][number]["nodePort"] = port.into();
+                    }
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Packet filter rules that translate a node's ports, as kube-proxy's do: the pod sees the node's address.
+    fn translation(&self, node: usize) -> String {
+        let mut rules =
+            "chain prerouting {\n  type nat hook prerouting priority dstnat;\n".to_owned();
+        let [node_v4, node_v6] = self.nodes[node];
+        let services = self.services.iter();
+        for (ports, pod) in services.filter_map(|service| service.node_ports) {
+            let [v4, v6] = self.pods[pod].addresses;
+            for (port, to) in ports.into_iter().zip(POD_PORTS) {
+                rules += &format!(
+                    "  ip daddr {node_v4} tcp dport {port} dnat ip to {v4}:{to}\n  \
+                     ip6 daddr {node_v6} tcp dport {port} dnat ip6 to [{v6}]:{to}\n",
+                );
+            }
+        }
+        rules
+            + "}\nchain postrouting {\n  type nat hook postrouting priority srcnat;\n  \
+                 ct status dnat masquerade\n}"
     }
 
     /// The addresses by which others know a site: IPv4, IPv6.
     pub(crate) fn addresses(&self, site: Site) -> [IpAddr; 2] {
         match site {
             Site::Pod(pod) => self.pods[pod].addresses,
-            Site::Node(node) => self.nodes[node],
+            Site::Node(node) | Site::HostPod(node) => self.nodes[node],
             Site::Outside => self.outside,
         }
     }
@@ -186,6 +288,16 @@ impl World {
             Target::Service(number) => {
                 (self.services[number].addresses[family], SERVICE_PORTS[port])
             }
+            Target::NodePort { service, node } => {
+                let node_ports = self.services[service].node_ports;
+                let (ports, _) = node_ports.expect("a target is one that there is");
+                (self.nodes[node][family], ports[port])
+            }
+            Target::Second(pod) => {
+                let second = self.pods[pod].second;
+                let second = second.expect("a target is one that there is");
+                (second[family], POD_PORTS[port])
+            }
         }
         .into()
     }
@@ -193,14 +305,19 @@ impl World {
     /// The pod that has this address.
     pub(crate) fn pod_at(&self, address: IpAddr) -> Option<usize> {
         let mut pods = self.pods.iter();
-        pods.position(|pod| pod.addresses.contains(&address))
+        pods.position(|pod| {
+            pod.addresses
+                .into_iter()
+                .chain(pod.second.into_iter().flatten())
+                .any(|own| own == address)
+        })
     }
 
     /// The machine on which a site is; two sites of one machine have no wire between them.
     pub(crate) fn machine(&self, site: Site) -> usize {
         match site {
             Site::Pod(pod) => self.pods[pod].node,
-            Site::Node(node) => node,
+            Site::Node(node) | Site::HostPod(node) => node,
             Site::Outside => NODES.len(),
         }
     }
@@ -218,6 +335,7 @@ impl World {
                 )
             }
             Site::Node(node) => format!("node {}", NODES[node]),
+            Site::HostPod(node) => format!("a pod in the network of node {}", NODES[node]),
             Site::Outside => "the host outside".to_owned(),
         }
     }
