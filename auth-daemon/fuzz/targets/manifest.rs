@@ -17,6 +17,8 @@ fuzz_target!(|bytes: &[u8]| {
             Object::Service(service) => edit.service(service),
             Object::Slice(slice) => edit.slice(slice),
             Object::Namespace(membership) => edit.namespace(&name.name, membership),
+            Object::Node(node) => edit.node(node),
+            Object::ServiceNetworks(networks) => edit.service_networks(&name.name, networks),
             // Has no place in a snapshot.
             Object::Policy(_) => {}
         }

@@ -4,7 +4,7 @@
 use std::{borrow::Cow, collections::BTreeMap};
 
 use k8s_openapi::{
-    api::{core::v1, discovery::v1 as discovery},
+    api::{core::v1, discovery::v1 as discovery, networking::v1 as networking},
     apimachinery::pkg::{
         apis::meta::v1::{ObjectMeta, Time},
         util::intstr::IntOrString,
@@ -156,6 +156,68 @@ pub struct ServicePort {
     pub target_port: Option<IntOrString>,
 }
 
+/// A node.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Node {
+    /// Standard metadata: name, annotations and so on.
+    #[serde(default, deserialize_with = "metadata")]
+    pub metadata: ObjectMeta,
+    /// Desired state.
+    #[serde(default, deserialize_with = "or_default")]
+    pub spec: NodeSpec,
+    /// Observed state.
+    #[serde(default, deserialize_with = "or_default")]
+    pub status: NodeStatus,
+}
+
+/// Desired state of a node.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct NodeSpec {
+    /// Network of the node's pods.
+    #[serde(rename = "podCIDR")]
+    pub pod_cidr: Option<String>,
+    /// All networks of the node's pods, at most one of each family.
+    #[serde(rename = "podCIDRs", default, deserialize_with = "or_default")]
+    pub pod_cidrs: Vec<String>,
+}
+
+/// Observed state of a node.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct NodeStatus {
+    /// Addresses and names.
+    #[serde(default, deserialize_with = "or_default")]
+    pub addresses: Vec<NodeAddress>,
+}
+
+/// An address or name of a node.
+#[derive(Clone, Debug, Deserialize)]
+pub struct NodeAddress {
+    /// `InternalIP`, `ExternalIP`, `Hostname` or another type.
+    #[serde(rename = "type")]
+    pub type_: String,
+    /// The address or name.
+    pub address: String,
+}
+
+/// Networks that the cluster takes the virtual addresses of services from (Kubernetes 1.33).
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct ServiceCidr {
+    /// Standard metadata: name, labels and so on.
+    #[serde(default, deserialize_with = "metadata")]
+    pub metadata: ObjectMeta,
+    /// Desired state.
+    #[serde(default, deserialize_with = "or_default")]
+    pub spec: ServiceCidrSpec,
+}
+
+/// Desired state of a service network.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct ServiceCidrSpec {
+    /// The networks, at most one of each family.
+    #[serde(default, deserialize_with = "or_default")]
+    pub cidrs: Vec<String>,
+}
+
 /// A namespace.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Namespace {
@@ -278,6 +340,8 @@ resource! {
     Namespace: v1::Namespace,
     ServiceAccount: v1::ServiceAccount,
     EndpointSlice: discovery::EndpointSlice,
+    Node: v1::Node,
+    ServiceCidr: networking::ServiceCIDR,
 }
 
 /// An object of a kind that is only known by name at run time. Complete, except for its managed fields.
@@ -393,6 +457,10 @@ mod tests {
         assert_eq!(
             EndpointSlice::url_path(&(), None),
             "/apis/discovery.k8s.io/v1/endpointslices"
+        );
+        assert_eq!(
+            ServiceCidr::url_path(&(), None),
+            "/apis/networking.k8s.io/v1/servicecidrs"
         );
     }
 }

@@ -8,15 +8,17 @@ use super::{
     Membership, ObjectName, Service, Slice, SliceEndpoint, Snapshot, Workload,
     claims::{Claim, Claimant, Claims},
     resolved::{Backends, MAX_SLICED, Resolved, Server, Sliced},
-    snapshot::{Daemons, Namespace, Networks, ServiceState},
+    snapshot::{Daemons, Namespace, ServiceState},
 };
 
 /// A snapshot under construction, based on a previous one.
 #[derive(Debug)]
 pub struct Edit {
-    next: Snapshot,
+    pub(super) next: Snapshot,
     /// Services whose endpoints must be resolved again.
     dirty: BTreeSet<ObjectName>,
+    /// Whether networks of nodes or services have changed.
+    pub(super) networks_changed: bool,
 }
 
 impl From<Snapshot> for Edit {
@@ -24,6 +26,7 @@ impl From<Snapshot> for Edit {
         Self {
             next,
             dirty: BTreeSet::new(),
+            networks_changed: false,
         }
     }
 }
@@ -195,18 +198,12 @@ impl Edit {
         }
     }
 
-    /// Sets the networks that the cluster takes addresses of pods and services from.
-    pub fn networks(&mut self, networks: Networks) {
-        if *self.next.networks != networks {
-            self.next.networks = Arc::new(networks);
-        }
-    }
-
     /// Returns the snapshot with all changes applied.
     pub fn finish(mut self) -> Snapshot {
         for name in std::mem::take(&mut self.dirty) {
             self.work_out(&name);
         }
+        self.collect_networks();
         self.next
     }
 

@@ -5,17 +5,16 @@
 //! and keep it for as long as they need a consistent view.
 
 use std::{
-    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use imbl::{HashMap, OrdMap, OrdSet, ordmap::DiffItem};
-use ipnet::IpNet;
 
 use super::{
     Destination, Edit, Identity, Membership, MeshDefault, ObjectName, Service, Slice, Workload,
     claims::{AddressKind, Claim, Claims},
+    node::Cluster,
     resolved::MAX_SLICED,
 };
 
@@ -48,24 +47,7 @@ pub struct Snapshot {
     pub(super) proven: OrdSet<String>,
     /// Nodes whose tunnel an administrator has disabled.
     pub(super) disabled: OrdSet<String>,
-    pub(super) networks: Arc<Networks>,
-}
-
-/// The networks that the cluster takes addresses of pods and services from.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Networks {
-    /// Networks that contain pods.
-    pub pods: BTreeSet<IpNet>,
-    /// Networks that contain virtual addresses of services.
-    pub services: BTreeSet<IpNet>,
-}
-
-impl Networks {
-    /// Reports whether `address` is in one of the networks.
-    pub fn contain(&self, address: IpAddr) -> bool {
-        let mut all = self.pods.iter().chain(&self.services);
-        all.any(|network| network.contains(&address))
-    }
+    pub(super) cluster: Cluster,
 }
 
 /// See [`Snapshot::daemons`].
@@ -210,11 +192,6 @@ impl Snapshot {
     /// Returns the nodes whose tunnel an administrator has disabled.
     pub fn disabled_nodes(&self) -> impl Iterator<Item = &str> {
         self.disabled.iter().map(String::as_str)
-    }
-
-    /// Returns the networks that the cluster takes addresses of pods and services from, as far as its objects tell.
-    pub fn networks(&self) -> &Arc<Networks> {
-        &self.networks
     }
 
     /// Reports whether more than one pod or service claims `address`.

@@ -169,7 +169,10 @@ impl Manifests {
                     manifest::Object::Pod(pod) => pods.push(pod),
                     manifest::Object::Service(service) => services.push(service),
                     manifest::Object::Policy(policy) => policies.push(policy),
-                    manifest::Object::Namespace(_) | manifest::Object::Slice(_) => {}
+                    manifest::Object::Namespace(_)
+                    | manifest::Object::Slice(_)
+                    | manifest::Object::Node(_)
+                    | manifest::Object::ServiceNetworks(_) => {}
                 }
             }
         }

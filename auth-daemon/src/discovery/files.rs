@@ -120,6 +120,10 @@ impl Source {
                     }
                     Object::Slice(slice) => edit.slice(slice.clone()),
                     Object::Namespace(membership) => edit.namespace(&name.name, *membership),
+                    Object::Node(node) => edit.node(node.clone()),
+                    Object::ServiceNetworks(networks) => {
+                        edit.service_networks(&name.name, networks.clone());
+                    }
                     Object::Policy(policy) => policies.push(policy.clone()),
                 }
             }

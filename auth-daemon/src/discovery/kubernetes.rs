@@ -41,7 +41,7 @@ pub struct Settings {
     pub trust_domain: TrustDomain,
     /// Which pods are in the mesh by default.
     pub defaults: MeshDefault,
-    /// Whether namespaces and services are watched too. Pods are enough for a user that only needs to know where
+    /// Whether namespaces, services, nodes and networks are watched too. Pods are enough for a user that only needs to know where
     /// identities run.
     pub services: bool,
     /// Namespace of the node daemons' own pods. A node without a ready one does not serve the tunnel protocol. `None`:
@@ -90,16 +90,29 @@ enum Kind {
     Pod,
     Service,
     Slice,
+    Node,
+    ServiceCidr,
     Policy(api::Kind),
 }
 
 impl Kind {
+    /// The kinds that are watched because of [`Settings::services`].
+    const OF_SERVICES: [Self; 5] = [
+        Self::Namespace,
+        Self::Service,
+        Self::Slice,
+        Self::Node,
+        Self::ServiceCidr,
+    ];
+
     fn plural(self) -> &'static str {
         match self {
             Self::Namespace => "namespaces",
             Self::Pod => "pods",
             Self::Service => "services",
             Self::Slice => "endpointslices",
+            Self::Node => "nodes",
+            Self::ServiceCidr => "servicecidrs",
             Self::Policy(api::Kind::Authorization) => "authorizationpolicies",
             Self::Policy(api::Kind::Peer) => "peerauthentications",
         }
@@ -131,6 +144,17 @@ fn watches(client: &Client, settings: &Settings, policies: bool) -> Vec<Watch> {
                 watched_by(Api::all(client), Kind::Slice, config, manifest::slice)
             },
         ));
+        watches.push(watched(
+            Api::all(client.clone()),
+            Kind::Node,
+            manifest::node,
+        ));
+        watches.push(watch_if_served(
+            client,
+            Kind::ServiceCidr,
+            (NETWORKS_GROUP, &NETWORKS_VERSIONS),
+            |client, _| watched(Api::all(client), Kind::ServiceCidr, manifest::service_cidr),
+        ));
     }
     if policies {
         watches.extend(POLICIES.map(|kind| {
@@ -153,6 +177,10 @@ const POLICIES: [api::Kind; 2] = [api::Kind::Authorization, api::Kind::Peer];
 const SLICES_GROUP: &str = "discovery.k8s.io";
 const SLICES_VERSIONS: [&str; 1] = ["v1"];
 const OWN_SLICES: &str = "endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io";
+
+/// API group of the networks of services, which Kubernetes has since 1.33.
+const NETWORKS_GROUP: &str = "networking.k8s.io";
+const NETWORKS_VERSIONS: [&str; 1] = ["v1"];
 
 /// Returns the version in which the cluster serves a kind. `None` if it has no such kind.
 async fn served_version(

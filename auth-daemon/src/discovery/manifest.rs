@@ -1,5 +1,6 @@
 //! Conversion of Kubernetes objects to the model of the mesh. All sources share the same vocabulary and parser.
 
+mod node;
 mod slice;
 
 use std::{
@@ -9,16 +10,18 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use auth_kubernetes::objects;
 use auth_mesh::{
-    Identity, Membership, ObjectName, Port, Service, Slice, TargetPort, TrustDomain, Workload,
-    policy,
+    Identity, Membership, Node, ObjectName, Port, Service, Slice, TargetPort, TrustDomain,
+    Workload, policy,
 };
 
+pub use node::{TUNNEL_ANNOTATION, node, service_cidr};
 pub use slice::slice;
 
 /// Annotation with the path of a pod's network namespace, for sources without a container runtime to ask.
@@ -40,6 +43,10 @@ pub enum Object {
     Slice(Arc<Slice>),
     /// The membership that a namespace sets for its pods.
     Namespace(Option<Membership>),
+    /// A node.
+    Node(Arc<Node>),
+    /// Networks that the cluster takes the virtual addresses of services from.
+    ServiceNetworks(Arc<[IpNet]>),
     /// An AuthorizationPolicy or PeerAuthentication, readable or not.
     Policy(Arc<policy::api::Object>),
 }
@@ -52,12 +59,15 @@ impl Object {
             Self::Service(_) => "Service",
             Self::Slice(_) => "EndpointSlice",
             Self::Namespace(_) => "Namespace",
+            Self::Node(_) => "Node",
+            Self::ServiceNetworks(_) => "ServiceCIDR",
             Self::Policy(policy) => policy.kind().as_str(),
         }
     }
 }
 
-/// Reads a document: a Pod, Service, EndpointSlice, Namespace, ServiceAccount, a policy, or a List of them.
+/// Reads a document: a Pod, Service, EndpointSlice, Namespace, Node, ServiceCIDR, ServiceAccount, a policy, or a List of
+/// them.
 ///
 /// Skips objects of other kinds, because a folder may hold more than the mesh needs. Errors name the object and the
 /// field.
@@ -107,6 +117,17 @@ pub fn read(
                 .into_iter()
                 .collect())
         }
+        ("v1", "Node") => {
+            let read: objects::Node = typed(document)?;
+            let name = cluster_name("Node", &read.metadata)?;
+            Ok(node(read)?.map(|found| (name, found)).into_iter().collect())
+        }
+        ("networking.k8s.io/v1", "ServiceCIDR") => {
+            let read: objects::ServiceCidr = typed(document)?;
+            let name = cluster_name("ServiceCIDR", &read.metadata)?;
+            let found = service_cidr(read)?.map(|found| (name, found));
+            Ok(found.into_iter().collect())
+        }
         ("v1", "ServiceAccount") => {
             let account: objects::ServiceAccount = typed(document)?;
             let name = object_name("ServiceAccount", &account.metadata)?;
@@ -122,6 +143,8 @@ pub fn read(
             | "ServiceList"
             | "EndpointSliceList"
             | "NamespaceList"
+            | "NodeList"
+            | "ServiceCIDRList"
             | "ServiceAccountList"
             | "AuthorizationPolicyList"
             | "PeerAuthenticationList",
@@ -202,6 +225,15 @@ fn object_name(kind: &str, metadata: &ObjectMeta) -> Result<ObjectName, String> 
         .clone()
         .unwrap_or_else(|| "default".into());
     Ok(ObjectName { namespace, name })
+}
+
+/// Returns the name of an object that is in no namespace.
+fn cluster_name(kind: &str, metadata: &ObjectMeta) -> Result<ObjectName, String> {
+    let name = object_name(kind, metadata)?.name;
+    Ok(ObjectName {
+        namespace: String::new(),
+        name,
+    })
 }
 
 fn address(text: &str) -> Result<IpAddr, String> {

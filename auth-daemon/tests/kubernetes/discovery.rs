@@ -201,6 +201,82 @@ async fn a_service_without_a_selector_has_the_endpoints_of_its_slices() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_and_networks_are_known() {
+    let test = "nodes_and_networks_are_known";
+    if let Some(why) = Kubernetes::missing() {
+        println!("SKIPPED {test}: {why}");
+        return;
+    }
+    let cluster = Kubernetes::start().unwrap();
+    let node = |name: &str, network: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+            "spec": {"podCIDR": network, "podCIDRs": [network]},
+        })
+    };
+    cluster
+        .create("/api/v1/nodes", &node("a", "10.1.0.0/24"))
+        .unwrap();
+    let registry = Arc::new(Registry::new());
+    let (synced, mut is_synced) = watch::channel(false);
+    tokio::spawn(kubernetes::run(
+        with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await,
+        kubernetes::Settings {
+            trust_domain: "cluster.local".parse().unwrap(),
+            defaults: MeshDefault::default(),
+            services: true,
+            daemons: None,
+        },
+        Sink {
+            registry: registry.clone(),
+            ..Sink::default()
+        },
+        synced,
+    ));
+    is_synced.wait_for(|synced| *synced).await.unwrap();
+    let contains = |address: &str| {
+        let snapshot = registry.snapshot();
+        snapshot.networks().contain(address.parse().unwrap())
+    };
+    assert!(contains("10.1.0.9"), "the pods of node a");
+    eventually("the API server's own network of services", async || {
+        contains("10.96.3.4").then_some(())
+    })
+    .await;
+
+    cluster
+        .create("/api/v1/nodes", &node("b", "10.1.1.0/24"))
+        .unwrap();
+    let addresses =
+        json!({"status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.2"}]}});
+    cluster.merge("/api/v1/nodes/b/status", &addresses).unwrap();
+    let more = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
+        "metadata": {"name": "more"}, "spec": {"cidrs": ["10.97.0.0/24"]},
+    });
+    cluster
+        .create("/apis/networking.k8s.io/v1/servicecidrs", &more)
+        .unwrap();
+    eventually("a new node and a new network", async || {
+        let snapshot = registry.snapshot();
+        let node = snapshot.node_at("192.0.2.2".parse().unwrap())?;
+        (node.name == "b" && contains("10.1.1.9") && contains("10.97.0.1")).then_some(())
+    })
+    .await;
+    let disabled = json!({"metadata": {"annotations": {"auth-daemon.io/tunnel": "disabled"}}});
+    cluster.merge("/api/v1/nodes/b", &disabled).unwrap();
+    eventually("a disabled tunnel", async || {
+        registry.snapshot().node("b")?.tunnel_disabled.then_some(())
+    })
+    .await;
+    cluster.delete("/api/v1/nodes/b").unwrap();
+    eventually("the end of a node", async || {
+        (!contains("10.1.1.9")).then_some(())
+    })
+    .await;
+}
+
 /// A definition of one of Istio's kinds whose only version is served, or not.
 fn definition(plural: &str, kind: &str, is_served: bool) -> serde_json::Value {
     let schema = json!({"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}});

@@ -67,7 +67,7 @@ impl Known {
         }
         let mut kinds = vec![Kind::Pod];
         if settings.services {
-            kinds.extend([Kind::Namespace, Kind::Service, Kind::Slice]);
+            kinds.extend(Kind::OF_SERVICES);
         }
         if policies {
             kinds.extend(POLICIES.map(Kind::Policy));
@@ -179,6 +179,10 @@ impl Known {
             (_, Some(Object::Slice(slice))) => edit.slice(slice),
             (_, Some(Object::Policy(_))) | (Kind::Policy(_), None) => self.policies_changed = true,
             (_, Some(Object::Namespace(membership))) => edit.namespace(&name.name, membership),
+            (_, Some(Object::Node(node))) => edit.node(node),
+            (_, Some(Object::ServiceNetworks(networks))) => {
+                edit.service_networks(&name.name, networks);
+            }
             (Kind::Pod, None) => {
                 if self.settings.daemons.is_some() {
                     edit.daemon(&name, None);
@@ -188,6 +192,8 @@ impl Known {
             (Kind::Service, None) => edit.remove_service(&name),
             (Kind::Slice, None) => edit.remove_slice(&name),
             (Kind::Namespace, None) => edit.namespace(&name.name, None),
+            (Kind::Node, None) => edit.remove_node(&name.name),
+            (Kind::ServiceCidr, None) => edit.service_networks(&name.name, Arc::from([])),
         }
         true
     }
@@ -284,7 +290,7 @@ mod tests {
             },
             true,
         );
-        for kind in [Kind::Namespace, Kind::Service, Kind::Slice]
+        for kind in Kind::OF_SERVICES
             .into_iter()
             .chain(POLICIES.map(Kind::Policy))
         {
