@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::policies::{self, APPS};
 use crate::random::Random;
-use crate::world::{NODES, State, World};
+use crate::world::{NODES, Object, State, World};
 
 /// One event, and what it changes.
 #[derive(Debug, Clone)]
@@ -23,6 +23,8 @@ pub(crate) enum Event {
     Crash { node: usize },
     /// A daemon is stopped, drains, and is started again.
     Restart { node: usize },
+    /// A pod's object says something else, while its processes run on.
+    Object { pod: usize, object: Object },
     /// A pod's processes and network are removed and made anew, with its name and addresses.
     Recreate { pod: usize },
 }
@@ -35,10 +37,14 @@ impl Event {
         state: &State,
         number: usize,
     ) -> Self {
-        let pod = random.below(world.pods.len());
+        // Only what is still running changes otherwise.
+        let running: Vec<usize> = (0..world.pods.len())
+            .filter(|pod| state.pods[*pod].object == Object::Running)
+            .collect();
+        let pod = random.one(&running);
         let node = random.below(NODES.len());
         match random.below(100) {
-            0..45 => {
+            0..40 => {
                 let known: Vec<&Value> = state.policies.values().collect();
                 // A few policies at a time: many refuse everything.
                 if known.len() >= MOST_POLICIES || (!known.is_empty() && random.chance(30)) {
@@ -56,19 +62,24 @@ impl Event {
                 }
                 Self::Apply(policies::generate(random, &name))
             }
-            45..55 => Self::Apply(policies::peer_authentication(
+            40..50 => Self::Apply(policies::peer_authentication(
                 random,
                 &format!("policy-{number}"),
             )),
-            55..70 => Self::Membership {
+            50..64 => Self::Membership {
                 pod,
                 member: !state.pods[pod].member,
             },
-            70..78 => Self::Relabel {
+            64..70 => Self::Relabel {
                 pod,
                 app: random.one(&APPS),
             },
-            78..88 => Self::Crash { node },
+            // Half of the pods stay as they are.
+            70..80 if OBJECTS_MAY_GO && running.len() > world.pods.len() / 2 => Self::Object {
+                pod,
+                object: random.one(&[Object::Failed, Object::Removed]),
+            },
+            70..88 => Self::Crash { node },
             88..94 => Self::Restart { node },
             _ => Self::Recreate { pod },
         }
@@ -88,6 +99,7 @@ impl Event {
                 let labels = &mut state.pods[*pod].labels;
                 labels.insert("app".to_owned(), (*app).to_owned());
             }
+            Self::Object { pod, object } => state.pods[*pod].object = *object,
             Self::Crash { .. } | Self::Restart { .. } | Self::Recreate { .. } => {}
         }
     }
@@ -97,7 +109,7 @@ impl Event {
         match self {
             Self::Crash { node } | Self::Restart { node } => state.serving[*node] = false,
             Self::Recreate { pod } => state.pods[*pod].present = false,
-            Self::Apply(_) | Self::Remove(_) | Self::Membership { .. } | Self::Relabel { .. } => {}
+            _ => {}
         }
     }
 
@@ -118,6 +130,7 @@ impl fmt::Display for Event {
             Self::Membership { pod, member: true } => write!(f, "p{pod} joins the mesh"),
             Self::Membership { pod, member: false } => write!(f, "p{pod} leaves the mesh"),
             Self::Relabel { pod, app } => write!(f, "p{pod} gets the label app={app}"),
+            Self::Object { pod, object } => write!(f, "p{pod}'s object is {object:?}"),
             Self::Crash { node } => {
                 write!(f, "the daemon of node {} crashes and starts", NODES[*node])
             }
@@ -140,3 +153,5 @@ fn full_name(policy: &Value) -> String {
 }
 
 const MOST_POLICIES: usize = 4;
+/// Whether a pod stays as it is while its processes run, whatever its object says. It does not yet, so no object goes.
+const OBJECTS_MAY_GO: bool = false;

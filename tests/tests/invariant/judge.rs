@@ -195,7 +195,7 @@ impl Judge<'_> {
                 let Site::Pod(pod) = site else { return true };
                 let is = |state: &&State| {
                     let pod = &state.pods[*pod];
-                    (pod.member, pod.present)
+                    (pod.member, pod.present, pod.object)
                 };
                 states.iter().all(|state| is(state) == is(&states[0]))
             });
@@ -257,7 +257,10 @@ impl Judge<'_> {
                     } else {
                         "not in the mesh"
                     };
-                    format!("{} {member}, {:?}", pod.name, state.labels)
+                    format!(
+                        "{} {member}, {:?}, {:?}",
+                        pod.name, state.object, state.labels
+                    )
                 })
                 .collect();
             let _ = writeln!(
@@ -317,7 +320,7 @@ impl Judge<'_> {
             .collect();
         let mut text = format!(
             "seed {seed}: the invariant is violated: {}\nthe same again: INVARIANT_SEED={seed} \
-             INVARIANT_WORLDS=1 INVARIANT_CONNECTS={}\nmode {}, sameNode {}\n",
+             INVARIANT_CONNECTS={}\nmode {}, sameNode {}\n",
             counts.join(", "),
             calls.len(),
             world.mode,

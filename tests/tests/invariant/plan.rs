@@ -148,13 +148,13 @@ fn target(random: &mut Random, world: &World) -> Target {
         .collect();
     match random.below(100) {
         0..25 => Target::Service(random.below(world.services.len())),
-        25..37 if !exposed.is_empty() => Target::NodePort {
+        25..33 if !exposed.is_empty() => Target::NodePort {
             service: random.one(&exposed),
             node: random.below(2),
         },
-        37..47 if !second.is_empty() => Target::Second(random.one(&second)),
-        47..51 => Target::Site(Site::Node(random.below(2))),
-        51..55 => Target::Site(Site::Outside),
+        33..41 if !second.is_empty() => Target::Second(random.one(&second)),
+        41..44 => Target::Site(Site::Node(random.below(2))),
+        44..48 => Target::Site(Site::Outside),
         _ => Target::Site(Site::Pod(random.below(world.pods.len()))),
     }
 }

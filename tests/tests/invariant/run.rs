@@ -13,7 +13,7 @@ use crate::history::{History, now};
 use crate::observer::{Observer, Sighting};
 use crate::plan::{self, Call, Step};
 use crate::random::Random;
-use crate::world::{MEMBERSHIP, NODES, POD_PORTS, Site, State, World, membership};
+use crate::world::{MEMBERSHIP, NODES, Object, POD_PORTS, Site, State, World, membership};
 
 /// Everything that was planned, done and seen.
 #[derive(Debug)]
@@ -191,6 +191,16 @@ impl<'a> Run<'a> {
             }
             Event::Membership { pod, member } => label(*pod, MEMBERSHIP, membership(*member)),
             Event::Relabel { pod, app } => label(*pod, "app", app),
+            Event::Object { pod, object } => {
+                let pod = &self.world.pods[*pod];
+                match object {
+                    Object::Removed => manifests.remove("Pod", pod.namespace, &pod.name),
+                    Object::Failed => manifests.edit("Pod", pod.namespace, &pod.name, |pod| {
+                        pod["status"]["phase"] = "Failed".into();
+                    }),
+                    Object::Running => Ok(()),
+                }
+            }
             Event::Crash { node } => {
                 self.daemons[*node].take().context("no daemon")?.kill()?;
                 self.start_daemon(*node, state)
@@ -235,7 +245,9 @@ impl<'a> Run<'a> {
         let daemon = self.mesh.node(NODES[node]).start_daemon_with(options)?;
         let pods = self.world.pods.iter().zip(&state.pods);
         let members: Vec<String> = pods
-            .filter(|(pod, state)| pod.node == node && state.member)
+            .filter(|(pod, state)| {
+                pod.node == node && state.member && state.object == Object::Running
+            })
             .map(|(pod, _)| pod.full_name())
             .collect();
         daemon.wait_enrolled(&members)?;

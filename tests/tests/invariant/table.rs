@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::oracle::{Attributes, naive};
 use crate::plan::Call;
-use crate::world::{POD_PORTS, Site, State, TRUST_DOMAIN, Target, World};
+use crate::world::{Object, POD_PORTS, PodState, Site, State, TRUST_DOMAIN, Target, World};
 
 /// Whether a server may read what a caller sends, by the policies of this state. `local` is the address and port at
 /// which the server accepts.
@@ -95,8 +95,14 @@ fn is_member(state: &State, site: Site) -> bool {
 /// Whether a call is to succeed in this state; `None` if that depends on something else.
 pub(crate) fn expected(world: &World, state: &State, call: &Call) -> Option<bool> {
     let servers = servers(world, state, call);
+    // A pod whose object is gone may be served or refused.
     let down = |site: &Site| match site {
-        Site::Pod(pod) => !state.serving[world.pods[*pod].node] || !state.pods[*pod].present,
+        Site::Pod(pod) => {
+            let PodState {
+                present, object, ..
+            } = &state.pods[*pod];
+            !state.serving[world.pods[*pod].node] || !present || *object != Object::Running
+        }
         Site::Node(_) | Site::HostPod(_) | Site::Outside => false,
     };
     if servers.iter().chain([&call.from]).any(down) {
@@ -153,8 +159,10 @@ pub(crate) fn leads_somewhere(world: &World, state: &State, from: Site, service:
 fn endpoints(world: &World, state: &State, service: usize) -> Vec<Site> {
     let service = &world.services[service];
     let selected = |number: &usize| {
-        let app = state.pods[*number].labels.get("app");
-        world.pods[*number].namespace == service.namespace
+        let PodState { labels, object, .. } = &state.pods[*number];
+        let app = labels.get("app");
+        *object == Object::Running
+            && world.pods[*number].namespace == service.namespace
             && app.is_some_and(|app| app == service.app)
     };
     (0..world.pods.len())

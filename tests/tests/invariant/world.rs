@@ -45,6 +45,8 @@ pub(crate) struct Service {
     pub(crate) app: &'static str,
     /// IPv4, IPv6.
     pub(crate) addresses: [IpAddr; 2],
+    /// Whether the nodes have its addresses on their loopback, as in kube-proxy's mode IPVS.
+    pub(crate) on_nodes: bool,
     /// If it is of type NodePort: its two ports on each node, and the pod to which the nodes translate them.
     pub(crate) node_ports: Option<([u16; 2], usize)>,
 }
@@ -65,7 +67,19 @@ pub(crate) struct PodState {
     pub(crate) member: bool,
     /// Whether it is there. It is not while it is made anew.
     pub(crate) present: bool,
+    /// What its object says. Its processes run in any case.
+    pub(crate) object: Object,
     pub(crate) labels: BTreeMap<String, String>,
+}
+
+/// What there is of a pod's manifest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Object {
+    Running,
+    /// `status.phase` says that it has failed.
+    Failed,
+    /// The manifest was removed.
+    Removed,
 }
 
 /// Where programs run.
@@ -124,6 +138,7 @@ impl World {
             states.push(PodState {
                 member,
                 present: true,
+                object: Object::Running,
                 labels: BTreeMap::from([("app".to_owned(), app.to_owned())]),
             });
         }
@@ -146,6 +161,7 @@ impl World {
                     IpAddr::from([10, 96, 0, 10 + number as u8]),
                     IpAddr::from([0xfd96, 0, 0, 0, 0, 0, 0, 0x10 + number as u16]),
                 ],
+                on_nodes: SERVICES_OUTRANK_NODES && random.chance(40),
                 node_ports,
             }
         });
@@ -211,6 +227,7 @@ impl World {
         for number in 0..self.pods.len() {
             self.add_second_addresses(&mesh, number)?;
         }
+        self.add_addresses_of_services(&mesh)?;
         self.add_node_ports(&mesh)?;
         let firewalls = (0..NODES.len())
             .map(|node| Firewall::install(mesh.node(NODES[node]), &self.translation(node)))
@@ -232,6 +249,17 @@ impl World {
             let command = ["address", "add", &address, "dev", "eth0"];
             let command = command.iter().chain(more);
             mesh.pod(&pod.full_name()).run("ip", command)?.ok()?;
+        }
+        Ok(())
+    }
+
+    fn add_addresses_of_services(&self, mesh: &Mesh) -> Result<()> {
+        let services = self.services.iter().filter(|service| service.on_nodes);
+        for address in services.flat_map(|service| service.addresses) {
+            for node in NODES {
+                let command = ["address", "add", &address.to_string(), "dev", "lo"];
+                mesh.node(node).run("ip", command)?.ok()?;
+            }
         }
         Ok(())
     }
@@ -360,6 +388,8 @@ pub(crate) fn membership(member: bool) -> &'static str {
 }
 
 pub(crate) const NODES: [&str; 2] = ["a", "b"];
+/// Whether a Service's address leads to the Service also where a node has it, too. If not, no node has one.
+const SERVICES_OUTRANK_NODES: bool = true;
 pub(crate) const MEMBERSHIP: &str = "auth-daemon.io/mesh";
 pub(crate) const TRUST_DOMAIN: &str = "cluster.local";
 /// The ports that every server listens on.
