@@ -22,7 +22,7 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 
-use shared::{ADMITTED, AF_INET, DELIVERIES, IPPROTO_TCP, mesh_kind, read_address};
+use shared::{AF_INET, IPPROTO_TCP, is_recorded, mesh_kind, read_address};
 
 /// The pod's `Inbound` mode. It outlives the daemon.
 #[btf_map]
@@ -47,7 +47,7 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     let (local, remote) = addresses(&ctx);
     // A packet from the pod to its own address may arrive with the interface of that address instead of the loopback
     // (ip_route_output, ip6_rcv_core). Someone else who forges that source gets no answer: replies stay in the pod.
-    if local == remote || is_recorded(&ctx, local, remote) {
+    if local == remote || is_recorded(&connection(&ctx, local, remote)) {
         return SK_PASS;
     }
     let is_permissive = MODE
@@ -76,20 +76,19 @@ fn is_from_the_mesh(address: Address) -> bool {
     }
 }
 
-/// Whether the connection is the daemon's or the node's own, or one between two pods of this node under a verdict.
+/// The connection that the packet opens.
 #[inline(always)]
-fn is_recorded(ctx: &SkLookupContext, local: Address, remote: Address) -> bool {
+fn connection(ctx: &SkLookupContext, local: Address, remote: Address) -> FourTuple {
     // SAFETY: the kernel passed this context to the program.
     let (client_port, server_port) =
         unsafe { ((*ctx.lookup).remote_port, (*ctx.lookup).local_port) };
-    let connection = FourTuple {
+    FourTuple {
         client: remote,
         server: local,
         // In network byte order, unlike the local port.
         client_port: u32::from(u16::from_be(client_port)),
         server_port,
-    };
-    DELIVERIES.get_ptr(connection).is_some() || ADMITTED.get_ptr(connection).is_some()
+    }
 }
 
 /// The local and the remote address.

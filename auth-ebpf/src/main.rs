@@ -1,5 +1,5 @@
-//! The eBPF programs that the daemon attaches to the cgroup root, one file a hook. The program that it attaches to each
-//! enrolled netns, `inbound`, is an object of its own.
+//! The eBPF programs, one file a hook. The daemon attaches them to the cgroup root, except `forward`, which it attaches to
+//! interfaces of enrolled netns. The program that it attaches to each enrolled netns, `inbound`, is an object of its own.
 #![no_std]
 #![no_main]
 
@@ -7,6 +7,7 @@
 mod connect;
 mod established;
 mod first_socket;
+mod forward;
 mod names;
 mod non_tcp;
 

@@ -2,9 +2,7 @@
 
 use core::{mem::transmute, ptr::read_volatile};
 
-use auth_common::{
-    Address, Admitted, FourTuple, MAX_MESH_ADDRESSES, MAX_PENDING, MAX_VERDICTS,
-};
+use auth_common::{Address, Admitted, FourTuple, MAX_MESH_ADDRESSES, MAX_PENDING, MAX_VERDICTS};
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::{HashMap, LpmTrie, lpm_trie::Key},
@@ -36,6 +34,13 @@ pub static ADMITTED: HashMap<FourTuple, Admitted, { MAX_VERDICTS as usize }, ON_
 #[inline(always)]
 pub fn mesh_kind(address: Address) -> Option<u32> {
     MESH.get(&Key::new(128, address)).copied()
+}
+
+/// Whether the kernel has recorded the connection: as the daemon's or the node's own, or as one between two pods of this node
+/// under a verdict.
+#[inline(always)]
+pub fn is_recorded(connection: &FourTuple) -> bool {
+    DELIVERIES.get_ptr(connection).is_some() || ADMITTED.get_ptr(connection).is_some()
 }
 
 /// Reads an IPv6 address from a program's context, word by word. The reads are volatile because the verifier refuses

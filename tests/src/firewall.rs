@@ -1,6 +1,7 @@
-//! A packet filter on a node, between its pods and the wire.
+//! A packet filter on a node, between its pods and the wire, or in a pod.
 
 use std::io::Write;
+use std::net::{SocketAddrV4, SocketAddrV6};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -12,7 +13,7 @@ use crate::place::Place;
 use crate::pod::Pod;
 use crate::process::Process;
 
-/// Packet filter rules in a node's namespace, by nftables. They are removed when the value is dropped, or with the
+/// Packet filter rules in a namespace, by nftables. They are removed when the value is dropped, or with the
 /// mesh.
 #[derive(Debug)]
 pub struct Firewall {
@@ -54,12 +55,35 @@ impl Firewall {
         )
     }
 
+    /// Translates `port` of a pod, for connections from outside of it, to another address and port of each family, as a
+    /// container engine in the pod does for a published port. Connections from there leave with the pod's address.
+    pub fn published_port(
+        pod: &Pod,
+        port: u16,
+        v4: SocketAddrV4,
+        v6: SocketAddrV6,
+    ) -> Result<Self> {
+        Self::install(
+            pod,
+            &format!(
+                "chain prerouting {{\n  type nat hook prerouting priority dstnat;\n\
+                 \x20 iifname eth0 meta nfproto ipv4 tcp dport {port} dnat ip to {v4}\n\
+                 \x20 iifname eth0 meta nfproto ipv6 tcp dport {port} dnat ip6 to {v6}\n}}\n\
+                 chain postrouting {{\n  type nat hook postrouting priority srcnat;\n\
+                 \x20 ip saddr {} oifname eth0 masquerade\n\
+                 \x20 ip6 saddr {} oifname eth0 masquerade\n}}",
+                v4.ip(),
+                v6.ip()
+            ),
+        )
+    }
+
     /// Replaces the contents of the table `inet mesh_tests`. Traffic between two pods of the node passes through it as
     /// well.
-    pub fn install(node: &Node, contents: &str) -> Result<Self> {
+    pub fn install(place: &Place, contents: &str) -> Result<Self> {
         filter_bridges()?;
         let firewall = Self {
-            place: node.place().clone(),
+            place: place.clone(),
         };
         // Declaring and then deleting the table empties it, whether or not it existed.
         firewall.nft(&format!(

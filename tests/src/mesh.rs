@@ -137,6 +137,22 @@ impl Mesh {
         self.plug(spec, uid, node, format!("p{number}"), addresses)
     }
 
+    /// Creates a namespace nested in a pod, as a container engine in the pod does, and lets the pod forward its traffic. Its
+    /// processes are in the pod's cgroup. Returns it with its addresses.
+    pub fn nest(&self, pod: &Pod) -> Result<(Place, Ipv4Addr, Ipv6Addr)> {
+        let name = format!("nested-{}-{}", pod.namespace(), pod.name());
+        let netns = Netns::create(&[self.id.netns_name(&name)])?.remove(0);
+        plumbing::prepare(&netns, false)?;
+        plumbing::nested(&netns, pod.netns())?;
+        let place = Place::new(
+            &format!("nested in {}", pod.full_name()),
+            netns,
+            pod.cgroup().join("nested"),
+            pod.folder().to_owned(),
+        )?;
+        Ok((place, plumbing::NESTED_IPV4, plumbing::NESTED_IPV6))
+    }
+
     /// Removes a pod as Kubernetes does: first its manifest, then its processes, link, namespace name and cgroup.
     pub fn remove_pod(&self, name: &str) -> Result<()> {
         let pod = self.pod(name);

@@ -194,6 +194,38 @@ pub(crate) fn pod(
     ip(Some(pod.name()), &commands)
 }
 
+/// Connects a namespace nested in a pod to the pod, which forwards its traffic.
+pub(crate) fn nested(nested: &Netns, pod: &Netns) -> Result<()> {
+    let parameters = [
+        ("net/ipv4/ip_forward", "1"),
+        ("net/ipv6/conf/all/forwarding", "1"),
+    ];
+    pod.set_parameters(&parameters)?;
+    ip(
+        Some(pod.name()),
+        &[
+            format!(
+                "link add nested0 type veth peer name eth0 netns {}",
+                nested.name()
+            ),
+            "link set nested0 up".to_owned(),
+            format!("addr add {NESTED_GATEWAY4}/24 dev nested0"),
+            format!("addr add {NESTED_GATEWAY6}/64 dev nested0 nodad"),
+        ],
+    )?;
+    ip(
+        Some(nested.name()),
+        &[
+            "link set lo up".to_owned(),
+            "link set eth0 up".to_owned(),
+            format!("addr add {NESTED_IPV4}/24 dev eth0"),
+            format!("addr add {NESTED_IPV6}/64 dev eth0 nodad"),
+            format!("route add default via {NESTED_GATEWAY4}"),
+            format!("route add default via {NESTED_GATEWAY6}"),
+        ],
+    )
+}
+
 /// Disconnects a pod, as a CNI plugin does when a pod is removed: removes both ends of its link, even if its namespace
 /// still exists.
 pub(crate) fn unplug(node: &Netns, link: &str) -> Result<()> {
@@ -211,6 +243,12 @@ pub(crate) const OUTSIDE_IPV4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 pub(crate) const OUTSIDE_IPV6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
 /// The network of all nodes' pods.
 pub(crate) const POD_NETWORKS: &str = "10.77.0.0/16";
+/// The address of a namespace nested in a pod.
+pub(crate) const NESTED_IPV4: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 2);
+/// The address of a namespace nested in a pod.
+pub(crate) const NESTED_IPV6: Ipv6Addr = Ipv6Addr::new(0xfd18, 0, 0, 0, 0, 0, 0, 2);
+const NESTED_GATEWAY4: &str = "172.18.0.1";
+const NESTED_GATEWAY6: &str = "fd18::1";
 const OUTSIDE_NETWORK4: &str = "192.0.2.0/24";
 const OUTSIDE_NETWORK6: &str = "2001:db8::/64";
 const NODE_NETWORK4: &str = "172.31.0.0/24";

@@ -87,7 +87,7 @@ fn programs() -> Finding {
         name: "eBPF programs",
         ok: refused.is_empty(),
         detail: if refused.is_empty() {
-            "connect, getpeername, getsockname, sock_create, sockops and sk_lookup load and verify"
+            "connect, getpeername, getsockname, sock_create, sockops, sk_lookup and tc load and verify"
                 .to_owned()
         } else {
             let refused: Vec<_> = refused
@@ -112,12 +112,7 @@ fn ends(text: &str) -> String {
 }
 
 fn kernel_version() -> Finding {
-    let release = uname().map(|name| name.release().to_string_lossy().into_owned());
-    let release = release.unwrap_or_default();
-    let mut numbers = release
-        .split(['.', '-'])
-        .map(|part| part.parse().unwrap_or(0));
-    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let (release, version) = release();
     Finding {
         name: "kernel",
         ok: version >= OLDEST,
@@ -130,6 +125,21 @@ fn kernel_version() -> Finding {
             )
         },
     }
+}
+
+/// The kernel's version.
+pub(super) fn version() -> (u32, u32) {
+    release().1
+}
+
+fn release() -> (String, (u32, u32)) {
+    let release = uname().map(|name| name.release().to_string_lossy().into_owned());
+    let release = release.unwrap_or_default();
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|part| part.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    (release, version)
 }
 
 /// Checks that this process has the required capabilities.

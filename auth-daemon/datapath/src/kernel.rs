@@ -21,14 +21,14 @@ use aya::{
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
-        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, SockOps,
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, SchedClassifier, SockOps,
         links::{FdLink, LinkError, PinnedLink},
     },
 };
 use ipnet::IpNet;
 
 use super::{
-    FirstSockets, Netns, PinLock, ProvenNodes, SameNode,
+    FirstSockets, Netns, PinLock, ProvenNodes, SameNode, forwarding,
     inbound::{self, InboundProgram},
     node_cgroups::pod_roots,
     proven_nodes,
@@ -118,6 +118,14 @@ pub enum KernelError {
         /// Underlying error.
         error: LinkError,
     },
+    /// The interfaces of a pod's netns could not be read, or their filters not be removed.
+    #[error("{netns}: cannot read or change its interfaces: {error}")]
+    Interfaces {
+        /// Path of the netns, or a description.
+        netns: PathBuf,
+        /// Underlying error.
+        error: io::Error,
+    },
     /// The embedded object does not match this code.
     #[error("the embedded eBPF object lacks {0}; rebuild with `cargo xtask build-ebpf`")]
     Missing(String),
@@ -129,8 +137,8 @@ pub struct Kernel {
     /// The cgroup that the programs are attached to.
     cgroup: PathBuf,
     non_tcp_denied: bool,
-    /// Keeps the programs of the cgroup root.
-    _programs: Mutex<Ebpf>,
+    /// The programs of the cgroup root, and the one for interfaces of pods.
+    pub(super) programs: Mutex<Ebpf>,
     /// Loads inbound programs, with the pinned maps.
     loader: Mutex<EbpfLoader<'static>>,
     pods: Mutex<BpfHashMap<MapData, u64, Pod>>,
@@ -185,7 +193,12 @@ impl Kernel {
     pub fn load(lock: PinLock, cgroup: &Path, non_tcp_denied: bool) -> Result<Self, KernelError> {
         let pins = lock.folder().join(LAYOUT);
         let maps = pins.join("maps");
-        for folder in [&maps, &pins.join("links"), &pins.join("pods")] {
+        for folder in [
+            &maps,
+            &pins.join("links"),
+            &pins.join("pods"),
+            &pins.join("interfaces"),
+        ] {
             fs::create_dir_all(folder).map_err(|error| KernelError::Pin {
                 path: folder.clone(),
                 error,
@@ -229,14 +242,14 @@ impl Kernel {
         }
         inbound::load(&mut loader)?;
         set_node(&mut node, cgroup, non_tcp_denied)?;
-        for name in programs() {
+        for name in cgroup_programs() {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
         }
         Ok(Self {
             cgroup: cgroup.to_owned(),
             non_tcp_denied,
-            _programs: Mutex::new(ebpf),
+            programs: Mutex::new(ebpf),
             loader: Mutex::new(loader),
             pods: Mutex::new(pods),
             mesh: Mutex::new(Mesh { map: mesh, entries }),
@@ -377,10 +390,16 @@ impl Kernel {
             .map_err(map_error("PODS"))
     }
 
+    /// The folder with the pins of links to pods' interfaces.
+    pub(super) fn interface_pins(&self) -> PathBuf {
+        self.pins.join("interfaces")
+    }
+
     /// Undoes [`Kernel::capture`] and [`Kernel::attach_inbound`]. It is not an error if they are already undone.
     pub fn forget(&self, cookie: u64) {
         let _ = lock(&self.pods).remove(&cookie);
         let _ = fs::remove_file(self.pins.join("pods").join(cookie.to_string()));
+        forwarding::unpin(&self.interface_pins(), cookie);
     }
 
     /// Exempts a socket of the daemon from capture. `kind` is [`auth_common::DIAL`] or [`auth_common::DELIVERY`].
@@ -464,6 +483,10 @@ fn loader() -> EbpfLoader<'static> {
 }
 
 fn programs() -> impl Iterator<Item = &'static str> {
+    cgroup_programs().chain([forwarding::PROGRAM])
+}
+
+fn cgroup_programs() -> impl Iterator<Item = &'static str> {
     let others = [SOCK_OPS_PROGRAM, SOCK_PROGRAM];
     CGROUP_PROGRAMS.into_iter().chain(others)
 }
@@ -472,6 +495,7 @@ fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
     let loaded = match name {
         SOCK_OPS_PROGRAM => program::<SockOps>(ebpf, name)?.load(),
         SOCK_PROGRAM => program::<CgroupSock>(ebpf, name)?.load(),
+        forwarding::PROGRAM => program::<SchedClassifier>(ebpf, name)?.load(),
         _ => program::<CgroupSockAddr>(ebpf, name)?.load(),
     };
     loaded.map_err(program_error(name))
@@ -480,6 +504,7 @@ fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
 /// The newest kernel feature that a program needs.
 fn needs(program: &str) -> &'static str {
     match program {
+        forwarding::PROGRAM => "cls_bpf (CONFIG_NET_CLS_BPF)",
         inbound::PROGRAM => "ingress_ifindex in sk_lookup, which came with Linux 5.17",
         SOCK_OPS_PROGRAM => "bpf_get_netns_cookie in sockops, which came with Linux 5.15",
         SOCK_PROGRAM => "ring buffers and cgroup/sock_create, which came with Linux 5.8",
@@ -509,7 +534,7 @@ fn other_layouts(pins: &Path) -> Vec<PathBuf> {
 /// Removes the pins of a layout. The links come first: without them connections are not captured at all, so none is
 /// captured halfway.
 pub(super) fn remove_layout(layout: &Path) -> io::Result<()> {
-    for kind in ["links", "pods", "maps"] {
+    for kind in ["links", "pods", "interfaces", "maps"] {
         match fs::remove_dir_all(layout.join(kind)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -582,7 +607,7 @@ fn attach_to_cgroup(ebpf: &mut Ebpf, name: &str, cgroup: &File) -> Result<FdLink
 }
 
 /// Pins `link` as `name` in `folder`. The link that was pinned there stays attached until it is replaced.
-fn replace_pin(folder: &Path, name: &str, link: FdLink) -> Result<(), KernelError> {
+pub(super) fn replace_pin(folder: &Path, name: &str, link: FdLink) -> Result<(), KernelError> {
     let (path, draft) = (folder.join(name), folder.join(format!("{name}-{NEW}")));
     let pin = |path: &Path, error| KernelError::Pin {
         path: path.to_owned(),

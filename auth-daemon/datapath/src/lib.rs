@@ -6,6 +6,7 @@ mod events;
 pub mod features;
 mod first_socket;
 mod flows;
+mod forwarding;
 pub mod host;
 mod inbound;
 mod kernel;

@@ -140,11 +140,22 @@ impl AsFd for Netns {
     }
 }
 
-/// Inode numbers of the node's netns: the daemon's own, and that of the machine's first process.
+/// The node's netns: the daemon's own, and that of the machine's first process.
+const THE_NODES: [&str; 2] = ["/proc/self/ns/net", "/proc/1/ns/net"];
+
+/// Inode numbers of the node's netns.
 pub(super) fn the_nodes() -> Vec<u64> {
-    ["/proc/self/ns/net", "/proc/1/ns/net"]
+    THE_NODES
         .into_iter()
         .filter_map(|path| Some(std::fs::metadata(path).ok()?.ino()))
+        .collect()
+}
+
+/// Opens the node's netns. Within [`Netns::enter`], /proc/self may lead to the entered one.
+pub(super) fn open_the_nodes() -> Vec<File> {
+    THE_NODES
+        .into_iter()
+        .filter_map(|path| File::open(path).ok())
         .collect()
 }
 

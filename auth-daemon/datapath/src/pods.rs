@@ -11,8 +11,8 @@ use std::{
 use auth_common::{Inbound, Pod};
 
 use super::{
-    Kernel, KernelError, Netns, containers::NoPodUid, flows, inbound::InboundProgram,
-    kernel::wire_address, plumbing, sockets::Listeners,
+    Kernel, KernelError, Netns, containers::NoPodUid, flows, forwarding::Forwarding,
+    inbound::InboundProgram, kernel::wire_address, plumbing, sockets::Listeners,
 };
 use auth_mesh::{ObjectName, Workload};
 
@@ -142,6 +142,8 @@ pub struct Enrolled {
     own_addresses: Vec<IpAddr>,
     /// What the kernel admits to the netns.
     inbound: Arc<InboundProgram>,
+    /// Whether the netns forwards connections.
+    forwarding: Arc<Forwarding>,
     /// Bit mask of the sysctls that [`plumbing`] switched on.
     switched_on: u32,
 }
@@ -186,21 +188,45 @@ impl Enrolled {
             own_addresses: own_addresses(workload, &netns),
             netns,
             inbound: Arc::new(inbound),
+            forwarding: Arc::default(),
             switched_on,
         };
+        let refuses = mode == Inbound::Strict || listeners.is_err();
+        let judged = enrolled.judge_forwarded(kernel, refuses).map_err(in_kernel);
         let entry = Pod {
-            refused: listeners.is_err().into(),
+            refused: (listeners.is_err() || judged.is_err()).into(),
             ..enrolled.entry()
         };
         kernel
             .capture(enrolled.netns.cookie(), &entry)
             .map_err(in_kernel)?;
-        Ok((enrolled, listeners?))
+        let listeners = listeners?;
+        judged?;
+        Ok((enrolled, listeners))
     }
 
-    /// Sends inbound connections to the pod's tunnel listener, according to `mode`.
-    pub fn admit(&self, mode: Inbound, tunnel: &TcpListener) -> Result<(), KernelError> {
+    /// Sends inbound connections to the pod's tunnel listener, according to `mode`. To be called again when the mode changes,
+    /// and from time to time, because the pod's interfaces may have changed.
+    pub fn admit(
+        &self,
+        kernel: &Kernel,
+        mode: Inbound,
+        tunnel: &TcpListener,
+    ) -> Result<(), KernelError> {
+        self.judge_forwarded(kernel, mode == Inbound::Strict)?;
         self.inbound.admit(mode, tunnel)
+    }
+
+    /// Number of packets that opened a connection which the pod refused to forward to a netns nested in it, since the last call
+    /// that returned one.
+    pub fn refused_to_forward(&self) -> u64 {
+        self.forwarding.refused(&self.netns)
+    }
+
+    /// Makes the kernel judge connections that the pod would forward to a netns nested in it, or not.
+    fn judge_forwarded(&self, kernel: &Kernel, refuses: bool) -> Result<(), KernelError> {
+        self.forwarding
+            .keep(kernel, &self.netns, self.addresses(), refuses)
     }
 
     /// Assigns the same netns to `workload`. The kernel keeps capturing its connections throughout.
@@ -257,7 +283,10 @@ impl Enrolled {
             ..self.entry()
         };
         let outbound = kernel.capture(self.netns.cookie(), &entry);
-        if let Err(error) = outbound.and_then(|()| self.inbound.refuse()) {
+        let inbound = outbound
+            .and_then(|()| self.inbound.refuse())
+            .and_then(|()| self.judge_forwarded(kernel, true));
+        if let Err(error) = inbound {
             tracing::error!(netns = %self.netns.path().display(), %error, "cannot refuse a pod");
         }
     }

@@ -9,6 +9,7 @@ mod basics;
 mod callers;
 mod endings;
 mod load;
+mod nested;
 mod non_tcp;
 mod outages;
 mod policy;

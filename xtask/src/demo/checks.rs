@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::evidence::Evidence;
 use super::stage::Stage;
-use super::{addresses, bulk, ca, failure, identity, outside, policy, same_node, wire};
+use super::{addresses, bulk, ca, entrances, failure, identity, outside, policy, same_node, wire};
 
 /// A single check of the demo.
 pub(super) struct Check {
@@ -20,7 +20,7 @@ pub(super) const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-pub(super) const AFTER: [Check; 20] = [
+pub(super) const AFTER: [Check; 24] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -110,6 +110,26 @@ pub(super) const AFTER: [Check; 20] = [
         name: "strict-refuses-plaintext",
         claim: "whether plaintext is taken is as PeerAuthentication says",
         run: policy::strict_refuses_plaintext,
+    },
+    Check {
+        name: "second-address",
+        claim: "an address of the pod that no object lists is as closed as the pod",
+        run: entrances::second_address,
+    },
+    Check {
+        name: "node-port",
+        claim: "a caller translated to the node's address does not pass as the node",
+        run: entrances::node_port,
+    },
+    Check {
+        name: "host-network",
+        claim: "a pod in the node's network does not pass as the node",
+        run: entrances::host_network,
+    },
+    Check {
+        name: "nested-namespace",
+        claim: "a pod forwards nothing from outside to a namespace nested in it",
+        run: entrances::nested_namespace,
     },
     Check {
         name: "fail-closed",

@@ -19,6 +19,8 @@ pub(super) struct Stage {
     nginx: BTreeMap<&'static str, Nginx>,
     daemons: BTreeMap<&'static str, Daemon>,
     ca: Option<Ca>,
+    /// A pod in the network of the servers' node (`hostNetwork`).
+    pub(super) host_network: Place,
     /// A marker in every request's path and every response; nothing else on the wire contains it.
     pub(super) marker: String,
     pub(super) mesh: Mesh,
@@ -49,7 +51,12 @@ impl Stage {
             .service(service("web", WEB, WEB_V6))
             .service(service("shop", SHOP, SHOP_V6))
             .start()?;
+        // Before the daemons start, as the kubelet's cgroups are there before.
+        let host_network = mesh
+            .node(NODE_B)
+            .host_network_pod("a6e27b64-0000-4000-8000-000000000001")?;
         let mut stage = Self {
+            host_network,
             nginx: BTreeMap::new(),
             daemons: BTreeMap::new(),
             ca: None,

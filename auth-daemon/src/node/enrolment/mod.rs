@@ -433,9 +433,17 @@ impl Enrolment {
             let policy = rules.of(serving.cookie());
             let mode = policy.map_or(Inbound::Strict, |policy| rules::inbound(policy));
             let tunnel = &serving.listeners.tunnel;
-            if let Err(error) = serving.pod.enrolled.admit(mode, tunnel) {
+            if let Err(error) = serving.pod.enrolled.admit(&self.node.kernel, mode, tunnel) {
                 let pod = &serving.pod.workload.name;
                 tracing::error!(%pod, %error, "cannot set what a pod admits; it may refuse all connections");
+            }
+            let packets = serving.pod.enrolled.refused_to_forward();
+            if packets > 0 {
+                tracing::warn!(
+                    pod = %serving.pod.workload.name, packets,
+                    "forwarding refused: connections from outside to a network namespace nested in the pod cannot be \
+                     authenticated; let the app listen in the pod's own, or set the pod to PERMISSIVE"
+                );
             }
         }
         let pods = self.serving.values().map(|serving| serving.pod.clone());

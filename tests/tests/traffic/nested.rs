@@ -1,0 +1,169 @@
+//! A network namespace nested in a pod, such as a container engine's in a pod, behind a port of the pod.
+
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
+
+use mesh_tests::{App, Context, DaemonOptions, Firewall, Place, Result, TIMEOUT, eventually_ok};
+use serde_json::{Value, json};
+
+use crate::common::pair::Pair;
+
+/// The port of the pod `web` that leads to [`NESTED_PORT`] of the nested namespace.
+const PORT: u16 = 8080;
+const NESTED_PORT: u16 = 80;
+const MARKER: &str = "marker-for-the-nested-server";
+
+/// Fields are dropped in this order: the programs, then the mesh.
+struct Stage {
+    echo: App,
+    _published: Firewall,
+    nested: Place,
+    pair: Pair,
+}
+
+impl Stage {
+    fn start(options: &DaemonOptions) -> Result<Self> {
+        let pair = Pair::start_with(options, |builder| builder)?;
+        let (nested, v4, v6) = pair.mesh.nest(&pair.web)?;
+        let published = Firewall::published_port(
+            &pair.web,
+            PORT,
+            SocketAddrV4::new(v4, NESTED_PORT),
+            SocketAddrV6::new(v6, NESTED_PORT, 0, 0),
+        )?;
+        let echo = nested.app("echo-server --port 80")?.listening()?;
+        Ok(Self {
+            echo,
+            _published: published,
+            nested,
+            pair,
+        })
+    }
+
+    fn ports(&self) -> [SocketAddr; 2] {
+        [self.pair.web.at(PORT), self.pair.web.at6(PORT)]
+    }
+}
+
+fn is_answered(from: &Place, to: SocketAddr) -> Result<bool> {
+    let command = format!("connect --to {to} --timeout 5000 --send {MARKER} --shutdown --read");
+    let events = from.app(&command)?.finish(TIMEOUT)?.json_lines();
+    Ok(events.last().context("no event")?["text"] == MARKER)
+}
+
+/// Asserts that a connect fails at once, with an ICMP error.
+fn assert_unreachable(from: &Place, to: SocketAddr) -> Result<()> {
+    let event = from
+        .app(&format!("connect --to {to} --timeout 5000 --send {MARKER}"))?
+        .failure(TIMEOUT)?;
+    assert_eq!(event["stage"], "connect", "{event}");
+    assert_eq!(event["errno"], "ENETUNREACH", "{event}");
+    Ok(())
+}
+
+fn peer_authentication(mode: &str) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
+        "metadata": {"name": "web", "namespace": "default"}, "spec": {"mtls": {"mode": mode}},
+    })
+}
+
+#[test]
+fn a_strict_pod_forwards_nothing_from_outside() -> Result<()> {
+    let mut stage = Stage::start(&DaemonOptions::default())?;
+    let outside = stage.pair.mesh.outside().clone();
+    for to in stage.ports() {
+        assert_unreachable(&outside, to)?;
+        // The mesh's tunnel does not lead there either.
+        assert!(!is_answered(&stage.pair.client, to)?, "{to} from the mesh");
+        stage
+            .pair
+            .near
+            .wait_for_access("the refusal", TIMEOUT, |line| {
+                let reason = line["reason"].as_str().unwrap_or_default();
+                line["result"] == "refused"
+                    && line["destination"] == to.to_string()
+                    && reason.contains("unreachable")
+            })?;
+    }
+    stage
+        .pair
+        .far
+        .wait_for_log("the refusals", TIMEOUT, |line| {
+            let message = line["message"].as_str().unwrap_or_default();
+            message.starts_with("forwarding refused") && line["pod"] == "default/web"
+        })?;
+    assert_eq!(stage.echo.events_of("accepted"), Vec::<Value>::new());
+    // The node's probes reach the server behind the port.
+    for to in stage.ports() {
+        assert!(
+            is_answered(stage.pair.mesh.node("b"), to)?,
+            "{to} from the node"
+        );
+        stage.echo.event("closed", TIMEOUT)?;
+    }
+    // The pod itself is served as ever.
+    let _own = stage.pair.web.app("echo-server --port 8081")?.listening()?;
+    for to in [stage.pair.web.at(8081), stage.pair.web.at6(8081)] {
+        assert!(is_answered(&stage.pair.client, to)?, "{to} from the mesh");
+        assert!(!is_answered(&outside, to)?, "{to} from outside");
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_that_the_nested_namespace_opens_work() -> Result<()> {
+    let stage = Stage::start(&DaemonOptions::default())?;
+    let mesh = &stage.pair.mesh;
+    let _echo = mesh.outside().app("echo-server --port 8080")?.listening()?;
+    for to in [
+        SocketAddr::from((mesh.outside_ipv4(), 8080)),
+        (mesh.outside_ipv6(), 8080).into(),
+    ] {
+        assert!(is_answered(&stage.nested, to)?, "{to}");
+    }
+    Ok(())
+}
+
+#[test]
+fn forwarding_follows_the_mode_and_outlives_the_daemon() -> Result<()> {
+    let stage = Stage::start(&DaemonOptions::default().permissive())?;
+    let outside = stage.pair.mesh.outside().clone();
+    let ports = stage.ports();
+    let becomes = |answered: bool| -> Result<()> {
+        for to in ports {
+            eventually_ok(TIMEOUT, &format!("{to} to be answered: {answered}"), || {
+                (is_answered(&outside, to)? == answered)
+                    .then_some(())
+                    .context("not yet")
+            })?;
+        }
+        Ok(())
+    };
+    becomes(true)?;
+    let manifests = stage.pair.mesh.manifests();
+    manifests.apply(&peer_authentication("STRICT"))?;
+    becomes(false)?;
+    manifests.apply(&peer_authentication("PERMISSIVE"))?;
+    becomes(true)?;
+    manifests.apply(&peer_authentication("STRICT"))?;
+    becomes(false)?;
+    let Stage {
+        echo,
+        _published,
+        pair: Pair { far, mesh, .. },
+        ..
+    } = stage;
+    let accepted = echo.events_of("accepted").len();
+    far.kill()?;
+    for to in ports {
+        assert!(!is_answered(&outside, to)?, "{to} without a daemon");
+        assert!(is_answered(mesh.node("b"), to)?, "{to} from the node");
+    }
+    assert_eq!(echo.events_of("accepted").len(), accepted + 2, "the node's");
+    // Unloading leaves nothing in the way.
+    mesh.node("b").unload()?.ok()?;
+    for to in ports {
+        assert!(is_answered(&outside, to)?, "{to} after unloading");
+    }
+    Ok(())
+}
