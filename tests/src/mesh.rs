@@ -13,6 +13,7 @@ use crate::ca::{Ca, CaOptions};
 use crate::daemon::{Daemon, LOG};
 use crate::daemon_options::DaemonOptions;
 use crate::id::MeshId;
+use crate::kubernetes::Kubernetes;
 use crate::manifests::Manifests;
 use crate::netns::Netns;
 use crate::node::Node;
@@ -180,6 +181,12 @@ impl Mesh {
     /// [`DaemonOptions::ca`]. Only one runs at a time; the next one continues with its state.
     pub fn start_ca(&self, options: &CaOptions) -> Result<Ca> {
         Ca::spawn(self, options)
+    }
+
+    /// Starts an API server on the host outside, which the nodes reach. Nothing acts on its objects but what the test
+    /// starts.
+    pub fn start_api_server(&self) -> Result<Kubernetes> {
+        Kubernetes::start_for_cluster(&self.outside, IpAddr::V4(self.outside_ipv4()))
     }
 
     /// Starts a daemon with default options on every node, and waits until each is ready and has enrolled its pods.

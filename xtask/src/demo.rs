@@ -7,6 +7,7 @@ mod addresses;
 mod bulk;
 mod ca;
 mod checks;
+mod claims;
 mod entrances;
 mod evidence;
 mod failure;

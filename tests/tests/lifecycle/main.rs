@@ -12,6 +12,7 @@ mod enrolment_addresses;
 mod enrolment_churn;
 mod fail_closed;
 mod fail_closed_restart;
+mod flap;
 mod pods;
 mod takeover;
 mod unload;

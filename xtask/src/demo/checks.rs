@@ -4,7 +4,9 @@ use anyhow::Result;
 
 use super::evidence::Evidence;
 use super::stage::Stage;
-use super::{addresses, bulk, ca, entrances, failure, identity, outside, policy, same_node, wire};
+use super::{
+    addresses, bulk, ca, claims, entrances, failure, identity, outside, policy, same_node, wire,
+};
 
 /// A single check of the demo.
 pub(super) struct Check {
@@ -20,7 +22,7 @@ pub(super) const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-pub(super) const AFTER: [Check; 24] = [
+pub(super) const AFTER: [Check; 26] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -70,6 +72,16 @@ pub(super) const AFTER: [Check; 24] = [
         name: "non-mesh-untouched",
         claim: "a connection to a host outside of the mesh passes no daemon",
         run: outside::non_mesh_untouched,
+    },
+    Check {
+        name: "service-on-node-address",
+        claim: "a service whose address is also the node's is reached in TLS",
+        run: claims::service_on_node_address,
+    },
+    Check {
+        name: "removed-address",
+        claim: "the address of a pod that was removed is refused while its server still runs",
+        run: claims::removed_address,
     },
     Check {
         name: "ipv6",

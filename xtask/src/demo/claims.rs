@@ -1,0 +1,170 @@
+//! Addresses that a service and the node both have, and addresses that no object claims any more.
+
+use std::net::SocketAddr;
+
+use anyhow::{Result, ensure};
+use mesh_tests::{Firewall, PodSpec, Process, TIMEOUT, eventually, eventually_ok};
+use nix::sys::signal::Signal;
+
+use super::evidence::Evidence;
+use super::stage::{CLIENT, LOGGED, NODE_A, PORT, SHOP, Stage, WEB, soon};
+
+pub(super) fn service_on_node_address(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
+    let web = stage.mesh.pod("web-1");
+    let node = stage.mesh.node(NODE_A);
+    let daemon = stage.daemon(NODE_A)?;
+    // What kube-proxy's IPVS mode does: the node has the service's address and forwards what is sent there.
+    let forward = Firewall::install(
+        node,
+        &format!(
+            "counter forwarded {{}}\nchain prerouting {{\n  type nat hook prerouting priority dstnat;\n\
+             \x20 ip daddr {WEB} tcp dport 80 counter name forwarded dnat ip to {}\n}}",
+            web.at(PORT)
+        ),
+    )?;
+    let before = daemon.status()?.kernel.mesh_addresses;
+    let addresses = [format!("{WEB}/32"), SPARE.to_owned()];
+    for address in &addresses {
+        node.run("ip", ["address", "add", address, "dev", "lo"])?
+            .ok()?;
+    }
+    evidence.saw(format!(
+        "{NODE_A}: ip address add {WEB}/32 dev lo; nft: ip daddr {WEB} tcp dport 80 dnat to {}",
+        web.at(PORT)
+    ));
+    eventually(
+        LOGGED,
+        "the daemon to notice the node's new addresses",
+        || (daemon.status().ok()?.kernel.mesh_addresses == before + 1).then_some(()),
+    )?;
+
+    let start = daemon.log_position();
+    let tcpdump = Tcpdump::start(stage)?;
+    let service = SocketAddr::new(WEB.parse()?, 80);
+    let answer = stage.ask(service, &stage.path("on-node"))?;
+    evidence.saw(format!("curl http://{service} got {:?}", answer.body));
+    let text = tcpdump.stop(stage)?;
+    let line = daemon.wait_for_log_after(start, "the connection", LOGGED, |line| {
+        line["target"] == "access" && line["destination"] == service.to_string()
+    })?;
+    evidence.saw(format!(
+        "{NODE_A} logged: path={} service={} endpoint={}",
+        line["path"], line["service"], line["endpoint"]
+    ));
+    ensure!(line["path"] == "tunnel", "another path: {line}");
+    unreadable(&text, &stage.marker, evidence)?;
+    let packets = forward.packets("forwarded")?;
+    evidence.saw(format!("the node's own rule forwarded {packets} packets"));
+    ensure!(packets == 0, "the node forwarded the client's connection");
+
+    // Verify that the rule forwards what is not captured.
+    let stranger = stage
+        .mesh
+        .add_pod_quietly(PodSpec::new("stranger").on(NODE_A))?;
+    let _ = stage.ask_in_vain(&stranger, service, &stage.path("stranger"))?;
+    let packets = forward.packets("forwarded")?;
+    evidence.saw(format!(
+        "of a pod that is not enrolled, it forwarded {packets}, and STRICT refused them"
+    ));
+    ensure!(packets > 0, "the rule forwards nothing");
+    stage.mesh.remove_pod("stranger")?;
+    for address in &addresses {
+        node.run("ip", ["address", "delete", address, "dev", "lo"])?
+            .ok()?;
+    }
+    Ok(())
+}
+
+pub(super) fn removed_address(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
+    let (client, shop) = (stage.mesh.pod(CLIENT), stage.mesh.pod("shop"));
+    let daemon = stage.daemon(NODE_A)?;
+    let (pod, service) = (shop.at(PORT), SocketAddr::new(SHOP.parse()?, 80));
+    for to in [pod, service] {
+        stage.ask(to, &stage.path("before-removal"))?;
+    }
+    let start = daemon.log_position();
+    stage.mesh.manifests().remove("Pod", "default", "shop")?;
+    daemon.wait_for_log_after(start, "the removal", LOGGED, |line| {
+        line["message"] == "manifests read"
+    })?;
+    evidence.saw("removed: the manifest of pod shop; its nginx still runs");
+
+    let tcpdump = Tcpdump::start(stage)?;
+    for (to, expected) in [
+        (pod, "was the address of pod default/shop"),
+        (service, "no ready endpoint"),
+    ] {
+        let start = daemon.log_position();
+        let why = eventually_ok(TIMEOUT, "a refusal", || {
+            stage.ask_in_vain(&client, to, &stage.path("removed"))
+        })?;
+        evidence.saw(format!("curl from {CLIENT} to http://{to}: {why}"));
+        let line = daemon.wait_for_log_after(start, "the refusal", LOGGED, |line| {
+            line["target"] == "access" && line["destination"] == to.to_string()
+        })?;
+        evidence.saw(format!(
+            "{NODE_A} logged: client_identity={} result={} reason={}",
+            line["client_identity"], line["result"], line["reason"]
+        ));
+        let reason = line["reason"].as_str().unwrap_or_default();
+        ensure!(reason.contains(expected), "another reason: {line}");
+    }
+
+    stage.mesh.manifests().apply(&shop.manifest())?;
+    for to in [pod, service] {
+        eventually_ok(TIMEOUT, "an answer again", || {
+            stage.ask(to, &stage.path("claimed-again")).map(drop)
+        })?;
+    }
+    evidence.saw("with its manifest again: answered");
+    unreadable(&tcpdump.stop(stage)?, &stage.marker, evidence)
+}
+
+/// Verifies that tcpdump has seen the marker in no packet.
+fn unreadable(text: &str, marker: &str, evidence: &Evidence) -> Result<()> {
+    let headers = text.lines().filter(|line| line.contains(" IP "));
+    let packets = headers.count();
+    let readable = text.matches(marker).count();
+    evidence.saw(format!(
+        "tcpdump -A on the link of {NODE_A}: {packets} packets, the marker is in {readable} of them"
+    ));
+    ensure!(readable == 0, "the marker crossed the wire");
+    Ok(())
+}
+
+/// A tcpdump of what crosses the link of the client's node.
+struct Tcpdump(Process);
+
+impl Tcpdump {
+    fn start(stage: &Stage) -> Result<Self> {
+        let wire = stage.mesh.wire();
+        let link = wire.link(stage.mesh.node(NODE_A));
+        let client = stage.mesh.pod(CLIENT).ipv4().to_string();
+        let process = wire.place().spawn(
+            "tcpdump",
+            [
+                "-nn", "-A", "-l", "-i", &link, "tcp", "and", "host", &client,
+            ],
+        )?;
+        soon("tcpdump to listen", || {
+            process.stderr().contains("listening on").then_some(())
+        })?;
+        Ok(Self(process))
+    }
+
+    /// Ends it. Returns the packets as text.
+    fn stop(self, stage: &Stage) -> Result<String> {
+        // When it has printed a later packet, it has printed all earlier ones.
+        let nobody = SocketAddr::new(stage.mesh.outside_ipv4().into(), 1);
+        stage.ask_in_vain(&stage.mesh.pod(CLIENT), nobody, "/")?;
+        let fence = format!("> {}.{}: ", nobody.ip(), nobody.port());
+        soon("tcpdump to catch up", || {
+            self.0.stdout().contains(&fence).then_some(())
+        })?;
+        self.0.signal(Signal::SIGINT)?;
+        Ok(self.0.finish(LOGGED)?.ok()?.stdout)
+    }
+}
+
+/// An address that no service has: the daemon counts it among the node's.
+const SPARE: &str = "198.51.100.9/32";
