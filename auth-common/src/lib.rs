@@ -80,7 +80,7 @@ pub enum MeshKind {
     /// An address of this node, which sends probes, and which no service claims. Never captured. A connection from it is
     /// judged like any other, unless the kernel has recorded that a process of the node itself made it.
     Node = 4,
-    /// An address of a known pod or service outside the mesh. Never captured. As a caller, it is treated like an address
+    /// An address of a known pod or service outside the mesh, or of another node. Never captured. As a caller, it is treated like an address
     /// that is not in the map.
     Outside = 5,
     /// A network that contains virtual addresses of services. As a [`MeshKind::PodNetwork`], except that connections from

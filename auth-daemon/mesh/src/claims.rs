@@ -40,7 +40,7 @@ pub enum AddressKind {
     Pod,
     /// A service.
     Service,
-    /// A known pod or service outside the mesh.
+    /// A known pod or service outside the mesh, or a node.
     Outside,
 }
 

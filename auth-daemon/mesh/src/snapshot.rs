@@ -199,9 +199,10 @@ impl Snapshot {
         self.disputed.contains(&address)
     }
 
-    /// Returns the kind of `address`, if a known pod or service claims it.
+    /// Returns the kind of `address`, if a known pod or service claims it, or a node has it.
     pub fn kind(&self, address: IpAddr) -> Option<AddressKind> {
-        self.addresses.get(&address).map(Claims::kind)
+        let claimed = self.addresses.get(&address).map(Claims::kind);
+        claimed.or_else(|| self.node_at(address).map(|_| AddressKind::Outside))
     }
 
     /// Describes the object that owns `address`, or all that dispute it: "pod default/web". `None` if no known object
@@ -265,10 +266,15 @@ impl Snapshot {
     }
 
     /// Resolves `address` to the endpoints that a connection may use and the identities that may answer. The address of a
-    /// pod or service outside the mesh is its own only endpoint, and no identity answers there.
+    /// pod, service or node outside the mesh is its own only endpoint, and no identity answers there.
     pub fn resolve(&self, address: SocketAddr) -> Result<Destination, Unreachable> {
         let ip = address.ip();
-        let claims = self.addresses.get(&ip).ok_or(Unreachable::Unknown(ip))?;
+        let Some(claims) = self.addresses.get(&ip) else {
+            return match self.node_at(ip) {
+                Some(_) => Ok(Destination::at(address, None, false)),
+                None => Err(Unreachable::Unknown(ip)),
+            };
+        };
         match claims.owner().ok_or(Unreachable::Disputed(ip))? {
             Claim::Pod(pod) => Ok(Destination::at(address, Some(pod), true)),
             Claim::OutsidePod(pod) => Ok(Destination::at(address, Some(pod), false)),

@@ -165,6 +165,7 @@ impl Sources<'_> {
     fn all(&self) -> HashMap<IpNet, MeshKind> {
         let claimed = self.snapshot.addresses().map(|(address, _)| address);
         let addresses = claimed
+            .chain(self.snapshot.node_addresses())
             .chain(self.node_addresses.iter().copied())
             .chain(self.gone.addresses())
             .map(IpNet::from);
@@ -178,10 +179,11 @@ impl Sources<'_> {
 /// have changed.
 fn note_changes(gone: &mut GoneAddresses, before: &Snapshot, snapshot: &Snapshot) -> Vec<IpAddr> {
     let mut changed = Vec::new();
-    for (address, kind) in snapshot.addresses_since(before) {
+    let claims = snapshot.addresses_since(before).map(|(address, _)| address);
+    for address in claims.chain(snapshot.node_addresses_since(before)) {
         changed.push(address);
         let was = before.kind(address).filter(|was| was.is_meshed());
-        match (was, kind) {
+        match (was, snapshot.kind(address)) {
             (_, Some(_)) => gone.claim(address),
             (Some(was), None) => changed.extend(gone.add(
                 address,
@@ -246,7 +248,7 @@ fn node_addresses() -> Vec<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    use auth_mesh::{Edit, Inventory, Membership, ObjectName, Service, Workload};
+    use auth_mesh::{Edit, Inventory, Membership, Node, ObjectName, Service, Workload};
 
     use super::*;
 
@@ -370,6 +372,29 @@ mod tests {
         let nothing = without(&again, |edit| edit.remove_pod(&name("other")));
         note_changes(&mut gone, &again, &nothing);
         assert_eq!(kind(&nothing, &gone, "10.1.0.1"), None);
+    }
+
+    #[test]
+    fn an_address_of_another_node_is_known() {
+        let mut gone = GoneAddresses::default();
+        let before = snapshot();
+        let after = without(&before, |edit| {
+            edit.remove_pod(&name("web"));
+            edit.node(Node {
+                name: "b".into(),
+                addresses: vec![ip("10.1.0.1"), ip("10.1.0.9")],
+                ..Node::default()
+            });
+        });
+        note_changes(&mut gone, &before, &after);
+        for address in ["10.1.0.1", "10.1.0.9"] {
+            let expected = Some(MeshKind::Outside);
+            assert_eq!(kind(&after, &gone, address), expected, "{address}");
+            assert!(after.resolve((ip(address), 22).into()).is_ok());
+        }
+        let left = without(&after, |edit| edit.remove_node("b"));
+        note_changes(&mut gone, &after, &left);
+        assert_eq!((kind(&left, &gone, "10.1.0.9"), gone.len()), (None, 0));
     }
 
     #[test]
