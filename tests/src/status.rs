@@ -36,6 +36,8 @@ pub struct PodStatus {
     pub enrolled: bool,
     #[serde(default)]
     pub reason: Option<String>,
+    #[serde(default)]
+    pub tampered: Option<String>,
 }
 
 /// A certificate that the daemon holds.

@@ -40,16 +40,26 @@ const LOOPBACK: &str = "lo";
 const RTNLGRP_LINK: u32 = 1;
 const LOOPBACK_INDEX: u32 = 1;
 
-/// Sets up `netns`. Idempotent. Returns a bit mask of the sysctls that were switched on, for [`tear_down`].
-pub(super) fn set_up(netns: &Netns) -> io::Result<u32> {
+/// What [`set_up`] did.
+#[derive(Debug, Default)]
+pub(super) struct SetUp {
+    /// Bit mask of the sysctls that were switched on, for [`tear_down`].
+    pub(super) switched_on: u32,
+    /// What was missing: sysctls, routes and rules.
+    pub(super) missing: Vec<&'static str>,
+}
+
+/// Sets up `netns`. Idempotent.
+pub(super) fn set_up(netns: &Netns) -> io::Result<SetUp> {
     netns.enter(|| {
-        let mut switched_on = 0;
+        let mut done = SetUp::default();
         for (bit, path) in SYSCTLS.into_iter().enumerate() {
             let named = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
             match fs::read_to_string(path) {
                 Ok(value) if value.trim() == "0" => {
                     fs::write(path, "1").map_err(named)?;
-                    switched_on |= 1 << bit;
+                    done.switched_on |= 1 << bit;
+                    done.missing.push(path);
                 }
                 Ok(_) => {}
                 // The kernel has no IPv6.
@@ -61,21 +71,36 @@ pub(super) fn set_up(netns: &Netns) -> io::Result<u32> {
         let flags = NLM_F_CREATE | NLM_F_EXCL;
         netlink.request(RouteNetlinkMessage::SetLink(loopback_up()), 0)?;
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            for message in [
-                RouteNetlinkMessage::NewRoute(local_route(family)),
-                RouteNetlinkMessage::NewRule(mark_rule(family)),
-                RouteNetlinkMessage::NewRule(forward_exemption_rule(family)),
-                RouteNetlinkMessage::NewRule(forward_rule(family)),
+            let is_v4 = family == AddressFamily::Inet;
+            let named = |v4: &'static str, v6: &'static str| if is_v4 { v4 } else { v6 };
+            for (message, name) in [
+                (
+                    RouteNetlinkMessage::NewRoute(local_route(family)),
+                    named("IPv4 route", "IPv6 route"),
+                ),
+                (
+                    RouteNetlinkMessage::NewRule(mark_rule(family)),
+                    named("IPv4 rule", "IPv6 rule"),
+                ),
+                (
+                    RouteNetlinkMessage::NewRule(forward_exemption_rule(family)),
+                    named("IPv4 forwarding exemption", "IPv6 forwarding exemption"),
+                ),
+                (
+                    RouteNetlinkMessage::NewRule(forward_rule(family)),
+                    named("IPv4 forwarding rule", "IPv6 forwarding rule"),
+                ),
             ] {
                 match netlink.request(message, flags) {
+                    Ok(()) => done.missing.push(name),
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                     // Without IPv6, or with IPv6 disabled in this netns, it is not needed.
                     Err(error) if family == AddressFamily::Inet6 && lacks_ipv6(&error) => {}
-                    result => result?,
+                    Err(error) => return Err(error),
                 }
             }
         }
-        Ok(switched_on)
+        Ok(done)
     })?
 }
 

@@ -170,7 +170,7 @@ impl Enrolled {
         };
         let prepared = plumbing::set_up(&netns);
         // A previous daemon may have switched on some of them, and stored which.
-        let switched_on = prepared.as_ref().map_or(0, |bits| *bits)
+        let switched_on = prepared.as_ref().map_or(0, |done| done.switched_on)
             | before.map_or(0, |before| before.switched_on);
         let listeners = match prepared {
             Ok(_) => Listeners::open(&netns).map_err(setup("cannot listen inside it")),
@@ -289,6 +289,12 @@ impl Enrolled {
         if let Err(error) = inbound {
             tracing::error!(netns = %self.netns.path().display(), %error, "cannot refuse a pod");
         }
+    }
+
+    /// Puts back the sysctls, routes and rules of the daemon that are missing in the netns, and names them. A pod with
+    /// CAP_NET_ADMIN can remove them.
+    pub fn repair(&self) -> io::Result<Vec<&'static str>> {
+        plumbing::set_up(&self.netns).map(|done| done.missing)
     }
 
     /// Removes the pod from the mesh. The owner of its listeners closes them. Errors are logged, because the pod may

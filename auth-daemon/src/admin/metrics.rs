@@ -101,6 +101,11 @@ fn collect(node: &Node) -> Registry {
         "TLS connections kept for the next connection",
         pods.iter().map(|pod| pod.idle_tunnels as u64).sum(),
     );
+    gauge(
+        "tampered_pods",
+        "Pods that have changed the daemon's set-up in their network namespaces",
+        pods.iter().filter(|pod| !pod.tampered.is_empty()).count() as u64,
+    );
     let states = Family::<PodState, Gauge>::default();
     for (state, enrolled) in [("enrolled", true), ("refused", false)] {
         let count = pods.iter().filter(|pod| pod.enrolled == enrolled).count();

@@ -62,7 +62,9 @@ fn table(status: &Value) -> String {
         &["POD", "IDENTITY", "ADDRESSES", "STATE"],
         &status["pods"],
         |pod| {
-            let state = if pod["enrolled"] == true {
+            let state = if let Some(tampered) = pod["tampered"].as_str() {
+                format!("enrolled; TAMPERED: {tampered}")
+            } else if pod["enrolled"] == true {
                 "enrolled".to_owned()
             } else {
                 text(&pod["reason"])

@@ -102,6 +102,9 @@ pub struct PodStatus {
     pub enrolled: bool,
     /// Why the pod is not enrolled. Empty if it is.
     pub reason: String,
+    /// What the pod has changed of the daemon's set-up in its netns, which the daemon has put back. Empty if nothing.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub tampered: String,
     /// Number of idle tunnels.
     #[serde(rename = "idleTunnels")]
     pub idle_tunnels: usize,

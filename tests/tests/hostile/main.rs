@@ -9,3 +9,4 @@ mod handshakes;
 mod oddities;
 mod servers;
 mod servers_frames;
+mod tampering;

@@ -5,6 +5,7 @@ mod addresses;
 mod pod_roots;
 mod policies;
 mod proven_nodes;
+mod tampering;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -37,6 +38,7 @@ use auth_datapath::{
 };
 use auth_mesh::{ObjectName, Snapshot, Workload};
 use pod_roots::PodRoots;
+use tampering::Tampering;
 
 /// Interval at which to check for recreated named netns, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
@@ -61,6 +63,7 @@ pub struct Enrolment {
     /// The mesh addresses last written to the kernel.
     told: Told,
     pod_roots: PodRoots,
+    tampering: Tampering,
     /// The other tasks that update the kernel's maps.
     keepers: Vec<JoinHandle<()>>,
 }
@@ -98,6 +101,7 @@ impl Enrolment {
             owners: HashMap::new(),
             told: Told::default(),
             pod_roots: PodRoots::default(),
+            tampering: Tampering::default(),
             keepers: Vec::new(),
         }
     }
@@ -154,6 +158,7 @@ impl Enrolment {
                 _ = ticks.tick() => {
                     self.node.kernel.sweep_pending();
                     self.pod_roots.keep(&self.node);
+                    self.tampering.check(&self.serving);
                     for serving in self.serving.values() {
                         serving.pod.pool.sweep();
                     }
@@ -488,6 +493,7 @@ impl Enrolment {
             netns: shown(pod.enrolled.netns.path()),
             enrolled: true,
             reason: String::new(),
+            tampered: self.tampering.of(&pod.workload.name),
             idle_tunnels: pod.pool.idle(),
         });
         let failing = self.failing.values().map(|failing| PodStatus {
@@ -501,6 +507,7 @@ impl Enrolment {
                 .map_or_else(String::new, shown),
             enrolled: false,
             reason: failing.reason.clone(),
+            tampered: String::new(),
             idle_tunnels: 0,
         });
         let mut pods: Vec<_> = served.chain(failing).collect();

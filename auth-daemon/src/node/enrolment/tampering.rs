@@ -1,0 +1,74 @@
+//! Finds and repairs what pods have changed of the daemon's set-up in their network namespaces.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::{Duration, Instant},
+};
+
+use auth_mesh::ObjectName;
+
+use super::Serving;
+
+/// Interval at which the pods' namespaces are checked. A check takes some 0.2 ms for each pod.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// What pods have tampered with.
+#[derive(Debug, Default)]
+pub(super) struct Tampering {
+    checked: Option<Instant>,
+    found: HashMap<ObjectName, Found>,
+}
+
+#[derive(Debug, Default)]
+struct Found {
+    missing: BTreeSet<&'static str>,
+    times: u64,
+}
+
+impl Tampering {
+    /// Checks the namespaces of the pods that are served, if it is time to.
+    pub(super) fn check(&mut self, serving: &HashMap<ObjectName, Serving>) {
+        if self.checked.is_some_and(|at| at.elapsed() < INTERVAL) {
+            return;
+        }
+        self.checked = Some(Instant::now());
+        self.found.retain(|pod, _| serving.contains_key(pod));
+        for (pod, serving) in serving {
+            let missing = match serving.pod.enrolled.repair() {
+                Ok(missing) => missing,
+                // The namespace may be on its way out; the next check retries.
+                Err(error) => {
+                    tracing::debug!(%pod, %error, "cannot check a pod's routes");
+                    continue;
+                }
+            };
+            if missing.is_empty() {
+                continue;
+            }
+            let found = self.found.entry(pod.clone()).or_default();
+            found.times += 1;
+            let is_new = missing
+                .iter()
+                .fold(false, |is_new, name| found.missing.insert(name) || is_new);
+            if is_new {
+                tracing::warn!(
+                    %pod, ?missing,
+                    "a pod has removed what the daemon set up in its network namespace; it is put back. Connections to \
+                     the pod failed meanwhile. Does the pod need CAP_NET_ADMIN?"
+                );
+            }
+        }
+    }
+
+    /// What the status says of a pod. Empty if it did not tamper.
+    pub(super) fn of(&self, pod: &ObjectName) -> String {
+        self.found.get(pod).map_or_else(String::new, |found| {
+            let names: Vec<_> = found.missing.iter().copied().collect();
+            format!(
+                "removed {}; put back {} times",
+                names.join(", "),
+                found.times
+            )
+        })
+    }
+}
