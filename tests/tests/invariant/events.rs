@@ -81,6 +81,8 @@ impl Event {
             },
             70..88 => Self::Crash { node },
             88..94 => Self::Restart { node },
+            // What is nested in a pod would not be made anew.
+            _ if world.pods[pod].nested => Self::Crash { node },
             _ => Self::Recreate { pod },
         }
     }

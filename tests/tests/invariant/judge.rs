@@ -160,14 +160,18 @@ impl Judge<'_> {
     }
 
     /// No server reads anything that no caller sent, except while its pod joins or leaves the mesh: then its peer's
-    /// daemon may still speak TLS to it.
+    /// daemon may still speak TLS to it. It also does to what is nested in a pod that forwards: nothing of the caller's
+    /// is in that, and the handshake fails.
     fn foreign(&mut self) {
         for (site, event) in &self.outcome.foreign {
+            if matches!(site, Site::Nested(_)) {
+                continue;
+            }
             let at = event["at"].as_u64().unwrap_or_default();
             let states = self.outcome.history.in_force(at, at);
             let members: BTreeSet<bool> = states
                 .iter()
-                .map(|state| matches!(site, Site::Pod(pod) if state.pods[*pod].member))
+                .map(|state| matches!(site, Site::Pod(pod) | Site::Nested(pod) if state.pods[*pod].member))
                 .collect();
             if members.len() == 1 {
                 let site = self.outcome.world.describe(*site);
@@ -192,7 +196,9 @@ impl Judge<'_> {
             // A pod that joins or leaves the mesh, or is made anew, loses its connections.
             let involved = servers(world, states[0], call);
             let undisturbed = involved.iter().chain([&call.from]).all(|site| {
-                let Site::Pod(pod) = site else { return true };
+                let (Site::Pod(pod) | Site::Nested(pod)) = site else {
+                    return true;
+                };
                 let is = |state: &&State| {
                     let pod = &state.pods[*pod];
                     (pod.member, pod.present, pod.object)
@@ -221,6 +227,7 @@ impl Judge<'_> {
         let world = &self.outcome.world;
         let to = match call.to {
             Target::Site(site) => world.describe(site),
+            Target::Nested(pod) => world.describe(Site::Nested(pod)),
             Target::Second(pod) => format!(
                 "{} (an address that no object lists)",
                 world.describe(Site::Pod(pod))
@@ -248,7 +255,9 @@ impl Judge<'_> {
                 .into_iter()
                 .chain([call.from])
                 .filter_map(|site| match site {
-                    Site::Pod(pod) => Some((&world.pods[pod], &state.pods[pod])),
+                    Site::Pod(pod) | Site::Nested(pod) => {
+                        Some((&world.pods[pod], &state.pods[pod]))
+                    }
                     _ => None,
                 })
                 .map(|(pod, state)| {

@@ -55,6 +55,7 @@ pub(crate) fn generate(
                     (Site::HostPod(_), _) | (_, Target::NodePort { .. }) => {
                         NODES_ADDRESSES_ARE_FOLLOWED
                     }
+                    (_, Target::Nested(_)) => FORWARDED_ARE_FOLLOWED,
                     (_, Target::Second(_)) => SECOND_ADDRESSES_ARE_FOLLOWED,
                     (_, Target::Service(_) | Target::Site(_)) => true,
                 };
@@ -146,6 +147,9 @@ fn target(random: &mut Random, world: &World) -> Target {
     let exposed: Vec<usize> = (0..world.services.len())
         .filter(|service| world.services[*service].node_ports.is_some())
         .collect();
+    let nested: Vec<usize> = (0..world.pods.len())
+        .filter(|pod| world.pods[*pod].nested)
+        .collect();
     match random.below(100) {
         0..25 => Target::Service(random.below(world.services.len())),
         25..33 if !exposed.is_empty() => Target::NodePort {
@@ -153,8 +157,9 @@ fn target(random: &mut Random, world: &World) -> Target {
             node: random.below(2),
         },
         33..41 if !second.is_empty() => Target::Second(random.one(&second)),
-        41..44 => Target::Site(Site::Node(random.below(2))),
-        44..48 => Target::Site(Site::Outside),
+        41..46 if !nested.is_empty() => Target::Nested(random.one(&nested)),
+        46..48 => Target::Site(Site::Node(random.below(2))),
+        48..51 => Target::Site(Site::Outside),
         _ => Target::Site(Site::Pod(random.below(world.pods.len()))),
     }
 }
@@ -168,6 +173,8 @@ const UNKNOWN_ADDRESSES_ARE_REFUSED: bool = true;
 const SECOND_ADDRESSES_ARE_FOLLOWED: bool = false;
 /// The same for those that come from the node's address without being the node's.
 const NODES_ADDRESSES_ARE_FOLLOWED: bool = false;
+/// The same for those that a pod forwards to its nested namespace.
+const FORWARDED_ARE_FOLLOWED: bool = false;
 /// Whether connections in plaintext that are open when a pod joins the mesh are ended. They are not yet, so none is held
 /// open then.
 const JOINING_ENDS_OPEN_CONNECTIONS: bool = false;

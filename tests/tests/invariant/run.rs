@@ -13,7 +13,9 @@ use crate::history::{History, now};
 use crate::observer::{Observer, Sighting};
 use crate::plan::{self, Call, Step};
 use crate::random::Random;
-use crate::world::{MEMBERSHIP, NODES, Object, POD_PORTS, Site, State, World, membership};
+use crate::world::{
+    Built, MEMBERSHIP, NESTED_PORT, NODES, Object, POD_PORTS, Site, State, World, membership,
+};
 
 /// Everything that was planned, done and seen.
 #[derive(Debug)]
@@ -79,10 +81,10 @@ impl Report {
 pub(crate) fn run(seed: u64, connections: usize) -> Result<Outcome> {
     let mut random = Random::new(seed);
     let (mut world, state) = World::generate(&mut random);
-    let (mesh, _firewalls) = world.build(&state)?;
+    let built = world.build(&state)?;
     let steps = plan::generate(&mut random, &world, state.clone(), connections);
-    let mut run = Run::start(&world, &mesh, state)?;
-    let observer = Observer::start(&mesh)?;
+    let mut run = Run::start(&world, &built, state)?;
+    let observer = Observer::start(&built.mesh)?;
     for step in steps {
         run.step(step)?;
     }
@@ -110,6 +112,7 @@ pub(crate) fn run(seed: u64, connections: usize) -> Result<Outcome> {
 struct Run<'a> {
     world: &'a World,
     mesh: &'a Mesh,
+    nested: &'a BTreeMap<usize, Place>,
     servers: Vec<(Site, App)>,
     host_pods: Vec<Place>,
     daemons: [Option<Daemon>; 2],
@@ -121,7 +124,8 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn start(world: &'a World, mesh: &'a Mesh, state: State) -> Result<Self> {
+    fn start(world: &'a World, built: &'a Built, state: State) -> Result<Self> {
+        let mesh = &built.mesh;
         // The kubelet's cgroups are there before the daemon.
         let host_pods = NODES.into_iter().map(|node| {
             let uid = "5f0c0fd5-0000-4000-8000-000000000001";
@@ -130,6 +134,7 @@ impl<'a> Run<'a> {
         let mut run = Self {
             world,
             mesh,
+            nested: &built.nested,
             servers: Vec::new(),
             host_pods: host_pods.collect::<Result<_>>()?,
             daemons: [None, None],
@@ -145,7 +150,8 @@ impl<'a> Run<'a> {
         run.history.push(state);
         let pods = (0..world.pods.len()).map(Site::Pod);
         let others = [Site::Node(0), Site::Node(1), Site::Outside];
-        for site in pods.chain(others) {
+        let nested = built.nested.keys().copied().map(Site::Nested);
+        for site in pods.chain(nested).chain(others) {
             run.start_server(site)?;
         }
         Ok(run)
@@ -345,13 +351,24 @@ impl<'a> Run<'a> {
             if event["event"] == "foreign" {
                 self.foreign.push((site, event));
             } else if event["event"] == "read" {
+                let local = |text: &str| -> Option<SocketAddr> {
+                    let local: SocketAddr = text.parse().ok()?;
+                    // What is nested knows its own address only.
+                    Some(match site {
+                        Site::Nested(_) => {
+                            let own = self.world.addresses(site)[usize::from(local.is_ipv6())];
+                            (own, NESTED_PORT).into()
+                        }
+                        _ => local,
+                    })
+                };
                 let read = || {
                     Some(Read {
                         server: site,
                         id: event["id"].as_u64()?.try_into().ok()?,
                         round: event["round"].as_u64()?.try_into().ok()?,
                         peer: event["peer"].as_str()?.parse().ok()?,
-                        local: event["local"].as_str()?.parse().ok()?,
+                        local: local(event["local"].as_str()?)?,
                         at: event["at"].as_u64()?,
                     })
                 };
@@ -368,6 +385,7 @@ impl<'a> Run<'a> {
                 .pod(&self.world.pods[pod].full_name())
                 .place()
                 .clone(),
+            Site::Nested(pod) => self.nested[&pod].clone(),
             Site::Node(node) => self.mesh.node(NODES[node]).place().clone(),
             Site::HostPod(node) => self.host_pods[node].clone(),
             Site::Outside => self.mesh.outside().clone(),

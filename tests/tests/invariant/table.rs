@@ -16,11 +16,11 @@ pub(crate) fn may_read(
     server: Site,
     local: SocketAddr,
 ) -> bool {
-    let Site::Pod(number) = server else {
+    let (Site::Pod(number) | Site::Nested(number)) = server else {
         return true;
     };
     let (pod, pod_state) = (&world.pods[number], &state.pods[number]);
-    if !pod_state.member || call.from == server {
+    if !pod_state.member || call.from == Site::Pod(number) {
         return true;
     }
     // The node's own processes, such as the kubelet's probes.
@@ -58,7 +58,7 @@ pub(crate) fn source(
     let family = usize::from(local.is_ipv6());
     // A node reaches its own pods from its bridge.
     let of_node = |node: usize| match server {
-        Site::Pod(pod) if world.pods[pod].node == node => {
+        Site::Pod(pod) | Site::Nested(pod) if world.pods[pod].node == node => {
             let number = 1 + node as u8;
             let v6 = [0xfd77, number.into(), 0, 0, 0, 0, 0, 1];
             [IpAddr::from([10, 77, number, 1]), IpAddr::from(v6)][family]
@@ -89,7 +89,7 @@ pub(crate) fn is_private(state: &State, from: Site, server: Site) -> bool {
 }
 
 fn is_member(state: &State, site: Site) -> bool {
-    matches!(site, Site::Pod(pod) if state.pods[pod].member)
+    matches!(site, Site::Pod(pod) | Site::Nested(pod) if state.pods[pod].member)
 }
 
 /// Whether a call is to succeed in this state; `None` if that depends on something else.
@@ -97,7 +97,7 @@ pub(crate) fn expected(world: &World, state: &State, call: &Call) -> Option<bool
     let servers = servers(world, state, call);
     // A pod whose object is gone may be served or refused.
     let down = |site: &Site| match site {
-        Site::Pod(pod) => {
+        Site::Pod(pod) | Site::Nested(pod) => {
             let PodState {
                 present, object, ..
             } = &state.pods[*pod];
@@ -115,19 +115,27 @@ pub(crate) fn expected(world: &World, state: &State, call: &Call) -> Option<bool
         // Whether a pod reaches itself by such an address is not promised.
         _ if call.to != Target::Site(call.from) && servers.contains(&call.from) => return None,
         Target::Second(_) if is_member(state, call.from) => return Some(false),
+        // Where a policy restricts the callers of a pod, it forwards nothing but the node's connections.
+        Target::Nested(pod) if is_member(state, call.from) || call.from == Site::Pod(pod) => {
+            return None;
+        }
         _ => {}
     }
     let family = usize::from(call.address.is_ipv6());
     let mut may = servers.iter().map(|server| {
-        let address = match call.to {
-            Target::Second(_) => call.address.ip(),
-            _ => world.addresses(*server)[family],
+        let local = match call.to {
+            Target::Second(_) | Target::Nested(_) => call.address,
+            _ => (world.addresses(*server)[family], POD_PORTS[call.port]).into(),
         };
-        let local = (address, POD_PORTS[call.port]).into();
         may_read(world, state, call, *server, local)
     });
     let first = may.next()?;
-    may.all(|one| one == first).then_some(first)
+    // What policies allow may be refused all the same: a pod forwards without looking closer.
+    let certain = match call.to {
+        Target::Nested(pod) => !first || call.from == Site::Node(world.pods[pod].node),
+        _ => true,
+    };
+    (certain && may.all(|one| one == first)).then_some(first)
 }
 
 /// Whoever may answer a call.
@@ -135,6 +143,7 @@ pub(crate) fn servers(world: &World, state: &State, call: &Call) -> Vec<Site> {
     match call.to {
         Target::Site(site) => vec![site],
         Target::Second(pod) => vec![Site::Pod(pod)],
+        Target::Nested(pod) => vec![Site::Nested(pod)],
         Target::NodePort { service, .. } if translated_by(state, call).is_some() => {
             let node_ports = world.services[service].node_ports;
             node_ports

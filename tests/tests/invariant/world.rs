@@ -1,9 +1,9 @@
 //! The generated model: what there is, and what is in force.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
-use mesh_tests::{Firewall, Mesh, PodSpec, Result, ServiceSpec};
+use mesh_tests::{Firewall, Mesh, Place, PodSpec, Result, ServiceSpec};
 use serde_json::Value;
 
 use crate::events::Event;
@@ -35,6 +35,8 @@ pub(crate) struct Pod {
     pub(crate) addresses: [IpAddr; 2],
     /// Addresses that its namespace has and no object lists.
     pub(crate) second: Option<[IpAddr; 2]>,
+    /// Whether a namespace is nested in it, with a server behind a port of the pod.
+    pub(crate) nested: bool,
 }
 
 /// A Service with a port 80 to 8080 and 81 to 8081.
@@ -49,6 +51,15 @@ pub(crate) struct Service {
     pub(crate) on_nodes: bool,
     /// If it is of type NodePort: its two ports on each node, and the pod to which the nodes translate them.
     pub(crate) node_ports: Option<([u16; 2], usize)>,
+}
+
+/// What a world is made of. Fields are dropped in this order.
+#[derive(Debug)]
+pub(crate) struct Built {
+    /// The namespaces nested in pods.
+    pub(crate) nested: BTreeMap<usize, Place>,
+    _firewalls: Vec<Firewall>,
+    pub(crate) mesh: Mesh,
 }
 
 /// What is in force at a moment.
@@ -86,6 +97,8 @@ pub(crate) enum Object {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Site {
     Pod(usize),
+    /// The namespace that is nested in a pod.
+    Nested(usize),
     /// A process of the node itself.
     Node(usize),
     /// A pod with `hostNetwork`.
@@ -105,6 +118,8 @@ pub(crate) enum Target {
     },
     /// The address of a pod that no object lists.
     Second(usize),
+    /// The port of a pod that leads to its nested namespace.
+    Nested(usize),
 }
 
 impl World {
@@ -134,6 +149,7 @@ impl World {
                     let v6 = [0xfd77, node.into(), 0, 0, 0, 0, 0, host.into()];
                     [IpAddr::from([10, 77, node, host]), IpAddr::from(v6)]
                 }),
+                nested: random.chance(25),
             });
             states.push(PodState {
                 member,
@@ -185,8 +201,8 @@ impl World {
         (world, state)
     }
 
-    /// Makes the mesh, without daemons, and enters all addresses. The nodes translate as long as the firewalls live.
-    pub(crate) fn build(&mut self, state: &State) -> Result<(Mesh, Vec<Firewall>)> {
+    /// Makes the mesh, without daemons, and enters all addresses.
+    pub(crate) fn build(&mut self, state: &State) -> Result<Built> {
         let mut builder = Mesh::builder().node(NODES[0]).node(NODES[1]);
         for (pod, state) in self.pods.iter().zip(&state.pods) {
             let mut spec = PodSpec::new(&pod.name)
@@ -229,10 +245,28 @@ impl World {
         }
         self.add_addresses_of_services(&mesh)?;
         self.add_node_ports(&mesh)?;
-        let firewalls = (0..NODES.len())
-            .map(|node| Firewall::install(mesh.node(NODES[node]), &self.translation(node)))
-            .collect::<Result<_>>()?;
-        Ok((mesh, firewalls))
+        let mut firewalls = Vec::new();
+        for (number, node) in NODES.into_iter().enumerate() {
+            let rules = self.translation(number);
+            firewalls.push(Firewall::install(mesh.node(node), &rules)?);
+        }
+        let mut nested = BTreeMap::new();
+        for (number, pod) in self.pods.iter().enumerate().filter(|(_, pod)| pod.nested) {
+            let pod = mesh.pod(&pod.full_name());
+            let (place, v4, v6) = mesh.nest(&pod)?;
+            firewalls.push(Firewall::published_port(
+                &pod,
+                NESTED_PORT,
+                SocketAddrV4::new(v4, POD_PORTS[0]),
+                SocketAddrV6::new(v6, POD_PORTS[0], 0, 0),
+            )?);
+            nested.insert(number, place);
+        }
+        Ok(Built {
+            nested,
+            _firewalls: firewalls,
+            mesh,
+        })
     }
 
     /// Gives a pod its second addresses, if it has some.
@@ -303,7 +337,7 @@ impl World {
     /// The addresses by which others know a site: IPv4, IPv6.
     pub(crate) fn addresses(&self, site: Site) -> [IpAddr; 2] {
         match site {
-            Site::Pod(pod) => self.pods[pod].addresses,
+            Site::Pod(pod) | Site::Nested(pod) => self.pods[pod].addresses,
             Site::Node(node) | Site::HostPod(node) => self.nodes[node],
             Site::Outside => self.outside,
         }
@@ -326,6 +360,7 @@ impl World {
                 let second = second.expect("a target is one that there is");
                 (second[family], POD_PORTS[port])
             }
+            Target::Nested(pod) => (self.pods[pod].addresses[family], NESTED_PORT),
         }
         .into()
     }
@@ -344,7 +379,7 @@ impl World {
     /// The machine on which a site is; two sites of one machine have no wire between them.
     pub(crate) fn machine(&self, site: Site) -> usize {
         match site {
-            Site::Pod(pod) => self.pods[pod].node,
+            Site::Pod(pod) | Site::Nested(pod) => self.pods[pod].node,
             Site::Node(node) | Site::HostPod(node) => node,
             Site::Outside => NODES.len(),
         }
@@ -362,6 +397,7 @@ impl World {
                     pod.account
                 )
             }
+            Site::Nested(pod) => format!("what is nested in {}", self.describe(Site::Pod(pod))),
             Site::Node(node) => format!("node {}", NODES[node]),
             Site::HostPod(node) => format!("a pod in the network of node {}", NODES[node]),
             Site::Outside => "the host outside".to_owned(),
@@ -394,6 +430,8 @@ pub(crate) const MEMBERSHIP: &str = "auth-daemon.io/mesh";
 pub(crate) const TRUST_DOMAIN: &str = "cluster.local";
 /// The ports that every server listens on.
 pub(crate) const POD_PORTS: [u16; 2] = [8080, 8081];
+/// The port of a pod that leads to the server of its nested namespace.
+pub(crate) const NESTED_PORT: u16 = 9090;
 const SERVICE_PORTS: [u16; 2] = [80, 81];
 /// Addresses before the mesh is made.
 const UNKNOWN: [IpAddr; 2] = [
