@@ -2,13 +2,19 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
 use clap::Args;
+use nix::errno::Errno;
 use nix::libc;
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::report::{At, Failure, Outcome};
+use crate::given;
+use crate::report::{At, Failure, Outcome, event};
 
 /// Connects, sends, shuts down its sending direction and reads to the end of the stream. Reports addresses as
 /// getsockname(2) and getpeername(2) return them: the IPv4 address of an IPv6 socket is reported mapped.
@@ -32,9 +38,22 @@ pub(crate) struct Dial {
     /// Connect with the first bytes: sendto(2) with MSG_FASTOPEN instead of connect(2) and send(2)
     #[arg(long)]
     fast_open: bool,
+    /// Have connect(2) wait for the first bytes and send them in the SYN if the kernel has a cookie
+    /// (TCP_FASTOPEN_CONNECT)
+    #[arg(long)]
+    fast_open_connect: bool,
     /// Use Multipath TCP (RFC 8684)
     #[arg(long)]
     multipath: bool,
+    /// Leave the choice of the source port to connect(2) (IP_BIND_ADDRESS_NO_PORT)
+    #[arg(long)]
+    port_at_connect: bool,
+    /// Use the socket that `give-socket` gives away at this path
+    #[arg(long)]
+    given: Option<PathBuf>,
+    /// Print `socket` once there is a socket, and connect when there is a file at this path
+    #[arg(long)]
+    after: Option<PathBuf>,
     /// Text to send
     #[arg(long, default_value = "hello")]
     send: String,
@@ -42,7 +61,16 @@ pub(crate) struct Dial {
 
 impl Dial {
     pub(crate) fn run(self) -> Outcome {
-        let socket = self.socket()?;
+        let socket = match &self.given {
+            Some(path) => given::receive(path)?,
+            None => self.socket()?,
+        };
+        if let Some(path) = &self.after {
+            event("socket", json!({}));
+            while !path.exists() {
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
         let mut fields = json!({});
         if let Some(first) = self.first {
             fields["first"] = fail(&socket, first)?;
@@ -88,6 +116,14 @@ impl Dial {
                 .bind_device(Some(device.as_bytes()))
                 .at("set SO_BINDTODEVICE")?;
         }
+        if self.fast_open_connect {
+            set(&socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT)
+                .at("set TCP_FASTOPEN_CONNECT")?;
+        }
+        if self.port_at_connect {
+            set(&socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT)
+                .at("set IP_BIND_ADDRESS_NO_PORT")?;
+        }
         if self.bind.is_some() || self.source_port != 0 {
             let any: IpAddr = if self.to.is_ipv4() {
                 [0; 4].into()
@@ -100,6 +136,22 @@ impl Dial {
         }
         Ok(socket)
     }
+}
+
+/// Sets a boolean option.
+fn set(socket: &Socket, level: libc::c_int, name: libc::c_int) -> nix::Result<()> {
+    let yes: libc::c_int = 1;
+    // SAFETY: the kernel reads one c_int at the pointer, which is valid during the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const yes).cast(),
+            size_of_val(&yes) as libc::socklen_t,
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// Makes a connection that must fail in connect(2) itself.

@@ -11,6 +11,7 @@ mod churn;
 mod connect;
 mod dial;
 mod echo;
+mod given;
 mod greeter;
 mod half_close;
 mod many;
@@ -54,6 +55,7 @@ enum Behaviour {
     Steps(steps::Steps),
     Connect(connect::Connect),
     Dial(dial::Dial),
+    GiveSocket(given::GiveSocket),
     Chat(chat::Chat),
     Many(many::Many),
     MarkerServer(markers::MarkerServer),
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         Behaviour::Steps(it) => it.run(),
         Behaviour::Connect(it) => it.run(),
         Behaviour::Dial(it) => it.run(),
+        Behaviour::GiveSocket(it) => it.run(),
         Behaviour::Chat(it) => it.run(),
         Behaviour::Many(it) => it.run(),
         Behaviour::MarkerServer(it) => it.run(),

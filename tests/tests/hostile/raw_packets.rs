@@ -1,0 +1,270 @@
+//! A pod with CAP_NET_RAW makes its own TCP segments. No hook sees them leave, but they gain nothing: a STRICT pod judges
+//! what arrives.
+
+use std::mem::MaybeUninit;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use etherparse::{PacketBuilder, PacketBuilderStep, SlicedPacket, TcpHeader, TransportSlice};
+use mesh_tests::{App, Context, DaemonOptions, Place, Pod, PodSpec, Result, TIMEOUT};
+use nix::errno::Errno;
+use nix::libc;
+use serde_json::Value;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::common::pair::{Pair, builder};
+
+const PORT: u16 = 7;
+const MARKER: &[u8] = b"marker-in-a-forged-segment";
+/// As a client and as a server, data in a SYN without a cookie, for all listeners: see ip-sysctl.rst, tcp_fastopen.
+const FAST_OPEN_FOR_ALL: &str = "1539";
+
+/// What a pod makes its segments with.
+#[derive(Debug, Clone, Copy)]
+enum With {
+    /// SOCK_RAW: the kernel routes the packet.
+    Packets,
+    /// AF_PACKET: the pod writes the whole frame.
+    Frames,
+}
+
+/// A TCP client in user space.
+struct Client<'a> {
+    pod: &'a Pod,
+    with: With,
+    source: SocketAddrV4,
+    to: SocketAddrV4,
+    /// Hardware addresses of the pod and of its gateway.
+    link: [[u8; 6]; 2],
+    /// Receives a copy of each TCP packet for the pod.
+    received: Socket,
+}
+
+impl<'a> Client<'a> {
+    fn new(pair: &'a Pair, with: With, source: SocketAddrV4, to: Ipv4Addr) -> Result<Self> {
+        let pod = &pair.client;
+        let gateway = pair.mesh.node("a").place();
+        Ok(Self {
+            pod,
+            with,
+            source,
+            to: SocketAddrV4::new(to, PORT),
+            link: [
+                hardware_address(pod, "eth0")?,
+                hardware_address(gateway, "cni0")?,
+            ],
+            received: pod.enter(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP)))??,
+        })
+    }
+
+    /// Sends a SYN or, with a number to acknowledge, a segment that pushes its payload.
+    fn send(&self, sequence: u32, acknowledged: Option<u32>, payload: &[u8]) -> Result<()> {
+        let flags = |builder: PacketBuilderStep<TcpHeader>| match acknowledged {
+            None => builder.syn(),
+            Some(number) => builder.ack(number).psh(),
+        };
+        let (from, to) = (self.source.ip().octets(), self.to.ip().octets());
+        let (from_port, to_port) = (self.source.port(), self.to.port());
+        let mut bytes = Vec::new();
+        match self.with {
+            With::Packets => {
+                let builder = PacketBuilder::ipv4(from, to, 64);
+                flags(builder.tcp(from_port, to_port, sequence, 65_000))
+                    .write(&mut bytes, payload)?;
+                self.pod.enter(|| {
+                    let socket = Socket::new(
+                        Domain::IPV4,
+                        Type::RAW,
+                        Some(Protocol::from(libc::IPPROTO_RAW)),
+                    )?;
+                    socket.send_to(&bytes, &SockAddr::from(self.to)).map(drop)
+                })??;
+            }
+            With::Frames => {
+                let [own, gateway] = self.link;
+                let builder = PacketBuilder::ethernet2(own, gateway).ipv4(from, to, 64);
+                flags(builder.tcp(from_port, to_port, sequence, 65_000))
+                    .write(&mut bytes, payload)?;
+                self.pod.enter(|| send_frame("eth0", &bytes))??;
+            }
+        }
+        Ok(())
+    }
+
+    /// The next segment from the server: its header and its payload.
+    fn receive(&self) -> Result<(TcpHeader, Vec<u8>)> {
+        let deadline = Instant::now() + TIMEOUT;
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        loop {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            self.received
+                .set_read_timeout(Some(rest.max(Duration::from_millis(1))))?;
+            let length = self
+                .received
+                .recv(&mut buffer)
+                .context("waiting for an answer")?;
+            // SAFETY: recv(2) has written this many bytes.
+            let bytes = unsafe { buffer[..length].assume_init_ref() };
+            let packet = SlicedPacket::from_ip(bytes)?;
+            if let Some(TransportSlice::Tcp(segment)) = packet.transport
+                && segment.source_port() == self.to.port()
+                && segment.destination_port() == self.source.port()
+            {
+                return Ok((segment.to_header(), segment.payload().to_vec()));
+            }
+        }
+    }
+}
+
+fn hardware_address(place: &Place, interface: &str) -> Result<[u8; 6]> {
+    let links = place
+        .run("ip", ["-br", "link", "show", interface])?
+        .ok()?
+        .stdout;
+    let text = links
+        .split_ascii_whitespace()
+        .find(|word| word.matches(':').count() == 5)
+        .context("no hardware address")?;
+    let mut address = [0; 6];
+    for (byte, text) in address.iter_mut().zip(text.split(':')) {
+        *byte = u8::from_str_radix(text, 16)?;
+    }
+    Ok(address)
+}
+
+/// Sends an Ethernet frame through an interface of the calling thread's netns.
+fn send_frame(interface: &str, frame: &[u8]) -> nix::Result<()> {
+    let socket = nix::sys::socket::socket(
+        nix::sys::socket::AddressFamily::Packet,
+        nix::sys::socket::SockType::Raw,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    let index = nix::net::if_::if_nametoindex(interface)?;
+    let to = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: 0,
+        sll_ifindex: index.cast_signed(),
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 6,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: the kernel reads `frame` and `to`, each with its own length, and both outlive the call.
+    let result = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const to).cast(),
+            size_of_val(&to) as libc::socklen_t,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// A pair with a pod `other` beside the client, whose kernel, like the client's, resets no connection that it does not know:
+/// the worst case, because a forged connection then stays open.
+fn stage() -> Result<Pair> {
+    const SILENCE: &str = "add table inet quiet; \
+        add chain inet quiet out { type filter hook output priority 0; }; \
+        add rule inet quiet out tcp flags & rst == rst drop";
+    let mesh = builder()
+        .pod(PodSpec::new("other").on("a").service_account("other"))
+        .start()?;
+    for pod in ["client", "other"] {
+        mesh.pod(pod).run("nft", [SILENCE])?.ok()?;
+    }
+    // Takes effect when a socket starts to listen, so before the daemon and the apps do.
+    for server in [mesh.pod("web").place(), mesh.outside()] {
+        server
+            .netns()
+            .set_parameters(&[("net/ipv4/tcp_fastopen", FAST_OPEN_FOR_ALL)])?;
+    }
+    Pair::on(mesh, &DaemonOptions::default())
+}
+
+fn echo_server(place: &Place) -> Result<App> {
+    place
+        .app(&format!("echo-server --port {PORT}"))?
+        .listening()
+}
+
+/// Waits until the daemon of `web` has logged that it refused plaintext from `client`, and asserts that the app has not heard
+/// of it and that nothing of the app was sent to the client.
+fn assert_refused(pair: &Pair, echo: &App, client: SocketAddrV4) -> Result<()> {
+    let line = pair.far.wait_for_access("the refusal", TIMEOUT, |line| {
+        line["client"] == client.to_string()
+    })?;
+    assert_eq!(
+        (&line["direction"], &line["result"]),
+        (&"inbound".into(), &"refused".into()),
+        "{line}"
+    );
+    assert!(
+        line["reason"]
+            .as_str()
+            .is_some_and(|why| why.contains("STRICT")),
+        "{line}"
+    );
+    assert_eq!(line["client_identity"], "", "{line}");
+    assert_eq!(echo.events_of("accepted"), Vec::<Value>::new());
+    Ok(())
+}
+
+#[test]
+fn a_forged_connection_with_data_is_refused() -> Result<()> {
+    let pair = stage()?;
+    let echo = echo_server(&pair.web)?;
+    let capture = pair.mesh.wire().capture()?;
+    for (with, port) in [(With::Packets, 41_001), (With::Frames, 41_002)] {
+        let source = SocketAddrV4::new(pair.client.ipv4(), port);
+        let client = Client::new(&pair, with, source, pair.web.ipv4())?;
+        client.send(1000, None, b"")?;
+        let (header, _) = client.receive()?;
+        assert!(header.syn && header.ack, "{with:?}: {header:?}");
+        client.send(1001, Some(header.sequence_number.wrapping_add(1)), MARKER)?;
+        loop {
+            let (header, payload) = client.receive()?;
+            assert!(payload.is_empty(), "{with:?}: {}", payload.escape_ascii());
+            if header.rst {
+                break;
+            }
+        }
+        assert_refused(&pair, &echo, source)?;
+    }
+    // The pod's own bytes are on the wire: no hook sees what it sends past its kernel's TCP.
+    assert!(capture.stop()?.contains(MARKER));
+    Ok(())
+}
+
+#[test]
+fn data_in_a_forged_syn_is_refused() -> Result<()> {
+    let pair = stage()?;
+    let echo = echo_server(&pair.web)?;
+    let mut echo_outside = echo_server(pair.mesh.outside())?;
+    let capture = pair.mesh.wire().capture()?;
+    // From its own address, and from that of another pod of the mesh.
+    let mut port = 42_000;
+    for address in [pair.client.ipv4(), pair.mesh.pod("other").ipv4()] {
+        for with in [With::Packets, With::Frames] {
+            port += 1;
+            let source = SocketAddrV4::new(address, port);
+            // A server outside the mesh shows that such a segment would reach an app.
+            Client::new(&pair, with, source, pair.mesh.outside_ipv4())?.send(1000, None, MARKER)?;
+            let accepted = echo_outside.event("accepted", TIMEOUT)?;
+            assert_eq!(accepted["peer"], source.to_string(), "{accepted}");
+
+            Client::new(&pair, with, source, pair.web.ipv4())?.send(1000, None, MARKER)?;
+            assert_refused(&pair, &echo, source)?;
+        }
+    }
+    let answers = capture
+        .stop()?
+        .only(|packet| packet.source == pair.web.at(PORT));
+    assert!(!answers.packets().is_empty(), "no answer was captured");
+    assert_eq!(answers.payload_bytes(), 0);
+    Ok(())
+}
