@@ -23,7 +23,7 @@ const DEMO: &str = "The demo";
 const BOTH: &str = "Version 1 cgroups beside version 2";
 const REFUSED: &str = "Refused, with the feature that is missing and the version that brought it";
 /// What is not named here asks nothing of the kernel that the others do not: certificates, the CA, configuration, logs.
-const FEATURES: [Feature; 6] = [
+const FEATURES: [Feature; 7] = [
     Feature {
         title: "Redirection and addresses",
         tests: &[
@@ -60,6 +60,10 @@ const FEATURES: [Feature; 6] = [
     Feature {
         title: "Pods found by their processes, STRICT and policies",
         tests: &["lifecycle::enrolment", "traffic::policy"],
+    },
+    Feature {
+        title: "Callers that are no mesh pods, and namespaces nested in a pod",
+        tests: &["traffic::callers", "traffic::nested"],
     },
 ];
 /// The modules that run with both versions of cgroups.
