@@ -214,7 +214,7 @@ impl Judge<'_> {
                 Some(false) if !report.answered.is_empty() => {
                     self.violation("answered though denied", call, report, &states);
                 }
-                Some(false) if !matches!(call.to, Target::Service(_)) && report.hung() => {
+                Some(false) if is_told(call) && report.hung() => {
                     self.violation("left waiting, not refused", call, report, &states);
                 }
                 Some(false) => self.judged.refused += 1,
@@ -353,6 +353,12 @@ impl Judge<'_> {
         }
         text
     }
+}
+
+/// Whether a caller is told at once that it is refused. A cluster IP that leads nowhere and a pod that does not forward
+/// answer by ICMP errors, of which the kernel sends few.
+fn is_told(call: &Call) -> bool {
+    !matches!(call.to, Target::Service(_) | Target::Nested(_))
 }
 
 /// Of each kind.
