@@ -48,6 +48,8 @@ pub const MAX_PODS: u32 = 4096;
 pub const MAX_MESH_ADDRESSES: u32 = 1_000_000;
 /// Maximum number of nodes that are remembered to have had a ready daemon.
 pub const MAX_PROVEN_NODES: u32 = 65_536;
+/// Maximum number of addresses and ports at which pods and services of the mesh are exposed. Those beyond are not captured.
+pub const MAX_EXPOSED: u32 = 65_536;
 /// Maximum number of captured connections between the app's `connect` and the daemon's `accept`, and of connections from
 /// the daemon and the node to apps that are not established yet.
 pub const MAX_PENDING: u32 = 131_072;
@@ -65,8 +67,8 @@ pub const fn mapped(v4: [u8; 4]) -> Address {
 
 /// Kind of an address or network of the mesh: the value of the MESH map, stored as a `u32`.
 ///
-/// Connections to an address in the map are captured unless it is a [`MeshKind::Node`] or [`MeshKind::Outside`] address: the
-/// programs capture any kind that they do not know.
+/// Connections to an address in the map are captured unless it is a [`MeshKind::Outside`] address, or a [`MeshKind::Node`] or
+/// [`MeshKind::Exposed`] address whose port is not exposed: the programs capture any kind that they do not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum MeshKind {
@@ -77,10 +79,10 @@ pub enum MeshKind {
     /// A network that contains pod addresses. Captured where no longer prefix says otherwise: the daemon refuses an address
     /// that no object explains. Connections from it go to the tunnel listener of a PERMISSIVE pod.
     PodNetwork = 3,
-    /// An address of this node, which sends probes, and which no service claims. Never captured. A connection from it is
+    /// An address of a node, which no service claims. Connections to ports in the EXPOSED map are captured, no others. A connection from it is
     /// judged like any other, unless the kernel has recorded that a process of the node itself made it.
     Node = 4,
-    /// An address of a known pod or service outside the mesh, or of another node. Never captured. As a caller, it is treated like an address
+    /// An address of a known pod or service outside the mesh. Never captured. As a caller, it is treated like an address
     /// that is not in the map.
     Outside = 5,
     /// A network that contains virtual addresses of services. As a [`MeshKind::PodNetwork`], except that connections from
@@ -89,6 +91,20 @@ pub enum MeshKind {
     /// An address that was a pod's or service's of the mesh, and that no object claims any more. Captured, and refused by
     /// the daemon. As a caller, it is treated like a [`MeshKind::Pod`].
     Gone = 7,
+    /// An address at which a port of a pod or service of the mesh is exposed (`externalIPs`, a load balancer), and that is
+    /// no node's. Connections to ports in the EXPOSED map are captured. As a caller, it is treated like an address that is
+    /// not in the map.
+    Exposed = 8,
+}
+
+/// An address and port at which a pod or service of the mesh is exposed: the key of the EXPOSED map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Exposed {
+    /// The address. All zeros for every address of every node ([`MeshKind::Node`]).
+    pub address: Address,
+    /// The port in host byte order.
+    pub port: u32,
 }
 
 /// An enrolled pod: the value of the PODS map, whose key is the pod's netns cookie.
@@ -205,6 +221,8 @@ mod user {
     // SAFETY: a repr(C) struct of integers and byte arrays with explicit padding, so every byte pattern is valid and no
     // byte is uninitialised.
     unsafe impl aya::Pod for super::Pod {}
+    // SAFETY: as for `Pod`.
+    unsafe impl aya::Pod for super::Exposed {}
     // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::SocketKey {}
     // SAFETY: as for `Pod`.

@@ -4,7 +4,7 @@
 //! These programs run for every connect on the node, so the cheap checks come first: not TCP, not an enrolled pod, not a
 //! mesh address. Such a connect takes the kernel's own path and leaves no entry in any map.
 
-use auth_common::{Address, Dialled, MeshKind, OUTBOUND_PORT, Verdict};
+use auth_common::{Address, Dialled, OUTBOUND_PORT, Verdict};
 use aya_ebpf::{helpers::bpf_setsockopt, macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
         IPPROTO_TCP, LOOPBACK_V4, LOOPBACK_V6, PROCEED, SocketContext, is_mapped, now,
         set_user_ip4, set_user_ip6, set_user_port, user_ip4, user_ip6, user_port,
     },
+    exposed,
     maps::{BYPASS, DIALLED, FLOWS, PODS, dialled, flow_or_closed, mesh_kind},
     node_connect, non_tcp, same_node,
 };
@@ -95,7 +96,7 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
         let _ = unsafe { FLOWS.delete(ctx.socket()) };
     }
     let captured = match mesh_kind(*destination) {
-        Some(kind) => kind != MeshKind::Node as u32 && kind != MeshKind::Outside as u32,
+        Some(kind) => exposed::is_captured(kind, destination, port),
         None => false,
     };
     if !captured || *destination == pod.v4 || *destination == pod.v6 {

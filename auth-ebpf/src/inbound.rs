@@ -70,6 +70,7 @@ fn is_from_the_mesh(address: Address) -> bool {
         Some(kind) => {
             kind != MeshKind::Node as u32
                 && kind != MeshKind::Outside as u32
+                && kind != MeshKind::Exposed as u32
                 && kind != MeshKind::ServiceNetwork as u32
         }
         None => false,

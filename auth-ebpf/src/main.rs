@@ -6,6 +6,7 @@
 // The hooks.
 mod connect;
 mod established;
+mod exposed;
 mod first_socket;
 mod forward;
 mod names;

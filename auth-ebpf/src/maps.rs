@@ -4,9 +4,9 @@
 //! VERDICTS and ADMITTED), the ring buffer EVENTS (1 MiB) and REPORTED (1 MiB).
 
 use auth_common::{
-    Closed, DELIVERY, Dialled, EVENT_BYTES, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket, Flow,
-    MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS, NODE_CONNECT, Node, Pod,
-    SocketKey, SocketOrigin, Verdict,
+    Closed, DELIVERY, Dialled, EVENT_BYTES, Exposed, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket,
+    Flow, MAX_EXPOSED, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS,
+    NODE_CONNECT, Node, Pod, SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
     bindings::BPF_SK_STORAGE_GET_F_CREATE,
@@ -21,6 +21,10 @@ use crate::{context::SocketContext, shared::ON_DEMAND};
 /// Enrolled pods by netns cookie.
 #[btf_map]
 pub static PODS: HashMap<u64, Pod, { MAX_PODS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Ports at which pods and services of the mesh are exposed. The value is always 1.
+#[btf_map]
+pub static EXPOSED: HashMap<Exposed, u32, { MAX_EXPOSED as usize }, ON_DEMAND> = HashMap::new();
 
 /// Nodes that have, or once had, a ready daemon: a hash of the name, and when that was noted. No program reads it: it is
 /// here because the pinned maps survive the daemon.

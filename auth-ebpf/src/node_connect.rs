@@ -19,6 +19,7 @@ fn may_be_a_pod(destination: &Address) -> bool {
                 && kind != MeshKind::ServiceNetwork as u32
                 && kind != MeshKind::Node as u32
                 && kind != MeshKind::Outside as u32
+                && kind != MeshKind::Exposed as u32
         }
         None => true,
     }

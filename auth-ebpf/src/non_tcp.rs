@@ -51,7 +51,11 @@ pub fn refuses_datagrams(ctx: &SockAddrContext, destination: &Address) -> bool {
         return false;
     };
     let is_mesh = match mesh_kind(*destination) {
-        Some(kind) => kind != MeshKind::Node as u32 && kind != MeshKind::Outside as u32,
+        Some(kind) => {
+            kind != MeshKind::Node as u32
+                && kind != MeshKind::Outside as u32
+                && kind != MeshKind::Exposed as u32
+        }
         None => false,
     };
     is_mesh && *destination != pod.v4 && *destination != pod.v6

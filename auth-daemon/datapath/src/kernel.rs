@@ -28,7 +28,7 @@ use aya::{
 use ipnet::IpNet;
 
 use super::{
-    FirstSockets, Netns, PinLock, ProvenNodes, SameNode, forwarding,
+    ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, exposed, forwarding,
     inbound::{self, InboundProgram},
     node_cgroups::pod_roots,
     proven_nodes,
@@ -37,7 +37,7 @@ use super::{
 /// The compiled eBPF programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF"));
 
-const MAPS: [&str; 16] = [
+const MAPS: [&str; 17] = [
     "PODS",
     "MESH",
     "PENDING",
@@ -54,6 +54,7 @@ const MAPS: [&str; 16] = [
     "REPORTED",
     "FIRST_SOCKETS",
     proven_nodes::MAP,
+    exposed::MAP,
 ];
 const CGROUP_PROGRAMS: [&str; 8] = [
     "connect4",
@@ -153,6 +154,8 @@ pub struct Kernel {
     pub same_node: SameNode,
     /// The nodes that have, or once had, a ready daemon.
     pub proven_nodes: ProvenNodes,
+    /// The ports at which pods and services of the mesh are exposed.
+    pub exposed_ports: ExposedPorts,
     /// `None` after [`Kernel::release`].
     lock: Mutex<Option<PinLock>>,
 }
@@ -234,6 +237,7 @@ impl Kernel {
             Array::try_from(take_map(&mut ebpf, "NODE")?).map_err(map_error("NODE"))?;
         let same_node = SameNode::new(&mut ebpf)?;
         let proven_nodes = ProvenNodes::new(&mut ebpf)?;
+        let exposed_ports = ExposedPorts::new(&mut ebpf)?;
         let first_sockets = RingBuf::try_from(take_map(&mut ebpf, "FIRST_SOCKETS")?)
             .map_err(map_error("FIRST_SOCKETS"))?;
         // Load all programs before any is attached, so that nothing has changed if the kernel rejects one.
@@ -263,6 +267,7 @@ impl Kernel {
             first_sockets: Mutex::new(Some(first_sockets)),
             same_node,
             proven_nodes,
+            exposed_ports,
             pins,
             lock: Mutex::new(Some(lock)),
         })

@@ -3,6 +3,7 @@
 
 mod containers;
 mod events;
+mod exposed;
 pub mod features;
 mod first_socket;
 mod flows;
@@ -24,6 +25,7 @@ pub mod sockets;
 pub mod unload;
 
 pub use containers::{NoPodUid, PodUid};
+pub use exposed::ExposedPorts;
 pub use first_socket::FirstSockets;
 pub use kernel::{Kernel, KernelError, try_load};
 pub use netns::Netns;

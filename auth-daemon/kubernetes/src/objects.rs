@@ -67,6 +67,11 @@ pub struct ContainerPort {
     pub container_port: i32,
     /// Protocol. Defaults to `TCP`.
     pub protocol: Option<String>,
+    /// Port of the node at which the port is exposed.
+    pub host_port: Option<i32>,
+    /// Address of the node at which `host_port` is exposed. Defaults to all of them.
+    #[serde(rename = "hostIP")]
+    pub host_ip: Option<String>,
 }
 
 /// Observed state of a pod.
@@ -81,12 +86,18 @@ pub struct PodStatus {
     /// All addresses.
     #[serde(rename = "podIPs", default, deserialize_with = "or_default")]
     pub pod_ips: Vec<PodIp>,
+    /// Primary address of the pod's node.
+    #[serde(rename = "hostIP")]
+    pub host_ip: Option<String>,
+    /// All addresses of the pod's node, at most one of each family.
+    #[serde(rename = "hostIPs", default, deserialize_with = "or_default")]
+    pub host_ips: Vec<PodIp>,
     /// Conditions, such as `Ready`.
     #[serde(default, deserialize_with = "or_default")]
     pub conditions: Vec<Condition>,
 }
 
-/// An address of a pod.
+/// An address of a pod or its node.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct PodIp {
     /// The address, as text.
@@ -113,6 +124,36 @@ pub struct Service {
     /// Desired state.
     #[serde(default, deserialize_with = "or_default")]
     pub spec: ServiceSpec,
+    /// Observed state.
+    #[serde(default, deserialize_with = "or_default")]
+    pub status: ServiceStatus,
+}
+
+/// Observed state of a service.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceStatus {
+    /// The service's load balancer.
+    #[serde(default, deserialize_with = "or_default")]
+    pub load_balancer: LoadBalancer,
+}
+
+/// A load balancer of a service.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct LoadBalancer {
+    /// Where the load balancer accepts connections.
+    #[serde(default, deserialize_with = "or_default")]
+    pub ingress: Vec<Ingress>,
+}
+
+/// An address or name of a load balancer.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ingress {
+    /// The address, if it has no name.
+    pub ip: Option<String>,
+    /// `VIP`, the default, or `Proxy` if nodes must send connections to the load balancer itself.
+    pub ip_mode: Option<String>,
 }
 
 /// Desired state of a service.
@@ -134,6 +175,9 @@ pub struct ServiceSpec {
     /// Ports.
     #[serde(default, deserialize_with = "or_default")]
     pub ports: Vec<ServicePort>,
+    /// Further addresses at which the service's ports are exposed.
+    #[serde(rename = "externalIPs", default, deserialize_with = "or_default")]
+    pub external_ips: Vec<String>,
     /// Whether pods that are not ready are included.
     pub publish_not_ready_addresses: Option<bool>,
     /// `ClientIP` if a client is always sent to the same pod.
@@ -154,6 +198,8 @@ pub struct ServicePort {
     pub protocol: Option<String>,
     /// Port of the pods. Defaults to `port`.
     pub target_port: Option<IntOrString>,
+    /// Port at which every node exposes the port, for services of type `NodePort` and `LoadBalancer`.
+    pub node_port: Option<i32>,
 }
 
 /// A node.

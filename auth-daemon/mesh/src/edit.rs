@@ -90,6 +90,7 @@ impl Edit {
             forget(&mut namespace.by_label, &label, &name.name);
         }
         self.next.crowded.remove(name);
+        self.hide_service(&state.service);
         for address in &state.service.addresses {
             self.unclaim(*address, Claimant::Service, name);
         }
@@ -228,7 +229,9 @@ impl Edit {
     /// Adds `pod` to the index by address and, if it is in the mesh, to the one by node.
     fn index(&mut self, pod: &Arc<Workload>) {
         self.touch(pod);
-        if !self.next.is_member(pod) {
+        let is_member = self.next.is_member(pod);
+        self.expose_pod(pod, is_member);
+        if !is_member {
             for address in &pod.addresses {
                 self.claim(*address, Claim::OutsidePod(pod.clone()));
             }
@@ -246,6 +249,7 @@ impl Edit {
 
     fn unindex(&mut self, pod: &Arc<Workload>) {
         self.touch(pod);
+        self.hide_pod(pod);
         if let Some(pods) = self.next.nodes.get_mut(&pod.node) {
             pods.remove(&pod.name);
             if pods.is_empty() {
@@ -351,6 +355,7 @@ impl Edit {
         for (address, claim) in claims {
             self.claim(address, claim);
         }
+        self.expose_service(service, ours);
         match room {
             Some(_) => self.next.crowded.remove(name),
             None => self.next.crowded.insert(name.clone()),
@@ -447,7 +452,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Inventory, Port, TargetPort};
+    use crate::{HostPort, Inventory, Port, TargetPort};
 
     #[derive(Clone, Debug)]
     enum Change {
@@ -480,8 +485,15 @@ mod tests {
 
     fn change() -> impl Strategy<Value = Change> {
         let flags = (any::<bool>(), any::<bool>(), any::<bool>());
-        let pod = (name(), address(), "[mn]?", "[pq]", membership(), flags).prop_map(
-            |(name, addresses, node, app, membership, (ready, terminating, host_network))| {
+        let exposed = (address(), prop::option::of(node_address()));
+        let pod = (name(), exposed, "[mn]?", "[pq]", membership(), flags).prop_map(
+            |(name, (addresses, host), node, app, membership, flags)| {
+                let (ready, terminating, host_network) = flags;
+                let host_port = host.map(|address| HostPort {
+                    addresses: vec![address],
+                    port: 80,
+                    target: 8080,
+                });
                 let account = format!("spiffe://c/ns/{}/sa/{app}", name.namespace);
                 Change::Pod(Workload {
                     addresses,
@@ -490,12 +502,15 @@ mod tests {
                     terminating,
                     host_network,
                     membership,
+                    host_ports: host_port.into_iter().collect(),
                     labels: [("app".to_owned(), app), ("x".to_owned(), "y".to_owned())].into(),
                     ..Workload::new(name, account.parse().unwrap())
                 })
             },
         );
-        let service = (name(), address(), "[pq]?").prop_map(|(name, addresses, app)| {
+        let exposed = (prop::option::of(node_address()), any::<bool>());
+        let service = (name(), address(), "[pq]?", exposed);
+        let service = service.prop_map(|(name, addresses, app, (external, has_node_port))| {
             let selector = (!app.is_empty()).then(|| ("app".to_owned(), app));
             Change::Service(Service {
                 addresses,
@@ -505,6 +520,8 @@ mod tests {
                     target: TargetPort::Number(8080),
                 }],
                 selector: selector.into_iter().collect(),
+                external_addresses: external.into_iter().collect(),
+                node_ports: has_node_port.then_some((80, 80)).into_iter().collect(),
                 ..Service::new(name)
             })
         });
@@ -517,6 +534,10 @@ mod tests {
             1 => name().prop_map(Change::NoService),
             1 => ("[xy]", membership()).prop_map(|(name, membership)| Change::Namespace(name, membership)),
         ]
+    }
+
+    fn node_address() -> impl Strategy<Value = IpAddr> {
+        (4..7_u8).prop_map(|last| IpAddr::from([10, 0, 0, last]))
     }
 
     fn slice() -> impl Strategy<Value = Change> {
@@ -546,7 +567,7 @@ mod tests {
 
     /// Everything that can be queried from a snapshot.
     fn observed(snapshot: &Snapshot) -> Vec<String> {
-        let mut seen: Vec<_> = (1..5_u8)
+        let mut seen: Vec<_> = (1..8_u8)
             .map(|last| {
                 let found = snapshot.resolve(([10, 0, 0, last], 80).into());
                 format!("{found:?}")
@@ -566,6 +587,8 @@ mod tests {
                     .map(|pod| format!("{node} {}", pod.name)),
             );
         }
+        seen.extend(snapshot.exposed().map(|at| format!("{at:?}")));
+        seen.extend(snapshot.exposed_errors());
         seen.push(format!("{:?}", snapshot.disputed));
         seen
     }
@@ -594,6 +617,15 @@ mod tests {
                     };
                 }
                 prop_assert!(told.into_iter().eq(next.addresses()), "the difference tells it all");
+                let mut exposed: BTreeSet<_> = last.exposed().collect();
+                for (at, is_exposed) in next.exposed_since(&last) {
+                    let has_changed = match is_exposed {
+                        true => exposed.insert(at),
+                        false => exposed.remove(&at),
+                    };
+                    prop_assert!(has_changed, "{at:?}");
+                }
+                prop_assert!(exposed.into_iter().eq(next.exposed()), "of exposed ports, too");
                 let namespaces = || next.namespaces.values();
                 let pods = namespaces().flat_map(|ns| ns.pods.values()).flat_map(|pod| &pod.addresses);
                 let services = namespaces().flat_map(|ns| ns.services.values());

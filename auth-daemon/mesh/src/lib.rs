@@ -2,6 +2,7 @@
 
 mod claims;
 mod edit;
+mod exposed;
 mod identity;
 mod membership;
 mod node;
@@ -15,6 +16,7 @@ mod workload;
 
 pub use claims::AddressKind;
 pub use edit::Edit;
+pub use exposed::{ExposedAt, HostPort};
 pub use identity::{Identity, InvalidIdentity, TrustDomain};
 pub use membership::{Membership, MeshDefault};
 pub use node::{Networks, Node};

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Identity, ObjectName, Port, Service, SliceEndpoint, Workload};
+use super::{Identity, ObjectName, Port, Service, SliceEndpoint, Unreachable, Workload};
 
 /// Maximum number of endpoints that a service gets from slices, over all its ports. The limit keeps a user who may
 /// write slices from exhausting the memory of all nodes.
@@ -228,6 +228,23 @@ struct Candidate {
 }
 
 impl Resolved {
+    /// Returns where a connection to `port` may go.
+    pub(super) fn destination(&self, port: u16) -> Result<Destination, Unreachable> {
+        let name = || self.name.clone();
+        let found = self.ports.get(&port);
+        let found = found.ok_or_else(|| Unreachable::NoPort(name(), port))?;
+        if found.endpoints.is_empty() {
+            return Err(Unreachable::NoEndpoint(name(), port));
+        }
+        Ok(Destination {
+            service: Some(name()),
+            endpoints: found.endpoints.clone(),
+            identities: found.identities.clone(),
+            sticky: self.sticky,
+            local: self.local,
+        })
+    }
+
     /// Resolves `service` with `backends` for `address`. Each endpoint from a slice takes one from `room`. If there is
     /// no room left, `room` becomes `None` and further endpoints are left out.
     pub(super) fn new(

@@ -16,6 +16,10 @@ pub struct Service {
     pub addresses: Vec<IpAddr>,
     /// TCP ports.
     pub ports: Vec<Port>,
+    /// Ports at which all nodes expose the service (`nodePort`), with the port of the virtual address of each.
+    pub node_ports: Vec<(u16, u16)>,
+    /// Addresses of load balancers, and external addresses, at which the service's ports are exposed.
+    pub external_addresses: Vec<IpAddr>,
     /// Labels that a pod must have to be an endpoint. If empty, endpoint slices list the endpoints.
     pub selector: BTreeMap<String, String>,
     /// The only identities that may run the service, if an annotation pins them.
@@ -55,6 +59,8 @@ impl Service {
             name,
             addresses: Vec::new(),
             ports: Vec::new(),
+            node_ports: Vec::new(),
+            external_addresses: Vec::new(),
             selector: BTreeMap::new(),
             pinned_identities: None,
             publish_not_ready: false,

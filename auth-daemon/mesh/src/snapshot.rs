@@ -14,6 +14,7 @@ use imbl::{HashMap, OrdMap, OrdSet, ordmap::DiffItem};
 use super::{
     Destination, Edit, Identity, Membership, MeshDefault, ObjectName, Service, Slice, Workload,
     claims::{AddressKind, Claim, Claims},
+    exposed::Exposed,
     node::Cluster,
     resolved::MAX_SLICED,
 };
@@ -48,6 +49,7 @@ pub struct Snapshot {
     /// Nodes whose tunnel an administrator has disabled.
     pub(super) disabled: OrdSet<String>,
     pub(super) cluster: Cluster,
+    pub(super) exposed: Exposed,
 }
 
 /// See [`Snapshot::daemons`].
@@ -98,6 +100,9 @@ pub enum Unreachable {
     /// More than one live pod or service claims the address.
     #[error("{0} is claimed by more than one pod or service; fix the objects that claim it")]
     Disputed(IpAddr),
+    /// More than one object is exposed at the address and port.
+    #[error("{0} is exposed by {1}; remove the port from all but one of them")]
+    DisputedPort(SocketAddr, String),
     /// The service has no such TCP port.
     #[error("service {0} has no TCP port {1}")]
     NoPort(ObjectName, u16),
@@ -111,7 +116,7 @@ impl Unreachable {
     pub fn service(&self) -> Option<&ObjectName> {
         match self {
             Self::NoPort(service, _) | Self::NoEndpoint(service, _) => Some(service),
-            Self::Unknown(_) | Self::Disputed(_) => None,
+            Self::Unknown(_) | Self::Disputed(_) | Self::DisputedPort(..) => None,
         }
     }
 }
@@ -241,7 +246,8 @@ impl Snapshot {
     /// Returns descriptions of all conflicts. Each names the objects.
     pub fn errors(&self) -> impl Iterator<Item = String> {
         let disputed = self.disputed.iter().map(|address| self.error(*address));
-        disputed.chain(self.crowded.iter().map(crowd))
+        let crowded = self.crowded.iter().map(crowd);
+        disputed.chain(crowded).chain(self.exposed_errors())
     }
 
     /// Returns the conflicts that `before` did not have. The cost depends on the number of changes.
@@ -256,7 +262,8 @@ impl Snapshot {
             imbl::ordset::DiffItem::Add(service) => Some(crowd(service)),
             imbl::ordset::DiffItem::Remove(_) => None,
         });
-        disputed.chain(crowded)
+        let exposed = self.exposed_errors_since(before);
+        disputed.chain(crowded).chain(exposed)
     }
 
     fn error(&self, address: IpAddr) -> String {
@@ -266,9 +273,13 @@ impl Snapshot {
     }
 
     /// Resolves `address` to the endpoints that a connection may use and the identities that may answer. The address of a
-    /// pod, service or node outside the mesh is its own only endpoint, and no identity answers there.
+    /// pod, service or node outside the mesh is its own only endpoint, and no identity answers there. A port at which a
+    /// service or pod is exposed leads there, unless another object claims the whole address.
     pub fn resolve(&self, address: SocketAddr) -> Result<Destination, Unreachable> {
         let ip = address.ip();
+        if let Some(exposed) = self.resolve_exposed(address) {
+            return exposed;
+        }
         let Some(claims) = self.addresses.get(&ip) else {
             return match self.node_at(ip) {
                 Some(_) => Ok(Destination::at(address, None, false)),
@@ -282,23 +293,7 @@ impl Snapshot {
                 service: Some(service.name.clone()),
                 ..Destination::at(address, None, false)
             }),
-            Claim::Service(service) => {
-                let name = || service.name.clone();
-                let port = service
-                    .ports
-                    .get(&address.port())
-                    .ok_or_else(|| Unreachable::NoPort(name(), address.port()))?;
-                if port.endpoints.is_empty() {
-                    return Err(Unreachable::NoEndpoint(name(), address.port()));
-                }
-                Ok(Destination {
-                    service: Some(name()),
-                    endpoints: port.endpoints.clone(),
-                    identities: port.identities.clone(),
-                    sticky: service.sticky,
-                    local: service.local,
-                })
-            }
+            Claim::Service(service) => service.destination(address.port()),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
 
-use super::{Identity, Membership};
+use super::{HostPort, Identity, Membership};
 
 /// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -46,6 +46,8 @@ pub struct Workload {
     pub labels: BTreeMap<String, String>,
     /// Named ports of the pod's containers.
     pub named_ports: BTreeMap<String, u16>,
+    /// Ports of the pod that its node exposes.
+    pub host_ports: Vec<HostPort>,
     /// Path of the pod's network namespace, if the source provides it.
     pub netns: Option<PathBuf>,
 }
@@ -65,6 +67,7 @@ impl Workload {
             membership: None,
             labels: BTreeMap::new(),
             named_ports: BTreeMap::new(),
+            host_ports: Vec::new(),
             netns: None,
         }
     }

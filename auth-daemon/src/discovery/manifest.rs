@@ -17,8 +17,8 @@ use serde_json::Value;
 
 use auth_kubernetes::objects;
 use auth_mesh::{
-    Identity, Membership, Node, ObjectName, Port, Service, Slice, TargetPort, TrustDomain,
-    Workload, policy,
+    HostPort, Identity, Membership, Node, ObjectName, Port, Service, Slice, TargetPort,
+    TrustDomain, Workload, policy,
 };
 
 pub use node::{TUNNEL_ANNOTATION, node, service_cidr};
@@ -306,6 +306,10 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         None => None,
     };
     let mut named_ports = BTreeMap::new();
+    let mut host_ports = Vec::new();
+    let host_ips = status.host_ips.into_iter().map(|ip| ip.ip);
+    let host_addresses = self::addresses(status.host_ip.into_iter().chain(host_ips))
+        .map_err(|error| invalid("status.hostIP", error))?;
     // A sidecar is an init container (Kubernetes 1.29). Of two ports with the same name, the first is used.
     let containers = spec.containers.into_iter().chain(spec.init_containers);
     for port in containers.flat_map(|container| container.ports) {
@@ -314,6 +318,17 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         }
         let number = port_number(port.container_port)
             .map_err(|error| invalid("spec.containers.ports.containerPort", error))?;
+        if let Some(host_port) = port.host_port.filter(|port| *port != 0) {
+            let host_port = port_number(host_port)
+                .map_err(|error| invalid("spec.containers.ports.hostPort", error))?;
+            let addresses = exposed_on(port.host_ip.as_deref(), &host_addresses)
+                .map_err(|error| invalid("spec.containers.ports.hostIP", error))?;
+            host_ports.push(HostPort {
+                addresses,
+                port: host_port,
+                target: number,
+            });
+        }
         if let Some(name) = port.name {
             named_ports.entry(name).or_insert(number);
         }
@@ -336,9 +351,31 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         membership,
         labels: pod.metadata.labels.unwrap_or_default(),
         named_ports,
+        host_ports,
         netns,
         ..Workload::new(name, identity)
     }))))
+}
+
+/// Returns the addresses at which a node exposes a `hostPort` with this `hostIP`.
+fn exposed_on(host_ip: Option<&str>, of_node: &[IpAddr]) -> Result<Vec<IpAddr>, String> {
+    let text = host_ip.unwrap_or_default();
+    if text.is_empty() {
+        return Ok(of_node.to_vec());
+    }
+    let ip: IpAddr = text
+        .parse()
+        .map_err(|_| format!("{text:?} is not an IP address"))?;
+    let ip = ip.to_canonical();
+    Ok(if ip.is_unspecified() {
+        let same_family = of_node.iter().filter(|of| of.is_ipv4() == ip.is_ipv4());
+        same_family.copied().collect()
+    } else if ip.is_loopback() {
+        // Only the node itself can dial it.
+        Vec::new()
+    } else {
+        vec![ip]
+    })
 }
 
 /// Parses addresses. Skips empty texts and duplicates.
@@ -368,6 +405,17 @@ pub fn service(
     let ips = spec.cluster_ip.into_iter().chain(spec.cluster_ips);
     let addresses = addresses(ips.filter(|ip| ip != "None"))
         .map_err(|error| invalid("spec.clusterIP", error))?;
+    let ingress = service.status.load_balancer.ingress.into_iter();
+    let virtual_ips = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"));
+    let load_balancers = self::addresses(virtual_ips.filter_map(|ingress| ingress.ip))
+        .map_err(|error| invalid("status.loadBalancer.ingress", error))?;
+    let mut external_addresses =
+        self::addresses(spec.external_ips).map_err(|error| invalid("spec.externalIPs", error))?;
+    external_addresses.extend(load_balancers);
+    external_addresses.sort();
+    external_addresses.dedup();
+    let has_node_ports = matches!(spec.type_.as_deref(), Some("NodePort" | "LoadBalancer"));
+    let mut node_ports = Vec::new();
     let mut ports = Vec::new();
     for (index, port) in spec.ports.into_iter().enumerate() {
         if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
@@ -383,6 +431,11 @@ pub fn service(
             ),
             Some(IntOrString::String(target)) => TargetPort::Name(target),
         };
+        if let Some(node_port) = port.node_port.filter(|port| has_node_ports && *port != 0) {
+            let node_port = port_number(node_port)
+                .map_err(|error| invalid(&format!("spec.ports[{index}].nodePort"), error))?;
+            node_ports.push((node_port, number));
+        }
         ports.push(Port {
             name: port.name.unwrap_or_default(),
             port: number,
@@ -407,6 +460,8 @@ pub fn service(
     Ok(Some(Object::Service(Arc::new(Service {
         addresses,
         ports,
+        node_ports,
+        external_addresses,
         selector: spec.selector,
         pinned_identities,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
@@ -481,6 +536,98 @@ mod tests {
         assert_eq!(pod.named_ports["http"], 8080);
         assert!(pod.ready);
         assert_eq!(pod.netns, Some("/run/netns/web-1".into()));
+    }
+
+    #[test]
+    fn reads_the_ports_that_a_node_exposes_for_a_pod() {
+        let mut pod = pod_object();
+        pod["status"]["hostIP"] = json!("192.0.2.1");
+        pod["status"]["hostIPs"] = json!([{"ip": "192.0.2.1"}, {"ip": "2001:db8::1"}]);
+        let ports =
+            |host_ip: &str| json!([{"containerPort": 8080, "hostPort": 80, "hostIP": host_ip}]);
+        let mut exposed = |host_ip: &str| {
+            pod["spec"]["containers"][0]["ports"] = ports(host_ip);
+            let (_, object) = read(pod.clone(), &domain()).unwrap().pop().unwrap();
+            let Object::Pod(pod) = object else {
+                panic!("no pod");
+            };
+            let [port] = pod.host_ports.as_slice() else {
+                panic!("{:?}", pod.host_ports);
+            };
+            assert_eq!((port.port, port.target), (80, 8080));
+            let addresses = port.addresses.iter();
+            addresses.map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(exposed(""), ["192.0.2.1", "2001:db8::1"]);
+        assert_eq!(exposed("0.0.0.0"), ["192.0.2.1"]);
+        assert_eq!(exposed("198.51.100.7"), ["198.51.100.7"]);
+        assert_eq!(exposed("127.0.0.1"), [""; 0]);
+        pod["spec"]["containers"][0]["ports"] =
+            json!([{"containerPort": 8080, "hostPort": 80, "protocol": "UDP"}]);
+        pod["spec"]["initContainers"] = json!([{"ports": [{"containerPort": 1, "hostPort": 81}]}]);
+        let (_, Object::Pod(sidecar)) = read(pod, &domain()).unwrap().pop().unwrap() else {
+            panic!("no pod");
+        };
+        assert_eq!(sidecar.host_ports.len(), 1, "TCP only");
+        assert_eq!(sidecar.host_ports[0].port, 81);
+    }
+
+    #[test]
+    fn reads_where_a_service_is_exposed() {
+        let object = |kind: &str| {
+            json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+                "spec": {
+                    "type": kind, "clusterIP": "10.96.0.1", "externalIPs": ["198.51.100.2"],
+                    "ports": [
+                        {"name": "http", "port": 80, "nodePort": 30080},
+                        {"name": "dns", "port": 53, "nodePort": 30053, "protocol": "UDP"},
+                    ],
+                },
+                "status": {"loadBalancer": {"ingress": [
+                    {"ip": "198.51.100.1", "ipMode": "VIP"}, {"ip": "198.51.100.3", "ipMode": "Proxy"},
+                    {"hostname": "lb.example"}, {"ip": "198.51.100.2"},
+                ]}},
+            })
+        };
+        for (kind, node_ports) in [
+            ("LoadBalancer", vec![(30080, 80)]),
+            ("NodePort", vec![(30080, 80)]),
+            ("ClusterIP", vec![]),
+        ] {
+            let (_, object) = read(object(kind), &domain()).unwrap().pop().unwrap();
+            let Object::Service(service) = object else {
+                panic!("no service");
+            };
+            assert_eq!(service.node_ports, node_ports, "{kind}");
+            let external = service.external_addresses.iter().map(ToString::to_string);
+            assert_eq!(
+                external.collect::<Vec<_>>(),
+                ["198.51.100.1", "198.51.100.2"]
+            );
+        }
+        for (pointer, value, expected) in [
+            (
+                "/spec/externalIPs/0",
+                json!("lb"),
+                "spec.externalIPs: \"lb\"",
+            ),
+            (
+                "/spec/ports/0/nodePort",
+                json!(70000),
+                "spec.ports[0].nodePort: 70000",
+            ),
+            (
+                "/status/loadBalancer/ingress/0/ip",
+                json!("x"),
+                "status.loadBalancer.ingress: \"x\"",
+            ),
+        ] {
+            let mut object = object("NodePort");
+            *object.pointer_mut(pointer).unwrap() = value;
+            let error = read(object, &domain()).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     /// Returns the pod with the field at `pointer` set to `value`.

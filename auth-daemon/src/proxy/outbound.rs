@@ -338,7 +338,15 @@ impl Call<'_> {
         let mut changes = registry.changes();
         let resolved = loop {
             changes.borrow_and_update();
-            let resolved = registry.snapshot().resolve(dialled);
+            let snapshot = registry.snapshot();
+            let ip = dialled.ip();
+            // An address that is refused stays refused where a port of it is exposed.
+            let resolved =
+                if snapshot.kind(ip).is_none() && self.node.unclaimed.refuse(ip).is_some() {
+                    Err(Unreachable::Unknown(ip))
+                } else {
+                    snapshot.resolve(dialled)
+                };
             let is_known = !matches!(resolved, Err(Unreachable::Unknown(_)));
             if is_known || !matches!(timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
                 break resolved;

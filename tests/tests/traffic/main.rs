@@ -8,6 +8,7 @@ mod addresses;
 mod basics;
 mod callers;
 mod endings;
+mod exposed;
 mod load;
 mod nested;
 mod non_tcp;

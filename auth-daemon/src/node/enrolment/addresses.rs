@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use auth_common::MeshKind;
+use auth_common::{MAX_EXPOSED, MeshKind};
 use ipnet::IpNet;
 
 use super::Enrolment;
@@ -46,6 +46,11 @@ impl Enrolment {
             None => adopt(&mut gone, &node.kernel, snapshot, &node_addresses),
         }
         changed.extend(self.told.node_addresses.iter().chain(&node_addresses));
+        if let Some(before) = before {
+            let exposed = snapshot.exposed_since(before);
+            changed.extend(exposed.filter_map(|(at, _)| at.address));
+        }
+        let are_exposed = self.tell_exposed_ports(snapshot);
         let networks = self.networks(snapshot);
         if networks != self.told.networks {
             // Before the kernel captures anything in them.
@@ -76,8 +81,33 @@ impl Enrolment {
             snapshot: Some(snapshot.clone()),
             node_addresses,
             networks,
-            is_written: written.is_ok(),
+            is_written: written.is_ok() && are_exposed,
         };
+    }
+
+    /// Writes the ports at which pods and services of the mesh are exposed to the kernel, if they have changed. Returns
+    /// whether they are written.
+    fn tell_exposed_ports(&self, snapshot: &Snapshot) -> bool {
+        let before = self.told.snapshot.as_ref().filter(|_| self.told.is_written);
+        if before.is_some_and(|before| snapshot.exposed_since(before).next().is_none()) {
+            return true;
+        }
+        match self.node.kernel.exposed_ports.set(snapshot.exposed()) {
+            Ok(0) => true,
+            Ok(left_out) => {
+                tracing::error!(
+                    left_out,
+                    most = MAX_EXPOSED,
+                    "too many exposed ports of services and pods; connections to those left out are not captured, and \
+                     servers in STRICT refuse them"
+                );
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot tell the kernel's side the exposed ports; new ones are not captured");
+                false
+            }
+        }
     }
 
     /// Returns what an address is to the kernel when it calls a pod of this node. `None` if the MESH map says nothing of it.
@@ -97,7 +127,13 @@ impl Enrolment {
             let networks = networks.iter().filter(|(net, _)| net.contains(&address));
             networks.max_by_key(|(net, _)| net.prefix_len())
         };
-        let of_its_own = sources.kind(address);
+        let of_its_own = match sources.kind(address) {
+            // Another node, and what runs in its netns, calls from outside the mesh.
+            Some(MeshKind::Node) if node_addresses.binary_search(&address).is_err() => {
+                Some(MeshKind::Outside)
+            }
+            kind => kind,
+        };
         of_its_own.or_else(|| containing().map(|(_, kind)| *kind))
     }
 
@@ -129,7 +165,7 @@ impl Sources<'_> {
     /// This is the rule of which claim outranks which. A service outranks the node, because a pod that dials the service
     /// must be captured even where the node holds the address, too (IPVS mode of kube-proxy, a virtual address on the
     /// loopback). The address stays captured when the service is gone, because the node may still forward it. The node
-    /// outranks everything else.
+    /// outranks everything else. Another node outranks what is outside the mesh, and exposed ports outrank nothing.
     fn kind(&self, address: IpAddr) -> Option<MeshKind> {
         let claim = self.snapshot.kind(address);
         let gone = self.gone.get(address).filter(|_| claim.is_none());
@@ -145,10 +181,21 @@ impl Sources<'_> {
         match claim {
             Some(AddressKind::Pod) => Some(MeshKind::Pod),
             Some(AddressKind::Service) => Some(MeshKind::Service),
+            // Of another node. Pods in its own netns have its address, too.
+            Some(AddressKind::Outside) if self.snapshot.node_at(address).is_some() => {
+                Some(MeshKind::Node)
+            }
             Some(AddressKind::Outside) => Some(MeshKind::Outside),
             None if gone.is_some() => Some(MeshKind::Gone),
-            // A network may be a single address.
-            None => self.networks.get(&IpNet::from(address)).copied(),
+            // Users may expose a service at any address: that takes none out of a network. A network may be a single
+            // address.
+            None if self.networks.keys().any(|net| net.contains(&address)) => {
+                self.networks.get(&IpNet::from(address)).copied()
+            }
+            None => {
+                let has_port = self.snapshot.has_exposed_port(address);
+                has_port.then_some(MeshKind::Exposed)
+            }
         }
     }
 
@@ -168,6 +215,7 @@ impl Sources<'_> {
             .chain(self.snapshot.node_addresses())
             .chain(self.node_addresses.iter().copied())
             .chain(self.gone.addresses())
+            .chain(self.snapshot.exposed().filter_map(|at| at.address))
             .map(IpNet::from);
         let nets = addresses.chain(self.networks.keys().copied());
         nets.filter_map(|net| Some((net, self.entry(net)?)))
@@ -388,7 +436,7 @@ mod tests {
         });
         note_changes(&mut gone, &before, &after);
         for address in ["10.1.0.1", "10.1.0.9"] {
-            let expected = Some(MeshKind::Outside);
+            let expected = Some(MeshKind::Node);
             assert_eq!(kind(&after, &gone, address), expected, "{address}");
             assert!(after.resolve((ip(address), 22).into()).is_ok());
         }

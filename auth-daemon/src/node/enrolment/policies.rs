@@ -66,7 +66,7 @@ impl Enrolment {
                 && !own.contains(&ip)
                 && matches!(
                     self.caller_kind(snapshot, ip),
-                    None | Some(MeshKind::Outside | MeshKind::ServiceNetwork)
+                    None | Some(MeshKind::Outside | MeshKind::Exposed | MeshKind::ServiceNetwork)
                 );
             let connection = Connection {
                 client: None,
