@@ -88,9 +88,13 @@ impl Claim {
         }
     }
 
-    /// Reports whether this is a terminating pod, which yields the address to a new owner.
+    /// Reports whether this is a terminating or finished pod, which yields the address to a new owner.
     fn yields(&self) -> bool {
-        matches!(self, Self::Pod(pod) if pod.terminating)
+        matches!(self, Self::Pod(pod) if pod.terminating || pod.finished)
+    }
+
+    fn is_of_finished(&self) -> bool {
+        matches!(self, Self::Pod(pod) | Self::OutsidePod(pod) if pod.finished)
     }
 
     fn is_same(&self, other: &Self) -> bool {
@@ -117,44 +121,55 @@ impl Claims {
         self.all().iter().filter(|claim| claim.kind().is_meshed())
     }
 
-    /// Returns the owner of the address, or `None` if the address is disputed. Claims from outside the mesh dispute
-    /// nothing.
+    /// Returns the owner of the address, or `None` if the address is disputed, or was that of several finished pods.
+    /// Claims from outside the mesh dispute nothing.
     pub(super) fn owner(&self) -> Option<&Claim> {
-        match self {
-            Self::One(claim) => Some(claim),
-            Self::Several(claims) => match self.meshed().count() {
-                // Which one is of no consequence, but it must not depend on the order in which they became known.
-                0 => claims
-                    .iter()
-                    .min_by_key(|claim| (claim.claimant(), claim.name())),
-                1 => self.meshed().next(),
-                _ => {
-                    let mut staying = self.meshed().filter(|claim| !claim.yields());
-                    staying.next().filter(|_| staying.next().is_none())
-                }
-            },
-        }
+        owner(self.all().iter())
+    }
+
+    /// Reports whether objects dispute the address. Finished pods dispute nothing: Kubernetes keeps their objects, and may
+    /// have given the address to one after the other.
+    pub(super) fn are_disputed(&self) -> bool {
+        self.owner().is_none() && !self.all().iter().all(Claim::is_of_finished)
     }
 
     /// Returns the mesh pod that owns the address, regardless of claims by services, or `None` if no mesh pod claims it.
     pub(super) fn pod(&self) -> Option<Result<&Arc<Workload>, Disputed>> {
-        let pods = || {
-            self.all().iter().filter_map(|claim| match claim {
-                Claim::Pod(pod) => Some(pod),
-                _ => None,
-            })
-        };
-        let first = pods().next()?;
-        if pods().count() == 1 {
-            return Some(Ok(first));
+        let pods = self
+            .all()
+            .iter()
+            .filter(|claim| matches!(claim, Claim::Pod(_)));
+        pods.clone().next()?;
+        match owner(pods) {
+            Some(Claim::Pod(pod)) => Some(Ok(pod)),
+            _ => Some(Err(Disputed)),
         }
-        let mut staying = pods().filter(|pod| !pod.terminating);
-        let one = staying.next().filter(|_| staying.next().is_none());
-        Some(one.ok_or(Disputed))
     }
 
     pub(super) fn kind(&self) -> AddressKind {
         self.owner().map_or(AddressKind::Pod, Claim::kind)
+    }
+}
+
+/// Returns the owner among `claims`. Finished pods count only if there is no other claim.
+fn owner<'a>(claims: impl Iterator<Item = &'a Claim> + Clone) -> Option<&'a Claim> {
+    let standing = claims.clone().filter(|claim| !claim.is_of_finished());
+    match standing.clone().next() {
+        Some(_) => owner_of_all(standing),
+        None => owner_of_all(claims),
+    }
+}
+
+fn owner_of_all<'a>(claims: impl Iterator<Item = &'a Claim> + Clone) -> Option<&'a Claim> {
+    let mut meshed = claims.clone().filter(|claim| claim.kind().is_meshed());
+    match meshed.clone().count() {
+        // Which one is of no consequence, but it must not depend on the order in which they became known.
+        0 => claims.min_by_key(|claim| (claim.claimant(), claim.name())),
+        1 => meshed.next(),
+        _ => {
+            let mut staying = meshed.filter(|claim| !claim.yields());
+            staying.next().filter(|_| staying.next().is_none())
+        }
     }
 }
 
@@ -163,5 +178,108 @@ impl PartialEq for Claims {
     fn eq(&self, other: &Self) -> bool {
         let (one, other) = (self.all(), other.all());
         one.len() == other.len() && one.iter().zip(other).all(|(one, other)| one.is_same(other))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, SocketAddr};
+
+    use crate::{
+        AddressKind, Inventory, Membership, ObjectName, Port, Service, Snapshot, TargetPort,
+        Unreachable, Workload,
+    };
+
+    const POD: &str = "10.1.0.1";
+    const SERVICE: &str = "10.96.0.7";
+
+    fn name(name: &str) -> ObjectName {
+        ObjectName {
+            namespace: "default".into(),
+            name: name.into(),
+        }
+    }
+
+    fn pod(of: &str, finished: bool) -> Workload {
+        let identity = format!("spiffe://cluster.local/ns/default/sa/{of}");
+        Workload {
+            addresses: vec![POD.parse().unwrap()],
+            node: "a".into(),
+            finished,
+            labels: [("app".to_owned(), "web".to_owned())].into(),
+            ..Workload::new(name(of), identity.parse().unwrap())
+        }
+    }
+
+    fn service(address: &str) -> Service {
+        Service {
+            addresses: vec![address.parse().unwrap()],
+            ports: vec![Port {
+                name: String::new(),
+                port: 80,
+                target: TargetPort::Number(8080),
+            }],
+            selector: [("app".to_owned(), "web".to_owned())].into(),
+            ..Service::new(name("web"))
+        }
+    }
+
+    fn mesh(workloads: Vec<Workload>, services: Vec<Service>) -> Snapshot {
+        Snapshot::new(Inventory {
+            workloads,
+            services,
+        })
+    }
+
+    fn at(ip: &str) -> SocketAddr {
+        SocketAddr::new(ip.parse().unwrap(), 80)
+    }
+
+    #[test]
+    fn a_finished_pod_keeps_its_address_until_another_claims_it() {
+        let ip: IpAddr = POD.parse().unwrap();
+        let alone = mesh(vec![pod("old", true)], vec![]);
+        assert_eq!(alone.pod(ip).unwrap().name, name("old"));
+        assert!(alone.resolve(at(POD)).unwrap().endpoints[0].meshed);
+        let terminating = Workload {
+            terminating: true,
+            ..pod("new", false)
+        };
+        for new in [pod("new", false), terminating] {
+            let reused = mesh(vec![pod("old", true), pod("older", true), new], vec![]);
+            assert_eq!(reused.pod(ip).unwrap().name, name("new"));
+            assert_eq!(reused.errors().count(), 0);
+        }
+        let outside = Workload {
+            membership: Some(Membership::Disabled),
+            ..pod("new", false)
+        };
+        let left = mesh(vec![pod("old", true), outside], vec![]);
+        assert_eq!(left.kind(ip), Some(AddressKind::Outside));
+        let to_service = mesh(vec![pod("old", true)], vec![service(POD)]);
+        assert!(to_service.pod(ip).is_none(), "it is the service's");
+        assert_eq!(to_service.errors().count(), 0);
+    }
+
+    #[test]
+    fn an_address_of_finished_pods_alone_is_refused_without_a_dispute() {
+        let gone = mesh(vec![pod("one", true), pod("two", true)], vec![]);
+        let refused = gone.resolve(at(POD)).unwrap_err();
+        assert_eq!(refused, Unreachable::Unknown(POD.parse().unwrap()));
+        assert!(gone.kind(POD.parse().unwrap()).is_some(), "captured");
+        assert_eq!(gone.errors().count(), 0);
+    }
+
+    #[test]
+    fn a_finished_pod_serves_no_service_and_runs_nowhere() {
+        let identity = pod("old", true).identity;
+        let finished = mesh(vec![pod("old", true)], vec![service(SERVICE)]);
+        let refused = finished.resolve(at(SERVICE)).unwrap_err();
+        assert_eq!(refused, Unreachable::NoEndpoint(name("web"), 80));
+        assert!(!finished.runs("a", &identity));
+        assert_eq!(finished.on_node("a").count(), 1);
+        let running = mesh(vec![pod("old", false)], vec![service(SERVICE)]);
+        assert!(running.resolve(at(SERVICE)).is_ok());
+        assert!(running.runs("a", &identity));
     }
 }

@@ -411,7 +411,7 @@ impl Edit {
             1 => Claims::One(claims.remove(0)),
             _ => Claims::Several(claims.into()),
         };
-        if claims.owner().is_none() {
+        if claims.are_disputed() {
             self.next.disputed.insert(address);
         } else {
             self.next.disputed.remove(&address);
@@ -484,11 +484,11 @@ mod tests {
     }
 
     fn change() -> impl Strategy<Value = Change> {
-        let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+        let flags = (any::<bool>(), any::<[bool; 2]>(), any::<bool>());
         let exposed = (address(), prop::option::of(node_address()));
         let pod = (name(), exposed, "[mn]?", "[pq]", membership(), flags).prop_map(
             |(name, (addresses, host), node, app, membership, flags)| {
-                let (ready, terminating, host_network) = flags;
+                let (ready, [terminating, finished], host_network) = flags;
                 let host_port = host.map(|address| HostPort {
                     addresses: vec![address],
                     port: 80,
@@ -500,6 +500,7 @@ mod tests {
                     node,
                     ready,
                     terminating,
+                    finished,
                     host_network,
                     membership,
                     host_ports: host_port.into_iter().collect(),
@@ -576,7 +577,7 @@ mod tests {
         seen.extend(snapshot.addresses().map(|(address, kind)| {
             let owner = snapshot
                 .describe(address)
-                .filter(|_| !snapshot.is_disputed(address));
+                .filter(|_| snapshot.addresses[&address].owner().is_some());
             format!("{address} {kind:?} {owner:?}")
         }));
         seen.extend(snapshot.workloads().map(|pod| pod.name.to_string()));

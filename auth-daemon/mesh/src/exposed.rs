@@ -333,7 +333,9 @@ fn exposed_ports(service: &Service) -> impl Iterator<Item = (ExposedAt, u16)> {
 }
 
 fn host_ports(pod: &Workload) -> impl Iterator<Item = (ExposedAt, u16)> {
-    pod.host_ports.iter().flat_map(|host_port| {
+    // A finished pod's ports may be another's by now.
+    let host_ports = pod.host_ports.iter().filter(|_| !pod.finished);
+    host_ports.flat_map(|host_port| {
         host_port.addresses.iter().map(|address| {
             let at = ExposedAt {
                 address: Some(*address),

@@ -150,6 +150,7 @@ impl Backends<'_> {
         match self {
             Self::Pods(pods) => pods
                 .iter()
+                .filter(|(pod, _)| !pod.finished)
                 .filter_map(|(pod, meshed)| {
                     let ip = pod.address_like(family)?;
                     Some(Candidate {
@@ -178,6 +179,7 @@ impl Backends<'_> {
                 } in endpoints
                 {
                     let (workload, meshed) = match server {
+                        Server::Pod((pod, _)) if pod.finished => continue,
                         Server::Pod((pod, meshed)) => (Some(*pod), *meshed),
                         Server::Outside => (None, false),
                         Server::Disputed => continue,

@@ -154,9 +154,22 @@ impl Snapshot {
         services.map(|state| &state.service)
     }
 
-    /// Returns the mesh pods on `node`, by namespace and name, including those without an address.
+    /// Returns the mesh pods on `node`, by namespace and name, including those without an address and those that have
+    /// finished.
     pub fn on_node(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
         self.nodes.get(node).into_iter().flat_map(OrdMap::values)
+    }
+
+    /// Reports whether an object says that the pod `name` with this `uid` is not in the mesh.
+    pub fn is_excluded(&self, name: &ObjectName, uid: &str) -> bool {
+        let pod = self.any_pod(name).filter(|pod| pod.uid == uid);
+        pod.is_some_and(|pod| !self.is_member(pod))
+    }
+
+    /// Returns the pods that run on `node` and whose objects say that they are not in the mesh. Visits all pods.
+    pub fn excluded_on(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
+        let pods = self.namespaces.values().flat_map(|ns| ns.pods.values());
+        pods.filter(move |pod| pod.node == node && !pod.host_network && !self.is_member(pod))
     }
 
     /// Returns the mesh pod that owns `address`.
@@ -167,9 +180,11 @@ impl Snapshot {
         }
     }
 
-    /// Reports whether a mesh pod with `identity` runs on `node`.
+    /// Reports whether a mesh pod with `identity` runs on `node`. A finished pod does not, even if it still has processes:
+    /// its object may stay for days.
     pub fn runs(&self, node: &str, identity: &Identity) -> bool {
-        self.on_node(node).any(|pod| pod.identity == *identity)
+        self.on_node(node)
+            .any(|pod| pod.identity == *identity && !pod.finished)
     }
 
     /// Reports whether `node` has a ready daemon. Always true if daemons are not tracked.
@@ -286,7 +301,11 @@ impl Snapshot {
                 None => Err(Unreachable::Unknown(ip)),
             };
         };
-        match claims.owner().ok_or(Unreachable::Disputed(ip))? {
+        let no_owner = || match claims.are_disputed() {
+            true => Unreachable::Disputed(ip),
+            false => Unreachable::Unknown(ip),
+        };
+        match claims.owner().ok_or_else(no_owner)? {
             Claim::Pod(pod) => Ok(Destination::at(address, Some(pod), true)),
             Claim::OutsidePod(pod) => Ok(Destination::at(address, Some(pod), false)),
             Claim::OutsideService(service) => Ok(Destination {

@@ -38,6 +38,10 @@ pub struct Workload {
     /// Whether the pod is being deleted. A terminating pod receives new connections only if there is no other pod, and
     /// yields its address to another pod that claims it.
     pub terminating: bool,
+    /// Whether the pod's phase is Succeeded or Failed. Its processes may still run: the kubelet evicts a pod, or the node
+    /// shuts down, before they have ended. A finished pod is no endpoint of a service. It yields its address to any other
+    /// pod or service, because Kubernetes may assign the address again.
+    pub finished: bool,
     /// Whether the pod uses the node's network namespace. Such a pod cannot be distinguished from its node.
     pub host_network: bool,
     /// The pod's own setting of its membership. `None`: the namespace's setting or the mesh's default applies.
@@ -63,6 +67,7 @@ impl Workload {
             node: String::new(),
             ready: true,
             terminating: false,
+            finished: false,
             host_network: false,
             membership: None,
             labels: BTreeMap::new(),

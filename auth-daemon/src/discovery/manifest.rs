@@ -35,7 +35,7 @@ pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
 /// An object that is relevant to the mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
-    /// A pod that has not terminated.
+    /// A pod, whatever its phase.
     Pod(Arc<Workload>),
     /// A service with virtual addresses.
     Service(Arc<Service>),
@@ -277,7 +277,7 @@ pub fn namespace(namespace: &objects::Namespace) -> Result<Option<Object>, Strin
         .map_err(|error| format!("Namespace {name}: {error}"))
 }
 
-/// Reads a pod. Returns `None` for one that has terminated. Errors name the object and the field.
+/// Reads a pod. Errors name the object and the field.
 pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let name = object_name("Pod", &pod.metadata)?;
     let invalid = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
@@ -333,9 +333,6 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
             named_ports.entry(name).or_insert(number);
         }
     }
-    if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
-        return Ok(None);
-    }
     let ready = status
         .conditions
         .iter()
@@ -347,6 +344,7 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         node: spec.node_name.unwrap_or_default(),
         ready,
         terminating: pod.metadata.deletion_timestamp.is_some(),
+        finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
         host_network,
         membership,
         labels: pod.metadata.labels.unwrap_or_default(),
@@ -643,9 +641,18 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_has_ended_is_none() {
-        assert_eq!(pod_with("/status/phase", json!("Succeeded")), None);
-        assert_eq!(pod_with("/status/phase", json!("Failed")), None);
+    fn a_pod_finishes_by_its_phase_alone() {
+        for (phase, finished) in [
+            ("Pending", false),
+            ("Running", false),
+            ("Unknown", false),
+            ("Succeeded", true),
+            ("Failed", true),
+        ] {
+            let pod = pod_with("/status/phase", json!(phase)).unwrap();
+            assert_eq!(pod.finished, finished, "{phase}");
+            assert_eq!(pod.addresses.len(), 2, "{phase}");
+        }
         let starting = pod_with("/status", json!({"phase": "Pending"})).unwrap();
         assert!(starting.addresses.is_empty());
         assert!(

@@ -96,11 +96,12 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
     if server.node == view.node_name || view.snapshot.has_daemon(&server.node) {
         return Ok(ChosenPath::Tunnel);
     }
-    // Plaintext needs the pod's own address: an endpoint slice that names another address for it is no reason.
+    // Plaintext needs the pod's own address: an endpoint slice that names another address for it is no reason. A finished
+    // pod's address may be another's by now.
     let is_own_address = view
         .snapshot
         .pod(address)
-        .is_some_and(|pod| pod.name == server.name);
+        .is_some_and(|pod| pod.name == server.name && !pod.finished);
     let why = if !takes_plaintext(&view.policies.current(), endpoint.address, server) {
         MUTUAL_TLS_ONLY
     } else if (view.had_daemon)(&server.node) {

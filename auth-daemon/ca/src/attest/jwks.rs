@@ -184,7 +184,8 @@ fn caller(
 /// The node of a pod, if it still is the pod of the token.
 fn node_of(pod: &Named, namespace: &str, snapshot: &Snapshot) -> Option<String> {
     let found = snapshot.workloads().find(|workload| {
-        workload.name.namespace == namespace
+        !workload.finished
+            && workload.name.namespace == namespace
             && workload.name.name == pod.name
             && (workload.uid.is_empty() || pod.uid.is_empty() || workload.uid == pod.uid)
     })?;

@@ -233,6 +233,7 @@ impl Settings {
                 .is_some_and(|name| name == DAEMON_NAME)
             && pod.ready
             && !pod.terminating
+            && !pod.finished
     }
 }
 
