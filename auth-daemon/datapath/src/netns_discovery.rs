@@ -3,7 +3,7 @@
 //! sandbox may have been recreated.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     sync::Arc,
     time::{Duration, Instant},
@@ -11,7 +11,9 @@ use std::{
 
 use tokio::task::JoinHandle;
 
-use crate::{EnrolError, FirstSockets, Kernel, Netns, NetnsLocation, PodUid, Scan, find};
+use crate::{
+    EnrolError, FirstSockets, Kernel, Netns, NetnsLocation, PodUid, Residents, Scan, find,
+};
 use auth_mesh::{ObjectName, Workload};
 
 /// Pause before the next scan after one that did not find a pod. Doubles each time. A sandbox exists some hundred
@@ -23,6 +25,8 @@ const MOST: Duration = Duration::from_secs(1);
 const SLOW: Duration = Duration::from_secs(10);
 /// The same, if the kernel has reported a netns: it may be the new sandbox of a pod that is found.
 const TOLD: Duration = Duration::from_secs(1);
+/// The same, while a netns is held for the processes in it.
+const HELD: Duration = Duration::from_secs(1);
 /// Idle time after a scan, as a multiple of the CPU time the scan used.
 const REST: u32 = 4;
 /// Maximum duration of one scan.
@@ -37,10 +41,14 @@ pub struct NetnsDiscovery {
     nodes: Vec<u64>,
     first_sockets: HashMap<u64, Instant>,
     sought: HashMap<PodUid, Sought>,
+    /// Netns that stay enrolled for as long as they have processes, by cookie.
+    held: HashMap<u64, Held>,
     schedule: Schedule,
     look: Option<JoinHandle<io::Result<Scan>>>,
     /// Whether the current scan covers all pods, or only those that are not found.
     is_full: bool,
+    /// The held netns that the current scan covers.
+    counted: HashSet<u64>,
     last: Last,
 }
 
@@ -49,6 +57,16 @@ struct Sought {
     pods: Vec<ObjectName>,
     since: Instant,
     found: Option<NetnsLocation>,
+    /// Whether the pod may have no process for ever: it has finished, or its object is gone.
+    may_end: bool,
+}
+
+struct Held {
+    netns: Arc<Netns>,
+    /// The pod whose processes count wherever they are.
+    pod: Option<PodUid>,
+    /// `None` until a scan has counted them.
+    residents: Option<Residents>,
 }
 
 /// Result of the last scan.
@@ -85,34 +103,71 @@ impl NetnsDiscovery {
             nodes: nodes.iter().flatten().map(Netns::cookie).collect(),
             first_sockets: HashMap::new(),
             sought: HashMap::new(),
+            held: HashMap::new(),
             schedule: Schedule::default(),
             look: None,
             is_full: false,
+            counted: HashSet::new(),
             last: Last::None,
         }
     }
 
-    /// Sets the pods to search for. Skips those whose object names their netns.
-    pub fn want<'a>(&mut self, workloads: impl Iterator<Item = &'a Workload>) {
+    /// Sets the pods to search for: `running`, and `ended`, which have finished or have no object any more, and may
+    /// have processes or not. Skips those whose object names their netns.
+    pub fn want<'a>(
+        &mut self,
+        running: impl Iterator<Item = &'a Workload>,
+        ended: impl Iterator<Item = &'a Workload>,
+    ) {
         for sought in self.sought.values_mut() {
             sought.pods.clear();
         }
         let now = Instant::now();
-        for workload in workloads.filter(|workload| workload.netns.is_none()) {
+        let running = running.map(|workload| (workload, false));
+        let all = running.chain(ended.map(|workload| (workload, true)));
+        for (workload, may_end) in all.filter(|(workload, _)| workload.netns.is_none()) {
             let Ok(uid) = workload.uid.parse() else {
                 continue;
             };
             let sought = self.sought.entry(uid).or_insert_with(|| {
-                self.schedule.news();
+                if !may_end {
+                    self.schedule.news();
+                }
                 Sought {
                     pods: Vec::new(),
                     since: now,
                     found: None,
+                    may_end,
                 }
             });
             sought.pods.push(workload.name.clone());
+            sought.may_end = may_end;
         }
         self.sought.retain(|_, sought| !sought.pods.is_empty());
+    }
+
+    /// Sets the netns whose processes to count. A netns that is found by its pod's processes comes with that pod, whose
+    /// processes count wherever they are. The first count comes soon, further ones every second.
+    pub fn hold(&mut self, held: impl Iterator<Item = (Arc<Netns>, Option<PodUid>)>) {
+        let mut before = std::mem::take(&mut self.held);
+        for (netns, pod) in held {
+            let known = before.remove(&netns.cookie());
+            let known = known.filter(|known| known.pod == pod);
+            let held = known.unwrap_or_else(|| {
+                self.schedule.doubt();
+                Held {
+                    netns,
+                    pod,
+                    residents: None,
+                }
+            });
+            self.held.insert(held.netns.cookie(), held);
+        }
+    }
+
+    /// Returns the processes of a held netns, or `None` if they are not counted yet.
+    pub fn residents(&self, cookie: u64) -> Option<&Residents> {
+        self.held.get(&cookie)?.residents.as_ref()
     }
 
     /// Returns the netns of a pod, or why it is not known.
@@ -211,9 +266,10 @@ impl NetnsDiscovery {
     /// Runs scans when they are due, and returns when one has changed a result. Cancel-safe.
     pub async fn changed(&mut self) {
         loop {
-            let due = self.schedule.due(self.is_missing());
+            let due = self.schedule.due(self.is_missing(), !self.held.is_empty());
             let mut told = Vec::new();
-            let may_begin = self.look.is_none() && !self.sought.is_empty();
+            let is_needed = !self.sought.is_empty() || !self.held.is_empty();
+            let may_begin = self.look.is_none() && is_needed;
             tokio::select! {
                 done = finished(&mut self.look) => if self.take(done) {
                     return;
@@ -233,18 +289,30 @@ impl NetnsDiscovery {
     }
 
     fn is_missing(&self) -> bool {
-        self.sought.values().any(|sought| sought.netns().is_none())
+        let mut running = self.sought.values().filter(|sought| !sought.may_end);
+        running.any(|sought| sought.netns().is_none())
     }
 
     fn begin(&mut self) {
-        self.is_full = self.schedule.begun(Instant::now(), self.is_missing());
+        self.is_full =
+            self.schedule
+                .begun(Instant::now(), self.is_missing(), !self.held.is_empty());
         let sought: HashMap<_, _> = self
             .sought
             .iter()
             .map(|(uid, sought)| (*uid, sought.netns().cloned()))
             .filter(|(_, netns)| self.is_full || netns.is_none())
             .collect();
-        self.look = Some(tokio::task::spawn_blocking(move || find(&sought, LIMIT)));
+        let mut held = HashMap::new();
+        self.counted.clear();
+        if self.is_full {
+            let all = self.held.values();
+            held.extend(all.map(|held| (held.netns.inode(), held.pod)));
+            self.counted.extend(self.held.keys());
+        }
+        self.look = Some(tokio::task::spawn_blocking(move || {
+            find(&sought, &held, LIMIT)
+        }));
     }
 
     /// Applies the result of a scan. Returns whether anything changed.
@@ -282,13 +350,26 @@ impl NetnsDiscovery {
             if !self.is_full && sought.netns().is_some() {
                 continue;
             }
-            let now = after(sought.found.as_ref(), scan.pods.remove(uid));
+            let seen = scan.pods.remove(uid);
+            let now = match (sought.may_end, &seen) {
+                (true, None) => None,
+                _ => after(sought.found.as_ref(), seen),
+            };
             news |= !is_same(sought.found.as_ref(), now.as_ref());
             sought.found = now;
             let cookie = sought.netns().map(|netns| netns.cookie());
             if cookie.is_some_and(|cookie| held.get(&cookie).is_some_and(|owner| owner != uid)) {
                 // Only a scan of both pods can tell whose netns it is.
                 self.schedule.doubt();
+            }
+        }
+        for (cookie, held) in &mut self.held {
+            if self.counted.contains(cookie) {
+                let residents = scan.residents.remove(&held.netns.inode());
+                // Without a look at every process, none found does not mean that there is none.
+                let residents = residents.or_else(|| (!scan.is_partial).then(Residents::default));
+                news |= held.residents != residents;
+                held.residents = residents;
             }
         }
         news
@@ -390,9 +471,10 @@ impl Schedule {
     }
 
     /// Call when a scan starts. Returns whether it covers all pods.
-    fn begun(&mut self, now: Instant, missing: bool) -> bool {
+    fn begun(&mut self, now: Instant, missing: bool, held: bool) -> bool {
         self.told = false;
-        let is_full = !missing || self.full.is_none_or(|full| now - full >= SLOW);
+        let between = if held { HELD } else { SLOW };
+        let is_full = !missing || self.full.is_none_or(|full| now - full >= between);
         if is_full {
             self.full = Some(now);
         }
@@ -404,9 +486,9 @@ impl Schedule {
         self.looks = self.looks.saturating_add(1);
     }
 
-    /// Time of the next scan, where `missing` tells whether any pod is not found. `None` if no scan has run yet, so
-    /// that one is due now.
-    fn due(&self, missing: bool) -> Option<Instant> {
+    /// Time of the next scan, where `missing` tells whether any pod is not found, and `held` whether any netns is held
+    /// for its processes. `None` if no scan has run yet, so that one is due now.
+    fn due(&self, missing: bool, held: bool) -> Option<Instant> {
         let (ended, effort) = self.last?;
         let pause = match (missing, self.told) {
             (true, true) => Duration::ZERO,
@@ -415,6 +497,7 @@ impl Schedule {
                 .saturating_mul(1 << self.looks.saturating_sub(1).min(16))
                 .min(MOST),
             (false, true) => TOLD,
+            (false, false) if held => HELD,
             (false, false) => SLOW,
         };
         Some(ended + pause.max(effort * REST))
@@ -430,20 +513,20 @@ mod tests {
     #[test]
     fn looks_often_for_what_is_missing_and_less_often_in_time() {
         let mut schedule = Schedule::default();
-        assert_eq!(schedule.due(true), None, "at once");
+        assert_eq!(schedule.due(true, false), None, "at once");
         let now = Instant::now();
         let mut pauses = Vec::new();
         for _ in 0..9 {
-            schedule.begun(now, true);
+            schedule.begun(now, true, false);
             schedule.ended(now, MS(1));
-            pauses.push(schedule.due(true).unwrap() - now);
+            pauses.push(schedule.due(true, false).unwrap() - now);
         }
         let expected = [20, 40, 80, 160, 320, 640, 1000, 1000, 1000];
         assert_eq!(pauses, expected.map(MS));
-        assert_eq!(schedule.due(false), Some(now + SLOW));
+        assert_eq!(schedule.due(false, false), Some(now + SLOW));
         // A new pod to wait for: the pauses start again.
         schedule.news();
-        assert_eq!(schedule.due(true), Some(now + FIRST));
+        assert_eq!(schedule.due(true, false), Some(now + FIRST));
     }
 
     #[test]
@@ -451,45 +534,68 @@ mod tests {
         let mut schedule = Schedule::default();
         let now = Instant::now();
         for _ in 0..9 {
-            schedule.begun(now, true);
+            schedule.begun(now, true, false);
             schedule.ended(now, MS(2));
         }
         schedule.told();
-        assert_eq!(schedule.due(true), Some(now + MS(8)), "but for the rest");
-        assert_eq!(schedule.due(false), Some(now + TOLD));
+        assert_eq!(
+            schedule.due(true, false),
+            Some(now + MS(8)),
+            "but for the rest"
+        );
+        assert_eq!(schedule.due(false, false), Some(now + TOLD));
         // A report during a scan, which may have started too early to find the netns.
-        schedule.begun(now, true);
+        schedule.begun(now, true, false);
         schedule.told();
         schedule.ended(now, MS(2));
-        assert_eq!(schedule.due(true), Some(now + MS(8)));
-        schedule.begun(now, true);
+        assert_eq!(schedule.due(true, false), Some(now + MS(8)));
+        schedule.begun(now, true, false);
         schedule.ended(now, MS(2));
-        assert_eq!(schedule.due(true), Some(now + MS(40)));
+        assert_eq!(schedule.due(true, false), Some(now + MS(40)));
     }
 
     #[test]
     fn found_pods_are_looked_at_again_now_and_then() {
         let mut schedule = Schedule::default();
         let now = Instant::now();
-        assert!(schedule.begun(now, true), "the first is for all");
+        assert!(schedule.begun(now, true, false), "the first is for all");
         schedule.ended(now, MS(1));
-        assert!(!schedule.begun(now + MS(20), true));
-        assert!(schedule.begun(now + MS(30), false));
-        assert!(!schedule.begun(now + SLOW, true));
-        assert!(schedule.begun(now + SLOW + MS(30), true));
+        assert!(!schedule.begun(now + MS(20), true, false));
+        assert!(schedule.begun(now + MS(30), false, false));
+        assert!(!schedule.begun(now + SLOW, true, false));
+        assert!(schedule.begun(now + SLOW + MS(30), true, false));
         schedule.doubt();
-        assert_eq!(schedule.due(false), Some(now + MS(4)), "soon");
-        assert!(schedule.begun(now + SLOW + MS(40), true));
+        assert_eq!(schedule.due(false, false), Some(now + MS(4)), "soon");
+        assert!(schedule.begun(now + SLOW + MS(40), true, false));
+    }
+
+    #[test]
+    fn held_netns_are_counted_every_second() {
+        let mut schedule = Schedule::default();
+        let now = Instant::now();
+        assert!(schedule.begun(now, false, false));
+        schedule.ended(now, MS(1));
+        schedule.doubt();
+        assert_eq!(schedule.due(false, true), Some(now + MS(4)), "soon");
+        assert!(schedule.begun(now, true, true));
+        schedule.ended(now, MS(1));
+        assert_eq!(schedule.due(false, true), Some(now + HELD));
+        // Scans for a pod that is not found come more often, but count only every second.
+        assert!(!schedule.begun(now + MS(20), true, true));
+        assert!(schedule.begun(now + HELD, true, true));
     }
 
     #[test]
     fn looking_leaves_most_of_the_time() {
         let mut schedule = Schedule::default();
         let now = Instant::now();
-        schedule.begun(now, true);
+        schedule.begun(now, true, false);
         schedule.told();
         schedule.ended(now, Duration::from_secs(4));
-        assert_eq!(schedule.due(true), Some(now + Duration::from_secs(16)));
+        assert_eq!(
+            schedule.due(true, false),
+            Some(now + Duration::from_secs(16))
+        );
     }
 
     #[test]

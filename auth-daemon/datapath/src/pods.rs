@@ -1,7 +1,7 @@
 //! Enrols a pod's network namespace in the kernel side of the mesh, and removes it.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     net::{IpAddr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
@@ -152,7 +152,7 @@ impl Enrolled {
     /// Enrols `workload`, whose netns is `netns`. From now on the returned listeners receive its connections, as `mode`
     /// tells for inbound ones.
     ///
-    /// A pod that cannot be served is left refused in both directions, until the next attempt or [`forget_others`]. It
+    /// A pod that cannot be served is left refused in both directions, until the next attempt. It
     /// never communicates in plaintext because a port or a route is missing.
     pub fn new(
         kernel: &Kernel,
@@ -300,10 +300,7 @@ impl Enrolled {
     /// Removes the pod from the mesh. The owner of its listeners closes them. Errors are logged, because the pod may
     /// already be gone.
     pub fn remove(&self, kernel: &Kernel) {
-        kernel.forget(self.netns.cookie());
-        if let Err(error) = plumbing::tear_down(&self.netns, self.switched_on) {
-            tracing::warn!(netns = %self.netns.path().display(), %error, "cannot undo a pod's routes");
-        }
+        remove(kernel, &self.netns, self.switched_on);
     }
 
     fn entry(&self) -> Pod {
@@ -348,25 +345,68 @@ fn first_like(addresses: &[IpAddr], v4: bool) -> Option<IpAddr> {
     addresses.find(|address| address.is_ipv4() == v4).copied()
 }
 
-/// Removes pods whose netns are not in `kept`: those that a previous daemon enrolled, and those that could not be
-/// served and are no longer wanted.
-pub fn forget_others(kernel: &Kernel, kept: &HashSet<u64>) {
-    let others: Vec<_> = kernel
-        .enrolled()
-        .into_iter()
-        .filter(|(cookie, _)| !kept.contains(cookie))
-        .collect();
+/// A netns that the kernel has enrolled, and that no pod is served in.
+#[derive(Debug)]
+pub struct Unserved {
+    /// The netns.
+    pub netns: Arc<Netns>,
+    entry: Pod,
+}
+
+/// Returns the netns that the kernel has enrolled and that are not in `kept`: those that a previous daemon enrolled, and
+/// those of pods that could not be served. Forgets those that do not exist any more.
+pub fn unserved(kernel: &Kernel, kept: &HashSet<u64>) -> Vec<Unserved> {
+    let mut others = kernel.enrolled();
+    others.retain(|(cookie, _)| !kept.contains(cookie));
     if others.is_empty() {
-        return;
+        return Vec::new();
     }
-    let namespaces = super::netns::all();
+    let mut namespaces: HashMap<u64, Netns> = super::netns::all()
+        .into_iter()
+        .map(|netns| (netns.cookie(), netns))
+        .collect();
+    let mut found = Vec::new();
     for (cookie, entry) in others {
-        tracing::info!(netns_cookie = cookie, "a pod that was not served is gone");
-        kernel.forget(cookie);
-        if let Some(netns) = namespaces.iter().find(|netns| netns.cookie() == cookie)
-            && let Err(error) = plumbing::tear_down(netns, entry.switched_on)
-        {
-            tracing::warn!(netns = %netns.path().display(), %error, "cannot undo a pod's routes");
+        match namespaces.remove(&cookie) {
+            Some(netns) => found.push(Unserved {
+                netns: Arc::new(netns),
+                entry,
+            }),
+            None => {
+                tracing::info!(netns_cookie = cookie, "a pod that was not served is gone");
+                kernel.forget(cookie);
+            }
         }
+    }
+    found
+}
+
+impl Unserved {
+    /// Refuses all connections from and to the netns, except those that the kernel has recorded.
+    pub fn refuse(&self, kernel: &Kernel) -> Result<(), KernelError> {
+        let entry = Pod {
+            refused: 1,
+            ..self.entry
+        };
+        kernel.capture(self.netns.cookie(), &entry)?;
+        // The pinned link keeps the program.
+        kernel.attach_inbound(&self.netns, None).map(drop)
+    }
+
+    /// Removes the netns from the mesh. Errors are logged, because it may already be gone.
+    pub fn remove(&self, kernel: &Kernel) {
+        let netns = &self.netns;
+        tracing::info!(
+            netns_cookie = netns.cookie(),
+            "a pod that was not served is gone"
+        );
+        remove(kernel, netns, self.entry.switched_on);
+    }
+}
+
+fn remove(kernel: &Kernel, netns: &Netns, switched_on: u32) {
+    kernel.forget(netns.cookie());
+    if let Err(error) = plumbing::tear_down(netns, switched_on) {
+        tracing::warn!(netns = %netns.path().display(), %error, "cannot undo a pod's routes");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::{self, File},
     io,
     os::{
@@ -49,6 +49,10 @@ pub enum NetnsLocation {
 pub struct Scan {
     /// Requested pods that have processes.
     pub pods: HashMap<PodUid, NetnsLocation>,
+    /// Processes in or of each held netns that has any, by its inode number.
+    pub residents: HashMap<u64, Residents>,
+    /// Whether the netns of any pod's process could not be read while residents were counted: it may be a held one.
+    pub is_partial: bool,
     /// Number of processes on the node.
     pub processes: usize,
     /// Number of processes that belong to any pod, requested or not.
@@ -57,13 +61,29 @@ pub struct Scan {
     pub effort: Duration,
 }
 
+/// Processes that keep a netns enrolled.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Residents {
+    /// Number of processes.
+    pub processes: usize,
+    /// The pods that they belong to.
+    pub pods: BTreeSet<PodUid>,
+}
+
 /// Scans for the processes of the pods in `sought`, and their netns. Each pod may come with the netns in which it was
 /// found before. A netns shared by two pods is detected only if both are sought.
 ///
+/// Also counts the processes of the netns in `held`, which are given by inode number: those that are in the netns, and
+/// those of the given pod, wherever they are. The caller keeps these netns open.
+///
 /// Uses about 20 ms of CPU time per 1,000 processes, and takes at most `limit`.
-pub fn find(sought: &HashMap<PodUid, Option<Arc<Netns>>>, limit: Duration) -> io::Result<Scan> {
+pub fn find(
+    sought: &HashMap<PodUid, Option<Arc<Netns>>>,
+    held: &HashMap<u64, Option<PodUid>>,
+    limit: Duration,
+) -> io::Result<Scan> {
     let before = processor_time();
-    let mut scan = find_in(Path::new("/proc"), sought, limit)?;
+    let mut scan = find_in(Path::new("/proc"), sought, held, limit)?;
     scan.effort = processor_time().saturating_sub(before);
     Ok(scan)
 }
@@ -126,6 +146,7 @@ fn processor_time() -> Duration {
 fn find_in(
     proc: &Path,
     sought: &HashMap<PodUid, Option<Arc<Netns>>>,
+    held: &HashMap<u64, Option<PodUid>>,
     limit: Duration,
 ) -> io::Result<Scan> {
     let started = Instant::now();
@@ -155,7 +176,12 @@ fn find_in(
         let Ok(cgroups) = read_at(&processes_folder, &format!("{pid}/cgroup"), &mut buffer) else {
             continue;
         };
-        let Some((pod, _)) = container(&cgroups, &around) else {
+        let pod = container(&cgroups, &around).map(|(pod, _)| pod);
+        // The daemon enters pods' netns for moments.
+        if !held.is_empty() && pid != std::process::id() {
+            count_resident(&mut scan, held, &proc.join(&name), pod);
+        }
+        let Some(pod) = pod else {
             continue;
         };
         scan.of_pods += 1;
@@ -182,6 +208,31 @@ fn find_in(
     }
     settle(&mut scan, &processes, sought, &mut files);
     Ok(scan)
+}
+
+/// Counts the process with this `folder` in /proc, and the pod of its cgroup, for each netns that it keeps enrolled.
+fn count_resident(
+    scan: &mut Scan,
+    held: &HashMap<u64, Option<PodUid>>,
+    folder: &Path,
+    pod: Option<PodUid>,
+) {
+    let netns = match fs::metadata(folder.join("ns/net")) {
+        Ok(netns) => Some(netns.ino()),
+        // A zombie has no netns any more.
+        Err(error) if has_ended(&error) => return,
+        Err(_) => {
+            scan.is_partial |= pod.is_some();
+            None
+        }
+    };
+    for (inode, of) in held {
+        if netns == Some(*inode) || (pod.is_some() && *of == pod) {
+            let residents = scan.residents.entry(*inode).or_default();
+            residents.processes += 1;
+            residents.pods.extend(pod);
+        }
+    }
 }
 
 /// Determines the location of each pod in `processes`.
@@ -415,14 +466,58 @@ mod tests {
     #[test]
     fn finds_nobody_who_has_no_process() {
         let sought = HashMap::from([(uid(UID), None)]);
-        let scan = find(&sought, Duration::from_secs(60)).unwrap();
+        let scan = find(&sought, &HashMap::new(), Duration::from_secs(60)).unwrap();
         assert!(scan.pods.is_empty());
         assert!(scan.processes >= 1, "there is this one");
     }
 
     #[test]
+    fn counts_the_processes_in_a_netns() {
+        let here = fs::metadata("/proc/self/ns/net").unwrap().ino();
+        let held = HashMap::from([(here, None), (0, None)]);
+        let count = || {
+            let scan = find(&HashMap::new(), &held, Duration::from_secs(60)).unwrap();
+            assert_eq!(scan.residents.get(&0), None);
+            scan.residents.get(&here).cloned().unwrap_or_default()
+        };
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        assert!(count().processes >= 1, "there is the child");
+        let mut scan = Scan::default();
+        let folder = format!("/proc/{}", child.id());
+        count_resident(&mut scan, &held, Path::new(&folder), None);
+        assert_eq!(scan.residents[&here].processes, 1);
+        child.kill().unwrap();
+        // Until it is waited for it is a zombie, which counts no more.
+        let died = || fs::read_to_string(format!("{folder}/stat")).is_ok_and(|s| s.contains(") Z"));
+        while !died() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut scan = Scan::default();
+        count_resident(&mut scan, &held, Path::new(&folder), None);
+        assert!(scan.residents.is_empty());
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn counts_the_processes_of_a_pod_wherever_they_are() {
+        let mut scan = Scan::default();
+        let held = HashMap::from([(0, Some(uid(UID)))]);
+        count_resident(&mut scan, &held, Path::new("/proc/self"), None);
+        assert!(scan.residents.is_empty());
+        count_resident(&mut scan, &held, Path::new("/proc/self"), Some(uid(UID)));
+        let expected = Residents {
+            processes: 1,
+            pods: [uid(UID)].into(),
+        };
+        assert_eq!(scan.residents[&0], expected);
+    }
+
+    #[test]
     fn a_look_has_an_end() {
-        let error = find(&HashMap::new(), Duration::ZERO).unwrap_err();
+        let error = find(&HashMap::new(), &HashMap::new(), Duration::ZERO).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 

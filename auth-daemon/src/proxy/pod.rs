@@ -100,7 +100,7 @@ pub struct PodStatus {
     pub netns: String,
     /// Whether the daemon handles its connections.
     pub enrolled: bool,
-    /// Why the pod is not enrolled. Empty if it is.
+    /// Why the pod is not enrolled, or why it is although it has ended. Empty otherwise.
     pub reason: String,
     /// What the pod has changed of the daemon's set-up in its netns, which the daemon has put back. Empty if nothing.
     #[serde(skip_serializing_if = "String::is_empty")]

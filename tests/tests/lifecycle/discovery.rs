@@ -225,11 +225,13 @@ fn a_broken_file_harms_no_other() {
 fn a_removed_file_removes_its_pods() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
+    let start = || {
+        web.app("echo-server --port 8080")
+            .unwrap()
+            .listening()
+            .unwrap()
+    };
+    let echo = start();
     let (a, b) = daemons(&mesh);
     let before = addresses(&a);
     echoes(&client, web.at(8080));
@@ -240,11 +242,13 @@ fn a_removed_file_removes_its_pods() {
     for to in ways(&web) {
         assert_eq!(call(&client, to)["event"], "failed", "{to}");
     }
+    drop(echo);
     eventually(TIMEOUT, "the pod's release", || {
         b.status().unwrap().pods.is_empty().then_some(())
     })
     .unwrap();
     mesh.manifests().apply(&web.manifest()).unwrap();
+    let _echo = start();
     b.wait_enrolled(&["default/web"]).unwrap();
     until(&a, before);
     for to in ways(&web) {

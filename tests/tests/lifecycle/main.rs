@@ -7,6 +7,7 @@ mod changes;
 mod claims;
 mod discovery;
 mod drain;
+mod ended;
 mod enrolment;
 mod enrolment_addresses;
 mod enrolment_churn;

@@ -14,19 +14,13 @@ use crate::common::lifecycle_pair::{
 use crate::common::lifecycle_traces::{Routing, attached_to_netns, files};
 
 #[test]
-fn a_pod_taken_out_of_the_manifests_is_plain_again_and_refused_by_the_mesh() {
-    let remove = |mesh: &Mesh| mesh.manifests().remove("Pod", "default", "web").unwrap();
-    leaves_the_mesh(remove, false);
-}
-
-#[test]
 fn a_label_takes_a_running_pod_out() {
-    leaves_the_mesh(|mesh| disable(mesh, "labels"), true);
+    leaves_the_mesh(|mesh| disable(mesh, "labels"));
 }
 
 #[test]
 fn an_annotation_takes_a_running_pod_out() {
-    leaves_the_mesh(|mesh| disable(mesh, "annotations"), true);
+    leaves_the_mesh(|mesh| disable(mesh, "annotations"));
 }
 
 fn disable(mesh: &Mesh, how: &str) {
@@ -38,9 +32,8 @@ fn disable(mesh: &Mesh, how: &str) {
         .unwrap();
 }
 
-/// `web` leaves by `leave` while connections of both directions stand. The mesh's pods reach it afterwards if it is still
-/// known.
-fn leaves_the_mesh(leave: impl Fn(&Mesh), is_known: bool) {
+/// `web` leaves by `leave` while connections of both directions stand.
+fn leaves_the_mesh(leave: impl Fn(&Mesh)) {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let clean = Routing::of(&web);
@@ -88,11 +81,7 @@ fn leaves_the_mesh(leave: impl Fn(&Mesh), is_known: bool) {
     let capture = mesh.wire().capture().unwrap();
     echoes(mesh.outside(), web.at(8080));
     for to in [web.at(8080), web.at6(8080)] {
-        if is_known {
-            echoes(&client, to);
-        } else {
-            assert_reset(&call(&client, to));
-        }
+        echoes(&client, to);
     }
     assert!(
         capture.stop().unwrap().contains(MARKER.as_bytes()),

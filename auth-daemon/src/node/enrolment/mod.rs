@@ -2,6 +2,7 @@
 //! and writes the mesh's addresses to the kernel's maps.
 
 mod addresses;
+mod ended;
 mod pod_roots;
 mod policies;
 mod proven_nodes;
@@ -10,7 +11,6 @@ mod tampering;
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
-    path::Path,
     sync::{Arc, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -33,10 +33,9 @@ use crate::proxy::{
     rules, same_node,
 };
 use addresses::Told;
-use auth_datapath::{
-    EnrolError, Enrolled, Netns, NetnsDiscovery, forget_others, open_netns, sockets::Listeners,
-};
+use auth_datapath::{EnrolError, Enrolled, Netns, NetnsDiscovery, open_netns, sockets::Listeners};
 use auth_mesh::{ObjectName, Snapshot, Workload};
+use ended::{Ended, EndedPods, Pods, shown};
 use pod_roots::PodRoots;
 use tampering::Tampering;
 
@@ -54,12 +53,15 @@ pub struct Enrolment {
     node: Arc<Node>,
     /// The threads that connections run on.
     workers: Arc<Workers>,
-    serving: HashMap<ObjectName, Serving>,
+    /// By the cookie of their netns.
+    serving: HashMap<u64, Serving>,
     failing: BTreeMap<ObjectName, Failing>,
     /// Finds netns that have no name.
     netns_discovery: NetnsDiscovery,
-    /// The pod that owns each address. If two pods claim an address, the first one owns it.
-    owners: HashMap<IpAddr, ObjectName>,
+    /// Pods that are enrolled for their processes only.
+    ended: EndedPods,
+    /// The pod that owns each address, by the cookie of its netns. If two pods claim an address, the first one owns it.
+    owners: HashMap<IpAddr, u64>,
     /// The mesh addresses last written to the kernel.
     told: Told,
     pod_roots: PodRoots,
@@ -73,6 +75,8 @@ struct Serving {
     tasks: Vec<AbortHandle>,
     /// Duplicates of the pod's listeners, for handing over to the next pod of the netns and for learning addresses.
     listeners: Listeners,
+    /// Set if the pod is served only because its netns has processes.
+    ended: Option<Ended>,
 }
 
 struct Failing {
@@ -98,6 +102,7 @@ impl Enrolment {
             workers,
             serving: HashMap::new(),
             failing: BTreeMap::new(),
+            ended: EndedPods::default(),
             owners: HashMap::new(),
             told: Told::default(),
             pod_roots: PodRoots::default(),
@@ -130,9 +135,8 @@ impl Enrolment {
             self.tell_addresses(&snapshot);
             if first {
                 // Find the pods that a previous daemon served before any of them is released.
-                let wanted = wanted(&snapshot, &self.node.config.node_name);
-                self.netns_discovery
-                    .want(wanted.values().map(|workload| &***workload));
+                let (running, finished) = pods_of(&snapshot, &self.node.config.node_name);
+                self.look_for(&running, &finished);
                 self.netns_discovery.look().await;
             }
             self.reconcile(&snapshot);
@@ -197,38 +201,39 @@ impl Enrolment {
     }
 
     fn reconcile(&mut self, snapshot: &Snapshot) {
-        let wanted = wanted(snapshot, &self.node.config.node_name);
-        self.netns_discovery
-            .want(wanted.values().map(|workload| &***workload));
-        let (staying, mut leaving): (HashMap<_, _>, HashMap<_, _>) =
-            std::mem::take(&mut self.serving).into_iter().partition(
-                |(name, serving): &(ObjectName, Serving)| {
-                    wanted
-                        .get(name)
-                        .is_some_and(|workload| self.is_served(workload, serving))
-                },
-            );
+        let (running, finished) = pods_of(snapshot, &self.node.config.node_name);
+        self.look_for(&running, &finished);
+        let (mut staying, mut leaving): (HashMap<_, _>, HashMap<_, _>) =
+            std::mem::take(&mut self.serving)
+                .into_iter()
+                .partition(|(_, serving)| {
+                    let workload = running.get(&serving.pod.workload.name);
+                    workload.is_some_and(|workload| self.is_served(workload, serving))
+                });
+        for serving in staying.values_mut() {
+            serving.ended = None;
+        }
         self.serving = staying;
-        self.failing.retain(|name, _| wanted.contains_key(name));
-        let before = self.settle_rules(&wanted);
-        for (name, workload) in wanted {
-            if let Some(serving) = self.serving.get(name) {
+        self.failing
+            .retain(|name, _| running.contains_key(name) || finished.contains_key(name));
+        let served: HashMap<_, _> = self
+            .serving
+            .values()
+            .map(|serving| (serving.pod.workload.name.clone(), serving.cookie()))
+            .collect();
+        for (name, workload) in &running {
+            let serving = served
+                .get(*name)
+                .and_then(|cookie| self.serving.get(cookie));
+            if let Some(serving) = serving {
                 self.learn_addresses(workload, serving);
             } else if let Err(error) = self.serve(workload, &mut leaving) {
                 self.note_failure(workload, &error);
             }
         }
-        for (name, serving) in leaving {
-            let failing = self.failing.get(&name);
-            let shared = failing.and_then(|failing| self.netns_discovery.shared(&failing.workload));
-            if shared == Some(serving.cookie()) {
-                // More than one pod may own the netns: refuse its connections until that is resolved.
-                serving.pod.enrolled.refuse(&self.node.kernel);
-                self.end(serving);
-            } else {
-                self.release(serving);
-            }
-        }
+        self.serve_finished(&finished, &mut leaving);
+        self.settle_leaving(snapshot, (&running, &finished), leaving);
+        let before = self.settle_rules(&running);
         if self.netns_discovery.knows_all() {
             // Pods that cannot be served now stay enrolled in the kernel, which refuses their connections.
             let failing = self.failing.values().filter_map(|failing| {
@@ -237,9 +242,10 @@ impl Enrolment {
                     .map(|netns| netns.cookie())
                     .or_else(|| self.netns_discovery.shared(&failing.workload))
             });
-            let kept = self.serving.values().map(Serving::cookie).chain(failing);
-            forget_others(&self.node.kernel, &kept.collect());
+            let kept = self.serving.keys().copied().chain(failing).collect();
+            self.settle_unserved(snapshot, &kept);
         }
+        self.hold_ended();
         self.settle_addresses();
         if let Some(before) = before {
             self.end_denied(snapshot, &before);
@@ -290,34 +296,30 @@ impl Enrolment {
     }
 
     /// Begins to serve `workload`. A netns that a pod of `leaving` had is handed over without a gap: it always has a
-    /// listener and stays enrolled in the kernel.
+    /// listener and stays enrolled in the kernel. Returns its cookie.
     fn serve(
         &mut self,
         workload: &Arc<Workload>,
-        leaving: &mut HashMap<ObjectName, Serving>,
-    ) -> Result<(), EnrolError> {
+        leaving: &mut HashMap<u64, Serving>,
+    ) -> Result<u64, EnrolError> {
         let kernel = &self.node.kernel;
         let netns = self.netns(workload)?;
-        let holds = |serving: &Serving| serving.cookie() == netns.cookie();
-        if let Some(other) = self.serving.values().find(|serving| holds(serving)) {
+        let cookie = netns.cookie();
+        if let Some(other) = self.serving.get(&cookie) {
             return Err(EnrolError::Taken {
                 pod: workload.name.clone(),
                 path: netns.path().to_owned(),
                 other: other.pod.workload.name.clone(),
             });
         }
-        let before = leaving
-            .iter()
-            .find(|(_, serving)| holds(serving))
-            .map(|(name, _)| name.clone());
-        let (enrolled, listeners) = match before.and_then(|name| leaving.remove(&name)) {
+        let (enrolled, listeners) = match leaving.remove(&cookie) {
             Some(before) => match before.pod.enrolled.hand_over(kernel, workload) {
                 Ok(enrolled) => {
                     let listeners = self.end(before);
                     (enrolled, listeners)
                 }
                 Err(error) => {
-                    leaving.insert(before.pod.workload.name.clone(), before);
+                    leaving.insert(cookie, before);
                     return Err(error);
                 }
             },
@@ -335,7 +337,7 @@ impl Enrolment {
         let certificate = self.node.certificates.acquire(&workload.identity);
         // Before the pod can be called.
         let rules = self.rules_of(workload);
-        self.node.rules.add(enrolled.netns.cookie(), rules);
+        self.node.rules.add(cookie, rules);
         let pod = Arc::new(Pod::new((**workload).clone(), enrolled, certificate));
         let mut tasks = Vec::new();
         for listener in to_watch.outbound {
@@ -355,9 +357,7 @@ impl Enrolment {
             tunnel,
             Side::Inbound,
         ));
-        let unserved = self
-            .netns_discovery
-            .unserved(workload, pod.enrolled.netns.cookie());
+        let unserved = self.netns_discovery.unserved(workload, cookie);
         tracing::info!(
             pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses,
             netns = %pod.enrolled.netns.path().display(),
@@ -369,9 +369,10 @@ impl Enrolment {
             pod,
             tasks,
             listeners,
+            ended: None,
         };
-        self.serving.insert(workload.name.clone(), serving);
-        Ok(())
+        self.serving.insert(cookie, serving);
+        Ok(cookie)
     }
 
     fn note_failure(&mut self, workload: &Arc<Workload>, error: &EnrolError) {
@@ -419,18 +420,24 @@ impl Enrolment {
         serving.listeners
     }
 
-    /// Assigns each address to the pod that owns it, and publishes the list of pods.
+    /// Assigns each address to the pod that owns it, and publishes the list of pods. A pod that has ended owns only what no
+    /// other pod claims.
     fn settle_addresses(&mut self) {
         let serving = &self.serving;
-        let claims = |name: &ObjectName, address: &IpAddr| {
-            serving
-                .get(name)
-                .is_some_and(|serving| serving.pod.enrolled.addresses().contains(address))
+        let is_running = |cookie: &u64| {
+            let serving = serving.get(cookie);
+            serving.is_some_and(|serving| serving.ended.is_none())
         };
-        self.owners.retain(|address, name| claims(name, address));
-        for (name, serving) in serving {
+        self.owners.retain(|address, cookie| {
+            let serving = serving.get(cookie);
+            serving.is_some_and(|serving| serving.pod.enrolled.addresses().contains(address))
+        });
+        for (cookie, serving) in serving {
             for address in serving.pod.enrolled.addresses() {
-                self.owners.entry(*address).or_insert_with(|| name.clone());
+                let owner = self.owners.entry(*address).or_insert(*cookie);
+                if !is_running(owner) && serving.ended.is_none() {
+                    *owner = *cookie;
+                }
             }
         }
         let rules = self.node.rules.current();
@@ -473,10 +480,7 @@ impl Enrolment {
         let by_address = self
             .owners
             .iter()
-            .filter_map(|(address, name)| {
-                let local_pod = by_cookie.get(&self.serving.get(name)?.cookie())?;
-                Some((*address, local_pod.clone()))
-            })
+            .filter_map(|(address, cookie)| Some((*address, by_cookie.get(cookie)?.clone())))
             .collect();
         LocalPods {
             by_cookie,
@@ -485,16 +489,18 @@ impl Enrolment {
     }
 
     fn publish_status(&self) {
-        let shown = |path: &Path| path.display().to_string();
-        let served = self.serving.values().map(|Serving { pod, .. }| PodStatus {
-            pod: pod.workload.name.to_string(),
-            identity: pod.workload.identity.to_string(),
-            addresses: pod.enrolled.addresses().to_vec(),
-            netns: shown(pod.enrolled.netns.path()),
-            enrolled: true,
-            reason: String::new(),
-            tampered: self.tampering.of(&pod.workload.name),
-            idle_tunnels: pod.pool.idle(),
+        let served = self.serving.values().map(|serving| {
+            let pod = &serving.pod;
+            PodStatus {
+                pod: pod.workload.name.to_string(),
+                identity: pod.workload.identity.to_string(),
+                addresses: pod.enrolled.addresses().to_vec(),
+                netns: shown(pod.enrolled.netns.path()),
+                enrolled: true,
+                reason: self.why_served(serving),
+                tampered: self.tampering.of(serving.cookie()),
+                idle_tunnels: pod.pool.idle(),
+            }
         });
         let failing = self.failing.values().map(|failing| PodStatus {
             pod: failing.workload.name.to_string(),
@@ -510,7 +516,10 @@ impl Enrolment {
             tampered: String::new(),
             idle_tunnels: 0,
         });
-        let mut pods: Vec<_> = served.chain(failing).collect();
+        let mut pods: Vec<_> = served
+            .chain(failing)
+            .chain(self.unserved_status())
+            .collect();
         pods.sort_by(|a, b| a.pod.cmp(&b.pod));
         *self
             .node
@@ -537,13 +546,10 @@ async fn release(node: &Node, keepers: Vec<JoinHandle<()>>) {
     tracing::info!("another daemon takes over; what is under way here may end");
 }
 
-/// Returns the pods that this node should serve.
-fn wanted<'a>(
-    snapshot: &'a Snapshot,
-    node_name: &str,
-) -> BTreeMap<&'a ObjectName, &'a Arc<Workload>> {
+/// Returns the pods of this node that run, and those that have finished.
+fn pods_of<'a>(snapshot: &'a Snapshot, node_name: &str) -> (Pods<'a>, Pods<'a>) {
     let workloads = snapshot.on_node(node_name);
-    workloads
-        .map(|workload| (&workload.name, workload))
-        .collect()
+    let workloads = workloads.map(|workload| (&workload.name, workload));
+    let (finished, running) = workloads.partition(|(_, workload)| workload.finished);
+    (running, finished)
 }

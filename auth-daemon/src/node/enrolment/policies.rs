@@ -1,14 +1,14 @@
 //! Applies policies to the served pods, and ends the connections that a change denies.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use auth_common::{Inbound, MeshKind};
 
-use super::{Enrolment, Serving};
+use super::{Enrolment, Serving, ended::Pods};
 use crate::proxy::Pod;
 use crate::proxy::rules::{self, ByPod};
 use auth_mesh::{
-    ObjectName, Snapshot, Workload,
+    Snapshot, Workload,
     policy::{Connection, WorkloadPolicy},
 };
 
@@ -21,13 +21,14 @@ impl Enrolment {
 
     /// Puts the policies in force for the served pods, by the pods' current labels. Returns the previous policies if
     /// anything changed.
-    pub(super) fn settle_rules(
-        &self,
-        wanted: &BTreeMap<&ObjectName, &Arc<Workload>>,
-    ) -> Option<Arc<ByPod>> {
-        let rules = self.serving.iter().map(|(name, serving)| {
-            let workload = wanted.get(name).map_or(&serving.pod.workload, |now| now);
-            (serving.cookie(), self.rules_of(workload))
+    pub(super) fn settle_rules(&self, running: &Pods<'_>) -> Option<Arc<ByPod>> {
+        let rules = self.serving.iter().map(|(cookie, serving)| {
+            let workload = &serving.pod.workload;
+            let now = running
+                .get(&workload.name)
+                .filter(|_| serving.ended.is_none());
+            let workload = now.map_or(workload, |now| now);
+            (*cookie, self.rules_of(workload))
         });
         self.node.rules.replace(rules.collect())
     }

@@ -5,8 +5,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use auth_mesh::ObjectName;
-
 use super::Serving;
 
 /// Interval at which the pods' namespaces are checked. A check takes some 0.2 ms for each pod.
@@ -16,7 +14,8 @@ const INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub(super) struct Tampering {
     checked: Option<Instant>,
-    found: HashMap<ObjectName, Found>,
+    /// By the cookie of the pod's netns.
+    found: HashMap<u64, Found>,
 }
 
 #[derive(Debug, Default)]
@@ -27,13 +26,14 @@ struct Found {
 
 impl Tampering {
     /// Checks the namespaces of the pods that are served, if it is time to.
-    pub(super) fn check(&mut self, serving: &HashMap<ObjectName, Serving>) {
+    pub(super) fn check(&mut self, serving: &HashMap<u64, Serving>) {
         if self.checked.is_some_and(|at| at.elapsed() < INTERVAL) {
             return;
         }
         self.checked = Some(Instant::now());
-        self.found.retain(|pod, _| serving.contains_key(pod));
-        for (pod, serving) in serving {
+        self.found.retain(|cookie, _| serving.contains_key(cookie));
+        for (cookie, serving) in serving {
+            let pod = &serving.pod.workload.name;
             let missing = match serving.pod.enrolled.repair() {
                 Ok(missing) => missing,
                 // The namespace may be on its way out; the next check retries.
@@ -45,7 +45,7 @@ impl Tampering {
             if missing.is_empty() {
                 continue;
             }
-            let found = self.found.entry(pod.clone()).or_default();
+            let found = self.found.entry(*cookie).or_default();
             found.times += 1;
             let is_new = missing
                 .iter()
@@ -60,9 +60,9 @@ impl Tampering {
         }
     }
 
-    /// What the status says of a pod. Empty if it did not tamper.
-    pub(super) fn of(&self, pod: &ObjectName) -> String {
-        self.found.get(pod).map_or_else(String::new, |found| {
+    /// What the status says of the pod whose netns has `cookie`. Empty if it did not tamper.
+    pub(super) fn of(&self, cookie: u64) -> String {
+        self.found.get(&cookie).map_or_else(String::new, |found| {
             let names: Vec<_> = found.missing.iter().copied().collect();
             format!(
                 "removed {}; put back {} times",
