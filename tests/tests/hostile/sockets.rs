@@ -8,8 +8,10 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::process::CommandExt;
 
+use anyhow::ensure;
 use mesh_tests::{
-    App, Capture, DaemonOptions, Place, Pod, PodSpec, Process, Result, TIMEOUT, pod_app,
+    App, Capture, DaemonOptions, Place, Pod, PodSpec, Process, Result, TIMEOUT, eventually_ok,
+    pod_app,
 };
 use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
@@ -301,6 +303,64 @@ fn link_local_and_unlisted_unique_local_addresses_are_refused_by_the_server() ->
         assert_eq!(line["client_identity"], "", "{line}");
         let client: SocketAddr = serde_json::from_value(line["client"].clone())?;
         assert!(matches!(client.ip(), IpAddr::V6(_)), "{line}");
+    }
+    assert_eq!(stage.echo.events_of("accepted"), Vec::<Value>::new());
+    Ok(())
+}
+
+/// The kernel connects the subflows of a Multipath TCP connection itself, to any address that the server announces.
+#[test]
+fn a_subflow_to_the_mesh_is_captured_and_carries_nothing() -> Result<()> {
+    if !std::path::Path::new("/proc/sys/net/mptcp/enabled").exists() {
+        println!("SKIPPED a_subflow_to_the_mesh_is_captured_and_carries_nothing: no Multipath TCP");
+        return Ok(());
+    }
+    let stage = Stage::set()?;
+    let (client, web) = (&stage.pair.client, &stage.pair.web);
+    let outside = stage.pair.mesh.outside();
+    let _echo = outside
+        .app(&format!("echo-server --port {PORT} --multipath"))?
+        .listening()?;
+    let ip = |place: &Place, command: &str| place.run("ip", command.split(' '))?.ok().map(drop);
+    ip(client, "mptcp limits set subflows 2 add_addr_accepted 2")?;
+    ip(outside, "mptcp limits set subflows 2 add_addr_accepted 0")?;
+    ip(
+        outside,
+        &format!("mptcp endpoint add {} signal", web.ipv4()),
+    )?;
+    let to = SocketAddr::from((stage.pair.mesh.outside_ipv4(), PORT));
+    let mut talk = client.app(&format!("chat --to {to} --multipath"))?;
+    // The daemon's listener knows no subflow, so the kernel resets it.
+    eventually_ok(TIMEOUT, "a subflow that is tried and reset", || {
+        let counters = client.run("nstat", ["-asz"])?.ok()?.stdout;
+        let count = |name: &str| {
+            let mut words = counters.split_ascii_whitespace();
+            words.find(|word| *word == name)?;
+            words.next()?.parse::<u64>().ok()
+        };
+        for name in ["MPTcpExtMPJoinSynTx", "MPTcpExtMPRstTx"] {
+            ensure!(count(name).is_some_and(|count| count > 0), "no {name}");
+        }
+        Ok(())
+    })?;
+    // The first path goes on.
+    for _ in 0..3 {
+        talk.event("round", TIMEOUT)?;
+    }
+    let recording = stage.capture.stop()?;
+    assert!(
+        !recording
+            .tcp_between(client.ipv4().into(), to.ip())
+            .packets()
+            .is_empty()
+    );
+    for stream in recording
+        .tcp_between(client.ipv4().into(), web.ipv4().into())
+        .streams()
+    {
+        // A subflow that was not captured would be a SYN and a reset, without a byte.
+        assert!(!stream.to_server.is_empty(), "{stream:?}");
+        stream.tls_records()?;
     }
     assert_eq!(stage.echo.events_of("accepted"), Vec::<Value>::new());
     Ok(())

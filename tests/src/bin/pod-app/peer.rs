@@ -35,6 +35,9 @@ pub(crate) struct From {
     /// Timeout for connecting, in milliseconds
     #[arg(long, default_value_t = 30_000)]
     timeout: u64,
+    /// Use Multipath TCP (RFC 8684). A server does not accept it
+    #[arg(long)]
+    multipath: bool,
 }
 
 impl Target {
@@ -65,8 +68,13 @@ impl From {
     }
 
     fn socket(&self, to: SocketAddr) -> Result<Socket, Failure> {
+        let protocol = if self.multipath {
+            Protocol::MPTCP
+        } else {
+            Protocol::TCP
+        };
         let socket =
-            Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP)).at("socket")?;
+            Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol)).at("socket")?;
         if self.bind.is_some() || self.source_port.is_some() {
             let any: IpAddr = if to.is_ipv4() {
                 [0; 4].into()

@@ -23,6 +23,9 @@ pub(crate) struct Listen {
     /// Report only connections that failed
     #[arg(long)]
     quiet: bool,
+    /// Accept Multipath TCP as well (RFC 8684)
+    #[arg(long)]
+    multipath: bool,
 }
 
 impl Listen {
@@ -31,6 +34,7 @@ impl Listen {
             port,
             bind: bind.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
             quiet,
+            multipath: false,
         }
     }
 
@@ -62,11 +66,12 @@ impl Listen {
 
     fn listener(&self) -> io::Result<std::net::TcpListener> {
         let address = self.address();
-        let socket = Socket::new(
-            Domain::for_address(address),
-            Type::STREAM,
-            Some(Protocol::TCP),
-        )?;
+        let protocol = if self.multipath {
+            Protocol::MPTCP
+        } else {
+            Protocol::TCP
+        };
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(protocol))?;
         socket.set_reuse_address(true)?;
         if address.is_ipv6() {
             socket.set_only_v6(false)?;
