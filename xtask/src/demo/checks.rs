@@ -22,7 +22,7 @@ pub(super) const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-pub(super) const AFTER: [Check; 26] = [
+pub(super) const AFTER: [Check; 27] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -77,6 +77,11 @@ pub(super) const AFTER: [Check; 26] = [
         name: "service-on-node-address",
         claim: "a service whose address is also the node's is reached in TLS",
         run: claims::service_on_node_address,
+    },
+    Check {
+        name: "node-port-tunnelled",
+        claim: "a pod that dials a node port, of its own node or the server's, is tunnelled",
+        run: claims::node_port_tunnelled,
     },
     Check {
         name: "removed-address",

@@ -3,11 +3,12 @@
 use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
-use mesh_tests::{Firewall, PodSpec, Process, TIMEOUT, eventually, eventually_ok};
+use mesh_tests::{Firewall, Node, PodSpec, Process, TIMEOUT, eventually, eventually_ok};
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 use super::evidence::Evidence;
-use super::stage::{CLIENT, LOGGED, NODE_A, PORT, SHOP, Stage, WEB, soon};
+use super::stage::{CLIENT, LOGGED, NODE_A, NODE_B, PORT, SHOP, Stage, WEB, soon};
 
 pub(super) fn service_on_node_address(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     let web = stage.mesh.pod("web-1");
@@ -73,6 +74,67 @@ pub(super) fn service_on_node_address(stage: &mut Stage, evidence: &Evidence) ->
             .ok()?;
     }
     Ok(())
+}
+
+pub(super) fn node_port_tunnelled(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
+    let web = stage.mesh.pod("web-1");
+    let manifests = stage.mesh.manifests();
+    let (near, far) = (stage.mesh.node(NODE_A), stage.mesh.node(NODE_B));
+    // What kube-proxy does. Nothing may reach these rules.
+    let _translations = [
+        Firewall::node_port(near, NODE_PORT, &web, PORT)?,
+        Firewall::node_port(far, NODE_PORT, &web, PORT)?,
+    ];
+    for node in [near, far] {
+        let object = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name()},
+            "status": {"addresses": [{"type": "InternalIP", "address": node.ipv4()}]},
+        });
+        manifests.write(&node_file(node), &object.to_string())?;
+    }
+    let daemon = stage.daemon(NODE_A)?;
+    manifests.edit("Service", "default", "web", |service| {
+        service["spec"]["type"] = "NodePort".into();
+        service["spec"]["ports"][0]["nodePort"] = NODE_PORT.into();
+    })?;
+    for node in [near, far] {
+        let to = SocketAddr::from((node.ipv4(), NODE_PORT));
+        eventually_ok(LOGGED, "the daemon to know the node port", || {
+            stage.ask(to, &stage.path("early")).map(drop)
+        })?;
+    }
+    let tcpdump = Tcpdump::start(stage)?;
+    for node in [near, far] {
+        let start = daemon.log_position();
+        let to = SocketAddr::from((node.ipv4(), NODE_PORT));
+        let answer = stage.ask(to, &stage.path("node-port"))?;
+        evidence.saw(format!(
+            "curl http://{to}, a port of {}, got {:?}",
+            node.name(),
+            answer.body
+        ));
+        let line = daemon.wait_for_log_after(start, "the connection", LOGGED, |line| {
+            line["target"] == "access" && line["destination"] == to.to_string()
+        })?;
+        evidence.saw(format!(
+            "{NODE_A} logged: path={} service={} server_identity={}",
+            line["path"], line["service"], line["server_identity"]
+        ));
+        ensure!(line["path"] == "tunnel", "another path: {line}");
+    }
+    unreadable(&tcpdump.stop(stage)?, &stage.marker, evidence)?;
+    manifests.edit("Service", "default", "web", |service| {
+        service["spec"]["type"] = "ClusterIP".into();
+        service["spec"]["ports"][0]["nodePort"].take();
+    })?;
+    for node in [near, far] {
+        manifests.remove_file(&node_file(node))?;
+    }
+    Ok(())
+}
+
+fn node_file(node: &Node) -> String {
+    format!("node-{}.json", node.name())
 }
 
 pub(super) fn removed_address(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
@@ -168,3 +230,4 @@ impl Tcpdump {
 
 /// An address that no service has: the daemon counts it among the node's.
 const SPARE: &str = "198.51.100.9/32";
+const NODE_PORT: u16 = 30080;
