@@ -79,8 +79,9 @@ pub enum MeshKind {
     /// A network that contains pod addresses. Captured where no longer prefix says otherwise: the daemon refuses an address
     /// that no object explains. Connections from it go to the tunnel listener of a PERMISSIVE pod.
     PodNetwork = 3,
-    /// An address of a node, which no service claims. Connections to ports in the EXPOSED map are captured, no others. A connection from it is
-    /// judged like any other, unless the kernel has recorded that a process of the node itself made it.
+    /// An address of a node, which no service claims. Connections to ports in the EXPOSED map are captured, no others. A
+    /// connection from it is judged like any other, unless the kernel has recorded that a process of this node itself made
+    /// it.
     Node = 4,
     /// An address of a known pod or service outside the mesh. Never captured. As a caller, it is treated like an address
     /// that is not in the map.
