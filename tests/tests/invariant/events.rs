@@ -75,7 +75,7 @@ impl Event {
                 app: random.one(&APPS),
             },
             // Half of the pods stay as they are.
-            70..80 if OBJECTS_MAY_GO && running.len() > world.pods.len() / 2 => Self::Object {
+            70..80 if running.len() > world.pods.len() / 2 => Self::Object {
                 pod,
                 object: random.one(&[Object::Failed, Object::Removed]),
             },
@@ -155,5 +155,3 @@ fn full_name(policy: &Value) -> String {
 }
 
 const MOST_POLICIES: usize = 4;
-/// Whether a pod stays as it is while its processes run, whatever its object says. It does not yet, so no object goes.
-const OBJECTS_MAY_GO: bool = false;
