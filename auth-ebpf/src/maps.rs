@@ -9,7 +9,10 @@ use auth_common::{
     NODE_CONNECT, Node, Pod, SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
-    bindings::BPF_SK_STORAGE_GET_F_CREATE,
+    bindings::{
+        BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE,
+        bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
+    },
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     helpers::generated::bpf_sk_storage_get,
     macros::btf_map,
@@ -46,6 +49,36 @@ pub static DIALLED: SkStorage<Dialled> = SkStorage::new();
 /// connects to a pod: `NODE_CONNECT`.
 #[btf_map]
 pub static BYPASS: SkStorage<u32> = SkStorage::new();
+
+/// The daemon's listeners in pods, and the connections that they accept: 1. The sweep for plaintext connections leaves them
+/// alone.
+#[btf_map]
+pub static OWN: InheritedStorage<u32> = InheritedStorage::new();
+
+/// Socket storage that accepted sockets inherit from their listener (`BPF_F_CLONE`, Linux 5.4). Only the daemon uses it.
+#[repr(C)]
+pub struct InheritedStorage<T> {
+    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const T,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+}
+
+// SAFETY: the fields only describe the map to the loader, and are never read.
+unsafe impl<T> Sync for InheritedStorage<T> {}
+
+impl<T> InheritedStorage<T> {
+    const fn new() -> Self {
+        Self {
+            r#type: core::ptr::null(),
+            key: core::ptr::null(),
+            value: core::ptr::null(),
+            max_entries: core::ptr::null(),
+            map_flags: core::ptr::null(),
+        }
+    }
+}
 
 /// The daemon's verdicts on connections between two pods of this node, by the client's netns and the dialled destination.
 #[btf_map]

@@ -1,5 +1,5 @@
 //! Finds and ends the connections that the kernel carries without the daemon: those between pods of this node, and
-//! those from callers outside the mesh to pods that accept plaintext. Connections are found in their netns, the former
+//! plaintext connections that a pod's app accepted because policy allowed it, or before the pod was enrolled. Connections are found in their netns, the former
 //! by the socket storage of the eBPF programs (sock_diag with socket storage, Linux 5.7), and are ended there
 //! (SOCK_DESTROY, Linux 4.5).
 
@@ -36,6 +36,8 @@ const REQUEST: usize = 56;
 const SOCKET_ID: usize = 48;
 /// Size of `struct inet_diag_msg`, in bytes: family, state, two other fields, the socket's id, and counters.
 const ANSWER: usize = 72;
+const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
+const SYN_RECV: u8 = 3;
 const LISTEN: u32 = 1 << 10;
 const TIME_WAIT: u32 = 1 << 6;
 /// All TCP states except LISTEN and TIME_WAIT, which carry no data.
@@ -50,54 +52,116 @@ pub(super) fn end(
 ) -> io::Result<usize> {
     netns.enter(|| {
         let mut ended = 0;
-        for family in [libc::AF_INET, libc::AF_INET6] {
+        for family in FAMILIES {
             let mut found = Vec::new();
-            let map = DefaultNla::new(
-                SK_DIAG_BPF_STORAGE_REQ_MAP_FD,
-                flows.fd().as_fd().as_raw_fd().to_ne_bytes().into(),
-            );
-            let storages = DefaultNla::new(INET_DIAG_REQ_SK_BPF_STORAGES, emitted(&map));
-            list(family as u8, STATES, &emitted(&storages), |answer| {
+            list(family, STATES, &storage_of(flows), |answer| {
                 if let Some((id, flow)) = socket_with_flow(answer)
                     && condition(&flow)
                 {
                     found.push(id);
                 }
             })?;
-            ended += destroy_all(family as u8, found)?;
+            ended += destroy_all(family, found)?;
         }
         Ok(ended)
     })?
 }
 
-/// Ends the connections that apps in `netns` have accepted and whose local and peer address meet `condition`. Returns
-/// the number of ended connections.
-pub(super) fn end_accepted(
-    netns: &Netns,
-    condition: &dyn Fn(SocketAddr, SocketAddr) -> bool,
-) -> io::Result<usize> {
+/// A connection to an app that the kernel passed to it: the app has accepted it, or can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Accepted {
+    /// Address and port of the app.
+    pub local: SocketAddr,
+    /// Address and port of the caller.
+    pub peer: SocketAddr,
+    /// Whether the caller has not acknowledged it yet (SYN_RECV). It may then still be one of the daemon's listener.
+    pub is_half_open: bool,
+    family: u8,
+    id: [u8; SOCKET_ID],
+}
+
+/// Lists the connections to apps in `netns`, except those whose sockets have an entry in one of `maps`, and those whose
+/// other end is in the netns too.
+pub(super) fn accepted(netns: &Netns, maps: &[&MapData]) -> io::Result<Vec<Accepted>> {
     netns.enter(|| {
         let mut listening = HashSet::new();
-        for family in [libc::AF_INET, libc::AF_INET6] {
-            list(family as u8, LISTEN, &[], |answer| {
+        for family in FAMILIES {
+            list(family, LISTEN, &[], |answer| {
                 listening.extend(ends(answer).map(|(_, local, _)| local.port()));
             })?;
         }
-        let mut ended = 0;
-        for family in [libc::AF_INET, libc::AF_INET6] {
-            let mut found = Vec::new();
-            list(family as u8, STATES, &[], |answer| {
+        let mut found = Vec::new();
+        for family in FAMILIES {
+            list(family, STATES, &[], |answer| {
                 if let Some((id, local, peer)) = ends(answer)
                     && listening.contains(&local.port())
-                    && condition(local, peer)
                 {
-                    found.push(id);
+                    found.push(Accepted {
+                        local,
+                        peer,
+                        is_half_open: answer.get(1) == Some(&SYN_RECV),
+                        family,
+                        id,
+                    });
                 }
             })?;
-            ended += destroy_all(family as u8, found)?;
         }
-        Ok(ended)
+        // Afterwards, because a connection gets its entry, and has its other end, before it is found.
+        let mut others = HashSet::new();
+        let mut entered = HashSet::new();
+        for family in FAMILIES {
+            list(family, STATES, &[], |answer| {
+                others.extend(ends(answer).map(|(_, local, peer)| (local, peer)));
+            })?;
+            for map in maps {
+                list(family, STATES, &storage_of(map), |answer| {
+                    if let Some((id, ..)) = ends(answer)
+                        && value(answer).is_some()
+                    {
+                        entered.insert(id);
+                    }
+                })?;
+            }
+        }
+        found.retain(|connection| {
+            !entered.contains(&connection.id)
+                && !others.contains(&(connection.peer, connection.local))
+        });
+        Ok(found)
     })?
+}
+
+/// Ends connections in `netns` with a RST. Returns the number of those that still existed.
+pub(super) fn end_all(netns: &Netns, connections: &[Accepted]) -> io::Result<usize> {
+    netns.enter(|| {
+        let of = |family: u8| {
+            let connections = connections.iter();
+            let connections = connections.filter(move |connection| connection.family == family);
+            connections.map(|connection| connection.id).collect()
+        };
+        FAMILIES
+            .into_iter()
+            .map(|family| destroy_all(family, of(family)))
+            .sum()
+    })?
+}
+
+/// Lists the local and the peer address of the connections in the current netns whose entry in `map`, a number, meets
+/// `condition`.
+pub(super) fn with_value(
+    map: &MapData,
+    condition: impl Fn(u32) -> bool,
+) -> io::Result<HashSet<(SocketAddr, SocketAddr)>> {
+    let mut found = HashSet::new();
+    for family in FAMILIES {
+        list(family, STATES, &storage_of(map), |answer| {
+            let value = value(answer).and_then(|value| value.first_chunk());
+            if value.is_some_and(|value| condition(u32::from_ne_bytes(*value))) {
+                found.extend(ends(answer).map(|(_, local, peer)| (local, peer)));
+            }
+        })?;
+    }
+    Ok(found)
 }
 
 /// Returns the number of sockets that still existed.
@@ -183,6 +247,16 @@ fn request(
     bytes
 }
 
+/// Encodes the request to report each socket's entry in `map`.
+fn storage_of(map: &MapData) -> Vec<u8> {
+    let fd = map.fd().as_fd().as_raw_fd().to_ne_bytes();
+    let map = DefaultNla::new(SK_DIAG_BPF_STORAGE_REQ_MAP_FD, fd.into());
+    emitted(&DefaultNla::new(
+        INET_DIAG_REQ_SK_BPF_STORAGES,
+        emitted(&map),
+    ))
+}
+
 fn emitted(attribute: &DefaultNla) -> Vec<u8> {
     let mut bytes = vec![0; attribute.buffer_len()];
     attribute.emit(&mut bytes);
@@ -207,9 +281,7 @@ fn ends(answer: &[u8]) -> Option<([u8; SOCKET_ID], SocketAddr, SocketAddr)> {
 /// Extracts the id of a socket and its entry in the FLOWS map. `None` if it has no entry.
 fn socket_with_flow(answer: &[u8]) -> Option<([u8; SOCKET_ID], Flow)> {
     let id = *answer.get(4..)?.first_chunk()?;
-    let storages = attribute(answer.get(ANSWER..)?, INET_DIAG_SK_BPF_STORAGES)?;
-    let storage = attribute(storages, SK_DIAG_BPF_STORAGE)?;
-    let value = attribute(storage, SK_DIAG_BPF_STORAGE_MAP_VALUE)?;
+    let value = value(answer)?;
     if value.len() < size_of::<Flow>() {
         return None;
     }
@@ -217,6 +289,13 @@ fn socket_with_flow(answer: &[u8]) -> Option<([u8; SOCKET_ID], Flow)> {
     Some((id, unsafe {
         value.as_ptr().cast::<Flow>().read_unaligned()
     }))
+}
+
+/// Extracts a socket's entry in the map that was asked for. `None` if it has no entry.
+fn value(answer: &[u8]) -> Option<&[u8]> {
+    let storages = attribute(answer.get(ANSWER..)?, INET_DIAG_SK_BPF_STORAGES)?;
+    let storage = attribute(storages, SK_DIAG_BPF_STORAGE)?;
+    attribute(storage, SK_DIAG_BPF_STORAGE_MAP_VALUE)
 }
 
 fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {

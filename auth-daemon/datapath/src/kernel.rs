@@ -5,7 +5,7 @@
 //! own programs beside the old ones, and only then detaches the old ones. No connect escapes the capture in between.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::{self, File},
     io,
     net::{IpAddr, SocketAddr, TcpListener},
@@ -13,7 +13,10 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use auth_common::{Address, Dialled, Inbound, LAYOUT, MeshKind, Node, Pod, SocketKey, mapped};
+use auth_common::{
+    Address, DELIVERY, Dialled, Inbound, LAYOUT, MeshKind, NODE_CONNECT, Node, Pod, SocketKey,
+    mapped,
+};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
@@ -28,7 +31,7 @@ use aya::{
 use ipnet::IpNet;
 
 use super::{
-    ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, exposed, forwarding,
+    ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, exposed, flows, forwarding,
     inbound::{self, InboundProgram},
     node_cgroups::pod_roots,
     proven_nodes,
@@ -37,12 +40,13 @@ use super::{
 /// The compiled eBPF programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF"));
 
-const MAPS: [&str; 17] = [
+const MAPS: [&str; 18] = [
     "PODS",
     "MESH",
     "PENDING",
     "DIALLED",
     "BYPASS",
+    "OWN",
     "DELIVERIES",
     "NODE",
     "VERDICTS",
@@ -146,6 +150,9 @@ pub struct Kernel {
     mesh: Mutex<Mesh>,
     pending: Mutex<BpfHashMap<MapData, SocketKey, Dialled>>,
     bypass: Mutex<SkStorage<MapData, u32>>,
+    own: Mutex<SkStorage<MapData, u32>>,
+    /// More handles of the maps BYPASS and OWN.
+    socket_maps: SocketMaps,
     node: Mutex<Array<MapData, Node>>,
     /// Pods that a daemon with another layout of the maps has enrolled.
     earlier: Vec<(u64, Pod)>,
@@ -158,6 +165,12 @@ pub struct Kernel {
     pub exposed_ports: ExposedPorts,
     /// `None` after [`Kernel::release`].
     lock: Mutex<Option<PinLock>>,
+}
+
+/// Maps of socket storage, for queries.
+pub(super) struct SocketMaps {
+    pub(super) bypass: MapData,
+    pub(super) own: MapData,
 }
 
 struct Mesh {
@@ -233,6 +246,12 @@ impl Kernel {
         }
         let bypass =
             SkStorage::try_from(take_map(&mut ebpf, "BYPASS")?).map_err(map_error("BYPASS"))?;
+        let own = SkStorage::try_from(take_map(&mut ebpf, "OWN")?).map_err(map_error("OWN"))?;
+        let handle = |map| MapData::from_pin(maps.join(map)).map_err(map_error(map));
+        let socket_maps = SocketMaps {
+            bypass: handle("BYPASS")?,
+            own: handle("OWN")?,
+        };
         let mut node: Array<_, Node> =
             Array::try_from(take_map(&mut ebpf, "NODE")?).map_err(map_error("NODE"))?;
         let same_node = SameNode::new(&mut ebpf)?;
@@ -259,6 +278,8 @@ impl Kernel {
             mesh: Mutex::new(Mesh { map: mesh, entries }),
             pending: Mutex::new(pending),
             bypass: Mutex::new(bypass),
+            own: Mutex::new(own),
+            socket_maps,
             node: Mutex::new(node),
             earlier: other_layouts(lock.folder())
                 .iter()
@@ -412,6 +433,31 @@ impl Kernel {
         lock(&self.bypass)
             .insert(socket, kind, 0)
             .map_err(map_error("BYPASS"))
+    }
+
+    /// Marks a listener of the daemon in a pod, and the connections that it will accept.
+    pub(super) fn own(&self, listener: &TcpListener) -> Result<(), KernelError> {
+        lock(&self.own)
+            .insert(listener, 1, 0)
+            .map_err(map_error("OWN"))
+    }
+
+    pub(super) fn socket_maps(&self) -> &SocketMaps {
+        &self.socket_maps
+    }
+
+    /// Returns the local and the peer address of the connections to pods that the daemon or the node itself has opened, in
+    /// `netns` or the node's own. The kernel has recorded them.
+    pub fn recorded(&self, netns: Option<&Netns>) -> io::Result<HashSet<(SocketAddr, SocketAddr)>> {
+        let list = || {
+            flows::with_value(&self.socket_maps.bypass, |value| {
+                [DELIVERY, NODE_CONNECT].contains(&value)
+            })
+        };
+        match netns {
+            Some(netns) => netns.enter(list)?,
+            None => list(),
+        }
     }
 
     /// Returns and removes the destination that the connection from `client`, in the netns with `cookie`, dialled.

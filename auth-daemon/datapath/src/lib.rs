@@ -27,6 +27,7 @@ pub mod unload;
 pub use containers::{NoPodUid, PodUid};
 pub use exposed::ExposedPorts;
 pub use first_socket::FirstSockets;
+pub use flows::Accepted;
 pub use kernel::{Kernel, KernelError, try_load};
 pub use netns::Netns;
 pub use netns_discovery::NetnsDiscovery;

@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{IpAddr, TcpListener},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -11,8 +11,14 @@ use std::{
 use auth_common::{Inbound, Pod};
 
 use super::{
-    Kernel, KernelError, Netns, containers::NoPodUid, flows, forwarding::Forwarding,
-    inbound::InboundProgram, kernel::wire_address, plumbing, sockets::Listeners,
+    Kernel, KernelError, Netns,
+    containers::NoPodUid,
+    flows::{self, Accepted},
+    forwarding::Forwarding,
+    inbound::InboundProgram,
+    kernel::{SocketMaps, wire_address},
+    plumbing,
+    sockets::Listeners,
 };
 use auth_mesh::{ObjectName, Workload};
 
@@ -146,6 +152,8 @@ pub struct Enrolled {
     forwarding: Arc<Forwarding>,
     /// Bit mask of the sysctls that [`plumbing`] switched on.
     switched_on: u32,
+    /// Whether the netns was enrolled before, by this daemon or a previous one.
+    pub was_enrolled: bool,
 }
 
 impl Enrolled {
@@ -168,6 +176,10 @@ impl Enrolled {
                 error,
             }
         };
+        let in_kernel = |error| EnrolError::Kernel {
+            pod: workload.name.clone(),
+            error: Box::new(error),
+        };
         let prepared = plumbing::set_up(&netns);
         // A previous daemon may have switched on some of them, and stored which.
         let switched_on = prepared.as_ref().map_or(0, |done| done.switched_on)
@@ -176,12 +188,11 @@ impl Enrolled {
             Ok(_) => Listeners::open(&netns).map_err(setup("cannot listen inside it")),
             Err(error) => Err(setup("cannot prepare its routes")(error)),
         };
+        for listener in listeners.iter().flat_map(Listeners::all) {
+            kernel.own(listener).map_err(in_kernel)?;
+        }
         let admits = listeners.as_ref().ok();
         let admits = admits.map(|listeners| (mode, &listeners.tunnel));
-        let in_kernel = |error| EnrolError::Kernel {
-            pod: workload.name.clone(),
-            error: Box::new(error),
-        };
         let inbound = kernel.attach_inbound(&netns, admits).map_err(in_kernel)?;
         let enrolled = Self {
             addresses: known(workload),
@@ -190,6 +201,7 @@ impl Enrolled {
             inbound: Arc::new(inbound),
             forwarding: Arc::default(),
             switched_on,
+            was_enrolled: before.is_some(),
         };
         let refuses = mode == Inbound::Strict || listeners.is_err();
         let judged = enrolled.judge_forwarded(kernel, refuses).map_err(in_kernel);
@@ -234,6 +246,7 @@ impl Enrolled {
         let enrolled = Self {
             addresses: known(workload),
             own_addresses: own_addresses(workload, &self.netns),
+            was_enrolled: true,
             ..self.clone()
         };
         kernel
@@ -267,13 +280,18 @@ impl Enrolled {
         Ok(())
     }
 
-    /// Ends the connections that the pod's apps have accepted, if `condition` accepts the local and the peer address.
-    /// Returns their number.
-    pub fn end_accepted(
-        &self,
-        condition: impl Fn(SocketAddr, SocketAddr) -> bool,
-    ) -> io::Result<usize> {
-        flows::end_accepted(&self.netns, &condition)
+    /// Lists the connections to the pod's apps that the daemon did not make: neither its deliveries, nor its own listeners'
+    /// connections, nor those between pods of this node under a verdict, nor the pod's to itself. Those of the node itself
+    /// are included: see [`Kernel::recorded`].
+    pub fn accepted(&self, kernel: &Kernel) -> io::Result<Vec<Accepted>> {
+        let SocketMaps { bypass, own } = kernel.socket_maps();
+        flows::accepted(&self.netns, &[bypass, own, kernel.same_node.flows()])
+    }
+
+    /// Ends connections that [`Enrolled::accepted`] has listed, with a RST to both ends. Returns the number of those that
+    /// still existed.
+    pub fn end(&self, connections: &[Accepted]) -> io::Result<usize> {
+        flows::end_all(&self.netns, connections)
     }
 
     /// Refuses the pod in both directions.

@@ -140,6 +140,10 @@ impl SameNode {
         self.lease_until(monotonic_nanoseconds() + LEASE_NANOSECONDS)
     }
 
+    pub(super) fn flows(&self) -> &MapData {
+        &self.flows
+    }
+
     /// Ends the lease, so that no verdict is valid.
     pub fn end_lease(&self) -> Result<(), KernelError> {
         self.lease_until(0)

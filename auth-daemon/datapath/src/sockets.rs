@@ -58,6 +58,10 @@ impl Listeners {
         })?
     }
 
+    pub(super) fn all(&self) -> impl Iterator<Item = &TcpListener> {
+        self.outbound.iter().chain([&self.tunnel])
+    }
+
     /// Duplicates the file descriptors of the listeners.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {

@@ -97,6 +97,14 @@ impl ByPod {
         self.0.values().all(|policy| policy.is_unrestricted())
     }
 
+    /// Reports whether a pod has the same policies in `other`.
+    pub(crate) fn is_same(&self, other: &Self, cookie: u64) -> bool {
+        match (self.0.get(&cookie), other.0.get(&cookie)) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (one, other) => one.is_none() && other.is_none(),
+        }
+    }
+
     /// Returns the policies of a pod.
     pub(crate) fn of(&self, cookie: u64) -> Result<&Arc<WorkloadPolicy>, Refused> {
         let policy = self.0.get(&cookie);

@@ -37,6 +37,7 @@ use auth_datapath::{EnrolError, Enrolled, Netns, NetnsDiscovery, open_netns, soc
 use auth_mesh::{ObjectName, Snapshot, Workload};
 use ended::{Ended, EndedPods, Pods, shown};
 use pod_roots::PodRoots;
+use policies::Unchecked;
 use tampering::Tampering;
 
 /// Interval at which to check for recreated named netns, idle tunnels and stale entries.
@@ -58,6 +59,8 @@ pub struct Enrolment {
     failing: BTreeMap<ObjectName, Failing>,
     /// Finds netns that have no name.
     netns_discovery: NetnsDiscovery,
+    /// Pods whose open plaintext connections are to be checked against policies, by cookie.
+    unchecked: HashMap<u64, Unchecked>,
     /// Pods that are enrolled for their processes only.
     ended: EndedPods,
     /// The pod that owns each address, by the cookie of its netns. If two pods claim an address, the first one owns it.
@@ -102,6 +105,7 @@ impl Enrolment {
             workers,
             serving: HashMap::new(),
             failing: BTreeMap::new(),
+            unchecked: HashMap::new(),
             ended: EndedPods::default(),
             owners: HashMap::new(),
             told: Told::default(),
@@ -248,8 +252,9 @@ impl Enrolment {
         self.hold_ended();
         self.settle_addresses();
         if let Some(before) = before {
-            self.end_denied(snapshot, &before);
+            self.end_denied(&before);
         }
+        self.sweep(snapshot);
     }
 
     /// Finds the netns of a pod that is not served, by the netns name or else by the pod's processes.
@@ -328,6 +333,11 @@ impl Enrolment {
                 Enrolled::new(kernel, workload, netns, mode)?
             }
         };
+        let unchecked = Unchecked {
+            is_new: !enrolled.was_enrolled,
+            ..Unchecked::default()
+        };
+        self.unchecked.insert(cookie, unchecked);
         // If this fails, the pod stays enrolled in the kernel and is refused until the next attempt.
         let to_watch = listeners.try_clone().map_err(|error| EnrolError::Setup {
             pod: workload.name.clone(),

@@ -1,12 +1,16 @@
 //! Applies policies to the served pods, and ends the connections that a change denies.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+};
 
-use auth_common::{Inbound, MeshKind};
+use auth_common::MeshKind;
 
 use super::{Enrolment, Serving, ended::Pods};
-use crate::proxy::Pod;
-use crate::proxy::rules::{self, ByPod};
+use crate::proxy::{Node, rules::ByPod};
+use auth_datapath::Accepted;
 use auth_mesh::{
     Snapshot, Workload,
     policy::{Connection, WorkloadPolicy},
@@ -34,7 +38,7 @@ impl Enrolment {
     }
 
     /// Ends the open connections that policies now deny.
-    pub(super) fn end_denied(&self, snapshot: &Snapshot, before: &ByPod) {
+    pub(super) fn end_denied(&mut self, before: &ByPod) {
         let node = &self.node;
         node.same_node.revise(node);
         node.same_node.end_forbidden(node, &[]);
@@ -45,47 +49,143 @@ impl Enrolment {
         };
         node.connections
             .cut(|direction, details| rules.forbid(direction, details, cookie));
-        for Serving { pod, .. } in self.serving.values() {
-            let cookie = pod.enrolled.netns.cookie();
-            let took = |rules: &ByPod| {
-                let policy = rules.of(cookie);
-                policy.is_ok_and(|policy| rules::inbound(policy) == Inbound::Permissive)
-            };
-            if took(before) && !took(&rules) {
-                self.end_plaintext(snapshot, pod, &rules);
+        for cookie in self.serving.keys() {
+            if !rules.is_same(before, *cookie) {
+                self.unchecked.entry(*cookie).or_default().sweeps = SWEEPS;
             }
         }
     }
 
-    /// Ends the connections to `pod` from outside the mesh that the kernel passed through and that are now denied.
-    fn end_plaintext(&self, snapshot: &Snapshot, pod: &Pod, rules: &ByPod) {
-        let own = pod.enrolled.addresses();
-        let ended = pod.enrolled.end_accepted(|local, peer| {
-            let ip = peer.ip();
-            // All others came through the daemon, or are the node's and the pod's own.
-            let passed = own.contains(&local.ip())
-                && !own.contains(&ip)
-                && matches!(
-                    self.caller_kind(snapshot, ip),
+    /// Ends the plaintext connections to unchecked pods that policies deny: those that the kernel passed to the app before
+    /// the pod was enrolled, or while policies allowed it.
+    pub(super) fn sweep(&mut self, snapshot: &Snapshot) {
+        let mut unchecked = std::mem::take(&mut self.unchecked);
+        let mut recorded = Recorded::default();
+        unchecked.retain(|cookie, unchecked| {
+            let Some(serving) = self.serving.get(cookie) else {
+                return false;
+            };
+            self.end_plaintext(snapshot, serving, *unchecked, &mut recorded);
+            unchecked.sweeps = unchecked.sweeps.saturating_sub(1);
+            unchecked.is_new = false;
+            unchecked.sweeps > 0
+        });
+        self.unchecked = unchecked;
+    }
+
+    fn end_plaintext(
+        &self,
+        snapshot: &Snapshot,
+        serving: &Serving,
+        unchecked: Unchecked,
+        recorded: &mut Recorded,
+    ) {
+        let (node, enrolled) = (&self.node, &serving.pod.enrolled);
+        let pod = &serving.pod.workload.name;
+        let accepted = match enrolled.accepted(&node.kernel) {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::error!(%pod, %error, "cannot list a pod's open connections; those in plaintext continue");
+                return;
+            }
+        };
+        let (rules, local_pods) = (node.rules.current(), node.same_node.local_pods());
+        let mut reason = None;
+        let denied: Vec<_> = accepted
+            .into_iter()
+            .filter(|connection| {
+                let source = connection.peer.ip();
+                if source.is_loopback() {
+                    return false;
+                }
+                // As a new caller without TLS would be.
+                let verdict = rules.verdict(
+                    serving.cookie(),
+                    &Connection {
+                        client: None,
+                        source,
+                        destination: connection.local,
+                    },
+                );
+                let denied = match verdict {
+                    Ok(verdict) if verdict.allowed() => return false,
+                    Ok(verdict) => verdict.decision.to_string(),
+                    Err(refused) => refused.to_string(),
+                };
+                // Callers of the mesh reach the daemon's listener, unless the pod was not enrolled yet.
+                let kind = self.caller_kind(snapshot, source);
+                let may_be_passed = matches!(
+                    kind,
                     None | Some(MeshKind::Outside | MeshKind::Exposed | MeshKind::ServiceNetwork)
                 );
-            let connection = Connection {
-                client: None,
-                source: ip,
-                destination: local,
-            };
-            let verdict = rules.verdict(pod.enrolled.netns.cookie(), &connection);
-            passed && !verdict.is_ok_and(|verdict| verdict.allowed())
-        });
-        let pod = &pod.workload.name;
-        match ended {
+                if connection.is_half_open && !unchecked.is_new && !may_be_passed {
+                    return false;
+                }
+                let origin = local_pods.by_address.get(&source);
+                let origin = origin.and_then(|pod| self.serving.get(&pod.cookie));
+                if recorded.contains(node, origin, connection) {
+                    return false;
+                }
+                reason.get_or_insert((connection.peer, denied));
+                true
+            })
+            .collect();
+        let Some((client, reason)) = reason else {
+            return;
+        };
+        match enrolled.end(&denied) {
             Ok(0) => {}
-            Ok(connections) => {
-                tracing::info!(%pod, connections, "ended plaintext that policies are against now");
-            }
-            Err(error) => {
-                tracing::error!(%pod, %error, "cannot end plaintext that policies are against now");
-            }
+            Ok(connections) => tracing::info!(
+                %pod, connections, %client, reason,
+                "plaintext connections ended: they were open before, and policies would not admit them now"
+            ),
+            Err(error) => tracing::error!(
+                %pod, connections = denied.len(), %client, reason, %error,
+                "cannot end plaintext connections that policies would not admit now; they continue until the app ends them. \
+                 Does the kernel have CONFIG_INET_DIAG_DESTROY?"
+            ),
         }
+    }
+}
+
+/// A pod whose open connections are to be checked.
+#[derive(Clone, Copy)]
+pub(super) struct Unchecked {
+    /// Whether the pod was not enrolled before.
+    pub(super) is_new: bool,
+    /// Number of sweeps that are left.
+    pub(super) sweeps: u8,
+}
+
+/// A second sweep finds what was on its way when the programs and modes changed.
+const SWEEPS: u8 = 2;
+
+impl Default for Unchecked {
+    fn default() -> Self {
+        Self {
+            is_new: false,
+            sweeps: SWEEPS,
+        }
+    }
+}
+
+/// The connections to pods that the kernel has recorded as the daemon's or the node's own, by the cookie of the netns that
+/// they come from. `None`: the node's. Filled as needed.
+#[derive(Default)]
+struct Recorded(HashMap<Option<u64>, HashSet<(SocketAddr, SocketAddr)>>);
+
+impl Recorded {
+    fn contains(&mut self, node: &Node, origin: Option<&Serving>, connection: &Accepted) -> bool {
+        let of_origin = self
+            .0
+            .entry(origin.map(Serving::cookie))
+            .or_insert_with(|| {
+                let netns = origin.map(|origin| &*origin.pod.enrolled.netns);
+                node.kernel.recorded(netns).unwrap_or_else(|error| {
+                    tracing::error!(%error, "cannot list the connections of the daemon and the node");
+                    HashSet::new()
+                })
+            });
+        of_origin.contains(&(connection.peer, connection.local))
     }
 }
