@@ -206,7 +206,7 @@ mod tests {
         assert!(all.get(ip(1)).is_none());
         // It was claimed again in between, so its time starts anew.
         all.add(ip(0), gone(start + LIFE / 2));
-        assert_eq!(all.expire(start + LIFE), [ip(0); 0]);
+        assert!(all.expire(start + LIFE).is_empty());
         assert_eq!(all.expire(start + LIFE + Duration::from_secs(2)), [ip(2)]);
         assert_eq!(all.expire(start + LIFE + LIFE / 2), [ip(0)]);
         assert_eq!(all.len(), 0);

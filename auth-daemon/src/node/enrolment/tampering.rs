@@ -47,9 +47,9 @@ impl Tampering {
             }
             let found = self.found.entry(*cookie).or_default();
             found.times += 1;
-            let is_new = missing
-                .iter()
-                .fold(false, |is_new, name| found.missing.insert(name) || is_new);
+            let known = found.missing.len();
+            found.missing.extend(missing.iter().copied());
+            let is_new = found.missing.len() > known;
             if is_new {
                 tracing::warn!(
                     %pod, ?missing,
