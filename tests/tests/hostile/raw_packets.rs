@@ -1,7 +1,7 @@
 //! A pod with CAP_NET_RAW makes its own TCP segments. No hook sees them leave, but they gain nothing: a STRICT pod judges
 //! what arrives.
 
-use std::mem::MaybeUninit;
+use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -95,18 +95,15 @@ impl<'a> Client<'a> {
     /// The next segment from the server: its header and its payload.
     fn receive(&self) -> Result<(TcpHeader, Vec<u8>)> {
         let deadline = Instant::now() + TIMEOUT;
-        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut buffer = [0; 4096];
         loop {
             let rest = deadline.saturating_duration_since(Instant::now());
             self.received
                 .set_read_timeout(Some(rest.max(Duration::from_millis(1))))?;
-            let length = self
-                .received
-                .recv(&mut buffer)
+            let length = (&self.received)
+                .read(&mut buffer)
                 .context("waiting for an answer")?;
-            // SAFETY: recv(2) has written this many bytes.
-            let bytes = unsafe { buffer[..length].assume_init_ref() };
-            let packet = SlicedPacket::from_ip(bytes)?;
+            let packet = SlicedPacket::from_ip(&buffer[..length])?;
             if let Some(TransportSlice::Tcp(segment)) = packet.transport
                 && segment.source_port() == self.to.port()
                 && segment.destination_port() == self.source.port()
