@@ -125,9 +125,9 @@ fn is_sensible(world: &World, state: &State, from: Site, to: Target) -> bool {
     match (from, to) {
         // A cluster IP that leads nowhere may take long to be refused: the kernel limits its ICMP errors.
         (_, Target::Service(service)) => leads_somewhere(world, state, from, service),
-        // Pods of the mesh.
-        (Site::Pod(from), Target::NodePort { .. }) if state.pods[from].member => {
-            NODE_PORTS_ARE_TUNNELLED
+        // Pods of the mesh are led to the Service, unless it has none of them behind it.
+        (Site::Pod(pod), Target::NodePort { service, .. }) if state.pods[pod].member => {
+            leads_somewhere(world, state, from, service)
         }
         (Site::Pod(from), Target::Second(to)) if state.pods[from].member && from != to => {
             UNKNOWN_ADDRESSES_ARE_REFUSED
@@ -164,8 +164,6 @@ fn target(random: &mut Random, world: &World) -> Target {
     }
 }
 
-/// Whether pods of the mesh that dial a node port are tunnelled to its Service. They are not yet, so they dial none.
-const NODE_PORTS_ARE_TUNNELLED: bool = false;
 /// Whether pods of the mesh are refused at an address that no object lists. If not, they dial none.
 const UNKNOWN_ADDRESSES_ARE_REFUSED: bool = true;
 /// Whether connections in plaintext to an address that no object lists are ended when policies change. They are not yet,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
 use mesh_tests::{Firewall, Mesh, Place, PodSpec, Result, ServiceSpec};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::events::Event;
 use crate::policies;
@@ -299,6 +299,16 @@ impl World {
     }
 
     fn add_node_ports(&self, mesh: &Mesh) -> Result<()> {
+        // A daemon knows a node port by the addresses of the nodes.
+        for (name, addresses) in NODES.into_iter().zip(self.nodes) {
+            let addresses = addresses.map(|ip| json!({"type": "InternalIP", "address": ip}));
+            let node = json!({
+                "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+                "status": {"addresses": addresses},
+            });
+            mesh.manifests()
+                .write(&format!("node-{name}.json"), &node.to_string())?;
+        }
         for service in &self.services {
             let Some((ports, _)) = service.node_ports else {
                 continue;
