@@ -166,15 +166,15 @@ fn target(random: &mut Random, world: &World) -> Target {
 
 /// Whether pods of the mesh are refused at an address that no object lists. If not, they dial none.
 const UNKNOWN_ADDRESSES_ARE_REFUSED: bool = true;
-/// Whether connections in plaintext to an address that no object lists are ended when policies change. They are not yet,
-/// so none is held open then.
-const SECOND_ADDRESSES_ARE_FOLLOWED: bool = false;
+/// Whether connections in plaintext to an address that no object lists are ended when policies change. If not, none is
+/// held open then.
+const SECOND_ADDRESSES_ARE_FOLLOWED: bool = true;
 /// The same for those that come from the node's address without being the node's.
-const NODES_ADDRESSES_ARE_FOLLOWED: bool = false;
+const NODES_ADDRESSES_ARE_FOLLOWED: bool = true;
 /// The same for those that a pod forwards to its nested namespace.
 const FORWARDED_ARE_FOLLOWED: bool = false;
-/// Whether connections in plaintext that are open when a pod joins the mesh are ended. They are not yet, so none is held
-/// open then.
+/// Whether connections in plaintext that are open when a pod joins the mesh are ended. They are only if the pod admits no
+/// plaintext, which the table does not tell yet, so none is held open then.
 const JOINING_ENDS_OPEN_CONNECTIONS: bool = false;
 /// How long connections are begun while an event takes effect: it has [`crate::history::GRACE`] for that.
 const DURING_MILLISECONDS: usize = 2400;
