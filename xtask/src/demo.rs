@@ -12,6 +12,7 @@ mod entrances;
 mod evidence;
 mod failure;
 mod identity;
+mod lives;
 mod outside;
 mod policy;
 mod report;

@@ -421,7 +421,7 @@ impl Kernel {
         self.pins.join("interfaces")
     }
 
-    /// Undoes [`Kernel::capture`] and [`Kernel::attach_inbound`]. It is not an error if they are already undone.
+    /// Undoes [`Kernel::capture`], and detaches the netns' own programs. It is not an error if they are already undone.
     pub fn forget(&self, cookie: u64) {
         let _ = lock(&self.pods).remove(&cookie);
         let _ = fs::remove_file(self.pins.join("pods").join(cookie.to_string()));

@@ -5,7 +5,8 @@ use anyhow::Result;
 use super::evidence::Evidence;
 use super::stage::Stage;
 use super::{
-    addresses, bulk, ca, claims, entrances, failure, identity, outside, policy, same_node, wire,
+    addresses, bulk, ca, claims, entrances, failure, identity, lives, outside, policy, same_node,
+    wire,
 };
 
 /// A single check of the demo.
@@ -22,7 +23,7 @@ pub(super) const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-pub(super) const AFTER: [Check; 27] = [
+pub(super) const AFTER: [Check; 29] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -89,6 +90,11 @@ pub(super) const AFTER: [Check; 27] = [
         run: claims::removed_address,
     },
     Check {
+        name: "still-running",
+        claim: "a pod whose object has failed keeps its protection while its server runs",
+        run: lives::still_running,
+    },
+    Check {
         name: "ipv6",
         claim: "all of that over IPv6",
         run: addresses::ipv6,
@@ -127,6 +133,11 @@ pub(super) const AFTER: [Check; 27] = [
         name: "strict-refuses-plaintext",
         claim: "whether plaintext is taken is as PeerAuthentication says",
         run: policy::strict_refuses_plaintext,
+    },
+    Check {
+        name: "open-plaintext-ends",
+        claim: "plaintext that is open when STRICT begins ends within two seconds",
+        run: lives::open_plaintext_ends,
     },
     Check {
         name: "second-address",
