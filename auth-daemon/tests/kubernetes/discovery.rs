@@ -10,9 +10,10 @@ use tokio::sync::watch;
 
 use crate::{as_ca, eventually, with_role};
 
+/// The pods that have not finished.
 fn pods(registry: &Registry) -> Vec<String> {
     let snapshot = registry.snapshot();
-    let pods = snapshot.workloads();
+    let pods = snapshot.workloads().filter(|pod| !pod.finished);
     pods.map(|pod| {
         format!(
             "{} {} {}",

@@ -6,7 +6,9 @@ use std::ops::AddAssign;
 
 use crate::plan::Call;
 use crate::run::{Outcome, Report};
-use crate::table::{expected, is_private, may_read, servers, source, translated_by};
+use crate::table::{
+    admits_plaintext, expected, is_private, may_read, servers, source, translated_by,
+};
 use crate::world::{Site, State, Target};
 
 /// How many connections were judged, so that a test cannot pass by judging none.
@@ -82,7 +84,11 @@ impl Judge<'_> {
             };
             let (sent, _) = report.window(read.round);
             let states = history.in_force(sent, read.at);
-            let may = |state: &&State| may_read(world, state, call, read.server, read.local);
+            let was_open = self.was_open(call, report, read.server);
+            let may = |state: &&State| {
+                may_read(world, state, call, read.server, read.local)
+                    || was_open && admits_plaintext(world, state, call, read.server, read.local)
+            };
             if !states.iter().any(may) {
                 let what = format!("delivered though denied: {read:?}");
                 self.violation(&what, call, report, &states);
@@ -147,8 +153,14 @@ impl Judge<'_> {
             let stays = world
                 .pod_at(sighting.server.ip())
                 .is_some_and(|server| world.machine(Site::Pod(server)) == world.machine(call.from));
+            let goes_on = world.pod_at(sighting.server.ip()).is_some_and(|server| {
+                let server = Site::Pod(server);
+                let admits =
+                    |state: &&State| admits_plaintext(world, state, call, server, sighting.server);
+                self.was_open(call, report, server) && states.iter().any(admits)
+            });
             let by_kernel = sighting.node.is_some() && stays && !world.same_node_tunnel;
-            if !by_kernel && states.iter().all(private) {
+            if !by_kernel && !goes_on && states.iter().all(private) {
                 self.violation(
                     &format!("in plaintext: {sighting:?}"),
                     call,
@@ -157,6 +169,13 @@ impl Judge<'_> {
                 );
             }
         }
+    }
+
+    /// Whether a connection may have been open in plaintext before one of its pods joined the mesh.
+    fn was_open(&self, call: &Call, report: &Report, server: Site) -> bool {
+        let states = self.outcome.history.in_force(report.start, report.start);
+        let private = |state: &&State| is_private(state, call.from, server);
+        !states.iter().all(private)
     }
 
     /// No server reads anything that no caller sent, except while its pod joins or leaves the mesh: then its peer's

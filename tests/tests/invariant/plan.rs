@@ -173,9 +173,9 @@ const SECOND_ADDRESSES_ARE_FOLLOWED: bool = true;
 const NODES_ADDRESSES_ARE_FOLLOWED: bool = true;
 /// The same for those that a pod forwards to its nested namespace.
 const FORWARDED_ARE_FOLLOWED: bool = false;
-/// Whether connections in plaintext that are open when a pod joins the mesh are ended. They are only if the pod admits no
-/// plaintext, which the table does not tell yet, so none is held open then.
-const JOINING_ENDS_OPEN_CONNECTIONS: bool = false;
+/// Whether connections in plaintext that are open when a pod joins the mesh are ended, unless the pod admits plaintext. If
+/// not, none is held open then.
+const JOINING_ENDS_OPEN_CONNECTIONS: bool = true;
 /// How long connections are begun while an event takes effect: it has [`crate::history::GRACE`] for that.
 const DURING_MILLISECONDS: usize = 2400;
 const BEFORE_EVENT_MILLISECONDS: usize = 100;

@@ -33,14 +33,39 @@ pub(crate) fn may_read(
         }
         _ => None,
     };
+    let source = source(world, state, call, server, local);
+    allows(world, state, number, identity.as_deref(), source, local)
+}
+
+/// Whether the policies of this state admit plaintext to a server from this caller: what was open in plaintext before its
+/// pod joined the mesh goes on then.
+pub(crate) fn admits_plaintext(
+    world: &World,
+    state: &State,
+    call: &Call,
+    server: Site,
+    local: SocketAddr,
+) -> bool {
+    let (Site::Pod(number) | Site::Nested(number)) = server else {
+        return true;
+    };
+    let source = source(world, state, call, server, local);
+    allows(world, state, number, None, source, local)
+}
+
+fn allows(
+    world: &World,
+    state: &State,
+    pod: usize,
+    identity: Option<&str>,
+    source: IpAddr,
+    local: SocketAddr,
+) -> bool {
     let attributes = Attributes::new(
-        (
-            identity.as_deref(),
-            source(world, state, call, server, local),
-        ),
+        (identity, source),
         local,
-        pod.namespace,
-        &pod_state.labels,
+        world.pods[pod].namespace,
+        &state.pods[pod].labels,
         TRUST_DOMAIN,
     );
     let policies: Vec<_> = state.policies.values().cloned().collect();
