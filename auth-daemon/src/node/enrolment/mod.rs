@@ -61,6 +61,8 @@ pub struct Enrolment {
     netns_discovery: NetnsDiscovery,
     /// Pods whose open plaintext connections are to be checked against policies, by cookie.
     unchecked: HashMap<u64, Unchecked>,
+    /// Whether a tick has passed since the last sweep.
+    is_tick: bool,
     /// Pods that are enrolled for their processes only.
     ended: EndedPods,
     /// The pod that owns each address, by the cookie of its netns. If two pods claim an address, the first one owns it.
@@ -106,6 +108,7 @@ impl Enrolment {
             serving: HashMap::new(),
             failing: BTreeMap::new(),
             unchecked: HashMap::new(),
+            is_tick: false,
             ended: EndedPods::default(),
             owners: HashMap::new(),
             told: Told::default(),
@@ -164,6 +167,7 @@ impl Enrolment {
                 _ = stop.changed() => {}
                 () = self.netns_discovery.changed() => {}
                 _ = ticks.tick() => {
+                    self.is_tick = true;
                     self.node.kernel.sweep_pending();
                     self.pod_roots.keep(&self.node);
                     self.tampering.check(&self.serving);

@@ -61,7 +61,12 @@ impl Enrolment {
     pub(super) fn sweep(&mut self, snapshot: &Snapshot) {
         let mut unchecked = std::mem::take(&mut self.unchecked);
         let mut recorded = Recorded::default();
+        let is_tick = std::mem::take(&mut self.is_tick);
         unchecked.retain(|cookie, unchecked| {
+            // The first sweep is due at once, the others on ticks.
+            if unchecked.sweeps < SWEEPS && !is_tick {
+                return true;
+            }
             let Some(serving) = self.serving.get(cookie) else {
                 return false;
             };
