@@ -204,14 +204,21 @@ impl Enrolled {
             was_enrolled: before.is_some(),
         };
         let refuses = mode == Inbound::Strict || listeners.is_err();
-        let judged = enrolled.judge_forwarded(kernel, refuses).map_err(in_kernel);
-        let entry = Pod {
-            refused: (listeners.is_err() || judged.is_err()).into(),
-            ..enrolled.entry()
+        let capture = |refused: bool| {
+            let entry = Pod {
+                refused: refused.into(),
+                ..enrolled.entry()
+            };
+            kernel
+                .capture(enrolled.netns.cookie(), &entry)
+                .map_err(in_kernel)
         };
-        kernel
-            .capture(enrolled.netns.cookie(), &entry)
-            .map_err(in_kernel)?;
+        // First what the pod's own connections need: to attach a program to an interface takes some 20 ms.
+        capture(listeners.is_err())?;
+        let judged = enrolled.judge_forwarded(kernel, refuses).map_err(in_kernel);
+        if judged.is_err() {
+            capture(true)?;
+        }
         let listeners = listeners?;
         judged?;
         Ok((enrolled, listeners))
