@@ -106,14 +106,11 @@ impl Judge<'_> {
             }
             // What is none of the mesh's passes as it is. This also shows that the observer sees everything.
             let end = world.machine(read.server);
-            let crosses = [
-                translated_by(states[0], call),
-                Some(world.machine(call.from)),
-            ]
-            .into_iter()
-            .flatten()
-            .any(|machine| machine != end);
-            if crosses && !states.iter().any(|state| private(state)) {
+            let crosses = |state: &&State| {
+                let machines = [translated_by(state, call), Some(world.machine(call.from))];
+                machines.into_iter().flatten().any(|machine| machine != end)
+            };
+            if states.iter().all(crosses) && !states.iter().any(|state| private(state)) {
                 let seen =
                     u8::try_from(read.round).is_ok_and(|round| on_wire.contains(&(read.id, round)));
                 if seen {
