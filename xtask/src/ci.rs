@@ -3,8 +3,7 @@
 use std::process::Command;
 
 use anyhow::Result;
-
-use crate::step::{self, workspace};
+use xtask_support::step::{self, workspace};
 
 /// Runs `.ci/run`, the only list of those steps.
 ///

@@ -1,10 +1,9 @@
 //! `cargo xtask clippy-ebpf`: clippy over the eBPF programs, with the compiler that builds them.
 
 use anyhow::Result;
-
-use crate::build_ebpf::Arguments;
-use crate::step::{self, step};
-use crate::toolchain;
+use xtask_support::build_ebpf::Arguments;
+use xtask_support::step::{self, step};
+use xtask_support::toolchain;
 
 /// Runs clippy with warnings denied.
 ///

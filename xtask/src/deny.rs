@@ -3,9 +3,8 @@
 use std::process::Command;
 
 use anyhow::Result;
-
-use crate::cargo_install;
-use crate::step::{self, cargo, step, which, workspace};
+use xtask_support::cargo_install;
+use xtask_support::step::{self, cargo, step, which, workspace};
 
 /// Checks the workspace and the eBPF crate against the rules of deny.toml.
 ///

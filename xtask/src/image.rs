@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use mesh_tests::{AUTH_DAEMON_IMAGE, auth_daemon_image};
-
-use crate::build;
-use crate::step::{programs, step, which};
+use xtask_support::build;
+use xtask_support::step::{programs, step, which};
 
 /// Options of the image.
 #[derive(Debug, clap::Args)]

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use mesh_tests::AUTH_DAEMON_IMAGE;
 
 use crate::image;
-use crate::step::{output, programs, run, step, which, workspace};
+use xtask_support::step::{output, programs, run, step, which, workspace};
 
 /// What to do with the cluster.
 #[derive(Debug, clap::Subcommand)]

@@ -1,9 +1,9 @@
 //! `cargo xtask kube-test`: deploy/ on a real Kubernetes cluster of two nodes on this machine.
 
 use anyhow::{Result, bail};
-
-use crate::step::root;
-use crate::{build, kubernetes, setup, test};
+use test_runner as test;
+use xtask_support::step::root;
+use xtask_support::{build, kubernetes, setup};
 
 /// Options of the test.
 #[derive(Debug, clap::Args)]

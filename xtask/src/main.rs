@@ -1,30 +1,18 @@
-//! Everything a contributor runs: `cargo xtask <command>`. One file a command; the helpers they share are
-//! [`step`] (a long step with its progress), [`page`] (a table in the documentation), [`apt`] and [`toolchain`].
+//! `cargo xtask <command>`: everything a contributor runs. The work is done in library crates: `xtask-support` builds and
+//! installs, `test-runner`, `mesh-demo`, `mesh-bench` and `vm-tests` run meshes and machines.
 #![forbid(unsafe_code)]
 
-mod apt;
-mod bench;
-mod build;
-mod build_ebpf;
-mod cargo_install;
 mod ci;
 mod clippy_ebpf;
-mod demo;
 mod deny;
 mod image;
 mod kind;
 mod kube_test;
-mod kubernetes;
-mod page;
-mod setup;
-mod step;
-mod test;
-mod toolchain;
-mod vm_test;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask_support::{build, build_ebpf, kubernetes, setup};
 
 /// Build, test and check this project.
 #[derive(Debug, Parser)]
@@ -41,17 +29,17 @@ enum Command {
     /// Build everything, optimised: the eBPF object, then the workspace
     Build,
     /// Run all tests as root, or those whose name contains a filter
-    Test(test::Arguments),
+    Test(test_runner::Arguments),
     /// Show on two nodes of network namespaces what the daemon does, with evidence
-    Demo(demo::Arguments),
+    Demo(mesh_demo::Arguments),
     /// Measure it against plain connections and Envoy sidecars, side by side on this machine
-    Bench(bench::Arguments),
+    Bench(mesh_bench::Arguments),
     /// Write a container image of the daemon as an OCI archive, without Docker
     Image(image::Arguments),
     /// Show deploy/ on a real Kubernetes of two nodes on this machine; `test` runs the same
     KubeTest(kube_test::Arguments),
     /// Run the redirection and traffic tests on other kernels, in virtual machines
-    VmTest(vm_test::Arguments),
+    VmTest(vm_tests::Arguments),
     /// Put deploy/ on a cluster of kind, for those who have it
     #[command(subcommand)]
     Kind(kind::Action),
@@ -71,12 +59,12 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::BuildEbpf(arguments) => build_ebpf::run(&arguments),
         Command::Build => build::run(),
-        Command::Test(arguments) => test::run(&arguments),
-        Command::Demo(arguments) => demo::run(&arguments),
-        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Test(arguments) => test_runner::run(&arguments),
+        Command::Demo(arguments) => mesh_demo::run(&arguments),
+        Command::Bench(arguments) => mesh_bench::run(&arguments),
         Command::Image(arguments) => image::run(&arguments),
         Command::KubeTest(arguments) => kube_test::run(&arguments),
-        Command::VmTest(arguments) => vm_test::run(&arguments),
+        Command::VmTest(arguments) => vm_tests::run(&arguments),
         Command::Kind(action) => kind::act(&action),
         Command::Setup => setup::run().map(|()| kubernetes::ensure_or_say()),
         Command::Kubernetes => kubernetes::ensure(),

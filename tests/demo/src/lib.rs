@@ -1,0 +1,214 @@
+//! `cargo xtask demo`: pods of two nodes use mutual TLS, and each check shows its evidence.
+//!
+//! The checks run on a thread of their own and report events as they happen. This thread prints them, stops a check
+//! that hangs, and cleans up after Ctrl-C.
+#![forbid(unsafe_code)]
+
+mod addresses;
+mod bulk;
+mod ca;
+mod checks;
+mod claims;
+mod entrances;
+mod evidence;
+mod failure;
+mod identity;
+mod lives;
+mod outside;
+mod policy;
+mod report;
+mod same_node;
+mod server_hello;
+mod stage;
+mod wire;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use mesh_tests::{MeshId, remove_own, traces};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use xtask_support::step::root;
+use xtask_support::{build, setup};
+
+use checks::{AFTER, BEFORE, Check};
+use evidence::{Event, Evidence};
+use report::Report;
+use stage::Stage;
+
+/// Options of the demo.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Print one JSON object on stdout, and everything else on stderr
+    #[arg(long)]
+    json: bool,
+    /// Show what is built already
+    #[arg(long)]
+    no_build: bool,
+}
+
+/// Installs and builds what is needed, then runs the checks.
+///
+/// # Errors
+/// If not root, if something does not build, or if a check fails.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let mut report = Report::new(arguments.json);
+    let shown = prepare(arguments).and_then(|()| show(&mut report));
+    let failed = report.finish(shown.as_ref().err());
+    shown?;
+    if !failed.is_empty() {
+        bail!("these checks failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn prepare(arguments: &Arguments) -> Result<()> {
+    if !root() {
+        bail!(
+            "the demo makes network namespaces and loads eBPF programs: run it as root (sudo -E cargo xtask demo)"
+        );
+    }
+    if arguments.no_build {
+        return Ok(());
+    }
+    setup::run()?;
+    build::programs()
+}
+
+/// Runs the checks and reports them. An error means that the demo itself failed, and is the cause of all checks not
+/// run.
+fn show(report: &mut Report) -> Result<()> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            .context("cannot wait for signals")?;
+    }
+    let (sender, events) = channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    thread::Builder::new()
+        .name("checks".to_owned())
+        .spawn({
+            let stop = Arc::clone(&stop);
+            move || perform(&Evidence(sender), &stop)
+        })
+        .context("cannot start a thread")?;
+    let result = follow(&events, report, &interrupted);
+    if result.is_err() {
+        stop.store(true, Ordering::Relaxed);
+        eprintln!("cleaning up");
+        // This unblocks the running check, which then ends.
+        let _ = remove_own();
+        let end = Instant::now() + CLEAN_UP;
+        while events
+            .recv_timeout(end.saturating_duration_since(Instant::now()))
+            .is_ok()
+        {}
+        remove_own().context("cannot clean up")?;
+    }
+    result
+}
+
+fn follow(events: &Receiver<Event>, report: &mut Report, interrupted: &AtomicBool) -> Result<()> {
+    let mut current = "";
+    let mut deadline = Instant::now() + LONGEST;
+    loop {
+        match events.recv_timeout(POLL) {
+            Ok(Event::Begins(name, claim)) => {
+                current = name.unwrap_or(claim);
+                deadline = Instant::now() + LONGEST;
+                report.begins(name, claim);
+            }
+            Ok(Event::Saw(what)) => report.saw(what),
+            Ok(Event::Ends(result)) => report.ends(result)?,
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if interrupted.load(Ordering::Relaxed) {
+            bail!("interrupted during {current}");
+        }
+        if Instant::now() > deadline {
+            bail!("{current} did not end within {LONGEST:?}");
+        }
+    }
+}
+
+/// Starts the mesh, runs the checks on it and removes it.
+fn perform(evidence: &Evidence, stop: &AtomicBool) {
+    let Some(mut stage) = step(evidence, None, "two nodes with a pod network", || {
+        Stage::set(evidence)
+    }) else {
+        return;
+    };
+    let id = stage.mesh.id();
+    let ready = checks(&BEFORE, &mut stage, evidence, stop)
+        && step(
+            evidence,
+            None,
+            "auth-daemon ca outside, auth-daemon on both nodes",
+            || stage.start_daemons(evidence),
+        )
+        .is_some();
+    if ready {
+        checks(&AFTER, &mut stage, evidence, stop);
+    }
+    step(evidence, None, "cleaning up", || {
+        drop(stage);
+        nothing_left(id)
+    });
+}
+
+/// Runs checks until told to stop. Returns whether all have run.
+fn checks(checks: &[Check], stage: &mut Stage, evidence: &Evidence, stop: &AtomicBool) -> bool {
+    for check in checks {
+        if stop.load(Ordering::Relaxed) {
+            return false;
+        }
+        step(evidence, Some(check.name), check.claim, || {
+            let result = (check.run)(stage, evidence);
+            if result.is_err() && !stop.load(Ordering::Relaxed) {
+                stage.print_logs();
+            }
+            result
+        });
+    }
+    true
+}
+
+fn step<T>(
+    evidence: &Evidence,
+    name: Option<&'static str>,
+    claim: &'static str,
+    work: impl FnOnce() -> Result<T>,
+) -> Option<T> {
+    let _ = evidence.0.send(Event::Begins(name, claim));
+    let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let message = panic.downcast_ref::<String>().map(String::as_str);
+        let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(anyhow!("it panicked: {}", message.unwrap_or("?")))
+    });
+    let (value, outcome) = match result {
+        Ok(value) => (Some(value), Ok(())),
+        Err(error) => (None, Err(error)),
+    };
+    let _ = evidence.0.send(Event::Ends(outcome));
+    value
+}
+
+fn nothing_left(id: MeshId) -> Result<()> {
+    let left = traces(id)?;
+    if !left.is_empty() {
+        bail!("the demo leaves behind: {left:?}");
+    }
+    Ok(())
+}
+
+/// Time limit for a check.
+const LONGEST: Duration = Duration::from_secs(60);
+/// How long a stopped check may take to notice it.
+const CLEAN_UP: Duration = Duration::from_secs(10);
+/// Interval at which Ctrl-C is checked.
+const POLL: Duration = Duration::from_millis(100);

@@ -1,0 +1,178 @@
+//! Runs tests in parallel, each in a process of its own, and reports each result.
+
+use std::fs::File;
+use std::io::Write;
+use std::process::ExitStatus;
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::binaries::Binary;
+use super::output::{read, temporary_file};
+use super::summary::Summary;
+use xtask_support::step::programs;
+
+/// A test, and how it shares the machine with others.
+#[derive(Debug)]
+pub(crate) struct Test<'a> {
+    pub(crate) binary: &'a Binary,
+    pub(crate) name: String,
+}
+
+impl Test<'_> {
+    /// The test's name with its binary's: `traffic::load::name`.
+    pub(crate) fn full_name(&self) -> String {
+        format!("{}::{}", self.binary.name, self.name)
+    }
+}
+
+/// The tests that may run at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Group {
+    /// Tests that compute: one per core.
+    Unit,
+    /// Tests that build meshes, which wait most of the time.
+    Mesh,
+    /// Tests that measure time or resources, or run a cluster: one at a time, with nothing in parallel.
+    Alone,
+}
+
+impl Group {
+    /// The group of a test, by its full name.
+    pub(crate) fn of(test: &Test<'_>) -> Self {
+        let name = test.full_name();
+        if ALONE.iter().any(|prefix| name.starts_with(prefix)) {
+            Self::Alone
+        } else if test.binary.integration {
+            Self::Mesh
+        } else {
+            Self::Unit
+        }
+    }
+
+    fn width(self) -> usize {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        match self {
+            Self::Unit => cores,
+            Self::Mesh => 2 * cores,
+            Self::Alone => 1,
+        }
+    }
+}
+
+/// Tests that need the machine for themselves.
+const ALONE: [&str; 8] = [
+    "cluster::",
+    "invariant::",
+    "kubernetes::",
+    "kubernetes_ca::",
+    "lifecycle::enrolment_churn::",
+    "operator::footprint::",
+    "same_node::changes::",
+    "traffic::load::",
+];
+/// Time limit, after which a test is killed and counts as failed.
+const LONGEST: Duration = Duration::from_secs(900);
+const POLL: Duration = Duration::from_millis(20);
+
+/// Runs the tests, one group after the other, and adds their results to the summary. Prints the output of failed tests;
+/// the log contains the output of all.
+///
+/// # Errors
+/// If a test cannot be started or the log cannot be written.
+pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -> Result<()> {
+    let total = tests.len();
+    let results = Mutex::new((log, summary, 0));
+    for group in [Group::Unit, Group::Mesh, Group::Alone] {
+        let (mut queue, _): (Vec<&Test<'_>>, Vec<&Test<'_>>) =
+            tests.iter().partition(|test| Group::of(test) == group);
+        queue.reverse();
+        let queue = Mutex::new(queue);
+        let work = || -> Result<()> {
+            while let Some(test) = lock(&queue).pop() {
+                let ended = execute(test)?;
+                let (log, summary, done) = &mut *lock(&results);
+                *done += 1;
+                let name = test.full_name();
+                let seconds = ended.time.as_secs_f64();
+                let passed = ended.passed();
+                let verdict = if passed { "ok" } else { "FAILED" };
+                let line = format!("{done}/{total} {verdict} {seconds:.1} s {name}\n");
+                let output = &ended.output;
+                write!(log, "{line}{output}").context("cannot write the log")?;
+                print!("{line}");
+                for skipped in output.lines().filter(|line| line.contains("SKIPPED ")) {
+                    println!("    {}", skipped.trim_start());
+                }
+                if !passed {
+                    println!("{output}{}", ended.end);
+                }
+                summary.add(&name, passed, output);
+            }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..group.width()).map(|_| scope.spawn(work)).collect();
+            threads
+                .into_iter()
+                .try_for_each(|thread| thread.join().expect("no worker panics"))
+        })?;
+    }
+    Ok(())
+}
+
+/// The outcome of a test.
+struct Ended {
+    /// `None` if it was killed because it exceeded its time limit.
+    status: Option<ExitStatus>,
+    end: String,
+    output: String,
+    time: Duration,
+}
+
+impl Ended {
+    fn passed(&self) -> bool {
+        self.status.is_some_and(|status| status.success())
+            && self.output.contains("test result: ok. 1 passed")
+    }
+}
+
+fn execute(test: &Test<'_>) -> Result<Ended> {
+    let mut file = temporary_file()?;
+    let writer = || file.try_clone().context("cannot share a file");
+    let start = Instant::now();
+    let mut child = test
+        .binary
+        .command()
+        .args(["--exact", &test.name, "--show-output"])
+        .env("AUTH_DAEMON", programs()?.join("auth-daemon"))
+        .stdout(writer()?)
+        .stderr(writer()?)
+        .spawn()
+        .with_context(|| format!("cannot run {}", test.binary.path.display()))?;
+    let mut status = None;
+    while status.is_none() && start.elapsed() < LONGEST {
+        thread::sleep(POLL);
+        status = child.try_wait().context("cannot wait for a test")?;
+    }
+    if status.is_none() {
+        child.kill().context("cannot kill a test")?;
+        child.wait().context("cannot wait for a test")?;
+    }
+    let time = start.elapsed();
+    Ok(Ended {
+        end: match status {
+            Some(status) => format!("{}: {status}\n", test.full_name()),
+            None => format!("{} did not end within {LONGEST:?}\n", test.full_name()),
+        },
+        status,
+        output: read(&mut file)?,
+        time,
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().expect("no worker panics")
+}

@@ -1,0 +1,132 @@
+//! `cargo xtask vm-test`: the redirection and traffic tests on other kernels, each booted as a virtual machine.
+//!
+//! A machine has no disk: its kernel gets one archive with everything that runs in it (`guest`), does the steps of a plan
+//! (`suite`) and reports over a serial line (`machine`).
+#![forbid(unsafe_code)]
+
+mod guest;
+mod kernels;
+mod machine;
+mod programs;
+mod suite;
+mod table;
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use mesh_tests::vm::Plan;
+use xtask_support::step::{self, root, step};
+use xtask_support::{build, setup};
+
+use kernels::{KERNELS, Kernel};
+use machine::{Accelerator, Machine};
+use suite::Suite;
+use table::Column;
+
+/// Options of the run.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// A kernel of Debian's: 5.10, 6.1, 6.12 or unstable; several may be named. All of them unless said otherwise
+    #[arg(long = "kernel", value_name = "NAME", value_parser = kernels::named)]
+    kernels: Vec<&'static Kernel>,
+    /// What continuous integration has time for: the checks, the demo and one round of the redirection tests
+    #[arg(long)]
+    short: bool,
+    /// Test what is built already
+    #[arg(long)]
+    no_build: bool,
+    /// Write the table of docs/KERNELS.md from this run, which then is one of all kernels
+    #[arg(long, conflicts_with_all = ["kernels", "filters"])]
+    save: bool,
+    /// Only tests whose name contains one of these, and neither checks nor demo
+    #[arg(last = true, value_name = "FILTER")]
+    filters: Vec<String>,
+}
+
+/// Fetches the kernels, makes their machines, runs them one after the other, and sums up.
+///
+/// If not root, if something cannot be downloaded or built, or if anything fails in a machine.
+/// When not root, when something cannot be fetched or built, and when anything fails in a machine.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    if !root() {
+        bail!("the machines hold files that only root can read: sudo -E cargo xtask vm-test");
+    }
+    kernels::supported_here()?;
+    setup::run()?;
+    setup::for_machines()?;
+    if !arguments.no_build {
+        build::programs()?;
+    }
+    let folder = step::programs()?.join("vm");
+    fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    let chosen: Vec<&Kernel> = match arguments.kernels.as_slice() {
+        [] => KERNELS.iter().collect(),
+        some => some.to_vec(),
+    };
+
+    let (binaries, tests) = step("build the tests", || {
+        programs::build(|module| suite::row(module).is_some(), &arguments.filters)
+    })?;
+    let guest = step("collect what runs in a machine", || {
+        guest::collect(&binaries, &folder)
+    })?;
+    let mut accelerator = None;
+    let mut columns = Vec::new();
+    for kernel in chosen {
+        let unpacked = step(&format!("fetch Debian's kernel {}", kernel.name), || {
+            kernels::fetch(kernel, &folder)
+        })?;
+        let accelerator = match &accelerator {
+            Some(known) => *known,
+            None => *accelerator.insert(Accelerator::probe(&unpacked.image)?),
+        };
+        let suite = Suite::of(
+            kernel,
+            accelerator,
+            &tests,
+            arguments.short,
+            !arguments.filters.is_empty(),
+        );
+        let archive: PathBuf = folder.join(format!("{}.cpio", kernel.name));
+        let plan = Plan {
+            steps: suite.steps(),
+        };
+        guest::write(&guest, &unpacked, &plan, &archive)?;
+        let machine = Machine {
+            kernel: unpacked.image.clone(),
+            archive,
+            console: folder.join(format!("{}.console", kernel.name)),
+            accelerator,
+        };
+        let column = step(
+            &format!("run Linux {} ({accelerator})", unpacked.release),
+            || suite.run(&machine, &unpacked.release),
+        )?;
+        let _ = fs::remove_file(&machine.archive);
+        columns.push(column);
+    }
+    report(&columns, arguments.save)
+}
+
+fn report(columns: &[Column], save: bool) -> Result<()> {
+    println!("{}", table::text(columns));
+    if save {
+        table::save(columns)?;
+    }
+    if columns.iter().all(Column::is_empty) {
+        bail!("no test was run: none has such a name");
+    }
+    let failures: Vec<String> = columns.iter().flat_map(Column::failures).collect();
+    for failure in &failures {
+        eprintln!("FAILED {failure}");
+    }
+    if !failures.is_empty() {
+        bail!(
+            "{} failures on other kernels, see above and the consoles in {}",
+            failures.len(),
+            step::programs()?.join("vm").display()
+        );
+    }
+    Ok(())
+}

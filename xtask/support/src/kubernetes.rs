@@ -1,0 +1,88 @@
+//! `cargo xtask kubernetes`: the programs of a real Kubernetes, for the tests that need an API server or a whole cluster.
+//!
+//! They are built from the Go modules below `tests/tools` into `$KUBE` or `/opt/kube`, once for each version.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use mesh_tests::{GoModule, programs_folder};
+
+use crate::apt;
+use crate::step::{executable, step, which, workspace};
+
+/// Programs that come from Debian, and their packages.
+const INSTALLED: [(&str, &str); 6] = [
+    ("runc", "runc"),
+    ("curl", "curl"),
+    ("nft", "nftables"),
+    ("iptables", "iptables"),
+    ("conntrack", "conntrack"),
+    ("busybox", "busybox-static"),
+];
+
+/// Installs and builds what is missing or not current.
+///
+/// # Errors
+/// If a package cannot be installed, Go is missing, or a program does not build.
+pub fn ensure() -> Result<()> {
+    install()?;
+    let tools = workspace().join("tests/tools");
+    let mut stale = Vec::new();
+    for module in GoModule::ALL {
+        if !module.is_current(&tools)? {
+            stale.push(module);
+        }
+    }
+    if stale.is_empty() {
+        return Ok(());
+    }
+    let go = go().context("Go is missing: install it from https://go.dev/dl")?;
+    let folder = programs_folder();
+    for module in stale {
+        let name = format!(
+            "build {} into {} (once; Kubernetes takes minutes)",
+            module.programs.join(", "),
+            folder.display()
+        );
+        step(&name, || module.build(&tools, &go))?;
+    }
+    Ok(())
+}
+
+/// Like [`ensure`], for commands that also work without these programs: tests that need them are then reported as
+/// skipped.
+pub fn ensure_or_say() {
+    if let Err(error) = ensure() {
+        eprintln!(
+            "    no Kubernetes: {error:#}\n    tests that need its API server or its nodes are skipped; `cargo xtask \
+             kubernetes` tries again"
+        );
+    }
+}
+
+fn install() -> Result<()> {
+    let packages: Vec<String> = INSTALLED
+        .iter()
+        .filter(|(program, _)| which(program).is_none())
+        .map(|(_, package)| (*package).to_owned())
+        .collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if !apt::usable() {
+        bail!(
+            "the cluster tests need the packages {}, which only root can install, with apt",
+            packages.join(", ")
+        );
+    }
+    step("install what a Kubernetes cluster needs", || {
+        apt::update()?;
+        apt::install(&packages)
+    })
+}
+
+/// The `go` command, also from the folder of Go's own installer, which root's PATH may lack.
+fn go() -> Option<PathBuf> {
+    let installed = PathBuf::from("/usr/local/go/bin/go");
+    which("go").or_else(|| executable(&installed).then_some(installed))
+}

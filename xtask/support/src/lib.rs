@@ -1,0 +1,13 @@
+//! What the commands of `cargo xtask` share: they build the project, install the programs that they need, and run
+//! programs as [steps](step) with their progress shown.
+#![forbid(unsafe_code)]
+
+pub mod apt;
+pub mod build;
+pub mod build_ebpf;
+pub mod cargo_install;
+pub mod kubernetes;
+pub mod page;
+pub mod setup;
+pub mod step;
+pub mod toolchain;
