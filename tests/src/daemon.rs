@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::libc;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -82,6 +83,14 @@ impl Daemon {
         }
         if options.refuses_programs {
             refuse_programs(&mut command)?;
+        }
+        if let Some(limit) = options.descriptors {
+            // SAFETY: between fork and exec only setrlimit(2) is called; nothing is allocated unless that fails.
+            unsafe {
+                command.pre_exec(move || {
+                    setrlimit(Resource::RLIMIT_NOFILE, limit, limit).map_err(io::Error::from)
+                });
+            }
         }
         command.envs(options.environment);
         command

@@ -20,6 +20,7 @@ pub struct DaemonOptions {
     pub(crate) environment: Vec<(String, String)>,
     pub(crate) stands_by: bool,
     pub(crate) refuses_programs: bool,
+    pub(crate) descriptors: Option<u64>,
 }
 
 impl DaemonOptions {
@@ -93,6 +94,12 @@ impl DaemonOptions {
     /// Makes the kernel refuse this daemon's eBPF programs: bpf(2) returns EINVAL for BPF_PROG_LOAD.
     pub fn programs_refused(mut self) -> Self {
         self.refuses_programs = true;
+        self
+    }
+
+    /// Sets the daemon's limit of open files (RLIMIT_NOFILE), soft and hard.
+    pub fn descriptors(mut self, limit: u64) -> Self {
+        self.descriptors = Some(limit);
         self
     }
 

@@ -63,7 +63,8 @@ impl Group {
 }
 
 /// Tests that need the machine for themselves.
-const ALONE: [&str; 8] = [
+const ALONE: [&str; 9] = [
+    "abuse::",
     "cluster::",
     "invariant::",
     "kubernetes::",

@@ -11,11 +11,13 @@ mod churn;
 mod connect;
 mod dial;
 mod echo;
+mod flood;
 mod given;
 mod greeter;
 mod half_close;
 mod many;
 mod markers;
+mod paced;
 mod pattern;
 mod peer;
 mod report;
@@ -61,6 +63,9 @@ enum Behaviour {
     MarkerServer(markers::MarkerServer),
     MarkerCalls(markers::MarkerCalls),
     Churn(churn::Churn),
+    Paced(paced::Paced),
+    Flood(flood::Flood),
+    Hoard(flood::Hoard),
     SetUp(set_up::SetUp),
     UdpEcho(udp::UdpEcho),
     UdpSend(udp::UdpSend),
@@ -87,6 +92,9 @@ fn main() -> ExitCode {
         Behaviour::MarkerServer(it) => it.run(),
         Behaviour::MarkerCalls(it) => it.run(),
         Behaviour::Churn(it) => it.run(),
+        Behaviour::Paced(it) => it.run(),
+        Behaviour::Flood(it) => it.run(),
+        Behaviour::Hoard(it) => it.run(),
         Behaviour::SetUp(it) => it.run(),
         Behaviour::UdpEcho(it) => it.run(),
         Behaviour::UdpSend(it) => it.run(),

@@ -1,0 +1,11 @@
+//! Pods that take more than their share, and what their neighbours notice of it.
+//!
+//! Ratios to the quiet state are printed and not asserted, because the machine's load decides them too. Outcomes are
+//! asserted: every connection of the neighbour succeeds, what exceeds the attacker's share is refused with a reason, and
+//! what the attack took comes back.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod connections;
+mod stage;
