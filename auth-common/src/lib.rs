@@ -38,8 +38,8 @@ pub const TUNNEL_PORT: u16 = 15008;
 pub const ORIGINAL_SOURCE_MARK: u32 = 0x6d54_4c53;
 /// Number of the routing table that the rule for [`ORIGINAL_SOURCE_MARK`] selects in a pod's netns.
 pub const ORIGINAL_SOURCE_TABLE: u32 = 15006;
-/// Firewall mark of packets that open a connection to a STRICT pod from outside. A routing rule in the pod's netns keeps the
-/// pod from forwarding them to a netns nested in it.
+/// Firewall mark of packets to a STRICT pod from outside. A routing rule in the pod's netns keeps the pod from forwarding them
+/// to a netns nested in it.
 pub const FORWARD_MARK: u32 = 0x6d54_4c46;
 
 /// Maximum number of enrolled pods on a node.

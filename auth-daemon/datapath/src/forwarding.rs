@@ -1,153 +1,243 @@
 //! Keeps a pod from forwarding connections that nobody judged, to network namespaces nested in it: attaches the `forward`
-//! program to the interfaces that lead out of the pod's netns. See auth-ebpf's `forward.rs`, and the rules in `plumbing`.
+//! program to the interfaces that lead out of the pod's netns, once there are others. See auth-ebpf's `forward.rs`, and the
+//! rules in `plumbing`.
 //!
 //! From Linux 6.6 on the program is attached as a tcx link, which is pinned and ends with the pin. Older kernels attach it as
 //! a filter of the interface, which stays until it is removed.
 
 use std::{
-    collections::{HashMap, HashSet},
-    fs::{self, File},
-    io,
+    collections::HashSet,
+    fs, io,
     net::IpAddr,
-    os::fd::AsRawFd,
-    path::Path,
-    sync::{Mutex, OnceLock},
-    time::{Duration, Instant},
+    path::PathBuf,
+    sync::{Arc, Mutex, OnceLock},
+    time::Duration,
 };
 
-use aya::programs::{
-    LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-    links::FdLink,
-    tc::{
-        NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact,
-        qdisc_detach_program,
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::FdLink,
+        tc::{
+            NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact,
+            qdisc_detach_program,
+        },
     },
 };
-use netlink_packet_route::{
-    RouteNetlinkMessage,
-    link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-    nsid::{NsidAttribute, NsidMessage},
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{Notify, watch},
+    time::{Instant, sleep, sleep_until},
 };
 
 use super::{
     Kernel, KernelError, Netns, features,
+    interfaces::{Interface, Interfaces},
     kernel::{lock, program, program_error, replace_pin},
+    netlink::Netlink,
     netns::open_the_nodes,
-    plumbing::Netlink,
 };
 
 /// Name of the program.
 pub(super) const PROGRAM: &str = "forward";
-/// Minimum interval between two counts of refused packets.
-const COUNT_INTERVAL: Duration = Duration::from_secs(10);
+/// Minimum interval between two lists of a netns' interfaces because they have changed.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Interval at which what failed is retried.
+const RETRY: Duration = Duration::from_secs(1);
 /// First kernel version with tcx links.
 const TCX: (u32, u32) = (6, 6);
 /// Priority and handle of the filter on older kernels.
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 0x6d54);
 
-/// Whether an enrolled netns forwards connections.
-#[derive(Debug, Default)]
-pub(super) struct Forwarding(Mutex<State>);
-
-#[derive(Debug, Default)]
-struct State {
-    /// Reports changes of the interfaces.
-    changes: Option<Netlink>,
-    /// Interfaces with the program, by index.
-    attached: HashSet<u32>,
-    /// Whether there are interfaces to nested namespaces.
-    has_nested: bool,
-    /// Whether the netns refuses to forward, and for which addresses of the pod, as of the last success.
-    done: Option<(bool, Vec<IpAddr>)>,
-    /// Number of packets that the netns had refused when that was last counted.
-    refused: u64,
-    counted: Option<Instant>,
+/// Whether an enrolled netns forwards connections. A task of its own keeps that as wanted, because to attach the program takes
+/// some 20 ms. The task ends when this is dropped, and leaves what it attached.
+#[derive(Debug)]
+pub(super) struct Forwarding {
+    wanted: watch::Sender<Wanted>,
+    /// Why the netns is not as wanted.
+    failure: watch::Receiver<Option<Arc<KernelError>>>,
 }
 
-/// An interface that leads out of a netns.
-struct Interface {
-    index: u32,
-    name: String,
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Wanted {
+    /// The netns forwards as it likes.
+    Forward,
+    /// The netns forwards no connection that nobody judged. The addresses are the pod's.
+    Refuse(Vec<IpAddr>),
 }
 
 impl Forwarding {
-    /// Lets the netns forward connections from outside to namespaces nested in it, or not. Idempotent and cheap: without a
-    /// change of the interfaces since the last call it does nothing. `addresses` are the pod's.
-    pub(super) fn keep(
-        &self,
+    /// Starts to keep `netns` from forwarding, if it `refuses` to. Must be called within the control plane's runtime.
+    pub(super) fn start(
         kernel: &Kernel,
-        netns: &Netns,
+        netns: Arc<Netns>,
         addresses: &[IpAddr],
         refuses: bool,
-    ) -> Result<(), KernelError> {
-        let mut state = lock(&self.0);
-        let failed = |error| KernelError::Interfaces {
-            netns: netns.path().to_owned(),
-            error,
-        };
-        if state.changes.is_none() {
-            // Before the interfaces are listed, so that none is missed.
-            state.changes = Some(
-                netns
-                    .enter(Netlink::watch_links)
-                    .flatten()
-                    .map_err(failed)?,
-            );
-        }
-        let changed = state.changes.as_mut().is_some_and(Netlink::drain);
-        let is_done = |done: &(bool, Vec<IpAddr>)| done.0 == refuses && done.1 == addresses;
-        if !changed && state.done.as_ref().is_some_and(is_done) {
-            return Ok(());
-        }
-        state.done = None;
-        if !refuses {
-            kernel.detach_forward(netns)?;
-            state.attached.clear();
-        } else {
-            let nodes = open_the_nodes();
-            let (interfaces, has_nested) = netns
-                .enter(|| leading_out(&nodes, addresses))
-                .flatten()
-                .map_err(failed)?;
-            if state.attached.is_empty() {
-                // Not what was refused before for other reasons.
-                state.refused = netns.enter(packets_without_route).map_err(failed)?;
-            }
-            state.has_nested = has_nested;
-            for interface in interfaces {
-                if !state.attached.contains(&interface.index) {
-                    kernel.attach_forward(netns, &interface)?;
-                    state.attached.insert(interface.index);
-                }
-            }
-        }
-        state.done = Some((refuses, addresses.to_vec()));
-        Ok(())
+    ) -> Self {
+        let (wanted, changes) = watch::channel(wanted(addresses, refuses));
+        let (failures, failure) = watch::channel(None);
+        tokio::spawn(keep(kernel.forward.clone(), netns, changes, failures));
+        Self { wanted, failure }
     }
 
-    /// Number of packets that the netns has refused to forward since it was last counted. It is counted only where there are
-    /// nested namespaces, and once in [`COUNT_INTERVAL`].
-    pub(super) fn refused(&self, netns: &Netns) -> u64 {
-        let mut state = lock(&self.0);
-        let is_recent = state
-            .counted
-            .is_some_and(|at| at.elapsed() < COUNT_INTERVAL);
-        let refuses = state.done.as_ref().is_some_and(|(refuses, _)| *refuses);
-        if !refuses || !state.has_nested || is_recent {
-            return 0;
-        }
-        state.counted = Some(Instant::now());
-        match netns.enter(packets_without_route) {
-            Ok(count) => count.saturating_sub(std::mem::replace(&mut state.refused, count)),
-            Err(_) => 0,
+    /// Lets the netns forward connections from outside to namespaces nested in it, or not. `addresses` are the pod's. Returns
+    /// why an earlier call has no effect yet, if it failed.
+    pub(super) fn set(&self, addresses: &[IpAddr], refuses: bool) -> Result<(), Arc<KernelError>> {
+        let wanted = wanted(addresses, refuses);
+        self.wanted.send_if_modified(|before| {
+            let is_new = *before != wanted;
+            *before = wanted;
+            is_new
+        });
+        match &*self.failure.borrow() {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
         }
     }
 }
 
-impl Kernel {
-    /// Attaches the forward program to an interface of `netns`, and replaces the one that a previous daemon attached.
-    fn attach_forward(&self, netns: &Netns, interface: &Interface) -> Result<(), KernelError> {
+fn wanted(addresses: &[IpAddr], refuses: bool) -> Wanted {
+    match refuses {
+        true => Wanted::Refuse(addresses.to_vec()),
+        false => Wanted::Forward,
+    }
+}
+
+/// Keeps `netns` as wanted: acts on changes of `wanted`, and of the interfaces of the netns. Retries what fails.
+async fn keep(
+    program: Arc<ForwardProgram>,
+    netns: Arc<Netns>,
+    mut wanted: watch::Receiver<Wanted>,
+    failures: watch::Sender<Option<Arc<KernelError>>>,
+) {
+    let mut attached = Attached::default();
+    loop {
+        let began = Instant::now();
+        let now = wanted.borrow_and_update().clone();
+        let (program_of, netns_of) = (program.clone(), netns.clone());
+        let applied = tokio::task::spawn_blocking(move || {
+            let result = attached.apply(&program_of, &netns_of, &now);
+            (attached, result)
+        });
+        let failure;
+        (attached, failure) = match applied.await {
+            Ok((attached, result)) => (attached, result.err()),
+            Err(error) => (
+                Attached::default(),
+                Some(interfaces_error(&netns, io::Error::other(error))),
+            ),
+        };
+        let has_failed = failure.is_some();
+        if has_failed || failures.borrow().is_some() {
+            failures.send_replace(failure.map(Arc::new));
+            program.failures.notify_one();
+        }
+        tokio::select! {
+            changed = wanted.changed() => if changed.is_err() {
+                return;
+            },
+            () = attached.changed() => sleep_until((began + PAUSE).into()).await,
+            () = sleep(RETRY), if has_failed => {}
+        }
+    }
+}
+
+/// What is attached to the interfaces of a netns.
+#[derive(Default)]
+struct Attached {
+    /// Reports changes of the interfaces.
+    changes: Option<AsyncFd<Netlink>>,
+    /// Interfaces with the program, by index.
+    interfaces: HashSet<u32>,
+}
+
+impl Attached {
+    fn apply(
+        &mut self,
+        program: &ForwardProgram,
+        netns: &Netns,
+        wanted: &Wanted,
+    ) -> Result<(), KernelError> {
+        let failed = |error| interfaces_error(netns, error);
+        let Wanted::Refuse(addresses) = wanted else {
+            *self = Self::default();
+            return program.detach(netns);
+        };
+        match &mut self.changes {
+            Some(changes) => {
+                changes.get_mut().drain();
+            }
+            // Before the interfaces are listed, so that none is missed.
+            None => {
+                let netlink = netns.enter(Netlink::watch_links).flatten();
+                let netlink = netlink.map_err(failed)?;
+                // SAFETY: the socket owns its descriptor, always returns the same one, and closes it only when it is dropped.
+                let changes = unsafe { AsyncFd::register(netlink) };
+                self.changes = Some(changes.map_err(io::Error::from).map_err(failed)?);
+            }
+        }
+        let nodes = open_the_nodes();
+        let interfaces = netns
+            .enter(|| Interfaces::list(&nodes, addresses))
+            .flatten()
+            .map_err(failed)?;
+        // Most pods have nothing to forward to, and each packet that arrives would pay for the program.
+        if !interfaces.has_nested {
+            return Ok(());
+        }
+        let indices = interfaces
+            .leading_out
+            .iter()
+            .map(|interface| interface.index);
+        let indices: HashSet<u32> = indices.collect();
+        self.interfaces.retain(|index| indices.contains(index));
+        for interface in &interfaces.leading_out {
+            if !self.interfaces.contains(&interface.index) {
+                program.attach(netns, interface)?;
+                self.interfaces.insert(interface.index);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the interfaces may have changed.
+    async fn changed(&self) {
+        match &self.changes {
+            // An error of the descriptor is a reason to list the interfaces, too.
+            Some(changes) => match changes.readable().await {
+                Ok(mut ready) => ready.clear_ready(),
+                Err(_) => {}
+            },
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// The program, for all pods.
+#[derive(Debug)]
+pub(super) struct ForwardProgram {
+    /// The programs of the object that contains it.
+    programs: Mutex<Ebpf>,
+    /// Folder of the links' pins.
+    pins: PathBuf,
+    /// Notified when a netns is not as wanted, or is so again.
+    pub(super) failures: Notify,
+}
+
+impl ForwardProgram {
+    /// `programs` contains the loaded program. Links are pinned in the folder `pins`.
+    pub(super) fn new(programs: Ebpf, pins: PathBuf) -> Self {
+        Self {
+            programs: Mutex::new(programs),
+            pins,
+            failures: Notify::new(),
+        }
+    }
+
+    /// Attaches the program to an interface of `netns`, and replaces the one that a previous daemon attached.
+    fn attach(&self, netns: &Netns, interface: &Interface) -> Result<(), KernelError> {
         let mut ebpf = lock(&self.programs);
         let program: &mut SchedClassifier = program(&mut ebpf, PROGRAM)?;
         let link = netns
@@ -158,56 +248,38 @@ impl Kernel {
         match link {
             Some(link) => {
                 let pin = format!("{}-{}", netns.cookie(), interface.index);
-                replace_pin(&self.interface_pins(), &pin, link)
+                replace_pin(&self.pins, &pin, link)
             }
             None => Ok(()),
         }
     }
 
-    /// Undoes [`Kernel::attach_forward`] for all interfaces of `netns`. It is not an error if it is already undone.
-    fn detach_forward(&self, netns: &Netns) -> Result<(), KernelError> {
-        unpin(&self.interface_pins(), netns.cookie());
+    /// Undoes [`ForwardProgram::attach`] for all interfaces of `netns`. It is not an error if it is already undone.
+    fn detach(&self, netns: &Netns) -> Result<(), KernelError> {
+        self.unpin(netns.cookie());
         netns
             .enter(detach_filters)
             .flatten()
-            .map_err(|error| KernelError::Interfaces {
-                netns: netns.path().to_owned(),
-                error,
-            })
+            .map_err(|error| interfaces_error(netns, error))
     }
-}
 
-/// Removes the pins of the links to interfaces of the netns with `cookie`, which ends the links.
-pub(super) fn unpin(pins: &Path, cookie: u64) {
-    let prefix = format!("{cookie}-");
-    let pins = fs::read_dir(pins).into_iter().flatten();
-    for pin in pins.flatten() {
-        if pin.file_name().to_string_lossy().starts_with(&prefix) {
-            let _ = fs::remove_file(pin.path());
+    /// Removes the pins of the links to interfaces of the netns with `cookie`, which ends the links.
+    pub(super) fn unpin(&self, cookie: u64) {
+        let prefix = format!("{cookie}-");
+        let pins = fs::read_dir(&self.pins).into_iter().flatten();
+        for pin in pins.flatten() {
+            if pin.file_name().to_string_lossy().starts_with(&prefix) {
+                let _ = fs::remove_file(pin.path());
+            }
         }
     }
 }
 
-/// Number of packets that arrived in the current netns and that it had no route for, of either family.
-fn packets_without_route() -> u64 {
-    let read =
-        |name| fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap_or_default();
-    let (netstat, snmp6) = (read("netstat"), read("snmp6"));
-    let mut v4 = netstat
-        .lines()
-        .filter_map(|line| line.strip_prefix("IpExt: "));
-    let v4 = v4.next().zip(v4.next()).and_then(|(names, values)| {
-        let mut counters = names.split(' ').zip(values.split(' '));
-        counters.find(|(name, _)| *name == "InNoRoutes")
-    });
-    let v6 = snmp6
-        .lines()
-        .filter_map(|line| line.split_once(char::is_whitespace))
-        .find(|(name, _)| *name == "Ip6InNoRoutes");
-    let counters = v4.into_iter().chain(v6);
-    counters
-        .filter_map(|(_, value)| value.trim().parse::<u64>().ok())
-        .sum()
+fn interfaces_error(netns: &Netns, error: io::Error) -> KernelError {
+    KernelError::Interfaces {
+        netns: netns.path().to_owned(),
+        error,
+    }
 }
 
 /// Attaches the program to an interface of the current netns. Returns the link to pin, if there is one to pin.
@@ -273,71 +345,4 @@ pub(super) fn detach_filters() -> io::Result<()> {
 fn has_tcx() -> bool {
     static HAS: OnceLock<bool> = OnceLock::new();
     *HAS.get_or_init(|| features::version() >= TCX)
-}
-
-/// Lists the interfaces of the current netns that lead out of it: whose other end, or lower device, is in the node's netns;
-/// devices that are not virtual; and those with an address of the pod. What is left are the loopback and interfaces to nested
-/// namespaces, whose own connections the pod may forward. Also returns whether there are any of the latter.
-fn leading_out(nodes: &[File], addresses: &[IpAddr]) -> io::Result<(Vec<Interface>, bool)> {
-    let mut netlink = Netlink::open()?;
-    let links = netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
-    // The kernel assigns numbers to other namespaces when it lists the links.
-    let mut of_the_node = HashSet::new();
-    for node in nodes {
-        let mut message = NsidMessage::default();
-        message.attributes = vec![NsidAttribute::Fd(node.as_raw_fd() as u32)];
-        let answer = netlink.ask(RouteNetlinkMessage::GetNsId(message))?;
-        if let RouteNetlinkMessage::NewNsId(answer) = answer {
-            of_the_node.extend(answer.attributes.into_iter().filter_map(
-                |attribute| match attribute {
-                    NsidAttribute::Id(id) if id >= 0 => Some(id),
-                    _ => None,
-                },
-            ));
-        }
-    }
-    let mut holders: HashMap<String, Vec<IpAddr>> = HashMap::new();
-    for interface in nix::ifaddrs::getifaddrs()? {
-        let Some(storage) = interface.address else {
-            continue;
-        };
-        let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        let v6 = storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()));
-        holders
-            .entry(interface.interface_name)
-            .or_default()
-            .extend(v4.or(v6));
-    }
-    let mut has_nested = false;
-    let interfaces = links.into_iter().filter_map(|message| {
-        let RouteNetlinkMessage::NewLink(link) = message else {
-            return None;
-        };
-        if link.header.flags.contains(LinkFlags::Loopback) {
-            return None;
-        }
-        let (mut name, mut is_virtual, mut other) = (None, false, None);
-        for attribute in link.attributes {
-            match attribute {
-                LinkAttribute::IfName(text) => name = Some(text),
-                LinkAttribute::LinkNetNsId(id) => other = Some(id),
-                LinkAttribute::LinkInfo(info) => {
-                    is_virtual = info.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
-                }
-                _ => {}
-            }
-        }
-        let name = name?;
-        let holds = holders.get(&name);
-        let leads_out = !is_virtual
-            || other.is_some_and(|other| of_the_node.contains(&other))
-            || holds.is_some_and(|held| held.iter().any(|held| addresses.contains(held)));
-        has_nested |= !leads_out;
-        leads_out.then_some(Interface {
-            index: link.header.index,
-            name,
-        })
-    });
-    let interfaces = interfaces.collect();
-    Ok((interfaces, has_nested))
 }

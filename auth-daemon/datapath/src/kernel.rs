@@ -10,7 +10,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use auth_common::{
@@ -31,7 +31,8 @@ use aya::{
 use ipnet::IpNet;
 
 use super::{
-    ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, exposed, flows, forwarding,
+    ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, exposed, flows,
+    forwarding::{self, ForwardProgram},
     inbound::{self, InboundProgram},
     node_cgroups::pod_roots,
     proven_nodes,
@@ -142,8 +143,8 @@ pub struct Kernel {
     /// The cgroup that the programs are attached to.
     cgroup: PathBuf,
     non_tcp_denied: bool,
-    /// The programs of the cgroup root, and the one for interfaces of pods.
-    pub(super) programs: Mutex<Ebpf>,
+    /// The program for interfaces of pods.
+    pub(super) forward: Arc<ForwardProgram>,
     /// Loads inbound programs, with the pinned maps.
     loader: Mutex<EbpfLoader<'static>>,
     pods: Mutex<BpfHashMap<MapData, u64, Pod>>,
@@ -272,7 +273,7 @@ impl Kernel {
         Ok(Self {
             cgroup: cgroup.to_owned(),
             non_tcp_denied,
-            programs: Mutex::new(ebpf),
+            forward: Arc::new(ForwardProgram::new(ebpf, pins.join("interfaces"))),
             loader: Mutex::new(loader),
             pods: Mutex::new(pods),
             mesh: Mutex::new(Mesh { map: mesh, entries }),
@@ -417,15 +418,19 @@ impl Kernel {
     }
 
     /// The folder with the pins of links to pods' interfaces.
-    pub(super) fn interface_pins(&self) -> PathBuf {
-        self.pins.join("interfaces")
-    }
-
     /// Undoes [`Kernel::capture`], and detaches the netns' own programs. It is not an error if they are already undone.
     pub fn forget(&self, cookie: u64) {
         let _ = lock(&self.pods).remove(&cookie);
         let _ = fs::remove_file(self.pins.join("pods").join(cookie.to_string()));
-        forwarding::unpin(&self.interface_pins(), cookie);
+        self.forward.unpin(cookie);
+    }
+
+    /// Waits until a pod cannot be kept from forwarding connections, or can be again: see [`Enrolled::admit`]. There is only
+    /// one waiter. Cancel-safe.
+    ///
+    /// [`Enrolled::admit`]: super::Enrolled::admit
+    pub async fn forwarding_changed(&self) {
+        self.forward.failures.notified().await;
     }
 
     /// Exempts a socket of the daemon from capture. `kind` is [`auth_common::DIAL`] or [`auth_common::DELIVERY`].

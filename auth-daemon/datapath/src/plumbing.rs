@@ -7,24 +7,21 @@
 //! marked packets to the loopback, where the daemon's socket is. Marks do not cross the border of a netns, so nothing
 //! from outside carries one.
 //!
-//! Packets that the `forward` program has marked open a connection to the pod. For those to another address than the pod's
-//! own, which the pod would forward, a rule answers with an ICMP error. A socket that such a packet reaches inherits the
-//! mark: another rule exempts what sockets send.
+//! Packets that the `forward` program has marked belong to a connection to the pod. Those for another address than the pod's
+//! own, which the pod would forward, are routed to the loopback, too: the `inbound` program judges them. A socket that they
+//! reach inherits the mark: another rule exempts what sockets send.
 
 use std::{fs, io};
 
 use auth_common::{FORWARD_MARK, ORIGINAL_SOURCE_MARK, ORIGINAL_SOURCE_TABLE};
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use super::{Netns, forwarding};
+use super::{Netns, forwarding, netlink::Netlink};
 
 /// Sysctls switched on in each pod's netns. Their order is stored in pinned maps: only append.
 const SYSCTLS: [&str; 3] = [
@@ -36,8 +33,6 @@ const RULE_PREFERENCE: u32 = 100;
 const FORWARD_PREFERENCE: u32 = 99;
 const FORWARD_EXEMPTION_PREFERENCE: u32 = 98;
 const LOOPBACK: &str = "lo";
-/// Multicast group of changes of interfaces (rtnetlink.h).
-const RTNLGRP_LINK: u32 = 1;
 const LOOPBACK_INDEX: u32 = 1;
 
 /// What [`set_up`] did.
@@ -194,7 +189,11 @@ fn local_route(family: AddressFamily) -> RouteMessage {
 
 /// `ip rule add fwmark M lookup T pref P`
 fn mark_rule(family: AddressFamily) -> RuleMessage {
-    let mut message = rule(family, RULE_PREFERENCE, ORIGINAL_SOURCE_MARK);
+    lookup_rule(family, RULE_PREFERENCE, ORIGINAL_SOURCE_MARK)
+}
+
+fn lookup_rule(family: AddressFamily, preference: u32, mark: u32) -> RuleMessage {
+    let mut message = rule(family, preference, mark);
     message.header.action = RuleAction::ToTable;
     message
         .attributes
@@ -202,12 +201,9 @@ fn mark_rule(family: AddressFamily) -> RuleMessage {
     message
 }
 
-/// `ip rule add fwmark M unreachable pref P`. The local table precedes it. Unlike `prohibit`, the kernel counts what it refuses
-/// (`InNoRoutes`).
+/// `ip rule add fwmark M lookup T pref P`. The local table precedes it.
 fn forward_rule(family: AddressFamily) -> RuleMessage {
-    let mut message = rule(family, FORWARD_PREFERENCE, FORWARD_MARK);
-    message.header.action = RuleAction::Unreachable;
-    message
+    lookup_rule(family, FORWARD_PREFERENCE, FORWARD_MARK)
 }
 
 /// `ip rule add fwmark M iif lo goto G pref P`: packets of the pod's own sockets skip [`forward_rule`].
@@ -230,104 +226,4 @@ fn rule(family: AddressFamily, preference: u32, mark: u32) -> RuleMessage {
         RuleAttribute::FwMask(u32::MAX),
     ];
     message
-}
-
-/// A route netlink socket of the netns in which it was opened.
-#[derive(Debug)]
-pub(super) struct Netlink {
-    socket: Socket,
-    sequence: u32,
-}
-
-impl Netlink {
-    pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-        })
-    }
-
-    /// Opens a socket that reports changes of interfaces.
-    pub(super) fn watch_links() -> io::Result<Self> {
-        let netlink = Self::open()?;
-        netlink.socket.add_membership(RTNLGRP_LINK)?;
-        netlink.socket.set_non_blocking(true)?;
-        Ok(netlink)
-    }
-
-    /// Discards what was reported since the last call. Returns whether there was anything.
-    pub(super) fn drain(&mut self) -> bool {
-        let mut any = false;
-        loop {
-            match self.socket.recv(&mut &mut [0; 16][..], 0) {
-                Ok(_) => any = true,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return any,
-                // Reports were lost, so there were some.
-                Err(_) => return true,
-            }
-        }
-    }
-
-    /// Sends a request that is answered with one message, and returns it.
-    pub(super) fn ask(&mut self, message: RouteNetlinkMessage) -> io::Result<RouteNetlinkMessage> {
-        self.send(message, 0)?;
-        let (answer, _) = self.socket.recv_from_full()?;
-        match parse(&answer)?.payload {
-            NetlinkPayload::InnerMessage(message) => Ok(message),
-            NetlinkPayload::Error(error) => Err(error.to_io()),
-            _ => Err(io::ErrorKind::InvalidData.into()),
-        }
-    }
-
-    /// Sends a request for a list, and returns the list.
-    pub(super) fn dump(
-        &mut self,
-        message: RouteNetlinkMessage,
-    ) -> io::Result<Vec<RouteNetlinkMessage>> {
-        self.send(message, NLM_F_DUMP)?;
-        let mut messages = Vec::new();
-        loop {
-            let (part, _) = self.socket.recv_from_full()?;
-            let mut rest = part.as_slice();
-            while !rest.is_empty() {
-                let message = parse(rest)?;
-                let length = (message.header.length as usize).next_multiple_of(4);
-                rest = rest.get(length..).unwrap_or_default();
-                match message.payload {
-                    NetlinkPayload::InnerMessage(message) => messages.push(message),
-                    NetlinkPayload::Done(_) => return Ok(messages),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    _ => {}
-                }
-            }
-        }
-    }
-
-    fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        self.send(message, NLM_F_ACK | flags)?;
-        let (answer, _) = self.socket.recv_from_full()?;
-        match parse(&answer)?.payload {
-            NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
-            _ => Ok(()),
-        }
-    }
-
-    fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        self.sequence += 1;
-        let mut request = NetlinkMessage::from(message);
-        request.header.flags = NLM_F_REQUEST | flags;
-        request.header.sequence_number = self.sequence;
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
-        Ok(())
-    }
-}
-
-fn parse(bytes: &[u8]) -> io::Result<NetlinkMessage<RouteNetlinkMessage>> {
-    NetlinkMessage::deserialize(bytes).map_err(|error| io::Error::other(error.to_string()))
 }

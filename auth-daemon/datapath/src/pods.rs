@@ -5,7 +5,10 @@ use std::{
     io,
     net::{IpAddr, TcpListener},
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use auth_common::{Inbound, Pod};
@@ -17,6 +20,7 @@ use super::{
     forwarding::Forwarding,
     inbound::InboundProgram,
     kernel::{SocketMaps, wire_address},
+    netlink::Netlink,
     plumbing,
     sockets::Listeners,
 };
@@ -27,7 +31,7 @@ use auth_mesh::{ObjectName, Workload};
 pub enum EnrolError {
     /// Nothing identifies the pod's netns.
     #[error(
-        "pod {pod}: nothing names its network namespace: metadata.uid {uid:?} {error}, and it has no annotation auth-daemon.io/netns"
+        "pod {pod}: nothing names its network namespace: metadata.uid {uid:?} {error}, and no manifest names its path (annotation auth-daemon.io/netns, with file discovery)"
     )]
     NoNetns {
         /// The pod.
@@ -150,6 +154,8 @@ pub struct Enrolled {
     inbound: Arc<InboundProgram>,
     /// Whether the netns forwards connections.
     forwarding: Arc<Forwarding>,
+    /// Whether the pod is refused in both directions.
+    is_refused: Arc<AtomicBool>,
     /// Bit mask of the sysctls that [`plumbing`] switched on.
     switched_on: u32,
     /// Whether the netns was enrolled before, by this daemon or a previous one.
@@ -194,58 +200,47 @@ impl Enrolled {
         let admits = listeners.as_ref().ok();
         let admits = admits.map(|listeners| (mode, &listeners.tunnel));
         let inbound = kernel.attach_inbound(&netns, admits).map_err(in_kernel)?;
+        let refuses = mode == Inbound::Strict || listeners.is_err();
+        let forwarding = Forwarding::start(kernel, netns.clone(), &workload.addresses, refuses);
         let enrolled = Self {
             addresses: known(workload),
             own_addresses: own_addresses(workload, &netns),
             netns,
             inbound: Arc::new(inbound),
-            forwarding: Arc::default(),
+            forwarding: Arc::new(forwarding),
+            is_refused: Arc::new(AtomicBool::new(listeners.is_err())),
             switched_on,
             was_enrolled: before.is_some(),
         };
-        let refuses = mode == Inbound::Strict || listeners.is_err();
-        let capture = |refused: bool| {
-            let entry = Pod {
-                refused: refused.into(),
-                ..enrolled.entry()
-            };
-            kernel
-                .capture(enrolled.netns.cookie(), &entry)
-                .map_err(in_kernel)
-        };
-        // First what the pod's own connections need: to attach a program to an interface takes some 20 ms.
-        capture(listeners.is_err())?;
-        let judged = enrolled.judge_forwarded(kernel, refuses).map_err(in_kernel);
-        if judged.is_err() {
-            capture(true)?;
-        }
-        let listeners = listeners?;
-        judged?;
-        Ok((enrolled, listeners))
+        kernel
+            .capture(enrolled.netns.cookie(), &enrolled.entry())
+            .map_err(in_kernel)?;
+        Ok((enrolled, listeners?))
     }
 
     /// Sends inbound connections to the pod's tunnel listener, according to `mode`. To be called again when the mode changes,
-    /// and from time to time, because the pod's interfaces may have changed.
+    /// and when [`Kernel::forwarding_changed`] returns: as long as the pod cannot be kept from forwarding connections that
+    /// nobody judged, it is refused in both directions, and this returns why.
     pub fn admit(
         &self,
         kernel: &Kernel,
         mode: Inbound,
         tunnel: &TcpListener,
-    ) -> Result<(), KernelError> {
-        self.judge_forwarded(kernel, mode == Inbound::Strict)?;
-        self.inbound.admit(mode, tunnel)
-    }
-
-    /// Number of packets that opened a connection which the pod refused to forward to a netns nested in it, since the last call
-    /// that returned one.
-    pub fn refused_to_forward(&self) -> u64 {
-        self.forwarding.refused(&self.netns)
-    }
-
-    /// Makes the kernel judge connections that the pod would forward to a netns nested in it, or not.
-    fn judge_forwarded(&self, kernel: &Kernel, refuses: bool) -> Result<(), KernelError> {
-        self.forwarding
-            .keep(kernel, &self.netns, self.addresses(), refuses)
+    ) -> Result<(), Arc<KernelError>> {
+        let forwarding = self
+            .forwarding
+            .set(self.addresses(), mode == Inbound::Strict);
+        if let Err(error) = forwarding {
+            self.refuse(kernel);
+            return Err(error);
+        }
+        if self.is_refused.swap(false, Ordering::Relaxed)
+            && let Err(error) = kernel.capture(self.netns.cookie(), &self.entry())
+        {
+            self.is_refused.store(true, Ordering::Relaxed);
+            return Err(error.into());
+        }
+        Ok(self.inbound.admit(mode, tunnel)?)
     }
 
     /// Assigns the same netns to `workload`. The kernel keeps capturing its connections throughout.
@@ -273,6 +268,18 @@ impl Enrolled {
     /// The pod's address of the same family as `address`.
     pub fn address_like(&self, address: IpAddr) -> Option<IpAddr> {
         first_like(self.addresses(), address.is_ipv4())
+    }
+
+    /// Whether a connection to `address` that the pod's tunnel listener has accepted is for the pod. Otherwise the pod would
+    /// have forwarded it to a netns nested in it: see [`Enrolled::admit`].
+    pub fn is_local(&self, address: IpAddr) -> bool {
+        self.addresses().contains(&address)
+            || self
+                .netns
+                .enter(|| Netlink::open()?.is_local(address))
+                .flatten()
+                // If it is not known, the connection is not for the pod.
+                .unwrap_or(false)
     }
 
     /// Sets the addresses of a pod whose object had none before. Existing connections continue.
@@ -303,17 +310,15 @@ impl Enrolled {
 
     /// Refuses the pod in both directions.
     pub fn refuse(&self, kernel: &Kernel) {
-        let entry = Pod {
-            refused: 1,
-            ..self.entry()
-        };
-        let outbound = kernel.capture(self.netns.cookie(), &entry);
-        let inbound = outbound
-            .and_then(|()| self.inbound.refuse())
-            .and_then(|()| self.judge_forwarded(kernel, true));
-        if let Err(error) = inbound {
+        // The entry may have been written for another reason, so it is written again even if the pod is refused already.
+        self.is_refused.store(true, Ordering::Relaxed);
+        let outbound = kernel.capture(self.netns.cookie(), &self.entry());
+        let refused = outbound.and_then(|()| self.inbound.refuse());
+        if let Err(error) = refused {
             tracing::error!(netns = %self.netns.path().display(), %error, "cannot refuse a pod");
         }
+        // An error is logged by the next call that asks for one.
+        let _ = self.forwarding.set(self.addresses(), true);
     }
 
     /// Puts back the sysctls, routes and rules of the daemon that are missing in the netns, and names them. A pod with
@@ -326,6 +331,8 @@ impl Enrolled {
     /// already be gone.
     pub fn remove(&self, kernel: &Kernel) {
         remove(kernel, &self.netns, self.switched_on);
+        // It may be attaching its program at this moment.
+        let _ = self.forwarding.set(&[], false);
     }
 
     fn entry(&self) -> Pod {
@@ -342,7 +349,7 @@ impl Enrolled {
             v4: first(true),
             v6: first(false),
             switched_on: self.switched_on,
-            refused: 0,
+            refused: self.is_refused.load(Ordering::Relaxed).into(),
         }
     }
 }

@@ -31,7 +31,8 @@ const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 pub struct Listeners {
     /// Listeners for captured connections, on the pod's loopback: one for each address family.
     pub outbound: Vec<TcpListener>,
-    /// Listener for tunnels, on all addresses of every family that the pod has.
+    /// Listener for tunnels, on all addresses of every family that the pod has. It also gets connections that the pod would
+    /// have forwarded to others: see [`Enrolled::is_local`](super::Enrolled::is_local).
     pub tunnel: TcpListener,
 }
 
@@ -97,6 +98,10 @@ fn listener(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         socket.set_only_v6(false)?;
+    }
+    if address.ip().is_unspecified() {
+        // It also gets connections that the pod would have forwarded, which are for no address of the netns.
+        setsockopt(&socket, sockopt::IpTransparent, &true)?;
     }
     // Accepted sockets inherit these options.
     end_with_reset(SockRef::from(&socket))?;
@@ -323,6 +328,13 @@ fn socket_in(kernel: &Kernel, netns: &Netns, remote: SocketAddr, kind: u32) -> i
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     end_with_reset(SockRef::from(&socket))?;
     Ok(socket)
+}
+
+/// Returns the destination that the client dialled, if the pod's netns has translated it (netfilter's connection tracking).
+pub fn original_destination(socket: SockRef<'_>) -> Option<SocketAddr> {
+    let v4 = socket.original_dst_v4();
+    let original = v4.or_else(|_| socket.original_dst_v6()).ok()?;
+    original.as_socket().map(canonical)
 }
 
 /// Sets `IPV6_TRANSPARENT` (Linux 2.6.37), which none of the libraries in use supports.

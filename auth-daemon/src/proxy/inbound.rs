@@ -74,6 +74,11 @@ async fn take(
         details.endpoint = Some(local);
         details.server_identity = Some(pod.workload.identity.clone());
     });
+    if !pod.enrolled.is_local(local.ip()) {
+        let dialled = sockets::original_destination((&tcp).into());
+        access.learn(|details| details.destination = dialled.or(Some(local)));
+        return access.finish(Outcome::Refused, forwarded(local));
+    }
     let mut deadline = Instant::now() + HANDSHAKE;
     let cookie = pod.enrolled.netns.cookie();
     let in_plaintext = Connection {
@@ -131,6 +136,14 @@ struct First<'a> {
     access: Guard<'a>,
     deadline: Instant,
     _place: ConnectionPermit,
+}
+
+/// Why a connection is refused that the pod would forward to `local`.
+fn forwarded(local: SocketAddr) -> String {
+    format!(
+        "the pod forwards it to {local}, in a network namespace nested in the pod, which cannot authenticate it; let the \
+         app listen in the pod's own, or set the pod to PERMISSIVE"
+    )
 }
 
 fn late() -> String {

@@ -70,29 +70,8 @@ pub(super) fn nested_namespace(stage: &mut Stage, evidence: &Evidence) -> Result
     let _nginx = Nginx::start(&nested, PORT, &format!("{} from inside", stage.marker))?;
     let to = pod.at(PUBLISHED_PORT);
     evidence.saw(format!("{NEIGHBOUR} forwards {to} to nginx at {inside}"));
-    let capture = stage.mesh.wire().capture()?;
-    let daemon = stage.daemon(NODE_B)?;
-    let start = daemon.log_position();
-    let why = stage.ask_in_vain(stage.mesh.outside(), to, &stage.path("nested"))?;
-    evidence.saw(format!("curl from outside to http://{to}: {why}"));
-    let recording = capture.stop()?;
-    ensure!(
-        !recording.contains(stage.marker.as_bytes()),
-        "{} is readable on the wire",
-        stage.marker
-    );
-    evidence.saw(format!(
-        "on the wire: {} packets, and neither a request nor an answer",
-        recording.packets().len()
-    ));
-    let line = daemon.wait_for_log_after(start, "the refusal", TIMEOUT, |line| {
-        let message = line["message"].as_str().unwrap_or_default();
-        message.starts_with("forwarding refused")
-    })?;
-    evidence.saw(format!(
-        "{NODE_B} logged: pod={} packets={} {}",
-        line["pod"], line["packets"], line["message"]
-    ));
+    let (outside, client) = (stage.mesh.outside(), stage.mesh.outside_ipv4());
+    refused(stage, evidence, outside, client.into(), to)?;
     node_is_answered(stage, evidence, to)
 }
 

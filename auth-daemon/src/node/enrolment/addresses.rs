@@ -30,7 +30,7 @@ impl Enrolment {
     /// Writes the mesh's addresses to the kernel: the changes, or all of them the first time and after a failure.
     pub(super) fn tell_addresses(&mut self, snapshot: &Arc<Snapshot>) {
         let node = &self.node;
-        let node_addresses = node_addresses();
+        let node_addresses = self.node_addresses.current().to_vec();
         let mut gone = node.unclaimed.gone();
         let expired = gone.expire(Instant::now());
         let before = self.told.snapshot.as_ref();
@@ -275,23 +275,6 @@ fn adopt(
             );
         }
     }
-}
-
-/// Returns the addresses of this node, which probes come from, sorted.
-fn node_addresses() -> Vec<IpAddr> {
-    let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
-    let mut addresses: Vec<_> = interfaces
-        .filter_map(|interface| {
-            let storage = interface.address?;
-            let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-            let v6 = storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()));
-            v4.or(v6)
-        })
-        .filter(|address| !address.is_loopback())
-        .collect();
-    addresses.sort();
-    addresses.dedup();
-    addresses
 }
 
 #[cfg(test)]

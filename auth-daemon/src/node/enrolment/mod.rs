@@ -33,7 +33,10 @@ use crate::proxy::{
     rules, same_node,
 };
 use addresses::Told;
-use auth_datapath::{EnrolError, Enrolled, Netns, NetnsDiscovery, open_netns, sockets::Listeners};
+use auth_datapath::{
+    EnrolError, Enrolled, Kernel, Netns, NetnsDiscovery, NodeAddresses, open_netns,
+    sockets::Listeners,
+};
 use auth_mesh::{ObjectName, Snapshot, Workload};
 use ended::{Ended, EndedPods, Pods, shown};
 use pod_roots::PodRoots;
@@ -69,6 +72,7 @@ pub struct Enrolment {
     owners: HashMap<IpAddr, u64>,
     /// The mesh addresses last written to the kernel.
     told: Told,
+    node_addresses: NodeAddresses,
     pod_roots: PodRoots,
     tampering: Tampering,
     /// The other tasks that update the kernel's maps.
@@ -82,6 +86,8 @@ struct Serving {
     listeners: Listeners,
     /// Set if the pod is served only because its netns has processes.
     ended: Option<Ended>,
+    /// Why the pod is refused in both directions, although it is served.
+    refused: Option<String>,
 }
 
 struct Failing {
@@ -94,6 +100,21 @@ struct Failing {
 impl Serving {
     fn cookie(&self) -> u64 {
         self.pod.enrolled.netns.cookie()
+    }
+
+    /// Sets what the kernel admits to the pod.
+    fn admit(&mut self, kernel: &Kernel, mode: Inbound) {
+        let (pod, enrolled) = (&self.pod.workload.name, &self.pod.enrolled);
+        let admitted = enrolled.admit(kernel, mode, &self.listeners.tunnel);
+        let refused = admitted.err().map(|error| error.to_string());
+        match &refused {
+            Some(error) if self.refused.as_ref() != Some(error) => tracing::error!(
+                %pod, error, "a pod is refused in both directions: cannot set what it admits; retrying"
+            ),
+            None if self.refused.is_some() => tracing::info!(%pod, "a pod is refused no more"),
+            _ => {}
+        }
+        self.refused = refused;
     }
 }
 
@@ -112,6 +133,7 @@ impl Enrolment {
             ended: EndedPods::default(),
             owners: HashMap::new(),
             told: Told::default(),
+            node_addresses: NodeAddresses::default(),
             pod_roots: PodRoots::default(),
             tampering: Tampering::default(),
             keepers: Vec::new(),
@@ -166,6 +188,7 @@ impl Enrolment {
                 _ = policies.changed() => {}
                 _ = stop.changed() => {}
                 () = self.netns_discovery.changed() => {}
+                () = self.node.kernel.forwarding_changed() => {}
                 _ = ticks.tick() => {
                     self.is_tick = true;
                     self.node.kernel.sweep_pending();
@@ -384,6 +407,7 @@ impl Enrolment {
             tasks,
             listeners,
             ended: None,
+            refused: None,
         };
         self.serving.insert(cookie, serving);
         Ok(cookie)
@@ -455,22 +479,10 @@ impl Enrolment {
             }
         }
         let rules = self.node.rules.current();
-        for serving in self.serving.values() {
-            let policy = rules.of(serving.cookie());
+        for (cookie, serving) in &mut self.serving {
+            let policy = rules.of(*cookie);
             let mode = policy.map_or(Inbound::Strict, |policy| rules::inbound(policy));
-            let tunnel = &serving.listeners.tunnel;
-            if let Err(error) = serving.pod.enrolled.admit(&self.node.kernel, mode, tunnel) {
-                let pod = &serving.pod.workload.name;
-                tracing::error!(%pod, %error, "cannot set what a pod admits; it may refuse all connections");
-            }
-            let packets = serving.pod.enrolled.refused_to_forward();
-            if packets > 0 {
-                tracing::warn!(
-                    pod = %serving.pod.workload.name, packets,
-                    "forwarding refused: connections from outside to a network namespace nested in the pod cannot be \
-                     authenticated; let the app listen in the pod's own, or set the pod to PERMISSIVE"
-                );
-            }
+            serving.admit(&self.node.kernel, mode);
         }
         let pods = self.serving.values().map(|serving| serving.pod.clone());
         self.node
@@ -510,8 +522,11 @@ impl Enrolment {
                 identity: pod.workload.identity.to_string(),
                 addresses: pod.enrolled.addresses().to_vec(),
                 netns: shown(pod.enrolled.netns.path()),
-                enrolled: true,
-                reason: self.why_served(serving),
+                enrolled: serving.refused.is_none(),
+                reason: match &serving.refused {
+                    Some(reason) => format!("refused: {reason}"),
+                    None => self.why_served(serving),
+                },
                 tampered: self.tampering.of(serving.cookie()),
                 idle_tunnels: pod.pool.idle(),
             }

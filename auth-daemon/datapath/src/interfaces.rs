@@ -1,0 +1,177 @@
+//! Interfaces of network namespaces, and their addresses.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io,
+    net::IpAddr,
+    os::fd::AsRawFd,
+};
+
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    nsid::{NsidAttribute, NsidMessage},
+};
+use nix::net::if_::InterfaceFlags;
+
+use super::netlink::Netlink;
+
+/// An address of an interface.
+pub(super) struct InterfaceAddress {
+    /// The interface's name.
+    pub(super) interface: String,
+    pub(super) is_up: bool,
+    pub(super) address: IpAddr,
+}
+
+/// Lists the addresses of the interfaces in the current netns.
+pub(super) fn addresses() -> io::Result<impl Iterator<Item = InterfaceAddress>> {
+    let interfaces = nix::ifaddrs::getifaddrs()?;
+    Ok(interfaces.filter_map(|interface| {
+        let storage = interface.address?;
+        let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        let v6 = storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()));
+        Some(InterfaceAddress {
+            interface: interface.interface_name,
+            is_up: interface.flags.contains(InterfaceFlags::IFF_UP),
+            address: v4.or(v6)?,
+        })
+    }))
+}
+
+/// The addresses of the node, which its probes come from: those of the daemon's netns, without the loopback's.
+#[derive(Debug, Default)]
+pub struct NodeAddresses {
+    /// Reports changes. `None` until it is open: then the addresses are listed each time.
+    changes: Option<Netlink>,
+    /// Sorted.
+    known: Vec<IpAddr>,
+}
+
+impl NodeAddresses {
+    /// Returns the current addresses, sorted. Lists them only if they have changed since the last call.
+    pub fn current(&mut self) -> &[IpAddr] {
+        match self.changes.as_mut().map(Netlink::drain) {
+            Some(false) => return &self.known,
+            Some(true) => {}
+            // Before the addresses are listed, so that no change is missed.
+            None => self.changes = Netlink::watch_addresses().ok(),
+        }
+        match addresses() {
+            Ok(addresses) => {
+                let addresses = addresses.map(|held| held.address);
+                self.known = addresses.filter(|address| !address.is_loopback()).collect();
+                self.known.sort();
+                self.known.dedup();
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot list the node's addresses; retrying");
+                self.changes = None;
+            }
+        }
+        &self.known
+    }
+}
+
+/// An interface that leads out of a netns.
+pub(super) struct Interface {
+    pub(super) index: u32,
+    pub(super) name: String,
+}
+
+/// The interfaces of a netns, without the loopback.
+pub(super) struct Interfaces {
+    /// Those that lead out of the netns: whose other end, or lower device, is in the node's netns; devices that are not
+    /// virtual; and those with an address of the pod.
+    pub(super) leading_out: Vec<Interface>,
+    /// Whether there are others. They may lead to network namespaces or virtual machines nested in the pod.
+    pub(super) has_nested: bool,
+}
+
+impl Interfaces {
+    /// Lists the interfaces of the current netns. `nodes` are the node's netns, and `pod` the pod's addresses.
+    pub(super) fn list(nodes: &[File], pod: &[IpAddr]) -> io::Result<Self> {
+        let mut netlink = Netlink::open()?;
+        let links = netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+        // The kernel assigns numbers to other namespaces when it lists the links.
+        let of_the_node = numbers(&mut netlink, nodes)?;
+        let mut holders: HashMap<String, Vec<IpAddr>> = HashMap::new();
+        for held in addresses()? {
+            let of_interface = holders.entry(held.interface).or_default();
+            of_interface.push(held.address);
+        }
+        let mut interfaces = Self {
+            leading_out: Vec::new(),
+            has_nested: false,
+        };
+        for message in links {
+            let RouteNetlinkMessage::NewLink(link) = message else {
+                continue;
+            };
+            if link.header.flags.contains(LinkFlags::Loopback) {
+                continue;
+            }
+            let (mut name, mut is_virtual, mut other) = (None, false, None);
+            for attribute in link.attributes {
+                match attribute {
+                    LinkAttribute::IfName(text) => name = Some(text),
+                    LinkAttribute::LinkNetNsId(id) => other = Some(id),
+                    LinkAttribute::LinkInfo(info) => {
+                        is_virtual = info.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
+                    }
+                    _ => {}
+                }
+            }
+            let Some(name) = name else {
+                continue;
+            };
+            let holds = holders.get(&name);
+            let leads_out = !is_virtual
+                || other.is_some_and(|other| of_the_node.contains(&other))
+                || holds.is_some_and(|held| held.iter().any(|held| pod.contains(held)));
+            if leads_out {
+                let index = link.header.index;
+                interfaces.leading_out.push(Interface { index, name });
+            } else {
+                interfaces.has_nested = true;
+            }
+        }
+        Ok(interfaces)
+    }
+}
+
+/// Returns the numbers by which the current netns knows others (`ip netns list-id`).
+fn numbers(netlink: &mut Netlink, others: &[File]) -> io::Result<HashSet<i32>> {
+    let mut numbers = HashSet::new();
+    for other in others {
+        let mut message = NsidMessage::default();
+        message.attributes = vec![NsidAttribute::Fd(other.as_raw_fd() as u32)];
+        let answer = netlink.ask(RouteNetlinkMessage::GetNsId(message))?;
+        if let RouteNetlinkMessage::NewNsId(answer) = answer {
+            numbers.extend(
+                answer
+                    .attributes
+                    .into_iter()
+                    .filter_map(|attribute| match attribute {
+                        NsidAttribute::Id(id) if id >= 0 => Some(id),
+                        _ => None,
+                    }),
+            );
+        }
+    }
+    Ok(numbers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_the_node_are_sorted_and_without_the_loopback() {
+        let mut node_addresses = NodeAddresses::default();
+        let listed = node_addresses.current().to_vec();
+        assert!(listed.is_sorted() && listed.iter().all(|address| !address.is_loopback()));
+        assert_eq!(node_addresses.current(), listed);
+    }
+}

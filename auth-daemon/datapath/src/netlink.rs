@@ -1,0 +1,153 @@
+//! Route netlink (rtnetlink(7)): requests, lists, and reports of changes.
+
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::{AsRawFd, RawFd},
+};
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
+};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+/// Multicast groups (rtnetlink.h): changes of interfaces, and of their addresses.
+const RTNLGRP_LINK: u32 = 1;
+const RTNLGRP_IPV4_IFADDR: u32 = 5;
+const RTNLGRP_IPV6_IFADDR: u32 = 9;
+
+/// A route netlink socket of the netns in which it was opened.
+#[derive(Debug)]
+pub(super) struct Netlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Netlink {
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+        })
+    }
+
+    /// Opens a socket that reports changes of interfaces.
+    pub(super) fn watch_links() -> io::Result<Self> {
+        Self::watch(&[RTNLGRP_LINK])
+    }
+
+    /// Opens a socket that reports changes of the interfaces' addresses.
+    pub(super) fn watch_addresses() -> io::Result<Self> {
+        Self::watch(&[RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR])
+    }
+
+    fn watch(groups: &[u32]) -> io::Result<Self> {
+        let netlink = Self::open()?;
+        for group in groups {
+            netlink.socket.add_membership(*group)?;
+        }
+        netlink.socket.set_non_blocking(true)?;
+        Ok(netlink)
+    }
+
+    /// Discards what was reported since the last call. Returns whether there was anything.
+    pub(super) fn drain(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            match self.socket.recv(&mut &mut [0; 16][..], 0) {
+                Ok(_) => any = true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return any,
+                // Reports were lost, so there were some.
+                Err(_) => return true,
+            }
+        }
+    }
+
+    /// Sends a request that is answered with one message, and returns it.
+    pub(super) fn ask(&mut self, message: RouteNetlinkMessage) -> io::Result<RouteNetlinkMessage> {
+        self.send(message, 0)?;
+        let (answer, _) = self.socket.recv_from_full()?;
+        match parse(&answer)?.payload {
+            NetlinkPayload::InnerMessage(message) => Ok(message),
+            NetlinkPayload::Error(error) => Err(error.to_io()),
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    /// Whether the netns delivers packets for `address` to itself, if they have no mark.
+    pub(super) fn is_local(&mut self, address: IpAddr) -> io::Result<bool> {
+        let mut message = RouteMessage::default();
+        let (family, length, destination) = match address {
+            IpAddr::V4(v4) => (AddressFamily::Inet, 32, RouteAddress::Inet(v4)),
+            IpAddr::V6(v6) => (AddressFamily::Inet6, 128, RouteAddress::Inet6(v6)),
+        };
+        message.header.address_family = family;
+        message.header.destination_prefix_length = length;
+        message.attributes = vec![RouteAttribute::Destination(destination)];
+        match self.ask(RouteNetlinkMessage::GetRoute(message))? {
+            RouteNetlinkMessage::NewRoute(route) => Ok(route.header.kind == RouteType::Local),
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    /// Sends a request for a list, and returns the list.
+    pub(super) fn dump(
+        &mut self,
+        message: RouteNetlinkMessage,
+    ) -> io::Result<Vec<RouteNetlinkMessage>> {
+        self.send(message, NLM_F_DUMP)?;
+        let mut messages = Vec::new();
+        loop {
+            let (part, _) = self.socket.recv_from_full()?;
+            let mut rest = part.as_slice();
+            while !rest.is_empty() {
+                let message = parse(rest)?;
+                let length = (message.header.length as usize).next_multiple_of(4);
+                rest = rest.get(length..).unwrap_or_default();
+                match message.payload {
+                    NetlinkPayload::InnerMessage(message) => messages.push(message),
+                    NetlinkPayload::Done(_) => return Ok(messages),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Sends a request that is answered with an acknowledgement.
+    pub(super) fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.send(message, NLM_F_ACK | flags)?;
+        let (answer, _) = self.socket.recv_from_full()?;
+        match parse(&answer)?.payload {
+            NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+            _ => Ok(()),
+        }
+    }
+
+    fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.sequence += 1;
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | flags;
+        request.header.sequence_number = self.sequence;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        Ok(())
+    }
+}
+
+impl AsRawFd for Netlink {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+fn parse(bytes: &[u8]) -> io::Result<NetlinkMessage<RouteNetlinkMessage>> {
+    NetlinkMessage::deserialize(bytes).map_err(|error| io::Error::other(error.to_string()))
+}
