@@ -150,6 +150,20 @@ impl Pod {
         )
     }
 
+    /// Creates a place like [`Pod::container`] for a pod object whose UID another than the mesh assigns, such as an API server.
+    pub fn container_of(&self, uid: &str) -> Result<Place> {
+        let place = self.place();
+        Place::new(
+            &format!("{}, pod {uid}", place.name()),
+            place.netns().clone(),
+            place
+                .cgroup()
+                .with_file_name(format!("pod{uid}"))
+                .join("app"),
+            place.folder().to_owned(),
+        )
+    }
+
     /// Kills its processes and keeps its network.
     pub fn kill_processes(&self) -> Result<()> {
         cgroup::kill(self.0.place.cgroup())

@@ -5,15 +5,16 @@ use std::{
     io,
     net::IpAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
-use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use socket2::{Domain, Socket, Type};
+
+use super::interfaces;
 
 /// A network namespace (netns), held by a file descriptor.
 #[derive(Debug)]
@@ -27,9 +28,14 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Opens the netns at `path`: a mount such as /run/netns/x, or /proc/PID/ns/net.
+    /// Opens the netns at `path`: a mount such as /run/netns/x, or /proc/PID/ns/net. Fails at once for any other file, also
+    /// for one that an ordinary open would wait for (a FIFO).
     pub fn open(path: &Path) -> io::Result<Self> {
-        Self::new(File::open(path)?, Some(path.to_owned()))
+        let file = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(path)?;
+        Self::new(file, Some(path.to_owned()))
     }
 
     /// Creates a netns without a name from `file`.
@@ -101,15 +107,10 @@ impl Netns {
     /// The first address of each family with more than link scope, on an interface that is up. A pod with the
     /// capability can set its own addresses, so they do not identify it.
     pub fn own_addresses(&self) -> io::Result<Vec<IpAddr>> {
-        let interfaces = self.enter(nix::ifaddrs::getifaddrs)??;
-        let addresses = interfaces
-            .filter(|interface| interface.flags.contains(InterfaceFlags::IFF_UP))
-            .filter_map(|interface| {
-                let storage = interface.address?;
-                let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-                let v6 = storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()));
-                v4.or(v6)
-            })
+        let addresses = self
+            .enter(interfaces::addresses)??
+            .filter(|held| held.is_up)
+            .map(|held| held.address)
             .filter(|address| match address {
                 IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
                 IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
@@ -220,4 +221,20 @@ pub(super) fn all() -> Vec<Netns> {
         .filter(|path| std::fs::metadata(path).is_ok_and(|m| seen.insert(m.ino())))
         .filter_map(|path| Netns::open(&path).ok())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    use super::*;
+
+    #[test]
+    fn a_fifo_is_no_netns_and_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fifo");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let error = Netns::open(&path).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
 }

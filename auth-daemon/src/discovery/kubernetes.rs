@@ -273,8 +273,17 @@ fn policies_of(client: Client, kind: api::Kind, version: &str) -> Watch {
     })
 }
 
-/// Parses a pod. Ignores a mesh label that cannot be read, so that a typo does not remove the pod from the mesh.
+/// Parses a pod. Ignores a mesh label that cannot be read, so that a typo does not remove the pod from the mesh, and an
+/// annotation that names a netns: whoever may write a pod's object could name another pod's netns, or any file of the node.
 fn pod(mut pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+    let annotations = pod.metadata.annotations.as_mut();
+    if annotations.is_some_and(|all| all.remove(manifest::NETNS_ANNOTATION).is_some()) {
+        tracing::warn!(
+            pod = %name(&pod),
+            "annotation {} ignored: it counts only with file discovery; remove it from the pod",
+            manifest::NETNS_ANNOTATION
+        );
+    }
     manifest::pod(pod.clone(), trust_domain).or_else(|error| {
         let (labels, annotations) = (&mut pod.metadata.labels, &mut pod.metadata.annotations);
         for values in [labels, annotations].into_iter().flatten() {
@@ -330,5 +339,29 @@ fn name(object: &impl Resource) -> ObjectName {
     ObjectName {
         namespace: object.namespace().unwrap_or_default(),
         name: object.name_any(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_pods_object_names_no_netns() {
+        let object = json!({
+            "metadata": {
+                "name": "web", "namespace": "default",
+                "annotations": {manifest::NETNS_ANNOTATION: "/proc/1/root/tmp/fifo"},
+            },
+            "spec": {"nodeName": "a", "containers": []}, "status": {},
+        });
+        let object = serde_json::from_value(object).unwrap();
+        let read = pod(object, &"cluster.local".parse().unwrap()).unwrap();
+        let Some(Object::Pod(workload)) = read else {
+            panic!("{read:?}");
+        };
+        assert_eq!(workload.netns, None);
     }
 }

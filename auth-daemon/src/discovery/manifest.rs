@@ -24,7 +24,8 @@ use auth_mesh::{
 pub use node::{TUNNEL_ANNOTATION, node, service_cidr};
 pub use slice::slice;
 
-/// Annotation with the path of a pod's network namespace, for sources without a container runtime to ask.
+/// Annotation with the path of a pod's network namespace. Counts only with file discovery, where whoever writes the manifests
+/// is trusted with the node, and where there may be no kubelet.
 pub const NETNS_ANNOTATION: &str = "auth-daemon.io/netns";
 /// Label of a pod or namespace, `enabled` or `disabled`, that sets whether pods are in the mesh. The pod's label takes
 /// precedence. On a pod, an annotation works too.

@@ -1,26 +1,31 @@
 //! The daemon of the server's node is not ready for a while, as a real API server tells it.
 
 use mesh_tests::{
-    Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, Pod, TIMEOUT, eventually, eventually_ok,
+    Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, Pod, Process, TIMEOUT, eventually,
+    eventually_ok,
 };
 use serde_json::{Value, json};
 
+use crate::common::by_uid::sleep;
 use crate::common::lifecycle_pair::{MARKER, pair};
 
 const SYSTEM: &str = "auth-system";
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const DAEMON: &str = "/api/v1/namespaces/auth-system/pods/daemon-b";
 
-/// Creates the object of a pod that runs in the mesh's own way.
-fn publish(api: &Kubernetes, pod: &Pod) {
+/// Creates the object of a pod, and a process by which it is found.
+fn publish(api: &Kubernetes, pod: &Pod) -> Process {
     let mut manifest = pod.manifest();
     let status = json!({"status": manifest["status"].take()});
     for container in manifest["spec"]["containers"].as_array_mut().unwrap() {
         container["image"] = "app".into();
     }
-    api.create(PODS, &manifest).unwrap();
+    let created = api.create(PODS, &manifest).unwrap();
+    let uid = created["metadata"]["uid"].as_str().unwrap();
+    let process = sleep(&pod.container_of(uid).unwrap());
     let path = format!("{PODS}/{}/status", pod.name());
     api.merge(&path, &status).unwrap();
+    process
 }
 
 /// Says that the daemon of node b is ready, or not. It does not exist: node b speaks plaintext alone.
@@ -73,9 +78,7 @@ fn a_flap_of_the_servers_daemon_is_no_reason_for_plaintext() {
     ] {
         api.service_account(namespace, account).unwrap();
     }
-    for pod in ["client", "web"] {
-        publish(&api, &mesh.pod(pod));
-    }
+    let _processes = ["client", "web"].map(|pod| publish(&api, &mesh.pod(pod)));
     api.pod(SYSTEM, "daemon-b", "auth-daemon", "b", "172.31.0.12")
         .unwrap();
     say_ready(&api, false);
@@ -93,6 +96,13 @@ fn a_flap_of_the_servers_daemon_is_no_reason_for_plaintext() {
         daemon
     };
     let a = start();
+    // The manifest names the netns, too, which counts for nothing here.
+    a.wait_for_log("the warning", TIMEOUT, |line| {
+        let message = line["message"].as_str().unwrap_or_default();
+        message.starts_with("annotation auth-daemon.io/netns ignored")
+            && line["pod"] == "default/client"
+    })
+    .unwrap();
     // It never had one.
     assert_eq!(ask(&mesh).as_deref(), Ok(MARKER));
     let line = a
