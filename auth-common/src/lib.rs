@@ -98,6 +98,34 @@ pub enum MeshKind {
     Exposed = 8,
 }
 
+/// What the programs ask about a kind. They ask about the value of the MESH map, because a daemon may write kinds that its
+/// predecessor's programs do not know: such a kind is treated like a [`MeshKind::Pod`].
+impl MeshKind {
+    /// Whether the address belongs to the mesh with all its ports: connections to it are captured.
+    #[inline(always)]
+    pub const fn is_mesh(kind: u32) -> bool {
+        kind != Self::Node as u32 && kind != Self::Outside as u32 && kind != Self::Exposed as u32
+    }
+
+    /// Whether connections to those ports of the address that are in the EXPOSED map are captured.
+    #[inline(always)]
+    pub const fn has_exposed_ports(kind: u32) -> bool {
+        kind == Self::Node as u32 || kind == Self::Exposed as u32
+    }
+
+    /// Whether a caller at the address may use the tunnel.
+    #[inline(always)]
+    pub const fn may_call(kind: u32) -> bool {
+        Self::is_mesh(kind) && kind != Self::ServiceNetwork as u32
+    }
+
+    /// Whether the address may be a pod's.
+    #[inline(always)]
+    pub const fn may_be_a_pod(kind: u32) -> bool {
+        Self::may_call(kind) && kind != Self::Service as u32
+    }
+}
+
 /// An address and port at which a pod or service of the mesh is exposed: the key of the EXPOSED map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
@@ -236,4 +264,34 @@ mod user {
     unsafe impl aya::Pod for super::Verdict {}
     // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::Admitted {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::MeshKind;
+
+    #[test]
+    fn programs_treat_each_kind_as_documented() {
+        const UNKNOWN: u32 = 99;
+        for (kind, is_mesh, has_exposed_ports, may_call, may_be_a_pod) in [
+            (MeshKind::Pod as u32, true, false, true, true),
+            (MeshKind::Service as u32, true, false, true, false),
+            (MeshKind::PodNetwork as u32, true, false, true, true),
+            (MeshKind::Node as u32, false, true, false, false),
+            (MeshKind::Outside as u32, false, false, false, false),
+            (MeshKind::ServiceNetwork as u32, true, false, false, false),
+            (MeshKind::Gone as u32, true, false, true, true),
+            (MeshKind::Exposed as u32, false, true, false, false),
+            (UNKNOWN, true, false, true, true),
+        ] {
+            assert_eq!(MeshKind::is_mesh(kind), is_mesh, "{kind}");
+            assert_eq!(
+                MeshKind::has_exposed_ports(kind),
+                has_exposed_ports,
+                "{kind}"
+            );
+            assert_eq!(MeshKind::may_call(kind), may_call, "{kind}");
+            assert_eq!(MeshKind::may_be_a_pod(kind), may_be_a_pod, "{kind}");
+        }
+    }
 }

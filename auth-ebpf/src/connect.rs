@@ -9,7 +9,7 @@ use aya_ebpf::{helpers::bpf_setsockopt, macros::cgroup_sock_addr, programs::Sock
 
 use crate::{
     context::{
-        IPPROTO_TCP, LOOPBACK_V4, LOOPBACK_V6, PROCEED, SocketContext, is_mapped, now,
+        IPPROTO_TCP, LOOPBACK_V4, LOOPBACK_V6, PROCEED, REFUSE, SocketContext, is_mapped, now,
         set_user_ip4, set_user_ip6, set_user_port, user_ip4, user_ip6, user_port,
     },
     exposed,
@@ -17,8 +17,6 @@ use crate::{
     node_connect, non_tcp, same_node,
 };
 
-/// Return value that makes the connect fail with EPERM.
-const REFUSE: i32 = 0;
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTODEVICE: i32 = 25;
 

@@ -14,6 +14,8 @@ pub use crate::shared::{AF_INET, IPPROTO_TCP, read_address};
 
 /// Return value of a cgroup program that lets the system call go on.
 pub const PROCEED: i32 = 1;
+/// Return value of a cgroup program that makes the system call fail with EPERM.
+pub const REFUSE: i32 = 0;
 
 /// A TCP state, as numbered in the kernel's `tcp_states.h`.
 pub const TCP_CLOSE: u32 = 7;

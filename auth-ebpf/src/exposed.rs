@@ -7,11 +7,10 @@ use crate::maps::EXPOSED;
 /// Whether a connect to an address of `kind` is captured.
 #[inline(always)]
 pub fn is_captured(kind: u32, destination: &Address, port: u32) -> bool {
-    let is_node = kind == MeshKind::Node as u32;
-    if !is_node && kind != MeshKind::Exposed as u32 {
-        return kind != MeshKind::Outside as u32;
+    if !MeshKind::has_exposed_ports(kind) {
+        return MeshKind::is_mesh(kind);
     }
-    is_exposed(*destination, port) || (is_node && is_exposed([0; 16], port))
+    is_exposed(*destination, port) || (kind == MeshKind::Node as u32 && is_exposed([0; 16], port))
 }
 
 #[inline(always)]

@@ -12,13 +12,10 @@ use aya_ebpf::{
 };
 
 use crate::{
-    context::{PROCEED, SocketContext, now},
+    context::{PROCEED, REFUSE, SocketContext, now},
     maps::{FIRST_SOCKETS, PODS, REPORTED},
     non_tcp,
 };
-
-/// Return value that makes `socket` fail with EPERM.
-const REFUSE: i32 = 0;
 
 #[cgroup_sock(sock_create)]
 pub fn first_socket(ctx: SockContext) -> i32 {

@@ -66,15 +66,7 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
 /// Whether a caller at `address` may be one that uses the tunnel.
 #[inline(always)]
 fn is_from_the_mesh(address: Address) -> bool {
-    match mesh_kind(address) {
-        Some(kind) => {
-            kind != MeshKind::Node as u32
-                && kind != MeshKind::Outside as u32
-                && kind != MeshKind::Exposed as u32
-                && kind != MeshKind::ServiceNetwork as u32
-        }
-        None => false,
-    }
+    mesh_kind(address).is_some_and(MeshKind::may_call)
 }
 
 /// The connection that the packet opens.

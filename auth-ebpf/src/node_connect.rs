@@ -13,16 +13,7 @@ use crate::maps::{BYPASS, NODE, mesh_kind};
 /// pod's address may be in no map yet.
 #[inline(always)]
 fn may_be_a_pod(destination: &Address) -> bool {
-    match mesh_kind(*destination) {
-        Some(kind) => {
-            kind != MeshKind::Service as u32
-                && kind != MeshKind::ServiceNetwork as u32
-                && kind != MeshKind::Node as u32
-                && kind != MeshKind::Outside as u32
-                && kind != MeshKind::Exposed as u32
-        }
-        None => true,
-    }
+    mesh_kind(*destination).is_none_or(MeshKind::may_be_a_pod)
 }
 
 /// Marks the socket of a connect to `destination`, from the netns `cookie`, if the node itself connects to a pod. The

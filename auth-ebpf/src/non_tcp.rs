@@ -8,12 +8,10 @@ use auth_common::{Address, MeshKind};
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
-    context::{PROCEED, SocketContext, user_ip4, user_ip6},
+    context::{PROCEED, REFUSE, SocketContext, user_ip4, user_ip6},
     maps::{NODE, PODS, mesh_kind},
 };
 
-/// Return value that makes the system call fail with EPERM.
-const REFUSE: i32 = 0;
 const IPPROTO_UDP: u32 = 17;
 const IPPROTO_DCCP: u32 = 33;
 const IPPROTO_SCTP: u32 = 132;
@@ -50,14 +48,7 @@ pub fn refuses_datagrams(ctx: &SockAddrContext, destination: &Address) -> bool {
     let Some(pod) = (unsafe { PODS.get(ctx.netns_cookie()) }) else {
         return false;
     };
-    let is_mesh = match mesh_kind(*destination) {
-        Some(kind) => {
-            kind != MeshKind::Node as u32
-                && kind != MeshKind::Outside as u32
-                && kind != MeshKind::Exposed as u32
-        }
-        None => false,
-    };
+    let is_mesh = mesh_kind(*destination).is_some_and(MeshKind::is_mesh);
     is_mesh && *destination != pod.v4 && *destination != pod.v6
 }
 
