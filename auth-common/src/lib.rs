@@ -14,14 +14,16 @@
 
 mod first_socket;
 mod same_node;
+mod share;
 
 pub use first_socket::{
     FIRST_SOCKET_BYTES, FirstSocket, MAX_REPORTED, REPORT_INTERVAL_NANOSECONDS, SocketOrigin,
 };
 pub use same_node::{
     Admitted, Closed, EVENT_BYTES, FLOW_CLIENT, FLOW_CLOSED, FLOW_DIALLED, FLOW_SERVER, Flow,
-    LEASE_NANOSECONDS, MAX_VERDICTS, Verdict, closed,
+    LEASE_NANOSECONDS, MAX_VERDICTS, Verdict, WITHDRAWN, closed,
 };
+pub use share::{MAX_PENDING, SHARE, SHARES, Share, Usage};
 
 /// Version of the maps' layout, and the name of the folder that holds their pins. A daemon never adopts maps of another
 /// layout.
@@ -50,9 +52,6 @@ pub const MAX_MESH_ADDRESSES: u32 = 1_000_000;
 pub const MAX_PROVEN_NODES: u32 = 65_536;
 /// Maximum number of addresses and ports at which pods and services of the mesh are exposed. Those beyond are not captured.
 pub const MAX_EXPOSED: u32 = 65_536;
-/// Maximum number of captured connections between the app's `connect` and the daemon's `accept`, and of connections from
-/// the daemon and the node to apps that are not established yet.
-pub const MAX_PENDING: u32 = 131_072;
 
 /// An IPv4-mapped or IPv6 address in network byte order.
 pub type Address = [u8; 16];
@@ -166,18 +165,14 @@ pub struct SocketKey {
     pub padding: u32,
 }
 
-/// The destination that an app dialled before the connection was captured: the value of the PENDING and DIALLED maps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The destination that an app dialled before the connection was captured: the value of the PENDING, DIALLED and OWN maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Dialled {
     /// Destination address.
     pub address: Address,
-    /// Time of the `connect` call, in nanoseconds of `CLOCK_MONOTONIC`.
-    pub at_nanoseconds: u64,
     /// Destination port in host byte order.
     pub port: u32,
-    /// Always zero.
-    pub padding: u32,
 }
 
 /// Addresses and ports of a TCP connection, the same from both ends: the key of the DELIVERIES and ADMITTED maps.
@@ -258,6 +253,8 @@ mod user {
     unsafe impl aya::Pod for super::Dialled {}
     // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::FourTuple {}
+    // SAFETY: as for `Pod`.
+    unsafe impl aya::Pod for super::Share {}
     // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::Node {}
     // SAFETY: as for `Pod`.

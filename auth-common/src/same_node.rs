@@ -3,12 +3,15 @@
 
 use crate::Address;
 
-/// Maximum number of verdicts on a node, and of connections in the ADMITTED map.
+/// Maximum number of verdicts on a node.
 pub const MAX_VERDICTS: u32 = 131_072;
 /// How long verdicts stay valid after the daemon last renewed their lease, in nanoseconds: long enough for a restart.
 pub const LEASE_NANOSECONDS: u64 = 5_000_000_000;
 /// Size of the ring buffer for [`Closed`] events, in bytes: a power of two, and a multiple of every page size.
 pub const EVENT_BYTES: u32 = 1 << 20;
+
+/// [`Admitted::verdict`] of a connection whose verdict the daemon has withdrawn: no pod admits it.
+pub const WITHDRAWN: u64 = 0;
 
 /// The daemon's decision that a client pod's connections to an address may stay in the kernel: the value of the VERDICTS
 /// map. The key is a [`crate::SocketKey`] of the client's netns and the dialled address and port.
@@ -19,7 +22,7 @@ pub struct Verdict {
     pub endpoint: Address,
     /// Cookie of the server's netns.
     pub server_cookie: u64,
-    /// Identifies this verdict. The daemon never reuses an id.
+    /// Identifies this verdict. The daemon never reuses an id. Not [`WITHDRAWN`].
     pub id: u64,
     /// The endpoint's port in host byte order.
     pub port: u32,
@@ -38,7 +41,7 @@ pub struct Admitted {
     pub client_cookie: u64,
     /// Cookie of the server's netns.
     pub server_cookie: u64,
-    /// [`Verdict::id`] of the verdict.
+    /// [`Verdict::id`] of the verdict, or [`WITHDRAWN`].
     pub verdict: u64,
     /// Time of the `connect` call, in nanoseconds of `CLOCK_MONOTONIC`.
     pub started: u64,

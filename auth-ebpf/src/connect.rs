@@ -4,17 +4,17 @@
 //! These programs run for every connect on the node, so the cheap checks come first: not TCP, not an enrolled pod, not a
 //! mesh address. Such a connect takes the kernel's own path and leaves no entry in any map.
 
-use auth_common::{Address, Dialled, OUTBOUND_PORT, Verdict};
+use auth_common::{Address, DELIVERY, Dialled, OUTBOUND_PORT, Verdict};
 use aya_ebpf::{helpers::bpf_setsockopt, macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
     context::{
-        IPPROTO_TCP, LOOPBACK_V4, LOOPBACK_V6, PROCEED, REFUSE, SocketContext, is_mapped, now,
+        IPPROTO_TCP, LOOPBACK_V4, LOOPBACK_V6, PROCEED, REFUSE, SocketContext, is_mapped,
         set_user_ip4, set_user_ip6, set_user_port, user_ip4, user_ip6, user_port,
     },
     exposed,
     maps::{BYPASS, DIALLED, FLOWS, PODS, dialled, flow_or_closed, mesh_kind},
-    node_connect, non_tcp, same_node,
+    node_connect, non_tcp, same_node, shares,
 };
 
 const SOL_SOCKET: i32 = 1;
@@ -51,7 +51,7 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
 enum Route {
     /// Not a connection of the mesh: takes the kernel's own path.
     Ignore,
-    /// A connection of the mesh that cannot be captured: fails, and is never sent in plaintext.
+    /// A connection of the mesh that cannot be captured, or that exceeds the pod's share: fails, and is never sent in plaintext.
     Refuse,
     /// Goes to the daemon's listener.
     Capture,
@@ -75,8 +75,11 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
         return Route::Ignore;
     };
     let port = user_port(ctx);
-    // SAFETY: the kernel passed this context to the program.
-    if !unsafe { BYPASS.get_ptr_mut(ctx) }.is_null() {
+    // SAFETY: the kernel passed this context to the program. The entry is a single word.
+    if let Some(kind) = unsafe { BYPASS.get_ptr_mut(ctx).as_ref() } {
+        if *kind == DELIVERY && !shares::admits(shares::deliveries(cookie)) {
+            return Route::Refuse;
+        }
         return Route::Ignore;
     }
     // An app may dial again on a socket whose connect failed: drop what the socket holds from the previous attempt.
@@ -100,7 +103,7 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
     if !captured || *destination == pod.v4 || *destination == pod.v6 {
         return Route::Ignore;
     }
-    if pod.refused != 0 {
+    if pod.refused != 0 || !shares::admits(shares::connects(cookie)) {
         return Route::Refuse;
     }
     if let Some(verdict) = same_node::redirect(ctx, cookie, pod, destination, port) {
@@ -108,9 +111,7 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
     }
     let mut entry = Dialled {
         address: *destination,
-        at_nanoseconds: now(),
         port,
-        padding: 0,
     };
     // SAFETY: the kernel passed this context to the program, and `entry` has the map's value type.
     if unsafe { DIALLED.get_or_insert_ptr_mut(ctx, Some(&mut entry)) }.is_null() {

@@ -167,8 +167,9 @@ pub fn local_address(ctx: &SockOpsContext) -> Address {
     unsafe { read_address(&raw const (*ctx.ops).local_ip6) }
 }
 
+/// The peer's address.
 #[inline(always)]
-fn remote_address(ctx: &SockOpsContext) -> Address {
+pub fn remote_address(ctx: &SockOpsContext) -> Address {
     if ctx.family() == AF_INET {
         return mapped(ctx.remote_ip4().to_ne_bytes());
     }

@@ -2,6 +2,8 @@
 //! interfaces of enrolled netns. The program that it attaches to each enrolled netns, `inbound`, is an object of its own.
 #![no_std]
 #![no_main]
+// For atomic additions: see `shares`.
+#![feature(asm_experimental_arch)]
 
 // The hooks.
 mod connect;
@@ -12,10 +14,11 @@ mod forward;
 mod names;
 mod non_tcp;
 
-// What they share. Imports go one way: hooks, `node_connect` and `same_node`, `maps`, `context`, `shared`.
+// What they share. Imports go one way: hooks, `node_connect` and `same_node`, `shares`, `maps`, `context`, `shared`.
 mod context;
 mod license;
 mod maps;
 mod node_connect;
 mod same_node;
 mod shared;
+mod shares;

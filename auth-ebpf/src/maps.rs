@@ -1,12 +1,14 @@
 //! The maps. The daemon pins them, and the next daemon adopts them.
 //!
-//! The maps allocate memory as they fill, except for the bucket arrays of the hashes (2 MiB each for PENDING, DELIVERIES,
-//! VERDICTS and ADMITTED), the ring buffer EVENTS (1 MiB) and REPORTED (1 MiB).
+//! The maps allocate memory as they fill, except for the bucket arrays of the hashes (4 MiB each for PENDING, DELIVERIES
+//! and ADMITTED, 2 MiB for VERDICTS), the ring buffer EVENTS (1 MiB) and REPORTED (1 MiB).
+
+use core::ffi::c_void;
 
 use auth_common::{
     Closed, DELIVERY, Dialled, EVENT_BYTES, Exposed, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket,
     Flow, MAX_EXPOSED, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS,
-    NODE_CONNECT, Node, Pod, SocketKey, SocketOrigin, Verdict,
+    NODE_CONNECT, Node, Pod, Share, SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
     bindings::{
@@ -25,6 +27,10 @@ use crate::{context::SocketContext, shared::ON_DEMAND};
 #[btf_map]
 pub static PODS: HashMap<u64, Pod, { MAX_PODS as usize }, ON_DEMAND> = HashMap::new();
 
+/// What the node and each enrolled pod use of their shares, by netns cookie: see [`crate::shares`].
+#[btf_map]
+pub static SHARES: HashMap<u64, Share, { 2 * MAX_PODS as usize }, ON_DEMAND> = HashMap::new();
+
 /// Ports at which pods and services of the mesh are exposed. The value is always 1.
 #[btf_map]
 pub static EXPOSED: HashMap<Exposed, u32, { MAX_EXPOSED as usize }, ON_DEMAND> = HashMap::new();
@@ -35,7 +41,7 @@ pub static EXPOSED: HashMap<Exposed, u32, { MAX_EXPOSED as usize }, ON_DEMAND> =
 pub static PROVEN_NODES: HashMap<[u8; 16], u64, { MAX_PROVEN_NODES as usize }, ON_DEMAND> =
     HashMap::new();
 
-/// Destinations of captured connections that the daemon has not accepted yet.
+/// Destinations of captured connections that are not established yet. Only programs write here.
 #[btf_map]
 pub static PENDING: HashMap<SocketKey, Dialled, { MAX_PENDING as usize }, ON_DEMAND> =
     HashMap::new();
@@ -50,12 +56,12 @@ pub static DIALLED: SkStorage<Dialled> = SkStorage::new();
 #[btf_map]
 pub static BYPASS: SkStorage<u32> = SkStorage::new();
 
-/// The daemon's listeners in pods, and the connections that they accept: 1. The sweep for plaintext connections leaves them
-/// alone.
+/// The daemon's listeners in pods, and the connections that they accept: what the app dialled, if the connection was captured,
+/// else all zeros. The sweep for plaintext connections leaves them alone.
 #[btf_map]
-pub static OWN: InheritedStorage<u32> = InheritedStorage::new();
+pub static OWN: InheritedStorage<Dialled> = InheritedStorage::new();
 
-/// Socket storage that accepted sockets inherit from their listener (`BPF_F_CLONE`, Linux 5.4). Only the daemon uses it.
+/// Socket storage that accepted sockets inherit from their listener (`BPF_F_CLONE`, Linux 5.4).
 #[repr(C)]
 pub struct InheritedStorage<T> {
     r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
@@ -162,14 +168,26 @@ pub unsafe fn new_flow<'a>(ctx: &impl SocketContext) -> Option<&'a mut Flow> {
     unsafe { storage(&FLOWS, ctx, BPF_SK_STORAGE_GET_F_CREATE.into()).as_mut() }
 }
 
+/// Where the connection that the daemon's listener accepts on the context's socket notes what the app dialled. Null if the
+/// listener is not the daemon's.
+#[inline(always)]
+pub fn accepted_by_daemon(ctx: &impl SocketContext) -> *mut Dialled {
+    storage_in(core::ptr::from_ref(&OWN).cast(), ctx, 0).cast()
+}
+
 /// The entry of the context's socket in `map`; null if there is none.
 #[inline(always)]
 fn storage<T>(map: &'static SkStorage<T>, ctx: &impl SocketContext, flags: u64) -> *mut T {
+    storage_in(core::ptr::from_ref(map).cast(), ctx, flags).cast()
+}
+
+#[inline(always)]
+fn storage_in(map: *const c_void, ctx: &impl SocketContext, flags: u64) -> *mut c_void {
     let socket = ctx.socket();
     if socket.is_null() {
         return core::ptr::null_mut();
     }
-    let map = core::ptr::from_ref(map).cast_mut();
+    let map = map.cast_mut();
     // SAFETY: the kernel passed the socket to the program. With the create flag and no value, a new entry is all zeros.
     unsafe { bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), flags).cast() }
 }

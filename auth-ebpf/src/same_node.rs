@@ -8,7 +8,7 @@ use core::ptr::read_volatile;
 
 use auth_common::{
     Address, Admitted, FLOW_CLIENT, FLOW_CLOSED, FLOW_DIALLED, FLOW_SERVER, Flow, FourTuple, Pod,
-    SocketKey, Verdict, closed as flag,
+    SocketKey, Verdict, WITHDRAWN, closed as flag,
 };
 use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG},
@@ -20,6 +20,7 @@ use crate::{
         SocketContext, TCP_CLOSE, enable_callbacks, four_tuple, is_mapped, now, read_address,
     },
     maps::{ADMITTED, EVENTS, FLOWS, LEASE, LOST, PODS, VERDICTS, new_flow},
+    shares,
 };
 
 const TCP_FIN_WAIT1: u32 = 4;
@@ -156,7 +157,7 @@ pub fn connecting(ctx: &SockOpsContext, flow: &mut Flow) {
         && (connection.client == pod.v4 || connection.client == pod.v6)
         && connection.server == *endpoint
         && connection.server_port == flow.endpoint_port;
-    if !matches || ADMITTED.insert(connection, *admitted, 0).is_err() {
+    if !matches || !shares::insert(shares::connects(cookie), &ADMITTED, &connection, admitted) {
         return;
     }
     flow.role = FLOW_CLIENT;
@@ -164,17 +165,18 @@ pub fn connecting(ctx: &SockOpsContext, flow: &mut Flow) {
 }
 
 /// Removes a connection that a server's socket has accepted from ADMITTED, if the socket is in the verdict's netns. In
-/// another netns the entry stays, so that the event of the client's end says that it was not claimed. Returns whether there
+/// another netns, or if the verdict has been withdrawn, the entry stays, so that the event of the client's end says that it was not claimed. Returns whether there
 /// was an entry.
 #[inline(always)]
 pub fn accepted(ctx: &SockOpsContext, connection: &FourTuple) -> bool {
-    // SAFETY: an entry does not change after its insertion.
+    // SAFETY: entries are replaced whole and freed after a grace period.
     let Some(admitted) = (unsafe { ADMITTED.get(connection) }) else {
         return false;
     };
-    if ctx.netns_cookie() != admitted.server_cookie {
+    if ctx.netns_cookie() != admitted.server_cookie || admitted.verdict == WITHDRAWN {
         return true;
     }
+    let client = admitted.client_cookie;
     // SAFETY: this program holds no other reference to the socket's entry.
     match unsafe { new_flow(ctx) } {
         Some(flow) => {
@@ -184,7 +186,7 @@ pub fn accepted(ctx: &SockOpsContext, connection: &FourTuple) -> bool {
         }
         None => lost(),
     }
-    let _ = ADMITTED.remove(connection);
+    shares::remove(|| shares::connects(client), &ADMITTED, connection);
     true
 }
 
@@ -252,7 +254,8 @@ fn closed(ctx: &SockOpsContext, flow: &Flow, from: u32) {
     if segments != 0 {
         flags |= flag::ANSWERED;
     }
-    if !is_server && ADMITTED.remove(connection).is_ok() {
+    let client = flow.admitted.client_cookie;
+    if !is_server && shares::remove(|| shares::connects(client), &ADMITTED, &connection) {
         flags |= flag::UNCLAIMED;
     }
     let Some(mut room) = EVENTS.reserve(0) else {

@@ -2,7 +2,7 @@
 
 use core::{mem::transmute, ptr::read_volatile};
 
-use auth_common::{Address, Admitted, FourTuple, MAX_MESH_ADDRESSES, MAX_PENDING, MAX_VERDICTS};
+use auth_common::{Address, Admitted, FourTuple, MAX_MESH_ADDRESSES, MAX_PENDING, WITHDRAWN};
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::{HashMap, LpmTrie, lpm_trie::Key},
@@ -18,16 +18,16 @@ pub const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 #[btf_map]
 pub static MESH: LpmTrie<Address, u32, { MAX_MESH_ADDRESSES as usize }> = LpmTrie::new();
 
-/// The connections to pods' apps from the daemon, and from the node itself, that are not established yet. The inbound
-/// program admits them.
+/// The connections to pods' apps from the daemon, and from the node itself, that are not established yet, and the cookie of the
+/// netns that they are made from. The inbound program admits them.
 #[btf_map]
-pub static DELIVERIES: HashMap<FourTuple, u32, { MAX_PENDING as usize }, ON_DEMAND> =
+pub static DELIVERIES: HashMap<FourTuple, u64, { MAX_PENDING as usize }, ON_DEMAND> =
     HashMap::new();
 
 /// Connections under a verdict, from before their SYN leaves until the server's socket is established. The inbound program
 /// admits them.
 #[btf_map]
-pub static ADMITTED: HashMap<FourTuple, Admitted, { MAX_VERDICTS as usize }, ON_DEMAND> =
+pub static ADMITTED: HashMap<FourTuple, Admitted, { MAX_PENDING as usize }, ON_DEMAND> =
     HashMap::new();
 
 /// The `MeshKind` of `address`, or `None` if it is not in the mesh.
@@ -40,7 +40,9 @@ pub fn mesh_kind(address: Address) -> Option<u32> {
 /// under a verdict.
 #[inline(always)]
 pub fn is_recorded(connection: &FourTuple) -> bool {
-    DELIVERIES.get_ptr(connection).is_some() || ADMITTED.get_ptr(connection).is_some()
+    DELIVERIES.get_ptr(connection).is_some()
+        // SAFETY: entries are replaced whole and freed after a grace period.
+        || unsafe { ADMITTED.get(connection) }.is_some_and(|entry| entry.verdict != WITHDRAWN)
 }
 
 /// Reads an IPv6 address from a program's context, word by word. The reads are volatile because the verifier refuses

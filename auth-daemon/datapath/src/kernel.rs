@@ -9,6 +9,7 @@ use std::{
     fs::{self, File},
     io,
     net::{IpAddr, SocketAddr, TcpListener},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -31,17 +32,17 @@ use aya::{
 use ipnet::IpNet;
 
 use super::{
-    ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, exposed, flows,
+    ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, Shares, exposed, flows,
     forwarding::{self, ForwardProgram},
     inbound::{self, InboundProgram},
     node_cgroups::pod_roots,
-    proven_nodes,
+    proven_nodes, shares,
 };
 
 /// The compiled eBPF programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF"));
 
-const MAPS: [&str; 18] = [
+const MAPS: [&str; 19] = [
     "PODS",
     "MESH",
     "PENDING",
@@ -60,6 +61,7 @@ const MAPS: [&str; 18] = [
     "FIRST_SOCKETS",
     proven_nodes::MAP,
     exposed::MAP,
+    shares::MAP,
 ];
 const CGROUP_PROGRAMS: [&str; 8] = [
     "connect4",
@@ -75,8 +77,6 @@ const SOCK_OPS_PROGRAM: &str = "established";
 const SOCK_PROGRAM: &str = "first_socket";
 /// Suffix of a new link's pin while the old link is still pinned. A link's pin has the name of its program.
 const NEW: &str = "new";
-/// Age in nanoseconds from which a pending entry is stale, because no daemon will accept its connection.
-const PENDING_LIFE_NANOSECONDS: u64 = 60_000_000_000;
 
 /// Why the kernel side cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -151,7 +151,9 @@ pub struct Kernel {
     mesh: Mutex<Mesh>,
     pending: Mutex<BpfHashMap<MapData, SocketKey, Dialled>>,
     bypass: Mutex<SkStorage<MapData, u32>>,
-    own: Mutex<SkStorage<MapData, u32>>,
+    own: Mutex<SkStorage<MapData, Dialled>>,
+    /// Another handle of the map OWN, to read.
+    dialled: SkStorage<MapData, Dialled>,
     /// More handles of the maps BYPASS and OWN.
     socket_maps: SocketMaps,
     node: Mutex<Array<MapData, Node>>,
@@ -164,6 +166,8 @@ pub struct Kernel {
     pub proven_nodes: ProvenNodes,
     /// The ports at which pods and services of the mesh are exposed.
     pub exposed_ports: ExposedPorts,
+    /// What the node and its pods use of their shares of the maps.
+    pub shares: Shares,
     /// `None` after [`Kernel::release`].
     lock: Mutex<Option<PinLock>>,
 }
@@ -238,13 +242,8 @@ impl Kernel {
             .map(|entry| entry.map(|(key, kind)| ((key.data(), key.prefix_len()), kind)))
             .collect::<Result<_, _>>()
             .map_err(map_error("MESH"))?;
-        let mut pending: BpfHashMap<_, SocketKey, Dialled> =
+        let pending =
             BpfHashMap::try_from(take_map(&mut ebpf, "PENDING")?).map_err(map_error("PENDING"))?;
-        // No daemon accepted these connections while none was running, and none will.
-        let stale: Vec<_> = pending.keys().flatten().collect();
-        for key in stale {
-            let _ = pending.remove(&key);
-        }
         let bypass =
             SkStorage::try_from(take_map(&mut ebpf, "BYPASS")?).map_err(map_error("BYPASS"))?;
         let own = SkStorage::try_from(take_map(&mut ebpf, "OWN")?).map_err(map_error("OWN"))?;
@@ -253,11 +252,14 @@ impl Kernel {
             bypass: handle("BYPASS")?,
             own: handle("OWN")?,
         };
+        let dialled =
+            SkStorage::try_from(Map::SkStorage(handle("OWN")?)).map_err(map_error("OWN"))?;
         let mut node: Array<_, Node> =
             Array::try_from(take_map(&mut ebpf, "NODE")?).map_err(map_error("NODE"))?;
         let same_node = SameNode::new(&mut ebpf)?;
         let proven_nodes = ProvenNodes::new(&mut ebpf)?;
         let exposed_ports = ExposedPorts::new(&mut ebpf)?;
+        let shares = Shares::new(&mut ebpf)?;
         let first_sockets = RingBuf::try_from(take_map(&mut ebpf, "FIRST_SOCKETS")?)
             .map_err(map_error("FIRST_SOCKETS"))?;
         // Load all programs before any is attached, so that nothing has changed if the kernel rejects one.
@@ -266,6 +268,15 @@ impl Kernel {
         }
         inbound::load(&mut loader)?;
         set_node(&mut node, cgroup, non_tcp_denied)?;
+        let node_cookie = node.get(&0, 0).map_err(map_error("NODE"))?.netns_cookie;
+        let enrolled = pods.keys().collect::<Result<Vec<u64>, _>>();
+        for cookie in enrolled
+            .map_err(map_error("PODS"))?
+            .into_iter()
+            .chain([node_cookie])
+        {
+            shares.add(cookie)?;
+        }
         for name in cgroup_programs() {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
@@ -280,6 +291,7 @@ impl Kernel {
             pending: Mutex::new(pending),
             bypass: Mutex::new(bypass),
             own: Mutex::new(own),
+            dialled,
             socket_maps,
             node: Mutex::new(node),
             earlier: other_layouts(lock.folder())
@@ -290,6 +302,7 @@ impl Kernel {
             same_node,
             proven_nodes,
             exposed_ports,
+            shares,
             pins,
             lock: Mutex::new(Some(lock)),
         })
@@ -412,9 +425,9 @@ impl Kernel {
 
     /// Starts capturing the connections of the pod whose netns has `cookie`.
     pub fn capture(&self, cookie: u64, pod: &Pod) -> Result<(), KernelError> {
-        lock(&self.pods)
-            .insert(cookie, pod, 0)
-            .map_err(map_error("PODS"))
+        let mut pods = lock(&self.pods);
+        self.shares.add(cookie)?;
+        pods.insert(cookie, pod, 0).map_err(map_error("PODS"))
     }
 
     /// The folder with the pins of links to pods' interfaces.
@@ -441,9 +454,9 @@ impl Kernel {
     }
 
     /// Marks a listener of the daemon in a pod, and the connections that it will accept.
-    pub(super) fn own(&self, listener: &TcpListener) -> Result<(), KernelError> {
+    pub(super) fn own(&self, listener: &socket2::Socket) -> Result<(), KernelError> {
         lock(&self.own)
-            .insert(listener, 1, 0)
+            .insert(listener, Dialled::default(), 0)
             .map_err(map_error("OWN"))
     }
 
@@ -465,36 +478,22 @@ impl Kernel {
         }
     }
 
-    /// Returns and removes the destination that the connection from `client`, in the netns with `cookie`, dialled.
-    /// `None` if the connection was not captured.
-    pub fn take_dialled(&self, cookie: u64, client: SocketAddr) -> Option<SocketAddr> {
-        let key = SocketKey {
-            netns_cookie: cookie,
-            address: wire_address(client.ip()),
-            port: client.port().into(),
-            padding: 0,
-        };
-        let mut pending = lock(&self.pending);
-        let dialled = pending.get(&key, 0).ok()?;
-        let _ = pending.remove(&key);
-        Some(socket_address(dialled.address, dialled.port))
+    /// Returns the destination that the app dialled whose connection is `accepted`, by the daemon's outbound listener. `None` if
+    /// the connection was not captured.
+    pub fn dialled(&self, accepted: &impl AsRawFd) -> Option<SocketAddr> {
+        let dialled = self.dialled.get(accepted, 0).ok()?;
+        (dialled.port != 0).then(|| socket_address(dialled.address, dialled.port))
     }
 
-    /// Removes stale pending connections.
-    pub fn sweep_pending(&self) {
-        let now = monotonic_nanoseconds();
-        let mut pending = lock(&self.pending);
-        let stale: Vec<_> = pending
-            .iter()
-            .flatten()
-            .filter(|(_, dialled)| {
-                now.saturating_sub(dialled.at_nanoseconds) > PENDING_LIFE_NANOSECONDS
-            })
-            .map(|(key, _)| key)
-            .collect();
-        for key in stale {
-            let _ = pending.remove(&key);
-        }
+    /// Takes back the shares of netns that are not enrolled any more.
+    pub fn sweep_shares(&self) {
+        // Locked so that no pod is enrolled meanwhile.
+        let pods = lock(&self.pods);
+        let node = lock(&self.node)
+            .get(&0, 0)
+            .map_or(0, |node| node.netns_cookie);
+        self.shares
+            .remove_unused(|cookie| cookie == node || pods.get(&cookie, 0).is_ok());
     }
 
     /// Events for sockets in netns of no enrolled pod, starting with those created while no daemon was running. There

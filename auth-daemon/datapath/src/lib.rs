@@ -23,6 +23,7 @@ mod pods;
 mod processes;
 mod proven_nodes;
 mod same_node;
+mod shares;
 pub mod sockets;
 pub mod unload;
 
@@ -39,3 +40,4 @@ pub use pods::{EnrolError, Enrolled, Unserved, open_netns, unserved};
 pub use processes::{NetnsLocation, Residents, Scan, find};
 pub use proven_nodes::ProvenNodes;
 pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};
+pub use shares::Shares;

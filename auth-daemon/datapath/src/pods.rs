@@ -191,12 +191,9 @@ impl Enrolled {
         let switched_on = prepared.as_ref().map_or(0, |done| done.switched_on)
             | before.map_or(0, |before| before.switched_on);
         let listeners = match prepared {
-            Ok(_) => Listeners::open(&netns).map_err(setup("cannot listen inside it")),
+            Ok(_) => Listeners::open(kernel, &netns).map_err(setup("cannot listen inside it")),
             Err(error) => Err(setup("cannot prepare its routes")(error)),
         };
-        for listener in listeners.iter().flat_map(Listeners::all) {
-            kernel.own(listener).map_err(in_kernel)?;
-        }
         let admits = listeners.as_ref().ok();
         let admits = admits.map(|listeners| (mode, &listeners.tunnel));
         let inbound = kernel.attach_inbound(&netns, admits).map_err(in_kernel)?;

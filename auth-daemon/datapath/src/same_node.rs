@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr, sync::Mutex, time::Duration};
 
 use auth_common::{
     Admitted, Closed, FLOW_CLIENT, FLOW_SERVER, FourTuple, LEASE_NANOSECONDS, SocketKey, Verdict,
-    closed as flag,
+    WITHDRAWN, closed as flag,
 };
 use aya::{
     Ebpf,
@@ -20,6 +20,9 @@ use super::{
         KernelError, lock, map_error, monotonic_nanoseconds, socket_address, take_map, wire_address,
     },
 };
+
+/// Flag of `bpf(2)`: only replace an entry that exists.
+const BPF_EXIST: u64 = 2;
 
 /// Access to the maps of same-node connections.
 pub struct SameNode {
@@ -84,8 +87,8 @@ impl SameNode {
             .map_err(map_error("VERDICTS"))
     }
 
-    /// Removes verdicts, each identified by its client's cookie and the dialled address, together with their
-    /// connections that are being established.
+    /// Removes verdicts, each identified by its client's cookie and the dialled address. Their connections that are being
+    /// established are not admitted any more.
     pub fn withdraw(&self, verdicts: &[(u64, SocketAddr)]) {
         let mut map = lock(&self.verdicts);
         for (cookie, dialled) in verdicts {
@@ -110,13 +113,15 @@ impl SameNode {
             .collect()
     }
 
-    /// Removes connections that are being established and whose verdict no longer exists.
+    /// Marks the connections that are being established and whose verdict no longer exists. Only the programs remove entries,
+    /// because they count them.
     fn sweep(&self) {
         let verdicts = lock(&self.verdicts);
         let mut admitted = lock(&self.admitted);
         let gone: Vec<_> = admitted
             .iter()
             .flatten()
+            .filter(|(_, connection)| connection.verdict != WITHDRAWN)
             .filter(|(_, connection)| {
                 let key = SocketKey {
                     netns_cookie: connection.client_cookie,
@@ -128,10 +133,14 @@ impl SameNode {
                     .get(&key, 0)
                     .map_or(true, |verdict| verdict.id != connection.verdict)
             })
-            .map(|(four, _)| four)
             .collect();
-        for four in gone {
-            let _ = admitted.remove(&four);
+        for (connection, entry) in gone {
+            let withdrawn = Admitted {
+                verdict: WITHDRAWN,
+                ..entry
+            };
+            // It is an error if the entry has been removed, and then nothing is to be done.
+            let _ = admitted.insert(connection, withdrawn, BPF_EXIST);
         }
     }
 

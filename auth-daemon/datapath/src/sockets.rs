@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use auth_common::{DELIVERY, DIAL, ORIGINAL_SOURCE_MARK, OUTBOUND_PORT, TUNNEL_PORT};
+use auth_common::{DELIVERY, DIAL, ORIGINAL_SOURCE_MARK, OUTBOUND_PORT, SHARE, TUNNEL_PORT};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
@@ -38,7 +38,8 @@ pub struct Listeners {
 
 impl Listeners {
     /// Opens a pod's listeners: for IPv4, and for IPv6 if the netns has it.
-    pub fn open(netns: &Netns) -> io::Result<Self> {
+    pub fn open(kernel: &Kernel, netns: &Netns) -> io::Result<Self> {
+        let listener = |address| listener(kernel, address);
         netns.enter(|| {
             let mut outbound = vec![listener((Ipv4Addr::LOCALHOST, OUTBOUND_PORT).into())?];
             let v6 = match listener((Ipv6Addr::LOCALHOST, OUTBOUND_PORT).into()) {
@@ -59,10 +60,6 @@ impl Listeners {
         })?
     }
 
-    pub(super) fn all(&self) -> impl Iterator<Item = &TcpListener> {
-        self.outbound.iter().chain([&self.tunnel])
-    }
-
     /// Duplicates the file descriptors of the listeners.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
@@ -81,7 +78,7 @@ fn lacks_ipv6(error: &io::Error) -> bool {
         || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
 }
 
-fn listener(address: SocketAddr) -> io::Result<TcpListener> {
+fn listener(kernel: &Kernel, address: SocketAddr) -> io::Result<TcpListener> {
     let named = |error: io::Error| {
         io::Error::new(
             error.kind(),
@@ -107,6 +104,8 @@ fn listener(address: SocketAddr) -> io::Result<TcpListener> {
     end_with_reset(SockRef::from(&socket))?;
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     socket.set_tcp_nodelay(true)?;
+    // Before there are connections, which inherit the mark.
+    kernel.own(&socket).map_err(io::Error::other)?;
     socket.bind(&address.into()).map_err(named)?;
     socket.listen(BACKLOG).map_err(named)?;
     Ok(socket.into())
@@ -301,6 +300,10 @@ async fn connect_from(
         Err(error) => Err(error),
     };
     match connected {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Err(io::Error::new(
+            error.kind(),
+            format!("refused: {SHARE} connections wait already for apps to accept them"),
+        )),
         Ok(connected) => Ok(Some(connected)),
         Err(error)
             if matches!(

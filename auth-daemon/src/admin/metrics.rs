@@ -106,6 +106,11 @@ fn collect(node: &Node) -> Registry {
         "Pods that have changed the daemon's set-up in their network namespaces",
         pods.iter().filter(|pod| !pod.tampered.is_empty()).count() as u64,
     );
+    gauge(
+        "connections_over_share",
+        "Connections of pods that were refused because the pod had as many under way as its share of the kernel's maps",
+        pods.iter().map(|pod| pod.over_share).sum(),
+    );
     let states = Family::<PodState, Gauge>::default();
     for (state, enrolled) in [("enrolled", true), ("refused", false)] {
         let count = pods.iter().filter(|pod| pod.enrolled == enrolled).count();

@@ -171,7 +171,7 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
             },
         },
         "connections": node.connections.list(),
-        "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "pods": pods},
+        "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "underWay": node.kernel.shares.under_way(), "pods": pods},
         "pool": {"idle": idle},
         "sameNode": {"verdicts": node.same_node.count(), "unlogged": node.kernel.same_node.lost()},
     }))

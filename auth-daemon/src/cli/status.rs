@@ -64,6 +64,8 @@ fn table(status: &Value) -> String {
         |pod| {
             let state = if let Some(tampered) = pod["tampered"].as_str() {
                 format!("enrolled; TAMPERED: {tampered}")
+            } else if let Some(refused) = pod["overShare"].as_u64() {
+                format!("enrolled; {refused} connections over its share refused")
             } else if pod["enrolled"] == true {
                 "enrolled".to_owned()
             } else {
@@ -177,6 +179,7 @@ mod tests {
             "node": "a", "trustDomain": "cluster.local", "mode": "STRICT", "ready": true,
             "pods": [
                 {"pod": "default/web", "identity": "spiffe://x", "addresses": ["10.0.0.1", "fd00::1"], "enrolled": true},
+                {"pod": "default/a", "identity": "spiffe://z", "addresses": [], "enrolled": true, "overShare": 7},
                 {"pod": "default/b", "identity": "spiffe://y", "addresses": [], "enrolled": false, "reason": "no netns"},
             ],
             "certificates": [{"identity": "spiffe://x", "serial": null, "notAfter": null}],
@@ -198,6 +201,10 @@ mod tests {
             "trust: 2 roots (retiring 5d0f); revoked: 3 certificates, 1 identities, 0 nodes\n";
         assert!(table.contains(trust), "{table}");
         assert!(table.contains("no netns"), "{table}");
+        assert!(
+            table.contains("enrolled; 7 connections over its share refused"),
+            "{table}"
+        );
         assert!(table.contains("CONNECTIONS (0)\n"), "{table}");
     }
 }

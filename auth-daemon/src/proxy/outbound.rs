@@ -57,7 +57,7 @@ pub(crate) async fn serve(node: &Node, pod: &Pod, app: TcpStream, from: SocketAd
 
 async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut: AbortHandle) {
     let cookie = pod.enrolled.netns.cookie();
-    let dialled = node.kernel.take_dialled(cookie, from);
+    let dialled = node.kernel.dialled(&app);
     let client = own_address(pod, from, dialled);
     let access = node.connections.open(Direction::Outbound, client, cut);
     access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));

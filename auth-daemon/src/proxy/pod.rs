@@ -105,7 +105,14 @@ pub struct PodStatus {
     /// What the pod has changed of the daemon's set-up in its netns, which the daemon has put back. Empty if nothing.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub tampered: String,
+    /// Number of connections that were refused because the pod had as many under way as its share of the kernel's maps.
+    #[serde(rename = "overShare", skip_serializing_if = "is_zero")]
+    pub over_share: u64,
     /// Number of idle tunnels.
     #[serde(rename = "idleTunnels")]
     pub idle_tunnels: usize,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }

@@ -2,12 +2,13 @@
 //! kernel carries the following ones by that verdict, for as long as the daemon would decide the same.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque, hash_map::Entry},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use auth_common::{MAX_VERDICTS, SHARES};
 use tokio::sync::watch;
 
 use super::{
@@ -26,6 +27,9 @@ const RENEWAL: Duration = Duration::from_secs(1);
 /// Maximum number of withdrawn verdicts that are kept for the access log, because their connections may still be open.
 const REMEMBERED: usize = 16_384;
 
+/// Maximum number of verdicts on the connections of one client pod. Those beyond stay with the daemon.
+const MAX_PER_CLIENT: usize = (MAX_VERDICTS / SHARES) as usize;
+
 /// The verdicts in force.
 #[derive(Debug)]
 pub struct SameNode {
@@ -41,6 +45,8 @@ struct Verdicts {
     /// Whether another daemon now manages the verdicts.
     released: bool,
     given: HashMap<(u64, SocketAddr), (u64, Decision)>,
+    /// Number of them by the client's cookie.
+    per_client: HashMap<u64, usize>,
     next: u64,
     /// Facts by verdict id, of the verdicts in force and of some that were withdrawn.
     facts: HashMap<u64, Facts>,
@@ -61,6 +67,7 @@ impl SameNode {
             verdicts: Mutex::new(Verdicts {
                 released: false,
                 given: HashMap::new(),
+                per_client: HashMap::new(),
                 // Above every id that a previous daemon can have used.
                 next: since_boot as u64,
                 facts: HashMap::new(),
@@ -206,7 +213,10 @@ impl SameNode {
             return;
         }
         let mut verdicts = self.lock();
-        if verdicts.released || verdicts.given.contains_key(&(client_cookie, dialled)) {
+        if verdicts.released
+            || verdicts.given.contains_key(&(client_cookie, dialled))
+            || verdicts.of(client_cookie) >= MAX_PER_CLIENT
+        {
             return;
         }
         let Some(decision) = Basis::of(node).decide(client_cookie, dialled) else {
@@ -250,7 +260,7 @@ impl SameNode {
             node.kernel.same_node.withdraw(&gone);
         }
         for key in gone {
-            if let Some((id, _)) = verdicts.given.remove(&key) {
+            if let Some(id) = verdicts.remove(&key) {
                 verdicts.past.push_back(id);
             }
         }
@@ -283,7 +293,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Verdicts {
     fn insert(&mut self, key: (u64, SocketAddr), id: u64, decision: Decision) {
         self.facts.insert(id, decision.facts.clone());
-        self.given.insert(key, (id, decision));
+        if self.given.insert(key, (id, decision)).is_none() {
+            *self.per_client.entry(key.0).or_default() += 1;
+        }
+    }
+
+    /// Returns the id of the verdict.
+    fn remove(&mut self, key: &(u64, SocketAddr)) -> Option<u64> {
+        let (id, _) = self.given.remove(key)?;
+        if let Entry::Occupied(mut count) = self.per_client.entry(key.0) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+        Some(id)
+    }
+
+    /// Number of verdicts on connections of the client in the netns with `cookie`.
+    fn of(&self, cookie: u64) -> usize {
+        self.per_client.get(&cookie).copied().unwrap_or(0)
     }
 }
 

@@ -8,3 +8,4 @@ mod connections;
 mod endings;
 mod hostile;
 mod policy;
+mod shares;

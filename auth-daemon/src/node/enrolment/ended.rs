@@ -266,6 +266,7 @@ impl Enrolment {
                 self.told_processes(netns.cookie())
             ),
             tampered: String::new(),
+            over_share: 0,
             idle_tunnels: 0,
         })
     }

@@ -6,6 +6,7 @@ mod ended;
 mod pod_roots;
 mod policies;
 mod proven_nodes;
+mod shares;
 mod tampering;
 
 use std::{
@@ -41,6 +42,7 @@ use auth_mesh::{ObjectName, Snapshot, Workload};
 use ended::{Ended, EndedPods, Pods, shown};
 use pod_roots::PodRoots;
 use policies::Unchecked;
+use shares::ExceededShares;
 use tampering::Tampering;
 
 /// Interval at which to check for recreated named netns, idle tunnels and stale entries.
@@ -75,6 +77,7 @@ pub struct Enrolment {
     node_addresses: NodeAddresses,
     pod_roots: PodRoots,
     tampering: Tampering,
+    exceeded_shares: ExceededShares,
     /// The other tasks that update the kernel's maps.
     keepers: Vec<JoinHandle<()>>,
 }
@@ -136,6 +139,7 @@ impl Enrolment {
             node_addresses: NodeAddresses::default(),
             pod_roots: PodRoots::default(),
             tampering: Tampering::default(),
+            exceeded_shares: ExceededShares::default(),
             keepers: Vec::new(),
         }
     }
@@ -191,9 +195,10 @@ impl Enrolment {
                 () = self.node.kernel.forwarding_changed() => {}
                 _ = ticks.tick() => {
                     self.is_tick = true;
-                    self.node.kernel.sweep_pending();
+                    self.node.kernel.sweep_shares();
                     self.pod_roots.keep(&self.node);
                     self.tampering.check(&self.serving);
+                    self.exceeded_shares.check(&self.node.kernel, &self.serving);
                     for serving in self.serving.values() {
                         serving.pod.pool.sweep();
                     }
@@ -528,6 +533,7 @@ impl Enrolment {
                     None => self.why_served(serving),
                 },
                 tampered: self.tampering.of(serving.cookie()),
+                over_share: self.exceeded_shares.of(serving.cookie()),
                 idle_tunnels: pod.pool.idle(),
             }
         });
@@ -543,6 +549,7 @@ impl Enrolment {
             enrolled: false,
             reason: failing.reason.clone(),
             tampered: String::new(),
+            over_share: 0,
             idle_tunnels: 0,
         });
         let mut pods: Vec<_> = served

@@ -15,6 +15,7 @@ mod flood;
 mod given;
 mod greeter;
 mod half_close;
+mod half_open;
 mod many;
 mod markers;
 mod paced;
@@ -52,6 +53,7 @@ enum Behaviour {
     Source(transfer::Source),
     Bidi(bidi::Bidi),
     HalfClose(half_close::HalfClose),
+    HalfOpen(half_open::HalfOpen),
     Reset(reset::Reset),
     Script(script::Script),
     Steps(steps::Steps),
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
         Behaviour::Source(it) => it.run(),
         Behaviour::Bidi(it) => it.run(),
         Behaviour::HalfClose(it) => it.run(),
+        Behaviour::HalfOpen(it) => it.run(),
         Behaviour::Reset(it) => it.run(),
         Behaviour::Script(it) => it.run(),
         Behaviour::Steps(it) => it.run(),

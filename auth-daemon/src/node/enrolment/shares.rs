@@ -1,0 +1,101 @@
+//! Tells which pods exceed their shares of the kernel's maps, and are refused connections for it.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use auth_common::{SHARE, Usage};
+use auth_datapath::Kernel;
+
+use super::Serving;
+
+/// Minimum interval between two warnings about one pod.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// What has been told of the pods, by the cookie of their netns.
+#[derive(Debug, Default)]
+pub(super) struct ExceededShares(HashMap<u64, Exceeded>);
+
+#[derive(Debug, Default)]
+struct Exceeded {
+    connects: Refused,
+    deliveries: Refused,
+}
+
+/// Connections refused in one direction since the pod was enrolled.
+#[derive(Debug, Default)]
+struct Refused {
+    count: u64,
+    told: u64,
+    told_at: Option<Instant>,
+}
+
+impl ExceededShares {
+    /// Reads the counts of the pods that are served, and warns of those that have grown.
+    pub(super) fn check(&mut self, kernel: &Kernel, serving: &HashMap<u64, Serving>) {
+        self.0.retain(|cookie, _| serving.contains_key(cookie));
+        for (cookie, serving) in serving {
+            let Some(share) = kernel.shares.of(*cookie) else {
+                continue;
+            };
+            let pod = &serving.pod.workload.name;
+            let exceeded = self.0.entry(*cookie).or_default();
+            if let Some(refused) = exceeded.connects.to_tell(share.connects) {
+                tracing::warn!(
+                    %pod, refused, limit = SHARE,
+                    "connects refused: the pod has as many connections under way as its share; do the servers that it dials \
+                     accept them?"
+                );
+            }
+            if let Some(refused) = exceeded.deliveries.to_tell(share.deliveries) {
+                tracing::warn!(
+                    %pod, refused, limit = SHARE,
+                    "deliveries refused: as many connections as the pod's share wait for apps to accept them"
+                );
+            }
+        }
+    }
+
+    /// Number of connections of the pod whose netns has `cookie` that were refused.
+    pub(super) fn of(&self, cookie: u64) -> u64 {
+        self.0.get(&cookie).map_or(0, |exceeded| {
+            exceeded.connects.count + exceeded.deliveries.count
+        })
+    }
+}
+
+impl Refused {
+    /// Takes note of the count. Returns how much it has grown since the last warning, if it is time for one.
+    fn to_tell(&mut self, usage: Usage) -> Option<u64> {
+        self.count = usage.refused;
+        let is_recent = self.told_at.is_some_and(|at| at.elapsed() < INTERVAL);
+        if self.count <= self.told || is_recent {
+            return None;
+        }
+        self.told_at = Some(Instant::now());
+        Some(self.count - std::mem::replace(&mut self.told, self.count))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warns_of_what_is_new_and_not_too_often() {
+        let usage = |refused| Usage {
+            entries: 0,
+            refused,
+        };
+        let mut refused = Refused::default();
+        assert_eq!(refused.to_tell(usage(0)), None);
+        assert_eq!(refused.to_tell(usage(5)), Some(5));
+        assert_eq!(refused.to_tell(usage(9)), None, "too early");
+        refused.told_at = Instant::now().checked_sub(INTERVAL);
+        assert_eq!(refused.to_tell(usage(9)), Some(4));
+        refused.told_at = Instant::now().checked_sub(INTERVAL);
+        assert_eq!(refused.to_tell(usage(9)), None, "nothing new");
+        assert_eq!(refused.count, 9);
+    }
+}

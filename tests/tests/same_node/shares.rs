@@ -1,0 +1,166 @@
+//! A pod has its share of the kernel's records of connections under way. One that takes more is refused, and its neighbours
+//! notice nothing.
+
+use std::net::SocketAddr;
+
+use anyhow::ensure;
+use mesh_tests::{App, DaemonOptions, Place, Pod, Result, TIMEOUT, eventually_ok};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::common::neighbours::{Neighbours, builder, echo};
+
+/// A pod's share.
+const SHARE: u64 = 2048;
+/// More than a share and the queue of a listener.
+const MANY: u64 = 3000;
+/// Length of the queues of listeners in pods, so that many connections stay half open.
+const QUEUE: u64 = 16;
+
+/// The stage, where listeners in `client` and `web` have short queues, with echo servers on ports 8080 and 8081 of `web`.
+fn stage() -> Result<(Neighbours, [App; 2])> {
+    let mesh = builder().start()?;
+    for pod in ["client", "web"] {
+        mesh.pod(pod)
+            .netns()
+            .set_parameters(&[("net/core/somaxconn", &QUEUE.to_string())])?;
+    }
+    let daemon = mesh
+        .start_daemons_with(&DaemonOptions::default())?
+        .remove(0);
+    let stage = Neighbours {
+        daemon,
+        client: mesh.pod("client"),
+        other: mesh.pod("other"),
+        web: mesh.pod("web"),
+        mesh,
+    };
+    let server = |port| {
+        let server = format!("echo-server --port {port} --quiet");
+        stage.web.app(&server)?.listening()
+    };
+    let servers = [server(8080)?, server(8081)?];
+    Ok((stage, servers))
+}
+
+fn half_open(from: &Place, to: SocketAddr) -> Result<(App, Value)> {
+    let mut app = from.app(&format!("half-open --to {to} --connections {MANY}"))?;
+    let begun = app.event("begun", TIMEOUT)?;
+    Ok((app, begun))
+}
+
+/// Number of connections under way, of all pods and the node.
+fn under_way(stage: &Neighbours) -> Result<u64> {
+    let status = stage.daemon.status_json()?;
+    Ok(status["kernel"]["underWay"].as_u64().unwrap_or(u64::MAX))
+}
+
+fn wait_for_none_under_way(stage: &Neighbours) -> Result<()> {
+    eventually_ok(TIMEOUT, "no connection to be under way", || {
+        let count = under_way(stage)?;
+        ensure!(count == 0, "{count}");
+        Ok(())
+    })
+}
+
+/// Asserts that the connects beyond the share of `client` were refused, and that the log and the status say so.
+fn assert_refused(stage: &Neighbours, start: u64, begun: &Value) -> Result<()> {
+    let (held, refused) = (begun["held"].as_u64(), begun["refused"].as_u64());
+    assert_eq!(begun["failed"], 0, "{begun}");
+    let most = SHARE + QUEUE + 1;
+    assert!(held >= Some(SHARE) && held <= Some(most), "{begun}");
+    assert!(refused >= Some(MANY - most), "{begun}");
+    stage
+        .daemon
+        .wait_for_log_after(start, "the warning", TIMEOUT, |line| {
+            line["pod"] == "default/client"
+                && line["limit"] == SHARE
+                && line["message"]
+                    .as_str()
+                    .is_some_and(|text| text.starts_with("connects refused"))
+        })?;
+    eventually_ok(TIMEOUT, "the status to tell", || {
+        ensure!(over_share(stage, "default/client")? == refused, "{begun}");
+        Ok(())
+    })?;
+    assert_eq!(over_share(stage, "default/other")?, None);
+    Ok(())
+}
+
+fn over_share(stage: &Neighbours, pod: &str) -> Result<Option<u64>> {
+    let status = stage.daemon.status_json()?;
+    let pods = status["pods"].as_array().cloned().unwrap_or_default();
+    let mut pods = pods.iter();
+    let found = pods.find(|found| found["pod"] == pod);
+    Ok(found.and_then(|found| found["overShare"].as_u64()))
+}
+
+fn echoes(from: &Pod, to: SocketAddr) -> Result<()> {
+    for _ in 0..20 {
+        echo(from, to)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn connects_to_a_neighbour_beyond_a_pods_share_are_refused() -> Result<()> {
+    let (stage, [mut stopped, _server]) = stage()?;
+    let (to, elsewhere) = (stage.web.at(8080), stage.web.at(8081));
+    stage.decide(to)?;
+    wait_for_none_under_way(&stage)?;
+    stopped.process().signal(Signal::SIGSTOP)?;
+
+    let start = stage.daemon.log_position();
+    let (flood, begun) = half_open(&stage.client, to)?;
+    assert_refused(&stage, start, &begun)?;
+    assert_eq!(under_way(&stage)?, SHARE);
+    // Another destination, too.
+    let dial = format!("dial --to {elsewhere} --send hello");
+    let answer = stage.client.app(&dial)?.failure(TIMEOUT)?;
+    assert_eq!(answer["errno"], "EPERM", "{answer}");
+    // By the daemon, and then by the kernel alone.
+    stage.decide_from(&stage.other, elsewhere)?;
+    echoes(&stage.other, elsewhere)?;
+
+    drop(flood);
+    wait_for_none_under_way(&stage)?;
+    echoes(&stage.client, elsewhere)
+}
+
+#[test]
+fn captured_connects_beyond_a_pods_share_are_refused() -> Result<()> {
+    let (stage, _servers) = stage()?;
+    let to = stage.web.at(8080);
+    wait_for_none_under_way(&stage)?;
+    let start = stage.daemon.log_position();
+    let daemon = Pid::from_raw(stage.daemon.pid().cast_signed());
+    // Nobody accepts captured connections.
+    kill(daemon, Signal::SIGSTOP)?;
+    let flooded = half_open(&stage.client, to);
+    let neighbour = stage.other.app(&format!("dial --to {to} --send hello"));
+    kill(daemon, Signal::SIGCONT)?;
+    let (flood, begun) = flooded?;
+    let answer = neighbour?.success(TIMEOUT)?;
+    assert_eq!(answer["text"], "hello", "{answer}");
+    drop(flood);
+    assert_refused(&stage, start, &begun)?;
+    wait_for_none_under_way(&stage)?;
+    echoes(&stage.client, to)
+}
+
+#[test]
+fn connects_of_the_node_beyond_its_share_are_not_recorded() -> Result<()> {
+    let (stage, [mut stopped, _server]) = stage()?;
+    let (to, elsewhere) = (stage.web.at(8080), stage.web.at(8081));
+    wait_for_none_under_way(&stage)?;
+    stopped.process().signal(Signal::SIGSTOP)?;
+    let (flood, begun) = half_open(stage.mesh.node("a").place(), to)?;
+    assert_eq!(begun["refused"], 0, "{begun}");
+    assert_eq!(under_way(&stage)?, SHARE);
+    // The pods' connections have shares of their own.
+    echoes(&stage.client, elsewhere)?;
+    stage.decide_from(&stage.other, elsewhere)?;
+    drop(flood);
+    wait_for_none_under_way(&stage)
+}
