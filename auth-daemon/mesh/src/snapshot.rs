@@ -148,6 +148,14 @@ impl Snapshot {
         pods.filter(|pod| self.is_member(pod))
     }
 
+    /// Returns the names of the namespaces whose label puts their pods into the mesh.
+    pub fn enabled_namespaces(&self) -> impl Iterator<Item = &str> {
+        let namespaces = self.namespaces.iter();
+        namespaces
+            .filter(|(_, namespace)| namespace.membership == Some(Membership::Enabled))
+            .map(|(name, _)| name.as_str())
+    }
+
     /// Returns all services, by namespace and name, including those outside the mesh.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         let services = self.namespaces.values().flat_map(|ns| ns.services.values());

@@ -6,6 +6,7 @@ mod metrics;
 pub use health::{HEALTH_SOCKET, Health, LIVE, READY};
 
 use std::{
+    collections::HashMap,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
     sync::{Arc, PoisonError},
@@ -22,8 +23,11 @@ use tokio::{
     time::{Duration, Instant, sleep},
 };
 
-use crate::{config::Mode, proxy::Node};
-use auth_mesh::policy::question::{Answer, Known, Question};
+use crate::{
+    config::{Discovery, Mode},
+    proxy::Node,
+};
+use auth_mesh::policy::question::{Answer, EnabledNamespace, KUBE_SYSTEM, Known, Question};
 use auth_support::http_server::answer;
 use auth_tunnel::tls::{rfc3339, unix_seconds};
 
@@ -124,6 +128,20 @@ fn known(node: &Node) -> Known {
         pods: snapshot.workloads().cloned().collect(),
         services: snapshot.services().cloned().collect(),
         policies: node.policies.current(),
+        enabled_namespaces: snapshot
+            .enabled_namespaces()
+            .map(|name| EnabledNamespace {
+                name: name.to_owned(),
+                file: None,
+            })
+            .collect(),
+        system_namespaces: match &node.config.discovery {
+            Discovery::Files(_) => vec![KUBE_SYSTEM.to_owned()],
+            Discovery::Kubernetes { own_namespace, .. } => {
+                vec![KUBE_SYSTEM.to_owned(), own_namespace.clone()]
+            }
+        },
+        files: HashMap::new(),
     }
 }
 

@@ -4,6 +4,7 @@ mod ask_daemon;
 mod ca;
 mod check;
 mod embedded_ca;
+mod manifests;
 mod policy;
 pub(crate) mod probe;
 mod run;

@@ -1,31 +1,14 @@
 //! `auth-daemon policy`: explains which connections the policies allow and why, based on the state of the node's daemon
 //! or on a folder of manifests. For people at a terminal, and for pipelines that must reject a change.
 
-use std::{
-    collections::BTreeSet,
-    net::IpAddr,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::IpAddr, process::ExitCode, time::Duration};
 
-use anyhow::{Context, anyhow, ensure};
-use clap::{Subcommand, ValueEnum};
+use anyhow::{Context, anyhow};
+use clap::Subcommand;
 
-use super::ask_daemon;
-use crate::{
-    admin::ADMIN_PORT,
-    discovery::{files, manifest},
-};
-use auth_mesh::{
-    TrustDomain,
-    policy::{
-        Policies, Settings,
-        api::Mode,
-        question::{Answer, Known, Question},
-    },
-};
+use super::{ask_daemon, manifests::Manifests};
+use crate::admin::ADMIN_PORT;
+use auth_mesh::policy::question::{Answer, Question};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -56,29 +39,6 @@ struct CheckArguments {
     source_ip: Option<IpAddr>,
     #[command(flatten)]
     manifests: Manifests,
-}
-
-#[derive(Debug, clap::Args)]
-struct Manifests {
-    /// Folder of manifests: pods with their addresses, services, policies. Without it, the daemon of this node is
-    /// asked.
-    #[arg(long)]
-    files: Option<PathBuf>,
-    /// The trust domain of the pods' identities.
-    #[arg(long, requires = "files", default_value = "cluster.local")]
-    trust_domain: String,
-    /// Namespace whose policies apply to all namespaces.
-    #[arg(long, requires = "files", default_value = "istio-system")]
-    root_namespace: String,
-    /// Mode of pods that no PeerAuthentication applies to.
-    #[arg(long, requires = "files", value_enum, default_value_t = DefaultMode::Strict, ignore_case = true)]
-    mode: DefaultMode,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DefaultMode {
-    Strict,
-    Permissive,
 }
 
 /// Maximum time to wait for the daemon's answer.
@@ -114,14 +74,14 @@ fn check(arguments: &CheckArguments) -> anyhow::Result<Answer> {
         source_ip: arguments.source_ip,
     };
     match &arguments.manifests.files {
-        Some(folder) => arguments.manifests.read(folder)?.check(&question),
+        Some(path) => arguments.manifests.read(path)?.check(&question),
         None => ask("check", &question),
     }
 }
 
 fn list(manifests: &Manifests) -> anyhow::Result<Answer> {
     match &manifests.files {
-        Some(folder) => Ok(manifests.read(folder)?.list()),
+        Some(path) => Ok(manifests.read(path)?.list()),
         None => ask("list", &()),
     }
 }
@@ -139,66 +99,12 @@ fn ask(what: &str, question: &impl serde::Serialize) -> anyhow::Result<Answer> {
     answer.map_err(|error| anyhow!(error))
 }
 
-impl Manifests {
-    /// Reads the whole folder. Fails with all errors in it, except for policies, which are rejected one by one.
-    fn read(&self, folder: &Path) -> anyhow::Result<Known> {
-        let trust_domain: TrustDomain = self
-            .trust_domain
-            .parse()
-            .with_context(|| format!("--trust-domain {:?}", self.trust_domain))?;
-        let mut errors = Vec::new();
-        let (mut pods, mut services, mut policies) = (Vec::new(), Vec::new(), Vec::new());
-        let mut named = BTreeSet::new();
-        let unreadable = || format!("--files {}", folder.display());
-        for path in files::manifests(folder).with_context(unreadable)? {
-            let mut invalid = |what: String| errors.push(format!("{}: {what}", path.display()));
-            let text = files::read_file(&path).map_err(|error| error.to_string());
-            let read = text.and_then(|text| files::parse(&text, &trust_domain));
-            let objects = read.unwrap_or_else(|error| {
-                invalid(error);
-                Vec::new()
-            });
-            for (name, object) in objects {
-                if !named.insert((object.kind(), name.clone())) {
-                    invalid(format!(
-                        "{} {name} stands here a second time",
-                        object.kind()
-                    ));
-                }
-                match object {
-                    manifest::Object::Pod(pod) => pods.push(pod),
-                    manifest::Object::Service(service) => services.push(service),
-                    manifest::Object::Policy(policy) => policies.push(policy),
-                    manifest::Object::Namespace(_)
-                    | manifest::Object::Slice(_)
-                    | manifest::Object::Node(_)
-                    | manifest::Object::ServiceNetworks(_) => {}
-                }
-            }
-        }
-        ensure!(errors.is_empty(), "{}", errors.join("\nauth-daemon: "));
-        let settings = Settings {
-            root_namespace: self.root_namespace.clone(),
-            mode: match self.mode {
-                DefaultMode::Strict => Mode::Strict,
-                DefaultMode::Permissive => Mode::Permissive,
-            },
-            trust_domain,
-        };
-        Ok(Known {
-            source: folder.display().to_string(),
-            pods,
-            services,
-            policies: Arc::new(Policies::compile(settings, policies)),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
 
     use super::*;
+    use crate::cli::manifests::DefaultMode;
 
     const MESH: &str = "
 apiVersion: v1
@@ -277,7 +183,7 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
              denied: no rule matches of AuthorizationPolicy shop/web\n\
              mutual TLS: STRICT by the mesh's default\n  \
              AuthorizationPolicy shop/web (ALLOW): does not match\n    \
-             rules[0]: from: service account /ns/a/sa/b is not asked for\n"
+             rules[0]: from: service account /ns/a/sa/b is not listed\n"
         );
     }
 
@@ -351,7 +257,7 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
         let folder = Folder::new(&format!("{POLICY}---\n{POLICY}"));
         let error = folder.check("shop/front", "shop/web").unwrap_err();
         assert!(
-            error.contains("AuthorizationPolicy shop/web stands here a second time"),
+            error.contains("AuthorizationPolicy shop/web is defined a second time"),
             "{error}"
         );
     }
@@ -380,7 +286,8 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
         assert!(text.contains("REFUSED"), "{text}");
         let warning = "AuthorizationPolicy shop/web: spec.rules[0].from[0].source.ipBlocks[0]: \"front\" is \
                        not an IP address; it allows nobody instead";
-        assert_eq!(warnings, [warning]);
+        let file = folder.0.path().join("policies.yml");
+        assert_eq!(warnings, [format!("{}: {warning}", file.display())]);
         assert!(!folder.check("shop/front", "shop/web").unwrap().1);
     }
 }

@@ -31,7 +31,7 @@ impl Sink {
         };
         let before = policies.current();
         objects.sort_by(|a, b| (a.kind(), a.name()).cmp(&(b.kind(), b.name())));
-        if before.objects() == objects {
+        if before.objects().eq(&objects) {
             return;
         }
         let next = Policies::compile(before.settings().clone(), objects);

@@ -9,12 +9,9 @@ use std::{
 };
 
 use super::{
-    api::{
-        Action, AuthorizationPolicy, Instead, Kind, Mode, Object, PeerAuthentication, Rule,
-        Selector,
-    },
+    api::{Action, Kind, Mode, Object, Rule, Selector, Values},
+    reading::{self, Effect, Policy, Warning},
     rules::{Facts, Rules},
-    trust_domain,
 };
 use crate::{Identity, ObjectName, TrustDomain};
 
@@ -99,40 +96,12 @@ pub struct PeerMode {
 #[derive(Debug)]
 pub struct Policies {
     settings: Settings,
-    objects: Vec<Arc<Object>>,
-    authorizations: Vec<Authorization>,
-    peers: Vec<Peer>,
-    /// Policies by namespace.
-    scopes: HashMap<String, Scope>,
+    /// By kind and name.
+    policies: Vec<Policy>,
+    /// Policies with an effect, by namespace, as indexes into [`Policies::policies`].
+    scopes: HashMap<String, Selectors>,
     /// Views by selected policies. Workloads that the same policies select share a view.
     views: Mutex<HashMap<Selected, Arc<WorkloadPolicy>>>,
-}
-
-/// An AuthorizationPolicy, or the replacement of one that is unreadable.
-#[derive(Debug)]
-struct Authorization {
-    name: Arc<ObjectName>,
-    action: Action,
-    dry_run: bool,
-    rules: Vec<Rule>,
-    readable: bool,
-}
-
-/// A PeerAuthentication, or the replacement of one that is unreadable.
-#[derive(Debug)]
-struct Peer {
-    name: Arc<ObjectName>,
-    mode: Option<Mode>,
-    ports: BTreeMap<u16, Mode>,
-    wide: bool,
-    readable: bool,
-}
-
-/// The policies of a namespace, as indexes into [`Policies::authorizations`] and [`Policies::peers`].
-#[derive(Debug, Default)]
-struct Scope {
-    authorizations: Selectors,
-    peers: Selectors,
 }
 
 /// Policies by selector. A selector with labels is found by its first label and then compared in full.
@@ -142,6 +111,7 @@ struct Selectors {
     by_label: HashMap<String, HashMap<String, Vec<(Selector, u32)>>>,
 }
 
+/// The policies that select a workload, as indexes into [`Policies::policies`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Selected {
     authorizations: Vec<u32>,
@@ -183,111 +153,22 @@ impl Default for Policies {
 impl Policies {
     /// Compiles `objects`. They must not contain two objects of the same kind and name.
     pub fn compile(settings: Settings, objects: impl IntoIterator<Item = Arc<Object>>) -> Self {
-        let objects = objects.into_iter();
-        let mut objects: Vec<_> = objects
-            .map(|object| trust_domain::resolve(object, &settings.trust_domain))
-            .collect();
-        objects.sort_by(|a, b| (a.kind(), a.name()).cmp(&(b.kind(), b.name())));
-        let mut policies = Self {
+        let policies = reading::read(&settings, objects);
+        let mut scopes: HashMap<String, Selectors> = HashMap::new();
+        for (number, policy) in policies.iter().enumerate() {
+            if !matches!(policy.effect, Effect::Nothing(_)) {
+                scopes
+                    .entry(policy.name.namespace.clone())
+                    .or_default()
+                    .add(policy.object.selector(), number as u32);
+            }
+        }
+        Self {
             settings,
-            objects: Vec::new(),
-            authorizations: Vec::new(),
-            peers: Vec::new(),
-            scopes: HashMap::new(),
+            policies,
+            scopes,
             views: Mutex::default(),
-        };
-        let mut by_age: Vec<&PeerAuthentication> = Vec::new();
-        for object in &objects {
-            match &**object {
-                Object::Authorization(policy) => policies.add_authorization(policy),
-                Object::Peer(policy) => by_age.push(policy),
-                Object::Unreadable(unreadable) => {
-                    policies.add_instead(&unreadable.name, unreadable.instead, &unreadable.selector)
-                }
-            }
         }
-        by_age.sort_by(|a, b| (&a.created, &a.name).cmp(&(&b.created, &b.name)));
-        for policy in by_age {
-            policies.add_peer(policy);
-        }
-        policies.objects = objects;
-        policies
-    }
-
-    fn add_authorization(&mut self, policy: &AuthorizationPolicy) {
-        if policy.elsewhere {
-            return;
-        }
-        self.add(
-            &policy.selector,
-            Authorization {
-                name: Arc::new(policy.name.clone()),
-                action: policy.action,
-                dry_run: policy.dry_run,
-                rules: policy.rules.clone(),
-                readable: true,
-            },
-        );
-    }
-
-    fn add(&mut self, selector: &Selector, authorization: Authorization) {
-        let number = self.authorizations.len() as u32;
-        self.scope(&authorization.name.namespace)
-            .authorizations
-            .add(selector, number);
-        self.authorizations.push(authorization);
-    }
-
-    fn add_peer(&mut self, policy: &PeerAuthentication) {
-        let wide = policy.selector.is_empty();
-        if !wide && policy.name.namespace == self.settings.root_namespace {
-            return;
-        }
-        let number = self.peers.len() as u32;
-        self.scope(&policy.name.namespace)
-            .peers
-            .add(&policy.selector, number);
-        self.peers.push(Peer {
-            name: Arc::new(policy.name.clone()),
-            mode: policy.mode,
-            ports: policy.ports.clone(),
-            wide,
-            readable: true,
-        });
-    }
-
-    fn add_instead(&mut self, name: &ObjectName, instead: Instead, selector: &Selector) {
-        let (action, rules) = match instead {
-            Instead::AllowNothing => (Action::Allow, vec![]),
-            Instead::DenyAll => (Action::Deny, vec![Rule::default()]),
-            Instead::Nothing => return,
-            Instead::Strict => {
-                let number = self.peers.len() as u32;
-                self.scope(&name.namespace).peers.add(selector, number);
-                self.peers.push(Peer {
-                    name: Arc::new(name.clone()),
-                    mode: Some(Mode::Strict),
-                    ports: BTreeMap::new(),
-                    wide: selector.is_empty(),
-                    readable: false,
-                });
-                return;
-            }
-        };
-        self.add(
-            selector,
-            Authorization {
-                name: Arc::new(name.clone()),
-                action,
-                dry_run: false,
-                rules,
-                readable: false,
-            },
-        );
-    }
-
-    fn scope(&mut self, namespace: &str) -> &mut Scope {
-        self.scopes.entry(namespace.to_owned()).or_default()
     }
 
     /// Returns the settings of the mesh.
@@ -296,77 +177,29 @@ impl Policies {
     }
 
     /// Returns all objects, by kind and name.
-    pub fn objects(&self) -> &[Arc<Object>] {
-        &self.objects
+    pub fn objects(&self) -> impl ExactSizeIterator<Item = &Arc<Object>> {
+        self.policies.iter().map(|policy| &policy.object)
     }
 
-    /// Returns warnings for the authors of objects, each with kind, name and field: unreadable objects, fields that
-    /// cannot be enforced, and objects that another object overrides.
-    pub fn warnings(&self) -> Vec<String> {
-        let mut warnings = Vec::new();
-        let mut scopes: HashMap<&str, &PeerAuthentication> = HashMap::new();
-        let root = &self.settings.root_namespace;
-        let older = |a: &PeerAuthentication, b: &PeerAuthentication| {
-            (&a.created, &a.name) < (&b.created, &b.name)
-        };
-        for object in &self.objects {
-            let told = format!("{} {}", object.kind(), object.name());
-            let own = object.warnings().iter();
-            warnings.extend(own.map(|warning| format!("{told}: {warning}")));
-            match &**object {
-                Object::Unreadable(unreadable) => {
-                    warnings.push(format!("{unreadable}; {} instead", unreadable.instead));
-                }
-                Object::Peer(policy) if policy.selector.is_empty() => {
-                    let oldest = scopes.entry(&policy.name.namespace).or_insert(policy);
-                    if older(policy, oldest) {
-                        *oldest = policy;
-                    }
-                }
-                Object::Peer(policy) if policy.name.namespace == *root => warnings.push(format!(
-                    "{told}: spec.selector: in the root namespace it has no effect; leave it out for the whole mesh"
-                )),
-                Object::Authorization(policy) => {
-                    let foreign = trust_domain::warnings(policy, &self.settings.trust_domain);
-                    warnings.extend(foreign.iter().map(|warning| format!("{told}: {warning}")));
-                }
-                Object::Peer(_) => {}
-            }
-        }
-        for object in &self.objects {
-            if let Object::Peer(policy) = &**object
-                && policy.selector.is_empty()
-                && let Some(oldest) = scopes.get(policy.name.namespace.as_str())
-                && oldest.name != policy.name
-            {
-                warnings.push(format!(
-                    "{} {}: has no effect: {} is older (or first by name), for the same workloads",
-                    Kind::Peer,
-                    policy.name,
-                    oldest.name
-                ));
-            }
-        }
-        warnings
+    /// Returns all policies, by kind and name.
+    pub(super) fn policies(&self) -> &[Policy] {
+        &self.policies
     }
 
-    /// Reports whether `object` applies to workloads in `namespace` that have `labels`.
-    pub fn selects(
-        &self,
-        object: &Object,
-        namespace: &str,
-        labels: &BTreeMap<String, String>,
-    ) -> bool {
-        let root = self.settings.root_namespace.as_str();
-        let scope = object.name().namespace.as_str();
-        let selector = match object {
-            Object::Authorization(policy) if policy.elsewhere => return false,
-            Object::Peer(policy) if scope == root && !policy.selector.is_empty() => return false,
-            Object::Authorization(policy) => &policy.selector,
-            Object::Peer(policy) => &policy.selector,
-            Object::Unreadable(unreadable) => &unreadable.selector,
-        };
-        (scope == root || scope == namespace) && selector.selects(labels)
+    /// Returns warnings for the authors of objects: unreadable objects, fields that cannot be enforced, and objects that
+    /// another object overrides.
+    pub fn warnings(&self) -> Vec<Warning> {
+        self.policies.iter().flat_map(Policy::warnings).collect()
+    }
+
+    /// Reports whether a rule of any policy compares an attribute with such values.
+    pub(super) fn compares(&self, wanted: impl Fn(&Values) -> bool) -> bool {
+        let rules = self.objects().flat_map(|object| match &**object {
+            Object::Authorization(policy) => &*policy.rules,
+            _ => &[],
+        });
+        let mut requirements = rules.flat_map(Rule::requirements);
+        requirements.any(|requirement| wanted(&requirement.values))
     }
 
     /// Returns the compiled policies of workloads in `namespace` that have `labels`.
@@ -394,19 +227,24 @@ impl Policies {
             let Some(scope) = self.scopes.get(namespace) else {
                 continue;
             };
-            scope
-                .authorizations
-                .find(labels, |number| selected.authorizations.push(number));
-            scope.peers.find(labels, |number| {
-                let peer = &self.peers[number as usize];
-                let place = match (peer.readable, peer.wide) {
+            scope.find(labels, |number| {
+                let policy = &self.policies[number as usize];
+                let Effect::Peer { age, .. } = policy.effect else {
+                    selected.authorizations.push(number);
+                    return;
+                };
+                let is_wide = policy.object.selector().is_empty();
+                let place = match (policy.is_readable(), is_wide) {
                     (false, _) => &mut selected.strict,
-                    (true, true) if namespace == root => &mut selected.peers[0],
+                    (true, true) if policy.is_mesh_wide => &mut selected.peers[0],
                     (true, true) => &mut selected.peers[1],
                     (true, false) => &mut selected.peers[2],
                 };
-                // The numbers are in order of age, and the oldest takes precedence.
-                *place = Some(place.map_or(number, |older| older.min(number)));
+                let older = place.filter(|other| match self.policies[*other as usize].effect {
+                    Effect::Peer { age: other, .. } => other <= age,
+                    _ => false,
+                });
+                *place = older.or(Some(number));
             });
         }
         selected.authorizations.sort_unstable();
@@ -414,19 +252,25 @@ impl Policies {
     }
 
     fn view(&self, selected: &Selected) -> WorkloadPolicy {
-        let group = |action: Action, dry_run: bool| {
-            let policies: Vec<_> = selected
-                .authorizations
-                .iter()
-                .map(|number| &self.authorizations[*number as usize])
-                .filter(|policy| policy.action == action && policy.dry_run == dry_run)
-                .collect();
+        let group = |wanted: Action, wanted_dry_run: bool| {
+            let mut policies = Vec::new();
+            let mut of_policies = Vec::new();
+            for number in &selected.authorizations {
+                let policy = &self.policies[*number as usize];
+                if let Effect::Authorization {
+                    action,
+                    dry_run,
+                    rules,
+                } = &policy.effect
+                    && (*action, *dry_run) == (wanted, wanted_dry_run)
+                {
+                    policies.push((policy.name.clone(), policy.is_readable()));
+                    of_policies.push(&**rules);
+                }
+            }
             Group {
-                rules: Rules::new(policies.iter().map(|policy| policy.rules.as_slice())),
-                policies: policies
-                    .iter()
-                    .map(|policy| (policy.name.clone(), policy.readable))
-                    .collect(),
+                policies,
+                rules: Rules::new(of_policies.into_iter()),
             }
         };
         let (mode, ports) = self.modes(selected);
@@ -450,12 +294,12 @@ impl Policies {
 
     /// Returns the modes. The narrowest scope that sets a mode takes precedence.
     fn modes(&self, selected: &Selected) -> (PeerMode, BTreeMap<u16, PeerMode>) {
-        let by = |peer: &Peer, mode: Mode| PeerMode {
+        let by = |policy: &Policy, mode: Mode| PeerMode {
             mode,
-            policy: Some(peer.name.clone()),
+            policy: Some(policy.name.clone()),
         };
         if let Some(strict) = selected.strict {
-            let strict = &self.peers[strict as usize];
+            let strict = &self.policies[strict as usize];
             return (by(strict, Mode::Strict), BTreeMap::new());
         }
         let mut mode = PeerMode {
@@ -464,14 +308,21 @@ impl Policies {
         };
         let mut ports = BTreeMap::new();
         for number in selected.peers.into_iter().flatten() {
-            let peer = &self.peers[number as usize];
-            if let Some(own) = peer.mode {
-                mode = by(peer, own);
+            let policy = &self.policies[number as usize];
+            let Effect::Peer {
+                mode: own,
+                ports: own_ports,
+                ..
+            } = &policy.effect
+            else {
+                continue;
+            };
+            if let Some(own) = own {
+                mode = by(policy, *own);
             }
-            ports = peer
-                .ports
+            ports = own_ports
                 .iter()
-                .map(|(port, mode)| (*port, by(peer, *mode)))
+                .map(|(port, mode)| (*port, by(policy, *mode)))
                 .collect();
         }
         (mode, ports)
@@ -658,7 +509,7 @@ const MAX_NAMED: usize = 3;
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unrestricted => f.write_str("allowed: no policy is against it"),
+            Self::Unrestricted => f.write_str("allowed: no policy restricts it"),
             Self::Allowed(hit) => write!(f, "allowed by {hit}"),
             Self::Denied(hit) => write!(f, "denied by {hit}"),
             Self::NotAllowed(policies) => {

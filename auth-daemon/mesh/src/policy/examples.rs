@@ -41,7 +41,8 @@ fn mesh(manifests: &str) -> Mesh {
     Mesh {
         warnings: objects
             .iter()
-            .flat_map(|object| object.warnings().to_vec())
+            .flat_map(|object| object.warnings())
+            .map(ToString::to_string)
             .collect(),
         policies: Policies::compile(
             Settings {
@@ -476,7 +477,9 @@ fn peer_authentication_reference() {
     );
     assert_eq!(mode(&oldest, "foo x", 80), Mode::Strict);
     assert!(
-        oldest.policies.warnings()[0].contains("foo/b is older"),
+        oldest.policies.warnings()[0]
+            .text
+            .contains("foo/b is older"),
         "{:?}",
         oldest.policies.warnings()
     );
@@ -522,7 +525,9 @@ fn unreadable_fails_closed() {
     let peer = mesh("metadata: {name: bad, namespace: foo}\nspec: {mtls: {mode: PERMISIVE}}\n");
     assert!(!peer.allows(PLAINTEXT, "foo", 80) && peer.allows(SLEEP, "foo", 80));
     assert!(
-        peer.policies.warnings()[0].contains("mutual TLS is required"),
+        peer.policies.warnings()[0]
+            .text
+            .contains("mutual TLS is required"),
         "{:?}",
         peer.policies.warnings()
     );

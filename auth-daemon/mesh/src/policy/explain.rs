@@ -1,21 +1,21 @@
 //! Explanations of verdicts, policy by policy and rule by rule.
 //!
-//! Evaluates the rules as they are written, one by one, whereas `rules.rs` evaluates all of them at once.
+//! Names the first requirement of each rule that is not met, whereas `rules.rs` evaluates all rules at once.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use ipnet::IpNet;
 
 use super::{
-    api::{Account, AuthorizationPolicy, Condition, Kind, Matches, Object, Pattern, Rule, Source},
+    api::{Account, Kind, Object, Pattern, Requirement, Rule, Values},
     compile::{Connection, PeerMode, Policies, Verdict},
-    fields::Ports,
-    rules::{Facts, port_set},
+    reading::{Effect, Policy, Selection},
+    rules::Facts,
 };
 use crate::ObjectName;
 
 /// Maximum number of sources of a rule that are explained, and of policies of other namespaces that are named.
-const MAX_TOLD: usize = 5;
+const MAX_LISTED: usize = 5;
 
 /// A verdict, and how each policy relates to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,9 +53,9 @@ pub enum Outcome {
     /// The policy does not match. The values are the reasons, one per rule.
     Misses(Vec<String>),
     /// The policy sets the port's mode.
-    Counts,
+    SetsMode,
     /// Another policy's mode takes precedence.
-    Overruled,
+    Overridden,
     /// The policy is unreadable. The text says why, and what is enforced instead.
     Unreadable(String),
 }
@@ -76,46 +76,15 @@ pub fn explain(
         connection.destination.ip(),
         port,
     );
-    let root = policies.settings().root_namespace.as_str();
-    let findings = policies.objects().iter().map(|object| {
-        let (does, selector) = match &**object {
-            Object::Authorization(policy) => {
-                let dry = if policy.dry_run { ", dry run" } else { "" };
-                (format!("{}{dry}", policy.action.as_str()), &policy.selector)
-            }
-            Object::Peer(policy) => {
-                let mode = policy.mode.map_or("UNSET", |mode| mode.as_str());
-                (mode.to_owned(), &policy.selector)
-            }
-            Object::Unreadable(unreadable) => ("refused".to_owned(), &unreadable.selector),
-        };
-        let scope = object.name().namespace.as_str();
-        let outcome = if scope != root && scope != namespace {
-            Outcome::OtherNamespace
-        } else if !selector.selects(labels) {
-            Outcome::NotSelected(format!("it selects {selector}"))
-        } else {
-            match &**object {
-                Object::Authorization(policy) => authorization(policy, &facts),
-                Object::Peer(policy) if scope == root && !policy.selector.is_empty() => {
-                    Outcome::NotSelected(
-                        "with a selector, in the root namespace, it selects nothing".into(),
-                    )
-                }
-                Object::Peer(_) if mode.policy.as_deref() == Some(object.name()) => Outcome::Counts,
-                Object::Peer(_) => Outcome::Overruled,
-                Object::Unreadable(unreadable) => Outcome::Unreadable(format!(
-                    "{}: {}; {} instead",
-                    unreadable.field, unreadable.reason, unreadable.instead
-                )),
-            }
-        };
-        Finding {
-            kind: object.kind(),
-            policy: object.name().clone(),
-            does,
-            outcome,
-        }
+    let findings = policies.policies().iter().map(|policy| Finding {
+        kind: policy.object.kind(),
+        policy: (*policy.name).clone(),
+        does: does(&policy.object),
+        outcome: match policy.selection(namespace, labels) {
+            Selection::OtherNamespace => Outcome::OtherNamespace,
+            Selection::NotSelected(reason) => Outcome::NotSelected(reason),
+            Selection::Selected => outcome(policy, &facts, &mode),
+        },
     });
     Explanation {
         findings: findings.collect(),
@@ -124,125 +93,122 @@ pub fn explain(
     }
 }
 
-fn authorization(policy: &AuthorizationPolicy, facts: &Facts<'_>) -> Outcome {
-    if policy.elsewhere {
-        return Outcome::NotSelected("it is for a waypoint or gateway".into());
+/// Returns a policy's action or mode, and whether it is a dry run.
+fn does(object: &Object) -> String {
+    match object {
+        Object::Authorization(policy) => {
+            let dry = if policy.dry_run { ", dry run" } else { "" };
+            format!("{}{dry}", policy.action.as_str())
+        }
+        Object::Peer(policy) => policy.mode.map_or("UNSET", |mode| mode.as_str()).to_owned(),
+        Object::Unreadable(_) => "refused".to_owned(),
     }
-    let misses: Vec<_> = policy.rules.iter().map(|rule| miss(rule, facts)).collect();
-    match misses.iter().position(Option::is_none) {
-        Some(rule) => Outcome::Matches(rule),
-        None => Outcome::Misses(misses.into_iter().flatten().collect()),
+}
+
+/// Returns how a policy that selects the workload relates to the verdict.
+fn outcome(policy: &Policy, facts: &Facts<'_>, mode: &PeerMode) -> Outcome {
+    if let Object::Unreadable(unreadable) = &*policy.object {
+        return Outcome::Unreadable(format!(
+            "{}: {}; {} instead",
+            unreadable.field, unreadable.reason, unreadable.instead
+        ));
+    }
+    match &policy.effect {
+        Effect::Authorization { rules, .. } => {
+            let misses: Vec<_> = rules.iter().map(|rule| miss(rule, facts)).collect();
+            match misses.iter().position(Option::is_none) {
+                Some(rule) => Outcome::Matches(rule),
+                None => Outcome::Misses(misses.into_iter().flatten().collect()),
+            }
+        }
+        Effect::Peer { .. } if mode.policy.as_ref() == Some(&policy.name) => Outcome::SetsMode,
+        Effect::Peer { .. } | Effect::Nothing(_) => Outcome::Overridden,
     }
 }
 
 /// Returns why `rule` does not match, or `None` if it does.
 fn miss(rule: &Rule, facts: &Facts<'_>) -> Option<String> {
-    if rule.never {
-        return Some("it allows by what cannot be known below HTTP".into());
-    }
-    if !port_set(rule).contains(facts.port) {
-        let within =
-            |ports: &Matches<u16>| Ports::new(&ports.any, &ports.none).contains(facts.port);
-        let operation = rule.to.is_empty() || rule.to.iter().any(|to| within(&to.ports));
-        let field = if operation {
-            "when: destination.port"
-        } else {
-            "to"
-        };
-        return Some(format!(
-            "{field}: port {} is not among its ports",
-            facts.port
-        ));
-    }
-    if let Some(reason) = rule.when.iter().find_map(|when| condition(when, facts)) {
-        return Some(format!("when: {reason}"));
-    }
-    let mut reasons = Vec::new();
-    for from in &rule.from {
-        match source(from, facts) {
-            Some(reason) if !reasons.contains(&reason) => reasons.push(reason),
-            Some(_) => {}
-            None => return None,
-        }
-    }
-    if reasons.is_empty() {
-        return None;
-    }
-    let more = match reasons.len().saturating_sub(MAX_TOLD) {
-        0 => String::new(),
-        more => format!("; and {more} more"),
+    let all = |requirements: &[Requirement]| {
+        let mut unmet = requirements.iter().filter_map(|one| unmet(one, facts));
+        unmet.next()
     };
-    reasons.truncate(MAX_TOLD);
-    Some(format!("from: {}{more}", reasons.join("; ")))
-}
-
-fn source(source: &Source, facts: &Facts<'_>) -> Option<String> {
-    text(
-        &source.principals,
-        "principal",
-        facts.principal,
-        Pattern::matches,
-    )
-    .or_else(|| {
-        text(
-            &source.accounts,
-            "service account",
-            facts.account,
-            is_account,
-        )
-    })
-    .or_else(|| {
-        text(
-            &source.namespaces,
-            "namespace",
-            facts.namespace,
-            Pattern::matches,
-        )
-    })
-    .or_else(|| address(&source.blocks, "source", facts.source))
-    .or_else(|| address(&source.remote_blocks, "source", facts.source))
-}
-
-fn condition(condition: &Condition, facts: &Facts<'_>) -> Option<String> {
-    match condition {
-        Condition::SourceIp(blocks) | Condition::RemoteIp(blocks) => {
-            address(blocks, "source", facts.source)
+    let alternatives = |part: &str, alternatives: &[Vec<Requirement>]| {
+        let mut reasons = Vec::new();
+        for alternative in alternatives {
+            let reason = all(alternative)?;
+            if !reasons.contains(&reason) {
+                reasons.push(reason);
+            }
         }
-        Condition::DestinationIp(blocks) => address(blocks, "destination", facts.destination),
-        Condition::Namespace(names) => text(names, "namespace", facts.namespace, Pattern::matches),
-        Condition::Principal(names) => text(names, "principal", facts.principal, Pattern::matches),
-        Condition::Account(names) => text(names, "service account", facts.account, is_account),
-        // Already checked by the caller.
-        Condition::DestinationPort(_) => None,
+        if reasons.is_empty() {
+            return None;
+        }
+        let more = match reasons.len().saturating_sub(MAX_LISTED) {
+            0 => String::new(),
+            more => format!("; and {more} more"),
+        };
+        reasons.truncate(MAX_LISTED);
+        Some(format!("{part}: {}{more}", reasons.join("; ")))
+    };
+    let conditions = || all(&rule.when).map(|reason| format!("when: {reason}"));
+    (rule.never.clone())
+        .or_else(|| alternatives("to", &rule.to))
+        .or_else(conditions)
+        .or_else(|| alternatives("from", &rule.from))
+}
+
+/// Returns why a connection does not meet a requirement, or `None` if it does.
+fn unmet(requirement: &Requirement, facts: &Facts<'_>) -> Option<String> {
+    let negated = requirement.negated;
+    match &requirement.values {
+        Values::Principals(patterns) => {
+            let matches = |pattern: &Pattern, value: &str| pattern.matches(value);
+            compare("principal", patterns, facts.principal, negated, matches)
+        }
+        Values::Accounts(accounts) => {
+            let matches = |account: &Account, path: &str| account.path() == path;
+            compare("service account", accounts, facts.account, negated, matches)
+        }
+        Values::Namespaces(patterns) => {
+            let matches = |pattern: &Pattern, value: &str| pattern.matches(value);
+            compare("namespace", patterns, facts.namespace, negated, matches)
+        }
+        Values::Sources(blocks) => {
+            let contains = |block: &IpNet, address: &IpAddr| block.contains(address);
+            let source = Some(&facts.source);
+            compare("source address", blocks, source, negated, contains)
+        }
+        Values::Destinations(blocks) => {
+            let contains = |block: &IpNet, address: &IpAddr| block.contains(address);
+            let destination = Some(&facts.destination);
+            compare(
+                "destination address",
+                blocks,
+                destination,
+                negated,
+                contains,
+            )
+        }
+        Values::Ports(ports) => compare("port", ports, Some(&facts.port), negated, u16::eq),
     }
 }
 
-fn is_account(account: &Account, path: &str) -> bool {
-    account.path() == path
-}
-
-fn text<T: fmt::Display>(
-    asked: &Matches<T>,
+/// Compares an attribute, `what`, with the values of a requirement. `value` is `None` if the connection lacks it.
+fn compare<T: fmt::Display, V: fmt::Display + ?Sized>(
     what: &str,
-    value: Option<&str>,
-    matches: impl Fn(&T, &str) -> bool,
+    values: &[T],
+    value: Option<&V>,
+    negated: bool,
+    matches: impl Fn(&T, &V) -> bool,
 ) -> Option<String> {
     let Some(value) = value else {
-        return (!asked.any.is_empty()).then(|| format!("plaintext has no {what}"));
+        return (!negated).then(|| format!("plaintext has no {what}"));
     };
-    if !asked.any.is_empty() && !asked.any.iter().any(|one| matches(one, value)) {
-        return Some(format!("{what} {value} is not asked for"));
+    match values.iter().find(|one| matches(one, value)) {
+        None if !negated => Some(format!("{what} {value} is not listed")),
+        Some(hit) if negated => Some(format!("{what} {value} is excluded by {hit}")),
+        _ => None,
     }
-    let hit = asked.none.iter().find(|one| matches(one, value))?;
-    Some(format!("{what} {value} is left out by {hit}"))
-}
-
-fn address(asked: &Matches<IpNet>, what: &str, value: std::net::IpAddr) -> Option<String> {
-    if !asked.any.is_empty() && !asked.any.iter().any(|block| block.contains(&value)) {
-        return Some(format!("{what} address {value} is not asked for"));
-    }
-    let hit = asked.none.iter().find(|block| block.contains(&value))?;
-    Some(format!("{what} address {value} is left out by {hit}"))
 }
 
 impl fmt::Display for Explanation {
@@ -265,10 +231,14 @@ impl fmt::Display for Explanation {
         if !others.is_empty() {
             let named = others
                 .iter()
-                .take(MAX_TOLD)
+                .take(MAX_LISTED)
                 .map(|other| other.policy.to_string());
             let named: Vec<_> = named.collect();
-            let dots = if others.len() > MAX_TOLD { ", …" } else { "" };
+            let dots = if others.len() > MAX_LISTED {
+                ", …"
+            } else {
+                ""
+            };
             let (count, named) = (others.len(), named.join(", "));
             writeln!(f, "  for other namespaces: {count} ({named}{dots})")?;
         }
@@ -293,8 +263,8 @@ impl fmt::Display for Finding {
                 }
                 Ok(())
             }
-            Outcome::Counts => f.write_str("sets the mode"),
-            Outcome::Overruled => f.write_str("is overruled"),
+            Outcome::SetsMode => f.write_str("sets the mode"),
+            Outcome::Overridden => f.write_str("another policy sets the mode"),
             Outcome::Unreadable(reason) => f.write_str(reason),
         }
     }

@@ -63,29 +63,26 @@ impl<A: Ord + Clone> FieldBuilder<A> {
         }
     }
 
-    /// Adds a requirement of branch `number`: one of `any`, unless it is empty, and none of `none`. `layer` counts the
-    /// branch's earlier requirements on this field that have an `any`. Numbers must be in ascending order. Returns the
-    /// next layer.
-    pub(super) fn ask(&mut self, number: u32, layer: usize, any: &[A], none: &[A]) -> usize {
-        let add = |entries: &mut BTreeMap<A, Vec<u32>>, values: &[A]| {
-            for value in values {
-                let numbers = entries.entry(value.clone()).or_default();
-                if numbers.last() != Some(&number) {
-                    numbers.push(number);
-                }
+    /// Adds a requirement of branch `number`: one of `values`, or, `negated`, none of them. `layer` counts the branch's
+    /// positive requirements on this field. Numbers must be in ascending order.
+    pub(super) fn require(&mut self, number: u32, layer: &mut usize, values: &[A], negated: bool) {
+        let entries = if negated {
+            &mut self.none
+        } else {
+            if self.layers.len() == *layer {
+                self.layers.push(BTreeMap::new());
+                self.bound.push(Vec::new());
             }
+            self.bound[*layer].push(number);
+            *layer += 1;
+            &mut self.layers[*layer - 1]
         };
-        add(&mut self.none, none);
-        if any.is_empty() {
-            return layer;
+        for value in values {
+            let numbers = entries.entry(value.clone()).or_default();
+            if numbers.last() != Some(&number) {
+                numbers.push(number);
+            }
         }
-        if self.layers.len() == layer {
-            self.layers.push(BTreeMap::new());
-            self.bound.push(Vec::new());
-        }
-        add(&mut self.layers[layer], any);
-        self.bound[layer].push(number);
-        layer + 1
     }
 
     pub(super) fn build<I: Index<Asked = A>>(self, count: usize) -> Field<I> {
@@ -399,24 +396,12 @@ impl Ports {
         }
     }
 
-    /// Returns the ports in `any`, or all ports if it is empty, without those in `none`.
-    pub(super) fn new(any: &[u16], none: &[u16]) -> Self {
-        let without = Self {
-            listed: none.iter().copied().collect(),
-            excluded: true,
-        };
-        if any.is_empty() {
-            return without;
+    /// Returns the set of these ports, or, `excluded`, of all others.
+    pub(super) fn new(ports: &[u16], excluded: bool) -> Self {
+        Self {
+            listed: ports.iter().copied().collect(),
+            excluded,
         }
-        let any = Self {
-            listed: any.iter().copied().collect(),
-            excluded: false,
-        };
-        any.and(&without)
-    }
-
-    pub(super) fn contains(&self, port: u16) -> bool {
-        self.listed.contains(&port) != self.excluded
     }
 
     pub(super) fn and(&self, other: &Self) -> Self {
@@ -500,18 +485,17 @@ mod tests {
 
         #[test]
         fn ports_are_sets(
-            a in (prop::collection::vec(0..6_u16, 0..4), prop::collection::vec(0..6_u16, 0..4)),
-            b in (prop::collection::vec(0..6_u16, 0..4), prop::collection::vec(0..6_u16, 0..4)),
+            a in (prop::collection::vec(0..6_u16, 0..4), any::<bool>()),
+            b in (prop::collection::vec(0..6_u16, 0..4), any::<bool>()),
             port in 0..7_u16,
         ) {
-            let plain = |(any, none): &(Vec<u16>, Vec<u16>)| {
-                (any.is_empty() || any.contains(&port)) && !none.contains(&port)
-            };
-            let (x, y) = (Ports::new(&a.0, &a.1), Ports::new(&b.0, &b.1));
-            prop_assert_eq!(x.contains(port), plain(&a));
-            prop_assert_eq!(x.and(&y).contains(port), plain(&a) && plain(&b));
-            prop_assert_eq!(x.or(&y).contains(port), plain(&a) || plain(&b));
-            prop_assert!(Ports::all().contains(port) && !Ports::nothing().contains(port));
+            let plain = |(listed, excluded): &(Vec<u16>, bool)| listed.contains(&port) != *excluded;
+            let contains = |ports: &Ports| ports.listed.contains(&port) != ports.excluded;
+            let (x, y) = (Ports::new(&a.0, a.1), Ports::new(&b.0, b.1));
+            prop_assert_eq!(contains(&x), plain(&a));
+            prop_assert_eq!(contains(&x.and(&y)), plain(&a) && plain(&b));
+            prop_assert_eq!(contains(&x.or(&y)), plain(&a) || plain(&b));
+            prop_assert!(contains(&Ports::all()) && !contains(&Ports::nothing()));
         }
     }
 }

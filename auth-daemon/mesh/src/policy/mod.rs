@@ -1,8 +1,8 @@
 //! Authorization: which connections the policies allow. Pure functions, without I/O or a clock.
 //!
-//! `api` reads the objects that users write, `compile` builds from them what connections are checked against, `explain`
-//! gives the reasons for a verdict, and `question` answers questions of users. The daemon verifies the caller's
-//! identity before any of this.
+//! `api` parses the objects that users write, and `reading` says what each enforces in this mesh. From that, `compile`
+//! builds what connections are checked against, `explain` gives the reasons for a verdict, and `question` answers
+//! questions of users. The daemon verifies the caller's identity before any of this.
 
 pub mod api;
 mod bits;
@@ -16,10 +16,13 @@ mod generated;
 #[cfg(test)]
 mod naive;
 pub mod question;
+mod reading;
 mod rules;
 mod trust_domain;
+mod warnings;
 
 pub use compile::{
     Connection, Decision, Hit, PeerMode, Policies, Settings, Verdict, WorkloadPolicy,
 };
 pub use explain::{Explanation, Finding, Outcome, explain};
+pub use reading::Warning;

@@ -1,7 +1,7 @@
 //! Answers to the question of which calls are allowed, based on a folder of manifests or on a daemon's state.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
 };
@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Connection, Policies,
-    api::{Condition, Mode, Object},
+    api::{Kind, Mode, Object, Values},
     explain,
+    reading::Policy,
 };
 use crate::{Identity, ObjectName, Service, Workload};
 
@@ -27,7 +28,25 @@ pub struct Known {
     pub services: Vec<Arc<Service>>,
     /// All policies.
     pub policies: Arc<Policies>,
+    /// Namespaces whose label puts their pods into the mesh.
+    pub enabled_namespaces: Vec<EnabledNamespace>,
+    /// Namespaces that the cluster or the daemon itself runs in.
+    pub system_namespaces: Vec<String>,
+    /// Files of policies, if they come from files.
+    pub files: HashMap<(Kind, ObjectName), String>,
 }
+
+/// A namespace whose label puts its pods into the mesh.
+#[derive(Clone, Debug)]
+pub struct EnabledNamespace {
+    /// Name of the namespace.
+    pub name: String,
+    /// File with the label.
+    pub file: Option<String>,
+}
+
+/// The cluster's own namespace.
+pub const KUBE_SYSTEM: &str = "kube-system";
 
 /// A caller.
 struct Client {
@@ -110,7 +129,7 @@ impl Known {
         Ok(Answer {
             text,
             good: all_allowed,
-            warnings: self.policies.warnings(),
+            warnings: self.warnings(),
         })
     }
 
@@ -119,12 +138,13 @@ impl Known {
         let mut rows =
             vec![["KIND", "NAME", "DOES", "SELECTOR", "PODS", "RULES"].map(str::to_owned)];
         let mut readable = true;
-        for object in self.policies.objects() {
-            let (does, selector, rules) = match &**object {
+        for policy in self.policies.policies() {
+            let object = &policy.object;
+            let (does, rules) = match &**object {
                 Object::Authorization(policy) => {
                     let dry = if policy.dry_run { " (dry run)" } else { "" };
                     let does = format!("{}{dry}", policy.action.as_str());
-                    (does, &policy.selector, policy.rules.len().to_string())
+                    (does, policy.rules.len().to_string())
                 }
                 Object::Peer(policy) => {
                     let mode = policy.mode.map_or("UNSET", Mode::as_str);
@@ -133,17 +153,14 @@ impl Known {
                         .iter()
                         .map(|(port, mode)| format!(" {port}:{}", mode.as_str()));
                     let does = format!("{mode}{}", ports.collect::<String>());
-                    (does, &policy.selector, "-".to_owned())
+                    (does, "-".to_owned())
                 }
-                Object::Unreadable(unreadable) => {
+                Object::Unreadable(_) => {
                     readable = false;
-                    ("REFUSED".to_owned(), &unreadable.selector, "-".to_owned())
+                    ("REFUSED".to_owned(), "-".to_owned())
                 }
             };
-            let selects = |pod: &&Arc<Workload>| {
-                self.policies
-                    .selects(object, &pod.name.namespace, &pod.labels)
-            };
+            let selector = object.selector();
             rows.push([
                 object.kind().to_string(),
                 object.name().to_string(),
@@ -152,30 +169,21 @@ impl Known {
                     true => "-".to_owned(),
                     false => selector.to_string(),
                 },
-                self.pods.iter().filter(selects).count().to_string(),
+                self.selected(policy).count().to_string(),
                 rules,
             ]);
         }
-        let widths = std::array::from_fn::<usize, 6, _>(|column| {
-            rows.iter()
-                .map(|row| row[column].chars().count())
-                .max()
-                .unwrap_or(0)
-        });
-        let mut text = String::new();
-        for row in &rows {
-            let cells = row
-                .iter()
-                .zip(widths)
-                .map(|(cell, width)| format!("{cell:width$}"));
-            text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-            text.push('\n');
-        }
+        let text = table(&rows);
         Answer {
             text,
             good: readable,
-            warnings: self.policies.warnings(),
+            warnings: self.warnings(),
         }
+    }
+
+    /// Returns the pods that `policy` applies to.
+    pub(super) fn selected(&self, policy: &Policy) -> impl Iterator<Item = &Arc<Workload>> {
+        self.pods.iter().filter(|pod| policy.applies_to(pod))
     }
 
     fn clients(&self, from: &str) -> anyhow::Result<Vec<Client>> {
@@ -274,7 +282,9 @@ impl Known {
         let address = *address.with_context(|| format!("pod {} has no address", server.name))?;
         let Some(first) = client.addresses.first() else {
             ensure!(
-                !looks_at_source(&self.policies),
+                !self
+                    .policies
+                    .compares(|values| matches!(values, Values::Sources(_))),
                 "policies look at the source's address, and no pod in {} is {}: say where it calls from with --source-ip",
                 self.source,
                 client.identity
@@ -298,6 +308,24 @@ impl Known {
             self.source
         )
     }
+}
+
+/// Formats rows of cells as a table, with columns as wide as their widest cell.
+pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
+    let widths = std::array::from_fn::<usize, COLUMNS, _>(|column| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        cells.max().unwrap_or(0)
+    });
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(widths);
+        let cells: Vec<_> = cells
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
 }
 
 fn one_port(asked: Option<u16>, known: &[u16]) -> anyhow::Result<u16> {
@@ -324,23 +352,4 @@ fn object_name(text: &str) -> anyhow::Result<ObjectName> {
         }
         _ => bail!("is not NAMESPACE/NAME"),
     }
-}
-
-fn looks_at_source(policies: &Policies) -> bool {
-    let rules = policies
-        .objects()
-        .iter()
-        .flat_map(|object| match &**object {
-            Object::Authorization(policy) => policy.rules.as_slice(),
-            _ => &[],
-        });
-    rules.into_iter().any(|rule| {
-        let source = rule
-            .from
-            .iter()
-            .any(|from| !(from.blocks.is_empty() && from.remote_blocks.is_empty()));
-        let is_address =
-            |when: &Condition| matches!(when, Condition::SourceIp(_) | Condition::RemoteIp(_));
-        source || rule.when.iter().any(is_address)
-    })
 }

@@ -4,10 +4,10 @@
 //! connection removes those that require another value (T. V. Lakshman, D. Stiliadis: High-Speed Policy-Based Packet
 //! Forwarding, SIGCOMM 1998). The branches that remain match.
 
-use std::{net::IpAddr, slice};
+use std::net::IpAddr;
 
 use super::{
-    api::{Account, Condition, Matches, Pattern, Rule, Source},
+    api::{Account, Pattern, Requirement, Rule, Values},
     bits::{insert, members, words},
     fields::{Accounts, Blocks, Exact, Field, FieldBuilder, Patterns, Ports},
 };
@@ -74,58 +74,46 @@ impl Rules {
         let mut ports = FieldBuilder::<u16>::new();
         let mut sources = FieldBuilder::new();
         let mut destinations = FieldBuilder::new();
-        let any_source = Source::default();
         for (policy, rules) in policies.enumerate() {
             for (index, rule) in rules.iter().enumerate() {
                 let open = port_set(rule);
-                if rule.never || open == Ports::nothing() {
+                if rule.never.is_some() || open == Ports::nothing() {
                     continue;
                 }
                 let from = match rule.from.as_slice() {
-                    [] => slice::from_ref(&any_source),
+                    [] => &[Vec::new()],
                     from => from,
                 };
                 for source in from {
                     let number = branches.len() as u32;
                     branches.push((policy as u32, index as u32));
                     let listed: Vec<u16> = open.listed.iter().copied().collect();
-                    match open.excluded {
-                        true => ports.ask(number, 0, &[], &listed),
-                        false => ports.ask(number, 0, &listed, &[]),
-                    };
-                    // Number of requirements that this branch has placed on each field.
-                    let mut layers = [0; 5];
-                    let [
-                        of_principal,
-                        of_account,
-                        of_namespace,
-                        of_source,
-                        of_destination,
-                    ] = &mut layers;
-                    ask(&mut principals, number, of_principal, &source.principals);
-                    ask(&mut accounts, number, of_account, &source.accounts);
-                    ask(&mut namespaces, number, of_namespace, &source.namespaces);
-                    ask(&mut sources, number, of_source, &source.blocks);
-                    ask(&mut sources, number, of_source, &source.remote_blocks);
-                    for condition in &rule.when {
-                        match condition {
-                            Condition::Principal(values) => {
-                                ask(&mut principals, number, of_principal, values);
+                    ports.require(number, &mut 0, &listed, open.excluded);
+                    // Number of positive requirements that this branch has placed on each field.
+                    let (mut of_principal, mut of_account, mut of_namespace) = (0, 0, 0);
+                    let (mut of_source, mut of_destination) = (0, 0);
+                    for Requirement {
+                        negated, values, ..
+                    } in source.iter().chain(&rule.when)
+                    {
+                        match values {
+                            Values::Principals(values) => {
+                                principals.require(number, &mut of_principal, values, *negated);
                             }
-                            Condition::Account(values) => {
-                                ask(&mut accounts, number, of_account, values);
+                            Values::Accounts(values) => {
+                                accounts.require(number, &mut of_account, values, *negated);
                             }
-                            Condition::Namespace(values) => {
-                                ask(&mut namespaces, number, of_namespace, values);
+                            Values::Namespaces(values) => {
+                                namespaces.require(number, &mut of_namespace, values, *negated);
                             }
-                            Condition::SourceIp(values) | Condition::RemoteIp(values) => {
-                                ask(&mut sources, number, of_source, values);
+                            Values::Sources(values) => {
+                                sources.require(number, &mut of_source, values, *negated);
                             }
-                            Condition::DestinationIp(values) => {
-                                ask(&mut destinations, number, of_destination, values);
+                            Values::Destinations(values) => {
+                                destinations.require(number, &mut of_destination, values, *negated);
                             }
                             // Already part of `open`.
-                            Condition::DestinationPort(_) => {}
+                            Values::Ports(_) => {}
                         }
                     }
                 }
@@ -188,22 +176,20 @@ pub(super) fn port_set(rule: &Rule) -> Ports {
     let operations = rule
         .to
         .iter()
-        .map(|operation| Ports::new(&operation.ports.any, &operation.ports.none))
+        .map(|operation| ports(operation))
         .reduce(|a, b| a.or(&b))
         .unwrap_or(Ports::all());
-    rule.when
-        .iter()
-        .fold(operations, |ports, condition| match condition {
-            Condition::DestinationPort(values) => ports.and(&Ports::new(&values.any, &values.none)),
-            _ => ports,
-        })
+    operations.and(&ports(&rule.when))
 }
 
-fn ask<A: Ord + Clone>(
-    field: &mut FieldBuilder<A>,
-    number: u32,
-    layer: &mut usize,
-    matches: &Matches<A>,
-) {
-    *layer = field.ask(number, *layer, &matches.any, &matches.none);
+/// Returns the ports that meet all of these requirements.
+fn ports(requirements: &[Requirement]) -> Ports {
+    requirements
+        .iter()
+        .fold(Ports::all(), |ports, requirement| {
+            match &requirement.values {
+                Values::Ports(values) => ports.and(&Ports::new(values, requirement.negated)),
+                _ => ports,
+            }
+        })
 }

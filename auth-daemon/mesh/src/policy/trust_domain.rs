@@ -3,42 +3,49 @@
 
 use std::sync::Arc;
 
-use super::api::{AuthorizationPolicy, Condition, Object, Pattern};
+use super::api::{AuthorizationPolicy, FieldWarning, Pattern, Requirement, Rule, Values};
 use crate::TrustDomain;
 
 /// The trust domain that stands for the mesh's own.
 const OWN: &str = "cluster.local";
 
-/// Returns `object` with the mesh's own trust domain in place of `cluster.local`.
-pub(super) fn resolve(object: Arc<Object>, own: &TrustDomain) -> Arc<Object> {
-    let Object::Authorization(policy) = &*object else {
-        return object;
-    };
-    if own.as_str() == OWN || !principals(policy).any(|principal| domain(principal) == Some(OWN)) {
-        return object;
+/// Returns the rules of `policy`, with the mesh's own trust domain in place of `cluster.local`.
+pub(super) fn resolve(policy: &AuthorizationPolicy, own: &TrustDomain) -> Arc<[Rule]> {
+    let names_own = |(_, principal)| domain(principal) == Some(OWN);
+    if own.as_str() == OWN || !principals(policy).any(names_own) {
+        return policy.rules.clone();
     }
-    let mut policy = policy.clone();
-    for principal in principals_mut(&mut policy) {
-        if let Pattern::Exact(text) | Pattern::Prefix(text) = principal
-            && let Some((OWN, path)) = text.split_once('/')
-        {
-            *text = format!("{own}/{path}").into();
+    let mut rules = policy.rules.to_vec();
+    for requirement in rules.iter_mut().flat_map(Rule::requirements_mut) {
+        let Values::Principals(principals) = &mut requirement.values else {
+            continue;
+        };
+        for principal in principals {
+            if let Pattern::Exact(text) | Pattern::Prefix(text) = principal
+                && let Some((OWN, path)) = text.split_once('/')
+            {
+                *text = format!("{own}/{path}").into();
+            }
         }
     }
-    Arc::new(Object::Authorization(policy))
+    rules.into()
 }
 
 /// Returns a warning for each principal of a trust domain other than the mesh's own: no client has such an identity.
-pub(super) fn warnings(policy: &AuthorizationPolicy, own: &TrustDomain) -> Vec<String> {
+pub(super) fn warnings(policy: &AuthorizationPolicy, own: &TrustDomain) -> Vec<FieldWarning> {
     let mut warnings = Vec::new();
-    for principal in principals(policy) {
-        let Some(domain) = domain(principal).filter(|domain| *domain != own.as_str()) else {
+    for (requirement, principal) in principals(policy) {
+        let known = [own.as_str(), OWN];
+        let Some(domain) = domain(principal).filter(|domain| !known.contains(domain)) else {
             continue;
         };
-        let warning = format!(
-            "principal {principal} matches no client: its trust domain {domain} is not known here; \
-             the mesh's own is {own}, which cluster.local stands for, too"
-        );
+        let warning = FieldWarning {
+            field: requirement.field.to_string(),
+            text: format!(
+                "principal {principal} matches no client, because its trust domain {domain} is not known here; the \
+                 mesh's own is {own}, for which cluster.local stands, too"
+            ),
+        };
         if !warnings.contains(&warning) {
             warnings.push(warning);
         }
@@ -54,30 +61,16 @@ fn domain(principal: &Pattern) -> Option<&str> {
     }
 }
 
-fn principals(policy: &AuthorizationPolicy) -> impl Iterator<Item = &Pattern> {
-    policy.rules.iter().flat_map(|rule| {
-        let sources = rule.from.iter().map(|source| &source.principals);
-        let conditions = rule.when.iter().filter_map(|condition| match condition {
-            Condition::Principal(values) => Some(values),
-            _ => None,
-        });
-        let matches = sources.chain(conditions);
-        matches.flat_map(|matches| matches.any.iter().chain(&matches.none))
-    })
-}
-
-fn principals_mut(policy: &mut AuthorizationPolicy) -> impl Iterator<Item = &mut Pattern> {
-    policy.rules.iter_mut().flat_map(|rule| {
-        let sources = rule.from.iter_mut().map(|source| &mut source.principals);
-        let conditions = rule
-            .when
-            .iter_mut()
-            .filter_map(|condition| match condition {
-                Condition::Principal(values) => Some(values),
-                _ => None,
-            });
-        let matches = sources.chain(conditions);
-        matches.flat_map(|matches| matches.any.iter_mut().chain(&mut matches.none))
+fn principals(policy: &AuthorizationPolicy) -> impl Iterator<Item = (&Requirement, &Pattern)> {
+    let requirements = policy.rules.iter().flat_map(Rule::requirements);
+    requirements.flat_map(|requirement| {
+        let principals = match &requirement.values {
+            Values::Principals(principals) => principals.as_slice(),
+            _ => &[],
+        };
+        principals
+            .iter()
+            .map(move |principal| (requirement, principal))
     })
 }
 
@@ -90,7 +83,7 @@ mod tests {
     use super::*;
     use crate::{
         Identity,
-        policy::{Connection, Policies, Settings},
+        policy::{Connection, Policies, Settings, api::Object},
     };
 
     fn policies(trust_domain: &str, action: &str, from: &Value) -> Policies {
@@ -178,7 +171,7 @@ mod tests {
             let policies = policies("prod.example", action, &rule);
             assert_eq!(allows(&policies, web), web_allowed, "{case}");
             assert_eq!(allows(&policies, api), api_allowed, "{case}");
-            assert_eq!(policies.warnings(), [""; 0], "{case}");
+            assert_eq!(policies.warnings(), [], "{case}");
         }
     }
 
@@ -189,8 +182,9 @@ mod tests {
         let warnings = policies.warnings();
         assert_eq!(warnings.len(), 1, "{warnings:?}");
         assert!(
-            warnings[0].starts_with(
-                "AuthorizationPolicy shop/web: principal other.example/ns/shop/sa/web matches no client"
+            warnings[0].to_string().starts_with(
+                "AuthorizationPolicy shop/web: spec.rules[0].from[0].source.principals: principal \
+                 other.example/ns/shop/sa/web matches no client"
             ),
             "{warnings:?}"
         );
@@ -201,6 +195,6 @@ mod tests {
         let rule = json!({"from": [{"source": {"principals": ["cluster.local/ns/shop/sa/web"]}}]});
         let policies = policies("cluster.local", "ALLOW", &rule);
         assert!(allows(&policies, "cluster.local/ns/shop/sa/web"));
-        assert_eq!(policies.warnings(), [""; 0]);
+        assert_eq!(policies.warnings(), []);
     }
 }

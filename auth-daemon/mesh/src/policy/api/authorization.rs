@@ -1,10 +1,11 @@
 //! AuthorizationPolicy: <https://istio.io/latest/docs/reference/config/security/authorization-policy/>.
 
-use ipnet::IpNet;
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use super::{
-    Account, Pattern, Selector,
+    Account, FieldWarning, Pattern, Requirement, Rule, Selector, Values,
     pattern::{block, port},
     read::{FieldError, Node, quoted},
     targets,
@@ -32,9 +33,9 @@ pub struct AuthorizationPolicy {
     /// Whether the policy is bound to gateways or services, so that it selects no workload here.
     pub elsewhere: bool,
     /// The policy matches if any of these rules matches. Without rules, it never matches.
-    pub rules: Vec<Rule>,
-    /// Fields that cannot be enforced, each with an explanation.
-    pub warnings: Vec<String>,
+    pub rules: Arc<[Rule]>,
+    /// Fields that cannot be enforced.
+    pub warnings: Vec<FieldWarning>,
 }
 
 /// Effect of a match.
@@ -46,71 +47,6 @@ pub enum Action {
     Deny,
     /// Records the connection in the access log.
     Audit,
-}
-
-/// A rule, which matches a connection if at least one source, at least one operation and all conditions match. An empty
-/// list of sources or operations matches every connection.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rule {
-    /// `from`.
-    pub from: Vec<Source>,
-    /// `to`.
-    pub to: Vec<Operation>,
-    /// `when`.
-    pub when: Vec<Condition>,
-    /// Whether the rule can never match, because it allows based on attributes that are unknown below HTTP.
-    pub never: bool,
-}
-
-/// A requirement on a value: it must match one of `any`, unless that is empty, and none of `none`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Matches<T> {
-    /// Values of which one must match. If empty, every value matches.
-    pub any: Vec<T>,
-    /// Values that must not match.
-    pub none: Vec<T>,
-}
-
-/// `from.source`. All fields must match.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Source {
-    /// `principals` and `notPrincipals`, without `spiffe://`.
-    pub principals: Matches<Pattern>,
-    /// `namespaces` and `notNamespaces`.
-    pub namespaces: Matches<Pattern>,
-    /// `serviceAccounts` and `notServiceAccounts`.
-    pub accounts: Matches<Account>,
-    /// `ipBlocks` and `notIpBlocks`.
-    pub blocks: Matches<IpNet>,
-    /// `remoteIpBlocks` and `notRemoteIpBlocks`. Compared with the same address as `blocks`, because no proxy forwards
-    /// connections for others here.
-    pub remote_blocks: Matches<IpNet>,
-}
-
-/// `to.operation`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Operation {
-    /// `ports` and `notPorts`.
-    pub ports: Matches<u16>,
-}
-
-/// An entry of `when`: a key with its values.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Condition {
-    /// `source.ip`.
-    SourceIp(Matches<IpNet>),
-    /// `remote.ip`. See [`Source::remote_blocks`].
-    RemoteIp(Matches<IpNet>),
-    /// `source.namespace`.
-    Namespace(Matches<Pattern>),
-    /// `source.principal`.
-    Principal(Matches<Pattern>),
-    /// `source.serviceAccount`.
-    Account(Matches<Account>),
-    /// `destination.ip`.
-    DestinationIp(Matches<IpNet>),
-    /// `destination.port`.
-    DestinationPort(Matches<u16>),
 }
 
 impl AuthorizationPolicy {
@@ -137,15 +73,15 @@ impl AuthorizationPolicy {
             if !spec.field("selector").is_null() {
                 return Err(targets.error("contradicts spec.selector; a policy has one of them"));
             }
-            warnings.push(format!(
-                "{}: is for a waypoint or gateway, of which there are none here: the policy has no effect",
-                targets.path()
+            warnings.push(targets.warning(
+                "is for a waypoint or gateway, of which there are none here: the policy has no effect",
             ));
         }
         if dry_run && action == Action::Audit {
-            warnings.push(format!(
-                "metadata.annotations[{DRY_RUN}]: means nothing for AUDIT, which never denies"
-            ));
+            warnings.push(FieldWarning {
+                field: format!("metadata.annotations[{DRY_RUN}]"),
+                text: "means nothing for AUDIT, which never denies".into(),
+            });
         }
         let reader = Reader {
             namespace: &name.namespace,
@@ -188,22 +124,6 @@ impl Action {
             Self::Allow => "ALLOW",
             Self::Deny => "DENY",
             Self::Audit => "AUDIT",
-        }
-    }
-}
-
-impl<T> Matches<T> {
-    /// Reports whether there is no requirement.
-    pub fn is_empty(&self) -> bool {
-        self.any.is_empty() && self.none.is_empty()
-    }
-}
-
-impl<T> Default for Matches<T> {
-    fn default() -> Self {
-        Self {
-            any: Vec::new(),
-            none: Vec::new(),
         }
     }
 }
@@ -253,7 +173,7 @@ const SOURCE_FIELDS: [&str; 14] = [
     "notTrustDomains",
 ];
 /// The fields of `SOURCE_FIELDS` that a layer-4 proxy cannot enforce.
-const UNMET_SOURCE_FIELDS: &[&str] = SOURCE_FIELDS.split_at(10).1;
+const UNKNOWN_SOURCE_FIELDS: &[&str] = SOURCE_FIELDS.split_at(10).1;
 
 const OPERATION_FIELDS: [&str; 8] = [
     "ports",
@@ -265,10 +185,10 @@ const OPERATION_FIELDS: [&str; 8] = [
     "paths",
     "notPaths",
 ];
-const UNMET_OPERATION_FIELDS: &[&str] = OPERATION_FIELDS.split_at(2).1;
+const UNKNOWN_OPERATION_FIELDS: &[&str] = OPERATION_FIELDS.split_at(2).1;
 
 /// Condition keys that cannot be enforced. A key that ends in a bracket or dot stands for all keys that begin with it.
-const UNMET_KEYS: [&str; 9] = [
+const UNKNOWN_KEYS: [&str; 9] = [
     "request.headers[",
     "request.experimental.inline.headers[",
     "request.auth.principal",
@@ -281,36 +201,42 @@ const UNMET_KEYS: [&str; 9] = [
 ];
 
 impl Reader<'_> {
-    fn rule(&self, node: &Node<'_>, warnings: &mut Vec<String>) -> Result<Rule, FieldError> {
+    fn rule(&self, node: &Node<'_>, warnings: &mut Vec<FieldWarning>) -> Result<Rule, FieldError> {
         if node.is_null() {
             return Err(node.error("is null; a rule that matches everything is {}"));
         }
         node.only(&["from", "to", "when"])?;
         let mut rule = Rule::default();
-        let mut unmet = Vec::new();
+        let mut unknown = Vec::new();
         for from in self.alternatives(&node.field("from"))? {
             from.only(&["source"])?;
             rule.from
-                .push(self.source(&from.field("source"), &mut unmet)?);
+                .push(self.source(&from.field("source"), &mut unknown)?);
         }
         for to in self.alternatives(&node.field("to"))? {
             to.only(&["operation"])?;
             rule.to
-                .push(self.operation(&to.field("operation"), &mut unmet)?);
+                .push(self.operation(&to.field("operation"), &mut unknown)?);
         }
         for when in limited(&node.field("when"), MAX_CONDITIONS)? {
-            rule.when.extend(self.condition(&when, &mut unmet)?);
+            self.condition(&when, &mut rule.when, &mut unknown)?;
         }
         // Follows Istio's documentation (ambient: use layer 4 security policy; tasks: authorization for TCP traffic):
         // an ALLOW rule with an unknown attribute never matches, and a DENY rule ignores the attribute. Both deny more
         // than requested.
-        rule.never = self.action == Action::Allow && !unmet.is_empty();
-        warnings.extend(unmet.into_iter().map(|field| match self.action {
-            Action::Allow => format!("{field}: cannot be known below HTTP, so this rule never allows"),
-            Action::Deny => {
-                format!("{field}: cannot be known below HTTP, so this rule denies without it: more than it says")
-            }
-            Action::Audit => format!("{field}: cannot be known below HTTP, so this rule audits without it"),
+        if self.action == Action::Allow {
+            rule.never = unknown
+                .first()
+                .map(|field| format!("{field} cannot be known below HTTP"));
+        }
+        let consequence = match self.action {
+            Action::Allow => "this rule never allows",
+            Action::Deny => "this rule denies without it: more than it says",
+            Action::Audit => "this rule audits without it",
+        };
+        warnings.extend(unknown.into_iter().map(|field| FieldWarning {
+            field,
+            text: format!("cannot be known below HTTP, so {consequence}"),
         }));
         Ok(rule)
     }
@@ -325,41 +251,55 @@ impl Reader<'_> {
         Ok(elements)
     }
 
-    fn source(&self, node: &Node<'_>, unmet: &mut Vec<String>) -> Result<Source, FieldError> {
+    fn source(
+        &self,
+        node: &Node<'_>,
+        unknown: &mut Vec<String>,
+    ) -> Result<Vec<Requirement>, FieldError> {
         present(node, &SOURCE_FIELDS)?;
-        let source = Source {
-            principals: matches(node, "principals", "notPrincipals", Pattern::principal)?,
-            namespaces: matches(node, "namespaces", "notNamespaces", Pattern::namespace)?,
-            accounts: matches(node, "serviceAccounts", "notServiceAccounts", |text| {
-                Account::new(text, self.namespace)
-            })?,
-            blocks: matches(node, "ipBlocks", "notIpBlocks", block)?,
-            remote_blocks: matches(node, "remoteIpBlocks", "notRemoteIpBlocks", block)?,
+        let mut source = Vec::new();
+        let mut add = |fields, parse: &dyn Fn(&Node<'_>) -> Result<Values, FieldError>| {
+            require(node, fields, parse, &mut source)
         };
-        let alone = source.principals.is_empty() && source.namespaces.is_empty();
-        if !source.accounts.is_empty() && !alone {
+        add(["principals", "notPrincipals"], &principals)?;
+        add(["serviceAccounts", "notServiceAccounts"], &|node| {
+            self.accounts(node)
+        })?;
+        add(["namespaces", "notNamespaces"], &namespaces)?;
+        add(["ipBlocks", "notIpBlocks"], &sources)?;
+        // The same address, because no proxy forwards connections for others here.
+        add(["remoteIpBlocks", "notRemoteIpBlocks"], &sources)?;
+        let is_account = |one: &Requirement| matches!(one.values, Values::Accounts(_));
+        let is_name =
+            |one: &Requirement| matches!(one.values, Values::Principals(_) | Values::Namespaces(_));
+        if source.iter().any(is_account) && source.iter().any(is_name) {
             return Err(node
                 .field("serviceAccounts")
                 .error("cannot stand beside principals or namespaces"));
         }
-        unmet.extend(set(node, UNMET_SOURCE_FIELDS)?);
+        unknown.extend(set(node, UNKNOWN_SOURCE_FIELDS)?);
         Ok(source)
     }
 
-    fn operation(&self, node: &Node<'_>, unmet: &mut Vec<String>) -> Result<Operation, FieldError> {
+    fn operation(
+        &self,
+        node: &Node<'_>,
+        unknown: &mut Vec<String>,
+    ) -> Result<Vec<Requirement>, FieldError> {
         present(node, &OPERATION_FIELDS)?;
-        let operation = Operation {
-            ports: matches(node, "ports", "notPorts", port)?,
-        };
-        unmet.extend(set(node, UNMET_OPERATION_FIELDS)?);
+        let mut operation = Vec::new();
+        require(node, ["ports", "notPorts"], &ports, &mut operation)?;
+        unknown.extend(set(node, UNKNOWN_OPERATION_FIELDS)?);
         Ok(operation)
     }
 
     fn condition(
         &self,
         node: &Node<'_>,
-        unmet: &mut Vec<String>,
-    ) -> Result<Option<Condition>, FieldError> {
+        conditions: &mut Vec<Requirement>,
+        unknown: &mut Vec<String>,
+    ) -> Result<(), FieldError> {
+        const FIELDS: [&str; 2] = ["values", "notValues"];
         node.only(&["key", "values", "notValues"])?;
         let key = node.field("key");
         let Some(name) = key.text()? else {
@@ -369,44 +309,78 @@ impl Reader<'_> {
         if !given("values")? && !given("notValues")? {
             return Err(node.error("has neither values nor notValues"));
         }
-        let account = |text: &str| Account::new(text, self.namespace);
-        let condition = match name {
-            "source.ip" => Condition::SourceIp(matches(node, "values", "notValues", block)?),
-            "remote.ip" => Condition::RemoteIp(matches(node, "values", "notValues", block)?),
-            "source.namespace" => {
-                Condition::Namespace(matches(node, "values", "notValues", Pattern::namespace)?)
-            }
-            "source.principal" => {
-                Condition::Principal(matches(node, "values", "notValues", Pattern::principal)?)
-            }
-            "source.serviceAccount" => {
-                Condition::Account(matches(node, "values", "notValues", account)?)
-            }
-            "destination.ip" => {
-                Condition::DestinationIp(matches(node, "values", "notValues", block)?)
-            }
-            "destination.port" => {
-                Condition::DestinationPort(matches(node, "values", "notValues", port)?)
-            }
+        let mut add = |parse: &dyn Fn(&Node<'_>) -> Result<Values, FieldError>| {
+            require(node, FIELDS, parse, conditions)
+        };
+        match name {
+            "source.ip" | "remote.ip" => add(&sources),
+            "source.namespace" => add(&namespaces),
+            "source.principal" => add(&principals),
+            "source.serviceAccount" => add(&|node| self.accounts(node)),
+            "destination.ip" => add(&|node| node.texts(block).map(Values::Destinations)),
+            "destination.port" => add(&ports),
             _ => {
-                let unmet_key =
-                    UNMET_KEYS
+                let is_unknown =
+                    UNKNOWN_KEYS
                         .iter()
                         .any(|known| match known.strip_suffix(['[', '.']) {
                             Some(_) => name.starts_with(known),
                             None => name == *known,
                         });
-                if !unmet_key {
+                if !is_unknown {
                     return Err(key.error(format!("{} is not known here", quoted(name))));
                 }
                 // Parsed anyway, to reject values that are not lists of strings.
-                matches(node, "values", "notValues", |_| Ok(()))?;
-                unmet.push(format!("{}: {}", key.path(), quoted(name)));
-                return Ok(None);
+                for field in FIELDS {
+                    node.field(field).texts(|_| Ok(()))?;
+                }
+                unknown.push(format!("{}: {}", key.path(), quoted(name)));
+                Ok(())
             }
-        };
-        Ok(Some(condition))
+        }
     }
+
+    fn accounts(&self, node: &Node<'_>) -> Result<Values, FieldError> {
+        node.texts(|text| Account::new(text, self.namespace))
+            .map(Values::Accounts)
+    }
+}
+
+fn principals(node: &Node<'_>) -> Result<Values, FieldError> {
+    node.texts(Pattern::principal).map(Values::Principals)
+}
+
+fn namespaces(node: &Node<'_>) -> Result<Values, FieldError> {
+    node.texts(Pattern::namespace).map(Values::Namespaces)
+}
+
+fn sources(node: &Node<'_>) -> Result<Values, FieldError> {
+    node.texts(block).map(Values::Sources)
+}
+
+fn ports(node: &Node<'_>) -> Result<Values, FieldError> {
+    node.texts(port).map(Values::Ports)
+}
+
+/// Adds the requirements of a field and of its negative form, if they are set.
+fn require(
+    node: &Node<'_>,
+    [positive, negative]: [&str; 2],
+    parse: &dyn Fn(&Node<'_>) -> Result<Values, FieldError>,
+    requirements: &mut Vec<Requirement>,
+) -> Result<(), FieldError> {
+    for (name, negated) in [(positive, false), (negative, true)] {
+        let field = node.field(name);
+        let values = parse(&field)?;
+        if field.list()?.next().is_some() {
+            requirements.push(Requirement {
+                field: field.path().into(),
+                negated,
+                values,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Rejects an object that has unknown fields, or no fields, because without fields it would match everything.
@@ -423,18 +397,6 @@ fn present(node: &Node<'_>, known: &[&str]) -> Result<(), FieldError> {
         return Err(node.error("is empty; leave it out to match any"));
     }
     Ok(())
-}
-
-fn matches<T>(
-    node: &Node<'_>,
-    any: &str,
-    none: &str,
-    parse: impl Fn(&str) -> Result<T, String>,
-) -> Result<Matches<T>, FieldError> {
-    Ok(Matches {
-        any: node.field(any).texts(&parse)?,
-        none: node.field(none).texts(&parse)?,
-    })
 }
 
 /// Returns the paths of those `fields` that have values.

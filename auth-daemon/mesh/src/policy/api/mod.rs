@@ -6,15 +6,17 @@ mod authorization;
 mod pattern;
 mod peer;
 mod read;
+mod rule;
 
 use std::{collections::BTreeMap, fmt};
 
 use serde_json::Value;
 
-pub use authorization::{Action, AuthorizationPolicy, Condition, Matches, Operation, Rule, Source};
+pub use authorization::{Action, AuthorizationPolicy};
 pub use pattern::{Account, Pattern};
 pub use peer::{Mode, PeerAuthentication};
 use read::{FieldError, Node, exceeds, quoted};
+pub use rule::{Requirement, Rule, Values};
 
 use crate::ObjectName;
 
@@ -63,6 +65,15 @@ pub struct Unreadable {
     pub instead: Instead,
     /// Workloads for which that is enforced: all in the namespace if the selector cannot be read.
     pub selector: Selector,
+}
+
+/// A field of a readable object that does not have the effect that its author may expect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldWarning {
+    /// Path of the field.
+    pub field: String,
+    /// What the field means here.
+    pub text: String,
 }
 
 /// What is enforced in the place of an object that cannot be read.
@@ -136,8 +147,17 @@ impl Object {
         }
     }
 
-    /// Returns warnings for the author of a readable object that cannot be fully enforced. Each names the field.
-    pub fn warnings(&self) -> &[String] {
+    /// Returns the selector.
+    pub fn selector(&self) -> &Selector {
+        match self {
+            Self::Authorization(policy) => &policy.selector,
+            Self::Peer(policy) => &policy.selector,
+            Self::Unreadable(unreadable) => &unreadable.selector,
+        }
+    }
+
+    /// Returns warnings for the author of a readable object that cannot be fully enforced.
+    pub fn warnings(&self) -> &[FieldWarning] {
         match self {
             Self::Authorization(policy) => &policy.warnings,
             Self::Peer(policy) => &policy.warnings,
@@ -244,6 +264,12 @@ impl Kind {
             Self::Authorization => "AuthorizationPolicy",
             Self::Peer => "PeerAuthentication",
         }
+    }
+}
+
+impl fmt::Display for FieldWarning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.text)
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::{
-    Selector,
+    FieldWarning, Selector,
     pattern::port,
     read::{FieldError, Node, quoted},
 };
@@ -24,8 +24,8 @@ pub struct PeerAuthentication {
     pub mode: Option<Mode>,
     /// Modes of single ports, which take precedence over [`PeerAuthentication::mode`].
     pub ports: BTreeMap<u16, Mode>,
-    /// Settings that do not have the effect that the author may expect, each with its field.
-    pub warnings: Vec<String>,
+    /// Settings that do not have the effect that the author may expect.
+    pub warnings: Vec<FieldWarning>,
 }
 
 /// Mutual TLS mode: which connections a port accepts.
@@ -69,7 +69,7 @@ impl PeerAuthentication {
     }
 }
 
-fn mode(mtls: &Node<'_>, warnings: &mut Vec<String>) -> Result<Option<Mode>, FieldError> {
+fn mode(mtls: &Node<'_>, warnings: &mut Vec<FieldWarning>) -> Result<Option<Mode>, FieldError> {
     mtls.only(&["mode"])?;
     let node = mtls.field("mode");
     Ok(match node.text()? {
@@ -77,9 +77,8 @@ fn mode(mtls: &Node<'_>, warnings: &mut Vec<String>) -> Result<Option<Mode>, Fie
         Some("STRICT") => Some(Mode::Strict),
         Some("PERMISSIVE") => Some(Mode::Permissive),
         Some("DISABLE") => {
-            warnings.push(format!(
-                "{}: DISABLE is as PERMISSIVE here: pods of the mesh still call with mutual TLS",
-                node.path()
+            warnings.push(node.warning(
+                "DISABLE is as PERMISSIVE here: pods of the mesh still call with mutual TLS",
             ));
             Some(Mode::Disable)
         }

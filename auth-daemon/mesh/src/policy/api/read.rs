@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use super::FieldWarning;
+
 /// Maximum length of a value that an error quotes, in characters.
 const MAX_QUOTED: usize = 64;
 
@@ -44,6 +46,13 @@ impl<'a> Node<'a> {
         FieldError {
             field: self.path.clone(),
             reason: reason.into(),
+        }
+    }
+
+    pub(super) fn warning(&self, text: impl Into<String>) -> FieldWarning {
+        FieldWarning {
+            field: self.path.clone(),
+            text: text.into(),
         }
     }
 
