@@ -27,7 +27,10 @@ use crate::{
     config::{Discovery, Mode},
     proxy::Node,
 };
-use auth_mesh::policy::question::{Answer, EnabledNamespace, KUBE_SYSTEM, Known, Question};
+use auth_mesh::policy::{
+    diff::{Inventory, Pod},
+    question::{Answer, EnabledNamespace, KUBE_SYSTEM, Known, Question},
+};
 use auth_support::http_server::answer;
 use auth_tunnel::tls::{rfc3339, unix_seconds};
 
@@ -97,6 +100,7 @@ pub async fn serve(node: Arc<Node>, health: Arc<Health>, listeners: Listeners) {
         .route("/status", get(status))
         .route("/policy/check", post(check_policy))
         .route("/policy/list", post(list_policies))
+        .route("/policy/pods", get(policy_pods))
         .with_state(node.clone());
     let metrics_routes = Router::new()
         .route("/metrics", get(metrics::metrics))
@@ -119,6 +123,14 @@ async fn check_policy(
 
 async fn list_policies(State(node): State<Arc<Node>>) -> Json<Result<Answer, String>> {
     Json(Ok(known(&node).list()))
+}
+
+/// Returns what a comparison of policies needs to know of the mesh.
+async fn policy_pods(State(node): State<Arc<Node>>) -> Json<Inventory> {
+    let policies = node.policies.current();
+    let snapshot = node.registry.snapshot();
+    let pods = snapshot.workloads().map(|pod| Pod::from(&**pod));
+    Json(Inventory::new(policies.settings(), pods))
 }
 
 fn known(node: &Node) -> Known {

@@ -29,13 +29,13 @@ pub(super) struct Manifests {
     #[arg(long)]
     pub(super) files: Option<PathBuf>,
     /// The trust domain of the pods' identities.
-    #[arg(long, requires = "files", default_value = "cluster.local")]
+    #[arg(long, default_value = "cluster.local")]
     pub(super) trust_domain: String,
     /// Namespace whose policies apply to all namespaces.
-    #[arg(long, requires = "files", default_value = "istio-system")]
+    #[arg(long, default_value = "istio-system")]
     pub(super) root_namespace: String,
     /// Mode of pods that no PeerAuthentication applies to.
-    #[arg(long, requires = "files", value_enum, default_value_t = DefaultMode::Strict, ignore_case = true)]
+    #[arg(long, value_enum, default_value_t = DefaultMode::Strict, ignore_case = true)]
     pub(super) mode: DefaultMode,
 }
 

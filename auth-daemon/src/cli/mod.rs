@@ -6,6 +6,7 @@ mod check;
 mod embedded_ca;
 mod manifests;
 mod policy;
+mod policy_diff;
 pub(crate) mod probe;
 mod run;
 mod standby;

@@ -6,7 +6,7 @@ use std::{net::IpAddr, process::ExitCode, time::Duration};
 use anyhow::{Context, anyhow};
 use clap::Subcommand;
 
-use super::{ask_daemon, manifests::Manifests};
+use super::{ask_daemon, manifests::Manifests, policy_diff};
 use crate::admin::ADMIN_PORT;
 use auth_mesh::policy::question::{Answer, Question};
 
@@ -19,7 +19,8 @@ pub(super) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Explain whether a call is allowed, by which rule, and why the other policies do not match. Exit code 0: allowed,
-    /// 1: denied, 2: unknown.
+    /// 1: denied, 2: unknown. With --diff, compare two sets of policies instead. Exit code 0: everything that is allowed
+    /// stays allowed, 1: connections would end or be refused, 2: unknown.
     Check(CheckArguments),
     /// List the policies, with the pods that each selects and any errors. Exit code 2 if a policy cannot be read.
     List(Manifests),
@@ -28,28 +29,33 @@ enum Command {
 #[derive(Debug, clap::Args)]
 struct CheckArguments {
     /// The caller: a SPIFFE ID, or a pod as NAMESPACE/NAME.
-    #[arg(long)]
-    from: String,
+    #[arg(long, required_unless_present = "diff")]
+    from: Option<String>,
     /// The server: a pod or service as NAMESPACE/NAME[:PORT]. If a pod and a service have the same name, use
     /// pod/NAMESPACE/NAME or service/NAMESPACE/NAME. A service stands for each of its pods.
-    #[arg(long)]
-    to: String,
+    #[arg(long, required_unless_present = "diff")]
+    to: Option<String>,
     /// Source address of the call, instead of the pod's own.
     #[arg(long)]
     source_ip: Option<IpAddr>,
+    #[command(flatten)]
+    diff: policy_diff::Arguments,
     #[command(flatten)]
     manifests: Manifests,
 }
 
 /// Maximum time to wait for the daemon's answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// Exit code if it cannot be determined whether the call is allowed.
 const UNKNOWN: u8 = 2;
 const DENIED: u8 = 1;
 
 pub(super) fn policy(arguments: &Arguments) -> ExitCode {
     let (answer, bad) = match &arguments.command {
-        Command::Check(arguments) => (check(arguments), DENIED),
+        Command::Check(arguments) => match arguments.diff.sides() {
+            Some(sides) => (arguments.diff.compare(sides, &arguments.manifests), DENIED),
+            None => (check(arguments), DENIED),
+        },
         Command::List(manifests) => (list(manifests), UNKNOWN),
     };
     match answer {
@@ -69,8 +75,8 @@ pub(super) fn policy(arguments: &Arguments) -> ExitCode {
 
 fn check(arguments: &CheckArguments) -> anyhow::Result<Answer> {
     let question = Question {
-        from: arguments.from.clone(),
-        to: arguments.to.clone(),
+        from: arguments.from.clone().unwrap_or_default(),
+        to: arguments.to.clone().unwrap_or_default(),
         source_ip: arguments.source_ip,
     };
     match &arguments.manifests.files {
@@ -150,9 +156,10 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
 
         fn check(&self, from: &str, to: &str) -> Result<(String, bool), String> {
             let arguments = CheckArguments {
-                from: from.into(),
-                to: to.into(),
+                from: Some(from.into()),
+                to: Some(to.into()),
                 source_ip: None,
+                diff: policy_diff::Arguments::default(),
                 manifests: self.manifests(),
             };
             check(&arguments)

@@ -143,6 +143,8 @@ impl OpenConnections {
                     direction: connection.direction,
                     client: details.client,
                     destination: details.destination,
+                    endpoint: details.endpoint,
+                    path: details.path.name(),
                     service: details.service.map(|name| name.to_string()),
                     client_identity: details.client_identity.map(|id| id.to_string()),
                     server_identity: details.server_identity.map(|id| id.to_string()),
@@ -171,6 +173,10 @@ pub struct ConnectionStatus {
     pub client: SocketAddr,
     /// The address that it dialled.
     pub destination: Option<SocketAddr>,
+    /// The server's own address and port.
+    pub endpoint: Option<SocketAddr>,
+    /// How it reaches the server, as in the access log.
+    pub path: &'static str,
     /// The service that the destination belongs to.
     pub service: Option<String>,
     /// The client's SPIFFE ID.

@@ -7,6 +7,7 @@
 pub mod api;
 mod bits;
 mod compile;
+pub mod diff;
 #[cfg(test)]
 mod examples;
 mod explain;
