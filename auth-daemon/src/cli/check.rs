@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 
-use crate::config::{Config, DEFAULT_PINS, NonTcp};
+use super::manifests;
+use crate::config::{Config, DEFAULT_PINS, Discovery, NonTcp};
 use auth_datapath::features;
+use auth_mesh::{Membership, policy::question::KUBE_SYSTEM};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -24,7 +26,7 @@ pub(super) fn check(arguments: &Arguments) -> anyhow::Result<()> {
         .map_or_else(|| DEFAULT_PINS.into(), |config| config.pins.clone());
     let cgroup = config.as_ref().and_then(|config| config.cgroup.clone());
     let findings = features::check(cgroup.as_deref(), &pins);
-    let warnings: Vec<_> = config.iter().flat_map(warnings).collect();
+    let warnings = config.as_ref().map(warnings).unwrap_or_default();
     let missing = findings.iter().filter(|finding| !finding.ok).count();
     if arguments.json {
         let report = serde_json::json!({
@@ -46,15 +48,32 @@ pub(super) fn check(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Consequences of the configuration that a security team should know.
-fn warnings(config: &Config) -> Vec<&'static str> {
-    match config.non_tcp {
-        NonTcp::Allow => vec![
+/// Returns consequences of the configuration, and of the manifests that it names, that a security team should know.
+fn warnings(config: &Config) -> Vec<String> {
+    let non_tcp = match config.non_tcp {
+        NonTcp::Allow => {
             "nonTcp: allow: UDP, SCTP and everything else that is not TCP is neither encrypted nor authenticated, also \
-             between pods of the mesh; `nonTcp: deny` refuses it",
-        ],
-        NonTcp::Deny => vec![
-            "nonTcp: deny: pods cannot ask a DNS server in the mesh over UDP; keep the cluster's DNS outside of the mesh",
-        ],
+             between pods of the mesh; `nonTcp: deny` refuses it"
+        }
+        NonTcp::Deny => {
+            "nonTcp: deny: pods cannot ask a DNS server in the mesh over UDP; keep the cluster's DNS outside of the mesh"
+        }
+    };
+    let mut warnings = vec![non_tcp.to_owned()];
+    match &config.discovery {
+        Discovery::Files(folder) => match manifests::read(folder, config.policy.clone()) {
+            Ok(known) => warnings.extend(known.warnings()),
+            Err(error) => warnings.push(format!("discovery.files: {error:#}")),
+        },
+        Discovery::Kubernetes { defaults, .. } => {
+            if defaults.of(KUBE_SYSTEM) == Membership::Enabled {
+                warnings.push(
+                    "discovery.kubernetes.excludedNamespaces: lacks kube-system, so pods that the cluster itself depends \
+                     on are in the mesh, and under STRICT refuse plaintext from outside the mesh; add kube-system"
+                        .to_owned(),
+                );
+            }
+        }
     }
+    warnings
 }

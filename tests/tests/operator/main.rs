@@ -7,3 +7,4 @@ mod commands;
 mod config;
 mod footprint;
 mod logs;
+mod policy_changes;

@@ -1,0 +1,142 @@
+//! `auth-daemon policy check --diff` on a node with a daemon: what it says in advance, and what then happens.
+
+use std::{fs, path::PathBuf};
+
+use mesh_tests::{App, Context, Finished, PodSpec, Result, TIMEOUT, eventually};
+use serde_json::{Value, json};
+
+use crate::common::pair::Pair;
+
+/// An AuthorizationPolicy for the pods with the label `app=web`.
+fn authorization(action: &str, account: &str) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {
+            "selector": {"matchLabels": {"app": "web"}}, "action": action,
+            "rules": [{"from": [{"source": {"serviceAccounts": [account]}}]}],
+        },
+    })
+}
+
+/// The pair, with a third pod, and a connection that stays open.
+struct Scene {
+    pair: Pair,
+    connection: App,
+    _echo: App,
+}
+
+impl Scene {
+    fn start() -> Result<Self> {
+        let other = PodSpec::new("other").on("a").service_account("other");
+        let pair = Pair::start_with(&Default::default(), |builder| builder.pod(other))?;
+        let echo = pair.web.app("echo-server --port 8080")?.listening()?;
+        let to = pair.web.at(8080);
+        let connection = pair
+            .client
+            .app(&format!("connect --to {to} --send hi --read"))?;
+        eventually(TIMEOUT, "an open connection", || {
+            let connections = pair.far.status().ok()?.connections;
+            let mut open = connections.iter();
+            open.any(|open| open.bytes_to_client == 2).then_some(())
+        })?;
+        Ok(Self {
+            pair,
+            connection,
+            _echo: echo,
+        })
+    }
+
+    fn file(&self, name: &str, content: &Value) -> Result<PathBuf> {
+        let path = self.pair.mesh.node("b").folder().join(name);
+        fs::write(&path, content.to_string())?;
+        Ok(path)
+    }
+
+    /// Compares no policies with `new`, on the server's node.
+    fn diff(&self, new: &Value, more: &[&str]) -> Result<Finished> {
+        let old = self.file(
+            "old.json",
+            &json!({"apiVersion": "v1", "kind": "List", "items": []}),
+        )?;
+        let new = self.file("new.json", new)?;
+        let (old, new) = (old.display().to_string(), new.display().to_string());
+        let arguments = [&["policy", "check", "--diff", &old, &new], more].concat();
+        self.pair.mesh.node("b").auth(&arguments)
+    }
+}
+
+fn parsed(finished: &Finished) -> Result<Value> {
+    serde_json::from_str(&finished.stdout).with_context(|| finished.stderr.clone())
+}
+
+#[test]
+fn a_diff_names_the_open_connections_that_then_end() -> Result<()> {
+    let mut scene = Scene::start()?;
+    let denies = authorization("DENY", "client");
+
+    let finished = scene.diff(&denies, &["-o", "json"])?;
+    assert_eq!(finished.code(), Some(1), "{}", finished.stderr);
+    let differences = parsed(&finished)?;
+    let ending = &differences["ending"];
+    assert_eq!(ending.as_array().map(Vec::len), Some(1), "{differences}");
+    assert_eq!(
+        (&ending[0]["client"], &ending[0]["server"]),
+        (&"default/client".into(), &"default/web".into())
+    );
+    assert_eq!(
+        (&ending[0]["ports"], &ending[0]["count"]),
+        (&"8080".into(), &1.into())
+    );
+    let after = "denied by AuthorizationPolicy default/web rules[0]";
+    assert_eq!(ending[0]["after"], after);
+    assert_eq!(differences["observed"], 1, "{differences}");
+
+    let table = scene.diff(&denies, &[])?.stdout;
+    assert!(
+        table.contains("OPEN CONNECTIONS THAT WOULD END (1)\n"),
+        "{table}"
+    );
+
+    scene.pair.mesh.manifests().apply(&denies)?;
+    let ended = scene.connection.event("failed", TIMEOUT)?;
+    assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
+    Ok(())
+}
+
+#[test]
+fn a_diff_reports_refused_calls_when_open_connections_stay() -> Result<()> {
+    let scene = Scene::start()?;
+    let finished = scene.diff(&authorization("DENY", "other"), &["-o", "json"])?;
+    assert_eq!(finished.code(), Some(1), "{}", finished.stderr);
+    let differences = parsed(&finished)?;
+    assert_eq!(differences["ending"], json!([]), "{differences}");
+    let refused = &differences["refused"];
+    assert_eq!(refused.as_array().map(Vec::len), Some(1), "{differences}");
+    assert_eq!(refused[0]["client"], "default/other");
+
+    let finished = scene.diff(&authorization("AUDIT", "client"), &["-o", "json"])?;
+    assert_eq!(finished.code(), Some(0), "{}", finished.stdout);
+    Ok(())
+}
+
+#[test]
+fn a_diff_judges_connections_of_a_saved_status() -> Result<()> {
+    let scene = Scene::start()?;
+    let status = scene.file("status.json", &scene.pair.far.status_json()?)?;
+    let status = status.display().to_string();
+    let denies = authorization("DENY", "client");
+    let finished = scene.diff(&denies, &["-o", "json", "--connections", &status])?;
+    assert_eq!(parsed(&finished)?["ending"][0]["client"], "default/client");
+
+    let other = scene.file("other.json", &json!({"pods": []}))?;
+    let other = other.display().to_string();
+    let finished = scene.diff(&denies, &["--connections", &other])?;
+    assert_eq!(finished.code(), Some(2));
+    assert!(
+        finished.stderr.contains("it has no connections"),
+        "{}",
+        finished.stderr
+    );
+    Ok(())
+}
