@@ -1,5 +1,5 @@
-//! What an app says first goes with the CONNECT. When the server then breaks off without a word about it, the app gets
-//! an error, and no endpoint gets the bytes a second time.
+//! Early bytes are sent with CONNECT. If the server then ends the tunnel without refusing them, the app gets
+//! an error, and no endpoint receives the bytes a second time.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use crate::common::hostile::{
 use crate::common::two_endpoints::{TwoEndpoints, behind, hold, refuse, rst, serve_well};
 use mesh_tests::Result;
 
-/// How the hostile endpoint breaks off, with the first bytes in its hands. The app asks for it by its connection's name.
+/// How the hostile endpoint ends the tunnel after it has read the early bytes. The connection's name selects it.
 const BREAKS: [&str; 14] = [
     "fin",
     "close",
@@ -33,17 +33,17 @@ const BREAKS: [&str; 14] = [
 ];
 
 #[test]
-fn what_a_new_tunnel_took_goes_nowhere_else() -> Result<()> {
+fn early_bytes_accepted_by_a_new_tunnel_are_not_sent_again() -> Result<()> {
     let scene = TwoEndpoints::start(&[("hostile", breaks_off)])?;
     let mut faults = Faults::default();
     let mut apps = Vec::new();
     for broken in BREAKS {
-        // The second is longer than what goes with the CONNECT.
+        // The second is longer than the early bytes can be.
         for (number, size) in [100, 100_000].into_iter().enumerate() {
             let steps = format!("send:{size},end,rest");
             apps.push(scene.script(&format!("{broken}-{number}"), &steps)?);
         }
-        // Said when the CONNECT is long gone, before there is an answer to it.
+        // Sent long after CONNECT and before its answer.
         apps.push(scene.script(&format!("{broken}-late"), "pause:150,send:100,end,rest")?);
     }
     for app in apps {
@@ -56,7 +56,7 @@ fn what_a_new_tunnel_took_goes_nowhere_else() -> Result<()> {
 }
 
 #[test]
-fn what_a_tunnel_from_the_pool_took_goes_nowhere_else() -> Result<()> {
+fn early_bytes_accepted_by_a_pooled_tunnel_are_not_sent_again() -> Result<()> {
     let scene = TwoEndpoints::start(&[("hostile", breaks_off)])?;
     let mut faults = Faults::default();
     let mut pooled = 0;
@@ -73,7 +73,7 @@ fn what_a_tunnel_from_the_pool_took_goes_nowhere_else() -> Result<()> {
                 anyhow::bail!("not two connections: {spokes:?}");
             };
             faults.check(ok.was_echoed(), || format!("{first}: {}", ok.0));
-            // On a tunnel that idled for longer, the CONNECT goes alone, and is refused.
+            // On a tunnel that was idle for longer, CONNECT is sent without early bytes, and is refused.
             if scene.ledger.takers(&second) == ["honest"] {
                 faults.check(spoke.was_echoed(), || format!("{second}: {}", spoke.0));
             } else {
@@ -91,9 +91,9 @@ fn what_a_tunnel_from_the_pool_took_goes_nowhere_else() -> Result<()> {
     Ok(())
 }
 
-/// The app begins to speak at about the moment when the server breaks off, or says no.
+/// The app starts to send at about the moment when the server ends the tunnel or refuses.
 #[test]
-fn a_race_of_first_bytes_and_the_end_is_decided_once() -> Result<()> {
+fn race_of_early_bytes_and_end_is_decided_once() -> Result<()> {
     let scene = TwoEndpoints::start(&[("hostile", races)])?;
     let mut faults = Faults::default();
     let mut apps = Vec::new();
@@ -140,7 +140,7 @@ fn a_race_of_first_bytes_and_the_end_is_decided_once() -> Result<()> {
     Ok(())
 }
 
-/// The hostile endpoint has got it, and nobody else; the app knows that it failed.
+/// Checks that only the hostile endpoint has the bytes, and that the app got an error.
 fn check_broken(scene: &TwoEndpoints, spoke: &Spoke, faults: &mut Faults) -> Result<()> {
     let name = spoke.name();
     faults.check(spoke.was_reset(), || {
@@ -170,7 +170,7 @@ fn check_broken(scene: &TwoEndpoints, spoke: &Spoke, faults: &mut Faults) -> Res
     Ok(())
 }
 
-/// First bytes that came with the CONNECT on a tunnel that had carried a connection already.
+/// Returns early bytes that came with CONNECT on a reused tunnel.
 static POOLED: AtomicUsize = AtomicUsize::new(0);
 
 fn breaks_off(
@@ -214,7 +214,7 @@ fn breaks_off(
         }
         "connectedrst" => {
             peer.send(&connected)?;
-            // It is to arrive, not to be overtaken.
+            // The bytes must arrive before the tunnel ends.
             thread::sleep(Duration::from_millis(50));
             return rst(&peer.tcp);
         }
@@ -223,7 +223,7 @@ fn breaks_off(
     hold(&peer.tcp)
 }
 
-/// Breaks off, or says no, within milliseconds of the CONNECT. What it has said no to it has not taken.
+/// Ends the tunnel or refuses within milliseconds of CONNECT. Does not record bytes that it refuses.
 fn races(peer: &mut Peer, from: SocketAddr, _: usize, ledger: &Ledger) -> io::Result<bool> {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);

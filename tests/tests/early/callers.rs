@@ -1,5 +1,5 @@
-//! Callers that say everything at once to a real daemon: what comes behind a CONNECT goes to the app that accepted, whole,
-//! or to nobody.
+//! Callers that send all frames at once to a real daemon: bytes after a CONNECT go to the app that accepted, complete,
+//! or are dropped.
 
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -18,7 +18,7 @@ const NOBODY: u16 = 7101;
 const FULL: u16 = 7102;
 
 #[test]
-fn what_comes_behind_a_connect_that_fails_goes_to_nobody() -> Result<()> {
+fn early_bytes_after_a_failed_connect_are_dropped() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
@@ -29,7 +29,7 @@ fn what_comes_behind_a_connect_that_fails_goes_to_nobody() -> Result<()> {
             let client = other_port(&peer);
             let connect = connect_frame(stage.web().at(port), client);
             let data = frame(DATA, &piece("early", 0, size));
-            // More than the sockets hold is not taken before there is an answer, and the answer ends it.
+            // The daemon reads no more than the sockets hold before it answers, and the answer is a refusal.
             let _ = peer.send(&[connect, data].concat());
             let first = peer.frame();
             let refused = matches!(&first, Ok(Some((RESET, payload))) if payload[0] == code);
@@ -38,7 +38,7 @@ fn what_comes_behind_a_connect_that_fails_goes_to_nobody() -> Result<()> {
             faults.expect_line(&what, &stage.daemon, client, ("refused", ""));
         }
     }
-    // Whoever waits in the queue is the test's own, and nobody else comes.
+    // The connection in the queue is the test's own, and there are no others.
     full.set_nonblocking(true)?;
     while let Ok((mut stream, peer)) = full.accept() {
         stream.set_nonblocking(true)?;
@@ -54,7 +54,7 @@ fn what_comes_behind_a_connect_that_fails_goes_to_nobody() -> Result<()> {
 }
 
 #[test]
-fn all_at_once_is_served_in_order_or_refused() -> Result<()> {
+fn frames_in_one_flight_are_served_in_order_or_refused() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
@@ -63,7 +63,7 @@ fn all_at_once_is_served_in_order_or_refused() -> Result<()> {
     let _app = echo(&web, web.at(APP), "app", &ledger)?;
     let data = |size| frame(DATA, &piece("early", 0, size));
     let end = || frame(END, b"");
-    // What comes behind the CONNECT, how much of it is for the app, and whether the connection is to end well.
+    // The frames after CONNECT, how many bytes the app must get, and whether the connection must end in order.
     let cases: Vec<(&str, Vec<u8>, usize, bool)> = vec![
         ("END", end(), 0, true),
         ("DATA and END", [data(100), end()].concat(), 100, true),
@@ -140,7 +140,7 @@ fn all_at_once_is_served_in_order_or_refused() -> Result<()> {
             let all = [connect_frame(web.at(APP), client), behind.clone()].concat();
             let step = if byte_by_byte { 1 } else { all.len() };
             for piece in all.chunks(step) {
-                // The daemon may have hung up meanwhile.
+                // The daemon may have closed the connection.
                 if peer.send(piece).is_err() {
                     break;
                 }
@@ -152,7 +152,7 @@ fn all_at_once_is_served_in_order_or_refused() -> Result<()> {
             let what = format!("{what}{}", if byte_by_byte { ", byte by byte" } else { "" });
             check(&ledger, peer, client, size, well, &what, &mut faults)?;
             if byte_by_byte && behind.windows(end().len()).any(|part| part == end()) {
-                // The connection may have ended well before the bytes behind its END arrived.
+                // The connection may have ended before the bytes after its END arrived.
                 let lines = lines_of(&stage.daemon, client)?;
                 let results: Vec<_> = lines.iter().map(|line| line["result"].as_str()).collect();
                 let right = match results.as_slice() {
@@ -167,7 +167,7 @@ fn all_at_once_is_served_in_order_or_refused() -> Result<()> {
             }
         }
     }
-    // Before there is a connection at all.
+    // Before the first CONNECT.
     for (what, bytes) in [
         ("DATA", data(100)),
         ("END", end()),
@@ -191,9 +191,9 @@ fn all_at_once_is_served_in_order_or_refused() -> Result<()> {
     Ok(())
 }
 
-/// Connection after connection on one tunnel, each said in one flight when the other has ended.
+/// Sequential connections on one tunnel, each sent in one flight after the previous one has ended.
 #[test]
-fn one_flight_a_connection_on_one_tunnel() -> Result<()> {
+fn each_connection_on_a_reused_tunnel_is_served_in_one_flight() -> Result<()> {
     let stage = Stage::set()?;
     let ledger = Ledger::default();
     let web = stage.web();
@@ -221,7 +221,7 @@ fn one_flight_a_connection_on_one_tunnel() -> Result<()> {
     Ok(())
 }
 
-/// What came back, and what the app has got.
+/// The frames that came back, and the bytes that the app received.
 fn check(
     ledger: &Ledger,
     peer: Peer,
@@ -272,7 +272,7 @@ fn check(
     let right = if well {
         got == size && ended.as_deref() == Some("end")
     } else {
-        // An END that was sent is one, whatever comes behind it.
+        // An END counts, whatever follows it.
         got <= size && (ended.as_deref() != Some("end") || what.contains("END"))
     };
     faults.check(right && true_bytes, || {
@@ -285,13 +285,13 @@ fn is_breach(ended: &Ended) -> bool {
     matches!(ended.frames.as_slice(), [(RESET, payload)] if payload[0] == 5)
 }
 
-/// The port of the app that the caller speaks for: the tunnel's own is taken.
+/// Returns another client port than the tunnel's own, which is in use.
 fn other_port(peer: &Peer) -> SocketAddr {
     let local = peer.local();
     SocketAddr::new(local.ip(), local.port() + 20_000)
 }
 
-/// A listener whose queue is full: SYNs to it are not answered.
+/// Opens a listener with a full queue, which does not answer SYNs.
 fn full_listener(stage: &Stage) -> Result<TcpListener> {
     let on = SocketAddr::from((Ipv4Addr::UNSPECIFIED, FULL));
     let listener = stage.web().enter(|| -> std::io::Result<_> {
@@ -300,7 +300,7 @@ fn full_listener(stage: &Stage) -> Result<TcpListener> {
         socket.listen(0)?;
         Ok(TcpListener::from(socket))
     })??;
-    // Its only place is taken for as long as nobody accepts.
+    // Its only place is taken, because nothing accepts.
     let _filler = stage.web().connect((Ipv4Addr::LOCALHOST, FULL).into())?;
     Ok(listener)
 }

@@ -1,5 +1,5 @@
-//! Thousands of short connections that say all they have to say at once: the last bytes and the end go together, and
-//! nothing is lost or counted wrong.
+//! Thousands of short connections that write and close at once: the last bytes and the end are sent together, and
+//! nothing is lost or counted wrongly.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -13,10 +13,10 @@ const CONNECTIONS: usize = 625;
 const ECHO: u16 = 7000;
 const ANSWERER: u16 = 7001;
 const SINK: u16 = 7002;
-/// What the answerer says to any request, and then closes at once.
+/// The server's answer to any request, after which it closes at once.
 const ANSWER: usize = 3000;
 
-/// A connection's manner, by its number: where it goes, what it does, and how many bytes go either way.
+/// A connection's parameters, derived from its number: destination, behaviour, and bytes in each direction.
 fn manner(number: usize) -> (u16, String, usize, usize) {
     let size = match number % 7 {
         0 => 1 + number % 50,
@@ -36,8 +36,8 @@ fn manner(number: usize) -> (u16, String, usize, usize) {
 }
 
 #[test]
-fn thousands_that_write_and_close_at_once() -> Result<()> {
-    if skipped_when_emulated("thousands_that_write_and_close_at_once") {
+fn serves_thousands_of_clients_that_write_and_close() -> Result<()> {
+    if skipped_when_emulated("serves_thousands_of_clients_that_write_and_close") {
         return Ok(());
     }
     let (pair, ledger) = (Pair::start()?, Ledger::default());
@@ -145,7 +145,7 @@ fn thousands_that_write_and_close_at_once() -> Result<()> {
     Ok(())
 }
 
-/// A line each, all well, and as many bytes as were sent.
+/// Checks that each connection has a line, ended in order, and has the right number of bytes.
 fn check_lines(daemon: &Daemon, faults: &mut Vec<String>) -> Result<()> {
     let total = APPS * (CONNECTIONS + 1);
     let lines = eventually_ok(PATIENCE, "the lines of all", || {

@@ -1,4 +1,4 @@
-//! Sessions between real daemons: resumed where nothing has changed, and not with whoever has got the server's address.
+//! Sessions between real daemons: resumed if nothing has changed, and not with another owner of the server's address.
 
 use std::net::IpAddr;
 
@@ -14,7 +14,7 @@ fn spiffe(account: &str) -> String {
 }
 
 #[test]
-fn the_second_handshake_shows_no_certificate() -> Result<()> {
+fn resumed_handshake_sends_no_certificate() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair
         .web
@@ -32,7 +32,7 @@ fn the_second_handshake_shows_no_certificate() -> Result<()> {
         assert!(!seen[0].offered && !seen[0].resumed, "{seen:#?}");
         for later in &seen[1..] {
             assert!(later.offered && later.resumed, "{seen:#?}");
-            // Two certificates with their signatures are no less than a kilobyte.
+            // Two certificates with signatures take at least a kilobyte.
             let bytes = |seen: &resumption::Handshake| seen.from_server + seen.from_client;
             assert!(later.from_server + 500 < seen[0].from_server, "{seen:#?}");
             assert!(bytes(later) < bytes(&seen[0]), "{seen:#?}");
@@ -45,7 +45,7 @@ fn the_second_handshake_shows_no_certificate() -> Result<()> {
             let lines = daemon.access_log();
             anyhow::ensure!(lines.len() == 10, "{} lines", lines.len());
             for line in lines {
-                // A resumed session is of the same two.
+                // A resumed session has the same two identities.
                 assert_eq!(line["client_identity"], spiffe("client"), "{line}");
                 assert_eq!(line["server_identity"], spiffe("web"), "{line}");
             }
@@ -55,7 +55,7 @@ fn the_second_handshake_shows_no_certificate() -> Result<()> {
 }
 
 #[test]
-fn handshakes_at_once_and_again_later() -> Result<()> {
+fn concurrent_handshakes_resume_later() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair
         .web
@@ -73,9 +73,9 @@ fn handshakes_at_once_and_again_later() -> Result<()> {
     };
     let first = at_once(6)?;
     assert!((1..=6).contains(&first.len()), "{first:#?}");
-    // More than idle by now: only these need handshakes. A full one leaves a session, a resumed one as many as it takes.
+    // More than the idle tunnels, so the rest needs handshakes. Each full handshake leaves a session.
     let sessions = first.iter().filter(|seen| !seen.resumed).count();
-    // The one whose SYN was first need not be the first to send its hello.
+    // The first SYN need not belong to the first hello.
     assert!(sessions >= 1, "{first:#?}");
     let second = at_once(9)?;
     println!("{} then {}", first.len(), second.len());
@@ -88,9 +88,9 @@ fn handshakes_at_once_and_again_later() -> Result<()> {
     Ok(())
 }
 
-/// An address that goes over to a pod of another account on another node.
+/// An address that moves to a pod of another account on another node.
 #[test]
-fn a_session_does_not_survive_its_servers_address() -> Result<()> {
+fn session_is_not_resumed_when_the_address_changes_owner() -> Result<()> {
     let mesh = Mesh::builder()
         .node("a")
         .node("b")
@@ -143,7 +143,7 @@ fn a_session_does_not_survive_its_servers_address() -> Result<()> {
         "{seen:#?}"
     );
 
-    // Now it does, and means the other one.
+    // Now the client's node knows, and dials the other pod.
     let capture = mesh.wire().capture()?;
     mesh.node("a").manifests().remove("Pod", "default", "web")?;
     mesh.node("a").manifests().apply(&manifest)?;
@@ -159,13 +159,13 @@ fn a_session_does_not_survive_its_servers_address() -> Result<()> {
     })?;
     assert_eq!(line["server_identity"], spiffe("evil"), "{line}");
     let seen = handshakes(&capture.stop()?, to);
-    // The refused ones left sessions with the other one, which may be resumed; none of web's can be.
+    // The refused handshakes left sessions with the other pod, which may be resumed; those of web may not.
     println!("{seen:?}");
     assert!(ledger.of("known").iter().all(|taken| taken.who == "evil"));
     Ok(())
 }
 
-/// Gives a pod another node's address, as a CNI plugin does that knows no networks of nodes.
+/// Gives a pod another node's address, as a CNI plugin without a network per node does.
 fn take_over(mesh: &Mesh, pod: &Pod, address: IpAddr) -> Result<()> {
     let run = |place: &mesh_tests::Place, command: String| -> Result<()> {
         place
@@ -191,7 +191,7 @@ fn take_over(mesh: &Mesh, pod: &Pod, address: IpAddr) -> Result<()> {
         let ping = mesh
             .node("a")
             .run("ping", ["-c1", "-W1", &address.to_string()]);
-        // Without the program there is nothing to wait for.
+        // Without the app there is nothing to wait for.
         ping.map_or(Some(()), |ping| ping.status.success().then_some(()))
     })
 }

@@ -1,4 +1,4 @@
-//! No session outlives a certificate of either side: after a renewal the new one is shown.
+//! No session outlives a certificate of either side: after a renewal, a full handshake presents the new one.
 
 use std::time::{Duration, Instant};
 
@@ -6,13 +6,13 @@ use crate::common::pair::Pair;
 use crate::common::resumption::{handshakes, held};
 use mesh_tests::{Context, Daemon, DaemonOptions, Result, TIMEOUT, eventually_ok};
 
-/// The shortest that a daemon takes: a renewal every four to six seconds.
+/// The shortest lifetime that a daemon accepts: it renews every four to six seconds.
 const LIFETIME: Duration = Duration::from_secs(10);
 const RUN: Duration = Duration::from_secs(16);
 const PORT: u16 = 7000;
 
 #[test]
-fn a_renewed_certificate_is_shown_to_everybody_once() -> Result<()> {
+fn renewed_certificate_is_sent_to_each_peer_once() -> Result<()> {
     let options = DaemonOptions::default().certificate_lifetime(LIFETIME);
     let pair = Pair::start_with(&options, |builder| builder)?;
     let _echo = pair
@@ -26,7 +26,7 @@ fn a_renewed_certificate_is_shown_to_everybody_once() -> Result<()> {
     while start.elapsed() < RUN {
         let before = epoch(&pair)?;
         connections.push(held(&pair.client, to)?);
-        // None, when a renewal fell in between.
+        // None if a renewal came in between.
         epochs
             .push(Some(before.clone()).filter(|before| epoch(&pair).ok().as_ref() == Some(before)));
         std::thread::sleep(Duration::from_millis(150));
@@ -57,7 +57,7 @@ fn a_renewed_certificate_is_shown_to_everybody_once() -> Result<()> {
     );
     assert!(renewals >= 2 && resumed > seen.len() / 2);
 
-    // Old connections live on, and none was refused.
+    // Old connections stay open, and none was refused.
     drop(connections);
     for daemon in [&pair.near, &pair.far] {
         eventually_ok(TIMEOUT, "the lines", || {
@@ -65,7 +65,7 @@ fn a_renewed_certificate_is_shown_to_everybody_once() -> Result<()> {
             anyhow::ensure!(lines.len() == epochs.len(), "{} lines", lines.len());
             Ok(())
         })?;
-        // They were killed in the midst of it; none was refused at its beginning.
+        // They were killed while open; none was refused.
         let refused = daemon.access_log();
         let refused = refused.iter().find(|line| line["result"] == "refused");
         assert!(refused.is_none(), "{refused:#?}");
@@ -73,7 +73,7 @@ fn a_renewed_certificate_is_shown_to_everybody_once() -> Result<()> {
     Ok(())
 }
 
-/// The serial numbers in use: the client's, the server's.
+/// Returns the serial numbers in use: the client's and the server's.
 fn epoch(pair: &Pair) -> Result<(String, String)> {
     let serial = |daemon: &Daemon| {
         let certificates = daemon.status()?.certificates.into_iter();

@@ -1,5 +1,5 @@
-//! A server that says that its app has got nothing: the same bytes go to another endpoint, or another tunnel, whole and
-//! once. And what waits for CONNECTED.
+//! Servers that refuse early bytes: the same bytes are sent to another endpoint, or through another tunnel, complete and
+//! once. Also, what waits for CONNECTED.
 
 use std::io;
 use std::net::SocketAddr;
@@ -12,12 +12,12 @@ use crate::common::hostile::{Faults, Peer};
 use crate::common::two_endpoints::{TwoEndpoints, behind, hold, refuse, rst, serve_well};
 use mesh_tests::{Result, eventually};
 
-/// The most that goes before CONNECTED.
+/// Maximum number of bytes sent before CONNECTED.
 const EARLY: usize = 8192;
 const SOON: Duration = Duration::from_secs(3);
 
 #[test]
-fn a_no_sends_the_same_bytes_elsewhere() -> Result<()> {
+fn refused_early_bytes_are_sent_to_another_endpoint() -> Result<()> {
     let scene = TwoEndpoints::start(&[("hostile", says_no)])?;
     let mut faults = Faults::default();
     let mut apps = Vec::new();
@@ -41,7 +41,7 @@ fn a_no_sends_the_same_bytes_elsewhere() -> Result<()> {
 }
 
 #[test]
-fn two_that_say_no_are_passed_over() -> Result<()> {
+fn two_refusing_endpoints_are_skipped() -> Result<()> {
     let scene = TwoEndpoints::start(&[("one", says_no), ("two", says_no)])?;
     let mut faults = Faults::default();
     let mut apps = Vec::new();
@@ -63,7 +63,7 @@ fn two_that_say_no_are_passed_over() -> Result<()> {
 }
 
 #[test]
-fn when_all_that_are_tried_say_no_the_app_gets_an_error() -> Result<()> {
+fn app_gets_an_error_when_all_endpoints_refuse() -> Result<()> {
     let scene = TwoEndpoints::start(&[("one", says_no), ("two", says_no), ("three", says_no)])?;
     let mut faults = Faults::default();
     for no in ["reset2", "notify"] {
@@ -79,14 +79,14 @@ fn when_all_that_are_tried_say_no_the_app_gets_an_error() -> Result<()> {
     Ok(())
 }
 
-/// Where nothing of the app's has gone, any end of the tunnel is as good as a no: the pool's have idled too long, and
-/// the CONNECT goes alone.
+/// If no early bytes were sent, any end of the tunnel counts as a refusal: the pooled tunnels were idle for too long, so
+/// CONNECT is sent alone.
 #[test]
-fn a_tunnel_that_ends_instead_of_answering_is_replaced() -> Result<()> {
+fn tunnel_that_ends_before_answering_is_replaced() -> Result<()> {
     let scene = TwoEndpoints::start(&[("hostile", once_a_tunnel)])?;
     let to = scene.at("hostile");
     let mut faults = Faults::default();
-    // One after another: they would take each other's tunnels.
+    // Sequentially, because they would take each other's tunnels.
     let mut scripts = Vec::new();
     for end in ["notify", "fin", "rst"] {
         for size in [30, EARLY + 1] {
@@ -98,7 +98,7 @@ fn a_tunnel_that_ends_instead_of_answering_is_replaced() -> Result<()> {
             scripts.push((steps, size));
         }
     }
-    // A moment later: with the bytes behind the CONNECT, only a close_notify says that nobody has read them.
+    // Soon after, with early bytes, only a close_notify says that the peer has not read them.
     for number in 0..10 {
         let steps = format!(
             "close,again:notify-c{number}:{to},send:50,end,rest,close,\
@@ -111,7 +111,7 @@ fn a_tunnel_that_ends_instead_of_answering_is_replaced() -> Result<()> {
         for spoke in spokes.iter().filter(|spoke| spoke.name() != "none") {
             check_whole(&scene, spoke, size, "hostile", &mut faults)?;
         }
-        // What idles is the next one's trouble.
+        // The next connection gets the idle tunnel.
         let quiet = || {
             scene
                 .near
@@ -126,9 +126,9 @@ fn a_tunnel_that_ends_instead_of_answering_is_replaced() -> Result<()> {
     Ok(())
 }
 
-/// Bytes left from an endpoint that said no, on a tunnel that has idled.
+/// Bytes that an endpoint refused are sent on an idle tunnel.
 #[test]
-fn what_is_left_goes_through_a_tunnel_of_the_pool() -> Result<()> {
+fn refused_bytes_are_sent_again_through_a_pooled_tunnel() -> Result<()> {
     let scene = TwoEndpoints::start(&[("hostile", says_no)])?;
     let honest = scene.at("honest");
     let capture = scene.mesh.wire().capture_start_of_packets(0)?;
@@ -157,7 +157,7 @@ fn what_is_left_goes_through_a_tunnel_of_the_pool() -> Result<()> {
 }
 
 #[test]
-fn the_rest_and_the_end_wait_for_connected() -> Result<()> {
+fn later_bytes_and_end_wait_for_connected() -> Result<()> {
     let scene = TwoEndpoints::start(&[("hostile", answers_late)])?;
     let to = scene.at("hostile");
     let mut faults = Faults::default();
@@ -192,7 +192,7 @@ fn the_rest_and_the_end_wait_for_connected() -> Result<()> {
     Ok(())
 }
 
-/// Who is to have it has got all of it, once, and given it back; both logs know how much it was.
+/// Checks that the expected server got all bytes once and echoed them, and that both logs have their number.
 fn check_whole(
     scene: &TwoEndpoints,
     spoke: &Spoke,
@@ -235,7 +235,7 @@ fn check_line(
     Ok(())
 }
 
-/// Says no in the way that the connection's name asks for.
+/// Refuses in the way that the connection's name selects.
 fn says_no(peer: &mut Peer, _: SocketAddr, _: usize, _: &Ledger) -> io::Result<bool> {
     let bytes = behind(peer, SOON)?.unwrap_or_default();
     let name = String::from_utf8_lossy(&bytes).into_owned();
@@ -253,7 +253,7 @@ fn says_no(peer: &mut Peer, _: SocketAddr, _: usize, _: &Ledger) -> io::Result<b
     }
 }
 
-/// Serves one connection well, and ends the tunnel in answer to the next CONNECT, as the first one's name says.
+/// Serves one connection, and ends the tunnel in answer to the next CONNECT, as the first one's name says.
 fn once_a_tunnel(
     peer: &mut Peer,
     from: SocketAddr,
@@ -278,7 +278,7 @@ fn once_a_tunnel(
 
 static BREACHES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Takes half a second for its CONNECTED, and notes what comes before it and should not.
+/// Sends CONNECTED after half a second, and records frames that come too early.
 fn answers_late(peer: &mut Peer, from: SocketAddr, _: usize, ledger: &Ledger) -> io::Result<bool> {
     let breach = |what: String| BREACHES.lock().expect("no holder panics").push(what);
     let first = match behind(peer, Duration::from_millis(300)) {
@@ -299,7 +299,7 @@ fn answers_late(peer: &mut Peer, from: SocketAddr, _: usize, ledger: &Ledger) ->
     Ok(true)
 }
 
-/// As [`serve_well`], and notes what came.
+/// As [`serve_well`], and records what it received.
 fn serve_noting(
     peer: &mut Peer,
     from: SocketAddr,

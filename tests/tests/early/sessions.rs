@@ -1,4 +1,4 @@
-//! Peers that resume what they should not: another account by now, a certificate that has expired, another server.
+//! Sessions that must not be resumed: the account has changed, the certificate has expired, or the server is another.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -20,9 +20,9 @@ use rustls::{Connection, HandshakeKind};
 
 const PORT: u16 = 7000;
 
-/// A server that takes its old session, while the client's node knows meanwhile that another account lives there.
+/// A server that accepts its old session, although the client's node knows that the pod has another account now.
 #[test]
-fn a_resumed_server_must_still_be_the_one_that_is_meant() -> Result<()> {
+fn resumed_server_must_still_pass_secure_naming() -> Result<()> {
     let scene = Resuming::start(|stolen| stolen.mint("web"))?;
     scene.call("one", true)?;
     assert_eq!(scene.resumed(), [false]);
@@ -32,7 +32,7 @@ fn a_resumed_server_must_still_be_the_one_that_is_meant() -> Result<()> {
         scene.mesh.manifests().edit("Pod", "default", "web", edit)
     };
     account("other")?;
-    // Until the daemon has heard, the tunnel in the pool will do.
+    // Until the daemon learns of it, it uses the pooled tunnel.
     let line = eventually_ok(TIMEOUT, "a refusal", || {
         let line = scene.call_any("two")?;
         anyhow::ensure!(line["result"] == "refused", "{line}");
@@ -64,7 +64,7 @@ fn a_resumed_server_must_still_be_the_one_that_is_meant() -> Result<()> {
 }
 
 #[test]
-fn a_resumed_server_must_not_have_expired() -> Result<()> {
+fn rejects_resumed_server_whose_certificate_expired() -> Result<()> {
     let until = in_seconds(8);
     let scene = Resuming::start(|stolen| {
         stolen.mint_with(&[&spiffe("web")], |params| expire(params, until))
@@ -85,7 +85,7 @@ fn a_resumed_server_must_not_have_expired() -> Result<()> {
 }
 
 #[test]
-fn a_resumed_client_must_not_have_expired_nor_call_another() -> Result<()> {
+fn rejects_resumed_client_that_expired_or_calls_another_server() -> Result<()> {
     let pair = Pair::start_with(&Default::default(), |builder| {
         builder.pod(PodSpec::new("second").on("b").service_account("second"))
     })?;
@@ -99,11 +99,11 @@ fn a_resumed_client_must_not_have_expired_nor_call_another() -> Result<()> {
     let stolen = Authority::stolen(&pair.mesh.node("a").ca_folder())?;
     let until = in_seconds(6);
     let presented = stolen.mint_with(&[&spiffe("outsider")], |params| expire(params, until))?;
-    // One store of sessions for all.
+    // One session store for all callers.
     let config = client_config(Some(&presented), &[ALPN])?;
     let call = |pod: &Pod, name: &str| -> Result<(HandshakeKind, bool, SocketAddr)> {
         let tcp = dial(pair.mesh.outside(), pod.at(PORT))?;
-        // Sessions are kept by name: another pod is to be offered this one's.
+        // Sessions are stored by name; this offers one pod's session to another.
         let mut peer = Peer::client_of(tcp, config.clone(), web.at(PORT).ip())?;
         let local = peer.local();
         let client = SocketAddr::new(local.ip(), local.port() + 20_000);
@@ -140,7 +140,7 @@ fn a_resumed_client_must_not_have_expired_nor_call_another() -> Result<()> {
     }
     thread::sleep(Duration::from_secs(1));
     for name in ["late0", "late1"] {
-        // What the server makes of it may come as an end of the handshake already.
+        // The server may already refuse in the handshake.
         match call(&web, name) {
             Err(error) => println!("{name}: {error:#}"),
             Ok((kind, served, local)) => {
@@ -157,7 +157,7 @@ fn a_resumed_client_must_not_have_expired_nor_call_another() -> Result<()> {
     Ok(())
 }
 
-/// A client with a daemon, and a server that is the test's own and resumes whatever it can.
+/// A client with a daemon, and a server of the test that resumes every session.
 struct Resuming {
     ledger: Ledger,
     capture: Capture,
@@ -210,13 +210,13 @@ impl Resuming {
         })
     }
 
-    /// Which handshakes so far resumed a session.
+    /// Returns which handshakes resumed a session.
     fn resumed(&self) -> Vec<bool> {
         let seen = handshakes(&self.capture.so_far(), self.mesh.pod("web").at(PORT));
         seen.into_iter().map(|seen| seen.resumed).collect()
     }
 
-    /// A connection of the app's, with what became of it.
+    /// Opens a connection of the app. Returns its result.
     fn call_any(&self, name: &str) -> Result<serde_json::Value> {
         let to = self.mesh.pod("web").at(PORT);
         let app = script(&self.mesh.pod("client"), to, name, "send:100,end,rest")?;
@@ -239,7 +239,7 @@ impl Resuming {
     }
 }
 
-/// A whole second, as certificates have them.
+/// Returns a time in whole seconds, as in certificates.
 fn in_seconds(seconds: u64) -> SystemTime {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     SystemTime::UNIX_EPOCH + Duration::from_secs(now.expect("after 1970").as_secs() + seconds)

@@ -1,5 +1,5 @@
-//! What an app says first, of every size and in every manner, through two daemons: it arrives whole and once, ends as the
-//! app ended it, and both logs count it right.
+//! Early bytes of every size and timing through two daemons: they arrive complete and once, end as the
+//! app ended them, and both logs count them.
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -40,7 +40,7 @@ impl Scene {
         script(&self.pair.client, self.pair.web.at(port), name, steps)
     }
 
-    /// The lines of both nodes.
+    /// Returns the lines of both nodes.
     fn lines(&self, spoke: &Spoke) -> Result<[serde_json::Value; 2]> {
         Ok([
             line_of(&self.pair.near, spoke)?,
@@ -48,7 +48,7 @@ impl Scene {
         ])
     }
 
-    /// The server has got so many bytes, the right ones, and then the end; both logs say so.
+    /// Checks that the server got this number of correct bytes and then the end, and that both logs agree.
     fn check_whole(&self, spoke: &Spoke, sent: usize, received: usize) -> Result<Vec<String>> {
         let (name, mut faults) = (spoke.name(), Vec::new());
         let taken = self
@@ -76,13 +76,13 @@ impl Scene {
 }
 
 #[test]
-fn first_bytes_of_every_size_arrive_whole() -> Result<()> {
+fn early_bytes_of_every_size_arrive_whole() -> Result<()> {
     let scene = Scene::set()?;
     let mut cases = Vec::new();
     for size in [1, 2, 8191, 8192, 8193, 16_384, 100_000] {
         cases.push((ECHO, format!("send:{size},end,rest"), size, size));
         cases.push((ECHO, format!("pause:80,send:{size},end,rest"), size, size));
-        // In the midst of the handshake, or of the answer.
+        // During the handshake, or before the answer.
         for pause in [2, 4, 8] {
             let steps = format!("pause:{pause},send:{size},end,rest");
             cases.push((ECHO, steps, size, size));
@@ -122,7 +122,7 @@ fn first_bytes_of_every_size_arrive_whole() -> Result<()> {
     cases.push((SINK, "close".to_owned(), 0, 0));
     cases.push((SINK, "pause:80,close".to_owned(), 0, 0));
     let mut faults = Vec::new();
-    // A few at a time: each is a process.
+    // A few at a time, because each is a process.
     for cases in cases.chunks(16) {
         let mut apps = Vec::new();
         for (port, steps, sent, received) in cases {
@@ -142,9 +142,9 @@ fn first_bytes_of_every_size_arrive_whole() -> Result<()> {
     Ok(())
 }
 
-/// The server's app may get less than was sent, but never an end that the client's app did not send.
+/// The server's app may get fewer bytes than were sent, but never an end that the client's app did not send.
 #[test]
-fn an_app_that_resets_is_never_taken_for_one_that_ends() -> Result<()> {
+fn client_reset_is_never_reported_as_end() -> Result<()> {
     let scene = Scene::set()?;
     let mut steps = vec![
         "reset".to_owned(),
@@ -198,9 +198,9 @@ fn an_app_that_resets_is_never_taken_for_one_that_ends() -> Result<()> {
     Ok(())
 }
 
-/// And the other way round: the server's app says its last, and resets.
+/// The reverse: the server's app sends its last bytes and resets.
 #[test]
-fn a_server_that_resets_is_never_taken_for_one_that_ends() -> Result<()> {
+fn server_reset_is_never_reported_as_end() -> Result<()> {
     let scene = Scene::set()?;
     let web = &scene.pair.web;
     let sizes = [0, 1, 100, 8192, 20_000, 100_000];
@@ -245,9 +245,9 @@ fn a_server_that_resets_is_never_taken_for_one_that_ends() -> Result<()> {
     Ok(())
 }
 
-/// What is behind a byte out of band (RFC 6093) is part of the stream like all else.
+/// Bytes after an out-of-band byte (RFC 6093) are part of the stream.
 #[test]
-fn a_byte_out_of_band_cuts_nothing_off() -> Result<()> {
+fn out_of_band_byte_truncates_nothing() -> Result<()> {
     let scene = Scene::set()?;
     let mut faults = Vec::new();
     for (steps, before, after) in [
@@ -261,7 +261,7 @@ fn a_byte_out_of_band_cuts_nothing_off() -> Result<()> {
             for spoke in spoken(scene.script(ECHO, "s", steps)?)? {
                 let taken = scene.ledger.ended(name_of(ECHO), spoke.local())?;
                 let all = piece("s", 0, before + 1 + after);
-                // The byte itself may be lost: no stream carries it out of band.
+                // The byte itself may be lost, because the relay carries no out-of-band data.
                 let without = [&all[..before], &all[before + 1..]].concat();
                 if taken.bytes != all && taken.bytes != without {
                     let got = taken.bytes.len();
@@ -275,7 +275,7 @@ fn a_byte_out_of_band_cuts_nothing_off() -> Result<()> {
     Ok(())
 }
 
-/// The line of the client's node, and the other node's if the connection got that far.
+/// Returns the line of the client's node, and the other node's if the connection reached it.
 fn lines_of_a_reset(
     scene: &Scene,
     spoke: &Spoke,
@@ -288,7 +288,7 @@ fn lines_of_a_reset(
     Ok((near, far))
 }
 
-/// What the ledger calls the server of a port.
+/// Returns the ledger's name of the server at a port.
 fn name_of(port: u16) -> &'static str {
     match port {
         ECHO => "echo",
@@ -298,7 +298,7 @@ fn name_of(port: u16) -> &'static str {
     }
 }
 
-/// An app that says something first, and then only listens.
+/// Starts an app that sends first and then only reads.
 fn listener(
     web: &mesh_tests::Pod,
     port: u16,

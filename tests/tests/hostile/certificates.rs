@@ -1,4 +1,4 @@
-//! Callers of a pod whose certificates are not in order: each is refused, and the log says why.
+//! Callers with invalid certificates: each is refused, and the log has the reason.
 
 use crate::common::hostile::{
     ALPN, Authority, CONNECTED, Faults, Peer, Presented, RESET, client_config, connect_frame, dial,
@@ -14,14 +14,14 @@ use rcgen::{
 const FORBIDDEN: u8 = 4;
 
 #[test]
-fn only_certificates_in_order_are_admitted() -> Result<()> {
+fn only_valid_certificates_are_admitted() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
     for (what, certificate, reason) in &cases(&stage.authority)? {
         let mut peer = stage.outsider_as(HTTP, certificate.as_ref())?;
         let client = peer.local();
-        // It may be refused by now.
+        // The daemon may have refused it already.
         let _ = peer.send(&connect_frame(stage.web().at(HTTP), client));
         let ended = peer.end();
         faults.check(ended.frames.is_empty() && ended.error.is_some(), || {
@@ -119,12 +119,12 @@ fn cases(stolen: &Authority) -> Result<Vec<Case>> {
             "extended key usage",
         ),
     ];
-    // Whoever holds a workload's certificate is no CA.
+    // A workload's certificate may not sign others.
     let (workload, certificate) = stolen.below()?;
     let mut presented = workload.mint("web")?;
     presented.chain.push(certificate);
     cases.push(("signed by a workload", Some(presented), "not issued"));
-    // Certificates are no secret; keys are.
+    // A certificate without its key proves nothing.
     let mut stranger = stolen.mint("web")?;
     stranger.key_pem = stolen.mint("web")?.key_pem;
     cases.push(("another's certificate", Some(stranger), "key"));
@@ -162,14 +162,14 @@ const MALFORMED: [(&str, &str); 9] = [
 ];
 
 #[test]
-fn a_pods_address_is_its_identitys_alone() -> Result<()> {
+fn pod_address_requires_the_identity_of_the_pod() -> Result<()> {
     let mut stage = Stage::set()?;
     let other = stage.mesh.pod("other");
     let web = stage.web();
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
     for server in [web.at(HTTP), web.at6(HTTP)] {
-        // The pod's own identity opens; the one of its neighbour on the same node does not, though it is genuine.
+        // The pod's own identity is admitted; its neighbour's is not, although it is genuine.
         for (account, admitted) in [("other", true), ("client", false)] {
             let tcp = dial(&other, server)?;
             let certificate = stage.authority.mint(account)?;
@@ -201,7 +201,7 @@ fn a_pods_address_is_its_identitys_alone() -> Result<()> {
 }
 
 #[test]
-fn permissive_does_not_mean_without_a_certificate() -> Result<()> {
+fn permissive_tunnel_still_requires_a_certificate() -> Result<()> {
     let mut stage = Stage::set_with(&DaemonOptions::default().permissive())?;
     let other = stage.mesh.pod("other");
     let before = stage.snapshot()?;
@@ -220,7 +220,7 @@ fn permissive_does_not_mean_without_a_certificate() -> Result<()> {
         ),
     ];
     for (what, certificate, reason) in strangers {
-        // A ClientHello of the tunnel is never the app's, whatever comes of it.
+        // A ClientHello of the tunnel never reaches the app, whatever the result.
         let server = stage.web().at(WITNESS);
         let tcp = dial(&other, server)?;
         let client = tcp.local_addr()?;

@@ -1,4 +1,4 @@
-//! Callers with a flawless certificate that break the protocol inside the tunnel.
+//! Callers with a valid certificate that violate the protocol inside the tunnel.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,10 +13,10 @@ use mesh_tests::{Context, Result};
 use socket2::SockRef;
 
 const MIB: u32 = 1 << 20;
-/// The code of a RESET for a breach of protocol.
+/// Code of a RESET for a protocol violation.
 const PROTOCOL: u8 = 5;
 
-/// What the peer does, in place of what it should do.
+/// What the peer does wrong.
 type Breach = Box<dyn Fn(&mut Peer) -> io::Result<()>>;
 
 fn plain(bytes: &[u8]) -> Breach {
@@ -25,7 +25,7 @@ fn plain(bytes: &[u8]) -> Breach {
 }
 
 #[test]
-fn what_is_no_connect_is_refused() -> Result<()> {
+fn refuses_first_frame_that_is_not_connect() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
@@ -215,7 +215,7 @@ fn what_is_no_connect_is_refused() -> Result<()> {
             format!("{what}: whose? {line}")
         });
     }
-    // Speaks for somebody else: the client pod, the server itself, its loopback.
+    // Claims the address of another pod, of the server itself, or of its loopback.
     for claimed in [
         stage.mesh.pod("client").at(40_000),
         web,
@@ -249,7 +249,7 @@ fn forge(peer: &mut Peer, bytes: &[u8]) -> io::Result<()> {
 }
 
 #[test]
-fn a_breach_within_a_connection_resets_the_app() -> Result<()> {
+fn protocol_violation_resets_the_app() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
@@ -371,7 +371,7 @@ fn a_breach_within_a_connection_resets_the_app() -> Result<()> {
             "a reset of TCP",
             Box::new(|peer| {
                 SockRef::from(&peer.tcp).set_linger(Some(Duration::ZERO))?;
-                // Closes it for good: another descriptor takes its place.
+                // Closes the socket by replacing its descriptor.
                 let nowhere = std::os::unix::net::UnixStream::pair()?.0;
                 peer.tcp = std::net::TcpStream::from(std::os::fd::OwnedFd::from(nowhere));
                 Ok(())
@@ -389,7 +389,7 @@ fn a_breach_within_a_connection_resets_the_app() -> Result<()> {
             format!("{what}: the daemon answers with {ended:?}")
         });
         faults.expect_line(what, &stage.daemon, client, ("reset", reason));
-        // An END that came before the breach is the app's to see; whatever else is an error to it.
+        // The app sees an END that came before the violation; everything else is an error.
         let app = stage.witnessed(client)?;
         let finished = what.ends_with("after END") && app == "finished after 12 bytes";
         faults.check(finished || app == "error: ConnectionReset", || {

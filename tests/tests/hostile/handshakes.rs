@@ -1,4 +1,4 @@
-//! Callers of a pod that never get as far as a tunnel: other protocols, other versions, noise, silence, and crowds.
+//! Callers that never complete a handshake: other protocols and versions, noise, silence, and floods.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -19,7 +19,7 @@ use socket2::SockRef;
 /// The daemon's deadline for a handshake.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// The ClientHello of an honest client.
+/// Returns the ClientHello of a valid client.
 fn client_hello(stage: &Stage) -> Result<Vec<u8>> {
     hello_offering(stage, &[ALPN])
 }
@@ -34,7 +34,7 @@ fn hello_offering(stage: &Stage, alpn: &[&[u8]]) -> Result<Vec<u8>> {
     Ok(hello)
 }
 
-/// Reads to the end, whatever it is, and gives what came.
+/// Reads until the connection ends in any way. Returns the bytes.
 fn drain(mut tcp: TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];
@@ -45,12 +45,12 @@ fn drain(mut tcp: TcpStream) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_not_the_tunnel_is_refused_at_once() -> Result<()> {
+fn refuses_bytes_that_are_not_a_tunnel() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
     let hello = client_hello(&stage)?;
-    // A record header of TLS 1.3's own, and a ClientHello in two records.
+    // A record header with TLS 1.3's version, and a ClientHello in two records.
     let (first, second) = hello[5..].split_at(50);
     let split = [
         &hello[..3],
@@ -62,7 +62,7 @@ fn what_is_not_the_tunnel_is_refused_at_once() -> Result<()> {
     ]
     .concat();
     let mut bad_versions = hello.clone();
-    // The value of supported_versions: TLS 1.3 becomes something else.
+    // Replace TLS 1.3 in supported_versions.
     let versions = position(&bad_versions, &[0, 43, 0, 3, 2, 3, 4])?;
     bad_versions[versions + 6] = 9;
     let noise: Vec<u8> = (0..4096_u32)
@@ -107,7 +107,7 @@ fn what_is_not_the_tunnel_is_refused_at_once() -> Result<()> {
         let mut tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
         let client = tcp.local_addr()?;
         let start = Instant::now();
-        // The daemon may have had enough before the end.
+        // The daemon may refuse before the end.
         let _ = tcp.write_all(bytes);
         let _ = tcp.shutdown(Shutdown::Write);
         let answer = drain(tcp);
@@ -129,7 +129,7 @@ fn what_is_not_the_tunnel_is_refused_at_once() -> Result<()> {
         assert!(drain(tcp).is_empty(), "{what}");
         faults.expect_line(what, &stage.daemon, client, ("refused", "plaintext"));
     }
-    // Gone before it is looked at.
+    // Closed before the daemon reads it.
     let tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
     let client = tcp.local_addr()?;
     SockRef::from(&tcp).set_linger(Some(Duration::ZERO))?;
@@ -146,7 +146,7 @@ fn position(bytes: &[u8], of: &[u8]) -> Result<usize> {
 }
 
 #[test]
-fn openssl_with_tls_1_2_is_refused() -> Result<()> {
+fn refuses_tls_1_2() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
@@ -170,7 +170,7 @@ fn openssl_with_tls_1_2_is_refused() -> Result<()> {
 }
 
 #[test]
-fn an_enormous_chain_is_refused() -> Result<()> {
+fn refuses_oversized_certificate_chain() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let leaf = stage.authority.mint("outsider")?;
@@ -182,14 +182,14 @@ fn an_enormous_chain_is_refused() -> Result<()> {
             chain,
             ..leaf.clone()
         };
-        // It is refused while it still speaks, or right after.
+        // It is refused while it still sends, or right after.
         let tcp = dial(stage.mesh.outside(), stage.web().at(HTTP))?;
         let client = tcp.local_addr()?;
         let config = client_config(Some(&chain), &[ALPN])?;
         if let Ok(mut peer) = hostile::Peer::client(tcp, config) {
             let _ = peer.send(&connect_frame(stage.web().at(HTTP), client));
             match peer.frame() {
-                // It fits into a handshake message of 64 KiB, and the leaf is flawless: that is fine too.
+                // It fits into a handshake message of 64 KiB, and the leaf is valid, so the daemon may accept it.
                 Ok(Some((CONNECTED, _))) if certificates == 100 => continue,
                 Ok(frame) => panic!("a chain of {certificates} is answered: {frame:?}"),
                 Err(_) => {}
@@ -203,11 +203,11 @@ fn an_enormous_chain_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// What a caller does that never comes to the point.
+/// What a caller sends that never completes the handshake.
 type Stalling = Box<dyn FnOnce() -> Result<SocketAddr> + Send>;
 
 #[test]
-fn a_handshake_that_never_ends_ends_at_the_deadline() -> Result<()> {
+fn stalled_handshake_ends_at_the_deadline() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let (web, outside) = (stage.web().at(HTTP), stage.mesh.outside().clone());
@@ -239,7 +239,7 @@ fn a_handshake_that_never_ends_ends_at_the_deadline() -> Result<()> {
                 if tcp.write_all(&[byte]).is_err() {
                     break;
                 }
-                // The pace is the attack; the end comes by an error.
+                // The pace is the attack; a write fails when the daemon ends the connection.
                 thread::sleep(Duration::from_secs(1));
             }
             Ok(client)
@@ -295,7 +295,7 @@ fn a_handshake_that_never_ends_ends_at_the_deadline() -> Result<()> {
 }
 
 #[test]
-fn half_a_hello_and_the_end_cost_no_processor_time() -> Result<()> {
+fn truncated_hello_uses_no_cpu_time() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let hello = client_hello(&stage)?;
@@ -336,7 +336,7 @@ fn processor_time(pid: u32) -> Result<Duration> {
 }
 
 #[test]
-fn a_thousand_idle_half_handshakes_are_no_hindrance() -> Result<()> {
+fn serves_callers_beside_a_thousand_stalled_handshakes() -> Result<()> {
     const CALLERS: usize = 1000;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
@@ -347,7 +347,7 @@ fn a_thousand_idle_half_handshakes_are_no_hindrance() -> Result<()> {
     let callers: Vec<TcpStream> = (0..CALLERS)
         .map(|number| {
             let mut tcp = dial(stage.mesh.outside(), web.at(HTTP))?;
-            // Silent, in the middle of a ClientHello, and waiting for an answer, in turn.
+            // In turn: silent, in the middle of a ClientHello, and waiting for an answer.
             tcp.write_all(&hello[..[0, hello.len() / 2, hello.len()][number % 3]])?;
             Ok(tcp)
         })
@@ -393,7 +393,7 @@ fn a_thousand_idle_half_handshakes_are_no_hindrance() -> Result<()> {
     Ok(())
 }
 
-/// How long requests took, each on a connection of its own, the slowest ten of a hundred, slowest first.
+/// Returns the durations of the slowest ten of a hundred requests, each on its own connection, slowest first.
 fn latencies(stage: &Stage) -> Result<Vec<Duration>> {
     let url = format!("http://{}/[1-100]", stage.web().at(HTTP));
     let arguments = [

@@ -1,4 +1,4 @@
-//! Peers that break the protocol or lie about who they are, and apps that try to connect past the daemon.
+//! Peers that violate the protocol or forge an identity, and apps that try to bypass the daemon.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,4 @@
-//! What is odd inside the tunnel but lawful, and what time and the app have to say.
+//! Unusual but valid clients inside the tunnel, expiry, and errors of the app.
 
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,18 +17,18 @@ const FORBIDDEN: u8 = 4;
 const MIB: usize = 1 << 20;
 
 #[test]
-fn odd_but_lawful_is_served() -> Result<()> {
+fn serves_unusual_but_valid_clients() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let text: Vec<u8> = (0..4000_u32).map(|number| (number % 251) as u8).collect();
     let one_by_one: Vec<u8> = text.iter().flat_map(|byte| frame(DATA, &[*byte])).collect();
 
-    // One byte a frame, all frames in a few records.
+    // Frames of one byte, all in a few records.
     let mut peer = stage.outsider(ECHO)?;
     let client = peer.open()?;
     peer.send(&one_by_one)?;
     assert_eq!(peer.read_data(text.len())?, text);
-    // One byte a frame, a record for each; keys change all the time, as the peer wants the daemon's to.
+    // Frames of one byte, each in its own record, with key updates in both directions.
     for (number, byte) in text.iter().enumerate() {
         peer.send(&frame(DATA, &[*byte]))?;
         if number % 100 == 0 {
@@ -36,12 +36,12 @@ fn odd_but_lawful_is_served() -> Result<()> {
         }
     }
     assert_eq!(peer.read_data(text.len())?, text);
-    // One byte of a frame a record.
+    // Records of one byte.
     for byte in frame(DATA, &text[..500]) {
         peer.send(&[byte])?;
     }
     assert_eq!(peer.read_data(500)?, text[..500]);
-    // The largest frame there is; the echo comes while it is still sent.
+    // The largest frame; the echo starts before it is fully sent.
     let largest = vec![7; MIB];
     let sent = frame(DATA, &largest);
     for piece in sent.chunks(64 * 1024) {
@@ -60,7 +60,7 @@ fn odd_but_lawful_is_served() -> Result<()> {
     let mut faults = Faults::default();
     faults.expect_line("odd but lawful", &stage.daemon, client, ("ok", ""));
 
-    // The same tunnel carries another connection, and is closed in good order without a line of its own.
+    // The same tunnel carries another connection, and its orderly close writes no line.
     peer.open()?;
     peer.send(&[frame(DATA, b"again"), frame(END, b"")].concat())?;
     assert_eq!(peer.read_data(5)?, b"again");
@@ -83,13 +83,13 @@ fn odd_but_lawful_is_served() -> Result<()> {
 }
 
 #[test]
-fn a_flood_of_key_updates_harms_nobody() -> Result<()> {
+fn survives_a_flood_of_key_updates() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut peer = stage.outsider(ECHO)?;
     peer.open()?;
     for _ in 0..5000 {
-        // Refused in the end or not: both are fine.
+        // Whether the daemon refuses it in the end does not matter.
         if peer.update_keys().is_err() {
             break;
         }
@@ -101,7 +101,7 @@ fn a_flood_of_key_updates_harms_nobody() -> Result<()> {
 }
 
 #[test]
-fn a_tunnel_does_not_outlive_its_certificate() -> Result<()> {
+fn tunnel_ends_when_its_certificate_expires() -> Result<()> {
     const LIFE: Duration = Duration::from_secs(4);
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
@@ -121,7 +121,7 @@ fn a_tunnel_does_not_outlive_its_certificate() -> Result<()> {
         Ok(())
     };
     exchange(&mut peer)?;
-    // Time itself is waited for: certificates end on the second.
+    // Waits for real time: certificates expire on the second.
     thread::sleep(LIFE + Duration::from_secs(1));
     let tunnel = peer.local();
     peer.send(&connect_frame(stage.web().at(ECHO), tunnel))?;
@@ -138,7 +138,7 @@ fn a_tunnel_does_not_outlive_its_certificate() -> Result<()> {
 }
 
 #[test]
-fn an_app_that_is_not_there_is_told_to_the_caller() -> Result<()> {
+fn caller_learns_that_the_app_does_not_listen() -> Result<()> {
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut peer = stage.outsider(HTTP + 1)?;
@@ -162,13 +162,13 @@ fn an_app_that_is_not_there_is_told_to_the_caller() -> Result<()> {
 }
 
 #[test]
-fn the_daemons_own_port_is_no_app() -> Result<()> {
+fn daemon_port_is_refused_as_destination() -> Result<()> {
     const TUNNEL_PORT: u16 = 15008;
     let mut stage = Stage::set()?;
     let before = stage.snapshot()?;
     let mut faults = Faults::default();
     let web = stage.web();
-    // From outside, and from the pod's own namespace, past all that steers.
+    // From outside, and from the pod's own namespace, without redirection.
     for (place, account) in [(stage.mesh.outside(), "outsider"), (web.place(), "web")] {
         let certificate = stage.authority.mint(account)?;
         let config = client_config(Some(&certificate), &[ALPN])?;

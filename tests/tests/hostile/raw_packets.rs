@@ -1,4 +1,4 @@
-//! A pod with CAP_NET_RAW makes its own TCP segments. No hook sees them leave, but they gain nothing: a STRICT pod judges
+//! A pod with CAP_NET_RAW sends its own TCP segments. No hook sees them leave, but they are not admitted: a STRICT pod judges
 //! what arrives.
 
 use std::io::Read;
@@ -20,7 +20,7 @@ const MARKER: &[u8] = b"marker-in-a-forged-segment";
 /// As a client and as a server, data in a SYN without a cookie, for all listeners: see ip-sysctl.rst, tcp_fastopen.
 const FAST_OPEN_FOR_ALL: &str = "1539";
 
-/// What a pod makes its segments with.
+/// How a pod sends its segments.
 #[derive(Debug, Clone, Copy)]
 enum With {
     /// SOCK_RAW: the kernel routes the packet.
@@ -212,7 +212,7 @@ fn assert_refused(pair: &Pair, echo: &App, client: SocketAddrV4) -> Result<()> {
 }
 
 #[test]
-fn a_forged_connection_with_data_is_refused() -> Result<()> {
+fn refuses_forged_connection_with_data() -> Result<()> {
     let pair = stage()?;
     let echo = echo_server(&pair.web)?;
     let capture = pair.mesh.wire().capture()?;
@@ -238,7 +238,7 @@ fn a_forged_connection_with_data_is_refused() -> Result<()> {
 }
 
 #[test]
-fn data_in_a_forged_syn_is_refused() -> Result<()> {
+fn refuses_forged_syn_with_data() -> Result<()> {
     let pair = stage()?;
     let echo = echo_server(&pair.web)?;
     let mut echo_outside = echo_server(pair.mesh.outside())?;

@@ -1,5 +1,5 @@
-//! Servers that the daemon's own side calls, and that are not whom the app means: the app gets an error in bounded time,
-//! and nothing of what it sends goes to them.
+//! Servers that are not the one that the app dials: the app gets an error in bounded time,
+//! and they receive none of its bytes.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use rcgen::{BasicConstraints, ExtendedKeyUsagePurpose, IsCa, date_time_ymd};
 use socket2::SockRef;
 
 #[test]
-fn raw_servers_are_an_error_to_the_app() -> Result<()> {
+fn app_gets_an_error_from_servers_without_tls() -> Result<()> {
     let silent = ("refused", "answer");
     let cases = vec![
         case(
@@ -70,7 +70,7 @@ fn raw_servers_are_an_error_to_the_app() -> Result<()> {
     let (mesh, daemon, _) = mesh()?;
     let before = Snapshot::take(&daemon, &[mesh.pod("client").place()])?;
     let mut faults = Faults::default();
-    // Takes the connection, as the kernel does, and never looks at it.
+    // The kernel accepts the connection, and the app never reads it.
     let web = mesh.pod("web");
     let _listener = web.listen(web.at(FIRST_PORT - 1))?;
     let unserved = (FIRST_PORT - 1, "is never accepted", silent);
@@ -93,7 +93,7 @@ fn raw_servers_are_an_error_to_the_app() -> Result<()> {
 }
 
 #[test]
-fn servers_with_another_certificate_get_nothing() -> Result<()> {
+fn server_with_another_certificate_receives_nothing() -> Result<()> {
     let (mesh, daemon, stolen) = mesh()?;
     let before = Snapshot::take(&daemon, &[mesh.pod("client").place()])?;
     let web = spiffe("web");
@@ -105,7 +105,7 @@ fn servers_with_another_certificate_get_nothing() -> Result<()> {
         case(what, (refused, reason), move |tcp| {
             let config = server_config(&presented, alpn).map_err(io::Error::other)?;
             let mut peer = Peer::server(tcp, config)?;
-            // Plays along, for whatever it can get.
+            // Follows the protocol, to receive as much as it can.
             while let Some((kind, payload)) = peer.frame()? {
                 leak(&leaks, what, kind, &payload);
                 peer.send(&frame(CONNECTED, b""))?;
@@ -201,7 +201,7 @@ fn servers_with_another_certificate_get_nothing() -> Result<()> {
 }
 
 #[test]
-fn hostile_endpoints_of_a_service_are_passed_over() -> Result<()> {
+fn hostile_endpoints_of_a_service_are_skipped() -> Result<()> {
     let server = |name: &str, node: &str| {
         let pod = PodSpec::new(name).on(node).service_account("web");
         pod.label("app", "web")
@@ -242,7 +242,7 @@ fn hostile_endpoints_of_a_service_are_passed_over() -> Result<()> {
             }
         }
     })?;
-    // Connections come about in the kernel, and nobody ever answers.
+    // The kernel establishes connections, and no app answers.
     let _frozen = mesh.pod("frozen").listen(mesh.pod("frozen").at(8080))?;
     let _nginx = mesh_tests::Nginx::start(&mesh.pod("honest"), 8080, "honest")?;
     let curl = "-sS -m 10 --parallel --parallel-max 40 -w \\n http://10.96.0.7/[1-40]";
@@ -251,7 +251,7 @@ fn hostile_endpoints_of_a_service_are_passed_over() -> Result<()> {
         .run("curl", curl.split(' '))?
         .ok()?
         .stdout;
-    // Parallel transfers mix their lines.
+    // Parallel transfers interleave their lines.
     let answers: String = answers.split_whitespace().collect();
     assert_eq!(answers, "honest".repeat(40));
     let mut faults = Faults::default();

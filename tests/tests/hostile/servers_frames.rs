@@ -1,5 +1,5 @@
-//! Servers with a flawless certificate that break the protocol inside the tunnel: an error to the app, in bounded time,
-//! and never an answer that looks whole.
+//! Servers with a valid certificate that violate the protocol inside the tunnel: the app gets an error in bounded time,
+//! and never an answer that looks complete.
 
 use std::io;
 
@@ -10,11 +10,11 @@ use crate::common::servers::{case, hold, mesh, run, unharmed};
 use mesh_tests::{Result, Snapshot};
 
 #[test]
-fn servers_that_break_the_protocol_are_an_error_to_the_app() -> Result<()> {
+fn app_gets_an_error_from_servers_that_violate_the_protocol() -> Result<()> {
     let (mesh, daemon, stolen) = mesh()?;
     let before = Snapshot::take(&daemon, &[mesh.pod("client").place()])?;
     let presented = stolen.mint("web")?;
-    // After the CONNECT: says this, and then holds the connection, or ends it.
+    // After CONNECT, sends this, and then holds the connection open or ends it.
     let answering = |what, expected, bytes: Vec<u8>, then: fn(&mut Peer) -> io::Result<()>| {
         let presented = presented.clone();
         case(what, expected, move |tcp| {
@@ -26,7 +26,7 @@ fn servers_that_break_the_protocol_are_an_error_to_the_app() -> Result<()> {
         })
     };
     let hold: fn(&mut Peer) -> io::Result<()> = |peer| hold(&peer.tcp);
-    // What the client has sent by then is not thrown back at it.
+    // The client's bytes up to here are not echoed.
     let close: fn(&mut Peer) -> io::Result<()> = |peer| {
         peer.close_notify()?;
         self::hold(&peer.tcp)

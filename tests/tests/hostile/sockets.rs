@@ -285,7 +285,7 @@ fn link_local_and_unlisted_unique_local_addresses_are_refused_by_the_server() ->
     for to in [scoped, format!("[fd99::2]:{PORT}")] {
         let to: SocketAddr = to.parse()?;
         let start = stage.pair.far.log_position();
-        // With the error of whichever call comes first after the RST.
+        // The first call after the RST reports the error.
         dial(&near, to, "")?.failure(TIMEOUT)?;
         let line = stage
             .pair
@@ -343,7 +343,7 @@ fn a_subflow_to_the_mesh_is_captured_and_carries_nothing() -> Result<()> {
         }
         Ok(())
     })?;
-    // The first path goes on.
+    // The first path stays open.
     for _ in 0..3 {
         talk.event("round", TIMEOUT)?;
     }

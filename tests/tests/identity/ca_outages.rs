@@ -1,4 +1,4 @@
-//! A CA that comes, goes and dies: what is valid serves on, what is missing is refused, and nothing is forgotten.
+//! Outages of the CA: valid certificates keep serving, pods without one are refused, and the CA keeps its state.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,7 +14,7 @@ use mesh_tests::{
 use crate::common::with_ca::{WithCa, serial, spiffe, wait_certified};
 
 #[test]
-fn both_nodes_have_their_certificates_from_it_and_openssl_agrees() -> Result<()> {
+fn nodes_get_certificates_from_the_ca_that_openssl_verifies() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     assert!(stage.reaches(&stage.client, stage.web.at(7))?);
@@ -46,7 +46,7 @@ fn both_nodes_have_their_certificates_from_it_and_openssl_agrees() -> Result<()>
 }
 
 #[test]
-fn without_a_ca_what_is_valid_serves_on_and_what_is_new_waits() -> Result<()> {
+fn valid_certificates_serve_and_new_pods_wait_while_the_ca_is_down() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     let to = stage.web.at(7);
@@ -99,7 +99,7 @@ fn without_a_ca_what_is_valid_serves_on_and_what_is_new_waits() -> Result<()> {
 }
 
 #[test]
-fn killed_again_and_again_while_it_issues_it_stays_the_same_ca() -> Result<()> {
+fn ca_keeps_its_root_when_killed_repeatedly_while_issuing() -> Result<()> {
     let mesh = Mesh::builder()
         .node("a")
         .node("b")
@@ -109,7 +109,7 @@ fn killed_again_and_again_while_it_issues_it_stays_the_same_ca() -> Result<()> {
     let options = CaOptions::default();
     let mut ca = mesh.start_ca(&options)?;
     let root = fs::read(ca.roots())?;
-    // They renew every four to six seconds.
+    // The daemons renew every four to six seconds.
     let daemons = mesh.start_daemons_with(
         &DaemonOptions::default()
             .ca(&ca)

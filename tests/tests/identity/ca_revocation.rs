@@ -1,4 +1,4 @@
-//! What is revoked is refused, and what it has open ends, within two seconds, on every node.
+//! Revocations are enforced within two seconds on every node, for new and open connections.
 
 use std::time::Instant;
 
@@ -6,7 +6,7 @@ use mesh_tests::{App, CaOptions, DaemonOptions, Result, TIMEOUT, eventually_ok};
 
 use crate::common::with_ca::{LEARNT, WithCa, serial, spiffe};
 
-/// Waits for the conversation's end by a RST, which is due [`LEARNT`] after `since`.
+/// Waits for the conversation to be reset, at most [`LEARNT`] after `since`.
 fn ends(chat: App, since: Instant) -> Result<()> {
     let failed = chat.failure(TIMEOUT)?;
     let took = since.elapsed();
@@ -15,7 +15,7 @@ fn ends(chat: App, since: Instant) -> Result<()> {
     Ok(())
 }
 
-/// The conversation goes on.
+/// Checks that the conversation continues.
 fn goes_on(chat: &App) -> Result<()> {
     let rounds = chat.events_of("round").len();
     eventually_ok(TIMEOUT, "the conversation to go on", || {
@@ -25,7 +25,7 @@ fn goes_on(chat: &App) -> Result<()> {
 }
 
 #[test]
-fn a_revoked_identity_is_cut_off_and_comes_back() -> Result<()> {
+fn revoked_identity_is_refused_until_reinstated() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     let to = stage.web.at(7);
@@ -40,7 +40,7 @@ fn a_revoked_identity_is_cut_off_and_comes_back() -> Result<()> {
         .operate(&["revoke", "--identity", &client, "--reason", "keyCompromise"])?
         .ok()?;
     ends(chat, since)?;
-    // The node that learns it first cuts the connection, and the other one sees it broken.
+    // The node that learns of the revocation first resets the connection; the other one sees the reset.
     let revoked = format!("{client} is revoked (keyCompromise)");
     eventually_ok(TIMEOUT, "a line that says why", || {
         let mut lines = stage.near.access_log_after(near);
@@ -66,7 +66,7 @@ fn a_revoked_identity_is_cut_off_and_comes_back() -> Result<()> {
 }
 
 #[test]
-fn a_revoked_server_is_not_talked_to() -> Result<()> {
+fn clients_refuse_revoked_server() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     let to = stage.web.at(7);
@@ -85,7 +85,7 @@ fn a_revoked_server_is_not_talked_to() -> Result<()> {
 }
 
 #[test]
-fn a_revoked_certificate_ends_and_the_next_one_serves() -> Result<()> {
+fn revoked_certificate_is_refused_and_its_successor_accepted() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     let to = stage.web.at(7);
@@ -105,7 +105,7 @@ fn a_revoked_certificate_ends_and_the_next_one_serves() -> Result<()> {
         spiffe("client")
     );
     stage.reason(&stage.far, start, &revoked, "reset")?;
-    // The daemon has asked for another one by itself, and tunnels begin with that.
+    // The daemon has requested another certificate, and new tunnels use it.
     stage.wait_reaches(&stage.client, to)?;
     assert_ne!(serial(&stage.near, "client")?, stolen);
     goes_on(&bystander)?;
@@ -117,7 +117,7 @@ fn a_revoked_certificate_ends_and_the_next_one_serves() -> Result<()> {
 }
 
 #[test]
-fn a_revoked_node_has_no_friends() -> Result<()> {
+fn revoked_node_is_refused_by_all_others() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     let to = stage.web.at(7);
@@ -133,7 +133,7 @@ fn a_revoked_node_has_no_friends() -> Result<()> {
     }
     assert!(!stage.reaches(&stage.client, to)?);
     stage.reason(&stage.near, near, "is revoked", "refused")?;
-    // It gets nothing from the CA any more.
+    // The CA issues nothing to it any more.
     let late = stage.mesh.add_pod(
         mesh_tests::PodSpec::new("late")
             .on("b")
@@ -157,11 +157,11 @@ fn a_revoked_node_has_no_friends() -> Result<()> {
 }
 
 #[test]
-fn neighbours_in_one_kernel_are_cut_off_too() -> Result<()> {
+fn revocation_ends_same_node_connections() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.other.app("echo-server --port 7")?.listening()?;
     let to = stage.other.at(7);
-    // By the daemon, then by the kernel alone.
+    // The daemon carries the first connection, the kernel the second.
     let first = stage.chat(&stage.client, to)?;
     eventually_ok(TIMEOUT, "a verdict", || {
         let verdicts = stage.near.status_json()?["sameNode"]["verdicts"].clone();
@@ -202,7 +202,7 @@ fn local(chat: &App) -> String {
 }
 
 #[test]
-fn a_ca_that_is_down_unrevokes_nothing() -> Result<()> {
+fn revocations_stay_in_force_while_the_ca_is_down() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     let to = stage.web.at(7);
@@ -236,7 +236,7 @@ fn a_ca_that_is_down_unrevokes_nothing() -> Result<()> {
     };
     assert!(refused(&client)?, "without a CA");
     assert!(!refused(&other)?, "others go on without a CA");
-    // One that comes back knows it still.
+    // The CA still has the revocation after a restart.
     let ca = mesh.start_ca(&CaOptions::default())?;
     let version = |daemon: &mesh_tests::Daemon| -> Result<u64> {
         Ok(daemon.status_json()?["trust"]["version"]
@@ -251,7 +251,7 @@ fn a_ca_that_is_down_unrevokes_nothing() -> Result<()> {
         Ok(())
     })?;
     assert!(refused(&client)?, "with the CA that came back");
-    // And so does a daemon that starts now.
+    // A daemon that starts now learns of it, too.
     near.terminate(TIMEOUT)?;
     let near = mesh
         .node("a")

@@ -1,4 +1,4 @@
-//! A new root takes over from the old one under load, and no request fails; killed at each step, the CA goes on with it.
+//! Root rotation under load, without a failed request, and with a CA that is killed at each step.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::common::with_ca::WithCa;
 
-/// The shortest lives and times, so that a rotation takes well below a minute.
+/// The shortest lifetimes, so that a rotation takes well below a minute.
 const LIFETIME: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -22,7 +22,7 @@ fn options() -> (CaOptions, DaemonOptions) {
     (ca, daemons)
 }
 
-/// Fingerprints of the CA's roots, and of the one that signs.
+/// Returns fingerprints of the CA's roots, and of the root that signs.
 fn roots(status: &Value) -> (Vec<String>, String) {
     let fingerprint = |root: &Value| root["sha256"].as_str().unwrap_or_default().to_owned();
     let all = status["roots"].as_array().cloned().unwrap_or_default();
@@ -38,7 +38,7 @@ fn count_of_roots(status: &Value) -> Result<u64> {
 }
 
 #[test]
-fn a_root_is_replaced_under_load() -> Result<()> {
+fn root_is_replaced_under_load() -> Result<()> {
     let (ca, daemons) = options();
     let stage = WithCa::start_with(&ca, &daemons)?;
     let _echo = stage.web.app("echo-server --port 7 --quiet")?.listening()?;
@@ -88,7 +88,7 @@ fn a_root_is_replaced_under_load() -> Result<()> {
         Ok(count)
     })?;
     println!("{count} requests during the rotation");
-    // A connection that began under the old root goes on.
+    // A connection opened under the old root stays open.
     let rounds = old_chat.events_of("round").len();
     eventually(TIMEOUT, "the old conversation to go on", || {
         (old_chat.events_of("round").len() > rounds + 2).then_some(())
@@ -100,7 +100,7 @@ fn a_root_is_replaced_under_load() -> Result<()> {
 }
 
 #[test]
-fn killed_at_each_step_it_goes_on_where_it_was() -> Result<()> {
+fn rotation_resumes_after_the_ca_is_killed_at_each_step() -> Result<()> {
     let (options, daemons) = options();
     let stage = WithCa::start_with(&options, &daemons)?;
     let _echo = stage.web.app("echo-server --port 7 --quiet")?.listening()?;
@@ -129,7 +129,7 @@ fn killed_at_each_step_it_goes_on_where_it_was() -> Result<()> {
         let phase = (all.len(), signs != old);
         if phases.last() != Some(&phase) {
             phases.push(phase);
-            // In each phase, as soon as it is seen.
+            // Kill the CA in each phase, as soon as the phase is seen.
             ca.kill()?;
             ca = mesh.start_ca(&options)?;
             let again = roots(&ca.status()?);

@@ -1,4 +1,4 @@
-//! The certificates that the daemon presents, as other programs see them, and the folder of the CA that signs them.
+//! The daemon's certificates as OpenSSL sees them, and the folder of the CA that signs them.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -15,13 +15,13 @@ fn mesh() -> Result<Mesh> {
 }
 
 #[test]
-fn openssl_finds_the_certificate_in_order() -> Result<()> {
+fn openssl_verifies_the_certificate() -> Result<()> {
     let mesh = mesh()?;
     let daemons = mesh.start_daemons()?;
     let ca = mesh.node("a").ca_folder();
     let outside = mesh.outside();
     let folder = outside.folder();
-    // s_client has a certificate of its own to show, or it would be refused.
+    // s_client presents a certificate, because it would be refused without one.
     let own = Authority::stolen(&ca)?.mint("outsider")?;
     fs::write(folder.join("own.key"), &own.key_pem)?;
     fs::write(folder.join("own.der"), &own.chain[0])?;
@@ -101,7 +101,7 @@ fn openssl_finds_the_certificate_in_order() -> Result<()> {
     ] {
         assert!(all.contains(expected), "{expected}: {all}");
     }
-    // 24 hours from now, and a little back for clocks that differ.
+    // Valid for 24 hours from now, and backdated to allow for clock skew.
     assert_eq!(
         x509("-checkend 86000")?.trim(),
         "Certificate will not expire"
@@ -122,7 +122,7 @@ fn openssl_finds_the_certificate_in_order() -> Result<()> {
 }
 
 #[test]
-fn the_root_is_the_owners_alone() -> Result<()> {
+fn root_key_is_readable_by_its_owner_only() -> Result<()> {
     let mesh = mesh()?;
     let ca = mesh.node("a").ca_folder();
     let root = ca.join("root.pem");
@@ -147,7 +147,7 @@ fn the_root_is_the_owners_alone() -> Result<()> {
         }
     }
     fs::set_permissions(&root, Permissions::from_mode(0o600))?;
-    // Whoever may write to the folder may put a root of his own there.
+    // With write access to the folder, anyone could replace the root.
     for mode in [0o777, 0o730] {
         fs::set_permissions(&ca, Permissions::from_mode(mode))?;
         let why = refusal(&mesh, DaemonOptions::default())?;
@@ -170,7 +170,7 @@ fn the_root_is_the_owners_alone() -> Result<()> {
 }
 
 #[test]
-fn a_root_of_another_trust_domain_is_refused() -> Result<()> {
+fn rejects_root_of_another_trust_domain() -> Result<()> {
     let mesh = mesh()?;
     let options = DaemonOptions::default().trust_domain("elsewhere.example");
     drop(mesh.start_daemons()?);
@@ -178,7 +178,7 @@ fn a_root_of_another_trust_domain_is_refused() -> Result<()> {
     for expected in ["elsewhere.example", "spiffe://cluster.local", "root.pem"] {
         assert!(why.contains(expected), "{expected}: {why}");
     }
-    // With a folder of its own it starts, and its pods are of that trust domain.
+    // With its own folder the daemon starts, and its pods belong to that trust domain.
     let own: PathBuf = mesh.node("a").folder().join("another-ca");
     let daemons = mesh.start_daemons_with(&options.ca_folder(own))?;
     let identity = &daemons[0].status()?.pods[0].identity;
@@ -186,7 +186,7 @@ fn a_root_of_another_trust_domain_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// Starts the daemon, which is to refuse, and gives what it says.
+/// Starts the daemon, which must exit with an error. Returns the error.
 fn refusal(mesh: &Mesh, options: DaemonOptions) -> Result<String> {
     let mut daemon = mesh.node("a").spawn_daemon(options)?;
     let status = daemon.process().wait(TIMEOUT)?;
@@ -197,7 +197,7 @@ fn refusal(mesh: &Mesh, options: DaemonOptions) -> Result<String> {
 }
 
 #[test]
-fn trust_domains_do_not_mix() -> Result<()> {
+fn refuses_peers_of_another_trust_domain() -> Result<()> {
     let mesh = Mesh::builder()
         .node("a")
         .node("b")
@@ -219,7 +219,7 @@ fn trust_domains_do_not_mix() -> Result<()> {
         let line =
             daemon.wait_for_access("a refusal", TIMEOUT, |line| line["result"] == "refused")?;
         let reason = line["reason"].as_str().unwrap_or_default();
-        // The one says so itself, the other was told by an alert.
+        // One side found the error, and the other received an alert.
         assert!(
             reason.contains("certificate") || reason.contains("Certificate"),
             "{line:#}"

@@ -1,4 +1,4 @@
-//! A node whose clock is an hour off: calls fail, and both nodes' logs say that it is the clocks.
+//! A node whose clock is an hour off: calls fail, and both nodes log that the clocks differ.
 
 use std::path::Path;
 
@@ -12,18 +12,18 @@ fn off_by(offset: &str) -> DaemonOptions {
     DaemonOptions::default()
         .environment("LD_PRELOAD", LIBRARY)
         .environment("FAKETIME", offset)
-        // Timers go on as they should: it is the time of day that is wrong.
+        // Only the wall clock is wrong; timers run normally.
         .environment("DONT_FAKE_MONOTONIC", "1")
 }
 
 #[test]
-fn a_clock_that_is_slow_is_told_by_both() -> Result<()> {
-    clock_off("a_clock_that_is_slow_is_told_by_both", "-1h")
+fn both_sides_report_a_slow_clock() -> Result<()> {
+    clock_off("both_sides_report_a_slow_clock", "-1h")
 }
 
 #[test]
-fn a_clock_that_is_fast_is_told_by_both() -> Result<()> {
-    clock_off("a_clock_that_is_fast_is_told_by_both", "+1h")
+fn both_sides_report_a_fast_clock() -> Result<()> {
+    clock_off("both_sides_report_a_fast_clock", "+1h")
 }
 
 fn clock_off(test: &str, offset: &str) -> Result<()> {
@@ -51,7 +51,7 @@ fn clock_off(test: &str, offset: &str) -> Result<()> {
     ] {
         let url = format!("http://{}/", mesh.pod(to).at(8080));
         let answer = mesh.pod(from).run("curl", ["-sS", "-m", "15", &url])?;
-        // A reset while it connects, sends or receives.
+        // The reset may come while the app connects, sends or receives.
         assert!(
             matches!(answer.code(), Some(7 | 55 | 56)) && answer.stdout.is_empty(),
             "{from} to {to}: curl exits with {:?}: {} {}",
@@ -65,7 +65,7 @@ fn clock_off(test: &str, offset: &str) -> Result<()> {
         for reason in [&client, &server] {
             assert!(reason.contains("clock"), "{from} to {to}: {reason}");
         }
-        // The side whose clock is behind the other's certificate can say by how much.
+        // The side whose clock is before the certificate's validity can report the difference.
         let says = |reason: &str| {
             ["58 minutes", "59 minutes"]
                 .iter()
@@ -79,7 +79,7 @@ fn clock_off(test: &str, offset: &str) -> Result<()> {
     Ok(())
 }
 
-/// The reason of the one refusal in this direction.
+/// Returns the reason of the only refusal in this direction.
 fn refusal(daemon: &Daemon, direction: &str) -> Result<String> {
     let is = |line: &Value| line["direction"] == direction;
     daemon.wait_for_access(direction, TIMEOUT, is)?;

@@ -1,4 +1,4 @@
-//! Secure naming: who answers must be one that may, by what the client's own node knows.
+//! Secure naming: the server's identity must be one that may run the destination, as the client's node knows it.
 
 use std::time::Duration;
 
@@ -7,9 +7,9 @@ use mesh_tests::{
 };
 
 const SERVICE: &str = "10.96.0.7:80";
-/// Part of what a client asks for.
+/// Part of the request path.
 const SECRET: &str = "what-only-web-may-hear";
-/// Discovery has a second; the machine may be busy.
+/// Limit for discovery, which takes a second on an idle machine.
 const SOON: Duration = Duration::from_secs(10);
 
 fn spiffe(account: &str) -> String {
@@ -42,7 +42,7 @@ fn two_accounts(service: ServiceSpec) -> Result<Mesh> {
         .start()
 }
 
-/// So many requests, each on a connection of its own.
+/// Sends this number of requests, each on its own connection.
 fn ask(mesh: &Mesh, to: &str, requests: usize) -> Result<Finished> {
     let url = format!("http://{to}/{SECRET}/[1-{requests}]");
     let arguments = [
@@ -58,7 +58,7 @@ fn ask(mesh: &Mesh, to: &str, requests: usize) -> Result<Finished> {
     mesh.pod("client").run("curl", arguments)
 }
 
-/// Waits until the client gets this, and only this, from the service.
+/// Waits until the client gets only these answers from the service.
 fn only(mesh: &Mesh, body: &str) -> Result<()> {
     eventually_ok(SOON, &format!("all answers to be {body}'s"), || {
         let answers = ask(mesh, SERVICE, 10)?.ok()?.stdout;
@@ -68,7 +68,7 @@ fn only(mesh: &Mesh, body: &str) -> Result<()> {
 }
 
 #[test]
-fn only_pinned_accounts_run_a_service() -> Result<()> {
+fn only_pinned_accounts_may_run_a_service() -> Result<()> {
     let mesh = two_accounts(service().service_accounts("web"))?;
     let web = Nginx::start(&mesh.pod("web"), 8080, "web")?;
     let other = Nginx::start(&mesh.pod("other"), 8080, "other")?;
@@ -78,7 +78,7 @@ fn only_pinned_accounts_run_a_service() -> Result<()> {
     assert_eq!(other.requests().len(), 0, "the other was asked");
     assert_eq!(web.requests().len(), 40);
 
-    // Another account is pinned, by its full name; then one of another namespace that has the same short name.
+    // First another account is pinned, by its full name, then an account of another namespace with the same short name.
     mesh.manifests()
         .apply(&service().service_accounts("default/other").manifest())?;
     only(&mesh, "other")?;
@@ -105,7 +105,7 @@ fn only_pinned_accounts_run_a_service() -> Result<()> {
         "{line:#}"
     );
 
-    // Both may, when both are pinned, and then both do.
+    // With both accounts pinned, both pods answer.
     mesh.manifests()
         .apply(&service().service_accounts("web, other").manifest())?;
     eventually_ok(SOON, "both to answer", || {
@@ -118,7 +118,7 @@ fn only_pinned_accounts_run_a_service() -> Result<()> {
     })
 }
 
-/// Tells node b that its pod `web` runs as `impostor`: node b's daemon will say so, and node a's knows better.
+/// Tells only node b that its pod `web` runs as `impostor`, so that its daemon presents that identity.
 fn impostor(mesh: &Mesh) -> Result<()> {
     mesh.node("b")
         .manifests()
@@ -128,7 +128,7 @@ fn impostor(mesh: &Mesh) -> Result<()> {
 }
 
 #[test]
-fn an_impostor_hears_nothing_of_the_request() -> Result<()> {
+fn impostor_receives_no_byte_of_the_request() -> Result<()> {
     let mesh = Mesh::builder()
         .node("a")
         .node("b")
@@ -166,7 +166,7 @@ fn an_impostor_hears_nothing_of_the_request() -> Result<()> {
         assert_eq!(line["client_identity"], spiffe("client"), "{line:#}");
         assert_eq!(line["bytes_to_server"], 0, "{line:#}");
     }
-    // The impostor's node saw that somebody came, and no more.
+    // The impostor's node logged the attempt, and received no request.
     let lines = eventually_ok(SOON, "the other node's lines", || {
         let lines = daemons[1].access_log();
         anyhow::ensure!(lines.len() >= destinations.len(), "{lines:#?}");
@@ -181,7 +181,7 @@ fn an_impostor_hears_nothing_of_the_request() -> Result<()> {
     assert_eq!(nginx.requests().len(), 0, "the impostor's app was asked");
     assert!(!capture.stop()?.contains(SECRET.as_bytes()));
 
-    // Unmasked, it serves again: nothing sticks.
+    // With its own account again, the pod serves again.
     mesh.node("b").manifests().apply(&web.manifest())?;
     only(&mesh, "web")
 }
@@ -204,13 +204,13 @@ fn refusal(daemon: &Daemon, destination: &str) -> Result<serde_json::Value> {
 }
 
 #[test]
-fn an_address_that_two_pods_claim_is_nobodys() -> Result<()> {
+fn address_claimed_by_two_pods_is_refused() -> Result<()> {
     let mesh = two_accounts(service())?;
     let nginx = Nginx::start(&mesh.pod("web"), 8080, "web")?;
     let daemons = mesh.start_daemons()?;
     let web = mesh.pod("web");
     ask(&mesh, &web.at(8080).to_string(), 1)?.ok()?;
-    // Somebody who may write pods claims web's address for an account of his own.
+    // Someone with write access to pods claims web's address for another account.
     let mut claim = mesh.pod("other").manifest();
     claim["metadata"]["name"] = "claimant".into();
     claim["spec"]["nodeName"] = "nowhere".into();

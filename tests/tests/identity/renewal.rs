@@ -1,4 +1,4 @@
-//! Certificates are renewed while traffic goes on: no request fails, and connections that stand live on.
+//! Certificates are renewed under load: no request fails, and open connections stay open.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,9 +11,9 @@ use mesh_tests::{
 };
 use rustls::Connection;
 
-/// The shortest that a daemon takes: a renewal every four to six seconds.
+/// The shortest lifetime that a daemon accepts: it renews every four to six seconds.
 const LIFETIME: Duration = Duration::from_secs(10);
-/// Certificates of one identity that are to be seen.
+/// Number of certificates of one identity to wait for.
 const GENERATIONS: usize = 4;
 
 #[test]
@@ -38,7 +38,7 @@ fn certificates_are_renewed_under_load() -> Result<()> {
     let stop = AtomicBool::new(false);
     let requests = AtomicUsize::new(0);
     let serials = thread::scope(|scope| {
-        // Apps, through tunnels kept and new.
+        // Apps, through pooled and new tunnels.
         let apps = scope.spawn(|| -> Result<()> {
             while !stop.load(Ordering::Relaxed) {
                 let url = format!("http://{}/[1-50]", web.at(8080));
@@ -65,7 +65,7 @@ fn certificates_are_renewed_under_load() -> Result<()> {
             }
             Ok(())
         });
-        // Handshakes, one after another.
+        // Sequential handshakes.
         let handshakes = scope.spawn(|| -> Result<BTreeSet<Vec<u8>>> {
             let own = authority.mint("outsider")?;
             let mut seen = BTreeSet::new();
@@ -88,7 +88,7 @@ fn certificates_are_renewed_under_load() -> Result<()> {
         stop.store(true, Ordering::Relaxed);
         apps.join().expect("no panic").context("requests of apps")?;
         let seen = handshakes.join().expect("no panic").context("handshakes")?;
-        // The last one may have come too late for a handshake.
+        // No handshake may have used the last one.
         anyhow::ensure!(
             seen.len() >= GENERATIONS - 1,
             "{} certificates on the wire",
@@ -103,7 +103,7 @@ fn certificates_are_renewed_under_load() -> Result<()> {
     );
     assert!(requests.load(Ordering::Relaxed) >= 100);
 
-    // The connection that began with certificates long gone.
+    // The connection whose certificates have long been replaced.
     let before = old.events().len();
     eventually_ok(
         Duration::from_secs(5),
@@ -131,13 +131,13 @@ fn certificates_are_renewed_under_load() -> Result<()> {
     Ok(())
 }
 
-/// Lines of connections that did not end well.
+/// Returns the lines of connections that ended with an error.
 fn not_ok(daemons: &[Daemon]) -> Vec<serde_json::Value> {
     let lines = daemons.iter().flat_map(Daemon::access_log);
     lines.filter(|line| line["result"] != "ok").collect()
 }
 
-/// Waits until every identity has had so many certificates, and gives their serial numbers.
+/// Waits until each identity has had this number of certificates. Returns their serial numbers.
 fn generations(daemons: &[Daemon]) -> Result<BTreeMap<String, BTreeSet<String>>> {
     let mut serials: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let patience = LIFETIME * GENERATIONS as u32;

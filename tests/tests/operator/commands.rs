@@ -1,4 +1,4 @@
-//! What an operator asks of a daemon: is it ready, what is it doing, and can this machine run it.
+//! Readiness, `status`, metrics and `check`.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::common::lifecycle_pair::{MARKER, SERVICES, daemons, echoes, pair};
 
 #[test]
-fn it_is_ready_when_its_pods_are_enrolled() {
+fn ready_when_all_pods_are_enrolled() {
     let mesh = pair();
     for number in 0..10 {
         mesh.add_pod(PodSpec::new(&format!("more-{number}")).on("b"))
@@ -22,7 +22,7 @@ fn it_is_ready_when_its_pods_are_enrolled() {
     let readiness: SocketAddr = "127.0.0.1:15021".parse().unwrap();
     assert!(http_get(node.netns(), readiness, "/healthz/ready").is_err());
     let mut b = node.spawn_daemon(DaemonOptions::default()).unwrap();
-    // Nobody to answer at first, then 503, then 200; and once it is 200, all is done.
+    // At first nothing listens, then 503, then 200. With 200, all pods are enrolled.
     eventually(TIMEOUT, "readiness", || {
         let answer = http_get(node.netns(), readiness, "/healthz/ready").ok()?;
         assert!([200, 503].contains(&answer.status), "{answer:?}");
@@ -38,7 +38,7 @@ fn it_is_ready_when_its_pods_are_enrolled() {
         status.pods
     );
 
-    // A kubelet asks from the node's own address; the status is for the node alone.
+    // A kubelet probes from the node's own address. The status is served on the loopback only.
     for address in [node.ipv4().into(), std::net::IpAddr::from(node.ipv6())] {
         let answer = http_get(node.netns(), (address, 15021).into(), "/healthz/ready").unwrap();
         assert_eq!(answer.status, 200, "{address}: {answer:?}");
@@ -135,7 +135,7 @@ fn status_shows_pods_certificates_and_live_connections() {
         serial.len() >= 16 && serial.bytes().all(|digit| digit.is_ascii_hexdigit()),
         "{serial}"
     );
-    // RFC 3339 of one form sorts as time does.
+    // Times in the same RFC 3339 format sort as text.
     let time = |field: &str| certificate[field].as_str().unwrap().to_owned();
     assert!(time("notBefore") < time("notAfter"), "{certificate}");
     assert!(time("notAfter").ends_with('Z'), "{certificate}");
@@ -170,7 +170,7 @@ fn status_shows_pods_certificates_and_live_connections() {
 }
 
 #[test]
-fn metrics_count_connections_by_how_they_went() {
+fn metrics_count_connections_by_result() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = web
@@ -201,7 +201,7 @@ fn metrics_count_connections_by_how_they_went() {
             "auth_daemon_pods{state=\"enrolled\"} 1\n".to_owned(),
             "auth_daemon_ready 1\n".to_owned(),
         ];
-        // The line, and the count with it, come after the app has seen the end.
+        // The line is written, and the connection counted, after the app has seen the end.
         eventually_ok(TIMEOUT, "all that is counted", || {
             let metrics = daemon.metrics()?;
             for line in &expected {
@@ -215,7 +215,7 @@ fn metrics_count_connections_by_how_they_went() {
 }
 
 #[test]
-fn status_without_a_daemon_says_so() {
+fn status_reports_that_no_daemon_runs() {
     let mesh = pair();
     for arguments in [&["status"][..], &["status", "--json"]] {
         let finished = mesh.node("a").auth(arguments).unwrap();
@@ -227,7 +227,7 @@ fn status_without_a_daemon_says_so() {
 }
 
 #[test]
-fn check_finds_what_is_needed_here() {
+fn check_passes_on_this_machine() {
     let mesh = pair();
     let node = mesh.node("a");
     let text = node.auth(&["check"]).unwrap();
@@ -250,7 +250,7 @@ fn check_finds_what_is_needed_here() {
             true
         );
     }
-    // With a daemon that runs, and for its configuration, too; and it changes nothing.
+    // Also beside a running daemon, with its configuration, and without changing anything.
     let a = node.start_daemon().unwrap();
     let config = node.folder().join("auth-daemon.yaml").display().to_string();
     node.auth(&["check", "--config", &config])
@@ -263,11 +263,11 @@ fn check_finds_what_is_needed_here() {
 }
 
 #[test]
-fn check_says_what_is_missing() {
+fn check_reports_missing_requirements() {
     let mesh = pair();
     let node = mesh.node("a");
     if !Path::new("/usr/bin/setpriv").exists() {
-        println!("SKIPPED check_says_what_is_missing: no setpriv (util-linux)");
+        println!("SKIPPED check_reports_missing_requirements: no setpriv (util-linux)");
         return;
     }
     let few = without(node, "-net_admin,-sys_ptrace", &["check"]);
@@ -316,14 +316,14 @@ fn check_says_what_is_missing() {
 }
 
 #[test]
-fn a_daemon_without_its_capabilities_says_so_and_starts_nothing() {
+fn daemon_without_capabilities_exits_with_the_reason() {
     let mesh = pair();
     let node = mesh.node("a");
     if !Path::new("/usr/bin/setpriv").exists() {
         println!("SKIPPED a_daemon_without_its_capabilities...: no setpriv (util-linux)");
         return;
     }
-    // A configuration to run with, as the library writes it.
+    // A valid configuration, as the test library writes it.
     node.start_daemon().unwrap().kill().unwrap();
     node.unload().unwrap().ok().unwrap();
     let config = node.folder().join("auth-daemon.yaml").display().to_string();

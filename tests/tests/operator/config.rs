@@ -1,4 +1,4 @@
-//! A configuration that cannot be used: every fault at once, with file and field, and nothing is touched.
+//! Invalid configurations: all errors are reported at once, with file and field, and nothing is changed.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use mesh_tests::{Mesh, Node, PodSpec};
 use crate::common::lifecycle_traces::{Routing, attached_to_node, files};
 
 #[test]
-fn every_fault_is_shown_at_once_whatever_the_command() {
+fn every_command_reports_all_config_errors_at_once() {
     let mesh = one_node();
     let node = mesh.node("a");
     let config = "nodeName: 'a b'\ntrustDomain: Not/One\nmode: strict\nmood: good\n\
@@ -46,7 +46,7 @@ fn every_fault_is_shown_at_once_whatever_the_command() {
 }
 
 #[test]
-fn what_is_no_yaml_says_where() {
+fn invalid_yaml_is_reported_with_its_position() {
     let mesh = one_node();
     let node = mesh.node("a");
     for command in COMMANDS {
@@ -73,7 +73,7 @@ fn what_is_no_yaml_says_where() {
 }
 
 #[test]
-fn what_the_machine_does_not_have_is_named_by_its_field() {
+fn missing_resources_are_reported_with_their_field() {
     let mesh = one_node();
     let node = mesh.node("a");
     let folder = node.folder().display().to_string();
@@ -126,7 +126,7 @@ fn what_the_machine_does_not_have_is_named_by_its_field() {
 }
 
 #[test]
-fn a_ca_that_others_can_read_is_refused() {
+fn refuses_ca_directory_that_others_can_read() {
     use std::os::unix::fs::PermissionsExt;
     let mesh = one_node();
     let node = mesh.node("a");
@@ -162,7 +162,7 @@ fn one_node() -> Mesh {
         .unwrap()
 }
 
-/// What the command says of this configuration, which it must refuse with exit code 1, untouched by it.
+/// Returns the errors of a command that must reject this configuration with exit code 1.
 fn refused(node: &Node, command: &str, config: &str) -> String {
     let path = node.folder().join("faulty.yaml");
     std::fs::write(&path, config).unwrap();

@@ -1,4 +1,4 @@
-//! What a daemon takes of its machine, and what it leaves readable there.
+//! The daemon's memory for maps, and secrets that it must not write to disk.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use crate::common::lifecycle_pair::{MARKER, daemons, daemons_with, echoes, pair,
 use crate::common::lifecycle_traces::{descriptors, files, pinned_map};
 
 #[test]
-fn maps_take_little_up_front_and_hold_enough() {
+fn maps_are_small_when_empty_and_hold_enough() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = web
@@ -42,7 +42,7 @@ fn maps_take_little_up_front_and_hold_enough() {
             "{name} is one of the daemon's"
         );
     }
-    // Nothing of a connection stays in them.
+    // No entry of the connection remains.
     for to in ways(&web) {
         echoes(&client, to);
     }
@@ -51,7 +51,7 @@ fn maps_take_little_up_front_and_hold_enough() {
     assert!(after <= before + 4096, "{before}, then {after}");
 }
 
-/// `memlock` of the maps that the daemon holds, by their numbers.
+/// Returns `memlock` of the daemon's maps, by map ID.
 fn locked_by_maps(daemon: &Daemon) -> BTreeMap<u64, u64> {
     descriptors(daemon)
         .into_iter()
@@ -60,7 +60,7 @@ fn locked_by_maps(daemon: &Daemon) -> BTreeMap<u64, u64> {
 }
 
 #[test]
-fn no_private_key_is_written_but_the_roots() {
+fn only_the_root_private_key_is_written_to_disk() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = web
@@ -88,7 +88,7 @@ fn no_private_key_is_written_but_the_roots() {
     let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!((mode(&root), mode(root.parent().unwrap())), (0o600, 0o700));
 
-    // All that the mesh has: configurations, logs, manifests, the CA's folder.
+    // All files of the mesh: configurations, logs, manifests, the CA's folder.
     let folder = mesh.node("a").folder().parent().unwrap().to_owned();
     let all = files(&folder);
     assert!(all.contains(&root) && all.contains(&mesh.node("a").folder().join("auth-daemon.log")));
@@ -102,7 +102,7 @@ fn no_private_key_is_written_but_the_roots() {
         if file != root {
             assert!(!has("PRIVATE KEY") && !has(secret), "{}", file.display());
         }
-        // Nor does what the apps said get into a log, not even on the level `trace`.
+        // The apps' bytes do not get into a log either, not even at level `trace`.
         assert!(
             !has(MARKER) || !file.ends_with("auth-daemon.log"),
             "{}",

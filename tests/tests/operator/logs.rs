@@ -1,4 +1,4 @@
-//! The log: its two forms, and the line that every connection leaves in it.
+//! The log in both formats, and the access log line of each connection.
 
 use mesh_tests::{Daemon, DaemonOptions, PodSpec, ServiceSpec, TIMEOUT};
 use serde_json::{Value, json};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::common::lifecycle_pair::{MARKER, SERVICES, call, daemons, daemons_with, echoes, pair};
 
 #[test]
-fn a_connection_that_ends_well_is_told_by_both_sides_with_exact_counts() {
+fn both_sides_log_exact_byte_counts() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _sink = web.app("sink --port 8080").unwrap().listening().unwrap();
@@ -30,7 +30,7 @@ fn a_connection_that_ends_well_is_told_by_both_sides_with_exact_counts() {
         let outbound = line_of(&a, "outbound", &local);
         let inbound = line_of(&b, "inbound", &local);
         for line in [&outbound, &inbound] {
-            // 16 bytes say what will come, and 8 how much did.
+            // A header of 16 bytes, and 8 bytes with the number of bytes received.
             expect(
                 line,
                 &json!({
@@ -57,7 +57,7 @@ fn a_connection_that_ends_well_is_told_by_both_sides_with_exact_counts() {
 }
 
 #[test]
-fn the_duration_is_the_connections() {
+fn log_has_the_duration_of_the_connection() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _stall = web
@@ -66,7 +66,7 @@ fn the_duration_is_the_connections() {
         .listening()
         .unwrap();
     let (a, b) = daemons(&mesh);
-    // The second goes through the tunnel that the first has made.
+    // The second uses the first one's tunnel.
     for _ in 0..2 {
         let source = client
             .app(&format!("source --to {} --bytes 100", web.at(8080)))
@@ -89,11 +89,11 @@ fn the_duration_is_the_connections() {
 }
 
 #[test]
-fn a_refused_connection_says_why() {
+fn log_has_the_reason_of_a_refusal() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let (a, b) = daemons(&mesh);
-    // Nobody listens on the port.
+    // No app listens on the port.
     assert_eq!(call(&client, web.at(9999))["event"], "failed");
     let to = json!(web.at(9999).to_string());
     let outbound = line_with(&a, "destination", &to);
@@ -115,7 +115,7 @@ fn a_refused_connection_says_why() {
     );
     assert!(reason(&inbound).contains("refused"), "{inbound}");
 
-    // The service has no such port, then no endpoint.
+    // First the service lacks the port, then it lacks an endpoint.
     assert_eq!(
         call(&client, "10.96.0.7:81".parse().unwrap())["event"],
         "failed"
@@ -167,7 +167,7 @@ fn a_refused_connection_says_why() {
 }
 
 #[test]
-fn a_reset_says_whose_it_was() {
+fn log_says_which_side_reset() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = web
@@ -212,7 +212,7 @@ fn a_reset_says_whose_it_was() {
 }
 
 #[test]
-fn a_pod_that_reaches_itself_through_its_service_is_told_as_such() {
+fn log_marks_connections_of_a_pod_to_itself() {
     let mesh = pair();
     let web = mesh.pod("web");
     let _echo = web
@@ -233,7 +233,7 @@ fn a_pod_that_reaches_itself_through_its_service_is_told_as_such() {
 }
 
 #[test]
-fn json_is_one_object_a_line() {
+fn json_log_has_one_object_per_line() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = web
@@ -259,7 +259,7 @@ fn json_is_one_object_a_line() {
 }
 
 #[test]
-fn text_is_for_people() {
+fn text_log_is_readable() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = web
@@ -294,7 +294,7 @@ fn text_is_for_people() {
 }
 
 #[test]
-fn the_level_is_a_filter() {
+fn log_level_filters_lines() {
     let mesh = pair();
     mesh.add_pod(PodSpec::new("lost").annotation("auth-daemon.io/netns", "/none"))
         .unwrap();
@@ -325,7 +325,7 @@ fn reason(line: &Value) -> &str {
     line["reason"].as_str().unwrap_or_default()
 }
 
-/// The line of a connection in this direction from this client, who is the same on both sides.
+/// Waits for the line of a connection in this direction from this client address, which both sides log.
 fn line_of(daemon: &Daemon, direction: &str, client: &Value) -> Value {
     let is = |line: &Value| line["direction"] == direction && line["client"] == *client;
     let what = format!("the {direction} connection of {client}");

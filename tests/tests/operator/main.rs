@@ -1,4 +1,4 @@
-//! What an operator sees and sets: commands, configuration, logs, and what the daemon costs.
+//! Commands, configuration, logs and memory of the daemon.
 
 #[path = "../common/mod.rs"]
 mod common;

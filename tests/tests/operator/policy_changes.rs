@@ -1,4 +1,4 @@
-//! `auth-daemon policy check --diff` on a node with a daemon: what it says in advance, and what then happens.
+//! `auth-daemon policy check --diff` on a node with a daemon, and whether its prediction comes true.
 
 use std::{fs, path::PathBuf};
 

@@ -1,4 +1,4 @@
-//! A verdict lasts for as long as the daemon would give it again, and over a restart of the daemon: no longer.
+//! A verdict lasts, also over a restart of the daemon, for as long as the daemon would give it again.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,7 @@ use crate::common::neighbours::{
 };
 
 #[test]
-fn another_account_of_either_pod_takes_verdicts_back() -> Result<()> {
+fn verdicts_are_removed_when_either_pod_changes_its_account() -> Result<()> {
     for (pod, field) in [("web", "server_identity"), ("client", "client_identity")] {
         let stage = Neighbours::start()?;
         let _server = stage.web.app("echo-server --port 8080")?.listening()?;
@@ -43,7 +43,7 @@ fn another_account_of_either_pod_takes_verdicts_back() -> Result<()> {
 }
 
 #[test]
-fn a_change_of_the_service_takes_its_verdict_back_and_no_other() -> Result<()> {
+fn change_of_a_service_removes_only_its_own_verdict() -> Result<()> {
     let stage = Neighbours::start_with(&DaemonOptions::default(), |builder| {
         builder.pod(
             PodSpec::new("web-2")
@@ -57,7 +57,7 @@ fn a_change_of_the_service_takes_its_verdict_back_and_no_other() -> Result<()> {
     let service: SocketAddr = neighbours::SERVICES[0].parse()?;
     stage.decide(service)?;
     stage.decide(stage.web.at(8080))?;
-    // Another port behind it.
+    // The service gets another target port.
     stage
         .mesh
         .manifests()
@@ -71,7 +71,7 @@ fn a_change_of_the_service_takes_its_verdict_back_and_no_other() -> Result<()> {
     for line in stage.lines(start, service, 2)? {
         assert_eq!(line["endpoint"], stage.web.at(8090).to_string(), "{line}");
     }
-    // Another pod behind it.
+    // The service gets another pod.
     stage
         .mesh
         .manifests()
@@ -98,7 +98,7 @@ fn a_change_of_the_service_takes_its_verdict_back_and_no_other() -> Result<()> {
         })?;
     wait_for_verdicts(&stage.daemon, 1)?;
     refused(&stage.client, service)?;
-    // It is the service's alone.
+    // Only the service's verdict is removed.
     let mut chat = stage.client.app(&format!(
         "chat --to {} --rounds 2 --interval 300",
         stage.web.at(8080)
@@ -110,7 +110,7 @@ fn a_change_of_the_service_takes_its_verdict_back_and_no_other() -> Result<()> {
 }
 
 #[test]
-fn a_pod_that_goes_takes_its_verdicts_along() -> Result<()> {
+fn removed_pod_loses_its_verdicts() -> Result<()> {
     let stage = Neighbours::start()?;
     let server = stage.web.app("echo-server --port 8080")?.listening()?;
     for client in [&stage.client, &stage.other] {
@@ -119,7 +119,7 @@ fn a_pod_that_goes_takes_its_verdicts_along() -> Result<()> {
     }
     stage.mesh.remove_pod("other")?;
     wait_for_verdicts(&stage.daemon, 2)?;
-    // Made anew under its name: another namespace.
+    // Recreated under the same name, in another netns.
     drop(server);
     stage.mesh.recreate_pod("web")?;
     wait_for_verdicts(&stage.daemon, 0)?;
@@ -135,7 +135,7 @@ fn a_pod_that_goes_takes_its_verdicts_along() -> Result<()> {
 }
 
 #[test]
-fn connections_end_with_the_account_that_either_pod_had() -> Result<()> {
+fn connections_end_when_either_pod_changes_its_account() -> Result<()> {
     for (pod, account) in [("web", "web"), ("client", "client")] {
         let stage = Neighbours::start()?;
         let _server = stage.web.app("echo-server --port 8080")?.listening()?;
@@ -145,7 +145,7 @@ fn connections_end_with_the_account_that_either_pod_had() -> Result<()> {
         for to in ways {
             stage.decide(to)?;
         }
-        // Between pods that do not change; it has to be another server when the client is what changes.
+        // A connection between pods that do not change: to another server if the client changes.
         let (from, beside) = match pod {
             "web" => (&stage.client, stage.other.at(8080)),
             _ => (&stage.other, stage.web.at(8080)),
@@ -181,7 +181,7 @@ fn connections_end_with_the_account_that_either_pod_had() -> Result<()> {
 }
 
 #[test]
-fn a_dead_daemon_is_outlived_by_its_lease_and_no_longer() -> Result<()> {
+fn verdicts_hold_until_the_lease_of_a_dead_daemon_expires() -> Result<()> {
     let stage = Neighbours::start()?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -198,7 +198,7 @@ fn a_dead_daemon_is_outlived_by_its_lease_and_no_longer() -> Result<()> {
     daemon.kill()?;
     let died = Instant::now();
     echo(&client, to)?;
-    // What it had not decided is refused at once, and so is all after the lease.
+    // Destinations without a verdict are refused at once, and all others after the lease.
     refused(&client, web.at6(8080))?;
     eventually(TIMEOUT, "the end of the lease", || {
         refuses(&client, to).then_some(())
@@ -208,11 +208,11 @@ fn a_dead_daemon_is_outlived_by_its_lease_and_no_longer() -> Result<()> {
         (Duration::from_secs(3)..Duration::from_secs(8)).contains(&held),
         "it held for {held:?}"
     );
-    // A connection that stands does not ask.
+    // An open connection is not affected.
     goes_on(&chat)?;
 
     let daemon = mesh.node("a").start_daemon()?;
-    // What closed meanwhile is logged by the next daemon.
+    // The next daemon logs connections that closed meanwhile.
     for direction in ["outbound", "inbound"] {
         let line = daemon.wait_for_access("what closed without a daemon", TIMEOUT, |line| {
             line["direction"] == direction && line["bytes_to_server"] == 19
@@ -226,7 +226,7 @@ fn a_dead_daemon_is_outlived_by_its_lease_and_no_longer() -> Result<()> {
             assert_eq!(line[field], value, "{line}");
         }
     }
-    // It would decide the same, and so the verdict holds again.
+    // The new daemon would decide the same, so the verdict holds.
     assert_eq!(verdicts(&daemon)?, 1);
     echo(&client, to)?;
     let start = daemon.log_position();
@@ -240,8 +240,8 @@ fn a_dead_daemon_is_outlived_by_its_lease_and_no_longer() -> Result<()> {
 }
 
 #[test]
-fn a_restart_interrupts_nothing() -> Result<()> {
-    if skipped_when_emulated("a_restart_interrupts_nothing") {
+fn restart_interrupts_no_connection() -> Result<()> {
+    if skipped_when_emulated("restart_interrupts_no_connection") {
         return Ok(());
     }
     let stage = Neighbours::start()?;
@@ -261,7 +261,7 @@ fn a_restart_interrupts_nothing() -> Result<()> {
         mesh,
         ..
     } = stage;
-    // Connections all the while, a hundred at a time: each leaves a port behind for a minute.
+    // Connections throughout, a hundred at a time, because each keeps a port busy for a minute.
     let over = AtomicBool::new(false);
     let daemon = thread::scope(|scope| {
         let dialling = [to, service].map(|to| {
@@ -294,7 +294,7 @@ fn a_restart_interrupts_nothing() -> Result<()> {
 }
 
 #[test]
-fn what_changed_while_no_daemon_ran_counts() -> Result<()> {
+fn changes_made_while_no_daemon_ran_are_applied() -> Result<()> {
     let stage = Neighbours::start()?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -319,7 +319,7 @@ fn what_changed_while_no_daemon_ran_counts() -> Result<()> {
 }
 
 #[test]
-fn unloading_leaves_plain_connections() -> Result<()> {
+fn pods_communicate_in_plaintext_after_unload() -> Result<()> {
     let stage = Neighbours::start()?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -344,7 +344,7 @@ fn unloading_leaves_plain_connections() -> Result<()> {
 }
 
 #[test]
-fn a_daemon_told_to_use_the_tunnel_gives_nothing_to_the_kernel() -> Result<()> {
+fn same_node_tunnel_mode_writes_no_verdicts() -> Result<()> {
     let stage = Neighbours::start()?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -371,7 +371,7 @@ fn a_daemon_told_to_use_the_tunnel_gives_nothing_to_the_kernel() -> Result<()> {
 }
 
 #[test]
-fn a_service_added_in_front_of_a_pod_elsewhere_is_none_of_the_kernels() -> Result<()> {
+fn service_in_front_of_a_remote_pod_gets_no_verdict() -> Result<()> {
     let mesh = Mesh::builder()
         .node("a")
         .node("b")
@@ -400,7 +400,7 @@ fn a_service_added_in_front_of_a_pod_elsewhere_is_none_of_the_kernels() -> Resul
     Ok(())
 }
 
-/// Waits until a conversation has gone on from now.
+/// Waits until a conversation makes progress.
 fn goes_on(chat: &App) -> Result<()> {
     let rounds = chat.events_of("round").len();
     eventually(TIMEOUT, "the conversation to go on", || {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::common::neighbours::{Neighbours, echo, is_direct};
 
 #[test]
-fn the_first_connection_is_the_daemons_and_the_others_the_kernels() -> Result<()> {
+fn kernel_carries_all_connections_after_the_first() -> Result<()> {
     let stage = Neighbours::start()?;
     let mut server = stage.web.app("echo-server --port 8080")?.listening()?;
     for (number, to) in (1..).zip(stage.ways()) {
@@ -65,7 +65,7 @@ fn the_first_connection_is_the_daemons_and_the_others_the_kernels() -> Result<()
 }
 
 #[test]
-fn what_one_pod_may_do_another_has_to_ask_for() -> Result<()> {
+fn verdicts_apply_to_one_client_pod_only() -> Result<()> {
     let stage = Neighbours::start()?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -121,7 +121,7 @@ fn a_service_with_two_endpoints_stays_with_the_daemon_and_without_tls() -> Resul
 }
 
 #[test]
-fn permissive_pods_too() -> Result<()> {
+fn verdicts_apply_to_permissive_pods() -> Result<()> {
     let stage = Neighbours::start_with(&DaemonOptions::default().permissive(), |builder| builder)?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -136,7 +136,7 @@ fn permissive_pods_too() -> Result<()> {
 }
 
 #[test]
-fn same_node_tunnel_is_tls_as_between_nodes() -> Result<()> {
+fn same_node_tunnel_mode_uses_tls() -> Result<()> {
     let options = DaemonOptions::default().same_node_tunnel();
     let stage = Neighbours::start_with(&options, |builder| builder)?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;

@@ -1,12 +1,12 @@
 //! Connections that the kernel carries between two pods of one node end in every order that TCP knows, and both ends'
-//! lines in the log tell each app's bytes exactly.
+//! access log lines have each app's exact byte counts.
 
 use mesh_tests::{DaemonOptions, Result, TIMEOUT};
 use serde_json::Value;
 
 use crate::common::neighbours::Neighbours;
 
-/// A connection: what both apps do, and what the two lines are to say of it.
+/// A connection: what both apps do, and what the two access log lines must contain.
 struct Case {
     client: &'static str,
     server: &'static str,
@@ -29,7 +29,7 @@ const fn case(
     }
 }
 
-/// Where both see the same.
+/// A case in which both sides see the same.
 const fn both(client: &'static str, server: &'static str, seen: (u64, u64, &'static str)) -> Case {
     case(client, server, seen, seen)
 }
@@ -45,18 +45,18 @@ const CASES: &[Case] = &[
     // The server ends first.
     both("send:10,drain", "read:10,send:20", (10, 20, "ok")),
     both("send:10,drain", "read:10,send:20,end,drain", (10, 20, "ok")),
-    // Both at once, as far as that can be had: each before it hears of the other's end.
+    // Both at about the same time, each before it sees the other's end.
     both(
         "send:10,read:20,wait:100,end,drain",
         "read:10,send:20,wait:100,end,drain",
         (10, 20, "ok"),
     ),
-    // The server speaks first.
+    // The server sends first.
     both("read:20,send:10,end", "send:20,drain", (10, 20, "ok")),
-    // Nothing is said at all.
+    // No bytes at all.
     both("end,drain", "drain", (0, 0, "ok")),
     both("drain", "end,drain", (0, 0, "ok")),
-    // One way only, long after the other way has ended.
+    // One direction only, long after the other has ended.
     both(
         "send:10,end,drain",
         "drain,wait:200,send:70000",
@@ -67,7 +67,7 @@ const CASES: &[Case] = &[
         "send:10,end,drain",
         (70_000, 10, "ok"),
     ),
-    // The client ends its way, reads a part and closes: it has ended well, and the server is told that nobody reads.
+    // The client shuts down, reads a part and closes: the client ended in order, and the server gets a reset.
     case(
         "send:10,end,read:20",
         "drain,send:20,wait:300,send:5,wait:100,send:5",
@@ -93,7 +93,7 @@ const CASES: &[Case] = &[
         "send:10,end,drain",
         (20, 10, "reset"),
     ),
-    // The app closes with something left to read.
+    // The app closes with unread bytes.
     both(
         "send:10,wait:200",
         "read:10,send:20,drain",
@@ -103,7 +103,7 @@ const CASES: &[Case] = &[
 ];
 
 #[test]
-fn both_lines_tell_each_apps_bytes_whoever_ends_first_and_how() -> Result<()> {
+fn both_access_log_lines_count_bytes_however_the_connection_ends() -> Result<()> {
     let stage = Neighbours::start()?;
     for (number, case) in CASES.iter().enumerate() {
         let port = 9000 + number as u16;
@@ -116,7 +116,7 @@ fn both_lines_tell_each_apps_bytes_whoever_ends_first_and_how() -> Result<()> {
         } else {
             stage.web.at6(port)
         };
-        // The first is the daemon's. What it says is its own tests' matter.
+        // The daemon carries the first; other tests check its lines.
         let start = stage.daemon.log_position();
         let script = format!("steps --to {to} --steps {}", case.client);
         stage.client.app(&script)?.finish(TIMEOUT)?;
@@ -148,7 +148,7 @@ fn both_lines_tell_each_apps_bytes_whoever_ends_first_and_how() -> Result<()> {
 }
 
 #[test]
-fn a_hundred_megabytes_both_ways() -> Result<()> {
+fn kernel_carries_a_hundred_megabytes_both_ways() -> Result<()> {
     const BYTES: u64 = 100_000_000;
     let stage = Neighbours::start()?;
     let _server = stage.web.app("bidi --port 9")?.listening()?;
@@ -165,7 +165,7 @@ fn a_hundred_megabytes_both_ways() -> Result<()> {
         .app(&format!("bidi --to {to} --bytes {BYTES} --streams 2"))?
         .success(TIMEOUT)?;
     for line in stage.lines(start, to, 4)? {
-        // A header before, a verdict after.
+        // The stream has a header and a trailer.
         assert_eq!(line["bytes_to_server"], BYTES + 16, "{line}");
         assert_eq!(line["bytes_to_client"], BYTES + 1, "{line}");
         assert_eq!(line["result"], "ok", "{line}");
@@ -175,10 +175,10 @@ fn a_hundred_megabytes_both_ways() -> Result<()> {
 }
 
 #[test]
-fn a_port_that_is_closed_refuses() -> Result<()> {
+fn closed_port_is_refused() -> Result<()> {
     let stage = Neighbours::start()?;
     let to = stage.web.at(8080);
-    // Before there is a verdict: as across nodes, the daemon has accepted by then.
+    // Without a verdict, as between nodes, the daemon has accepted by then.
     let start = stage.daemon.log_position();
     stage
         .client
@@ -212,7 +212,7 @@ fn a_port_that_is_closed_refuses() -> Result<()> {
     ] {
         assert_eq!(line[field], value, "{line}");
     }
-    // The socket is usable again, for the mesh and for the rest of the world.
+    // The socket is usable again, for the mesh and for other destinations.
     let _server = stage.web.app("echo-server --port 8081")?.listening()?;
     let _outside = stage
         .mesh
@@ -240,7 +240,7 @@ fn a_port_that_is_closed_refuses() -> Result<()> {
 }
 
 #[test]
-fn thousands_of_connections_and_each_has_its_lines() -> Result<()> {
+fn thousands_of_connections_are_all_logged() -> Result<()> {
     let options = DaemonOptions::default();
     let stage = Neighbours::start_with(&options, |builder| builder)?;
     let _server = stage
@@ -248,21 +248,21 @@ fn thousands_of_connections_and_each_has_its_lines() -> Result<()> {
         .app("echo-server --port 8080 --quiet")?
         .listening()?;
     let to = stage.web.at(8080);
-    // All at once, before there is a verdict.
+    // Concurrently, before there is a verdict.
     let start = stage.daemon.log_position();
     stage
         .client
         .app(&format!("many --to {to} --connections 500"))?
         .success(TIMEOUT)?;
     stage.lines(start, to, 1000)?;
-    // Held at once, with one.
+    // Concurrently, with a verdict.
     let start = stage.daemon.log_position();
     stage
         .client
         .app(&format!("many --to {to} --connections 2000"))?
         .success(TIMEOUT)?;
     stage.lines(start, to, 4000)?;
-    // One after the other.
+    // Sequentially.
     let start = stage.daemon.log_position();
     let churn = stage
         .client

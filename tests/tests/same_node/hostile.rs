@@ -1,5 +1,5 @@
-//! The kernel takes plaintext for a pod from nobody but the namespace that the verdict is on, by the socket that it has
-//! seen dial: neither a forged address nor a forged packet is worth anything.
+//! The kernel admits plaintext to a pod only from the namespace of the verdict and from a socket that it has
+//! seen connect: forged addresses and packets are not admitted.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use crate::common::neighbours::{Neighbours, SAID, echo, is_direct, refused};
 
 #[test]
-fn another_pods_address_gains_nothing() -> Result<()> {
+fn forged_source_address_is_not_admitted() -> Result<()> {
     let stage = Neighbours::start()?;
     let mut server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -27,7 +27,7 @@ fn another_pods_address_gains_nothing() -> Result<()> {
     };
     ip(&format!("addr add {forged}/32 dev lo"))?;
     let start = stage.daemon.log_position();
-    // Bound: the daemon hears of it.
+    // Bound to the address: the daemon carries it.
     let answer = stage
         .other
         .app(&format!("dial --to {to} --bind {forged}"))?
@@ -44,7 +44,7 @@ fn another_pods_address_gains_nothing() -> Result<()> {
         reason.contains(&format!("says that it is {forged}")),
         "{line}"
     );
-    // Chosen by the route: the kernel's record is not made.
+    // Chosen by the route: the kernel makes no record.
     ip(&format!(
         "route add {}/32 via 10.77.1.1 src {forged} onlink dev eth0",
         to.ip()
@@ -59,7 +59,7 @@ fn another_pods_address_gains_nothing() -> Result<()> {
             "it was answered"
         );
     }
-    // With its own address it may, as before.
+    // From its own address it is served, as before.
     ip(&format!("route del {}/32", to.ip()))?;
     echo(&stage.other, to)?;
     accepted(&mut server, 1)?;
@@ -72,7 +72,7 @@ fn another_pods_address_gains_nothing() -> Result<()> {
 }
 
 #[test]
-fn plaintext_from_where_nobody_dialled_is_refused() -> Result<()> {
+fn plaintext_without_a_recorded_4_tuple_is_refused() -> Result<()> {
     let stage = Neighbours::start()?;
     let server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -83,7 +83,7 @@ fn plaintext_from_where_nobody_dialled_is_refused() -> Result<()> {
         .mesh
         .add_pod(stranger.annotation("auth-daemon.io/mesh", "disabled"))?;
     refused(&stranger, to)?;
-    // Past the connect hooks, even from the client's own namespace: no socket was seen to dial.
+    // Bypasses the connect hooks, from the client's own namespace: the kernel saw no socket connect.
     for place in [stage.client.place(), stage.other.place()] {
         let mut stream = place.connect(to)?;
         let said = std::io::Write::write_all(&mut stream, SAID.as_bytes())
@@ -95,14 +95,14 @@ fn plaintext_from_where_nobody_dialled_is_refused() -> Result<()> {
 }
 
 #[test]
-fn a_packet_with_a_recorded_four_gains_nothing() -> Result<()> {
+fn forged_packet_with_a_recorded_4_tuple_is_not_admitted() -> Result<()> {
     const PORT: u16 = 45_678;
     let stage = Neighbours::start()?;
     let server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
     stage.decide(to)?;
     let heard = server.events_of("accepted").len();
-    // The client's own SYN is lost, so that the record of it stays.
+    // The client's own SYN is lost, so its record stays.
     let firewall = Firewall::install(
         stage.mesh.node("a"),
         &format!(
@@ -119,7 +119,7 @@ fn a_packet_with_a_recorded_four_gains_nothing() -> Result<()> {
         let sent = stage.client.sockets().ok()?.of(TcpState::SynSent) == 1;
         (sent && firewall.packets("lost").ok()? > 0).then_some(())
     })?;
-    // Another pod speaks as the client, blindly: SYN, and an ACK with data for each of some numbers.
+    // Another pod sends as the client, blindly: a SYN, and ACKs with data for several sequence numbers.
     let client = SocketAddr::from((stage.client.ipv4(), PORT));
     for sequence in [1, 1000] {
         send(&stage.other, client, to, sequence, None)?;
@@ -127,7 +127,7 @@ fn a_packet_with_a_recorded_four_gains_nothing() -> Result<()> {
             send(&stage.other, client, to, sequence + 1, Some(guess))?;
         }
     }
-    // And with ports that nobody dialled from.
+    // And from ports without a record.
     let nobody = SocketAddr::from((stage.client.ipv4(), PORT + 1));
     send(&stage.other, nobody, to, 1, None)?;
     echo(&stage.client, to)?;
@@ -155,7 +155,7 @@ fn apps_that_connect_in_other_ways_are_served() -> Result<()> {
             (format!("--bind {} --source-port 44444", own(to)), true),
             ("--device eth0".into(), true),
             ("--fast-open".into(), true),
-            // Its getpeername is past all hooks.
+            // Its getpeername bypasses all hooks.
             ("--multipath".into(), !service),
         ] {
             let start = stage.daemon.log_position();
@@ -177,7 +177,7 @@ fn apps_that_connect_in_other_ways_are_served() -> Result<()> {
             }
         }
     }
-    // An IPv6 socket that dials IPv4.
+    // An IPv6 socket that connects to IPv4.
     let mapped: SocketAddr = format!("[::ffff:{}]:8080", stage.web.ipv4()).parse()?;
     let start = stage.daemon.log_position();
     let answer = stage
@@ -210,13 +210,13 @@ fn apps_that_connect_in_other_ways_are_served() -> Result<()> {
             }
         }
     }
-    // What the daemon itself brings, too.
+    // Also for connections that the daemon itself delivers.
     stage.decide_from(&stage.other, ways[0])?;
     Ok(())
 }
 
 #[test]
-fn a_busy_port_of_the_apps_own_is_no_obstacle() -> Result<()> {
+fn client_may_bind_a_busy_port() -> Result<()> {
     let stage = Neighbours::start()?;
     let _server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);

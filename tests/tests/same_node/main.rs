@@ -1,4 +1,4 @@
-//! Connections between pods of one node, which its kernel joins.
+//! Connections between pods of one node, which the kernel carries after a verdict.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,4 @@
-//! Policies between pods of one node: the kernel carries only what they allow, and no longer than they do.
+//! Policies between pods of one node: the kernel carries only connections that they allow, for as long as they do.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn policy(action: &str, account: &str) -> Value {
 }
 
 #[test]
-fn a_verdict_is_policys_and_a_change_ends_what_the_kernel_carries() -> Result<()> {
+fn policy_change_ends_connections_that_the_kernel_carries() -> Result<()> {
     let stage = Neighbours::start()?;
     let _echo = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -74,7 +74,7 @@ fn a_verdict_is_policys_and_a_change_ends_what_the_kernel_carries() -> Result<()
 }
 
 #[test]
-fn a_restart_under_a_policy_ends_only_what_it_denies() -> Result<()> {
+fn restart_ends_only_connections_that_policies_deny() -> Result<()> {
     let stage = Neighbours::start()?;
     let _echo = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
@@ -89,10 +89,10 @@ fn a_restart_under_a_policy_ends_only_what_it_denies() -> Result<()> {
     let Neighbours { daemon, mesh, .. } = stage;
     daemon.kill()?;
     let daemon = mesh.start_daemons()?.remove(0);
-    // What is still open is open by a verdict of the daemon before.
+    // The open connection rests on a verdict of the previous daemon.
     wait_for_verdicts(&daemon, 1)?;
     assert_eq!(allowed.process().ended()?, None, "it is allowed as it was");
-    // Now the policy turns against it while no daemon runs.
+    // The policy changes to deny it while no daemon runs.
     daemon.kill()?;
     mesh.manifests().apply(&policy("DENY", "client"))?;
     let _daemon = mesh.start_daemons()?.remove(0);
@@ -102,12 +102,12 @@ fn a_restart_under_a_policy_ends_only_what_it_denies() -> Result<()> {
 }
 
 #[test]
-fn another_pods_address_is_not_its_identity() -> Result<()> {
+fn address_of_another_pod_does_not_give_its_identity() -> Result<()> {
     let stage = Neighbours::start()?;
     let server = stage.web.app("echo-server --port 8080")?.listening()?;
     let to = stage.web.at(8080);
     let forged = stage.client.ipv4();
-    // Allowed by identity and, for who believes in addresses, by address.
+    // Allowed by identity and by address.
     let mut rules = policy("ALLOW", "client");
     rules["spec"]["rules"][0]["from"] = json!([{"source": {
         "principals": ["cluster.local/ns/default/sa/client"], "ipBlocks": [forged.to_string()],
@@ -118,7 +118,7 @@ fn another_pods_address_is_not_its_identity() -> Result<()> {
     let heard = server.events_of("accepted").len();
     let start = stage.daemon.log_position();
 
-    // A pod with CAP_NET_ADMIN takes the client's address. Bound to it, it gets as far as the daemon.
+    // A pod with CAP_NET_ADMIN takes the client's address. Bound to it, its connection reaches the daemon.
     let ip = |arguments: &str| -> Result<()> {
         stage.other.run("ip", arguments.split(' '))?.ok()?;
         Ok(())
@@ -133,7 +133,7 @@ fn another_pods_address_is_not_its_identity() -> Result<()> {
             let reason = line["reason"].as_str().unwrap_or_default();
             line["result"] == "refused" && reason.contains(&claim)
         })?;
-    // Routed by it, and past the connect hooks straight to the app's port: what answers there is, goes to the client.
+    // From that address, and bypassing the connect hooks, straight to the app's port: answers go to the client.
     ip(&format!(
         "route add {}/32 via 10.77.1.1 src {forged} onlink dev eth0",
         to.ip()
@@ -146,6 +146,6 @@ fn another_pods_address_is_not_its_identity() -> Result<()> {
         .enter(|| std::net::TcpStream::connect_timeout(&to, Duration::from_millis(1500)))?;
     assert!(past.is_err(), "{past:?}");
     assert_eq!(server.events_of("accepted").len(), heard, "nothing arrived");
-    // Who it belongs to is served as before.
+    // The address's owner is served as before.
     echo(&stage.client, to).map(drop)
 }

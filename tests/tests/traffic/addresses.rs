@@ -1,4 +1,4 @@
-//! Whom an app believes to be and to talk to: with the daemons the same as without them, however it connects.
+//! Socket names: apps see the same own and peer addresses with the daemons as without them, however they connect.
 
 use std::net::SocketAddr;
 
@@ -8,21 +8,21 @@ use serde_json::Value;
 use crate::common::pair::{self, Pair};
 
 #[test]
-fn names_are_those_without_the_daemon_v4() -> Result<()> {
+fn socket_names_are_the_same_as_without_the_daemon_v4() -> Result<()> {
     names_are_the_same(|web| web.at(7))
 }
 
 #[test]
-fn names_are_those_without_the_daemon_v6() -> Result<()> {
+fn socket_names_are_the_same_as_without_the_daemon_v6() -> Result<()> {
     names_are_the_same(|web| web.at6(7))
 }
 
 #[test]
-fn names_are_those_without_the_daemon_v4_mapped() -> Result<()> {
+fn socket_names_are_the_same_as_without_the_daemon_v4_mapped() -> Result<()> {
     names_are_the_same(|web| (web.ipv4().to_ipv6_mapped(), 7).into())
 }
 
-/// Unbound, bound to the pod's address, to a port, to both: first without a daemon, then with.
+/// Connects unbound, bound to the pod's address, to a port and to both: first without a daemon, then with one.
 fn names_are_the_same(to: impl Fn(&Pod) -> SocketAddr) -> Result<()> {
     let mesh = pair::builder().start()?;
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
@@ -63,7 +63,7 @@ fn names_are_the_same(to: impl Fn(&Pod) -> SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// What the two ends of a connection see, without the client's port, which differs from one to the next.
+/// What both ends of a connection see, without the client's port, which differs for each connection.
 #[derive(Debug)]
 struct Seen {
     way: String,
@@ -87,10 +87,10 @@ impl Seen {
 }
 
 #[test]
-fn a_chosen_source_port_is_what_the_server_sees() -> Result<()> {
+fn server_sees_the_source_port_that_the_client_bound() -> Result<()> {
     let pair = Pair::start()?;
     let mut echo = pair.web.app("echo-server --port 7")?.listening()?;
-    // The last are of the ports that tunnels come from.
+    // The last ports are in the range that tunnels use.
     for port in [1023, 5555, 40_000, 65_000, 15_100] {
         for to in [pair.web.at(7), pair.web.at6(7)] {
             let dial = format!("dial --to {to} --source-port {port}");
@@ -109,9 +109,9 @@ fn a_chosen_source_port_is_what_the_server_sees() -> Result<()> {
 }
 
 #[test]
-fn a_source_port_is_used_again_at_once() -> Result<()> {
+fn source_port_can_be_reused_immediately() -> Result<()> {
     let pair = Pair::start()?;
-    // The server ends first, so the client's own port is free again.
+    // The server closes first, so the client's port is free again.
     let mut greeter = pair
         .web
         .app("half-close --port 20 --message bye")?
@@ -137,7 +137,7 @@ fn a_source_port_is_used_again_at_once() -> Result<()> {
 }
 
 #[test]
-fn a_chosen_source_port_may_be_that_of_an_idle_tunnel() -> Result<()> {
+fn client_may_bind_the_source_port_of_an_idle_tunnel() -> Result<()> {
     let pair = Pair::start()?;
     let mut echo = pair.web.app("echo-server --port 7")?.listening()?;
     let to = pair.web.at(7);
@@ -163,7 +163,7 @@ fn a_chosen_source_port_may_be_that_of_an_idle_tunnel() -> Result<()> {
 }
 
 #[test]
-fn a_non_blocking_connect_is_answered_by_poll() -> Result<()> {
+fn non_blocking_connect_completes_in_poll() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7")?.listening()?;
     for to in [pair.web.at(7), pair.web.at6(7)] {
@@ -186,7 +186,7 @@ fn a_non_blocking_connect_is_answered_by_poll() -> Result<()> {
 }
 
 #[test]
-fn both_families_at_the_same_time() -> Result<()> {
+fn both_address_families_work_at_the_same_time() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
     let clients: Vec<App> = [pair.web.at(7), pair.web.at6(7)]
@@ -206,7 +206,7 @@ const MARKER: &str = "marker-of-an-odd-client";
 const MULTIPATH: &str = "--multipath";
 
 #[test]
-fn fast_open_does_not_slip_out() -> Result<()> {
+fn tcp_fast_open_is_captured() -> Result<()> {
     // The kernel's default, and data in the first SYN without a cookie, as client and as server.
     for setting in ["1", "1031"] {
         odd_client("--fast-open", |pair| {
@@ -221,20 +221,20 @@ fn fast_open_does_not_slip_out() -> Result<()> {
 }
 
 #[test]
-fn multipath_tcp_does_not_slip_out() -> Result<()> {
+fn multipath_tcp_is_captured() -> Result<()> {
     if !std::path::Path::new("/proc/sys/net/mptcp/enabled").exists() {
-        println!("SKIPPED multipath_tcp_does_not_slip_out: this kernel has no Multipath TCP");
+        println!("SKIPPED multipath_tcp_is_captured: this kernel has no Multipath TCP");
         return Ok(());
     }
     odd_client(MULTIPATH, |_| Ok(()))
 }
 
 #[test]
-fn a_client_bound_to_an_interface_does_not_slip_out() -> Result<()> {
+fn client_bound_to_an_interface_is_captured() -> Result<()> {
     odd_client("--device eth0", |_| Ok(()))
 }
 
-/// It works, and nothing of it is readable on the wire.
+/// Checks that the connection works and that its bytes are not readable on the wire.
 fn odd_client(way: &str, prepare: impl Fn(&Pair) -> Result<()>) -> Result<()> {
     let pair = Pair::start()?;
     prepare(&pair)?;
@@ -274,7 +274,7 @@ fn odd_client(way: &str, prepare: impl Fn(&Pair) -> Result<()>) -> Result<()> {
 }
 
 #[test]
-fn a_socket_is_used_again_after_a_failure() -> Result<()> {
+fn socket_can_connect_again_after_a_failure() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7")?.listening()?;
     let mut outside = pair
@@ -301,7 +301,7 @@ fn a_socket_is_used_again_after_a_failure() -> Result<()> {
         assert_eq!(answer["peer"], to.to_string(), "{answer}");
         assert_eq!(answer["text"], "hello", "{answer}");
     }
-    // From the mesh, refused because its daemon is dead, to the outside.
+    // First to the mesh, refused because no daemon runs, then to the outside.
     near.kill()?;
     for (first, to) in [web.at(7), web.at6(7)].into_iter().zip(to_outside) {
         let answer = client

@@ -1,4 +1,4 @@
-//! The main job, seen from outside: what the apps see, what the wire carries.
+//! The basic function: what the apps see, and what the wire carries.
 
 use std::time::Duration;
 

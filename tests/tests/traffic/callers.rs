@@ -106,7 +106,7 @@ fn add_second_addresses(pod: &Pod) -> Result<[SocketAddr; 2]> {
 }
 
 #[test]
-fn an_address_that_no_object_lists_is_as_strict_as_the_pod() -> Result<()> {
+fn unlisted_address_has_the_mode_of_its_pod() -> Result<()> {
     let (pair, echo) = stage(&DaemonOptions::default())?;
     for to in add_second_addresses(&pair.web)? {
         let client = outside(&pair, to.is_ipv4());
@@ -127,7 +127,7 @@ fn an_address_that_no_object_lists_is_as_strict_as_the_pod() -> Result<()> {
 }
 
 #[test]
-fn policies_apply_to_an_address_that_no_object_lists() -> Result<()> {
+fn policies_apply_to_unlisted_addresses() -> Result<()> {
     let (pair, _echo) = stage(&permissive())?;
     let second = add_second_addresses(&pair.web)?;
     let from = pair.mesh.outside();
@@ -196,7 +196,7 @@ fn two_pods_with_the_same_second_address_keep_their_own_modes() -> Result<()> {
 }
 
 #[test]
-fn a_caller_translated_to_the_nodes_address_is_not_the_node() -> Result<()> {
+fn caller_translated_to_the_node_address_is_not_exempt() -> Result<()> {
     let (pair, echo) = stage(&DaemonOptions::default())?;
     let node = pair.mesh.node("b");
     let _translation = Firewall::node_port(node, NODE_PORT, &pair.web, PORT)?;
@@ -217,7 +217,7 @@ fn a_caller_translated_to_the_nodes_address_is_not_the_node() -> Result<()> {
 }
 
 #[test]
-fn policies_apply_to_callers_translated_to_the_nodes_address() -> Result<()> {
+fn policies_apply_to_callers_translated_to_the_node_address() -> Result<()> {
     let (pair, _echo) = stage(&permissive())?;
     let node = pair.mesh.node("b");
     let _translation = Firewall::node_port(node, NODE_PORT, &pair.web, PORT)?;
@@ -241,7 +241,7 @@ fn policies_apply_to_callers_translated_to_the_nodes_address() -> Result<()> {
 }
 
 #[test]
-fn a_pod_in_the_nodes_network_is_not_the_node() -> Result<()> {
+fn host_network_pod_is_not_exempt() -> Result<()> {
     let mesh = crate::common::pair::builder().start()?;
     // The kubelet's cgroups are there before the daemon.
     let agent = mesh

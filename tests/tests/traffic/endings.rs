@@ -1,5 +1,5 @@
-//! How connections through two daemons end: in good order, one direction at a time, by a reset, or before they begin.
-//! What one app does, the other sees.
+//! How connections through two daemons end: orderly, one direction at a time, by a reset, or before they begin.
+//! What one app does, the other app sees.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -13,7 +13,7 @@ use socket2::SockRef;
 use crate::common::pair::Pair;
 
 #[test]
-fn a_server_speaks_first() -> Result<()> {
+fn server_may_send_first() -> Result<()> {
     let pair = Pair::start()?;
     let mut greeter = pair
         .web
@@ -32,7 +32,7 @@ fn a_server_speaks_first() -> Result<()> {
 }
 
 #[test]
-fn each_direction_ends_by_itself() -> Result<()> {
+fn each_direction_closes_independently() -> Result<()> {
     let pair = Pair::start()?;
     let mut late = pair
         .web
@@ -64,7 +64,7 @@ fn each_direction_ends_by_itself() -> Result<()> {
 }
 
 #[test]
-fn a_direction_goes_on_long_after_the_other_has_ended() -> Result<()> {
+fn one_direction_continues_long_after_the_other_closed() -> Result<()> {
     let pair = Pair::start()?;
     let _server = InProcess::start(&pair.web, any(20), |mut stream, _| {
         let _ = stream.read_to_end(&mut Vec::new());
@@ -84,7 +84,7 @@ fn a_direction_goes_on_long_after_the_other_has_ended() -> Result<()> {
 }
 
 #[test]
-fn a_clients_reset_reaches_the_server() -> Result<()> {
+fn client_reset_reaches_the_server() -> Result<()> {
     let pair = Pair::start()?;
     let mut echo = pair.web.app("echo-server --port 7")?.listening()?;
     for to in [pair.web.at(7), pair.web.at6(7)] {
@@ -111,7 +111,7 @@ fn a_clients_reset_reaches_the_server() -> Result<()> {
 }
 
 #[test]
-fn a_servers_reset_reaches_the_client() -> Result<()> {
+fn server_reset_reaches_the_client() -> Result<()> {
     let pair = Pair::start()?;
     let _reset = pair.web.app("reset --port 10 --after 3")?.listening()?;
     for to in [pair.web.at(10), pair.web.at6(10)] {
@@ -125,14 +125,14 @@ fn a_servers_reset_reaches_the_client() -> Result<()> {
 }
 
 #[test]
-fn a_client_resets_after_it_has_ended_its_direction() -> Result<()> {
+fn client_may_reset_after_its_own_shutdown() -> Result<()> {
     let pair = Pair::start()?;
     let (_server, ends) = server(&pair, |mut stream| {
         let mut byte = [0; 1];
         stream.read_exact(&mut byte).map_err(|error| error.kind())?;
         stream.write_all(&byte).map_err(|error| error.kind())?;
         let _ = stream.read_to_end(&mut Vec::new());
-        // After the end, the kernel tells of a reset by this alone.
+        // After the end, this is the only sign of a reset that the kernel gives.
         let error = eventually(TIMEOUT, "an error of the socket", || {
             stream.take_error().ok().flatten()
         });
@@ -159,7 +159,7 @@ fn a_client_resets_after_it_has_ended_its_direction() -> Result<()> {
 }
 
 #[test]
-fn a_server_resets_after_the_client_has_ended_its_direction() -> Result<()> {
+fn server_may_reset_after_the_client_shutdown() -> Result<()> {
     let pair = Pair::start()?;
     let _server = InProcess::start(&pair.web, any(20), |mut stream, _| {
         let _ = stream.read_to_end(&mut Vec::new());
@@ -177,7 +177,7 @@ fn a_server_resets_after_the_client_has_ended_its_direction() -> Result<()> {
 }
 
 #[test]
-fn a_server_resets_after_it_has_ended_its_direction() -> Result<()> {
+fn server_may_reset_after_its_own_shutdown() -> Result<()> {
     let pair = Pair::start()?;
     let _server = InProcess::start(&pair.web, any(20), |mut stream, _| {
         let _ = stream.shutdown(Shutdown::Write);
@@ -200,7 +200,7 @@ fn a_server_resets_after_it_has_ended_its_direction() -> Result<()> {
 }
 
 #[test]
-fn a_client_resets_after_the_server_has_ended_its_direction() -> Result<()> {
+fn client_may_reset_after_the_server_shutdown() -> Result<()> {
     let pair = Pair::start()?;
     let (_server, ends) = server(&pair, |mut stream| {
         let mut byte = [0; 1];
@@ -220,7 +220,7 @@ fn a_client_resets_after_the_server_has_ended_its_direction() -> Result<()> {
 }
 
 #[test]
-fn a_refused_port_is_an_error() -> Result<()> {
+fn refused_port_is_an_error() -> Result<()> {
     let pair = Pair::start()?;
     for to in [pair.web.at(9), pair.web.at6(9)] {
         for how in ["", "--non-blocking"] {
@@ -253,7 +253,7 @@ fn a_refused_port_is_an_error() -> Result<()> {
 }
 
 #[test]
-fn an_unreachable_server_is_an_error() -> Result<()> {
+fn unreachable_server_is_an_error() -> Result<()> {
     let pair = Pair::start_with(&Default::default(), |builder| {
         builder
             .pod(PodSpec::new("deaf").on("b").service_account("web"))
@@ -284,7 +284,7 @@ fn an_unreachable_server_is_an_error() -> Result<()> {
 }
 
 #[test]
-fn what_was_sent_before_the_close_arrives() -> Result<()> {
+fn bytes_sent_before_close_arrive() -> Result<()> {
     let pair = Pair::start()?;
     let (received, all) = channel();
     let _server = InProcess::start(&pair.web, any(20), move |mut stream, _| {
@@ -304,7 +304,7 @@ fn what_was_sent_before_the_close_arrives() -> Result<()> {
         } else {
             pair.web.at(20)
         };
-        // It ends, and so closes, right after its write.
+        // The app exits right after its write, which closes the socket.
         pair.client
             .app(&format!("connect --to {to} --send {text}"))?
             .success(TIMEOUT)?;
@@ -319,7 +319,7 @@ fn what_was_sent_before_the_close_arrives() -> Result<()> {
     Ok(())
 }
 
-/// A server on the pod's port 20 whose ends are told.
+/// A server on the pod's port 20 that reports how its connections end.
 fn server<T: Send + 'static>(
     pair: &Pair,
     serve: impl Fn(TcpStream) -> T + Send + Sync + 'static,
@@ -336,7 +336,7 @@ fn reset(stream: TcpStream) {
     let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
 }
 
-/// An error, and that one: not an end that looks like an empty answer.
+/// Checks that the app gets this error, and not an end that looks like an empty answer.
 fn assert_reset(failed: &Value) {
     assert_eq!(failed["event"], "failed", "{failed}");
     assert_eq!(failed["errno"], "ECONNRESET", "{failed}");

@@ -1,4 +1,4 @@
-//! Much at once, and for long: nothing is lost, nobody waits for another, and nothing is left behind.
+//! Load: nothing is lost, connections do not delay each other, and no resources leak.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -7,11 +7,11 @@ use mesh_tests::{Context, Daemon, Place, Result, Snapshot, TIMEOUT, eventually_o
 
 use crate::common::pair::Pair;
 
-/// For what takes seconds on a machine with nothing else to do.
+/// Limit for operations that take seconds on an idle machine.
 const LONG: Duration = Duration::from_secs(180);
 
 #[test]
-fn a_gibibyte_each_way_over_eight_streams() -> Result<()> {
+fn relays_a_gibibyte_each_way_over_eight_streams() -> Result<()> {
     let pair = Pair::start()?;
     let _server = pair.web.app("bidi --port 14 --quiet")?.listening()?;
     let each = (1_u64 << 30) / 8;
@@ -36,7 +36,7 @@ fn a_gibibyte_each_way_over_eight_streams() -> Result<()> {
         })?;
         for line in carried {
             assert_eq!(line["result"], "ok", "{line}");
-            // The stream's own header and verdict come on top.
+            // The stream has a header and a trailer of its own.
             assert!(line["bytes_to_server"].as_u64() >= Some(each), "{line}");
             assert!(line["bytes_to_client"].as_u64() >= Some(each), "{line}");
         }
@@ -45,7 +45,7 @@ fn a_gibibyte_each_way_over_eight_streams() -> Result<()> {
 }
 
 #[test]
-fn a_thousand_connections_at_once() -> Result<()> {
+fn serves_a_thousand_concurrent_connections() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
     for to in [pair.web.at(7), pair.web.at6(7)] {
@@ -76,7 +76,7 @@ fn ten_thousand_connections_leave_nothing_behind() -> Result<()> {
             ))?
             .success(LONG)
     };
-    // Buffers, threads and idle tunnels that are there once are there for good.
+    // Buffers, threads and idle tunnels stay once they exist.
     churn(2000)?;
     let (near, far) = (settled(&pair.near, &pair)?, settled(&pair.far, &pair)?);
     let done = churn(10_000)?;
@@ -127,7 +127,7 @@ fn connections_that_fail_leave_nothing_behind() -> Result<()> {
 }
 
 #[test]
-fn readers_that_stall_hold_nobody_up() -> Result<()> {
+fn stalled_readers_do_not_delay_other_connections() -> Result<()> {
     const STALLED: u64 = 16;
     let pair = Pair::start()?;
     let _source = pair
@@ -153,7 +153,7 @@ fn readers_that_stall_hold_nobody_up() -> Result<()> {
     assert_eq!(times.len(), 100);
     println!("median {} ms, worst {} ms", times[50], times[99]);
     assert!(times[50] < 20.0, "median of {} ms", times[50]);
-    // What the stalled ones do not read stays with who sends it, not with the daemons.
+    // Bytes that the stalled readers do not read stay with the senders, not in the daemons.
     assert!(stall.events_of("resumed").is_empty(), "too late to look");
     for (daemon, before) in [&pair.near, &pair.far].into_iter().zip(&before) {
         let grown = snapshot(daemon, &pair)?.resident_kib - before.resident_kib;
@@ -169,7 +169,7 @@ fn readers_that_stall_hold_nobody_up() -> Result<()> {
 }
 
 #[test]
-fn a_stalled_reader_gets_everything_in_the_end() -> Result<()> {
+fn stalled_reader_receives_all_bytes_later() -> Result<()> {
     let pair = Pair::start()?;
     let _source = pair
         .web
@@ -190,7 +190,7 @@ fn a_stalled_reader_gets_everything_in_the_end() -> Result<()> {
 }
 
 #[test]
-fn all_four_legs_are_kept_alive() -> Result<()> {
+fn all_four_sockets_have_keepalive() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7")?.listening()?;
     for (to, listener) in [
@@ -233,7 +233,7 @@ fn all_four_legs_are_kept_alive() -> Result<()> {
             }
             Ok(())
         })?;
-        // An idle connection goes on.
+        // An idle connection stays open.
         let round = chat.event("round", TIMEOUT)?;
         assert_eq!(round["round"], 2, "{round}");
     }
@@ -266,16 +266,16 @@ fn legs(place: &Place) -> Result<Vec<Leg>> {
     Ok(listing.lines().filter_map(leg).collect())
 }
 
-/// Resident memory may differ by so much for no reason that matters, in KiB.
+/// Tolerated difference in resident memory, in KiB.
 const MEMORY_KIB: u64 = 8 * 1024;
-/// A pool may hold so many more to one endpoint than it did: each is a socket.
+/// Tolerated growth of the pool for one endpoint, in sockets.
 const IDLE_TUNNELS: usize = 32;
 
 fn snapshot(daemon: &Daemon, pair: &Pair) -> Result<Snapshot> {
     Snapshot::take(daemon, &[pair.client.place(), pair.web.place()])
 }
 
-/// A look at the daemon when it carries nothing any more.
+/// Measures the daemon when it carries no connection any more.
 fn settled(daemon: &Daemon, pair: &Pair) -> Result<Snapshot> {
     eventually_ok(TIMEOUT, "all connections to have ended", || {
         let now = snapshot(daemon, pair)?;

@@ -106,7 +106,7 @@ fn a_strict_pod_forwards_nothing_from_outside() -> Result<()> {
             "{to} from the node"
         );
     }
-    // The pod itself is served as ever.
+    // The pod itself is served.
     let _own = stage.pair.web.app("echo-server --port 8081")?.listening()?;
     for to in [stage.pair.web.at(8081), stage.pair.web.at6(8081)] {
         assert!(is_answered(&stage.pair.client, to)?, "{to} from the mesh");
@@ -165,7 +165,7 @@ fn forwarding_follows_the_mode_and_outlives_the_daemon() -> Result<()> {
         assert!(is_answered(mesh.node("b"), to)?, "{to} from the node");
     }
     assert_eq!(echo.events_of("accepted").len(), accepted + 2, "the node's");
-    // Unloading leaves nothing in the way.
+    // After unload, nothing is refused.
     mesh.node("b").unload()?.ok()?;
     for to in ports {
         assert!(is_answered(&outside, to)?, "{to} after unloading");

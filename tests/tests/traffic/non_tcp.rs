@@ -1,4 +1,4 @@
-//! `nonTcp: deny`: pods send the mesh nothing but TCP.
+//! `nonTcp: deny`: pods can send only TCP to the mesh.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -85,7 +85,7 @@ fn datagrams_to_the_pod_itself_and_beyond_the_mesh_pass() -> Result<()> {
 }
 
 #[test]
-fn tcp_is_as_ever() -> Result<()> {
+fn tcp_works_while_other_protocols_are_denied() -> Result<()> {
     let pair = denied()?;
     let _echo = pair.web.app("echo-server --port 8080")?.listening()?;
     echoes(&pair.client, pair.web.at(8080));

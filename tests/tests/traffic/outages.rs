@@ -1,4 +1,4 @@
-//! A network that loses packets for a while: what TCP would get over, a connection through two daemons gets over.
+//! Networks that lose packets: connections through two daemons survive what TCP survives.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use mesh_tests::{DaemonOptions, Firewall, Result, TIMEOUT, eventually};
 use crate::common::pair::Pair;
 
 #[test]
-fn a_server_that_answers_late_is_waited_for() -> Result<()> {
+fn waits_for_a_server_that_answers_late() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7")?.listening()?;
     let rules = "counter dropped {}\n\
@@ -17,7 +17,7 @@ fn a_server_that_answers_late_is_waited_for() -> Result<()> {
     let mut client = pair
         .client
         .app(&format!("connect --to {to} --send hi --shutdown --read"))?;
-    // The first leaves at once, the third after two seconds or three, by the kernel's version.
+    // The first SYN leaves at once, the third after two or three seconds, depending on the kernel's version.
     eventually(TIMEOUT, "three SYNs to be lost", || {
         let lost = firewall.packets("dropped").ok()? >= 3;
         let ended = client.process().ended().ok()?.is_some();
@@ -29,7 +29,7 @@ fn a_server_that_answers_late_is_waited_for() -> Result<()> {
 }
 
 #[test]
-fn a_tunnel_that_died_in_silence_is_replaced() -> Result<()> {
+fn replaces_a_tunnel_whose_peer_vanished() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7")?.listening()?;
     let to = pair.web.at(7);
@@ -42,7 +42,7 @@ fn a_tunnel_that_died_in_silence_is_replaced() -> Result<()> {
         let sockets = pair.client.endpoints().ok()?;
         sockets.into_iter().find(|socket| socket.remote == to)
     })?;
-    // As when a firewall on the way has forgotten the connection: a new one may pass, this one may not.
+    // As if a firewall had forgotten the connection: it drops this one, and lets a new one pass.
     let rules = format!(
         "chain forward {{ type filter hook forward priority 0; tcp sport {} drop; }}",
         idle.local.port()
@@ -56,7 +56,7 @@ fn a_tunnel_that_died_in_silence_is_replaced() -> Result<()> {
 }
 
 #[test]
-fn a_lossy_wire_slows_but_breaks_nothing() -> Result<()> {
+fn connections_survive_packet_loss() -> Result<()> {
     for options in [
         DaemonOptions::default(),
         DaemonOptions::default().permissive(),

@@ -1,4 +1,4 @@
-//! Policies in force: who is refused and why, what a change does to connections that are open, and how to ask.
+//! Policies in force: refusals and their reasons, changes while connections are open, and `auth-daemon policy`.
 
 use std::process::Command;
 
@@ -19,12 +19,12 @@ fn authorization(name: &str, action: &str, rules: Value) -> Value {
     })
 }
 
-/// From the service account of the pod `client`, and of no other.
+/// Rules that match the service account of the pod `client` only.
 fn from_client() -> Value {
     json!([{"from": [{"source": {"principals": ["cluster.local/ns/default/sa/client"]}}]}])
 }
 
-/// Two clients of different accounts on node a; an echo server on node b.
+/// Starts two clients with different accounts on node a, and an echo server on node b.
 fn stage(options: &DaemonOptions) -> Result<(Pair, App)> {
     let other = PodSpec::new("other").on("a").service_account("other");
     let pair = Pair::start_with(options, |builder| builder.pod(other))?;
@@ -43,11 +43,11 @@ fn is_answered(from: &Place, pair: &Pair) -> Result<bool> {
     Ok(say(from, pair)?["text"] == "hi")
 }
 
-/// A connection that stays open, after it has been answered.
+/// Opens a connection, waits for an answer, and leaves it open.
 fn talk(from: &Pod, pair: &Pair) -> Result<App> {
     let to = pair.web.at(8080);
     let app = from.app(&format!("connect --to {to} --send hi --read"))?;
-    // Each pod here has an account of its own name.
+    // Each pod's account has the pod's name.
     let identity = format!("/sa/{}", from.name());
     eventually(TIMEOUT, "an open connection", || {
         let status = pair.far.status_json().ok()?;
@@ -72,7 +72,7 @@ fn policy_command(pair: &Pair, arguments: &[&str]) -> Result<mesh_tests::Finishe
 }
 
 #[test]
-fn a_policy_refuses_names_itself_and_ends_what_is_open() -> Result<()> {
+fn policy_refuses_callers_and_ends_open_connections() -> Result<()> {
     let (pair, _echo) = stage(&DaemonOptions::default())?;
     let other = pair.mesh.pod("other");
     let mut denied = talk(&pair.client, &pair)?;
@@ -92,7 +92,7 @@ fn a_policy_refuses_names_itself_and_ends_what_is_open() -> Result<()> {
         line["result"] == "refused" && line["reason"] == reason
     })?;
     assert_eq!(line["policy"], reason, "{line}");
-    // The client's node is told, too.
+    // The client's node logs the refusal, too.
     pair.near
         .wait_for_access("the refusal at the client", TIMEOUT, |line| {
             let told = line["reason"].as_str().unwrap_or_default();
@@ -104,7 +104,7 @@ fn a_policy_refuses_names_itself_and_ends_what_is_open() -> Result<()> {
     let metrics = pair.far.metrics()?;
     assert!(metrics.contains(counted), "{metrics}");
 
-    // A policy that allows nobody else changes sides.
+    // The policy now allows what it denied, and nothing else.
     let policy = authorization("web", "ALLOW", from_client());
     pair.mesh.manifests().apply(&policy)?;
     let ended = allowed.event("failed", TIMEOUT)?;
@@ -115,7 +115,7 @@ fn a_policy_refuses_names_itself_and_ends_what_is_open() -> Result<()> {
             .context("refused")
     })?;
     assert!(!is_answered(&other, &pair)?);
-    // Its labels count as they are now.
+    // The pod's present labels count.
     pair.mesh.manifests().edit("Pod", "default", "web", |pod| {
         pod["metadata"]["labels"]["app"] = "elsewhere".into();
     })?;
@@ -125,7 +125,7 @@ fn a_policy_refuses_names_itself_and_ends_what_is_open() -> Result<()> {
 }
 
 #[test]
-fn strict_and_permissive_by_namespace_and_port_and_what_policies_say_of_plaintext() -> Result<()> {
+fn modes_apply_by_namespace_and_port_and_policies_to_plaintext() -> Result<()> {
     let options = DaemonOptions::default().permissive();
     let (pair, _echo) = stage(&options)?;
     let _second = pair.web.app("echo-server --port 8081")?.listening()?;
@@ -143,7 +143,7 @@ fn strict_and_permissive_by_namespace_and_port_and_what_policies_say_of_plaintex
         })
     };
     becomes([true, true])?;
-    // Nobody but the kernel carries it.
+    // The kernel alone carries it.
     let to = pair.web.at(8080);
     let mut open = outside.app(&format!("connect --to {to} --send hi --read"))?;
     open.event("connected", TIMEOUT)?;
@@ -170,7 +170,7 @@ fn strict_and_permissive_by_namespace_and_port_and_what_policies_say_of_plaintex
     });
     pair.mesh.manifests().apply(&peer(ports))?;
     becomes([false, true])?;
-    // Without the mesh there is no identity, and so no rule that asks for one.
+    // A caller outside the mesh has no identity, so no rule that requires one matches.
     pair.mesh
         .manifests()
         .remove("PeerAuthentication", "default", "web")?;
@@ -186,7 +186,7 @@ fn strict_and_permissive_by_namespace_and_port_and_what_policies_say_of_plaintex
 }
 
 #[test]
-fn a_policy_that_cannot_be_read_opens_nothing() -> Result<()> {
+fn unreadable_policy_allows_nothing() -> Result<()> {
     let (pair, _echo) = stage(&DaemonOptions::default())?;
     let other = pair.mesh.pod("other");
     let good = authorization("web", "ALLOW", from_client());
@@ -212,7 +212,7 @@ fn a_policy_that_cannot_be_read_opens_nothing() -> Result<()> {
             ) && message.contains("last good version stays in force")
         })?;
     settles([true, false])?;
-    // There never was a good one of this name: it denies what it selects.
+    // There never was a readable version: it denies what it selects.
     pair.mesh
         .manifests()
         .remove("AuthorizationPolicy", "default", "web")?;
@@ -223,7 +223,7 @@ fn a_policy_that_cannot_be_read_opens_nothing() -> Result<()> {
 }
 
 #[test]
-fn audits_and_dry_runs_are_told_and_anybody_can_ask() -> Result<()> {
+fn audits_and_dry_runs_are_logged_and_explained() -> Result<()> {
     let (pair, _echo) = stage(&DaemonOptions::default())?;
     let manifests = pair.mesh.manifests();
     manifests.apply(&authorization("audit", "AUDIT", from_client()))?;
@@ -277,9 +277,9 @@ fn audits_and_dry_runs_are_told_and_anybody_can_ask() -> Result<()> {
     Ok(())
 }
 
-/// A NetworkPolicy that lets `client` reach `web` on port 8080 becomes rules like these.
+/// Rules as a CNI makes them for a NetworkPolicy that lets `client` reach `web` on port 8080.
 #[test]
-fn network_policies_that_name_pods_and_ports_work_beside_it() -> Result<()> {
+fn network_policies_by_pod_and_port_still_apply() -> Result<()> {
     let (pair, _echo) = stage(&DaemonOptions::default())?;
     let _other_port = Nginx::start(&pair.web, 8081, "another port")?;
     let (client, web) = (pair.client.ipv4(), pair.web.ipv4());

@@ -1,4 +1,4 @@
-//! What the mesh leaves alone: it keeps the kernel's own path, and leaves no trace in maps, logs or addresses.
+//! Traffic that the mesh does not touch: it keeps the kernel's own path and leaves no trace in maps, logs or addresses.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -12,7 +12,7 @@ use crate::common::pair::Pair;
 const MARKER: &str = "marker-that-may-be-read-by-all";
 
 #[test]
-fn udp_between_pods_is_left_alone() -> Result<()> {
+fn udp_between_pods_is_not_touched() -> Result<()> {
     let pair = Pair::start()?;
     let mut echo = pair.web.app("udp-echo --port 53")?.listening()?;
     let capture = pair.mesh.wire().capture()?;
@@ -34,14 +34,14 @@ fn udp_between_pods_is_left_alone() -> Result<()> {
             .iter()
             .all(|packet| packet.transport == Transport::Udp)
     );
-    // Three there and three back, of both families.
+    // Three datagrams in each direction, of both families.
     let whole = crossed.only(|packet| packet.payload == MARKER.as_bytes());
     assert_eq!(whole.packets().len(), 12, "{:?}", crossed.packets());
     assert_untouched(&pair)
 }
 
 #[test]
-fn udp_to_the_outside_is_left_alone() -> Result<()> {
+fn udp_to_the_outside_is_not_touched() -> Result<()> {
     let pair = Pair::start()?;
     let mut echo = pair.mesh.outside().app("udp-echo --port 53")?.listening()?;
     let capture = pair.mesh.wire().capture()?;
@@ -58,7 +58,7 @@ fn udp_to_the_outside_is_left_alone() -> Result<()> {
 }
 
 #[test]
-fn tcp_to_the_outside_is_left_alone() -> Result<()> {
+fn tcp_to_the_outside_is_not_touched() -> Result<()> {
     let pair = Pair::start()?;
     let mut echo = pair
         .mesh
@@ -74,7 +74,7 @@ fn tcp_to_the_outside_is_left_alone() -> Result<()> {
             (&MARKER.into(), &to.to_string().into())
         );
         let accepted = echo.event("accepted", TIMEOUT)?;
-        // Its very own socket: address and port.
+        // The server sees the client's own address and port.
         assert_eq!(accepted["peer"], answer["local"], "{answer}");
         let local: SocketAddr = answer["local"].as_str().context("an address")?.parse()?;
         assert_eq!(local.ip(), own);
@@ -106,7 +106,7 @@ fn many_connections_to_the_outside_leave_no_entries() -> Result<()> {
 }
 
 #[test]
-fn what_the_outside_refuses_is_refused_as_ever() -> Result<()> {
+fn refusals_from_outside_reach_the_client() -> Result<()> {
     let pair = Pair::start()?;
     for (to, _) in outside(&pair, 9) {
         for how in ["", "--non-blocking"] {
@@ -125,7 +125,7 @@ fn what_the_outside_refuses_is_refused_as_ever() -> Result<()> {
 }
 
 #[test]
-fn unix_sockets_are_left_alone() -> Result<()> {
+fn unix_sockets_are_not_touched() -> Result<()> {
     let pair = Pair::start()?;
     let path = pair.client.folder().join("socket");
     let listener = UnixListener::bind(&path)?;
@@ -143,7 +143,7 @@ fn unix_sockets_are_left_alone() -> Result<()> {
 }
 
 #[test]
-fn a_pod_talks_to_itself() -> Result<()> {
+fn pod_can_connect_to_itself() -> Result<()> {
     let pair = Pair::start()?;
     let mut echo = pair.web.app("echo-server --port 7")?.listening()?;
     let capture = pair.mesh.wire().capture()?;
@@ -169,7 +169,7 @@ fn a_pod_talks_to_itself() -> Result<()> {
 }
 
 #[test]
-fn strict_admits_the_own_nodes_probe() -> Result<()> {
+fn strict_admits_probes_of_its_own_node() -> Result<()> {
     let pair = Pair::start()?;
     let nginx = Nginx::start(&pair.web, 8080, "alive")?;
     let node = pair.mesh.node("b");
@@ -191,17 +191,17 @@ fn strict_admits_the_own_nodes_probe() -> Result<()> {
 }
 
 #[test]
-fn strict_refuses_whoever_is_not_of_the_mesh() -> Result<()> {
+fn strict_refuses_plaintext_from_outside_the_mesh() -> Result<()> {
     let pair = Pair::start()?;
     let nginx = Nginx::start(&pair.web, 8080, "secret")?;
     let openssl = mesh_tests::OpensslServer::start(&pair.web, 8443, &[])?;
-    // In the pods' network, but nobody knows it.
+    // In the pods' network, but unknown to the mesh.
     let stranger = pair
         .mesh
         .add_pod_quietly(mesh_tests::PodSpec::new("stranger").on("a"))?;
     let callers = [
         pair.mesh.outside(),
-        // Another node is not the own one.
+        // Another node is not exempt.
         pair.mesh.node("a").place(),
         stranger.place(),
     ];
@@ -225,7 +225,7 @@ fn strict_refuses_whoever_is_not_of_the_mesh() -> Result<()> {
     }
     assert_eq!(nginx.requests(), []);
     drop(openssl);
-    // Once for each.
+    // One line for each.
     let refusals = pair.far.access_log();
     assert_eq!(refusals.len(), 9, "{refusals:#?}");
     for line in refusals {
@@ -235,7 +235,7 @@ fn strict_refuses_whoever_is_not_of_the_mesh() -> Result<()> {
     Ok(())
 }
 
-/// curl's exit code for a connection that broke: no answer of any kind.
+/// curl's exit codes for a connection that failed without an answer.
 const RECEIVE_ERROR: i32 = 56;
 
 /// The outside host's addresses with a port, each with the client's own address of the family.
@@ -252,7 +252,7 @@ fn outside(pair: &Pair, port: u16) -> [(SocketAddr, IpAddr); 2] {
     ]
 }
 
-/// Straight from the pod to the outside, as it was written.
+/// Checks that the bytes left the pod for the outside unchanged.
 fn assert_readable(crossed: &Recording, to: SocketAddr, own: IpAddr) -> Result<()> {
     let streams = crossed.streams();
     let [stream] = streams.as_slice() else {
@@ -264,7 +264,7 @@ fn assert_readable(crossed: &Recording, to: SocketAddr, own: IpAddr) -> Result<(
     Ok(())
 }
 
-/// No daemon carried anything, and no map has an entry for it.
+/// Checks that no daemon carried a connection, and that no map has an entry for it.
 fn assert_untouched(pair: &Pair) -> Result<()> {
     for daemon in [&pair.near, &pair.far] {
         let status = daemon.status()?;

@@ -1,4 +1,4 @@
-//! PERMISSIVE: callers without the mesh are served too, whatever they speak; those of the mesh still use TLS.
+//! PERMISSIVE: callers outside the mesh are served, whatever their protocol; pods of the mesh still use TLS.
 
 use mesh_tests::{
     Context, DaemonOptions, Firewall, Nginx, OpensslServer, Place, PodSpec, Result, TIMEOUT,
@@ -14,7 +14,7 @@ fn permissive() -> Result<Pair> {
     Pair::start_with(&DaemonOptions::default().permissive(), |builder| builder)
 }
 
-/// A caller in the pods' network that no manifest tells of, on the client's node.
+/// A caller in the pods' network on the client's node that no manifest lists.
 fn stranger(pair: &Pair) -> Result<mesh_tests::Pod> {
     pair.mesh.add_pod_quietly(PodSpec::new("stranger").on("a"))
 }
@@ -37,7 +37,7 @@ fn mesh_pods_still_use_tls() -> Result<()> {
 }
 
 #[test]
-fn the_outside_reaches_a_pod_in_the_kernel() -> Result<()> {
+fn permissive_passes_outside_callers_in_the_kernel() -> Result<()> {
     let pair = permissive()?;
     let nginx = Nginx::start(&pair.web, 8080, MARKER)?;
     let capture = pair.mesh.wire().capture()?;
@@ -58,7 +58,7 @@ fn the_outside_reaches_a_pod_in_the_kernel() -> Result<()> {
 }
 
 #[test]
-fn an_unknown_pods_plaintext_is_passed_on() -> Result<()> {
+fn plaintext_of_an_unknown_pod_is_passed_on() -> Result<()> {
     let pair = permissive()?;
     let nginx = Nginx::start(&pair.web, 8080, MARKER)?;
     let stranger = stranger(&pair)?;
@@ -85,7 +85,7 @@ fn an_unknown_pods_plaintext_is_passed_on() -> Result<()> {
 }
 
 #[test]
-fn an_unknown_pod_may_wait_for_the_server_to_speak() -> Result<()> {
+fn unknown_pod_may_wait_for_the_server_to_send_first() -> Result<()> {
     let pair = permissive()?;
     let mut greeter = pair
         .web
@@ -103,12 +103,12 @@ fn an_unknown_pod_may_wait_for_the_server_to_speak() -> Result<()> {
 }
 
 #[test]
-fn a_plain_callers_own_tls_is_passed_on() -> Result<()> {
+fn tls_of_the_app_itself_is_passed_on() -> Result<()> {
     let pair = permissive()?;
     let server = OpensslServer::start(&pair.web, 8443, &["-www"])?;
     let stranger = stranger(&pair)?;
     let certificate = server.certificate().display().to_string();
-    // Between plain callers, from outside, and, in a tunnel, between pods of the mesh.
+    // Tunnels between pods of the mesh, among plaintext callers from outside.
     for caller in [stranger.place(), pair.mesh.outside(), pair.client.place()] {
         for to in [pair.web.at(8443), pair.web.at6(8443)] {
             let to = to.to_string();
@@ -134,7 +134,7 @@ fn a_plain_callers_own_tls_is_passed_on() -> Result<()> {
 }
 
 #[test]
-fn half_closes_and_resets_of_an_unknown_pod_pass() -> Result<()> {
+fn half_closes_and_resets_of_an_unknown_pod_are_passed_on() -> Result<()> {
     let pair = permissive()?;
     let stranger = stranger(&pair)?;
     let mut late = pair
@@ -171,10 +171,10 @@ fn half_closes_and_resets_of_an_unknown_pod_pass() -> Result<()> {
 }
 
 #[test]
-fn a_hello_that_comes_late_still_opens_a_tunnel() -> Result<()> {
+fn late_client_hello_still_opens_a_tunnel() -> Result<()> {
     let pair = permissive()?;
     let _echo = pair.web.app("echo-server --port 7")?.listening()?;
-    // The handshake of TCP passes and TLS's first message does not: it is sent again after ever longer pauses.
+    // TCP's handshake passes, and TLS's first message is lost and retransmitted with backoff.
     let rules = "counter dropped {}\nchain forward { type filter hook forward priority 0; \
         tcp dport 7 meta length > 200 counter name dropped drop; }";
     let firewall = Firewall::install(pair.mesh.node("b"), rules)?;
@@ -199,13 +199,13 @@ fn a_hello_that_comes_late_still_opens_a_tunnel() -> Result<()> {
 }
 
 #[test]
-fn many_at_once_are_not_taken_for_plaintext() -> Result<()> {
-    if skipped_when_emulated("many_at_once_are_not_taken_for_plaintext") {
+fn concurrent_tunnels_are_not_mistaken_for_plaintext() -> Result<()> {
+    if skipped_when_emulated("concurrent_tunnels_are_not_mistaken_for_plaintext") {
         return Ok(());
     }
     let pair = permissive()?;
     let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
-    // So many handshakes take longer than the second for which a caller may be silent.
+    // This many handshakes take longer than the second for which a caller may be silent.
     let many = pair
         .client
         .app(&format!("many --to {} --connections 1000", pair.web.at(7)))?

@@ -1,4 +1,4 @@
-//! Connections through a service: which endpoint takes them, and what happens when one does not.
+//! Connections through a service: the choice of an endpoint, and failover to another.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,25 +22,25 @@ fn both_endpoints_are_used() -> Result<()> {
 }
 
 #[test]
-fn a_silent_endpoint_leads_to_the_other() -> Result<()> {
+fn silent_endpoint_fails_over_to_the_other() -> Result<()> {
     let three = Three::start()?;
     let _firewall = three.silence("b")?;
     three.all_answered_by("two")
 }
 
 #[test]
-fn an_endpoint_that_falls_silent_leads_to_the_other() -> Result<()> {
+fn endpoint_that_becomes_silent_fails_over_to_the_other() -> Result<()> {
     let three = Three::start()?;
-    // Idle tunnels to both are there when one falls silent.
+    // There are idle tunnels to both endpoints when one becomes silent.
     assert_eq!(three.ask(SERVICE, 20)?.len(), 2);
     let _firewall = three.silence("b")?;
     three.all_answered_by("two")
 }
 
 #[test]
-fn an_endpoint_whose_daemon_hangs_leads_to_the_other() -> Result<()> {
+fn endpoint_with_a_hung_daemon_fails_over_to_the_other() -> Result<()> {
     let three = Three::start()?;
-    // Its kernel goes on to accept.
+    // Its kernel still accepts connections.
     let hung = three.daemons.iter().find(|daemon| daemon.node() == "b");
     let pid = hung.expect("node b has a daemon").pid();
     let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
@@ -51,7 +51,7 @@ fn an_endpoint_whose_daemon_hangs_leads_to_the_other() -> Result<()> {
 }
 
 #[test]
-fn an_endpoint_whose_app_is_gone_leads_to_the_other() -> Result<()> {
+fn endpoint_without_an_app_fails_over_to_the_other() -> Result<()> {
     let mut three = Three::start()?;
     three.servers.remove(0);
     three.all_answered_by("two")
@@ -60,7 +60,7 @@ fn an_endpoint_whose_app_is_gone_leads_to_the_other() -> Result<()> {
 #[test]
 fn a_port_that_the_service_does_not_have_is_refused() -> Result<()> {
     let pair = Pair::start()?;
-    // The pod listens there, the service does not say so.
+    // The pod listens on this port, but the service does not have it.
     let _nginx = Nginx::start(&pair.web, 8080, "answer")?;
     for to in ["10.96.0.7:8080", "[fd96::7]:443"] {
         let failed = pair
@@ -192,10 +192,10 @@ fn a_pod_that_reaches_itself_sees_resets_too() -> Result<()> {
 }
 
 const SERVICE: &str = "10.96.0.8:80";
-/// With an endpoint that does not answer, a connection may take this long.
+/// Limit for a connection that first tries an endpoint that does not answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A client on node `a`, and pods `one` and `two` of one service on nodes `b` and `c`, each answering its name.
+/// A client on node `a`, and pods `one` and `two` of one service on nodes `b` and `c`, which answer with their names.
 struct Three {
     servers: Vec<Nginx>,
     daemons: Vec<Daemon>,
@@ -229,7 +229,7 @@ impl Three {
         })
     }
 
-    /// How often each endpoint answered.
+    /// Returns how often each endpoint answered.
     fn ask(&self, service: &str, times: u32) -> Result<BTreeMap<String, u32>> {
         let mut answers = BTreeMap::new();
         for _ in 0..times {
@@ -240,7 +240,7 @@ impl Three {
         Ok(answers)
     }
 
-    /// Every one of some connections is answered by this endpoint, within a few seconds.
+    /// Checks that this endpoint answers each of several connections, within a few seconds.
     fn all_answered_by(&self, name: &str) -> Result<()> {
         for number in 0..4 {
             let start = Instant::now();
@@ -253,7 +253,7 @@ impl Three {
         Ok(())
     }
 
-    /// Drops all that the node forwards, without a word.
+    /// Drops all packets that the node forwards, without an ICMP error.
     fn silence(&self, node: &str) -> Result<Firewall> {
         let rule = "chain forward { type filter hook forward priority 0; policy drop; }";
         Firewall::install(self.mesh.node(node), rule)
