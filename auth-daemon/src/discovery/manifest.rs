@@ -1,37 +1,28 @@
 //! Conversion of Kubernetes objects to the model of the mesh. All sources share the same vocabulary and parser.
 
 mod node;
+mod pod;
+mod service;
 mod slice;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use auth_kubernetes::objects;
-use auth_mesh::{
-    HostPort, Identity, Membership, Node, ObjectName, Port, Service, Slice, TargetPort,
-    TrustDomain, Workload, policy,
-};
+use auth_mesh::{Membership, Node, ObjectName, Service, Slice, TrustDomain, Workload, policy};
 
 pub use node::{TUNNEL_ANNOTATION, node, service_cidr};
+pub use pod::{NETNS_ANNOTATION, pod};
+pub use service::{ACCOUNTS_ANNOTATION, service};
 pub use slice::slice;
 
-/// Annotation with the path of a pod's network namespace. Counts only with file discovery, where whoever writes the manifests
-/// is trusted with the node, and where there may be no kubelet.
-pub const NETNS_ANNOTATION: &str = "auth-daemon.io/netns";
 /// Label of a pod or namespace, `enabled` or `disabled`, that sets whether pods are in the mesh. The pod's label takes
 /// precedence. On a pod, an annotation works too.
 pub const MESH_LABEL: &str = "auth-daemon.io/mesh";
-/// Annotation that pins the service accounts that may run a service: names, or namespace/name, separated by commas.
-pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
 
 /// An object that is relevant to the mesh.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -278,105 +269,6 @@ pub fn namespace(namespace: &objects::Namespace) -> Result<Option<Object>, Strin
         .map_err(|error| format!("Namespace {name}: {error}"))
 }
 
-/// Reads a pod. Errors name the object and the field.
-pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
-    let name = object_name("Pod", &pod.metadata)?;
-    let invalid = |field: &str, what: String| format!("Pod {name}: {field}: {what}");
-    let (spec, status) = (pod.spec, pod.status);
-    let membership = membership(&pod.metadata).map_err(|error| format!("Pod {name}: {error}"))?;
-    let annotations = pod.metadata.annotations.unwrap_or_default();
-    let account = spec
-        .service_account_name
-        .filter(|account| !account.is_empty())
-        .unwrap_or_else(|| "default".into());
-    let identity = trust_domain
-        .identity(&name.namespace, &account)
-        .map_err(|error| invalid("spec.serviceAccountName", error.to_string()))?;
-    let ips = status.pod_ips.into_iter().map(|ip| ip.ip);
-    let ips = status.pod_ip.into_iter().chain(ips);
-    let host_network = spec.host_network == Some(true);
-    let addresses = addresses(ips).map_err(|error| invalid("status.podIP", error))?;
-    let netns = match annotations.get(NETNS_ANNOTATION) {
-        Some(path) if path.starts_with('/') => Some(PathBuf::from(path)),
-        Some(path) => {
-            return Err(invalid(
-                &format!("metadata.annotations[{NETNS_ANNOTATION}]"),
-                format!("{path:?} is not an absolute path"),
-            ));
-        }
-        None => None,
-    };
-    let mut named_ports = BTreeMap::new();
-    let mut host_ports = Vec::new();
-    let host_ips = status.host_ips.into_iter().map(|ip| ip.ip);
-    let host_addresses = self::addresses(status.host_ip.into_iter().chain(host_ips))
-        .map_err(|error| invalid("status.hostIP", error))?;
-    // A sidecar is an init container (Kubernetes 1.29). Of two ports with the same name, the first is used.
-    let containers = spec.containers.into_iter().chain(spec.init_containers);
-    for port in containers.flat_map(|container| container.ports) {
-        if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
-            continue;
-        }
-        let number = port_number(port.container_port)
-            .map_err(|error| invalid("spec.containers.ports.containerPort", error))?;
-        if let Some(host_port) = port.host_port.filter(|port| *port != 0) {
-            let host_port = port_number(host_port)
-                .map_err(|error| invalid("spec.containers.ports.hostPort", error))?;
-            let addresses = exposed_on(port.host_ip.as_deref(), &host_addresses)
-                .map_err(|error| invalid("spec.containers.ports.hostIP", error))?;
-            host_ports.push(HostPort {
-                addresses,
-                port: host_port,
-                target: number,
-            });
-        }
-        if let Some(name) = port.name {
-            named_ports.entry(name).or_insert(number);
-        }
-    }
-    let ready = status
-        .conditions
-        .iter()
-        .find(|condition| condition.type_ == "Ready")
-        .is_none_or(|condition| condition.status == "True");
-    Ok(Some(Object::Pod(Arc::new(Workload {
-        uid: pod.metadata.uid.unwrap_or_default(),
-        addresses,
-        node: spec.node_name.unwrap_or_default(),
-        ready,
-        terminating: pod.metadata.deletion_timestamp.is_some(),
-        finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
-        host_network,
-        membership,
-        labels: pod.metadata.labels.unwrap_or_default(),
-        named_ports,
-        host_ports,
-        netns,
-        ..Workload::new(name, identity)
-    }))))
-}
-
-/// Returns the addresses at which a node exposes a `hostPort` with this `hostIP`.
-fn exposed_on(host_ip: Option<&str>, of_node: &[IpAddr]) -> Result<Vec<IpAddr>, String> {
-    let text = host_ip.unwrap_or_default();
-    if text.is_empty() {
-        return Ok(of_node.to_vec());
-    }
-    let ip: IpAddr = text
-        .parse()
-        .map_err(|_| format!("{text:?} is not an IP address"))?;
-    let ip = ip.to_canonical();
-    Ok(if ip.is_unspecified() {
-        let same_family = of_node.iter().filter(|of| of.is_ipv4() == ip.is_ipv4());
-        same_family.copied().collect()
-    } else if ip.is_loopback() {
-        // Only the node itself can dial it.
-        Vec::new()
-    } else {
-        vec![ip]
-    })
-}
-
 /// Parses addresses. Skips empty texts and duplicates.
 fn addresses(texts: impl IntoIterator<Item = String>) -> Result<Vec<IpAddr>, String> {
     let mut addresses = Vec::new();
@@ -392,102 +284,6 @@ fn addresses(texts: impl IntoIterator<Item = String>) -> Result<Vec<IpAddr>, Str
     Ok(addresses)
 }
 
-/// Reads a service. Returns `None` for one without a virtual address: headless, or an ExternalName. Errors name the
-/// object and the field.
-pub fn service(
-    service: objects::Service,
-    trust_domain: &TrustDomain,
-) -> Result<Option<Object>, String> {
-    let name = object_name("Service", &service.metadata)?;
-    let invalid = |field: &str, what: String| format!("Service {name}: {field}: {what}");
-    let spec = service.spec;
-    let ips = spec.cluster_ip.into_iter().chain(spec.cluster_ips);
-    let addresses = addresses(ips.filter(|ip| ip != "None"))
-        .map_err(|error| invalid("spec.clusterIP", error))?;
-    let ingress = service.status.load_balancer.ingress.into_iter();
-    let virtual_ips = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"));
-    let load_balancers = self::addresses(virtual_ips.filter_map(|ingress| ingress.ip))
-        .map_err(|error| invalid("status.loadBalancer.ingress", error))?;
-    let mut external_addresses =
-        self::addresses(spec.external_ips).map_err(|error| invalid("spec.externalIPs", error))?;
-    external_addresses.extend(load_balancers);
-    external_addresses.sort();
-    external_addresses.dedup();
-    let has_node_ports = matches!(spec.type_.as_deref(), Some("NodePort" | "LoadBalancer"));
-    let mut node_ports = Vec::new();
-    let mut ports = Vec::new();
-    for (index, port) in spec.ports.into_iter().enumerate() {
-        if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
-            continue;
-        }
-        let number = port_number(port.port)
-            .map_err(|error| invalid(&format!("spec.ports[{index}].port"), error))?;
-        let target = match port.target_port {
-            None | Some(IntOrString::Int(0)) => TargetPort::Number(number),
-            Some(IntOrString::Int(target)) => TargetPort::Number(
-                port_number(target)
-                    .map_err(|error| invalid(&format!("spec.ports[{index}].targetPort"), error))?,
-            ),
-            Some(IntOrString::String(target)) => TargetPort::Name(target),
-        };
-        if let Some(node_port) = port.node_port.filter(|port| has_node_ports && *port != 0) {
-            let node_port = port_number(node_port)
-                .map_err(|error| invalid(&format!("spec.ports[{index}].nodePort"), error))?;
-            node_ports.push((node_port, number));
-        }
-        ports.push(Port {
-            name: port.name.unwrap_or_default(),
-            port: number,
-            target,
-        });
-    }
-    let annotations = service.metadata.annotations.unwrap_or_default();
-    let pinned_identities = annotations
-        .get(ACCOUNTS_ANNOTATION)
-        .map(|accounts| {
-            pinned(accounts, &name.namespace, trust_domain).map_err(|error| {
-                invalid(
-                    &format!("metadata.annotations[{ACCOUNTS_ANNOTATION}]"),
-                    error,
-                )
-            })
-        })
-        .transpose()?;
-    if addresses.is_empty() || spec.type_.as_deref() == Some("ExternalName") {
-        return Ok(None);
-    }
-    Ok(Some(Object::Service(Arc::new(Service {
-        addresses,
-        ports,
-        node_ports,
-        external_addresses,
-        selector: spec.selector,
-        pinned_identities,
-        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
-        sticky: spec.session_affinity.as_deref() == Some("ClientIP"),
-        local: spec.internal_traffic_policy.as_deref() == Some("Local"),
-        ..Service::new(name)
-    }))))
-}
-
-fn pinned(
-    accounts: &str,
-    namespace: &str,
-    trust_domain: &TrustDomain,
-) -> Result<BTreeSet<Identity>, String> {
-    let identities = accounts
-        .split(',')
-        .map(|account| {
-            let account = account.trim();
-            let (namespace, account) = account.split_once('/').unwrap_or((namespace, account));
-            trust_domain
-                .identity(namespace, account)
-                .map_err(|error| format!("{account:?}: {error}"))
-        })
-        .collect::<Result<BTreeSet<_>, _>>()?;
-    Ok(identities)
-}
-
 fn port_number(number: i32) -> Result<u16, String> {
     u16::try_from(number)
         .ok()
@@ -499,169 +295,10 @@ fn port_number(number: i32) -> Result<u16, String> {
 mod tests {
     use serde_json::json;
 
-    use super::*;
-
-    fn domain() -> TrustDomain {
-        "cluster.local".parse().unwrap()
-    }
-
-    fn pod_object() -> Value {
-        json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {
-                "name": "web-1", "namespace": "shop", "uid": "u1", "labels": {"app": "web"},
-                "annotations": {NETNS_ANNOTATION: "/run/netns/web-1"},
-            },
-            "spec": {
-                "nodeName": "a", "serviceAccountName": "web",
-                "containers": [{"name": "c", "ports": [{"name": "http", "containerPort": 8080}]}],
-            },
-            "status": {"podIP": "10.1.0.1", "podIPs": [{"ip": "10.1.0.1"}, {"ip": "fd00::1"}]},
-        })
-    }
-
-    #[test]
-    fn reads_a_pod() {
-        let objects = read(pod_object(), &domain()).unwrap();
-        let [(_, Object::Pod(pod))] = objects.as_slice() else {
-            panic!("{objects:?}");
-        };
-        assert_eq!(pod.name.to_string(), "shop/web-1");
-        assert_eq!(
-            pod.identity.as_str(),
-            "spiffe://cluster.local/ns/shop/sa/web"
-        );
-        assert_eq!(pod.addresses.len(), 2);
-        assert_eq!(pod.named_ports["http"], 8080);
-        assert!(pod.ready);
-        assert_eq!(pod.netns, Some("/run/netns/web-1".into()));
-    }
-
-    #[test]
-    fn reads_the_ports_that_a_node_exposes_for_a_pod() {
-        let mut pod = pod_object();
-        pod["status"]["hostIP"] = json!("192.0.2.1");
-        pod["status"]["hostIPs"] = json!([{"ip": "192.0.2.1"}, {"ip": "2001:db8::1"}]);
-        let ports =
-            |host_ip: &str| json!([{"containerPort": 8080, "hostPort": 80, "hostIP": host_ip}]);
-        let mut exposed = |host_ip: &str| {
-            pod["spec"]["containers"][0]["ports"] = ports(host_ip);
-            let (_, object) = read(pod.clone(), &domain()).unwrap().pop().unwrap();
-            let Object::Pod(pod) = object else {
-                panic!("no pod");
-            };
-            let [port] = pod.host_ports.as_slice() else {
-                panic!("{:?}", pod.host_ports);
-            };
-            assert_eq!((port.port, port.target), (80, 8080));
-            let addresses = port.addresses.iter();
-            addresses.map(ToString::to_string).collect::<Vec<_>>()
-        };
-        assert_eq!(exposed(""), ["192.0.2.1", "2001:db8::1"]);
-        assert_eq!(exposed("0.0.0.0"), ["192.0.2.1"]);
-        assert_eq!(exposed("198.51.100.7"), ["198.51.100.7"]);
-        assert_eq!(exposed("127.0.0.1"), [""; 0]);
-        pod["spec"]["containers"][0]["ports"] =
-            json!([{"containerPort": 8080, "hostPort": 80, "protocol": "UDP"}]);
-        pod["spec"]["initContainers"] = json!([{"ports": [{"containerPort": 1, "hostPort": 81}]}]);
-        let (_, Object::Pod(sidecar)) = read(pod, &domain()).unwrap().pop().unwrap() else {
-            panic!("no pod");
-        };
-        assert_eq!(sidecar.host_ports.len(), 1, "TCP only");
-        assert_eq!(sidecar.host_ports[0].port, 81);
-    }
-
-    #[test]
-    fn reads_where_a_service_is_exposed() {
-        let object = |kind: &str| {
-            json!({
-                "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
-                "spec": {
-                    "type": kind, "clusterIP": "10.96.0.1", "externalIPs": ["198.51.100.2"],
-                    "ports": [
-                        {"name": "http", "port": 80, "nodePort": 30080},
-                        {"name": "dns", "port": 53, "nodePort": 30053, "protocol": "UDP"},
-                    ],
-                },
-                "status": {"loadBalancer": {"ingress": [
-                    {"ip": "198.51.100.1", "ipMode": "VIP"}, {"ip": "198.51.100.3", "ipMode": "Proxy"},
-                    {"hostname": "lb.example"}, {"ip": "198.51.100.2"},
-                ]}},
-            })
-        };
-        for (kind, node_ports) in [
-            ("LoadBalancer", vec![(30080, 80)]),
-            ("NodePort", vec![(30080, 80)]),
-            ("ClusterIP", vec![]),
-        ] {
-            let (_, object) = read(object(kind), &domain()).unwrap().pop().unwrap();
-            let Object::Service(service) = object else {
-                panic!("no service");
-            };
-            assert_eq!(service.node_ports, node_ports, "{kind}");
-            let external = service.external_addresses.iter().map(ToString::to_string);
-            assert_eq!(
-                external.collect::<Vec<_>>(),
-                ["198.51.100.1", "198.51.100.2"]
-            );
-        }
-        for (pointer, value, expected) in [
-            (
-                "/spec/externalIPs/0",
-                json!("lb"),
-                "spec.externalIPs: \"lb\"",
-            ),
-            (
-                "/spec/ports/0/nodePort",
-                json!(70000),
-                "spec.ports[0].nodePort: 70000",
-            ),
-            (
-                "/status/loadBalancer/ingress/0/ip",
-                json!("x"),
-                "status.loadBalancer.ingress: \"x\"",
-            ),
-        ] {
-            let mut object = object("NodePort");
-            *object.pointer_mut(pointer).unwrap() = value;
-            let error = read(object, &domain()).unwrap_err();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
-
-    /// Returns the pod with the field at `pointer` set to `value`.
-    fn pod_with(pointer: &str, value: Value) -> Option<Arc<Workload>> {
-        let mut pod = pod_object();
-        let (parent, field) = pointer.rsplit_once('/').unwrap();
-        pod.pointer_mut(parent).unwrap()[field] = value;
-        match read(pod, &domain()).unwrap().pop() {
-            Some((_, Object::Pod(pod))) => Some(pod),
-            None => None,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn a_pod_finishes_by_its_phase_alone() {
-        for (phase, finished) in [
-            ("Pending", false),
-            ("Running", false),
-            ("Unknown", false),
-            ("Succeeded", true),
-            ("Failed", true),
-        ] {
-            let pod = pod_with("/status/phase", json!(phase)).unwrap();
-            assert_eq!(pod.finished, finished, "{phase}");
-            assert_eq!(pod.addresses.len(), 2, "{phase}");
-        }
-        let starting = pod_with("/status", json!({"phase": "Pending"})).unwrap();
-        assert!(starting.addresses.is_empty());
-        assert!(
-            pod_with("/spec/hostNetwork", json!(true))
-                .unwrap()
-                .host_network
-        );
-    }
+    use super::{
+        pod::tests::{domain, pod_object, pod_with},
+        *,
+    };
 
     #[test]
     fn membership_of_pods_and_namespaces() {
@@ -702,66 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn readiness() {
-        let ready = |status: &str| json!([{"type": "Ready", "status": status}]);
-        assert!(pod_with("/status/conditions", ready("True")).unwrap().ready);
-        assert!(
-            !pod_with("/status/conditions", ready("False"))
-                .unwrap()
-                .ready
-        );
-        let deleted = json!("2026-01-01T00:00:00Z");
-        assert!(
-            pod_with("/metadata/deletionTimestamp", deleted)
-                .unwrap()
-                .terminating
-        );
-    }
-
-    #[test]
-    fn reads_a_service_and_its_pins() {
-        let objects = read(
-            json!({
-                "apiVersion": "v1", "kind": "Service",
-                "metadata": {"name": "web", "annotations": {ACCOUNTS_ANNOTATION: "web, other/api"}},
-                "spec": {
-                    "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7", "fd96::7"],
-                    "selector": {"app": "web"},
-                    "sessionAffinity": "ClientIP", "internalTrafficPolicy": "Local",
-                    "ports": [
-                        {"port": 80, "targetPort": "http"}, {"port": 81},
-                        {"port": 53, "protocol": "UDP"}, {"port": 82, "targetPort": 8082},
-                    ],
-                },
-            }),
-            &domain(),
-        )
-        .unwrap();
-        let [(_, Object::Service(service))] = objects.as_slice() else {
-            panic!("{objects:?}");
-        };
-        assert_eq!(service.addresses.len(), 2);
-        assert_eq!(service.ports.len(), 3);
-        assert!(service.sticky && service.local);
-        assert_eq!(service.ports[0].target, TargetPort::Name("http".into()));
-        assert_eq!(service.ports[1].target, TargetPort::Number(81));
-        let pinned: Vec<_> = service
-            .pinned_identities
-            .iter()
-            .flatten()
-            .map(Identity::as_str)
-            .collect();
-        assert_eq!(
-            pinned,
-            [
-                "spiffe://cluster.local/ns/default/sa/web",
-                "spiffe://cluster.local/ns/other/sa/api"
-            ]
-        );
-    }
-
-    #[test]
-    fn faults_name_object_and_field() {
+    fn errors_name_object_and_field() {
         for (pointer, value, expected) in [
             (
                 "/status/podIP",

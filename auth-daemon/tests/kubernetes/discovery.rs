@@ -25,6 +25,19 @@ fn pods(registry: &Registry) -> Vec<String> {
     .collect()
 }
 
+/// Starts discovery, of Services too or of pods alone. The receiver turns true once everything has been read.
+fn discover(client: kube::Client, services: bool, sink: Sink) -> watch::Receiver<bool> {
+    let (synced, is_synced) = watch::channel(false);
+    let settings = kubernetes::Settings {
+        trust_domain: "cluster.local".parse().unwrap(),
+        defaults: MeshDefault::default(),
+        services,
+        daemons: None,
+    };
+    tokio::spawn(kubernetes::run(client, settings, sink, synced));
+    is_synced
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_registry_follows_the_cluster_through_an_outage() {
     let test = "the_registry_follows_the_cluster_through_an_outage";
@@ -40,23 +53,10 @@ async fn the_registry_follows_the_cluster_through_an_outage() {
     cluster
         .pod("shop", "two", "api", "node-b", "10.1.0.2")
         .unwrap();
-    let registry = Arc::new(Registry::new());
-    let (synced, mut is_synced) = watch::channel(false);
+    let sink = Sink::default();
+    let registry = sink.registry.clone();
     let client = as_ca(&cluster).await;
-    tokio::spawn(kubernetes::run(
-        client,
-        kubernetes::Settings {
-            trust_domain: "cluster.local".parse().unwrap(),
-            defaults: MeshDefault::default(),
-            services: false,
-            daemons: None,
-        },
-        Sink {
-            registry: registry.clone(),
-            ..Sink::default()
-        },
-        synced,
-    ));
+    let mut is_synced = discover(client, false, sink);
     is_synced.wait_for(|synced| *synced).await.unwrap();
     assert_eq!(
         pods(&registry),
@@ -134,22 +134,10 @@ async fn a_service_without_a_selector_has_the_endpoints_of_its_slices() {
     cluster
         .create("/api/v1/namespaces/default/services", &service)
         .unwrap();
-    let registry = Arc::new(Registry::new());
-    let (synced, mut is_synced) = watch::channel(false);
-    tokio::spawn(kubernetes::run(
-        with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await,
-        kubernetes::Settings {
-            trust_domain: "cluster.local".parse().unwrap(),
-            defaults: MeshDefault::default(),
-            services: true,
-            daemons: None,
-        },
-        Sink {
-            registry: registry.clone(),
-            ..Sink::default()
-        },
-        synced,
-    ));
+    let sink = Sink::default();
+    let registry = sink.registry.clone();
+    let client = with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await;
+    let mut is_synced = discover(client, true, sink);
     is_synced.wait_for(|synced| *synced).await.unwrap();
     assert_eq!(endpoints(&registry), [""; 0]);
 
@@ -219,22 +207,10 @@ async fn nodes_and_networks_are_known() {
     cluster
         .create("/api/v1/nodes", &node("a", "10.1.0.0/24"))
         .unwrap();
-    let registry = Arc::new(Registry::new());
-    let (synced, mut is_synced) = watch::channel(false);
-    tokio::spawn(kubernetes::run(
-        with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await,
-        kubernetes::Settings {
-            trust_domain: "cluster.local".parse().unwrap(),
-            defaults: MeshDefault::default(),
-            services: true,
-            daemons: None,
-        },
-        Sink {
-            registry: registry.clone(),
-            ..Sink::default()
-        },
-        synced,
-    ));
+    let sink = Sink::default();
+    let registry = sink.registry.clone();
+    let client = with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await;
+    let mut is_synced = discover(client, true, sink);
     is_synced.wait_for(|synced| *synced).await.unwrap();
     let contains = |address: &str| {
         let snapshot = registry.snapshot();
@@ -312,18 +288,8 @@ async fn policies_that_are_defined_but_not_served_yet_are_waited_for() {
         ..Sink::default()
     };
     let policies = sink.policies.clone().unwrap();
-    let (synced, mut is_synced) = watch::channel(false);
-    tokio::spawn(kubernetes::run(
-        with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await,
-        kubernetes::Settings {
-            trust_domain: "cluster.local".parse().unwrap(),
-            defaults: MeshDefault::default(),
-            services: true,
-            daemons: None,
-        },
-        sink,
-        synced,
-    ));
+    let client = with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await;
+    let mut is_synced = discover(client, true, sink);
     // Everything else has been read long before this.
     let early = tokio::time::timeout(
         std::time::Duration::from_secs(3),

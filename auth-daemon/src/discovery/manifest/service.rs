@@ -1,0 +1,216 @@
+//! Services.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use super::{Object, object_name, port_number};
+use auth_kubernetes::objects;
+use auth_mesh::{Identity, Port, Service, TargetPort, TrustDomain};
+
+/// Annotation that pins the service accounts that may run a service: names, or namespace/name, separated by commas.
+pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
+
+/// Reads a service. Returns `None` for one without a virtual address: headless, or an ExternalName. Errors name the
+/// object and the field.
+pub fn service(
+    service: objects::Service,
+    trust_domain: &TrustDomain,
+) -> Result<Option<Object>, String> {
+    let name = object_name("Service", &service.metadata)?;
+    let invalid = |field: &str, what: String| format!("Service {name}: {field}: {what}");
+    let spec = service.spec;
+    let ips = spec.cluster_ip.into_iter().chain(spec.cluster_ips);
+    let addresses = super::addresses(ips.filter(|ip| ip != "None"))
+        .map_err(|error| invalid("spec.clusterIP", error))?;
+    let ingress = service.status.load_balancer.ingress.into_iter();
+    let virtual_ips = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"));
+    let load_balancers = super::addresses(virtual_ips.filter_map(|ingress| ingress.ip))
+        .map_err(|error| invalid("status.loadBalancer.ingress", error))?;
+    let mut external_addresses =
+        super::addresses(spec.external_ips).map_err(|error| invalid("spec.externalIPs", error))?;
+    external_addresses.extend(load_balancers);
+    external_addresses.sort();
+    external_addresses.dedup();
+    let has_node_ports = matches!(spec.type_.as_deref(), Some("NodePort" | "LoadBalancer"));
+    let mut node_ports = Vec::new();
+    let mut ports = Vec::new();
+    for (index, port) in spec.ports.into_iter().enumerate() {
+        if port.protocol.as_deref().unwrap_or("TCP") != "TCP" {
+            continue;
+        }
+        let number = port_number(port.port)
+            .map_err(|error| invalid(&format!("spec.ports[{index}].port"), error))?;
+        let target = match port.target_port {
+            None | Some(IntOrString::Int(0)) => TargetPort::Number(number),
+            Some(IntOrString::Int(target)) => TargetPort::Number(
+                port_number(target)
+                    .map_err(|error| invalid(&format!("spec.ports[{index}].targetPort"), error))?,
+            ),
+            Some(IntOrString::String(target)) => TargetPort::Name(target),
+        };
+        if let Some(node_port) = port.node_port.filter(|port| has_node_ports && *port != 0) {
+            let node_port = port_number(node_port)
+                .map_err(|error| invalid(&format!("spec.ports[{index}].nodePort"), error))?;
+            node_ports.push((node_port, number));
+        }
+        ports.push(Port {
+            name: port.name.unwrap_or_default(),
+            port: number,
+            target,
+        });
+    }
+    let annotations = service.metadata.annotations.unwrap_or_default();
+    let pinned_identities = annotations
+        .get(ACCOUNTS_ANNOTATION)
+        .map(|accounts| {
+            pinned(accounts, &name.namespace, trust_domain).map_err(|error| {
+                invalid(
+                    &format!("metadata.annotations[{ACCOUNTS_ANNOTATION}]"),
+                    error,
+                )
+            })
+        })
+        .transpose()?;
+    if addresses.is_empty() || spec.type_.as_deref() == Some("ExternalName") {
+        return Ok(None);
+    }
+    Ok(Some(Object::Service(Arc::new(Service {
+        addresses,
+        ports,
+        node_ports,
+        external_addresses,
+        selector: spec.selector,
+        pinned_identities,
+        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        sticky: spec.session_affinity.as_deref() == Some("ClientIP"),
+        local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        ..Service::new(name)
+    }))))
+}
+
+fn pinned(
+    accounts: &str,
+    namespace: &str,
+    trust_domain: &TrustDomain,
+) -> Result<BTreeSet<Identity>, String> {
+    let identities = accounts
+        .split(',')
+        .map(|account| {
+            let account = account.trim();
+            let (namespace, account) = account.split_once('/').unwrap_or((namespace, account));
+            trust_domain
+                .identity(namespace, account)
+                .map_err(|error| format!("{account:?}: {error}"))
+        })
+        .collect::<Result<BTreeSet<_>, _>>()?;
+    Ok(identities)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::discovery::manifest::{pod::tests::domain, read};
+
+    #[test]
+    fn reads_where_a_service_is_exposed() {
+        let object = |kind: &str| {
+            json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+                "spec": {
+                    "type": kind, "clusterIP": "10.96.0.1", "externalIPs": ["198.51.100.2"],
+                    "ports": [
+                        {"name": "http", "port": 80, "nodePort": 30080},
+                        {"name": "dns", "port": 53, "nodePort": 30053, "protocol": "UDP"},
+                    ],
+                },
+                "status": {"loadBalancer": {"ingress": [
+                    {"ip": "198.51.100.1", "ipMode": "VIP"}, {"ip": "198.51.100.3", "ipMode": "Proxy"},
+                    {"hostname": "lb.example"}, {"ip": "198.51.100.2"},
+                ]}},
+            })
+        };
+        for (kind, node_ports) in [
+            ("LoadBalancer", vec![(30080, 80)]),
+            ("NodePort", vec![(30080, 80)]),
+            ("ClusterIP", vec![]),
+        ] {
+            let (_, object) = read(object(kind), &domain()).unwrap().pop().unwrap();
+            let Object::Service(service) = object else {
+                panic!("no service");
+            };
+            assert_eq!(service.node_ports, node_ports, "{kind}");
+            let external = service.external_addresses.iter().map(ToString::to_string);
+            assert_eq!(
+                external.collect::<Vec<_>>(),
+                ["198.51.100.1", "198.51.100.2"]
+            );
+        }
+        for (pointer, value, expected) in [
+            (
+                "/spec/externalIPs/0",
+                json!("lb"),
+                "spec.externalIPs: \"lb\"",
+            ),
+            (
+                "/spec/ports/0/nodePort",
+                json!(70000),
+                "spec.ports[0].nodePort: 70000",
+            ),
+            (
+                "/status/loadBalancer/ingress/0/ip",
+                json!("x"),
+                "status.loadBalancer.ingress: \"x\"",
+            ),
+        ] {
+            let mut object = object("NodePort");
+            *object.pointer_mut(pointer).unwrap() = value;
+            let error = read(object, &domain()).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn reads_a_service_and_its_pins() {
+        let objects = read(
+            json!({
+                "apiVersion": "v1", "kind": "Service",
+                "metadata": {"name": "web", "annotations": {ACCOUNTS_ANNOTATION: "web, other/api"}},
+                "spec": {
+                    "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7", "fd96::7"],
+                    "selector": {"app": "web"},
+                    "sessionAffinity": "ClientIP", "internalTrafficPolicy": "Local",
+                    "ports": [
+                        {"port": 80, "targetPort": "http"}, {"port": 81},
+                        {"port": 53, "protocol": "UDP"}, {"port": 82, "targetPort": 8082},
+                    ],
+                },
+            }),
+            &domain(),
+        )
+        .unwrap();
+        let [(_, Object::Service(service))] = objects.as_slice() else {
+            panic!("{objects:?}");
+        };
+        assert_eq!(service.addresses.len(), 2);
+        assert_eq!(service.ports.len(), 3);
+        assert!(service.sticky && service.local);
+        assert_eq!(service.ports[0].target, TargetPort::Name("http".into()));
+        assert_eq!(service.ports[1].target, TargetPort::Number(81));
+        let pinned: Vec<_> = service
+            .pinned_identities
+            .iter()
+            .flatten()
+            .map(Identity::as_str)
+            .collect();
+        assert_eq!(
+            pinned,
+            [
+                "spiffe://cluster.local/ns/default/sa/web",
+                "spiffe://cluster.local/ns/other/sa/api"
+            ]
+        );
+    }
+}
