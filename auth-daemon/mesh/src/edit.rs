@@ -610,14 +610,14 @@ mod tests {
                     Change::Namespace(name, membership) => edit.namespace(&name, membership),
                 }
                 let next = edit.finish();
-                let mut told: std::collections::BTreeMap<_, _> = last.addresses().collect();
+                let mut reported: std::collections::BTreeMap<_, _> = last.addresses().collect();
                 for (address, kind) in next.addresses_since(&last) {
                     match kind {
-                        Some(kind) => told.insert(address, kind),
-                        None => told.remove(&address),
+                        Some(kind) => reported.insert(address, kind),
+                        None => reported.remove(&address),
                     };
                 }
-                prop_assert!(told.into_iter().eq(next.addresses()), "the difference tells it all");
+                prop_assert!(reported.into_iter().eq(next.addresses()), "the differences are complete");
                 let mut exposed: BTreeSet<_> = last.exposed().collect();
                 for (at, is_exposed) in next.exposed_since(&last) {
                     let has_changed = match is_exposed {

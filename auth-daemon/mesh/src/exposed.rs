@@ -183,7 +183,7 @@ impl Snapshot {
             .disputed
             .iter()
             .map(|at| self.disputed_port(at));
-        disputed.chain(self.exposed.crowded.iter().map(crowd))
+        disputed.chain(self.exposed.crowded.iter().map(too_many_external_ports))
     }
 
     /// As [`Snapshot::exposed_errors`], without those of `before`.
@@ -198,7 +198,7 @@ impl Snapshot {
         });
         let changes = before.exposed.crowded.diff(&self.exposed.crowded);
         disputed.chain(changes.filter_map(|change| match change {
-            DiffItem::Add(name) => Some(crowd(name)),
+            DiffItem::Add(name) => Some(too_many_external_ports(name)),
             DiffItem::Remove(_) => None,
         }))
     }
@@ -353,7 +353,7 @@ fn describe((claimant, name): &(Claimant, ObjectName)) -> String {
     }
 }
 
-fn crowd(service: &ObjectName) -> String {
+fn too_many_external_ports(service: &ObjectName) -> String {
     format!(
         "service {service} has more than {MAX_EXTERNAL} external addresses and ports: those beyond are not captured, and \
          servers in STRICT refuse connections to them"

@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_service_account() {
+    fn rejects_ids_of_no_service_account() {
         use InvalidIdentity as E;
         for (uri, expected) in [
             ("", E::Scheme),

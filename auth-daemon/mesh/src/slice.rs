@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn an_address_of_a_pod_of_the_mesh_is_that_pod_whatever_the_slice_says() {
         let snapshot = known(|edit| {
-            let said = |address: &str, pod: &str| SliceEndpoint {
+            let endpoint = |address: &str, pod: &str| SliceEndpoint {
                 pod: Some(name(pod)),
                 ..endpoint(address)
             };
@@ -147,11 +147,11 @@ mod tests {
                 "s",
                 vec![
                     // The slice refers to a pod outside the mesh.
-                    said("10.1.0.1", "out"),
+                    endpoint("10.1.0.1", "out"),
                     // The slice refers to a pod whose address is not known yet.
-                    said("10.1.0.5", "starts"),
-                    said("10.1.0.9", "out"),
-                    said("192.0.2.1", "gone"),
+                    endpoint("10.1.0.5", "starts"),
+                    endpoint("10.1.0.9", "out"),
+                    endpoint("192.0.2.1", "gone"),
                 ],
             ));
         });
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_that_go_serve_while_there_are_no_others() {
+    fn terminating_endpoints_serve_only_without_others() {
         let going = SliceEndpoint {
             ready: false,
             serves_last: true,

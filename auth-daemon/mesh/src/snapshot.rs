@@ -269,7 +269,7 @@ impl Snapshot {
     /// Returns descriptions of all conflicts. Each names the objects.
     pub fn errors(&self) -> impl Iterator<Item = String> {
         let disputed = self.disputed.iter().map(|address| self.error(*address));
-        let crowded = self.crowded.iter().map(crowd);
+        let crowded = self.crowded.iter().map(too_many_endpoints);
         disputed.chain(crowded).chain(self.exposed_errors())
     }
 
@@ -282,7 +282,7 @@ impl Snapshot {
         });
         let changes = before.crowded.diff(&self.crowded);
         let crowded = changes.filter_map(|change| match change {
-            imbl::ordset::DiffItem::Add(service) => Some(crowd(service)),
+            imbl::ordset::DiffItem::Add(service) => Some(too_many_endpoints(service)),
             imbl::ordset::DiffItem::Remove(_) => None,
         });
         let exposed = self.exposed_errors_since(before);
@@ -351,8 +351,9 @@ impl Snapshot {
 
     /// Returns the membership of a pod in `namespace` that does not set its own.
     pub(super) fn default_of(&self, namespace: &str) -> Membership {
-        let said = self.namespaces.get(namespace);
-        said.and_then(|namespace| namespace.membership)
+        let known = self.namespaces.get(namespace);
+        known
+            .and_then(|namespace| namespace.membership)
             .unwrap_or_else(|| self.defaults.of(namespace))
     }
 }
@@ -362,7 +363,7 @@ fn describe_all(claims: &Claims, separator: &str) -> String {
     all.join(separator)
 }
 
-fn crowd(service: &ObjectName) -> String {
+fn too_many_endpoints(service: &ObjectName) -> String {
     format!(
         "service {service} has more than {MAX_SLICED} endpoints in endpoint slices: those beyond are left out"
     )

@@ -1,4 +1,4 @@
-//! Manifests that a command reads instead of asking a daemon.
+//! Manifests that a command reads instead of querying a daemon.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -25,7 +25,7 @@ const DAEMON_NAMESPACE: &str = "auth-system";
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Manifests {
     /// Folder of manifests, or one file: pods with their addresses, services, policies. Without it, the daemon of this
-    /// node is asked.
+    /// node is queried.
     #[arg(long)]
     pub(super) files: Option<PathBuf>,
     /// The trust domain of the pods' identities.

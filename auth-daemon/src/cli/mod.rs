@@ -1,8 +1,8 @@
 //! The command line. Each subcommand has a file.
 
-mod ask_daemon;
 mod ca;
 mod check;
+mod daemon_client;
 mod embedded_ca;
 mod manifests;
 mod policy;
@@ -29,15 +29,15 @@ pub struct Cli {
 enum Command {
     /// Run the node daemon.
     Run(run::Arguments),
-    /// Run the trust domain's CA, or ask the one that runs.
+    /// Run the trust domain's CA, or query a running one.
     Ca(ca::Arguments),
-    /// Say whether this machine has what the daemon needs.
+    /// Check whether this machine meets the daemon's requirements.
     Check(check::Arguments),
-    /// Ask the daemon that runs in this container how it is, for the kubelet.
+    /// Query the health of the daemon in this container, for the kubelet.
     Probe(probe::Arguments),
-    /// Show what the daemon on this node is doing.
+    /// Show the status of this node's daemon.
     Status(status::Arguments),
-    /// Say who may call whom, and why, from manifests alone.
+    /// Explain which calls the policies allow, and compare policies.
     Policy(policy::Arguments),
     /// Remove everything that a stopped daemon leaves in the kernel.
     Unload(unload::Arguments),

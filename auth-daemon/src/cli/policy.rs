@@ -6,7 +6,7 @@ use std::{net::IpAddr, process::ExitCode, time::Duration};
 use anyhow::{Context, anyhow};
 use clap::Subcommand;
 
-use super::{ask_daemon, manifests::Manifests, policy_diff};
+use super::{daemon_client, manifests::Manifests, policy_diff};
 use crate::admin::ADMIN_PORT;
 use auth_mesh::policy::question::{Answer, Question};
 
@@ -45,7 +45,7 @@ struct CheckArguments {
 }
 
 /// Maximum time to wait for the daemon's answer.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 /// Exit code if it cannot be determined whether the call is allowed.
 const UNKNOWN: u8 = 2;
 const DENIED: u8 = 1;
@@ -81,25 +81,25 @@ fn check(arguments: &CheckArguments) -> anyhow::Result<Answer> {
     };
     match &arguments.manifests.files {
         Some(path) => arguments.manifests.read(path)?.check(&question),
-        None => ask("check", &question),
+        None => query("check", &question),
     }
 }
 
 fn list(manifests: &Manifests) -> anyhow::Result<Answer> {
     match &manifests.files {
         Some(path) => Ok(manifests.read(path)?.list()),
-        None => ask("list", &()),
+        None => query("list", &()),
     }
 }
 
-/// Asks the daemon of this node.
-fn ask(what: &str, question: &impl serde::Serialize) -> anyhow::Result<Answer> {
+/// Queries the daemon of this node.
+fn query(what: &str, question: &impl serde::Serialize) -> anyhow::Result<Answer> {
     let url = format!("http://127.0.0.1:{ADMIN_PORT}/policy/{what}");
     let answer: Result<Answer, String> =
-        ask_daemon::ask(&format!("/policy/{what}"), Some(question), PATIENCE).with_context(|| {
+        daemon_client::request(&format!("/policy/{what}"), Some(question), TIMEOUT).with_context(|| {
             format!(
                 "no daemon answers at {url}; is it running, and is this the node's network namespace? With --files, a \
-                 folder of manifests is asked"
+                 folder of manifests is used instead"
             )
         })?;
     answer.map_err(|error| anyhow!(error))
@@ -218,7 +218,7 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
     }
 
     #[test]
-    fn what_cannot_be_told_says_what_is_missing() {
+    fn undecidable_calls_are_errors_that_name_what_is_missing() {
         let folder = Folder::new(POLICY);
         for (from, to, expected) in [
             (
@@ -292,7 +292,7 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
         assert!(!good);
         assert!(text.contains("REFUSED"), "{text}");
         let warning = "AuthorizationPolicy shop/web: spec.rules[0].from[0].source.ipBlocks[0]: \"front\" is \
-                       not an IP address; it allows nobody instead";
+                       not an IP address; it allows no connection instead";
         let file = folder.0.path().join("policies.yml");
         assert_eq!(warnings, [format!("{}: {warning}", file.display())]);
         assert!(!folder.check("shop/front", "shop/web").unwrap().1);

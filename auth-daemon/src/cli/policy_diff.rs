@@ -11,9 +11,9 @@ use clap::ValueEnum;
 use serde_json::Value;
 
 use super::{
-    ask_daemon,
+    daemon_client,
     manifests::{self, Manifests},
-    policy::PATIENCE,
+    policy::TIMEOUT,
 };
 use auth_mesh::policy::{
     Policies, Settings,
@@ -29,7 +29,7 @@ pub(super) struct Arguments {
     #[arg(long, num_args = 2, value_names = ["OLD", "NEW"], conflicts_with_all = ["from", "to", "source_ip", "files"])]
     diff: Vec<PathBuf>,
     /// The open connections: a file with the output of `auth-daemon status --json`. Without it, this node's daemon is
-    /// asked if the manifests contain no pods.
+    /// queried if the manifests contain no pods.
     #[arg(long, requires = "diff")]
     connections: Option<PathBuf>,
     /// How to print the differences.
@@ -76,10 +76,10 @@ impl Arguments {
         };
         let observed = match &self.connections {
             Some(file) => Some(read_connections(file)?),
-            None if is_of_daemon => Some(connections(&ask_daemon::ask(
+            None if is_of_daemon => Some(connections(&daemon_client::request(
                 "/status",
                 None::<&()>,
-                PATIENCE,
+                TIMEOUT,
             )?)?),
             None => None,
         };
@@ -115,7 +115,7 @@ fn pods(side: &Known, other: &Known) -> Vec<Pod> {
 }
 
 fn daemon_inventory() -> anyhow::Result<Inventory> {
-    ask_daemon::ask("/policy/pods", None::<&()>, PATIENCE).context(
+    daemon_client::request("/policy/pods", None::<&()>, TIMEOUT).context(
         "the manifests contain no pods, and no daemon answers on this node; add the pods' manifests, or run this in the \
          network namespace of a node with a daemon",
     )

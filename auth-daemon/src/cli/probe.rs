@@ -13,21 +13,21 @@ use anyhow::{Context, bail};
 use crate::admin::{HEALTH_SOCKET, LIVE, READY};
 
 /// Timeout for the answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum length of an answer, in bytes.
 const MAX_ANSWER_BYTES: u64 = 4 << 10;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// What to ask.
+    /// The health check.
     what: What,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum What {
-    /// Does it serve its node, or stand by to?
+    /// Whether the daemon serves its node, or is a standby.
     Ready,
-    /// Do its threads still come round?
+    /// Whether the daemon's threads make progress.
     Live,
 }
 
@@ -37,22 +37,22 @@ pub(super) fn probe(arguments: &Arguments) -> anyhow::Result<()> {
         What::Live => LIVE,
     };
     let path = Path::new(HEALTH_SOCKET);
-    let (yes, said) = ask(path, what).with_context(|| {
+    let (passes, answer) = ask(path, what).with_context(|| {
         format!("{HEALTH_SOCKET}: is there a daemon that was started with --stand-by?")
     })?;
-    let said = said.trim_end();
-    if !yes {
-        bail!("{said}");
+    let answer = answer.trim_end();
+    if !passes {
+        bail!("{answer}");
     }
-    println!("{said}");
+    println!("{answer}");
     Ok(())
 }
 
 /// Queries the daemon behind the socket at `path`. Returns whether the check passes, and the daemon's answer.
 pub(crate) fn ask(path: &Path, what: &str) -> anyhow::Result<(bool, String)> {
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
     write!(
         stream,
         "GET {what} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

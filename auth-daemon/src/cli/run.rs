@@ -39,7 +39,7 @@ pub(super) struct Arguments {
     /// The configuration file.
     #[arg(long)]
     config: PathBuf,
-    /// Where another daemon serves this node, wait for its end and take over, rather than fail.
+    /// If another daemon serves this node, wait until it ends and take over, instead of failing.
     #[arg(long)]
     stand_by: bool,
 }
@@ -154,7 +154,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let pods = take_back(&pins, patience)?;
         tracing::info!(
             pods,
-            "daemon stopped; its namespace is being deleted, so nothing is left: pods talk plainly"
+            "daemon stopped; its namespace is being deleted, so nothing is left; pods now communicate in plaintext"
         );
     } else {
         tracing::info!(
@@ -171,7 +171,7 @@ async fn answer(node: Arc<Node>, health: Arc<Health>, listeners: Option<admin::L
         None => match admin::bind_after_another(node.config.drain + LAST_BREATH).await {
             Ok(listeners) => listeners,
             Err(error) => {
-                tracing::error!(%error, "there is no status, and there are no metrics");
+                tracing::error!(%error, "cannot serve status and metrics");
                 return;
             }
         },

@@ -60,7 +60,7 @@ pub(super) async fn stand_by(
 ) -> anyhow::Result<Option<PinLock>> {
     tracing::info!(
         node,
-        "another daemon serves this node: standing by until it lets go"
+        "another daemon serves this node, standing by until it releases the node"
     );
     let mut changes = registry.changes();
     early.follow(registry, certificates, node);
@@ -69,7 +69,7 @@ pub(super) async fn stand_by(
         tokio::select! {
             taken = &mut lock => {
                 let lock = taken.context("cannot wait for the other daemon")??;
-                tracing::info!(node, certificates = early.0.len(), "the other daemon has let go: taking over");
+                tracing::info!(node, certificates = early.0.len(), "previous daemon released the node, taking over");
                 return Ok(Some(lock));
             }
             _ = stop.changed() => return Ok(None),
@@ -81,14 +81,14 @@ pub(super) async fn stand_by(
 /// Returns a receiver that gets the lock once it is acquired. The thread that waits for the lock ends with the process
 /// at the latest.
 fn when_free(pins: PathBuf) -> std::io::Result<oneshot::Receiver<Result<PinLock, KernelError>>> {
-    let (tell, told) = oneshot::channel();
+    let (sender, receiver) = oneshot::channel();
     thread::Builder::new()
         .name("stand-by".into())
         .spawn(move || {
             // If the receiver is gone, the lock is released with the value that is dropped here.
-            let _ = tell.send(PinLock::wait(&pins));
+            let _ = sender.send(PinLock::wait(&pins));
         })?;
-    Ok(told)
+    Ok(receiver)
 }
 
 #[cfg(test)]
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_lock_comes_when_it_is_let_go_of() {
+    async fn gets_the_lock_when_it_is_released() {
         let folder = tempfile::tempdir().unwrap();
         let pins = folder.path().join("pins");
         let held = PinLock::take(&pins).unwrap();

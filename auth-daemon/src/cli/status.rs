@@ -3,12 +3,12 @@
 use anyhow::Context;
 use serde_json::Value;
 
-use super::ask_daemon::ask;
+use super::daemon_client::request;
 use crate::admin::ADMIN_PORT;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Print the daemon's answer as it is.
+    /// Print the status as JSON.
     #[arg(long)]
     json: bool,
 }
@@ -16,7 +16,7 @@ pub(super) struct Arguments {
 pub(super) fn status(arguments: &Arguments) -> anyhow::Result<()> {
     let url = format!("http://127.0.0.1:{ADMIN_PORT}/status");
     let deadline = std::time::Duration::from_secs(5);
-    let status: Value = ask("/status", None::<&()>, deadline).with_context(|| {
+    let status: Value = request("/status", None::<&()>, deadline).with_context(|| {
         format!(
             "no daemon answers at {url}; is it running, and is this the node's network namespace?"
         )
@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_for_people() {
+    fn prints_a_table() {
         let table = table(&json!({
             "node": "a", "trustDomain": "cluster.local", "mode": "STRICT", "ready": true,
             "pods": [

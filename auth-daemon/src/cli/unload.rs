@@ -23,7 +23,7 @@ pub(super) fn unload(arguments: &Arguments) -> anyhow::Result<()> {
     }
     let pods = auth_datapath::unload::unload(PinLock::take(&config.pins)?)?;
     println!(
-        "unloaded: {pods} pods released, {} removed; pods now talk plainly",
+        "unloaded: {pods} pods released, {} removed; pods now communicate in plaintext",
         config.pins.display()
     );
     Ok(())

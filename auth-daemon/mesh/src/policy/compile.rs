@@ -107,7 +107,7 @@ pub struct Policies {
 /// Policies by selector. A selector with labels is found by its first label and then compared in full.
 #[derive(Debug, Default)]
 struct Selectors {
-    everybody: Vec<u32>,
+    without_labels: Vec<u32>,
     by_label: HashMap<String, HashMap<String, Vec<(Selector, u32)>>>,
 }
 
@@ -332,7 +332,7 @@ impl Policies {
 impl Selectors {
     fn add(&mut self, selector: &Selector, number: u32) {
         match selector.labels().first_key_value() {
-            None => self.everybody.push(number),
+            None => self.without_labels.push(number),
             Some((key, value)) => self
                 .by_label
                 .entry(key.clone())
@@ -344,7 +344,7 @@ impl Selectors {
     }
 
     fn find(&self, labels: &BTreeMap<String, String>, mut found: impl FnMut(u32)) {
-        self.everybody.iter().for_each(|number| found(*number));
+        self.without_labels.iter().for_each(|number| found(*number));
         let by_label = labels
             .iter()
             .filter_map(|(key, value)| self.by_label.get(key)?.get(value))

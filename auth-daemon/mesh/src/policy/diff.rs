@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{Identity, Workload};
 
-/// Maximum number of pods that a change names.
+/// Maximum number of pods that a text names.
 const MAX_NAMED: usize = 3;
 /// Name of callers without an identity.
 const PLAINTEXT: &str = "plaintext";
@@ -439,7 +439,8 @@ fn port_name(port: Option<u16>) -> String {
     port.map_or_else(|| "other".to_owned(), |port| port.to_string())
 }
 
-fn names(pods: &[String]) -> String {
+/// Names the first few pods, and the number of the others.
+pub(super) fn names(pods: &[String]) -> String {
     let named = pods[..pods.len().min(MAX_NAMED)].join(", ");
     match pods.len().saturating_sub(MAX_NAMED) {
         0 => named,

@@ -121,9 +121,7 @@ fn tcp_traffic() {
     assert!(!step.allows(SLEEP, echo, 9001));
     assert_eq!(
         step.warnings,
-        [
-            "spec.rules[0].to[0].operation.methods: cannot be known below HTTP, so this rule never allows"
-        ]
+        ["spec.rules[0].to[0].operation.methods: is unknown below HTTP, so this rule never allows"]
     );
 
     // "It denies all the traffic to the tcp ports."

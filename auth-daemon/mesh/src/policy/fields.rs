@@ -18,12 +18,12 @@ use super::{
 /// Index from the values that a field is compared with to the branches that require or exclude them.
 pub(super) trait Index {
     /// A value that rules can name.
-    type Asked: Ord + Clone;
+    type Listed: Ord + Clone;
     /// A value that a connection has.
     type Value: ?Sized;
 
     /// Creates an index of `entries`, whose branch numbers are below `count`.
-    fn new(entries: BTreeMap<Self::Asked, Vec<u32>>, count: usize) -> Self;
+    fn new(entries: BTreeMap<Self::Listed, Vec<u32>>, count: usize) -> Self;
 
     /// Calls `found` with each set of branches that name a value which `value` matches.
     fn find(&self, value: &Self::Value, found: impl FnMut(&Frozen));
@@ -85,7 +85,7 @@ impl<A: Ord + Clone> FieldBuilder<A> {
         }
     }
 
-    pub(super) fn build<I: Index<Asked = A>>(self, count: usize) -> Field<I> {
+    pub(super) fn build<I: Index<Listed = A>>(self, count: usize) -> Field<I> {
         let layers = self.layers.into_iter().zip(self.bound);
         Field {
             layers: layers
@@ -128,7 +128,7 @@ fn freeze<A>(
 ) -> impl Iterator<Item = (A, Frozen)> {
     entries
         .into_iter()
-        .map(move |(asked, numbers)| (asked, Frozen::new(&numbers, count)))
+        .map(move |(value, numbers)| (value, Frozen::new(&numbers, count)))
 }
 
 /// Values that must be equal.
@@ -136,7 +136,7 @@ fn freeze<A>(
 pub(super) struct Exact<A>(HashMap<A, Frozen>);
 
 impl Index for Exact<u16> {
-    type Asked = u16;
+    type Listed = u16;
     type Value = u16;
 
     fn new(entries: BTreeMap<u16, Vec<u32>>, count: usize) -> Self {
@@ -153,7 +153,7 @@ impl Index for Exact<u16> {
 pub(super) struct Accounts(HashMap<Box<str>, Frozen>);
 
 impl Index for Accounts {
-    type Asked = Account;
+    type Listed = Account;
     type Value = str;
 
     fn new(entries: BTreeMap<Account, Vec<u32>>, count: usize) -> Self {
@@ -178,7 +178,7 @@ pub(super) struct Patterns {
 }
 
 impl Index for Patterns {
-    type Asked = Pattern;
+    type Listed = Pattern;
     type Value = str;
 
     fn new(entries: BTreeMap<Pattern, Vec<u32>>, count: usize) -> Self {
@@ -223,7 +223,7 @@ impl Index for Patterns {
 pub(super) struct Blocks(Prefixes<IpNet>);
 
 impl Index for Blocks {
-    type Asked = IpNet;
+    type Listed = IpNet;
     type Value = IpAddr;
 
     fn new(entries: BTreeMap<IpNet, Vec<u32>>, count: usize) -> Self {
@@ -444,10 +444,10 @@ mod tests {
     proptest! {
         #[test]
         fn patterns_are_found_as_they_match(
-            asked in prop::collection::vec("\\*|[ab/]{1,4}|[ab/]{1,3}\\*|\\*[ab/]{1,3}", 0..40),
+            texts in prop::collection::vec("\\*|[ab/]{1,4}|[ab/]{1,3}\\*|\\*[ab/]{1,3}", 0..40),
             value in "[ab/]{0,6}",
         ) {
-            let patterns: Vec<_> = asked.iter().map(|text| match (text.strip_prefix('*'), text.strip_suffix('*')) {
+            let patterns: Vec<_> = texts.iter().map(|text| match (text.strip_prefix('*'), text.strip_suffix('*')) {
                 (Some(""), _) => Pattern::Present,
                 (Some(text), _) => Pattern::Suffix(text.into()),
                 (_, Some(text)) => Pattern::Prefix(text.into()),
@@ -463,14 +463,14 @@ mod tests {
 
         #[test]
         fn blocks_are_found_as_they_contain(
-            asked in prop::collection::vec((any::<bool>(), any::<u8>(), 0..=32_u8), 0..40),
+            texts in prop::collection::vec((any::<bool>(), any::<u8>(), 0..=32_u8), 0..40),
             six in any::<bool>(), bits in any::<u8>(),
         ) {
             let address = |six: bool, bits: u8| -> IpAddr {
                 let spread = u32::from(bits) << 24 | u32::from(bits);
                 if six { IpAddr::V6(u128::from(spread).into()) } else { IpAddr::V4(spread.into()) }
             };
-            let blocks: Vec<_> = asked.iter().map(|(six, bits, length)| {
+            let blocks: Vec<_> = texts.iter().map(|(six, bits, length)| {
                 let length = if *six { length + 96 } else { *length };
                 IpNet::new(address(*six, *bits), length).unwrap().trunc()
             }).collect();

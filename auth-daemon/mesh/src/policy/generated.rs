@@ -12,7 +12,7 @@ use super::{
 };
 use crate::Identity;
 
-fn said(verdict: &Verdict) -> Expected {
+fn summary(verdict: &Verdict) -> Expected {
     let hit = |hit: &super::Hit| (hit.policy.to_string(), hit.rule.unwrap());
     Expected {
         allowed: verdict.allowed(),
@@ -296,7 +296,7 @@ fn check(
         );
         let expected = naive(&documents, mode.as_str(), &attributes);
         let verdict = policies.workload(namespace, &labels).evaluate(&connection);
-        if said(&verdict) != expected {
+        if summary(&verdict) != expected {
             let documents = Value::from(documents);
             return Err(format!(
                 "{connection:?} to {namespace} {labels:?} by {documents}: {verdict:?}, not {expected:?}"
@@ -334,12 +334,12 @@ fn check(
                 let first = rules
                     .iter()
                     .position(|rule| rule_match(rule, action, scope, &attributes));
-                let told = match &finding.outcome {
+                let found = match &finding.outcome {
                     Outcome::Matches(rule) => Some(*rule),
                     _ => None,
                 };
                 let expected = first.filter(|_| applies(document, &attributes));
-                if told != expected {
+                if found != expected {
                     return Err(format!("{connection:?}: {finding}, not {expected:?}"));
                 }
             }

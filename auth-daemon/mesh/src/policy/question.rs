@@ -90,7 +90,7 @@ impl Known {
         }
         let servers = self.servers(&question.to)?;
         // Most pods share the same explanation, so each explanation is printed once.
-        let mut said: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        let mut calls_by_text: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let mut all_allowed = true;
         for client in &clients {
             for (server, port) in &servers {
@@ -112,11 +112,14 @@ impl Known {
                     false => format!("{} at {source}", client.name),
                 };
                 let call = format!("{from} to {} at {}", server.name, connection.destination);
-                said.entry(explanation.to_string()).or_default().push(call);
+                calls_by_text
+                    .entry(explanation.to_string())
+                    .or_default()
+                    .push(call);
             }
         }
         let mut text = String::new();
-        for (explanation, calls) in said {
+        for (explanation, calls) in calls_by_text {
             if !text.is_empty() {
                 text.push('\n');
             }
@@ -235,7 +238,7 @@ impl Known {
         let service = self.services.iter().find(|service| service.name == name);
         match (pod, service.filter(|_| kind != Some("pod"))) {
             (Some(_), Some(_)) => {
-                bail!("{name} is a pod and a service: ask for pod/{name} or service/{name}")
+                bail!("{name} is a pod and a service; use pod/{name} or service/{name}")
             }
             (Some(pod), None) => {
                 let named: Vec<u16> = pod.named_ports.values().copied().collect();
@@ -285,7 +288,7 @@ impl Known {
                 !self
                     .policies
                     .compares(|values| matches!(values, Values::Sources(_))),
-                "policies look at the source's address, and no pod in {} is {}: say where it calls from with --source-ip",
+                "policies compare source addresses, and no pod in {} is {}; set the source address with --source-ip",
                 self.source,
                 client.identity
             );
@@ -328,8 +331,8 @@ pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     text
 }
 
-fn one_port(asked: Option<u16>, known: &[u16]) -> anyhow::Result<u16> {
-    match (asked, known) {
+fn one_port(given: Option<u16>, known: &[u16]) -> anyhow::Result<u16> {
+    match (given, known) {
         (Some(port), _) => Ok(port),
         (None, [port]) => Ok(*port),
         (None, []) => bail!("add the port, as :80"),

@@ -42,8 +42,8 @@ pub(super) fn warnings(policy: &AuthorizationPolicy, own: &TrustDomain) -> Vec<F
         let warning = FieldWarning {
             field: requirement.field.to_string(),
             text: format!(
-                "principal {principal} matches no client, because its trust domain {domain} is not known here; the \
-                 mesh's own is {own}, for which cluster.local stands, too"
+                "principal {principal} matches no client, because its trust domain {domain} is not the \
+                 mesh's; use {own}, or cluster.local, which stands for it"
             ),
         };
         if !warnings.contains(&warning) {

@@ -4,13 +4,10 @@
 
 use super::{
     api::Action,
+    diff::names,
     question::Known,
     reading::{Effect, Policy, Warning},
 };
-use crate::Workload;
-
-/// Maximum number of pods that a warning names.
-const MAX_NAMED: usize = 3;
 
 impl Known {
     /// Returns warnings for the authors of policies, each with the file if it is known, the object and the field.
@@ -58,9 +55,10 @@ impl Known {
         if pods.is_empty() && !self.pods.is_empty() {
             return None;
         }
+        let names_of_pods: Vec<_> = pods.iter().map(|pod| pod.name.to_string()).collect();
         let pods = match pods.len() {
             0 => "the pods that it selects".to_owned(),
-            _ => names(pods.iter().map(|pod| &***pod)),
+            _ => names(&names_of_pods),
         };
         let text = match action {
             Action::Allow => format!(
@@ -96,18 +94,6 @@ impl Known {
 
 fn file(file: Option<&str>) -> String {
     file.map(|file| format!("{file}: ")).unwrap_or_default()
-}
-
-fn names<'a>(pods: impl ExactSizeIterator<Item = &'a Workload>) -> String {
-    let more = pods.len().saturating_sub(MAX_NAMED);
-    let named: Vec<_> = pods
-        .take(MAX_NAMED)
-        .map(|pod| pod.name.to_string())
-        .collect();
-    match more {
-        0 => named.join(", "),
-        more => format!("{} and {more} more", named.join(", ")),
-    }
 }
 
 #[cfg(test)]

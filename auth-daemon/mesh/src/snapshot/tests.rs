@@ -44,7 +44,7 @@ fn resolve(workloads: Vec<Workload>, service: Service) -> Result<Destination, Un
 }
 
 #[test]
-fn a_service_leads_to_its_ready_pods() {
+fn service_resolves_to_its_ready_pods() {
     let found = resolve(
         vec![
             pod("one", "web", "10.1.0.1", true),
@@ -137,7 +137,7 @@ fn an_address_goes_to_the_pod_that_stays() {
 }
 
 #[test]
-fn pods_that_go_serve_while_there_are_no_others() {
+fn terminating_pods_serve_only_without_others() {
     let going = Workload {
         terminating: true,
         ..pod("one", "web", "10.1.0.1", true)
@@ -160,7 +160,7 @@ fn pods_that_go_serve_while_there_are_no_others() {
 }
 
 #[test]
-fn membership_is_the_pods_then_the_namespaces_then_the_default() {
+fn pod_label_precedes_namespace_label_and_default() {
     use Membership::{Disabled, Enabled};
     let default = |membership| MeshDefault {
         membership,
@@ -214,7 +214,7 @@ fn a_service_has_pods_outside_the_mesh_too_unless_it_is_pinned() {
 }
 
 #[test]
-fn daemons_are_there_unless_others_are_known() {
+fn assumes_a_daemon_on_each_node_until_daemons_are_known() {
     let snapshot = Snapshot::default();
     assert!(snapshot.has_daemon("a"));
     let mut edit = Edit::from(snapshot);
@@ -234,7 +234,7 @@ fn daemons_are_there_unless_others_are_known() {
 }
 
 #[test]
-fn knows_which_identities_run_where() {
+fn lists_identities_by_node() {
     let on = |node: &str, pod: Workload| Workload {
         node: node.into(),
         ..pod
@@ -267,7 +267,7 @@ fn knows_which_identities_run_where() {
 }
 
 #[test]
-fn unknown_addresses_and_ports_say_so() {
+fn unknown_addresses_and_ports_are_errors() {
     let starting = vec![pod("one", "web", "10.1.0.1", false)];
     let error = resolve(starting.clone(), service(TargetPort::Number(80))).unwrap_err();
     assert_eq!(
@@ -329,7 +329,7 @@ fn a_service_that_has_lost_its_last_pod_is_the_meshs_if_the_next_one_would_be() 
 }
 
 #[test]
-fn what_is_outside_the_mesh_is_known_and_yields_to_the_mesh() {
+fn mesh_pods_take_addresses_from_outside_pods() {
     let host = Workload {
         host_network: true,
         ..pod("host", "host", "192.0.2.1", true)

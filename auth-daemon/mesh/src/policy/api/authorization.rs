@@ -64,7 +64,7 @@ impl AuthorizationPolicy {
         let dry_run = is_dry_run(document)?;
         let provider = spec.field("provider");
         if !provider.is_null() {
-            return Err(provider.error("is for action CUSTOM, which is not known here"));
+            return Err(provider.error("is for action CUSTOM, which is not supported"));
         }
         let selector = Selector::read(&spec.field("selector"))?;
         let mut warnings = Vec::new();
@@ -80,7 +80,7 @@ impl AuthorizationPolicy {
         if dry_run && action == Action::Audit {
             warnings.push(FieldWarning {
                 field: format!("metadata.annotations[{DRY_RUN}]"),
-                text: "means nothing for AUDIT, which never denies".into(),
+                text: "has no meaning for AUDIT, which never denies".into(),
             });
         }
         let reader = Reader {
@@ -227,16 +227,16 @@ impl Reader<'_> {
         if self.action == Action::Allow {
             rule.never = unknown
                 .first()
-                .map(|field| format!("{field} cannot be known below HTTP"));
+                .map(|field| format!("{field} is unknown below HTTP"));
         }
         let consequence = match self.action {
             Action::Allow => "this rule never allows",
-            Action::Deny => "this rule denies without it: more than it says",
+            Action::Deny => "this rule denies without it, which is more than it says",
             Action::Audit => "this rule audits without it",
         };
         warnings.extend(unknown.into_iter().map(|field| FieldWarning {
             field,
-            text: format!("cannot be known below HTTP, so {consequence}"),
+            text: format!("is unknown below HTTP, so {consequence}"),
         }));
         Ok(rule)
     }
@@ -275,7 +275,7 @@ impl Reader<'_> {
         if source.iter().any(is_account) && source.iter().any(is_name) {
             return Err(node
                 .field("serviceAccounts")
-                .error("cannot stand beside principals or namespaces"));
+                .error("cannot be combined with principals or namespaces"));
         }
         unknown.extend(set(node, UNKNOWN_SOURCE_FIELDS)?);
         Ok(source)
@@ -328,7 +328,7 @@ impl Reader<'_> {
                             None => name == *known,
                         });
                 if !is_unknown {
-                    return Err(key.error(format!("{} is not known here", quoted(name))));
+                    return Err(key.error(format!("{} is not supported", quoted(name))));
                 }
                 // Parsed anyway, to reject values that are not lists of strings.
                 for field in FIELDS {

@@ -106,7 +106,7 @@ impl Object {
         let read = || {
             if !VERSIONS.contains(&version) {
                 return Err(Node::top(document, "apiVersion").error(format!(
-                    "version {} is not known here; known are {}",
+                    "version {} is not supported; supported are {}",
                     quoted(version),
                     VERSIONS.join(", ")
                 )));
@@ -282,8 +282,8 @@ impl fmt::Display for Kind {
 impl fmt::Display for Instead {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::AllowNothing => "it allows nobody",
-            Self::DenyAll => "it denies everybody",
+            Self::AllowNothing => "it allows no connection",
+            Self::DenyAll => "it denies every connection",
             Self::Nothing => "it does nothing",
             Self::Strict => "mutual TLS is required on all ports",
         })
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn each_fault_names_object_and_field() {
+    fn errors_name_object_and_field() {
         let source =
             |field: &str, value: Value| json!({"rules": [{"from": [{"source": {field: value}}]}]});
         let operation = |value: Value| json!({"rules": [{"to": [{"operation": value}]}]});
@@ -371,7 +371,7 @@ mod tests {
             ),
             (
                 source("principals", json!(["^cluster.local/(.*$"])),
-                "spec.rules[0].from[0].source.principals[0]: \"^cluster.local/(.*$\": a * stands",
+                "spec.rules[0].from[0].source.principals[0]: \"^cluster.local/(.*$\": * is a wildcard",
             ),
             (
                 source("principals", json!(["td/ns/(a|b)/sa/c"])),
@@ -383,7 +383,7 @@ mod tests {
             ),
             (
                 source("principal", json!(["td/ns/a/sa/b"])),
-                "spec.rules[0].from[0].source.principal: is not known here",
+                "spec.rules[0].from[0].source.principal: is not supported",
             ),
             (
                 source("namespaces", json!("a")),
@@ -404,7 +404,7 @@ mod tests {
             (
                 json!({"rules": [{"from": [{"source":
                     {"serviceAccounts": ["a"], "notPrincipals": ["b"]}}]}]}),
-                "spec.rules[0].from[0].source.serviceAccounts: cannot stand beside principals",
+                "spec.rules[0].from[0].source.serviceAccounts: cannot be combined with principals",
             ),
             (
                 json!({"rules": [{"from": []}]}),
@@ -433,7 +433,7 @@ mod tests {
             ),
             (
                 json!({"rules": [{"when": [{"key": "source.ips", "values": ["10.0.0.1"]}]}]}),
-                "spec.rules[0].when[0].key: \"source.ips\" is not known here",
+                "spec.rules[0].when[0].key: \"source.ips\" is not supported",
             ),
             (
                 json!({"rules": [{"when": [{"key": "source.ip"}]}]}),
@@ -461,7 +461,7 @@ mod tests {
             ),
             (
                 json!({"selector": {"matchExpressions": []}}),
-                "spec.selector.matchExpressions: is not known here; known are matchLabels",
+                "spec.selector.matchExpressions: is not supported; supported are matchLabels",
             ),
         ] {
             let error = refused("AuthorizationPolicy", spec.clone()).to_string();
@@ -492,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn what_holds_instead() {
+    fn unreadable_objects_fail_closed() {
         let bad = json!([{"from": 5}]);
         for (mut spec, instead) in [
             (json!({}), Instead::AllowNothing),
@@ -573,7 +573,7 @@ mod tests {
     }
 
     #[test]
-    fn other_objects_are_passed_over() {
+    fn ignores_other_objects() {
         for (version, kind) in [
             ("security.istio.io/v1", "RequestAuthentication"),
             ("v1", "Pod"),

@@ -51,10 +51,7 @@ impl Pattern {
             },
         };
         if text.contains('*') {
-            return Err(format!(
-                "{}: a * stands for more only at one end",
-                quoted(text)
-            ));
+            return Err(format!("{}: * is a wildcard at one end only", quoted(text)));
         }
         if !text.bytes().all(allowed) {
             return Err(format!(

@@ -78,7 +78,7 @@ fn mode(mtls: &Node<'_>, warnings: &mut Vec<FieldWarning>) -> Result<Option<Mode
         Some("PERMISSIVE") => Some(Mode::Permissive),
         Some("DISABLE") => {
             warnings.push(node.warning(
-                "DISABLE is as PERMISSIVE here: pods of the mesh still call with mutual TLS",
+                "DISABLE means PERMISSIVE here: pods of the mesh still call with mutual TLS",
             ));
             Some(Mode::Disable)
         }

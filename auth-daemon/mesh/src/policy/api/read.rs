@@ -75,7 +75,7 @@ impl<'a> Node<'a> {
         match fields.keys().find(|key| !known.contains(&key.as_str())) {
             Some(unknown) => Err(FieldError {
                 field: format!("{}.{}", self.path, shortened(unknown).escape_debug()),
-                reason: format!("is not known here; known are {}", known.join(", ")),
+                reason: format!("is not supported; supported are {}", known.join(", ")),
             }),
             None => Ok(()),
         }

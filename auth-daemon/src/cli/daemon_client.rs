@@ -13,7 +13,7 @@ use auth_support::http_client;
 const MAX_ANSWER: usize = 256 << 20;
 
 /// Requests `path`, with `body` as JSON if there is one, and reads the answer as JSON.
-pub(super) fn ask<T: DeserializeOwned>(
+pub(super) fn request<T: DeserializeOwned>(
     path: &str,
     body: Option<&impl Serialize>,
     deadline: Duration,
