@@ -481,7 +481,7 @@ async fn the_pool_gives_back_what_is_alive_and_allowed() {
         .unwrap()]);
 
     let (near, far) = tunnel_pair(&domain).await;
-    pool.put(endpoint, near, made_now());
+    pool.put(endpoint, near, made_now(), Some(()));
     assert_eq!(pool.idle(), 1);
     assert!(
         pool.take(endpoint, &api).is_none(),
@@ -492,7 +492,7 @@ async fn the_pool_gives_back_what_is_alive_and_allowed() {
 
     let (mut near, mut far) = tunnel_pair(&domain).await;
     use_once(&mut near, &mut far).await;
-    pool.put(endpoint, near, made_now());
+    pool.put(endpoint, near, made_now(), Some(()));
     let Taken {
         channel: mut near,
         made,
@@ -500,7 +500,7 @@ async fn the_pool_gives_back_what_is_alive_and_allowed() {
     } = pool.take(endpoint, &web).unwrap();
     use_once(&mut near, &mut far).await;
 
-    pool.put(endpoint, near, made);
+    pool.put(endpoint, near, made, Some(()));
     far.close();
     wait_until(|| {
         pool.sweep();

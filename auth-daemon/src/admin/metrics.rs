@@ -12,7 +12,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::proxy::Node;
+use crate::{observe::log_writer, proxy::Node};
 use auth_support::http_server::open_metrics;
 use auth_tunnel::tls::unix_seconds;
 
@@ -38,6 +38,7 @@ fn collect(node: &Node) -> Registry {
         Info::new([("version", env!("CARGO_PKG_VERSION"))]),
     );
     node.connections.totals.register(&mut registry);
+    node.refusals.register(&mut registry);
     let mut gauge = |name: &str, help: &str, value: u64| {
         let gauge = Gauge::<u64, AtomicU64>::default();
         gauge.set(value);
@@ -47,6 +48,21 @@ fn collect(node: &Node) -> Registry {
         "open_connections",
         "Connections under way through this daemon",
         node.connections.count() as u64,
+    );
+    gauge(
+        "lost_log_lines",
+        "Lines that the log lost because its reader stalled",
+        log_writer::lost_lines(),
+    );
+    gauge(
+        "share_capacity",
+        "Connections that this daemon has room for, by its limits of open files and memory",
+        node.capacity.connections() as u64,
+    );
+    gauge(
+        "share_taken",
+        "How many of them are taken, by connections and idle tunnels",
+        (node.capacity.taken() / 2) as u64,
     );
     gauge(
         "ready",

@@ -203,6 +203,10 @@ async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
         "connections": node.connections.list(),
         "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "underWay": node.kernel.shares.under_way(), "pods": pods},
         "pool": {"idle": idle},
+        "capacity": {
+            "connections": node.capacity.connections(),
+            "taken": node.capacity.taken().div_ceil(2),
+        },
         "sameNode": {"verdicts": node.same_node.count(), "unlogged": node.kernel.same_node.lost()},
     }))
 }

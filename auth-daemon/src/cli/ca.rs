@@ -51,7 +51,7 @@ pub(super) fn ca(arguments: Arguments) -> anyhow::Result<()> {
 
 fn run(file: &std::path::Path) -> anyhow::Result<()> {
     let config = CaConfig::load(file)?;
-    start_log(&config.log)?;
+    start_log(&config.log, std::io::stderr)?;
     raise_file_limit();
     // As many threads as cores, so that new connections do not wait for signatures.
     let runtime = runtime::Builder::new_multi_thread()

@@ -15,7 +15,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
 use crate::{
     admin::{self, Health},
@@ -23,6 +23,7 @@ use crate::{
     discovery::{self, Sink},
     issuer::{CaClient, Certificates, Issuer},
     node::{Enrolment, Workers},
+    observe::log_writer,
     proxy::Node,
 };
 use auth_ca::embedded::EmbeddedCa;
@@ -46,7 +47,8 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = Config::load(&arguments.config)?;
-    start_log(&config.log)?;
+    let (writer, _written_at_the_end) = log_writer::to_stderr();
+    start_log(&config.log, writer)?;
     raise_file_limit();
 
     check_privileges(&config)?;
@@ -267,7 +269,10 @@ pub(super) async fn asked_to_stop() -> std::io::Result<()> {
     Ok(())
 }
 
-pub(super) fn start_log(log: &Log) -> anyhow::Result<()> {
+pub(super) fn start_log<W>(log: &Log, writer: W) -> anyhow::Result<()>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
     let mut filter = EnvFilter::try_new(&log.level).context("log.level")?;
     // These libraries log the whole of a response that they cannot parse, whatever it contains. The caller logs the
     // error.
@@ -278,7 +283,7 @@ pub(super) fn start_log(log: &Log) -> anyhow::Result<()> {
     }
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(writer);
     match log.format {
         LogFormat::Text => lines.with_ansi(false).init(),
         LogFormat::Json => lines

@@ -1,6 +1,11 @@
 //! Accepts connections from the pods' listeners and distributes them to the workers.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -9,7 +14,13 @@ use tokio::{
 };
 
 use super::{Workers, connection_tasks::ConnectionTasks};
-use crate::proxy::{Node, Pod, inbound, outbound};
+use crate::{
+    observe::refusals::Refusal,
+    proxy::{
+        Node, Pod, inbound, outbound,
+        shares::{Exceeded, Permit},
+    },
+};
 use auth_datapath::sockets::canonical;
 use auth_support::connection_limit::ConnectionPermit;
 
@@ -17,6 +28,8 @@ use auth_support::connection_limit::ConnectionPermit;
 pub(super) const DRAIN_POLL: Duration = Duration::from_millis(20);
 /// Pause after an `accept` that failed for lack of a resource, such as file descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Number of connections that a listener accepts before the worker's other tasks run.
+const ACCEPTS_PER_TURN: u32 = 16;
 
 /// One of a pod's listeners.
 #[derive(Clone, Copy)]
@@ -70,9 +83,15 @@ impl Acceptor {
         mut draining: watch::Receiver<bool>,
         open: watch::Receiver<()>,
     ) {
+        let mut accepted_in_turn = 0;
         while !*draining.borrow() {
+            if accepted_in_turn == ACCEPTS_PER_TURN {
+                accepted_in_turn = 0;
+                tokio::task::yield_now().await;
+            }
             tokio::select! {
                 accepted = listener.accept() => {
+                    accepted_in_turn += 1;
                     if let Err(error) = accepted.and_then(|(tcp, from)| self.take(tcp, from)) {
                         tracing::warn!(
                             pod = %self.pod.workload.name, %error, "cannot accept a connection"
@@ -90,29 +109,24 @@ impl Acceptor {
         }
     }
 
-    /// Gives a connection to the worker that has the fewest connections.
+    /// Gives a connection to the worker that has the fewest connections. Resets it if the pod or the peer holds its share.
     fn take(&self, tcp: TcpStream, from: SocketAddr) -> io::Result<()> {
         let from = canonical(from);
-        let place = match self.side {
-            Side::Outbound => None,
-            Side::Inbound => match self.pod.handshakes.admit(from.ip()) {
-                Some(place) => Some(place),
-                None => {
-                    tracing::warn!(
-                        pod = %self.pod.workload.name, client = %from,
-                        "too many handshakes at once; refused"
-                    );
-                    return Ok(());
-                }
-            },
+        let Admitted { permit, place } = match self.admit(from.ip()) {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                let pod = &self.pod.workload.name;
+                self.node.refusals.note(pod, refusal, from);
+                return Ok(());
+            }
         };
         let worker = self.workers.idlest();
         let load = worker.count();
         let (node, pod) = (self.node.clone(), self.pod.clone());
         if worker.is_current() {
-            self.connections.spawn(&worker.runtime, async move {
+            self.connections.spawn(worker, async move {
                 serve(&node, &pod, tcp, from, place).await;
-                drop(load);
+                drop((load, permit));
             });
             return Ok(());
         }
@@ -125,11 +139,40 @@ impl Acceptor {
                     pod = %pod.workload.name, client = %from, %error, "cannot serve a connection"
                 ),
             }
-            drop(load);
+            drop((load, permit));
         };
-        self.connections.spawn(&worker.runtime, elsewhere);
+        self.connections.spawn(worker, elsewhere);
         Ok(())
     }
+
+    /// Charges a connection from `peer` to the pod's shares.
+    fn admit(&self, peer: IpAddr) -> Result<Admitted, Refusal> {
+        match self.side {
+            Side::Outbound => {
+                let permit = self.pod.outbound.connection(None);
+                Ok(Admitted {
+                    permit: permit.map_err(|_| Refusal::Outbound)?,
+                    place: None,
+                })
+            }
+            Side::Inbound => {
+                let permit = self.pod.inbound.connection(Some(peer));
+                let permit = permit.map_err(|exceeded| match exceeded {
+                    Exceeded::Pod => Refusal::Inbound,
+                    Exceeded::Peer => Refusal::Peer,
+                })?;
+                let place = self.pod.handshakes.admit(peer);
+                let place = Some(place.ok_or(Refusal::Handshakes)?);
+                Ok(Admitted { permit, place })
+            }
+        }
+    }
+}
+
+/// What a connection is charged until it ends. Inbound, it also has a place among the handshakes until its own is complete.
+struct Admitted {
+    permit: Permit,
+    place: Option<ConnectionPermit>,
 }
 
 /// Serves one connection: outbound, or inbound if there is a `place` among the handshakes. Each future is boxed by

@@ -1,85 +1,146 @@
-//! The connections of one listener, on all workers. They end when this is dropped.
+//! The connections of one listener, on all workers, and the turns in which a worker serves them.
+//!
+//! On each worker, one task polls all connections of a listener, for a turn, and then lets the worker's other tasks run. A
+//! pod with thousands of connections that have something to do therefore delays another pod's by a turn, not by thousands
+//! of polls.
 
 use std::{
+    cell::Cell,
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    future::poll_fn,
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
 };
 
-use futures_util::FutureExt;
-use tokio::{runtime::Handle, task::AbortHandle};
+use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
+use tokio::{sync::mpsc, task::yield_now};
 
-/// Tasks that are aborted together. A task that ends by itself removes its entry without waking another task.
-#[derive(Debug, Default)]
-pub(super) struct ConnectionTasks(Arc<Mutex<Running>>);
+use super::workers::Worker;
 
+/// Time after which a listener's connections let those of others run. One poll of a connection is not interrupted: it takes a
+/// few microseconds, or a millisecond for a step of a TLS handshake.
+const TURN: Duration = Duration::from_micros(100);
+
+/// Tasks that end together, when this is dropped.
 #[derive(Debug, Default)]
-struct Running {
-    /// `None` until the task is spawned.
-    tasks: HashMap<u64, Option<AbortHandle>>,
-    next: u64,
+pub(super) struct ConnectionTasks {
+    /// By the number of the worker.
+    groups: Mutex<HashMap<usize, mpsc::UnboundedSender<Connection>>>,
+    open: Arc<AtomicUsize>,
 }
 
+type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 impl ConnectionTasks {
-    /// Runs `connection` on `runtime`.
+    /// Runs `connection` on `worker`.
     pub(super) fn spawn(
         &self,
-        runtime: &Handle,
+        worker: &Worker,
         connection: impl Future<Output = ()> + Send + 'static,
     ) {
-        let id = {
-            let mut running = self.lock();
-            running.next += 1;
-            let id = running.next;
-            running.tasks.insert(id, None);
-            id
-        };
-        let leave = Leave(self.0.clone(), id);
-        let task = runtime.spawn(leaving(connection, leave));
-        // The task may already have ended.
-        if let Some(place) = self.lock().tasks.get_mut(&id) {
-            *place = Some(task.abort_handle());
-        }
+        self.open.fetch_add(1, Ordering::Relaxed);
+        let connection = leaving(connection, Open(self.open.clone()));
+        // A panic is logged where it happens, and ends this connection alone.
+        let connection = AssertUnwindSafe(connection).catch_unwind().map(drop);
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let group = groups.entry(worker.number).or_insert_with(|| {
+            let (group, arriving) = mpsc::unbounded_channel();
+            worker.runtime.spawn(serve(arriving));
+            group
+        });
+        // A worker that has ended drops the connection.
+        let _ = group.send(Box::pin(connection));
     }
 
     /// Whether all tasks have ended.
     pub(super) fn is_empty(&self) -> bool {
-        self.lock().tasks.is_empty()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Running> {
-        lock(&self.0)
+        self.open.load(Ordering::Relaxed) == 0
     }
 }
 
-impl Drop for ConnectionTasks {
-    fn drop(&mut self) {
-        // Abort without the lock: a task that is dropped at once locks it to remove its entry.
-        let tasks = std::mem::take(&mut self.lock().tasks);
-        for task in tasks.into_values().flatten() {
-            task.abort();
+/// Serves the connections of one listener on one worker. Ends, with all connections, when the sender is dropped.
+async fn serve(mut arriving: mpsc::UnboundedReceiver<Connection>) {
+    let mut connections = FuturesUnordered::new();
+    poll_fn(|context| {
+        begin_turn();
+        loop {
+            match arriving.poll_recv(context) {
+                Poll::Ready(Some(connection)) => connections.push(InTurn(connection)),
+                Poll::Ready(None) => return Poll::Ready(()),
+                Poll::Pending => break,
+            }
+        }
+        while let Poll::Ready(Some(())) = connections.poll_next_unpin(context) {
+            if is_turn_over() {
+                context.waker().wake_by_ref();
+                break;
+            }
+        }
+        Poll::Pending
+    })
+    .await;
+    begin_turn();
+    for connection in connections {
+        drop(connection);
+        if is_turn_over() {
+            yield_now().await;
+            begin_turn();
         }
     }
 }
 
-/// Runs `connection`, then removes its entry. Not an `async fn`, whose future would hold `connection` twice: it is most
-/// of an idle connection's memory.
-fn leaving(
-    connection: impl Future<Output = ()> + Send,
-    leave: Leave,
-) -> impl Future<Output = ()> + Send {
-    connection.map(move |()| drop(leave))
-}
+/// A connection that waits for the next turn if this one is over. After two that wait, `FuturesUnordered` lets the worker's
+/// other tasks run.
+struct InTurn(Connection);
 
-struct Leave(Arc<Mutex<Running>>, u64);
+impl Future for InTurn {
+    type Output = ();
 
-impl Drop for Leave {
-    fn drop(&mut self) {
-        lock(&self.0).tasks.remove(&self.1);
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if is_turn_over() {
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        self.0.as_mut().poll(context)
     }
 }
 
-fn lock(running: &Mutex<Running>) -> MutexGuard<'_, Running> {
-    running.lock().unwrap_or_else(PoisonError::into_inner)
+thread_local! {
+    /// When the turn of the listener that this thread serves began.
+    static TURN_BEGAN: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+fn begin_turn() {
+    TURN_BEGAN.set(Some(Instant::now()));
+}
+
+fn is_turn_over() -> bool {
+    TURN_BEGAN
+        .get()
+        .is_some_and(|began| began.elapsed() >= TURN)
+}
+
+/// Runs `connection`, then counts it as ended. Not an `async fn`, whose future would hold `connection` twice: it is most
+/// of an idle connection's memory.
+fn leaving(
+    connection: impl Future<Output = ()> + Send,
+    open: Open,
+) -> impl Future<Output = ()> + Send {
+    connection.map(move |()| drop(open))
+}
+
+struct Open(Arc<AtomicUsize>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[cfg(test)]
@@ -89,15 +150,17 @@ mod tests {
     use tokio::sync::oneshot;
 
     use super::*;
+    use crate::node::Workers;
 
     #[tokio::test]
     async fn what_ends_is_forgotten() {
+        let workers = Workers::start(2).unwrap();
         let connections = ConnectionTasks::default();
         let (end, ended) = oneshot::channel();
-        connections.spawn(&Handle::current(), async {
+        connections.spawn(workers.next(), async {
             let _ = ended.await;
         });
-        connections.spawn(&Handle::current(), async { panic!("on purpose") });
+        connections.spawn(workers.next(), async { panic!("on purpose") });
         assert!(!connections.is_empty());
         end.send(()).unwrap();
         while !connections.is_empty() {
@@ -114,20 +177,62 @@ mod tests {
         };
         let size = size_of_val(&connection);
         assert!(size >= 1000);
-        let leave = Leave(Arc::default(), 0);
-        assert!(size_of_val(&leaving(connection, leave)) < size + 100);
+        let open = Open(Arc::default());
+        assert!(size_of_val(&leaving(connection, open)) < size + 100);
     }
 
     #[tokio::test]
     async fn dropped_it_ends_them_all() {
+        let workers = Workers::start(1).unwrap();
         let connections = ConnectionTasks::default();
-        let (held, ended) = oneshot::channel::<()>();
-        connections.spawn(&Handle::current(), async {
-            let _held = held;
-            std::future::pending().await
-        });
-        tokio::task::yield_now().await;
+        let mut waiting = Vec::new();
+        for _ in 0..1000 {
+            let (held, ended) = oneshot::channel::<()>();
+            waiting.push(ended);
+            connections.spawn(workers.next(), async {
+                let _held = held;
+                std::future::pending().await
+            });
+        }
         drop(connections);
-        assert!(ended.await.is_err(), "the task and what it held are gone");
+        for ended in waiting {
+            assert!(ended.await.is_err(), "the task and what it held are gone");
+        }
+    }
+
+    /// Counts polls instead of time: between two polls of the neighbour there are a few of the thousand others, not a
+    /// thousand.
+    #[tokio::test]
+    async fn a_neighbour_waits_for_a_turn_and_not_for_every_connection() {
+        const GREEDY: usize = 1000;
+        const ROUNDS: usize = 20;
+        let workers = Workers::start(1).unwrap();
+        let worker = workers.next();
+        let (greedy, neighbour) = (ConnectionTasks::default(), ConnectionTasks::default());
+        let polls = Arc::new(AtomicUsize::new(0));
+        for _ in 0..GREEDY {
+            let polls = polls.clone();
+            greedy.spawn(worker, async move {
+                loop {
+                    let start = Instant::now();
+                    while start.elapsed() < TURN / 10 {}
+                    polls.fetch_add(1, Ordering::Relaxed);
+                    yield_now().await;
+                }
+            });
+        }
+        while polls.load(Ordering::Relaxed) < GREEDY {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let (done, waited) = oneshot::channel();
+        neighbour.spawn(worker, async move {
+            let before = polls.load(Ordering::Relaxed);
+            for _ in 0..ROUNDS {
+                yield_now().await;
+            }
+            let _ = done.send(polls.load(Ordering::Relaxed) - before);
+        });
+        let between = waited.await.unwrap() / ROUNDS;
+        assert!(between < GREEDY / 10, "{between} polls between two");
     }
 }

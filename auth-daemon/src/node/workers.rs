@@ -18,6 +18,9 @@ use tokio::{
 
 use super::pulse::{BEAT, Beats, Pulse};
 
+/// Number of tasks that a worker runs before it looks for new events.
+const TURNS_BETWEEN_EVENTS: u32 = 8;
+
 /// The worker threads, one per core.
 #[derive(Debug)]
 pub struct Workers {
@@ -31,6 +34,7 @@ pub struct Workers {
 /// A thread with a runtime of its own.
 #[derive(Debug)]
 pub(super) struct Worker {
+    pub(super) number: usize,
     pub(super) runtime: Handle,
     thread: ThreadId,
     /// Number of the worker's connections.
@@ -76,7 +80,13 @@ impl Workers {
 
 impl Worker {
     fn start(number: usize, mut stopped: watch::Receiver<()>) -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+        // A listener with much to do always has a task that is ready. What arrives meanwhile, from the sockets or from other
+        // threads, waits for a few turns.
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .event_interval(TURNS_BETWEEN_EVENTS)
+            .global_queue_interval(TURNS_BETWEEN_EVENTS)
+            .build()?;
         let handle = runtime.handle().clone();
         let beats = Beats::new();
         let heart = beats.clone();
@@ -97,6 +107,7 @@ impl Worker {
                 runtime.shutdown_background();
             })?;
         Ok(Self {
+            number,
             runtime: handle,
             thread: thread.thread().id(),
             load: Arc::default(),

@@ -2,4 +2,6 @@
 
 pub mod access_log;
 pub mod connections;
+pub(crate) mod log_writer;
+pub(crate) mod refusals;
 pub mod totals;

@@ -12,6 +12,7 @@ mod plaintext;
 mod pod;
 pub(crate) mod rules;
 pub(crate) mod same_node;
+pub(crate) mod shares;
 pub(crate) mod unclaimed;
 mod verdict;
 
@@ -26,8 +27,13 @@ pub use pod::{Pod, PodStatus};
 pub use same_node::SameNode;
 
 use rules::Rules;
+use shares::Capacity;
 
-use crate::{config::Config, issuer::Certificates, observe::connections::OpenConnections};
+use crate::{
+    config::Config,
+    issuer::Certificates,
+    observe::{connections::OpenConnections, refusals::Refusals},
+};
 use auth_datapath::Kernel;
 use auth_mesh::{Published, Registry, policy::Policies};
 
@@ -50,6 +56,10 @@ pub struct Node {
     pub certificates: Certificates,
     /// The open connections.
     pub connections: OpenConnections,
+    /// What the pods' connections share.
+    pub(crate) capacity: Arc<Capacity>,
+    /// Connections that were refused because of a share.
+    pub(crate) refusals: Refusals,
     /// The status of each pod of this node.
     pub pods: std::sync::Mutex<Vec<PodStatus>>,
     /// Connections between pods of this node that stay in the kernel.
@@ -83,6 +93,8 @@ impl Node {
             kernel,
             certificates,
             connections: OpenConnections::default(),
+            capacity: Arc::new(Capacity::of_process()),
+            refusals: Refusals::default(),
             pods: std::sync::Mutex::default(),
             same_node: SameNode::new(),
             unclaimed: unclaimed::Unclaimed::default(),

@@ -438,7 +438,9 @@ async fn finish(
     match ending {
         Ending::Clean => {
             let ended = end_in_good_order((&app).into());
-            pod.pool.put(tunnel.endpoint, tunnel.channel, tunnel.made);
+            let permit = pod.outbound.idle_tunnel();
+            pod.pool
+                .put(tunnel.endpoint, tunnel.channel, tunnel.made, permit);
             match ended {
                 Ok(()) => access.finish(Outcome::Ok, ""),
                 Err(error) => access.finish(Outcome::Reset, error),

@@ -1,11 +1,12 @@
 //! State of a pod on this node that its connections share.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
 };
 
+use super::shares::{Capacity, Permit, Share};
 use crate::issuer::Certificate;
 use serde::Serialize;
 
@@ -29,8 +30,12 @@ pub struct Pod {
     /// Certificate of the pod's identity.
     pub certificate: Arc<Certificate>,
     /// Idle tunnels of the pod's connections.
-    pub pool: Pool,
+    pub(crate) pool: Pool<Permit>,
     pub(crate) source_ports: SourcePorts,
+    /// What the pod's connections take of the daemon's capacity: those that it opens, and idle tunnels.
+    pub(crate) outbound: Arc<Share>,
+    /// What the connections to the pod take.
+    pub(crate) inbound: Arc<Share>,
     pub(crate) handshakes: Arc<ConnectionLimit>,
     tunnels: Mutex<HashSet<(SocketAddr, u16)>>,
 }
@@ -40,6 +45,7 @@ impl Pod {
         workload: Workload,
         enrolled: Enrolled,
         certificate: Arc<Certificate>,
+        capacity: &Arc<Capacity>,
     ) -> Self {
         Self {
             workload,
@@ -47,6 +53,8 @@ impl Pod {
             certificate,
             pool: Pool::default(),
             source_ports: SourcePorts::default(),
+            outbound: Share::of(capacity),
+            inbound: Share::of(capacity),
             handshakes: Arc::new(ConnectionLimit::new(
                 MAX_HANDSHAKES,
                 MAX_HANDSHAKES_PER_SOURCE,
@@ -111,6 +119,9 @@ pub struct PodStatus {
     /// Number of idle tunnels.
     #[serde(rename = "idleTunnels")]
     pub idle_tunnels: usize,
+    /// Number of connections that were refused because the pod or a peer took more than its share, by reason.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub refused: BTreeMap<&'static str, u64>,
 }
 
 fn is_zero(count: &u64) -> bool {

@@ -25,14 +25,23 @@ const MAX_AGE: Duration = Duration::from_secs(10 * 60);
 /// Time before a certificate expires from which its tunnels are no longer used, to allow for clock skew.
 const VALIDITY_MARGIN: Duration = Duration::from_secs(2);
 
-/// The idle tunnels of one pod.
-#[derive(Debug, Default)]
-pub struct Pool(Mutex<State>);
+/// The idle tunnels of one pod. `P` is the permit that each of them holds while it is idle.
+#[derive(Debug)]
+pub struct Pool<P>(Mutex<State<P>>);
 
-#[derive(Debug, Default)]
-struct State {
-    idle: HashMap<SocketAddr, Vec<Idle>>,
+#[derive(Debug)]
+struct State<P> {
+    idle: HashMap<SocketAddr, Vec<Idle<P>>>,
     count: usize,
+}
+
+impl<P> Default for Pool<P> {
+    fn default() -> Self {
+        Self(Mutex::new(State {
+            idle: HashMap::new(),
+            count: 0,
+        }))
+    }
 }
 
 /// When a tunnel was established, and until when it may take connections.
@@ -56,13 +65,14 @@ pub struct Taken {
 }
 
 #[derive(Debug)]
-struct Idle {
+struct Idle<P> {
     channel: Channel,
     made: Made,
     since: Instant,
+    _permit: P,
 }
 
-impl Pool {
+impl<P> Pool<P> {
     /// Takes an idle tunnel to `endpoint` whose peer is one of `identities`. Prefers the tunnel that the current thread
     /// used last over those of other threads.
     pub fn take(&self, endpoint: SocketAddr, identities: &BTreeSet<Identity>) -> Option<Taken> {
@@ -92,8 +102,11 @@ impl Pool {
         }
     }
 
-    /// Returns `channel` to the pool, or closes it if the pool is full.
-    pub fn put(&self, endpoint: SocketAddr, mut channel: Channel, made: Made) {
+    /// Returns `channel` to the pool, or closes it if there is no permit or the pool is full.
+    pub fn put(&self, endpoint: SocketAddr, mut channel: Channel, made: Made, permit: Option<P>) {
+        let Some(permit) = permit else {
+            return channel.close();
+        };
         channel.rest();
         let mut state = self.lock();
         let full = state.count >= MAX_PER_POD
@@ -112,6 +125,7 @@ impl Pool {
             channel,
             made,
             since,
+            _permit: permit,
         });
     }
 
@@ -133,7 +147,7 @@ impl Pool {
         });
     }
 
-    fn close_if(&self, mut condition: impl FnMut(SocketAddr, &Idle) -> bool) {
+    fn close_if(&self, mut condition: impl FnMut(SocketAddr, &Idle<P>) -> bool) {
         let mut gone = Vec::new();
         let mut state = self.lock();
         for (endpoint, idle) in &mut state.idle {
@@ -152,7 +166,7 @@ impl Pool {
         self.lock().count
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<P>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -33,7 +33,6 @@ pub(crate) struct Stage {
     pub(crate) target: Pod,
     /// The server that the neighbour connects to.
     pub(crate) web: Pod,
-    #[expect(dead_code, reason = "dropping it removes the mesh")]
     pub(crate) mesh: Mesh,
 }
 

@@ -268,6 +268,7 @@ impl Enrolment {
             tampered: String::new(),
             over_share: 0,
             idle_tunnels: 0,
+            refused: BTreeMap::new(),
         })
     }
 }

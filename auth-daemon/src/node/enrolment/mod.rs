@@ -380,7 +380,9 @@ impl Enrolment {
         // Before the pod can be called.
         let rules = self.rules_of(workload);
         self.node.rules.add(cookie, rules);
-        let pod = Arc::new(Pod::new((**workload).clone(), enrolled, certificate));
+        let capacity = &self.node.capacity;
+        let pod = Pod::new((**workload).clone(), enrolled, certificate, capacity);
+        let pod = Arc::new(pod);
         let mut tasks = Vec::new();
         for listener in to_watch.outbound {
             tasks.push(accept(
@@ -535,6 +537,7 @@ impl Enrolment {
                 tampered: self.tampering.of(serving.cookie()),
                 over_share: self.exceeded_shares.of(serving.cookie()),
                 idle_tunnels: pod.pool.idle(),
+                refused: self.node.refusals.of(&pod.workload.name),
             }
         });
         let failing = self.failing.values().map(|failing| PodStatus {
@@ -551,12 +554,17 @@ impl Enrolment {
             tampered: String::new(),
             over_share: 0,
             idle_tunnels: 0,
+            refused: BTreeMap::new(),
         });
         let mut pods: Vec<_> = served
             .chain(failing)
             .chain(self.unserved_status())
             .collect();
         pods.sort_by(|a, b| a.pod.cmp(&b.pod));
+        self.node.refusals.retain(|name| {
+            let mut serving = self.serving.values();
+            serving.any(|serving| serving.pod.workload.name == *name)
+        });
         *self
             .node
             .pods
