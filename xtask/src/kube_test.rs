@@ -9,7 +9,8 @@ use xtask_support::{build, kubernetes, setup};
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Environment:\n  KUBE_PROXY_MODE  kube-proxy's mode: nftables (default) or iptables\n  \
-                  KUBE_CHURN_PODS  pods that one step creates and deletes (default: 100)"
+                  KUBE_CHURN_PODS  pods that one step creates and deletes (default: 100)\n  \
+                  KUBE_STEPS       run only steps whose name contains this, and those that they need"
 )]
 pub(crate) struct Arguments {
     /// Test the existing build

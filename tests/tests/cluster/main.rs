@@ -13,6 +13,7 @@ mod traffic;
 #[path = "../common/lifecycle_traces.rs"]
 mod traces;
 
+use std::env;
 use std::time::Instant;
 
 use mesh_tests::{Cluster, Context, Result};
@@ -21,8 +22,8 @@ use crate::stage::Stage;
 
 type Step = fn(&Stage) -> Result<()>;
 
-/// All steps, in order. Each starts from the cluster as the step before left it.
-const STEPS: [(&str, Step); 23] = [
+/// All steps, in order. Each starts from the cluster as the step before left it. The first [`NEEDED`] prepare the others.
+const STEPS: [(&str, Step); 24] = [
     (
         "one of two CA replicas leads, and the service selects it",
         ca::one_leads,
@@ -52,6 +53,10 @@ const STEPS: [(&str, Step); 23] = [
     (
         "NodePorts follow the rules for callers outside the mesh",
         services::node_ports,
+    ),
+    (
+        "NodePorts and host ports that pods of the mesh dial are tunnelled",
+        services::exposed_ports,
     ),
     (
         "pods of a StatefulSet are reached at their own addresses",
@@ -112,6 +117,10 @@ const STEPS: [(&str, Step); 23] = [
     ),
 ];
 
+const NEEDED: usize = 5;
+/// The environment variable that limits the run to steps whose name contains it, besides those that are needed.
+const ONLY: &str = "KUBE_STEPS";
+
 #[test]
 fn deploy_on_a_cluster_of_two_nodes() -> Result<()> {
     if let Some(why) = Cluster::missing() {
@@ -124,7 +133,11 @@ fn deploy_on_a_cluster_of_two_nodes() -> Result<()> {
         "the cluster is up, with deploy/ applied: {:.1?}",
         start.elapsed()
     );
+    let only = env::var(ONLY).unwrap_or_default();
     for (number, (name, step)) in (1..).zip(STEPS) {
+        if number > NEEDED && !name.contains(&only) {
+            continue;
+        }
         let start = Instant::now();
         let done = step(&stage);
         let elapsed = start.elapsed();

@@ -1,69 +1,181 @@
 //! Steps about kinds of services and of pods: NodePort, StatefulSet with a headless service, init containers.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use mesh_tests::{Result, eventually_ok};
+use mesh_tests::{Context, Result, eventually_ok};
 use serde_json::{Value, json};
 
 use crate::stage::{APPS, PATIENCE, Stage, account, address, container, ensure, idle_pod};
-use crate::traffic::{MARKER, PORT, has_refused_plaintext, log_has_tunnel, server_pod, who};
+use crate::traffic::{
+    MARKER, PORT, has_refused_plaintext, identity, log_has, log_has_tunnel, server_pod, who,
+};
+
+/// A NodePort service of `web-2`, on node2, with this `externalTrafficPolicy`.
+fn node_port(name: &str, policy: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": name, "namespace": APPS},
+        "spec": {
+            "type": "NodePort", "externalTrafficPolicy": policy,
+            "selector": {"app": "web-2"}, "ports": [{"port": 80, "targetPort": "http"}],
+        },
+    })
+}
+
+/// A port at an address of a node.
+fn at_node(stage: &Stage, node: &str, port: u16) -> SocketAddr {
+    (stage.cluster.node(node).node().ipv4(), port).into()
+}
+
+/// The NodePort of a service.
+fn port_of(stage: &Stage, service: &str) -> Result<u16> {
+    let service = stage.get(&format!("service -n {APPS} {service}"))?;
+    let port = service["spec"]["ports"][0]["nodePort"].as_u64();
+    Ok(port.context("no NodePort")?.try_into()?)
+}
+
+/// The answer to a host outside the mesh.
+fn from_outside(stage: &Stage, to: SocketAddr) -> Result<String> {
+    let url = format!("http://{to}/cgi-bin/who");
+    let curl = ["-sSf", "--max-time", "10", &url];
+    let outside = stage.cluster.mesh().outside();
+    Ok(outside.run("curl", curl)?.ok()?.stdout)
+}
 
 /// Requests from a host outside the mesh, over NodePorts of a server on node2.
 pub(crate) fn node_ports(stage: &Stage) -> Result<()> {
-    let service = |name: &str, policy: &str| {
-        json!({
-            "apiVersion": "v1", "kind": "Service",
-            "metadata": {"name": name, "namespace": APPS},
-            "spec": {
-                "type": "NodePort", "externalTrafficPolicy": policy,
-                "selector": {"app": "web-2"}, "ports": [{"port": 80, "targetPort": "http"}],
-            },
-        })
-    };
     stage.apply(&[
-        service("port-cluster", "Cluster"),
-        service("port-local", "Local"),
+        node_port("port-cluster", "Cluster"),
+        node_port("port-local", "Local"),
     ])?;
-    let request = |service: &str, node: &str| {
-        let service = stage.get(&format!("service -n {APPS} {service}"))?;
-        let url = format!(
-            "http://{}:{}/cgi-bin/who",
-            stage.cluster.node(node).node().ipv4(),
-            service["spec"]["ports"][0]["nodePort"]
-        );
-        let curl = ["-sSf", "--max-time", "10", &url];
-        let outside = stage.cluster.mesh().outside();
-        Ok::<_, mesh_tests::Error>(outside.run("curl", curl)?.ok()?.stdout)
-    };
     // Whether kube-proxy keeps the caller's address or translates it to a node's, plaintext from outside the mesh is refused.
     let node = |name: &str| IpAddr::from(stage.cluster.node(name).node().ipv4());
-    let pod = stage.pod(APPS, "app=web-2")?;
-    let address: Ipv4Addr = pod["status"]["podIP"]
-        .as_str()
-        .unwrap_or_default()
-        .parse()?;
-    let [a, b, c, _] = address.octets();
-    // The node's address on the pods' bridge.
-    let bridge = IpAddr::from([a, b, c, 1]);
+    let bridge = bridge(&stage.pod(APPS, "app=web-2")?)?;
     let outside = IpAddr::from(stage.cluster.mesh().outside_ipv4());
     for (service, at, callers) in [
         ("port-cluster", "node2", vec![node("node2"), bridge]),
         ("port-cluster", "node1", vec![node("node1")]),
         ("port-local", "node2", vec![outside]),
     ] {
-        // kube-proxy may not know the port yet, which is refused too, but leaves no line.
-        eventually_ok(PATIENCE, "a refusal by the pod", || {
-            let answer = request(service, at);
-            ensure(answer.is_err(), || format!("{service} at {at}: {answer:?}"))?;
-            ensure(has_refused_plaintext(stage, "node2", &callers)?, || {
-                format!("no line of a refusal of {callers:?}")
-            })
-        })?;
+        let to = at_node(stage, at, port_of(stage, service)?);
+        is_refused_outside(stage, to, &callers)?;
     }
     stage
         .kubectl(&format!("delete service -n {APPS} port-cluster port-local"))
         .map(drop)
 }
+
+/// The address of a pod's node on the bridge of the node's pods.
+fn bridge(pod: &Value) -> Result<IpAddr> {
+    let address: Ipv4Addr = address(pod).parse()?;
+    let [a, b, c, _] = address.octets();
+    Ok([a, b, c, 1].into())
+}
+
+/// Waits until a server on node2 refuses a host outside the mesh that dials `to` and that it sees as one of `callers`.
+fn is_refused_outside(stage: &Stage, to: SocketAddr, callers: &[IpAddr]) -> Result<()> {
+    // kube-proxy may not know the port yet, which is refused too, but leaves no line.
+    eventually_ok(PATIENCE, "a refusal by the pod", || {
+        let answer = from_outside(stage, to);
+        ensure(answer.is_err(), || format!("{to}: {answer:?}"))?;
+        ensure(has_refused_plaintext(stage, "node2", callers)?, || {
+            format!("no line of a refusal of {callers:?}")
+        })
+    })
+}
+
+/// Requests from pods of the mesh, over a NodePort of `web-2` and a host port of another pod, both on node2: at the
+/// address of the server's node and, for the NodePort, at that of the client's own.
+pub(crate) fn exposed_ports(stage: &Stage) -> Result<()> {
+    let mut spec = server_pod("exposed", Some("node2"));
+    spec["containers"][0]["ports"][0]["hostPort"] = json!(HOST_PORT);
+    let exposed = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "exposed", "namespace": APPS, "labels": {"app": "exposed"}}, "spec": spec,
+    });
+    stage.apply(&[
+        account("exposed"),
+        exposed,
+        node_port("port-cluster", "Cluster"),
+    ])?;
+    stage.kubectl(&format!(
+        "wait -n {APPS} pod exposed --for=condition=Ready --timeout={}s",
+        PATIENCE.as_secs()
+    ))?;
+    let node_port = port_of(stage, "port-cluster")?;
+    let capture = stage.cluster.wire().capture()?;
+    for (client, node, to, server) in [
+        (
+            "client-1",
+            "node1",
+            at_node(stage, "node2", node_port),
+            "web-2",
+        ),
+        (
+            "client-1",
+            "node1",
+            at_node(stage, "node1", node_port),
+            "web-2",
+        ),
+        (
+            "client-1",
+            "node1",
+            at_node(stage, "node2", HOST_PORT),
+            "exposed",
+        ),
+        (
+            "client-2",
+            "node2",
+            at_node(stage, "node2", node_port),
+            "web-2",
+        ),
+        (
+            "client-2",
+            "node2",
+            at_node(stage, "node1", node_port),
+            "web-2",
+        ),
+        (
+            "client-2",
+            "node2",
+            at_node(stage, "node2", HOST_PORT),
+            "exposed",
+        ),
+    ] {
+        // Dialled before the daemon knows of the port, it is a port of a node, at which a STRICT pod refuses.
+        eventually_ok(PATIENCE, "an answer", || {
+            let answer = stage.curl(client, &format!("http://{to}/cgi-bin/who"))?;
+            ensure(answer.contains(&format!("asked {server}")), || {
+                format!("{client} to {to}: {answer}")
+            })
+        })?;
+        let path = if node == "node2" {
+            "same-node"
+        } else {
+            "tunnel"
+        };
+        log_has(stage, node, |line| {
+            line["destination"] == to.to_string()
+                && line["path"] == path
+                && line["server_identity"] == identity(server)
+                && line["result"] == "ok"
+        })?;
+    }
+    let recording = capture.stop()?;
+    ensure(!recording.contains(MARKER.as_bytes()), || {
+        format!("{MARKER} is readable on the wire")
+    })?;
+    // The plugin that forwards host ports keeps the caller's address.
+    let outside = IpAddr::from(stage.cluster.mesh().outside_ipv4());
+    is_refused_outside(stage, at_node(stage, "node2", HOST_PORT), &[outside])?;
+    stage
+        .kubectl(&format!(
+            "delete -n {APPS} service/port-cluster pod/exposed serviceaccount/exposed --now --wait=false"
+        ))
+        .map(drop)
+}
+
+const HOST_PORT: u16 = 9090;
 
 /// A StatefulSet's pods are reached by their own addresses, also after one of them is created again.
 pub(crate) fn stateful_set(stage: &Stage) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use mesh_tests::{Recording, Result, Stream, eventually_ok};
+use mesh_tests::{Context, Recording, Result, Stream, eventually_ok};
 use serde_json::{Value, json};
 
 use crate::stage::{
@@ -181,6 +181,23 @@ fn access(log: &str) -> impl Iterator<Item = Value> + '_ {
         .filter(|line: &Value| line["target"] == "access")
 }
 
+/// The identity of a service account of the apps.
+pub(crate) fn identity(account: &str) -> String {
+    format!("spiffe://cluster.local/ns/{APPS}/sa/{account}")
+}
+
+/// Waits until the access log of a node has such a line.
+pub(crate) fn log_has(stage: &Stage, node: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
+    eventually_ok(PATIENCE, "a line of the access log", || {
+        let log = stage.daemon_log(node)?;
+        ensure(access(&log).any(|line| wanted(&line)), || {
+            let lines: Vec<_> = access(&log).map(|line| line.to_string()).collect();
+            let last = &lines[lines.len().saturating_sub(20)..];
+            format!("{node}: {}", last.join("\n"))
+        })
+    })
+}
+
 /// Waits until the access log of a node has a tunnelled connection between two accounts, and, where given, to an endpoint
 /// that starts with this string.
 pub(crate) fn log_has_tunnel(
@@ -190,23 +207,15 @@ pub(crate) fn log_has_tunnel(
     server: &str,
     endpoint: Option<&str>,
 ) -> Result<()> {
-    let identity = |account: &str| format!("spiffe://cluster.local/ns/{APPS}/sa/{account}");
-    eventually_ok(PATIENCE, "a line of the access log", || {
-        let log = stage.daemon_log(node)?;
-        let found = access(&log).any(|line| {
-            let at = line["endpoint"].as_str().unwrap_or_default();
-            line["path"] == "tunnel"
-                && line["client_identity"] == identity(client)
-                && line["server_identity"] == identity(server)
-                && endpoint.is_none_or(|endpoint| at.starts_with(endpoint))
-                && line["result"] == "ok"
-        });
-        ensure(found, || {
-            let lines: Vec<_> = access(&log).map(|line| line.to_string()).collect();
-            let last = &lines[lines.len().saturating_sub(20)..];
-            format!("{node}, {client} to {server}: {}", last.join("\n"))
-        })
+    log_has(stage, node, |line| {
+        let at = line["endpoint"].as_str().unwrap_or_default();
+        line["path"] == "tunnel"
+            && line["client_identity"] == identity(client)
+            && line["server_identity"] == identity(server)
+            && endpoint.is_none_or(|endpoint| at.starts_with(endpoint))
+            && line["result"] == "ok"
     })
+    .with_context(|| format!("{client} to {server}"))
 }
 
 pub(crate) fn log_names_callers(stage: &Stage) -> Result<()> {
