@@ -141,22 +141,24 @@ impl AsFd for Netns {
     }
 }
 
-/// The node's netns: the daemon's own, and that of the machine's first process.
-const THE_NODES: [&str; 2] = ["/proc/self/ns/net", "/proc/1/ns/net"];
+/// The netns of the machine's first process.
+const FIRST_PROCESS: &str = "/proc/1/ns/net";
 
-/// Inode numbers of the node's netns.
+/// Inode numbers of the node's netns: the daemon's own and that of the machine's first process. The daemon's own is not
+/// /proc/self/ns/net at this moment, which leads to the netns that the main thread has entered ([`Netns::enter`]).
 pub(super) fn the_nodes() -> Vec<u64> {
-    THE_NODES
-        .into_iter()
-        .filter_map(|path| Some(std::fs::metadata(path).ok()?.ino()))
-        .collect()
+    let own = home().and_then(File::metadata);
+    let first = std::fs::metadata(FIRST_PROCESS);
+    let found = [own, first].into_iter().flatten();
+    found.map(|metadata| metadata.ino()).collect()
 }
 
-/// Opens the node's netns. Within [`Netns::enter`], /proc/self may lead to the entered one.
+/// Opens the node's netns, as [`the_nodes`].
 pub(super) fn open_the_nodes() -> Vec<File> {
-    THE_NODES
+    let own = home().and_then(File::try_clone);
+    [own, File::open(FIRST_PROCESS)]
         .into_iter()
-        .filter_map(|path| File::open(path).ok())
+        .flatten()
         .collect()
 }
 
