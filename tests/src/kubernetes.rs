@@ -22,7 +22,7 @@ use crate::eventually::{TIMEOUT, eventually_ok};
 use crate::id::MeshId;
 use crate::place::Place;
 use crate::process::{Finished, Process};
-use crate::{cgroup, leftovers, mounts};
+use crate::{cgroup, chart, leftovers, mounts};
 
 pub use programs::{GoModule, folder as programs_folder};
 pub(crate) use programs::{first_missing, path_variable, program};
@@ -197,6 +197,17 @@ impl Kubernetes {
     /// Starts the API server, after [`Kubernetes::stop_server`].
     pub fn start_server(&self) -> Result<()> {
         let file = |name: &str| self.folder().join(name);
+        let audited = json!({
+            "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
+            "rules": [
+                {
+                    "level": "Metadata",
+                    "userGroups": [format!("system:serviceaccounts:{}", chart::SYSTEM_NAMESPACE)],
+                },
+                {"level": "None"},
+            ],
+        });
+        fs::write(file(AUDIT_POLICY), audited.to_string()).context("writing the audit policy")?;
         let server = self.site.spawn(program("kube-apiserver"), |command| {
             command
                 .arg(format!("--etcd-servers={}", self.etcd))
@@ -220,6 +231,11 @@ impl Kubernetes {
                     .arg("--enable-admission-plugins=NodeRestriction")
                     .arg("--allow-privileged=true")
                     .arg("--kubelet-preferred-address-types=InternalIP")
+                    .arg(format!(
+                        "--audit-policy-file={}",
+                        file(AUDIT_POLICY).display()
+                    ))
+                    .arg(format!("--audit-log-path={}", file(AUDIT_LOG).display()))
                     .arg(format!(
                         "--kubelet-certificate-authority={}",
                         file("ca.crt").display()
@@ -270,6 +286,16 @@ impl Kubernetes {
                 last_lines(&said)
             )
         })
+    }
+
+    /// The requests of the chart's service accounts to a cluster's API server, from its audit log.
+    pub fn audited(&self) -> Result<Vec<Value>> {
+        let path = self.folder().join(AUDIT_LOG);
+        let log =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        // The last line may be incomplete, and so may one that was written when the API server was killed.
+        let events = log.lines().map(serde_json::from_str);
+        Ok(events.filter_map(std::result::Result::ok).collect())
     }
 
     /// Kills the API server, as an outage would.
@@ -551,6 +577,8 @@ pub struct TokenOptions<'a> {
     pub seconds: Option<u32>,
 }
 
+const AUDIT_POLICY: &str = "audit-policy.json";
+const AUDIT_LOG: &str = "audit.log";
 const ISSUER: &str = "https://kubernetes.default.svc";
 /// The address of the service `kubernetes`: the first of the service range.
 const SERVICE_ADDRESS: &str = "10.96.0.1";

@@ -52,6 +52,7 @@ mod builder;
 mod ca;
 mod capture;
 mod cgroup;
+pub mod chart;
 mod cluster;
 mod daemon;
 mod daemon_options;

@@ -1,4 +1,4 @@
-//! The CA in a cluster: the real program against a real API server, with no other rights than deploy/base/ca-rbac.yaml gives.
+//! The CA in a cluster: the real program against a real API server, with no other rights than the chart gives it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_tests::{
-    Context, Finished, Kubernetes, Process, Result, TIMEOUT, auth_daemon, eventually, eventually_ok,
+    Context, Finished, Kubernetes, Process, Result, TIMEOUT, auth_daemon, chart, eventually,
+    eventually_ok,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -97,10 +98,9 @@ fn ensure(holds: bool, evidence: &dyn std::fmt::Display) -> Result<()> {
 
 fn cluster(test: &str) -> Option<Arc<Kubernetes>> {
     let cluster = Kubernetes::shared(test)?;
-    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/base");
-    for file in ["namespace.yaml", "ca-rbac.yaml"] {
-        cluster.apply(&deploy.join(file)).expect("the CA's role");
-    }
+    cluster
+        .apply(&chart::rendered_file())
+        .expect("the CA's rights");
     Some(cluster)
 }
 

@@ -1,4 +1,4 @@
-//! `cargo xtask kind`: deploy/ on a kind cluster, on machines with Docker and kind.
+//! `cargo xtask kind`: the Helm chart on a kind cluster, on machines with Docker, kind, kubectl and helm.
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ use xtask_support::step::{output, programs, run, step, which, workspace};
 /// What to do with the cluster.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Action {
-    /// Create the cluster if it does not exist, load the daemon's image, and apply deploy/overlays/kind
+    /// Create the cluster if it does not exist, load the daemon's image, and install the chart
     Up,
     /// Delete the cluster
     Down,
@@ -20,12 +20,12 @@ pub(crate) enum Action {
 /// Runs the action.
 ///
 /// # Errors
-/// If kind or kubectl is missing, or one of their commands fails.
+/// If kind, kubectl or helm is missing, or one of their commands fails.
 pub(crate) fn act(action: &Action) -> Result<()> {
-    for program in ["kind", "kubectl"] {
+    for program in ["kind", "kubectl", "helm"] {
         if which(program).is_none() {
             bail!(
-                "{program} is missing: see https://kind.sigs.k8s.io and https://kubernetes.io/docs/tasks/tools"
+                "{program} is missing: see https://kind.sigs.k8s.io, https://kubernetes.io/docs/tasks/tools and https://helm.sh"
             );
         }
     }
@@ -55,10 +55,14 @@ fn up() -> Result<()> {
         kind.args(["load", "image-archive", "--name", CLUSTER]);
         run(kind.arg(archive))
     })?;
-    step("apply deploy/overlays/kind", || {
-        run(kubectl()
-            .args(["apply", "-k"])
-            .arg(deploy.join("overlays/kind")))?;
+    step("install deploy/chart", || {
+        let mut helm = Command::new("helm");
+        helm.args(["--kube-context", &format!("kind-{CLUSTER}")]);
+        helm.args(["upgrade", "--install", "auth-daemon"])
+            .arg(deploy.join("chart"))
+            .args(["--namespace", NAMESPACE, "--create-namespace"])
+            .args(["--set", "mode=STRICT"]);
+        run(&mut helm)?;
         // Pods of an earlier `up` still run another image of the same name.
         for what in ["deployment/auth-ca", "daemonset/auth-daemon"] {
             run(kubectl().args(["-n", NAMESPACE, "rollout", "restart", what]))?;

@@ -1,4 +1,4 @@
-//! `cargo xtask kube-test`: deploy/ on a real Kubernetes cluster of two nodes on this machine.
+//! `cargo xtask kube-test`: the Helm chart on a real Kubernetes cluster of two nodes on this machine.
 
 use anyhow::{Result, bail};
 use test_runner as test;

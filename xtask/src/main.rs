@@ -2,6 +2,7 @@
 //! installs, `test-runner`, `mesh-demo`, `mesh-bench` and `vm-tests` run meshes and machines.
 #![forbid(unsafe_code)]
 
+mod chart;
 mod ci;
 mod clippy_ebpf;
 mod deny;
@@ -36,11 +37,13 @@ enum Command {
     Bench(mesh_bench::Arguments),
     /// Write a container image of the daemon as an OCI archive, without Docker
     Image(image::Arguments),
-    /// Show deploy/ on a real Kubernetes of two nodes on this machine; `test` runs the same
+    /// Render deploy/auth-daemon.yaml from the Helm chart
+    Chart,
+    /// Show the Helm chart on a real Kubernetes of two nodes on this machine; `test` runs the same
     KubeTest(kube_test::Arguments),
     /// Run the redirection and traffic tests on other kernels, in virtual machines
     VmTest(vm_tests::Arguments),
-    /// Put deploy/ on a cluster of kind, for those who have it
+    /// Install the Helm chart on a cluster of kind, for those who have it
     #[command(subcommand)]
     Kind(kind::Action),
     /// Install what tests, demo and bench run (nginx, iperf3, Kubernetes, …), where it is missing
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => mesh_demo::run(&arguments),
         Command::Bench(arguments) => mesh_bench::run(&arguments),
         Command::Image(arguments) => image::run(&arguments),
+        Command::Chart => chart::run(),
         Command::KubeTest(arguments) => kube_test::run(&arguments),
         Command::VmTest(arguments) => vm_tests::run(&arguments),
         Command::Kind(action) => kind::act(&action),

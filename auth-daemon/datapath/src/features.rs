@@ -22,7 +22,7 @@ pub struct Finding {
 const OLDEST: (u32, u32) = (5, 17);
 
 /// Capabilities that the daemon uses, by number (capability.h).
-const CAPABILITIES: [(u32, &str, &str); 5] = [
+const CAPABILITIES: [(u32, &str, &str); 4] = [
     (12, "CAP_NET_ADMIN", "routes in pods, transparent sockets"),
     (
         10,
@@ -32,14 +32,13 @@ const CAPABILITIES: [(u32, &str, &str); 5] = [
     (
         21,
         "CAP_SYS_ADMIN",
-        "entering pods' namespaces, attaching programs",
+        "loading and attaching programs, entering pods' namespaces",
     ),
     (
         19,
         "CAP_SYS_PTRACE",
         "finding pods' namespaces through /proc",
     ),
-    (39, "CAP_BPF", "loading programs"),
 ];
 
 /// Runs all checks that do not change the machine.

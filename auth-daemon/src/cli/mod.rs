@@ -11,6 +11,7 @@ pub(crate) mod probe;
 mod run;
 mod standby;
 mod status;
+mod uninstall;
 mod unload;
 
 use std::process::ExitCode;
@@ -41,6 +42,8 @@ enum Command {
     Policy(policy::Arguments),
     /// Remove everything that a stopped daemon leaves in the kernel.
     Unload(unload::Arguments),
+    /// Stop all daemons of the cluster and wait for their end; `helm uninstall` runs it.
+    Uninstall(uninstall::Arguments),
 }
 
 impl Cli {
@@ -54,6 +57,7 @@ impl Cli {
             Command::Status(arguments) => status::status(&arguments),
             Command::Policy(arguments) => return Ok(policy::policy(&arguments)),
             Command::Unload(arguments) => unload::unload(&arguments),
+            Command::Uninstall(arguments) => uninstall::uninstall(&arguments),
         }?;
         Ok(ExitCode::SUCCESS)
     }

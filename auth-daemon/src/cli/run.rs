@@ -20,7 +20,7 @@ use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 use crate::{
     admin::{self, Health},
     config::{CaSource, Config, Discovery, Log, LogFormat, NonTcp},
-    discovery::{self, Sink},
+    discovery::{self, Sink, removal::Removal},
     issuer::{CaClient, Certificates, Issuer},
     node::{Enrolment, Workers},
     observe::log_writer,
@@ -91,7 +91,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             policies: Some(policies.clone()),
             unconfirmed: unconfirmed.clone(),
         };
-        let (follow, removed) = follow(&config, sink).await?;
+        let (follow, removal) = follow(&config, sink).await?;
         tokio::spawn(follow);
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(async move {
@@ -114,10 +114,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 match stand_by(&pins, known, &mut early, stopped.clone()).await? {
                     Some(lock) => lock,
                     // The running daemon leaves the removal to its successor.
-                    None if removed.is_some_and(|removed| *removed.borrow()) => {
-                        return Ok(Some(true));
-                    }
-                    None => return Ok(None),
+                    None => return Ok(is_removed(removal.as_ref()).await.then_some(true)),
                 }
             }
         };
@@ -145,7 +142,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         if node.kernel.is_released() {
             return Ok(None);
         }
-        anyhow::Ok(Some(removed.is_some_and(|removed| *removed.borrow())))
+        anyhow::Ok(Some(is_removed(removal.as_ref()).await))
     })?;
     let Some(removed) = removed else {
         tracing::info!("daemon stopped; another one serves this node");
@@ -156,7 +153,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let pods = take_back(&pins, patience)?;
         tracing::info!(
             pods,
-            "daemon stopped; its namespace is being deleted, so nothing is left; pods now communicate in plaintext"
+            "daemon stopped and is being removed: nothing is left; pods now communicate in plaintext"
         );
     } else {
         tracing::info!(
@@ -215,11 +212,16 @@ fn take_back(pins: &Path, patience: Duration) -> anyhow::Result<usize> {
 /// A task that never ends.
 type Follow = Pin<Box<dyn Future<Output = ()> + Send>>;
 
+/// Whether this daemon is being removed from its cluster, not only stopped.
+async fn is_removed(removal: Option<&Removal>) -> bool {
+    match removal {
+        Some(removal) => removal.is_under_way().await,
+        None => false,
+    }
+}
+
 /// Applies discovery updates to the registry. In a cluster, also watches for the daemon's own removal.
-async fn follow(
-    config: &Config,
-    sink: Sink,
-) -> anyhow::Result<(Follow, Option<watch::Receiver<bool>>)> {
+async fn follow(config: &Config, sink: Sink) -> anyhow::Result<(Follow, Option<Removal>)> {
     let trust_domain = config.trust_domain.clone();
     Ok(match &config.discovery {
         Discovery::Files(folder) => {
@@ -238,9 +240,9 @@ async fn follow(
             };
             let (synced, _) = watch::channel(false);
             let client = auth_kubernetes::connect().await?;
-            let removed = discovery::removal::watch(client.clone(), own_namespace);
+            let removal = Removal::watch(&client, own_namespace);
             let follow = discovery::kubernetes::run(client, settings, sink, synced);
-            (Box::pin(follow), Some(removed))
+            (Box::pin(follow), Some(removal))
         }
     })
 }

@@ -17,6 +17,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
+pub use known::{DAEMON_NAME, NAME_LABEL};
 use known::{Event, Known, Seen};
 
 use super::{

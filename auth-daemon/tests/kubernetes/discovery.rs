@@ -8,7 +8,7 @@ use mesh_tests::Kubernetes;
 use serde_json::json;
 use tokio::sync::watch;
 
-use crate::{as_ca, eventually, with_role};
+use crate::{as_ca, eventually, with_rights_of};
 
 /// The pods that have not finished.
 fn pods(registry: &Registry) -> Vec<String> {
@@ -136,7 +136,7 @@ async fn a_service_without_a_selector_has_the_endpoints_of_its_slices() {
         .unwrap();
     let sink = Sink::default();
     let registry = sink.registry.clone();
-    let client = with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await;
+    let client = with_rights_of(&cluster, "auth-daemon").await;
     let mut is_synced = discover(client, true, sink);
     is_synced.wait_for(|synced| *synced).await.unwrap();
     assert_eq!(endpoints(&registry), [""; 0]);
@@ -209,7 +209,7 @@ async fn nodes_and_networks_are_known() {
         .unwrap();
     let sink = Sink::default();
     let registry = sink.registry.clone();
-    let client = with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await;
+    let client = with_rights_of(&cluster, "auth-daemon").await;
     let mut is_synced = discover(client, true, sink);
     is_synced.wait_for(|synced| *synced).await.unwrap();
     let contains = |address: &str| {
@@ -288,7 +288,7 @@ async fn policies_that_are_defined_but_not_served_yet_are_waited_for() {
         ..Sink::default()
     };
     let policies = sink.policies.clone().unwrap();
-    let client = with_role(&cluster, "daemon-rbac.yaml", "auth-daemon").await;
+    let client = with_rights_of(&cluster, "auth-daemon").await;
     let mut is_synced = discover(client, true, sink);
     // Everything else has been read long before this.
     let early = tokio::time::timeout(

@@ -1,5 +1,5 @@
 //! What the CA does in a cluster, and what daemons learn there, against a real API server, with no other rights than
-//! deploy/base gives them.
+//! the chart gives them.
 
 mod attestation;
 mod discovery;
@@ -7,7 +7,6 @@ mod leader;
 mod state;
 
 use std::{
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,7 +15,7 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use mesh_tests::Kubernetes;
+use mesh_tests::{Kubernetes, chart};
 
 const NAMESPACE: &str = "auth-system";
 const ACCOUNT: &str = "auth-ca";
@@ -31,15 +30,12 @@ async fn cluster(test: &str) -> Option<(Arc<Kubernetes>, Client)> {
 
 /// A client with the CA's role.
 async fn as_ca(cluster: &Kubernetes) -> Client {
-    with_role(cluster, "ca-rbac.yaml", ACCOUNT).await
+    with_rights_of(cluster, ACCOUNT).await
 }
 
-/// A client with the role that a file of deploy/base gives to `account`.
-async fn with_role(cluster: &Kubernetes, role: &str, account: &str) -> Client {
-    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/base");
-    for file in ["namespace.yaml", role] {
-        cluster.apply(&deploy.join(file)).unwrap();
-    }
+/// A client with the rights that the chart gives to `account`.
+async fn with_rights_of(cluster: &Kubernetes, account: &str) -> Client {
+    cluster.apply(&chart::rendered_file()).unwrap();
     let kubeconfig = cluster.kubeconfig_of(NAMESPACE, account).unwrap();
     let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
     let options = KubeConfigOptions::default();

@@ -206,6 +206,17 @@ impl Cluster {
         self.api.kubectl(arguments)
     }
 
+    /// Runs `helm` as the cluster's administrator, for at most `patience`, and returns its output.
+    pub fn helm<A: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = A>,
+        patience: Duration,
+    ) -> Result<String> {
+        let mut command = self.api.client("helm")?;
+        command.args(arguments);
+        Ok(Process::spawn(command)?.finish(patience)?.ok()?.stdout)
+    }
+
     /// Prints pods, warnings and the last log lines of each node's programs, to explain a failed test.
     pub fn print_state(&self) {
         for arguments in [
@@ -263,7 +274,7 @@ fn start_controllers(mesh: &Mesh, api: &Kubernetes) -> Result<Vec<Process>> {
 }
 
 /// Programs of a cluster that `cargo xtask kubernetes` builds, besides those of an API server alone.
-const BUILT: [&str; 12] = [
+const BUILT: [&str; 13] = [
     "kube-controller-manager",
     "kube-scheduler",
     "kubelet",
@@ -276,6 +287,7 @@ const BUILT: [&str; 12] = [
     "loopback",
     "portmap",
     "ptp",
+    "helm",
 ];
 /// Programs of a cluster that come from the distribution.
 const INSTALLED: [&str; 5] = ["runc", "nft", "iptables", "conntrack", "busybox"];

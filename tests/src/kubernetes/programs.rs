@@ -1,4 +1,4 @@
-//! The programs that a cluster consists of: Kubernetes, etcd, containerd and the CNI plugins. Each is built from a Go
+//! The programs that a cluster consists of (Kubernetes, etcd, containerd, the CNI plugins) and helm. Each is built from a Go
 //! module of test tools below `tests/tools`, which pins its version and the versions of all that it imports.
 
 use std::env;
@@ -35,7 +35,7 @@ enum Stamp {
 
 impl GoModule {
     /// All modules, the quickest to build first.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self {
             name: "cni",
             programs: &["bridge", "host-local", "loopback", "portmap", "ptp"],
@@ -61,6 +61,13 @@ impl GoModule {
                 "github.com/containerd/containerd/v2/version.Version",
                 Stamp::Whole,
             )],
+            rename: None,
+        },
+        Self {
+            name: "helm",
+            programs: &["helm"],
+            source: "helm.sh/helm/v4",
+            stamps: &[("helm.sh/helm/v4/internal/version.version", Stamp::Whole)],
             rename: None,
         },
         Self {

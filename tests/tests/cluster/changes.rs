@@ -1,10 +1,10 @@
 //! Steps about labels on running pods, and about configuration errors.
 
-use mesh_tests::{AUTH_DAEMON_IMAGE, Result, eventually_ok};
+use mesh_tests::{AUTH_DAEMON_IMAGE, Result, chart, eventually_ok};
 use serde_json::json;
 
 use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, address, ensure, idle_pod, name};
-use crate::traffic::{MARKER, PORT, who};
+use crate::traffic::{MARKER, PORT, log_has, who};
 
 /// Whether a request of `client-1` to `web-2` is readable between the nodes. Fails if there is no answer.
 fn is_plaintext(stage: &Stage) -> Result<bool> {
@@ -48,7 +48,7 @@ pub(crate) fn label_changes_membership(stage: &Stage) -> Result<()> {
     encrypted()
 }
 
-/// Starts a daemon's pod as in deploy/, without some of its rights, next to the daemon that serves the node.
+/// Starts a daemon's pod as in the chart, without some of its rights, next to the daemon that serves the node.
 pub(crate) fn daemon_reports_what_it_lacks(stage: &Stage) -> Result<()> {
     let daemons = stage.get(&format!("daemonset -n {SYSTEM} auth-daemon"))?;
     let mut spec = daemons["spec"]["template"]["spec"].clone();
@@ -56,7 +56,7 @@ pub(crate) fn daemon_reports_what_it_lacks(stage: &Stage) -> Result<()> {
     spec["restartPolicy"] = json!("Never");
     spec["nodeSelector"] = json!({"kubernetes.io/hostname": "node1"});
     let capabilities = &mut spec["containers"][0]["securityContext"]["capabilities"];
-    capabilities["add"] = json!(["BPF", "NET_BIND_SERVICE", "SYS_PTRACE"]);
+    capabilities["add"] = json!(["NET_BIND_SERVICE", "SYS_PTRACE"]);
     let lacking = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": "lacking", "namespace": SYSTEM}, "spec": spec,
@@ -80,6 +80,32 @@ pub(crate) fn daemon_reports_what_it_lacks(stage: &Stage) -> Result<()> {
             "delete -n {SYSTEM} pod/lacking --now --wait=false"
         ))
         .map(drop)
+}
+
+/// The CRDs of policies appear, then a policy that denies, which is deleted again.
+pub(crate) fn policies_take_effect(stage: &Stage) -> Result<()> {
+    let crds = chart::folder().join("crds");
+    stage.kubectl(&format!("apply -f {}", crds.display()))?;
+    stage
+        .kubectl("wait --for=condition=Established crd/authorizationpolicies.security.istio.io")?;
+    let deny = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "nobody", "namespace": APPS},
+        "spec": {"selector": {"matchLabels": {"app": "web-2"}}},
+    });
+    stage.apply(&[deny])?;
+    let url = who(stage, "web-2")?;
+    eventually_ok(PATIENCE, "a refusal", || {
+        ensure(stage.curl("client-1", &url).is_err(), || {
+            "still answered".to_owned()
+        })
+    })?;
+    log_has(stage, "node2", |line| {
+        let reason = line["reason"].as_str().unwrap_or_default();
+        line["result"] == "refused" && reason.contains("AuthorizationPolicy shop/nobody")
+    })?;
+    stage.kubectl(&format!("delete authorizationpolicy -n {APPS} nobody"))?;
+    eventually_ok(PATIENCE, "an answer", || stage.curl("client-1", &url)).map(drop)
 }
 
 pub(crate) fn mistakes_are_reported(stage: &Stage) -> Result<()> {

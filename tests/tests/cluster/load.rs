@@ -239,9 +239,9 @@ fn names(pods: &[Value]) -> Vec<&str> {
     pods.iter().map(name).collect()
 }
 
-/// Replaces all daemons under load, while a connection runs that never ends on its own: waiting for it would take the
-/// whole of `drain`.
-pub(crate) fn rolling_update(stage: &Stage) -> Result<()> {
+/// Upgrades to another configuration under load, while a connection runs that never ends on its own: waiting for it would
+/// take the whole of `drain`.
+pub(crate) fn upgrade(stage: &Stage) -> Result<()> {
     let before = stage.pods(SYSTEM, DAEMON)?;
     let load = Load::start(stage, "load-rolling", "node1", &who(stage, "web-2")?)?;
     let url = format!("http://{}/cgi-bin/tick", service_address(stage, "web-2")?);
@@ -254,9 +254,8 @@ pub(crate) fn rolling_update(stage: &Stage) -> Result<()> {
     let events = DaemonEvents::start(stage)?;
     let start = load.mark(stage)?;
     let capture = stage.cluster.wire().capture()?;
-    stage.kubectl(&format!(
-        "rollout restart -n {SYSTEM} daemonset/auth-daemon"
-    ))?;
+    let options = ["--reuse-values", "--set", "daemon.config.nonTcp=allow"];
+    stage.helm("upgrade", &options)?;
     daemons_are_ready(stage)?;
     let after = stage.pods(SYSTEM, DAEMON)?;
     assert_eq!(after.len(), NODES.len());
@@ -311,14 +310,17 @@ fn probed(stage: &Stage, pod: &Value) -> Result<String> {
     ))
 }
 
-/// An update to an image that no node can pull (nothing listens on port 1), and its rollback.
-pub(crate) fn failed_update(stage: &Stage) -> Result<()> {
+/// An upgrade to an image that no node can pull (nothing listens on port 1), and its rollback.
+pub(crate) fn failed_upgrade(stage: &Stage) -> Result<()> {
     let before = stage.pods(SYSTEM, DAEMON)?;
     let load = Load::start(stage, "load-failed", "node1", &who(stage, "web-2")?)?;
     let start = load.mark(stage)?;
-    stage.kubectl(&format!(
-        "set image -n {SYSTEM} daemonset/auth-daemon daemon=127.0.0.1:1/absent:1"
-    ))?;
+    let options = [
+        "--reuse-values",
+        "--set",
+        "image.repository=127.0.0.1:1/absent",
+    ];
+    stage.helm("upgrade", &options)?;
     eventually_ok(PATIENCE, "a daemon pod without its image", || {
         let pods = stage.pods(SYSTEM, DAEMON)?;
         let reasons = pods
@@ -330,8 +332,9 @@ pub(crate) fn failed_update(stage: &Stage) -> Result<()> {
         ensure(failing, || format!("{:?}", names(&pods)))
     })?;
     load.goes_on(stage, 50)?;
-    stage.kubectl(&format!("rollout undo -n {SYSTEM} daemonset/auth-daemon"))?;
+    stage.helm("rollback", &[])?;
     daemons_are_ready(stage)?;
+    stage.rolled_out(SYSTEM, "deployment/auth-ca")?;
     let after = stage.pods(SYSTEM, DAEMON)?;
     ensure(names(&after) == names(&before), || {
         format!("{:?} became {:?}", names(&before), names(&after))

@@ -1,4 +1,4 @@
-//! deploy/ on a real Kubernetes cluster of two nodes, exercised with kubectl and curl: one cluster, step by step.
+//! The chart on a real Kubernetes cluster of two nodes, exercised with helm, kubectl and curl: one cluster, step by step.
 
 mod ca;
 mod changes;
@@ -23,7 +23,7 @@ use crate::stage::Stage;
 type Step = fn(&Stage) -> Result<()>;
 
 /// All steps, in order. Each starts from the cluster as the step before left it. The first [`NEEDED`] prepare the others.
-const STEPS: [(&str, Step); 24] = [
+const STEPS: &[(&str, Step)] = &[
     (
         "one of two CA replicas leads, and the service selects it",
         ca::one_leads,
@@ -91,14 +91,13 @@ const STEPS: [(&str, Step); 24] = [
         load::restart_affects_one_node,
     ),
     (
-        "a rolling update starts each new daemon as a standby, which takes over",
-        load::rolling_update,
+        "an upgrade starts each new daemon as a standby, which takes over",
+        load::upgrade,
     ),
     (
-        "an update that never becomes ready leaves the daemons serving",
-        load::failed_update,
+        "an upgrade that never becomes ready leaves the daemons serving, and is rolled back",
+        load::failed_upgrade,
     ),
-    // Not directly before the last step: daemons whose watch is in backoff do not learn that their namespace is deleted.
     (
         "traffic continues for a minute without the API server",
         outages::without_the_api_server,
@@ -112,8 +111,12 @@ const STEPS: [(&str, Step); 24] = [
         traffic::probes_have_passed,
     ),
     (
-        "deleting everything leaves nothing behind, and pods communicate in plaintext",
-        removal::nothing_is_left,
+        "helm uninstall leaves nothing on the nodes, and pods communicate in plaintext",
+        removal::helm_uninstall,
+    ),
+    (
+        "the rendered file installs daemons, and deleting it leaves nothing behind",
+        removal::rendered_file,
     ),
 ];
 
@@ -122,15 +125,15 @@ const NEEDED: usize = 5;
 const ONLY: &str = "KUBE_STEPS";
 
 #[test]
-fn deploy_on_a_cluster_of_two_nodes() -> Result<()> {
+fn chart_on_a_cluster_of_two_nodes() -> Result<()> {
     if let Some(why) = Cluster::missing() {
-        println!("SKIPPED deploy_on_a_cluster_of_two_nodes: {why}");
+        println!("SKIPPED chart_on_a_cluster_of_two_nodes: {why}");
         return Ok(());
     }
     let start = Instant::now();
     let stage = Stage::set()?;
     println!(
-        "the cluster is up, with deploy/ applied: {:.1?}",
+        "the cluster is up, with the chart installed: {:.1?}",
         start.elapsed()
     );
     let only = env::var(ONLY).unwrap_or_default();

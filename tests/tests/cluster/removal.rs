@@ -1,9 +1,9 @@
-//! The step that deletes everything.
+//! Steps that remove everything.
 
-use mesh_tests::{Context, Process, Result, eventually_ok};
+use mesh_tests::{Context, Process, Result, chart, eventually_ok};
 use serde_json::Value;
 
-use crate::stage::{APPS, NODES, PATIENCE, SYSTEM, Stage, ensure, name, overlay};
+use crate::stage::{APPS, DAEMON, NODES, PATIENCE, SYSTEM, Stage, daemons_are_ready, ensure, name};
 use crate::traces::attached_to_node;
 use crate::traffic::{MARKER, who};
 
@@ -13,42 +13,50 @@ const IN_PODS: [(&str, &str, &str); 3] = [
     ("a route", "ip route show table 15006", "local"),
     ("a sysctl", "cat /proc/sys/net/ipv4/tcp_fwmark_accept", "1"),
 ];
+/// Kinds of objects of which nothing may be left, besides those in the namespace.
+const CLUSTER_WIDE: &str = "clusterroles,clusterrolebindings";
 
-pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
-    let pods = [
+/// Pods on both nodes that are in the mesh.
+fn pods(stage: &Stage) -> Result<[Value; 3]> {
+    Ok([
         stage.get(&format!("pod -n {APPS} client-1"))?,
         stage.get(&format!("pod -n {APPS} client-2"))?,
         stage.pod(APPS, "app=web-2")?,
-    ];
-    let found = |pod: &Value, command: &str, sign: &str| -> Result<bool> {
-        Ok(stage.in_netns(pod, command)?.contains(sign))
-    };
-    for pod in &pods {
+    ])
+}
+
+/// Waits until pods have all that the daemon creates in them, or nothing of it.
+fn pods_have_traces(stage: &Stage, expected: bool) -> Result<()> {
+    for pod in pods(stage)? {
         for (what, command, sign) in IN_PODS {
-            ensure(found(pod, command, sign)?, || {
-                format!("{what} is missing in {} before the removal", name(pod))
+            eventually_ok(PATIENCE, "enrolment or release", || {
+                let found = stage.in_netns(&pod, command)?.contains(sign);
+                ensure(found == expected, || {
+                    format!("{what} in {}: {found}", name(&pod))
+                })
             })?;
         }
     }
+    Ok(())
+}
 
-    // Logs disappear with their pods, so read them until then.
-    let logs = NODES
-        .into_iter()
-        .map(|node| {
-            let daemon = stage.daemon_on(node)?;
-            let command = ["logs", "-n", SYSTEM, "--follow", "--tail=0", name(&daemon)];
-            stage.cluster.start_kubectl(command)
-        })
-        .collect::<Result<Vec<Process>>>()?;
-    stage.kubectl(&format!("delete -k {} --wait=false", overlay()))?;
-    for (node, log) in NODES.into_iter().zip(&logs) {
+/// The logs of all daemons from now on. They disappear with their pods.
+fn logs(stage: &Stage) -> Result<Vec<Process>> {
+    let follow = |node: &str| {
+        let daemon = stage.daemon_on(node)?;
+        let command = ["logs", "-n", SYSTEM, "--follow", "--tail=0", name(&daemon)];
+        stage.cluster.start_kubectl(command)
+    };
+    NODES.into_iter().map(follow).collect()
+}
+
+/// Waits until no daemon has anything in the kernels of the nodes.
+fn nodes_have_no_traces(stage: &Stage, logs: &[Process]) -> Result<()> {
+    for (node, log) in NODES.into_iter().zip(logs) {
         let node = stage.cluster.node(node);
         eventually_ok(PATIENCE, "a node without the daemon's traces", || {
-            let pins = node.run(
-                "find",
-                ["/sys/fs/bpf", "-mindepth", "1", "-name", "auth-daemon*"],
-            )?;
-            let pins = pins.ok()?.stdout;
+            let find = ["/sys/fs/bpf", "-mindepth", "1", "-name", "auth-daemon*"];
+            let pins = node.run("find", find)?.ok()?.stdout;
             ensure(pins.is_empty(), || pins.clone())?;
             let attached = attached_to_node(node.node());
             ensure(attached.values().all(|count| *count == 0), || {
@@ -57,18 +65,10 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
         })
         .with_context(|| log.stdout())?;
     }
-    stage.kubectl(&format!(
-        "wait --for=delete namespace/{SYSTEM} --timeout={}s",
-        PATIENCE.as_secs()
-    ))?;
-    for pod in &pods {
-        for (what, command, sign) in IN_PODS {
-            ensure(!found(pod, command, sign)?, || {
-                format!("{what} is left in {}", name(pod))
-            })?;
-        }
-    }
+    pods_have_traces(stage, false)
+}
 
+fn pods_talk_plaintext(stage: &Stage) -> Result<()> {
     let capture = stage.cluster.wire().capture()?;
     for (client, web) in [
         ("client-1", "web-2"),
@@ -82,4 +82,51 @@ pub(crate) fn nothing_is_left(stage: &Stage) -> Result<()> {
     ensure(recording.contains(MARKER.as_bytes()), || {
         "the traffic is not plaintext".to_owned()
     })
+}
+
+/// Objects of the chart that the API server still has, as `kubectl get --output name` prints them.
+fn objects_left(stage: &Stage) -> Result<String> {
+    let everything =
+        "daemonsets,deployments,jobs,pods,services,configmaps,serviceaccounts,roles,rolebindings";
+    let ours = "-l app.kubernetes.io/part-of=auth-daemon -o name";
+    let in_namespace = stage.kubectl(&format!("get {everything} -n {SYSTEM} {ours}"))?;
+    Ok(in_namespace + &stage.kubectl(&format!("get {CLUSTER_WIDE} {ours}"))?)
+}
+
+/// Daemons need their API rights until they have stopped. When helm returns, all have.
+pub(crate) fn helm_uninstall(stage: &Stage) -> Result<()> {
+    pods_have_traces(stage, true)?;
+    let logs = logs(stage)?;
+    stage.helm("uninstall", &[])?;
+    let daemons = stage.get(&format!("pods -n {SYSTEM} -l {DAEMON}"))?;
+    ensure(daemons["items"] == serde_json::json!([]), || {
+        daemons.to_string()
+    })?;
+    nodes_have_no_traces(stage, &logs)?;
+    eventually_ok(PATIENCE, "the end of the CA's pods", || {
+        let left = objects_left(stage)?;
+        ensure(left.is_empty(), || left.clone())
+    })?;
+    // The CA's keys are kept, so that its certificates are still trusted if it is installed again.
+    stage.get(&format!("secret -n {SYSTEM} auth-daemon-ca"))?;
+    pods_talk_plaintext(stage)
+}
+
+/// What clusters without Helm apply. Its daemons find no CA by name here, because the cluster has no DNS: pods are
+/// enrolled, but have no certificates.
+pub(crate) fn rendered_file(stage: &Stage) -> Result<()> {
+    let file = chart::rendered_file().display().to_string();
+    stage.kubectl(&format!("apply -f {file}"))?;
+    stage.rolled_out(SYSTEM, "deployment/auth-ca")?;
+    daemons_are_ready(stage)?;
+    pods_have_traces(stage, true)?;
+    let logs = logs(stage)?;
+    // The first object of the file is the namespace. Daemons see that it is being deleted.
+    stage.kubectl(&format!("delete -f {file}"))?;
+    nodes_have_no_traces(stage, &logs)?;
+    let left = stage.kubectl(&format!(
+        "get {CLUSTER_WIDE} -l app.kubernetes.io/part-of=auth-daemon -o name"
+    ))?;
+    ensure(left.is_empty(), || left.clone())?;
+    pods_talk_plaintext(stage)
 }

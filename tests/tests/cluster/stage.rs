@@ -1,18 +1,20 @@
-//! The cluster with deploy/ applied, and the operations that steps share: kubectl, and curl inside pods.
+//! The cluster with the chart installed, and the operations that steps share: kubectl, helm, and curl inside pods.
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use mesh_tests::{
     AUTH_DAEMON_IMAGE, Cluster, ClusterNode, Context, Finished, ProxyMode, Result, TOOLS,
-    auth_daemon, auth_daemon_image, eventually_ok,
+    auth_daemon, auth_daemon_image, chart, eventually_ok,
 };
 use serde_json::{Value, json};
 
-/// The namespace of everything in deploy/.
-pub(crate) const SYSTEM: &str = "auth-system";
+/// The namespace of everything in the chart.
+pub(crate) const SYSTEM: &str = chart::SYSTEM_NAMESPACE;
+/// The name under which the chart is installed.
+pub(crate) const RELEASE: &str = "auth-daemon";
 /// The namespace of the apps.
 pub(crate) const APPS: &str = "shop";
 /// The environment variable that chooses kube-proxy's mode: `nftables`, the default, or `iptables`.
@@ -27,7 +29,7 @@ pub(crate) struct Stage {
 }
 
 impl Stage {
-    /// Starts the cluster, loads the daemon's image and applies deploy/.
+    /// Starts the cluster, loads the daemon's image and installs the chart.
     pub(crate) fn set() -> Result<Self> {
         let proxy = env::var(PROXY_MODE).map_or(Ok(ProxyMode::default()), |name| name.parse())?;
         let start = Instant::now();
@@ -43,11 +45,26 @@ impl Stage {
         auth_daemon_image(&auth_daemon()?, AUTH_DAEMON_IMAGE, &archive)?;
         cluster.load(&archive)?;
         let stage = Self { cluster, folder };
-        stage.kubectl(&format!("apply -k {}", overlay()))?;
-        let namespace =
-            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": APPS}});
-        stage.apply(&[namespace])?;
+        let namespace = |name: &str| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        stage.apply(&[namespace(SYSTEM), namespace(APPS), ca_service()])?;
+        let values = stage.folder.join("values.json");
+        fs::write(&values, installed_values().to_string())?;
+        // A later step installs the CRDs of policies, as Istio may do at any time.
+        let options = ["--skip-crds", "--values", &values.display().to_string()];
+        stage.helm("install", &options)?;
         Ok(stage)
+    }
+
+    /// Runs a command of helm on the release, with the chart if the command takes one, and returns its output.
+    pub(crate) fn helm(&self, command: &str, options: &[&str]) -> Result<String> {
+        let chart = chart::folder().display().to_string();
+        let mut arguments = vec![command, RELEASE];
+        if ["install", "upgrade"].contains(&command) {
+            arguments.push(&chart);
+        }
+        arguments.extend(["--namespace", SYSTEM]);
+        arguments.extend(options);
+        self.cluster.helm(arguments, PATIENCE)
     }
 
     /// Runs kubectl with arguments separated by spaces, and returns its output.
@@ -180,10 +197,29 @@ impl Stage {
     }
 }
 
-/// The overlay for this cluster.
-pub(crate) fn overlay() -> String {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kustomize");
-    folder.display().to_string()
+/// The cluster has no DNS, so the daemons use the CA at this address of the service range.
+const CA_ADDRESS: &str = "10.96.150.12";
+
+/// A Service at [`CA_ADDRESS`], as the chart's is at an address that the API server chooses.
+fn ca_service() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "ca-without-dns", "namespace": SYSTEM},
+        "spec": {
+            "clusterIP": CA_ADDRESS, "ports": [{"port": 15012}],
+            "selector": {
+                "app.kubernetes.io/name": "auth-ca", "auth-daemon.io/ca-leader": "true",
+            },
+        },
+    })
+}
+
+/// The chart's values for this cluster.
+fn installed_values() -> Value {
+    let ca = json!({
+        "address": format!("{CA_ADDRESS}:15012"), "serverName": format!("auth-ca.{SYSTEM}.svc"),
+    });
+    json!({"mode": "STRICT", "daemon": {"config": {"ca": ca}}})
 }
 
 pub(crate) const CA: &str = "app.kubernetes.io/name=auth-ca";

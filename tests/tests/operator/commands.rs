@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use mesh_tests::{
-    Context, DaemonOptions, Finished, Node, PodSpec, Process, TIMEOUT, auth_daemon, eventually,
-    eventually_ok, http_get,
+    Context, DaemonOptions, Finished, Node, PodSpec, Process, TIMEOUT, auth_daemon, chart,
+    eventually, eventually_ok, http_get,
 };
 use serde_json::Value;
 
@@ -297,7 +297,7 @@ fn check_reports_missing_requirements() {
         finding["detail"].as_str().unwrap().to_owned()
     };
     let capabilities = missing("capabilities");
-    for name in ["CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_BPF", "run as root"] {
+    for name in ["CAP_NET_ADMIN", "CAP_SYS_ADMIN", "run as root"] {
         assert!(capabilities.contains(name), "{capabilities}");
     }
     assert!(!missing("eBPF programs").is_empty());
@@ -323,6 +323,8 @@ fn daemon_without_capabilities_exits_with_the_reason() {
         println!("SKIPPED a_daemon_without_its_capabilities...: no setpriv (util-linux)");
         return;
     }
+    let granted = capabilities_of_the_chart();
+    assert!(granted.len() > 3, "{granted:?}");
     // A valid configuration, as the test library writes it.
     node.start_daemon().unwrap().kill().unwrap();
     node.unload().unwrap().ok().unwrap();
@@ -331,13 +333,21 @@ fn daemon_without_capabilities_exits_with_the_reason() {
     assert_eq!(failed.code(), Some(1), "{}{}", failed.stdout, failed.stderr);
     let last = failed.stderr.lines().last().unwrap();
     assert!(last.starts_with("auth-daemon: "), "{}", failed.stderr);
-    for capability in [
-        "CAP_NET_ADMIN",
-        "CAP_SYS_ADMIN",
-        "CAP_SYS_PTRACE",
-        "CAP_BPF",
-    ] {
+    for capability in &granted {
         assert!(last.contains(capability), "{}", failed.stderr);
+    }
+    // With all but one of those that the chart grants, it names that one.
+    for missing in &granted {
+        let others = granted.iter().filter(|one| *one != missing);
+        let set: String = others
+            .map(|one| format!(",+{}", one.trim_start_matches("CAP_").to_lowercase()))
+            .collect();
+        let failed = without(node, &format!("-all{set}"), &["run", "--config", &config]);
+        assert_eq!(failed.code(), Some(1), "{}{}", failed.stdout, failed.stderr);
+        for capability in &granted {
+            let named = failed.stderr.contains(&format!("{capability} ("));
+            assert_eq!(named, capability == missing, "{}", failed.stderr);
+        }
     }
     let _a = node.start_daemon().unwrap();
     let web = mesh.pod("web");
@@ -348,6 +358,18 @@ fn daemon_without_capabilities_exits_with_the_reason() {
         .unwrap();
     let _b = mesh.node("b").start_daemon().unwrap();
     echoes(&mesh.pod("client"), web.at(8080));
+}
+
+/// The capabilities that the chart grants to the daemon: the list `add` in the file that is rendered from it.
+fn capabilities_of_the_chart() -> Vec<String> {
+    let rendered = std::fs::read_to_string(chart::rendered_file()).unwrap();
+    let added = rendered.lines().map(str::trim);
+    let added = added.skip_while(|line| *line != "add:").skip(1);
+    added
+        .filter(|line| !line.starts_with('#'))
+        .map_while(|line| line.strip_prefix("- "))
+        .map(|name| format!("CAP_{name}"))
+        .collect()
 }
 
 /// Runs the daemon's program without some capabilities, `-net_admin` or `-all`.

@@ -9,9 +9,10 @@ use super::{Kind, POLICIES, Settings};
 use crate::discovery::manifest::{self, Object};
 use auth_mesh::{Edit, ObjectName, Snapshot, Workload, policy::api};
 
-/// Value of the label `app.kubernetes.io/name` of the node daemons' pods.
-const DAEMON_NAME: &str = "auth-daemon";
-const NAME_LABEL: &str = "app.kubernetes.io/name";
+/// Name of the daemons' DaemonSet, and value of [`NAME_LABEL`] of its pods.
+pub const DAEMON_NAME: &str = "auth-daemon";
+/// The label that names what a pod runs.
+pub const NAME_LABEL: &str = "app.kubernetes.io/name";
 
 /// A watch event for any kind of object.
 pub(super) enum Event {

@@ -1,0 +1,44 @@
+{{- define "image" -}}
+{{- $tag := .Values.image.tag | default .Chart.AppVersion -}}
+{{ .Values.image.repository }}{{ ternary "@" ":" (hasPrefix "sha256:" $tag) }}{{ $tag }}
+{{- end }}
+
+{{/* Labels of every object. The names are fixed, because a cluster has one installation. */}}
+{{- define "labels" -}}
+app.kubernetes.io/part-of: auth-daemon
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "daemonConfig" -}}
+{{- $ca := dict
+  "address" (.Values.ca.enabled | ternary (printf "auth-ca.%s.svc:15012" .Release.Namespace) .Values.ca.address)
+  "rootFile" "/var/run/auth-ca/root-cert.pem"
+  "tokenFile" "/var/run/secrets/auth-ca/token" -}}
+{{- $config := dict
+  "trustDomain" .Values.trustDomain
+  "mode" .Values.mode
+  "discovery" (dict "kubernetes" dict)
+  "ca" $ca
+  "drain" (printf "%ds" (int .Values.daemon.drainSeconds))
+  "log" (dict "format" "json" "level" "info") -}}
+{{- with .Values.podNetworks }}{{ $_ := set $config "podNetworks" . }}{{ end -}}
+{{- with .Values.serviceNetworks }}{{ $_ := set $config "serviceNetworks" . }}{{ end -}}
+{{- mergeOverwrite $config (deepCopy .Values.daemon.config) | toYaml -}}
+{{- end }}
+
+{{- define "caConfig" -}}
+{{- $kubernetes := dict "namespace" .Release.Namespace "rootConfigMap" .Values.ca.rootConfigMap -}}
+{{- $attestation := dict "audience" .Values.ca.audience "nodeServiceAccount" (printf "%s/auth-daemon" .Release.Namespace) -}}
+{{- $host := printf "auth-ca.%s.svc" .Release.Namespace -}}
+{{- $config := dict
+  "trustDomain" .Values.trustDomain
+  "listen" "0.0.0.0:15012"
+  "serverNames" (list $host (printf "%s.cluster.local" $host))
+  "readiness" "0.0.0.0:15021"
+  "operatorSocket" "/run/auth-daemon-ca/operator.sock"
+  "kubernetes" $kubernetes
+  "attestation" (dict "kubernetes" $attestation)
+  "log" (dict "format" "json" "level" "info") -}}
+{{- mergeOverwrite $config (deepCopy .Values.ca.config) | toYaml -}}
+{{- end }}
