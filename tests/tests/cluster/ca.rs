@@ -1,7 +1,7 @@
 //! Steps about the CA alone.
 
 use mesh_tests::{Context, Result, eventually_ok};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::stage::{CA, PATIENCE, SYSTEM, Stage, address, ensure, name};
 
@@ -68,6 +68,41 @@ pub(crate) fn roots_are_everywhere(stage: &Stage) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// What something else writes into the ConfigMap with the roots does not stay.
+pub(crate) fn roots_are_restored(stage: &Stage) -> Result<()> {
+    let change = json!({"data": {"root-cert.pem": "none"}}).to_string();
+    let patch = [
+        "patch",
+        "configmap",
+        "-n",
+        crate::stage::APPS,
+        "auth-ca-root",
+        "-p",
+        &change,
+    ];
+    stage.cluster.kubectl(patch)?.ok()?;
+    roots_are_everywhere(stage)
+}
+
+/// A revocation is in the CA's Secret.
+pub(crate) fn revocation_is_stored(stage: &Stage) -> Result<()> {
+    let revision = || {
+        let secret = stage.get(&format!("secret -n {SYSTEM} auth-daemon-ca"))?;
+        Ok::<_, mesh_tests::Error>(secret["metadata"]["resourceVersion"].clone())
+    };
+    let leader = leader(stage)?;
+    let before = revision()?;
+    for command in ["revoke", "unrevoke"] {
+        stage.kubectl(&format!(
+            "exec -n {SYSTEM} {} -- auth-daemon ca {command} --node gone",
+            name(&leader)
+        ))?;
+    }
+    ensure(revision()? != before, || {
+        "the Secret has not changed".to_owned()
+    })
 }
 
 pub(crate) fn the_leader_is_replaced(stage: &Stage) -> Result<()> {

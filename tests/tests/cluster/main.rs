@@ -6,9 +6,11 @@ mod churn;
 mod load;
 mod outages;
 mod removal;
+mod rights;
 mod services;
 mod stage;
 mod traffic;
+mod workloads;
 
 #[path = "../common/lifecycle_traces.rs"]
 mod traces;
@@ -59,6 +61,10 @@ const STEPS: &[(&str, Step)] = &[
         services::exposed_ports,
     ),
     (
+        "services with hand-made endpoints, with a load balancer's address and ExternalNames are tunnelled",
+        services::other_services,
+    ),
+    (
         "pods of a StatefulSet are reached at their own addresses",
         services::stateful_set,
     ),
@@ -66,6 +72,23 @@ const STEPS: &[(&str, Step)] = &[
         "an init container's first connection is tunnelled",
         services::first_connects,
     ),
+    (
+        "requests of native sidecars, ephemeral containers and Jobs are tunnelled",
+        workloads::containers_of_every_kind,
+    ),
+    (
+        "kubectl port-forward reaches a STRICT pod",
+        workloads::port_forward,
+    ),
+    (
+        "policies take effect once their CRDs exist",
+        changes::policies_take_effect,
+    ),
+    (
+        "something else's change of the roots is reverted",
+        ca::roots_are_restored,
+    ),
+    ("the CA stores a revocation", ca::revocation_is_stored),
     (
         "a label removes a running pod from the mesh and adds it again",
         changes::label_changes_membership,
@@ -81,6 +104,10 @@ const STEPS: &[(&str, Step)] = &[
     (
         "scaling a Deployment from 1 to 20 to 0 loses no request",
         load::scaling_loses_no_request,
+    ),
+    (
+        "draining a node moves its pods, and the CA, under load",
+        workloads::node_is_drained,
     ),
     (
         "creating and deleting many pods leaves nothing in the daemons",
@@ -109,6 +136,10 @@ const STEPS: &[(&str, Step)] = &[
     (
         "the apps have not restarted or failed a probe",
         traffic::probes_have_passed,
+    ),
+    (
+        "every API right that the chart grants was needed, and no request was forbidden",
+        rights::all_are_used,
     ),
     (
         "helm uninstall leaves nothing on the nodes, and pods communicate in plaintext",

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use crate::stage::{APPS, PATIENCE, Stage, account, address, container, ensure, idle_pod};
 use crate::traffic::{
-    MARKER, PORT, has_refused_plaintext, identity, log_has, log_has_tunnel, server_pod, who,
+    MARKER, PORT, has_refused_plaintext, identity, log_has, log_has_tunnel, server_pod,
+    service_address, who,
 };
 
 /// A NodePort service of `web-2`, on node2, with this `externalTrafficPolicy`.
@@ -176,6 +177,97 @@ pub(crate) fn exposed_ports(stage: &Stage) -> Result<()> {
 }
 
 const HOST_PORT: u16 = 9090;
+
+/// Services that lead to `web-2` without a selector of their own, or at an address of a load balancer.
+pub(crate) fn other_services(stage: &Stage) -> Result<()> {
+    let service = |name: &str, spec: Value| {
+        json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": name, "namespace": APPS}, "spec": spec,
+        })
+    };
+    let ports = json!([{"name": "http", "port": 80, "targetPort": PORT}]);
+    let web = stage.pod(APPS, "app=web-2")?;
+    let slice = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": "by-hand-1", "namespace": APPS,
+            "labels": {"kubernetes.io/service-name": "by-hand"},
+        },
+        "addressType": "IPv4", "ports": [{"name": "http", "port": PORT}],
+        "endpoints": [{"addresses": [address(&web)]}],
+    });
+    let balanced = json!({
+        "type": "LoadBalancer", "ports": ports, "selector": {"app": "web-2"},
+    });
+    let external = json!({
+        "type": "ExternalName", "externalName": format!("web-2.{APPS}.svc.cluster.local"),
+    });
+    stage.apply(&[
+        service("by-hand", json!({"ports": ports})),
+        slice,
+        service("balanced", balanced),
+        service("external", external),
+    ])?;
+    let status = json!({"status": {"loadBalancer": {"ingress": [{"ip": BALANCER}]}}}).to_string();
+    let patch = [
+        "patch",
+        "service",
+        "-n",
+        APPS,
+        "balanced",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        &status,
+    ];
+    stage.cluster.kubectl(patch)?.ok()?;
+    let by_hand = format!("{}:80", service_address(stage, "by-hand")?);
+    // Where the cluster's DNS leads a client of the ExternalName.
+    let external = format!("{}:80", service_address(stage, "web-2")?);
+    let capture = stage.cluster.wire().capture()?;
+    for (to, name, service) in [
+        (by_hand, "by-hand", "by-hand"),
+        (format!("{BALANCER}:80"), "balanced", "balanced"),
+        (external, "external", "web-2"),
+    ] {
+        eventually_ok(PATIENCE, "an answer", || {
+            let connect = format!("{name}:80:{to}");
+            let url = format!("http://{name}/cgi-bin/who");
+            let curl = [
+                "curl",
+                "-sSf",
+                "--max-time",
+                "15",
+                "--connect-to",
+                &connect,
+                &url,
+            ];
+            let answer = stage.exec("client-1", &curl)?.ok()?.stdout;
+            ensure(answer.contains("asked web-2"), || answer.clone())
+        })
+        .with_context(|| name.to_owned())?;
+        log_has(stage, "node1", |line| {
+            line["destination"] == to
+                && line["service"] == format!("{APPS}/{service}")
+                && line["path"] == "tunnel"
+                && line["server_identity"] == identity("web-2")
+                && line["result"] == "ok"
+        })?;
+    }
+    let recording = capture.stop()?;
+    ensure(!recording.contains(MARKER.as_bytes()), || {
+        format!("{MARKER} is readable on the wire")
+    })?;
+    stage
+        .kubectl(&format!(
+            "delete -n {APPS} service/by-hand service/balanced service/external endpointslice/by-hand-1"
+        ))
+        .map(drop)
+}
+
+/// An address that nothing has.
+const BALANCER: &str = "198.51.100.7";
 
 /// A StatefulSet's pods are reached by their own addresses, also after one of them is created again.
 pub(crate) fn stateful_set(stage: &Stage) -> Result<()> {
