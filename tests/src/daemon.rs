@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
-use std::io;
+use std::io::{self, PipeReader};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
@@ -36,6 +36,8 @@ pub struct Daemon {
     log: PathBuf,
     /// Where this daemon's lines begin in the node's log, which restarts append to.
     start: u64,
+    /// The end of the pipe that nobody reads, after [`DaemonOptions::log_stalls`].
+    _unread: Option<PipeReader>,
 }
 
 impl Daemon {
@@ -96,6 +98,12 @@ impl Daemon {
         command
             .stdout(file.try_clone().context("sharing the log")?)
             .stderr(file);
+        let mut unread = None;
+        if options.log_stalls {
+            let (reader, writer) = io::pipe().context("making a pipe for the log")?;
+            command.stderr(writer);
+            unread = Some(reader);
+        }
         let process =
             Process::spawn_as_is(command).with_context(|| format!("on {}", node.name()))?;
         Ok(Self {
@@ -103,6 +111,7 @@ impl Daemon {
             process,
             log,
             start,
+            _unread: unread,
         })
     }
 

@@ -21,6 +21,7 @@ pub struct DaemonOptions {
     pub(crate) stands_by: bool,
     pub(crate) refuses_programs: bool,
     pub(crate) descriptors: Option<u64>,
+    pub(crate) log_stalls: bool,
 }
 
 impl DaemonOptions {
@@ -100,6 +101,12 @@ impl DaemonOptions {
     /// Sets the daemon's limit of open files (RLIMIT_NOFILE), soft and hard.
     pub fn descriptors(mut self, limit: u64) -> Self {
         self.descriptors = Some(limit);
+        self
+    }
+
+    /// Sends the daemon's log to a pipe that nobody reads.
+    pub fn log_stalls(mut self) -> Self {
+        self.log_stalls = true;
         self
     }
 
