@@ -226,9 +226,14 @@ impl Edit {
         }
     }
 
-    /// Adds `pod` to the index by address and, if it is in the mesh, to the one by node.
+    /// Adds `pod` to the indices by address and by node.
     fn index(&mut self, pod: &Arc<Workload>) {
         self.touch(pod);
+        // A pod without a node is not scheduled yet.
+        if !pod.node.is_empty() {
+            let pods = self.next.nodes.entry(pod.node.clone()).or_default();
+            pods.insert(pod.name.clone(), pod.clone());
+        }
         let is_member = self.next.is_member(pod);
         self.expose_pod(pod, is_member);
         if !is_member {
@@ -236,11 +241,6 @@ impl Edit {
                 self.claim(*address, Claim::OutsidePod(pod.clone()));
             }
             return;
-        }
-        // A pod without a node is not scheduled yet.
-        if !pod.node.is_empty() {
-            let pods = self.next.nodes.entry(pod.node.clone()).or_default();
-            pods.insert(pod.name.clone(), pod.clone());
         }
         for address in &pod.addresses {
             self.claim(*address, Claim::Pod(pod.clone()));

@@ -33,7 +33,7 @@ pub struct Inventory {
 pub struct Snapshot {
     pub(super) defaults: Arc<MeshDefault>,
     pub(super) namespaces: OrdMap<String, Namespace>,
-    /// Mesh pods that are assigned to a node.
+    /// Pods that are assigned to a node, in the mesh or not.
     pub(super) nodes: HashMap<String, OrdMap<ObjectName, Arc<Workload>>>,
     pub(super) addresses: OrdMap<IpAddr, Claims>,
     pub(super) disputed: OrdSet<IpAddr>,
@@ -165,6 +165,11 @@ impl Snapshot {
     /// Returns the mesh pods on `node`, by namespace and name, including those without an address and those that have
     /// finished.
     pub fn on_node(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
+        self.all_on(node).filter(|pod| self.is_member(pod))
+    }
+
+    /// Returns the pods on `node`, by namespace and name, in the mesh or not.
+    pub fn all_on(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
         self.nodes.get(node).into_iter().flat_map(OrdMap::values)
     }
 
@@ -174,10 +179,10 @@ impl Snapshot {
         pod.is_some_and(|pod| !self.is_member(pod))
     }
 
-    /// Returns the pods that run on `node` and whose objects say that they are not in the mesh. Visits all pods.
+    /// Returns the pods on `node` whose objects say that they are not in the mesh, without those in the node's own netns.
     pub fn excluded_on(&self, node: &str) -> impl Iterator<Item = &Arc<Workload>> {
-        let pods = self.namespaces.values().flat_map(|ns| ns.pods.values());
-        pods.filter(move |pod| pod.node == node && !pod.host_network && !self.is_member(pod))
+        let pods = self.all_on(node);
+        pods.filter(|pod| !pod.host_network && !self.is_member(pod))
     }
 
     /// Returns the mesh pod that owns `address`.
