@@ -30,4 +30,6 @@ pub struct FirstSocket {
     pub netns_cookie: u64,
     /// Time of the event, in nanoseconds of `CLOCK_MONOTONIC`.
     pub at_nanoseconds: u64,
+    /// Non-zero if a process in a pod's cgroup created it. The netns is then closed: see [`crate::Node::gated`].
+    pub of_pod: u64,
 }

@@ -46,6 +46,8 @@ pub const FORWARD_MARK: u32 = 0x6d54_4c46;
 
 /// Maximum number of enrolled pods on a node.
 pub const MAX_PODS: u32 = 4096;
+/// Maximum number of netns in the OUTSIDE map. Pods beyond stay closed.
+pub const MAX_OUTSIDE: u32 = 16_384;
 /// Maximum number of entries in the MESH map: addresses and networks of pods, services and nodes.
 pub const MAX_MESH_ADDRESSES: u32 = 1_000_000;
 /// Maximum number of nodes that are remembered to have had a ready daemon.
@@ -118,10 +120,10 @@ impl MeshKind {
         Self::is_mesh(kind) && kind != Self::ServiceNetwork as u32
     }
 
-    /// Whether the address may be a pod's.
+    /// Whether the address may be a pod's, in the mesh or not.
     #[inline(always)]
     pub const fn may_be_a_pod(kind: u32) -> bool {
-        Self::may_call(kind) && kind != Self::Service as u32
+        kind == Self::Outside as u32 || (Self::may_call(kind) && kind != Self::Service as u32)
     }
 }
 
@@ -211,8 +213,9 @@ pub struct Node {
     pub pod_roots: [PodRoot; MAX_POD_ROOTS],
     /// Non-zero if pods may not send anything but TCP to the mesh.
     pub non_tcp_denied: u32,
-    /// Always zero.
-    pub padding: u32,
+    /// Non-zero if the netns of a pod is closed until there is a verdict on it. Zero until the first daemon has written the
+    /// OUTSIDE map.
+    pub gated: u32,
 }
 
 /// A cgroup that contains pods.
@@ -275,7 +278,7 @@ mod tests {
             (MeshKind::Service as u32, true, false, true, false),
             (MeshKind::PodNetwork as u32, true, false, true, true),
             (MeshKind::Node as u32, false, true, false, false),
-            (MeshKind::Outside as u32, false, false, false, false),
+            (MeshKind::Outside as u32, false, false, false, true),
             (MeshKind::ServiceNetwork as u32, true, false, false, false),
             (MeshKind::Gone as u32, true, false, true, true),
             (MeshKind::Exposed as u32, false, true, false, false),

@@ -12,7 +12,7 @@ use crate::{
         IPPROTO_TCP, LOOPBACK_V4, LOOPBACK_V6, PROCEED, REFUSE, SocketContext, is_mapped,
         set_user_ip4, set_user_ip6, set_user_port, user_ip4, user_ip6, user_port,
     },
-    exposed,
+    exposed, gate,
     maps::{BYPASS, DIALLED, FLOWS, PODS, dialled, flow_or_closed, mesh_kind},
     node_connect, non_tcp, same_node, shares,
 };
@@ -71,6 +71,9 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
     let cookie = ctx.netns_cookie();
     // SAFETY: entries are replaced whole and freed after a grace period.
     let Some(pod) = (unsafe { PODS.get(cookie) }) else {
+        if gate::refuses_connect(cookie, destination, user_port(ctx)) {
+            return Route::Refuse;
+        }
         node_connect::record(ctx, cookie, destination);
         return Route::Ignore;
     };

@@ -5,12 +5,14 @@
 //! - The daemon's connection to a pod's app, and the node's own to a pod: the 4-tuple goes to DELIVERIES, so that the
 //!   inbound program admits the SYN.
 //! - A connection between two pods of this node that stays in the kernel: see [`crate::same_node`].
+//!
+//! Also notes on listeners that their netns has no verdict: see [`crate::gate`].
 
 use auth_common::{Address, OUTBOUND_PORT, SocketKey};
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_PARSE_HDR_OPT_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB,
     },
     macros::sock_ops,
     programs::SockOpsContext,
@@ -21,6 +23,7 @@ use crate::{
         SocketContext, TCP_CLOSE, enable_callbacks, four_tuple, local_address, remote_address,
         remote_port,
     },
+    gate,
     maps::{DELIVERIES, PENDING, accepted_by_daemon, dialled, flow, is_admitted},
     same_node, shares,
 };
@@ -33,6 +36,7 @@ pub fn established(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => gate::listening(&ctx),
         BPF_SOCK_OPS_STATE_CB => state_changed(&ctx),
         BPF_SOCK_OPS_PARSE_HDR_OPT_CB => {
             // SAFETY: this program holds no other reference to the socket's entry.

@@ -1,8 +1,9 @@
 //! cgroup/sock_create: reports sockets in network namespaces that are not enrolled, so that the daemon finds a new pod as
-//! soon as the pod uses the network. In those that are enrolled, refuses what [`crate::non_tcp`] says.
+//! soon as the pod uses the network, and notes on the TCP sockets of pods there that the netns has no verdict yet: see
+//! [`crate::gate`]. In those that are enrolled, refuses what [`crate::non_tcp`] says.
 //!
-//! This program runs for every IPv4 and IPv6 socket on the node. A socket of the node's own netns or of an enrolled pod
-//! costs one map lookup; any other origin is reported at most once a second.
+//! This program runs for every IPv4 and IPv6 socket on the node. A socket of an enrolled pod costs one map lookup, one of the
+//! node's own netns or of a pod outside the mesh two; any other origin is reported at most once a second.
 
 use auth_common::{FirstSocket, REPORT_INTERVAL_NANOSECONDS, SocketOrigin};
 use aya_ebpf::{
@@ -12,8 +13,10 @@ use aya_ebpf::{
 };
 
 use crate::{
-    context::{PROCEED, REFUSE, SocketContext, now},
-    maps::{FIRST_SOCKETS, PODS, REPORTED},
+    context::{IPPROTO_TCP, PROCEED, REFUSE, SocketContext, now},
+    gate,
+    maps::{FIRST_SOCKETS, NODE, OUTSIDE, PODS, REPORTED},
+    node_connect::is_in_a_pod,
     non_tcp,
 };
 
@@ -22,12 +25,16 @@ pub fn first_socket(ctx: SockContext) -> i32 {
     let cookie = ctx.netns_cookie();
     // SAFETY: the entry is not read, only whether there is one.
     let is_enrolled = unsafe { PODS.get(cookie) }.is_some();
-    if !is_enrolled {
+    let refused = if is_enrolled {
+        non_tcp::refuses_sockets(protocol(&ctx))
+    // SAFETY: as above.
+    } else if unsafe { OUTSIDE.get(cookie) }.is_none() {
         report(cookie);
-    } else if non_tcp::refuses_sockets(protocol(&ctx)) {
-        return REFUSE;
-    }
-    PROCEED
+        protocol(&ctx) == IPPROTO_TCP && !gate::created(&ctx, cookie)
+    } else {
+        false
+    };
+    if refused { REFUSE } else { PROCEED }
 }
 
 /// The socket's protocol.
@@ -59,6 +66,7 @@ fn report(cookie: u64) {
     let event = FirstSocket {
         netns_cookie: cookie,
         at_nanoseconds: now,
+        of_pod: NODE.get(0).is_some_and(is_in_a_pod).into(),
     };
     // If the ring is full, the daemon has events to read already, and the origin's next socket retries.
     if FIRST_SOCKETS.output(event, 0).is_ok() {

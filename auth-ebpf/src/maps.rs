@@ -7,7 +7,7 @@ use core::ffi::c_void;
 
 use auth_common::{
     Closed, DELIVERY, Dialled, EVENT_BYTES, Exposed, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket,
-    Flow, MAX_EXPOSED, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS,
+    Flow, MAX_EXPOSED, MAX_OUTSIDE, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS,
     NODE_CONNECT, Node, Pod, Share, SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
@@ -30,6 +30,14 @@ pub static PODS: HashMap<u64, Pod, { MAX_PODS as usize }, ON_DEMAND> = HashMap::
 /// What the node and each enrolled pod use of their shares, by netns cookie: see [`crate::shares`].
 #[btf_map]
 pub static SHARES: HashMap<u64, Share, { 2 * MAX_PODS as usize }, ON_DEMAND> = HashMap::new();
+
+/// Netns of pods outside the mesh, by cookie. The value is always 1.
+#[btf_map]
+pub static OUTSIDE: HashMap<u64, u32, { MAX_OUTSIDE as usize }, ON_DEMAND> = HashMap::new();
+
+/// On sockets that pods create or listen on in a netns without a verdict: the netns' cookie. It stays when there is one.
+#[btf_map]
+pub static UNDECIDED: SkStorage<u64> = SkStorage::new();
 
 /// Ports at which pods and services of the mesh are exposed. The value is always 1.
 #[btf_map]
@@ -177,7 +185,7 @@ pub fn accepted_by_daemon(ctx: &impl SocketContext) -> *mut Dialled {
 
 /// The entry of the context's socket in `map`; null if there is none.
 #[inline(always)]
-fn storage<T>(map: &'static SkStorage<T>, ctx: &impl SocketContext, flags: u64) -> *mut T {
+pub fn storage<T>(map: &'static SkStorage<T>, ctx: &impl SocketContext, flags: u64) -> *mut T {
     storage_in(core::ptr::from_ref(map).cast(), ctx, flags).cast()
 }
 

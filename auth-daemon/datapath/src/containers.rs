@@ -43,7 +43,7 @@ impl PodUid {
     /// Returns the pod of a cgroup with this name: `pod<uid>` (cgroupfs), or a slice whose last part is that, with `_`
     /// in the UID because `-` separates slices (systemd). A runtime that receives the name of a slice but does not
     /// support slices creates `<slice>:<prefix>:<container>`.
-    fn of_cgroup(name: &str) -> Option<Self> {
+    pub(super) fn of_cgroup(name: &str) -> Option<Self> {
         let slice = name.split_once(':').map_or(name, |(slice, _)| slice);
         let (name, dash) = match slice.strip_suffix(".slice") {
             Some(slices) => (slices.rsplit('-').next()?, b'_'),

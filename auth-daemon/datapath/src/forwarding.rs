@@ -219,7 +219,7 @@ impl Attached {
 #[derive(Debug)]
 pub(super) struct ForwardProgram {
     /// The programs of the object that contains it.
-    programs: Mutex<Ebpf>,
+    pub(super) programs: Mutex<Ebpf>,
     /// Folder of the links' pins.
     pins: PathBuf,
     /// Notified when a netns is not as wanted, or is so again.

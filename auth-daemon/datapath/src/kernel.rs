@@ -15,8 +15,8 @@ use std::{
 };
 
 use auth_common::{
-    Address, DELIVERY, Dialled, Inbound, LAYOUT, MeshKind, NODE_CONNECT, Node, Pod, SocketKey,
-    mapped,
+    Address, DELIVERY, Dialled, Inbound, LAYOUT, MAX_POD_ROOTS, MeshKind, NODE_CONNECT, Node, Pod,
+    PodRoot, SocketKey, mapped,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -25,15 +25,18 @@ use aya::{
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
-        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, SchedClassifier, SockOps,
+        CgroupAttachMode, CgroupSkb, CgroupSock, CgroupSockAddr, ProgramError, SchedClassifier,
+        SockOps,
         links::{FdLink, LinkError, PinnedLink},
     },
 };
 use ipnet::IpNet;
 
 use super::{
-    ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, Shares, exposed, flows,
+    Census, ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, Shares, census,
+    exposed, flows,
     forwarding::{self, ForwardProgram},
+    gate::{self, Gate},
     inbound::{self, InboundProgram},
     node_cgroups::pod_roots,
     proven_nodes, shares,
@@ -42,7 +45,7 @@ use super::{
 /// The compiled eBPF programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF"));
 
-const MAPS: [&str; 19] = [
+const MAPS: [&str; 21] = [
     "PODS",
     "MESH",
     "PENDING",
@@ -59,6 +62,8 @@ const MAPS: [&str; 19] = [
     "LOST",
     "REPORTED",
     "FIRST_SOCKETS",
+    "UNDECIDED",
+    gate::MAP,
     proven_nodes::MAP,
     exposed::MAP,
     shares::MAP,
@@ -143,7 +148,7 @@ pub struct Kernel {
     /// The cgroup that the programs are attached to.
     cgroup: PathBuf,
     non_tcp_denied: bool,
-    /// The program for interfaces of pods.
+    /// The program for interfaces of pods, and the others of its object.
     pub(super) forward: Arc<ForwardProgram>,
     /// Loads inbound programs, with the pinned maps.
     loader: Mutex<EbpfLoader<'static>>,
@@ -157,6 +162,8 @@ pub struct Kernel {
     /// More handles of the maps BYPASS and OWN.
     socket_maps: SocketMaps,
     node: Mutex<Array<MapData, Node>>,
+    /// The pods' netns that are closed, and those that are known as outside the mesh.
+    pub gate: Gate,
     /// Pods that a daemon with another layout of the maps has enrolled.
     earlier: Vec<(u64, Pod)>,
     first_sockets: Mutex<Option<RingBuf<MapData>>>,
@@ -267,7 +274,9 @@ impl Kernel {
             load_program(&mut ebpf, name)?;
         }
         inbound::load(&mut loader)?;
-        set_node(&mut node, cgroup, non_tcp_denied)?;
+        let gate = Gate::new(&mut ebpf)?;
+        let roots = pod_roots(cgroup);
+        set_node(&mut node, &roots, non_tcp_denied)?;
         let node_cookie = node.get(&0, 0).map_err(map_error("NODE"))?.netns_cookie;
         let enrolled = pods.keys().collect::<Result<Vec<u64>, _>>();
         for cookie in enrolled
@@ -281,6 +290,7 @@ impl Kernel {
             let link = attach_to_cgroup(&mut ebpf, name, &cgroup_file)?;
             replace_pin(&pins.join("links"), name, link)?;
         }
+        gate.attach(&mut ebpf, &pins.join("links"), &roots)?;
         Ok(Self {
             cgroup: cgroup.to_owned(),
             non_tcp_denied,
@@ -294,6 +304,7 @@ impl Kernel {
             dialled,
             socket_maps,
             node: Mutex::new(node),
+            gate,
             earlier: other_layouts(lock.folder())
                 .iter()
                 .flat_map(|layout| pinned_pods(layout))
@@ -402,7 +413,26 @@ impl Kernel {
 
     /// Finds the cgroups of the node's pods again: the kubelet may have created them since. Returns whether there are any.
     pub fn find_pod_roots(&self) -> Result<bool, KernelError> {
-        set_node(&mut lock(&self.node), &self.cgroup, self.non_tcp_denied)
+        let roots = pod_roots(&self.cgroup);
+        set_node(&mut lock(&self.node), &roots, self.non_tcp_denied)?;
+        let links = self.pins.join("links");
+        self.gate
+            .attach(&mut lock(&self.forward.programs), &links, &roots)?;
+        Ok(!roots.is_empty())
+    }
+
+    /// Closes every netns of a pod on which there is no verdict, from now on and for as long as the maps are pinned. To be
+    /// called when the verdicts on the pods that run are written.
+    pub fn close_undecided(&self) -> Result<(), KernelError> {
+        let mut map = lock(&self.node);
+        let node = map.get(&0, 0).map_err(map_error("NODE"))?;
+        map.set(0, Node { gated: 1, ..node }, 0)
+            .map_err(map_error("NODE"))
+    }
+
+    /// The netns in which pods have processes. Reads /proc, so call it on a thread that may block.
+    pub fn census(&self) -> io::Result<Census> {
+        census::take(&pod_roots(&self.cgroup))
     }
 
     /// Detaches and removes what daemons with another layout of the maps have pinned. Until then the kernel runs their
@@ -500,7 +530,8 @@ impl Kernel {
     /// is only one reader.
     pub fn first_sockets(&self) -> io::Result<FirstSockets> {
         let ring = lock(&self.first_sockets).take();
-        FirstSockets::new(ring.ok_or_else(|| io::Error::other("they are being read already"))?)
+        let ring = ring.ok_or_else(|| io::Error::other("they are being read already"))?;
+        FirstSockets::new(ring, self.gate.knocks.clone())
     }
 
     /// Number of mesh addresses and networks, pending connections and pods in the maps. Addresses outside the mesh, and
@@ -538,7 +569,7 @@ fn loader() -> EbpfLoader<'static> {
 }
 
 fn programs() -> impl Iterator<Item = &'static str> {
-    cgroup_programs().chain([forwarding::PROGRAM])
+    cgroup_programs().chain([gate::PROGRAM, forwarding::PROGRAM])
 }
 
 fn cgroup_programs() -> impl Iterator<Item = &'static str> {
@@ -550,6 +581,7 @@ fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
     let loaded = match name {
         SOCK_OPS_PROGRAM => program::<SockOps>(ebpf, name)?.load(),
         SOCK_PROGRAM => program::<CgroupSock>(ebpf, name)?.load(),
+        gate::PROGRAM => program::<CgroupSkb>(ebpf, name)?.load(),
         forwarding::PROGRAM => program::<SchedClassifier>(ebpf, name)?.load(),
         _ => program::<CgroupSockAddr>(ebpf, name)?.load(),
     };
@@ -562,7 +594,10 @@ fn needs(program: &str) -> &'static str {
         forwarding::PROGRAM => "cls_bpf (CONFIG_NET_CLS_BPF)",
         inbound::PROGRAM => "ingress_ifindex in sk_lookup, which came with Linux 5.17",
         SOCK_OPS_PROGRAM => "bpf_get_netns_cookie in sockops, which came with Linux 5.15",
-        SOCK_PROGRAM => "ring buffers and cgroup/sock_create, which came with Linux 5.8",
+        SOCK_PROGRAM => {
+            "ring buffers and socket storage in cgroup/sock_create, which came with Linux 5.8"
+        }
+        gate::PROGRAM => "socket storage in cgroup_skb, which came with Linux 5.2",
         _ => "cgroup/getpeername, getsockname and socket storage there, which came with Linux 5.8",
     }
 }
@@ -598,27 +633,32 @@ pub(super) fn remove_layout(layout: &Path) -> io::Result<()> {
     fs::remove_dir(layout)
 }
 
-/// Writes the node's settings, and what tells its processes from its pods. Returns whether there are cgroups of pods.
+/// Writes the node's settings, and what tells its processes from its pods.
 fn set_node(
     node: &mut Array<MapData, Node>,
-    cgroup: &Path,
+    roots: &[(PodRoot, PathBuf)],
     non_tcp_denied: bool,
-) -> Result<bool, KernelError> {
+) -> Result<(), KernelError> {
     let own = Path::new("/proc/self/ns/net");
     let netns = Netns::open(own).map_err(|error| KernelError::Pin {
         path: own.to_owned(),
         error,
     })?;
+    let before = node.get(&0, 0).map_err(map_error("NODE"))?;
+    let mut pod_roots = [PodRoot::default(); MAX_POD_ROOTS];
+    for (entry, (root, _)) in pod_roots.iter_mut().zip(roots) {
+        *entry = *root;
+    }
     let wanted = Node {
         netns_cookie: netns.cookie(),
-        pod_roots: pod_roots(cgroup),
+        pod_roots,
         non_tcp_denied: non_tcp_denied.into(),
-        padding: 0,
+        gated: before.gated,
     };
-    if node.get(&0, 0).map_err(map_error("NODE"))? != wanted {
+    if before != wanted {
         node.set(0, wanted, 0).map_err(map_error("NODE"))?;
     }
-    Ok(wanted.pod_roots[0].cgroup != 0)
+    Ok(())
 }
 
 /// Entries of the PODS map of a layout. Empty if none is pinned.
@@ -704,7 +744,7 @@ pub(super) fn program_error(program: &str) -> impl Fn(ProgramError) -> KernelErr
     }
 }
 
-fn link_error(program: &str) -> impl Fn(LinkError) -> KernelError {
+pub(super) fn link_error(program: &str) -> impl Fn(LinkError) -> KernelError {
     move |error| KernelError::Link {
         program: program.to_owned(),
         error,

@@ -1,6 +1,7 @@
 //! The daemon's interface to the kernel: programs, maps and pins; the network namespaces of pods, and the sockets and
 //! routes inside them.
 
+mod census;
 mod containers;
 mod events;
 mod exposed;
@@ -8,6 +9,7 @@ pub mod features;
 mod first_socket;
 mod flows;
 mod forwarding;
+mod gate;
 pub mod host;
 mod inbound;
 mod interfaces;
@@ -27,10 +29,12 @@ mod shares;
 pub mod sockets;
 pub mod unload;
 
+pub use census::{Census, PodNetns};
 pub use containers::{NoPodUid, PodUid};
 pub use exposed::ExposedPorts;
 pub use first_socket::FirstSockets;
 pub use flows::Accepted;
+pub use gate::Gate;
 pub use interfaces::NodeAddresses;
 pub use kernel::{Kernel, KernelError, try_load};
 pub use netns::Netns;

@@ -1,6 +1,10 @@
 //! The cgroups that contain all pods of the node. The kernel tells the node's own processes from its pods by them.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 use auth_common::{MAX_POD_ROOTS, PodRoot};
 
@@ -8,21 +12,18 @@ use auth_common::{MAX_POD_ROOTS, PodRoot};
 /// them in the root, or in its `--cgroup-root`.
 const MAX_DEPTH: usize = 4;
 
-/// Finds the cgroups (version 2) that contain pods: those that the kubelet names `kubepods` (cgroupfs driver) or
-/// `kubepods.slice` (systemd driver, with the names of parent slices before it). Unused entries are all zeros, and come
-/// last. `cgroup` is a folder of the cgroup file system, whose root is the root of all cgroups.
-pub(super) fn pod_roots(cgroup: &Path) -> [PodRoot; MAX_POD_ROOTS] {
+/// Finds the cgroups (version 2) that contain pods, and their folders: those that the kubelet names `kubepods` (cgroupfs
+/// driver) or `kubepods.slice` (systemd driver, with the names of parent slices before it). At most [`MAX_POD_ROOTS`].
+/// `cgroup` is a folder of the cgroup file system, whose root is the root of all cgroups.
+pub(super) fn pod_roots(cgroup: &Path) -> Vec<(PodRoot, PathBuf)> {
     let mut found = Vec::new();
     search(cgroup, level(cgroup), MAX_DEPTH, &mut found);
-    found.sort_by_key(|root| (root.level, root.cgroup));
-    let mut roots = [PodRoot::default(); MAX_POD_ROOTS];
-    for (root, found) in roots.iter_mut().zip(found) {
-        *root = found;
-    }
-    roots
+    found.sort_by_key(|(root, _)| (root.level, root.cgroup));
+    found.truncate(MAX_POD_ROOTS);
+    found
 }
 
-fn search(folder: &Path, level: u32, depth: usize, found: &mut Vec<PodRoot>) {
+fn search(folder: &Path, level: u32, depth: usize, found: &mut Vec<(PodRoot, PathBuf)>) {
     let Ok(entries) = fs::read_dir(folder) else {
         // Removed in the meantime.
         return;
@@ -40,11 +41,12 @@ fn search(folder: &Path, level: u32, depth: usize, found: &mut Vec<PodRoot>) {
         }
         // A cgroup's id is the number of its inode (kernfs, on 64-bit systems).
         if let Ok(metadata) = entry.metadata() {
-            found.push(PodRoot {
+            let root = PodRoot {
                 cgroup: metadata.ino(),
                 level: level + 1,
                 padding: 0,
-            });
+            };
+            found.push((root, entry.path()));
         }
     }
 }
@@ -81,14 +83,15 @@ mod tests {
             ("kubelet/kubepods", 2),
             ("kubelet.slice/kubelet-kubepods.slice", 2),
         ];
-        let mut expected = expected.map(|(path, level)| PodRoot {
-            cgroup: inode(path),
-            level,
-            padding: 0,
+        let mut expected = expected.map(|(path, level)| {
+            let cgroup = PodRoot {
+                cgroup: inode(path),
+                level,
+                padding: 0,
+            };
+            (cgroup, root.path().join(path))
         });
-        expected.sort_by_key(|root| root.cgroup);
-        let found = pod_roots(root.path());
-        assert_eq!(found[..2], expected);
-        assert_eq!(found[2..], [PodRoot::default(); 2]);
+        expected.sort_by_key(|(root, _)| root.cgroup);
+        assert_eq!(pod_roots(root.path()), expected);
     }
 }

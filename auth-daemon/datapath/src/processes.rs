@@ -90,14 +90,14 @@ pub fn find(
 
 /// A pod's process in a netns other than the node's.
 #[derive(Clone, Debug)]
-struct Process {
-    pid: u32,
+pub(super) struct Process {
+    pub(super) pid: u32,
     /// Start time, in clock ticks since boot (proc_pid_stat(5)).
     start: u64,
     /// Name of its container's cgroup.
     container: String,
     /// Inode number of its netns.
-    netns: u64,
+    pub(super) netns: u64,
 }
 
 impl Process {
@@ -112,7 +112,7 @@ impl Process {
 /// netns or runs containers of its own, it does so in younger processes. Therefore only the oldest process of each
 /// container votes. If two netns have the same number of votes, the one with the oldest process wins, because that is
 /// the sandbox's own. A process that survived its sandbox is outvoted by the containers of the new sandbox.
-fn spokesman(processes: &[Process]) -> Option<&Process> {
+pub(super) fn spokesman(processes: &[Process]) -> Option<&Process> {
     let mut firsts: BTreeMap<&str, &Process> = BTreeMap::new();
     for process in processes {
         let first = firsts.entry(&process.container).or_insert(process);
@@ -139,7 +139,7 @@ fn spokesman(processes: &[Process]) -> Option<&Process> {
 }
 
 /// CPU time that the current thread has used.
-fn processor_time() -> Duration {
+pub(super) fn processor_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
@@ -280,11 +280,11 @@ fn settle(
 
 /// A process's folder in /proc. It refers to that process only: after the process has exited, nothing can be opened in
 /// it, even if its PID is reused.
-struct Folder(OwnedFd);
+pub(super) struct Folder(OwnedFd);
 
 impl Folder {
     /// Returns `None` if the process has exited.
-    fn open(path: &Path) -> Option<Self> {
+    pub(super) fn open(path: &Path) -> Option<Self> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         nix::fcntl::open(path, flags, Mode::empty()).ok().map(Self)
     }
@@ -301,7 +301,7 @@ impl Folder {
     }
 
     /// Opens the netns of the process. `None` if the process has exited or does not belong to `pod`.
-    fn look(
+    pub(super) fn look(
         &self,
         pid: u32,
         pod: PodUid,

@@ -3,6 +3,7 @@
 
 mod addresses;
 mod ended;
+mod outside;
 mod pod_roots;
 mod policies;
 mod proven_nodes;
@@ -40,6 +41,7 @@ use auth_datapath::{
 };
 use auth_mesh::{ObjectName, Snapshot, Workload};
 use ended::{Ended, EndedPods, Pods, shown};
+use outside::OutsidePods;
 use pod_roots::PodRoots;
 use policies::Unchecked;
 use shares::ExceededShares;
@@ -70,6 +72,8 @@ pub struct Enrolment {
     is_tick: bool,
     /// Pods that are enrolled for their processes only.
     ended: EndedPods,
+    /// Pods that are not in the mesh, whose netns the kernel must not close.
+    outside: OutsidePods,
     /// The pod that owns each address, by the cookie of its netns. If two pods claim an address, the first one owns it.
     owners: HashMap<IpAddr, u64>,
     /// The mesh addresses last written to the kernel.
@@ -134,6 +138,7 @@ impl Enrolment {
             unchecked: HashMap::new(),
             is_tick: false,
             ended: EndedPods::default(),
+            outside: OutsidePods::default(),
             owners: HashMap::new(),
             told: Told::default(),
             node_addresses: NodeAddresses::default(),
@@ -171,6 +176,7 @@ impl Enrolment {
                 let (running, finished) = pods_of(&snapshot, &self.node.config.node_name);
                 self.look_for(&running, &finished);
                 self.netns_discovery.look().await;
+                self.outside.look(&self.node).await;
             }
             self.reconcile(&snapshot);
             if first {
@@ -192,6 +198,7 @@ impl Enrolment {
                 _ = policies.changed() => {}
                 _ = stop.changed() => {}
                 () = self.netns_discovery.changed() => {}
+                () = self.outside.changed(&self.node) => {}
                 () = self.node.kernel.forwarding_changed() => {}
                 _ = ticks.tick() => {
                     self.is_tick = true;
@@ -239,6 +246,7 @@ impl Enrolment {
     fn reconcile(&mut self, snapshot: &Snapshot) {
         let (running, finished) = pods_of(snapshot, &self.node.config.node_name);
         self.look_for(&running, &finished);
+        let outside = self.open_outside(snapshot);
         let (mut staying, mut leaving): (HashMap<_, _>, HashMap<_, _>) =
             std::mem::take(&mut self.serving)
                 .into_iter()
@@ -281,6 +289,7 @@ impl Enrolment {
             let kept = self.serving.keys().copied().chain(failing).collect();
             self.settle_unserved(snapshot, &kept);
         }
+        self.close_undecided(&outside);
         self.hold_ended();
         self.settle_addresses();
         if let Some(before) = before {

@@ -33,8 +33,9 @@ impl PodRoots {
         };
         if !std::mem::replace(&mut self.is_reported, true) {
             tracing::warn!(
-                "cannot tell pods in the node's own network (hostNetwork) from the node's processes: {problem}; STRICT \
-                 pods of this node accept plaintext from both. Let the kubelet use cgroup v2"
+                "cannot tell pods from the node's processes by their cgroups: {problem}; STRICT pods of this node accept \
+                 plaintext from pods in the node's own network (hostNetwork), and new pods are open until they are \
+                 enrolled. Let the kubelet use cgroup v2"
             );
         }
     }
