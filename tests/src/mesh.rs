@@ -229,8 +229,13 @@ impl Mesh {
         let netns = Netns::create(&[self.id.netns_name(&file)])?.remove(0);
         plumbing::prepare(&netns, false)?;
         plumbing::pod(&netns, node.netns(), node.number(), &link, &addresses)?;
-        // Named as by the kubelet.
-        let cgroup = node.cgroup().join(format!("pod{uid}"));
+        // Named as by the kubelet. Below its cgroup for pods, the kernel closes the pod until the daemon has found it.
+        let parent = if spec.by_uid {
+            "kubepods/besteffort"
+        } else {
+            ""
+        };
+        let cgroup = node.cgroup().join(parent).join(format!("pod{uid}"));
         let place = Place::new(&key, netns, cgroup, self.id.temporary_folder().join(file))?;
         let pod = Pod::new(pod::State {
             spec,

@@ -19,7 +19,7 @@ pub struct PodSpec {
     annotations: BTreeMap<String, String>,
     ports: Vec<(String, u16)>,
     ready: bool,
-    by_uid: bool,
+    pub(crate) by_uid: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -79,7 +79,7 @@ impl PodSpec {
     }
 
     /// Omits the annotation `auth-daemon.io/netns`: the daemon must find the pod by its UID, through the processes in
-    /// its cgroup.
+    /// its cgroup, which is where the kubelet creates those of pods.
     pub fn by_uid(mut self) -> Self {
         self.by_uid = true;
         self

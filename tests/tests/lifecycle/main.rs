@@ -14,6 +14,7 @@ mod enrolment_churn;
 mod fail_closed;
 mod fail_closed_restart;
 mod flap;
+mod gate;
 mod plaintext;
 mod pods;
 mod takeover;
