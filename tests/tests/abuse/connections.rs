@@ -39,8 +39,9 @@ fn a_pod_that_hoards_connections_is_refused_beyond_its_share() -> Result<()> {
         |stage, hoard| {
             let held = settled(hoard)?;
             // Of 3000 connections, the attacker gets at most half in its own node, and a third at the server.
-            ensure!(held > 0 && held <= SHARE, "{held} connections held");
+            ensure!(held > 0 && held <= SHARE_OF_PEER, "{held} connections held");
             refused(&stage.near, &stage.attacker, "outbound-connections")?;
+            refused(&stage.far, &stage.target, "peer-connections")?;
             // The reserve still serves the control plane.
             let known = stage.near.status_json()?["pods"].clone();
             let late = stage.mesh.add_pod(PodSpec::new("late").on("a"))?;
@@ -118,6 +119,7 @@ fn refused(daemon: &Daemon, pod: &Pod, reason: &str) -> Result<()> {
 
 /// Connections that an attacker tries to hold, more than the node has room for.
 const HOARD: u64 = 7000;
-/// The most that one pod can hold: half of three quarters of the descriptors, of which a connection takes two.
-const SHARE: u64 = DESCRIPTORS * 3 / 4 / 2 / 2;
+/// The most that one client can hold at a server: a third of the node's capacity, which is three quarters of the
+/// descriptors, of which a connection takes two.
+const SHARE_OF_PEER: u64 = DESCRIPTORS * 3 / 4 / 2 / 3;
 const LONG: Duration = Duration::from_secs(120);
