@@ -1,10 +1,6 @@
 //! The inbound program of an enrolled netns: which listener a SYN reaches.
 
-use std::{
-    net::TcpListener,
-    os::fd::{AsFd, AsRawFd, RawFd},
-    sync::Mutex,
-};
+use std::{net::TcpListener, os::fd::AsFd, sync::Mutex};
 
 use auth_common::Inbound;
 use aya::{
@@ -12,6 +8,7 @@ use aya::{
     maps::{Array, MapData, SockMap},
     programs::{SkLookup, links::FdLink},
 };
+use socket2::SockRef;
 
 use super::{
     KernelError, Netns,
@@ -32,8 +29,9 @@ pub(super) struct InboundProgram {
 struct State {
     mode: Array<MapData, u32>,
     tunnel: SockMap<MapData>,
-    /// Content of the maps. `None`: all connections are refused, except those that the kernel has recorded.
-    admits: Option<(Inbound, RawFd)>,
+    /// Content of the maps: the mode, and the cookie of the listener's socket, which is never used again, unlike the number
+    /// of a descriptor. `None`: all connections are refused, except those that the kernel has recorded.
+    admits: Option<(Inbound, u64)>,
 }
 
 impl InboundProgram {
@@ -70,8 +68,10 @@ impl InboundProgram {
     /// Sends connections to `listener`, the pod's tunnel listener, according to `mode`.
     pub(super) fn admit(&self, mode: Inbound, listener: &TcpListener) -> Result<(), KernelError> {
         let mut state = lock(&self.state);
-        let admits = Some((mode, listener.as_raw_fd()));
-        if state.admits == admits {
+        let cookie = SockRef::from(listener).cookie();
+        // Without a cookie, the maps are written each time.
+        let admits = cookie.ok().map(|cookie| (mode, cookie));
+        if admits.is_some() && state.admits == admits {
             return Ok(());
         }
         state.admits = None;

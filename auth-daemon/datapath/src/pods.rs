@@ -267,6 +267,17 @@ impl Enrolled {
         first_like(self.addresses(), address.is_ipv4())
     }
 
+    /// Opens one of the pod's `listeners` again if it has died, given by its index in [`Listeners::all`]. Returns whether it
+    /// had. Until this succeeds and [`Enrolled::admit`] is called, the kernel refuses what the listener would accept.
+    pub fn reopen(
+        &self,
+        kernel: &Kernel,
+        listeners: &mut Listeners,
+        index: usize,
+    ) -> io::Result<bool> {
+        listeners.reopen(index, kernel, &self.netns)
+    }
+
     /// Whether a connection to `address` that the pod's tunnel listener has accepted is for the pod. Otherwise the pod would
     /// have forwarded it to a netns nested in it: see [`Enrolled::admit`].
     pub fn is_local(&self, address: IpAddr) -> bool {

@@ -41,36 +41,56 @@ impl Listeners {
     pub fn open(kernel: &Kernel, netns: &Netns) -> io::Result<Self> {
         let listener = |address| listener(kernel, address);
         netns.enter(|| {
-            let mut outbound = vec![listener((Ipv4Addr::LOCALHOST, OUTBOUND_PORT).into())?];
-            let v6 = match listener((Ipv6Addr::LOCALHOST, OUTBOUND_PORT).into()) {
+            let mut outbound = vec![listener(OUTBOUND_V4)?];
+            let any = match listener(OUTBOUND_V6) {
                 Ok(listener) => {
                     outbound.push(listener);
-                    true
+                    TUNNEL_V6
                 }
-                Err(error) if lacks_ipv6(&error) => false,
+                Err(error) if lacks_ipv6(&error) => TUNNEL_V4,
                 Err(error) => return Err(error),
             };
-            let any: IpAddr = if v6 {
-                Ipv6Addr::UNSPECIFIED.into()
-            } else {
-                Ipv4Addr::UNSPECIFIED.into()
-            };
-            let tunnel = listener((any, TUNNEL_PORT).into())?;
+            let tunnel = listener(any)?;
             Ok(Self { outbound, tunnel })
         })?
     }
 
-    /// Duplicates the file descriptors of the listeners.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self {
-            outbound: self
-                .outbound
-                .iter()
-                .map(TcpListener::try_clone)
-                .collect::<Result<_, _>>()?,
-            tunnel: self.tunnel.try_clone()?,
-        })
+    /// Opens the listener at `index` again, in the order of [`Listeners::all`], if it has died. Returns whether it had.
+    pub(super) fn reopen(
+        &mut self,
+        index: usize,
+        kernel: &Kernel,
+        netns: &Netns,
+    ) -> io::Result<bool> {
+        let has_v6 = self.outbound.len() > 1;
+        let (slot, address) = match (self.outbound.get_mut(index), index, has_v6) {
+            (Some(slot), 0, _) => (slot, OUTBOUND_V4),
+            (Some(slot), _, _) => (slot, OUTBOUND_V6),
+            (None, _, true) => (&mut self.tunnel, TUNNEL_V6),
+            (None, _, false) => (&mut self.tunnel, TUNNEL_V4),
+        };
+        if is_listening(&*slot) {
+            return Ok(false);
+        }
+        *slot = netns.enter(|| listener(kernel, address))??;
+        Ok(true)
     }
+
+    /// The listeners for captured connections, then the one for tunnels.
+    pub fn all(&self) -> impl Iterator<Item = &TcpListener> {
+        self.outbound.iter().chain([&self.tunnel])
+    }
+}
+
+const OUTBOUND_V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), OUTBOUND_PORT);
+const OUTBOUND_V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), OUTBOUND_PORT);
+const TUNNEL_V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), TUNNEL_PORT);
+const TUNNEL_V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), TUNNEL_PORT);
+
+/// Whether a listener still listens. A process with CAP_NET_ADMIN in its netns can end that (SOCK_DESTROY).
+pub fn is_listening<'a>(listener: impl Into<SockRef<'a>>) -> bool {
+    // If it cannot be asked, it is as good as dead.
+    listener.into().is_listener().unwrap_or(false)
 }
 
 fn lacks_ipv6(error: &io::Error) -> bool {

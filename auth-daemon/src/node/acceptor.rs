@@ -1,15 +1,16 @@
 //! Accepts connections from the pods' listeners and distributes them to the workers.
 
 use std::{
+    convert::Infallible,
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::watch,
+    sync::{oneshot, watch},
     task::AbortHandle,
 };
 
@@ -31,6 +32,24 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Number of connections that a listener accepts before the worker's other tasks run.
 const ACCEPTS_PER_TURN: u32 = 16;
 
+/// Minimum interval between two log lines about connections of one listener that could not be accepted.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A task that serves the connections of one of a pod's listeners. It accepts no more when this is dropped, and goes on
+/// serving those that it has accepted.
+pub(super) struct Accepting {
+    /// Aborting the task drops all its connections.
+    pub(super) task: AbortHandle,
+    stop: oneshot::Sender<Infallible>,
+}
+
+impl Accepting {
+    /// Whether the task still accepts connections. It does not if the listener has died.
+    pub(super) fn is_accepting(&self) -> bool {
+        !self.stop.is_closed()
+    }
+}
+
 /// One of a pod's listeners.
 #[derive(Clone, Copy)]
 pub(super) enum Side {
@@ -40,14 +59,14 @@ pub(super) enum Side {
     Inbound,
 }
 
-/// Serves the connections of one of `pod`'s listeners. If the task is aborted, all its connections are dropped.
+/// Serves the connections of one of `pod`'s listeners.
 pub(super) fn accept(
     node: &Arc<Node>,
     pod: &Arc<Pod>,
     workers: &Arc<Workers>,
     listener: std::net::TcpListener,
     side: Side,
-) -> AbortHandle {
+) -> Accepting {
     let acceptor = Acceptor {
         node: node.clone(),
         pod: pod.clone(),
@@ -57,13 +76,17 @@ pub(super) fn accept(
     };
     let draining = node.draining.subscribe();
     let open = node.listening.subscribe();
+    let (stop, stopped) = oneshot::channel();
     let watch = async move {
         match TcpListener::from_std(listener) {
-            Ok(listener) => acceptor.run(listener, draining, open).await,
-            Err(error) => tracing::error!(%error, "cannot watch a listener"),
+            Ok(listener) => acceptor.run(listener, draining, open, stopped).await,
+            Err(error) => tracing::error!(
+                pod = %acceptor.pod.workload.name, %error, "cannot watch a listener; retrying"
+            ),
         }
     };
-    workers.next().runtime.spawn(watch).abort_handle()
+    let task = workers.next().runtime.spawn(watch).abort_handle();
+    Accepting { task, stop }
 }
 
 /// Accepts the connections of one of a pod's listeners. Dropping it drops all its connections.
@@ -76,14 +99,16 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts until told to drain, then only waits for the open connections.
+    /// Accepts until told to drain or to stop, or until the listener dies. Then only waits for the open connections.
     async fn run(
         self,
         listener: TcpListener,
         mut draining: watch::Receiver<bool>,
         open: watch::Receiver<()>,
+        mut stopped: oneshot::Receiver<Infallible>,
     ) {
         let mut accepted_in_turn = 0;
+        let (mut failures, mut logged) = (0_u64, None::<Instant>);
         while !*draining.borrow() {
             if accepted_in_turn == ACCEPTS_PER_TURN {
                 accepted_in_turn = 0;
@@ -92,18 +117,28 @@ impl Acceptor {
             tokio::select! {
                 accepted = listener.accept() => {
                     accepted_in_turn += 1;
-                    if let Err(error) = accepted.and_then(|(tcp, from)| self.take(tcp, from)) {
-                        tracing::warn!(
-                            pod = %self.pod.workload.name, %error, "cannot accept a connection"
+                    let pod = &self.pod.workload.name;
+                    let Err(error) = accepted.and_then(|(tcp, from)| self.take(tcp, from)) else {
+                        continue;
+                    };
+                    if !auth_datapath::sockets::is_listening(&listener) {
+                        tracing::error!(
+                            %pod, %error, "a listener was closed in the pod's netns; it is opened again"
                         );
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        break;
                     }
+                    failures += 1;
+                    if logged.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
+                        logged = Some(Instant::now());
+                        tracing::warn!(%pod, failures, %error, "cannot accept a connection");
+                    }
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
                 },
+                _ = &mut stopped => break,
                 _ = draining.changed() => {}
             }
         }
-        drop(listener);
-        drop(open);
+        drop((listener, open, stopped));
         while !self.connections.is_empty() {
             tokio::time::sleep(DRAIN_POLL).await;
         }

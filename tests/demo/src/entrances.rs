@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 
 use anyhow::{Result, ensure};
-use mesh_tests::{Firewall, Nginx, Place, TIMEOUT};
+use mesh_tests::{Firewall, Nginx, Place};
 
 use super::evidence::Evidence;
 use super::stage::{LOGGED, NEIGHBOUR, NODE_B, PORT, Stage};

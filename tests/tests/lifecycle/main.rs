@@ -15,6 +15,7 @@ mod fail_closed;
 mod fail_closed_restart;
 mod flap;
 mod gate;
+mod listeners;
 mod plaintext;
 mod pods;
 mod takeover;

@@ -12,7 +12,8 @@ mod tampering;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::IpAddr,
+    io,
+    net::{IpAddr, TcpListener},
     sync::{Arc, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -26,7 +27,7 @@ use tokio::{
 
 use super::{
     Workers,
-    acceptor::{DRAIN_POLL, Side, accept},
+    acceptor::{Accepting, DRAIN_POLL, Side, accept},
     revocation,
 };
 use crate::proxy::{
@@ -88,11 +89,16 @@ pub struct Enrolment {
 
 struct Serving {
     pod: Arc<Pod>,
-    tasks: Vec<AbortHandle>,
+    /// The tasks that accept connections, one for each of the listeners.
+    accepting: Vec<Accepting>,
+    /// The tasks of listeners that have died. They serve the connections that they accepted.
+    former: Vec<AbortHandle>,
     /// Duplicates of the pod's listeners, for handing over to the next pod of the netns and for learning addresses.
     listeners: Listeners,
     /// Set if the pod is served only because its netns has processes.
     ended: Option<Ended>,
+    /// Why a listener that has died cannot be opened again.
+    closed: Option<String>,
     /// Why the pod is refused in both directions, although it is served.
     refused: Option<String>,
 }
@@ -109,11 +115,44 @@ impl Serving {
         self.pod.enrolled.netns.cookie()
     }
 
+    fn tasks(&self) -> impl Iterator<Item = &AbortHandle> {
+        let accepting = self.accepting.iter().map(|accepting| &accepting.task);
+        accepting.chain(&self.former)
+    }
+
+    /// Opens listeners again that have died, and replaces their tasks.
+    fn revive(&mut self, node: &Arc<Node>, workers: &Arc<Workers>) {
+        self.former.retain(|task| !task.is_finished());
+        let revived = (0..self.accepting.len()).try_for_each(|index| {
+            let enrolled = &self.pod.enrolled;
+            let has_died = enrolled.reopen(&node.kernel, &mut self.listeners, index)?;
+            let accepting = &mut self.accepting[index];
+            if has_died || !accepting.is_accepting() {
+                let side = side(index, &self.listeners);
+                let listener = self.listeners.all().nth(index).map(TcpListener::try_clone);
+                let listener = listener.ok_or(io::ErrorKind::NotFound)??;
+                let new = accept(node, &self.pod, workers, listener, side);
+                self.former.push(std::mem::replace(accepting, new).task);
+                tracing::info!(pod = %self.pod.workload.name, "a listener is open again");
+            }
+            Ok(())
+        });
+        self.closed = revived.err().map(|error: io::Error| error.to_string());
+    }
+
     /// Sets what the kernel admits to the pod.
     fn admit(&mut self, kernel: &Kernel, mode: Inbound) {
         let (pod, enrolled) = (&self.pod.workload.name, &self.pod.enrolled);
-        let admitted = enrolled.admit(kernel, mode, &self.listeners.tunnel);
-        let refused = admitted.err().map(|error| error.to_string());
+        let refused = match &self.closed {
+            Some(error) => {
+                enrolled.refuse(kernel);
+                Some(error.clone())
+            }
+            None => {
+                let admitted = enrolled.admit(kernel, mode, &self.listeners.tunnel);
+                admitted.err().map(|error| error.to_string())
+            }
+        };
         match &refused {
             Some(error) if self.refused.as_ref() != Some(error) => tracing::error!(
                 %pod, error, "a pod is refused in both directions: cannot set what it admits; retrying"
@@ -222,7 +261,7 @@ impl Enrolment {
         let tasks: Vec<_> = self
             .serving
             .into_values()
-            .flat_map(|serving| serving.tasks)
+            .flat_map(|serving| serving.tasks().cloned().collect::<Vec<_>>())
             .collect();
         let started = tokio::time::Instant::now();
         tracing::info!(connections = self.node.connections.count(), "draining");
@@ -380,7 +419,8 @@ impl Enrolment {
         };
         self.unchecked.insert(cookie, unchecked);
         // If this fails, the pod stays enrolled in the kernel and is refused until the next attempt.
-        let to_watch = listeners.try_clone().map_err(|error| EnrolError::Setup {
+        let to_watch: io::Result<Vec<_>> = listeners.all().map(TcpListener::try_clone).collect();
+        let to_watch = to_watch.map_err(|error| EnrolError::Setup {
             pod: workload.name.clone(),
             what: "cannot keep its listeners",
             error,
@@ -392,24 +432,11 @@ impl Enrolment {
         let capacity = &self.node.capacity;
         let pod = Pod::new((**workload).clone(), enrolled, certificate, capacity);
         let pod = Arc::new(pod);
-        let mut tasks = Vec::new();
-        for listener in to_watch.outbound {
-            tasks.push(accept(
-                &self.node,
-                &pod,
-                &self.workers,
-                listener,
-                Side::Outbound,
-            ));
-        }
-        let tunnel = to_watch.tunnel;
-        tasks.push(accept(
-            &self.node,
-            &pod,
-            &self.workers,
-            tunnel,
-            Side::Inbound,
-        ));
+        let accepting = to_watch.into_iter().enumerate().map(|(index, listener)| {
+            let side = side(index, &listeners);
+            accept(&self.node, &pod, &self.workers, listener, side)
+        });
+        let accepting = accepting.collect();
         let unserved = self.netns_discovery.unserved(workload, cookie);
         tracing::info!(
             pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses,
@@ -420,9 +447,11 @@ impl Enrolment {
         self.failing.remove(&workload.name);
         let serving = Serving {
             pod,
-            tasks,
+            accepting,
+            former: Vec::new(),
             listeners,
             ended: None,
+            closed: None,
             refused: None,
         };
         self.serving.insert(cookie, serving);
@@ -465,7 +494,7 @@ impl Enrolment {
 
     /// Ends a pod's connections, with a RST as their tasks are dropped.
     fn end(&self, serving: Serving) -> Listeners {
-        for task in serving.tasks {
+        for task in serving.tasks() {
             task.abort();
         }
         self.node
@@ -498,6 +527,9 @@ impl Enrolment {
         for (cookie, serving) in &mut self.serving {
             let policy = rules.of(*cookie);
             let mode = policy.map_or(Inbound::Strict, |policy| rules::inbound(policy));
+            if self.is_tick {
+                serving.revive(&self.node, &self.workers);
+            }
             serving.admit(&self.node.kernel, mode);
         }
         let pods = self.serving.values().map(|serving| serving.pod.clone());
@@ -597,6 +629,15 @@ async fn release(node: &Node, keepers: Vec<JoinHandle<()>>) {
     node.same_node.release();
     node.kernel.release();
     tracing::info!("another daemon takes over; what is under way here may end");
+}
+
+/// Which connections the listener at `index` of a pod accepts.
+fn side(index: usize, listeners: &Listeners) -> Side {
+    if index < listeners.outbound.len() {
+        Side::Outbound
+    } else {
+        Side::Inbound
+    }
 }
 
 /// Returns the pods of this node that run, and those that have finished.
