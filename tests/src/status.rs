@@ -33,6 +33,8 @@ pub struct PodStatus {
     pub addresses: Vec<IpAddr>,
     #[serde(default)]
     pub netns: Option<String>,
+    #[serde(default)]
+    pub found_by: Option<String>,
     pub enrolled: bool,
     #[serde(default)]
     pub reason: Option<String>,

@@ -14,7 +14,7 @@ use super::{
     Netns, PodUid,
     containers::pods_around,
     netns::the_nodes,
-    processes::{Folder, Process, processor_time, spokesman},
+    processes::{Folder, Process, leads_to_node, processor_time, prove},
 };
 
 /// Maximum duration of a census.
@@ -84,7 +84,8 @@ pub(super) fn take(roots: &[(PodRoot, PathBuf)]) -> io::Result<Census> {
     }
     let mut found: HashMap<u64, BTreeMap<PodUid, bool>> = HashMap::new();
     for (pod, processes) in &processes {
-        let own = spokesman(processes).map(|process| process.netns);
+        let proof = prove(processes, |netns| leads_to_node(&files, netns));
+        let own = proof.map(|(process, _)| process.netns);
         for process in processes {
             let pods = found.entry(process.netns).or_default();
             pods.insert(*pod, own == Some(process.netns));

@@ -319,6 +319,11 @@ impl Kernel {
         })
     }
 
+    /// The cgroup that the programs are attached to. It contains all pods of the node.
+    pub(super) fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
     /// Whether another daemon waits for this one to release the pins.
     pub fn is_awaited(&self) -> bool {
         lock(&self.lock).as_ref().is_some_and(PinLock::is_awaited)

@@ -1,6 +1,10 @@
-//! Discovers the network namespaces of pods that are identified only by their UIDs. Scans frequently while a pod is not
-//! found, immediately after the kernel reports a socket in an unknown netns, and periodically in any case, because a
-//! sandbox may have been recreated.
+//! Discovers the network namespaces of pods that are identified only by their UIDs, by the processes in their cgroups. Scans
+//! frequently while a pod is not found, immediately after the kernel reports a socket in an unknown netns, and periodically in
+//! any case, because a sandbox may have been recreated.
+//!
+//! Walks through all processes of the node only for what no pod's cgroup tells: which processes keep a netns enrolled whose pod
+//! has ended, every second, and pods whose cgroups are elsewhere, every ten seconds. However long that takes, it delays no
+//! other scan.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,7 +16,9 @@ use std::{
 use tokio::task::JoinHandle;
 
 use crate::{
-    EnrolError, FirstSockets, Kernel, Netns, NetnsLocation, PodUid, Residents, Scan, find,
+    EnrolError, FirstSockets, Kernel, Netns, NetnsLocation, PodUid,
+    pod_cgroups::PodCgroups,
+    processes::{Proof, Residents, Scan, find, walk},
 };
 use auth_mesh::{ObjectName, Workload};
 
@@ -25,11 +31,11 @@ const MOST: Duration = Duration::from_secs(1);
 const SLOW: Duration = Duration::from_secs(10);
 /// The same, if the kernel has reported a netns: it may be the new sandbox of a pod that is found.
 const TOLD: Duration = Duration::from_secs(1);
-/// The same, while a netns is held for the processes in it.
+/// Pause between walks while a netns is held for the processes in it.
 const HELD: Duration = Duration::from_secs(1);
 /// Idle time after a scan, as a multiple of the CPU time the scan used.
 const REST: u32 = 4;
-/// Maximum duration of one scan.
+/// Maximum duration of one scan, and of one walk.
 const LIMIT: Duration = Duration::from_secs(5);
 /// Maximum number of netns whose first socket is remembered.
 const REMEMBERED: usize = 4096;
@@ -43,11 +49,14 @@ pub struct NetnsDiscovery {
     sought: HashMap<PodUid, Sought>,
     /// Netns that stay enrolled for as long as they have processes, by cookie.
     held: HashMap<u64, Held>,
+    cgroups: Arc<PodCgroups>,
     schedule: Schedule,
     look: Option<JoinHandle<io::Result<Scan>>>,
     /// Whether the current scan covers all pods, or only those that are not found.
     is_full: bool,
-    /// The held netns that the current scan covers.
+    walks: Walks,
+    walk: Option<JoinHandle<io::Result<Scan>>>,
+    /// The held netns that the current walk covers.
     counted: HashSet<u64>,
     last: Last,
 }
@@ -57,6 +66,8 @@ struct Sought {
     pods: Vec<ObjectName>,
     since: Instant,
     found: Option<NetnsLocation>,
+    /// Why what was found is the pod's own.
+    proof: Option<Proof>,
     /// Whether the pod may have no process for ever: it has finished, or its object is gone.
     may_end: bool,
 }
@@ -65,7 +76,7 @@ struct Held {
     netns: Arc<Netns>,
     /// The pod whose processes count wherever they are.
     pod: Option<PodUid>,
-    /// `None` until a scan has counted them.
+    /// `None` until a walk has counted them.
     residents: Option<Residents>,
 }
 
@@ -88,6 +99,26 @@ impl Sought {
             _ => None,
         }
     }
+
+    /// Takes what a scan has found of the pod with this UID. Returns whether it is news.
+    fn see(&mut self, uid: PodUid, scan: &mut Scan) -> bool {
+        let (seen, proof) = (scan.pods.remove(&uid), scan.proofs.remove(&uid));
+        let now = match (self.may_end, &seen) {
+            (true, None) => None,
+            _ => after(self.found.as_ref(), seen),
+        };
+        let is_news = !is_same(self.found.as_ref(), now.as_ref());
+        self.found = now;
+        if self.netns().is_none() {
+            self.proof = None;
+        } else if proof.is_some() {
+            self.proof = proof;
+        }
+        if let (true, Some(proof)) = (is_news, &self.proof) {
+            tracing::debug!(%uid, %proof, "a pod's netns is found");
+        }
+        is_news
+    }
 }
 
 impl NetnsDiscovery {
@@ -104,9 +135,12 @@ impl NetnsDiscovery {
             first_sockets: HashMap::new(),
             sought: HashMap::new(),
             held: HashMap::new(),
+            cgroups: Arc::new(PodCgroups::new(kernel.cgroup())),
             schedule: Schedule::default(),
             look: None,
             is_full: false,
+            walks: Walks::default(),
+            walk: None,
             counted: HashSet::new(),
             last: Last::None,
         }
@@ -137,6 +171,7 @@ impl NetnsDiscovery {
                     pods: Vec::new(),
                     since: now,
                     found: None,
+                    proof: None,
                     may_end,
                 }
             });
@@ -154,7 +189,7 @@ impl NetnsDiscovery {
             let known = before.remove(&netns.cookie());
             let known = known.filter(|known| known.pod == pod);
             let held = known.unwrap_or_else(|| {
-                self.schedule.doubt();
+                self.walks.is_due = true;
                 Held {
                     netns,
                     pod,
@@ -206,6 +241,14 @@ impl NetnsDiscovery {
                 why: self.why_none(),
             }),
         }
+    }
+
+    /// Returns why the netns that was found for a pod is its own. Empty if none was found.
+    pub fn proof(&self, workload: &Workload) -> String {
+        let uid = workload.uid.parse().ok();
+        let sought = uid.and_then(|uid: PodUid| self.sought.get(&uid));
+        let proof = sought.and_then(|sought| sought.proof.as_ref());
+        proof.map_or_else(String::new, Proof::to_string)
     }
 
     fn name(&self, uid: PodUid) -> String {
@@ -261,20 +304,30 @@ impl NetnsDiscovery {
         self.begin();
         let done = finished(&mut self.look).await;
         self.take(done);
+        if self.needs_walk() {
+            self.begin_walk();
+            let done = finished(&mut self.walk).await;
+            self.take_walk(done);
+        }
     }
 
     /// Runs scans when they are due, and returns when one has changed a result. Cancel-safe.
     pub async fn changed(&mut self) {
         loop {
-            let due = self.schedule.due(self.is_missing(), !self.held.is_empty());
+            let due = self.schedule.due(self.is_missing());
+            let walk_due = self.walks.due(!self.held.is_empty());
             let mut told = Vec::new();
-            let is_needed = !self.sought.is_empty() || !self.held.is_empty();
-            let may_begin = self.look.is_none() && is_needed;
+            let may_begin = self.look.is_none() && !self.sought.is_empty();
+            let may_walk = self.walk.is_none() && self.needs_walk();
             tokio::select! {
                 done = finished(&mut self.look) => if self.take(done) {
                     return;
                 },
+                done = finished(&mut self.walk) => if self.take_walk(done) {
+                    return;
+                },
                 () = sleep_until(due), if may_begin => self.begin(),
+                () = sleep_until(walk_due), if may_walk => self.begin_walk(),
                 heard = hear(&mut self.sockets, &mut told) => {
                     if let Err(error) = heard {
                         tracing::error!(%error, "cannot hear of new pods from the kernel any more; they are found a little later");
@@ -293,25 +346,34 @@ impl NetnsDiscovery {
         running.any(|sought| sought.netns().is_none())
     }
 
+    fn needs_walk(&self) -> bool {
+        self.is_missing() || !self.held.is_empty()
+    }
+
     fn begin(&mut self) {
-        self.is_full =
-            self.schedule
-                .begun(Instant::now(), self.is_missing(), !self.held.is_empty());
+        self.is_full = self.schedule.begun(Instant::now(), self.is_missing());
         let sought: HashMap<_, _> = self
             .sought
             .iter()
             .map(|(uid, sought)| (*uid, sought.netns().cloned()))
             .filter(|(_, netns)| self.is_full || netns.is_none())
             .collect();
-        let mut held = HashMap::new();
-        self.counted.clear();
-        if self.is_full {
-            let all = self.held.values();
-            held.extend(all.map(|held| (held.netns.inode(), held.pod)));
-            self.counted.extend(self.held.keys());
-        }
+        let cgroups = self.cgroups.clone();
         self.look = Some(tokio::task::spawn_blocking(move || {
-            find(&sought, &held, LIMIT)
+            find(&cgroups, &sought, LIMIT)
+        }));
+    }
+
+    fn begin_walk(&mut self) {
+        self.walks.is_due = false;
+        let sought = self.sought.iter();
+        let sought = sought.filter(|(_, sought)| sought.netns().is_none());
+        let sought: HashMap<_, _> = sought.map(|(uid, _)| (*uid, None)).collect();
+        let held = self.held.values();
+        let held: HashMap<_, _> = held.map(|held| (held.netns.inode(), held.pod)).collect();
+        self.counted = self.held.keys().copied().collect();
+        self.walk = Some(tokio::task::spawn_blocking(move || {
+            walk(&sought, &held, LIMIT)
         }));
     }
 
@@ -323,24 +385,16 @@ impl NetnsDiscovery {
         self.schedule.ended(Instant::now(), effort);
         let mut scan = match done {
             Ok(scan) => scan,
-            Err(error) => {
-                let reason = error.to_string();
-                let known = matches!(&self.last, Last::Failed(before) if *before == reason);
-                if !known {
-                    tracing::error!(%error, "cannot look for pods' processes; new pods are not enrolled");
-                }
-                self.last = Last::Failed(reason);
-                return !known;
-            }
+            Err(error) => return self.note_failure(&error),
         };
         tracing::debug!(
-            processes = scan.processes, of_pods = scan.of_pods, effort = ?scan.effort,
-            "looked for pods' processes"
+            processes = scan.processes, pods = scan.pods.len(), effort = ?scan.effort,
+            "looked for pods' processes in their cgroups"
         );
         let mut news = !matches!(self.last, Last::Done { .. });
-        self.last = Last::Done {
-            pods_seen: scan.of_pods > 0,
-        };
+        if news {
+            self.last = Last::Done { pods_seen: true };
+        }
         let held: HashMap<u64, PodUid> = self
             .sought
             .iter()
@@ -350,17 +404,36 @@ impl NetnsDiscovery {
             if !self.is_full && sought.netns().is_some() {
                 continue;
             }
-            let seen = scan.pods.remove(uid);
-            let now = match (sought.may_end, &seen) {
-                (true, None) => None,
-                _ => after(sought.found.as_ref(), seen),
-            };
-            news |= !is_same(sought.found.as_ref(), now.as_ref());
-            sought.found = now;
+            news |= sought.see(*uid, &mut scan);
             let cookie = sought.netns().map(|netns| netns.cookie());
             if cookie.is_some_and(|cookie| held.get(&cookie).is_some_and(|owner| owner != uid)) {
                 // Only a scan of both pods can tell whose netns it is.
                 self.schedule.doubt();
+            }
+        }
+        news
+    }
+
+    /// Applies the result of a walk. Returns whether anything changed.
+    fn take_walk(&mut self, done: io::Result<Scan>) -> bool {
+        self.walk = None;
+        let effort = done.as_ref().map_or(LIMIT, |scan| scan.effort);
+        self.walks.last = Some((Instant::now(), effort));
+        let mut scan = match done {
+            Ok(scan) => scan,
+            Err(error) => return self.note_failure(&error),
+        };
+        tracing::debug!(
+            processes = scan.processes, of_pods = scan.of_pods, effort = ?scan.effort,
+            "walked through all processes"
+        );
+        let pods_seen = scan.of_pods > 0;
+        let mut news =
+            !matches!(self.last, Last::Done { pods_seen: before } if before == pods_seen);
+        self.last = Last::Done { pods_seen };
+        for (uid, sought) in &mut self.sought {
+            if sought.netns().is_none() && scan.pods.contains_key(uid) {
+                news |= sought.see(*uid, &mut scan);
             }
         }
         for (cookie, held) in &mut self.held {
@@ -373,6 +446,17 @@ impl NetnsDiscovery {
             }
         }
         news
+    }
+
+    /// Notes why a scan or a walk failed. Returns whether that is news.
+    fn note_failure(&mut self, error: &io::Error) -> bool {
+        let reason = error.to_string();
+        let is_known = matches!(&self.last, Last::Failed(before) if *before == reason);
+        if !is_known {
+            tracing::error!(%error, "cannot look for pods' processes; new pods may not be enrolled");
+        }
+        self.last = Last::Failed(reason);
+        !is_known
     }
 
     /// Handles the kernel's report of a socket in the netns with `cookie`.
@@ -471,10 +555,9 @@ impl Schedule {
     }
 
     /// Call when a scan starts. Returns whether it covers all pods.
-    fn begun(&mut self, now: Instant, missing: bool, held: bool) -> bool {
+    fn begun(&mut self, now: Instant, missing: bool) -> bool {
         self.told = false;
-        let between = if held { HELD } else { SLOW };
-        let is_full = !missing || self.full.is_none_or(|full| now - full >= between);
+        let is_full = !missing || self.full.is_none_or(|full| now - full >= SLOW);
         if is_full {
             self.full = Some(now);
         }
@@ -486,9 +569,9 @@ impl Schedule {
         self.looks = self.looks.saturating_add(1);
     }
 
-    /// Time of the next scan, where `missing` tells whether any pod is not found, and `held` whether any netns is held
-    /// for its processes. `None` if no scan has run yet, so that one is due now.
-    fn due(&self, missing: bool, held: bool) -> Option<Instant> {
+    /// Time of the next scan, where `missing` tells whether any pod is not found. `None` if no scan has run yet, so that one is
+    /// due now.
+    fn due(&self, missing: bool) -> Option<Instant> {
         let (ended, effort) = self.last?;
         let pause = match (missing, self.told) {
             (true, true) => Duration::ZERO,
@@ -497,7 +580,28 @@ impl Schedule {
                 .saturating_mul(1 << self.looks.saturating_sub(1).min(16))
                 .min(MOST),
             (false, true) => TOLD,
-            (false, false) if held => HELD,
+            (false, false) => SLOW,
+        };
+        Some(ended + pause.max(effort * REST))
+    }
+}
+
+/// Decides when to walk through all processes.
+#[derive(Debug, Default)]
+struct Walks {
+    /// When the last walk ended, and how much CPU time it used.
+    last: Option<(Instant, Duration)>,
+    /// Whether there is a held netns that has not been counted.
+    is_due: bool,
+}
+
+impl Walks {
+    /// Time of the next walk, where `held` tells whether any netns is held for its processes. `None` if it is due now.
+    fn due(&self, held: bool) -> Option<Instant> {
+        let (ended, effort) = self.last?;
+        let pause = match (self.is_due, held) {
+            (true, _) => Duration::ZERO,
+            (false, true) => HELD,
             (false, false) => SLOW,
         };
         Some(ended + pause.max(effort * REST))
@@ -513,20 +617,20 @@ mod tests {
     #[test]
     fn looks_often_for_what_is_missing_and_less_often_in_time() {
         let mut schedule = Schedule::default();
-        assert_eq!(schedule.due(true, false), None, "at once");
+        assert_eq!(schedule.due(true), None, "at once");
         let now = Instant::now();
         let mut pauses = Vec::new();
         for _ in 0..9 {
-            schedule.begun(now, true, false);
+            schedule.begun(now, true);
             schedule.ended(now, MS(1));
-            pauses.push(schedule.due(true, false).unwrap() - now);
+            pauses.push(schedule.due(true).unwrap() - now);
         }
         let expected = [20, 40, 80, 160, 320, 640, 1000, 1000, 1000];
         assert_eq!(pauses, expected.map(MS));
-        assert_eq!(schedule.due(false, false), Some(now + SLOW));
+        assert_eq!(schedule.due(false), Some(now + SLOW));
         // A new pod to wait for: the pauses start again.
         schedule.news();
-        assert_eq!(schedule.due(true, false), Some(now + FIRST));
+        assert_eq!(schedule.due(true), Some(now + FIRST));
     }
 
     #[test]
@@ -534,68 +638,63 @@ mod tests {
         let mut schedule = Schedule::default();
         let now = Instant::now();
         for _ in 0..9 {
-            schedule.begun(now, true, false);
+            schedule.begun(now, true);
             schedule.ended(now, MS(2));
         }
         schedule.told();
-        assert_eq!(
-            schedule.due(true, false),
-            Some(now + MS(8)),
-            "but for the rest"
-        );
-        assert_eq!(schedule.due(false, false), Some(now + TOLD));
+        assert_eq!(schedule.due(true), Some(now + MS(8)), "but for the rest");
+        assert_eq!(schedule.due(false), Some(now + TOLD));
         // A report during a scan, which may have started too early to find the netns.
-        schedule.begun(now, true, false);
+        schedule.begun(now, true);
         schedule.told();
         schedule.ended(now, MS(2));
-        assert_eq!(schedule.due(true, false), Some(now + MS(8)));
-        schedule.begun(now, true, false);
+        assert_eq!(schedule.due(true), Some(now + MS(8)));
+        schedule.begun(now, true);
         schedule.ended(now, MS(2));
-        assert_eq!(schedule.due(true, false), Some(now + MS(40)));
+        assert_eq!(schedule.due(true), Some(now + MS(40)));
     }
 
     #[test]
     fn found_pods_are_looked_at_again_now_and_then() {
         let mut schedule = Schedule::default();
         let now = Instant::now();
-        assert!(schedule.begun(now, true, false), "the first is for all");
+        assert!(schedule.begun(now, true), "the first is for all");
         schedule.ended(now, MS(1));
-        assert!(!schedule.begun(now + MS(20), true, false));
-        assert!(schedule.begun(now + MS(30), false, false));
-        assert!(!schedule.begun(now + SLOW, true, false));
-        assert!(schedule.begun(now + SLOW + MS(30), true, false));
+        assert!(!schedule.begun(now + MS(20), true));
+        assert!(schedule.begun(now + MS(30), false));
+        assert!(!schedule.begun(now + SLOW, true));
+        assert!(schedule.begun(now + SLOW + MS(30), true));
         schedule.doubt();
-        assert_eq!(schedule.due(false, false), Some(now + MS(4)), "soon");
-        assert!(schedule.begun(now + SLOW + MS(40), true, false));
+        assert_eq!(schedule.due(false), Some(now + MS(4)), "soon");
+        assert!(schedule.begun(now + SLOW + MS(40), true));
     }
 
     #[test]
     fn held_netns_are_counted_every_second() {
-        let mut schedule = Schedule::default();
+        let mut walks = Walks::default();
+        assert_eq!(walks.due(true), None, "at once");
         let now = Instant::now();
-        assert!(schedule.begun(now, false, false));
-        schedule.ended(now, MS(1));
-        schedule.doubt();
-        assert_eq!(schedule.due(false, true), Some(now + MS(4)), "soon");
-        assert!(schedule.begun(now, true, true));
-        schedule.ended(now, MS(1));
-        assert_eq!(schedule.due(false, true), Some(now + HELD));
-        // Scans for a pod that is not found come more often, but count only every second.
-        assert!(!schedule.begun(now + MS(20), true, true));
-        assert!(schedule.begun(now + HELD, true, true));
+        walks.last = Some((now, MS(1)));
+        assert_eq!(walks.due(true), Some(now + HELD));
+        assert_eq!(walks.due(false), Some(now + SLOW));
+        walks.is_due = true;
+        assert_eq!(walks.due(true), Some(now + MS(4)), "soon");
+        walks.last = Some((now, Duration::from_secs(4)));
+        assert_eq!(
+            walks.due(true),
+            Some(now + Duration::from_secs(16)),
+            "after a rest"
+        );
     }
 
     #[test]
     fn looking_leaves_most_of_the_time() {
         let mut schedule = Schedule::default();
         let now = Instant::now();
-        schedule.begun(now, true, false);
+        schedule.begun(now, true);
         schedule.told();
         schedule.ended(now, Duration::from_secs(4));
-        assert_eq!(
-            schedule.due(true, false),
-            Some(now + Duration::from_secs(16))
-        );
+        assert_eq!(schedule.due(true), Some(now + Duration::from_secs(16)));
     }
 
     #[test]

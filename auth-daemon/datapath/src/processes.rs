@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fmt,
     fs::{self, File},
     io,
     os::{
@@ -23,7 +24,9 @@ use nix::{
 use super::{
     Netns, PodUid,
     containers::{container, pods_around},
-    netns::the_nodes,
+    interfaces::Interfaces,
+    netns::{open_the_nodes, the_nodes},
+    pod_cgroups::{PodCgroups, members},
 };
 
 /// Where a pod's processes are.
@@ -44,21 +47,62 @@ pub enum NetnsLocation {
     },
 }
 
-/// Result of one scan of all processes.
+/// Result of one scan.
 #[derive(Debug, Default)]
-pub struct Scan {
+pub(super) struct Scan {
     /// Requested pods that have processes.
     pub pods: HashMap<PodUid, NetnsLocation>,
+    /// Why the netns that was found is a pod's own.
+    pub proofs: HashMap<PodUid, Proof>,
     /// Processes in or of each held netns that has any, by its inode number.
     pub residents: HashMap<u64, Residents>,
     /// Whether the netns of any pod's process could not be read while residents were counted: it may be a held one.
     pub is_partial: bool,
-    /// Number of processes on the node.
+    /// Number of processes that were examined.
     pub processes: usize,
-    /// Number of processes that belong to any pod, requested or not.
+    /// Number of those that belong to any pod, requested or not.
     pub of_pods: usize,
     /// CPU time that the scan used.
     pub effort: Duration,
+}
+
+/// Why a netns is a pod's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Proof {
+    /// ID of the pod's oldest process in it.
+    pub pid: u32,
+    /// Name of the cgroup of that process's container.
+    pub container: String,
+    /// What tells it from other netns that the pod's processes are in.
+    pub why: Why,
+}
+
+/// See [`Proof`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// There is no other one.
+    Only,
+    /// An interface leads from it to the node. Only the node can create one: those of namespaces that a pod creates lead to the
+    /// pod.
+    Linked,
+    /// No interface of any leads to the node, and its process is the oldest of the pod, as the sandbox's is.
+    Oldest,
+}
+
+impl fmt::Display for Proof {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            pid,
+            container,
+            why,
+        } = self;
+        write!(f, "process {pid} of container {container:?}: ")?;
+        f.write_str(match why {
+            Why::Only => "all processes of the pod are in its network namespace",
+            Why::Linked => "an interface leads from its network namespace to the node",
+            Why::Oldest => "the oldest process of the pod; none is in a network namespace with an interface to the node",
+        })
+    }
 }
 
 /// Processes that keep a netns enrolled.
@@ -70,22 +114,186 @@ pub struct Residents {
     pub pods: BTreeSet<PodUid>,
 }
 
-/// Scans for the processes of the pods in `sought`, and their netns. Each pod may come with the netns in which it was
+/// Finds the netns of the pods in `sought` by the processes in their cgroups. Each pod may come with the netns in which it was
 /// found before. A netns shared by two pods is detected only if both are sought.
 ///
-/// Also counts the processes of the netns in `held`, which are given by inode number: those that are in the netns, and
-/// those of the given pod, wherever they are. The caller keeps these netns open.
+/// Reads nothing of other pods but the names of their cgroups, and of each pod a limited number of processes, so no pod delays
+/// another. Takes at most `limit`.
+pub(super) fn find(
+    cgroups: &PodCgroups,
+    sought: &HashMap<PodUid, Option<Arc<Netns>>>,
+    limit: Duration,
+) -> io::Result<Scan> {
+    let mut search = Search::new(limit);
+    let found = cgroups.of(|pod| sought.contains_key(&pod), &search.around);
+    for (pod, folders) in found {
+        let pids: BTreeSet<u32> = folders.iter().flat_map(|folder| members(folder)).collect();
+        for pid in pids {
+            search.count()?;
+            search.scan.of_pods += 1;
+            search.examine(pid, pod);
+        }
+    }
+    Ok(search.settle(sought))
+}
+
+/// Walks through all processes of the node, for what no pod's cgroup tells: counts the processes of the netns in `held`, which
+/// are given by inode number: those that are in the netns, and those of the given pod, wherever they are. The caller keeps
+/// these netns open.
+///
+/// Also finds the pods in `sought`: those whose runtime has not put them below the kubelet's cgroup, as one that is configured
+/// for another cgroup driver than the kubelet.
 ///
 /// Uses about 20 ms of CPU time per 1,000 processes, and takes at most `limit`.
-pub fn find(
+pub(super) fn walk(
     sought: &HashMap<PodUid, Option<Arc<Netns>>>,
     held: &HashMap<u64, Option<PodUid>>,
     limit: Duration,
 ) -> io::Result<Scan> {
-    let before = processor_time();
-    let mut scan = find_in(Path::new("/proc"), sought, held, limit)?;
-    scan.effort = processor_time().saturating_sub(before);
-    Ok(scan)
+    let mut search = Search::new(limit);
+    let proc = Path::new("/proc");
+    let processes_folder = File::open(proc)?;
+    for entry in fs::read_dir(proc)? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        search.count()?;
+        // Most processes belong to no sought pod, so this is all that is read of them.
+        let path = format!("{pid}/cgroup");
+        let Ok(cgroups) = read_at(&processes_folder, &path, &mut search.buffer) else {
+            continue;
+        };
+        let pod = container(&cgroups, &search.around).map(|(pod, _)| pod);
+        // The daemon enters pods' netns for moments.
+        if !held.is_empty() && pid != std::process::id() {
+            count_resident(&mut search.scan, held, &proc.join(&name), pod);
+        }
+        let Some(pod) = pod else {
+            continue;
+        };
+        search.scan.of_pods += 1;
+        if sought.contains_key(&pod) {
+            search.examine(pid, pod);
+        }
+    }
+    Ok(search.settle(sought))
+}
+
+/// A scan under way.
+struct Search {
+    scan: Scan,
+    started: Instant,
+    limit: Duration,
+    /// CPU time of the thread when the scan started.
+    before: Duration,
+    /// The pods that the node itself runs in.
+    around: HashSet<PodUid>,
+    /// Inode numbers of the node's netns.
+    nodes: Vec<u64>,
+    processes: HashMap<PodUid, Vec<Process>>,
+    /// Kept open until the end, because a netns keeps its inode number only while it is held.
+    files: HashMap<u64, File>,
+    buffer: Vec<u8>,
+}
+
+impl Search {
+    fn new(limit: Duration) -> Self {
+        let first = fs::read_to_string("/proc/1/cgroup").unwrap_or_default();
+        Self {
+            scan: Scan::default(),
+            started: Instant::now(),
+            limit,
+            before: processor_time(),
+            around: pods_around(&first),
+            nodes: the_nodes(),
+            processes: HashMap::new(),
+            files: HashMap::new(),
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Counts a process. Fails if the time is over.
+    fn count(&mut self) -> io::Result<()> {
+        let (limit, seen) = (self.limit, self.scan.processes);
+        if self.started.elapsed() > limit {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("not through with all processes after {limit:?}, but only with {seen}"),
+            ));
+        }
+        self.scan.processes += 1;
+        Ok(())
+    }
+
+    /// Notes the netns of a process, if it belongs to `pod`.
+    fn examine(&mut self, pid: u32, pod: PodUid) {
+        let Some(folder) = Folder::open(Path::new(&format!("/proc/{pid}"))) else {
+            return;
+        };
+        match folder.look(pid, pod, &self.around, &mut self.buffer) {
+            Ok(Some((file, process))) if !self.nodes.contains(&process.netns) => {
+                self.files.entry(process.netns).or_insert(file);
+                self.processes.entry(pod).or_default().push(process);
+            }
+            Ok(Some(_)) => {
+                let pods = &mut self.scan.pods;
+                pods.entry(pod).or_insert(NetnsLocation::Node);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                let error = Arc::new(error);
+                let hidden = NetnsLocation::Hidden { pid, error };
+                self.scan.pods.insert(pod, hidden);
+            }
+        }
+    }
+
+    /// Determines the location of each pod.
+    fn settle(mut self, sought: &HashMap<PodUid, Option<Arc<Netns>>>) -> Scan {
+        let mut residents: BTreeMap<u64, Vec<(PodUid, u32)>> = BTreeMap::new();
+        for (pod, processes) in &self.processes {
+            if let Some((process, why)) =
+                prove(processes, |netns| leads_to_node(&self.files, netns))
+            {
+                let of_netns = residents.entry(process.netns).or_default();
+                of_netns.push((*pod, process.pid));
+                let proof = Proof {
+                    pid: process.pid,
+                    container: process.container.clone(),
+                    why,
+                };
+                self.scan.proofs.insert(*pod, proof);
+            }
+        }
+        for (inode, mut residents) in residents {
+            residents.sort();
+            let held = residents
+                .iter()
+                .filter_map(|(pod, _)| sought.get(pod)?.as_ref())
+                .find(|netns| netns.inode() == inode);
+            let netns = match (held, self.files.remove(&inode)) {
+                (Some(netns), _) => Ok(netns.clone()),
+                (None, Some(file)) => Netns::nameless(file).map(Arc::new),
+                (None, None) => Err(io::ErrorKind::NotFound.into()),
+            };
+            let netns = netns.map_err(Arc::new);
+            for (pod, pid) in &residents {
+                let other = residents.iter().find(|(other, _)| other != pod);
+                let found = match (&netns, other) {
+                    (Ok(netns), None) => NetnsLocation::In(netns.clone()),
+                    (Ok(netns), Some((other, _))) => NetnsLocation::Shared(netns.clone(), *other),
+                    (Err(error), _) => NetnsLocation::Hidden {
+                        pid: *pid,
+                        error: error.clone(),
+                    },
+                };
+                self.scan.pods.insert(*pod, found);
+            }
+        }
+        self.scan.effort = processor_time().saturating_sub(self.before);
+        self.scan
+    }
 }
 
 /// A pod's process in a netns other than the node's.
@@ -106,108 +314,44 @@ impl Process {
     }
 }
 
-/// Returns the process whose netns is the pod's, from `processes`, which all belong to one pod.
+/// Returns the process whose netns is the pod's own, from `processes`, which all belong to one pod, and why it is.
+/// `leads_to_node` tells whether an interface leads from the netns with an inode number to the node.
 ///
-/// A runtime starts the first process of each container in the sandbox's netns. If the container later unshares its
-/// netns or runs containers of its own, it does so in younger processes. Therefore only the oldest process of each
-/// container votes. If two netns have the same number of votes, the one with the oldest process wins, because that is
-/// the sandbox's own. A process that survived its sandbox is outvoted by the containers of the new sandbox.
-pub(super) fn spokesman(processes: &[Process]) -> Option<&Process> {
-    let mut firsts: BTreeMap<&str, &Process> = BTreeMap::new();
-    for process in processes {
-        let first = firsts.entry(&process.container).or_insert(process);
-        if process.age() < first.age() {
-            *first = process;
+/// A runtime starts a pod's first processes in the netns that the node has connected. A container may create others and enter
+/// them, but it cannot connect them to the node, and the netns of a sandbox that was removed is no longer connected.
+pub(super) fn prove(
+    processes: &[Process],
+    leads_to_node: impl Fn(u64) -> bool,
+) -> Option<(&Process, Why)> {
+    let mut by_age: Vec<&Process> = processes.iter().collect();
+    by_age.sort_by_key(|process| process.age());
+    let mut known = HashSet::new();
+    by_age.retain(|process| known.insert(process.netns));
+    match by_age.as_slice() {
+        [] => None,
+        [only] => Some((only, Why::Only)),
+        [oldest, ..] => {
+            let mut all = by_age.iter();
+            let linked = all.find(|process| leads_to_node(process.netns));
+            Some(linked.map_or((oldest, Why::Oldest), |process| (process, Why::Linked)))
         }
     }
-    let mut voices: HashMap<u64, (usize, &Process)> = HashMap::new();
-    for first in firsts.into_values() {
-        let (count, oldest) = voices.entry(first.netns).or_insert((0, first));
-        *count += 1;
-        if first.age() < oldest.age() {
-            *oldest = first;
-        }
-    }
-    voices
-        .into_values()
-        .max_by(|(count, oldest), (other_count, other)| {
-            count
-                .cmp(other_count)
-                .then_with(|| other.age().cmp(&oldest.age()))
-        })
-        .map(|(_, oldest)| oldest)
+}
+
+/// Whether an interface leads from the netns with this inode number, one of `files`, to the node.
+pub(super) fn leads_to_node(files: &HashMap<u64, File>, inode: u64) -> bool {
+    let nodes = open_the_nodes();
+    let file = files.get(&inode).and_then(|file| file.try_clone().ok());
+    let netns = file.and_then(|file| Netns::nameless(file).ok());
+    netns.is_some_and(|netns| {
+        let interfaces = netns.enter(|| Interfaces::list(&nodes, &[])).flatten();
+        interfaces.is_ok_and(|interfaces| !interfaces.leading_out.is_empty())
+    })
 }
 
 /// CPU time that the current thread has used.
 pub(super) fn processor_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
-}
-
-fn find_in(
-    proc: &Path,
-    sought: &HashMap<PodUid, Option<Arc<Netns>>>,
-    held: &HashMap<u64, Option<PodUid>>,
-    limit: Duration,
-) -> io::Result<Scan> {
-    let started = Instant::now();
-    let first = fs::read_to_string(proc.join("1/cgroup")).unwrap_or_default();
-    let around = pods_around(&first);
-    let nodes = the_nodes();
-    let mut scan = Scan::default();
-    let mut processes: HashMap<PodUid, Vec<Process>> = HashMap::new();
-    // Kept open until the end, because a netns keeps its inode number only while it is held.
-    let mut files: HashMap<u64, File> = HashMap::new();
-    let mut buffer = Vec::new();
-    let processes_folder = File::open(proc)?;
-    for entry in fs::read_dir(proc)? {
-        let name = entry?.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        if started.elapsed() > limit {
-            let seen = scan.processes;
-            return Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("not through with all processes after {limit:?}, but only with {seen}"),
-            ));
-        }
-        scan.processes += 1;
-        // Most processes belong to no sought pod, so this is all that is read of them.
-        let Ok(cgroups) = read_at(&processes_folder, &format!("{pid}/cgroup"), &mut buffer) else {
-            continue;
-        };
-        let pod = container(&cgroups, &around).map(|(pod, _)| pod);
-        // The daemon enters pods' netns for moments.
-        if !held.is_empty() && pid != std::process::id() {
-            count_resident(&mut scan, held, &proc.join(&name), pod);
-        }
-        let Some(pod) = pod else {
-            continue;
-        };
-        scan.of_pods += 1;
-        if !sought.contains_key(&pod) {
-            continue;
-        }
-        let Some(folder) = Folder::open(&proc.join(&name)) else {
-            continue;
-        };
-        match folder.look(pid, pod, &around, &mut buffer) {
-            Ok(Some((file, process))) if !nodes.contains(&process.netns) => {
-                files.entry(process.netns).or_insert(file);
-                processes.entry(pod).or_default().push(process);
-            }
-            Ok(Some(_)) => {
-                scan.pods.entry(pod).or_insert(NetnsLocation::Node);
-            }
-            Ok(None) => {}
-            Err(error) => {
-                let error = Arc::new(error);
-                scan.pods.insert(pod, NetnsLocation::Hidden { pid, error });
-            }
-        }
-    }
-    settle(&mut scan, &processes, sought, &mut files);
-    Ok(scan)
 }
 
 /// Counts the process with this `folder` in /proc, and the pod of its cgroup, for each netns that it keeps enrolled.
@@ -231,49 +375,6 @@ fn count_resident(
             let residents = scan.residents.entry(*inode).or_default();
             residents.processes += 1;
             residents.pods.extend(pod);
-        }
-    }
-}
-
-/// Determines the location of each pod in `processes`.
-fn settle(
-    scan: &mut Scan,
-    processes: &HashMap<PodUid, Vec<Process>>,
-    sought: &HashMap<PodUid, Option<Arc<Netns>>>,
-    files: &mut HashMap<u64, File>,
-) {
-    let mut residents: BTreeMap<u64, Vec<(PodUid, &Process)>> = BTreeMap::new();
-    for (pod, processes) in processes {
-        if let Some(process) = spokesman(processes) {
-            residents
-                .entry(process.netns)
-                .or_default()
-                .push((*pod, process));
-        }
-    }
-    for (inode, mut residents) in residents {
-        residents.sort_by_key(|(pod, _)| *pod);
-        let held = residents
-            .iter()
-            .filter_map(|(pod, _)| sought.get(pod)?.as_ref())
-            .find(|netns| netns.inode() == inode);
-        let netns = match (held, files.remove(&inode)) {
-            (Some(netns), _) => Ok(netns.clone()),
-            (None, Some(file)) => Netns::nameless(file).map(Arc::new),
-            (None, None) => Err(io::ErrorKind::NotFound.into()),
-        };
-        let netns = netns.map_err(Arc::new);
-        for (pod, process) in &residents {
-            let other = residents.iter().find(|(other, _)| other != pod);
-            let found = match (&netns, other) {
-                (Ok(netns), None) => NetnsLocation::In(netns.clone()),
-                (Ok(netns), Some((other, _))) => NetnsLocation::Shared(netns.clone(), *other),
-                (Err(error), _) => NetnsLocation::Hidden {
-                    pid: process.pid,
-                    error: error.clone(),
-                },
-            };
-            scan.pods.insert(*pod, found);
         }
     }
 }
@@ -409,54 +510,51 @@ mod tests {
         }
     }
 
-    fn netns_of(processes: &[Process]) -> Option<u64> {
-        spokesman(processes).map(|process| process.netns)
-    }
-
     #[test]
-    fn the_sandbox_tells_whose_namespace_it_is() {
+    fn the_netns_that_the_node_has_connected_is_the_pods() {
         const SANDBOX: u64 = 1;
         const OWN: u64 = 2;
-        const NEW: u64 = 3;
+        let netns_of = |processes: &[Process]| {
+            prove(processes, |netns| netns == SANDBOX).map(|(process, why)| (process.netns, why))
+        };
         let pause = process("pause", 10, SANDBOX);
         for (processes, expected) in [
             (vec![], None),
-            (vec![pause.clone()], Some(SANDBOX)),
+            (vec![pause.clone()], Some((SANDBOX, Why::Only))),
             // An app that unshares its netns, once or in many children.
-            (vec![process("app", 20, OWN), pause.clone()], Some(SANDBOX)),
+            (
+                vec![process("app", 20, OWN), pause.clone()],
+                Some((SANDBOX, Why::Linked)),
+            ),
             (
                 (0..50)
                     .map(|n| process("app", 30 + n, OWN + n))
                     .chain([process("app", 20, SANDBOX), pause.clone()])
                     .collect(),
-                Some(SANDBOX),
+                Some((SANDBOX, Why::Linked)),
             ),
-            // Two apps that unshare, each on its own.
+            // No process of the sandbox's own, as with CRI-O, and most containers' first processes are elsewhere.
             (
                 vec![
-                    process("app", 20, OWN),
-                    process("side", 21, OWN + 1),
-                    pause.clone(),
+                    process("a", 20, OWN),
+                    process("b", 21, OWN),
+                    process("c", 22, SANDBOX),
                 ],
-                Some(SANDBOX),
+                Some((SANDBOX, Why::Linked)),
             ),
-            // No process of the sandbox's own, as with CRI-O.
-            (
-                vec![
-                    process("app", 20, SANDBOX),
-                    process("side", 21, SANDBOX),
-                    process("side", 22, OWN),
-                ],
-                Some(SANDBOX),
-            ),
-            // The sandbox was recreated, and one process of the old sandbox survived.
+            // The sandbox was recreated, and processes of the old one survived.
             (
                 vec![
                     process("old", 5, OWN),
-                    process("pause", 30, NEW),
-                    process("app", 31, NEW),
+                    process("older", 4, OWN),
+                    process("pause", 30, SANDBOX),
                 ],
-                Some(NEW),
+                Some((SANDBOX, Why::Linked)),
+            ),
+            // Nothing leads to the node.
+            (
+                vec![process("b", 21, OWN + 1), process("a", 20, OWN)],
+                Some((OWN, Why::Oldest)),
             ),
         ] {
             assert_eq!(netns_of(&processes), expected, "{processes:?}");
@@ -466,7 +564,7 @@ mod tests {
     #[test]
     fn finds_nobody_who_has_no_process() {
         let sought = HashMap::from([(uid(UID), None)]);
-        let scan = find(&sought, &HashMap::new(), Duration::from_secs(60)).unwrap();
+        let scan = walk(&sought, &HashMap::new(), Duration::from_secs(60)).unwrap();
         assert!(scan.pods.is_empty());
         assert!(scan.processes >= 1, "there is this one");
     }
@@ -476,7 +574,7 @@ mod tests {
         let here = fs::metadata("/proc/self/ns/net").unwrap().ino();
         let held = HashMap::from([(here, None), (0, None)]);
         let count = || {
-            let scan = find(&HashMap::new(), &held, Duration::from_secs(60)).unwrap();
+            let scan = walk(&HashMap::new(), &held, Duration::from_secs(60)).unwrap();
             assert_eq!(scan.residents.get(&0), None);
             scan.residents.get(&here).cloned().unwrap_or_default()
         };
@@ -517,7 +615,7 @@ mod tests {
 
     #[test]
     fn a_look_has_an_end() {
-        let error = find(&HashMap::new(), &HashMap::new(), Duration::ZERO).unwrap_err();
+        let error = walk(&HashMap::new(), &HashMap::new(), Duration::ZERO).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
@@ -547,21 +645,21 @@ mod tests {
     proptest! {
         /// In any order of the processes, and with any other processes beside the sandbox and its containers.
         #[test]
-        fn younger_processes_have_no_voice(
+        fn whoever_else_runs_the_oldest_process_in_the_connected_netns_proves_it(
             mut processes in prop::collection::vec(
-                (0..4_usize, 100..200_u64, 2..9_u64).prop_map(|(container, start, netns)| {
+                (0..4_usize, 0..200_u64, 1..9_u64).prop_map(|(container, start, netns)| {
                     process(["pause", "a", "b", "c"][container], start, netns)
                 }),
                 0..20,
             ),
             rotate in 0..20_usize,
         ) {
-            for (start, name) in (10..).zip(["pause", "a", "b", "c"]) {
-                processes.push(process(name, start, 1));
-            }
+            processes.push(process("pause", 100, 1));
             let places = processes.len();
             processes.rotate_left(rotate % places);
-            prop_assert_eq!(netns_of(&processes), Some(1));
+            let (proof, _) = prove(&processes, |netns| netns == 1).unwrap();
+            prop_assert_eq!(proof.netns, 1);
+            prop_assert!(processes.iter().all(|other| other.netns != 1 || other.age() >= proof.age()));
         }
     }
 }

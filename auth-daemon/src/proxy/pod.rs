@@ -106,6 +106,9 @@ pub struct PodStatus {
     pub addresses: Vec<IpAddr>,
     /// Its network namespace.
     pub netns: String,
+    /// The process by which its network namespace was found, and why that is the pod's own. Empty if a manifest names it.
+    #[serde(rename = "foundBy", skip_serializing_if = "String::is_empty")]
+    pub found_by: String,
     /// Whether the daemon handles its connections.
     pub enrolled: bool,
     /// Why the pod is not enrolled, or why it is although it has ended. Empty otherwise.

@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mesh_tests::{Mesh, Pod, PodSpec, Process, TIMEOUT, eventually, eventually_ok};
+use mesh_tests::{DaemonOptions, Mesh, Pod, PodSpec, Process, TIMEOUT, eventually, eventually_ok};
 use serde_json::Value;
 
 use crate::common::by_uid::{daemons, enrolments, netns, pair, pause, sleep};
@@ -215,7 +215,68 @@ fn a_process_that_unshares_misleads_nobody() {
     std::thread::sleep(Duration::from_millis(2500));
     let status = pod_status(&b, "default/web").unwrap();
     assert_eq!((status.enrolled, status.netns), (true, Some(netns(&web))));
+    let proof = status.found_by.unwrap();
+    assert!(
+        proof.contains("an interface leads from its network namespace to the node"),
+        "{proof}"
+    );
     assert_eq!(enrolments(&b, "default/web").len(), 1);
+}
+
+/// The first processes of most containers are in a namespace that the pod made, and nothing is left of the sandbox's own, as
+/// with CRI-O.
+#[test]
+fn most_of_its_processes_elsewhere_do_not_move_a_pod() {
+    let mesh = pair();
+    let web = mesh.pod("web");
+    let unshare = |container: &str| {
+        let container = web.container(container).unwrap();
+        container.spawn("unshare", ["-n", "sleep", "1000"]).unwrap()
+    };
+    let first = unshare("c1");
+    let _second = unshare("c2");
+    eventually(TIMEOUT, "it to have left", || {
+        let link = fs::read_link(format!("/proc/{}/ns/net", first.pid())).ok()?;
+        (link != Path::new(&netns(&web))).then_some(())
+    })
+    .unwrap();
+    let _app = sleep(&web.container("c3").unwrap());
+    let (_a, b) = daemons(&mesh);
+    b.wait_enrolled(&["default/web"]).unwrap();
+    let status = pod_status(&b, "default/web").unwrap();
+    assert_eq!((status.enrolled, status.netns), (true, Some(netns(&web))));
+}
+
+#[test]
+fn processes_of_other_pods_are_not_read_to_find_one() {
+    const PROCESSES: usize = 500;
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let neighbour = PodSpec::new("neighbour").on("b").by_uid();
+    let neighbour = mesh.add_pod(neighbour).unwrap();
+    let script = format!("for n in $(seq {PROCESSES}); do sleep 1000 & done; wait");
+    let _many = neighbour
+        .container("c1")
+        .unwrap()
+        .spawn("sh", ["-c", &script])
+        .unwrap();
+    eventually(TIMEOUT, "its processes", || {
+        let members = fs::read_to_string(neighbour.cgroup().join("c1/cgroup.procs")).ok()?;
+        (members.lines().count() > PROCESSES).then_some(())
+    })
+    .unwrap();
+    let options = DaemonOptions::default().log_level("debug");
+    let b = mesh.node("b").start_daemon_with(options).unwrap();
+    b.wait_enrolled(&["default/neighbour"]).unwrap();
+    let start = b.log_position();
+    let _processes = [pause(&client), pause(&web)];
+    b.wait_enrolled(&["default/web"]).unwrap();
+    let line = b
+        .wait_for_log_after(start, "the scan", TIMEOUT, |line| {
+            line["message"] == "looked for pods' processes in their cgroups" && line["pods"] == 1
+        })
+        .unwrap();
+    assert_eq!(line["processes"], 1, "{line}");
 }
 
 #[test]

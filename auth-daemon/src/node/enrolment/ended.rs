@@ -260,6 +260,7 @@ impl Enrolment {
             identity: String::new(),
             addresses: Vec::new(),
             netns: shown(netns.path()),
+            found_by: String::new(),
             enrolled: false,
             reason: format!(
                 "no object names it: refused; {}",

@@ -440,7 +440,7 @@ impl Enrolment {
         let unserved = self.netns_discovery.unserved(workload, cookie);
         tracing::info!(
             pod = %workload.name, identity = %workload.identity, addresses = ?workload.addresses,
-            netns = %pod.enrolled.netns.path().display(),
+            netns = %pod.enrolled.netns.path().display(), found_by = self.netns_discovery.proof(workload),
             unserved_microseconds = unserved.map(|time| time.as_micros() as u64),
             "pod enrolled"
         );
@@ -570,6 +570,7 @@ impl Enrolment {
                 identity: pod.workload.identity.to_string(),
                 addresses: pod.enrolled.addresses().to_vec(),
                 netns: shown(pod.enrolled.netns.path()),
+                found_by: self.netns_discovery.proof(&pod.workload),
                 enrolled: serving.refused.is_none(),
                 reason: match &serving.refused {
                     Some(reason) => format!("refused: {reason}"),
@@ -590,6 +591,7 @@ impl Enrolment {
                 .netns
                 .as_deref()
                 .map_or_else(String::new, shown),
+            found_by: String::new(),
             enrolled: false,
             reason: failing.reason.clone(),
             tampered: String::new(),
