@@ -56,8 +56,18 @@ const HANDLE: TcHandle = TcHandle::new(0, 0x6d54);
 #[derive(Debug)]
 pub(super) struct Forwarding {
     wanted: watch::Sender<Wanted>,
+    /// `None` until the task has acted for the first time.
+    applied: watch::Receiver<Option<Applied>>,
+}
+
+/// What the task has done last.
+#[derive(Clone, Debug)]
+struct Applied {
+    wanted: Wanted,
+    /// Whether there are interfaces that may lead to nested namespaces. Not known of a netns that forwards as it likes.
+    has_nested: bool,
     /// Why the netns is not as wanted.
-    failure: watch::Receiver<Option<Arc<KernelError>>>,
+    failure: Option<Arc<KernelError>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,9 +87,9 @@ impl Forwarding {
         refuses: bool,
     ) -> Self {
         let (wanted, changes) = watch::channel(wanted(addresses, refuses));
-        let (failures, failure) = watch::channel(None);
-        tokio::spawn(keep(kernel.forward.clone(), netns, changes, failures));
-        Self { wanted, failure }
+        let (done, applied) = watch::channel(None);
+        tokio::spawn(keep(kernel.forward.clone(), netns, changes, done));
+        Self { wanted, applied }
     }
 
     /// Lets the netns forward connections from outside to namespaces nested in it, or not. `addresses` are the pod's. Returns
@@ -91,10 +101,18 @@ impl Forwarding {
             *before = wanted;
             is_new
         });
-        match &*self.failure.borrow() {
+        let applied = self.applied.borrow();
+        match applied.as_ref().and_then(|done| done.failure.as_ref()) {
             Some(error) => Err(error.clone()),
             None => Ok(()),
         }
+    }
+
+    /// Whether the netns has interfaces that may lead to nested namespaces. `None` while what is wanted has no effect yet.
+    pub(super) fn has_nested(&self) -> Option<bool> {
+        let applied = self.applied.borrow();
+        let done = applied.as_ref()?;
+        (done.failure.is_none() && done.wanted == *self.wanted.borrow()).then_some(done.has_nested)
     }
 }
 
@@ -110,15 +128,17 @@ async fn keep(
     program: Arc<ForwardProgram>,
     netns: Arc<Netns>,
     mut wanted: watch::Receiver<Wanted>,
-    failures: watch::Sender<Option<Arc<KernelError>>>,
+    done: watch::Sender<Option<Applied>>,
 ) {
+    let mut has_failed = false;
     let mut attached = Attached::default();
     loop {
         let began = Instant::now();
         let now = wanted.borrow_and_update().clone();
         let (program_of, netns_of) = (program.clone(), netns.clone());
+        let of_now = now.clone();
         let applied = tokio::task::spawn_blocking(move || {
-            let result = attached.apply(&program_of, &netns_of, &now);
+            let result = attached.apply(&program_of, &netns_of, &of_now);
             (attached, result)
         });
         let failure;
@@ -129,16 +149,21 @@ async fn keep(
                 Some(interfaces_error(&netns, io::Error::other(error))),
             ),
         };
-        let has_failed = failure.is_some();
-        if has_failed || failures.borrow().is_some() {
-            failures.send_replace(failure.map(Arc::new));
+        let is_news = has_failed || failure.is_some();
+        has_failed = failure.is_some();
+        done.send_replace(Some(Applied {
+            wanted: now,
+            has_nested: attached.has_nested,
+            failure: failure.map(Arc::new),
+        }));
+        if is_news {
             program.failures.notify_one();
         }
         tokio::select! {
             changed = wanted.changed() => if changed.is_err() {
                 return;
             },
-            () = attached.changed() => sleep_until((began + PAUSE).into()).await,
+            () = attached.changed() => sleep_until(began + PAUSE).await,
             () = sleep(RETRY), if has_failed => {}
         }
     }
@@ -151,6 +176,8 @@ struct Attached {
     changes: Option<AsyncFd<Netlink>>,
     /// Interfaces with the program, by index.
     interfaces: HashSet<u32>,
+    /// Whether there are interfaces that may lead to nested namespaces.
+    has_nested: bool,
 }
 
 impl Attached {
@@ -183,8 +210,9 @@ impl Attached {
             .enter(|| Interfaces::list(&nodes, addresses))
             .flatten()
             .map_err(failed)?;
+        self.has_nested = interfaces.has_nested;
         // Most pods have nothing to forward to, and each packet that arrives would pay for the program.
-        if !interfaces.has_nested {
+        if !self.has_nested {
             return Ok(());
         }
         let indices = interfaces
@@ -205,11 +233,12 @@ impl Attached {
     /// Waits until the interfaces may have changed.
     async fn changed(&self) {
         match &self.changes {
-            // An error of the descriptor is a reason to list the interfaces, too.
-            Some(changes) => match changes.readable().await {
-                Ok(mut ready) => ready.clear_ready(),
-                Err(_) => {}
-            },
+            Some(changes) => {
+                // An error of the descriptor is a reason to list the interfaces, too.
+                if let Ok(mut ready) = changes.readable().await {
+                    ready.clear_ready();
+                }
+            }
             None => std::future::pending().await,
         }
     }

@@ -18,6 +18,14 @@ const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
 const RTNLGRP_IPV6_IFADDR: u32 = 9;
 
+/// Where the kernel sends packets.
+pub(super) struct Route {
+    /// Whether the netns delivers them to itself.
+    pub(super) is_local: bool,
+    /// The index of the interface that they leave by.
+    pub(super) interface: Option<u32>,
+}
+
 /// A route netlink socket of the netns in which it was opened.
 #[derive(Debug)]
 pub(super) struct Netlink {
@@ -79,8 +87,8 @@ impl Netlink {
         }
     }
 
-    /// Whether the netns delivers packets for `address` to itself, if they have no mark.
-    pub(super) fn is_local(&mut self, address: IpAddr) -> io::Result<bool> {
+    /// Returns the route of packets to `address` that have no mark.
+    pub(super) fn route(&mut self, address: IpAddr) -> io::Result<Route> {
         let mut message = RouteMessage::default();
         let (family, length, destination) = match address {
             IpAddr::V4(v4) => (AddressFamily::Inet, 32, RouteAddress::Inet(v4)),
@@ -89,10 +97,19 @@ impl Netlink {
         message.header.address_family = family;
         message.header.destination_prefix_length = length;
         message.attributes = vec![RouteAttribute::Destination(destination)];
-        match self.ask(RouteNetlinkMessage::GetRoute(message))? {
-            RouteNetlinkMessage::NewRoute(route) => Ok(route.header.kind == RouteType::Local),
-            _ => Err(io::ErrorKind::InvalidData.into()),
-        }
+        let RouteNetlinkMessage::NewRoute(route) =
+            self.ask(RouteNetlinkMessage::GetRoute(message))?
+        else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        let mut attributes = route.attributes.iter();
+        Ok(Route {
+            is_local: route.header.kind == RouteType::Local,
+            interface: attributes.find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            }),
+        })
     }
 
     /// Sends a request for a list, and returns the list.

@@ -126,6 +126,11 @@ impl Netns {
         Ok(first_v4.into_iter().chain(first_v6).collect())
     }
 
+    /// Duplicates the descriptor that holds it.
+    pub(super) fn try_clone_file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
     /// Runs `action` on the current thread inside the netns. `action` must not start threads.
     pub fn enter<T>(&self, action: impl FnOnce() -> T) -> io::Result<T> {
         let home = home()?;

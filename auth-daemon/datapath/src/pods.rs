@@ -153,7 +153,7 @@ pub struct Enrolled {
     /// What the kernel admits to the netns.
     inbound: Arc<InboundProgram>,
     /// Whether the netns forwards connections.
-    forwarding: Arc<Forwarding>,
+    pub(super) forwarding: Arc<Forwarding>,
     /// Whether the pod is refused in both directions.
     is_refused: Arc<AtomicBool>,
     /// Bit mask of the sysctls that [`plumbing`] switched on.
@@ -284,10 +284,10 @@ impl Enrolled {
         self.addresses().contains(&address)
             || self
                 .netns
-                .enter(|| Netlink::open()?.is_local(address))
+                .enter(|| Netlink::open()?.route(address))
                 .flatten()
                 // If it is not known, the connection is not for the pod.
-                .unwrap_or(false)
+                .is_ok_and(|route| route.is_local)
     }
 
     /// Sets the addresses of a pod whose object had none before. Existing connections continue.

@@ -172,7 +172,7 @@ const SECOND_ADDRESSES_ARE_FOLLOWED: bool = true;
 /// The same for those that come from the node's address without being the node's.
 const NODES_ADDRESSES_ARE_FOLLOWED: bool = true;
 /// The same for those that a pod forwards to its nested namespace.
-const FORWARDED_ARE_FOLLOWED: bool = false;
+const FORWARDED_ARE_FOLLOWED: bool = true;
 /// Whether connections in plaintext that are open when a pod joins the mesh are ended, unless the pod admits plaintext. If
 /// not, none is held open then.
 const JOINING_ENDS_OPEN_CONNECTIONS: bool = true;

@@ -172,3 +172,50 @@ fn forwarding_follows_the_mode_and_outlives_the_daemon() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn forwarded_connections_end_when_the_pod_becomes_strict() -> Result<()> {
+    let stage = Stage::start(&DaemonOptions::default().permissive())?;
+    let mesh = &stage.pair.mesh;
+    let outside = mesh.outside();
+    let _echo = outside.app("echo-server --port 8080")?.listening()?;
+    let chat = |from: &Place, to: SocketAddr| -> Result<App> {
+        let mut chat = from.app(&format!("chat --to {to}"))?;
+        chat.event("round", TIMEOUT)?;
+        Ok(chat)
+    };
+    let mut forwarded = Vec::new();
+    for to in stage.ports() {
+        eventually_ok(TIMEOUT, "the first answer", || {
+            is_answered(outside, to)?.then_some(()).context("not yet")
+        })?;
+        forwarded.push(chat(outside, to)?);
+    }
+    let mut others = [
+        chat(mesh.node("b"), stage.ports()[0])?,
+        chat(&stage.pair.web, (mesh.outside_ipv4(), 8080).into())?,
+        chat(&stage.nested, (mesh.outside_ipv4(), 8080).into())?,
+        chat(&stage.nested, (mesh.outside_ipv6(), 8080).into())?,
+    ];
+    mesh.manifests().apply(&peer_authentication("STRICT"))?;
+    for chat in forwarded {
+        let event = chat.failure(TIMEOUT)?;
+        assert_eq!(event["errno"], "ECONNRESET", "{event}");
+    }
+    let line = stage.pair.far.wait_for_log("the end", TIMEOUT, |line| {
+        let message = line["message"].as_str().unwrap_or_default();
+        message.starts_with("forwarded connections ended")
+    })?;
+    assert_eq!(line["connections"], 2, "{line}");
+    // Another look has passed by then.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    for chat in &mut others {
+        let before = chat.events_of("round").len();
+        eventually_ok(TIMEOUT, "another round", || {
+            (chat.events_of("round").len() > before)
+                .then_some(())
+                .context("not yet")
+        })?;
+    }
+    Ok(())
+}

@@ -6,10 +6,13 @@ use std::{
     sync::Arc,
 };
 
-use auth_common::MeshKind;
+use auth_common::{Inbound, MeshKind};
 
 use super::{Enrolment, Serving, ended::Pods};
-use crate::proxy::{Node, rules::ByPod};
+use crate::proxy::{
+    Node,
+    rules::{self, ByPod},
+};
 use auth_datapath::Accepted;
 use auth_mesh::{
     Snapshot, Workload,
@@ -71,7 +74,10 @@ impl Enrolment {
                 return false;
             };
             self.end_plaintext(snapshot, serving, *unchecked, &mut recorded);
-            unchecked.sweeps = unchecked.sweeps.saturating_sub(1);
+            let is_done = self.end_forwarded(serving, &mut recorded);
+            if is_done || unchecked.sweeps == SWEEPS {
+                unchecked.sweeps = unchecked.sweeps.saturating_sub(1);
+            }
             unchecked.is_new = false;
             unchecked.sweeps > 0
         });
@@ -151,6 +157,41 @@ impl Enrolment {
             ),
         }
     }
+
+    /// Ends the connections that a pod forwards to network namespaces nested in it, if it may not forward new ones. Returns
+    /// whether that is done: it is not while the pod still forwards new ones.
+    fn end_forwarded(&self, serving: &Serving, recorded: &mut Recorded) -> bool {
+        let (rules, pod) = (self.node.rules.current(), &serving.pod.workload.name);
+        let policy = rules.of(serving.cookie());
+        if policy.map_or(Inbound::Strict, |policy| rules::inbound(policy)) != Inbound::Strict {
+            return true;
+        }
+        let nested = match serving.pod.enrolled.forwarded() {
+            Ok(Some(nested)) => Ok(nested),
+            Ok(None) => return false,
+            Err(error) => Err(error),
+        };
+        let ended = nested.and_then(|nested| {
+            let mut ended = 0;
+            for mut nested in nested {
+                let all = &mut nested.connections;
+                all.retain(|connection| !recorded.is_the_nodes(&self.node, connection.peer));
+                ended += nested.end()?;
+            }
+            Ok(ended)
+        });
+        match ended {
+            Ok(0) => {}
+            Ok(connections) => tracing::info!(
+                %pod, connections,
+                "forwarded connections ended: they were open before, and the pod may not forward them now"
+            ),
+            Err(error) => tracing::error!(
+                %pod, %error, "cannot end the connections that a pod forwards; those that are open continue"
+            ),
+        }
+        true
+    }
 }
 
 /// A pod whose open connections are to be checked.
@@ -181,8 +222,18 @@ struct Recorded(HashMap<Option<u64>, HashSet<(SocketAddr, SocketAddr)>>);
 
 impl Recorded {
     fn contains(&mut self, node: &Node, origin: Option<&Serving>, connection: &Accepted) -> bool {
-        let of_origin = self
-            .0
+        self.of(node, origin)
+            .contains(&(connection.peer, connection.local))
+    }
+
+    /// Whether one of the node's connections comes from `client`, whatever it leads to.
+    fn is_the_nodes(&mut self, node: &Node, client: SocketAddr) -> bool {
+        let mut of_node = self.of(node, None).iter();
+        of_node.any(|(local, _)| *local == client)
+    }
+
+    fn of(&mut self, node: &Node, origin: Option<&Serving>) -> &HashSet<(SocketAddr, SocketAddr)> {
+        self.0
             .entry(origin.map(Serving::cookie))
             .or_insert_with(|| {
                 let netns = origin.map(|origin| &*origin.pod.enrolled.netns);
@@ -190,7 +241,6 @@ impl Recorded {
                     tracing::error!(%error, "cannot list the connections of the daemon and the node");
                     HashSet::new()
                 })
-            });
-        of_origin.contains(&(connection.peer, connection.local))
+            })
     }
 }
