@@ -43,7 +43,7 @@ pub(super) fn warnings(policy: &AuthorizationPolicy, own: &TrustDomain) -> Vec<F
             field: requirement.field.to_string(),
             text: format!(
                 "principal {principal} matches no client, because its trust domain {domain} is not the \
-                 mesh's; use {own}, or cluster.local, which stands for it"
+                 mesh's; use cluster.local, which stands for the mesh's own ({own})"
             ),
         };
         if !warnings.contains(&warning) {
