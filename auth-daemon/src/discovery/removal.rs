@@ -1,7 +1,7 @@
 //! Detects that the daemon is being removed from the cluster rather than only restarted, so that it leaves nothing
 //! behind. A pod that is terminated does not learn why.
 //!
-//! Two signs say so. `helm uninstall` creates the ConfigMap [`MARK`], and keeps the daemon's API rights until it has
+//! Two signs say so. `helm uninstall` creates the ConfigMap `auth-daemon-removal`, and keeps the daemon's API rights until it has
 //! stopped, so the daemon asks for it at its end. A deleted namespace takes these rights away, so an open watch reports
 //! that it is being deleted.
 

@@ -13,7 +13,7 @@ use super::Serving;
 /// Minimum interval between two warnings about one pod.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// What has been told of the pods, by the cookie of their netns.
+/// What the log has said of the pods, by the cookie of their netns.
 #[derive(Debug, Default)]
 pub(super) struct ExceededShares(HashMap<u64, Exceeded>);
 
@@ -27,8 +27,8 @@ struct Exceeded {
 #[derive(Debug, Default)]
 struct Refused {
     count: u64,
-    told: u64,
-    told_at: Option<Instant>,
+    warned: u64,
+    warned_at: Option<Instant>,
 }
 
 impl ExceededShares {
@@ -41,14 +41,14 @@ impl ExceededShares {
             };
             let pod = &serving.pod.workload.name;
             let exceeded = self.0.entry(*cookie).or_default();
-            if let Some(refused) = exceeded.connects.to_tell(share.connects) {
+            if let Some(refused) = exceeded.connects.note(share.connects) {
                 tracing::warn!(
                     %pod, refused, limit = SHARE,
                     "connects refused: the pod has as many connections under way as its share; do the servers that it dials \
                      accept them?"
                 );
             }
-            if let Some(refused) = exceeded.deliveries.to_tell(share.deliveries) {
+            if let Some(refused) = exceeded.deliveries.note(share.deliveries) {
                 tracing::warn!(
                     %pod, refused, limit = SHARE,
                     "deliveries refused: as many connections as the pod's share wait for apps to accept them"
@@ -67,14 +67,14 @@ impl ExceededShares {
 
 impl Refused {
     /// Takes note of the count. Returns how much it has grown since the last warning, if it is time for one.
-    fn to_tell(&mut self, usage: Usage) -> Option<u64> {
+    fn note(&mut self, usage: Usage) -> Option<u64> {
         self.count = usage.refused;
-        let is_recent = self.told_at.is_some_and(|at| at.elapsed() < INTERVAL);
-        if self.count <= self.told || is_recent {
+        let is_recent = self.warned_at.is_some_and(|at| at.elapsed() < INTERVAL);
+        if self.count <= self.warned || is_recent {
             return None;
         }
-        self.told_at = Some(Instant::now());
-        Some(self.count - std::mem::replace(&mut self.told, self.count))
+        self.warned_at = Some(Instant::now());
+        Some(self.count - std::mem::replace(&mut self.warned, self.count))
     }
 }
 
@@ -89,13 +89,13 @@ mod tests {
             refused,
         };
         let mut refused = Refused::default();
-        assert_eq!(refused.to_tell(usage(0)), None);
-        assert_eq!(refused.to_tell(usage(5)), Some(5));
-        assert_eq!(refused.to_tell(usage(9)), None, "too early");
-        refused.told_at = Instant::now().checked_sub(INTERVAL);
-        assert_eq!(refused.to_tell(usage(9)), Some(4));
-        refused.told_at = Instant::now().checked_sub(INTERVAL);
-        assert_eq!(refused.to_tell(usage(9)), None, "nothing new");
+        assert_eq!(refused.note(usage(0)), None);
+        assert_eq!(refused.note(usage(5)), Some(5));
+        assert_eq!(refused.note(usage(9)), None, "too early");
+        refused.warned_at = Instant::now().checked_sub(INTERVAL);
+        assert_eq!(refused.note(usage(9)), Some(4));
+        refused.warned_at = Instant::now().checked_sub(INTERVAL);
+        assert_eq!(refused.note(usage(9)), None, "nothing new");
         assert_eq!(refused.count, 9);
     }
 }
