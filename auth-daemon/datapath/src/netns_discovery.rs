@@ -459,6 +459,11 @@ impl NetnsDiscovery {
         !is_known
     }
 
+    /// Scans as soon as possible, because a pod has a new sandbox.
+    pub fn search_now(&mut self) {
+        self.schedule.told();
+    }
+
     /// Handles the kernel's report of a socket in the netns with `cookie`.
     fn told(&mut self, cookie: u64, at: Instant) {
         let known = |sought: &Sought| matches!(&sought.found, Some(NetnsLocation::In(netns)) if netns.cookie() == cookie);

@@ -109,6 +109,8 @@ pub struct Config {
     pub non_tcp: NonTcp,
     /// How long SIGTERM waits for connections to end. Defaults to 5 seconds.
     pub drain: Duration,
+    /// The container runtime's NRI socket. Without it, the runtime starts pods without waiting for the daemon.
+    pub nri: Option<PathBuf>,
     /// What is logged, and how.
     pub log: Log,
     /// Where the programs attach. Defaults to the cgroup v2 mount.
@@ -159,6 +161,7 @@ impl Config {
         let drain = root.parsed("drain", &mut errors, |s| {
             duration(s, Duration::ZERO, MAX_DRAIN)
         });
+        let nri = root.parsed("nri", &mut errors, absolute);
         let mut sources = root.section("discovery", &mut errors);
         let discovery = discovery(
             &mut sources,
@@ -208,6 +211,7 @@ impl Config {
             same_node: same_node.unwrap_or(SameNode::Kernel),
             non_tcp: non_tcp.unwrap_or(NonTcp::Allow),
             drain: drain.unwrap_or(Duration::from_secs(5)),
+            nri,
             log,
             cgroup,
             pins: pins.unwrap_or_else(|| DEFAULT_PINS.into()),

@@ -341,6 +341,7 @@ pub(crate) fn first_connects(stage: &Stage) -> Result<()> {
         })?;
         let said = stage.kubectl(&format!("logs -n {APPS} {name} -c first"))?;
         ensure(said.contains(MARKER), || format!("{name}: {said}"))?;
+        enrolled_first(stage, "node1", name)?;
     }
     let recording = capture.stop()?;
     ensure(!recording.contains(MARKER.as_bytes()), || {
@@ -349,6 +350,20 @@ pub(crate) fn first_connects(stage: &Stage) -> Result<()> {
     stage
         .kubectl(&format!("delete pods -n {APPS} -l app=first --now"))
         .map(drop)
+}
+
+/// The container runtime waited for the daemon: the pod was enrolled before it had a socket.
+fn enrolled_first(stage: &Stage, node: &str, name: &str) -> Result<()> {
+    let log = stage.daemon_log(node)?;
+    let pod = json!(format!("{APPS}/{name}"));
+    let enrolled = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find(|line| line["message"] == "pod enrolled" && line["pod"] == pod)
+        .with_context(|| format!("{pod} was not enrolled on {node}"))?;
+    ensure(enrolled.get("unserved_microseconds").is_none(), || {
+        format!("{pod} had a socket before it was enrolled: {enrolled}")
+    })
 }
 
 const FIRST_CONNECTS: usize = 10;

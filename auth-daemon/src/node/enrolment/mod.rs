@@ -8,6 +8,7 @@ mod pod_roots;
 mod policies;
 mod proven_nodes;
 mod shares;
+mod starting;
 mod tampering;
 
 use std::{
@@ -46,6 +47,7 @@ use outside::OutsidePods;
 use pod_roots::PodRoots;
 use policies::Unchecked;
 use shares::ExceededShares;
+use starting::StartingPods;
 use tampering::Tampering;
 
 /// Interval at which to check for recreated named netns, idle tunnels and stale entries.
@@ -75,6 +77,8 @@ pub struct Enrolment {
     ended: EndedPods,
     /// Pods that are not in the mesh, whose netns the kernel must not close.
     outside: OutsidePods,
+    /// Pods that the container runtime is about to start.
+    starting: StartingPods,
     /// The pod that owns each address, by the cookie of its netns. If two pods claim an address, the first one owns it.
     owners: HashMap<IpAddr, u64>,
     /// The mesh addresses last written to the kernel.
@@ -170,7 +174,6 @@ impl Enrolment {
     pub fn new(node: Arc<Node>, workers: Arc<Workers>) -> Self {
         Self {
             netns_discovery: NetnsDiscovery::new(&node.kernel),
-            node,
             workers,
             serving: HashMap::new(),
             failing: BTreeMap::new(),
@@ -178,6 +181,8 @@ impl Enrolment {
             is_tick: false,
             ended: EndedPods::default(),
             outside: OutsidePods::default(),
+            starting: StartingPods::new(node.config.nri.as_deref()),
+            node,
             owners: HashMap::new(),
             told: Told::default(),
             node_addresses: NodeAddresses::default(),
@@ -231,6 +236,7 @@ impl Enrolment {
                 self.keepers.extend([keep, log]);
                 self.node.ready.store(true, Ordering::Relaxed);
             }
+            self.answer_starting(&snapshot);
             self.publish_status();
             tokio::select! {
                 _ = changes.changed() => {}
@@ -239,6 +245,7 @@ impl Enrolment {
                 () = self.netns_discovery.changed() => {}
                 () = self.outside.changed(&self.node) => {}
                 () = self.node.kernel.forwarding_changed() => {}
+                () = self.starting.changed() => self.netns_discovery.search_now(),
                 _ = ticks.tick() => {
                     self.is_tick = true;
                     self.node.kernel.sweep_shares();
