@@ -35,7 +35,7 @@ use serde_json::{Value, json};
 use tokio::runtime;
 use tonic::transport::Channel;
 
-use harness::{Ask, Ca, connect, csr, identity, token};
+use harness::{Ask, Ca, connect, csr, identity, token, unlimited};
 
 const LOAD: Duration = Duration::from_secs(5);
 const BARE: Duration = Duration::from_secs(1);
@@ -128,13 +128,13 @@ fn current_thread() -> runtime::Runtime {
 
 /// A running CA with `revoked` serial numbers on its list.
 async fn prepared(revoked: usize) -> Ca {
-    let ca = Ca::start().await;
+    let ca = Ca::start_with(unlimited()).await;
     if revoked == 0 {
         return ca;
     }
     let (folder, issuer, _) = ca.stop().await;
     revoke(&folder.path().join("state"), revoked);
-    Ca::start_in(folder, issuer, "127.0.0.1:0").await
+    Ca::start_in(folder, issuer, "127.0.0.1:0", unlimited()).await
 }
 
 /// Ten thousand requests of the operator would take minutes, so this writes into the stopped CA's state.

@@ -179,18 +179,18 @@ impl Authority {
         lifetime: Duration,
         node: Option<&str>,
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        let (chain, _) = self.issue_with_root(identity, csr, lifetime, node)?;
+        let (chain, _) = self.issue_with_roots(identity, csr, lifetime, node)?;
         Ok(chain)
     }
 
-    /// Like [`Authority::issue`], but returns the root too.
-    pub(crate) fn issue_with_root(
+    /// Like [`Authority::issue`], but also returns all trusted roots, that of the certificate first.
+    pub(crate) fn issue_with_roots(
         &self,
         identity: &Identity,
         csr: &[u8],
         lifetime: Duration,
         node: Option<&str>,
-    ) -> Result<(Vec<CertificateDer<'static>>, CertificateDer<'static>), Refusal> {
+    ) -> Result<(Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>), Refusal> {
         let inner = &*self.inner;
         inner.check_trust_domain(identity)?;
         let lifetime = inner.lifetime(lifetime)?;
@@ -202,6 +202,8 @@ impl Authority {
         check(&view)?;
         let key =
             RequestedKey::from_csr(csr).map_err(|error| Refusal::Request(error.to_string()))?;
+        key.check_names(identity)
+            .map_err(|error| Refusal::Request(error.to_string()))?;
         if view.owns_key(&key.spki()) {
             return Err(Refusal::Request("the CSR's key is the CA's own".into()));
         }
@@ -217,7 +219,7 @@ impl Authority {
                 "the root was replaced while this was signed: retry".into(),
             ));
         }
-        Ok((signer.chain(&leaf), view.root().clone()))
+        Ok((signer.chain(&leaf), current.roots().to_vec()))
     }
 
     /// Key and certificate for the CA's own server, for DNS names and IP addresses, and when to renew it: at half of its

@@ -6,7 +6,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::status::ServerStatus;
+use crate::{
+    quotas::{Quota, Quotas},
+    status::ServerStatus,
+};
 
 /// Kinds of refused requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,17 +24,20 @@ pub(crate) enum Kind {
     Revoked,
     /// The request exceeds a limit.
     TooLarge,
+    /// A quota of the caller is used up.
+    OverQuota,
     /// This replica is not the leader, or the request took too long.
     Unavailable,
 }
 
 impl Kind {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Unattested,
         Self::Denied,
         Self::Malformed,
         Self::Revoked,
         Self::TooLarge,
+        Self::OverQuota,
         Self::Unavailable,
     ];
 
@@ -43,6 +49,7 @@ impl Kind {
             Self::Malformed => "malformed",
             Self::Revoked => "revoked",
             Self::TooLarge => "tooLarge",
+            Self::OverQuota => "overQuota",
             Self::Unavailable => "unavailable",
         }
     }
@@ -53,6 +60,11 @@ struct Why {
     why: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Which {
+    quota: &'static str,
+}
+
 /// The counters.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
@@ -60,6 +72,7 @@ pub(crate) struct Counters {
     pub(crate) failed_handshakes: Counter,
     pub(crate) refused_connections: Counter,
     refused: Family<Why, Counter>,
+    over_quota: Family<Which, Counter>,
 }
 
 impl Counters {
@@ -72,9 +85,19 @@ impl Counters {
         self.refused.get_or_create(&Why { why }).clone()
     }
 
+    pub(crate) fn over_quota(&self, quota: Quota) {
+        self.of_quota(quota).inc();
+    }
+
+    fn of_quota(&self, quota: Quota) -> Counter {
+        let quota = quota.name();
+        self.over_quota.get_or_create(&Which { quota }).clone()
+    }
+
     /// Adds all counters to `registry`.
     pub(crate) fn register(&self, registry: &mut Registry) {
         let _ = Kind::ALL.map(|kind| self.of(kind));
+        let _ = Quota::ALL.map(|quota| self.of_quota(quota));
         registry.register("issued", "Certificates issued", self.issued.clone());
         registry.register(
             "failed_handshakes",
@@ -87,15 +110,23 @@ impl Counters {
             self.refused_connections.clone(),
         );
         registry.register("refused_requests", "Requests refused", self.refused.clone());
+        registry.register(
+            "over_quota",
+            "Requests refused because a quota of their node was used up",
+            self.over_quota.clone(),
+        );
     }
 
-    pub(crate) fn status(&self) -> ServerStatus {
+    pub(crate) fn status(&self, quotas: &Quotas) -> ServerStatus {
         let refused = Kind::ALL.map(|kind| (kind.name().to_owned(), self.of(kind).get().into()));
+        let over_quota = Quota::ALL.map(|q| (q.name().to_owned(), self.of_quota(q).get().into()));
         ServerStatus {
             issued: self.issued.get(),
             refused: refused.into_iter().collect(),
             failed_handshakes: self.failed_handshakes.get(),
             refused_connections: self.refused_connections.get(),
+            over_quota: over_quota.into_iter().collect(),
+            nodes: quotas.status(),
         }
     }
 }
@@ -103,6 +134,7 @@ impl Counters {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quotas::Limits;
 
     #[test]
     fn counts_each_kind() {
@@ -111,7 +143,9 @@ mod tests {
             counters.refused(kind);
         }
         counters.refused(Kind::Revoked);
-        let status = counters.status();
+        counters.over_quota(Quota::NodeRate);
+        let status = counters.status(&Quotas::new(Limits::default()));
+        assert_eq!(status.over_quota["nodeRate"], 1);
         assert_eq!(status.refused["revoked"], 2);
         assert_eq!((&status.refused["denied"], status.issued), (&1.into(), 0));
     }

@@ -1,10 +1,14 @@
 //! Certificate signing requests (PKCS #10, RFC 2986). The CA takes the public key, and the proof that the sender holds
-//! its private key; everything else in a request is ignored.
+//! its private key. A request for a name that the sender does not get is refused; everything else in it is ignored.
 
+use auth_mesh::Identity;
 use rcgen::{PublicKeyData, SignatureAlgorithm, SubjectPublicKeyInfo};
 use x509_parser::{
     asn1_rs::{Oid, oid},
     certification_request::X509CertificationRequest,
+    cri_attributes::ParsedCriAttribute,
+    extensions::{GeneralName, ParsedExtension},
+    oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME,
     prelude::FromDer as _,
     public_key::{PublicKey, RSAPublicKey},
     x509,
@@ -52,11 +56,18 @@ pub enum InvalidCsr {
     /// The signature is not by the key in the request.
     #[error("the CSR is not signed by the key in it, or with an unsupported algorithm")]
     Signature,
+    /// It asks for a subject alternative name that the certificate would not have.
+    #[error("the CSR asks for the name {0}: leave names out, or ask for {1} alone")]
+    Name(String, Identity),
 }
 
 /// The public key of a request with a valid signature.
 #[derive(Clone, Debug)]
-pub struct RequestedKey(SubjectPublicKeyInfo);
+pub struct RequestedKey {
+    key: SubjectPublicKeyInfo,
+    /// The subject alternative names that are asked for: URIs as they are, others for people.
+    names: Vec<String>,
+}
 
 impl RequestedKey {
     /// Takes the key out of `csr` (DER), if its kind is supported and the sender holds its private key.
@@ -78,25 +89,61 @@ impl RequestedKey {
         request
             .verify_signature()
             .map_err(|_| InvalidCsr::Signature)?;
-        SubjectPublicKeyInfo::from_der(key.raw)
-            .map(Self)
-            .map_err(|_| malformed("the parameters of its public key"))
+        let names = names(&request).ok_or(malformed("its subject alternative names"))?;
+        let key = SubjectPublicKeyInfo::from_der(key.raw)
+            .map_err(|_| malformed("the parameters of its public key"))?;
+        Ok(Self { key, names })
+    }
+
+    /// Fails if the request asks for a name besides `identity`. Istio's clients ask for that one, and this project's
+    /// daemon for none.
+    pub fn check_names(&self, identity: &Identity) -> Result<(), InvalidCsr> {
+        match self.names.iter().find(|name| *name != identity.as_str()) {
+            None => Ok(()),
+            Some(other) => {
+                let other = other.chars().take(256).collect();
+                Err(InvalidCsr::Name(other, identity.clone()))
+            }
+        }
     }
 
     /// The SubjectPublicKeyInfo, DER.
     pub fn spki(&self) -> Vec<u8> {
-        self.0.subject_public_key_info()
+        self.key.subject_public_key_info()
     }
 }
 
 impl PublicKeyData for RequestedKey {
     fn der_bytes(&self) -> &[u8] {
-        self.0.der_bytes()
+        self.key.der_bytes()
     }
 
     fn algorithm(&self) -> &'static SignatureAlgorithm {
-        self.0.algorithm()
+        self.key.algorithm()
     }
+}
+
+/// All subject alternative names that are asked for; `None` if they cannot be read.
+fn names(request: &X509CertificationRequest<'_>) -> Option<Vec<String>> {
+    let mut names = Vec::new();
+    for attribute in request.certification_request_info.iter_attributes() {
+        let ParsedCriAttribute::ExtensionRequest(requested) = attribute.parsed_attribute() else {
+            continue;
+        };
+        for extension in &requested.extensions {
+            match extension.parsed_extension() {
+                ParsedExtension::SubjectAlternativeName(asked) => {
+                    names.extend(asked.general_names.iter().map(|name| match name {
+                        GeneralName::URI(uri) => (*uri).to_owned(),
+                        other => other.to_string(),
+                    }));
+                }
+                _ if extension.oid == OID_X509_EXT_SUBJECT_ALT_NAME => return None,
+                _ => {}
+            }
+        }
+    }
+    Some(names)
 }
 
 /// Refuses weak keys, and kinds that the mesh's TLS does not support.
@@ -169,7 +216,7 @@ mod tests {
     use rcgen::{
         BasicConstraints, CertificateParams, CustomExtension, IsCa, KeyPair,
         PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384, PKCS_ECDSA_P521_SHA512, PKCS_ED25519,
-        PKCS_RSA_SHA256,
+        PKCS_RSA_SHA256, SanType,
     };
 
     use super::*;
@@ -261,6 +308,48 @@ mod tests {
         let csr = params.serialize_request(&key).unwrap();
         let requested = RequestedKey::from_csr(csr.der()).unwrap();
         assert_eq!(requested.spki(), key.subject_public_key_info());
+    }
+
+    #[test]
+    fn refuses_names_besides_the_identity() {
+        let web = "spiffe://cluster.local/ns/default/sa/web";
+        let identity: Identity = web.parse().unwrap();
+        let uri = |text: &str| SanType::URI(text.try_into().unwrap());
+        let other = "spiffe://cluster.local/ns/kube-system/sa/admin";
+        let dns = SanType::DnsName("evil.example".try_into().unwrap());
+        for (names, refused) in [
+            (vec![], None),
+            (vec![uri(web)], None),
+            (vec![uri(other)], Some(other)),
+            (vec![uri(web), uri(other)], Some(other)),
+            (vec![uri(web), dns], Some("evil.example")),
+            (
+                vec![SanType::IpAddress([10, 0, 0, 1].into())],
+                Some("IPAddress"),
+            ),
+        ] {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::default();
+            params.subject_alt_names = names;
+            let csr = params.serialize_request(&key).unwrap();
+            let checked = RequestedKey::from_csr(csr.der())
+                .unwrap()
+                .check_names(&identity);
+            match (checked, refused) {
+                (Ok(()), None) => {}
+                (Err(InvalidCsr::Name(name, _)), Some(refused)) if name.contains(refused) => {}
+                (checked, refused) => panic!("{checked:?}, not {refused:?}"),
+            }
+        }
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.custom_extensions = vec![CustomExtension::from_oid_content(
+            &[2, 5, 29, 17],
+            vec![4, 1, 7],
+        )];
+        let csr = params.serialize_request(&key).unwrap();
+        let refused = RequestedKey::from_csr(csr.der()).unwrap_err();
+        assert!(matches!(refused, InvalidCsr::Malformed(_)), "{refused}");
     }
 
     #[test]

@@ -3,10 +3,12 @@
 //!
 //! From the bottom up: [`config`]; [`csr`], `signer`, `intermediate` and `crl` make certificates and lists; `rotation` and
 //! `state` are pure, and [`store`] keeps the state; [`authority`] does what it is asked; [`attest`] and [`placement`] decide
-//! who may ask for what; `connections`, `service`, `operator` and [`server`] answer. [`leader`] elects the replica that
+//! who may ask for what, and [`quotas`] and `fair_queue` how much; `connections`, `service`, `operator` and [`server`]
+//! answer, and `audit` logs it. [`leader`] elects the replica that
 //! does so, [`roots`] and [`distribution`] write to the cluster, and [`embedded`] is a CA without a server.
 
 pub mod attest;
+mod audit;
 pub mod authority;
 pub mod config;
 mod connections;
@@ -15,11 +17,13 @@ mod crl;
 pub mod csr;
 pub mod distribution;
 pub mod embedded;
+mod fair_queue;
 mod files;
 mod intermediate;
 pub mod leader;
 mod operator;
 pub mod placement;
+pub mod quotas;
 pub mod roots;
 mod rotation;
 mod schedule;

@@ -27,8 +27,10 @@ use tonic::{
 };
 
 use crate::{
+    audit,
     authority::{Authority, Leader, Refusal, Target},
     counters::Counters,
+    quotas::Quotas,
     service::NOT_THE_LEADER,
     status::CaStatus,
 };
@@ -109,10 +111,15 @@ impl Socket {
         self,
         leader: Leader,
         counters: Arc<Counters>,
+        quotas: Arc<Quotas>,
         mut stopped: watch::Receiver<bool>,
     ) {
-        let operator = OperatorServer::new(OperatorService { leader, counters })
-            .max_decoding_message_size(MAX_REQUEST);
+        let operator = OperatorServer::new(OperatorService {
+            leader,
+            counters,
+            quotas,
+        })
+        .max_decoding_message_size(MAX_REQUEST);
         let served = Server::builder()
             .timeout(DEADLINE)
             .add_service(operator)
@@ -130,6 +137,7 @@ impl Socket {
 struct OperatorService {
     leader: Leader,
     counters: Arc<Counters>,
+    quotas: Arc<Quotas>,
 }
 
 impl OperatorService {
@@ -181,7 +189,7 @@ impl Operator for OperatorService {
         let status = CaStatus {
             leader: leader.is_some(),
             authority: leader.map(|authority| authority.status()),
-            server: self.counters.status(),
+            server: self.counters.status(&self.quotas),
         };
         let json = serde_json::to_string(&status);
         let json = json.map_err(|error| Status::internal(error.to_string()))?;
@@ -206,7 +214,7 @@ impl Operator for OperatorService {
             .revoke(target.clone(), reason)
             .await
             .map_err(refused)?;
-        tracing::warn!(%target, %reason, uid, "revocation requested by the operator");
+        audit::operator("revoked", Some(&target), reason.as_str(), uid);
         Ok(Response::new(RevokeResponse {}))
     }
 
@@ -218,7 +226,7 @@ impl Operator for OperatorService {
         let target = target(request.into_inner().target)?;
         let authority = self.authority()?;
         authority.unrevoke(target.clone()).await.map_err(refused)?;
-        tracing::warn!(%target, uid, "withdrawal of a revocation requested by the operator");
+        audit::operator("unrevoked", Some(&target), "", uid);
         Ok(Response::new(UnrevokeResponse {}))
     }
 
@@ -228,7 +236,7 @@ impl Operator for OperatorService {
     ) -> Result<Response<RotateRootResponse>, Status> {
         let uid = uid(&request);
         let phase = self.authority()?.rotate_root().await.map_err(refused)?;
-        tracing::warn!(phase, uid, "root rotation requested by the operator");
+        audit::operator("rootRotation", None, &phase, uid);
         Ok(Response::new(RotateRootResponse { phase }))
     }
 }

@@ -33,13 +33,15 @@ use tower::layer::layer_fn;
 
 use crate::{
     attest::{Attestor, certificate::Certificates},
+    audit,
     authority::Leader,
     config::CaConfig,
     connections::{self, Peer},
     counters::{Counters, Kind},
     operator,
+    quotas::{Limits, Quotas},
     server_tls::{self, CurrentTls},
-    service::{CaService, TrustWatches},
+    service::{CaService, Queues, TrustWatches},
 };
 
 /// Largest request, in bytes.
@@ -50,7 +52,8 @@ const REQUEST: Duration = Duration::from_secs(10);
 const GRACE: Duration = Duration::from_secs(10);
 /// A peer that is gone is detected within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(10);
-const MAX_STREAMS: u32 = 128;
+/// Requests of a connection at once. A node's daemon has one connection for all of its requests.
+const MAX_STREAMS: u32 = 32;
 /// Unread bytes that are accepted on a stream and on a connection.
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
@@ -70,12 +73,13 @@ pub struct Server {
 
 impl Server {
     /// Binds the addresses and the operator's socket of `config`. `attestors` identify callers, in this order; holders of
-    /// certificates that the leader issued are known besides.
+    /// certificates that the leader issued are known besides. Callers have the quotas `limits`.
     pub async fn bind(
         config: &CaConfig,
         mut attestors: Vec<Arc<dyn Attestor>>,
         registry: Arc<Registry>,
         leader: Leader,
+        limits: Limits,
     ) -> anyhow::Result<Self> {
         attestors.push(Arc::new(Certificates::new(leader.clone())));
         let readiness = match config.readiness {
@@ -92,6 +96,8 @@ impl Server {
                 registry,
                 leader,
                 counters: Arc::default(),
+                quotas: Arc::new(Quotas::new(limits)),
+                queues: Queues::new(),
                 lifetime: config.certificate_lifetime,
             }),
             names: config.server_names.clone(),
@@ -107,6 +113,7 @@ impl Server {
     pub async fn run(self, stopped: watch::Receiver<bool>) {
         let service = self.service;
         let (leader, counters) = (service.leader.clone(), service.counters.clone());
+        let quotas = service.quotas.clone();
         let tls = CurrentTls::default();
         // The first caller finds a certificate.
         if let Some(authority) = leader.borrow().clone() {
@@ -132,7 +139,7 @@ impl Server {
             stopped.clone(),
         );
         let serving = serve(service, incoming, stopped.clone());
-        let operator = self.operator.serve(leader, counters, stopped);
+        let operator = self.operator.serve(leader, counters, quotas, stopped);
         tokio::join!(accepting, serving, operator);
         renewal.abort();
     }
@@ -250,8 +257,9 @@ where
             drop(guard);
             let refused = |kind: Kind, why: &str| {
                 counters.refused(kind);
-                let peer = peer.as_ref().map(|peer| peer.address.to_string());
-                tracing::warn!(peer, %path, kind = kind.name(), why, "request refused");
+                if let Some(peer) = &peer {
+                    audit::refused(peer, None, Some(&path), kind.name(), why);
+                }
             };
             Ok(match answer {
                 // tonic's code for a message over the limit.

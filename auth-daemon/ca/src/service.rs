@@ -12,28 +12,29 @@ use auth_ca_api::{
     pem,
 };
 use auth_mesh::{Identity, Registry, TrustDomain};
-use auth_tunnel::tls::{svid::Svid, trust::Reason, unix_seconds};
+use auth_tunnel::tls::{svid::Svid, trust::Reason};
 use futures_util::{Stream, stream};
 use prost_types::value::Kind as FieldKind;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, pem::PemObject};
-use tokio::{
-    sync::watch,
-    time::{Instant, timeout_at},
-};
+use tokio::sync::watch;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
+use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
     attest::{Attestor, Caller, Credentials, Unattested},
+    audit,
     authority::{Authority, Leader, Published, Refusal},
     connections::{Peer, WatchGuard},
     counters::{Counters, Kind},
+    fair_queue::FairQueue,
     placement::{self, Denied, Grant},
+    quotas::{Exceeded, Quotas},
 };
 
-/// How long a request waits for the registry to learn of a pod: its node may know it a moment earlier.
-const PLACEMENT_WAIT: Duration = Duration::from_secs(1);
 /// Longest bearer token, in bytes.
 const MAX_TOKEN: usize = 12 << 10;
+/// How long an answer is held back from a caller that is over a quota.
+const HELD_BACK: Duration = Duration::from_secs(1);
 pub(crate) const NOT_THE_LEADER: &str = "this replica is not the leader";
 
 /// Decides on requests.
@@ -45,8 +46,34 @@ pub(crate) struct CaService {
     pub(crate) registry: Arc<Registry>,
     pub(crate) leader: Leader,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) quotas: Arc<Quotas>,
+    pub(crate) queues: Queues,
     /// Longest lifetime of a certificate.
     pub(crate) lifetime: Duration,
+}
+
+type Chain = Vec<CertificateDer<'static>>;
+type Roots = Vec<CertificateDer<'static>>;
+
+/// Where requests wait for a processor. Both queues give nodes their turns in rotation, so that a node waits for about
+/// one request of another at each, however many the other has sent.
+#[derive(Debug)]
+pub(crate) struct Queues {
+    /// Before the caller is known: by [`CaService::source`]. Reviews of tokens wait for the API server, so there are more
+    /// turns than processors.
+    attestation: Arc<FairQueue>,
+    /// By node.
+    signing: Arc<FairQueue>,
+}
+
+impl Queues {
+    pub(crate) fn new() -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            attestation: FairQueue::new(32, 8),
+            signing: FairQueue::new(processors, processors),
+        }
+    }
 }
 
 /// A refusal, and what is logged of it.
@@ -55,6 +82,15 @@ struct Refused {
     caller: Option<Caller>,
     asked: Option<String>,
     why: String,
+    /// Of what the caller, or its address, has used up a quota.
+    over: Option<Box<Over>>,
+}
+
+/// What is used up.
+enum Over {
+    Quota(Exceeded),
+    /// The failed attestations of this source.
+    Failures(String),
 }
 
 impl Refused {
@@ -64,6 +100,7 @@ impl Refused {
             caller: None,
             asked: None,
             why: why.into(),
+            over: None,
         }
     }
 
@@ -79,10 +116,26 @@ impl Refused {
             Kind::Unattested => Code::Unauthenticated,
             Kind::Denied | Kind::Revoked => Code::PermissionDenied,
             Kind::Malformed => Code::InvalidArgument,
-            Kind::TooLarge => Code::ResourceExhausted,
+            Kind::TooLarge | Kind::OverQuota => Code::ResourceExhausted,
             Kind::Unavailable => Code::Unavailable,
         };
-        Status::new(code, self.why.chars().take(512).collect::<String>())
+        let why = self.why.chars().take(512).collect::<String>();
+        match self.over.as_deref() {
+            Some(Over::Quota(exceeded)) => {
+                let details = ErrorDetails::with_retry_info(Some(exceeded.retry));
+                Status::with_error_details(code, why, details)
+            }
+            _ => Status::new(code, why),
+        }
+    }
+}
+
+impl From<Exceeded> for Refused {
+    fn from(exceeded: Exceeded) -> Self {
+        Self {
+            over: Some(Box::new(Over::Quota(exceeded))),
+            ..Self::new(Kind::OverQuota, exceeded.to_string())
+        }
     }
 }
 
@@ -110,10 +163,30 @@ impl CaService {
         leader.ok_or_else(|| Refused::new(Kind::Unavailable, NOT_THE_LEADER))
     }
 
-    /// Identifies the caller. A token takes precedence over a certificate, which does not make up for a bad token.
+    /// Where a request comes from, before its caller is known: the node of the pod with that address, or the address.
+    fn source(&self, peer: &Peer) -> String {
+        let address = peer.address.ip().to_canonical();
+        match self.registry.snapshot().pod(address) {
+            Some(pod) if !pod.node.is_empty() => pod.node.clone(),
+            _ => address.to_string(),
+        }
+    }
+
+    /// Identifies the caller.
     async fn attest(&self, peer: &Peer, metadata: &MetadataMap) -> Result<Caller, Refused> {
-        let unattested = |why: &str| Refused::new(Kind::Unattested, why);
-        let bearer = bearer(metadata).map_err(|why| unattested(&why.0))?;
+        let source = self.source(peer);
+        let turn = self.queues.attestation.turn(source.clone()).await;
+        let attested = self.attest_now(peer, metadata).await;
+        drop(turn);
+        attested.map_err(|unattested| Refused {
+            over: (!self.quotas.failure(&source)).then(|| Box::new(Over::Failures(source))),
+            ..Refused::new(Kind::Unattested, unattested.0)
+        })
+    }
+
+    /// A token takes precedence over a certificate, which does not make up for a bad token.
+    async fn attest_now(&self, peer: &Peer, metadata: &MetadataMap) -> Result<Caller, Unattested> {
+        let bearer = bearer(metadata)?;
         let certificate = peer.certificate.as_ref().filter(|_| bearer.is_none());
         let credentials = Credentials {
             bearer,
@@ -121,32 +194,25 @@ impl CaService {
         };
         for attestor in &self.attestors {
             if let Some(outcome) = attestor.attest(credentials).await {
-                return outcome.map_err(|why| unattested(&why.0));
+                return outcome;
             }
         }
-        Err(unattested(if bearer.is_some() {
+        let why = if bearer.is_some() {
             "the token is no known node's, and of no known issuer"
         } else {
             "the request has neither a bearer token nor a client certificate"
-        }))
+        };
+        Err(Unattested(why.into()))
     }
 
     /// Decides what the caller may have. Waits a little for a pod that is not known yet.
     async fn place(&self, caller: &Caller, asked: Option<&Identity>) -> Result<Grant, Denied> {
-        let mut changes = self.registry.changes();
-        let deadline = Instant::now() + PLACEMENT_WAIT;
-        loop {
-            changes.borrow_and_update();
-            let snapshot = self.registry.snapshot();
-            match placement::decide(caller, asked, &self.trust_domain, &snapshot) {
-                Err(denied @ Denied::NotThere { .. }) => {
-                    if !matches!(timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
-                        return Err(denied);
-                    }
-                }
-                decided => return decided,
-            }
-        }
+        placement::settle(
+            &self.registry,
+            |snapshot| placement::decide(caller, asked, &self.trust_domain, snapshot),
+            |denied| matches!(denied, Denied::NotThere { .. }),
+        )
+        .await
     }
 
     async fn issue(
@@ -161,7 +227,7 @@ impl CaService {
         let issued = self
             .issue_for(&authority, &caller, asked.as_deref(), request)
             .await;
-        let (chain, grant) = issued.map_err(|refused| Refused {
+        let (chain, roots, grant) = issued.map_err(|refused| Refused {
             asked,
             ..refused.by(&caller)
         })?;
@@ -169,25 +235,21 @@ impl CaService {
         self.authority()?;
         let leaf = Svid::parse(&chain[0], self.trust_domain.as_str()).ok();
         self.counters.issued.inc();
-        tracing::info!(
-            peer = %peer.address,
-            identity = %grant.identity,
-            node = grant.node.as_deref().unwrap_or_default(),
-            serial = leaf.as_ref().map_or("", |leaf| &*leaf.serial),
-            not_after = leaf.as_ref().map_or(0, |leaf| unix_seconds(leaf.not_after)),
-            "certificate issued"
-        );
-        Ok(chain.iter().map(|der| pem::certificate(der)).collect())
+        audit::issued(peer, &caller, &grant, leaf.as_ref());
+        // As Istio's clients expect it: the last element holds everything that the caller is to trust.
+        let mut answer: Vec<_> = chain.iter().map(|der| pem::certificate(der)).collect();
+        answer.push(pem::certificates(&roots));
+        Ok(answer)
     }
 
-    /// The chain, with its root.
+    /// The chain, and the trusted roots.
     async fn issue_for(
         &self,
         authority: &Authority,
         caller: &Caller,
         asked: Option<&str>,
         request: &IstioCertificateRequest,
-    ) -> Result<(Vec<CertificateDer<'static>>, Grant), Refused> {
+    ) -> Result<(Chain, Roots, Grant), Refused> {
         let malformed = |why: String| Refused::new(Kind::Malformed, why);
         let csr = CertificateSigningRequestDer::from_pem_slice(request.csr.as_bytes())
             .map_err(|_| malformed("csr: is not a CERTIFICATE REQUEST in PEM".into()))?;
@@ -196,6 +258,11 @@ impl CaService {
             parsed.map_err(|error| malformed(format!("metadata.{IMPERSONATED_IDENTITY}: {error}")))
         };
         let asked = asked.map(parse).transpose()?;
+        // A pod's own requests count for its identity first, so that they cannot use up the quota of its node.
+        if let Caller::Workload { identity, node } = caller {
+            self.quotas.certificate(node, identity)?;
+        }
+        let _in_progress = self.quotas.request(caller.node())?;
         let grant = self.place(caller, asked.as_ref()).await.map_err(|denied| {
             let kind = match denied {
                 Denied::Unnamed(_) => Kind::Malformed,
@@ -203,28 +270,57 @@ impl CaService {
             };
             Refused::new(kind, denied.to_string())
         })?;
+        if let Caller::Node { node } = caller {
+            self.quotas.certificate(node, &grant.identity)?;
+        }
         let lifetime = match u64::try_from(request.validity_duration) {
             Ok(seconds @ 1..) => Duration::from_secs(seconds).min(self.lifetime),
             _ => self.lifetime,
         };
-        let (identity, node) = (&grant.identity, grant.node.as_deref());
-        let (mut chain, root) = authority.issue_with_root(identity, &csr, lifetime, node)?;
-        chain.push(root);
-        Ok((chain, grant))
+        let node = Some(&*grant.node);
+        let _turn = self.queues.signing.turn(grant.node.clone()).await;
+        let (chain, roots) = authority.issue_with_roots(&grant.identity, &csr, lifetime, node)?;
+        Ok((chain, roots, grant))
     }
 
-    /// Counts and logs a refusal, and turns it into an answer.
-    fn refuse(&self, peer: &Peer, refused: &Refused) -> Status {
-        let asked = refused.asked.as_deref().unwrap_or_default();
+    /// Admits a watch of the trust bundle, which counts as a request while it is opened.
+    async fn admit_watch(
+        &self,
+        peer: &Arc<Peer>,
+        metadata: &MetadataMap,
+    ) -> Result<(Arc<Authority>, Caller, WatchGuard), Refused> {
+        let authority = self.authority()?;
+        let caller = self.attest(peer, metadata).await?;
+        let counted = self.quotas.request(caller.node());
+        counted.map_err(|exceeded| Refused::from(exceeded).by(&caller))?;
+        let guard = peer.watch().ok_or_else(|| {
+            let why = "this connection has too many watches already";
+            Refused::new(Kind::TooLarge, why).by(&caller)
+        })?;
+        Ok((authority, caller, guard))
+    }
+
+    /// Counts and logs a refusal, and turns it into an answer. One that is over a quota has to wait for it, so that a
+    /// caller that does not heed the retry time costs little.
+    async fn refuse(&self, peer: &Peer, refused: Refused) -> Status {
         self.counters.refused(refused.kind);
-        tracing::warn!(
-            peer = %peer.address,
-            caller = refused.caller.as_ref().map(ToString::to_string).unwrap_or_default(),
-            asked = asked.chars().take(256).collect::<String>(),
-            kind = refused.kind.name(),
-            why = refused.why,
-            "request refused"
-        );
+        let caller = refused.caller.as_ref();
+        let logged = match refused.over.as_deref() {
+            None => true,
+            Some(Over::Failures(source)) => self.quotas.report(source),
+            Some(Over::Quota(exceeded)) => {
+                self.counters.over_quota(exceeded.quota);
+                let node = caller.map(Caller::node).unwrap_or_default();
+                self.quotas.report(&node.to_owned())
+            }
+        };
+        if logged {
+            let asked = refused.asked.as_deref();
+            audit::refused(peer, caller, asked, refused.kind.name(), &refused.why);
+        }
+        if refused.over.is_some() {
+            tokio::time::sleep(HELD_BACK).await;
+        }
         refused.status()
     }
 }
@@ -285,7 +381,7 @@ impl IstioCertificateService for CaService {
         let (metadata, _, request) = request.into_parts();
         match self.issue(&peer, &metadata, &request).await {
             Ok(cert_chain) => Ok(Response::new(IstioCertificateResponse { cert_chain })),
-            Err(refused) => Err(self.refuse(&peer, &refused)),
+            Err(refused) => Err(self.refuse(&peer, refused).await),
         }
     }
 }
@@ -332,16 +428,13 @@ impl TrustService for TrustWatches {
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let (peer, service) = (peer(&request)?, &*self.service);
-        let refuse = |refused: Refused| service.refuse(&peer, &refused);
         let mut leader = service.leader.clone();
         leader.mark_unchanged();
-        let authority = service.authority().map_err(refuse)?;
-        let caller = service.attest(&peer, request.metadata()).await;
-        let caller = caller.map_err(refuse)?;
-        let guard = peer.watch().ok_or_else(|| {
-            let why = "this connection has too many watches already";
-            refuse(Refused::new(Kind::TooLarge, why).by(&caller))
-        })?;
+        let (authority, caller, guard) = match service.admit_watch(&peer, request.metadata()).await
+        {
+            Ok(admitted) => admitted,
+            Err(refused) => return Err(service.refuse(&peer, refused).await),
+        };
         tracing::info!(peer = %peer.address, %caller, "trust watch started");
         let watcher = Watcher {
             leader,

@@ -25,7 +25,7 @@ use x509_parser::{
 use crate::{config::KeyAlgorithm, csr::RequestedKey};
 
 /// Seconds by which a certificate is valid before it is issued, to allow for clock skew between nodes.
-pub(crate) const BACKDATE: u64 = 60;
+pub(crate) const BACKDATE: u64 = 300;
 /// The same for roots, which are made once for nodes whose clocks may differ a lot.
 pub(crate) const ROOT_BACKDATE: u64 = 24 * 60 * 60;
 /// Seconds of its own life that an issuer must have left to sign.

@@ -89,6 +89,26 @@ pub struct ServerStatus {
     pub failed_handshakes: u64,
     /// Connections refused before TLS, because a connection limit was reached.
     pub refused_connections: u64,
+    /// Requests refused because a quota of their node was used up, by quota.
+    #[serde(default)]
+    pub over_quota: serde_json::Map<String, serde_json::Value>,
+    /// Nodes that were refused most, then those with most identities: ten at most.
+    #[serde(default)]
+    pub nodes: Vec<NodeQuotaStatus>,
+}
+
+/// What one node has used of its quotas in the last hour.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeQuotaStatus {
+    /// The node's name.
+    pub node: String,
+    /// Its requests in progress.
+    pub in_progress: usize,
+    /// Distinct identities that it got certificates for.
+    pub identities: usize,
+    /// Requests refused because a quota was used up.
+    pub refused: u64,
 }
 
 impl fmt::Display for CaStatus {
@@ -107,7 +127,24 @@ impl fmt::Display for CaStatus {
             writeln!(f, "  refused as {kind} {count}")?;
         }
         writeln!(f, "  failed handshakes {}", server.failed_handshakes)?;
-        writeln!(f, "  refused connections {}", server.refused_connections)
+        writeln!(f, "  refused connections {}", server.refused_connections)?;
+        for (quota, count) in &server.over_quota {
+            writeln!(f, "  over quota {quota} {count}")?;
+        }
+        writeln!(f, "\nNODES IN THE LAST HOUR ({})", server.nodes.len())?;
+        for node in &server.nodes {
+            let NodeQuotaStatus {
+                node,
+                in_progress,
+                identities,
+                refused,
+            } = node;
+            writeln!(
+                f,
+                "  {node}  identities {identities}  in progress {in_progress}  refused {refused}"
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -157,7 +194,10 @@ mod tests {
             "algorithm": "P-256", "pluggedIn": false,
             "roots": [{"serial": "01", "notAfter": "2036", "sha256": "ab", "signs": true}, {"serial": "02"}],
             "revoked": {"serials": [], "identities": [], "nodes": [{"name": "a", "reason": "keyCompromise"}]},
-            "server": {"issued": 5, "refused": {"denied": 2}, "failedHandshakes": 1, "refusedConnections": 0},
+            "server": {
+                "issued": 5, "refused": {"denied": 2}, "failedHandshakes": 1, "refusedConnections": 0,
+                "overQuota": {"nodeRate": 7}, "nodes": [{"node": "b", "inProgress": 1, "identities": 3, "refused": 7}],
+            },
         }))
         .unwrap();
         let text = status.to_string();
@@ -166,6 +206,8 @@ mod tests {
             "ROOTS (2)\n  01  until 2036  sha256 ab  signs\n  02",
             "REVOKED NODES (1)\n  a  keyCompromise\n",
             "refused as denied 2\n",
+            "over quota nodeRate 7\n",
+            "  b  identities 3  in progress 1  refused 7\n",
         ] {
             assert!(text.contains(expected), "{expected:?} is not in:\n{text}");
         }

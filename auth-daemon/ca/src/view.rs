@@ -103,9 +103,9 @@ impl CaView {
         &self.signing
     }
 
-    /// The root of new certificates.
-    pub(crate) fn root(&self) -> &CertificateDer<'static> {
-        &self.roots[0]
+    /// All trusted roots: at least one, that of new certificates first.
+    pub(crate) fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.roots
     }
 
     /// Whether `spki` is a key of the CA itself.

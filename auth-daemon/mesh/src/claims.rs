@@ -276,10 +276,10 @@ mod tests {
         let finished = mesh(vec![pod("old", true)], vec![service(SERVICE)]);
         let refused = finished.resolve(at(SERVICE)).unwrap_err();
         assert_eq!(refused, Unreachable::NoEndpoint(name("web"), 80));
-        assert!(!finished.runs("a", &identity));
+        assert_eq!(finished.running("a", &identity).count(), 0);
         assert_eq!(finished.on_node("a").count(), 1);
         let running = mesh(vec![pod("old", false)], vec![service(SERVICE)]);
         assert!(running.resolve(at(SERVICE)).is_ok());
-        assert!(running.runs("a", &identity));
+        assert_eq!(running.running("a", &identity).count(), 1);
     }
 }

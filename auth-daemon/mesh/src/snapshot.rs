@@ -193,11 +193,11 @@ impl Snapshot {
         }
     }
 
-    /// Reports whether a mesh pod with `identity` runs on `node`. A finished pod does not, even if it still has processes:
+    /// Returns the mesh pods with `identity` that run on `node`. A finished pod does not, even if it still has processes:
     /// its object may stay for days.
-    pub fn runs(&self, node: &str, identity: &Identity) -> bool {
+    pub fn running(&self, node: &str, identity: &Identity) -> impl Iterator<Item = &Arc<Workload>> {
         self.on_node(node)
-            .any(|pod| pod.identity == *identity && !pod.finished)
+            .filter(move |pod| pod.identity == *identity && !pod.finished)
     }
 
     /// Reports whether `node` has a ready daemon. Always true if daemons are not tracked.
@@ -343,7 +343,7 @@ impl Snapshot {
     }
 
     /// Returns the pod `name`, in the mesh or not.
-    pub(super) fn any_pod(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
+    pub fn any_pod(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
         self.namespaces.get(&name.namespace)?.pods.get(&name.name)
     }
 

@@ -20,6 +20,7 @@ use auth_ca::{
     config::{CaConfig, KubernetesState, State},
     distribution::Distribution,
     leader::{Candidate, Term, election::Timing},
+    quotas::Limits,
     roots::PublishedRoots,
     server::Server,
     store::{directory::DirectoryStore, secret::SecretStore},
@@ -105,7 +106,14 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
 
     let (lead, leader) = watch::channel(None);
     let (resign, resigned) = watch::channel(false);
-    let server = Server::bind(&config, attestors, registry, leader.clone()).await?;
+    let server = Server::bind(
+        &config,
+        attestors,
+        registry,
+        leader.clone(),
+        Limits::default(),
+    )
+    .await?;
     let leading: Pin<Box<dyn Future<Output = ()>>> = match (&config.state, cluster) {
         (State::Directory(directory), _) => {
             let store = Arc::new(DirectoryStore::open(directory)?);

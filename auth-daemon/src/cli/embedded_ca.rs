@@ -10,7 +10,9 @@ use auth_tunnel::tls::trust::TrustStore;
 impl Issuer for EmbeddedCa {
     fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
         let issued = EmbeddedCa::issue(self, identity, csr);
-        let issued = issued.map(|chain| Issued { chain }).map_err(IssueError);
+        let issued = issued
+            .map(|chain| Issued { chain })
+            .map_err(IssueError::from);
         Box::pin(std::future::ready(issued))
     }
 

@@ -230,7 +230,7 @@ async fn keep_current(
         let request = request(&*issuer, &certificate.identity);
         let outcome = tokio::time::timeout(ISSUE_TIMEOUT, request)
             .await
-            .unwrap_or_else(|_| Err(IssueError(format!("no answer within {ISSUE_TIMEOUT:?}"))));
+            .unwrap_or_else(|_| Err(format!("no answer within {ISSUE_TIMEOUT:?}").into()));
         let now = SystemTime::now();
         match outcome {
             Ok(current) => {
@@ -243,7 +243,7 @@ async fn keep_current(
                 certificate.issued.notify_waiters();
             }
             Err(error) => {
-                let delay = schedule.failed(now, rand::random());
+                let delay = schedule.failed(now, rand::random(), error.retry_after);
                 let valid = certificate.current().is_some();
                 tracing::error!(
                     identity = %certificate.identity, %error, retry_in_seconds = delay.as_secs(), still_valid = valid,
@@ -256,7 +256,7 @@ async fn keep_current(
 }
 
 async fn request(issuer: &dyn Issuer, identity: &Identity) -> Result<Current, IssueError> {
-    let failed = |error: &dyn std::fmt::Display| IssueError(error.to_string());
+    let failed = |error: &dyn std::fmt::Display| IssueError::from(error.to_string());
     let key = KeyPair::generate().map_err(|error| failed(&error))?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
@@ -268,19 +268,15 @@ async fn request(issuer: &dyn Issuer, identity: &Identity) -> Result<Current, Is
     let leaf = issued
         .chain
         .first()
-        .ok_or_else(|| IssueError("the CA answered without a certificate".into()))?;
+        .ok_or_else(|| IssueError::from("the CA answered without a certificate".to_owned()))?;
     let trust_domain = trust.current().bundle.trust_domain.clone();
     let svid = Svid::parse(leaf, trust_domain.as_str()).map_err(|error| failed(&error))?;
     if svid.identity != *identity {
-        return Err(IssueError(format!(
-            "the CA answered with a certificate of {}",
-            svid.identity
-        )));
+        return Err(format!("the CA answered with a certificate of {}", svid.identity).into());
     }
     if svid.not_after <= SystemTime::now() {
-        return Err(IssueError(
-            "the CA answered with a certificate that has expired; check the clocks (NTP)".into(),
-        ));
+        let why = "the CA answered with a certificate that has expired; check the clocks (NTP)";
+        return Err(why.to_owned().into());
     }
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let signing = any_ecdsa_type(&key).map_err(|error| failed(&error))?;
@@ -355,7 +351,7 @@ mod tests {
                             left.checked_sub(1)
                         });
                 if fails.is_ok() {
-                    return Err(IssueError("not today".into()));
+                    return Err("not today".to_owned().into());
                 }
                 Issuer::issue(&self.ca, identity, csr).await
             })

@@ -20,7 +20,8 @@ use tokio::{
     task::AbortHandle,
     time::{sleep, timeout},
 };
-use tonic::{Code, transport::Channel};
+use tonic::{Code, Status, transport::Channel};
+use tonic_types::StatusExt;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use super::{
@@ -109,7 +110,7 @@ impl CaClient {
         }
     }
 
-    async fn ask(&self, identity: &Identity, csr: &[u8]) -> Result<Issued, String> {
+    async fn ask(&self, identity: &Identity, csr: &[u8]) -> Result<Issued, IssueError> {
         let mut attempt = 1;
         let answer = loop {
             let request = self.link.request(IstioCertificateRequest {
@@ -135,7 +136,10 @@ impl CaClient {
                     ) {
                         self.forget(number);
                     }
-                    return Err(explain_status(&status));
+                    return Err(IssueError {
+                        why: explain_status(&status),
+                        retry_after: retry_after(&status),
+                    });
                 }
             }
         };
@@ -160,8 +164,10 @@ impl Drop for CaClient {
 impl Issuer for CaClient {
     fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
         Box::pin(async move {
-            let failed =
-                |why: String| IssueError(format!("the CA at {}: {why}", self.link.server.address));
+            let failed = |error: IssueError| IssueError {
+                why: format!("the CA at {}: {}", self.link.server.address, error.why),
+                ..error
+            };
             let asked = timeout(DEADLINE, self.ask(identity, csr)).await;
             let number = self
                 .channel
@@ -177,7 +183,7 @@ impl Issuer for CaClient {
                     } else {
                         ", or does not send its trust bundle"
                     };
-                    Err(format!("it does not answer within {DEADLINE:?}{missing}"))
+                    Err(format!("it does not answer within {DEADLINE:?}{missing}").into())
                 })
                 .map_err(failed)
         })
@@ -186,6 +192,11 @@ impl Issuer for CaClient {
     fn trust(&self) -> &Arc<TrustStore> {
         &self.link.trust
     }
+}
+
+/// How long the CA asks to wait (`google.rpc.RetryInfo`).
+fn retry_after(status: &Status) -> Option<Duration> {
+    status.get_details_retry_info()?.retry_delay
 }
 
 fn impersonating(identity: &Identity) -> prost_types::Struct {
@@ -197,7 +208,7 @@ fn impersonating(identity: &Identity) -> prost_types::Struct {
     }
 }
 
-/// The chain in an answer, leaf first, without the root: for `identity`, or refused.
+/// The chain in an answer, leaf first, without the roots: for `identity`, or refused.
 fn read_answer(
     answer: &IstioCertificateResponse,
     identity: &Identity,
@@ -227,16 +238,16 @@ fn read_answer(
             svid.identity
         ));
     }
-    let mut self_signed = false;
-    for certificate in &chain {
-        let (_, certificate) = X509Certificate::from_der(certificate)
+    // The leaf, then its intermediates. The roots after them are of no use to a peer, which has its own.
+    let mut own = Vec::new();
+    for certificate in chain {
+        let (_, parsed) = X509Certificate::from_der(&certificate)
             .map_err(|_| "it answers with a chain that cannot be parsed".to_owned())?;
-        self_signed = certificate.subject().as_raw() == certificate.issuer().as_raw();
+        if own.is_empty() || parsed.subject().as_raw() != parsed.issuer().as_raw() {
+            own.push(certificate);
+        }
     }
-    if self_signed && chain.len() > 1 {
-        chain.pop();
-    }
-    Ok(chain)
+    Ok(own)
 }
 
 #[cfg(test)]
@@ -280,11 +291,15 @@ mod tests {
     }
 
     #[test]
-    fn removes_the_root() {
+    fn removes_the_roots() {
         let chain = chain(WEB);
         assert_eq!(read(&chain), Ok(1));
         assert_eq!(read(&[chain.concat()]), Ok(1), "all in one");
         assert_eq!(read(&chain[..1]), Ok(1));
+        let [leaf, root] = &chain;
+        let other = &self::chain(WEB)[1];
+        let bundle = format!("{root}{other}");
+        assert_eq!(read(&[leaf.clone(), bundle]), Ok(1), "during a rotation");
     }
 
     #[test]

@@ -6,7 +6,7 @@ mod link;
 mod renewal;
 mod trust_watch;
 
-use std::{fmt, future::Future, pin::Pin, sync::Arc};
+use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use rustls::pki_types::CertificateDer;
 
@@ -37,5 +37,19 @@ pub struct Issued {
 
 /// Why no certificate was issued.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct IssueError(pub String);
+#[error("{why}")]
+pub struct IssueError {
+    /// The reason, for people.
+    pub why: String,
+    /// How long the CA asks its caller to wait before the next request.
+    pub retry_after: Option<Duration>,
+}
+
+impl From<String> for IssueError {
+    fn from(why: String) -> Self {
+        Self {
+            why,
+            retry_after: None,
+        }
+    }
+}

@@ -7,6 +7,8 @@ use auth_tunnel::tls::svid::Svid;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
+/// The longest pause that a CA can ask for: the longest that this project's CA does.
+const LONGEST_RETRY: Duration = Duration::from_secs(3600);
 /// The least pause, even for certificates with no lifetime left.
 const SHORTEST: Duration = Duration::from_millis(500);
 /// The longest sleep at once: the clock may be set meanwhile, or the machine suspended.
@@ -18,6 +20,8 @@ pub(super) struct Schedule {
     due: SystemTime,
     /// In a row.
     failures: u32,
+    /// Before this, the CA does not want another request.
+    not_before: SystemTime,
 }
 
 impl Schedule {
@@ -26,6 +30,7 @@ impl Schedule {
         Self {
             due: now,
             failures: 0,
+            not_before: now,
         }
     }
 
@@ -52,13 +57,21 @@ impl Schedule {
     }
 
     /// A request failed. The next is due after a pause that doubles each time, within bounds, half of it by `chance`,
-    /// which is between 0 and 1.
+    /// which is between 0 and 1. If the CA asks for a longer pause (`retry_after`), it is that, and up to half of it more.
     ///
     /// Returns how long that is.
-    pub(super) fn failed(&mut self, now: SystemTime, chance: f64) -> Duration {
+    pub(super) fn failed(
+        &mut self,
+        now: SystemTime,
+        chance: f64,
+        retry_after: Option<Duration>,
+    ) -> Duration {
         let pause = backoff::pause(FIRST_RETRY, LAST_RETRY, self.failures, chance);
         self.failures = self.failures.saturating_add(1);
-        self.after(pause, now)
+        let asked = retry_after.unwrap_or_default().min(LONGEST_RETRY);
+        self.not_before = now + asked;
+        let spread = asked.mul_f64(1.0 + 0.5 * chance.clamp(0.0, 1.0));
+        self.after(pause.max(spread), now)
     }
 
     /// The certificate was revoked. The next is due now, or after the pause if the CA has just refused one.
@@ -73,7 +86,7 @@ impl Schedule {
     pub(super) fn trust_changed(&mut self, now: SystemTime, chance: f64) {
         if self.failures > 0 {
             let soon = now + FIRST_RETRY.mul_f64(chance.clamp(0.0, 1.0));
-            self.due = self.due.min(soon);
+            self.due = self.due.min(soon.max(self.not_before));
         }
     }
 
@@ -122,15 +135,36 @@ mod tests {
     fn backs_off_within_bounds_until_a_success() {
         let mut schedule = Schedule::new(at(0));
         for (chance, expected) in [(1.0, 1.0), (1.0, 2.0), (0.0, 2.0), (1.0, 8.0)] {
-            let delay = schedule.failed(at(0), chance);
+            let delay = schedule.failed(at(0), chance, None);
             assert_eq!(delay, Duration::from_secs_f64(expected));
         }
         for _ in 0..100 {
-            schedule.failed(at(0), 1.0);
+            schedule.failed(at(0), 1.0, None);
         }
-        assert_eq!(schedule.failed(at(0), 1.0), LAST_RETRY);
+        assert_eq!(schedule.failed(at(0), 1.0, None), LAST_RETRY);
         schedule.issued(&svid(at(1000)), at(0), 0.5);
-        assert_eq!(schedule.failed(at(0), 1.0), FIRST_RETRY);
+        assert_eq!(schedule.failed(at(0), 1.0, None), FIRST_RETRY);
+    }
+
+    #[test]
+    fn waits_as_long_as_the_ca_asks_and_a_little_more() {
+        let seconds = |s| Some(Duration::from_secs(s));
+        let mut schedule = Schedule::new(at(0));
+        for (chance, expected) in [(0.0, 100), (1.0, 150)] {
+            let delay = schedule.failed(at(0), chance, seconds(100));
+            assert_eq!(delay, Duration::from_secs(expected));
+        }
+        schedule.trust_changed(at(10), 0.5);
+        assert_eq!(schedule.sleep(at(99)), Duration::from_secs(1));
+        assert_eq!(
+            schedule.failed(at(100), 0.0, seconds(1_000_000)),
+            LONGEST_RETRY
+        );
+        for _ in 0..10 {
+            schedule.failed(at(100), 1.0, None);
+        }
+        let longer = schedule.failed(at(100), 1.0, seconds(1));
+        assert_eq!(longer, LAST_RETRY, "its own pause is longer");
     }
 
     #[test]
@@ -152,7 +186,7 @@ mod tests {
             "it has a certificate"
         );
         for _ in 0..10 {
-            schedule.failed(at(500), 1.0);
+            schedule.failed(at(500), 1.0, None);
         }
         assert_eq!(schedule.sleep(at(500)), LONGEST_SLEEP);
         schedule.trust_changed(at(500), 0.5);
@@ -165,7 +199,7 @@ mod tests {
         schedule.issued(&svid(at(1000)), at(0), 0.5);
         schedule.revoked(at(10));
         assert_eq!(schedule.sleep(at(10)), Duration::ZERO);
-        schedule.failed(at(10), 1.0);
+        schedule.failed(at(10), 1.0, None);
         schedule.revoked(at(10));
         assert_eq!(schedule.sleep(at(10)), FIRST_RETRY);
     }

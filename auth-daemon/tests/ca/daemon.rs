@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use auth_ca::authority::Target;
+use auth_ca::{authority::Target, quotas::Limits};
 use auth_ca_api::{
     auth::{
         Denial, Trust, WatchRequest,
@@ -119,7 +119,7 @@ async fn reconnects_to_a_restarted_ca_that_withdraws_nothing() {
     let (folder, keys, address) = ca.stop().await;
     assert!(issuer.issue(&identity("web"), &request()).await.is_err());
     assert!(revoked(), "a CA that is down withdraws nothing");
-    let ca = Ca::start_in(folder, keys, &address.to_string()).await;
+    let ca = Ca::start_in(folder, keys, &address.to_string(), Limits::default()).await;
     ca.authority
         .revoke(Target::Identity(identity("api")), Reason::Unspecified)
         .await
@@ -165,7 +165,7 @@ async fn learns_a_new_root_before_it_signs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_thousands_of_certificates_at_once() {
     const COUNT: usize = 5000;
-    let ca = Ca::start().await;
+    let ca = Ca::start_with(unlimited()).await;
     let accounts: Vec<_> = (0..COUNT)
         .map(|number| format!("account-{number}"))
         .collect();

@@ -13,6 +13,7 @@ use auth_ca::{
     attest::{Attestor, jwks::Jwks, static_token::StaticTokens},
     authority::Authority,
     config::CaConfig,
+    quotas::{Limits, Rate},
     server::Server,
     store::directory::DirectoryStore,
 };
@@ -124,6 +125,17 @@ pub(crate) struct Ca {
     work: JoinHandle<()>,
 }
 
+/// Quotas that no test uses up.
+pub(crate) fn unlimited() -> Limits {
+    Limits {
+        node: Rate::new(1_000_000, 1_000_000),
+        concurrent: 10_000,
+        identity: Rate::new(1_000_000, 1_000_000),
+        identities: 10_000,
+        ..Limits::default()
+    }
+}
+
 /// The configuration of a CA with all of its files in `folder`.
 pub(crate) fn write_config(folder: &Path, listen: &str, more: &str) -> PathBuf {
     let at = |name: &str| folder.join(name).display().to_string();
@@ -149,14 +161,20 @@ pub(crate) fn write_config(folder: &Path, listen: &str, more: &str) -> PathBuf {
 impl Ca {
     /// Pods of `web` run on node a, of `api` on node b.
     pub(crate) async fn start() -> Self {
+        Self::start_with(Limits::default()).await
+    }
+
+    /// The same, with other quotas.
+    pub(crate) async fn start_with(limits: Limits) -> Self {
         let folder = Arc::new(tempfile::tempdir().unwrap());
-        Self::start_in(folder, Arc::new(Issuer::new()), "127.0.0.1:0").await
+        Self::start_in(folder, Arc::new(Issuer::new()), "127.0.0.1:0", limits).await
     }
 
     pub(crate) async fn start_in(
         folder: Arc<tempfile::TempDir>,
         issuer: Arc<Issuer>,
         listen: &str,
+        limits: Limits,
     ) -> Self {
         let jwks = folder.path().join("jwks");
         fs::write(&jwks, json!({ "keys": [issuer.jwk] }).to_string()).unwrap();
@@ -177,7 +195,7 @@ impl Ca {
         let store = Arc::new(DirectoryStore::open(&folder.path().join("state")).unwrap());
         let authority = Arc::new(Authority::open(store, config.settings()).await.unwrap());
         let (lead, leader) = watch::channel(Some(authority.clone()));
-        let server = Server::bind(&config, attestors, registry.clone(), leader)
+        let server = Server::bind(&config, attestors, registry.clone(), leader, limits)
             .await
             .unwrap();
         let address = server.local_addr().unwrap();
@@ -339,10 +357,18 @@ impl Ask {
         ask
     }
 
+    /// Sends it, and returns all certificates in the answer.
     pub(crate) async fn send(
         self,
         channel: &Channel,
     ) -> Result<Vec<CertificateDer<'static>>, Status> {
+        let all = self.send_plainly(channel).await?.concat();
+        let chain = CertificateDer::pem_slice_iter(all.as_bytes());
+        Ok(chain.map(Result::unwrap).collect())
+    }
+
+    /// Sends it with the generated client of Istio's protocol, and returns the answer's `cert_chain`.
+    pub(crate) async fn send_plainly(self, channel: &Channel) -> Result<Vec<String>, Status> {
         let fields = self.identity.map(|identity| {
             let value = prost_types::Value {
                 kind: Some(prost_types::value::Kind::StringValue(identity)),
@@ -363,11 +389,7 @@ impl Ask {
         let answer = IstioCertificateServiceClient::new(channel.clone())
             .create_certificate(request)
             .await?;
-        let pems = answer.into_inner().cert_chain;
-        let chain = pems
-            .iter()
-            .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap());
-        Ok(chain.collect())
+        Ok(answer.into_inner().cert_chain)
     }
 }
 

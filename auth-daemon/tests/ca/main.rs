@@ -3,11 +3,13 @@
 mod daemon;
 mod harness;
 mod program;
+mod quotas;
 
 use std::{
     io::{Read, Write},
     net::TcpStream,
     process::{Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,22 +19,18 @@ use auth_mesh::{Inventory, Snapshot};
 use auth_tunnel::tls::{svid::Svid, trust::Reason};
 use harness::*;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose, SanType};
-use rustls::pki_types::{CertificateSigningRequestDer, pem::PemObject};
-use tonic::{Code, Request};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, CertificateSigningRequestDer, UnixTime, pem::PemObject},
+    server::WebPkiClientVerifier,
+};
+use tonic::{Code, Request, transport::Channel};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_gets_certificates_of_its_pods_whatever_the_csr_asks_for() {
+async fn a_node_gets_certificates_of_its_pods_whatever_usage_the_csr_asks_for() {
     let ca = Ca::start().await;
     let (_, csr) = csr(|params| {
-        params.subject_alt_names = vec![
-            SanType::DnsName("evil.example".try_into().unwrap()),
-            SanType::URI(
-                "spiffe://cluster.local/ns/kube-system/sa/admin"
-                    .try_into()
-                    .unwrap(),
-            ),
-        ];
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
     });
@@ -68,6 +66,10 @@ async fn refusals_explain_what_is_wrong() {
         *der.last_mut().unwrap() ^= 1;
         auth_ca_api::pem::encode("CERTIFICATE REQUEST", &der)
     };
+    let admin = "spiffe://cluster.local/ns/kube-system/sa/admin";
+    let (_, for_admin) = csr(|params| {
+        params.subject_alt_names = vec![SanType::URI(admin.try_into().unwrap())];
+    });
     let now = jsonwebtoken::get_current_timestamp();
     let jwt = |change: fn(&mut serde_json::Value, u64)| {
         Some(ca.issuer.token("web", "a", |claims| change(claims, now)))
@@ -89,7 +91,7 @@ async fn refusals_explain_what_is_wrong() {
         ),
         (
             "expired",
-            Ask::but(|a| a.bearer = jwt(|c, now| c["exp"] = (now - 60).into())),
+            Ask::but(|a| a.bearer = jwt(|c, now| c["exp"] = (now - 360).into())),
             Unauthenticated,
             "expired",
         ),
@@ -164,6 +166,12 @@ async fn refusals_explain_what_is_wrong() {
             Ask::but(|a| a.csr = bad_signature),
             InvalidArgument,
             "sign",
+        ),
+        (
+            "another name",
+            Ask::but(|a| a.csr = for_admin),
+            InvalidArgument,
+            "asks for the name spiffe://cluster.local/ns/kube-system/sa/admin",
         ),
         (
             "RSA-1024",
@@ -252,6 +260,112 @@ async fn a_pod_gets_its_identity_by_token_and_renews_by_certificate() {
     let refused = renewal(|_| {}).send(&holder).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
     assert!(refused.message().contains("keyCompromise"), "{refused}");
+}
+
+/// A chain, and the roots that came with it.
+type Received = (Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>);
+
+/// Asks as Istio's clients do: the last element of the answer holds the roots, and the others are the chain.
+async fn ask_as_istio(channel: &Channel) -> Received {
+    let mut answer = Ask::good().send_plainly(channel).await.unwrap();
+    let roots = answer.pop().unwrap();
+    let read = |pem: &str| {
+        let certificates = CertificateDer::pem_slice_iter(pem.as_bytes());
+        certificates.map(Result::unwrap).collect::<Vec<_>>()
+    };
+    (read(&answer.concat()), read(&roots))
+}
+
+fn accepts(roots: &[CertificateDer<'static>], chain: &[CertificateDer<'static>]) -> bool {
+    let mut store = RootCertStore::empty();
+    for root in roots {
+        store.add(root.clone()).unwrap();
+    }
+    let provider = Arc::new(auth_tunnel::tls::provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(store), provider)
+        .build()
+        .unwrap();
+    let verified = verifier.verify_client_cert(&chain[0], &chain[1..], UnixTime::now());
+    verified.is_ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_of_istios_protocol_survives_a_root_rotation() {
+    let ca = Ca::start().await;
+    let channel = ca.caller().await;
+    let old = ca.roots();
+    let (before, before_roots) = ask_as_istio(&channel).await;
+    assert_eq!(before_roots, old);
+    ca.authority.rotate_root().await.unwrap();
+    let (_, spreading_roots) = ask_as_istio(&channel).await;
+    assert_eq!(spreading_roots.len(), 2);
+    eventually("the new root signs", || {
+        (ca.roots()[0] != old[0]).then_some(())
+    })
+    .await;
+    let (after, after_roots) = ask_as_istio(&channel).await;
+    assert_eq!(after_roots, ca.roots());
+    assert!(accepts(&spreading_roots, &after), "it learned the new root");
+    assert!(
+        accepts(&after_roots, &before),
+        "it still trusts the old one"
+    );
+    assert!(!accepts(&before_roots, &after), "the new root signs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_issued_where_no_pod_of_the_identity_runs_any_more() {
+    let ca = Ca::start().await;
+    let by_token = |change: fn(&mut serde_json::Value)| {
+        let bearer = Some(ca.issuer.token("web", "a", change));
+        Ask::but(|ask| {
+            ask.bearer = bearer;
+            ask.identity = None;
+        })
+    };
+    // Names neither a node nor a pod, so it proves no placement.
+    let unbound =
+        |claims: &mut serde_json::Value| claims["kubernetes.io"] = serde_json::Value::Null;
+    let caller = ca.caller().await;
+    let refused = by_token(unbound).send(&caller).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    assert!(
+        refused.message().contains("neither a node nor a pod"),
+        "{refused}"
+    );
+
+    let (key, csr) = csr(|_| {});
+    let first = by_token(|_| {});
+    let chain = Ask { csr, ..first }.send_plainly(&caller).await.unwrap();
+    let leaf = CertificateDer::from_pem_slice(chain[0].as_bytes()).unwrap();
+    let certified = Some((vec![leaf], private_key(&key)));
+    let holder = connect(ca.address, ca.roots(), certified).await.unwrap();
+    let renewal = || {
+        Ask::but(|ask| {
+            ask.bearer = None;
+            ask.identity = None;
+        })
+    };
+    renewal().send(&holder).await.unwrap();
+
+    ca.registry.publish(Snapshot::new(Inventory {
+        workloads: vec![pod("web", "b"), pod("api", "a")],
+        services: vec![],
+    }));
+    let left = Instant::now();
+    for (what, ask, channel) in [
+        ("its node's daemon", Ask::good(), &caller),
+        ("its token", by_token(|_| {}), &caller),
+        ("its certificate", renewal(), &holder),
+    ] {
+        let refused = ask.send(channel).await.expect_err(what);
+        assert_eq!(refused.code(), Code::PermissionDenied, "{what}: {refused}");
+        assert!(
+            refused.message().contains("run on node a"),
+            "{what}: {refused}"
+        );
+    }
+    assert!(left.elapsed() < Duration::from_secs(60));
 }
 
 #[tokio::test(flavor = "multi_thread")]

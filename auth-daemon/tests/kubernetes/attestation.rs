@@ -93,7 +93,7 @@ async fn the_review_says_who_calls_from_which_node() {
     assert_eq!(caller(&daemon_b, "daemon").await, node("node-b"));
     let workload = Caller::Workload {
         identity: "spiffe://cluster.local/ns/callers/sa/web".parse().unwrap(),
-        node: Some("node-a".into()),
+        node: "node-a".into(),
     };
     assert_eq!(caller(&web, "web").await, workload);
 

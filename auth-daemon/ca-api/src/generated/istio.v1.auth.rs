@@ -13,7 +13,7 @@ pub struct IstioCertificateRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct IstioCertificateResponse {
-    /// PEM, leaf first, root last.
+    /// PEM: the leaf, its intermediates, and in the last element all trusted roots, concatenated.
     #[prost(string, repeated, tag = "1")]
     pub cert_chain: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }

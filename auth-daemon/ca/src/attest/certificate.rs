@@ -26,12 +26,12 @@ impl Certificates {
             authority.ok_or_else(|| Unattested("this replica is not the leader".into()))?;
         // The connection may be older than its certificate's expiry or revocation, and a root may have other issuers.
         let svid = authority.verify(certificate).map_err(refused)?;
-        let node = svid.node.ok_or_else(|| {
-            refused("it does not name its node, as those of earlier versions: use a token".into())
+        let node = svid.node.filter(|node| !node.is_empty()).ok_or_else(|| {
+            refused("it does not name a node where its pod runs: use a token".into())
         })?;
         Ok(Caller::Workload {
             identity: svid.identity,
-            node: (!node.is_empty()).then(|| node.to_string()),
+            node: node.to_string(),
         })
     }
 }

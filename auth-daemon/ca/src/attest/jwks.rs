@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use auth_mesh::{ObjectName, Registry, Snapshot, TrustDomain};
+use auth_mesh::{Identity, ObjectName, Registry, Snapshot, TrustDomain};
 use jsonwebtoken::{
     Algorithm, Validation, dangerous,
     errors::{Error, ErrorKind},
@@ -10,7 +10,7 @@ use jsonwebtoken::{
 use serde::Deserialize;
 
 use super::{Attestation, Attestor, Caller, Credentials, Unattested, keys::Keys};
-use crate::config::JwksAttestation;
+use crate::{config::JwksAttestation, placement::settle};
 
 /// Signature algorithms that are accepted: none with a shared secret.
 const ALGORITHMS: [Algorithm; 4] = [
@@ -20,7 +20,7 @@ const ALGORITHMS: [Algorithm; 4] = [
     Algorithm::EdDSA,
 ];
 /// Tolerated difference of the issuer's clock, in seconds.
-const LEEWAY: u64 = 30;
+const LEEWAY: u64 = 300;
 const SUBJECT: &str = "system:serviceaccount:";
 
 /// Identifies the holders of one issuer's tokens.
@@ -111,12 +111,29 @@ impl Jwks {
         validation.leeway = LEEWAY;
         let token = jsonwebtoken::decode::<Claims>(token, &key, &validation)
             .map_err(|error| refused(self.explain(&error)))?;
-        caller(
-            &token.claims,
-            &self.trust_domain,
-            self.config.node_service_account.as_ref(),
-            &self.registry.snapshot(),
+        self.caller_of(&token.claims).await
+    }
+
+    /// The caller that verified claims identify.
+    async fn caller_of(&self, claims: &Claims) -> Result<Caller, Unattested> {
+        let account = account(claims)?;
+        let identity = self
+            .trust_domain
+            .identity(&account.namespace, &account.name)
+            .map_err(|error| Unattested(format!("the token's service account: {error}")))?;
+        let is_node = self.config.node_service_account.as_ref() == Some(&account);
+        let kubernetes = claims.kubernetes.as_ref();
+        let node = settle(
+            &self.registry,
+            |snapshot| node_of(kubernetes, &identity, is_node, snapshot),
+            |unplaced| *unplaced == Unplaced::UnknownPod,
         )
+        .await
+        .map_err(|unplaced| Unattested(unplaced.to_string()))?;
+        Ok(match is_node {
+            true => Caller::Node { node },
+            false => Caller::Workload { identity, node },
+        })
     }
 
     /// Explains `error` without any part of the token.
@@ -143,13 +160,8 @@ impl Jwks {
     }
 }
 
-/// The caller that verified claims identify.
-fn caller(
-    claims: &Claims,
-    trust_domain: &TrustDomain,
-    node_account: Option<&ObjectName>,
-    snapshot: &Snapshot,
-) -> Result<Caller, Unattested> {
+/// The service account of a token.
+fn account(claims: &Claims) -> Result<ObjectName, Unattested> {
     let refused = |why: &str| Unattested(why.to_owned());
     let (namespace, name) = match (&claims.kubernetes, &claims.sub) {
         (Some(kubernetes), _) => (
@@ -162,34 +174,58 @@ fn caller(
             .ok_or_else(|| refused("the token's subject is no Kubernetes service account"))?,
         (None, None) => return Err(refused("the token has no subject")),
     };
-    let identity = trust_domain
-        .identity(namespace, name)
-        .map_err(|error| Unattested(format!("the token's service account: {error}")))?;
-    let node = claims.kubernetes.as_ref().and_then(|kubernetes| {
-        let claimed = kubernetes.node.as_ref().map(|node| node.name.clone());
-        let claimed = claimed.filter(|node| !node.is_empty());
-        claimed.or_else(|| node_of(kubernetes.pod.as_ref()?, &kubernetes.namespace, snapshot))
-    });
-    let is_node =
-        node_account.is_some_and(|account| account.namespace == namespace && account.name == name);
-    match (is_node, node) {
-        (true, Some(node)) => Ok(Caller::Node { node }),
-        (true, None) => Err(refused(
-            "the token is a node daemon's, but names neither its node nor a pod whose node is known",
-        )),
-        (false, node) => Ok(Caller::Workload { identity, node }),
-    }
+    Ok(ObjectName {
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+    })
 }
 
-/// The node of a pod, if it still is the pod of the token.
-fn node_of(pod: &Named, namespace: &str, snapshot: &Snapshot) -> Option<String> {
-    let found = snapshot.workloads().find(|workload| {
-        !workload.finished
-            && workload.name.namespace == namespace
-            && workload.name.name == pod.name
-            && (workload.uid.is_empty() || pod.uid.is_empty() || workload.uid == pod.uid)
-    })?;
-    Some(found.node.clone()).filter(|node| !node.is_empty())
+/// Why the node of a token's holder is not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Unplaced {
+    #[error("the token names neither a node nor a pod: use a projected service account token")]
+    Unbound,
+    #[error("the token's pod is not known to run: it was deleted or replaced, or has ended")]
+    UnknownPod,
+    #[error("the token's pod runs on another node than the token names")]
+    AnotherNode,
+}
+
+/// The node where the holder of a token runs. A token that is bound to a pod is good while that very pod runs.
+fn node_of(
+    claims: Option<&KubernetesClaims>,
+    identity: &Identity,
+    is_node: bool,
+    snapshot: &Snapshot,
+) -> Result<String, Unplaced> {
+    let claims = claims.ok_or(Unplaced::Unbound)?;
+    let claimed = claims.node.as_ref().map(|node| node.name.as_str());
+    let claimed = claimed.filter(|node| !node.is_empty());
+    match (&claims.pod, claimed) {
+        // Manifests need not contain the daemons' own pods.
+        (_, Some(node)) if is_node => Ok(node.to_owned()),
+        (Some(pod), claimed) => {
+            let name = ObjectName {
+                namespace: claims.namespace.clone(),
+                name: pod.name.clone(),
+            };
+            let same_uid =
+                |uid: &str| uid.is_empty() || pod.uid.is_empty() || uid == pod.uid.as_str();
+            let running = snapshot.any_pod(&name).filter(|known| {
+                same_uid(&known.uid)
+                    && !known.finished
+                    && known.identity == *identity
+                    && !known.node.is_empty()
+            });
+            let node = &running.ok_or(Unplaced::UnknownPod)?.node;
+            match claimed {
+                Some(claimed) if claimed != node => Err(Unplaced::AnotherNode),
+                _ => Ok(node.clone()),
+            }
+        }
+        (None, Some(node)) => Ok(node.to_owned()),
+        (None, None) => Err(Unplaced::Unbound),
+    }
 }
 
 impl Attestor for Jwks {
@@ -268,19 +304,20 @@ mod tests {
     }
 
     fn pods() -> Snapshot {
-        let name = ObjectName {
-            namespace: "default".into(),
-            name: "web-0".into(),
+        let pod = |name: &str, uid: &str, finished| Workload {
+            uid: uid.into(),
+            node: "a".into(),
+            finished,
+            ..Workload::new(
+                ObjectName {
+                    namespace: "default".into(),
+                    name: name.into(),
+                },
+                "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
+            )
         };
         Snapshot::new(Inventory {
-            workloads: vec![Workload {
-                uid: "u1".into(),
-                node: "a".into(),
-                ..Workload::new(
-                    name,
-                    "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
-                )
-            }],
+            workloads: vec![pod("web-0", "u1", false), pod("done", "u2", true)],
             services: vec![],
         })
     }
@@ -314,29 +351,34 @@ mod tests {
         let issuer = Issuer::new("one");
         write_keys(&path, &[&issuer]);
         let attestor = attestor(&path);
-        let workload = |node: Option<&str>| {
-            Some(Ok(Caller::Workload {
-                identity: "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
-                node: node.map(str::to_owned),
-            }))
-        };
+        let web = Some(Ok(Caller::Workload {
+            identity: "spiffe://cluster.local/ns/default/sa/web".parse().unwrap(),
+            node: "a".into(),
+        }));
         let node = |node: &str| Some(Ok(Caller::Node { node: node.into() }));
+        let now = jsonwebtoken::get_current_timestamp();
         let daemon = |c: &mut Value| {
             c[K8S]["namespace"] = "mesh".into();
             c[K8S]["serviceaccount"]["name"] = "daemon".into();
         };
         for (claims, expected) in [
-            (claims(|_| {}), workload(Some("a"))),
-            (claims(|c| c["aud"] = "ca".into()), workload(Some("a"))),
+            (claims(|_| {}), web.clone()),
+            (claims(|c| c["aud"] = "ca".into()), web.clone()),
+            // A clock that differs by less than five minutes.
+            (claims(|c| c["exp"] = (now - 240).into()), web.clone()),
+            (claims(|c| c["nbf"] = (now + 240).into()), web.clone()),
             (
-                claims(|c| c[K8S]["node"] = json!({"name": "b"})),
-                workload(Some("b")),
+                claims(|c| c[K8S]["node"] = json!({"name": "a"})),
+                web.clone(),
             ),
+            (claims(|c| c[K8S]["pod"]["uid"] = "".into()), web.clone()),
             (
-                claims(|c| c[K8S]["pod"]["uid"] = "u0".into()),
-                workload(None),
+                claims(|c| {
+                    c[K8S]["pod"] = Value::Null;
+                    c[K8S]["node"] = json!({"name": "a"});
+                }),
+                web,
             ),
-            (claims(|c| c[K8S] = Value::Null), workload(None)),
             (
                 claims(|c| {
                     daemon(c);
@@ -348,8 +390,62 @@ mod tests {
             let attested = attest(&attestor, &issuer.sign(&claims)).await;
             assert_eq!(attested, expected, "{claims}");
         }
-        let lost = attest(&attestor, &issuer.sign(&claims(daemon))).await;
-        assert!(matches!(lost, Some(Err(_))), "no node is known: {lost:?}");
+    }
+
+    #[tokio::test]
+    async fn refuses_tokens_whose_holder_runs_nowhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("jwks");
+        let issuer = Issuer::new("one");
+        write_keys(&path, &[&issuer]);
+        let attestor = attestor(&path);
+        let unknown = "is not known to run";
+        let cases: [(fn(&mut Value), &str); 8] = [
+            (|c| c[K8S]["pod"]["name"] = "web-1".into(), unknown),
+            (|c| c[K8S]["pod"]["uid"] = "u0".into(), unknown),
+            (
+                |c| c[K8S]["pod"] = json!({"name": "done", "uid": "u2"}),
+                unknown,
+            ),
+            (|c| c[K8S]["serviceaccount"]["name"] = "api".into(), unknown),
+            (|c| c[K8S]["node"] = json!({"name": "b"}), "another node"),
+            (|c| c[K8S]["pod"] = Value::Null, "neither a node nor a pod"),
+            (|c| c[K8S] = Value::Null, "neither a node nor a pod"),
+            (
+                |c| {
+                    c[K8S]["namespace"] = "mesh".into();
+                    c[K8S]["serviceaccount"]["name"] = "daemon".into();
+                },
+                unknown,
+            ),
+        ];
+        let attest = |change: fn(&mut Value)| {
+            let token = issuer.sign(&claims(change));
+            let attestor = &attestor;
+            async move { attest(attestor, &token).await.unwrap().unwrap_err().0 }
+        };
+        let refused = cases.map(|(change, expected)| (attest(change), expected));
+        for (refused, expected) in refused {
+            let refused = refused.await;
+            assert!(refused.contains(expected), "{refused}, not {expected}");
+        }
+    }
+
+    #[tokio::test]
+    async fn waits_a_moment_for_the_pod_of_a_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("jwks");
+        let issuer = Issuer::new("one");
+        write_keys(&path, &[&issuer]);
+        let attestor = attestor(&path);
+        attestor.registry.publish(Snapshot::default());
+        let token = issuer.sign(&claims(|_| {}));
+        let publish = async {
+            tokio::task::yield_now().await;
+            attestor.registry.publish(pods());
+        };
+        let (attested, ()) = tokio::join!(attest(&attestor, &token), publish);
+        assert!(attested.unwrap().is_ok());
     }
 
     #[tokio::test]
@@ -378,8 +474,11 @@ mod tests {
             (unknown.sign(&good), "does not publish"),
             (none, "not signed with"),
             (hmac.unwrap(), "not signed with"),
-            (with(|c, now| c["exp"] = (now - 60).into()), "has expired"),
-            (with(|c, now| c["nbf"] = (now + 60).into()), "not valid yet"),
+            (with(|c, now| c["exp"] = (now - 360).into()), "has expired"),
+            (
+                with(|c, now| c["nbf"] = (now + 360).into()),
+                "not valid yet",
+            ),
             (with(|c, _| c["aud"] = "x".into()), "another audience"),
             (issuer.sign(&without("aud")), "has no aud"),
             (issuer.sign(&without("exp")), "has no exp"),

@@ -188,10 +188,7 @@ impl TokenReviewer {
             .trust_domain
             .identity(namespace, name)
             .map_err(|error| Unattested(format!("service account {namespace}/{name}: {error}")))?;
-        Ok(Caller::Workload {
-            identity,
-            node: Some(node),
-        })
+        Ok(Caller::Workload { identity, node })
     }
 
     async fn node_of(&self, reviewed: &Reviewed) -> Result<String, Unattested> {

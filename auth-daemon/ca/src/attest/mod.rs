@@ -34,8 +34,8 @@ pub enum Caller {
     Workload {
         /// Its identity.
         identity: Identity,
-        /// The node where it must be running, if that is known.
-        node: Option<String>,
+        /// The node where it must be running.
+        node: String,
     },
 }
 
@@ -43,14 +43,7 @@ impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Node { node } => write!(f, "node {node}"),
-            Self::Workload {
-                identity,
-                node: None,
-            } => write!(f, "{identity}"),
-            Self::Workload {
-                identity,
-                node: Some(node),
-            } => write!(f, "{identity} on node {node}"),
+            Self::Workload { identity, node } => write!(f, "{identity} on node {node}"),
         }
     }
 }
@@ -63,6 +56,15 @@ pub struct Unattested(pub String);
 /// The result of [`Attestor::attest`]: `None` if the credentials are of another kind.
 pub type Attestation<'a> =
     Pin<Box<dyn Future<Output = Option<Result<Caller, Unattested>>> + Send + 'a>>;
+
+impl Caller {
+    /// The node that the caller is, or runs on.
+    pub fn node(&self) -> &str {
+        match self {
+            Self::Node { node } | Self::Workload { node, .. } => node,
+        }
+    }
+}
 
 /// One way to identify a caller.
 pub trait Attestor: Send + Sync + std::fmt::Debug {

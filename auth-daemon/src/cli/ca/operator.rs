@@ -31,7 +31,7 @@ const MAX_ANSWER: usize = 64 << 20;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum OperatorCommand {
-    /// Show roots, the phase of a rotation, revocations, and refused requests.
+    /// Show roots, the phase of a rotation, revocations, refused requests, and quotas.
     Status {
         #[command(flatten)]
         options: SocketOptions,

@@ -1,0 +1,67 @@
+//! The audit log: one line for each issuance, refusal, revocation and rotation, with the tracing target `audit`. With
+//! `log.format: json` each line is one JSON object. No line contains a key, a CSR or a token.
+
+use auth_mesh::ObjectName;
+use auth_tunnel::tls::{rfc3339, svid::Svid, unix_seconds};
+
+use crate::{attest::Caller, authority::Target, connections::Peer, placement::Grant};
+
+/// Longest text from a caller in a line, in characters.
+const MAX_TEXT: usize = 256;
+
+/// A certificate was issued.
+pub(crate) fn issued(peer: &Peer, caller: &Caller, grant: &Grant, leaf: Option<&Svid>) {
+    let pods: Vec<_> = grant.pods.iter().map(ObjectName::to_string).collect();
+    tracing::info!(
+        target: "audit",
+        event = "issued",
+        peer = %peer.address,
+        %caller,
+        node = grant.node,
+        pods = pods.join(","),
+        identity = %grant.identity,
+        serial = leaf.map_or("", |leaf| &*leaf.serial),
+        not_after = leaf.map_or_else(String::new, |leaf| rfc3339(unix_seconds(leaf.not_after))),
+        "certificate issued"
+    );
+}
+
+/// A request was refused.
+pub(crate) fn refused(
+    peer: &Peer,
+    caller: Option<&Caller>,
+    asked: Option<&str>,
+    kind: &'static str,
+    why: &str,
+) {
+    let short = |text: &str| text.chars().take(MAX_TEXT).collect::<String>();
+    tracing::warn!(
+        target: "audit",
+        event = "refused",
+        peer = %peer.address,
+        caller = caller.map(ToString::to_string).unwrap_or_default(),
+        node = caller.map(Caller::node).unwrap_or_default(),
+        asked = asked.map(short).unwrap_or_default(),
+        kind,
+        why,
+        "request refused"
+    );
+}
+
+/// The operator with this user ID changed what is revoked, or began to rotate the root. `event` is `revoked`, `unrevoked`
+/// or `rootRotation`.
+pub(crate) fn operator(
+    event: &'static str,
+    target: Option<&Target>,
+    detail: &str,
+    uid: Option<u32>,
+) {
+    tracing::warn!(
+        target: "audit",
+        event,
+        target_name = target.map(ToString::to_string).unwrap_or_default(),
+        detail,
+        uid,
+        "operator request done"
+    );
+}

@@ -1,0 +1,241 @@
+//! A queue in front of work that takes a processor: each key has a turn, however many requests another key has in it.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::oneshot;
+
+/// Gives turns to keys in rotation. Requests of one key have theirs in order.
+#[derive(Debug)]
+pub(crate) struct FairQueue {
+    /// Most turns of one key at the same time.
+    most_of_key: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Turns that nobody has.
+    free: usize,
+    keys: HashMap<String, Entry>,
+    /// Keys that wait and may have another turn, the next one first.
+    rotation: VecDeque<String>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// Turns in progress.
+    taken: usize,
+    waiting: VecDeque<oneshot::Sender<Turn>>,
+    in_rotation: bool,
+}
+
+/// A turn, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    queue: Arc<FairQueue>,
+    key: String,
+}
+
+impl FairQueue {
+    /// A queue with `turns` at the same time, of which one key has at most `most_of_key`.
+    pub(crate) fn new(turns: usize, most_of_key: usize) -> Arc<Self> {
+        Arc::new(Self {
+            most_of_key,
+            state: Mutex::new(State {
+                free: turns,
+                keys: HashMap::new(),
+                rotation: VecDeque::new(),
+            }),
+        })
+    }
+
+    /// Waits for a turn of `key`. A caller that stops waiting leaves the queue.
+    pub(crate) async fn turn(self: &Arc<Self>, key: String) -> Turn {
+        loop {
+            // The sender is dropped only with the queue, which `self` keeps.
+            if let Ok(turn) = self.enter(&key).await {
+                return turn;
+            }
+        }
+    }
+
+    fn enter(self: &Arc<Self>, key: &str) -> oneshot::Receiver<Turn> {
+        let (give, given) = oneshot::channel();
+        let mut state = self.lock();
+        let entry = state.keys.entry(key.to_owned()).or_insert_with(Entry::new);
+        entry.waiting.push_back(give);
+        state.rotate(key, self.most_of_key);
+        let unclaimed = self.give(&mut state);
+        drop(state);
+        // Not under the lock, because dropping a turn takes it.
+        drop(unclaimed);
+        given
+    }
+
+    /// Gives free turns to those that wait. Returns turns that nobody waits for any more.
+    fn give(self: &Arc<Self>, state: &mut State) -> Vec<Turn> {
+        let mut unclaimed = Vec::new();
+        while state.free > 0 {
+            let Some(key) = state.rotation.pop_front() else {
+                break;
+            };
+            let Some(entry) = state.keys.get_mut(&key) else {
+                continue;
+            };
+            entry.in_rotation = false;
+            // Those that stopped waiting have dropped their receiver.
+            let next = loop {
+                match entry.waiting.pop_front() {
+                    Some(waiting) if waiting.is_closed() => {}
+                    next => break next,
+                }
+            };
+            if let Some(next) = next {
+                entry.taken += 1;
+                state.free -= 1;
+                let turn = Turn {
+                    queue: self.clone(),
+                    key: key.clone(),
+                };
+                unclaimed.extend(next.send(turn).err());
+            }
+            state.rotate(&key, self.most_of_key);
+        }
+        unclaimed
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Puts `key` at the end of the rotation if it waits and may have another turn; forgets it if it has no request.
+    fn rotate(&mut self, key: &str, most_of_key: usize) {
+        let Some(entry) = self.keys.get_mut(key) else {
+            return;
+        };
+        if entry.waiting.is_empty() {
+            if entry.taken == 0 && !entry.in_rotation {
+                self.keys.remove(key);
+            }
+        } else if !entry.in_rotation && entry.taken < most_of_key {
+            entry.in_rotation = true;
+            self.rotation.push_back(key.to_owned());
+        }
+    }
+}
+
+impl Entry {
+    fn new() -> Self {
+        Self {
+            taken: 0,
+            waiting: VecDeque::new(),
+            in_rotation: false,
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut state = self.queue.lock();
+        state.free += 1;
+        if let Some(entry) = state.keys.get_mut(&self.key) {
+            entry.taken -= 1;
+        }
+        state.rotate(&self.key, self.queue.most_of_key);
+        let unclaimed = self.queue.give(&mut state);
+        drop(state);
+        drop(unclaimed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::Future, pin::pin, task::Context};
+
+    use futures_util::{FutureExt, task::noop_waker_ref};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Waiting = std::pin::Pin<Box<dyn Future<Output = Turn>>>;
+
+    fn wait(queue: &Arc<FairQueue>, key: u8) -> Waiting {
+        let (queue, key) = (queue.clone(), key.to_string());
+        let mut waiting: Waiting = Box::pin(async move { queue.turn(key).await });
+        // Enters the queue.
+        let entered = pin!(&mut waiting).poll(&mut Context::from_waker(noop_waker_ref()));
+        match entered {
+            std::task::Poll::Ready(turn) => Box::pin(std::future::ready(turn)),
+            std::task::Poll::Pending => waiting,
+        }
+    }
+
+    #[test]
+    fn a_key_waits_for_one_turn_of_another_that_has_a_thousand_requests() {
+        let queue = FairQueue::new(1, 1);
+        let mut flood: VecDeque<_> = (0..1000).map(|_| wait(&queue, 1)).collect();
+        let mut neighbour = wait(&queue, 2);
+        let first = flood.pop_front().unwrap().now_or_never().unwrap();
+        assert!((&mut neighbour).now_or_never().is_none());
+        drop(first);
+        // The rotation was made when the first of the flood came in, so one more of it may be ahead.
+        let second = flood.pop_front().unwrap().now_or_never();
+        drop(second);
+        assert!(neighbour.now_or_never().is_some());
+    }
+
+    #[test]
+    fn one_key_does_not_have_all_turns() {
+        let queue = FairQueue::new(4, 2);
+        let turns: Vec<_> = (0..4).map(|_| wait(&queue, 1).now_or_never()).collect();
+        assert_eq!(turns.iter().flatten().count(), 2);
+        assert!(wait(&queue, 2).now_or_never().is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn turns_are_bounded_and_given_until_nobody_waits(
+            steps in prop::collection::vec((0_u8..4, 0_u8..3), 1..200),
+        ) {
+            let (turns, most_of_key) = (3, 2);
+            let queue = FairQueue::new(turns, most_of_key);
+            let mut waiting: Vec<Waiting> = Vec::new();
+            let mut held: Vec<Turn> = Vec::new();
+            for (key, step) in steps {
+                match step {
+                    0 => waiting.push(wait(&queue, key)),
+                    // Stops waiting.
+                    1 => drop((!waiting.is_empty()).then(|| waiting.remove(key as usize % waiting.len()))),
+                    _ => drop((!held.is_empty()).then(|| held.remove(key as usize % held.len()))),
+                }
+                waiting.retain_mut(|waiting| match waiting.now_or_never() {
+                    Some(turn) => { held.push(turn); false }
+                    None => true,
+                });
+                prop_assert!(held.len() <= turns);
+                for key in 0..4 {
+                    let of_key = held.iter().filter(|turn| turn.key == key.to_string()).count();
+                    prop_assert!(of_key <= most_of_key);
+                }
+            }
+            while !waiting.is_empty() {
+                held.clear();
+                let before = waiting.len();
+                waiting.retain_mut(|waiting| match waiting.now_or_never() {
+                    Some(turn) => { held.push(turn); false }
+                    None => true,
+                });
+                prop_assert!(waiting.len() < before, "somebody waits although turns are free");
+            }
+            held.clear();
+            let state = queue.lock();
+            prop_assert_eq!(state.free, turns);
+            prop_assert!(state.keys.is_empty() && state.rotation.is_empty(), "{:?}", *state);
+        }
+    }
+}
