@@ -25,7 +25,7 @@ use super::{
     manifest::{self, Object},
 };
 use auth_kubernetes::{follow, is_defined, objects, served};
-use auth_mesh::{MeshDefault, ObjectName, TrustDomain, policy::api};
+use auth_mesh::{Membership, MeshDefault, ObjectName, TrustDomain, policy::api};
 use auth_support::backoff;
 
 /// Time to wait for more changes after the first.
@@ -274,9 +274,41 @@ fn policies_of(client: Client, kind: api::Kind, version: &str) -> Watch {
     })
 }
 
+/// Annotations that a kubelet writes on a mirror pod, which shows one of its static pods in the API.
+const MIRROR: [&str; 2] = ["kubernetes.io/config.mirror", "kubernetes.io/config.source"];
+
+/// Returns why a pod has no identity, if it has none. Kubernetes gives every pod a service account, except for mirror
+/// pods. With the credentials of a kubelet, these can be created in any namespace (the NodeRestriction plugin only requires
+/// that they are bound to its node), so their namespace proves nothing.
+fn without_identity(pod: &objects::Pod) -> Option<&'static str> {
+    let annotations = pod.metadata.annotations.as_ref();
+    if annotations.is_some_and(|all| MIRROR.iter().any(|name| all.contains_key(*name))) {
+        return Some("it is a mirror pod, which a kubelet wrote");
+    }
+    let account = pod.spec.service_account_name.as_deref();
+    account
+        .is_none_or(str::is_empty)
+        .then_some("it has no service account")
+}
+
+/// Parses a pod. A pod without an identity is outside the mesh, whatever its labels say.
+fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+    let why = without_identity(&pod);
+    let mut read = readable(pod, trust_domain)?;
+    if let (Some(why), Some(Object::Pod(pod))) = (why, &mut read) {
+        let pod = Arc::make_mut(pod);
+        pod.membership = Some(Membership::Disabled);
+        // The node's own network is outside the mesh anyway.
+        if !pod.host_network {
+            tracing::info!(pod = %pod.name, node = pod.node, "pod is outside the mesh: {why}");
+        }
+    }
+    Ok(read)
+}
+
 /// Parses a pod. Ignores a mesh label that cannot be read, so that a typo does not remove the pod from the mesh, and an
 /// annotation that names a netns: whoever may write a pod's object could name another pod's netns, or any file of the node.
-fn pod(mut pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+fn readable(mut pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let annotations = pod.metadata.annotations.as_mut();
     if annotations.is_some_and(|all| all.remove(manifest::NETNS_ANNOTATION).is_some()) {
         tracing::warn!(

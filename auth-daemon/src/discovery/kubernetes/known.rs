@@ -271,7 +271,7 @@ mod tests {
         let read: objects::Pod = serde_json::from_value(json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": name, "namespace": "default", "uid": uid},
-            "spec": {"nodeName": "a", "containers": []},
+            "spec": {"nodeName": "a", "serviceAccountName": "web", "containers": []},
             "status": {"podIP": address},
         }))
         .unwrap();
@@ -325,6 +325,41 @@ mod tests {
         assert!(take(&mut known, Event::InitDone));
         assert!(known.is_complete());
         assert_eq!(pods(&mut known), ["one [10.0.0.1]"]);
+    }
+
+    #[test]
+    fn mirror_pods_and_pods_without_an_account_have_no_identity() {
+        let mirror = json!({"kubernetes.io/config.mirror": "0123456789abcdef0123456789abcdef"});
+        let (source, none) = (json!({"kubernetes.io/config.source": "file"}), json!({}));
+        for (annotations, account, expected) in [
+            (&none, json!("web"), 1),
+            (&none, json!(null), 0),
+            (&none, json!(""), 0),
+            (&mirror, json!(null), 0),
+            (&mirror, json!("web"), 0),
+            (&source, json!("web"), 0),
+        ] {
+            let read: objects::Pod = serde_json::from_value(json!({
+                "metadata": {
+                    "name": "one", "namespace": "default", "uid": "1", "annotations": annotations,
+                    "labels": {manifest::MESH_LABEL: "enabled"},
+                },
+                "spec": {"nodeName": "a", "serviceAccountName": account, "containers": []},
+                "status": {"podIP": "10.0.0.1"},
+            }))
+            .unwrap();
+            let mut known = known();
+            let (name, uid) = (name_of(&read), "1".to_owned());
+            let object = pod(read, &"cluster.local".parse().unwrap());
+            take(&mut known, Event::Apply(Seen { name, uid, object }));
+            let snapshot = known.snapshot();
+            let running = |account: &str| {
+                let identity = format!("spiffe://cluster.local/ns/default/sa/{account}");
+                snapshot.running("a", &identity.parse().unwrap()).count()
+            };
+            let found = running("web") + running("default");
+            assert_eq!(found, expected, "{annotations} {account}");
+        }
     }
 
     #[test]
@@ -432,6 +467,7 @@ mod tests {
         take(&mut known, Event::InitDone);
         let read: objects::Pod = serde_json::from_value(json!({
             "metadata": {"name": "one", "namespace": "default", "labels": {manifest::MESH_LABEL: "of"}},
+            "spec": {"serviceAccountName": "web"},
             "status": {"podIP": "10.0.0.1"},
         }))
         .unwrap();
