@@ -30,21 +30,21 @@ const DEFAULT_LEASE: &str = "auth-daemon-ca";
 /// A checked configuration of the CA.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaConfig {
-    /// Its trust domain. Deerrors to `cluster.local`.
+    /// Its trust domain. Defaults to `cluster.local`.
     pub trust_domain: TrustDomain,
-    /// Where it listens. Deerrors to port 15012 of all IPv4 addresses.
+    /// Where it listens. Defaults to port 15012 of all IPv4 addresses.
     pub listen: SocketAddr,
     /// DNS names and IP addresses in its server certificate, by which callers reach it.
     pub server_names: Vec<String>,
     /// Where it answers `GET /healthz/ready` and `GET /metrics`.
     pub readiness: Option<SocketAddr>,
-    /// The operator's socket. Deerrors to [`DEFAULT_OPERATOR_SOCKET`].
+    /// The operator's socket. Defaults to [`DEFAULT_OPERATOR_SOCKET`].
     pub operator_socket: PathBuf,
     /// Where it keeps its state.
     pub state: State,
     /// Where its signing key comes from.
     pub root: Root,
-    /// Longest lifetime of a certificate, between 10 seconds and 24 hours. Deerrors to 24 hours.
+    /// Longest lifetime of a certificate, between 10 seconds and 24 hours. Defaults to 24 hours.
     pub certificate_lifetime: Duration,
     /// Nodes with a token of their own.
     pub tokens: Vec<NodeToken>,
@@ -116,9 +116,9 @@ pub enum State {
 pub struct KubernetesState {
     /// Namespace of the Secret and the Lease.
     pub namespace: String,
-    /// Name of the Secret with the state. Deerrors to `auth-daemon-ca`.
+    /// Name of the Secret with the state. Defaults to `auth-daemon-ca`.
     pub state_secret: String,
-    /// The Lease of the leader election. Deerrors to `auth-daemon-ca`.
+    /// The Lease of the leader election. Defaults to `auth-daemon-ca`.
     pub lease: String,
     /// Name of the ConfigMap that publishes the roots in every namespace, if any.
     pub root_config_map: Option<String>,

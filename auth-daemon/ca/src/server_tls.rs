@@ -7,16 +7,14 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use auth_mesh::TrustDomain;
-use auth_tunnel::tls::{provider, svid::Svid};
+use auth_tunnel::tls::{
+    Verifier, provider,
+    trust::{Trust, TrustBundle, TrustStore},
+};
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
-    ServerConfig, SignatureScheme,
-    client::danger::HandshakeSignatureValid,
-    pki_types::{CertificateDer, UnixTime},
-    server::{
-        NoServerSessionStorage, WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    Error, ServerConfig,
+    pki_types::CertificateDer,
+    server::NoServerSessionStorage,
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
@@ -37,23 +35,16 @@ pub(crate) fn config(
     roots: &[CertificateDer<'static>],
     trust_domain: &TrustDomain,
 ) -> Result<ServerConfig, Error> {
-    let mut store = RootCertStore::empty();
-    for root in roots {
-        store.add(root.clone())?;
-    }
     let provider = Arc::new(provider());
-    let webpki = WebPkiClientVerifier::builder_with_provider(Arc::new(store), provider.clone())
-        .allow_unauthenticated()
-        .clear_root_hint_subjects()
-        .build()
-        .map_err(|error| Error::General(error.to_string()))?;
-    let verifier = Arc::new(WorkloadsOnly {
+    // Revocations are checked for each request, because they change while a connection is open.
+    let trust = TrustStore::new(Trust::fixed(TrustBundle {
         trust_domain: trust_domain.clone(),
-        webpki,
-    });
+        roots: roots.to_vec(),
+    }));
+    let verifier = Verifier::new(Arc::new(trust), provider.clone())?.with_anonymous_clients();
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
     config.alpn_protocols = vec![b"h2".to_vec()];
     // A resumed session would not present its certificate again, and callers connect rarely.
@@ -126,61 +117,5 @@ pub(crate) async fn keep_current(
             () = new_roots => {}
             () = tokio::time::sleep(wait.min(CHECK)) => {}
         }
-    }
-}
-
-/// Accepts callers without a certificate, and those with a workload's.
-#[derive(Debug)]
-struct WorkloadsOnly {
-    trust_domain: TrustDomain,
-    webpki: Arc<dyn ClientCertVerifier>,
-}
-
-impl ClientCertVerifier for WorkloadsOnly {
-    fn offer_client_auth(&self) -> bool {
-        true
-    }
-
-    fn client_auth_mandatory(&self) -> bool {
-        false
-    }
-
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<ClientCertVerified, Error> {
-        Svid::parse(end_entity, self.trust_domain.as_str())
-            .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))))?;
-        self.webpki
-            .verify_client_cert(end_entity, intermediates, now)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _certificate: &CertificateDer<'_>,
-        _signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("TLS 1.2 is not supported".into()))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.webpki
-            .verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.webpki.supported_verify_schemes()
     }
 }

@@ -35,19 +35,18 @@ struct ChainTooLarge(usize);
 /// Verifies workload certificates of one trust domain: the chain to one of its roots, and the SVID. The caller
 /// authorizes the identity after the handshake.
 #[derive(Debug)]
-pub(super) struct Verifier {
+pub struct Verifier {
     trust: Arc<TrustStore>,
     trust_domain: TrustDomain,
     roots: Arc<RootCertStore>,
     clients: Arc<dyn ClientCertVerifier>,
+    clients_may_be_anonymous: bool,
     provider: Arc<CryptoProvider>,
 }
 
 impl Verifier {
-    pub(super) fn new(
-        trust: Arc<TrustStore>,
-        provider: Arc<CryptoProvider>,
-    ) -> Result<Self, Error> {
+    /// Trusts the roots that `trust` has now, and refuses what it says is revoked at the time of a handshake.
+    pub fn new(trust: Arc<TrustStore>, provider: Arc<CryptoProvider>) -> Result<Self, Error> {
         let bundle = &trust.current().bundle;
         let mut roots = RootCertStore::empty();
         for root in &bundle.roots {
@@ -62,8 +61,17 @@ impl Verifier {
             trust,
             roots,
             clients,
+            clients_may_be_anonymous: false,
             provider,
         })
+    }
+
+    /// The same, but clients may stay without a certificate. Those that present one must pass.
+    pub fn with_anonymous_clients(self) -> Self {
+        Self {
+            clients_may_be_anonymous: true,
+            ..self
+        }
     }
 
     fn check_svid(
@@ -138,6 +146,10 @@ impl ServerCertVerifier for Verifier {
 }
 
 impl ClientCertVerifier for Verifier {
+    fn client_auth_mandatory(&self) -> bool {
+        !self.clients_may_be_anonymous
+    }
+
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         // A client has only one certificate to present. Root names would only disclose information to unauthenticated
         // peers.
