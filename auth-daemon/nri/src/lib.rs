@@ -5,7 +5,7 @@
 //! of the first init container finds everything in place. This crate speaks the protocol; it does not know what a pod
 //! needs before it may start.
 //!
-//! The protocol is ttrpc over a Unix socket that carries two connections ([`mux`]): one on which the plugin registers,
+//! The protocol is ttrpc over a Unix socket that carries two connections (`mux`): one on which the plugin registers,
 //! and one on which the runtime calls it (NRI v0.6 and later, `pkg/api/api.proto`).
 #![forbid(unsafe_code)]
 

@@ -400,7 +400,8 @@ mod tests {
         write_keys(&path, &[&issuer]);
         let attestor = attestor(&path);
         let unknown = "is not known to run";
-        let cases: [(fn(&mut Value), &str); 8] = [
+        type Change = fn(&mut Value);
+        let cases: [(Change, &str); 8] = [
             (|c| c[K8S]["pod"]["name"] = "web-1".into(), unknown),
             (|c| c[K8S]["pod"]["uid"] = "u0".into(), unknown),
             (
