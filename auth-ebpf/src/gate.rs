@@ -67,8 +67,8 @@ pub fn gate(ctx: SkBuffContext) -> i32 {
     let Some(node) = NODE.get(0) else {
         return PROCEED;
     };
-    let passes = !is_closed(node, *cookie)
-        || connection.is_some_and(|connection| is_recorded(&connection));
+    let passes =
+        !is_closed(node, *cookie) || connection.is_some_and(|connection| is_recorded(&connection));
     if passes { PROCEED } else { DROP }
 }
 

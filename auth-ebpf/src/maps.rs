@@ -7,8 +7,8 @@ use core::ffi::c_void;
 
 use auth_common::{
     Closed, DELIVERY, Dialled, EVENT_BYTES, Exposed, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket,
-    Flow, MAX_EXPOSED, MAX_OUTSIDE, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS,
-    NODE_CONNECT, Node, Pod, Share, SocketKey, SocketOrigin, Verdict,
+    Flow, MAX_EXPOSED, MAX_OUTSIDE, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED,
+    MAX_VERDICTS, NODE_CONNECT, Node, Pod, Share, SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
     bindings::{
