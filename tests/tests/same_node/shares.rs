@@ -2,6 +2,7 @@
 //! notice nothing.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::ensure;
 use mesh_tests::{App, DaemonOptions, Place, Pod, Result, TIMEOUT, eventually_ok};
@@ -15,6 +16,9 @@ use crate::common::neighbours::{Neighbours, builder, echo};
 const SHARE: u64 = 2048;
 /// More than a share and the queue of a listener.
 const MANY: u64 = 3000;
+/// Time in which all connections of a client that has ended are gone. Where the listener's queue was full, the kernel repeats
+/// their FIN at intervals that double, so the last may take a minute.
+const ENDED: Duration = Duration::from_secs(120);
 /// Length of the queues of listeners in pods, so that many connections stay half open.
 const QUEUE: u64 = 16;
 
@@ -57,7 +61,7 @@ fn under_way(stage: &Neighbours) -> Result<u64> {
 }
 
 fn wait_for_none_under_way(stage: &Neighbours) -> Result<()> {
-    eventually_ok(TIMEOUT, "no connection to be under way", || {
+    eventually_ok(ENDED, "no connection to be under way", || {
         let count = under_way(stage)?;
         ensure!(count == 0, "{count}");
         Ok(())
