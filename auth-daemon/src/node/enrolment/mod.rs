@@ -264,6 +264,8 @@ impl Enrolment {
     async fn drain(self) {
         self.node.ready.store(false, Ordering::Relaxed);
         self.node.draining.send_replace(true);
+        // The runtime must not wait for this daemon any more.
+        drop(self.starting);
         // The listeners close when their accepting tasks see the drain, and their duplicates are dropped here.
         let tasks: Vec<_> = self
             .serving
