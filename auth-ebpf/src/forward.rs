@@ -19,7 +19,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    packet::{ACK, SYN, Unreadable, tcp},
+    packet::{ACK, SYN, TcpPacket, Unreadable, tcp},
     shared::is_recorded,
 };
 
@@ -33,9 +33,10 @@ static FOLLOWED: LruHashMap<FourTuple, u32, MAX_FOLLOWED> = LruHashMap::new();
 
 #[classifier]
 pub fn forward(ctx: TcContext) -> i32 {
-    let is_marked = match tcp(ctx.skb.skb) {
-        Ok(Some((connection, flags))) => is_judged(&connection, flags),
-        Ok(None) => false,
+    let mut packet = TcpPacket::EMPTY;
+    let is_marked = match tcp(ctx.skb.skb, &mut packet) {
+        Ok(true) => is_judged(&packet.connection, packet.flags),
+        Ok(false) => false,
         Err(Unreadable) => true,
     };
     if is_marked {

@@ -26,7 +26,7 @@ use crate::{
     exposed,
     maps::{NODE, OUTSIDE, PODS, UNDECIDED, mesh_kind, storage},
     node_connect::is_in_a_pod,
-    packet::{ACK, SYN, TCP, Unreadable, tcp},
+    packet::{ACK, SYN, TCP, TcpPacket, Unreadable, tcp},
     shared::is_recorded,
 };
 
@@ -46,10 +46,11 @@ pub fn gate(ctx: SkBuffContext) -> i32 {
     if ifindex == LOOPBACK_IFINDEX || socket.is_null() {
         return PROCEED;
     }
-    let connection = match tcp(packet) {
-        Ok(Some((connection, flags))) if flags & (SYN | ACK) == SYN => Some(connection),
+    let mut read = TcpPacket::EMPTY;
+    let is_readable = match tcp(packet, &mut read) {
+        Ok(true) if read.flags & (SYN | ACK) == SYN => true,
         Ok(_) => return PROCEED,
-        Err(Unreadable) => None,
+        Err(Unreadable) => false,
     };
     // SAFETY: the socket is the context's, and not null.
     let socket = unsafe { bpf_sk_fullsock(socket) };
@@ -67,8 +68,7 @@ pub fn gate(ctx: SkBuffContext) -> i32 {
     let Some(node) = NODE.get(0) else {
         return PROCEED;
     };
-    let passes =
-        !is_closed(node, *cookie) || connection.is_some_and(|connection| is_recorded(&connection));
+    let passes = !is_closed(node, *cookie) || is_readable && is_recorded(&read.connection);
     if passes { PROCEED } else { DROP }
 }
 

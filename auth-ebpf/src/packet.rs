@@ -22,33 +22,57 @@ const MAX_EXTENSIONS: u32 = 8;
 /// The packet's headers end before what is read, or cannot be followed. Whatever it is, it may open a connection.
 pub struct Unreadable;
 
-/// Returns the connection and the flags of a TCP packet, the program's context. `None` if it is none, or not the first fragment of one: without the
-/// first one the others are useless.
+/// What is read from a TCP packet.
+pub struct TcpPacket {
+    /// From the sender to the receiver.
+    pub connection: FourTuple,
+    pub flags: u8,
+}
+
+impl TcpPacket {
+    /// For [`tcp`] to fill.
+    pub const EMPTY: Self = Self {
+        connection: FourTuple {
+            client: [0; 16],
+            server: [0; 16],
+            client_port: 0,
+            server_port: 0,
+        },
+        flags: 0,
+    };
+}
+
+/// Reads a TCP packet, the program's context, into `tcp`. Returns false if it is none, or not the first fragment of one:
+/// without the first one the others are useless.
+///
+/// The caller passes a `tcp` that is initialised: what a returned enum lacks in some of its variants, LLVM leaves undefined, and
+/// the verifier refuses a register that no instruction has set.
 #[inline(always)]
-pub fn tcp(packet: *mut __sk_buff) -> Result<Option<(FourTuple, u8)>, Unreadable> {
+pub fn tcp(packet: *mut __sk_buff, tcp: &mut TcpPacket) -> Result<bool, Unreadable> {
     // SAFETY: the kernel passed this context to the program.
     let protocol = unsafe { (*packet).protocol };
     match u16::from_be(protocol as u16) {
-        ETH_P_IP => tcp_over_ipv4(packet),
-        ETH_P_IPV6 => tcp_over_ipv6(packet),
-        _ => Ok(None),
+        ETH_P_IP => tcp_over_ipv4(packet, tcp),
+        ETH_P_IPV6 => tcp_over_ipv6(packet, tcp),
+        _ => Ok(false),
     }
 }
 
 #[inline(always)]
-fn tcp_over_ipv4(packet: *mut __sk_buff) -> Result<Option<(FourTuple, u8)>, Unreadable> {
+fn tcp_over_ipv4(packet: *mut __sk_buff, into: &mut TcpPacket) -> Result<bool, Unreadable> {
     let header: [u8; IPV4_HEADER] = load(packet, 0)?;
     let is_later_fragment = (u16::from_be_bytes([header[6], header[7]]) & 0x1fff) != 0;
     if header[9] != TCP || is_later_fragment {
-        return Ok(None);
+        return Ok(false);
     }
     let tcp: [u8; 14] = load(packet, u32::from(header[0] & 0xf) * 4)?;
     let address = |at: usize| mapped([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    Ok(Some(connection(&tcp, address(12), address(16))))
+    fill(into, &tcp, address(12), address(16));
+    Ok(true)
 }
 
 #[inline(always)]
-fn tcp_over_ipv6(packet: *mut __sk_buff) -> Result<Option<(FourTuple, u8)>, Unreadable> {
+fn tcp_over_ipv6(packet: *mut __sk_buff, into: &mut TcpPacket) -> Result<bool, Unreadable> {
     let header: [u8; IPV6_HEADER] = load(packet, 0)?;
     let mut next = header[6];
     let mut offset = IPV6_HEADER as u32;
@@ -56,7 +80,8 @@ fn tcp_over_ipv6(packet: *mut __sk_buff) -> Result<Option<(FourTuple, u8)>, Unre
         let length = match next {
             TCP => {
                 let tcp: [u8; 14] = load(packet, offset)?;
-                return Ok(Some(connection(&tcp, load(packet, 8)?, load(packet, 24)?)));
+                fill(into, &tcp, load(packet, 8)?, load(packet, 24)?);
+                return Ok(true);
             }
             // Hop-by-hop options, routing, destination options, mobility.
             0 | 43 | 60 | 135 => {
@@ -68,7 +93,7 @@ fn tcp_over_ipv6(packet: *mut __sk_buff) -> Result<Option<(FourTuple, u8)>, Unre
             44 => {
                 let fragment: [u8; 4] = load(packet, offset)?;
                 if u16::from_be_bytes([fragment[2], fragment[3]]) & 0xfff8 != 0 {
-                    return Ok(None);
+                    return Ok(false);
                 }
                 next = fragment[0];
                 8
@@ -79,24 +104,24 @@ fn tcp_over_ipv6(packet: *mut __sk_buff) -> Result<Option<(FourTuple, u8)>, Unre
                 next = extension[0];
                 (u32::from(extension[1]) + 2) * 4
             }
-            _ => return Ok(None),
+            _ => return Ok(false),
         };
         offset += length;
     }
     Err(Unreadable)
 }
 
-/// The connection and the flags in the start of a TCP header.
+/// Fills in the connection and the flags from the start of a TCP header.
 #[inline(always)]
-fn connection(tcp: &[u8; 14], client: Address, server: Address) -> (FourTuple, u8) {
+fn fill(into: &mut TcpPacket, tcp: &[u8; 14], client: Address, server: Address) {
     let port = |at: usize| u32::from(u16::from_be_bytes([tcp[at], tcp[at + 1]]));
-    let connection = FourTuple {
+    into.connection = FourTuple {
         client,
         server,
         client_port: port(0),
         server_port: port(2),
     };
-    (connection, tcp[13])
+    into.flags = tcp[13];
 }
 
 /// Reads from the packet, at `offset` bytes from its IP header.
