@@ -77,6 +77,7 @@ pub fn other_toolchain(program: impl AsRef<OsStr>) -> Command {
         let text = name.to_string_lossy();
         let chooses = [
             "CARGO",
+            "CARGO_INCREMENTAL",
             "RUSTC",
             "RUSTDOC",
             "RUSTFLAGS",
