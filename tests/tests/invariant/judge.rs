@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::net::SocketAddr;
 use std::ops::AddAssign;
 
 use crate::plan::Call;
@@ -9,7 +10,7 @@ use crate::run::{Outcome, Report};
 use crate::table::{
     admits_plaintext, expected, is_private, may_read, servers, source, translated_by,
 };
-use crate::world::{Site, State, Target};
+use crate::world::{POD_PORTS, Site, State, Target};
 
 /// How many connections were judged, so that a test cannot pass by judging none.
 #[derive(Debug, Default)]
@@ -96,7 +97,13 @@ impl Judge<'_> {
             let from = |state: &&State| {
                 source(world, state, call, read.server, read.local) == read.peer.ip()
             };
-            if call.from != read.server && !states.iter().any(from) {
+            // One that was open keeps its addresses.
+            let known = was_open
+                && history
+                    .in_force(report.start, report.start)
+                    .iter()
+                    .any(from);
+            if call.from != read.server && !states.iter().any(from) && !known {
                 let what = format!("from another address: {read:?}");
                 self.violation(&what, call, report, &states);
             }
@@ -150,12 +157,24 @@ impl Judge<'_> {
             let stays = world
                 .pod_at(sighting.server.ip())
                 .is_some_and(|server| world.machine(Site::Pod(server)) == world.machine(call.from));
-            let goes_on = world.pod_at(sighting.server.ip()).is_some_and(|server| {
-                let server = Site::Pod(server);
-                let admits =
-                    |state: &&State| admits_plaintext(world, state, call, server, sighting.server);
+            let at_start = self.outcome.history.in_force(report.start, report.start);
+            let goes_on = |server: Site, local: SocketAddr| {
+                let admits = |state: &&State| admits_plaintext(world, state, call, server, local);
                 self.was_open(call, report, server) && states.iter().any(admits)
-            });
+            };
+            let goes_on = match world.pod_at(sighting.server.ip()) {
+                Some(server) => goes_on(Site::Pod(server), sighting.server),
+                // Sent to a node port before the caller joined the mesh: the node translates it as ever.
+                None => at_start
+                    .iter()
+                    .filter(|state| translated_by(state, call).is_some())
+                    .flat_map(|state| servers(world, state, call))
+                    .any(|server| {
+                        let family = usize::from(sighting.server.is_ipv6());
+                        let address = world.addresses(server)[family];
+                        goes_on(server, (address, POD_PORTS[call.port]).into())
+                    }),
+            };
             let by_kernel = sighting.node.is_some() && stays && !world.same_node_tunnel;
             if !by_kernel && !goes_on && states.iter().all(private) {
                 self.violation(
