@@ -26,7 +26,8 @@ fn maps_are_small_when_empty_and_hold_enough() {
         locked.len()
     );
     assert!(locked.len() >= 8, "{locked:?}");
-    assert!(locked.values().sum::<u64>() <= 16 << 20, "{locked:?}");
+    // Of which 12 MiB are for the shares of 128 pods in the three maps of connections under way.
+    assert!(locked.values().sum::<u64>() <= 24 << 20, "{locked:?}");
 
     let maps = mesh.node("a").pins().join("v2/maps");
     for (name, room) in [
