@@ -175,8 +175,9 @@ fn chart_on_a_cluster_of_two_nodes() -> Result<()> {
         let start = Instant::now();
         let done = step(&stage);
         let elapsed = start.elapsed();
-        if done.is_err() {
-            // Before it goes.
+        if let Err(error) = &done {
+            // First, because what follows is long, and now, because the cluster goes.
+            println!("{number:2}. {name}: FAILED after {elapsed:.1?}: {error:#}");
             stage.cluster.print_state();
             stage.print_logs();
         }
