@@ -35,6 +35,8 @@ pub(crate) enum Group {
     Unit,
     /// Tests that build meshes, which wait most of the time.
     Mesh,
+    /// Tests that start an API server, which needs a core until it serves: one per core.
+    ApiServer,
     /// Tests that measure time or resources, or run a cluster: one at a time, with nothing in parallel.
     Alone,
 }
@@ -45,6 +47,8 @@ impl Group {
         let name = test.full_name();
         if ALONE.iter().any(|prefix| name.starts_with(prefix)) {
             Self::Alone
+        } else if API_SERVER.iter().any(|prefix| name.starts_with(prefix)) {
+            Self::ApiServer
         } else if test.binary.integration {
             Self::Mesh
         } else {
@@ -55,20 +59,20 @@ impl Group {
     fn width(self) -> usize {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         match self {
-            Self::Unit => cores,
+            Self::Unit | Self::ApiServer => cores,
             Self::Mesh => 2 * cores,
             Self::Alone => 1,
         }
     }
 }
 
+/// Tests that start an API server.
+const API_SERVER: [&str; 2] = ["kubernetes::", "kubernetes_ca::"];
 /// Tests that need the machine for themselves.
-const ALONE: [&str; 9] = [
+const ALONE: [&str; 7] = [
     "abuse::",
     "cluster::",
     "invariant::",
-    "kubernetes::",
-    "kubernetes_ca::",
     "lifecycle::enrolment_churn::",
     "operator::footprint::",
     "same_node::changes::",
@@ -86,7 +90,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -> Result<()> {
     let total = tests.len();
     let results = Mutex::new((log, summary, 0));
-    for group in [Group::Unit, Group::Mesh, Group::Alone] {
+    for group in [Group::Unit, Group::Mesh, Group::ApiServer, Group::Alone] {
         let (mut queue, _): (Vec<&Test<'_>>, Vec<&Test<'_>>) =
             tests.iter().partition(|test| Group::of(test) == group);
         queue.reverse();
