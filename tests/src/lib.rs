@@ -53,7 +53,7 @@ mod ca;
 mod capture;
 mod cgroup;
 pub mod chart;
-mod cluster;
+pub mod cluster;
 mod daemon;
 mod daemon_options;
 mod eventually;

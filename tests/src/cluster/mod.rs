@@ -9,7 +9,9 @@
 //! # anyhow::Ok(())
 //! ```
 
+pub mod apps;
 mod images;
+pub mod meshed;
 mod node;
 mod oci;
 

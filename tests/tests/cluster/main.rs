@@ -162,7 +162,7 @@ fn chart_on_a_cluster_of_two_nodes() -> Result<()> {
         return Ok(());
     }
     let start = Instant::now();
-    let stage = Stage::set()?;
+    let stage = stage::set()?;
     println!(
         "the cluster is up, with the chart installed: {:.1?}",
         start.elapsed()

@@ -2,72 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+pub(crate) use mesh_tests::cluster::apps::{MARKER, PORT, server, server_pod};
 use mesh_tests::{Context, Recording, Result, Stream, eventually_ok};
 use serde_json::{Value, json};
 
-use crate::stage::{
-    APPS, NODES, PATIENCE, Stage, account, address, container, ensure, idle_pod, name,
-};
-
-/// A string in every answer, and in nothing else on the wire.
-pub(crate) const MARKER: &str = "marker-6b1d0c52";
-/// The apps' port.
-pub(crate) const PORT: u16 = 8080;
-
-/// A web server of busybox: `/cgi-bin/who` answers with the caller's address, `/cgi-bin/tick` never ends.
-fn server_script() -> String {
-    format!(
-        r#"mkdir -p /tmp/www/cgi-bin && cd /tmp/www/cgi-bin
-cat >who <<'END'
-#!/bin/sh
-printf 'Content-Type: text/plain\r\n\r\n{MARKER} %s asked %s\n' "$REMOTE_ADDR" "$(hostname)"
-END
-cat >tick <<'END'
-#!/bin/sh
-printf 'Content-Type: text/plain\r\n\r\n'
-while printf 'tick\n'; do sleep 0.2; done
-END
-chmod +x who tick
-exec httpd -f -p 0.0.0.0:{PORT} -h /tmp/www"#
-    )
-}
-
-/// The spec of a pod with that server.
-pub(crate) fn server_pod(account: &str, node: Option<&str>) -> Value {
-    let mut server = container(&server_script());
-    let probe = json!({"httpGet": {"path": "/cgi-bin/who", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5});
-    server["ports"] = json!([{"name": "http", "containerPort": PORT}]);
-    server["readinessProbe"] = probe.clone();
-    server["livenessProbe"] = probe;
-    // Callers must learn of its end before it stops listening.
-    server["lifecycle"] = json!({"preStop": {"exec": {"command": ["sleep", "3"]}}});
-    let mut spec = json!({
-        "serviceAccountName": account, "terminationGracePeriodSeconds": 5, "containers": [server],
-    });
-    if let Some(node) = node {
-        spec["nodeSelector"] = json!({"kubernetes.io/hostname": node});
-    }
-    spec
-}
-
-/// A Deployment of that server, its service account, and a service of its name on port 80.
-pub(crate) fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3] {
-    let labels = json!({"app": name});
-    let deployment = json!({
-        "apiVersion": "apps/v1", "kind": "Deployment",
-        "metadata": {"name": name, "namespace": APPS},
-        "spec": {
-            "replicas": replicas, "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": server_pod(name, node)},
-        },
-    });
-    let service = json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": name, "namespace": APPS},
-        "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": "http"}]},
-    });
-    [account(name), deployment, service]
-}
+use crate::stage::{APPS, NODES, PATIENCE, Stage, account, address, ensure, idle_pod, name};
 
 /// The cluster IP of a service of the apps.
 pub(crate) fn service_address(stage: &Stage, name: &str) -> Result<String> {
