@@ -27,20 +27,15 @@ mod usage;
 mod ztunnel;
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use mesh_tests::remove_own;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use anyhow::{Context, Result, bail, ensure};
 use xtask_support::step::root;
+use xtask_support::supervise::supervise;
 use xtask_support::{build, setup};
 
 use report::Report;
-use runner::{Event, Plan};
+use runner::Plan;
 use system::System;
 
 /// Options of the benchmark.
@@ -162,68 +157,19 @@ fn prepare(arguments: &Arguments) -> Result<Plan> {
 }
 
 fn measure(report: &mut Report) -> Result<()> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))
-            .context("cannot wait for signals")?;
-    }
-    let (sender, events) = channel();
-    let stop = Arc::new(AtomicBool::new(false));
-    let measuring = thread::Builder::new()
-        .name("loads".to_owned())
-        .spawn({
-            let (plan, stop) = (report.plan.clone(), Arc::clone(&stop));
-            move || runner::measure(&plan, &sender, &stop)
-        })
-        .context("cannot start a thread")?;
-    let followed = follow(&events, report, &interrupted);
-    if followed.is_err() {
-        stop.store(true, Ordering::Relaxed);
-        eprintln!("cleaning up");
-        // This unblocks the running load, which then ends.
-        let _ = remove_own();
-        let end = Instant::now() + CLEAN_UP;
-        while events
-            .recv_timeout(end.saturating_duration_since(Instant::now()))
-            .is_ok()
-        {}
-        remove_own().context("cannot clean up")?;
-    }
-    followed?;
-    measuring
-        .join()
-        .map_err(|_| anyhow!("the thread that measures panicked"))?
-}
-
-/// Receives events from the loads until there are no more.
-fn follow(events: &Receiver<Event>, report: &mut Report, interrupted: &AtomicBool) -> Result<()> {
-    let mut current = String::new();
-    let longest = report.plan.time + LONGEST;
-    let mut deadline = Instant::now() + longest;
-    loop {
-        match events.recv_timeout(POLL) {
-            Ok(Event::Begins(what)) => {
-                current = what;
-                deadline = Instant::now() + longest;
-            }
-            Ok(event) => report.take(event),
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-        if interrupted.load(Ordering::Relaxed) {
-            bail!("interrupted during {current}");
-        }
-        if Instant::now() > deadline {
-            bail!("{current} did not end within {longest:?}");
-        }
-    }
+    let plan = report.plan.clone();
+    let longest = plan.time + LONGEST;
+    supervise(
+        longest,
+        move |events, stop| runner::measure(&plan, &events, stop),
+        |event| {
+            report.take(event);
+            Ok(())
+        },
+    )
 }
 
 /// The systems that can be compared on every machine.
 const ALWAYS: [System; 3] = [System::Direct, System::Envoy, System::Ours];
 /// How much longer than its duration a load may take, including the start of fresh proxies for it.
 const LONGEST: Duration = Duration::from_secs(180);
-/// How long a stopped load may take to notice it.
-const CLEAN_UP: Duration = Duration::from_secs(10);
-/// Interval at which Ctrl-C is checked.
-const POLL: Duration = Duration::from_millis(100);

@@ -41,6 +41,15 @@ pub(super) enum Event {
     Problem(String),
 }
 
+impl xtask_support::supervise::Event for Event {
+    fn begins(&self) -> Option<&str> {
+        match self {
+            Self::Begins(what) => Some(what),
+            _ => None,
+        }
+    }
+}
+
 impl Plan {
     /// Whether a row was requested.
     pub(super) fn wants(&self, load: &Load, row: &Row) -> bool {

@@ -12,6 +12,15 @@ pub(super) enum Event {
     Ends(Result<()>),
 }
 
+impl xtask_support::supervise::Event for Event {
+    fn begins(&self) -> Option<&str> {
+        match self {
+            Self::Begins(name, claim) => Some(name.unwrap_or(claim)),
+            _ => None,
+        }
+    }
+}
+
 /// Where a check reports its evidence.
 pub(super) struct Evidence(pub(super) Sender<Event>);
 

@@ -23,16 +23,13 @@ mod stage;
 mod wire;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
-use mesh_tests::{MeshId, remove_own, traces};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use anyhow::{Result, anyhow, bail};
+use mesh_tests::{MeshId, traces};
 use xtask_support::step::root;
+use xtask_support::supervise::supervise;
 use xtask_support::{build, setup};
 
 use checks::{AFTER, BEFORE, Check};
@@ -82,58 +79,18 @@ fn prepare(arguments: &Arguments) -> Result<()> {
 /// Runs the checks and reports them. An error means that the demo itself failed, and is the cause of all checks not
 /// run.
 fn show(report: &mut Report) -> Result<()> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))
-            .context("cannot wait for signals")?;
-    }
-    let (sender, events) = channel();
-    let stop = Arc::new(AtomicBool::new(false));
-    thread::Builder::new()
-        .name("checks".to_owned())
-        .spawn({
-            let stop = Arc::clone(&stop);
-            move || perform(&Evidence(sender), &stop)
-        })
-        .context("cannot start a thread")?;
-    let result = follow(&events, report, &interrupted);
-    if result.is_err() {
-        stop.store(true, Ordering::Relaxed);
-        eprintln!("cleaning up");
-        // This unblocks the running check, which then ends.
-        let _ = remove_own();
-        let end = Instant::now() + CLEAN_UP;
-        while events
-            .recv_timeout(end.saturating_duration_since(Instant::now()))
-            .is_ok()
-        {}
-        remove_own().context("cannot clean up")?;
-    }
-    result
-}
-
-fn follow(events: &Receiver<Event>, report: &mut Report, interrupted: &AtomicBool) -> Result<()> {
-    let mut current = "";
-    let mut deadline = Instant::now() + LONGEST;
-    loop {
-        match events.recv_timeout(POLL) {
-            Ok(Event::Begins(name, claim)) => {
-                current = name.unwrap_or(claim);
-                deadline = Instant::now() + LONGEST;
-                report.begins(name, claim);
-            }
-            Ok(Event::Saw(what)) => report.saw(what),
-            Ok(Event::Ends(result)) => report.ends(result)?,
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            Err(RecvTimeoutError::Timeout) => {}
+    let work = |events, stop: &AtomicBool| {
+        perform(&Evidence(events), stop);
+        Ok(())
+    };
+    supervise(LONGEST, work, |event| {
+        match event {
+            Event::Begins(name, claim) => report.begins(name, claim),
+            Event::Saw(what) => report.saw(what),
+            Event::Ends(result) => report.ends(result)?,
         }
-        if interrupted.load(Ordering::Relaxed) {
-            bail!("interrupted during {current}");
-        }
-        if Instant::now() > deadline {
-            bail!("{current} did not end within {LONGEST:?}");
-        }
-    }
+        Ok(())
+    })
 }
 
 /// Starts the mesh, runs the checks on it and removes it.
@@ -208,7 +165,3 @@ fn nothing_left(id: MeshId) -> Result<()> {
 
 /// Time limit for a check.
 const LONGEST: Duration = Duration::from_secs(60);
-/// How long a stopped check may take to notice it.
-const CLEAN_UP: Duration = Duration::from_secs(10);
-/// Interval at which Ctrl-C is checked.
-const POLL: Duration = Duration::from_millis(100);

@@ -10,4 +10,5 @@ pub mod kubernetes;
 pub mod page;
 pub mod setup;
 pub mod step;
+pub mod supervise;
 pub mod toolchain;
