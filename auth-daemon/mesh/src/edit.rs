@@ -329,9 +329,10 @@ impl Edit {
             Backends::Pods(pods.map(|pod| (pod, self.next.is_member(pod))).collect())
         };
         // A service whose backends are all outside the mesh is not a mesh service, unless its owner pins the identities
-        // that may run it. One without a backend is the mesh's if its next one would be: until then, connections to it are
+        // that may run it, or its connections go through a waypoint. One without a backend is the mesh's if its next one would be: until then, connections to it are
         // refused.
         let ours = service.pinned_identities.is_some()
+            || service.waypoint.is_some()
             || backends.any_meshed()
             || (backends.is_empty()
                 && self.next.default_of(&name.namespace) == Membership::Enabled);

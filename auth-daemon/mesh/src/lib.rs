@@ -12,6 +12,7 @@ mod resolved;
 mod service;
 mod slice;
 mod snapshot;
+mod waypoint;
 mod workload;
 
 pub use claims::AddressKind;
@@ -25,4 +26,5 @@ pub use resolved::{Destination, Endpoint};
 pub use service::{Port, Service, TargetPort};
 pub use slice::{Slice, SliceEndpoint};
 pub use snapshot::{Inventory, Snapshot, Unreachable};
+pub use waypoint::{Waypoint, WaypointAt};
 pub use workload::{ObjectName, Workload};

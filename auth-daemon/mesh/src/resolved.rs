@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Identity, ObjectName, Port, Service, SliceEndpoint, Unreachable, Workload};
+use super::{Identity, ObjectName, Port, Service, SliceEndpoint, Unreachable, Waypoint, Workload};
 
 /// Maximum number of endpoints that a service gets from slices, over all its ports. The limit keeps a user who may
 /// write slices from exhausting the memory of all nodes.
@@ -22,6 +22,7 @@ const MAX_SLICED_PORTS: usize = 100;
 pub(super) struct Resolved {
     pub(super) name: ObjectName,
     pub(super) ports: HashMap<u16, ServicePort>,
+    pub(super) waypoint: Option<Arc<Waypoint>>,
     pub(super) sticky: bool,
     pub(super) local: bool,
 }
@@ -41,6 +42,8 @@ pub struct Destination {
     pub endpoints: Arc<[Endpoint]>,
     /// Identities that may answer (secure naming).
     pub identities: Arc<BTreeSet<Identity>>,
+    /// The waypoint that the connection goes through instead of straight to an endpoint.
+    pub waypoint: Option<Arc<Waypoint>>,
     /// Whether a client keeps the same endpoint.
     pub sticky: bool,
     /// Whether only endpoints on the client's node are used.
@@ -60,6 +63,7 @@ impl Destination {
                 node: None,
             }]),
             identities: Arc::new(identity.into_iter().collect()),
+            waypoint: pod.and_then(|pod| pod.waypoint.clone()),
             sticky: false,
             local: false,
         }
@@ -194,8 +198,9 @@ impl Backends<'_> {
                     }
                     for number in &numbers {
                         let address = SocketAddr::new(endpoint.address, *number);
+                        let ready = service.publish_not_ready || endpoint.ready;
                         if let Some(known) = found.get_mut(&address) {
-                            known.ready |= endpoint.ready;
+                            known.ready |= ready;
                             known.serves_last |= endpoint.serves_last;
                             continue;
                         }
@@ -210,7 +215,7 @@ impl Backends<'_> {
                                 meshed,
                                 node: endpoint.node.clone(),
                             },
-                            ready: endpoint.ready,
+                            ready,
                             serves_last: endpoint.serves_last,
                         };
                         found.insert(address, endpoint);
@@ -242,6 +247,7 @@ impl Resolved {
             service: Some(name()),
             endpoints: found.endpoints.clone(),
             identities: found.identities.clone(),
+            waypoint: self.waypoint.clone(),
             sticky: self.sticky,
             local: self.local,
         })
@@ -298,6 +304,7 @@ impl Resolved {
         Self {
             name: service.name.clone(),
             ports,
+            waypoint: service.waypoint.clone(),
             sticky: service.sticky,
             local: service.local,
         }

@@ -3,9 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
-use super::{Identity, ObjectName, Workload};
+use super::{Identity, ObjectName, Waypoint, Workload};
 
 /// A Kubernetes Service with virtual addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub struct Service {
     pub pinned_identities: Option<BTreeSet<Identity>>,
     /// Whether pods that are not ready are endpoints too.
     pub publish_not_ready: bool,
+    /// The waypoint that connections to the service go through.
+    pub waypoint: Option<Arc<Waypoint>>,
     /// Whether a client keeps the same endpoint while that endpoint exists (`sessionAffinity: ClientIP`).
     pub sticky: bool,
     /// Whether only endpoints on the client's node are used (`internalTrafficPolicy: Local`).
@@ -64,6 +67,7 @@ impl Service {
             selector: BTreeMap::new(),
             pinned_identities: None,
             publish_not_ready: false,
+            waypoint: None,
             sticky: false,
             local: false,
         }

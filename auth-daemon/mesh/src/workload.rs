@@ -1,8 +1,8 @@
 //! Pods in the model of the mesh.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, sync::Arc};
 
-use super::{HostPort, Identity, Membership};
+use super::{HostPort, Identity, Membership, Waypoint};
 
 /// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -52,6 +52,10 @@ pub struct Workload {
     pub named_ports: BTreeMap<String, u16>,
     /// Ports of the pod that its node exposes.
     pub host_ports: Vec<HostPort>,
+    /// Whether the pod's node accepts HBONE for it, the tunnel of Istio's ambient mode.
+    pub hbone: bool,
+    /// The waypoint that connections to the pod's own address go through.
+    pub waypoint: Option<Arc<Waypoint>>,
     /// Path of the pod's network namespace, if the source provides it.
     pub netns: Option<PathBuf>,
 }
@@ -73,6 +77,8 @@ impl Workload {
             labels: BTreeMap::new(),
             named_ports: BTreeMap::new(),
             host_ports: Vec::new(),
+            hbone: false,
+            waypoint: None,
             netns: None,
         }
     }

@@ -30,7 +30,7 @@ use crate::observe::{
     connections::Guard,
 };
 use auth_datapath::sockets::{self, end_in_good_order};
-use auth_mesh::{Destination, Endpoint, Unreachable};
+use auth_mesh::{Destination, Endpoint, Unreachable, Waypoint};
 use auth_tunnel::{
     self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made,
     frame::{Connect, Reset, ResetCode},
@@ -238,6 +238,10 @@ enum Refusal {
     Endpoint { endpoint: SocketAddr, why: Failure },
     #[error(transparent)]
     Revoked(#[from] Revoked),
+    #[error(
+        "its traffic goes through waypoint {0}, which this daemon cannot use yet; remove istio.io/use-waypoint"
+    )]
+    Waypoint(Arc<Waypoint>),
     #[error("no endpoint answered within {PATIENCE:?}")]
     Late,
     #[error("it has internalTrafficPolicy Local, and no ready endpoint on this node")]
@@ -295,6 +299,9 @@ impl Call<'_> {
         let destination = self.resolve().await?;
         let revoked = &self.node.certificates.trust().current().revoked;
         revoked.check_identity(&self.pod.workload.identity)?;
+        if let Some(waypoint) = &destination.waypoint {
+            return Err(Refusal::Waypoint(waypoint.clone()));
+        }
         let (own, local) = (&self.node.config.node_name, destination.local);
         let endpoints = destination.endpoints.iter();
         let endpoints: Vec<_> = endpoints

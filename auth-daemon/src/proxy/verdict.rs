@@ -67,6 +67,9 @@ fn decide(
     let [endpoint] = &*destination.endpoints else {
         return None;
     };
+    if destination.waypoint.is_some() {
+        return None;
+    }
     let address = endpoint.address;
     let client = local_pods.by_cookie.get(&client_cookie)?;
     let server = local_pods.by_address.get(&address.ip())?;
@@ -210,7 +213,9 @@ impl Basis {
 mod tests {
     use super::*;
     use crate::{proxy::caller::Denied, proxy::local_pods::Forbidden, proxy::local_pods::LocalPod};
-    use auth_mesh::{Inventory, Port, Service, TargetPort, Workload, policy::Policies};
+    use auth_mesh::{
+        Inventory, Port, Service, TargetPort, Waypoint, WaypointAt, Workload, policy::Policies,
+    };
 
     fn name(name: &str) -> ObjectName {
         ObjectName {
@@ -328,6 +333,19 @@ mod tests {
         assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
         let became = [pod("client", "promoted", "10.1.0.1"), web.clone()];
         assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
+        // The server's traffic goes through a waypoint.
+        let waypoint = Waypoint {
+            at: WaypointAt::Address("10.1.0.4".parse().unwrap()),
+            port: 15008,
+        };
+        let behind = Workload {
+            waypoint: Some(Arc::new(waypoint)),
+            ..web.clone()
+        };
+        assert_eq!(
+            decided(&[client.clone(), behind], &both, "10.1.0.2:8080"),
+            None
+        );
         // Another pod claims the client's address.
         let disputed = [client, web, pod("thief", "thief", "10.1.0.1")];
         assert_eq!(decided(&disputed, &both, "10.1.0.2:8080"), None);

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::{Port, TargetPort};
+use crate::{Port, TargetPort, Waypoint, WaypointAt};
 
 fn in_default(name: &str) -> ObjectName {
     ObjectName {
@@ -41,6 +41,39 @@ fn resolve(workloads: Vec<Workload>, service: Service) -> Result<Destination, Un
         services: vec![service],
     })
     .resolve("10.96.0.7:80".parse().unwrap())
+}
+
+#[test]
+fn connections_to_a_service_or_pod_with_a_waypoint_go_through_it() {
+    let waypoint = |address: &str| {
+        let at = WaypointAt::Address(address.parse().unwrap());
+        Some(Arc::new(Waypoint { at, port: 15008 }))
+    };
+    let outside = Workload {
+        membership: Some(Membership::Disabled),
+        ..pod("one", "web", "10.1.0.1", true)
+    };
+    let behind = Service {
+        waypoint: waypoint("10.1.0.8"),
+        ..service(TargetPort::Number(80))
+    };
+    let found = resolve(vec![outside], behind).unwrap();
+    assert_eq!(
+        found.waypoint,
+        waypoint("10.1.0.8"),
+        "whatever its pods are"
+    );
+    let pod = Workload {
+        waypoint: waypoint("10.1.0.9"),
+        ..pod("one", "web", "10.1.0.1", true)
+    };
+    let snapshot = Snapshot::new(Inventory {
+        workloads: vec![pod],
+        services: vec![service(TargetPort::Number(80))],
+    });
+    let through = |dialled: &str| snapshot.resolve(dialled.parse().unwrap()).unwrap().waypoint;
+    assert_eq!(through("10.1.0.1:80"), waypoint("10.1.0.9"));
+    assert_eq!(through("10.96.0.7:80"), None, "the service has none");
 }
 
 #[test]

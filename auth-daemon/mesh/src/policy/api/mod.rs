@@ -208,6 +208,11 @@ impl Unreadable {
 }
 
 impl Selector {
+    /// Returns a selector of the workloads that have all of `labels`. They need not be labels that Kubernetes accepts.
+    pub fn of(labels: BTreeMap<String, String>) -> Self {
+        Self(labels)
+    }
+
     fn read(node: &Node<'_>) -> Result<Self, FieldError> {
         node.only(&["matchLabels"])?;
         let mut labels = BTreeMap::new();

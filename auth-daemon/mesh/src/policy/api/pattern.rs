@@ -90,7 +90,7 @@ pub struct Account(Box<str>);
 
 impl Account {
     /// Parses `namespace/name`, or a name in the policy's own `namespace`. Wildcards are not allowed.
-    pub(super) fn new(text: &str, namespace: &str) -> Result<Self, String> {
+    pub fn new(text: &str, namespace: &str) -> Result<Self, String> {
         let (namespace, name) = text.split_once('/').unwrap_or((namespace, text));
         let named = |part: &str, dot: bool| {
             !part.is_empty()
