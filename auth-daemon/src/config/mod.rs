@@ -78,6 +78,9 @@ pub struct CaServer {
     pub root_file: PathBuf,
     /// File with the bearer token that says which node this is. Read again when it is used.
     pub token_file: PathBuf,
+    /// The cluster that issued the token. istiod asks that cluster's API server about it. Defaults to `Kubernetes`, as
+    /// in Istio.
+    pub cluster_id: String,
 }
 
 /// A checked configuration.
@@ -121,6 +124,8 @@ pub struct Config {
 
 /// Default folder for pins.
 pub const DEFAULT_PINS: &str = "/sys/fs/bpf/auth-daemon";
+/// The ID of a mesh's only cluster in Istio.
+const DEFAULT_CLUSTER: &str = "Kubernetes";
 const MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 const MIN_LIFETIME: Duration = Duration::from_secs(10);
 const MAX_DRAIN: Duration = Duration::from_secs(60 * 60);
@@ -281,6 +286,7 @@ fn ca_source(ca: &mut Section, errors: &mut Vec<String>) -> Option<CaSource> {
                 "serverName",
                 "rootFile",
                 "tokenFile",
+                "clusterId",
             ] {
                 ca.skip(field);
             }
@@ -289,26 +295,39 @@ fn ca_source(ca: &mut Section, errors: &mut Vec<String>) -> Option<CaSource> {
         (true, false) => ca
             .required("directory", errors, absolute)
             .map(CaSource::Directory),
-        (false, true) => {
-            let address = ca.required("address", errors, host_and_port);
-            let server_name = ca.parsed("serverName", errors, server_name);
-            let root_file = ca.required("rootFile", errors, absolute);
-            let token_file = ca.required("tokenFile", errors, absolute);
-            let (host, port) = address?;
-            Some(CaSource::Server(CaServer {
-                address: format!("{host}:{port}"),
-                server_name: server_name
-                    .unwrap_or_else(|| host.trim_matches(['[', ']']).to_owned()),
-                root_file: root_file?,
-                token_file: token_file?,
-            }))
-        }
+        (false, true) => server(ca, errors).map(CaSource::Server),
         (false, false) => {
             errors.push(
                 "ca: has neither directory, a folder with the root key, nor address, where the CA is".into(),
             );
             None
         }
+    }
+}
+
+/// How to reach the CA, or istiod.
+fn server(section: &mut Section, errors: &mut Vec<String>) -> Option<CaServer> {
+    let address = section.required("address", errors, host_and_port);
+    let server_name = section.parsed("serverName", errors, server_name);
+    let root_file = section.required("rootFile", errors, absolute);
+    let token_file = section.required("tokenFile", errors, absolute);
+    let cluster_id = section.parsed("clusterId", errors, cluster_id);
+    let (host, port) = address?;
+    Some(CaServer {
+        address: format!("{host}:{port}"),
+        server_name: server_name.unwrap_or_else(|| host.trim_matches(['[', ']']).to_owned()),
+        root_file: root_file?,
+        token_file: token_file?,
+        cluster_id: cluster_id.unwrap_or_else(|| DEFAULT_CLUSTER.into()),
+    })
+}
+
+/// A cluster's ID in Istio, which names no length and no characters. It is sent in a header.
+fn cluster_id(text: &str) -> Result<String, &'static str> {
+    let printable = text.bytes().all(|b| b.is_ascii_graphic());
+    match text.len() {
+        1..=253 if printable => Ok(text.to_owned()),
+        _ => Err("is not the ID of a cluster: 1 to 253 printable ASCII characters"),
     }
 }
 
@@ -487,6 +506,7 @@ mod tests {
                 server_name: name.into(),
                 root_file: "/r".into(),
                 token_file: "/t".into(),
+                cluster_id: "Kubernetes".into(),
             }))
         };
         let source = |ca: &str| parse(ca).map(|config| config.ca);

@@ -29,6 +29,8 @@ use auth_tunnel::tls::{explain, provider, trust::TrustStore};
 
 /// From the name lookup to the end of the TLS handshake.
 const CONNECT: Duration = Duration::from_secs(5);
+/// Field of a request's metadata that names the cluster of the token. istiod requires it for impersonation.
+const CLUSTER_ID: &str = "clusterid";
 const MAX_TOKEN: u64 = 16 << 10;
 const MAX_ROOT_FILE: u64 = 1 << 20;
 const WINDOW: u32 = 1 << 20;
@@ -107,11 +109,14 @@ impl Link {
         Ok(config)
     }
 
-    /// `message` with the token of this node.
+    /// `message` with the token of this node, and the cluster that issued it.
     pub(super) fn request<T>(&self, message: T) -> Result<Request<T>, String> {
         let mut request = Request::new(message);
         let token = read_token(&self.server.token_file)?;
+        let cluster = MetadataValue::try_from(&self.server.cluster_id)
+            .map_err(|error| format!("ca.clusterId: {error}"))?;
         request.metadata_mut().insert("authorization", token);
+        request.metadata_mut().insert(CLUSTER_ID, cluster);
         Ok(request)
     }
 }

@@ -34,6 +34,7 @@ use tonic::{Request, Response, Status, service::Routes};
 use crate::harness::*;
 
 const LIFETIME: Duration = Duration::from_secs(3600);
+const CLUSTER: &str = "network-1/cluster-1";
 
 fn issuer(ca: &Ca, node: &str) -> CaClient {
     CaClient::start(ca.server(node), domain(), LIFETIME).unwrap()
@@ -225,8 +226,13 @@ struct Other {
 impl IstioCertificateService for Other {
     async fn create_certificate(
         &self,
-        _: Request<IstioCertificateRequest>,
+        request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
+        // As istiod, which asks the API server of that cluster about the token.
+        let cluster = request.metadata().get("clusterid");
+        if cluster.is_none_or(|cluster| cluster != CLUSTER) {
+            return Err(Status::unauthenticated("no node authorizer for cluster"));
+        }
         let cert_chain = self.answer.lock().unwrap().clone();
         Ok(Response::new(IstioCertificateResponse { cert_chain }))
     }
@@ -328,6 +334,7 @@ impl Others {
             server_name: NAME.into(),
             root_file: self.folder.path().join("roots"),
             token_file: self.folder.path().join("token"),
+            cluster_id: CLUSTER.into(),
         };
         CaClient::start(server, domain(), LIFETIME).unwrap()
     }

@@ -242,6 +242,7 @@ impl Ca {
             server_name: NAME.into(),
             root_file,
             token_file: self.folder.path().join(node),
+            cluster_id: "Kubernetes".into(),
         }
     }
 
