@@ -1,0 +1,186 @@
+use std::net::SocketAddr;
+
+use auth_mesh::{
+    Identity, Membership,
+    policy::{Connection, Policies, Settings},
+};
+
+use super::*;
+use crate::{
+    authorization::policy,
+    read::tests::mesh,
+    security_api::{Action, Authorization, Scope},
+    service::{service, tests::web},
+    workload::{tests::pod, workload},
+    workload_api as api,
+};
+
+use prost::Message;
+
+fn state() -> State {
+    let defaults = MeshDefault {
+        membership: Membership::Disabled,
+        ..MeshDefault::default()
+    };
+    State::new(mesh(), "a".into(), defaults)
+}
+
+fn remote(state: &mut State, found: api::Workload) {
+    let uid = found.uid.clone();
+    let found = workload(found, &mesh()).unwrap();
+    state.take(Change::Workload(uid, Box::new(found)));
+}
+
+/// A pod as the API server tells of it.
+fn local(name: &str, node: &str) -> Arc<Workload> {
+    let name = ObjectName {
+        namespace: "shop".into(),
+        name: name.into(),
+    };
+    let identity = format!("spiffe://cluster.local/ns/shop/sa/{}", name.name);
+    Arc::new(Workload {
+        uid: "u1".into(),
+        addresses: vec!["10.1.0.1".parse().unwrap()],
+        node: node.into(),
+        membership: Some(Membership::Enabled),
+        ..Workload::new(name, identity.parse().unwrap())
+    })
+}
+
+fn endpoints(state: &mut State) -> Vec<String> {
+    let address: SocketAddr = "10.96.0.7:80".parse().unwrap();
+    match state.snapshot().resolve(address) {
+        Ok(found) => found
+            .endpoints
+            .iter()
+            .map(|endpoint| endpoint.address.to_string())
+            .collect(),
+        Err(_) => Vec::new(),
+    }
+}
+
+#[test]
+fn a_service_leads_to_the_healthy_workloads_that_name_it() {
+    let mut state = state();
+    let service = service(web(), &mesh()).unwrap();
+    state.take(Change::Service("shop/web".into(), Box::new(service)));
+    for (name, address) in [("web-1", 1), ("web-2", 2)] {
+        remote(&mut state, pod(name, address));
+    }
+    assert_eq!(endpoints(&mut state), ["10.1.0.1:8080", "10.1.0.2:8080"]);
+    let identities = state
+        .snapshot()
+        .resolve("10.96.0.7:80".parse().unwrap())
+        .unwrap()
+        .identities;
+    assert_eq!(identities.len(), 2, "who may answer");
+    remote(
+        &mut state,
+        api::Workload {
+            status: api::WorkloadStatus::Unhealthy as i32,
+            ..pod("web-1", 1)
+        },
+    );
+    assert_eq!(endpoints(&mut state), ["10.1.0.2:8080"]);
+    let left = api::Workload {
+        services: Default::default(),
+        ..pod("web-2", 2)
+    };
+    remote(&mut state, left);
+    assert!(endpoints(&mut state).is_empty());
+    state.take(Change::NoAddress("Kubernetes//Pod/shop/web-2".into()));
+    assert!(state.snapshot().pod("10.1.0.2".parse().unwrap()).is_none());
+    state.take(Change::NoAddress("shop/web".into()));
+    assert_eq!(state.snapshot().services().count(), 0);
+}
+
+#[test]
+fn pods_of_this_node_come_from_the_api_server() {
+    let mut state = state();
+    remote(
+        &mut state,
+        api::Workload {
+            node: "a".into(),
+            ..pod("web-1", 1)
+        },
+    );
+    assert_eq!(state.snapshot().on_node("a").count(), 0);
+    state.local_pod(local("web-1", "a"));
+    state.local_pod(local("other", "b"));
+    let snapshot = state.snapshot();
+    let found: Vec<_> = snapshot.on_node("a").collect();
+    assert_eq!(
+        (found.len(), found[0].uid.as_str(), found[0].hbone),
+        (1, "u1", true)
+    );
+    assert_eq!(snapshot.on_node("b").count(), 0);
+    state.remove_local_pod(&found[0].name.clone());
+    assert_eq!(state.snapshot().on_node("a").count(), 0);
+}
+
+/// Whether a pod with an identity may connect to the pod web-1 of this node.
+fn admits(state: &mut State) -> bool {
+    let policies = state.policies.values().cloned();
+    let all = policies.chain([pending_policy(&mesh())]);
+    let policies = Policies::compile(Settings::default(), all);
+    let snapshot = state.snapshot();
+    let pod = snapshot.on_node("a").next().unwrap();
+    let client: Identity = "spiffe://cluster.local/ns/shop/sa/api".parse().unwrap();
+    let view = policies.workload("shop", &pod.labels);
+    view.evaluate(&Connection {
+        client: Some(&client),
+        source: "10.1.0.9".parse().unwrap(),
+        destination: "10.1.0.1:80".parse().unwrap(),
+    })
+    .allowed()
+}
+
+#[test]
+fn a_pod_admits_nothing_until_all_its_policies_are_known() {
+    let mut state = state();
+    state.local_pod(local("web-1", "a"));
+    assert!(!admits(&mut state), "istiod has not told of the pod");
+    let found = |policies: &[&str]| api::Workload {
+        node: "a".into(),
+        authorization_policies: policies.iter().map(|name| (*name).to_owned()).collect(),
+        ..pod("web-1", 1)
+    };
+    remote(&mut state, found(&[]));
+    assert!(admits(&mut state));
+    remote(&mut state, found(&["shop/some"]));
+    assert!(!admits(&mut state), "the policy has not arrived");
+    let put = |state: &mut State, resource: &str, groups| {
+        let found = Authorization {
+            scope: Scope::WorkloadSelector as i32,
+            action: Action::Deny as i32,
+            groups,
+            ..Default::default()
+        };
+        let read = policy(resource, Ok(&found.encode_to_vec()), &mesh()).unwrap();
+        state.take(Change::Policy(resource.into(), read.object));
+    };
+    put(&mut state, "shop/some", vec![]);
+    assert!(admits(&mut state), "a policy that denies nothing");
+    put(&mut state, "shop/other", vec![Default::default()]);
+    assert!(admits(&mut state), "a policy that does not select the pod");
+    put(&mut state, "shop/some", vec![Default::default()]);
+    assert!(!admits(&mut state), "a policy that denies everything");
+    state.take(Change::NoPolicy("shop/some".into()));
+    assert!(!admits(&mut state), "the workload names it still");
+    remote(&mut state, found(&["third/some"]));
+    put(&mut state, "third/some", vec![]);
+    assert!(!admits(&mut state), "the model cannot apply it");
+}
+
+#[test]
+fn policies_are_published_once_for_each_change() {
+    let mut state = state();
+    assert_eq!(
+        state.policies().unwrap().len(),
+        1,
+        "the one for pods that are pending"
+    );
+    assert!(state.policies().is_none());
+    state.take(Change::NoPolicy("shop/never".into()));
+    assert!(state.policies().is_some());
+}
