@@ -16,7 +16,11 @@ use tokio::{
 
 use super::{Workers, connection_tasks::ConnectionTasks};
 use crate::{
-    observe::refusals::Refusal,
+    observe::{
+        access_log::{Direction, Finished, Outcome, Path},
+        line_limit::LineLimit,
+        refusals::Refusal,
+    },
     proxy::{
         Node, Pod, inbound, outbound,
         shares::{Exceeded, Permit},
@@ -31,9 +35,6 @@ pub(super) const DRAIN_POLL: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Number of connections that a listener accepts before the worker's other tasks run.
 const ACCEPTS_PER_TURN: u32 = 16;
-
-/// Minimum interval between two log lines about connections of one listener that could not be accepted.
-const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A task that serves the connections of one of a pod's listeners. It accepts no more when this is dropped, and goes on
 /// serving those that it has accepted.
@@ -108,7 +109,7 @@ impl Acceptor {
         mut stopped: oneshot::Receiver<Infallible>,
     ) {
         let mut accepted_in_turn = 0;
-        let (mut failures, mut logged) = (0_u64, None::<Instant>);
+        let mut failed = LineLimit::default();
         while !*draining.borrow() {
             if accepted_in_turn == ACCEPTS_PER_TURN {
                 accepted_in_turn = 0;
@@ -127,9 +128,7 @@ impl Acceptor {
                         );
                         break;
                     }
-                    failures += 1;
-                    if logged.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
-                        logged = Some(Instant::now());
+                    if let Some(failures) = failed.note(1, 1, Instant::now()) {
                         tracing::warn!(%pod, failures, %error, "cannot accept a connection");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -150,8 +149,7 @@ impl Acceptor {
         let Admitted { permit, place } = match self.admit(from.ip()) {
             Ok(admitted) => admitted,
             Err(refusal) => {
-                let pod = &self.pod.workload.name;
-                self.node.refusals.note(pod, refusal, from);
+                self.refuse(&tcp, from, refusal);
                 return Ok(());
             }
         };
@@ -178,6 +176,38 @@ impl Acceptor {
         };
         self.connections.spawn(worker, elsewhere);
         Ok(())
+    }
+
+    /// Counts a refused connection, and tells the log of it.
+    fn refuse(&self, tcp: &TcpStream, from: SocketAddr, refusal: Refusal) {
+        let (node, workload) = (&self.node, &self.pod.workload);
+        node.refusals.note(&workload.name, refusal, from);
+        let identity = Some(workload.identity.clone());
+        let local = tcp.local_addr().ok().map(canonical);
+        let (direction, destination, endpoint, client_identity, server_identity) = match self.side {
+            Side::Outbound => {
+                let dialled = node.kernel.dialled(tcp);
+                (Direction::Outbound, dialled, None, identity, None)
+            }
+            Side::Inbound => (Direction::Inbound, local, local, None, identity),
+        };
+        node.connections.log(&Finished {
+            pod: self.pod.enrolled.netns.cookie(),
+            direction,
+            path: Path::Tunnel,
+            client: from,
+            destination,
+            endpoint,
+            service: None,
+            client_identity,
+            server_identity,
+            bytes_to_server: 0,
+            bytes_to_client: 0,
+            duration: Duration::ZERO,
+            outcome: Outcome::Refused,
+            reason: refusal.advice().to_owned(),
+            policy: None,
+        });
     }
 
     /// Charges a connection from `peer` to the pod's shares.

@@ -1,4 +1,4 @@
-//! The access log: one line for each connection, written when it ends.
+//! The access log: one line for each connection, written when it ends, within the limits of `access_limits`.
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
@@ -6,7 +6,7 @@ use auth_mesh::{Identity, ObjectName};
 use serde::Serialize;
 
 /// Whether a pod of this node is the client or the server of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// The pod is the client.
@@ -29,7 +29,7 @@ pub enum Path {
 }
 
 /// How a connection ended, in the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// Both sides ended it in order.
     Ok,
@@ -72,6 +72,8 @@ impl Outcome {
 /// What the access log says about a connection.
 #[derive(Debug)]
 pub(crate) struct Finished {
+    /// Cookie of the netns of the pod on this node whose line it is.
+    pub(crate) pod: u64,
     pub(crate) direction: Direction,
     pub(crate) path: Path,
     pub(crate) client: SocketAddr,

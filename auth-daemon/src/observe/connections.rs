@@ -15,6 +15,7 @@ use futures_util::future::AbortHandle;
 use serde::Serialize;
 
 use super::{
+    access_limits::AccessLimits,
     access_log::{Direction, Finished, Outcome, Path},
     totals::Totals,
 };
@@ -24,6 +25,8 @@ use auth_tunnel::{Counters, tls::svid::Svid};
 /// An open connection.
 #[derive(Debug)]
 pub struct Connection {
+    /// Cookie of the pod's netns.
+    pod: u64,
     direction: Direction,
     started: Instant,
     /// Bytes so far.
@@ -65,15 +68,23 @@ pub struct Details {
 pub struct OpenConnections {
     connections: Mutex<HashMap<u64, Arc<Connection>>>,
     next: AtomicU64,
+    limits: AccessLimits,
     /// Counters of connections that have ended.
     pub totals: Totals,
 }
 
 impl OpenConnections {
-    /// Adds a connection from `client`. Its access log line is written when the guard is finished or dropped. `cut` ends
-    /// the task that holds the guard.
-    pub fn open(&self, direction: Direction, client: SocketAddr, cut: AbortHandle) -> Guard<'_> {
+    /// Adds a connection from `client` to or from the pod whose netns has the cookie `pod`. Its access log line is written when
+    /// the guard is finished or dropped. `cut` ends the task that holds the guard.
+    pub fn open(
+        &self,
+        direction: Direction,
+        pod: u64,
+        client: SocketAddr,
+        cut: AbortHandle,
+    ) -> Guard<'_> {
         self.insert(Connection {
+            pod,
             direction,
             started: Instant::now(),
             counters: Arc::default(),
@@ -107,10 +118,17 @@ impl OpenConnections {
         }
     }
 
-    /// Writes the access log line of a connection that has ended, and counts it.
+    /// Writes the access log line of a connection that has ended, unless the log has told of many like it, and counts it.
     pub(crate) fn log(&self, finished: &Finished) {
-        finished.write();
+        if self.limits.pass(finished, Instant::now()) {
+            finished.write();
+        }
         self.totals.count(finished);
+    }
+
+    /// Logs how many lines the access log has left out. `name` returns the name of the pod whose netns has a cookie.
+    pub(crate) fn tell_left_out(&self, name: impl Fn(u64) -> Option<ObjectName>) {
+        self.limits.tell(Instant::now(), name);
     }
 
     /// Resets the connections for which `condition` returns a reason, at both ends. The reason goes to the access log.
@@ -222,11 +240,12 @@ pub struct Guard<'a> {
 }
 
 impl<'a> Guard<'a> {
-    /// Adds the server's side of an outbound connection to a pod of this node.
-    pub fn servers_side(&self) -> Guard<'a> {
+    /// Adds the server's side of an outbound connection to the pod of this node whose netns has the cookie `server`.
+    pub fn servers_side(&self, server: u64) -> Guard<'a> {
         let connection = &self.connection;
         let details = connection.details();
         self.open.insert(Connection {
+            pod: server,
             direction: Direction::Inbound,
             started: connection.started,
             counters: connection.counters.clone(),
@@ -266,6 +285,7 @@ impl<'a> Guard<'a> {
         let details = connection.details();
         let (bytes_to_server, bytes_to_client) = connection.bytes();
         let finished = Finished {
+            pod: connection.pod,
             direction: connection.direction,
             path: details.path,
             client: details.client,

@@ -1,7 +1,9 @@
 //! Observability of connections: the access log, the open connections, and counters.
 
+mod access_limits;
 pub mod access_log;
 pub mod connections;
+pub(crate) mod line_limit;
 pub(crate) mod log_writer;
 pub(crate) mod refusals;
 pub mod totals;

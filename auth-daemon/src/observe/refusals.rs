@@ -4,18 +4,16 @@
 use std::{
     collections::BTreeMap,
     sync::{Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
+use super::line_limit::LineLimit;
 use auth_mesh::ObjectName;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
-
-/// Minimum time between two log lines about the same pod and reason.
-const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Why a connection was refused before anything was done for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -40,7 +38,7 @@ impl Refusal {
         }
     }
 
-    fn advice(self) -> &'static str {
+    pub(crate) fn advice(self) -> &'static str {
         match self {
             Self::Outbound => {
                 "the pod holds its share of this node's connections: let it close some, or raise the daemon's limit of \
@@ -68,12 +66,10 @@ pub(crate) struct Refusals {
     total: Family<Reason, Counter>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Refused {
     count: u64,
-    /// When the last line was logged, and how many refusals followed it.
-    logged: Instant,
-    left_out: u64,
+    limit: LineLimit,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -96,33 +92,20 @@ impl Refusals {
         let reason = refusal.name();
         self.total.get_or_create(&Reason { reason }).inc();
         let now = Instant::now();
-        if let Some(left_out) = self.count(pod, refusal, now) {
+        if let Some(refused) = self.count(pod, refusal, now) {
             tracing::warn!(
-                %pod, reason, %peer, left_out,
+                %pod, reason, %peer, refused,
                 "connection refused: {}", refusal.advice()
             );
         }
     }
 
-    /// Returns the number of refusals since the last line if another line is due.
+    /// Returns the number of refusals since the last line, including this one, if another line is due.
     fn count(&self, pod: &ObjectName, refusal: Refusal, now: Instant) -> Option<u64> {
         let mut by_pod = self.lock();
-        let Some(refused) = by_pod.get_mut(&(pod.clone(), refusal)) else {
-            let first = Refused {
-                count: 1,
-                logged: now,
-                left_out: 0,
-            };
-            by_pod.insert((pod.clone(), refusal), first);
-            return Some(0);
-        };
+        let refused = by_pod.entry((pod.clone(), refusal)).or_default();
         refused.count += 1;
-        if now.duration_since(refused.logged) < LOG_INTERVAL {
-            refused.left_out += 1;
-            return None;
-        }
-        refused.logged = now;
-        Some(std::mem::take(&mut refused.left_out))
+        refused.limit.note(1, 1, now)
     }
 
     /// The number of refusals of a pod by reason, without those that are zero.
@@ -146,23 +129,24 @@ impl Refusals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::line_limit::INTERVAL;
 
     #[test]
-    fn a_line_says_how_many_were_left_out() {
+    fn a_line_tells_of_all_since_the_last() {
         let refusals = Refusals::default();
         let pod = |name: &str| ObjectName {
             namespace: "default".into(),
             name: name.into(),
         };
         let start = Instant::now();
-        assert_eq!(refusals.count(&pod("a"), Refusal::Outbound, start), Some(0));
+        assert_eq!(refusals.count(&pod("a"), Refusal::Outbound, start), Some(1));
         for _ in 0..5 {
             assert_eq!(refusals.count(&pod("a"), Refusal::Outbound, start), None);
         }
-        assert_eq!(refusals.count(&pod("a"), Refusal::Peer, start), Some(0));
-        assert_eq!(refusals.count(&pod("b"), Refusal::Outbound, start), Some(0));
-        let later = start + LOG_INTERVAL;
-        assert_eq!(refusals.count(&pod("a"), Refusal::Outbound, later), Some(5));
+        assert_eq!(refusals.count(&pod("a"), Refusal::Peer, start), Some(1));
+        assert_eq!(refusals.count(&pod("b"), Refusal::Outbound, start), Some(1));
+        let later = start + INTERVAL;
+        assert_eq!(refusals.count(&pod("a"), Refusal::Outbound, later), Some(6));
         assert_eq!(refusals.of(&pod("a"))["outbound-connections"], 7);
         refusals.retain(|name| *name == pod("b"));
         assert!(refusals.of(&pod("a")).is_empty());

@@ -64,7 +64,9 @@ async fn take(
     place: ConnectionPermit,
     cut: AbortHandle,
 ) {
-    let access = node.connections.open(Direction::Inbound, from, cut.clone());
+    let cookie = pod.enrolled.netns.cookie();
+    let open = &node.connections;
+    let access = open.open(Direction::Inbound, cookie, from, cut.clone());
     let local = match tcp.local_addr() {
         Ok(local) => sockets::canonical(local),
         Err(error) => return access.finish(Outcome::Refused, error),
@@ -80,7 +82,6 @@ async fn take(
         return access.finish(Outcome::Refused, forwarded(local));
     }
     let mut deadline = Instant::now() + HANDSHAKE;
-    let cookie = pod.enrolled.netns.cookie();
     let in_plaintext = Connection {
         client: None,
         source: from.ip(),
@@ -203,7 +204,11 @@ async fn carry(
         };
         let access = match first.take() {
             Some(first) => first.access,
-            None => node.connections.open(Direction::Inbound, from, cut.clone()),
+            None => {
+                let cookie = pod.enrolled.netns.cookie();
+                let open = &node.connections;
+                open.open(Direction::Inbound, cookie, from, cut.clone())
+            }
         };
         access.learn(|details| {
             details.client_identity = Some(channel.peer().identity.clone());

@@ -59,7 +59,9 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
     let cookie = pod.enrolled.netns.cookie();
     let dialled = node.kernel.dialled(&app);
     let client = own_address(pod, from, dialled);
-    let access = node.connections.open(Direction::Outbound, client, cut);
+    let access = node
+        .connections
+        .open(Direction::Outbound, cookie, client, cut);
     access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));
     let Some(dialled) = dialled else {
         return access.finish(
@@ -105,7 +107,7 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
             drop(call);
             node.same_node.remember(node, cookie, dialled);
             let _load = node.balance.count(neighbour.endpoint);
-            let servers_side = access.servers_side();
+            let servers_side = access.servers_side(neighbour.local_pod.cookie);
             let carried = carry_plainly(&mut app, &mut neighbour.tcp, &early, &access);
             let ended = tokio::select! {
                 ended = carried => ended,

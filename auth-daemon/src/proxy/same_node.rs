@@ -363,9 +363,9 @@ pub(crate) async fn log_closed(node: Arc<Node>) {
 }
 
 fn line(closing: &Closing, facts: Facts) -> Finished {
-    let (direction, service) = match closing.side {
-        Side::Client => (Direction::Outbound, facts.service),
-        Side::Server => (Direction::Inbound, None),
+    let (direction, pod, service) = match closing.side {
+        Side::Client => (Direction::Outbound, closing.client_cookie, facts.service),
+        Side::Server => (Direction::Inbound, closing.server_cookie, None),
     };
     let (outcome, reason) = match closing.ending {
         Ending::InOrder => (Outcome::Ok, ""),
@@ -380,6 +380,7 @@ fn line(closing: &Closing, facts: Facts) -> Finished {
     // The server is known only if its netns accepted the connection.
     let answered = closing.claimed || closing.side == Side::Server;
     Finished {
+        pod,
         direction,
         path: Path::SameNode,
         client: closing.client,

@@ -252,6 +252,10 @@ impl Enrolment {
                     self.pod_roots.keep(&self.node);
                     self.tampering.check(&self.serving);
                     self.exceeded_shares.check(&self.node.kernel, &self.serving);
+                    self.node.connections.tell_left_out(|cookie| {
+                        let serving = self.serving.get(&cookie);
+                        serving.map(|serving| serving.pod.workload.name.clone())
+                    });
                     for serving in self.serving.values() {
                         serving.pod.pool.sweep();
                     }

@@ -1,17 +1,12 @@
 //! Tells which pods exceed their shares of the kernel's maps, and are refused connections for it.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, time::Instant};
 
 use auth_common::{SHARE, Usage};
 use auth_datapath::Kernel;
 
 use super::Serving;
-
-/// Minimum interval between two warnings about one pod.
-const INTERVAL: Duration = Duration::from_secs(10);
+use crate::observe::line_limit::LineLimit;
 
 /// What the log has said of the pods, by the cookie of their netns.
 #[derive(Debug, Default)]
@@ -27,8 +22,7 @@ struct Exceeded {
 #[derive(Debug, Default)]
 struct Refused {
     count: u64,
-    warned: u64,
-    warned_at: Option<Instant>,
+    limit: LineLimit,
 }
 
 impl ExceededShares {
@@ -68,34 +62,8 @@ impl ExceededShares {
 impl Refused {
     /// Takes note of the count. Returns how much it has grown since the last warning, if it is time for one.
     fn note(&mut self, usage: Usage) -> Option<u64> {
+        let more = usage.refused.saturating_sub(self.count);
         self.count = usage.refused;
-        let is_recent = self.warned_at.is_some_and(|at| at.elapsed() < INTERVAL);
-        if self.count <= self.warned || is_recent {
-            return None;
-        }
-        self.warned_at = Some(Instant::now());
-        Some(self.count - std::mem::replace(&mut self.warned, self.count))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn warns_of_what_is_new_and_not_too_often() {
-        let usage = |refused| Usage {
-            entries: 0,
-            refused,
-        };
-        let mut refused = Refused::default();
-        assert_eq!(refused.note(usage(0)), None);
-        assert_eq!(refused.note(usage(5)), Some(5));
-        assert_eq!(refused.note(usage(9)), None, "too early");
-        refused.warned_at = Instant::now().checked_sub(INTERVAL);
-        assert_eq!(refused.note(usage(9)), Some(4));
-        refused.warned_at = Instant::now().checked_sub(INTERVAL);
-        assert_eq!(refused.note(usage(9)), None, "nothing new");
-        assert_eq!(refused.count, 9);
+        self.limit.note(more, 1, Instant::now())
     }
 }

@@ -69,7 +69,8 @@ impl Call<'_> {
         let step = self.reach(attempt.destination, server, source, address);
         let tcp = within(attempt.limit(DIAL), step).await;
         if let Err(why) = &tcp {
-            self.access.servers_side().finish(Outcome::Refused, why);
+            let servers_side = self.access.servers_side(server.cookie);
+            servers_side.finish(Outcome::Refused, why);
         }
         self.access.learn(|details| {
             details.server_identity = Some(server.identity.clone());
