@@ -20,8 +20,9 @@ use nix::sys::resource::{Resource, getrlimit};
 const CONNECTION: usize = 2;
 /// Descriptors of an idle tunnel.
 const IDLE_TUNNEL: usize = 1;
-/// Memory that a connection is expected to need at most, in bytes: a peer that stalls fills one large buffer of the relay.
-const CONNECTION_BYTES: u64 = 128 * 1024;
+/// Memory that a connection needs at most, in bytes: two peers that stall fill a large buffer of the relay in each direction,
+/// of 130 KiB, and its state takes a few more.
+const CONNECTION_BYTES: u64 = 272 * 1024;
 /// Maximum number of descriptors in the reserve. Four thousand pods need that many, with listeners, links and namespaces.
 const MAX_RESERVE: usize = 8192;
 
@@ -35,7 +36,7 @@ pub(crate) struct Capacity {
 
 impl Capacity {
     /// Derives the capacity from the limits of this process: the limit of open files less a reserve, which is a quarter of it
-    /// but at most 8192, and no more than two descriptors for each 128 KiB of its memory limit.
+    /// but at most 8192, and no more than two descriptors for each 272 KiB of its memory limit.
     ///
     /// Only the daemon itself uses the reserve: for manifests, the API server, the CA, the pods' listeners and namespaces.
     pub(crate) fn of_process() -> Self {
@@ -249,6 +250,6 @@ mod tests {
         assert_eq!(derive(1024, MUCH), 768);
         assert_eq!(derive(20_000, MUCH), 15_000);
         assert_eq!(derive(1 << 20, MUCH), (1 << 20) - 8192);
-        assert_eq!(derive(1 << 20, 2 << 30), 2 * 16_384);
+        assert_eq!(derive(1 << 20, 2 << 30), 2 * 7710);
     }
 }
