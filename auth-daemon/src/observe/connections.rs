@@ -132,7 +132,7 @@ impl OpenConnections {
     }
 
     /// Resets the connections for which `condition` returns a reason, at both ends. The reason goes to the access log.
-    pub fn cut(&self, condition: impl Fn(Direction, &Details) -> Option<String>) {
+    pub fn cut(&self, mut condition: impl FnMut(Direction, &Details) -> Option<String>) {
         let connections: Vec<_> = self.lock().values().cloned().collect();
         for connection in connections {
             let reason = condition(connection.direction, &connection.lock());

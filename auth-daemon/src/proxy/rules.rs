@@ -1,6 +1,10 @@
 //! Effective policies of each pod on this node, and their verdict on a connection.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use auth_common::Inbound;
@@ -9,7 +13,10 @@ use crate::observe::{
     access_log::{Direction, Path},
     connections::{Details, Guard},
 };
-use auth_mesh::policy::{Connection, Verdict, WorkloadPolicy};
+use auth_mesh::{
+    Identity,
+    policy::{Connection, Verdict, WorkloadPolicy},
+};
 
 /// The policies of this node's pods, by netns cookie.
 #[derive(Debug, Default)]
@@ -111,10 +118,30 @@ impl ByPod {
         policy.ok_or_else(|| Refused("the pod has left this node, or the mesh".into()))
     }
 
+    /// Begins to judge open connections again, now that these policies have replaced `before`.
+    pub(crate) fn revise<'a>(&'a self, before: &'a Self) -> Revision<'a> {
+        Revision {
+            rules: self,
+            before,
+            judged: HashMap::new(),
+        }
+    }
+}
+
+/// Judges open connections again, those of each client to each destination once, and only if the destination's policies have
+/// changed. So a change costs no more for a pod with thousands of connections.
+pub(crate) struct Revision<'a> {
+    rules: &'a ByPod,
+    before: &'a ByPod,
+    /// Why connections may not continue, by the cookie of the server's netns and by what policies are asked.
+    judged: HashMap<(u64, Option<Identity>, IpAddr, SocketAddr), Option<String>>,
+}
+
+impl Revision<'_> {
     /// Returns why an open connection may not continue, or `None` if it may: the same check as before it began.
     /// `cookie` maps an address to the netns cookie of its pod.
     pub(crate) fn forbid(
-        &self,
+        &mut self,
         direction: Direction,
         details: &Details,
         cookie: impl Fn(SocketAddr) -> Option<u64>,
@@ -130,16 +157,24 @@ impl ByPod {
             // Without a client identity the handshake is not complete; the connection is checked after it.
             (_, Path::Tunnel | Path::SameNode) => Some(client?),
         };
-        let connection = Connection {
-            client,
-            source: details.client.ip(),
-            destination,
-        };
-        match self.verdict(cookie(destination)?, &connection) {
-            Ok(verdict) if verdict.allowed() => None,
-            Ok(verdict) => Some(verdict.decision.to_string()),
-            Err(refused) => Some(refused.to_string()),
+        let (server, source) = (cookie(destination)?, details.client.ip());
+        if self.rules.is_same(self.before, server) {
+            return None;
         }
+        let judge = || {
+            let connection = Connection {
+                client,
+                source,
+                destination,
+            };
+            match self.rules.verdict(server, &connection) {
+                Ok(verdict) if verdict.allowed() => None,
+                Ok(verdict) => Some(verdict.decision.to_string()),
+                Err(refused) => Some(refused.to_string()),
+            }
+        };
+        let asked = (server, client.cloned(), source, destination);
+        self.judged.entry(asked).or_insert_with(judge).clone()
     }
 }
 

@@ -50,8 +50,9 @@ impl Enrolment {
             let local_pod = local_pods.by_address.get(&address.ip());
             local_pod.map(|local_pod| local_pod.cookie)
         };
+        let mut revision = rules.revise(before);
         node.connections
-            .cut(|direction, details| rules.forbid(direction, details, cookie));
+            .cut(|direction, details| revision.forbid(direction, details, cookie));
         for cookie in self.serving.keys() {
             if !rules.is_same(before, *cookie) {
                 self.unchecked.entry(*cookie).or_default().sweeps = SWEEPS;
