@@ -24,6 +24,7 @@ use crate::{
     proxy::{
         Node, Pod, inbound, outbound,
         shares::{Exceeded, Permit},
+        work::Work,
     },
 };
 use auth_datapath::sockets::canonical;
@@ -35,6 +36,8 @@ pub(super) const DRAIN_POLL: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Number of connections that a listener accepts before the worker's other tasks run.
 const ACCEPTS_PER_TURN: u32 = 16;
+/// Pause after a turn of a busy listener.
+const BUSY_PAUSE: Duration = Duration::from_millis(1);
 
 /// A task that serves the connections of one of a pod's listeners. It accepts no more when this is dropped, and goes on
 /// serving those that it has accepted.
@@ -68,12 +71,17 @@ pub(super) fn accept(
     listener: std::net::TcpListener,
     side: Side,
 ) -> Accepting {
+    let work = match side {
+        Side::Outbound => &pod.outbound_work,
+        Side::Inbound => &pod.inbound_work,
+    };
     let acceptor = Acceptor {
         node: node.clone(),
         pod: pod.clone(),
         side,
         workers: workers.clone(),
-        connections: ConnectionTasks::default(),
+        connections: ConnectionTasks::new(work.clone()),
+        work: work.clone(),
     };
     let draining = node.draining.subscribe();
     let open = node.listening.subscribe();
@@ -97,6 +105,7 @@ struct Acceptor {
     side: Side,
     workers: Arc<Workers>,
     connections: ConnectionTasks,
+    work: Arc<Work>,
 }
 
 impl Acceptor {
@@ -113,7 +122,11 @@ impl Acceptor {
         while !*draining.borrow() {
             if accepted_in_turn == ACCEPTS_PER_TURN {
                 accepted_in_turn = 0;
-                tokio::task::yield_now().await;
+                if self.work.is_busy() {
+                    tokio::time::sleep(BUSY_PAUSE).await;
+                } else {
+                    tokio::task::yield_now().await;
+                }
             }
             tokio::select! {
                 accepted = listener.accept() => {
@@ -153,7 +166,7 @@ impl Acceptor {
                 return Ok(());
             }
         };
-        let worker = self.workers.idlest();
+        let worker = self.workers.idlest(self.work.is_busy());
         let load = worker.count();
         let (node, pod) = (self.node.clone(), self.pod.clone());
         if worker.is_current() {

@@ -22,14 +22,16 @@ use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use tokio::{sync::mpsc, task::yield_now};
 
 use super::workers::Worker;
+use crate::proxy::work::Work;
 
 /// Time after which a listener's connections let those of others run. One poll of a connection is not interrupted: it takes a
 /// few microseconds, or a millisecond for a step of a TLS handshake.
 const TURN: Duration = Duration::from_micros(100);
 
 /// Tasks that end together, when this is dropped.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct ConnectionTasks {
+    work: Arc<Work>,
     /// By the number of the worker.
     groups: Mutex<HashMap<usize, mpsc::UnboundedSender<Connection>>>,
     open: Arc<AtomicUsize>,
@@ -38,6 +40,15 @@ pub(super) struct ConnectionTasks {
 type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl ConnectionTasks {
+    /// Creates an empty set of tasks, whose work is added to `work`.
+    pub(super) fn new(work: Arc<Work>) -> Self {
+        Self {
+            work,
+            groups: Mutex::default(),
+            open: Arc::default(),
+        }
+    }
+
     /// Runs `connection` on `worker`.
     pub(super) fn spawn(
         &self,
@@ -51,7 +62,7 @@ impl ConnectionTasks {
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         let group = groups.entry(worker.number).or_insert_with(|| {
             let (group, arriving) = mpsc::unbounded_channel();
-            worker.runtime.spawn(serve(arriving));
+            worker.runtime.spawn(serve(arriving, self.work.clone()));
             group
         });
         // A worker that has ended drops the connection.
@@ -65,7 +76,7 @@ impl ConnectionTasks {
 }
 
 /// Serves the connections of one listener on one worker. Ends, with all connections, when the sender is dropped.
-async fn serve(mut arriving: mpsc::UnboundedReceiver<Connection>) {
+async fn serve(mut arriving: mpsc::UnboundedReceiver<Connection>, work: Arc<Work>) {
     let mut connections = FuturesUnordered::new();
     poll_fn(|context| {
         begin_turn();
@@ -82,6 +93,7 @@ async fn serve(mut arriving: mpsc::UnboundedReceiver<Connection>) {
                 break;
             }
         }
+        work.add(turn_so_far());
         Poll::Pending
     })
     .await;
@@ -121,9 +133,12 @@ fn begin_turn() {
 }
 
 fn is_turn_over() -> bool {
-    TURN_BEGAN
-        .get()
-        .is_some_and(|began| began.elapsed() >= TURN)
+    turn_so_far() >= TURN
+}
+
+fn turn_so_far() -> Duration {
+    let began = TURN_BEGAN.get();
+    began.map_or(Duration::ZERO, |began| began.elapsed())
 }
 
 /// Runs `connection`, then counts it as ended. Not an `async fn`, whose future would hold `connection` twice: it is most
@@ -155,7 +170,7 @@ mod tests {
     #[tokio::test]
     async fn what_ends_is_forgotten() {
         let workers = Workers::start(2).unwrap();
-        let connections = ConnectionTasks::default();
+        let connections = ConnectionTasks::new(Arc::default());
         let (end, ended) = oneshot::channel();
         connections.spawn(workers.next(), async {
             let _ = ended.await;
@@ -184,7 +199,7 @@ mod tests {
     #[tokio::test]
     async fn dropped_it_ends_them_all() {
         let workers = Workers::start(1).unwrap();
-        let connections = ConnectionTasks::default();
+        let connections = ConnectionTasks::new(Arc::default());
         let mut waiting = Vec::new();
         for _ in 0..1000 {
             let (held, ended) = oneshot::channel::<()>();
@@ -208,7 +223,10 @@ mod tests {
         const ROUNDS: usize = 20;
         let workers = Workers::start(1).unwrap();
         let worker = workers.next();
-        let (greedy, neighbour) = (ConnectionTasks::default(), ConnectionTasks::default());
+        let (greedy, neighbour) = (
+            ConnectionTasks::new(Arc::default()),
+            ConnectionTasks::new(Arc::default()),
+        );
         let polls = Arc::new(AtomicUsize::new(0));
         for _ in 0..GREEDY {
             let polls = polls.clone();

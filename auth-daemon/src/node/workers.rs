@@ -1,4 +1,4 @@
-//! The data path's threads. A connection stays on one thread from its first byte to its last: its events wake only that
+//! The data path's threads: two per core, one for busy listeners and one for the others (`proxy::work`). A connection stays on one thread from its first byte to its last: its events wake only that
 //! thread, and its data does not move between cores.
 
 use std::{
@@ -17,14 +17,17 @@ use tokio::{
 };
 
 use super::pulse::{BEAT, Beats, Pulse};
+use crate::proxy::work;
 
 /// Number of tasks that a worker runs before it looks for new events.
 const TURNS_BETWEEN_EVENTS: u32 = 8;
 
-/// The worker threads, one per core.
+/// The worker threads.
 #[derive(Debug)]
 pub struct Workers {
-    workers: Vec<Worker>,
+    calm: Vec<Worker>,
+    /// Those for busy listeners.
+    busy: Vec<Worker>,
     /// Index of the worker that gets the next listener.
     next: AtomicUsize,
     /// Ends the threads when it is dropped.
@@ -43,14 +46,14 @@ pub(super) struct Worker {
 }
 
 impl Workers {
-    /// Starts `count` threads. They end, with all their tasks, when this is dropped.
+    /// Starts `count` threads, and as many for busy listeners. They end, with all their tasks, when this is dropped.
     pub fn start(count: usize) -> io::Result<Self> {
         let (stop, stopped) = watch::channel(());
-        let workers = (0..count.max(1))
-            .map(|number| Worker::start(number, stopped.clone()))
-            .collect::<io::Result<_>>()?;
+        let count = count.max(1);
+        let start = |number| Worker::start(number, number >= count, stopped.clone());
         Ok(Self {
-            workers,
+            calm: (0..count).map(start).collect::<io::Result<_>>()?,
+            busy: (count..2 * count).map(start).collect::<io::Result<_>>()?,
             next: AtomicUsize::new(0),
             _stop: stop,
         })
@@ -58,28 +61,31 @@ impl Workers {
 
     /// Returns the threads' heartbeats.
     pub fn pulse(&self) -> Pulse {
-        Pulse::of(self.workers.iter().map(|worker| worker.beats.clone()))
+        let workers = self.calm.iter().chain(&self.busy);
+        Pulse::of(workers.map(|worker| worker.beats.clone()))
     }
 
     /// Returns a worker for a long-lived task, round-robin.
     pub(super) fn next(&self) -> &Worker {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        &self.workers[number % self.workers.len()]
+        &self.calm[number % self.calm.len()]
     }
 
-    /// Returns the worker with the fewest connections. On a tie, prefers the calling thread's worker.
-    pub(super) fn idlest(&self) -> &Worker {
+    /// Returns the worker with the fewest connections, of those for busy listeners or of the others. On a tie, prefers the
+    /// calling thread's worker.
+    pub(super) fn idlest(&self, of_busy: bool) -> &Worker {
+        let workers = if of_busy { &self.busy } else { &self.calm };
         let load = |worker: &Worker| {
             let elsewhere = !worker.is_current();
             (worker.load.load(Ordering::Relaxed), elsewhere)
         };
-        let idlest = self.workers.iter().min_by_key(|worker| load(worker));
-        idlest.unwrap_or(&self.workers[0])
+        let idlest = workers.iter().min_by_key(|worker| load(worker));
+        idlest.unwrap_or(&workers[0])
     }
 }
 
 impl Worker {
-    fn start(number: usize, mut stopped: watch::Receiver<()>) -> io::Result<Self> {
+    fn start(number: usize, for_busy: bool, mut stopped: watch::Receiver<()>) -> io::Result<Self> {
         // A listener with much to do always has a task that is ready. What arrives meanwhile, from the sockets or from other
         // threads, waits for a few turns.
         let runtime = Builder::new_current_thread()
@@ -93,6 +99,9 @@ impl Worker {
         let thread = thread::Builder::new()
             .name(format!("data-path-{number}"))
             .spawn(move || {
+                if for_busy {
+                    work::serve_busy_listeners();
+                }
                 runtime.block_on(async {
                     let mut ticks = interval(BEAT);
                     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -143,18 +152,26 @@ mod tests {
     #[tokio::test]
     async fn connections_go_to_the_worker_with_the_fewest() {
         let workers = Workers::start(3).unwrap();
-        let first = workers.idlest();
+        let first = workers.idlest(false);
         let busy = [first.count(), first.count()];
-        let second = workers.idlest();
+        let second = workers.idlest(false);
         assert_ne!(second.thread, first.thread);
         let one = second.count();
-        let third = workers.idlest();
+        let third = workers.idlest(false);
         assert!(third.thread != first.thread && third.thread != second.thread);
         let two = [third.count(), third.count()];
-        assert_eq!(workers.idlest().thread, second.thread);
+        assert_eq!(workers.idlest(false).thread, second.thread);
         drop((one, two));
-        assert_ne!(workers.idlest().thread, first.thread);
+        assert_ne!(workers.idlest(false).thread, first.thread);
         drop(busy);
+    }
+
+    #[test]
+    fn busy_listeners_have_workers_of_their_own() {
+        let workers = Workers::start(1).unwrap();
+        let held = workers.idlest(true).count();
+        assert_ne!(workers.idlest(false).number, workers.idlest(true).number);
+        drop(held);
     }
 
     #[tokio::test]
@@ -165,7 +182,7 @@ mod tests {
             let worker = workers.next();
             let local = worker
                 .runtime
-                .spawn(async move { asked.idlest().is_current() });
+                .spawn(async move { asked.idlest(false).is_current() });
             assert!(local.await.unwrap());
         }
     }

@@ -227,6 +227,10 @@ async fn carry(
         if !clean {
             return;
         }
+        // The next connection then makes a new tunnel, which is served where it belongs.
+        if pod.inbound_work.is_misplaced() {
+            return channel.close();
+        }
         deadline = Instant::now() + IDLE;
     }
 }

@@ -15,6 +15,7 @@ pub(crate) mod same_node;
 pub(crate) mod shares;
 pub(crate) mod unclaimed;
 mod verdict;
+pub(crate) mod work;
 
 use std::sync::{
     Arc,

@@ -6,7 +6,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::shares::{Capacity, Permit, Share};
+use super::{
+    shares::{Capacity, Permit, Share},
+    work::Work,
+};
 use crate::issuer::Certificate;
 use serde::Serialize;
 
@@ -37,6 +40,10 @@ pub struct Pod {
     /// What the connections to the pod take.
     pub(crate) inbound: Arc<Share>,
     pub(crate) handshakes: Arc<ConnectionLimit>,
+    /// What the data path does for the connections that the pod opens.
+    pub(crate) outbound_work: Arc<Work>,
+    /// What it does for the connections to the pod.
+    pub(crate) inbound_work: Arc<Work>,
     tunnels: Mutex<HashSet<(SocketAddr, u16)>>,
 }
 
@@ -59,6 +66,8 @@ impl Pod {
                 MAX_HANDSHAKES,
                 MAX_HANDSHAKES_PER_SOURCE,
             )),
+            outbound_work: Arc::default(),
+            inbound_work: Arc::default(),
             tunnels: Mutex::default(),
         }
     }
