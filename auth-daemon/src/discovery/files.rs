@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, btree_map::Entry},
     fs,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use notify::{
@@ -25,6 +25,8 @@ use auth_mesh::{Edit, ObjectName, Snapshot, TrustDomain};
 const MAX_FILE_BYTES: u64 = 64 << 20;
 /// Time to wait for more edits after the first.
 const SETTLE: Duration = Duration::from_millis(50);
+/// Maximum pause after a scan.
+const MAX_PAUSE: Duration = Duration::from_millis(500);
 /// Interval of scans without a notification, for file systems that send none.
 const RESCAN: Duration = Duration::from_secs(10);
 
@@ -63,7 +65,10 @@ pub fn start(
             }
             tokio::time::sleep(SETTLE).await;
             while edits.try_recv().is_ok() {}
+            let started = Instant::now();
             source.scan(&sink);
+            // A folder that keeps changing takes half of a processor at most.
+            tokio::time::sleep(started.elapsed().min(MAX_PAUSE)).await;
         }
     })
 }

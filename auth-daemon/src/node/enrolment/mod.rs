@@ -52,6 +52,8 @@ use tampering::Tampering;
 
 /// Interval at which to check for recreated named netns, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
+/// Maximum pause after a change has been applied.
+const MAX_PAUSE: Duration = Duration::from_millis(100);
 /// Timeout for connections to end after they are cut.
 const ABORT: Duration = Duration::from_secs(1);
 /// Timeout for listeners to close.
@@ -209,6 +211,7 @@ impl Enrolment {
         }
         let mut first = true;
         while !*stop.borrow() {
+            let started = Instant::now();
             // Before the snapshot, so that a change in between is seen again and never missed.
             changes.borrow_and_update();
             policies.borrow_and_update();
@@ -238,6 +241,8 @@ impl Enrolment {
             }
             self.answer_starting(&snapshot);
             self.publish_status();
+            // Changes that follow one another fast are applied together, and leave half of the processor's time to others.
+            tokio::time::sleep(started.elapsed().min(MAX_PAUSE)).await;
             tokio::select! {
                 _ = changes.changed() => {}
                 _ = policies.changed() => {}
