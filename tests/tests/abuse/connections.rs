@@ -10,12 +10,14 @@ use crate::stage::{DESCRIPTORS, Stage};
 #[test]
 fn a_pod_that_floods_with_connects_does_not_make_its_neighbours_fail() -> Result<()> {
     let mut stage = Stage::set()?;
+    let flood = |stage: &Stage, target: &Pod| {
+        let to = stage.echo(target);
+        stage.attacker.app(&format!("flood --to {to}"))
+    };
+    stage.compare_with(|stage| flood(stage, &stage.outside))?;
     stage.attack(
         "flood of connects",
-        |stage| {
-            let to = stage.echo(&stage.target);
-            stage.attacker.app(&format!("flood --to {to}"))
-        },
+        |stage| flood(stage, &stage.target),
         |_, flood| {
             let flooding = flood.event("flooding", TIMEOUT)?;
             ensure!(flooding["connected"].as_u64() > Some(0), "{flooding}");
@@ -27,32 +29,22 @@ fn a_pod_that_floods_with_connects_does_not_make_its_neighbours_fail() -> Result
 #[test]
 fn a_pod_that_hoards_connections_is_refused_beyond_its_share() -> Result<()> {
     let mut stage = Stage::set()?;
-    stage.attack(
-        "hoard of connections",
-        |stage| {
-            let to = stage.echo(&stage.target);
-            let hoard = format!("hoard --to {to} --connections {HOARD}");
-            let mut hoard = stage.attacker.app(&hoard)?;
-            hoard.event("opened", LONG)?;
-            Ok(hoard)
-        },
-        |stage, hoard| {
-            let held = settled(hoard)?;
-            // Of 3000 connections, the attacker gets at most half in its own node, and a third at the server.
-            ensure!(held > 0 && held <= SHARE_OF_PEER, "{held} connections held");
-            refused(&stage.near, &stage.attacker, "outbound-connections")?;
-            refused(&stage.far, &stage.target, "peer-connections")?;
-            // The reserve still serves the control plane.
-            let known = stage.near.status_json()?["pods"].clone();
-            let late = stage.mesh.add_pod(PodSpec::new("late").on("a"))?;
-            stage.near.wait_enrolled(&[late.full_name()])?;
-            ensure!(
-                known.as_array().is_some_and(|pods| pods.len() == 2),
-                "{known}"
-            );
-            stage.mesh.remove_pod("late")
-        },
-    )
+    stage.attack("hoard of connections", hoard, |stage, hoard| {
+        let held = settled(hoard)?;
+        // Of 3000 connections, the attacker gets at most half in its own node, and a third at the server.
+        ensure!(held > 0 && held <= SHARE_OF_PEER, "{held} connections held");
+        refused(&stage.near, &stage.attacker, "outbound-connections")?;
+        refused(&stage.far, &stage.target, "peer-connections")?;
+        // The reserve still serves the control plane.
+        let known = stage.near.status_json()?["pods"].clone();
+        let late = stage.mesh.add_pod(PodSpec::new("late").on("a"))?;
+        stage.near.wait_enrolled(&[late.full_name()])?;
+        ensure!(
+            known.as_array().is_some_and(|pods| pods.len() == 2),
+            "{known}"
+        );
+        stage.mesh.remove_pod("late")
+    })
 }
 
 #[test]
@@ -62,17 +54,18 @@ fn connects_that_nobody_answers_take_only_their_own_pods_share() -> Result<()> {
         .target
         .run("ip", ["link", "set", "eth0", "down"])?
         .ok()?;
-    stage.attack(
-        "connects half done",
-        |stage| {
-            let to = stage.echo(&stage.target);
-            let hoard = format!("hoard --to {to} --connections {HOARD}");
-            let mut hoard = stage.attacker.app(&hoard)?;
-            hoard.event("opened", LONG)?;
-            Ok(hoard)
-        },
-        |stage, _| refused(&stage.near, &stage.attacker, "outbound-connections"),
-    )
+    stage.attack("connects half done", hoard, |stage, _| {
+        refused(&stage.near, &stage.attacker, "outbound-connections")
+    })
+}
+
+/// The attacker opens more connections than its node has room for.
+fn hoard(stage: &Stage) -> Result<App> {
+    let to = stage.echo(&stage.target);
+    let hoard = format!("hoard --to {to} --connections {HOARD}");
+    let mut hoard = stage.attacker.app(&hoard)?;
+    hoard.event("opened", LONG)?;
+    Ok(hoard)
 }
 
 /// The number of connections that an attacker still holds, once no more of them are refused.

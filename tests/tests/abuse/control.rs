@@ -5,40 +5,57 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::ensure;
-use mesh_tests::{DaemonOptions, Manifests, Process, Result, TIMEOUT, auth_daemon, eventually_ok};
+use mesh_tests::{
+    DaemonOptions, Manifests, PodSpec, Process, Result, TIMEOUT, auth_daemon, eventually_ok,
+};
 use serde_json::{Value, json};
 
 use crate::stage::Stage;
 
 /// Number of policies that change.
 const POLICIES: usize = 1000;
-/// Connections that stay open meanwhile, fewer than the attacker's share.
-const OPEN: u64 = 900;
+/// Connections that stay open meanwhile: as many through the daemons as one client may have at a server with
+/// [`DESCRIPTORS`], and to a pod of the same node, in the kernel.
+const OPEN: [u64; 2] = [2400, 7600];
+/// The daemons' limit of open files.
+const DESCRIPTORS: u64 = 20_000;
 const LONG: Duration = Duration::from_secs(120);
 
 #[test]
 fn a_thousand_policies_that_change_cut_no_connection_and_refuse_no_neighbour() -> Result<()> {
-    let mut stage = Stage::set()?;
+    let options = DaemonOptions::default().descriptors(DESCRIPTORS);
+    let mut stage = Stage::set_with(&options, |mesh| {
+        mesh.pod(PodSpec::new("near").on("a").service_account("near"))
+    })?;
+    let near = stage.mesh.pod("near");
+    let _server = near.app("sink --port 7000")?.listening()?;
+    let open = [stage.echo(&stage.target), stage.echo(&near)];
+    let mut hoards = Vec::new();
+    for (to, connections) in open.into_iter().zip(OPEN) {
+        let hoard = format!("hoard --to {to} --connections {connections}");
+        hoards.push(stage.attacker.app(&hoard)?);
+    }
+    for hoard in &mut hoards {
+        hoard.event("opened", LONG)?;
+    }
     stage.attack(
         "policies that change",
         |stage| {
-            let to = stage.echo(&stage.target);
-            let hoard = format!("hoard --to {to} --connections {OPEN}");
-            let mut hoard = stage.attacker.app(&hoard)?;
-            hoard.event("opened", LONG)?;
             let manifests = stage.mesh.manifests().clone();
-            thread::spawn(move || write_policies(&manifests));
-            Ok(hoard)
+            let writer = thread::spawn(move || write_policies(&manifests));
+            Ok(Writing(Some(writer)))
         },
-        |stage, hoard| {
+        |stage, _| {
             eventually_ok(LONG, "the policies to be in force", || {
                 let listed = list_policies(stage)?;
                 let count = listed.matches("/nobody-").count();
                 ensure!(count >= POLICIES, "{count} policies: {listed}");
                 Ok(())
             })?;
-            let held = hoard.event("holding", TIMEOUT)?;
-            ensure!(held["connections"] == OPEN, "{held}");
+            for (hoard, connections) in hoards.iter_mut().zip(OPEN) {
+                let held = hoard.event("holding", TIMEOUT)?;
+                ensure!(held["connections"] == connections, "{held}");
+            }
             let manifests = stage.mesh.manifests();
             for number in 0..POLICIES {
                 manifests.remove("AuthorizationPolicy", "default", &name(number))?;
@@ -46,6 +63,17 @@ fn a_thousand_policies_that_change_cut_no_connection_and_refuse_no_neighbour() -
             Ok(())
         },
     )
+}
+
+/// The thread that writes policies. Dropping it waits until it has written them all.
+struct Writing(Option<thread::JoinHandle<Result<()>>>);
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        if let Some(writer) = self.0.take() {
+            writer.join().ok();
+        }
+    }
 }
 
 /// The policies that the daemon of node b knows.

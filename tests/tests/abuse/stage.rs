@@ -33,6 +33,10 @@ pub(crate) struct Stage {
     pub(crate) target: Pod,
     /// The server that the neighbour connects to.
     pub(crate) web: Pod,
+    /// A server outside the mesh, on the same node as the others.
+    pub(crate) outside: Pod,
+    /// What the neighbour sees of a comparable load that does not reach the daemons.
+    unmeshed: Option<Measured>,
     pub(crate) mesh: Mesh,
 }
 
@@ -45,10 +49,23 @@ pub(crate) struct Measured {
     per_second: f64,
 }
 
+impl Measured {
+    fn print_ratio(&self, what: &str, before: &Self) {
+        println!(
+            "neighbour: p99 ÷ {what} = {:.1}, throughput ÷ = {:.2}",
+            self.p99 / before.p99,
+            self.per_second / before.per_second
+        );
+    }
+}
+
 impl Stage {
     /// Pods `attacker` and `neighbour` on node a, `target` and `web` on node b with echo servers.
     pub(crate) fn set() -> Result<Self> {
-        Self::set_with(&DaemonOptions::default(), |builder| builder)
+        Self::set_with(
+            &DaemonOptions::default().descriptors(DESCRIPTORS),
+            |builder| builder,
+        )
     }
 
     /// Like the above, with options of the daemons and additions to the mesh.
@@ -65,14 +82,15 @@ impl Stage {
             .pod(pod("target", "b"))
             .pod(pod("web", "b"));
         let mesh = more(builder).start()?;
-        let mut daemons = mesh.start_daemons_with(&options.clone().descriptors(DESCRIPTORS))?;
+        let mut daemons = mesh.start_daemons_with(&options.clone())?;
         let (far, near) = (daemons.remove(1), daemons.remove(0));
+        mesh.add_pod(pod("outside", "b").annotation("auth-daemon.io/mesh", "disabled"))?;
         let echo = |pod: &str| {
             let server = format!("echo-server --port {ECHO} --quiet");
             mesh.pod(pod).app(&server)?.listening()
         };
         Ok(Self {
-            _echoes: ["target", "web", "neighbour"]
+            _echoes: ["target", "web", "outside"]
                 .into_iter()
                 .map(echo)
                 .collect::<Result<_>>()?,
@@ -82,13 +100,24 @@ impl Stage {
             neighbour: mesh.pod("neighbour"),
             target: mesh.pod("target"),
             web: mesh.pod("web"),
+            outside: mesh.pod("outside"),
+            unmeshed: None,
             mesh,
         })
     }
 
-    /// The address of the echo server in `pod`: `target`, `web` or `neighbour`.
+    /// The address of the echo server in `pod`: `target`, `web` or `outside`.
     pub(crate) fn echo(&self, pod: &Pod) -> SocketAddr {
         pod.at(ECHO)
+    }
+
+    /// Measures the neighbour during a load that does not reach the daemons. What it costs is the attacker's own use of the
+    /// machine, and no mesh can prevent it.
+    pub(crate) fn compare_with<L>(&mut self, load: impl FnOnce(&Self) -> Result<L>) -> Result<()> {
+        let running = load(self)?;
+        self.unmeshed = Some(self.measure()?);
+        drop(running);
+        Ok(())
     }
 
     /// Measures the neighbour, quietly and during the attack that `start` begins, and prints the ratios. `check` runs while
@@ -96,22 +125,21 @@ impl Stage {
     ///
     /// # Panics
     /// If a connection of the neighbour fails, or a daemon keeps what the attack took.
-    pub(crate) fn attack(
+    pub(crate) fn attack<A>(
         &mut self,
         name: &str,
-        start: impl FnOnce(&Self) -> Result<App>,
-        check: impl FnOnce(&Self, &mut App) -> Result<()>,
+        start: impl FnOnce(&Self) -> Result<A>,
+        check: impl FnOnce(&Self, &mut A) -> Result<()>,
     ) -> Result<()> {
         let quiet = self.measure()?;
         let before = self.snapshots()?;
         let mut attack = start(self)?;
         let attacked = self.measure()?;
         println!("{name}: quiet {quiet:?}, attacked {attacked:?}");
-        println!(
-            "neighbour: p99 attack ÷ quiet = {:.1}, throughput ÷ = {:.2}",
-            attacked.p99 / quiet.p99,
-            attacked.per_second / quiet.per_second
-        );
+        attacked.print_ratio("quiet", &quiet);
+        if let Some(unmeshed) = &self.unmeshed {
+            attacked.print_ratio("the same load outside the mesh", unmeshed);
+        }
         check(self, &mut attack)?;
         drop(attack);
         self.assert_recovered(&before)?;
