@@ -1,21 +1,23 @@
 //! The audit log: one line for each issuance, refusal, revocation and rotation, with the tracing target `audit`. With
 //! `log.format: json` each line is one JSON object. No line contains a key, a CSR or a token.
 
+use std::net::SocketAddr;
+
 use auth_mesh::ObjectName;
 use auth_tunnel::tls::{rfc3339, svid::Svid, unix_seconds};
 
-use crate::{attest::Caller, authority::Target, connections::Peer, placement::Grant};
+use crate::{attest::Caller, authority::Target, placement::Grant};
 
 /// Longest text from a caller in a line, in characters.
 const MAX_TEXT: usize = 256;
 
 /// A certificate was issued.
-pub(crate) fn issued(peer: &Peer, caller: &Caller, grant: &Grant, leaf: Option<&Svid>) {
+pub(crate) fn issued(peer: SocketAddr, caller: &Caller, grant: &Grant, leaf: Option<&Svid>) {
     let pods: Vec<_> = grant.pods.iter().map(ObjectName::to_string).collect();
     tracing::info!(
         target: "audit",
         event = "issued",
-        peer = %peer.address,
+        %peer,
         %caller,
         node = grant.node,
         pods = pods.join(","),
@@ -26,9 +28,9 @@ pub(crate) fn issued(peer: &Peer, caller: &Caller, grant: &Grant, leaf: Option<&
     );
 }
 
-/// A request was refused.
+/// A request or a TLS handshake was refused. `asked` is what it asked for.
 pub(crate) fn refused(
-    peer: &Peer,
+    peer: SocketAddr,
     caller: Option<&Caller>,
     asked: Option<&str>,
     kind: &'static str,
@@ -38,7 +40,7 @@ pub(crate) fn refused(
     tracing::warn!(
         target: "audit",
         event = "refused",
-        peer = %peer.address,
+        %peer,
         caller = caller.map(ToString::to_string).unwrap_or_default(),
         node = caller.map(Caller::node).unwrap_or_default(),
         asked = asked.map(short).unwrap_or_default(),

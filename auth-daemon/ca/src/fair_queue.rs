@@ -1,8 +1,11 @@
-//! A queue in front of work that takes a processor: each key has a turn, however many requests another key has in it.
+//! A queue in front of work that takes a processor: each key has a turn, however much work another key has in it.
 
 use std::{
     collections::{HashMap, VecDeque},
+    future::poll_fn,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Poll, Waker},
 };
 
 use tokio::sync::oneshot;
@@ -19,9 +22,9 @@ pub(crate) struct FairQueue {
 struct State {
     /// Turns that nobody has.
     free: usize,
-    keys: HashMap<String, Entry>,
+    keys: HashMap<Arc<str>, Entry>,
     /// Keys that wait and may have another turn, the next one first.
-    rotation: VecDeque<String>,
+    rotation: VecDeque<Arc<str>>,
 }
 
 #[derive(Debug)]
@@ -36,7 +39,7 @@ struct Entry {
 #[derive(Debug)]
 pub(crate) struct Turn {
     queue: Arc<FairQueue>,
-    key: String,
+    key: Arc<str>,
 }
 
 impl FairQueue {
@@ -52,20 +55,45 @@ impl FairQueue {
         })
     }
 
+    /// A queue with as many turns at the same time as there are processors.
+    pub(crate) fn of_processors() -> Arc<Self> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::new(processors, processors)
+    }
+
     /// Waits for a turn of `key`. A caller that stops waiting leaves the queue.
-    pub(crate) async fn turn(self: &Arc<Self>, key: String) -> Turn {
+    pub(crate) async fn turn(self: &Arc<Self>, key: &Arc<str>) -> Turn {
         loop {
             // The sender is dropped only with the queue, which `self` keeps.
-            if let Ok(turn) = self.enter(&key).await {
+            if let Ok(turn) = self.enter(key).await {
                 return turn;
             }
         }
     }
 
-    fn enter(self: &Arc<Self>, key: &str) -> oneshot::Receiver<Turn> {
+    /// Runs `work` with a turn of `key` for each of its polls: between two of them, others have theirs.
+    pub(crate) async fn run<F: Future>(self: Arc<Self>, key: Arc<str>, work: F) -> F::Output {
+        let mut work = pin!(work);
+        loop {
+            let given = self.enter(&key);
+            // A turn is free whenever this is polled. Others that are ready come first, and enter the queue as well;
+            // otherwise the runtime's queue, which is not fair, would decide.
+            suspend(Waker::wake_by_ref).await;
+            let Ok(turn) = given.await else { continue };
+            let polled = poll_fn(|context| Poll::Ready(work.as_mut().poll(context))).await;
+            drop(turn);
+            if let Poll::Ready(output) = polled {
+                return output;
+            }
+            // Until `work` wakes this task.
+            suspend(|_| ()).await;
+        }
+    }
+
+    fn enter(self: &Arc<Self>, key: &Arc<str>) -> oneshot::Receiver<Turn> {
         let (give, given) = oneshot::channel();
         let mut state = self.lock();
-        let entry = state.keys.entry(key.to_owned()).or_insert_with(Entry::new);
+        let entry = state.keys.entry(key.clone()).or_insert_with(Entry::new);
         entry.waiting.push_back(give);
         state.rotate(key, self.most_of_key);
         let unclaimed = self.give(&mut state);
@@ -112,9 +140,23 @@ impl FairQueue {
     }
 }
 
+/// Returns to the runtime once, until the task is woken. `wake` may arrange for that.
+async fn suspend(wake: impl Fn(&Waker)) {
+    let mut suspended = false;
+    poll_fn(|context| {
+        if suspended {
+            return Poll::Ready(());
+        }
+        suspended = true;
+        wake(context.waker());
+        Poll::Pending
+    })
+    .await;
+}
+
 impl State {
     /// Puts `key` at the end of the rotation if it waits and may have another turn; forgets it if it has no request.
-    fn rotate(&mut self, key: &str, most_of_key: usize) {
+    fn rotate(&mut self, key: &Arc<str>, most_of_key: usize) {
         let Some(entry) = self.keys.get_mut(key) else {
             return;
         };
@@ -124,7 +166,7 @@ impl State {
             }
         } else if !entry.in_rotation && entry.taken < most_of_key {
             entry.in_rotation = true;
-            self.rotation.push_back(key.to_owned());
+            self.rotation.push_back(key.clone());
         }
     }
 }
@@ -155,18 +197,22 @@ impl Drop for Turn {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::Future, pin::pin, task::Context};
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        task::Context,
+    };
 
     use futures_util::{FutureExt, task::noop_waker_ref};
     use proptest::prelude::*;
+    use tokio::task::JoinHandle;
 
     use super::*;
 
     type Waiting = std::pin::Pin<Box<dyn Future<Output = Turn>>>;
 
     fn wait(queue: &Arc<FairQueue>, key: u8) -> Waiting {
-        let (queue, key) = (queue.clone(), key.to_string());
-        let mut waiting: Waiting = Box::pin(async move { queue.turn(key).await });
+        let (queue, key) = (queue.clone(), Arc::from(key.to_string()));
+        let mut waiting: Waiting = Box::pin(async move { queue.turn(&key).await });
         // Enters the queue.
         let entered = pin!(&mut waiting).poll(&mut Context::from_waker(noop_waker_ref()));
         match entered {
@@ -197,6 +243,42 @@ mod tests {
         assert!(wait(&queue, 2).now_or_never().is_some());
     }
 
+    /// A thousand tasks of one key that always have something to do, and one task of another key, on one thread.
+    #[tokio::test]
+    async fn a_key_is_polled_after_a_few_polls_of_another_that_has_a_thousand_tasks() {
+        let queue = FairQueue::new(1, 1);
+        let polls = Arc::new(AtomicUsize::new(0));
+        let flood: Vec<_> = (0..1000)
+            .map(|_| {
+                let (queue, polls) = (queue.clone(), polls.clone());
+                let busy = async move {
+                    loop {
+                        polls.fetch_add(1, Ordering::SeqCst);
+                        suspend(Waker::wake_by_ref).await;
+                    }
+                };
+                tokio::spawn(queue.run("flood".into(), busy))
+            })
+            .collect();
+        while polls.load(Ordering::SeqCst) < 5000 {
+            tokio::task::yield_now().await;
+        }
+        let counted = polls.clone();
+        let neighbour = async move {
+            let mut between = Vec::new();
+            for _ in 0..100 {
+                let before = counted.load(Ordering::SeqCst);
+                suspend(Waker::wake_by_ref).await;
+                between.push(counted.load(Ordering::SeqCst) - before);
+            }
+            between
+        };
+        let neighbour = tokio::spawn(queue.run("neighbour".into(), neighbour));
+        let between = neighbour.await.unwrap();
+        assert!(between.iter().all(|polls| *polls <= 4), "{between:?}");
+        flood.iter().for_each(JoinHandle::abort);
+    }
+
     proptest! {
         #[test]
         fn turns_are_bounded_and_given_until_nobody_waits(
@@ -219,7 +301,7 @@ mod tests {
                 });
                 prop_assert!(held.len() <= turns);
                 for key in 0..4 {
-                    let of_key = held.iter().filter(|turn| turn.key == key.to_string()).count();
+                    let of_key = held.iter().filter(|turn| *turn.key == *key.to_string()).count();
                     prop_assert!(of_key <= most_of_key);
                 }
             }

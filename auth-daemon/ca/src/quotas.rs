@@ -5,6 +5,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt,
+    hash::{BuildHasher, RandomState},
     num::NonZeroU32,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -17,13 +18,13 @@ use governor::{
     state::keyed::HashMapStateStore,
 };
 
-use crate::status::NodeQuotaStatus;
+use crate::{attest::Caller, status::NodeQuotaStatus};
 
 /// For how long an identity counts as one of its node's distinct identities.
 const WINDOW: Duration = Duration::from_secs(3600);
 /// How often what no longer counts is forgotten.
 const SWEEP: Duration = Duration::from_secs(60);
-/// Lines of the audit log per minute about one caller that is over its quota.
+/// Lines of the audit log per minute about one caller that is over its quota, or about an unknown one.
 const REPORTS: NonZeroU32 = NonZeroU32::new(6).unwrap();
 /// Least retry time, so that a caller does not come back for one request at a time.
 const LEAST_RETRY: Duration = Duration::from_secs(1);
@@ -232,12 +233,12 @@ impl Quotas {
     }
 
     /// Counts a failed attestation from `source`. Returns whether it may be answered at once.
-    pub(crate) fn failure(&self, source: &String) -> bool {
+    pub(crate) fn failure(&self, source: &str) -> bool {
         check_bounded(&self.failures, source)
     }
 
-    /// Whether to log that `caller`, a node or a source, was refused for its quota.
-    pub(crate) fn report(&self, caller: &String) -> bool {
+    /// Whether to log a refusal of `caller`: a node over its quota, or a source whose caller is not known.
+    pub(crate) fn report(&self, caller: &str) -> bool {
         check_bounded(&self.reports, caller)
     }
 
@@ -282,14 +283,62 @@ impl Quotas {
 }
 
 /// Checks `key`, which anybody can choose. When too many are counted, others have no quota.
-fn check_bounded(rates: &Keyed<String>, key: &String) -> bool {
+fn check_bounded(rates: &Keyed<String>, key: &str) -> bool {
     if rates.len() >= MAX_SOURCES {
         rates.retain_recent();
         if rates.len() >= MAX_SOURCES {
             return false;
         }
     }
-    rates.check_key(key).is_ok()
+    rates.check_key(&key.to_owned()).is_ok()
+}
+
+/// The last refusal on a connection because its node was over its rate. Until the retry time the rate would refuse the
+/// same credentials again, so no attestation is needed for that.
+#[derive(Debug, Default)]
+pub(crate) struct OverRate {
+    hasher: RandomState,
+    refused: Mutex<Option<RefusedCaller>>,
+}
+
+#[derive(Debug)]
+struct RefusedCaller {
+    credentials: u64,
+    caller: Caller,
+    exceeded: Exceeded,
+    until: Instant,
+}
+
+impl OverRate {
+    /// `caller`, who has shown `credentials`, has `exceeded` a quota.
+    pub(crate) fn note(&self, credentials: &[u8], caller: &Caller, exceeded: Exceeded) {
+        if exceeded.quota == Quota::NodeRate {
+            *self.lock() = Some(RefusedCaller {
+                credentials: self.hasher.hash_one(credentials),
+                caller: caller.clone(),
+                exceeded,
+                until: Instant::now() + exceeded.retry,
+            });
+        }
+    }
+
+    /// The refusal of the caller with these credentials, if it still holds.
+    pub(crate) fn still(&self, credentials: &[u8]) -> Option<(Caller, Exceeded)> {
+        let refused = self.lock();
+        let now = Instant::now();
+        let found = refused.as_ref().filter(|found| {
+            found.until > now && found.credentials == self.hasher.hash_one(credentials)
+        })?;
+        let exceeded = Exceeded {
+            retry: found.until.duration_since(now).max(LEAST_RETRY),
+            ..found.exceeded
+        };
+        Some((found.caller.clone(), exceeded))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<RefusedCaller>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Nodes {
@@ -390,12 +439,31 @@ mod tests {
     }
 
     #[test]
+    fn remembers_credentials_over_their_rate_until_the_retry_time() {
+        let caller = Caller::Node { node: "a".into() };
+        let exceeded = |quota, retry| Exceeded {
+            quota,
+            retry,
+            limit: 1,
+        };
+        let over = OverRate::default();
+        // Another identity of the node may be below its quota.
+        over.note(b"a", &caller, exceeded(Quota::IdentityRate, WINDOW));
+        assert_eq!(over.still(b"a"), None);
+        over.note(b"a", &caller, exceeded(Quota::NodeRate, WINDOW));
+        let (remembered, quota) = over.still(b"a").unwrap();
+        assert_eq!((remembered, quota.quota), (caller.clone(), Quota::NodeRate));
+        assert_eq!(over.still(b"b"), None);
+        over.note(b"a", &caller, exceeded(Quota::NodeRate, Duration::ZERO));
+        assert_eq!(over.still(b"a"), None, "the retry time has come");
+    }
+
+    #[test]
     fn reports_a_flood_in_a_few_lines() {
         let quotas = quotas(|_| {});
-        let (a, b) = ("a".to_owned(), "b".to_owned());
-        let reports = (0..1000).filter(|_| quotas.report(&a));
+        let reports = (0..1000).filter(|_| quotas.report("a"));
         assert_eq!(reports.count(), REPORTS.get() as usize);
-        assert!(quotas.report(&b));
+        assert!(quotas.report("b"));
     }
 
     #[test]
@@ -420,9 +488,8 @@ mod tests {
     #[test]
     fn counts_the_failures_of_a_bounded_number_of_sources() {
         let quotas = quotas(|limits| limits.failures = Rate::new(1, 1));
-        let source = "10.0.0.1".to_owned();
-        assert!(quotas.failure(&source));
-        assert!(!quotas.failure(&source));
+        assert!(quotas.failure("10.0.0.1"));
+        assert!(!quotas.failure("10.0.0.1"));
         for number in 0..2 * MAX_SOURCES {
             quotas.failure(&number.to_string());
         }

@@ -3,9 +3,8 @@
 use std::{
     convert::Infallible,
     net::SocketAddr,
-    pin::Pin,
+    pin::pin,
     sync::{Arc, atomic::AtomicU64},
-    task::{Context as TaskContext, Poll},
     time::Duration,
 };
 
@@ -15,33 +14,27 @@ use auth_ca_api::{
     istio::istio_certificate_service_server::IstioCertificateServiceServer,
 };
 use auth_mesh::Registry;
-use auth_support::http_server::{answer, open_metrics};
+use auth_support::http_server::{answer as answer_http, open_metrics};
 use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
+use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::{metrics::gauge::Gauge, registry::Registry as MetricsRegistry};
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, watch},
-    time::timeout,
-};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Code, Status,
-    body::Body,
-    codegen::{Service, http},
-};
-use tower::layer::layer_fn;
+use tokio::{net::TcpListener, sync::watch, time::timeout};
+use tonic::{Code, Status, body::Body, codegen::http, service::Routes};
+use tower::ServiceExt;
 
 use crate::{
     attest::{Attestor, certificate::Certificates},
     audit,
     authority::Leader,
     config::CaConfig,
-    connections::{self, Peer},
-    counters::{Counters, Kind},
+    connections::{Connection, Peer, Serving},
+    counters::Kind,
+    fair_queue::FairQueue,
     operator,
     quotas::{Limits, Quotas},
     server_tls::{self, CurrentTls},
-    service::{CaService, Queues, TrustWatches},
+    service::{CaService, TrustWatches},
 };
 
 /// Largest request, in bytes.
@@ -58,8 +51,9 @@ const MAX_STREAMS: u32 = 32;
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
 const MAX_HEADERS: u32 = 16 << 10;
-/// Connections after their handshake that wait for the HTTP/2 server.
-const ACCEPTED: usize = 64;
+/// For [`tokio::runtime::Builder::event_interval`]: how many tasks the runtime polls before it looks for packets again.
+/// The default, 61, would let a flood of requests delay the packets of others by milliseconds.
+pub const EVENT_INTERVAL: u32 = 4;
 
 /// The bound server.
 #[derive(Debug)]
@@ -97,7 +91,8 @@ impl Server {
                 leader,
                 counters: Arc::default(),
                 quotas: Arc::new(Quotas::new(limits)),
-                queues: Queues::new(),
+                turns: FairQueue::of_processors(),
+                attestations: FairQueue::new(32, 8),
                 lifetime: config.certificate_lifetime,
             }),
             names: config.server_names.clone(),
@@ -128,21 +123,37 @@ impl Server {
         ));
         if let Some(readiness) = self.readiness {
             let routes = health(service.clone(), tls.clone(), stopped.clone());
-            tokio::spawn(answer(readiness, routes));
+            tokio::spawn(answer_http(readiness, routes));
         }
-        let (accepted, incoming) = mpsc::channel(ACCEPTED);
-        let accepting = connections::accept(
-            self.listener,
+        let (routes, turns) = (routes(&service, &stopped), service.turns.clone());
+        let (placing, serving, stop) = (service.clone(), service, stopped.clone());
+        let serving = Serving {
             tls,
-            counters.clone(),
-            accepted,
-            stopped.clone(),
-        );
-        let serving = serve(service, incoming, stopped.clone());
+            counters: counters.clone(),
+            quotas: quotas.clone(),
+            turns,
+            source: move |address| placing.source(address),
+            serve: move |connection| {
+                serve(connection, routes.clone(), serving.clone(), stop.clone())
+            },
+        };
+        let serving = serving.accept(self.listener, stopped.clone(), GRACE);
         let operator = self.operator.serve(leader, counters, quotas, stopped);
-        tokio::join!(accepting, serving, operator);
+        tokio::join!(serving, operator);
         renewal.abort();
     }
+}
+
+/// The services that callers reach.
+fn routes(service: &Arc<CaService>, stopped: &watch::Receiver<bool>) -> Routes {
+    let watches = TrustServiceServer::new(TrustWatches {
+        service: service.clone(),
+        stopped: stopped.clone(),
+    });
+    let requests = IstioCertificateServiceServer::from_arc(service.clone());
+    Routes::new(requests.max_decoding_message_size(MAX_REQUEST))
+        .add_service(watches.max_decoding_message_size(MAX_REQUEST))
+        .prepare()
 }
 
 async fn listen(field: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
@@ -182,100 +193,96 @@ fn metrics(service: &CaService) -> impl IntoResponse + use<> {
     open_metrics(&registry)
 }
 
-/// Serves HTTP/2 on the accepted connections.
+/// Runs the tasks of a connection in the turns of its source.
+#[derive(Clone)]
+struct InTurns {
+    turns: Arc<FairQueue>,
+    source: Arc<str>,
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for InTurns {
+    fn execute(&self, task: F) {
+        tokio::spawn(self.turns.clone().run(self.source.clone(), task));
+    }
+}
+
+/// Serves HTTP/2 on `connection` until it ends. When `stopped` is true, requests in progress are answered.
 async fn serve(
+    connection: Connection,
+    routes: Routes,
     service: Arc<CaService>,
-    incoming: mpsc::Receiver<std::io::Result<connections::Connection>>,
     mut stopped: watch::Receiver<bool>,
 ) {
-    let counters = service.counters.clone();
-    let watches = TrustWatches {
-        service: service.clone(),
-        stopped: stopped.clone(),
+    let peer = connection.peer.clone();
+    let tasks = InTurns {
+        turns: service.turns.clone(),
+        source: peer.source.clone(),
     };
-    let watches = TrustServiceServer::new(watches).max_decoding_message_size(MAX_REQUEST);
-    let requests = IstioCertificateServiceServer::from_arc(service);
-    let requests = requests.max_decoding_message_size(MAX_REQUEST);
-    let mut stop = stopped.clone();
-    let serving = tonic::transport::Server::builder()
+    let caller = peer.clone();
+    let answer = service_fn(move |request| {
+        let guard = caller.request();
+        let answer = answer(routes.clone(), service.clone(), caller.clone(), request);
+        async move {
+            let answer = answer.await;
+            drop(guard);
+            Ok::<_, Infallible>(answer)
+        }
+    });
+    let served = http2::Builder::new(tasks)
+        .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .http2_max_header_list_size(MAX_HEADERS)
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE))
-        .layer(layer_fn(move |inner| Guarded {
-            inner,
-            counters: counters.clone(),
-        }))
-        .add_service(requests)
-        .add_service(watches)
-        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), async move {
-            let _ = stop.wait_for(|stopped| *stopped).await;
-        });
-    tokio::pin!(serving);
+        .max_header_list_size(MAX_HEADERS)
+        .keep_alive_interval(Some(KEEPALIVE))
+        .keep_alive_timeout(KEEPALIVE)
+        .serve_connection(TokioIo::new(connection), answer);
+    let mut served = pin!(served);
     let stop = async {
         let _ = stopped.wait_for(|stopped| *stopped).await;
     };
     let ended = tokio::select! {
-        ended = serving.as_mut() => Some(ended),
-        () = stop => timeout(GRACE, serving).await.ok(),
+        ended = served.as_mut() => ended,
+        () = stop => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
     };
-    if let Some(Err(error)) = ended {
-        tracing::error!(%error, "server ended");
+    if let Err(error) = ended {
+        tracing::debug!(peer = %peer.address, %error, "connection ended");
     }
 }
 
-/// Gives each request its deadline, marks its connection as in use, and counts what tonic refuses.
-#[derive(Clone)]
-struct Guarded<S> {
-    inner: S,
-    counters: Arc<Counters>,
-}
-
-impl<S> Service<http::Request<Body>> for Guarded<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
-    S::Future: Send + 'static,
-{
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut TaskContext<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let peer = request.extensions().get::<Arc<Peer>>().cloned();
-        let guard = peer.as_ref().map(Peer::request);
-        let path = request.uri().path().chars().take(128).collect::<String>();
-        let answer = self.inner.call(request);
-        let counters = self.counters.clone();
-        Box::pin(async move {
-            let answer = timeout(REQUEST, answer).await;
-            drop(guard);
-            let refused = |kind: Kind, why: &str| {
-                counters.refused(kind);
-                if let Some(peer) = &peer {
-                    audit::refused(peer, None, Some(&path), kind.name(), why);
-                }
-            };
-            Ok(match answer {
-                // tonic's code for a message over the limit.
-                Ok(Ok(answer)) if code(&answer) == Some(Code::OutOfRange) => {
-                    let why = "the request is larger than the CA accepts";
-                    refused(Kind::TooLarge, why);
-                    Status::resource_exhausted(why).into_http()
-                }
-                Ok(Ok(answer)) => answer,
-                Err(_) => {
-                    let why = format!("not answered within {REQUEST:?}");
-                    refused(Kind::Unavailable, &why);
-                    Status::deadline_exceeded(why).into_http()
-                }
-            })
-        })
+/// Answers `request` within its deadline, and counts what tonic refuses.
+async fn answer(
+    routes: Routes,
+    service: Arc<CaService>,
+    peer: Arc<Peer>,
+    mut request: http::Request<Incoming>,
+) -> http::Response<Body> {
+    let path = request.uri().path().chars().take(128).collect::<String>();
+    request.extensions_mut().insert(peer.clone());
+    let answer = timeout(REQUEST, routes.oneshot(request)).await;
+    let refused = |kind: Kind, why: &str| {
+        service.counters.refused(kind);
+        // The caller may be unknown, so it has no quota yet.
+        if service.quotas.report(&peer.source) {
+            audit::refused(peer.address, None, Some(&path), kind.name(), why);
+        }
+    };
+    match answer {
+        // tonic's code for a message over the limit.
+        Ok(Ok(answer)) if code(&answer) == Some(Code::OutOfRange) => {
+            let why = "the request is larger than the CA accepts";
+            refused(Kind::TooLarge, why);
+            Status::resource_exhausted(why).into_http()
+        }
+        Ok(Ok(answer)) => answer,
+        Err(_) => {
+            let why = format!("not answered within {REQUEST:?}");
+            refused(Kind::Unavailable, &why);
+            Status::deadline_exceeded(why).into_http()
+        }
     }
 }
 

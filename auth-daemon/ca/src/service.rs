@@ -1,6 +1,6 @@
 //! What the CA answers: Istio's certificate service, and the trust bundle for those who watch it.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{net::IpAddr, pin::Pin, sync::Arc, time::Duration};
 
 use auth_ca_api::{
     IMPERSONATED_IDENTITY,
@@ -17,7 +17,10 @@ use futures_util::{Stream, stream};
 use prost_types::value::Kind as FieldKind;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, pem::PemObject};
 use tokio::sync::watch;
-use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
+use tonic::{
+    Code, Request, Response, Status,
+    metadata::{MetadataMap, MetadataValue},
+};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
@@ -33,7 +36,8 @@ use crate::{
 
 /// Longest bearer token, in bytes.
 const MAX_TOKEN: usize = 12 << 10;
-/// How long an answer is held back from a caller that is over a quota.
+/// How long an answer is held back from a caller that is over a quota, at least. At most twice as long, so that the
+/// caller's next requests do not come all at once.
 const HELD_BACK: Duration = Duration::from_secs(1);
 pub(crate) const NOT_THE_LEADER: &str = "this replica is not the leader";
 
@@ -47,34 +51,16 @@ pub(crate) struct CaService {
     pub(crate) leader: Leader,
     pub(crate) counters: Arc<Counters>,
     pub(crate) quotas: Arc<Quotas>,
-    pub(crate) queues: Queues,
+    /// Turns of sources on the processors.
+    pub(crate) turns: Arc<FairQueue>,
+    /// Turns of sources at attestation: more than processors, because reviews of tokens wait for the API server.
+    pub(crate) attestations: Arc<FairQueue>,
     /// Longest lifetime of a certificate.
     pub(crate) lifetime: Duration,
 }
 
 type Chain = Vec<CertificateDer<'static>>;
 type Roots = Vec<CertificateDer<'static>>;
-
-/// Where requests wait for a processor. Both queues give nodes their turns in rotation, so that a node waits for about
-/// one request of another at each, however many the other has sent.
-#[derive(Debug)]
-pub(crate) struct Queues {
-    /// Before the caller is known: by [`CaService::source`]. Reviews of tokens wait for the API server, so there are more
-    /// turns than processors.
-    attestation: Arc<FairQueue>,
-    /// By node.
-    signing: Arc<FairQueue>,
-}
-
-impl Queues {
-    pub(crate) fn new() -> Self {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
-            attestation: FairQueue::new(32, 8),
-            signing: FairQueue::new(processors, processors),
-        }
-    }
-}
 
 /// A refusal, and what is logged of it.
 struct Refused {
@@ -163,24 +149,35 @@ impl CaService {
         leader.ok_or_else(|| Refused::new(Kind::Unavailable, NOT_THE_LEADER))
     }
 
-    /// Where a request comes from, before its caller is known: the node of the pod with that address, or the address.
-    fn source(&self, peer: &Peer) -> String {
-        let address = peer.address.ip().to_canonical();
+    /// Where connections from `address` come from, before their caller is known: the node of the pod with that address,
+    /// or the address.
+    pub(crate) fn source(&self, address: IpAddr) -> Arc<str> {
         match self.registry.snapshot().pod(address) {
-            Some(pod) if !pod.node.is_empty() => pod.node.clone(),
-            _ => address.to_string(),
+            Some(pod) if !pod.node.is_empty() => pod.node.as_str().into(),
+            _ => address.to_string().into(),
         }
     }
 
-    /// Identifies the caller.
+    /// Identifies the caller. One that comes back before its retry time is refused before that costs anything.
+    async fn identify(&self, peer: &Peer, metadata: &MetadataMap) -> Result<Caller, Refused> {
+        if let Some((caller, exceeded)) = peer.over_rate.still(authorization(metadata)) {
+            return Err(Refused::from(exceeded).by(&caller));
+        }
+        self.attest(peer, metadata).await
+    }
+
+    /// Attests the caller.
     async fn attest(&self, peer: &Peer, metadata: &MetadataMap) -> Result<Caller, Refused> {
-        let source = self.source(peer);
-        let turn = self.queues.attestation.turn(source.clone()).await;
+        let source = &peer.source;
+        let turn = self.attestations.turn(source).await;
         let attested = self.attest_now(peer, metadata).await;
         drop(turn);
-        attested.map_err(|unattested| Refused {
-            over: (!self.quotas.failure(&source)).then(|| Box::new(Over::Failures(source))),
-            ..Refused::new(Kind::Unattested, unattested.0)
+        attested.map_err(|unattested| {
+            let over = (!self.quotas.failure(source)).then(|| Over::Failures(source.to_string()));
+            Refused {
+                over: over.map(Box::new),
+                ..Refused::new(Kind::Unattested, unattested.0)
+            }
         })
     }
 
@@ -222,11 +219,17 @@ impl CaService {
         request: &IstioCertificateRequest,
     ) -> Result<Vec<String>, Refused> {
         let authority = self.authority()?;
-        let caller = self.attest(peer, metadata).await?;
+        let caller = self.identify(peer, metadata).await?;
         let asked = impersonated(request).map_err(|refused| refused.by(&caller))?;
         let issued = self
             .issue_for(&authority, &caller, asked.as_deref(), request)
             .await;
+        if let Err(refused) = &issued
+            && let Some(Over::Quota(exceeded)) = refused.over.as_deref()
+        {
+            peer.over_rate
+                .note(authorization(metadata), &caller, *exceeded);
+        }
         let (chain, roots, grant) = issued.map_err(|refused| Refused {
             asked,
             ..refused.by(&caller)
@@ -235,7 +238,7 @@ impl CaService {
         self.authority()?;
         let leaf = Svid::parse(&chain[0], self.trust_domain.as_str()).ok();
         self.counters.issued.inc();
-        audit::issued(peer, &caller, &grant, leaf.as_ref());
+        audit::issued(peer.address, &caller, &grant, leaf.as_ref());
         // As Istio's clients expect it: the last element holds everything that the caller is to trust.
         let mut answer: Vec<_> = chain.iter().map(|der| pem::certificate(der)).collect();
         answer.push(pem::certificates(&roots));
@@ -278,7 +281,6 @@ impl CaService {
             _ => self.lifetime,
         };
         let node = Some(&*grant.node);
-        let _turn = self.queues.signing.turn(grant.node.clone()).await;
         let (chain, roots) = authority.issue_with_roots(&grant.identity, &csr, lifetime, node)?;
         Ok((chain, roots, grant))
     }
@@ -311,18 +313,29 @@ impl CaService {
             Some(Over::Quota(exceeded)) => {
                 self.counters.over_quota(exceeded.quota);
                 let node = caller.map(Caller::node).unwrap_or_default();
-                self.quotas.report(&node.to_owned())
+                self.quotas.report(node)
             }
         };
         if logged {
             let asked = refused.asked.as_deref();
-            audit::refused(peer, caller, asked, refused.kind.name(), &refused.why);
+            audit::refused(
+                peer.address,
+                caller,
+                asked,
+                refused.kind.name(),
+                &refused.why,
+            );
         }
         if refused.over.is_some() {
-            tokio::time::sleep(HELD_BACK).await;
+            tokio::time::sleep(HELD_BACK.mul_f64(1.0 + rand::random::<f64>())).await;
         }
         refused.status()
     }
+}
+
+fn authorization(metadata: &MetadataMap) -> &[u8] {
+    let value = metadata.get("authorization");
+    value.map(MetadataValue::as_bytes).unwrap_or_default()
 }
 
 /// The token of `authorization`, whose scheme may have any case (RFC 9110 §11.1).

@@ -22,7 +22,7 @@ use auth_ca::{
     leader::{Candidate, Term, election::Timing},
     quotas::Limits,
     roots::PublishedRoots,
-    server::Server,
+    server::{EVENT_INTERVAL, Server},
     store::{directory::DirectoryStore, secret::SecretStore},
 };
 use auth_mesh::{MeshDefault, Registry};
@@ -57,6 +57,7 @@ fn run(file: &std::path::Path) -> anyhow::Result<()> {
     // As many threads as cores, so that new connections do not wait for signatures.
     let runtime = runtime::Builder::new_multi_thread()
         .enable_all()
+        .event_interval(EVENT_INTERVAL)
         .build()
         .context("cannot start the runtime")?;
     runtime.block_on(serve(config))?;

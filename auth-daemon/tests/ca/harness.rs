@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -36,7 +36,7 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject},
 };
 use serde_json::{Value, json};
-use tokio::{net::TcpStream, sync::watch, task::JoinHandle};
+use tokio::{net::TcpSocket, sync::watch, task::JoinHandle};
 use tokio_rustls::TlsConnector;
 use tonic::{
     Request, Status,
@@ -88,6 +88,16 @@ impl Issuer {
             key,
             jwk: serde_json::to_value(jwk).unwrap(),
         }
+    }
+
+    /// Publishes the issuer's key in `folder`. Returns the lines by which [`write_config`] makes the CA trust it.
+    pub(crate) fn trusted(&self, folder: &Path) -> String {
+        let jwks = folder.join("jwks");
+        fs::write(&jwks, json!({ "keys": [self.jwk] }).to_string()).unwrap();
+        format!(
+            "  jwks: {{issuer: '{ISSUER}', audience: {AUDIENCE}, jwksFile: {}}}\n",
+            jwks.display()
+        )
     }
 
     /// A token of a pod of `account` on `node`, changed.
@@ -176,12 +186,7 @@ impl Ca {
         listen: &str,
         limits: Limits,
     ) -> Self {
-        let jwks = folder.path().join("jwks");
-        fs::write(&jwks, json!({ "keys": [issuer.jwk] }).to_string()).unwrap();
-        let more = format!(
-            "  jwks: {{issuer: '{ISSUER}', audience: {AUDIENCE}, jwksFile: {}}}\n",
-            jwks.display()
-        );
+        let more = issuer.trusted(folder.path());
         let config = CaConfig::load(&write_config(folder.path(), listen, &more)).unwrap();
         let registry = Arc::new(Registry::new());
         registry.publish(Snapshot::new(Inventory {
@@ -274,6 +279,16 @@ pub(crate) async fn connect(
     roots: Vec<CertificateDer<'static>>,
     certificate: Option<Certified>,
 ) -> Result<Channel, tonic::transport::Error> {
+    connect_from(Ipv4Addr::LOCALHOST, address, roots, certificate).await
+}
+
+/// The same, from an address of this machine.
+pub(crate) async fn connect_from(
+    own: Ipv4Addr,
+    address: SocketAddr,
+    roots: Vec<CertificateDer<'static>>,
+    certificate: Option<Certified>,
+) -> Result<Channel, tonic::transport::Error> {
     let mut store = RootCertStore::empty();
     store.add_parsable_certificates(roots);
     let config = ClientConfig::builder_with_provider(Arc::new(provider()))
@@ -290,7 +305,9 @@ pub(crate) async fn connect(
         .connect_with_connector(tower::service_fn(move |_: Uri| {
             let tls = tls.clone();
             async move {
-                let tcp = TcpStream::connect(address).await?;
+                let socket = TcpSocket::new_v4()?;
+                socket.bind((own, 0).into())?;
+                let tcp = socket.connect(address).await?;
                 tcp.set_nodelay(true)?;
                 let stream = tls
                     .connect(ServerName::try_from(NAME).unwrap(), tcp)

@@ -1,5 +1,6 @@
 //! The CA over real TLS and gRPC: what it issues to whom, what it refuses, and what a daemon learns from it.
 
+mod audit;
 mod daemon;
 mod harness;
 mod program;
@@ -21,7 +22,7 @@ use harness::*;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose, SanType};
 use rustls::{
     RootCertStore,
-    pki_types::{CertificateDer, CertificateSigningRequestDer, UnixTime, pem::PemObject},
+    pki_types::{CertificateDer, UnixTime, pem::PemObject},
     server::WebPkiClientVerifier,
 };
 use tonic::{Code, Request, transport::Channel};
@@ -53,160 +54,6 @@ async fn a_node_gets_certificates_of_its_pods_whatever_usage_the_csr_asks_for() 
         "{life:?}"
     );
     assert_eq!(svid.node.as_deref(), Some("a"), "in the extension");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn refusals_explain_what_is_wrong() {
-    let ca = Ca::start().await;
-    let caller = ca.caller().await;
-    let bad_signature = {
-        let (_, csr) = csr(|_| {});
-        let der = CertificateSigningRequestDer::from_pem_slice(csr.as_bytes()).unwrap();
-        let mut der = der.to_vec();
-        *der.last_mut().unwrap() ^= 1;
-        auth_ca_api::pem::encode("CERTIFICATE REQUEST", &der)
-    };
-    let admin = "spiffe://cluster.local/ns/kube-system/sa/admin";
-    let (_, for_admin) = csr(|params| {
-        params.subject_alt_names = vec![SanType::URI(admin.try_into().unwrap())];
-    });
-    let now = jsonwebtoken::get_current_timestamp();
-    let jwt = |change: fn(&mut serde_json::Value, u64)| {
-        Some(ca.issuer.token("web", "a", |claims| change(claims, now)))
-    };
-    let stranger = Issuer::new().token("web", "a", |_| {});
-    use Code::{InvalidArgument, PermissionDenied, ResourceExhausted, Unauthenticated};
-    let cases: Vec<(&str, Ask, Code, &str)> = vec![
-        (
-            "no token",
-            Ask::but(|a| a.bearer = None),
-            Unauthenticated,
-            "neither a bearer token",
-        ),
-        (
-            "unknown token",
-            Ask::but(|a| a.bearer = Some("y".repeat(40))),
-            Unauthenticated,
-            "no known node's",
-        ),
-        (
-            "expired",
-            Ask::but(|a| a.bearer = jwt(|c, now| c["exp"] = (now - 360).into())),
-            Unauthenticated,
-            "expired",
-        ),
-        (
-            "audience",
-            Ask::but(|a| a.bearer = jwt(|c, _| c["aud"] = "x".into())),
-            Unauthenticated,
-            "another audience",
-        ),
-        (
-            "forged",
-            Ask::but(|a| a.bearer = Some(stranger)),
-            Unauthenticated,
-            "signature",
-        ),
-        (
-            "another node",
-            Ask::but(|a| a.bearer = Some(token("b"))),
-            PermissionDenied,
-            "run on node b",
-        ),
-        (
-            "nowhere",
-            Ask::but(|a| a.identity = Some(identity("ghost").to_string())),
-            PermissionDenied,
-            "run on node a",
-        ),
-        (
-            "unnamed",
-            Ask::but(|a| a.identity = None),
-            InvalidArgument,
-            "ImpersonatedIdentity",
-        ),
-        (
-            "no identity",
-            Ask::but(|a| a.identity = Some("web".into())),
-            InvalidArgument,
-            "spiffe://",
-        ),
-        (
-            "another trust domain",
-            Ask::but(|a| a.identity = Some("spiffe://example.org/ns/default/sa/web".into())),
-            PermissionDenied,
-            "another trust domain",
-        ),
-        (
-            "for somebody else",
-            Ask::but(|a| {
-                a.bearer = jwt(|_, _| {});
-                a.identity = Some(identity("api").to_string());
-            }),
-            PermissionDenied,
-            "its own identity only",
-        ),
-        (
-            "a pod that is gone",
-            Ask::but(|a| {
-                a.bearer = jwt(|c, _| c["kubernetes.io"]["node"]["name"] = "b".into());
-                a.identity = None;
-            }),
-            PermissionDenied,
-            "run on node b",
-        ),
-        (
-            "no CSR",
-            Ask::but(|a| a.csr = "x".into()),
-            InvalidArgument,
-            "CERTIFICATE REQUEST",
-        ),
-        (
-            "bad signature",
-            Ask::but(|a| a.csr = bad_signature),
-            InvalidArgument,
-            "sign",
-        ),
-        (
-            "another name",
-            Ask::but(|a| a.csr = for_admin),
-            InvalidArgument,
-            "asks for the name spiffe://cluster.local/ns/kube-system/sa/admin",
-        ),
-        (
-            "RSA-1024",
-            Ask::but(|a| a.csr = openssl_csr(&["-newkey", "rsa:1024"])),
-            InvalidArgument,
-            "1024",
-        ),
-        (
-            "P-224",
-            Ask::but(|a| {
-                a.csr = openssl_csr(&["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-224"])
-            }),
-            InvalidArgument,
-            "P-224",
-        ),
-        (
-            "10 MB",
-            Ask::but(|a| a.csr = a.csr.repeat(10 << 20 >> 8)),
-            ResourceExhausted,
-            "larger",
-        ),
-    ];
-    for (what, ask, code, text) in cases {
-        let refused = ask.send(&caller).await.expect_err(what);
-        assert_eq!(refused.code(), code, "{what}: {refused}");
-        assert!(
-            refused.message().contains(text),
-            "{what}: {}",
-            refused.message()
-        );
-    }
-    Ask::good()
-        .send(&caller)
-        .await
-        .expect("the connection is as good as before");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader},
     path::Path,
     process::{Child, Command, Output, Stdio},
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -17,7 +18,7 @@ use crate::harness::{NAME, write_config};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_auth-daemon");
 
-struct Running(Child);
+pub(crate) struct Running(Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -26,26 +27,32 @@ impl Drop for Running {
     }
 }
 
-/// Starts a CA and waits until it says that it has started.
-fn start(config: &Path) -> Running {
+/// Starts a CA, and waits until it says that it has started. Returns that line of its log, and those after it.
+pub(crate) fn start_logged(config: &Path) -> (Running, String, mpsc::Receiver<String>) {
     let mut child = Command::new(PROGRAM)
         .args(["ca", "--config"])
         .arg(config)
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
     let running = Running(child);
-    let mut line = String::new();
-    loop {
-        line.clear();
-        assert!(log.read_line(&mut line).unwrap() > 0, "it has ended");
-        if line.contains("CA started") {
-            break;
+    let started = log
+        .by_ref()
+        .map_while(Result::ok)
+        .find(|line| line.contains("CA started"));
+    let started = started.expect("it has ended");
+    let (lines, later) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in log.map_while(Result::ok) {
+            let _ = lines.send(line);
         }
-    }
-    std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
-    running
+    });
+    (running, started, later)
+}
+
+fn start(config: &Path) -> Running {
+    start_logged(config).0
 }
 
 fn ask(arguments: &[&str], config: &Path) -> Output {
@@ -58,7 +65,7 @@ fn ask(arguments: &[&str], config: &Path) -> Output {
     output.unwrap()
 }
 
-fn answer(arguments: &[&str], config: &Path) -> String {
+pub(crate) fn answer(arguments: &[&str], config: &Path) -> String {
     let output = ask(arguments, config);
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{arguments:?}: {error}");

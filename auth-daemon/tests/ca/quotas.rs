@@ -2,8 +2,9 @@
 
 use std::{
     collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -11,14 +12,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use auth_ca::quotas::{Limits, Rate};
+use auth_ca::{
+    quotas::{Limits, Rate},
+    server::EVENT_INTERVAL,
+};
 use auth_daemon::issuer::{CaClient, Certificates, Issuer};
 use auth_mesh::{Inventory, Snapshot};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
-use tokio::runtime;
+use rustls::pki_types::CertificateDer;
+use tokio::{runtime, task::JoinSet};
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
 
@@ -66,64 +71,140 @@ fn on_core<T: Send + 'static, F: Future<Output = T>>(
         // A machine with one core has them all on that one.
         let _ = sched_setaffinity(Pid::from_raw(0), &set);
         let mut builder = runtime::Builder::new_current_thread();
-        builder.enable_all().build().unwrap().block_on(work())
+        builder.enable_all().event_interval(EVENT_INTERVAL);
+        builder.build().unwrap().block_on(work())
     })
 }
 
-/// The outcomes of an attacker that asks as fast as it can until `stop`.
-async fn flood(channels: Vec<Channel>, stop: Arc<AtomicBool>) -> BTreeMap<String, usize> {
-    let csr = csr(|_| {}).1;
-    let tasks: Vec<_> = (0..CONNECTIONS * AT_ONCE)
-        .map(|task| {
-            let (channel, stop, csr) = (
-                channels[task % CONNECTIONS].clone(),
-                stop.clone(),
-                csr.clone(),
-            );
-            tokio::spawn(async move {
-                let mut outcomes = BTreeMap::new();
-                let mut number = task;
-                while !stop.load(Ordering::Relaxed) {
-                    let outcome = match ask(&channel, "a", number, &csr).await {
-                        Ok(()) => "issued".to_owned(),
-                        Err(status) if status.code() == Code::ResourceExhausted => {
-                            let retry = status.get_details_retry_info().unwrap().retry_delay;
-                            assert!(retry >= Some(Duration::from_secs(1)), "{status:?}");
-                            "refused".to_owned()
-                        }
-                        Err(status) => status.to_string(),
-                    };
-                    *outcomes.entry(outcome).or_insert(0) += 1;
-                    number += 1;
-                }
-                outcomes
-            })
-        })
-        .collect();
-    let mut all = BTreeMap::new();
-    for task in tasks {
-        for (outcome, count) in task.await.unwrap() {
-            *all.entry(outcome).or_insert(0) += count;
-        }
-    }
-    all
+/// What an attacker does as fast as it can, from an address of its own.
+#[derive(Clone, Copy)]
+enum Flood {
+    /// Asks for certificates, on a few connections.
+    Requests,
+    /// Connects, finishes the TLS handshake, and begins again.
+    Handshakes,
 }
 
-/// Milliseconds of node b's requests, sorted.
-async fn neighbour(channel: &Channel, csr: &str) -> Vec<f64> {
-    let mut took = Vec::new();
+/// The attacker's actions so far, by outcome.
+type Outcomes = Arc<Mutex<BTreeMap<String, usize>>>;
+
+fn total(outcomes: &Outcomes) -> usize {
+    outcomes.lock().unwrap().values().sum()
+}
+
+const ATTACKER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+
+/// Runs `tasks` tasks that repeat `act`, each with its own numbers, until `stop`.
+async fn repeat<F: Future<Output = String> + Send + 'static>(
+    tasks: usize,
+    act: impl Fn(usize) -> F + Clone + Send + Sync + 'static,
+    outcomes: &Outcomes,
+    stop: &Arc<AtomicBool>,
+) {
+    let mut running = JoinSet::new();
+    for task in 0..tasks {
+        let (act, outcomes, stop) = (act.clone(), outcomes.clone(), stop.clone());
+        running.spawn(async move {
+            let mut number = task;
+            while !stop.load(Ordering::Relaxed) {
+                let outcome = act(number).await;
+                *outcomes.lock().unwrap().entry(outcome).or_insert(0) += 1;
+                number += 1;
+            }
+        });
+    }
+    running.join_all().await;
+}
+
+fn outcome_of(asked: Result<(), Status>) -> String {
+    match asked {
+        Ok(()) => "issued".to_owned(),
+        Err(status) if status.code() == Code::ResourceExhausted => {
+            let retry = status.get_details_retry_info().unwrap().retry_delay;
+            assert!(retry >= Some(Duration::from_secs(1)), "{status:?}");
+            "refused".to_owned()
+        }
+        Err(status) => status.to_string(),
+    }
+}
+
+async fn flood(
+    flood: Flood,
+    address: SocketAddr,
+    roots: Vec<CertificateDer<'static>>,
+    outcomes: Outcomes,
+    stop: Arc<AtomicBool>,
+) {
+    match flood {
+        Flood::Requests => {
+            let csr: Arc<str> = csr(|_| {}).1.into();
+            let mut channels = Vec::new();
+            for _ in 0..CONNECTIONS {
+                let channel = connect_from(ATTACKER, address, roots.clone(), None).await;
+                channels.push(channel.unwrap());
+            }
+            let ask = move |number: usize| {
+                let (channel, csr) = (channels[number % CONNECTIONS].clone(), csr.clone());
+                async move { outcome_of(ask(&channel, "a", number, &csr).await) }
+            };
+            repeat(CONNECTIONS * AT_ONCE, ask, &outcomes, &stop).await;
+        }
+        Flood::Handshakes => {
+            let shake = move |_| {
+                let roots = roots.clone();
+                async move {
+                    let channel = connect_from(ATTACKER, address, roots, None).await;
+                    channel.map_or_else(|error| error.to_string(), |_| "connected".to_owned())
+                }
+            };
+            repeat(AT_ONCE, shake, &outcomes, &stop).await;
+        }
+    }
+}
+
+/// What node b saw: the milliseconds of its requests, sorted, and the median number of actions that the attacker finished
+/// during one of them.
+struct Seen {
+    took: Vec<f64>,
+    attacks: usize,
+}
+
+/// Sends node b's requests, each on a connection of its own if `anew`.
+async fn neighbour(
+    address: SocketAddr,
+    roots: &[CertificateDer<'static>],
+    anew: bool,
+    outcomes: &Outcomes,
+) -> Seen {
+    let csr = csr(|_| {}).1;
+    let mut channel = connect(address, roots.to_vec(), None).await.unwrap();
+    let (mut took, mut attacks) = (Vec::new(), Vec::new());
     for number in 0..MEASURED {
-        let start = Instant::now();
-        ask(channel, "b", number, csr).await.unwrap();
+        let (start, before) = (Instant::now(), total(outcomes));
+        if anew {
+            channel = connect(address, roots.to_vec(), None).await.unwrap();
+        }
+        ask(&channel, "b", number, &csr).await.unwrap();
         took.push(start.elapsed().as_secs_f64() * 1000.0);
+        attacks.push(total(outcomes) - before);
         tokio::time::sleep(PAUSE).await;
     }
     took.sort_by(f64::total_cmp);
-    took
+    attacks.sort_unstable();
+    Seen {
+        took,
+        attacks: attacks[MEASURED / 2],
+    }
 }
 
-/// Measures node b while node a is quiet, then while it floods. Returns the attacker's outcomes and how long it had.
-fn measure(what: &str, limits: Limits) -> (BTreeMap<String, usize>, Duration) {
+/// Measures node b while node a is quiet, then while it floods, and prints both. Returns the outcomes of the attacker's
+/// actions, and how many it finished during one request of node b.
+fn measure(
+    what: &str,
+    limits: Limits,
+    attack: Flood,
+    anew: bool,
+) -> (BTreeMap<String, usize>, usize) {
     let (ready, started) = mpsc::channel();
     let (stop_ca, ca_stops) = tokio::sync::oneshot::channel::<()>();
     let ca = on_core(0, move || async move {
@@ -134,49 +215,51 @@ fn measure(what: &str, limits: Limits) -> (BTreeMap<String, usize>, Duration) {
         ca.stop().await;
     });
     let (address, roots) = started.recv().unwrap();
-    let (quiet, begin) = tokio::sync::oneshot::channel();
-    let (flooding, is_flooding) = tokio::sync::oneshot::channel();
-    let stop = Arc::new(AtomicBool::new(false));
-    let (other_roots, stopped) = (roots.clone(), stop.clone());
-    let attacker = on_core(1, move || async move {
-        let mut channels = Vec::new();
-        for _ in 0..CONNECTIONS {
-            channels.push(connect(address, other_roots.clone(), None).await.unwrap());
-        }
-        begin.await.unwrap();
-        flooding.send(()).unwrap();
-        flood(channels, stopped).await
+    let (outcomes, stop) = (Outcomes::default(), Arc::new(AtomicBool::new(false)));
+    let (counted, quiet_roots) = (outcomes.clone(), roots.clone());
+    let quiet = on_core(0, move || async move {
+        neighbour(address, &quiet_roots, anew, &counted).await
     });
-    let measured = on_core(0, move || async move {
-        let channel = connect(address, roots, None).await.unwrap();
-        let csr = csr(|_| {}).1;
-        let before = neighbour(&channel, &csr).await;
-        quiet.send(()).unwrap();
-        is_flooding.await.unwrap();
-        let start = Instant::now();
-        let during = neighbour(&channel, &csr).await;
-        (before, during, start.elapsed())
+    let quiet = quiet.join().unwrap();
+    let attacker = {
+        let (roots, outcomes, stop) = (roots.clone(), outcomes.clone(), stop.clone());
+        on_core(1, move || flood(attack, address, roots, outcomes, stop))
+    };
+    while total(&outcomes) == 0 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let counted = outcomes.clone();
+    let start = Instant::now();
+    let attacked = on_core(0, move || async move {
+        neighbour(address, &roots, anew, &counted).await
     });
-    let (before, during, attacked) = measured.join().unwrap();
+    let attacked = attacked.join().unwrap();
+    let lasted = start.elapsed();
     stop.store(true, Ordering::Relaxed);
-    let outcomes = attacker.join().unwrap();
+    attacker.join().unwrap();
     drop(stop_ca);
     ca.join().unwrap();
     let at = |sorted: &[f64], part: f64| sorted[((sorted.len() - 1) as f64 * part) as usize];
     for (name, part) in [("p50", 0.5), ("p99", 0.99)] {
-        let (quiet, attack) = (at(&before, part), at(&during, part));
+        let (quiet, attack) = (at(&quiet.took, part), at(&attacked.took, part));
         println!(
             "{what}: neighbour's {name} {quiet:.2} ms quiet, {attack:.2} ms attacked: ratio {:.2}",
             attack / quiet
         );
     }
-    println!("{what}: attacker {outcomes:?} in {attacked:.1?}");
-    (outcomes, attacked)
+    let outcomes = std::mem::take(&mut *outcomes.lock().unwrap());
+    let during = attacked.attacks;
+    println!("{what}: attacker {outcomes:?} in {lasted:.1?}, {during} during one request");
+    (outcomes, during)
 }
+
+/// Of the attacker's actions during one request of the neighbour. In turns it is three or four, whatever else runs on this
+/// machine; without turns it is as many as the attacker has in flight.
+const MOST_DURING: usize = 16;
 
 #[test]
 fn a_node_that_floods_is_refused_and_its_neighbour_is_served() {
-    let (outcomes, _) = measure("with quotas", Limits::default());
+    let (outcomes, _) = measure("over quotas", Limits::default(), Flood::Requests, false);
     let count = |outcome: &str| outcomes.get(outcome).copied().unwrap_or_default();
     assert!(count("refused") > 0, "{outcomes:?}");
     assert_eq!(outcomes.len(), 2, "{outcomes:?}");
@@ -188,8 +271,18 @@ fn a_node_that_floods_is_refused_and_its_neighbour_is_served() {
 
 #[test]
 fn a_node_below_its_quota_at_full_speed_leaves_its_neighbour_its_turn() {
-    let (outcomes, _) = measure("without quotas", unlimited());
+    let (outcomes, during) = measure("below quotas", unlimited(), Flood::Requests, false);
     assert_eq!(outcomes.keys().collect::<Vec<_>>(), ["issued"]);
+    assert!(during <= MOST_DURING, "{during}");
+}
+
+#[test]
+fn an_address_that_connects_at_full_speed_leaves_others_their_turns() {
+    for (what, anew) in [("handshakes, open", false), ("handshakes, new", true)] {
+        let (outcomes, during) = measure(what, unlimited(), Flood::Handshakes, anew);
+        assert_eq!(outcomes.keys().collect::<Vec<_>>(), ["connected"]);
+        assert!(during <= MOST_DURING, "{during}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
