@@ -51,6 +51,9 @@ pub struct Details {
     pub service: Option<ObjectName>,
     /// The endpoint that was chosen.
     pub endpoint: Option<SocketAddr>,
+    /// Cookie of the netns that the server is in, if it is a pod of this node. Its policies judge the connection, whatever
+    /// address of the pod the endpoint is.
+    pub server_netns: Option<u64>,
     /// The client's SPIFFE ID.
     pub client_identity: Option<Identity>,
     /// The server's SPIFFE ID.
@@ -95,6 +98,7 @@ impl OpenConnections {
                 destination: None,
                 service: None,
                 endpoint: None,
+                server_netns: None,
                 client_identity: None,
                 server_identity: None,
                 peer: None,

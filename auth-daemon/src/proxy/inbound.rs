@@ -74,6 +74,7 @@ async fn take(
     access.learn(|details| {
         details.destination = Some(local);
         details.endpoint = Some(local);
+        details.server_netns = Some(pod.enrolled.netns.cookie());
         details.server_identity = Some(pod.workload.identity.clone());
     });
     if !pod.enrolled.is_local(local.ip()) {
@@ -216,6 +217,7 @@ async fn carry(
             details.server_identity = Some(pod.workload.identity.clone());
             details.destination = Some(local);
             details.endpoint = Some(local);
+            details.server_netns = Some(pod.enrolled.netns.cookie());
         });
         let clean = match connect {
             Ok(connect) => one(node, pod, &mut channel, from, local, connect, access).await,

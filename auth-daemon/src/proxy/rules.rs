@@ -139,14 +139,8 @@ pub(crate) struct Revision<'a> {
 
 impl Revision<'_> {
     /// Returns why an open connection may not continue, or `None` if it may: the same check as before it began.
-    /// `cookie` maps an address to the netns cookie of its pod.
-    pub(crate) fn forbid(
-        &mut self,
-        direction: Direction,
-        details: &Details,
-        cookie: impl Fn(SocketAddr) -> Option<u64>,
-    ) -> Option<String> {
-        let destination = details.endpoint?;
+    pub(crate) fn forbid(&mut self, direction: Direction, details: &Details) -> Option<String> {
+        let (destination, server) = (details.endpoint?, details.server_netns?);
         let client = details.client_identity.as_ref();
         let client = match (direction, details.path) {
             // The server's node checks tunnels and plaintext that leave this node. A pod may always reach itself.
@@ -157,7 +151,7 @@ impl Revision<'_> {
             // Without a client identity the handshake is not complete; the connection is checked after it.
             (_, Path::Tunnel | Path::SameNode) => Some(client?),
         };
-        let (server, source) = (cookie(destination)?, details.client.ip());
+        let source = details.client.ip();
         if self.rules.is_same(self.before, server) {
             return None;
         }

@@ -45,21 +45,11 @@ pub(crate) fn generate(
         let event = Event::generate(random, world, &state, steps.len());
         let mut next = state.clone();
         event.apply(&mut next);
-        let joins = matches!(event, Event::Membership { member: true, .. });
-        let holds = JOINING_ENDS_OPEN_CONNECTIONS || !joins;
         let during = (0..DURING)
             .map(|_| {
                 let mut call = call(random, world, &[&state, &next], &mut id);
                 call.delay = random.below(DURING_MILLISECONDS);
-                let followed = match (call.from, call.to) {
-                    (Site::HostPod(_), _) | (_, Target::NodePort { .. }) => {
-                        NODES_ADDRESSES_ARE_FOLLOWED
-                    }
-                    (_, Target::Nested(_)) => FORWARDED_ARE_FOLLOWED,
-                    (_, Target::Second(_)) => SECOND_ADDRESSES_ARE_FOLLOWED,
-                    (_, Target::Service(_) | Target::Site(_)) => true,
-                };
-                if holds && followed && random.chance(25) {
+                if random.chance(25) {
                     // One that is open before and after the event.
                     call.delay = random.below(BEFORE_EVENT_MILLISECONDS);
                     call.rounds = 6;
@@ -129,9 +119,6 @@ fn is_sensible(world: &World, state: &State, from: Site, to: Target) -> bool {
         (Site::Pod(pod), Target::NodePort { service, .. }) if state.pods[pod].member => {
             leads_somewhere(world, state, from, service)
         }
-        (Site::Pod(from), Target::Second(to)) if state.pods[from].member && from != to => {
-            UNKNOWN_ADDRESSES_ARE_REFUSED
-        }
         // A node does not translate what its own processes dial.
         (Site::Node(from) | Site::HostPod(from), Target::NodePort { node, .. }) => from != node,
         // What stays on machines outside of the mesh is not this test's.
@@ -164,18 +151,6 @@ fn target(random: &mut Random, world: &World) -> Target {
     }
 }
 
-/// Whether pods of the mesh are refused at an address that no object lists. If not, they dial none.
-const UNKNOWN_ADDRESSES_ARE_REFUSED: bool = true;
-/// Whether connections in plaintext to an address that no object lists are ended when policies change. If not, none is
-/// held open then. Not always: INVARIANT_SEED=35859058326286 INVARIANT_CONNECTS=1680 shows one that continues.
-const SECOND_ADDRESSES_ARE_FOLLOWED: bool = false;
-/// The same for those that come from the node's address without being the node's.
-const NODES_ADDRESSES_ARE_FOLLOWED: bool = true;
-/// The same for those that a pod forwards to its nested namespace.
-const FORWARDED_ARE_FOLLOWED: bool = true;
-/// Whether connections in plaintext that are open when a pod joins the mesh are ended, unless the pod admits plaintext. If
-/// not, none is held open then.
-const JOINING_ENDS_OPEN_CONNECTIONS: bool = true;
 /// How long connections are begun while an event takes effect: it has [`crate::history::GRACE`] for that.
 const DURING_MILLISECONDS: usize = 2400;
 const BEFORE_EVENT_MILLISECONDS: usize = 100;

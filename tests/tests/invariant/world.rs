@@ -177,7 +177,7 @@ impl World {
                     IpAddr::from([10, 96, 0, 10 + number as u8]),
                     IpAddr::from([0xfd96, 0, 0, 0, 0, 0, 0, 0x10 + number as u16]),
                 ],
-                on_nodes: SERVICES_OUTRANK_NODES && random.chance(40),
+                on_nodes: random.chance(40),
                 node_ports,
             }
         });
@@ -434,8 +434,6 @@ pub(crate) fn membership(member: bool) -> &'static str {
 }
 
 pub(crate) const NODES: [&str; 2] = ["a", "b"];
-/// Whether a Service's address leads to the Service also where a node has it, too. If not, no node has one.
-const SERVICES_OUTRANK_NODES: bool = true;
 pub(crate) const MEMBERSHIP: &str = "auth-daemon.io/mesh";
 pub(crate) const TRUST_DOMAIN: &str = "cluster.local";
 /// The ports that every server listens on.

@@ -1,11 +1,11 @@
 //! Plaintext connections that are open when a pod is enrolled, when its policies change, and when the daemon restarts.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use mesh_tests::{App, Daemon, DaemonOptions, Mesh, Place, PodSpec, TIMEOUT, eventually};
+use mesh_tests::{App, Daemon, DaemonOptions, Mesh, Place, Pod, PodSpec, TIMEOUT, eventually};
 use serde_json::{Value, json};
 
 use crate::common::lifecycle_pair::{MARKER, assert_reset, daemons_with, pair};
@@ -208,6 +208,72 @@ fn plaintext_is_reset_when_a_policy_denies_it_and_not_when_one_allows_it() {
     std::thread::sleep(LIMIT);
     goes_on(&admitted);
     others.iter().for_each(goes_on);
+}
+
+/// Addresses of `web`'s netns that no object lists.
+const UNLISTED: [&str; 2] = ["10.77.2.200", "fd77:2::c8"];
+
+fn add_unlisted_addresses(web: &Pod) -> [SocketAddr; 2] {
+    UNLISTED.map(|address| {
+        let address: IpAddr = address.parse().unwrap();
+        let (text, more): (_, &[&str]) = match address {
+            IpAddr::V4(v4) => (format!("{v4}/24"), &[]),
+            // Never a source address.
+            IpAddr::V6(v6) => (format!("{v6}/64"), &["nodad", "preferred_lft", "0"]),
+        };
+        let command = ["address", "add", &text, "dev", "eth0"];
+        web.run("ip", command.iter().chain(more))
+            .unwrap()
+            .ok()
+            .unwrap();
+        (address, 8080).into()
+    })
+}
+
+/// The daemon carries these itself: in PERMISSIVE it is asked about callers of the pods' networks that no object explains,
+/// and about all callers where a policy selects the pod.
+#[test]
+fn plaintext_through_the_daemon_to_an_unlisted_address_is_reset_when_policies_deny_it() {
+    let mesh = pair();
+    let web = mesh.pod("web");
+    let unlisted = add_unlisted_addresses(&web);
+    let _echo = echo(&web);
+    let (_a, b) = daemons_with(&mesh, &DaemonOptions::default().permissive());
+    let allow = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "web", "namespace": "default"},
+        "spec": {"action": "ALLOW", "rules": [{"to": [{"operation": {"ports": ["8080"]}}]}]},
+    });
+    mesh.manifests().apply(&allow).unwrap();
+    let through_the_daemon = |chat: &App| {
+        let connected = &chat.events_of("connected")[0];
+        let status = b.status_json().unwrap();
+        let mut open = status["connections"].as_array().unwrap().iter();
+        open.any(|line| line["client"] == connected["local"])
+    };
+    for to in unlisted {
+        let mut chat = eventually(TIMEOUT, "the daemon to carry plaintext", || {
+            let chat = conversation(mesh.outside(), to);
+            through_the_daemon(&chat).then_some(chat)
+        })
+        .unwrap();
+        let since = Instant::now();
+        mesh.manifests()
+            .apply(&peer_authentication("STRICT"))
+            .unwrap();
+        assert_reset(&chat.failure(TIMEOUT).unwrap());
+        let took = since.elapsed();
+        assert!(took < LIMIT, "{to}: {took:?}");
+        b.wait_for_access("the end", TIMEOUT, |line| {
+            let reason = line["reason"].as_str().unwrap_or_default();
+            line["destination"] == to.to_string()
+                && reason.ends_with("STRICT by PeerAuthentication default/web")
+        })
+        .unwrap();
+        mesh.manifests()
+            .remove("PeerAuthentication", "default", "web")
+            .unwrap();
+    }
 }
 
 #[test]

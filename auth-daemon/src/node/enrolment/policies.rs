@@ -45,14 +45,10 @@ impl Enrolment {
         let node = &self.node;
         node.same_node.revise(node);
         node.same_node.end_forbidden(node, &[]);
-        let (rules, local_pods) = (node.rules.current(), node.same_node.local_pods());
-        let cookie = |address: SocketAddr| {
-            let local_pod = local_pods.by_address.get(&address.ip());
-            local_pod.map(|local_pod| local_pod.cookie)
-        };
+        let rules = node.rules.current();
         let mut revision = rules.revise(before);
         node.connections
-            .cut(|direction, details| revision.forbid(direction, details, cookie));
+            .cut(|direction, details| revision.forbid(direction, details));
         for cookie in self.serving.keys() {
             if !rules.is_same(before, *cookie) {
                 self.unchecked.entry(*cookie).or_default().sweeps = SWEEPS;

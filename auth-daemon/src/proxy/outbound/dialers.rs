@@ -65,7 +65,10 @@ impl Call<'_> {
         let Attempt {
             address, source, ..
         } = *attempt;
-        self.access.learn(|details| details.path = Path::SameNode);
+        self.access.learn(|details| {
+            details.path = Path::SameNode;
+            details.server_netns = Some(server.cookie);
+        });
         let step = self.reach(attempt.destination, server, source, address);
         let tcp = within(attempt.limit(DIAL), step).await;
         if let Err(why) = &tcp {
