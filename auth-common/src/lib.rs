@@ -193,9 +193,12 @@ pub struct FourTuple {
 
 /// Value in the BYPASS map for a socket that the daemon opens to a destination outside the pod. It is not captured.
 pub const DIAL: u32 = 1;
-/// Value in the BYPASS map for a socket that the daemon opens to the pod's own app. It is not captured, and its 4-tuple is
-/// entered in the DELIVERIES map before its SYN leaves.
+/// Value in the BYPASS map for a socket that the daemon opens to the app of the pod whose netns it is in, through the loopback.
+/// It is not captured. Its 4-tuple is not recorded: somebody outside could use it first.
 pub const DELIVERY: u32 = 2;
+/// Value in the BYPASS map for a socket that the daemon opens to the app of another pod of this node. It is not captured, and
+/// its 4-tuple is entered in the DELIVERIES map before its SYN leaves.
+pub const NEIGHBOUR: u32 = 4;
 /// Value in the BYPASS map for a socket with which a process of the node itself connects to a pod. Its 4-tuple is entered
 /// in the DELIVERIES map before its SYN leaves.
 pub const NODE_CONNECT: u32 = 3;

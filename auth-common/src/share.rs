@@ -15,7 +15,7 @@ pub const SHARE: u32 = MAX_PENDING / SHARES;
 pub struct Share {
     /// Connections that the netns makes: its entries in PENDING and ADMITTED.
     pub connects: Usage,
-    /// Connections that the daemon makes from the netns to a pod's app, and that the node makes: entries in DELIVERIES.
+    /// Connections that the daemon makes from the netns to another pod's app, and that the node makes: entries in DELIVERIES.
     pub deliveries: Usage,
 }
 

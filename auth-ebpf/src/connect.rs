@@ -4,7 +4,7 @@
 //! These programs run for every connect on the node, so the cheap checks come first: not TCP, not an enrolled pod, not a
 //! mesh address. Such a connect takes the kernel's own path and leaves no entry in any map.
 
-use auth_common::{Address, DELIVERY, Dialled, OUTBOUND_PORT, Verdict};
+use auth_common::{Address, Dialled, NEIGHBOUR, OUTBOUND_PORT, Verdict};
 use aya_ebpf::{helpers::bpf_setsockopt, macros::cgroup_sock_addr, programs::SockAddrContext};
 
 use crate::{
@@ -80,7 +80,7 @@ fn route(ctx: &SockAddrContext, destination: &Address) -> Route {
     let port = user_port(ctx);
     // SAFETY: the kernel passed this context to the program. The entry is a single word.
     if let Some(kind) = unsafe { BYPASS.get_ptr_mut(ctx).as_ref() } {
-        if *kind == DELIVERY && !shares::admits(shares::deliveries(cookie)) {
+        if *kind == NEIGHBOUR && !shares::admits(shares::deliveries(cookie)) {
             return Route::Refuse;
         }
         return Route::Ignore;

@@ -2,8 +2,8 @@
 //!
 //! - A captured connection: what the app dialled goes to PENDING and, when the daemon's listener has the connection, from there
 //!   to the socket that the daemon accepts. The app may have closed by then, but what it sent must still arrive.
-//! - The daemon's connection to a pod's app, and the node's own to a pod: the 4-tuple goes to DELIVERIES, so that the
-//!   inbound program admits the SYN.
+//! - The daemon's connection to a pod's app from another pod of the node, and the node's own to a pod: the 4-tuple goes to
+//!   DELIVERIES, so that the inbound program admits the SYN.
 //! - A connection between two pods of this node that stays in the kernel: see [`crate::same_node`].
 //!
 //! Also notes on listeners that their netns has no verdict: see [`crate::gate`].

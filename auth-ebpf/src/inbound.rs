@@ -6,8 +6,9 @@
 //! judged by its netns, and not by its destination address, which a pod can have several of, and two pods may both have.
 //!
 //! The program runs when the kernel looks for a listener, never for an established connection. It leaves the choice to the
-//! kernel for what the pod sends to itself, for the connections to the app that the kernel has recorded as the daemon's or
-//! the node's own, and for those that it has recorded leaving another pod of this node under a verdict.
+//! kernel for what arrives on the loopback, from the pod itself or from the daemon in the pod's netns; for connections that
+//! the kernel has recorded as the node's own, or as the daemon's from another pod of the node; and for those that it has
+//! recorded leaving another pod of the node under a verdict.
 
 #![no_std]
 #![no_main]

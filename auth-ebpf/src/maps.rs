@@ -6,9 +6,9 @@
 use core::ffi::c_void;
 
 use auth_common::{
-    Closed, DELIVERY, Dialled, EVENT_BYTES, Exposed, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket,
-    Flow, MAX_EXPOSED, MAX_OUTSIDE, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED,
-    MAX_VERDICTS, NODE_CONNECT, Node, Pod, Share, SocketKey, SocketOrigin, Verdict,
+    Closed, Dialled, EVENT_BYTES, Exposed, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket, Flow,
+    MAX_EXPOSED, MAX_OUTSIDE, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS,
+    NEIGHBOUR, NODE_CONNECT, Node, Pod, Share, SocketKey, SocketOrigin, Verdict,
 };
 use aya_ebpf::{
     bindings::{
@@ -58,9 +58,9 @@ pub static PENDING: HashMap<SocketKey, Dialled, { MAX_PENDING as usize }, ON_DEM
 #[btf_map]
 pub static DIALLED: SkStorage<Dialled> = SkStorage::new();
 
-/// The daemon's own sockets, which are never captured: `DIAL` or `DELIVERY`. Only a process with the map's file descriptor
-/// can write here, so a pod cannot avoid capture as it could if a mark decided. Also the sockets with which the node itself
-/// connects to a pod: `NODE_CONNECT`.
+/// The daemon's own sockets, which are never captured: `DIAL`, `DELIVERY` or `NEIGHBOUR`. Only a process with the map's file
+/// descriptor can write here, so a pod cannot avoid capture as it could if a mark decided. Also the sockets with which the
+/// node itself connects to a pod: `NODE_CONNECT`.
 #[btf_map]
 pub static BYPASS: SkStorage<u32> = SkStorage::new();
 
@@ -134,13 +134,13 @@ pub fn dialled(ctx: &impl SocketContext) -> Option<&Dialled> {
 #[btf_map]
 pub static NODE: Array<Node, 1> = Array::new();
 
-/// Whether the inbound program is to admit the connection of the context's socket: the daemon's to a pod's app, or the
+/// Whether the inbound program is to admit the connection of the context's socket: the daemon's to another pod's app, or the
 /// node's own to a pod.
 #[inline(always)]
 pub fn is_admitted(ctx: &impl SocketContext) -> bool {
     // SAFETY: a single word, written before the socket connects.
     unsafe { storage(&BYPASS, ctx, 0).as_ref() }
-        .is_some_and(|kind| *kind == DELIVERY || *kind == NODE_CONNECT)
+        .is_some_and(|kind| *kind == NEIGHBOUR || *kind == NODE_CONNECT)
 }
 
 /// The state of the context's socket, if it is an open end of a connection between two pods of this node.

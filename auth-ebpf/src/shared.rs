@@ -18,8 +18,8 @@ pub const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 #[btf_map]
 pub static MESH: LpmTrie<Address, u32, { MAX_MESH_ADDRESSES as usize }> = LpmTrie::new();
 
-/// The connections to pods' apps from the daemon, and from the node itself, that are not established yet, and the cookie of the
-/// netns that they are made from. The inbound program admits them.
+/// The connections to pods' apps that the daemon makes from other pods, and that the node itself makes, while they are not
+/// established yet, with the cookie of the netns that they are made from. The inbound program admits them.
 #[btf_map]
 pub static DELIVERIES: HashMap<FourTuple, u64, { MAX_PENDING as usize }, ON_DEMAND> =
     HashMap::new();

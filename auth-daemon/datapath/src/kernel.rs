@@ -15,8 +15,8 @@ use std::{
 };
 
 use auth_common::{
-    Address, DELIVERY, Dialled, Inbound, LAYOUT, MAX_POD_ROOTS, MeshKind, NODE_CONNECT, Node, Pod,
-    PodRoot, SocketKey, mapped,
+    Address, DELIVERY, Dialled, Inbound, LAYOUT, MAX_POD_ROOTS, MeshKind, NEIGHBOUR, NODE_CONNECT,
+    Node, Pod, PodRoot, SocketKey, mapped,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -481,7 +481,8 @@ impl Kernel {
         self.forward.failures.notified().await;
     }
 
-    /// Exempts a socket of the daemon from capture. `kind` is [`auth_common::DIAL`] or [`auth_common::DELIVERY`].
+    /// Exempts a socket of the daemon from capture. `kind` is [`auth_common::DIAL`], [`auth_common::DELIVERY`] or
+    /// [`auth_common::NEIGHBOUR`].
     pub fn exempt(&self, socket: &socket2::Socket, kind: u32) -> Result<(), KernelError> {
         lock(&self.bypass)
             .insert(socket, kind, 0)
@@ -504,7 +505,7 @@ impl Kernel {
     pub fn recorded(&self, netns: Option<&Netns>) -> io::Result<HashSet<(SocketAddr, SocketAddr)>> {
         let list = || {
             flows::with_value(&self.socket_maps.bypass, |value| {
-                [DELIVERY, NODE_CONNECT].contains(&value)
+                [DELIVERY, NEIGHBOUR, NODE_CONNECT].contains(&value)
             })
         };
         match netns {

@@ -12,7 +12,9 @@ use std::{
     time::Duration,
 };
 
-use auth_common::{DELIVERY, DIAL, ORIGINAL_SOURCE_MARK, OUTBOUND_PORT, SHARE, TUNNEL_PORT};
+use auth_common::{
+    DELIVERY, DIAL, NEIGHBOUR, ORIGINAL_SOURCE_MARK, OUTBOUND_PORT, SHARE, TUNNEL_PORT,
+};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
@@ -20,6 +22,8 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::{Kernel, Netns};
 
 const BACKLOG: i32 = 4096;
+/// The loopback interface of every netns.
+const LOOPBACK: &[u8] = b"lo";
 /// Keep-alive for all connections. A vanished peer is detected within about two and a half minutes.
 const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
     .with_time(Duration::from_secs(75))
@@ -260,6 +264,8 @@ pub async fn dial_app(
             continue;
         }
         let socket = socket_in(kernel, netns, server, DELIVERY)?;
+        // The inbound program passes what arrives on the loopback, which nobody outside the pod can reach.
+        socket.bind_device(Some(LOOPBACK))?;
         setsockopt(&socket, sockopt::Mark, &ORIGINAL_SOURCE_MARK)?;
         if server.is_ipv4() {
             setsockopt(&socket, sockopt::IpTransparent, &true)?;
@@ -283,7 +289,7 @@ pub async fn dial_neighbour(
     server: SocketAddr,
 ) -> io::Result<TcpStream> {
     for port in [client.port(), 0] {
-        let socket = socket_in(kernel, netns, server, DELIVERY)?;
+        let socket = socket_in(kernel, netns, server, NEIGHBOUR)?;
         let from = SocketAddr::new(client.ip(), port);
         if let Some(connected) = connect_from(socket, from, server).await? {
             return Ok(connected);

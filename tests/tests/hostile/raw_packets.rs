@@ -6,10 +6,15 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use etherparse::{PacketBuilder, PacketBuilderStep, SlicedPacket, TcpHeader, TransportSlice};
-use mesh_tests::{App, Context, DaemonOptions, Place, Pod, PodSpec, Result, TIMEOUT};
+use mesh_tests::{
+    App, Context, DaemonOptions, Endpoint, Place, Pod, PodSpec, Result, TIMEOUT, TcpState,
+    eventually, eventually_ok,
+};
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -263,5 +268,64 @@ fn refuses_forged_syn_with_data() -> Result<()> {
         .only(|packet| packet.source == pair.web.at(PORT));
     assert!(!answers.packets().is_empty(), "no answer was captured");
     assert_eq!(answers.payload_bytes(), 0);
+    Ok(())
+}
+
+/// A delivery waits because the app's listener is full. Its addresses and ports are then known to whoever sees the wire, or is
+/// the client.
+#[test]
+fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
+    const WAITING: u16 = 43_001;
+    /// The first source port of tunnels.
+    const TUNNELS: u16 = 61_000;
+    let pair = stage()?;
+    // The queue takes one connection more.
+    pair.web
+        .netns()
+        .set_parameters(&[("net/core/somaxconn", "1")])?;
+    let mut echo = echo_server(&pair.web)?;
+    echo.process().signal(Signal::SIGSTOP)?;
+    let to = SocketAddrV4::new(pair.web.ipv4(), PORT);
+    let begin = |connections: u32, options: &str| {
+        pair.client.app(&format!(
+            "half-open --to {to} --connections {connections} {options}"
+        ))
+    };
+    let fillers = begin(2, "")?;
+    let in_the_queue = |count| {
+        let sockets = pair.web.endpoints()?;
+        let is_queued = |socket: &&Endpoint| {
+            socket.local.port() == PORT && (1..TUNNELS).contains(&socket.remote.port())
+        };
+        let found = sockets.iter().filter(is_queued).count();
+        ensure!(found >= count, "{found}: {sockets:?}");
+        Ok(())
+    };
+    eventually_ok(TIMEOUT, "the queue to be full", || in_the_queue(2))?;
+    let waiting = begin(1, &format!("--source-port {WAITING}"))?;
+    eventually(TIMEOUT, "the delivery to wait", || {
+        (pair.web.sockets().ok()?.of(TcpState::SynSent) == 1).then_some(())
+    })?;
+
+    let source = SocketAddrV4::new(pair.client.ipv4(), WAITING);
+    let client = Client::new(&pair, With::Packets, source, pair.web.ipv4())?;
+    client.send(1000, None, b"")?;
+    let (header, _) = client.receive()?;
+    // By the daemon: the app's listener is full, and answers nobody.
+    assert!(header.syn && header.ack, "{header:?}");
+    client.send(1001, Some(header.sequence_number.wrapping_add(1)), MARKER)?;
+    loop {
+        let (header, payload) = client.receive()?;
+        assert!(payload.is_empty(), "{}", payload.escape_ascii());
+        if header.rst {
+            break;
+        }
+    }
+    assert_refused(&pair, &echo, source)?;
+    echo.process().signal(Signal::SIGCONT)?;
+    for _ in 0..3 {
+        echo.event("accepted", TIMEOUT)?;
+    }
+    drop((fillers, waiting));
     Ok(())
 }

@@ -251,7 +251,8 @@ struct Leg {
 fn legs(place: &Place) -> Result<Vec<Leg>> {
     let listing = place.run("ss", ["-Htno"])?.ok()?.stdout;
     let address = |word: Option<&&str>| {
-        let address: SocketAddr = word?.parse().ok()?;
+        // A socket that is bound to an interface shows it, as in 10.77.2.2%lo:7 or [fd77:2::2]%lo:7.
+        let address: SocketAddr = word?.replace("%lo", "").parse().ok()?;
         // An IPv6 socket shows an IPv4 address as [::ffff:10.77.2.2].
         Some(SocketAddr::new(address.ip().to_canonical(), address.port()))
     };
