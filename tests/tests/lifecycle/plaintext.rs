@@ -252,7 +252,7 @@ fn plaintext_through_the_daemon_to_an_unlisted_address_is_reset_when_policies_de
         open.any(|line| line["client"] == connected["local"])
     };
     for to in unlisted {
-        let mut chat = eventually(TIMEOUT, "the daemon to carry plaintext", || {
+        let chat = eventually(TIMEOUT, "the daemon to carry plaintext", || {
             let chat = conversation(mesh.outside(), to);
             through_the_daemon(&chat).then_some(chat)
         })
