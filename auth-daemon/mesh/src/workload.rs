@@ -19,6 +19,18 @@ impl fmt::Display for ObjectName {
     }
 }
 
+/// Whether a pod is reached by HBONE, the protocol of Istio's ambient mesh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hbone {
+    /// It is not.
+    #[default]
+    No,
+    /// It is, unless its node has a ready daemon of ours.
+    Offered,
+    /// It is. Whether its node has a daemon of ours is not known, or does not matter.
+    Only,
+}
+
 /// A pod, in the mesh or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
@@ -52,12 +64,12 @@ pub struct Workload {
     pub named_ports: BTreeMap<String, u16>,
     /// Ports of the pod that its node exposes.
     pub host_ports: Vec<HostPort>,
-    /// Whether the pod's node accepts HBONE for it, the tunnel of Istio's ambient mode.
-    pub hbone: bool,
-    /// The waypoint that connections to the pod's own address go through.
-    pub waypoint: Option<Arc<Waypoint>>,
+    /// Whether another daemon, which speaks HBONE, serves the pod.
+    pub hbone: Hbone,
     /// Path of the pod's network namespace, if the source provides it.
     pub netns: Option<PathBuf>,
+    /// The waypoint that connections to the pod's own address go through.
+    pub waypoint: Option<Arc<Waypoint>>,
 }
 
 impl Workload {
@@ -77,9 +89,9 @@ impl Workload {
             labels: BTreeMap::new(),
             named_ports: BTreeMap::new(),
             host_ports: Vec::new(),
-            hbone: false,
-            waypoint: None,
+            hbone: Hbone::No,
             netns: None,
+            waypoint: None,
         }
     }
 
