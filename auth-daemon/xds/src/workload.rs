@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-use auth_mesh::{Membership, ObjectName, Slice, SliceEndpoint, TrustDomain, Workload};
+use auth_mesh::{Hbone, Membership, ObjectName, Slice, SliceEndpoint, TrustDomain, Workload};
 
 use crate::{
     read::{self, Mesh, bounded, name, object_name, port, service_name},
@@ -57,12 +57,12 @@ pub(crate) fn workload(found: api::Workload, mesh: &Mesh) -> Result<FoundWorkloa
     }
     let host_network = found.network_mode() == api::NetworkMode::HostNetwork;
     let hbone = match found.tunnel_protocol() {
-        api::TunnelProtocol::Hbone => true,
+        api::TunnelProtocol::Hbone => Hbone::Offered,
         // Sidecars accept plaintext where policies allow it, as without a tunnel.
-        api::TunnelProtocol::None | api::TunnelProtocol::LegacyIstioMtls => false,
+        api::TunnelProtocol::None | api::TunnelProtocol::LegacyIstioMtls => Hbone::No,
     };
     let waypoint = read::waypoint(found.waypoint.as_ref(), mesh)?.map(Arc::new);
-    let is_member = hbone || waypoint.is_some();
+    let is_member = hbone != Hbone::No || waypoint.is_some();
     let slices = slices(&found, &own_name, &addresses)?;
     let policies = bounded(
         "authorizationPolicies",
@@ -197,7 +197,10 @@ pub(crate) mod tests {
             of.identity.as_str(),
             "spiffe://cluster.local/ns/shop/sa/web-1"
         );
-        assert_eq!((of.node.as_str(), of.ready, of.hbone), ("b", true, true));
+        assert_eq!(
+            (of.node.as_str(), of.ready, of.hbone),
+            ("b", true, Hbone::Offered)
+        );
         assert_eq!(of.membership, Some(Membership::Enabled));
         assert_eq!(found.slices[0].service, "web");
         assert_eq!(found.slices[0].ports, [("80".to_owned(), 8080)]);

@@ -1,20 +1,23 @@
 use std::net::SocketAddr;
 
 use auth_mesh::{
-    Identity, Membership,
+    Hbone, Identity, Membership,
     policy::{Connection, Policies, Settings},
 };
 
 use super::*;
 use crate::{
     authorization::policy,
+    discovery::DeltaDiscoveryResponse,
     read::tests::mesh,
     security_api::{Action, Authorization, Scope},
     service::{service, tests::web},
+    session::{Caller, Session},
     workload::{tests::pod, workload},
     workload_api as api,
 };
 
+use proptest::prelude::*;
 use prost::Message;
 
 fn state() -> State {
@@ -111,7 +114,7 @@ fn pods_of_this_node_come_from_the_api_server() {
     let found: Vec<_> = snapshot.on_node("a").collect();
     assert_eq!(
         (found.len(), found[0].uid.as_str(), found[0].hbone),
-        (1, "u1", true)
+        (1, "u1", Hbone::Offered)
     );
     assert_eq!(snapshot.on_node("b").count(), 0);
     state.remove_local_pod(&found[0].name.clone());
@@ -183,4 +186,56 @@ fn policies_are_published_once_for_each_change() {
     assert!(state.policies().is_none());
     state.take(Change::NoPolicy("shop/never".into()));
     assert!(state.policies().is_some());
+}
+
+/// Responses of istiod, which the fuzz target begins with, too.
+const RESPONSES: [&[u8]; 2] = [
+    include_bytes!("../../../fuzz/seeds/istiod/addresses"),
+    include_bytes!("../../../fuzz/seeds/istiod/policies"),
+];
+
+/// Takes a response twice. Returns why resources were rejected.
+fn take(bytes: &[u8]) -> Option<Vec<String>> {
+    let response = DeltaDiscoveryResponse::decode(bytes).ok()?;
+    let caller = Caller {
+        pod: "daemon".into(),
+        namespace: "auth-system".into(),
+        node: "a".into(),
+    };
+    let (mut session, mut state) = (Session::new(mesh(), caller), state());
+    let mut rejected = Vec::new();
+    for response in [response.clone(), response] {
+        let taken = session.take(response);
+        rejected.extend(taken.rejected);
+        taken
+            .changes
+            .into_iter()
+            .for_each(|change| state.take(change));
+    }
+    let _ = state
+        .snapshot()
+        .resolve(SocketAddr::new([10, 96, 0, 7].into(), 80));
+    Policies::compile(Settings::default(), state.policies()?);
+    Some(rejected)
+}
+
+#[test]
+fn the_seeds_of_the_fuzz_target_are_good() {
+    for response in RESPONSES {
+        assert_eq!(take(response), Some(vec![]));
+    }
+}
+
+proptest! {
+    #[test]
+    fn damaged_responses_are_taken_in_part(
+        response in 0..RESPONSES.len(), damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+    ) {
+        let mut bytes = RESPONSES[response].to_vec();
+        for (at, byte) in damage {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        take(&bytes);
+    }
 }
