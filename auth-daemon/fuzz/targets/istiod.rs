@@ -1,0 +1,43 @@
+//! Responses of istiod: never a panic, down to the registry and the policies that are made of them.
+#![no_main]
+
+use auth_mesh::{MeshDefault, policy::{Policies, Settings}};
+use auth_xds::{Caller, Mesh, Session, State, discovery::DeltaDiscoveryResponse};
+use libfuzzer_sys::fuzz_target;
+use prost::Message;
+
+fuzz_target!(|bytes: &[u8]| {
+    let Ok(response) = DeltaDiscoveryResponse::decode(bytes) else {
+        return;
+    };
+    let mesh = Mesh {
+        trust_domain: "cluster.local".parse().expect("a trust domain"),
+        cluster: "Kubernetes".into(),
+        network: String::new(),
+        root_namespace: "istio-system".into(),
+    };
+    let caller = Caller {
+        pod: "daemon".into(),
+        namespace: "auth-system".into(),
+        node: "a".into(),
+    };
+    let mut session = Session::new(mesh.clone(), caller);
+    let mut state = State::new(mesh, "a".into(), MeshDefault::default());
+    // The second time, everything is known.
+    for response in [response.clone(), response] {
+        for change in session.take(response).changes {
+            state.take(change);
+        }
+    }
+    let policies = Policies::compile(Settings::default(), state.policies().unwrap_or_default());
+    let snapshot = state.snapshot();
+    for pod in snapshot.workloads() {
+        policies.workload(&pod.name.namespace, &pod.labels);
+    }
+    let addresses: Vec<_> = snapshot.addresses().map(|(address, _)| address).collect();
+    for address in addresses {
+        for port in [0, 80, 8080, 65535] {
+            let _ = snapshot.resolve((address, port).into());
+        }
+    }
+});
