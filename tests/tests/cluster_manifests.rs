@@ -7,7 +7,7 @@ use mesh_tests::{AUTH_DAEMON_IMAGE, Context, Kubernetes, Result, chart};
 use serde_json::{Value, json};
 
 /// Sets of values, with a name: the defaults, and each way to deviate from them.
-fn values() -> [(&'static str, Value); 3] {
+fn values() -> [(&'static str, Value); 4] {
     let everything = json!({
         "image": {"repository": "registry.example.com/auth-daemon", "pullPolicy": "Always"},
         "imagePullSecrets": ["registry"],
@@ -30,10 +30,17 @@ fn values() -> [(&'static str, Value); 3] {
             "rootConfigMap": "istio-ca-root-cert",
         },
     });
+    let istio = json!({
+        "istio": {
+            "enabled": true, "address": "istiod.mesh.svc:15012", "rootConfigMap": "mesh-roots",
+            "clusterId": "c1", "network": "n1",
+        },
+    });
     [
         ("the defaults", json!({})),
         ("every value", everything),
         ("a CA elsewhere", elsewhere),
+        ("an Istio mesh", istio),
     ]
 }
 

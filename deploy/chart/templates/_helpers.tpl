@@ -15,10 +15,21 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   "address" (.Values.ca.enabled | ternary (printf "auth-ca.%s.svc:15012" .Release.Namespace) .Values.ca.address)
   "rootFile" "/var/run/auth-ca/root-cert.pem"
   "tokenFile" "/var/run/secrets/auth-ca/token" -}}
+{{- $discovery := dict "kubernetes" dict -}}
+{{- with .Values.istio }}{{ if .enabled -}}
+{{- $istiod := dict
+  "address" .address
+  "rootFile" "/var/run/istio/root-cert.pem"
+  "tokenFile" "/var/run/secrets/istio/token"
+  "clusterId" .clusterId -}}
+{{- with .network }}{{ $_ := set $istiod "network" . }}{{ end -}}
+{{- $_ := set $ca "clusterId" .clusterId -}}
+{{- $discovery = dict "istiod" $istiod -}}
+{{- end }}{{ end -}}
 {{- $config := dict
   "trustDomain" .Values.trustDomain
   "mode" .Values.mode
-  "discovery" (dict "kubernetes" dict)
+  "discovery" $discovery
   "ca" $ca
   "drain" (printf "%ds" (int .Values.daemon.drainSeconds))
   "log" (dict "format" "json" "level" "info") -}}
