@@ -23,10 +23,7 @@ use tokio::{
     time::{Duration, Instant, sleep},
 };
 
-use crate::{
-    config::{Discovery, Mode},
-    proxy::Node,
-};
+use crate::{config::Mode, proxy::Node};
 use auth_mesh::policy::{
     diff::{Inventory, Pod},
     question::{Answer, EnabledNamespace, KUBE_SYSTEM, Known, Question},
@@ -147,12 +144,11 @@ fn known(node: &Node) -> Known {
                 file: None,
             })
             .collect(),
-        system_namespaces: match &node.config.discovery {
-            Discovery::Files(_) => vec![KUBE_SYSTEM.to_owned()],
-            Discovery::Kubernetes { own_namespace, .. } => {
-                vec![KUBE_SYSTEM.to_owned(), own_namespace.clone()]
-            }
-        },
+        system_namespaces: [KUBE_SYSTEM]
+            .into_iter()
+            .chain(node.config.discovery.own_namespace())
+            .map(str::to_owned)
+            .collect(),
         files: HashMap::new(),
     }
 }

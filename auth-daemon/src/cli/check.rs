@@ -65,6 +65,8 @@ fn warnings(config: &Config) -> Vec<String> {
             Ok(known) => warnings.extend(known.warnings()),
             Err(error) => warnings.push(format!("discovery.files: {error:#}")),
         },
+        // Istio's labels say which pods are in the mesh, and none is without one.
+        Discovery::Istiod { .. } => {}
         Discovery::Kubernetes { defaults, .. } => {
             if defaults.of(KUBE_SYSTEM) == Membership::Enabled {
                 warnings.push(

@@ -21,14 +21,15 @@ use crate::{
     admin::{self, Health},
     config::{CaSource, Config, Discovery, Log, LogFormat, NonTcp},
     discovery::{self, Sink, removal::Removal},
-    issuer::{CaClient, Certificates, Issuer},
-    node::{Enrolment, Workers},
+    issuer::{CaClient, Certificates, Issuer, Link},
+    node::{Enrolment, Workers, redirection},
     observe::log_writer,
     proxy::Node,
 };
 use auth_ca::embedded::EmbeddedCa;
 use auth_datapath::{Kernel, KernelError, PinLock, features, host, mounts, try_load, unload};
 use auth_mesh::{Published, Registry, policy::Policies};
+use auth_xds::{Caller, Mesh};
 
 use super::standby::{EarlyCertificates, stand_by};
 
@@ -134,6 +135,10 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         );
         let node = Arc::new(node);
         health.serve(node.clone());
+        if matches!(node.config.discovery, Discovery::Istiod { .. }) {
+            let client = auth_kubernetes::connect().await?;
+            tokio::spawn(redirection::announce(client, node.clone()));
+        }
         tokio::spawn(answer(node.clone(), health, listeners));
         tokio::spawn(early.hand_over(node.clone()));
         Enrolment::new(node.clone(), Arc::new(workers))
@@ -185,7 +190,7 @@ fn check_privileges(config: &Config) -> anyhow::Result<()> {
     if !capabilities.ok {
         errors.push(format!("capabilities: {}", capabilities.detail));
     }
-    if matches!(config.discovery, Discovery::Kubernetes { .. }) && auth_kubernetes::is_pod() {
+    if config.discovery.own_namespace().is_some() && auth_kubernetes::is_pod() {
         let cgroup = mounts::cgroup_root(config.cgroup.as_deref())?;
         errors.extend(host::blind_spots(&cgroup));
     }
@@ -242,6 +247,31 @@ async fn follow(config: &Config, sink: Sink) -> anyhow::Result<(Follow, Option<R
             let client = auth_kubernetes::connect().await?;
             let removal = Removal::watch(&client, own_namespace);
             let follow = discovery::kubernetes::run(client, settings, sink, synced);
+            (Box::pin(follow), Some(removal))
+        }
+        Discovery::Istiod {
+            server,
+            network,
+            own_namespace,
+        } => {
+            let settings = discovery::istiod::Settings {
+                mesh: Mesh {
+                    trust_domain,
+                    cluster: server.cluster_id.clone(),
+                    network: network.clone(),
+                    root_namespace: config.policy.root_namespace.clone(),
+                },
+                caller: Caller {
+                    pod: std::env::var("POD_NAME").unwrap_or_else(|_| config.node_name.clone()),
+                    namespace: own_namespace.clone(),
+                    node: config.node_name.clone(),
+                },
+            };
+            let (synced, _) = watch::channel(false);
+            let client = auth_kubernetes::connect().await?;
+            let removal = Removal::watch(&client, own_namespace);
+            let link = Link::to_istiod(server.clone())?;
+            let follow = discovery::istiod::run(client, link, settings, sink, synced);
             (Box::pin(follow), Some(removal))
         }
     })

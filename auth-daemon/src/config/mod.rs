@@ -56,6 +56,27 @@ pub enum Discovery {
         /// The daemon's own namespace, `$POD_NAMESPACE`, where the other nodes' daemons are too.
         own_namespace: String,
     },
+    /// istiod, the control plane of an Istio mesh, and for the pods of this node the API of the cluster.
+    Istiod {
+        /// How to reach it.
+        server: CaServer,
+        /// The node's network in Istio. Empty by default.
+        network: String,
+        /// As for Kubernetes.
+        own_namespace: String,
+    },
+}
+
+impl Discovery {
+    /// The daemon's own namespace. `None` outside a cluster.
+    pub fn own_namespace(&self) -> Option<&str> {
+        match self {
+            Self::Files(_) => None,
+            Self::Kubernetes { own_namespace, .. } | Self::Istiod { own_namespace, .. } => {
+                Some(own_namespace)
+            }
+        }
+    }
 }
 
 /// Source of certificates.
@@ -67,9 +88,11 @@ pub enum CaSource {
     Server(CaServer),
 }
 
-/// How to reach the trust domain's CA.
+/// How to reach the trust domain's CA, or istiod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CaServer {
+    /// The section of the configuration that says so, for errors.
+    pub section: &'static str,
     /// Host and port.
     pub address: String,
     /// The name in the CA's certificate. Defaults to the address's host.
@@ -224,34 +247,48 @@ impl Config {
     }
 }
 
-/// Either a folder, or the cluster's API.
+/// A folder, the cluster's API, or istiod.
 fn discovery(
     sources: &mut Section,
     own_namespace: Option<String>,
     errors: &mut Vec<String>,
 ) -> Option<Discovery> {
-    match (sources.has("files"), sources.has("kubernetes")) {
-        (true, true) => {
-            errors.push("discovery: has files and kubernetes; it is one or the other".into());
-            sources.skip("files");
-            sources.skip("kubernetes");
-            None
+    const SOURCES: [&str; 3] = ["files", "kubernetes", "istiod"];
+    let given: Vec<_> = SOURCES
+        .into_iter()
+        .filter(|name| sources.has(name))
+        .collect();
+    let own_namespace = |section: &str, errors: &mut Vec<String>| {
+        let known = own_namespace.filter(|namespace| !namespace.is_empty());
+        if known.is_none() {
+            errors.push(format!(
+                "discovery.{section}: $POD_NAMESPACE is not set; it says where the nodes' daemons are"
+            ));
         }
-        (true, false) => sources
+        known
+    };
+    match given.as_slice() {
+        ["files"] => sources
             .required("files", errors, absolute)
             .map(Discovery::Files),
-        (false, true) => {
+        ["istiod"] => {
+            let mut control_plane = sources.section("istiod", errors);
+            let server = server("discovery.istiod", &mut control_plane, errors);
+            let network = control_plane.parsed("network", errors, cluster_id);
+            control_plane.refuse_the_rest(errors);
+            let own_namespace = own_namespace("istiod", errors)?;
+            Some(Discovery::Istiod {
+                server: server?,
+                network: network.unwrap_or_default(),
+                own_namespace,
+            })
+        }
+        ["kubernetes"] => {
             let mut cluster = sources.section("kubernetes", errors);
             let membership = cluster.parsed("default", errors, Membership::from_str);
             let excluded = cluster.list("excludedNamespaces", errors, kubernetes_namespace);
             cluster.refuse_the_rest(errors);
-            let own_namespace = own_namespace.filter(|namespace| !namespace.is_empty());
-            if own_namespace.is_none() {
-                errors.push(
-                    "discovery.kubernetes: $POD_NAMESPACE is not set; it says where the nodes' daemons are".into(),
-                );
-            }
-            let own_namespace = own_namespace?;
+            let own_namespace = own_namespace("kubernetes", errors)?;
             let mut excluded: BTreeSet<_> = excluded
                 .unwrap_or_else(|| vec!["kube-system".into()])
                 .into_iter()
@@ -265,10 +302,21 @@ fn discovery(
                 own_namespace,
             })
         }
-        (false, false) => {
+        [] => {
             errors.push(
-                "discovery: has neither files, a folder of manifests, nor kubernetes, for the cluster's API".into(),
+                "discovery: has neither files, a folder of manifests, nor kubernetes, for the cluster's API, nor istiod"
+                    .into(),
             );
+            None
+        }
+        several => {
+            errors.push(format!(
+                "discovery: has {}; it is one or the other",
+                several.join(" and ")
+            ));
+            for name in several {
+                sources.skip(name);
+            }
             None
         }
     }
@@ -295,7 +343,7 @@ fn ca_source(ca: &mut Section, errors: &mut Vec<String>) -> Option<CaSource> {
         (true, false) => ca
             .required("directory", errors, absolute)
             .map(CaSource::Directory),
-        (false, true) => server(ca, errors).map(CaSource::Server),
+        (false, true) => server("ca", ca, errors).map(CaSource::Server),
         (false, false) => {
             errors.push(
                 "ca: has neither directory, a folder with the root key, nor address, where the CA is".into(),
@@ -306,7 +354,7 @@ fn ca_source(ca: &mut Section, errors: &mut Vec<String>) -> Option<CaSource> {
 }
 
 /// How to reach the CA, or istiod.
-fn server(section: &mut Section, errors: &mut Vec<String>) -> Option<CaServer> {
+fn server(name: &'static str, section: &mut Section, errors: &mut Vec<String>) -> Option<CaServer> {
     let address = section.required("address", errors, host_and_port);
     let server_name = section.parsed("serverName", errors, server_name);
     let root_file = section.required("rootFile", errors, absolute);
@@ -314,6 +362,7 @@ fn server(section: &mut Section, errors: &mut Vec<String>) -> Option<CaServer> {
     let cluster_id = section.parsed("clusterId", errors, cluster_id);
     let (host, port) = address?;
     Some(CaServer {
+        section: name,
         address: format!("{host}:{port}"),
         server_name: server_name.unwrap_or_else(|| host.trim_matches(['[', ']']).to_owned()),
         root_file: root_file?,
@@ -322,12 +371,12 @@ fn server(section: &mut Section, errors: &mut Vec<String>) -> Option<CaServer> {
     })
 }
 
-/// A cluster's ID in Istio, which names no length and no characters. It is sent in a header.
+/// The ID of a cluster or network in Istio, which names no length and no characters. It is sent in a header.
 fn cluster_id(text: &str) -> Result<String, &'static str> {
     let printable = text.bytes().all(|b| b.is_ascii_graphic());
     match text.len() {
         1..=253 if printable => Ok(text.to_owned()),
-        _ => Err("is not the ID of a cluster: 1 to 253 printable ASCII characters"),
+        _ => Err("is not an ID: 1 to 253 printable ASCII characters"),
     }
 }
 
@@ -502,6 +551,7 @@ mod tests {
         assert_eq!(folder.ca, CaSource::Directory("/ca".into()));
         let server = |address: &str, name: &str| {
             Ok(CaSource::Server(CaServer {
+                section: "ca",
                 address: address.into(),
                 server_name: name.into(),
                 root_file: "/r".into(),

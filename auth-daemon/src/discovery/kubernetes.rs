@@ -17,8 +17,9 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
+use known::Seen;
 pub use known::{DAEMON_NAME, NAME_LABEL};
-use known::{Event, Known, Seen};
+pub(super) use known::{Event, Known, Model};
 
 use super::{
     Sink,
@@ -29,7 +30,7 @@ use auth_mesh::{Membership, MeshDefault, ObjectName, TrustDomain, policy::api};
 use auth_support::backoff;
 
 /// Time to wait for more changes after the first.
-const SETTLE: Duration = Duration::from_millis(5);
+pub(super) const SETTLE: Duration = Duration::from_millis(5);
 /// Initial delay before asking again whether the cluster serves a kind, after an error. `ABSENT` is the maximum delay,
 /// and the interval while the cluster does not serve the kind.
 const RETRY: Duration = Duration::from_secs(1);
@@ -86,9 +87,11 @@ pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::
 
 /// Kind of a watched object. Each kind is read on its own, and all of them before the first snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+pub(super) enum Kind {
     Namespace,
     Pod,
+    /// A node daemon's own pod, of which only the node and the readiness count.
+    Daemon,
     Service,
     Slice,
     Node,
@@ -109,7 +112,7 @@ impl Kind {
     fn plural(self) -> &'static str {
         match self {
             Self::Namespace => "namespaces",
-            Self::Pod => "pods",
+            Self::Pod | Self::Daemon => "pods",
             Self::Service => "services",
             Self::Slice => "endpointslices",
             Self::Node => "nodes",
@@ -120,7 +123,7 @@ impl Kind {
     }
 }
 
-type Watch = Pin<Box<dyn Stream<Item = (Kind, Event)> + Send>>;
+pub(super) type Watch = Pin<Box<dyn Stream<Item = (Kind, Event)> + Send>>;
 
 fn watches(client: &Client, settings: &Settings, policies: bool) -> Vec<Watch> {
     let (pods, services) = (settings.trust_domain.clone(), settings.trust_domain.clone());
@@ -150,12 +153,7 @@ fn watches(client: &Client, settings: &Settings, policies: bool) -> Vec<Watch> {
             Kind::Node,
             manifest::node,
         ));
-        watches.push(watch_if_served(
-            client,
-            Kind::ServiceCidr,
-            (NETWORKS_GROUP, &NETWORKS_VERSIONS),
-            |client, _| watched(Api::all(client), Kind::ServiceCidr, manifest::service_cidr),
-        ));
+        watches.push(service_networks(client));
     }
     if policies {
         watches.extend(POLICIES.map(|kind| {
@@ -169,6 +167,16 @@ fn watches(client: &Client, settings: &Settings, policies: bool) -> Vec<Watch> {
         }));
     }
     watches
+}
+
+/// Watches the networks of services.
+pub(super) fn service_networks(client: &Client) -> Watch {
+    watch_if_served(
+        client,
+        Kind::ServiceCidr,
+        (NETWORKS_GROUP, &NETWORKS_VERSIONS),
+        |client, _| watched(Api::all(client), Kind::ServiceCidr, manifest::service_cidr),
+    )
 }
 
 const POLICIES: [api::Kind; 2] = [api::Kind::Authorization, api::Kind::Peer];
@@ -292,7 +300,7 @@ fn without_identity(pod: &objects::Pod) -> Option<&'static str> {
 }
 
 /// Parses a pod. A pod without an identity is outside the mesh, whatever its labels say.
-fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+pub(super) fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let why = without_identity(&pod);
     let mut read = readable(pod, trust_domain)?;
     if let (Some(why), Some(Object::Pod(pod))) = (why, &mut read) {
@@ -328,7 +336,7 @@ fn readable(mut pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<
     })
 }
 
-fn watched<K>(
+pub(super) fn watched<K>(
     api: Api<K>,
     kind: Kind,
     parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
@@ -339,7 +347,7 @@ where
     watched_by(api, kind, watcher::Config::default(), parse)
 }
 
-fn watched_by<K>(
+pub(super) fn watched_by<K>(
     api: Api<K>,
     kind: Kind,
     config: watcher::Config,

@@ -1,6 +1,7 @@
 //! Discovery of the mesh: which pods and services run where, and which policies apply.
 
 pub mod files;
+pub mod istiod;
 pub mod kubernetes;
 pub mod manifest;
 pub mod removal;

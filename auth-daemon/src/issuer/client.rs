@@ -59,7 +59,7 @@ pub struct CaClient {
 /// Why the configuration cannot be used. Names the field and the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct UnusableServer(String);
+pub struct UnusableServer(pub(super) String);
 
 impl CaClient {
     /// Starts to watch the CA's trust bundle, without waiting for it: until it arrives, the roots are those of the root
@@ -69,8 +69,8 @@ impl CaClient {
         trust_domain: TrustDomain,
         lifetime: Duration,
     ) -> Result<Self, UnusableServer> {
-        let roots = read_roots(&server.root_file).map_err(UnusableServer)?;
-        read_token(&server.token_file).map_err(UnusableServer)?;
+        let roots = read_roots(&server).map_err(UnusableServer)?;
+        read_token(&server).map_err(UnusableServer)?;
         let trust = TrustStore::new(Trust::fixed(TrustBundle {
             trust_domain,
             roots,

@@ -1,4 +1,4 @@
-//! The connection to the CA: TLS with roots that are read at each connection, and a token that is read at each use.
+//! The connection to the CA or istiod: TLS with roots that are read at each connection, and a token that is read at each use.
 
 use std::{
     fs::File,
@@ -24,8 +24,13 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use super::UnusableServer;
 use crate::config::CaServer;
-use auth_tunnel::tls::{explain, provider, trust::TrustStore};
+use auth_mesh::TrustDomain;
+use auth_tunnel::tls::{
+    explain, provider,
+    trust::{Trust, TrustBundle, TrustStore},
+};
 
 /// From the name lookup to the end of the TLS handshake.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -35,22 +40,34 @@ const MAX_TOKEN: u64 = 16 << 10;
 const MAX_ROOT_FILE: u64 = 1 << 20;
 const WINDOW: u32 = 1 << 20;
 
-/// How to reach the CA, and its trust bundle.
+/// How to reach the CA or istiod, and the trust bundle that it sends.
 #[derive(Debug)]
-pub(super) struct Link {
-    pub(super) server: CaServer,
+pub struct Link {
+    pub(crate) server: CaServer,
     pub(super) trust: Arc<TrustStore>,
 }
 
 impl Link {
+    /// Creates a link to istiod, which is verified against the roots in the file alone. Fails if its files cannot be read.
+    pub fn to_istiod(server: CaServer) -> Result<Self, UnusableServer> {
+        read_roots(&server).map_err(UnusableServer)?;
+        read_token(&server).map_err(UnusableServer)?;
+        let none = TrustBundle {
+            trust_domain: TrustDomain::default(),
+            roots: Vec::new(),
+        };
+        let trust = Arc::new(TrustStore::new(Trust::fixed(none)));
+        Ok(Self { server, trust })
+    }
+
     /// A channel that connects when it is used, and reconnects after its connection has ended.
-    pub(super) fn channel(
+    pub(crate) fn channel(
         self: &Arc<Self>,
         shape: impl FnOnce(Endpoint) -> Endpoint,
     ) -> Result<Channel, String> {
         let uri: Uri = format!("https://{}", self.server.address)
             .parse()
-            .map_err(|error| format!("ca.address: {error}"))?;
+            .map_err(|error| format!("{}.address: {error}", self.server.section))?;
         let endpoint = Endpoint::from(uri)
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
@@ -91,7 +108,7 @@ impl Link {
     /// Trusts the roots in the file, and those of the CA's trust bundle.
     fn tls(&self) -> Result<ClientConfig, String> {
         let mut store = RootCertStore::empty();
-        match read_roots(&self.server.root_file) {
+        match read_roots(&self.server) {
             Ok(roots) => store.add_parsable_certificates(roots),
             Err(error) => {
                 tracing::warn!(%error, "root file cannot be read; using the roots that the CA sent");
@@ -110,11 +127,11 @@ impl Link {
     }
 
     /// `message` with the token of this node, and the cluster that issued it.
-    pub(super) fn request<T>(&self, message: T) -> Result<Request<T>, String> {
+    pub(crate) fn request<T>(&self, message: T) -> Result<Request<T>, String> {
         let mut request = Request::new(message);
-        let token = read_token(&self.server.token_file)?;
+        let token = read_token(&self.server)?;
         let cluster = MetadataValue::try_from(&self.server.cluster_id)
-            .map_err(|error| format!("ca.clusterId: {error}"))?;
+            .map_err(|error| format!("{}.clusterId: {error}", self.server.section))?;
         request.metadata_mut().insert("authorization", token);
         request.metadata_mut().insert(CLUSTER_ID, cluster);
         Ok(request)
@@ -134,9 +151,10 @@ fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// The root certificates in a PEM file: at least one.
-pub(super) fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let failed = |why: String| format!("ca.rootFile: {}: {why}", path.display());
+/// The root certificates in the root file (PEM): at least one.
+pub(super) fn read_roots(server: &CaServer) -> Result<Vec<CertificateDer<'static>>, String> {
+    let path = &server.root_file;
+    let failed = |why: String| format!("{}.rootFile: {}: {why}", server.section, path.display());
     let pem = read_at_most(path, MAX_ROOT_FILE).map_err(|error| failed(error.to_string()))?;
     let roots: Vec<_> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
@@ -152,8 +170,9 @@ pub(super) fn read_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, St
 }
 
 /// The value of `authorization`. Errors contain no part of the token.
-pub(super) fn read_token(path: &Path) -> Result<MetadataValue<Ascii>, String> {
-    let failed = |why: String| format!("ca.tokenFile: {}: {why}", path.display());
+pub(super) fn read_token(server: &CaServer) -> Result<MetadataValue<Ascii>, String> {
+    let path = &server.token_file;
+    let failed = |why: String| format!("{}.tokenFile: {}: {why}", server.section, path.display());
     let content = read_at_most(path, MAX_TOKEN).map_err(|error| failed(error.to_string()))?;
     let token = content.trim_ascii();
     if token.is_empty() {
@@ -169,7 +188,7 @@ pub(super) fn read_token(path: &Path) -> Result<MetadataValue<Ascii>, String> {
 }
 
 /// The text of a status, or the cause if the connection failed.
-pub(super) fn explain_status(status: &Status) -> String {
+pub(crate) fn explain_status(status: &Status) -> String {
     let mut cause = std::error::Error::source(status);
     let mut last = None;
     while let Some(error) = cause {
@@ -193,13 +212,25 @@ mod tests {
 
     use super::*;
 
+    /// A server whose files are all `path`.
+    fn server(path: &Path) -> CaServer {
+        CaServer {
+            section: "ca",
+            address: "ca:15012".into(),
+            server_name: "ca".into(),
+            root_file: path.into(),
+            token_file: path.into(),
+            cluster_id: "Kubernetes".into(),
+        }
+    }
+
     #[test]
     fn reads_tokens() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("token");
         let read = |content: &[u8]| {
             fs::write(&path, content).unwrap();
-            read_token(&path)
+            read_token(&server(&path))
         };
         let good = read(b"secret\n").unwrap();
         assert_eq!(good.to_str().unwrap(), "Bearer secret");
@@ -217,7 +248,7 @@ mod tests {
                 "{error}"
             );
         }
-        assert!(read_token(folder.path()).is_err());
+        assert!(read_token(&server(folder.path())).is_err());
     }
 
     #[test]
@@ -231,7 +262,7 @@ mod tests {
         let (good, rubbish) = (root.pem(), auth_ca_api::pem::certificate(&[0x30, 0]));
         let read = |content: &str| {
             fs::write(&path, content).unwrap();
-            read_roots(&path)
+            read_roots(&server(&path))
         };
         assert_eq!(read(&format!("{good}{good}")).unwrap().len(), 2);
         for bad in ["", "x", &rubbish, &format!("{good}{rubbish}"), &good[..100]] {

@@ -12,6 +12,8 @@ use rustls::pki_types::CertificateDer;
 
 pub use certificates::{Certificate, Certificates, Current};
 pub use client::{CaClient, UnusableServer};
+pub use link::Link;
+pub(crate) use link::explain_status;
 
 use auth_mesh::Identity;
 use auth_tunnel::tls::trust::TrustStore;

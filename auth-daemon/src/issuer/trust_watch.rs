@@ -273,7 +273,7 @@ fn check_roots(roots: &[CertificateDer<'_>]) -> Result<(), String> {
 /// Takes the roots of the file.
 fn take_root_file(link: &Link) {
     let known = link.trust.current();
-    match read_roots(&link.server.root_file) {
+    match read_roots(&link.server) {
         Err(error) => tracing::error!(%error, "root file cannot be read; keeping the known roots"),
         Ok(roots) if roots == known.bundle.roots => {}
         Ok(roots) => {

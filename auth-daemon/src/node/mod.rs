@@ -5,6 +5,7 @@ mod acceptor;
 mod connection_tasks;
 mod enrolment;
 mod pulse;
+pub mod redirection;
 mod revocation;
 mod workers;
 

@@ -330,6 +330,7 @@ impl Others {
 
     fn daemon(&self) -> CaClient {
         let server = CaServer {
+            section: "ca",
             address: self.address.to_string(),
             server_name: NAME.into(),
             root_file: self.folder.path().join("roots"),

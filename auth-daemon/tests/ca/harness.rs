@@ -243,6 +243,7 @@ impl Ca {
         let root_file = self.folder.path().join("roots.pem");
         fs::write(&root_file, roots).unwrap();
         CaServer {
+            section: "ca",
             address: self.address.to_string(),
             server_name: NAME.into(),
             root_file,

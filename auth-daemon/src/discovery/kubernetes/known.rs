@@ -15,7 +15,7 @@ pub const DAEMON_NAME: &str = "auth-daemon";
 pub const NAME_LABEL: &str = "app.kubernetes.io/name";
 
 /// A watch event for any kind of object.
-pub(super) enum Event {
+pub(in crate::discovery) enum Event {
     Apply(Seen),
     Delete(ObjectName),
     /// A new list begins: all objects follow as `InitApply`, then `InitDone`.
@@ -24,19 +24,55 @@ pub(super) enum Event {
     InitDone,
 }
 
-pub(super) struct Seen {
+pub(in crate::discovery) struct Seen {
     pub(super) name: ObjectName,
     pub(super) uid: String,
     /// The parsed object, `None` if it is irrelevant to the mesh, or the reason why it cannot be parsed.
     pub(super) object: Result<Option<Object>, String>,
 }
 
+/// The last published snapshot, with the changes since.
+pub(in crate::discovery) trait Model {
+    /// The snapshot under construction.
+    fn edit(&mut self) -> &mut Edit;
+
+    /// Adds a pod, or replaces the pod of the same name.
+    fn pod(&mut self, pod: Arc<Workload>);
+
+    /// Removes the pod.
+    fn remove_pod(&mut self, name: &ObjectName);
+
+    /// Returns the snapshot with all changes applied.
+    fn snapshot(&mut self) -> Snapshot;
+}
+
+/// Pods are what the API server says.
+impl Model for Edit {
+    fn edit(&mut self) -> &mut Edit {
+        self
+    }
+
+    fn pod(&mut self, pod: Arc<Workload>) {
+        Self::pod(self, pod);
+    }
+
+    fn remove_pod(&mut self, name: &ObjectName) {
+        Self::remove_pod(self, name);
+    }
+
+    fn snapshot(&mut self) -> Snapshot {
+        let edit = std::mem::replace(self, Self::from(Snapshot::default()));
+        let snapshot = edit.finish();
+        *self = Self::from(snapshot.clone());
+        snapshot
+    }
+}
+
 /// The known state of the cluster.
-pub(super) struct Known {
+pub(in crate::discovery) struct Known<M = Edit> {
     settings: Settings,
     kinds: BTreeMap<Kind, Objects>,
-    /// The last published snapshot, with the changes since.
-    edit: Edit,
+    model: M,
     /// Whether policies have changed since they were last published.
     policies_changed: bool,
 }
@@ -73,24 +109,36 @@ impl Known {
         if policies {
             kinds.extend(POLICIES.map(Kind::Policy));
         }
+        Self::of(settings, &kinds, edit)
+    }
+}
+
+impl<M: Model> Known<M> {
+    /// Creates the state of a cluster of which only these kinds are watched.
+    pub(in crate::discovery) fn of(settings: Settings, kinds: &[Kind], model: M) -> Self {
         Self {
             settings,
             kinds: kinds
-                .into_iter()
-                .map(|kind| (kind, Objects::default()))
+                .iter()
+                .map(|kind| (*kind, Objects::default()))
                 .collect(),
-            edit,
+            model,
             policies_changed: false,
         }
     }
 
+    /// Returns the model, for what the API server does not say.
+    pub(in crate::discovery) fn model(&mut self) -> &mut M {
+        &mut self.model
+    }
+
     /// Reports whether each kind has been read completely once.
-    pub(super) fn is_complete(&self) -> bool {
+    pub(in crate::discovery) fn is_complete(&self) -> bool {
         self.kinds.values().all(|objects| objects.complete)
     }
 
     /// Returns the number of objects that are known only from before an empty list.
-    pub(super) fn unconfirmed(&self) -> usize {
+    pub(in crate::discovery) fn unconfirmed(&self) -> usize {
         let doubted = self.kinds.values().filter(|objects| objects.doubted);
         doubted.map(|objects| objects.current.len()).sum()
     }
@@ -103,7 +151,7 @@ impl Known {
     }
 
     /// Applies an event. Returns whether it changed anything.
-    pub(super) fn take(&mut self, kind: Kind, event: Event) -> bool {
+    pub(in crate::discovery) fn take(&mut self, kind: Kind, event: Event) -> bool {
         let objects = self.kinds.entry(kind).or_default();
         match event {
             Event::Apply(seen) => {
@@ -166,15 +214,19 @@ impl Known {
         if before.and_then(|before| before.object) == object {
             return false;
         }
-        let edit = &mut self.edit;
+        // Daemons may be watched apart from the other pods.
+        let tells_of_daemons = self.settings.daemons.is_some()
+            && (kind == Kind::Daemon || !self.kinds.contains_key(&Kind::Daemon));
+        let edit = self.model.edit();
         match (kind, object) {
             (_, Some(Object::Pod(pod))) => {
-                if self.settings.has_daemon(&pod) {
-                    edit.daemon(&name, Some(&pod.node));
-                } else if self.settings.daemons.is_some() {
-                    edit.daemon(&name, None);
+                if tells_of_daemons {
+                    let is_ready = self.settings.has_daemon(&pod);
+                    edit.daemon(&name, is_ready.then_some(pod.node.as_str()));
                 }
-                edit.pod(pod);
+                if kind == Kind::Pod {
+                    self.model.pod(pod);
+                }
             }
             (_, Some(Object::Service(service))) => edit.service(service),
             (_, Some(Object::Slice(slice))) => edit.slice(slice),
@@ -184,11 +236,13 @@ impl Known {
             (_, Some(Object::ServiceNetworks(networks))) => {
                 edit.service_networks(&name.name, networks);
             }
-            (Kind::Pod, None) => {
-                if self.settings.daemons.is_some() {
+            (Kind::Pod | Kind::Daemon, None) => {
+                if tells_of_daemons {
                     edit.daemon(&name, None);
                 }
-                edit.remove_pod(&name);
+                if kind == Kind::Pod {
+                    self.model.remove_pod(&name);
+                }
             }
             (Kind::Service, None) => edit.remove_service(&name),
             (Kind::Slice, None) => edit.remove_slice(&name),
@@ -216,11 +270,8 @@ impl Known {
     }
 
     /// Returns a snapshot of everything else.
-    pub(super) fn snapshot(&mut self) -> Snapshot {
-        let edit = std::mem::replace(&mut self.edit, Edit::from(Snapshot::default()));
-        let snapshot = edit.finish();
-        self.edit = Edit::from(snapshot.clone());
-        snapshot
+    pub(in crate::discovery) fn snapshot(&mut self) -> Snapshot {
+        self.model.snapshot()
     }
 }
 

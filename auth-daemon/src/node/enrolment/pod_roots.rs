@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{config::Discovery, proxy::Node};
+use crate::proxy::Node;
 
 /// Interval at which the cgroups are searched for. The kubelet creates them once, when it starts.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -22,9 +22,7 @@ impl PodRoots {
         self.searched = Some(Instant::now());
         let problem = match node.kernel.find_pod_roots() {
             // Without a kubelet there are no pods in the node's own netns.
-            Ok(found)
-                if found || !matches!(node.config.discovery, Discovery::Kubernetes { .. }) =>
-            {
+            Ok(found) if found || node.config.discovery.own_namespace().is_none() => {
                 self.is_reported = false;
                 return;
             }
