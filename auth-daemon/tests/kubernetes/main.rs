@@ -3,6 +3,7 @@
 
 mod attestation;
 mod discovery;
+mod istiod;
 mod leader;
 mod state;
 

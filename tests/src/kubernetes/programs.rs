@@ -35,7 +35,7 @@ enum Stamp {
 
 impl GoModule {
     /// All modules, the quickest to build first.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self {
             name: "cni",
             programs: &["bridge", "host-local", "loopback", "portmap", "ptp"],
@@ -68,6 +68,13 @@ impl GoModule {
             programs: &["helm"],
             source: "helm.sh/helm/v4",
             stamps: &[("helm.sh/helm/v4/internal/version.version", Stamp::Whole)],
+            rename: None,
+        },
+        Self {
+            name: "istio",
+            programs: &["pilot-discovery"],
+            source: "istio.io/istio",
+            stamps: &[],
             rename: None,
         },
         Self {
