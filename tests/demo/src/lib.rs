@@ -13,6 +13,7 @@ mod entrances;
 mod evidence;
 mod failure;
 mod identity;
+mod kubernetes;
 mod lives;
 mod outside;
 mod policy;
@@ -40,6 +41,12 @@ use stage::Stage;
 /// Options of the demo.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
+    /// Show the Helm chart on a real Kubernetes of two nodes instead
+    #[arg(long)]
+    kubernetes: bool,
+    /// Keep the cluster until Ctrl-C, and say how to use it
+    #[arg(long, requires = "kubernetes")]
+    keep: bool,
     /// Print one JSON object on stdout, and everything else on stderr
     #[arg(long)]
     json: bool,
@@ -53,8 +60,17 @@ pub struct Arguments {
 /// # Errors
 /// If not root, if something does not build, or if a check fails.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let mut report = Report::new(arguments.json);
-    let shown = prepare(arguments).and_then(|()| show(&mut report));
+    if arguments.kubernetes {
+        return kubernetes::run(arguments);
+    }
+    let names = BEFORE.iter().chain(&AFTER).map(|check| check.name);
+    let mut report = Report::new(arguments.json, names.collect());
+    let shown = prepare(arguments).and_then(|()| show(&mut report, perform));
+    conclude(report, shown)
+}
+
+/// Finishes the report. Fails if the demo did, or if a check has failed.
+fn conclude(report: Report, shown: Result<()>) -> Result<()> {
     let failed = report.finish(shown.as_ref().err());
     shown?;
     if !failed.is_empty() {
@@ -78,7 +94,10 @@ fn prepare(arguments: &Arguments) -> Result<()> {
 
 /// Runs the checks and reports them. An error means that the demo itself failed, and is the cause of all checks not
 /// run.
-fn show(report: &mut Report) -> Result<()> {
+fn show(
+    report: &mut Report,
+    perform: impl FnOnce(&Evidence, &AtomicBool) + Send + 'static,
+) -> Result<()> {
     let work = |events, stop: &AtomicBool| {
         perform(&Evidence(events), stop);
         Ok(())
@@ -163,5 +182,5 @@ fn nothing_left(id: MeshId) -> Result<()> {
     Ok(())
 }
 
-/// Time limit for a check.
-const LONGEST: Duration = Duration::from_secs(60);
+/// Time limit for a check, and for each part of the setup. A cluster takes longest, on a busy machine.
+const LONGEST: Duration = Duration::from_secs(300);

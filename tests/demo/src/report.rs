@@ -6,13 +6,13 @@ use std::time::Instant;
 use anyhow::{Error, Result, anyhow};
 use serde_json::json;
 
-use super::checks::{AFTER, BEFORE};
-
 /// Collects the checks' results. Text for people goes to stdout; with JSON, which is alone on stdout, it goes to
 /// stderr.
 pub(super) struct Report {
     json: bool,
     text: Box<dyn Write>,
+    /// The names of all checks.
+    checks: Vec<&'static str>,
     start: Instant,
     running: Option<Running>,
     done: Vec<Done>,
@@ -33,19 +33,21 @@ struct Done {
 }
 
 impl Report {
-    pub(super) fn new(json: bool) -> Self {
+    /// A report on checks of these names.
+    pub(super) fn new(json: bool, checks: Vec<&'static str>) -> Self {
         let text: Box<dyn Write> = if json {
             Box::new(io::stderr())
         } else {
             Box::new(io::stdout())
         };
-        Self::with(json, text)
+        Self::with(json, text, checks)
     }
 
-    fn with(json: bool, text: Box<dyn Write>) -> Self {
+    fn with(json: bool, text: Box<dyn Write>, checks: Vec<&'static str>) -> Self {
         Self {
             json,
             text,
+            checks,
             start: Instant::now(),
             running: None,
             done: Vec::new(),
@@ -134,10 +136,10 @@ impl Report {
         {
             let _ = self.ends(Err(anyhow!("{why}")));
         }
-        for check in BEFORE.iter().chain(&AFTER) {
-            if self.done.iter().all(|done| done.name != check.name) {
+        for name in &self.checks {
+            if self.done.iter().all(|done| done.name != *name) {
                 self.done.push(Done {
-                    name: check.name,
+                    name,
                     ok: false,
                     evidence: vec![format!("{NOT_RUN}{why}")],
                 });
@@ -179,9 +181,11 @@ const NOT_RUN: &str = "not run: ";
 mod tests {
     use super::*;
 
+    const CHECKS: [&str; 4] = ["plaintext-before", "mtls-on-wire", "port-kept", "same-node"];
+
     #[test]
     fn every_check_has_a_result() {
-        let mut report = Report::with(true, Box::new(io::sink()));
+        let mut report = Report::with(true, Box::new(io::sink()), CHECKS.to_vec());
         report.begins(None, "set-up");
         report.ends(Ok(())).unwrap();
         report.begins(Some("plaintext-before"), "claim");
@@ -198,7 +202,7 @@ mod tests {
         assert_eq!(object["checks"][1]["ok"], false);
         report.begins(Some("port-kept"), "claim");
         report.complete(Some(&anyhow!("interrupted")));
-        assert_eq!(report.done.len(), BEFORE.len() + AFTER.len());
+        assert_eq!(report.done.len(), CHECKS.len());
         assert_eq!(report.done.iter().filter(|done| done.ok).count(), 1);
         assert_eq!(
             report.object()["checks"][2]["evidence"],
@@ -208,11 +212,11 @@ mod tests {
 
     #[test]
     fn a_failing_part_of_the_set_up_is_an_error() {
-        let mut report = Report::with(true, Box::new(io::sink()));
+        let mut report = Report::with(true, Box::new(io::sink()), CHECKS.to_vec());
         report.begins(None, "set-up");
         assert!(report.ends(Err(anyhow!("no"))).is_err());
         report.complete(None);
-        assert_eq!(report.done.len(), BEFORE.len() + AFTER.len());
+        assert_eq!(report.done.len(), CHECKS.len());
         assert!(report.done.iter().all(|done| !done.ok));
     }
 }
