@@ -25,6 +25,8 @@ pub(crate) enum Event {
     Restart { node: usize },
     /// A pod's object says something else, while its processes run on.
     Object { pod: usize, object: Object },
+    /// A node and its pods are ready, or not, as the API says.
+    Flap { node: usize, ready: bool },
     /// A pod's processes and network are removed and made anew, with its name and addresses.
     Recreate { pod: usize },
 }
@@ -80,7 +82,11 @@ impl Event {
                 object: random.one(&[Object::Failed, Object::Removed]),
             },
             70..88 => Self::Crash { node },
-            88..94 => Self::Restart { node },
+            88..92 => Self::Restart { node },
+            92..96 => match state.ready.iter().position(|ready| !ready) {
+                Some(node) => Self::Flap { node, ready: true },
+                None => Self::Flap { node, ready: false },
+            },
             // What is nested in a pod would not be made anew.
             _ if world.pods[pod].nested => Self::Crash { node },
             _ => Self::Recreate { pod },
@@ -102,6 +108,7 @@ impl Event {
                 labels.insert("app".to_owned(), (*app).to_owned());
             }
             Self::Object { pod, object } => state.pods[*pod].object = *object,
+            Self::Flap { node, ready } => state.ready[*node] = *ready,
             Self::Crash { .. } | Self::Restart { .. } | Self::Recreate { .. } => {}
         }
     }
@@ -137,6 +144,10 @@ impl fmt::Display for Event {
                 write!(f, "the daemon of node {} crashes and starts", NODES[*node])
             }
             Self::Restart { node } => write!(f, "the daemon of node {} restarts", NODES[*node]),
+            Self::Flap { node, ready } => {
+                let not = if *ready { "" } else { "not " };
+                write!(f, "node {} is {not}ready", NODES[*node])
+            }
             Self::Recreate { pod } => write!(f, "p{pod} is made anew"),
         }
     }

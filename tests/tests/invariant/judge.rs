@@ -114,7 +114,10 @@ impl Judge<'_> {
             // What is none of the mesh's passes as it is. This also shows that the observer sees everything.
             let end = world.machine(read.server);
             let crosses = |state: &&State| {
-                let machines = [translated_by(state, call), Some(world.machine(call.from))];
+                let machines = [
+                    translated_by(world, state, call),
+                    Some(world.machine(call.from)),
+                ];
                 machines.into_iter().flatten().any(|machine| machine != end)
             };
             if states.iter().all(crosses) && !states.iter().any(|state| private(state)) {
@@ -167,7 +170,7 @@ impl Judge<'_> {
                 // Sent to a node port before the caller joined the mesh: the node translates it as ever.
                 None => at_start
                     .iter()
-                    .filter(|state| translated_by(state, call).is_some())
+                    .filter(|state| translated_by(world, state, call).is_some())
                     .flat_map(|state| servers(world, state, call))
                     .any(|server| {
                         let family = usize::from(sighting.server.is_ipv6());
@@ -263,12 +266,16 @@ impl Judge<'_> {
         let to = match call.to {
             Target::Site(site) => world.describe(site),
             Target::Nested(pod) => world.describe(Site::Nested(pod)),
+            Target::HostPort(pod) => world.describe(Site::Pod(pod)),
             Target::Second(pod) => format!(
                 "{} (an address that no object lists)",
                 world.describe(Site::Pod(pod))
             ),
             Target::Service(number)
             | Target::NodePort {
+                service: number, ..
+            }
+            | Target::External {
                 service: number, ..
             } => {
                 let service = &world.services[number];
@@ -309,9 +316,10 @@ impl Judge<'_> {
                 .collect();
             let _ = writeln!(
                 text,
-                "  in force: mode {}; serving {:?}; {}; expected {:?}",
+                "  in force: mode {}; serving {:?}; ready {:?}; {}; expected {:?}",
                 world.mode,
                 state.serving,
+                state.ready,
                 pods.join("; "),
                 expected(world, state, call),
             );

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 
 use crate::events::Event;
 use crate::random::Random;
-use crate::table::leads_somewhere;
-use crate::world::{Site, State, Target, World};
+use crate::table::{is_member, leads_somewhere};
+use crate::world::{Object, Site, State, Target, World};
 
 /// An event, the connections made while it takes effect, and those made after that.
 #[derive(Debug)]
@@ -116,11 +116,22 @@ fn is_sensible(world: &World, state: &State, from: Site, to: Target) -> bool {
         // A cluster IP that leads nowhere may take long to be refused: the kernel limits its ICMP errors.
         (_, Target::Service(service)) => leads_somewhere(world, state, from, service),
         // Pods of the mesh are led to the Service, unless it has none of them behind it.
-        (Site::Pod(pod), Target::NodePort { service, .. }) if state.pods[pod].member => {
+        (from, Target::NodePort { service, .. } | Target::External { service, .. })
+            if is_member(state, from) =>
+        {
             leads_somewhere(world, state, from, service)
+        }
+        // Only a running pod's port is exposed. What is exposed outside of the mesh is the node's.
+        (from, Target::HostPort(pod)) if is_member(state, from) => {
+            let pod = &state.pods[pod];
+            pod.member && pod.object == Object::Running
         }
         // A node does not translate what its own processes dial.
         (Site::Node(from) | Site::HostPod(from), Target::NodePort { node, .. }) => from != node,
+        (Site::Node(from) | Site::HostPod(from), Target::HostPort(pod)) => {
+            from != world.pods[pod].node
+        }
+        (Site::Node(_) | Site::HostPod(_), Target::External { .. }) => false,
         // What stays on machines outside of the mesh is not this test's.
         (from, Target::Site(to)) => matches!(from, Site::Pod(_)) || matches!(to, Site::Pod(_)),
         _ => true,
@@ -132,7 +143,10 @@ fn target(random: &mut Random, world: &World) -> Target {
         .filter(|pod| world.pods[*pod].second.is_some())
         .collect();
     let exposed: Vec<usize> = (0..world.services.len())
-        .filter(|service| world.services[*service].node_ports.is_some())
+        .filter(|service| world.services[*service].exposed.is_some())
+        .collect();
+    let on_hosts: Vec<usize> = (0..world.pods.len())
+        .filter(|pod| world.pods[*pod].host_ports.is_some())
         .collect();
     let nested: Vec<usize> = (0..world.pods.len())
         .filter(|pod| world.pods[*pod].nested)
@@ -143,10 +157,15 @@ fn target(random: &mut Random, world: &World) -> Target {
             service: random.one(&exposed),
             node: random.below(2),
         },
-        33..41 if !second.is_empty() => Target::Second(random.one(&second)),
-        41..46 if !nested.is_empty() => Target::Nested(random.one(&nested)),
-        46..48 => Target::Site(Site::Node(random.below(2))),
-        48..51 => Target::Site(Site::Outside),
+        33..38 if !exposed.is_empty() => Target::External {
+            service: random.one(&exposed),
+            which: random.below(2),
+        },
+        38..43 if !on_hosts.is_empty() => Target::HostPort(random.one(&on_hosts)),
+        43..51 if !second.is_empty() => Target::Second(random.one(&second)),
+        51..56 if !nested.is_empty() => Target::Nested(random.one(&nested)),
+        56..58 => Target::Site(Site::Node(random.below(2))),
+        58..61 => Target::Site(Site::Outside),
         _ => Target::Site(Site::Pod(random.below(world.pods.len()))),
     }
 }

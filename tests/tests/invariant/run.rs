@@ -14,7 +14,8 @@ use crate::observer::{Observer, Sighting};
 use crate::plan::{self, Call, Step};
 use crate::random::Random;
 use crate::world::{
-    Built, MEMBERSHIP, NESTED_PORT, NODES, Object, POD_PORTS, Site, State, World, membership,
+    Built, MEMBERSHIP, NESTED_PORT, NODES, Object, POD_PORTS, Site, State, World, is_ready,
+    membership,
 };
 
 /// Everything that was planned, done and seen.
@@ -215,6 +216,18 @@ impl<'a> Run<'a> {
                 let daemon = self.daemons[*node].take().context("no daemon")?;
                 daemon.terminate(TIMEOUT)?;
                 self.start_daemon(*node, state)
+            }
+            Event::Flap { node, ready } => {
+                self.world.write_node(self.mesh, *node, *ready)?;
+                let pods = self.world.pods.iter().zip(&state.pods);
+                for (pod, _) in
+                    pods.filter(|(pod, state)| pod.node == *node && state.object != Object::Removed)
+                {
+                    manifests.edit("Pod", pod.namespace, &pod.name, |pod| {
+                        pod["status"]["conditions"] = is_ready(*ready);
+                    })?;
+                }
+                Ok(())
             }
             Event::Recreate { pod } => self.recreate(*pod, state.pods[*pod].member),
         }

@@ -24,7 +24,7 @@ pub(crate) fn may_read(
         return true;
     }
     // The node's own processes, such as the kubelet's probes.
-    if call.from == Site::Node(pod.node) && translated_by(state, call).is_none() {
+    if call.from == Site::Node(pod.node) && translated_by(world, state, call).is_none() {
         return true;
     }
     let identity = match call.from {
@@ -90,17 +90,26 @@ pub(crate) fn source(
         }
         _ => world.addresses(Site::Node(node))[family],
     };
-    match (translated_by(state, call), call.from) {
+    match (translated_by(world, state, call), call.from) {
         (Some(node), _) | (None, Site::Node(node) | Site::HostPod(node)) => of_node(node),
         (None, from) => world.addresses(from)[family],
     }
 }
 
-/// The node that translates both addresses of a connection, as it does for a node port. It does not for pods of the mesh:
-/// their daemon knows the Service.
-pub(crate) fn translated_by(state: &State, call: &Call) -> Option<usize> {
+/// The node that translates both addresses of a connection, as it does where a Service or pod is exposed. It does not for
+/// pods of the mesh: their daemon knows the Service or pod.
+pub(crate) fn translated_by(world: &World, state: &State, call: &Call) -> Option<usize> {
+    if is_member(state, call.from) {
+        return None;
+    }
     match call.to {
-        Target::NodePort { node, .. } if !is_member(state, call.from) => Some(node),
+        Target::NodePort { node, .. } => Some(node),
+        Target::HostPort(pod) => Some(world.pods[pod].node),
+        Target::External { .. } => Some(match call.from {
+            Site::Pod(pod) => world.pods[pod].node,
+            // The host outside has a route to the first node.
+            _ => 0,
+        }),
         _ => None,
     }
 }
@@ -113,7 +122,7 @@ pub(crate) fn is_private(state: &State, from: Site, server: Site) -> bool {
     from != server && is_member(state, from) && is_member(state, server)
 }
 
-fn is_member(state: &State, site: Site) -> bool {
+pub(crate) fn is_member(state: &State, site: Site) -> bool {
     matches!(site, Site::Pod(pod) | Site::Nested(pod) if state.pods[pod].member)
 }
 
@@ -137,6 +146,8 @@ pub(crate) fn expected(world: &World, state: &State, call: &Call) -> Option<bool
         Target::Service(service) if !leads_somewhere(world, state, call.from, service) => {
             return Some(false);
         }
+        // No endpoint is ready.
+        _ if servers.is_empty() => return Some(false),
         // Whether a pod reaches itself by such an address is not promised.
         _ if call.to != Target::Site(call.from) && servers.contains(&call.from) => return None,
         Target::Second(_) if is_member(state, call.from) => return Some(false),
@@ -169,28 +180,35 @@ pub(crate) fn servers(world: &World, state: &State, call: &Call) -> Vec<Site> {
         Target::Site(site) => vec![site],
         Target::Second(pod) => vec![Site::Pod(pod)],
         Target::Nested(pod) => vec![Site::Nested(pod)],
-        Target::NodePort { service, .. } if translated_by(state, call).is_some() => {
-            let node_ports = world.services[service].node_ports;
-            node_ports
-                .map(|(_, pod)| Site::Pod(pod))
-                .into_iter()
-                .collect()
+        Target::HostPort(pod) => vec![Site::Pod(pod)],
+        Target::NodePort { service, .. } | Target::External { service, .. }
+            if translated_by(world, state, call).is_some() =>
+        {
+            let exposed = world.services[service].exposed.iter();
+            exposed.map(|exposed| Site::Pod(exposed.pod)).collect()
         }
-        Target::Service(service) | Target::NodePort { service, .. } => {
-            endpoints(world, state, service)
-        }
+        Target::Service(service)
+        | Target::NodePort { service, .. }
+        | Target::External { service, .. } => endpoints(world, state, service),
     }
 }
 
 /// Whether a Service's cluster IP leads to its pods from here. There is no kube-proxy: nobody but the daemon knows what
 /// a cluster IP is, and it takes care only of Services with a pod of the mesh.
 pub(crate) fn leads_somewhere(world: &World, state: &State, from: Site, service: usize) -> bool {
-    let endpoints = endpoints(world, state, service);
-    is_member(state, from) && endpoints.iter().any(|endpoint| is_member(state, *endpoint))
+    let pods = selected(world, state, service);
+    is_member(state, from) && pods.iter().any(|pod| is_member(state, *pod))
+}
+
+/// The pods behind a Service that are ready.
+fn endpoints(world: &World, state: &State, service: usize) -> Vec<Site> {
+    let mut pods = selected(world, state, service);
+    pods.retain(|pod| state.ready[world.machine(*pod)]);
+    pods
 }
 
 /// The pods behind a Service.
-fn endpoints(world: &World, state: &State, service: usize) -> Vec<Site> {
+fn selected(world: &World, state: &State, service: usize) -> Vec<Site> {
     let service = &world.services[service];
     let selected = |number: &usize| {
         let PodState { labels, object, .. } = &state.pods[*number];

@@ -37,6 +37,8 @@ pub(crate) struct Pod {
     pub(crate) second: Option<[IpAddr; 2]>,
     /// Whether a namespace is nested in it, with a server behind a port of the pod.
     pub(crate) nested: bool,
+    /// The ports of its node that lead to its own (`hostPort`).
+    pub(crate) host_ports: Option<[u16; 2]>,
 }
 
 /// A Service with a port 80 to 8080 and 81 to 8081.
@@ -49,8 +51,19 @@ pub(crate) struct Service {
     pub(crate) addresses: [IpAddr; 2],
     /// Whether the nodes have its addresses on their loopback, as in kube-proxy's mode IPVS.
     pub(crate) on_nodes: bool,
-    /// If it is of type NodePort: its two ports on each node, and the pod to which the nodes translate them.
-    pub(crate) node_ports: Option<([u16; 2], usize)>,
+    /// If it is of type LoadBalancer: how it is exposed.
+    pub(crate) exposed: Option<Exposed>,
+}
+
+/// How a Service is exposed on addresses that are not its own.
+#[derive(Debug, Clone)]
+pub(crate) struct Exposed {
+    /// Its two ports on each node.
+    pub(crate) node_ports: [u16; 2],
+    /// IPv4, IPv6 of its load balancer, and of its `externalIPs`.
+    external: [[IpAddr; 2]; 2],
+    /// The pod to which the nodes translate all of these.
+    pub(crate) pod: usize,
 }
 
 /// What a world is made of. Fields are dropped in this order.
@@ -70,6 +83,8 @@ pub(crate) struct State {
     pub(crate) policies: BTreeMap<String, Value>,
     /// Whether each node's daemon is running and ready.
     pub(crate) serving: [bool; 2],
+    /// Whether each node is ready, and with it its pods, as the API says.
+    pub(crate) ready: [bool; 2],
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,6 +131,13 @@ pub(crate) enum Target {
         service: usize,
         node: usize,
     },
+    /// A Service's load balancer, or one of its external addresses.
+    External {
+        service: usize,
+        which: usize,
+    },
+    /// A pod's port on its node.
+    HostPort(usize),
     /// The address of a pod that no object lists.
     Second(usize),
     /// The port of a pod that leads to its nested namespace.
@@ -150,6 +172,10 @@ impl World {
                     [IpAddr::from([10, 77, node, host]), IpAddr::from(v6)]
                 }),
                 nested: random.chance(25),
+                host_ports: random.chance(40).then(|| {
+                    let first = 31_080 + 2 * number as u16;
+                    [first, first + 1]
+                }),
             });
             states.push(PodState {
                 member,
@@ -165,9 +191,18 @@ impl World {
                     pods[*pod].namespace == namespace && states[*pod].labels["app"] == app
                 })
                 .collect();
-            let node_ports = (!selected.is_empty() && random.chance(60)).then(|| {
+            let exposed = (!selected.is_empty() && random.chance(60)).then(|| {
                 let first = 30_080 + 2 * number as u16;
-                ([first, first + 1], random.one(&selected))
+                let external = [0x10, 0x20].map(|kind| {
+                    let host = kind + number as u8;
+                    let v6 = [0x2001, 0xdb8, 0x51, 0, 0, 0, 0, host.into()];
+                    [IpAddr::from([198, 51, 100, host]), IpAddr::from(v6)]
+                });
+                Exposed {
+                    node_ports: [first, first + 1],
+                    external,
+                    pod: random.one(&selected),
+                }
             });
             Service {
                 name: format!("s{number}"),
@@ -178,7 +213,7 @@ impl World {
                     IpAddr::from([0xfd96, 0, 0, 0, 0, 0, 0, 0x10 + number as u16]),
                 ],
                 on_nodes: random.chance(40),
-                node_ports,
+                exposed,
             }
         });
         let services = services.collect();
@@ -194,6 +229,7 @@ impl World {
             pods: states,
             policies: BTreeMap::new(),
             serving: [true; 2],
+            ready: [true; 2],
         };
         for number in 0..random.below(3) {
             Event::Apply(policies::generate(random, &format!("first-{number}"))).apply(&mut state);
@@ -244,7 +280,7 @@ impl World {
             self.add_second_addresses(&mesh, number)?;
         }
         self.add_addresses_of_services(&mesh)?;
-        self.add_node_ports(&mesh)?;
+        self.expose(&mesh)?;
         let mut firewalls = Vec::new();
         for (number, node) in NODES.into_iter().enumerate() {
             let rules = self.translation(number);
@@ -298,45 +334,97 @@ impl World {
         Ok(())
     }
 
-    fn add_node_ports(&self, mesh: &Mesh) -> Result<()> {
+    /// Writes the objects of nodes, and how Services and pods are exposed.
+    fn expose(&self, mesh: &Mesh) -> Result<()> {
+        let manifests = mesh.manifests();
         // A daemon knows a node port by the addresses of the nodes.
-        for (name, addresses) in NODES.into_iter().zip(self.nodes) {
-            let addresses = addresses.map(|ip| json!({"type": "InternalIP", "address": ip}));
-            let node = json!({
-                "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
-                "status": {"addresses": addresses},
-            });
-            mesh.manifests()
-                .write(&format!("node-{name}.json"), &node.to_string())?;
+        for node in 0..NODES.len() {
+            self.write_node(mesh, node, true)?;
         }
         for service in &self.services {
-            let Some((ports, _)) = service.node_ports else {
+            let Some(exposed) = &service.exposed else {
                 continue;
             };
-            mesh.manifests()
-                .edit("Service", service.namespace, &service.name, |service| {
-                    service["spec"]["type"] = "NodePort".into();
-                    for (number, port) in ports.into_iter().enumerate() {
-                        service["spec"]["ports"][number]["nodePort"] = port.into();
-                    }
-                })?;
+            let [balancer, external] = exposed.external;
+            manifests.edit("Service", service.namespace, &service.name, |service| {
+                service["spec"]["type"] = "LoadBalancer".into();
+                service["spec"]["externalIPs"] = json!(external);
+                let ingress = balancer.map(|ip| json!({"ip": ip}));
+                service["status"] = json!({"loadBalancer": {"ingress": ingress}});
+                for (number, port) in exposed.node_ports.into_iter().enumerate() {
+                    service["spec"]["ports"][number]["nodePort"] = port.into();
+                }
+            })?;
+        }
+        for pod in &self.pods {
+            let Some(host_ports) = pod.host_ports else {
+                continue;
+            };
+            let addresses = self.nodes[pod.node].map(|ip| json!({"ip": ip}));
+            manifests.edit("Pod", pod.namespace, &pod.name, |pod| {
+                let ports = POD_PORTS.iter().zip(host_ports);
+                let ports =
+                    ports.map(|(port, host)| json!({"containerPort": port, "hostPort": host}));
+                pod["spec"]["containers"][0]["ports"] = ports.collect();
+                pod["status"]["hostIPs"] = json!(addresses);
+            })?;
+        }
+        // The host outside reaches what is nobody's own address through the first node.
+        let [v4, v6] = [
+            mesh.node(NODES[0]).ipv4().to_string(),
+            mesh.node(NODES[0]).ipv6().to_string(),
+        ];
+        for (network, node) in [(EXTERNAL[0], v4), (EXTERNAL[1], v6)] {
+            let command = ["route", "add", network, "via", &node];
+            mesh.outside().run("ip", command)?.ok()?;
         }
         Ok(())
     }
 
-    /// Packet filter rules that translate a node's ports, as kube-proxy's do: the pod sees the node's address.
+    /// Writes the object of a node.
+    pub(crate) fn write_node(&self, mesh: &Mesh, number: usize, ready: bool) -> Result<()> {
+        let name = NODES[number];
+        let addresses = self.nodes[number].map(|ip| json!({"type": "InternalIP", "address": ip}));
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+            "status": {"addresses": addresses, "conditions": is_ready(ready)},
+        });
+        mesh.manifests()
+            .write(&format!("node-{name}.json"), &node.to_string())
+    }
+
+    /// Packet filter rules that translate a node's ports, and the addresses at which Services are exposed, as kube-proxy's
+    /// do: the pod sees the node's address.
     fn translation(&self, node: usize) -> String {
         let mut rules =
             "chain prerouting {\n  type nat hook prerouting priority dstnat;\n".to_owned();
-        let [node_v4, node_v6] = self.nodes[node];
-        let services = self.services.iter();
-        for (ports, pod) in services.filter_map(|service| service.node_ports) {
+        let mut lead = |[from_v4, from_v6]: [IpAddr; 2], ports: [u16; 2], pod: usize| {
             let [v4, v6] = self.pods[pod].addresses;
             for (port, to) in ports.into_iter().zip(POD_PORTS) {
                 rules += &format!(
-                    "  ip daddr {node_v4} tcp dport {port} dnat ip to {v4}:{to}\n  \
-                     ip6 daddr {node_v6} tcp dport {port} dnat ip6 to [{v6}]:{to}\n",
+                    "  ip daddr {from_v4} tcp dport {port} dnat ip to {v4}:{to}\n  \
+                     ip6 daddr {from_v6} tcp dport {port} dnat ip6 to [{v6}]:{to}\n",
                 );
+            }
+        };
+        for exposed in self
+            .services
+            .iter()
+            .filter_map(|service| service.exposed.as_ref())
+        {
+            lead(self.nodes[node], exposed.node_ports, exposed.pod);
+            for address in exposed.external {
+                lead(address, SERVICE_PORTS, exposed.pod);
+            }
+        }
+        for (number, pod) in self
+            .pods
+            .iter()
+            .enumerate()
+            .filter(|(_, pod)| pod.node == node)
+        {
+            if let Some(ports) = pod.host_ports {
+                lead(self.nodes[node], ports, number);
             }
         }
         rules
@@ -361,9 +449,19 @@ impl World {
                 (self.services[number].addresses[family], SERVICE_PORTS[port])
             }
             Target::NodePort { service, node } => {
-                let node_ports = self.services[service].node_ports;
-                let (ports, _) = node_ports.expect("a target is one that there is");
-                (self.nodes[node][family], ports[port])
+                let exposed = self.services[service].exposed.as_ref();
+                let exposed = exposed.expect("a target is one that there is");
+                (self.nodes[node][family], exposed.node_ports[port])
+            }
+            Target::External { service, which } => {
+                let exposed = self.services[service].exposed.as_ref();
+                let exposed = exposed.expect("a target is one that there is");
+                (exposed.external[which][family], SERVICE_PORTS[port])
+            }
+            Target::HostPort(number) => {
+                let pod = &self.pods[number];
+                let ports = pod.host_ports.expect("a target is one that there is");
+                (self.nodes[pod.node][family], ports[port])
             }
             Target::Second(pod) => {
                 let second = self.pods[pod].second;
@@ -428,6 +526,12 @@ impl Pod {
     }
 }
 
+/// The conditions of an object that is ready, or not.
+pub(crate) fn is_ready(ready: bool) -> Value {
+    let status = if ready { "True" } else { "False" };
+    json!([{"type": "Ready", "status": status}])
+}
+
 /// The value of the label that says whether a pod is in the mesh.
 pub(crate) fn membership(member: bool) -> &'static str {
     if member { "enabled" } else { "disabled" }
@@ -436,6 +540,8 @@ pub(crate) fn membership(member: bool) -> &'static str {
 pub(crate) const NODES: [&str; 2] = ["a", "b"];
 pub(crate) const MEMBERSHIP: &str = "auth-daemon.io/mesh";
 pub(crate) const TRUST_DOMAIN: &str = "cluster.local";
+/// The networks of load balancers and external addresses.
+const EXTERNAL: [&str; 2] = ["198.51.100.0/24", "2001:db8:51::/64"];
 /// The ports that every server listens on.
 pub(crate) const POD_PORTS: [u16; 2] = [8080, 8081];
 /// The port of a pod that leads to the server of its nested namespace.
