@@ -17,9 +17,6 @@ use super::{
     processes::{Folder, Process, leads_to_node, processor_time, prove},
 };
 
-/// Maximum duration of a census.
-const LIMIT: Duration = Duration::from_secs(5);
-
 /// The netns in which pods have processes, without the node's own.
 #[derive(Debug, Default)]
 pub struct Census {
@@ -29,6 +26,11 @@ pub struct Census {
     pub has_cgroups: bool,
     /// CPU time that the census used.
     pub effort: Duration,
+}
+
+impl Census {
+    /// Maximum duration.
+    pub const LIMIT: Duration = Duration::from_secs(5);
 }
 
 /// A netns in which pods have processes.
@@ -55,8 +57,8 @@ pub(super) fn take(roots: &[(PodRoot, PathBuf)]) -> io::Result<Census> {
     for (_, root) in roots {
         let mut folders = vec![(root.clone(), None)];
         while let Some((folder, pod)) = folders.pop() {
-            if started.elapsed() > LIMIT {
-                let why = format!("not through with all pods after {LIMIT:?}");
+            if started.elapsed() > Census::LIMIT {
+                let why = format!("not through with all pods after {:?}", Census::LIMIT);
                 return Err(io::Error::new(io::ErrorKind::TimedOut, why));
             }
             for (name, path) in subfolders(&folder) {

@@ -6,6 +6,8 @@
 //! has ended, every second, and pods whose cgroups are elsewhere, every ten seconds. However long that takes, it delays no
 //! other scan.
 
+mod schedule;
+
 use std::{
     collections::{HashMap, HashSet},
     io,
@@ -21,20 +23,8 @@ use crate::{
     processes::{Proof, Residents, Scan, find, walk},
 };
 use auth_mesh::{ObjectName, Workload};
+use schedule::{Schedule, Walks};
 
-/// Pause before the next scan after one that did not find a pod. Doubles each time. A sandbox exists some hundred
-/// milliseconds before its app.
-const FIRST: Duration = Duration::from_millis(20);
-/// Maximum pause between scans while a pod is not found.
-const MOST: Duration = Duration::from_secs(1);
-/// Pause between scans when all pods are found.
-const SLOW: Duration = Duration::from_secs(10);
-/// The same, if the kernel has reported a netns: it may be the new sandbox of a pod that is found.
-const TOLD: Duration = Duration::from_secs(1);
-/// Pause between walks while a netns is held for the processes in it.
-const HELD: Duration = Duration::from_secs(1);
-/// Idle time after a scan, as a multiple of the CPU time the scan used.
-const REST: u32 = 4;
 /// Maximum duration of one scan, and of one walk.
 const LIMIT: Duration = Duration::from_secs(5);
 /// Maximum number of netns whose first socket is remembered.
@@ -418,7 +408,7 @@ impl NetnsDiscovery {
     fn take_walk(&mut self, done: io::Result<Scan>) -> bool {
         self.walk = None;
         let effort = done.as_ref().map_or(LIMIT, |scan| scan.effort);
-        self.walks.last = Some((Instant::now(), effort));
+        self.walks.ended(Instant::now(), effort);
         let mut scan = match done {
             Ok(scan) => scan,
             Err(error) => return self.note_failure(&error),
@@ -530,177 +520,9 @@ fn is_same(one: Option<&NetnsLocation>, other: Option<&NetnsLocation>) -> bool {
     }
 }
 
-/// Decides when to scan.
-#[derive(Debug, Default)]
-struct Schedule {
-    /// When the last scan ended, and how much CPU time it used.
-    last: Option<(Instant, Duration)>,
-    /// Number of scans since the last news.
-    looks: u32,
-    /// Whether the kernel has reported a netns since the last scan started.
-    told: bool,
-    /// When the last scan of all pods started. `None` if one is due now.
-    full: Option<Instant>,
-}
-
-impl Schedule {
-    /// Call when a new pod is to be searched for.
-    fn news(&mut self) {
-        self.looks = 0;
-    }
-
-    fn told(&mut self) {
-        self.told = true;
-        self.looks = 0;
-    }
-
-    /// Call when a netns that was found may belong to another pod too.
-    fn doubt(&mut self) {
-        self.full = None;
-    }
-
-    /// Call when a scan starts. Returns whether it covers all pods.
-    fn begun(&mut self, now: Instant, missing: bool) -> bool {
-        self.told = false;
-        let is_full = !missing || self.full.is_none_or(|full| now - full >= SLOW);
-        if is_full {
-            self.full = Some(now);
-        }
-        is_full
-    }
-
-    fn ended(&mut self, now: Instant, effort: Duration) {
-        self.last = Some((now, effort));
-        self.looks = self.looks.saturating_add(1);
-    }
-
-    /// Time of the next scan, where `missing` tells whether any pod is not found. `None` if no scan has run yet, so that one is
-    /// due now.
-    fn due(&self, missing: bool) -> Option<Instant> {
-        let (ended, effort) = self.last?;
-        let pause = match (missing, self.told) {
-            (true, true) => Duration::ZERO,
-            _ if self.full.is_none() => Duration::ZERO,
-            (true, false) => FIRST
-                .saturating_mul(1 << self.looks.saturating_sub(1).min(16))
-                .min(MOST),
-            (false, true) => TOLD,
-            (false, false) => SLOW,
-        };
-        Some(ended + pause.max(effort * REST))
-    }
-}
-
-/// Decides when to walk through all processes.
-#[derive(Debug, Default)]
-struct Walks {
-    /// When the last walk ended, and how much CPU time it used.
-    last: Option<(Instant, Duration)>,
-    /// Whether there is a held netns that has not been counted.
-    is_due: bool,
-}
-
-impl Walks {
-    /// Time of the next walk, where `held` tells whether any netns is held for its processes. `None` if it is due now.
-    fn due(&self, held: bool) -> Option<Instant> {
-        let (ended, effort) = self.last?;
-        let pause = match (self.is_due, held) {
-            (true, _) => Duration::ZERO,
-            (false, true) => HELD,
-            (false, false) => SLOW,
-        };
-        Some(ended + pause.max(effort * REST))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const MS: fn(u64) -> Duration = Duration::from_millis;
-
-    #[test]
-    fn looks_often_for_what_is_missing_and_less_often_in_time() {
-        let mut schedule = Schedule::default();
-        assert_eq!(schedule.due(true), None, "at once");
-        let now = Instant::now();
-        let mut pauses = Vec::new();
-        for _ in 0..9 {
-            schedule.begun(now, true);
-            schedule.ended(now, MS(1));
-            pauses.push(schedule.due(true).unwrap() - now);
-        }
-        let expected = [20, 40, 80, 160, 320, 640, 1000, 1000, 1000];
-        assert_eq!(pauses, expected.map(MS));
-        assert_eq!(schedule.due(false), Some(now + SLOW));
-        // A new pod to wait for: the pauses start again.
-        schedule.news();
-        assert_eq!(schedule.due(true), Some(now + FIRST));
-    }
-
-    #[test]
-    fn what_the_kernel_tells_is_looked_at_at_once() {
-        let mut schedule = Schedule::default();
-        let now = Instant::now();
-        for _ in 0..9 {
-            schedule.begun(now, true);
-            schedule.ended(now, MS(2));
-        }
-        schedule.told();
-        assert_eq!(schedule.due(true), Some(now + MS(8)), "but for the rest");
-        assert_eq!(schedule.due(false), Some(now + TOLD));
-        // A report during a scan, which may have started too early to find the netns.
-        schedule.begun(now, true);
-        schedule.told();
-        schedule.ended(now, MS(2));
-        assert_eq!(schedule.due(true), Some(now + MS(8)));
-        schedule.begun(now, true);
-        schedule.ended(now, MS(2));
-        assert_eq!(schedule.due(true), Some(now + MS(40)));
-    }
-
-    #[test]
-    fn found_pods_are_looked_at_again_now_and_then() {
-        let mut schedule = Schedule::default();
-        let now = Instant::now();
-        assert!(schedule.begun(now, true), "the first is for all");
-        schedule.ended(now, MS(1));
-        assert!(!schedule.begun(now + MS(20), true));
-        assert!(schedule.begun(now + MS(30), false));
-        assert!(!schedule.begun(now + SLOW, true));
-        assert!(schedule.begun(now + SLOW + MS(30), true));
-        schedule.doubt();
-        assert_eq!(schedule.due(false), Some(now + MS(4)), "soon");
-        assert!(schedule.begun(now + SLOW + MS(40), true));
-    }
-
-    #[test]
-    fn held_netns_are_counted_every_second() {
-        let mut walks = Walks::default();
-        assert_eq!(walks.due(true), None, "at once");
-        let now = Instant::now();
-        walks.last = Some((now, MS(1)));
-        assert_eq!(walks.due(true), Some(now + HELD));
-        assert_eq!(walks.due(false), Some(now + SLOW));
-        walks.is_due = true;
-        assert_eq!(walks.due(true), Some(now + MS(4)), "soon");
-        walks.last = Some((now, Duration::from_secs(4)));
-        assert_eq!(
-            walks.due(true),
-            Some(now + Duration::from_secs(16)),
-            "after a rest"
-        );
-    }
-
-    #[test]
-    fn looking_leaves_most_of_the_time() {
-        let mut schedule = Schedule::default();
-        let now = Instant::now();
-        schedule.begun(now, true);
-        schedule.told();
-        schedule.ended(now, Duration::from_secs(4));
-        assert_eq!(schedule.due(true), Some(now + Duration::from_secs(16)));
-    }
 
     #[test]
     fn what_was_found_is_held_until_something_else_is() {

@@ -250,7 +250,10 @@ impl Enrolment {
                 () = self.netns_discovery.changed() => {}
                 () = self.outside.changed(&self.node) => {}
                 () = self.node.kernel.forwarding_changed() => {}
-                () = self.starting.changed() => self.netns_discovery.search_now(),
+                () = self.starting.changed() => {
+                    self.netns_discovery.search_now();
+                    self.outside.search_now();
+                }
                 _ = ticks.tick() => {
                     self.is_tick = true;
                     self.node.kernel.sweep_shares();

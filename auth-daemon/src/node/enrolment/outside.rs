@@ -17,17 +17,9 @@ use tokio::task::JoinHandle;
 
 use super::{Enrolment, LATE};
 use crate::proxy::Node;
-use auth_datapath::{Census, Netns, PodNetns, PodUid};
+use auth_datapath::{Census, Netns, Pauses, PodNetns, PodUid};
 use auth_mesh::Snapshot;
 
-/// Pause before the next census after one that did not find a pod. Doubles each time.
-const FIRST: Duration = Duration::from_millis(20);
-/// Maximum pause while a pod is not found.
-const MOST: Duration = Duration::from_secs(1);
-/// Pause when all pods are found.
-const SLOW: Duration = Duration::from_secs(10);
-/// Idle time after a census, as a multiple of the CPU time that it used.
-const REST: u32 = 4;
 /// How long a netns must have been there to count as created by the pod whose processes are in it.
 const NESTED: Duration = Duration::from_secs(1);
 /// Maximum number of such netns for each pod.
@@ -43,15 +35,12 @@ pub(super) struct OutsidePods {
     closed: HashMap<u64, Closed>,
     /// The pods outside the mesh whose netns is not known.
     missing: HashSet<PodUid>,
-    /// Number of censuses since a pod began to be missing.
-    searches: u32,
+    pauses: Pauses,
     census: Option<JoinHandle<io::Result<Census>>>,
     /// The netns of the last census. `None` if it has failed, or there was none yet.
     last: Option<Vec<PodNetns>>,
     /// See [`Census::has_cgroups`].
     has_cgroups: bool,
-    /// When the last census ended, and the CPU time that it used.
-    ended: Option<(Instant, Duration)>,
     /// Whether a pod has created a socket in a closed netns since the last census began.
     is_told: bool,
     /// Whether the kernel closes what is not open.
@@ -93,7 +82,7 @@ impl OutsidePods {
     /// Takes censuses when they are due, and returns when one has brought news. Cancel-safe.
     pub(super) async fn changed(&mut self, node: &Arc<Node>) {
         loop {
-            let due = self.due();
+            let due = self.due().unwrap_or_else(Instant::now);
             let is_idle = self.census.is_none();
             tokio::select! {
                 done = finished(&mut self.census) => if self.take(done) {
@@ -114,9 +103,9 @@ impl OutsidePods {
     /// Applies the result of a census. Returns whether there may be something to do.
     fn take(&mut self, done: io::Result<Census>) -> bool {
         self.census = None;
-        self.searches = self.searches.saturating_add(1);
-        let effort = done.as_ref().map_or(SLOW / REST, |census| census.effort);
-        self.ended = Some((Instant::now(), effort));
+        // A failed census may have used up its time limit.
+        let effort = done.as_ref().map_or(Census::LIMIT, |census| census.effort);
+        self.pauses.ended(Instant::now(), effort);
         let before = self.last.take();
         match done {
             Ok(census) => {
@@ -130,22 +119,22 @@ impl OutsidePods {
         self.last != before || !self.closed.is_empty()
     }
 
-    /// Time of the next census.
-    fn due(&self) -> Instant {
-        let Some((ended, effort)) = self.ended else {
-            return Instant::now();
-        };
-        let pause = if self.is_told {
+    /// Takes a census as soon as possible, because a pod has a new sandbox.
+    pub(super) fn search_now(&mut self) {
+        self.is_told = true;
+    }
+
+    /// Time of the next census. `None`: now.
+    fn due(&self) -> Option<Instant> {
+        self.pauses.due(if self.is_told {
             Duration::ZERO
         } else if !self.missing.is_empty() {
-            let doubled = FIRST.saturating_mul(1 << self.searches.saturating_sub(1).min(16));
-            doubled.min(MOST)
+            self.pauses.while_missing()
         } else if !self.closed.is_empty() {
             NESTED
         } else {
-            SLOW
-        };
-        ended + pause.max(effort * REST)
+            Pauses::SLOW
+        })
     }
 }
 
@@ -164,7 +153,7 @@ impl Enrolment {
             false => HashSet::new(),
         };
         if !missing.is_subset(&pods.missing) {
-            pods.searches = 0;
+            pods.pauses.restart();
         }
         pods.missing = missing;
 
