@@ -4,8 +4,13 @@
 //! then refused, and pods refuse inbound connections. The next daemon adopts the maps with their content, attaches its
 //! own programs beside the old ones, and only then detaches the old ones. No connect escapes the capture in between.
 
+mod error;
+mod mesh;
+mod pins;
+mod programs;
+
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     fs::{self, File},
     io,
     net::{IpAddr, SocketAddr, TcpListener},
@@ -20,30 +25,27 @@ use auth_common::{
 };
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{
-        Array, HashMap as BpfHashMap, Map, MapData, MapError, RingBuf, SkStorage,
-        lpm_trie::{Key, LpmTrie},
-    },
-    programs::{
-        CgroupAttachMode, CgroupSkb, CgroupSock, CgroupSockAddr, ProgramError, SchedClassifier,
-        SockOps,
-        links::{FdLink, LinkError, PinnedLink},
-    },
+    maps::{Array, HashMap as BpfHashMap, Map, MapData, RingBuf, SkStorage, lpm_trie::LpmTrie},
 };
-use ipnet::IpNet;
 
 use super::{
     Census, ExposedPorts, FirstSockets, Netns, PinLock, ProvenNodes, SameNode, Shares, census,
     exposed, flows,
-    forwarding::{self, ForwardProgram},
+    forwarding::ForwardProgram,
     gate::{self, Gate},
     inbound::{self, InboundProgram},
     node_cgroups::pod_roots,
     proven_nodes, shares,
 };
+use mesh::Mesh;
+use pins::other_layouts;
+use programs::{OBJECT, attach_to_cgroup, cgroup_programs, load_program, loader, programs};
 
-/// The compiled eBPF programs.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("AUTH_EBPF"));
+pub use error::KernelError;
+pub(super) use error::{link_error, map_error, program_error};
+pub(super) use pins::{layouts, pinned_pods, remove_layout, replace_pin};
+pub(super) use programs::program;
+pub use programs::try_load;
 
 const MAPS: [&str; 21] = [
     "PODS",
@@ -68,80 +70,6 @@ const MAPS: [&str; 21] = [
     exposed::MAP,
     shares::MAP,
 ];
-const CGROUP_PROGRAMS: [&str; 8] = [
-    "connect4",
-    "connect6",
-    "getpeername4",
-    "getpeername6",
-    "getsockname4",
-    "getsockname6",
-    "sendmsg4",
-    "sendmsg6",
-];
-const SOCK_OPS_PROGRAM: &str = "established";
-const SOCK_PROGRAM: &str = "first_socket";
-/// Suffix of a new link's pin while the old link is still pinned. A link's pin has the name of its program.
-const NEW: &str = "new";
-
-/// Why the kernel side cannot be set up.
-#[derive(Debug, thiserror::Error)]
-pub enum KernelError {
-    /// Another daemon is running, or is being unloaded.
-    #[error(
-        "another auth-daemon holds {0}: one runs per node; stop it first, or give this one another kernel.pins"
-    )]
-    Locked(PathBuf),
-    /// A pin could not be created, read or removed.
-    #[error("{path}: {error}")]
-    Pin {
-        /// Path of the pin.
-        path: PathBuf,
-        /// Underlying error.
-        error: io::Error,
-    },
-    /// A map operation failed.
-    #[error("map {map}: {error}")]
-    Map {
-        /// Name of the map.
-        map: &'static str,
-        /// Underlying error.
-        error: MapError,
-    },
-    /// The kernel rejected the programs or maps.
-    #[error("cannot load the eBPF programs: {0}; `auth-daemon check` says what this kernel lacks")]
-    Load(#[from] aya::EbpfError),
-    /// The kernel rejected one program.
-    #[error(
-        "this kernel refuses the eBPF program {program}, which needs {}: {error}",
-        needs(program)
-    )]
-    Program {
-        /// Name of the program.
-        program: String,
-        /// Underlying error.
-        error: ProgramError,
-    },
-    /// A link could not be replaced.
-    #[error("eBPF link {program}: {error}")]
-    Link {
-        /// Name of the program.
-        program: String,
-        /// Underlying error.
-        error: LinkError,
-    },
-    /// The interfaces of a pod's netns could not be read, or their filters not be removed.
-    #[error("{netns}: cannot read or change its interfaces: {error}")]
-    Interfaces {
-        /// Path of the netns, or a description.
-        netns: PathBuf,
-        /// Underlying error.
-        error: io::Error,
-    },
-    /// The embedded object does not match this code.
-    #[error("the embedded eBPF object lacks {0}; rebuild with `cargo xtask build-ebpf`")]
-    Missing(String),
-}
-
 /// The loaded programs and their maps.
 pub struct Kernel {
     pins: PathBuf,
@@ -183,34 +111,6 @@ pub struct Kernel {
 pub(super) struct SocketMaps {
     pub(super) bypass: MapData,
     pub(super) own: MapData,
-}
-
-struct Mesh {
-    map: LpmTrie<MapData, Address, u32>,
-    /// Content of the map.
-    entries: HashMap<(Address, u32), u32>,
-}
-
-impl Mesh {
-    fn set(&mut self, key: (Address, u32), kind: u32) -> Result<(), KernelError> {
-        if self.entries.get(&key) != Some(&kind) {
-            self.map
-                .insert(&Key::new(key.1, key.0), kind, 0)
-                .map_err(map_error("MESH"))?;
-            self.entries.insert(key, kind);
-        }
-        Ok(())
-    }
-
-    fn remove(&mut self, key: (Address, u32)) -> Result<(), KernelError> {
-        if self.entries.contains_key(&key) {
-            self.map
-                .remove(&Key::new(key.1, key.0))
-                .map_err(map_error("MESH"))?;
-            self.entries.remove(&key);
-        }
-        Ok(())
-    }
 }
 
 impl Kernel {
@@ -355,55 +255,6 @@ impl Kernel {
         })
     }
 
-    /// Sets the mesh's addresses and networks to `wanted`. Writes only the differences.
-    pub fn set_mesh(&self, wanted: &HashMap<IpNet, MeshKind>) -> Result<(), KernelError> {
-        let wanted: HashMap<(Address, u32), u32> = wanted
-            .iter()
-            .map(|(net, kind)| (trie_key(net), *kind as u32))
-            .collect();
-        let mut mesh = lock(&self.mesh);
-        for (key, kind) in &wanted {
-            mesh.set(*key, *kind)?;
-        }
-        let gone: Vec<_> = mesh
-            .entries
-            .keys()
-            .filter(|key| !wanted.contains_key(*key))
-            .copied()
-            .collect();
-        for key in gone {
-            mesh.remove(key)?;
-        }
-        Ok(())
-    }
-
-    /// Returns the addresses whose kind in the map is one of `kinds`, including those that a previous daemon wrote.
-    /// Networks are left out.
-    pub fn mesh_addresses(&self, kinds: &[MeshKind]) -> Vec<IpAddr> {
-        let mesh = lock(&self.mesh);
-        let entries = mesh.entries.iter().filter(|((_, prefix), kind)| {
-            *prefix == 128 && kinds.iter().any(|wanted| *wanted as u32 == **kind)
-        });
-        entries
-            .map(|((address, _), _)| IpAddr::from(*address).to_canonical())
-            .collect()
-    }
-
-    /// Changes the kind of some mesh addresses. `None` removes the address from the mesh.
-    pub fn change_mesh(
-        &self,
-        changes: impl Iterator<Item = (IpNet, Option<MeshKind>)>,
-    ) -> Result<(), KernelError> {
-        let mut mesh = lock(&self.mesh);
-        for (net, kind) in changes {
-            match kind {
-                Some(kind) => mesh.set(trie_key(&net), kind as u32)?,
-                None => mesh.remove(trie_key(&net))?,
-            }
-        }
-        Ok(())
-    }
-
     /// Attaches an inbound program to `netns`, and replaces the one that a previous daemon attached. `admits` is what the
     /// program admits from the first SYN on: see [`InboundProgram::attach`].
     pub(super) fn attach_inbound(
@@ -465,7 +316,6 @@ impl Kernel {
         pods.insert(cookie, pod, 0).map_err(map_error("PODS"))
     }
 
-    /// The folder with the pins of links to pods' interfaces.
     /// Undoes [`Kernel::capture`], and detaches the netns' own programs. It is not an error if they are already undone.
     pub fn forget(&self, cookie: u64) {
         let _ = lock(&self.pods).remove(&cookie);
@@ -554,91 +404,6 @@ impl Kernel {
     }
 }
 
-/// Loads and verifies the programs without attaching or pinning them, then drops them. Returns the kernel's errors.
-pub fn try_load() -> Vec<KernelError> {
-    let mut loader = loader();
-    let mut ebpf = match loader.load(OBJECT) {
-        Ok(ebpf) => ebpf,
-        Err(error) => return vec![error.into()],
-    };
-    programs()
-        .filter_map(|name| load_program(&mut ebpf, name).err())
-        .chain(inbound::load(&mut loader).err())
-        .collect()
-}
-
-/// Creates a loader. A new one reads the types of the kernel, which takes 20 ms, and these programs refer to none.
-fn loader() -> EbpfLoader<'static> {
-    let mut loader = EbpfLoader::new();
-    loader.btf(None);
-    loader
-}
-
-fn programs() -> impl Iterator<Item = &'static str> {
-    cgroup_programs().chain([gate::PROGRAM, forwarding::PROGRAM])
-}
-
-fn cgroup_programs() -> impl Iterator<Item = &'static str> {
-    let others = [SOCK_OPS_PROGRAM, SOCK_PROGRAM];
-    CGROUP_PROGRAMS.into_iter().chain(others)
-}
-
-fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), KernelError> {
-    let loaded = match name {
-        SOCK_OPS_PROGRAM => program::<SockOps>(ebpf, name)?.load(),
-        SOCK_PROGRAM => program::<CgroupSock>(ebpf, name)?.load(),
-        gate::PROGRAM => program::<CgroupSkb>(ebpf, name)?.load(),
-        forwarding::PROGRAM => program::<SchedClassifier>(ebpf, name)?.load(),
-        _ => program::<CgroupSockAddr>(ebpf, name)?.load(),
-    };
-    loaded.map_err(program_error(name))
-}
-
-/// The newest kernel feature that a program needs.
-fn needs(program: &str) -> &'static str {
-    match program {
-        forwarding::PROGRAM => "cls_bpf (CONFIG_NET_CLS_BPF)",
-        inbound::PROGRAM => "ingress_ifindex in sk_lookup, which came with Linux 5.17",
-        SOCK_OPS_PROGRAM => "bpf_get_netns_cookie in sockops, which came with Linux 5.15",
-        SOCK_PROGRAM => {
-            "ring buffers and socket storage in cgroup/sock_create, which came with Linux 5.8"
-        }
-        gate::PROGRAM => "socket storage in cgroup_skb, which came with Linux 5.2",
-        _ => "cgroup/getpeername, getsockname and socket storage there, which came with Linux 5.8",
-    }
-}
-
-/// The folders of all layouts below `pins`.
-pub(super) fn layouts(pins: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(pins).into_iter().flatten().flatten();
-    let is_layout = |name: &std::ffi::OsStr| {
-        let version = name.to_str().and_then(|name| name.strip_prefix('v'));
-        version.is_some_and(|version| version.parse::<u32>().is_ok())
-    };
-    entries
-        .filter(|entry| is_layout(&entry.file_name()))
-        .map(|entry| entry.path())
-        .collect()
-}
-
-fn other_layouts(pins: &Path) -> Vec<PathBuf> {
-    let mut layouts = layouts(pins);
-    layouts.retain(|layout| !layout.ends_with(LAYOUT));
-    layouts
-}
-
-/// Removes the pins of a layout. The links come first: without them connections are not captured at all, so none is
-/// captured halfway.
-pub(super) fn remove_layout(layout: &Path) -> io::Result<()> {
-    for kind in ["links", "pods", "interfaces", "maps"] {
-        match fs::remove_dir_all(layout.join(kind)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-    }
-    fs::remove_dir(layout)
-}
-
 /// Writes the node's settings, and what tells its processes from its pods.
 fn set_node(
     node: &mut Array<MapData, Node>,
@@ -667,18 +432,6 @@ fn set_node(
     Ok(())
 }
 
-/// Entries of the PODS map of a layout. Empty if none is pinned.
-pub(super) fn pinned_pods(layout: &Path) -> Vec<(u64, Pod)> {
-    let path = layout.join("maps/PODS");
-    let Ok(map) = MapData::from_pin(path) else {
-        return Vec::new();
-    };
-    match BpfHashMap::<_, u64, Pod>::try_from(Map::HashMap(map)) {
-        Ok(pods) => pods.iter().flatten().collect(),
-        Err(_) => Vec::new(),
-    }
-}
-
 impl std::fmt::Debug for Kernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Kernel")
@@ -687,74 +440,9 @@ impl std::fmt::Debug for Kernel {
     }
 }
 
-fn attach_to_cgroup(ebpf: &mut Ebpf, name: &str, cgroup: &File) -> Result<FdLink, KernelError> {
-    let mode = CgroupAttachMode::Single;
-    if name == SOCK_OPS_PROGRAM {
-        let program: &mut SockOps = program(ebpf, name)?;
-        let id = program.attach(cgroup, mode).map_err(program_error(name))?;
-        let link = program.take_link(id).map_err(program_error(name))?;
-        return link.try_into().map_err(link_error(name));
-    }
-    if name == SOCK_PROGRAM {
-        let program: &mut CgroupSock = program(ebpf, name)?;
-        let id = program.attach(cgroup, mode).map_err(program_error(name))?;
-        let link = program.take_link(id).map_err(program_error(name))?;
-        return link.try_into().map_err(link_error(name));
-    }
-    let program: &mut CgroupSockAddr = program(ebpf, name)?;
-    let id = program.attach(cgroup, mode).map_err(program_error(name))?;
-    let link = program.take_link(id).map_err(program_error(name))?;
-    link.try_into().map_err(link_error(name))
-}
-
-/// Pins `link` as `name` in `folder`. The link that was pinned there stays attached until it is replaced.
-pub(super) fn replace_pin(folder: &Path, name: &str, link: FdLink) -> Result<(), KernelError> {
-    let (path, draft) = (folder.join(name), folder.join(format!("{name}-{NEW}")));
-    let pin = |path: &Path, error| KernelError::Pin {
-        path: path.to_owned(),
-        error,
-    };
-    if draft.exists() {
-        // Left behind by a daemon that died between the two steps below.
-        fs::remove_file(&draft).map_err(|error| pin(&draft, error))?;
-    }
-    let _pinned: PinnedLink = link
-        .pin(&draft)
-        .map_err(|error| pin(&draft, io::Error::other(error)))?;
-    // A rename on bpffs replaces an existing pin, which drops the old link.
-    fs::rename(&draft, &path).map_err(|error| pin(&path, error))
-}
-
-pub(super) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, KernelError>
-where
-    &'a mut P: TryFrom<&'a mut aya::programs::Program>,
-{
-    ebpf.program_mut(name)
-        .and_then(|program| program.try_into().ok())
-        .ok_or_else(|| KernelError::Missing(format!("program {name}")))
-}
-
 pub(super) fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map, KernelError> {
     ebpf.take_map(name)
         .ok_or_else(|| KernelError::Missing(format!("map {name}")))
-}
-
-pub(super) fn map_error(map: &'static str) -> impl Fn(MapError) -> KernelError {
-    move |error| KernelError::Map { map, error }
-}
-
-pub(super) fn program_error(program: &str) -> impl Fn(ProgramError) -> KernelError {
-    move |error| KernelError::Program {
-        program: program.to_owned(),
-        error,
-    }
-}
-
-pub(super) fn link_error(program: &str) -> impl Fn(LinkError) -> KernelError {
-    move |error| KernelError::Link {
-        program: program.to_owned(),
-        error,
-    }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -773,14 +461,6 @@ pub(super) fn wire_address(address: IpAddr) -> Address {
 /// Converts an address and a port from the maps' format.
 pub(super) fn socket_address(address: Address, port: u32) -> SocketAddr {
     SocketAddr::new(IpAddr::from(address).to_canonical(), port as u16)
-}
-
-fn trie_key(net: &IpNet) -> (Address, u32) {
-    let extra = if net.addr().is_ipv4() { 96 } else { 0 };
-    (
-        wire_address(net.network()),
-        extra + u32::from(net.prefix_len()),
-    )
 }
 
 pub(super) fn monotonic_nanoseconds() -> u64 {
