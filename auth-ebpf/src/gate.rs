@@ -94,9 +94,14 @@ fn opens_nothing(ctx: &SkBuffContext) -> bool {
 /// Whether the netns with `cookie` has no verdict yet, and is not the node's own.
 #[inline(always)]
 fn is_closed(node: &Node, cookie: u64) -> bool {
+    node.gated != 0 && cookie != node.netns_cookie && !is_decided(cookie)
+}
+
+/// Whether there is a verdict on the netns with `cookie`.
+#[inline(always)]
+fn is_decided(cookie: u64) -> bool {
     // SAFETY: the entries are not read, only whether there are any.
-    let is_decided = || unsafe { PODS.get(cookie).is_some() || OUTSIDE.get(cookie).is_some() };
-    node.gated != 0 && cookie != node.netns_cookie && !is_decided()
+    unsafe { PODS.get(cookie).is_some() || OUTSIDE.get(cookie).is_some() }
 }
 
 /// Whether a connect from the netns `cookie`, which is not enrolled, to `destination` is refused.
@@ -134,9 +139,7 @@ pub fn listening(ctx: &SockOpsContext) {
     let Some(node) = NODE.get(0) else {
         return;
     };
-    // SAFETY: the entries are not read, only whether there are any.
-    let is_decided = unsafe { PODS.get(cookie).is_some() || OUTSIDE.get(cookie).is_some() };
-    if cookie != node.netns_cookie && !is_decided {
+    if cookie != node.netns_cookie && !is_decided(cookie) {
         note(ctx, cookie);
     }
 }
