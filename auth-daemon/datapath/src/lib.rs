@@ -45,7 +45,7 @@ pub use netns::Netns;
 pub use netns_discovery::NetnsDiscovery;
 pub use pauses::Pauses;
 pub use pin_lock::PinLock;
-pub use pods::{EnrolError, Enrolled, Unserved, open_netns, unserved};
+pub use pods::{EnrolError, Enrolled, Tampered, Unserved, open_netns, unserved};
 pub use processes::{NetnsLocation, Residents};
 pub use proven_nodes::ProvenNodes;
 pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};

@@ -99,6 +99,43 @@ pub(super) fn set_up(netns: &Netns) -> io::Result<SetUp> {
     })?
 }
 
+/// Whether a rule in `netns` precedes those of [`set_up`]: it may lead packets elsewhere. The pod has made it.
+pub(super) fn is_preceded(netns: &Netns) -> io::Result<bool> {
+    netns.enter(|| {
+        let mut netlink = Netlink::open()?;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut message = RuleMessage::default();
+            message.header.family = family;
+            let rules = match netlink.dump(RouteNetlinkMessage::GetRule(message)) {
+                Err(error) if family == AddressFamily::Inet6 && lacks_ipv6(&error) => continue,
+                rules => rules?,
+            };
+            let mut rules = rules.iter();
+            if rules
+                .any(|rule| matches!(rule, RouteNetlinkMessage::NewRule(rule) if precedes(rule)))
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    })?
+}
+
+fn precedes(rule: &RuleMessage) -> bool {
+    let attributes = rule.attributes.iter();
+    let preference = attributes.clone().find_map(|attribute| match attribute {
+        RuleAttribute::Priority(preference) => Some(*preference),
+        _ => None,
+    });
+    let is_marked = |mark| rule.attributes.contains(&RuleAttribute::FwMark(mark));
+    match preference {
+        // The kernel's own, for the local table.
+        None | Some(0) => rule.header.table != libc::RT_TABLE_LOCAL,
+        Some(FORWARD_PREFERENCE | FORWARD_EXEMPTION_PREFERENCE) => !is_marked(FORWARD_MARK),
+        Some(preference) => preference < RULE_PREFERENCE,
+    }
+}
+
 /// Undoes [`set_up`] in `netns`. It is not an error if it is already undone.
 pub(super) fn tear_down(netns: &Netns, switched_on: u32) -> io::Result<()> {
     netns.enter(|| {

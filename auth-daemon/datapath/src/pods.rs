@@ -329,10 +329,13 @@ impl Enrolled {
         let _ = self.forwarding.set(self.addresses(), true);
     }
 
-    /// Puts back the sysctls, routes and rules of the daemon that are missing in the netns, and names them. A pod with
+    /// Puts back the sysctls, routes and rules of the daemon that are missing in the netns, and reports them. A pod with
     /// CAP_NET_ADMIN can remove them.
-    pub fn repair(&self) -> io::Result<Vec<&'static str>> {
-        plumbing::set_up(&self.netns).map(|done| done.missing)
+    pub fn repair(&self) -> io::Result<Tampered> {
+        Ok(Tampered {
+            missing: plumbing::set_up(&self.netns)?.missing,
+            is_preceded: plumbing::is_preceded(&self.netns)?,
+        })
     }
 
     /// Removes the pod from the mesh. The owner of its listeners closes them. Errors are logged, because the pod may
@@ -360,6 +363,16 @@ impl Enrolled {
             refused: self.is_refused.load(Ordering::Relaxed).into(),
         }
     }
+}
+
+/// What a pod has changed of the daemon's set-up in its netns.
+#[derive(Debug)]
+pub struct Tampered {
+    /// What was missing, and is put back.
+    pub missing: Vec<&'static str>,
+    /// Whether rules of the pod's own precede the daemon's. They stay, and the answers of the pod's apps may not reach the
+    /// daemon.
+    pub is_preceded: bool,
 }
 
 fn known(workload: &Workload) -> OnceLock<Vec<IpAddr>> {

@@ -31,14 +31,20 @@ fn tamper(pair: &Pair, commands: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the status names the pod, and that connections to it succeed again.
-fn is_repaired(pair: &Pair) -> Result<()> {
+/// Waits for a status that says of the pod that it has tampered, as `expected`.
+fn is_named(pair: &Pair, expected: &str) -> Result<()> {
     let tampered = eventually(PATIENCE, "a status that names the pod", || {
         let status = pair.far.status().ok()?;
         let mut pods = status.pods.into_iter();
         pods.find(|pod| pod.pod == "default/web")?.tampered
     })?;
-    ensure!(tampered.contains("put back"), "{tampered}");
+    ensure!(tampered.contains(expected), "{tampered}");
+    Ok(())
+}
+
+/// Checks that the status names the pod, and that connections to it succeed again.
+fn is_repaired(pair: &Pair) -> Result<()> {
+    is_named(pair, "put back")?;
     echoes(&pair.client, pair.web.at(8080));
     echoes(&pair.client, pair.web.at6(8080));
     Ok(())
@@ -75,8 +81,13 @@ fn a_pod_that_switches_off_the_sysctl_is_refused_named_and_repaired() -> Result<
 }
 
 #[test]
-fn a_pod_that_prefers_a_rule_of_its_own_is_refused() -> Result<()> {
+fn a_pod_that_prefers_a_rule_of_its_own_is_refused_and_named() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 8080")?.listening()?;
-    tamper(&pair, &["ip rule add preference 50 lookup main"])
+    tamper(&pair, &["ip rule add preference 50 lookup main"])?;
+    is_named(&pair, "rules that precede the daemon's")?;
+    let remove = ["rule", "del", "preference", "50"];
+    pair.web.run("ip", remove)?.ok()?;
+    echoes(&pair.client, pair.web.at(8080));
+    Ok(())
 }
