@@ -6,6 +6,7 @@ mod chart;
 mod ci;
 mod clippy_ebpf;
 mod deny;
+mod fuzz;
 mod image;
 mod kind;
 mod kube_test;
@@ -54,6 +55,8 @@ enum Command {
     ClippyEbpf(build_ebpf::Arguments),
     /// Check licences, sources and duplicates of dependencies; advisories where their database can be reached
     Deny,
+    /// Search for input that breaks a parser, with libFuzzer (needs a nightly toolchain)
+    Fuzz(fuzz::Arguments),
     /// Run what continuous integration runs: .ci/run
     Ci,
 }
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
         Command::Kubernetes => kubernetes::ensure(),
         Command::ClippyEbpf(arguments) => clippy_ebpf::run(&arguments),
         Command::Deny => deny::run(),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Ci => ci::run(),
     };
     match result {

@@ -1,12 +1,10 @@
 //! Responses of istiod: never a panic, down to the registry and the policies that are made of them.
-#![no_main]
 
 use auth_mesh::{MeshDefault, policy::{Policies, Settings}};
 use auth_xds::{Caller, Mesh, Session, State, discovery::DeltaDiscoveryResponse};
-use libfuzzer_sys::fuzz_target;
 use prost::Message;
 
-fuzz_target!(|bytes: &[u8]| {
+pub(super) fn run(bytes: &[u8]) {
     let Ok(response) = DeltaDiscoveryResponse::decode(bytes) else {
         return;
     };
@@ -40,4 +38,4 @@ fuzz_target!(|bytes: &[u8]| {
             let _ = snapshot.resolve((address, port).into());
         }
     }
-});
+}

@@ -1,11 +1,9 @@
 //! Kubernetes manifests: never a panic, whatever the file holds, down to the registry that is made of it.
-#![no_main]
 
 use auth_daemon::{discovery::files::parse, discovery::manifest::Object};
 use auth_mesh::{Edit, Snapshot};
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| {
+pub(super) fn run(bytes: &[u8]) {
     let trust_domain = "cluster.local".parse().expect("a trust domain");
     let Ok(objects) = parse(bytes, &trust_domain) else {
         return;
@@ -30,4 +28,4 @@ fuzz_target!(|bytes: &[u8]| {
             let _ = snapshot.resolve((address, port).into());
         }
     }
-});
+}

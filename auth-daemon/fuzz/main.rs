@@ -1,0 +1,18 @@
+//! Fuzzes the target that the environment variable TARGET names.
+#![no_main]
+
+mod targets;
+
+use std::sync::LazyLock;
+
+use libfuzzer_sys::fuzz_target;
+
+use targets::{TARGETS, Target};
+
+static RUN: LazyLock<Target> = LazyLock::new(|| {
+    let wanted = std::env::var("TARGET").expect("TARGET names a target");
+    let found = TARGETS.iter().find(|(name, _)| *name == wanted);
+    found.expect("TARGET is one of the targets").1
+});
+
+fuzz_target!(|input: &[u8]| RUN(input));

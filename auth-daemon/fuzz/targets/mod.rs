@@ -1,0 +1,30 @@
+//! What reads bytes that others wrote: peers on the wire, nodes that request certificates, control planes, operators in
+//! files.
+
+mod config;
+mod crl;
+mod csr;
+mod frame;
+mod hello;
+mod identity;
+mod istiod;
+mod manifest;
+mod record;
+mod svid;
+
+/// Runs one target on an input. Panics if the target's promise is broken.
+pub(crate) type Target = fn(&[u8]);
+
+/// The targets, by name. Their seeds are in `seeds/<name>`.
+pub(crate) const TARGETS: [(&str, Target); 10] = [
+    ("config", config::run),
+    ("crl", crl::run),
+    ("csr", csr::run),
+    ("frame", frame::run),
+    ("hello", hello::run),
+    ("identity", identity::run),
+    ("istiod", istiod::run),
+    ("manifest", manifest::run),
+    ("record", record::run),
+    ("svid", svid::run),
+];
