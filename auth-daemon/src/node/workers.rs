@@ -17,7 +17,6 @@ use tokio::{
 };
 
 use super::pulse::{BEAT, Beats, Pulse};
-use crate::proxy::work;
 
 /// Number of tasks that a worker runs before it looks for new events.
 const TURNS_BETWEEN_EVENTS: u32 = 8;
@@ -50,7 +49,7 @@ impl Workers {
     pub fn start(count: usize) -> io::Result<Self> {
         let (stop, stopped) = watch::channel(());
         let count = count.max(1);
-        let start = |number| Worker::start(number, number >= count, stopped.clone());
+        let start = |number| Worker::start(number, stopped.clone());
         Ok(Self {
             calm: (0..count).map(start).collect::<io::Result<_>>()?,
             busy: (count..2 * count).map(start).collect::<io::Result<_>>()?,
@@ -85,7 +84,7 @@ impl Workers {
 }
 
 impl Worker {
-    fn start(number: usize, for_busy: bool, mut stopped: watch::Receiver<()>) -> io::Result<Self> {
+    fn start(number: usize, mut stopped: watch::Receiver<()>) -> io::Result<Self> {
         // A listener with much to do always has a task that is ready. What arrives meanwhile, from the sockets or from other
         // threads, waits for a few turns.
         let runtime = Builder::new_current_thread()
@@ -99,9 +98,6 @@ impl Worker {
         let thread = thread::Builder::new()
             .name(format!("data-path-{number}"))
             .spawn(move || {
-                if for_busy {
-                    work::serve_busy_listeners();
-                }
                 runtime.block_on(async {
                     let mut ticks = interval(BEAT);
                     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

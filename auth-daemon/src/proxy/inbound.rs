@@ -229,10 +229,6 @@ async fn carry(
         if !clean {
             return;
         }
-        // The next connection then makes a new tunnel, which is served where it belongs.
-        if pod.inbound_work.is_misplaced() {
-            return channel.close();
-        }
         deadline = Instant::now() + IDLE;
     }
 }
@@ -287,7 +283,10 @@ async fn one(
         }
         Ending::Tunnel(error) => {
             sockets::reset_when_delivered(app).await;
-            if matches!(error, ChannelError::Frame(_) | ChannelError::OutOfTurn(_)) {
+            if matches!(
+                error,
+                ChannelError::Frame(_) | ChannelError::OutOfTurn(_) | ChannelError::Futile
+            ) {
                 send_reset(channel, ResetCode::Protocol, &error.to_string()).await;
             }
             access.finish(Outcome::Reset, error);

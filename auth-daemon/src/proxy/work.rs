@@ -4,9 +4,10 @@
 //! that are busy. So a pod whose connections keep a thread busy, be it a flood or a legitimate load, competes with other
 //! pods' connections as threads do: the kernel's scheduler runs a thread that was asleep before one that has been running.
 //! In one thread, each of a connection's steps would wait for a turn of the busy listener, and for the thread.
+//!
+//! A connection stays on the thread on which it began, and so does a tunnel with all the connections that it carries.
 
 use std::{
-    cell::Cell,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -15,15 +16,6 @@ use std::{
 const WINDOW: Duration = Duration::from_millis(100);
 /// Work in one such period from which a listener is busy: a quarter of one thread's time.
 const BUSY: Duration = Duration::from_millis(25);
-
-thread_local! {
-    static IS_FOR_BUSY: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Marks the calling thread as one for busy listeners.
-pub(crate) fn serve_busy_listeners() {
-    IS_FOR_BUSY.set(true);
-}
 
 /// The work of one listener's connections, on all threads.
 #[derive(Debug, Default)]
@@ -47,11 +39,6 @@ impl Work {
     /// Whether the listener is busy, so that its new connections belong on the threads for busy ones.
     pub(crate) fn is_busy(&self) -> bool {
         self.is_busy_at(Instant::now())
-    }
-
-    /// Whether the listener's connections on this thread belong on another one.
-    pub(crate) fn is_misplaced(&self) -> bool {
-        !IS_FOR_BUSY.get() && self.is_busy()
     }
 
     fn add_at(&self, work: Duration, now: Instant) {
