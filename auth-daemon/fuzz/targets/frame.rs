@@ -30,7 +30,10 @@ pub(super) fn run(input: &[u8]) {
                 encoded.extend_from_slice(data);
             }
         }
-        assert_eq!(decode(&encoded, encoded.len()).0, [event.clone()]);
+        assert_eq!(
+            decode(&encoded, encoded.len()).0,
+            std::slice::from_ref(event)
+        );
     }
 }
 
