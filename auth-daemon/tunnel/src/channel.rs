@@ -45,6 +45,8 @@ use super::{
     tls::svid::Svid,
 };
 
+/// Maximum number of records in a row that carry no frame, such as empty ones and key updates. As in BoringSSL.
+const MAX_FUTILE: u32 = 32;
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 const CLOSE_NOTIFY: [u8; 2] = [1, 0];
@@ -88,6 +90,9 @@ pub enum ChannelError {
     /// A session ticket that cannot be parsed (RFC 8446 §4.6.1).
     #[error("the peer sent a malformed session ticket: {0}")]
     Ticket(Error),
+    /// Too many records in a row that are empty or only change keys. They cost the receiver more than the sender.
+    #[error("the peer sent more than {MAX_FUTILE} records in a row without a frame")]
+    Futile,
     /// The traffic keys could not be updated.
     #[error("the tunnel's keys cannot be changed: {0}")]
     Keys(Error),
@@ -153,6 +158,7 @@ impl Channel {
                 plain: 0..0,
                 record_end: 0,
                 decoder: Decoder::new(),
+                futile: 0,
             },
             keys: SharedKeys {
                 keys: Mutex::new(keys),
@@ -407,6 +413,8 @@ pub(super) struct Receiver {
     /// End of the decrypted records, relative to the start of `incoming`.
     record_end: usize,
     decoder: Decoder,
+    /// Number of records in a row that carried no frame.
+    futile: u32,
 }
 
 /// Result of decoding the received bytes.
@@ -447,6 +455,14 @@ impl Receiver {
             let start = self.record_end + HEADER_BYTES;
             let range = start..start + plain;
             self.record_end += length;
+            if kind == ContentType::ApplicationData && plain > 0 {
+                self.futile = 0;
+            } else {
+                self.futile += 1;
+            }
+            if self.futile > MAX_FUTILE {
+                return Err(ChannelError::Futile);
+            }
             match kind {
                 ContentType::ApplicationData => self.plain = range,
                 ContentType::Alert => {
