@@ -9,4 +9,6 @@ mod common;
 
 mod connections;
 mod control;
+mod peers;
 mod stage;
+mod tools;

@@ -50,7 +50,7 @@ pub(crate) struct Measured {
 }
 
 impl Measured {
-    fn print_ratio(&self, what: &str, before: &Self) {
+    pub(crate) fn print_ratio(&self, what: &str, before: &Self) {
         println!(
             "neighbour: p99 ÷ {what} = {:.1}, throughput ÷ = {:.2}",
             self.p99 / before.p99,
@@ -148,8 +148,12 @@ impl Stage {
 
     /// Connects from the neighbour to its server for some seconds. Fails if a connection fails.
     pub(crate) fn measure(&self) -> Result<Measured> {
+        self.measure_for(MEASURE)
+    }
+
+    pub(crate) fn measure_for(&self, seconds: u64) -> Result<Measured> {
         let to = self.echo(&self.web);
-        let paced = format!("paced --to {to} --seconds {MEASURE}");
+        let paced = format!("paced --to {to} --seconds {seconds}");
         let said = self.neighbour.app(&paced)?.success(RECOVERY)?;
         Ok(Measured {
             p99: said["p99"].as_f64().unwrap_or(f64::NAN),
