@@ -1,6 +1,9 @@
 //! Responses of istiod: never a panic, down to the registry and the policies that are made of them.
 
-use auth_mesh::{MeshDefault, policy::{Policies, Settings}};
+use auth_mesh::{
+    MeshDefault,
+    policy::{Policies, Settings},
+};
 use auth_xds::{Caller, Mesh, Session, State, discovery::DeltaDiscoveryResponse};
 use prost::Message;
 
