@@ -46,8 +46,8 @@ pub struct Arguments {
 
 /// Fetches the kernels, makes their machines, runs them one after the other, and sums up.
 ///
+/// # Errors
 /// If not root, if something cannot be downloaded or built, or if anything fails in a machine.
-/// When not root, when something cannot be fetched or built, and when anything fails in a machine.
 pub fn run(arguments: &Arguments) -> Result<()> {
     if !root() {
         bail!("the machines hold files that only root can read: sudo -E cargo xtask vm-test");
