@@ -37,6 +37,25 @@ pub use crate::{state::Serial, view::Published};
 /// The authority, while this replica is the leader.
 pub type Leader = watch::Receiver<Option<Arc<Authority>>>;
 
+/// Runs `work` with the authority whenever this replica is the leader, until `leader`'s sender is dropped. The work may be
+/// dropped at any point: the next leader starts from what exists.
+pub(crate) async fn while_leading<F: Future<Output = ()>>(
+    mut leader: Leader,
+    work: impl Fn(Arc<Authority>) -> F,
+) {
+    loop {
+        let now = leader.wait_for(Option::is_some).await;
+        let Ok(Some(authority)) = now.map(|now| now.clone()) else {
+            return;
+        };
+        tokio::select! {
+            biased;
+            changed = leader.changed() => if changed.is_err() { return },
+            () = work(authority) => {}
+        }
+    }
+}
+
 /// What to revoke.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {

@@ -3,7 +3,6 @@
 
 use std::{
     fs, io,
-    os::unix::fs::DirBuilderExt,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -14,12 +13,12 @@ use auth_tunnel::tls::{
     trust::{Trust, TrustBundle, TrustStore},
     unix_seconds,
 };
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::pki_types::CertificateDer;
 
 use crate::{
     config::KeyAlgorithm,
     csr::RequestedKey,
-    files::{self, write_new},
+    files::{self, Readers, write_new},
     signer::{self, Signer},
     store::directory::{EMBEDDED as ROOT_FILE, ROOTS as CERTIFICATE_FILE, STATE},
 };
@@ -57,12 +56,8 @@ impl EmbeddedCa {
     ) -> Result<Self, UnusableDirectory> {
         let path = directory.join(ROOT_FILE);
         let failed = |error: io::Error| UnusableDirectory::new(&path, error);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(failed)?;
-        check_owner(directory, &fs::metadata(directory).map_err(failed)?)?;
+        files::create_own_directory(directory)
+            .map_err(|error| UnusableDirectory::new(directory, error))?;
         if !path.try_exists().map_err(failed)? {
             let state = directory.join(STATE);
             if state.exists() {
@@ -71,7 +66,9 @@ impl EmbeddedCa {
             }
             create(directory, &path, trust_domain).map_err(failed)?;
         }
-        let pem = read(&path)?;
+        let pem = files::read_own(&path, MAX_BYTES, Readers::Nobody)
+            .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
+            .map_err(failed)?;
         let ca = Self::from_pem(&pem, trust_domain, lifetime)
             .map_err(|what| UnusableDirectory::new(&path, what))?;
         let certificate = directory.join(CERTIFICATE_FILE);
@@ -85,23 +82,16 @@ impl EmbeddedCa {
     }
 
     fn from_pem(pem: &str, trust_domain: &TrustDomain, lifetime: Duration) -> Result<Self, String> {
-        let key = signer::key_from_pem(pem)?;
-        let root = CertificateDer::from_pem_slice(pem.as_bytes())
-            .map_err(|error| format!("has no certificate: {error:?}"))?;
-        let parsed = signer::parse(&root)?;
-        let uris = signer::uris(&parsed);
-        let found = uris.first().ok_or("is not the root of a trust domain")?;
-        if *found != format!("spiffe://{trust_domain}") {
+        let (found, signer) = signer::read_root(pem)?;
+        if found != *trust_domain {
             return Err(format!(
-                "is the root of {found:?}, but trustDomain is {:?}",
+                "is the root of \"spiffe://{found}\", but trustDomain is {:?}",
                 trust_domain.as_str()
             ));
         }
-        let signer =
-            Signer::root(key, root.clone()).map_err(|what| format!("cannot be used: {what}"))?;
         let bundle = TrustBundle {
             trust_domain: trust_domain.clone(),
-            roots: vec![root],
+            roots: vec![signer.certificate().clone()],
         };
         Ok(Self {
             trust_domain: trust_domain.clone(),
@@ -140,38 +130,6 @@ impl std::fmt::Debug for EmbeddedCa {
             .field("trust_domain", &self.trust_domain)
             .finish_non_exhaustive()
     }
-}
-
-/// Reads the key file, if only its owner can access it.
-fn read(path: &Path) -> Result<String, UnusableDirectory> {
-    let failed = |error: io::Error| UnusableDirectory::new(path, error);
-    let mut file = fs::File::open(path).map_err(failed)?;
-    // Of the open file, so that nobody can replace it meanwhile.
-    let metadata = file.metadata().map_err(failed)?;
-    if let Some(mode) = files::exposed_mode(&metadata) {
-        let what = format!(
-            "mode {mode:03o} allows others than its owner to read it; they may know the root key. If they do not, run \
-             `chmod 600 {}`",
-            path.display()
-        );
-        return Err(UnusableDirectory::new(path, what));
-    }
-    check_owner(path, &metadata)?;
-    files::read_at_most(&mut file, MAX_BYTES)
-        .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
-        .map_err(failed)
-}
-
-/// Refuses files of other users, and those that others can write.
-fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), UnusableDirectory> {
-    let Some(what) = files::writable_by_others(metadata) else {
-        return Ok(());
-    };
-    let what = format!(
-        "{what}: somebody else could put a root of their own here. Give it to the daemon's user and run `chmod 700 {}`",
-        path.display()
-    );
-    Err(UnusableDirectory::new(path, what))
 }
 
 fn create(directory: &Path, path: &Path, trust_domain: &TrustDomain) -> io::Result<()> {

@@ -1,14 +1,23 @@
 //! Files that only the CA's user may change, and keys that nobody else may read.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, DirBuilder, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::Path,
 };
 
+/// Who may read a file, besides its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Readers {
+    Nobody,
+    /// If the file is root's and this process is not, its own group: Kubernetes gives a Secret so to a pod with `fsGroup`.
+    OwnGroup,
+    Everybody,
+}
+
 /// How others could change the file of `metadata`, if they could.
-pub(crate) fn writable_by_others(metadata: &fs::Metadata) -> Option<String> {
+fn writable_by_others(metadata: &fs::Metadata) -> Option<String> {
     let own = nix::unistd::geteuid().as_raw();
     if metadata.uid() != own && metadata.uid() != 0 {
         return Some(format!("belongs to user {}", metadata.uid()));
@@ -17,14 +26,57 @@ pub(crate) fn writable_by_others(metadata: &fs::Metadata) -> Option<String> {
     (mode & 0o022 != 0).then(|| format!("mode {mode:03o} lets others write"))
 }
 
-/// The file's mode, if others than its owner can access it.
-pub(crate) fn exposed_mode(metadata: &fs::Metadata) -> Option<u32> {
+/// Creates `directory` for this user alone, if it does not exist. Fails if others may write to it.
+pub(crate) fn create_own_directory(directory: &Path) -> io::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)?;
+    match writable_by_others(&fs::metadata(directory)?) {
+        None => Ok(()),
+        Some(what) => Err(io::Error::other(format!(
+            "{what}: somebody else could put a root of their own here. Give it to the user of this program and run \
+             `chmod 700 {}`",
+            directory.display()
+        ))),
+    }
+}
+
+/// Reads a file of at most `limit` bytes that nobody else may change, and only `readers` may read.
+pub(crate) fn read_own(path: &Path, limit: u64, readers: Readers) -> io::Result<Vec<u8>> {
+    let mut file = fs::File::open(path)?;
+    // Of the open file, so that nobody can replace it meanwhile.
+    let metadata = file.metadata()?;
+    if let Some(what) = writable_by_others(&metadata) {
+        let why = format!("{what}: somebody else could put another CA here");
+        return Err(io::Error::other(why));
+    }
     let mode = metadata.mode() & 0o777;
-    (mode & 0o077 != 0).then_some(mode)
+    let exposed = match readers {
+        Readers::Everybody => false,
+        Readers::OwnGroup => mode & 0o077 != 0 && !is_secret_of_own_group(&metadata),
+        Readers::Nobody => mode & 0o077 != 0,
+    };
+    if exposed {
+        return Err(io::Error::other(format!(
+            "mode {mode:03o} allows others than its owner to read it, so they may know the key. If they do not, run \
+             `chmod 600 {}` (for a Kubernetes Secret's volume: `defaultMode: 0400`)",
+            path.display()
+        )));
+    }
+    read_at_most(&mut file, limit)
+}
+
+fn is_secret_of_own_group(metadata: &fs::Metadata) -> bool {
+    metadata.mode() & 0o037 == 0
+        && metadata.uid() == 0
+        && !nix::unistd::geteuid().is_root()
+        && nix::unistd::getgroups()
+            .is_ok_and(|groups| groups.iter().any(|group| group.as_raw() == metadata.gid()))
 }
 
 /// Reads the whole file. More than `limit` bytes are an error.
-pub(crate) fn read_at_most(file: &mut fs::File, limit: u64) -> io::Result<Vec<u8>> {
+fn read_at_most(file: &mut fs::File, limit: u64) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     file.take(limit + 1).read_to_end(&mut content)?;
     if content.len() as u64 > limit {

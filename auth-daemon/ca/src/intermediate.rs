@@ -1,12 +1,6 @@
 //! A signing certificate from another CA, in the files of Istio's `cacerts`.
 
-use std::{
-    fs,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
 use auth_mesh::TrustDomain;
 use rcgen::{CertificateParams, KeyPair, PublicKeyData};
@@ -19,7 +13,7 @@ use x509_parser::certificate::X509Certificate;
 
 use crate::{
     csr::RequestedKey,
-    files,
+    files::{self, Readers},
     signer::{self, Life, Signer},
 };
 
@@ -58,7 +52,7 @@ impl Intermediate {
         let own = ok(CERTIFICATE, certificates(directory, CERTIFICATE));
         let roots = ok(ROOTS, certificates(directory, ROOTS));
         let chain = ok(CHAIN, certificates(directory, CHAIN));
-        let key = read(&directory.join(KEY), true)
+        let key = read(&directory.join(KEY), Readers::OwnGroup)
             .and_then(|pem| signer::key_from_pem(&pem))
             .map_err(|what| note(KEY, what));
         let (Some(own), Some(roots), Some(chain)) = (own, roots, chain) else {
@@ -273,7 +267,7 @@ impl Files<'_> {
 }
 
 fn certificates(directory: &Path, name: &str) -> Result<Vec<CertificateDer<'static>>, String> {
-    let pem = read(&directory.join(name), false)?;
+    let pem = read(&directory.join(name), Readers::Everybody)?;
     let found: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes())
         .collect::<Result<_, _>>()
         .map_err(|error| format!("is not PEM: {error}"))?;
@@ -283,41 +277,15 @@ fn certificates(directory: &Path, name: &str) -> Result<Vec<CertificateDer<'stat
     Ok(found)
 }
 
-/// Reads a file that nobody else may change, nor, if it is `private`, read.
-fn read(path: &PathBuf, private: bool) -> Result<String, String> {
-    let failed = |error: std::io::Error| format!("cannot be read: {error}");
-    let mut file = fs::File::open(path).map_err(failed)?;
-    let metadata = file.metadata().map_err(failed)?;
-    if let Some(what) = files::writable_by_others(&metadata) {
-        return Err(format!("{what}: somebody else could put another CA here"));
-    }
-    if private
-        && let Some(mode) = files::exposed_mode(&metadata)
-        && !shared_with_our_group(&metadata)
-    {
-        return Err(format!(
-            "mode {mode:03o} allows others than its owner to read it, so the key may be known to them. If it is not, \
-             run `chmod 600 {}` (for a Kubernetes Secret's volume: `defaultMode: 0400`)",
-            path.display()
-        ));
-    }
-    files::read_at_most(&mut file, MAX_BYTES)
-        .and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other))
-        .map_err(failed)
-}
-
-/// Kubernetes gives a Secret to a pod that is not root as root's file, readable for the pod's own group (`fsGroup`).
-fn shared_with_our_group(metadata: &fs::Metadata) -> bool {
-    metadata.mode() & 0o037 == 0
-        && metadata.uid() == 0
-        && !nix::unistd::geteuid().is_root()
-        && nix::unistd::getgroups()
-            .is_ok_and(|groups| groups.iter().any(|group| group.as_raw() == metadata.gid()))
+fn read(path: &Path, readers: Readers) -> Result<String, String> {
+    files::read_own(path, MAX_BYTES, readers)
+        .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other))
+        .map_err(|error| format!("cannot be read: {error}"))
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::{os::unix::fs::PermissionsExt, process::Command};
+    use std::{fs, os::unix::fs::PermissionsExt, process::Command};
 
     use super::*;
     use crate::{crl, state::CaState};

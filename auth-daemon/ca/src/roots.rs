@@ -14,7 +14,7 @@ use kube::{Api, Client, ResourceExt, api::ObjectMeta, core::PartialObjectMeta, r
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    authority::{Authority, Leader},
+    authority::{Authority, Leader, while_leading},
     schedule::Schedule,
 };
 
@@ -44,21 +44,13 @@ impl std::fmt::Debug for PublishedRoots {
 
 impl PublishedRoots {
     /// Keeps the ConfigMaps up to date while this replica is the leader. Runs for ever.
-    pub async fn run(self, mut leader: Leader) {
-        loop {
-            let Ok(Some(authority)) = leader
-                .wait_for(Option::is_some)
-                .await
-                .map(|now| now.clone())
-            else {
-                return;
-            };
-            tokio::select! {
-                biased;
-                changed = leader.changed() => if changed.is_err() { return },
-                () = self.keep(&authority) => {}
-            }
-        }
+    pub async fn run(self, leader: Leader) {
+        let run = &self;
+        while_leading(
+            leader,
+            |authority| async move { run.keep(&authority).await },
+        )
+        .await;
     }
 
     async fn keep(&self, authority: &Authority) {

@@ -11,7 +11,7 @@ use rcgen::{
 };
 use rustls::{
     crypto::aws_lc_rs::sign::any_ecdsa_type,
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName},
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject},
     sign::CertifiedKey,
 };
 use time::OffsetDateTime;
@@ -144,6 +144,11 @@ impl Signer {
         check_may_sign(&parsed)?;
         let life = life(&parsed);
         Self::new(key, certificate, Vec::new(), life)
+    }
+
+    /// The key, PKCS #8 in PEM.
+    pub(crate) fn key_pem(&self) -> String {
+        self.key.serialize_pem()
     }
 
     /// The certificate of the key.
@@ -391,6 +396,21 @@ pub(crate) fn make_root(
     })
 }
 
+/// Reads a root that [`make_root`] made, with its key, and the trust domain in its name.
+pub(crate) fn read_root(pem: &str) -> Result<(TrustDomain, Signer), String> {
+    let key = key_from_pem(pem)?;
+    let certificate = CertificateDer::from_pem_slice(pem.as_bytes())
+        .map_err(|error| format!("has no certificate: {error}"))?;
+    let trust_domain = uris(&parse(&certificate)?)
+        .first()
+        .and_then(|uri| uri.strip_prefix("spiffe://"))
+        .and_then(|name| name.parse().ok())
+        .ok_or("is not the root of a trust domain")?;
+    let signer =
+        Signer::root(key, certificate).map_err(|what| format!("cannot be used: {what}"))?;
+    Ok((trust_domain, signer))
+}
+
 /// An organization's name has at most 64 characters (RFC 5280 §A.1); the URI holds longer trust domains whole.
 fn organization(trust_domain: &TrustDomain) -> String {
     trust_domain.as_str().chars().take(64).collect()
@@ -398,7 +418,6 @@ fn organization(trust_domain: &TrustDomain) -> String {
 
 /// Reads the first private key in a PEM text: PKCS #8, SEC 1 or PKCS #1.
 pub(crate) fn key_from_pem(pem: &str) -> Result<KeyPair, String> {
-    use rustls::pki_types::pem::PemObject;
     let key = PrivateKeyDer::from_pem_slice(pem.as_bytes())
         .map_err(|_| "has no usable private key (PEM, not encrypted)".to_owned())?;
     let key =

@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use crate::{
     config::MAX_LIFETIME,
     rotation::{CLOCK_SKEW, Rotation},
-    signer::{self, NewRoot, Signer},
+    signer::{self, NewRoot},
 };
 
 /// Version of the document. The CA refuses newer ones, because it would lose what it does not know.
@@ -103,23 +103,15 @@ impl CaState {
     }
 
     /// The state of a CA that takes over the embedded CA's root: key and certificate in one PEM file.
-    pub(crate) fn with_embedded_root(pem_text: &str) -> Result<Self, String> {
-        let certificate = CertificateDer::from_pem_slice(pem_text.as_bytes())
-            .map_err(|error| format!("has no certificate: {error}"))?;
-        let parsed = signer::parse(&certificate)?;
-        let trust_domain = signer::uris(&parsed)
-            .first()
-            .and_then(|uri| uri.strip_prefix("spiffe://"))
-            .and_then(|name| name.parse().ok())
-            .ok_or("is not the root of a trust domain")?;
-        let key = signer::key_from_pem(pem_text)?;
-        let root = NewRoot {
-            key_pem: key.serialize_pem(),
-            certificate_pem: pem::certificate(&certificate),
+    pub(crate) fn with_embedded_root(pem: &str) -> Result<Self, String> {
+        let (trust_domain, root) = signer::read_root(pem)?;
+        let signer = StoredSigner {
+            certificate: root.certificate().clone(),
+            key: Some(root.key_pem()),
+            // The embedded CA may have signed for as long as any CA does.
+            max_lifetime: MAX_LIFETIME.as_secs(),
         };
-        Signer::root(key, certificate)?;
-        // The embedded CA may have signed for as long as any CA does.
-        Self::with_root(&trust_domain, root, MAX_LIFETIME.as_secs())
+        Ok(Self::new(&trust_domain, signer))
     }
 
     fn new(trust_domain: &TrustDomain, signer: StoredSigner) -> Self {

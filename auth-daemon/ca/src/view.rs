@@ -149,12 +149,7 @@ impl CaView {
             .filter_map(|number| self.signers.get(&number))
             .map(|signer| crl::write(state, signer, now))
             .collect::<Result<_, _>>()?;
-        let sorted = |nodes: &std::collections::HashMap<String, Reason>| {
-            let mut nodes: Vec<_> = nodes.iter().map(|(n, r)| (n.clone(), *r)).collect();
-            nodes.sort_by(|a, b| a.0.cmp(&b.0));
-            nodes
-        };
-        let identities = state.revoked.identities.iter();
+        let (identities, nodes) = (state.revoked.identities.iter(), state.revoked.nodes.iter());
         Ok(Published {
             version: self.version,
             roots: self.roots.clone(),
@@ -163,7 +158,9 @@ impl CaView {
             identities: identities
                 .map(|(identity, revoked)| (identity.0.clone(), revoked.reason))
                 .collect(),
-            nodes: sorted(&self.revocations.nodes),
+            nodes: nodes
+                .map(|(node, revoked)| (node.clone(), revoked.reason))
+                .collect(),
             phase: describe(self.rotation),
         })
     }

@@ -60,7 +60,7 @@ async fn ask(channel: &Channel, node: &str, number: usize, csr: &str) -> Result<
     ask.send(channel).await.map(drop)
 }
 
-/// Runs `work` on a thread and a runtime of its own, on one core.
+/// Runs `work` on a runtime of its own, made as the program's, on one core.
 fn on_core<T: Send + 'static, F: Future<Output = T>>(
     core: usize,
     work: impl FnOnce() -> F + Send + 'static,
@@ -70,7 +70,7 @@ fn on_core<T: Send + 'static, F: Future<Output = T>>(
         set.set(core).unwrap();
         // A machine with one core has them all on that one.
         let _ = sched_setaffinity(Pid::from_raw(0), &set);
-        let mut builder = runtime::Builder::new_current_thread();
+        let mut builder = runtime::Builder::new_multi_thread();
         builder.enable_all().event_interval(EVENT_INTERVAL);
         builder.build().unwrap().block_on(work())
     })

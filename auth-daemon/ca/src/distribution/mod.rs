@@ -15,7 +15,7 @@ use k8s_openapi::{ByteString, api::core::v1::Secret};
 use kube::{Client, api::ObjectMeta};
 use tokio::time::sleep;
 
-use crate::authority::{Authority, Leader};
+use crate::authority::{Authority, Leader, while_leading};
 use namespace::Issuing;
 use verdict::DISTRIBUTED_LABEL;
 
@@ -51,22 +51,13 @@ impl std::fmt::Debug for Distribution {
 
 impl Distribution {
     /// Keeps the Secrets up to date while this replica is the leader. Runs for ever.
-    pub async fn run(self, mut leader: Leader) {
-        loop {
-            let Ok(Some(authority)) = leader
-                .wait_for(Option::is_some)
-                .await
-                .map(|now| now.clone())
-            else {
-                return;
-            };
-            tokio::select! {
-                biased;
-                // Dropped at any point: the next leader starts from what exists.
-                changed = leader.changed() => if changed.is_err() { return },
-                () = self.serve(&authority) => {}
-            }
-        }
+    pub async fn run(self, leader: Leader) {
+        let run = &self;
+        while_leading(
+            leader,
+            |authority| async move { run.serve(&authority).await },
+        )
+        .await;
     }
 
     async fn serve(&self, authority: &Authority) {

@@ -5,7 +5,7 @@ use std::{
     fmt,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,7 +19,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::Mutex;
 
 use super::{Store, StoreError, StoreFuture, Stored};
-use crate::files;
+use crate::files::{self, Readers};
 
 /// Keys and revocations. Mode 0600.
 pub(crate) const STATE: &str = "ca.json";
@@ -57,19 +57,7 @@ impl DirectoryStore {
 
     pub(crate) fn open_with(directory: &Path, steps: Steps) -> Result<Self, StoreError> {
         let failed = |path: &Path, error| failure(path, &error);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(|error| failed(directory, error))?;
-        let metadata = fs::metadata(directory).map_err(|error| failed(directory, error))?;
-        if let Some(what) = files::writable_by_others(&metadata) {
-            return Err(StoreError(format!(
-                "{0}: {what}: somebody else could put a state of their own here. Give it to the CA's user and run \
-                 `chmod 700 {0}`",
-                directory.display()
-            )));
-        }
+        files::create_own_directory(directory).map_err(|error| failed(directory, error))?;
         let path = directory.join(LOCK);
         let file = OpenOptions::new()
             .write(true)
@@ -226,30 +214,11 @@ impl Steps {
 
 /// Reads a file that only the CA's user may access; `None` if it does not exist.
 fn read_private(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, StoreError> {
-    let failed = |error: io::Error| failure(path, &error);
-    let mut file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error)),
-    };
-    // Of the open file, so that nobody can replace it meanwhile.
-    let metadata = file.metadata().map_err(failed)?;
-    if let Some(what) = files::writable_by_others(&metadata) {
-        return Err(StoreError(format!(
-            "{}: {what}: somebody else may have changed it",
-            path.display()
-        )));
+    match files::read_own(path, limit, Readers::Nobody) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failure(path, &error)),
     }
-    if let Some(mode) = files::exposed_mode(&metadata) {
-        return Err(StoreError(format!(
-            "{0}: mode {mode:03o} allows others than its owner to read it; they may know its content. If they do not, \
-             run `chmod 600 {0}`",
-            path.display()
-        )));
-    }
-    files::read_at_most(&mut file, limit)
-        .map(Some)
-        .map_err(failed)
 }
 
 fn failure(path: &Path, error: &io::Error) -> StoreError {
