@@ -166,6 +166,7 @@ async fn learns_a_new_root_before_it_signs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_thousands_of_certificates_at_once() {
     const COUNT: usize = 5000;
+    let _busy = BUSY.lock().await;
     let ca = Ca::start_with(unlimited()).await;
     let accounts: Vec<_> = (0..COUNT)
         .map(|number| format!("account-{number}"))

@@ -36,7 +36,11 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject},
 };
 use serde_json::{Value, json};
-use tokio::{net::TcpSocket, sync::watch, task::JoinHandle};
+use tokio::{
+    net::TcpSocket,
+    sync::{Mutex, watch},
+    task::JoinHandle,
+};
 use tokio_rustls::TlsConnector;
 use tonic::{
     Request, Status,
@@ -48,6 +52,9 @@ pub(crate) const DOMAIN: &str = "cluster.local";
 pub(crate) const NAME: &str = "ca.test";
 pub(crate) const ISSUER: &str = "https://issuer.example";
 pub(crate) const AUDIENCE: &str = "auth-daemon-ca";
+
+/// Held by tests that keep all processors busy for seconds, so that they do not measure one another.
+pub(crate) static BUSY: Mutex<()> = Mutex::const_new(());
 
 pub(crate) fn domain() -> TrustDomain {
     DOMAIN.parse().unwrap()

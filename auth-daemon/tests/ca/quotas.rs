@@ -205,6 +205,7 @@ fn measure(
     attack: Flood,
     anew: bool,
 ) -> (BTreeMap<String, usize>, usize) {
+    let _busy = BUSY.blocking_lock();
     let (ready, started) = mpsc::channel();
     let (stop_ca, ca_stops) = tokio::sync::oneshot::channel::<()>();
     let ca = on_core(0, move || async move {
