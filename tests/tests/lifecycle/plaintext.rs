@@ -253,7 +253,10 @@ fn plaintext_through_the_daemon_to_an_unlisted_address_is_reset_when_policies_de
     };
     for to in unlisted {
         let chat = eventually(TIMEOUT, "the daemon to carry plaintext", || {
-            let chat = conversation(mesh.outside(), to);
+            let command = format!("chat --to {to} --interval 10");
+            let mut chat = mesh.outside().app(&command).unwrap();
+            // It is refused while the pod is still STRICT.
+            chat.event("round", TIMEOUT).ok()?;
             through_the_daemon(&chat).then_some(chat)
         })
         .unwrap();
