@@ -1,11 +1,14 @@
 //! An app that connects to the mesh is captured however its socket was made, and has the identity of the netns that the
 //! socket lives in: not of the process that uses it, and not of the addresses that it names.
 //!
-//! Unix sockets, abstract ones too, carry no TCP and are no subject here. They are bound to one node, an abstract one even
-//! to one netns, and an app that accepts requests on one acts for its caller as it does on any other channel.
+//! Unix sockets carry no TCP. They are bound to one node, an abstract one even to one netns, and an app that accepts requests
+//! on one acts for its caller as it does on any other channel.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 
 use anyhow::ensure;
@@ -19,6 +22,8 @@ use serde_json::Value;
 use crate::common::pair::{Pair, builder};
 
 const PORT: u16 = 7;
+/// As the daemon marks its deliveries.
+const DAEMONS_MARK: u32 = 0x6d54_4c53;
 const MARKER: &str = "marker-of-an-odd-socket";
 
 /// A pair with an echo server in `web`, and a pod `other` beside `client` with another account.
@@ -212,6 +217,39 @@ fn a_process_in_another_pods_netns_has_that_pods_identity() -> Result<()> {
             .expect("a client that succeeds prints an event");
         stage.assert_tunnelled(answer, &other)?;
     }
+    Ok(())
+}
+
+/// The daemon marks its deliveries to a pod's app. The mark of a pod's own socket grants nothing.
+#[test]
+fn a_socket_with_the_daemons_mark_is_captured() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let client = stage.pair.client.clone();
+    for to in stage.destinations() {
+        let answer = dial(&client, to, &format!("--mark {DAEMONS_MARK}"))?.success(TIMEOUT)?;
+        stage.assert_tunnelled(&answer, &client)?;
+    }
+    // Nor does it open a STRICT pod.
+    let outside = stage.pair.mesh.outside().clone();
+    for to in stage.destinations() {
+        dial(&outside, to, &format!("--mark {DAEMONS_MARK}"))?.failure(TIMEOUT)?;
+    }
+    assert_eq!(stage.echo.events_of("accepted").len(), 2);
+    Ok(())
+}
+
+#[test]
+fn an_abstract_socket_does_not_leave_its_netns_and_is_no_connection_of_the_mesh() -> Result<()> {
+    let stage = Stage::set()?;
+    let name = UnixAddr::from_abstract_name("an-abstract-socket")?;
+    let bind = || UnixListener::bind_addr(&name);
+    let listener = stage.pair.client.enter(bind)??;
+    let connect = || UnixStream::connect_addr(&name).map(drop);
+    stage.pair.client.enter(connect)??;
+    listener.accept()?;
+    let error = stage.other.enter(connect)?.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(stage.pair.near.access_log(), Vec::<Value>::new());
     Ok(())
 }
 

@@ -45,6 +45,9 @@ pub(crate) struct Dial {
     /// Use Multipath TCP (RFC 8684)
     #[arg(long)]
     multipath: bool,
+    /// Mark the packets (SO_MARK), which needs CAP_NET_ADMIN
+    #[arg(long)]
+    mark: Option<u32>,
     /// Leave the choice of the source port to connect(2) (IP_BIND_ADDRESS_NO_PORT)
     #[arg(long)]
     port_at_connect: bool,
@@ -115,6 +118,9 @@ impl Dial {
             socket
                 .bind_device(Some(device.as_bytes()))
                 .at("set SO_BINDTODEVICE")?;
+        }
+        if let Some(mark) = self.mark {
+            socket.set_mark(mark).at("set SO_MARK")?;
         }
         if self.fast_open_connect {
             set(&socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT)
