@@ -517,7 +517,34 @@ mod tests {
             ),
             cluster(Membership::Disabled, &["auth-system", "shop"])
         );
+        let istiod = "address: 'istiod.istio-system.svc:15012', rootFile: /r, tokenFile: /t";
+        let of_istiod = |text: &str| match parse(&format!("istiod: {{{istiod}, {text}}}"), own) {
+            Ok(Discovery::Istiod {
+                server, network, ..
+            }) => Ok((server.server_name, server.cluster_id, network)),
+            other => Err(other),
+        };
+        let name = || "istiod.istio-system.svc".to_owned();
+        assert_eq!(
+            of_istiod(""),
+            Ok((name(), "Kubernetes".into(), String::new()))
+        );
+        assert_eq!(
+            of_istiod("clusterId: c1, network: n1"),
+            Ok((name(), "c1".into(), "n1".into()))
+        );
         for (wrong, own, error) in [
+            (
+                "istiod: {address: 'istiod:15012', rootFile: /r}",
+                own,
+                "discovery.istiod.tokenFile: is missing",
+            ),
+            (
+                "istiod: {clusterId: 'a b'}",
+                own,
+                "discovery.istiod.clusterId: \"a b\": is not an ID",
+            ),
+            ("istiod: {}", None, "discovery.istiod: $POD_NAMESPACE"),
             ("kubernetes: {}", None, "$POD_NAMESPACE is not set"),
             ("kubernetes: {}\nfiles: /m", own, "it is one or the other"),
             ("kubernetes: {default: yes}", own, "kubernetes.default: "),

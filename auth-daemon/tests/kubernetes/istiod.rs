@@ -26,8 +26,8 @@ const NODE: &str = "node-a";
 
 /// An API server with istiod, and this daemon's pod on `NODE`.
 struct Stage {
-    cluster: Arc<Kubernetes>,
     istiod: Istiod,
+    cluster: Kubernetes,
     server: CaServer,
 }
 
@@ -38,20 +38,20 @@ impl Stage {
             println!("SKIPPED {test}: {why}");
             return None;
         }
-        let cluster = Arc::new(Kubernetes::start().unwrap());
+        let cluster = Kubernetes::start().unwrap();
         for objects in [chart::rendered_file(), chart::folder().join("crds")] {
             cluster.apply(&objects).unwrap();
         }
         let own = cluster.pod(OWN, "daemon-a", DAEMON, NODE, "192.0.2.1");
         let own = own.unwrap();
-        let istiod = Istiod::start(cluster.clone(), &format!("{OWN}/{DAEMON}")).unwrap();
+        let istiod = Istiod::start(&cluster, &format!("{OWN}/{DAEMON}")).unwrap();
         let options = TokenOptions {
             audience: Some(Istiod::AUDIENCE),
             pod: Some(&own),
             seconds: None,
         };
         let token = cluster.token(OWN, DAEMON, &options).unwrap();
-        let root_file = istiod.root_file(OWN).unwrap();
+        let root_file = istiod.root_file(&cluster, OWN).unwrap();
         let token_file = root_file.with_file_name("istio-token");
         fs::write(&token_file, token).unwrap();
         let server = CaServer {
@@ -296,7 +296,7 @@ async fn the_registry_follows_istiod_through_an_outage() {
     assert!(!admits(&registry, &in_force, Some("mallory")));
     assert_eq!(endpoints(&registry, "10.96.7.7:80").len(), 2);
 
-    stage.istiod.run().unwrap();
+    stage.istiod.run(&stage.cluster).unwrap();
     eventually("what happened meanwhile", async || {
         let denied = !admits(&registry, &in_force, Some("friend"));
         let deleted = admits(&registry, &in_force, Some("mallory"));

@@ -1,22 +1,19 @@
-//! A real istiod, beside an API server without nodes.
+//! A real istiod, beside an API server.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::json;
 
-use super::{Kubernetes, START, first_missing, last_lines, loopback, program};
+use super::{Kubernetes, START, Site, first_missing, last_lines, program};
 use crate::eventually::eventually_ok;
-use crate::id::MeshId;
 use crate::process::Process;
 
 /// A control plane of an Istio mesh in ambient mode. Dropping it stops it.
 #[derive(Debug)]
 pub struct Istiod {
-    cluster: Arc<Kubernetes>,
     trusted: String,
     /// Of the gRPC API over TLS, and of the readiness endpoint.
     addresses: [SocketAddr; 2],
@@ -36,61 +33,62 @@ impl Istiod {
 
     /// Starts istiod and waits until it is ready. `trusted`, as `namespace/account`, may ask for certificates of the pods of
     /// its node.
-    pub fn start(cluster: Arc<Kubernetes>, trusted: &str) -> Result<Self> {
+    pub fn start(cluster: &Kubernetes, trusted: &str) -> Result<Self> {
         if cluster.get("/api/v1/namespaces/istio-system")?.is_none() {
             cluster.namespace("istio-system")?;
         }
         for kind in ["ServiceEntry", "WorkloadEntry"] {
-            define(&cluster, kind)?;
+            define(cluster, kind)?;
         }
-        let ip = loopback(MeshId::next());
-        let taken = [TcpListener::bind((ip, 0))?, TcpListener::bind((ip, 0))?];
-        let [one, other] = taken.map(|listener| listener.local_addr());
+        let ip = cluster.address.ip();
+        let addresses = match &cluster.site {
+            Site::Alone { .. } => {
+                let taken = [TcpListener::bind((ip, 0))?, TcpListener::bind((ip, 0))?];
+                let [one, other] = taken.map(|listener| listener.local_addr());
+                [one?, other?]
+            }
+            Site::Cluster(_) => [(ip, 15012).into(), (ip, 8080).into()],
+        };
         let mut istiod = Self {
-            cluster,
             trusted: trusted.to_owned(),
-            addresses: [one?, other?],
+            addresses,
             process: None,
         };
-        istiod.run()?;
+        istiod.run(cluster)?;
         Ok(istiod)
     }
 
     /// Starts it again, after [`Istiod::stop`].
-    pub fn run(&mut self) -> Result<()> {
-        let folder = self.cluster.folder();
+    pub fn run(&mut self, cluster: &Kubernetes) -> Result<()> {
+        let folder = cluster.folder();
         let mesh = folder.join("mesh.yaml");
         fs::write(
             &mesh,
             "trustDomain: cluster.local\nrootNamespace: istio-system\n",
         )?;
         let [api, ready] = self.addresses.map(|address| address.to_string());
-        let process = self
-            .cluster
-            .site
-            .spawn(program("pilot-discovery"), |command| {
-                command
-                    .current_dir(folder)
-                    .arg("discovery")
-                    .arg("--kubeconfig")
-                    .arg(self.cluster.kubeconfig())
-                    .arg("--meshConfig")
-                    .arg(&mesh)
-                    .args(["--secureGRPCAddr", &api, "--httpAddr", &ready])
-                    .args(["--grpcAddr", "", "--httpsAddr", "", "--monitoringAddr", ""])
-                    .args(["--ctrlz_port", "0", "--log_output_level", "default:info"])
-                    .env("POD_NAMESPACE", "istio-system")
-                    .env("POD_NAME", "istiod")
-                    .env("PILOT_ENABLE_AMBIENT", "true")
-                    .env("CLUSTER_ID", "Kubernetes")
-                    .env("CA_TRUSTED_NODE_ACCOUNTS", &self.trusted);
-            })?;
-        let mut process = process;
+        let mut process = cluster.site.spawn(program("pilot-discovery"), |command| {
+            command
+                .current_dir(folder)
+                .arg("discovery")
+                .arg("--kubeconfig")
+                .arg(cluster.kubeconfig())
+                .arg("--meshConfig")
+                .arg(&mesh)
+                .args(["--secureGRPCAddr", &api, "--httpAddr", &ready])
+                .args(["--grpcAddr", "", "--httpsAddr", "", "--monitoringAddr", ""])
+                .args(["--ctrlz_port", "0", "--log_output_level", "default:info"])
+                .env("POD_NAMESPACE", "istio-system")
+                .env("POD_NAME", "istiod")
+                .env("PILOT_ENABLE_AMBIENT", "true")
+                .env("CLUSTER_ID", "Kubernetes")
+                .env("CA_TRUSTED_NODE_ACCOUNTS", &self.trusted);
+        })?;
         let is_ready = eventually_ok(START, "a ready istiod", || {
             if let Some(status) = process.ended()? {
                 return Ok(Err(anyhow!("it exited ({status})")));
             }
-            let mut curl = self.cluster.client("curl")?;
+            let mut curl = cluster.client("curl")?;
             curl.args(["-sf", "--max-time", "5", &format!("http://{ready}/ready")]);
             match Process::spawn(curl)?.finish(START)?.code() {
                 Some(0) => Ok(Ok(())),
@@ -120,10 +118,10 @@ impl Istiod {
     }
 
     /// Writes the roots that istiod publishes in `namespace` (`istio-ca-root-cert`) into a file, as a kubelet would.
-    pub fn root_file(&self, namespace: &str) -> Result<PathBuf> {
+    pub fn root_file(&self, cluster: &Kubernetes, namespace: &str) -> Result<PathBuf> {
         let path = format!("/api/v1/namespaces/{namespace}/configmaps/istio-ca-root-cert");
         let roots = eventually_ok(START, "istiod's roots", || {
-            let found = self.cluster.get(&path)?;
+            let found = cluster.get(&path)?;
             let roots = found
                 .as_ref()
                 .and_then(|map| map["data"]["root-cert.pem"].as_str());
@@ -131,8 +129,7 @@ impl Istiod {
                 .map(str::to_owned)
                 .with_context(|| format!("no {path} yet"))
         })?;
-        let file = self
-            .cluster
+        let file = cluster
             .folder()
             .join(format!("istio-roots-{namespace}.pem"));
         fs::write(&file, roots)?;

@@ -1,0 +1,243 @@
+//! The chart on a real cluster of two nodes whose only control plane is istiod: its certificates, its view of the mesh and its
+//! policies.
+
+use std::fs;
+use std::time::Instant;
+
+use mesh_tests::cluster::apps::{MARKER, account, idle_pod, server};
+use mesh_tests::cluster::meshed::{APPS, MeshedCluster, PATIENCE, SYSTEM};
+use mesh_tests::{Cluster, Context, Error, Istiod, ProxyMode, Result, eventually_ok};
+use serde_json::{Value, json};
+
+const NODES: [&str; 2] = ["node1", "node2"];
+
+/// A cluster with istiod.
+struct Stage {
+    // First: it runs beside the cluster's API server.
+    istiod: Istiod,
+    meshed: MeshedCluster,
+}
+
+type Step = fn(&mut Stage) -> Result<()>;
+
+/// All steps, in order.
+const STEPS: &[(&str, Step)] = &[
+    (
+        "istio-certificates: daemons serve with istiod's",
+        daemons_serve,
+    ),
+    (
+        "istio-traffic: pods of both nodes reach services",
+        pods_talk,
+    ),
+    ("istio-redirection: pods are announced", pods_are_announced),
+    (
+        "istio-policy: istiod's policies are enforced",
+        policies_are_enforced,
+    ),
+    (
+        "istio-outage: traffic continues without istiod",
+        without_istiod,
+    ),
+];
+
+#[test]
+fn mesh_whose_only_control_plane_is_istiod() -> Result<()> {
+    if let Some(why) = Cluster::missing().or_else(Istiod::missing) {
+        println!("SKIPPED mesh_whose_only_control_plane_is_istiod: {why}");
+        return Ok(());
+    }
+    let mut stage = set()?;
+    for (name, step) in STEPS {
+        let start = Instant::now();
+        let done = step(&mut stage);
+        let elapsed = start.elapsed();
+        if let Err(error) = &done {
+            println!("{name}: FAILED after {elapsed:.1?}: {error:#}");
+            stage.meshed.cluster.print_state();
+            stage.meshed.print_logs();
+            println!("{}", stage.istiod.log());
+        }
+        done.with_context(|| format!("step {name}, after {elapsed:.1?}"))?;
+        println!("{name}: {elapsed:.1?}");
+    }
+    Ok(())
+}
+
+/// Starts the cluster and istiod, and installs the chart without its CA.
+fn set() -> Result<Stage> {
+    let meshed = MeshedCluster::start(&NODES, ProxyMode::default())?;
+    let trusted = format!("{SYSTEM}/auth-daemon");
+    let istiod = Istiod::start(meshed.cluster.api(), &trusted)?;
+    let roots = istiod.root_file(meshed.cluster.api(), SYSTEM)?;
+    meshed.kubectl(&format!(
+        "label namespace {APPS} istio.io/dataplane-mode=ambient"
+    ))?;
+    let (address, name) = (istiod.address().to_string(), Istiod::SERVER_NAME);
+    let values = json!({
+        "mode": "PERMISSIVE",
+        "istio": {"enabled": true, "address": address},
+        "ca": {
+            "enabled": false, "address": address, "audience": Istiod::AUDIENCE,
+            "rootConfigMap": "istio-ca-root-cert",
+        },
+        // The cluster has no DNS, so istiod is at an address that is not in its certificate.
+        "daemon": {"config": {
+            "ca": {"address": address, "serverName": name},
+            "discovery": {"istiod": {"serverName": name}},
+        }},
+    });
+    let file = roots.with_file_name("istio-values.json");
+    fs::write(&file, values.to_string())?;
+    meshed.install(&["--values", &file.display().to_string()])?;
+    Ok(Stage { istiod, meshed })
+}
+
+fn daemons_serve(stage: &mut Stage) -> Result<()> {
+    stage.meshed.rolled_out(SYSTEM, "daemonset/auth-daemon")?;
+    for node in NODES {
+        eventually_ok(PATIENCE, "a ready daemon", || stage.meshed.daemon_on(node))?;
+    }
+    Ok(())
+}
+
+/// The URL of a service.
+fn who(stage: &Stage, name: &str) -> Result<String> {
+    let service = stage.meshed.get(&format!("service -n {APPS} {name}"))?;
+    let address = service["spec"]["clusterIP"]
+        .as_str()
+        .context("no address")?;
+    Ok(format!("http://{address}/cgi-bin/who"))
+}
+
+/// Fails unless `client` gets an answer of `web`.
+fn answers(stage: &Stage, client: &str, web: &str) -> Result<()> {
+    let answer = stage.meshed.curl(client, &who(stage, web)?)?;
+    let expected = answer.contains(MARKER) && answer.contains(web);
+    expected
+        .then_some(())
+        .with_context(|| format!("{client} to {web}: {answer:?}"))
+}
+
+/// Waits until `client` gets no answer of `web` any more.
+fn is_refused(stage: &Stage, client: &str, web: &str) -> Result<()> {
+    eventually_ok(PATIENCE, "a refusal", || {
+        match answers(stage, client, web) {
+            Err(_) => Ok(()),
+            Ok(()) => Err(Error::msg(format!("{web} answers"))),
+        }
+    })
+}
+
+/// Waits until the access log of a node has a line that says what `wanted` says.
+fn log_has(stage: &Stage, node: &str, wanted: &[(&str, &str)]) -> Result<()> {
+    eventually_ok(PATIENCE, "a line of the access log", || {
+        let log = stage.meshed.daemon_log(node)?;
+        let lines = log
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok());
+        let mut lines = lines.filter(|line: &Value| line["target"] == "access");
+        let found = lines.any(|line| wanted.iter().all(|(field, value)| line[field] == *value));
+        found
+            .then_some(())
+            .with_context(|| format!("{node} has no line of {wanted:?}"))
+    })
+}
+
+fn identity(account: &str) -> String {
+    format!("spiffe://cluster.local/ns/{APPS}/sa/{account}")
+}
+
+/// Starts a client on the first node and a server on each, and lets them talk.
+fn pods_talk(stage: &mut Stage) -> Result<()> {
+    let mut objects = vec![account("client"), idle_pod("client-1", "node1", "client")];
+    for (node, web) in NODES.into_iter().zip(["web-1", "web-2"]) {
+        objects.extend(server(web, Some(node), 1));
+    }
+    stage.meshed.apply(&objects)?;
+    for web in ["web-1", "web-2"] {
+        stage
+            .meshed
+            .rolled_out(APPS, &format!("deployment/{web}"))?;
+    }
+    stage.meshed.kubectl(&format!(
+        "wait -n {APPS} pod client-1 --for=condition=Ready --timeout={}s",
+        PATIENCE.as_secs()
+    ))?;
+    for web in ["web-1", "web-2"] {
+        eventually_ok(PATIENCE, "an answer", || answers(stage, "client-1", web))?;
+    }
+    let (client, web) = (identity("client"), identity("web-2"));
+    // Both nodes have a daemon of this kind, so HBONE is not needed between them.
+    let line = [
+        ("path", "tunnel"),
+        ("client_identity", client.as_str()),
+        ("server_identity", web.as_str()),
+    ];
+    NODES
+        .into_iter()
+        .try_for_each(|node| log_has(stage, node, &line))
+}
+
+fn pods_are_announced(stage: &mut Stage) -> Result<()> {
+    for label in ["app=web-1", "app=web-2", "app=client-1"] {
+        eventually_ok(PATIENCE, "the annotation of a pod", || {
+            let pod = stage.meshed.pod(APPS, label)?;
+            let found = &pod["metadata"]["annotations"]["ambient.istio.io/redirection"];
+            (found == "enabled")
+                .then_some(())
+                .with_context(|| format!("{label}: {found}"))
+        })?;
+    }
+    Ok(())
+}
+
+/// A policy of Istio that denies `client` at the servers of `web`.
+fn denial(web: &str) -> Value {
+    let principal = identity("client").replace("spiffe://", "");
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": format!("no-clients-{web}"), "namespace": APPS},
+        "spec": {
+            "action": "DENY", "selector": {"matchLabels": {"app": web}},
+            "rules": [{"from": [{"source": {"principals": [principal]}}]}],
+        },
+    })
+}
+
+fn policies_are_enforced(stage: &mut Stage) -> Result<()> {
+    for (node, web) in NODES.into_iter().zip(["web-1", "web-2"]) {
+        stage.meshed.apply(&[denial(web)])?;
+        is_refused(stage, "client-1", web)?;
+        let policy = format!("denied by AuthorizationPolicy {APPS}/no-clients-{web} rules[0]");
+        let line = [
+            ("direction", "inbound"),
+            ("result", "refused"),
+            ("policy", policy.as_str()),
+        ];
+        log_has(stage, node, &line)?;
+        stage.meshed.kubectl(&format!(
+            "delete authorizationpolicy -n {APPS} no-clients-{web}"
+        ))?;
+        eventually_ok(PATIENCE, "an answer", || answers(stage, "client-1", web))?;
+    }
+    Ok(())
+}
+
+fn without_istiod(stage: &mut Stage) -> Result<()> {
+    stage.meshed.apply(&[denial("web-1")])?;
+    is_refused(stage, "client-1", "web-1")?;
+    stage.istiod.stop()?;
+    for _ in 0..5 {
+        answers(stage, "client-1", "web-2")?;
+        let refused = answers(stage, "client-1", "web-1").is_err();
+        refused.then_some(()).context("the policy is forgotten")?;
+    }
+    stage.meshed.kubectl(&format!(
+        "delete authorizationpolicy -n {APPS} no-clients-web-1"
+    ))?;
+    stage.istiod.run(stage.meshed.cluster.api())?;
+    eventually_ok(PATIENCE, "an answer", || {
+        answers(stage, "client-1", "web-1")
+    })
+}
