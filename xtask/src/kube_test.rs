@@ -34,5 +34,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if !arguments.no_build {
         build::programs()?;
     }
-    test::run_tests(&["--package", "mesh-tests", "--test", "cluster"], &[]).map(drop)
+    let targets = [
+        "--package",
+        "mesh-tests",
+        "--test",
+        "cluster",
+        "--test",
+        "istio",
+    ];
+    test::run_tests(&targets, &[]).map(drop)
 }

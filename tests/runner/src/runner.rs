@@ -69,10 +69,11 @@ impl Group {
 /// Tests that start an API server.
 const API_SERVER: [&str; 2] = ["kubernetes::", "kubernetes_ca::"];
 /// Tests that need the machine for themselves.
-const ALONE: [&str; 7] = [
+const ALONE: [&str; 8] = [
     "abuse::",
     "cluster::",
     "invariant::",
+    "istio::",
     "lifecycle::enrolment_churn::",
     "operator::footprint::",
     "same_node::changes::",
