@@ -153,9 +153,14 @@ impl Node {
 
     /// Runs another command of the daemon's program on the node, as an operator would: `["status", "--json"]`.
     pub fn auth(&self, arguments: &[&str]) -> Result<Finished> {
+        self.spawn_auth(arguments)?.finish(crate::TIMEOUT)
+    }
+
+    /// Like [`Self::auth`], but does not wait for its end.
+    pub fn spawn_auth(&self, arguments: &[&str]) -> Result<Process> {
         let mut command = self.daemon_place().command(auth_daemon()?)?;
         command.args(arguments);
-        Process::spawn(command)?.finish(crate::TIMEOUT)
+        Process::spawn(command)
     }
 
     /// Runs `auth-daemon unload` with the configuration that its last daemon had.

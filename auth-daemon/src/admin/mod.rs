@@ -14,7 +14,7 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::State,
+    extract::{self, State},
     routing::{get, post},
 };
 use serde_json::{Value, json};
@@ -23,7 +23,7 @@ use tokio::{
     time::{Duration, Instant, sleep},
 };
 
-use crate::{config::Mode, proxy::Node};
+use crate::{config::Mode, observe::flows::Page, proxy::Node};
 use auth_mesh::policy::{
     diff::{Inventory, Pod},
     question::{Answer, EnabledNamespace, KUBE_SYSTEM, Known, Question},
@@ -98,6 +98,7 @@ pub async fn serve(node: Arc<Node>, health: Arc<Health>, listeners: Listeners) {
         .route("/policy/check", post(check_policy))
         .route("/policy/list", post(list_policies))
         .route("/policy/pods", get(policy_pods))
+        .route("/flows/{after}", get(flows))
         .with_state(node.clone());
     let metrics_routes = Router::new()
         .route("/metrics", get(metrics::metrics))
@@ -128,6 +129,14 @@ async fn policy_pods(State(node): State<Arc<Node>>) -> Json<Inventory> {
     let snapshot = node.registry.snapshot();
     let pods = snapshot.workloads().map(|pod| Pod::from(&**pod));
     Json(Inventory::new(policies.settings(), pods))
+}
+
+/// Returns the connections that ended as number `after` or later.
+async fn flows(
+    State(node): State<Arc<Node>>,
+    extract::Path(after): extract::Path<u64>,
+) -> Json<Page> {
+    Json(node.connections.flows.after(after, &node.config.node_name))
 }
 
 fn known(node: &Node) -> Known {

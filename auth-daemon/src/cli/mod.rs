@@ -5,6 +5,7 @@ mod check;
 mod daemon_client;
 mod embedded_ca;
 mod manifests;
+mod observe;
 mod policy;
 mod policy_diff;
 pub(crate) mod probe;
@@ -38,6 +39,8 @@ enum Command {
     Probe(probe::Arguments),
     /// Show the status of this node's daemon.
     Status(status::Arguments),
+    /// Show the connections of this node that ended in the last minutes, and follow new ones.
+    Observe(observe::Arguments),
     /// Explain which calls the policies allow, and compare policies.
     Policy(policy::Arguments),
     /// Remove everything that a stopped daemon leaves in the kernel.
@@ -55,6 +58,7 @@ impl Cli {
             Command::Check(arguments) => check::check(&arguments),
             Command::Probe(arguments) => probe::probe(&arguments),
             Command::Status(arguments) => status::status(&arguments),
+            Command::Observe(arguments) => observe::observe(&arguments),
             Command::Policy(arguments) => return Ok(policy::policy(&arguments)),
             Command::Unload(arguments) => unload::unload(&arguments),
             Command::Uninstall(arguments) => uninstall::uninstall(&arguments),

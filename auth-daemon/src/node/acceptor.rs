@@ -204,7 +204,7 @@ impl Acceptor {
             }
             Side::Inbound => (Direction::Inbound, local, local, None, identity),
         };
-        node.connections.log(&Finished {
+        node.connections.log(Finished {
             pod: self.pod.enrolled.netns.cookie(),
             direction,
             path: Path::Tunnel,

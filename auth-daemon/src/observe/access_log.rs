@@ -3,10 +3,10 @@
 use std::{fmt, net::SocketAddr, time::Duration};
 
 use auth_mesh::{Identity, ObjectName};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Whether a pod of this node is the client or the server of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// The pod is the client.

@@ -17,9 +17,10 @@ use serde::Serialize;
 use super::{
     access_limits::AccessLimits,
     access_log::{Direction, Finished, Outcome, Path},
+    flows::Flows,
     totals::Totals,
 };
-use auth_mesh::{Identity, ObjectName, policy::Decision};
+use auth_mesh::{Identity, ObjectName, Registry, policy::Decision};
 use auth_tunnel::{Counters, tls::svid::Svid};
 
 /// An open connection.
@@ -67,16 +68,31 @@ pub struct Details {
 }
 
 /// The open connections of this node.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct OpenConnections {
+    registry: Arc<Registry>,
     connections: Mutex<HashMap<u64, Arc<Connection>>>,
     next: AtomicU64,
     limits: AccessLimits,
     /// Counters of connections that have ended.
     pub totals: Totals,
+    /// Those that ended last.
+    pub flows: Flows,
 }
 
 impl OpenConnections {
+    /// There are none yet. `registry` names the pods at their ends.
+    pub fn new(registry: Arc<Registry>) -> Self {
+        Self {
+            registry,
+            connections: Mutex::default(),
+            next: AtomicU64::default(),
+            limits: AccessLimits::default(),
+            totals: Totals::default(),
+            flows: Flows::default(),
+        }
+    }
+
     /// Adds a connection from `client` to or from the pod whose netns has the cookie `pod`. Its access log line is written when
     /// the guard is finished or dropped. `cut` ends the task that holds the guard.
     pub fn open(
@@ -122,12 +138,14 @@ impl OpenConnections {
         }
     }
 
-    /// Writes the access log line of a connection that has ended, unless the log has told of many like it, and counts it.
-    pub(crate) fn log(&self, finished: &Finished) {
-        if self.limits.pass(finished, Instant::now()) {
+    /// Counts a connection that has ended. Writes its access log line and keeps it for `auth-daemon observe`, unless there
+    /// were many like it a moment ago.
+    pub(crate) fn log(&self, finished: Finished) {
+        self.totals.count(&finished);
+        if self.limits.pass(&finished, Instant::now()) {
             finished.write();
+            self.flows.add(finished, &self.registry.snapshot());
         }
-        self.totals.count(finished);
     }
 
     /// Logs how many lines the access log has left out. `name` returns the name of the pod whose netns has a cookie.
@@ -305,7 +323,7 @@ impl<'a> Guard<'a> {
             reason: reason.to_string(),
             policy: details.policy,
         };
-        self.open.log(&finished);
+        self.open.log(finished);
     }
 }
 

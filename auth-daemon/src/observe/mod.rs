@@ -3,6 +3,7 @@
 mod access_limits;
 pub mod access_log;
 pub mod connections;
+pub mod flows;
 pub(crate) mod line_limit;
 pub(crate) mod log_writer;
 pub(crate) mod refusals;

@@ -87,13 +87,13 @@ impl Node {
     ) -> Self {
         Self {
             config,
+            connections: OpenConnections::new(registry.clone()),
             registry,
             policies,
             unconfirmed,
             rules: Rules::default(),
             kernel,
             certificates,
-            connections: OpenConnections::default(),
             capacity: Arc::new(Capacity::of_process()),
             refusals: Refusals::default(),
             pods: std::sync::Mutex::default(),

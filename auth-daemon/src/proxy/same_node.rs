@@ -353,7 +353,7 @@ pub(crate) async fn log_closed(node: Arc<Node>) {
             events
                 .next(|closing| {
                     node.connections
-                        .log(&line(&closing, node.same_node.facts(&closing)))
+                        .log(line(&closing, node.same_node.facts(&closing)))
                 })
                 .await?;
         }

@@ -7,4 +7,5 @@ mod commands;
 mod config;
 mod footprint;
 mod logs;
+mod observe;
 mod policy_changes;

@@ -1,0 +1,280 @@
+//! The connections that ended in the last minutes, for `auth-daemon observe`.
+
+use std::{
+    collections::VecDeque,
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use auth_mesh::{ObjectName, Snapshot};
+use auth_tunnel::tls::rfc3339;
+use serde::{Deserialize, Serialize};
+
+use super::access_log::{Direction, Finished, Outcome};
+
+/// The number of connections that are kept. One takes some 600 bytes.
+const KEPT: usize = 8192;
+/// The most connections in one answer.
+pub const PAGE: usize = 1000;
+
+/// A connection that has ended. Its JSON form is stable: later versions only add fields. Those that the access log has, too,
+/// have the same names and meanings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flow {
+    /// When it ended: UTC, in the format of RFC 3339, with milliseconds.
+    pub time: String,
+    /// The node that saw it.
+    pub node: String,
+    /// Whether a pod of that node is the client or the server.
+    pub direction: Direction,
+    /// Whether it was established.
+    pub verdict: Verdict,
+    /// How it reached the server: `tunnel`, `same-node`, `plaintext` or `self`.
+    pub path: String,
+    /// The client's address and port.
+    pub client: SocketAddr,
+    /// The pod with that address, as `namespace/name`.
+    pub client_pod: Option<String>,
+    /// The client's SPIFFE ID.
+    pub client_identity: Option<String>,
+    /// The address and port that the client dialled.
+    pub destination: Option<SocketAddr>,
+    /// The Service that the destination belongs to, as `namespace/name`.
+    pub service: Option<String>,
+    /// The server's own address and port.
+    pub endpoint: Option<SocketAddr>,
+    /// The pod with that address, as `namespace/name`.
+    pub server_pod: Option<String>,
+    /// The server's SPIFFE ID.
+    pub server_identity: Option<String>,
+    /// Bytes that the client's app sent.
+    pub bytes_to_server: u64,
+    /// Bytes that the server's app sent.
+    pub bytes_to_client: u64,
+    /// From its start to its end, in milliseconds.
+    pub duration_ms: u64,
+    /// How it ended: `ok`, `refused` or `reset`.
+    pub result: String,
+    /// Why it was refused or reset. Empty for `ok`.
+    pub reason: String,
+    /// The policies that decided, or that audited it.
+    pub policy: Option<String>,
+}
+
+/// Whether a connection was established.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// It was.
+    Allowed,
+    /// It was refused, by a policy or for another reason that [`Flow::reason`] gives.
+    Denied,
+}
+
+/// An answer to the question which connections ended after another one.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Page {
+    /// When the daemon started, in milliseconds since the Unix epoch. After a restart, numbers begin again.
+    pub started: u64,
+    /// The number to ask for next.
+    pub next: u64,
+    /// How many connections ended since the one that was asked for, but are not kept any more.
+    pub lost: u64,
+    /// The connections, in the order in which they ended: at most [`PAGE`].
+    pub flows: Vec<Flow>,
+}
+
+/// The connections of this node that ended last.
+#[derive(Debug)]
+pub struct Flows {
+    started: SystemTime,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    flows: VecDeque<Ended>,
+    /// The number of connections that have ended.
+    count: u64,
+}
+
+#[derive(Debug)]
+struct Ended {
+    at: SystemTime,
+    finished: Finished,
+    /// As the registry had them then: a pod may be gone when somebody asks.
+    client_pod: Option<ObjectName>,
+    server_pod: Option<ObjectName>,
+}
+
+impl Default for Flows {
+    fn default() -> Self {
+        Self {
+            started: SystemTime::now(),
+            kept: Mutex::default(),
+        }
+    }
+}
+
+impl Flows {
+    /// Adds a connection that has ended now.
+    pub(crate) fn add(&self, finished: Finished, snapshot: &Snapshot) {
+        let pod = |address: SocketAddr| Some(snapshot.pod(address.ip())?.name.clone());
+        let ended = Ended {
+            at: SystemTime::now(),
+            client_pod: pod(finished.client),
+            server_pod: finished.endpoint.or(finished.destination).and_then(pod),
+            finished,
+        };
+        let mut kept = self.lock();
+        if kept.flows.len() == KEPT {
+            kept.flows.pop_front();
+        }
+        kept.flows.push_back(ended);
+        kept.count += 1;
+    }
+
+    /// Returns the connections that ended as number `after` or later, where the first has the number 0.
+    pub fn after(&self, after: u64, node: &str) -> Page {
+        let kept = self.lock();
+        let oldest = kept.count - kept.flows.len() as u64;
+        let first = after.clamp(oldest, kept.count);
+        let skipped = (first - oldest) as usize;
+        let flows: Vec<_> = kept
+            .flows
+            .range(skipped..)
+            .take(PAGE)
+            .map(|ended| ended.flow(node))
+            .collect();
+        Page {
+            started: since_epoch(self.started).as_millis() as u64,
+            next: first + flows.len() as u64,
+            lost: first.saturating_sub(after),
+            flows,
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ended {
+    fn flow(&self, node: &str) -> Flow {
+        let finished = &self.finished;
+        let identity = |identity: &auth_mesh::Identity| identity.to_string();
+        Flow {
+            time: format_time(self.at),
+            node: node.to_owned(),
+            direction: finished.direction,
+            verdict: match finished.outcome {
+                Outcome::Refused => Verdict::Denied,
+                Outcome::Ok | Outcome::Reset => Verdict::Allowed,
+            },
+            path: finished.path.name().to_owned(),
+            client: finished.client,
+            client_pod: self.client_pod.as_ref().map(ToString::to_string),
+            client_identity: finished.client_identity.as_ref().map(identity),
+            destination: finished.destination,
+            service: finished.service.as_ref().map(ToString::to_string),
+            endpoint: finished.endpoint,
+            server_pod: self.server_pod.as_ref().map(ToString::to_string),
+            server_identity: finished.server_identity.as_ref().map(identity),
+            bytes_to_server: finished.bytes_to_server,
+            bytes_to_client: finished.bytes_to_client,
+            duration_ms: finished.duration.as_millis() as u64,
+            result: finished.outcome.name().to_owned(),
+            reason: finished.reason.clone(),
+            policy: finished.policy.clone(),
+        }
+    }
+}
+
+/// Formats a time as [`Flow::time`]. All such texts have the same length, so that they sort as the times do.
+pub fn format_time(time: SystemTime) -> String {
+    let since = since_epoch(time);
+    let seconds = rfc3339(since.as_secs());
+    let seconds = seconds.trim_end_matches('Z');
+    format!("{seconds}.{:03}Z", since.subsec_millis())
+}
+
+fn since_epoch(time: SystemTime) -> Duration {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::access_log::Path;
+
+    fn finished(port: u16, outcome: Outcome) -> Finished {
+        Finished {
+            pod: 1,
+            direction: Direction::Outbound,
+            path: Path::Tunnel,
+            client: ([10, 0, 0, 1], port).into(),
+            destination: Some(([10, 96, 0, 1], 80).into()),
+            endpoint: None,
+            service: None,
+            client_identity: None,
+            server_identity: None,
+            bytes_to_server: 3,
+            bytes_to_client: 4,
+            duration: Duration::from_millis(5),
+            outcome,
+            reason: String::new(),
+            policy: None,
+        }
+    }
+
+    fn ports(page: &Page) -> Vec<u16> {
+        page.flows.iter().map(|flow| flow.client.port()).collect()
+    }
+
+    #[test]
+    fn a_reader_gets_each_connection_once() {
+        let (flows, snapshot) = (Flows::default(), Snapshot::default());
+        assert!(flows.after(0, "a").flows.is_empty());
+        flows.add(finished(1, Outcome::Ok), &snapshot);
+        flows.add(finished(2, Outcome::Refused), &snapshot);
+        let page = flows.after(0, "a");
+        assert_eq!((ports(&page), page.next, page.lost), (vec![1, 2], 2, 0));
+        assert_eq!(page.flows[0].verdict, Verdict::Allowed);
+        assert_eq!(page.flows[1].verdict, Verdict::Denied);
+        flows.add(finished(3, Outcome::Reset), &snapshot);
+        let page = flows.after(page.next, "a");
+        assert_eq!((ports(&page), page.next), (vec![3], 3));
+    }
+
+    #[test]
+    fn keeps_the_last_and_counts_what_a_reader_missed() {
+        let (flows, snapshot) = (Flows::default(), Snapshot::default());
+        for _ in 0..KEPT + 10 {
+            flows.add(finished(1, Outcome::Ok), &snapshot);
+        }
+        let page = flows.after(4, "a");
+        assert_eq!((page.lost, page.flows.len()), (6, PAGE));
+        assert_eq!(page.next, 10 + PAGE as u64);
+        let (mut next, mut read) = (page.next, PAGE);
+        while next < (KEPT + 10) as u64 {
+            let page = flows.after(next, "a");
+            assert_eq!(page.lost, 0);
+            (next, read) = (page.next, read + page.flows.len());
+        }
+        assert_eq!(read, KEPT);
+    }
+
+    #[test]
+    fn a_number_from_before_a_restart_is_no_error() {
+        let page = Flows::default().after(u64::MAX, "a");
+        assert_eq!((page.next, page.lost, page.flows.len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn times_sort_as_text() {
+        let at = |millis| format_time(UNIX_EPOCH + Duration::from_millis(millis));
+        assert_eq!(at(1_700_000_000_007), "2023-11-14T22:13:20.007Z");
+        assert!(at(1_700_000_000_999) < at(1_700_000_001_000));
+    }
+}
