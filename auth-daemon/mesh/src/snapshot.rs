@@ -206,6 +206,11 @@ impl Snapshot {
         known.is_none_or(|daemons| daemons.nodes.contains_key(node))
     }
 
+    /// Reports whether it is known which nodes have a ready daemon.
+    pub fn knows_daemons(&self) -> bool {
+        self.daemons.is_some()
+    }
+
     /// Reports whether `node` has, or once had, a ready daemon, as far as this discovery knows. From then on the node's
     /// pods are not reached in plaintext, unless an administrator disables the node's tunnel.
     pub fn had_daemon(&self, node: &str) -> bool {

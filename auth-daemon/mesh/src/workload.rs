@@ -25,10 +25,8 @@ pub enum Hbone {
     /// It is not.
     #[default]
     No,
-    /// It is, unless its node has a ready daemon of ours.
+    /// It is, unless its node is known to have a ready daemon of ours.
     Offered,
-    /// It is. Whether its node has a daemon of ours is not known, or does not matter.
-    Only,
 }
 
 /// A pod, in the mesh or not.

@@ -21,11 +21,7 @@ use crate::{
         line_limit::LineLimit,
         refusals::Refusal,
     },
-    proxy::{
-        Node, Pod, inbound, outbound,
-        shares::{Exceeded, Permit},
-        work::Work,
-    },
+    proxy::{Node, Pod, inbound, outbound, shares::Permit, work::Work},
 };
 use auth_datapath::sockets::canonical;
 use auth_support::connection_limit::ConnectionPermit;
@@ -235,10 +231,7 @@ impl Acceptor {
             }
             Side::Inbound => {
                 let permit = self.pod.inbound.connection(Some(peer));
-                let permit = permit.map_err(|exceeded| match exceeded {
-                    Exceeded::Pod => Refusal::Inbound,
-                    Exceeded::Peer => Refusal::Peer,
-                })?;
+                let permit = permit.map_err(Refusal::from)?;
                 let place = self.pod.handshakes.admit(peer);
                 let place = Some(place.ok_or(Refusal::Handshakes)?);
                 Ok(Admitted { permit, place })

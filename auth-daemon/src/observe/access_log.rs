@@ -18,8 +18,10 @@ pub enum Direction {
 /// How a connection reaches the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// Mutual TLS.
+    /// Mutual TLS, with our own framing.
     Tunnel,
+    /// Mutual TLS, with HBONE.
+    Hbone,
     /// Without TLS, as PERMISSIVE allows.
     Plaintext,
     /// To the pod itself, through a service.
@@ -52,6 +54,7 @@ impl Path {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Tunnel => "tunnel",
+            Self::Hbone => "hbone",
             Self::Plaintext => "plaintext",
             Self::Itself => "self",
             Self::SameNode => "same-node",

@@ -301,6 +301,11 @@ impl<'a> Guard<'a> {
         self.write(outcome, &reason);
     }
 
+    /// Writes no line, because the connection carries others, which have their own.
+    pub(crate) fn discard(mut self) {
+        self.finished = true;
+    }
+
     fn write(&mut self, outcome: Outcome, reason: &dyn fmt::Display) {
         self.finished = true;
         let connection = &self.connection;

@@ -1,6 +1,8 @@
 //! Server side of the data path: serves a connection to a pod, from the first byte on the pod's tunnel listener to the
 //! last byte of the last app connection that the tunnel carries.
 
+mod hbone;
+
 use std::{
     io,
     net::SocketAddr,
@@ -94,6 +96,9 @@ async fn take(
         .verdict(cookie, &in_plaintext)
         .is_ok_and(|verdict| verdict.allowed());
     let spoken = match plaintext_allowed {
+        _ if local.port() == auth_common::TUNNEL_PORT => timeout_at(deadline, detect::hbone(&tcp))
+            .await
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, late()))),
         false => timeout_at(deadline, detect::strict(&tcp))
             .await
             .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, late()))),
@@ -107,6 +112,15 @@ async fn take(
     };
     match spoken {
         Ok(Detected::Tunnel) => {}
+        Ok(Detected::Hbone) => {
+            access.learn(|details| details.path = Path::Hbone);
+            let first = First {
+                access,
+                deadline,
+                _place: place,
+            };
+            return hbone::serve(node, pod, tcp, from, local, first).await;
+        }
         Ok(Detected::Plaintext(app)) => {
             access.learn(|details| details.path = Path::Plaintext);
             // Judge again for the log, now that the connection is known to be plaintext.
@@ -244,7 +258,16 @@ async fn one(
     access: Guard<'_>,
 ) -> bool {
     access.learn(|details| details.destination = Some(connect.dialled));
-    let admitted = Box::pin(admit(node, pod, channel, from, local, connect, &access)).await;
+    let admitted = Box::pin(admit(
+        node,
+        pod,
+        channel.peer(),
+        from,
+        local,
+        connect,
+        &access,
+    ))
+    .await;
     let mut app = match admitted {
         Ok(app) => app,
         Err((code, reason)) => {
@@ -299,7 +322,7 @@ async fn one(
 async fn admit(
     node: &Node,
     pod: &Pod,
-    channel: &Channel,
+    peer: &Svid,
     from: SocketAddr,
     local: SocketAddr,
     connect: Connect,
@@ -321,7 +344,7 @@ async fn admit(
         identity,
         not_after,
         ..
-    } = channel.peer();
+    } = peer;
     // A tunnel may outlive the certificate of its handshake.
     if *not_after <= SystemTime::now() {
         return Err((
@@ -332,7 +355,7 @@ async fn admit(
     let snapshot = node.registry.snapshot();
     // The connection is registered by now, so a revocation after this check cuts it.
     let revoked = &node.certificates.trust().current().revoked;
-    check_revoked(&snapshot, revoked, channel.peer(), from.ip())
+    check_revoked(&snapshot, revoked, peer, from.ip())
         .and_then(|()| revoked.check_identity(&pod.workload.identity))
         .map_err(|revoked| (ResetCode::Forbidden, revoked.to_string()))?;
     let claimed = connect.client.ip();

@@ -1,6 +1,7 @@
 //! Client side of the data path: serves an app's captured connection, from `accept` on the pod's loopback to its end.
 
 mod dialers;
+pub(crate) mod hbone;
 
 use std::{
     io,
@@ -34,6 +35,7 @@ use auth_mesh::{Destination, Endpoint, Unreachable, Waypoint};
 use auth_tunnel::{
     self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made,
     frame::{Connect, Reset, ResetCode},
+    hbone::OpenError,
     relay,
     tls::trust::Revoked,
 };
@@ -94,6 +96,13 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
             let ending = relay(&mut app, &mut tunnel.channel, access.counters()).await;
             finish(pod, app, tunnel, ending, access).await;
         }
+        Ok(Opened::Hbone(stream)) => {
+            let early = call.early.bytes.len() as u64;
+            drop(call);
+            access.counters().up.fetch_add(early, Ordering::Relaxed);
+            let _load = node.balance.count(stream.endpoint);
+            hbone::carry(app, stream, access).await;
+        }
         Ok(Opened::Plainly(mut server)) => {
             let early = std::mem::take(&mut call.early.bytes);
             drop(call);
@@ -141,6 +150,8 @@ async fn carry_plainly(
 /// An established connection to the server.
 enum Opened {
     Tunnel(Box<Tunnel>),
+    /// A stream of an HBONE connection.
+    Hbone(Box<hbone::Stream>),
     /// The pod's own app, which needs no tunnel, or a server that is reached in plaintext.
     Plainly(TcpStream),
     /// The app of another pod on this node.
@@ -273,6 +284,8 @@ enum Failure {
     Revoked(#[from] Revoked),
     #[error("{0}")]
     Channel(#[from] ChannelError),
+    #[error("{0}")]
+    Hbone(#[from] OpenError),
     #[error("{}{}", refused_by(.0.code), if .0.reason.is_empty() { String::new() } else { format!(": {}", .0.reason) })]
     Reset(Reset),
     #[error("closed the tunnel instead of answering")]
@@ -400,6 +413,7 @@ impl Call<'_> {
             ChosenPath::SameNode(server) => self.dial_same_node(&attempt, &server).await,
             ChosenPath::Plaintext(why) => self.dial_plaintext(&attempt, why).await,
             ChosenPath::Tunnel => self.dial_tunnel(&attempt).await,
+            ChosenPath::Hbone => self.dial_hbone(&attempt).await,
         }
     }
 

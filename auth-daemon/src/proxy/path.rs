@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use auth_mesh::{AddressKind, Endpoint, Published, Snapshot, Workload, policy::Policies};
+use auth_mesh::{AddressKind, Endpoint, Hbone, Published, Snapshot, Workload, policy::Policies};
 
 use super::{
     local_pods::{LocalPod, LocalPods},
@@ -23,6 +23,8 @@ pub(super) enum ChosenPath {
     Plaintext(&'static str),
     /// Over mutual TLS, to the daemon of the endpoint's node.
     Tunnel,
+    /// Over mutual TLS by HBONE, to another daemon than ours.
+    Hbone,
 }
 
 /// Why a connection must not reach an endpoint.
@@ -69,7 +71,7 @@ pub(super) struct View<'a> {
 }
 
 /// Decides how a connection reaches `endpoint`. The first path that applies is chosen: the pod itself, a pod of this node,
-/// plaintext, the tunnel. It fails where plaintext would be a downgrade: a node that had a ready daemon once can do more.
+/// plaintext, the tunnel, HBONE. It fails where plaintext would be a downgrade: a node that had a ready daemon once can do more.
 pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<ChosenPath, NoPath> {
     let address = endpoint.address.ip();
     if view.own_addresses.contains(&address) {
@@ -93,8 +95,16 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
             },
         };
     };
-    if server.node == view.node_name || view.snapshot.has_daemon(&server.node) {
+    // Our own framing is preferred: it keeps the app's port, which network policies see. Where it is not known which nodes
+    // have a daemon of ours, what is said about the pod counts.
+    let own = server.node == view.node_name;
+    let hbone = server.hbone == Hbone::Offered;
+    let has_daemon = view.snapshot.has_daemon(&server.node);
+    if own || has_daemon && (view.snapshot.knows_daemons() || !hbone) {
         return Ok(ChosenPath::Tunnel);
+    }
+    if hbone {
+        return Ok(ChosenPath::Hbone);
     }
     // Plaintext needs the pod's own address: an endpoint slice that names another address for it is no reason. A finished
     // pod's address may be another's by now.
@@ -181,6 +191,8 @@ mod tests {
         BeforeRestart,
         /// One was ready before an administrator disabled the node's tunnel.
         Disabled,
+        /// Nobody tells which nodes have one.
+        Untracked,
     }
 
     /// Two pods, and one outside the mesh.
@@ -198,8 +210,13 @@ mod tests {
             workloads,
             services: Vec::new(),
         }));
-        edit.know_daemons();
-        if !matches!(daemon, Daemon::Never | Daemon::BeforeRestart) {
+        if !matches!(daemon, Daemon::Untracked) {
+            edit.know_daemons();
+        }
+        if !matches!(
+            daemon,
+            Daemon::Never | Daemon::BeforeRestart | Daemon::Untracked
+        ) {
             edit.daemon(&name("daemon-b"), Some("b"));
         }
         if matches!(daemon, Daemon::Before | Daemon::Disabled) {
@@ -298,6 +315,29 @@ mod tests {
         ] {
             let chosen = choose(endpoint, daemon, mode);
             assert_eq!(chosen, expected, "{endpoint:?}, {daemon:?}, {mode:?}");
+        }
+    }
+
+    #[test]
+    fn prefers_our_own_framing_to_hbone_and_hbone_to_plaintext() {
+        use Daemon::{Before, Never, Ready, Untracked};
+        let server = |node| {
+            let server = Arc::new(Workload {
+                hbone: Hbone::Offered,
+                ..(*pod("server", SERVER, node)).clone()
+            });
+            endpoint(Some(server), SERVER, true)
+        };
+        for (node, daemon, expected) in [
+            ("b", Ready, ChosenPath::Tunnel),
+            ("b", Never, ChosenPath::Hbone),
+            ("b", Before, ChosenPath::Hbone),
+            ("b", Untracked, ChosenPath::Hbone),
+            // A pod of this node is served by this daemon.
+            ("a", Never, ChosenPath::Tunnel),
+        ] {
+            let chosen = choose(&server(node), daemon, Mode::Permissive);
+            assert_eq!(chosen, Ok(expected), "node {node}, {daemon:?}");
         }
     }
 

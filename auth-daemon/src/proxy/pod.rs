@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    outbound::hbone::Charged,
     shares::{Capacity, Permit, Share},
     work::Work,
 };
@@ -16,7 +17,7 @@ use serde::Serialize;
 use auth_datapath::{Enrolled, sockets::SourcePorts};
 use auth_mesh::Workload;
 use auth_support::connection_limit::ConnectionLimit;
-use auth_tunnel::Pool;
+use auth_tunnel::{Pool, hbone};
 
 /// Maximum number of a pod's inbound connections that are in their handshake at once.
 const MAX_HANDSHAKES: usize = 8192;
@@ -34,6 +35,8 @@ pub struct Pod {
     pub certificate: Arc<Certificate>,
     /// Idle tunnels of the pod's connections.
     pub(crate) pool: Pool<Permit>,
+    /// The HBONE connections that the pod's connections share.
+    pub(crate) hbone: hbone::Pool<Charged>,
     pub(crate) source_ports: SourcePorts,
     /// What the pod's connections take of the daemon's capacity: those that it opens, and idle tunnels.
     pub(crate) outbound: Arc<Share>,
@@ -59,6 +62,7 @@ impl Pod {
             enrolled,
             certificate,
             pool: Pool::default(),
+            hbone: hbone::Pool::default(),
             source_ports: SourcePorts::default(),
             outbound: Share::of(capacity),
             inbound: Share::of(capacity),

@@ -144,12 +144,13 @@ impl Revision<'_> {
         let client = details.client_identity.as_ref();
         let client = match (direction, details.path) {
             // The server's node checks tunnels and plaintext that leave this node. A pod may always reach itself.
-            (Direction::Outbound, Path::Tunnel | Path::Plaintext) | (_, Path::Itself) => {
+            (Direction::Outbound, Path::Tunnel | Path::Hbone | Path::Plaintext)
+            | (_, Path::Itself) => {
                 return None;
             }
             (Direction::Inbound, Path::Plaintext) => None,
             // Without a client identity the handshake is not complete; the connection is checked after it.
-            (_, Path::Tunnel | Path::SameNode) => Some(client?),
+            (_, Path::Tunnel | Path::Hbone | Path::SameNode) => Some(client?),
         };
         let source = details.client.ip();
         if self.rules.is_same(self.before, server) {

@@ -16,6 +16,8 @@ use std::{
 
 use nix::sys::resource::{Resource, getrlimit};
 
+use crate::observe::refusals::Refusal;
+
 /// Descriptors of one connection: its socket on either side.
 const CONNECTION: usize = 2;
 /// Descriptors of an idle tunnel.
@@ -23,6 +25,9 @@ const IDLE_TUNNEL: usize = 1;
 /// Memory that a connection needs at most, in bytes: two peers that stall fill a large buffer of the relay in each direction,
 /// of 130 KiB, and its state takes a few more.
 const CONNECTION_BYTES: u64 = 272 * 1024;
+/// What the unread data of an HBONE connection with a large window costs, in descriptors: as much as connections of that memory.
+const LARGE_WINDOW: usize =
+    CONNECTION * (auth_tunnel::hbone::LARGE_WINDOW as usize / CONNECTION_BYTES as usize);
 /// Maximum number of descriptors in the reserve. Four thousand pods need that many, with listeners, links and namespaces.
 const MAX_RESERVE: usize = 8192;
 
@@ -103,6 +108,16 @@ pub(crate) enum Exceeded {
     Peer,
 }
 
+impl From<Exceeded> for Refusal {
+    /// Of a connection to the pod.
+    fn from(exceeded: Exceeded) -> Self {
+        match exceeded {
+            Exceeded::Pod => Self::Inbound,
+            Exceeded::Peer => Self::Peer,
+        }
+    }
+}
+
 /// What one pod holds in one direction.
 #[derive(Debug)]
 pub(crate) struct Share {
@@ -133,6 +148,12 @@ impl Share {
     /// is worth more. `None` if there is no room.
     pub(crate) fn idle_tunnel(self: &Arc<Self>) -> Option<Permit> {
         self.charge(IDLE_TUNNEL, None, 2).ok()
+    }
+
+    /// Charges the large window of an HBONE connection, until the permit is dropped. Large windows take at most a ninth of the
+    /// capacity, because connections are worth more. `None` if there is no room: the connection then gets a small window.
+    pub(crate) fn large_window(self: &Arc<Self>, peer: Option<IpAddr>) -> Option<Permit> {
+        self.charge(LARGE_WINDOW, peer, 8).ok()
     }
 
     /// Charges `cost` if what is held, `weight` times, is less than what is free.

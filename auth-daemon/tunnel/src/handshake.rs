@@ -42,6 +42,9 @@ pub enum HandshakeError {
     /// The peer speaks TLS, but not the tunnel's protocol.
     #[error("the peer does not speak {}", String::from_utf8_lossy(ALPN))]
     Protocol,
+    /// The peer speaks TLS, but not HBONE.
+    #[error("the peer does not speak HBONE")]
+    NotHbone,
 }
 
 /// Opens a tunnel on `tcp` as a client. Drop the future to give up.

@@ -1,13 +1,14 @@
 //! The tunnel: TLS 1.3 between two nodes, and inside it one app connection after another.
 //!
 //! [`handshake`] turns a TCP connection into a [`Channel`]; [`Channel`] exchanges control frames; [`relay`] carries an
-//! app connection's bytes. [`frame`], [`record`] and [`hello`] are the formats, without I/O.
+//! app connection's bytes. [`hbone`] is Istio's protocol instead, which other daemons speak. [`frame`], [`record`] and [`hello`] are the formats, without I/O.
 
 mod aead;
 mod buffer;
 mod channel;
 pub mod frame;
 pub mod handshake;
+pub mod hbone;
 pub mod hello;
 mod pool;
 pub mod record;

@@ -21,9 +21,9 @@ const MAX_PER_POD: usize = 512;
 const IDLE: Duration = Duration::from_secs(30);
 /// Maximum age of a tunnel that takes a new connection. Bounds the time until a renewed certificate is in use
 /// everywhere.
-const MAX_AGE: Duration = Duration::from_secs(10 * 60);
+pub(crate) const MAX_AGE: Duration = Duration::from_secs(10 * 60);
 /// Time before a certificate expires from which its tunnels are no longer used, to allow for clock skew.
-const VALIDITY_MARGIN: Duration = Duration::from_secs(2);
+pub(crate) const VALIDITY_MARGIN: Duration = Duration::from_secs(2);
 
 /// The idle tunnels of one pod. `P` is the permit that each of them holds while it is idle.
 #[derive(Debug)]

@@ -315,13 +315,13 @@ async fn await_reset(
 
 /// Notifies one direction that the other has ended.
 #[derive(Default)]
-struct Flag {
+pub(crate) struct Flag {
     raised: AtomicBool,
     notify: Notify,
 }
 
 impl Flag {
-    fn raise(&self) {
+    pub(crate) fn raise(&self) {
         self.raised.store(true, Ordering::Relaxed);
         self.notify.notify_one();
     }
@@ -330,7 +330,7 @@ impl Flag {
         self.raised.load(Ordering::Relaxed)
     }
 
-    async fn raised(&self) {
+    pub(crate) async fn raised(&self) {
         while !self.is_raised() {
             self.notify.notified().await;
         }

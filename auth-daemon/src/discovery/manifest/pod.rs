@@ -4,11 +4,16 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
 
 use super::{Object, membership, object_name, port_number};
 use auth_kubernetes::objects;
-use auth_mesh::{HostPort, TrustDomain, Workload};
+use auth_mesh::{Hbone, HostPort, TrustDomain, Workload};
 
 /// Annotation with the path of a pod's network namespace. Counts only with file discovery, where whoever writes the manifests
 /// is trusted with the node, and where there may be no kubelet.
 pub const NETNS_ANNOTATION: &str = "auth-daemon.io/netns";
+
+/// What Istio sets on a pod that a ztunnel serves: an annotation of the node's agent, or a label of whoever installs another
+/// HBONE server for the pod.
+const REDIRECTION_ANNOTATION: (&str, &str) = ("ambient.istio.io/redirection", "enabled");
+const TUNNEL_LABEL: (&str, &str) = ("networking.istio.io/tunnel", "http");
 
 /// Reads a pod. Errors name the object and the field.
 pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
@@ -17,6 +22,7 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
     let (spec, status) = (pod.spec, pod.status);
     let membership = membership(&pod.metadata).map_err(|error| format!("Pod {name}: {error}"))?;
     let annotations = pod.metadata.annotations.unwrap_or_default();
+    let labels = pod.metadata.labels.unwrap_or_default();
     let account = spec
         .service_account_name
         .filter(|account| !account.is_empty())
@@ -80,12 +86,24 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
         finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
         host_network,
         membership,
-        labels: pod.metadata.labels.unwrap_or_default(),
+        hbone: hbone(&annotations, &labels),
+        labels,
         named_ports,
         host_ports,
         netns,
         ..Workload::new(name, identity)
     }))))
+}
+
+/// Reads whether Istio says that the pod is reached by HBONE.
+fn hbone(annotations: &BTreeMap<String, String>, labels: &BTreeMap<String, String>) -> Hbone {
+    let is = |of: &BTreeMap<String, String>, (key, value): (&str, &str)| {
+        of.get(key).is_some_and(|set| set == value)
+    };
+    match is(annotations, REDIRECTION_ANNOTATION) || is(labels, TUNNEL_LABEL) {
+        true => Hbone::Offered,
+        false => Hbone::No,
+    }
 }
 
 /// Returns the addresses at which a node exposes a `hostPort` with this `hostIP`.
@@ -218,6 +236,31 @@ pub(super) mod tests {
                 .unwrap()
                 .host_network
         );
+    }
+
+    #[test]
+    fn a_pod_is_reached_by_hbone_if_istio_says_so() {
+        let with = |field: &str, value: Value| pod_with(field, value).unwrap().hbone;
+        for (field, value, expected) in [
+            ("/metadata/annotations", json!({}), Hbone::No),
+            (
+                "/metadata/annotations",
+                json!({"ambient.istio.io/redirection": "enabled"}),
+                Hbone::Offered,
+            ),
+            (
+                "/metadata/annotations",
+                json!({"ambient.istio.io/redirection": "disabled"}),
+                Hbone::No,
+            ),
+            (
+                "/metadata/labels",
+                json!({"networking.istio.io/tunnel": "http"}),
+                Hbone::Offered,
+            ),
+        ] {
+            assert_eq!(with(field, value.clone()), expected, "{field} {value}");
+        }
     }
 
     #[test]

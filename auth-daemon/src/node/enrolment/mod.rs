@@ -266,6 +266,7 @@ impl Enrolment {
                     });
                     for serving in self.serving.values() {
                         serving.pod.pool.sweep();
+                        serving.pod.hbone.sweep();
                     }
                 }
             }

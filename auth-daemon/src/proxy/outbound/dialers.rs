@@ -21,23 +21,23 @@ use crate::{
     },
 };
 use auth_datapath::sockets;
-use auth_mesh::{Destination, policy::Connection};
+use auth_mesh::{Destination, Identity, policy::Connection};
 use auth_tunnel::{
     self, Channel, ChannelError, Made, Taken,
     frame::{Event, Reset, ResetCode},
-    tls::trust::Revoked,
+    tls::{svid::Svid, trust::Revoked},
 };
 
 /// How long to wait for a certificate that is being issued. Less than [`PATIENCE`], so that the access log names the
 /// missing certificate.
-const CERTIFICATE: Duration = Duration::from_secs(9);
+pub(super) const CERTIFICATE: Duration = Duration::from_secs(9);
 /// Timeout for an endpoint to answer a SYN, while there is another endpoint to try.
-const DIAL: Duration = Duration::from_secs(2);
+pub(super) const DIAL: Duration = Duration::from_secs(2);
 /// Timeout for the TLS handshake, while there is another endpoint to try.
-const HANDSHAKE: Duration = Duration::from_secs(3);
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(3);
 /// Timeout for the answer to CONNECT, while there is another endpoint to try. Longer than the server's daemon waits for
 /// its app.
-const ANSWER: Duration = Duration::from_secs(3);
+pub(super) const ANSWER: Duration = Duration::from_secs(3);
 /// Idle time up to which a tunnel counts as fresh: its daemon is assumed to be alive, and the app's early bytes are
 /// sent at once. On any other tunnel CONNECT is sent alone, so that the connection can be retried elsewhere if no
 /// answer comes.
@@ -50,7 +50,7 @@ impl Call<'_> {
             details.path = Path::Itself;
             details.server_identity = Some(self.pod.workload.identity.clone());
         });
-        match self.dial(attempt).await {
+        match self.dial(attempt, attempt.address).await {
             Ok(server) => Ok(Opened::Plainly(server)),
             Err(why) => Err(attempt.failed(why)),
         }
@@ -96,7 +96,7 @@ impl Call<'_> {
     ) -> Result<Opened, Refusal> {
         self.access.learn(|details| details.path = Path::Plaintext);
         tracing::debug!(client = %self.connect.client, endpoint = %attempt.address, why, "without TLS");
-        let server = within(attempt.limit(DIAL), self.dial(attempt)).await;
+        let server = within(attempt.limit(DIAL), self.dial(attempt, attempt.address)).await;
         Ok(Opened::Plainly(server.map_err(|why| attempt.failed(why))?))
     }
 
@@ -112,7 +112,7 @@ impl Call<'_> {
                 made,
                 idled,
             } = taken;
-            if self.verify(&channel, address).is_err() {
+            if self.verify(channel.peer(), address).is_err() {
                 channel.close();
                 continue;
             }
@@ -137,13 +137,13 @@ impl Call<'_> {
             .obtain(CERTIFICATE)
             .await
             .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
-        let dial = self.dial(attempt);
+        let dial = self.dial(attempt, address);
         let tcp = within(attempt.limit(DIAL), dial).await.map_err(failed)?;
         let handshake = handshake(node, tcp, &certificate, destination);
         let mut channel = within(attempt.limit(HANDSHAKE), handshake)
             .await
             .map_err(failed)?;
-        self.verify(&channel, address)
+        self.verify(channel.peer(), address)
             .map_err(|revoked| failed(revoked.into()))?;
         let made = Made {
             at: std::time::Instant::now(),
@@ -157,16 +157,17 @@ impl Call<'_> {
         Ok(self.opened(channel, address, made))
     }
 
-    /// Connects to the endpoint from the pod's netns.
-    async fn dial(&self, attempt: &Attempt<'_>) -> Result<TcpStream, Failure> {
-        let Attempt {
-            address, source, ..
-        } = *attempt;
+    /// Connects to `address`, the endpoint's or its node's on the endpoint's address, from the pod's netns.
+    pub(super) async fn dial(
+        &self,
+        attempt: &Attempt<'_>,
+        address: SocketAddr,
+    ) -> Result<TcpStream, Failure> {
         let (kernel, pod) = (&self.node.kernel, self.pod);
         sockets::dial_endpoint(
             kernel,
             &pod.enrolled.netns,
-            source,
+            attempt.source,
             &pod.source_ports,
             address,
         )
@@ -176,8 +177,7 @@ impl Call<'_> {
 
     /// Checks that the peer of a tunnel is not revoked, before anything is sent over it. The open connection names the peer by
     /// then, so a later revocation cuts it.
-    fn verify(&self, channel: &Channel, address: SocketAddr) -> Result<(), Revoked> {
-        let peer = channel.peer();
+    pub(super) fn verify(&self, peer: &Svid, address: SocketAddr) -> Result<(), Revoked> {
         self.access
             .learn(|details| details.peer = Some(peer.clone()));
         let revoked = &self.node.certificates.trust().current().revoked;
@@ -289,7 +289,7 @@ impl Call<'_> {
 }
 
 /// Runs `step` with a time limit. Not an `async fn`, whose future would hold `step` twice.
-fn within<T>(
+pub(super) fn within<T>(
     limit: Duration,
     step: impl Future<Output = Result<T, Failure>>,
 ) -> impl Future<Output = Result<T, Failure>> {
@@ -307,12 +307,17 @@ async fn handshake(
     let config = certificate.configs.client.clone();
     let trust_domain = node.config.trust_domain.as_str();
     let channel = auth_tunnel::handshake::connect(tcp, config, trust_domain).await?;
-    let presented = &channel.peer().identity;
-    if !destination.identities.contains(presented) {
-        return Err(Failure::Naming {
-            presented: presented.to_string(),
-            allowed: destination.allowed(),
-        });
-    }
+    check_naming(&channel.peer().identity, destination)?;
     Ok(channel)
+}
+
+/// Checks secure naming: the server's identity must be one that may serve the destination.
+pub(super) fn check_naming(presented: &Identity, destination: &Destination) -> Result<(), Failure> {
+    if destination.identities.contains(presented) {
+        return Ok(());
+    }
+    Err(Failure::Naming {
+        presented: presented.to_string(),
+        allowed: destination.allowed(),
+    })
 }

@@ -12,6 +12,7 @@ use rustls::{
 };
 
 use super::{trust::TrustStore, verifier::Verifier};
+use crate::hbone;
 
 /// The ALPN protocol of the project's own framing (docs/WIRE.md).
 pub const ALPN: &[u8] = b"auth-daemon/1";
@@ -26,6 +27,10 @@ pub struct Configs {
     pub client: Arc<ClientConfig>,
     /// For inbound connections to the workload's pods.
     pub server: Arc<ServerConfig>,
+    /// For outbound connections by HBONE.
+    pub hbone_client: Arc<ClientConfig>,
+    /// For inbound connections by HBONE.
+    pub hbone_server: Arc<ServerConfig>,
 }
 
 impl Configs {
@@ -62,9 +67,21 @@ impl Configs {
         server.send_tls13_tickets = 2;
         server.enable_secret_extraction = true;
 
+        let mut hbone_client = client.clone();
+        hbone_client.alpn_protocols = vec![hbone::ALPN.to_vec()];
+        // One connection carries many streams, so sessions are not worth their memory. rustls keeps the records.
+        hbone_client.resumption = Resumption::disabled();
+        hbone_client.enable_secret_extraction = false;
+        let mut hbone_server = server.clone();
+        hbone_server.alpn_protocols = vec![hbone::ALPN.to_vec()];
+        hbone_server.send_tls13_tickets = 0;
+        hbone_server.enable_secret_extraction = false;
+
         Ok(Self {
             client: Arc::new(client),
             server: Arc::new(server),
+            hbone_client: Arc::new(hbone_client),
+            hbone_server: Arc::new(hbone_server),
         })
     }
 }
