@@ -522,7 +522,7 @@ mod tests {
             Ok(Discovery::Istiod {
                 server, network, ..
             }) => Ok((server.server_name, server.cluster_id, network)),
-            other => Err(other),
+            other => Err(format!("{other:?}")),
         };
         let name = || "istiod.istio-system.svc".to_owned();
         assert_eq!(

@@ -55,8 +55,11 @@ fn observe_shows_who_called_whom_and_what_was_refused() {
     assert_eq!(denied["client_pod"], Value::Null);
     assert_eq!(denied["server_pod"], "default/web");
     assert_ne!(denied["reason"], "");
-    assert_eq!(flows(node, "--verdict denied"), [denied.clone()]);
-    assert_eq!(flows(node, "--from default/client"), [allowed.clone()]);
+    assert_eq!(
+        flows(node, "--verdict denied"),
+        std::slice::from_ref(&denied)
+    );
+    assert_eq!(flows(node, "--from default/client"), [allowed]);
     assert_eq!(flows(node, "--to default").len(), 2);
     assert_eq!(flows(node, "--plaintext"), [denied]);
     assert!(flows(node, "--plaintext --verdict allowed").is_empty());
