@@ -1,8 +1,9 @@
 //! cgroup/sendmsg4 and sendmsg6, and what connect and sock_create ask: with `nonTcp: deny`, an enrolled pod sends the mesh
 //! nothing but TCP, because nothing else is encrypted.
 //!
-//! A datagram socket is refused when it names a destination of the mesh: on connect, or on each unconnected send. Transports
-//! that name it elsewhere (SCTP, DCCP) are refused when the pod creates the socket. ICMP and raw sockets pass.
+//! A UDP socket is refused when it names a destination of the mesh: on connect, or on each unconnected send. Transports that no
+//! hook sees there (SCTP, DCCP, and UDP-Lite when it connects) are refused when the pod creates the socket. ICMP and raw sockets
+//! pass.
 
 use auth_common::{Address, MeshKind};
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
@@ -41,7 +42,7 @@ fn verdict(ctx: &SockAddrContext, destination: &Address) -> i32 {
 pub fn refuses_datagrams(ctx: &SockAddrContext, destination: &Address) -> bool {
     // SAFETY: the kernel passed this context to the program.
     let protocol = unsafe { (*ctx.sock_addr).protocol };
-    if (protocol != IPPROTO_UDP && protocol != IPPROTO_UDPLITE) || !is_denied() {
+    if protocol != IPPROTO_UDP || !is_denied() {
         return false;
     }
     // SAFETY: entries are replaced whole and freed after a grace period.
@@ -55,7 +56,7 @@ pub fn refuses_datagrams(ctx: &SockAddrContext, destination: &Address) -> bool {
 /// Whether a pod may not create sockets of `protocol`.
 #[inline(always)]
 pub fn refuses_sockets(protocol: u32) -> bool {
-    (protocol == IPPROTO_SCTP || protocol == IPPROTO_DCCP) && is_denied()
+    matches!(protocol, IPPROTO_SCTP | IPPROTO_DCCP | IPPROTO_UDPLITE) && is_denied()
 }
 
 #[inline(always)]

@@ -4,11 +4,16 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::ensure;
-use mesh_tests::{DaemonOptions, PodSpec, Result, eventually_ok};
+use mesh_tests::{DaemonOptions, Place, PodSpec, Result, eventually_ok};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::common::{lifecycle_pair::echoes, pair::Pair};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// Numbers of protocols (IANA, "Protocol Numbers"), and a socket type of Linux.
+const SCTP: i32 = 132;
+const DCCP: i32 = 33;
+const SOCK_DCCP: i32 = 6;
 
 fn denied() -> Result<Pair> {
     let options = DaemonOptions::default().setting("nonTcp", "deny".into());
@@ -34,7 +39,11 @@ fn datagrams_to_the_mesh_are_refused_with_eperm() -> Result<()> {
     ];
     let capture = pair.mesh.wire().capture()?;
     for to in destinations {
-        for (how, stage) in [("", "connect"), ("--unconnected", "send")] {
+        for (how, stage) in [
+            ("", "connect"),
+            ("--unconnected", "send"),
+            ("--lite", "socket"),
+        ] {
             let failed = pair
                 .client
                 .app(&format!("udp-send --to {to} {how}"))?
@@ -80,6 +89,29 @@ fn datagrams_to_the_pod_itself_and_beyond_the_mesh_pass() -> Result<()> {
                 .app(&format!("udp-send --to {to} {how}"))?
                 .success(TIMEOUT)?;
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn sockets_of_other_transports_are_refused() -> Result<()> {
+    let create = |from: &Place, protocol: i32| -> Result<std::io::Result<Socket>> {
+        let kind = match protocol {
+            DCCP => Type::from(SOCK_DCCP),
+            _ => Type::STREAM,
+        };
+        from.enter(move || Socket::new(Domain::IPV4, kind, Some(Protocol::from(protocol))))
+    };
+    let pair = denied()?;
+    let outside = pair.mesh.outside();
+    for protocol in [SCTP, DCCP] {
+        if let Err(error) = create(outside, protocol)? {
+            println!("SKIPPED protocol {protocol}: {error}");
+            continue;
+        }
+        let refused = create(&pair.client, protocol)?.err();
+        let refused = refused.and_then(|error| error.raw_os_error());
+        ensure!(refused == Some(nix::libc::EPERM), "{protocol}: {refused:?}");
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::report::{At, Outcome, event};
 use crate::server::canonical;
@@ -57,7 +58,13 @@ pub(crate) struct UdpSend {
     /// Name the destination with each datagram instead of connecting the socket
     #[arg(long)]
     unconnected: bool,
+    /// Use UDP-Lite (RFC 3828)
+    #[arg(long)]
+    lite: bool,
 }
+
+/// The protocol's number (IANA, "Protocol Numbers").
+const UDP_LITE: i32 = 136;
 
 impl UdpSend {
     pub(crate) fn run(self) -> Outcome {
@@ -66,7 +73,12 @@ impl UdpSend {
         } else {
             [0_u16; 8].into()
         };
-        let socket = UdpSocket::bind((any, 0)).at("bind")?;
+        let protocol = self.lite.then(|| Protocol::from(UDP_LITE));
+        let domain = Domain::for_address(self.to);
+        let socket = Socket::new(domain, Type::DGRAM, protocol).at("socket")?;
+        let from = SocketAddr::from((any, 0));
+        socket.bind(&from.into()).at("bind")?;
+        let socket = UdpSocket::from(socket);
         if !self.unconnected {
             socket.connect(self.to).at("connect")?;
         }
