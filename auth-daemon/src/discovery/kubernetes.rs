@@ -299,13 +299,30 @@ fn without_identity(pod: &objects::Pod) -> Option<&'static str> {
         .then_some("it has no service account")
 }
 
+/// Annotation that a kubelet writes on a mirror pod: the identifier that it uses for the static pod, also in the names of
+/// cgroups. 32 hexadecimal digits without dashes, so never the UID of another pod.
+const STATIC_POD: &str = "kubernetes.io/config.hash";
+
+/// The identifier of the static pod that a mirror pod shows.
+fn static_pod(pod: &objects::Pod) -> Option<String> {
+    let annotations = pod.metadata.annotations.as_ref()?;
+    annotations.get(MIRROR[0])?;
+    let hash = annotations.get(STATIC_POD)?;
+    let is_hash = hash.len() == 32 && hash.bytes().all(|digit| digit.is_ascii_hexdigit());
+    is_hash.then(|| hash.clone())
+}
+
 /// Parses a pod. A pod without an identity is outside the mesh, whatever its labels say.
 pub(super) fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let why = without_identity(&pod);
+    let static_pod = static_pod(&pod);
     let mut read = readable(pod, trust_domain)?;
     if let (Some(why), Some(Object::Pod(pod))) = (why, &mut read) {
         let pod = Arc::make_mut(pod);
         pod.membership = Some(Membership::Disabled);
+        if let Some(identifier) = static_pod {
+            pod.uid = identifier;
+        }
         // The node's own network is outside the mesh anyway.
         if !pod.host_network {
             tracing::info!(pod = %pod.name, node = pod.node, "pod is outside the mesh: {why}");
@@ -388,6 +405,35 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn mirror_pods_are_known_by_the_hash_of_their_static_pods() {
+        let hash = "0123456789abcdef0123456789abcdef";
+        let uid = "01234567-89ab-cdef-0123-456789abcdef";
+        for (mirror, found, expected) in [
+            (true, hash, hash),
+            // Not those of another pod.
+            (true, uid, "u1"),
+            (false, hash, "u1"),
+        ] {
+            let mut object = json!({
+                "metadata": {
+                    "name": "web", "namespace": "default", "uid": "u1",
+                    "annotations": {STATIC_POD: found},
+                },
+                "spec": {"nodeName": "a", "serviceAccountName": "b", "containers": []}, "status": {},
+            });
+            if mirror {
+                object["metadata"]["annotations"][MIRROR[0]] = hash.into();
+            }
+            let object = serde_json::from_value(object).unwrap();
+            let Ok(Some(Object::Pod(read))) = pod(object, &"cluster.local".parse().unwrap()) else {
+                panic!("not read");
+            };
+            assert_eq!(read.uid, expected, "{found}");
+            assert_eq!(read.membership == Some(Membership::Disabled), mirror);
+        }
+    }
 
     #[test]
     fn a_pods_object_names_no_netns() {
