@@ -15,7 +15,7 @@ fn values() -> [(&'static str, Value); 4] {
         "podNetworks": ["10.244.0.0/16"], "serviceNetworks": ["10.96.0.0/16", "fd00:96::/112"],
         "daemon": {
             "config": {"nonTcp": "deny", "log": {"level": "debug"}},
-            "drainSeconds": 60, "maxSurge": "5%",
+            "drainSeconds": 60, "maxSurge": "5%", "nodeTaint": true,
             "resources": {"limits": {"memory": "2Gi"}},
         },
         "ca": {

@@ -19,8 +19,8 @@ use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
 use crate::{
     admin::{self, Health},
-    config::{CaSource, Config, Discovery, Log, LogFormat, NonTcp},
-    discovery::{self, Sink, removal::Removal},
+    config::{self, CaSource, Config, Discovery, Log, LogFormat, NonTcp},
+    discovery::{self, Sink, removal::Removal, taint::NodeTaint},
     issuer::{CaClient, Certificates, Issuer, Link},
     node::{Enrolment, Workers, redirection},
     observe::log_writer,
@@ -35,6 +35,8 @@ use super::standby::{EarlyCertificates, stand_by};
 
 /// Maximum time for the ending data path threads to release the lock on the pins.
 const LAST_BREATH: Duration = Duration::from_secs(5);
+/// Interval at which to check whether the daemon serves its node, before it removes the node's taint.
+const READY_POLL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -92,7 +94,11 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             policies: Some(policies.clone()),
             unconfirmed: unconfirmed.clone(),
         };
-        let (follow, removal) = follow(&config, sink).await?;
+        let Followed {
+            follow,
+            removal,
+            taint,
+        } = follow(&config, sink).await?;
         tokio::spawn(follow);
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(async move {
@@ -141,9 +147,13 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         }
         tokio::spawn(answer(node.clone(), health, listeners));
         tokio::spawn(early.hand_over(node.clone()));
-        Enrolment::new(node.clone(), Arc::new(workers))
-            .run(stopped)
-            .await;
+        let enrolment = Enrolment::new(node.clone(), Arc::new(workers)).run(stopped.clone());
+        let kept = async {
+            if let Some(taint) = &taint {
+                keep_taint(taint, &node, removal.as_ref(), stopped).await;
+            }
+        };
+        tokio::join!(enrolment, kept);
         if node.kernel.is_released() {
             return Ok(None);
         }
@@ -225,17 +235,55 @@ async fn is_removed(removal: Option<&Removal>) -> bool {
     }
 }
 
-/// Applies discovery updates to the registry. In a cluster, also watches for the daemon's own removal.
-async fn follow(config: &Config, sink: Sink) -> anyhow::Result<(Follow, Option<Removal>)> {
+/// Removes the node's taint once this daemon serves the node. Puts it back when this daemon stops, unless another one takes
+/// over or the daemons are being removed.
+async fn keep_taint(
+    taint: &NodeTaint,
+    node: &Node,
+    removal: Option<&Removal>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let keep_removed = async {
+        while !node.is_ready() {
+            tokio::time::sleep(READY_POLL).await;
+        }
+        taint.keep_removed().await;
+    };
+    tokio::select! {
+        () = keep_removed => {}
+        _ = stopped.wait_for(|stopped| *stopped) => {}
+    }
+    let has_successor = node.kernel.is_awaited() || node.kernel.is_released();
+    if !has_successor && !is_removed(removal).await {
+        taint.put_back().await;
+    }
+}
+
+/// What this daemon follows in its cluster, or in its folder of manifests.
+struct Followed {
+    /// Applies discovery updates to the registry.
+    follow: Follow,
+    /// In a cluster: whether the daemon is being removed.
+    removal: Option<Removal>,
+    /// In a cluster, if the configuration wants it: the taint of the daemon's node.
+    taint: Option<NodeTaint>,
+}
+
+async fn follow(config: &Config, sink: Sink) -> anyhow::Result<Followed> {
     let trust_domain = config.trust_domain.clone();
     Ok(match &config.discovery {
         Discovery::Files(folder) => {
             let follow = discovery::files::start(folder.clone(), trust_domain, sink)?;
-            (Box::pin(follow), None)
+            Followed {
+                follow: Box::pin(follow),
+                removal: None,
+                taint: None,
+            }
         }
         Discovery::Kubernetes {
             defaults,
             own_namespace,
+            node_taint,
         } => {
             let settings = discovery::kubernetes::Settings {
                 trust_domain,
@@ -246,8 +294,14 @@ async fn follow(config: &Config, sink: Sink) -> anyhow::Result<(Follow, Option<R
             let (synced, _) = watch::channel(false);
             let client = auth_kubernetes::connect().await?;
             let removal = Removal::watch(&client, own_namespace);
+            let taint = (*node_taint == config::NodeTaint::Manage)
+                .then(|| NodeTaint::watch(&client, &config.node_name));
             let follow = discovery::kubernetes::run(client, settings, sink, synced);
-            (Box::pin(follow), Some(removal))
+            Followed {
+                follow: Box::pin(follow),
+                removal: Some(removal),
+                taint,
+            }
         }
         Discovery::Istiod {
             server,
@@ -272,7 +326,11 @@ async fn follow(config: &Config, sink: Sink) -> anyhow::Result<(Follow, Option<R
             let removal = Removal::watch(&client, own_namespace);
             let link = Link::to_istiod(server.clone())?;
             let follow = discovery::istiod::run(client, link, settings, sink, synced);
-            (Box::pin(follow), Some(removal))
+            Followed {
+                follow: Box::pin(follow),
+                removal: Some(removal),
+                taint: None,
+            }
         }
     })
 }

@@ -55,6 +55,8 @@ pub enum Discovery {
         defaults: MeshDefault,
         /// The daemon's own namespace, `$POD_NAMESPACE`, where the other nodes' daemons are too.
         own_namespace: String,
+        /// Defaults to ignore.
+        node_taint: NodeTaint,
     },
     /// istiod, the control plane of an Istio mesh, and for the pods of this node the API of the cluster.
     Istiod {
@@ -77,6 +79,15 @@ impl Discovery {
             }
         }
     }
+}
+
+/// What the daemon does with the taint `auth-daemon.io/not-ready` of its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeTaint {
+    /// Removes it once it serves the node, and puts it back when it stops without a successor.
+    Manage,
+    /// Nothing.
+    Ignore,
 }
 
 /// Source of certificates.
@@ -287,6 +298,11 @@ fn discovery(
             let mut cluster = sources.section("kubernetes", errors);
             let membership = cluster.parsed("default", errors, Membership::from_str);
             let excluded = cluster.list("excludedNamespaces", errors, kubernetes_namespace);
+            let node_taint = cluster.parsed("nodeTaint", errors, |s| match s {
+                "manage" => Ok(NodeTaint::Manage),
+                "ignore" => Ok(NodeTaint::Ignore),
+                _ => Err("is neither manage nor ignore"),
+            });
             cluster.refuse_the_rest(errors);
             let own_namespace = own_namespace("kubernetes", errors)?;
             let mut excluded: BTreeSet<_> = excluded
@@ -300,6 +316,7 @@ fn discovery(
                     excluded,
                 },
                 own_namespace,
+                node_taint: node_taint.unwrap_or(NodeTaint::Ignore),
             })
         }
         [] => {
@@ -495,27 +512,36 @@ mod tests {
                 Err(errors.join("\n"))
             }
         };
-        let cluster = |membership, excluded: &[&str]| {
+        let cluster = |membership, excluded: &[&str], node_taint| {
             Ok(Discovery::Kubernetes {
                 defaults: MeshDefault {
                     membership,
                     excluded: excluded.iter().map(|name| (*name).to_owned()).collect(),
                 },
                 own_namespace: "auth-system".into(),
+                node_taint,
             })
         };
         let own = Some("auth-system");
         assert_eq!(parse("files: /m", None), Ok(Discovery::Files("/m".into())));
         assert_eq!(
             parse("kubernetes: {}", own),
-            cluster(Membership::Enabled, &["auth-system", "kube-system"])
+            cluster(
+                Membership::Enabled,
+                &["auth-system", "kube-system"],
+                NodeTaint::Ignore
+            )
         );
         assert_eq!(
             parse(
-                "kubernetes: {default: disabled, excludedNamespaces: [shop]}",
+                "kubernetes: {default: disabled, excludedNamespaces: [shop], nodeTaint: manage}",
                 own
             ),
-            cluster(Membership::Disabled, &["auth-system", "shop"])
+            cluster(
+                Membership::Disabled,
+                &["auth-system", "shop"],
+                NodeTaint::Manage
+            )
         );
         let istiod = "address: 'istiod.istio-system.svc:15012', rootFile: /r, tokenFile: /t";
         let of_istiod = |text: &str| match parse(&format!("istiod: {{{istiod}, {text}}}"), own) {
@@ -548,6 +574,11 @@ mod tests {
             ("kubernetes: {}", None, "$POD_NAMESPACE is not set"),
             ("kubernetes: {}\nfiles: /m", own, "it is one or the other"),
             ("kubernetes: {default: yes}", own, "kubernetes.default: "),
+            (
+                "kubernetes: {nodeTaint: remove}",
+                own,
+                "is neither manage nor ignore",
+            ),
             (
                 "kubernetes: {excludedNamespaces: [A]}",
                 own,

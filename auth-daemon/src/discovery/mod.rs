@@ -5,6 +5,7 @@ pub mod istiod;
 pub mod kubernetes;
 pub mod manifest;
 pub mod removal;
+pub mod taint;
 
 use std::sync::{Arc, atomic::AtomicUsize};
 

@@ -15,7 +15,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   "address" (.Values.ca.enabled | ternary (printf "auth-ca.%s.svc:15012" .Release.Namespace) .Values.ca.address)
   "rootFile" "/var/run/auth-ca/root-cert.pem"
   "tokenFile" "/var/run/secrets/auth-ca/token" -}}
-{{- $discovery := dict "kubernetes" dict -}}
+{{- $discovery := dict "kubernetes" (.Values.daemon.nodeTaint | ternary (dict "nodeTaint" "manage") dict) -}}
 {{- with .Values.istio }}{{ if .enabled -}}
 {{- $istiod := dict
   "address" .address
