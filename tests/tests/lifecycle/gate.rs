@@ -2,6 +2,7 @@
 //! mesh. The pods here are found by their UID, as the kubelet's are.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -320,42 +321,68 @@ fn a_namespace_nested_in_a_pod_is_open_once_its_pod_has_a_verdict() -> Result<()
     Ok(())
 }
 
-/// The servers of these pods take whoever comes, and the callers outside try as fast as they can.
-#[test]
-fn pods_that_start_while_the_daemon_restarts_send_and_accept_no_plaintext() -> Result<()> {
-    const PODS: usize = 30;
-    let stage = Stage::start()?;
+/// What happens to the daemon of node b while pods start there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Runs,
+    IsDead,
+    /// It is killed and started, again and again.
+    Restarts,
+    /// By SIGSTOP.
+    IsStopped,
+}
+
+/// Pods that start in each test. `FIRST_MOMENT_PODS` is another number.
+fn first_moment_pods() -> Result<usize> {
+    match std::env::var("FIRST_MOMENT_PODS") {
+        Ok(number) => number.parse().context("FIRST_MOMENT_PODS"),
+        Err(_) => Ok(30),
+    }
+}
+
+/// Starts pods. Their first connects and the first to them, all at once, send and deliver no plaintext, and all that should
+/// pass does as soon as there is a daemon. The servers of these pods take whoever comes.
+fn first_moments(fate: Fate) -> Result<()> {
     let Stage {
         a,
-        b,
+        mut b,
         client,
         _servers,
         mesh,
-    } = stage;
+    } = Stage::start()?;
     let capture = mesh.wire().capture()?;
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     let mut pods = Vec::new();
-    let restarted = thread::scope(|scope| -> Result<Daemon> {
-        let restarts = scope.spawn(|| -> Result<Daemon> {
-            let mut b = b;
-            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                b.kill()?;
+    let mut b = match fate {
+        Fate::IsDead => {
+            b.kill()?;
+            None
+        }
+        Fate::IsStopped => {
+            b.process().signal(Signal::SIGSTOP)?;
+            Some(b)
+        }
+        Fate::Runs | Fate::Restarts => Some(b),
+    };
+    let b = thread::scope(|scope| -> Result<Option<Daemon>> {
+        let restarts = scope.spawn(|| -> Result<Option<Daemon>> {
+            while fate == Fate::Restarts && !stop.load(Ordering::Relaxed) {
+                b.take().map_or(Ok(()), Daemon::kill)?;
                 thread::sleep(Duration::from_millis(300));
-                b = mesh.node("b").start_daemon()?;
+                b = Some(mesh.node("b").start_daemon()?);
             }
             Ok(b)
         });
-        let started = (0..PODS).try_for_each(|number| -> Result<()> {
+        let started = (0..first_moment_pods()?).try_for_each(|number| -> Result<()> {
             let pod = mesh.add_pod(spec(&format!("late-{number}")))?;
             let app = serve(&pod)?;
-            // Its first connects, and the first to it, all at once.
-            let to_web = format!(
+            let to_client = format!(
                 "connect --to {} --timeout 300 --send {MARKER}",
                 mesh.pod("client").at(PORT)
             );
             let from_outside = format!("connect --to {} --timeout 300 --send hello", pod.at(PORT));
             let calls = [
-                pod.container("client")?.app(&to_web)?,
+                pod.container("client")?.app(&to_client)?,
                 mesh.outside().app(&from_outside)?,
             ];
             for call in calls {
@@ -364,7 +391,7 @@ fn pods_that_start_while_the_daemon_restarts_send_and_accept_no_plaintext() -> R
             pods.push((pod, app));
             Ok(())
         });
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        stop.store(true, Ordering::Relaxed);
         let b = restarts.join().expect("the restarts do not panic")?;
         started?;
         Ok(b)
@@ -379,13 +406,39 @@ fn pods_that_start_while_the_daemon_restarts_send_and_accept_no_plaintext() -> R
             .filter(|event| event.to_string().contains(&outside));
         assert_eq!(from_outside.count(), 0, "{}: {accepted:?}", pod.name());
     }
-    // All that should pass does, now that there is a daemon.
+    let b = match b {
+        Some(mut b) => {
+            b.process().signal(Signal::SIGCONT)?;
+            b
+        }
+        None => mesh.node("b").start_daemon()?,
+    };
     for (pod, _) in &pods {
         becomes_answered(&client, pod.at(PORT))?;
         becomes_answered(&pod.container("client")?, mesh.pod("client").at(PORT))?;
     }
-    drop((a, restarted));
+    drop((a, b));
     Ok(())
+}
+
+#[test]
+fn pods_that_start_while_the_daemon_runs_send_and_accept_no_plaintext() -> Result<()> {
+    first_moments(Fate::Runs)
+}
+
+#[test]
+fn pods_that_start_while_the_daemon_is_dead_send_and_accept_no_plaintext() -> Result<()> {
+    first_moments(Fate::IsDead)
+}
+
+#[test]
+fn pods_that_start_while_the_daemon_restarts_send_and_accept_no_plaintext() -> Result<()> {
+    first_moments(Fate::Restarts)
+}
+
+#[test]
+fn pods_that_start_while_the_daemon_is_stopped_send_and_accept_no_plaintext() -> Result<()> {
+    first_moments(Fate::IsStopped)
 }
 
 #[test]
