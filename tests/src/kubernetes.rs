@@ -23,7 +23,7 @@ use crate::eventually::{TIMEOUT, eventually_ok};
 use crate::id::MeshId;
 use crate::place::Place;
 use crate::process::{Finished, Process};
-use crate::{cgroup, chart, leftovers, mounts};
+use crate::{PodNetwork, cgroup, chart, leftovers, mounts};
 
 pub use istiod::Istiod;
 pub use programs::{GoModule, folder as programs_folder};
@@ -40,6 +40,7 @@ pub struct Kubernetes {
     site: Site,
     pki: Pki,
     address: SocketAddr,
+    services: &'static str,
     etcd: String,
     etcd_process: Process,
     server: Mutex<Option<Process>>,
@@ -136,18 +137,34 @@ impl Kubernetes {
             site,
             (ip, ports[2]).into(),
             [(ip, ports[0]), (ip, ports[1])],
+            PodNetwork::Bridge.services(),
         )
     }
 
     /// Starts an API server at `place`, on `ip`, for nodes and controllers.
-    pub(crate) fn start_for_cluster(place: &Place, ip: IpAddr) -> Result<Self> {
+    pub(crate) fn start_for_cluster(
+        place: &Place,
+        ip: IpAddr,
+        services: &'static str,
+    ) -> Result<Self> {
         let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
         let etcd = [(loopback, 2379), (loopback, 2380)];
-        Self::start_at(Site::Cluster(place.clone()), (ip, 6443).into(), etcd)
+        Self::start_at(
+            Site::Cluster(place.clone()),
+            (ip, 6443).into(),
+            etcd,
+            services,
+        )
     }
 
-    /// `etcd` holds etcd's address for clients and its address for peers, of which it has none.
-    fn start_at(site: Site, address: SocketAddr, etcd: [(IpAddr, u16); 2]) -> Result<Self> {
+    /// `etcd` holds etcd's address for clients and its address for peers, of which it has none; `services` the networks of
+    /// Services.
+    fn start_at(
+        site: Site,
+        address: SocketAddr,
+        etcd: [(IpAddr, u16); 2],
+        services: &'static str,
+    ) -> Result<Self> {
         let folder = site.folder().to_owned();
         let pki = Pki::make(&folder)?;
         pki.leaf(
@@ -187,6 +204,7 @@ impl Kubernetes {
             site,
             pki,
             address,
+            services,
             etcd,
             etcd_process,
             server: Mutex::new(None),
@@ -215,7 +233,7 @@ impl Kubernetes {
                 .arg(format!("--etcd-servers={}", self.etcd))
                 .arg(format!("--bind-address={}", self.address.ip()))
                 .arg(format!("--secure-port={}", self.address.port()))
-                .arg("--service-cluster-ip-range=10.96.0.0/16")
+                .arg(format!("--service-cluster-ip-range={}", self.services))
                 .arg(format!("--service-account-issuer={ISSUER}"));
             match self.site {
                 Site::Alone { .. } => command
@@ -323,6 +341,11 @@ impl Kubernetes {
 
     fn server(&self) -> std::sync::MutexGuard<'_, Option<Process>> {
         self.server.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its address.
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// The administrator's kubeconfig file.

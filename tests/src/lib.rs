@@ -92,7 +92,10 @@ pub use app::App;
 pub use builder::MeshBuilder;
 pub use ca::{Ca, CaOptions};
 pub use capture::Capture;
-pub use cluster::{AUTH_DAEMON_IMAGE, Cluster, ClusterNode, ProxyMode, TOOLS, auth_daemon_image};
+pub use cluster::{
+    AUTH_DAEMON_IMAGE, Cluster, ClusterNode, ClusterOptions, PodNetwork, ProxyMode, TOOLS,
+    auth_daemon_image,
+};
 pub use daemon::Daemon;
 pub use daemon_options::DaemonOptions;
 pub use eventually::{TIMEOUT, eventually, eventually_ok};

@@ -8,6 +8,7 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 
+use crate::PodNetwork;
 use crate::builder::MeshBuilder;
 use crate::ca::{Ca, CaOptions};
 use crate::daemon::{Daemon, LOG};
@@ -186,7 +187,8 @@ impl Mesh {
     /// Starts an API server on the host outside, which the nodes reach. Nothing acts on its objects but what the test
     /// starts.
     pub fn start_api_server(&self) -> Result<Kubernetes> {
-        Kubernetes::start_for_cluster(&self.outside, IpAddr::V4(self.outside_ipv4()))
+        let (ip, network) = (IpAddr::V4(self.outside_ipv4()), PodNetwork::default());
+        Kubernetes::start_for_cluster(&self.outside, ip, network.services())
     }
 
     /// Starts a daemon with default options on every node, and waits until each is ready and has enrolled its pods.

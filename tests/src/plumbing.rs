@@ -30,6 +30,11 @@ pub(crate) fn pod_network(node: u8) -> String {
     format!("{}/24", pod_ipv4(node, 0))
 }
 
+/// The IPv6 network of a node's pods.
+pub(crate) fn pod_network6(node: u8) -> String {
+    format!("{}/64", pod_ipv6(node, 0))
+}
+
 /// The name of the interface on the wire that leads to a node.
 pub(crate) fn node_link(node: u8) -> String {
     format!("n{node}")
@@ -137,10 +142,13 @@ pub(crate) fn outside(netns: &Netns, nodes: &[u8]) -> Result<()> {
 /// Gives nodes a default route to the outside host. The kernel must have a route for an address before netfilter can
 /// translate it.
 pub(crate) fn outside_is_default_route<'a>(nodes: impl Iterator<Item = &'a Netns>) -> Result<()> {
-    let command = [format!("route add default via {OUTSIDE_IPV4} dev eth0")];
+    let commands = [
+        format!("route add default via {OUTSIDE_IPV4} dev eth0"),
+        format!("route add default via {OUTSIDE_IPV6} dev eth0"),
+    ];
     nodes
         .into_iter()
-        .try_for_each(|node| ip(Some(node.name()), &command))
+        .try_for_each(|node| ip(Some(node.name()), &commands))
 }
 
 /// Creates a pod's link to its node's bridge, its addresses and its default routes.
@@ -243,6 +251,8 @@ pub(crate) const OUTSIDE_IPV4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);
 pub(crate) const OUTSIDE_IPV6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
 /// The network of all nodes' pods.
 pub(crate) const POD_NETWORKS: &str = "10.77.0.0/16";
+/// The IPv6 network of all nodes' pods.
+pub(crate) const POD_NETWORKS6: &str = "fd77::/16";
 /// The address of a namespace nested in a pod.
 pub(crate) const NESTED_IPV4: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 2);
 /// The address of a namespace nested in a pod.

@@ -16,7 +16,9 @@ fn server_script() -> String {
         r#"mkdir -p /tmp/www/cgi-bin && cd /tmp/www/cgi-bin
 cat >who <<'END'
 #!/bin/sh
-printf 'Content-Type: text/plain\r\n\r\n{MARKER} %s asked %s\n' "$REMOTE_ADDR" "$(hostname)"
+# An IPv4 address is shown as IPv4-mapped, and any address in brackets.
+caller=${{REMOTE_ADDR#"["}}; caller=${{caller%"]"}}
+printf 'Content-Type: text/plain\r\n\r\n{MARKER} %s asked %s\n' "${{caller#::ffff:}}" "$(hostname)"
 END
 cat >tick <<'END'
 #!/bin/sh
@@ -24,7 +26,7 @@ printf 'Content-Type: text/plain\r\n\r\n'
 while printf 'tick\n'; do sleep 0.2; done
 END
 chmod +x who tick
-exec httpd -f -p 0.0.0.0:{PORT} -h /tmp/www"#
+exec httpd -f -p '[::]:{PORT}' -h /tmp/www"#
     )
 }
 
@@ -60,7 +62,10 @@ pub fn server(name: &str, node: Option<&str>, replicas: u32) -> [Value; 3] {
     let service = json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": {"name": name, "namespace": APPS},
-        "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": "http"}]},
+        "spec": {
+            "selector": labels, "ipFamilyPolicy": "PreferDualStack",
+            "ports": [{"port": 80, "targetPort": "http"}],
+        },
     });
     [account(name), deployment, service]
 }

@@ -1,13 +1,14 @@
 //! A cluster with the chart installed, and the operations that its users share: kubectl, helm, and curl inside pods.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{AUTH_DAEMON_IMAGE, Cluster, ClusterNode, ProxyMode, auth_daemon_image};
+use super::{AUTH_DAEMON_IMAGE, Cluster, ClusterNode, ClusterOptions, auth_daemon_image};
 use crate::chart;
 use crate::locate::auth_daemon;
 use crate::process::Finished;
@@ -36,8 +37,8 @@ pub struct MeshedCluster {
 impl MeshedCluster {
     /// Starts a cluster of these nodes, loads the daemon's image on them, and creates the namespaces of the chart and of
     /// the apps.
-    pub fn start(nodes: &[&str], proxy: ProxyMode) -> Result<Self> {
-        let cluster = Cluster::start(nodes, proxy)?;
+    pub fn start(nodes: &[&str], options: impl Into<ClusterOptions>) -> Result<Self> {
+        let cluster = Cluster::start(nodes, options)?;
         let folder = cluster.mesh().outside().folder().join("meshed");
         fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let archive = folder.join("auth-daemon.tar");
@@ -234,6 +235,14 @@ pub fn name(object: &Value) -> &str {
 /// A pod's address.
 pub fn address(pod: &Value) -> &str {
     pod["status"]["podIP"].as_str().unwrap_or_default()
+}
+
+/// All addresses of a pod, the first one first.
+pub fn addresses(pod: &Value) -> Result<Vec<IpAddr>> {
+    let all = pod["status"]["podIPs"].as_array().into_iter().flatten();
+    let all = all.filter_map(|one| one["ip"].as_str());
+    all.map(|text| text.parse().with_context(|| format!("address {text:?}")))
+        .collect()
 }
 
 /// Whether a pod is ready.

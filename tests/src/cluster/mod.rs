@@ -43,6 +43,7 @@ pub struct Cluster {
     nodes: Vec<ClusterNode>,
     controllers: Mutex<Vec<Process>>,
     api: Kubernetes,
+    network: PodNetwork,
     // Last: it removes the namespaces, cgroups and folders that the others use.
     mesh: Mesh,
 }
@@ -78,6 +79,65 @@ impl FromStr for ProxyMode {
     }
 }
 
+/// How pods are connected to their node and to each other.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PodNetwork {
+    /// By a bridge on each node, over IPv4.
+    #[default]
+    Bridge,
+    /// Each by a link of its own to its node, which has a route to each of its addresses, as in most clouds; over IPv4 and
+    /// IPv6, and so are Services.
+    Routed,
+}
+
+impl PodNetwork {
+    /// The networks of Services.
+    pub(crate) fn services(self) -> &'static str {
+        match self {
+            Self::Bridge => "10.96.0.0/16",
+            Self::Routed => "10.96.0.0/16,fd96::/112",
+        }
+    }
+
+    /// The networks of all pods.
+    pub(super) fn pods(self) -> String {
+        match self {
+            Self::Bridge => plumbing::POD_NETWORKS.to_owned(),
+            Self::Routed => format!("{},{}", plumbing::POD_NETWORKS, plumbing::POD_NETWORKS6),
+        }
+    }
+}
+
+impl FromStr for PodNetwork {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "bridge" => Ok(Self::Bridge),
+            "routed" => Ok(Self::Routed),
+            _ => Err(anyhow!("no pod network {name:?}: use bridge or routed")),
+        }
+    }
+}
+
+/// What a cluster consists of.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ClusterOptions {
+    /// How Services are programmed into the kernel.
+    pub proxy: ProxyMode,
+    /// How pods are connected.
+    pub network: PodNetwork,
+}
+
+impl From<ProxyMode> for ClusterOptions {
+    fn from(proxy: ProxyMode) -> Self {
+        Self {
+            proxy,
+            ..Self::default()
+        }
+    }
+}
+
 impl Cluster {
     /// Why no cluster can run here: the first program that is missing, or what the machine lacks.
     pub fn missing() -> Option<String> {
@@ -96,15 +156,17 @@ impl Cluster {
     }
 
     /// Starts a cluster of these nodes and waits until all are ready.
-    pub fn start(nodes: &[&str], proxy: ProxyMode) -> Result<Self> {
+    pub fn start(nodes: &[&str], options: impl Into<ClusterOptions>) -> Result<Self> {
+        let options = options.into();
         let mesh = nodes
             .iter()
             .fold(Mesh::builder(), |mesh, node| mesh.node(node))
             .start()?;
         plumbing::outside_is_default_route(mesh.nodes().map(|node| node.netns()))?;
         let outside = mesh.outside();
-        let api = Kubernetes::start_for_cluster(outside, IpAddr::V4(mesh.outside_ipv4()))?;
-        let controllers = start_controllers(&mesh, &api)?;
+        let ip = IpAddr::V4(mesh.outside_ipv4());
+        let api = Kubernetes::start_for_cluster(outside, ip, options.network.services())?;
+        let controllers = start_controllers(&mesh, &api, options.network)?;
         let images = [
             images::pause(outside.folder())?,
             images::tools(outside.folder())?,
@@ -116,11 +178,11 @@ impl Cluster {
                 .nodes()
                 .map(|node| {
                     scope.spawn(|| {
-                        let mut node = ClusterNode::start(node, &mesh_folder)?;
+                        let mut node = ClusterNode::start(node, &mesh_folder, options.network)?;
                         for image in &images {
                             node.load(image)?;
                         }
-                        node.join(&api, proxy)?;
+                        node.join(&api, options)?;
                         node.wait_ready(&api)?;
                         Ok(node)
                     })
@@ -138,6 +200,7 @@ impl Cluster {
             nodes,
             controllers: Mutex::new(controllers),
             api,
+            network: options.network,
             mesh,
         })
     }
@@ -180,7 +243,7 @@ impl Cluster {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         controllers.clear();
-        *controllers = start_controllers(&self.mesh, &self.api)?;
+        *controllers = start_controllers(&self.mesh, &self.api, self.network)?;
         Ok(())
     }
 
@@ -245,7 +308,7 @@ impl Drop for Cluster {
 }
 
 /// Starts kube-controller-manager and kube-scheduler.
-fn start_controllers(mesh: &Mesh, api: &Kubernetes) -> Result<Vec<Process>> {
+fn start_controllers(mesh: &Mesh, api: &Kubernetes, network: PodNetwork) -> Result<Vec<Process>> {
     let outside = mesh.outside();
     let mut manager = outside.command(kubernetes::program("kube-controller-manager"))?;
     manager
@@ -258,7 +321,7 @@ fn start_controllers(mesh: &Mesh, api: &Kubernetes) -> Result<Vec<Process>> {
             "--root-ca-file={}",
             api.certificate_authority().display()
         ))
-        .arg(format!("--cluster-cidr={}", plumbing::POD_NETWORKS))
+        .arg(format!("--cluster-cidr={}", network.pods()))
         .args(["--leader-elect=false", "--bind-address=127.0.0.1"])
         // Nodes must stay ready while a test stops the API server, which they report to.
         .arg("--node-monitor-grace-period=5m");

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 
-use super::{ProxyMode, START};
+use super::{ClusterOptions, PodNetwork, START};
 use crate::cgroup::Hierarchy;
 use crate::eventually::eventually_ok;
 use crate::kubernetes::{self, Kubernetes};
@@ -35,7 +35,7 @@ pub struct ClusterNode {
 
 impl ClusterNode {
     /// Starts containerd on `node`.
-    pub(super) fn start(node: &Node, mesh_folder: &str) -> Result<Self> {
+    pub(super) fn start(node: &Node, mesh_folder: &str, network: PodNetwork) -> Result<Self> {
         let below = Path::new(mesh_folder).join(node.name());
         let mut roots = vec![format!("={}", node.cgroup().display())];
         let mut cgroups = Vec::new();
@@ -63,7 +63,7 @@ impl ClusterNode {
             programs: Vec::new(),
             _holder: holder,
         };
-        started.start_containerd()?;
+        started.start_containerd(network)?;
         Ok(started)
     }
 
@@ -147,6 +147,18 @@ impl ClusterNode {
         logs.collect()
     }
 
+    /// The log of one of its programs: `containerd`, `kubelet` or `kube-proxy`.
+    pub fn program_log(&self, program: &str) -> Result<String> {
+        let path = self.log(program);
+        let log = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        Ok(String::from_utf8_lossy(&log).into_owned())
+    }
+
+    /// The folder whose manifests the kubelet runs as static pods.
+    pub fn static_pods(&self) -> PathBuf {
+        self.node.folder().join("static-pods")
+    }
+
     fn log(&self, program: &str) -> PathBuf {
         self.node.folder().join(format!("{program}.log"))
     }
@@ -161,22 +173,32 @@ impl ClusterNode {
         Ok(())
     }
 
-    fn start_containerd(&mut self) -> Result<()> {
+    fn start_containerd(&mut self, network: PodNetwork) -> Result<()> {
         let networks = self.node.folder().join("networks");
         fs::create_dir_all(&networks).context("creating the folder of the CNI configuration")?;
+        let number = self.node.number();
+        let (range, range6) = (
+            json!([{"subnet": plumbing::pod_network(number)}]),
+            json!([{"subnet": plumbing::pod_network6(number)}]),
+        );
+        let plugin = match network {
+            PodNetwork::Bridge => json!({
+                "type": "bridge", "bridge": plumbing::POD_BRIDGE, "isGateway": true, "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local", "ranges": [range], "routes": [{"dst": "0.0.0.0/0"}],
+                },
+            }),
+            PodNetwork::Routed => json!({
+                "type": "ptp",
+                "ipam": {
+                    "type": "host-local", "ranges": [range, range6],
+                    "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+                },
+            }),
+        };
         let network = json!({
             "cniVersion": "1.0.0", "name": "pods",
-            "plugins": [
-                {
-                    "type": "bridge", "bridge": plumbing::POD_BRIDGE, "isGateway": true, "hairpinMode": true,
-                    "ipam": {
-                        "type": "host-local",
-                        "ranges": [[{"subnet": plumbing::pod_network(self.node.number())}]],
-                        "routes": [{"dst": "0.0.0.0/0"}],
-                    },
-                },
-                {"type": "portmap", "capabilities": {"portMappings": true}},
-            ],
+            "plugins": [plugin, {"type": "portmap", "capabilities": {"portMappings": true}}],
         });
         self.write("networks/pods.conflist", &network.to_string())?;
         let config = format!(
@@ -205,14 +227,20 @@ impl ClusterNode {
     }
 
     /// Starts kubelet and kube-proxy.
-    pub(super) fn join(&mut self, api: &Kubernetes, proxy: ProxyMode) -> Result<()> {
+    pub(super) fn join(&mut self, api: &Kubernetes, options: ClusterOptions) -> Result<()> {
         let (name, address) = (self.name().to_owned(), self.node.ipv4().to_string());
+        let addresses = match options.network {
+            PodNetwork::Bridge => address.clone(),
+            PodNetwork::Routed => format!("{address},{}", self.node.ipv6()),
+        };
         let user = format!("system:node:{name}");
         let kubeconfig =
             api.write_client(&name, (&user, Some("system:nodes")), &[&name, &address])?;
         let beside = |extension: &str| kubeconfig.with_extension(extension);
         // Pods must not use the machine's own resolver.
         let resolv = self.write("resolv.conf", "")?;
+        let static_pods = self.static_pods();
+        fs::create_dir_all(&static_pods).context("creating the folder of static pods")?;
         let config = json!({
             "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
             "address": address,
@@ -229,6 +257,9 @@ impl ClusterNode {
             "volumePluginDir": "/var/lib/kubelet/volume-plugins",
             "clusterDomain": "cluster.local", "resolvConf": resolv,
             "failSwapOn": false, "healthzPort": 0,
+            "staticPodPath": static_pods, "fileCheckFrequency": "1s",
+            // How often it measures volumes, by which it evicts pods.
+            "volumeStatsAggPeriod": "5s",
             // The machine's disk may be nearly full without harm to these nodes.
             "imageGCHighThresholdPercent": 100,
             "evictionHard": {"nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%"},
@@ -241,7 +272,7 @@ impl ClusterNode {
             .arg("--kubeconfig")
             .arg(&kubeconfig)
             .arg(format!("--hostname-override={name}"))
-            .arg(format!("--node-ip={address}"));
+            .arg(format!("--node-ip={addresses}"));
         self.start_program("kubelet", command)?;
 
         let user = format!("{name}-proxy");
@@ -251,8 +282,8 @@ impl ClusterNode {
             .arg("--kubeconfig")
             .arg(kubeconfig)
             .arg(format!("--hostname-override={name}"))
-            .arg(format!("--cluster-cidr={}", plumbing::POD_NETWORKS))
-            .arg(format!("--proxy-mode={}", proxy.as_str()))
+            .arg(format!("--cluster-cidr={}", options.network.pods()))
+            .arg(format!("--proxy-mode={}", options.proxy.as_str()))
             // The limit is the machine's, and cannot be set from a network namespace.
             .arg("--conntrack-max-per-core=0")
             .arg(format!("--healthz-bind-address={address}:10256"));

@@ -23,6 +23,8 @@ pub struct GoModule {
     stamps: &'static [(&'static str, Stamp)],
     /// A program that its package's folder names otherwise: that name, and the program's.
     rename: Option<(&'static str, &'static str)>,
+    /// The folder of its programs below [`folder`], if it is not that folder itself.
+    below: Option<&'static str>,
 }
 
 /// A part of a version such as `v1.37.2`.
@@ -45,6 +47,7 @@ impl GoModule {
                 Stamp::Whole,
             )],
             rename: None,
+            below: None,
         },
         Self {
             name: "etcd",
@@ -52,6 +55,7 @@ impl GoModule {
             source: "go.etcd.io/etcd/server/v3",
             stamps: &[],
             rename: Some(("server", "etcd")),
+            below: None,
         },
         Self {
             name: "containerd",
@@ -62,6 +66,7 @@ impl GoModule {
                 Stamp::Whole,
             )],
             rename: None,
+            below: None,
         },
         Self {
             name: "helm",
@@ -69,6 +74,7 @@ impl GoModule {
             source: "helm.sh/helm/v4",
             stamps: &[("helm.sh/helm/v4/internal/version.version", Stamp::Whole)],
             rename: None,
+            below: None,
         },
         Self {
             name: "istio",
@@ -76,27 +82,48 @@ impl GoModule {
             source: "istio.io/istio",
             stamps: &[],
             rename: None,
+            below: None,
         },
-        Self {
-            name: "kubernetes",
-            programs: &[
-                "kube-apiserver",
-                "kube-controller-manager",
-                "kube-proxy",
-                "kube-scheduler",
-                "kubectl",
-                "kubelet",
-            ],
-            source: "k8s.io/kubernetes",
-            // Without these, the API server calls itself v0.0.0, which its clients do not accept.
-            stamps: &[
-                ("k8s.io/component-base/version.gitVersion", Stamp::Whole),
-                ("k8s.io/component-base/version.gitMajor", Stamp::Major),
-                ("k8s.io/component-base/version.gitMinor", Stamp::Minor),
-            ],
-            rename: None,
-        },
+        Self::KUBERNETES,
     ];
+
+    const KUBERNETES: Self = Self {
+        name: "kubernetes",
+        programs: &[
+            "kube-apiserver",
+            "kube-controller-manager",
+            "kube-proxy",
+            "kube-scheduler",
+            "kubectl",
+            "kubelet",
+        ],
+        source: "k8s.io/kubernetes",
+        // Without these, the API server calls itself v0.0.0, which its clients do not accept.
+        stamps: &[
+            ("k8s.io/component-base/version.gitVersion", Stamp::Whole),
+            ("k8s.io/component-base/version.gitMajor", Stamp::Major),
+            ("k8s.io/component-base/version.gitMinor", Stamp::Minor),
+        ],
+        rename: None,
+        below: None,
+    };
+
+    /// The environment variable with the minor version of the Kubernetes to start, if not the newest.
+    pub const VERSION: &str = "KUBE_VERSION";
+
+    /// Older versions of Kubernetes that the cluster tests also run on, down to the oldest that is supported upstream.
+    pub const OLDER: &'static [Self] = &[Self {
+        name: "kubernetes-1.35",
+        below: Some("1.35"),
+        ..Self::KUBERNETES
+    }];
+
+    /// The older Kubernetes of a minor version, such as `1.35`.
+    pub fn older(version: &str) -> Option<&'static Self> {
+        Self::OLDER
+            .iter()
+            .find(|module| module.below == Some(version))
+    }
 
     /// Whether its programs are built from the versions that its `go.mod` and `go.sum` in `tools` name.
     ///
@@ -104,7 +131,10 @@ impl GoModule {
     /// If the module's files cannot be read.
     pub fn is_current(&self, tools: &Path) -> Result<bool> {
         let built = fs::read_to_string(self.key_file()).unwrap_or_default();
-        let complete = self.programs.iter().all(|name| program(name).is_file());
+        let complete = self
+            .programs
+            .iter()
+            .all(|name| self.program(name).is_file());
         Ok(complete && built == self.key(tools)?)
     }
 
@@ -115,7 +145,9 @@ impl GoModule {
     pub fn build(&self, tools: &Path, go: &Path) -> Result<()> {
         let draft = folder().join(format!(".{}.draft", self.name));
         remove_folder(&draft)?;
-        fs::create_dir_all(&draft).with_context(|| format!("creating {}", draft.display()))?;
+        for path in [&draft, &self.folder()] {
+            fs::create_dir_all(path).with_context(|| format!("creating {}", path.display()))?;
+        }
         let key = self.key(tools)?;
         let status = Command::new(go)
             .current_dir(tools.join(self.name))
@@ -134,7 +166,7 @@ impl GoModule {
             rename(&draft.join(from), &draft.join(to))?;
         }
         for name in self.programs {
-            rename(&draft.join(name), &program(name))?;
+            rename(&draft.join(name), &self.program(name))?;
         }
         remove_folder(&draft)?;
         // Last: an interrupted build is repeated.
@@ -149,6 +181,20 @@ impl GoModule {
             fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
         };
         Ok(read("go.mod")? + &read("go.sum")?)
+    }
+
+    /// The minor version of an older Kubernetes, such as `1.35`.
+    pub fn minor_version(&self) -> &'static str {
+        self.below.unwrap_or_default()
+    }
+
+    /// The folder of its programs.
+    pub fn folder(&self) -> PathBuf {
+        self.below.map_or_else(folder, |below| folder().join(below))
+    }
+
+    fn program(&self, name: &str) -> PathBuf {
+        self.folder().join(name)
     }
 
     fn key_file(&self) -> PathBuf {
@@ -201,9 +247,11 @@ pub fn folder() -> PathBuf {
     env::var_os("KUBE").map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from)
 }
 
-/// The path of a built program.
+/// The path of a built program. Those of Kubernetes are of the version that [`GoModule::VERSION`] names, if it is set.
 pub(crate) fn program(name: &str) -> PathBuf {
-    folder().join(name)
+    let version = env::var(GoModule::VERSION).unwrap_or_default();
+    let older = GoModule::older(&version).filter(|module| module.programs.contains(&name));
+    older.map_or_else(|| folder().join(name), |module| module.program(name))
 }
 
 /// `$PATH` with the folder of the built programs in front.
@@ -255,7 +303,7 @@ mod tests {
 
     #[test]
     fn every_module_pins_its_version() {
-        for module in GoModule::ALL {
+        for module in GoModule::ALL.iter().chain(GoModule::OLDER) {
             let flags = module
                 .key(&tools())
                 .and_then(|key| module.linker_flags(&key));
@@ -271,7 +319,7 @@ mod tests {
 
     #[test]
     fn tool_lines_name_every_program() {
-        for module in GoModule::ALL {
+        for module in GoModule::ALL.iter().chain(GoModule::OLDER) {
             let go_mod = fs::read_to_string(tools().join(module.name).join("go.mod")).unwrap();
             for name in module.programs {
                 let name = module

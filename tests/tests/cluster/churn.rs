@@ -111,18 +111,20 @@ pub(crate) fn many_pods(stage: &Stage) -> Result<()> {
 
 /// Creates this many pods, and deletes them.
 fn round(stage: &Stage, pods: usize) -> Result<()> {
-    let scale = |replicas: usize| {
-        stage.kubectl(&format!(
-            "scale -n {APPS} deployment/churn --replicas={replicas}"
-        ))
-    };
-    scale(pods)?;
+    scale(stage, pods)?;
     stage.rolled_out(APPS, "deployment/churn")?;
-    scale(0)?;
+    scale(stage, 0)?;
     pods_are_gone(stage, APPS, "app=churn")
 }
 
-fn deployment() -> Value {
+/// Sets the number of these pods.
+pub(crate) fn scale(stage: &Stage, replicas: usize) -> Result<()> {
+    let scale = format!("scale -n {APPS} deployment/churn --replicas={replicas}");
+    stage.kubectl(&scale).map(drop)
+}
+
+/// Pods on both nodes.
+pub(crate) fn deployment() -> Value {
     let labels = json!({"app": "churn"});
     let spread = json!([{
         "maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "DoNotSchedule",

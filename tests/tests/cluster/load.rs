@@ -95,7 +95,7 @@ impl Load {
 const DAY: f64 = 86_400.0;
 
 /// The seconds since midnight of a time such as `2026-01-02T03:04:05.678Z`.
-fn second_of_day(time: &str) -> Option<f64> {
+pub(crate) fn second_of_day(time: &str) -> Option<f64> {
     let (_, clock) = time.split_once('T')?;
     let mut parts = clock.get(..clock.find(['Z', '+'])?)?.split(':');
     let mut next = || parts.next()?.parse::<f64>().ok();
@@ -239,9 +239,20 @@ fn names(pods: &[Value]) -> Vec<&str> {
     pods.iter().map(name).collect()
 }
 
-/// Upgrades to another configuration under load, while a connection runs that never ends on its own: waiting for it would
-/// take the whole of `drain`.
+/// Upgrades to another configuration.
 pub(crate) fn upgrade(stage: &Stage) -> Result<()> {
+    let options = ["--reuse-values", "--set", "daemon.config.nonTcp=allow"];
+    replace_daemons(stage, "upgrade", &options)
+}
+
+/// Rolls that upgrade back: to the first revision.
+pub(crate) fn rollback(stage: &Stage) -> Result<()> {
+    replace_daemons(stage, "rollback", &["1"])
+}
+
+/// Runs a command of helm that replaces all daemons, under load, while a connection runs that never ends on its own: waiting
+/// for it would take the whole of `drain`.
+fn replace_daemons(stage: &Stage, command: &str, options: &[&str]) -> Result<()> {
     let before = stage.pods(SYSTEM, DAEMON)?;
     let load = Load::start(stage, "load-rolling", "node1", &who(stage, "web-2")?)?;
     let url = format!("http://{}/cgi-bin/tick", service_address(stage, "web-2")?);
@@ -254,8 +265,7 @@ pub(crate) fn upgrade(stage: &Stage) -> Result<()> {
     let events = DaemonEvents::start(stage)?;
     let start = load.mark(stage)?;
     let capture = stage.cluster.wire().capture()?;
-    let options = ["--reuse-values", "--set", "daemon.config.nonTcp=allow"];
-    stage.helm("upgrade", &options)?;
+    stage.helm(command, options)?;
     daemons_are_ready(stage)?;
     let after = stage.pods(SYSTEM, DAEMON)?;
     assert_eq!(after.len(), NODES.len());
@@ -294,10 +304,10 @@ pub(crate) fn upgrade(stage: &Stage) -> Result<()> {
         let left = list["items"].as_array().map_or(0, Vec::len);
         ensure(left == NODES.len(), || format!("{left} pods"))
     })?;
-    load.end(stage)?;
+    // The next such command starts them again.
     stage
         .kubectl(&format!(
-            "delete pod -n {APPS} stream-rolling --now --wait=false"
+            "delete pod -n {APPS} stream-rolling load-rolling --now --ignore-not-found"
         ))
         .map(drop)
 }

@@ -4,11 +4,14 @@ mod ca;
 mod changes;
 mod churn;
 mod load;
+mod measurements;
 mod outages;
 mod removal;
 mod rights;
+mod scheduling;
 mod services;
 mod stage;
+mod starts;
 mod traffic;
 mod workloads;
 
@@ -102,6 +105,18 @@ const STEPS: &[(&str, Step)] = &[
         changes::daemon_reports_what_it_lacks,
     ),
     (
+        "a static pod is outside the mesh, and starts at once",
+        scheduling::static_pod_starts,
+    ),
+    (
+        "pods wait for a node's daemon, because of a taint that only daemons change",
+        scheduling::pods_wait_for_the_daemon,
+    ),
+    (
+        "an evicted pod is released",
+        workloads::evicted_pod_is_released,
+    ),
+    (
         "scaling a Deployment from 1 to 20 to 0 loses no request",
         load::scaling_loses_no_request,
     ),
@@ -124,6 +139,10 @@ const STEPS: &[(&str, Step)] = &[
     (
         "an upgrade that never becomes ready leaves the daemons serving, and is rolled back",
         load::failed_upgrade,
+    ),
+    (
+        "rolling an upgrade back replaces the daemons in the same way",
+        load::rollback,
     ),
     (
         "traffic continues for a minute without the API server",
@@ -152,7 +171,8 @@ const STEPS: &[(&str, Step)] = &[
 ];
 
 const NEEDED: usize = 5;
-/// The environment variable that limits the run to steps whose name contains it, besides those that are needed.
+/// The environment variable that limits the run to steps whose name contains it, or one of several texts separated by
+/// commas, besides those that are needed.
 const ONLY: &str = "KUBE_STEPS";
 
 #[test]
@@ -168,8 +188,13 @@ fn chart_on_a_cluster_of_two_nodes() -> Result<()> {
         start.elapsed()
     );
     let only = env::var(ONLY).unwrap_or_default();
-    for (number, (name, step)) in (1..).zip(STEPS) {
-        if number > NEEDED && !name.contains(&only) {
+    let measurements: [(&str, Step); 1] = [("pods start", measurements::pod_starts)];
+    let steps = match env::var_os(measurements::PODS) {
+        Some(_) => [&STEPS[..NEEDED], &measurements].concat(),
+        None => STEPS.to_vec(),
+    };
+    for (number, (name, step)) in (1..).zip(steps) {
+        if number > NEEDED && !only.split(',').any(|text| name.contains(text)) {
             continue;
         }
         let start = Instant::now();

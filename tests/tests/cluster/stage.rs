@@ -5,26 +5,37 @@ use std::time::Instant;
 
 pub(crate) use mesh_tests::cluster::apps::{account, container, idle_pod, pod_running};
 pub(crate) use mesh_tests::cluster::meshed::{
-    APPS, CA, DAEMON, MeshedCluster as Stage, PATIENCE, SYSTEM, address, is_ready, name,
+    APPS, CA, DAEMON, MeshedCluster as Stage, PATIENCE, SYSTEM, address, addresses, is_ready, name,
 };
-use mesh_tests::{Context, ProxyMode, Result, eventually_ok};
+use mesh_tests::{ClusterOptions, Context, PodNetwork, ProxyMode, Result, eventually_ok};
 
 /// The environment variable that chooses kube-proxy's mode: `nftables`, the default, or `iptables`.
 const PROXY_MODE: &str = "KUBE_PROXY_MODE";
+/// The environment variable that chooses how pods are connected: `bridge`, the default, or `routed`.
+const NETWORK: &str = "KUBE_NETWORK";
+/// The taint of nodes that no daemon serves.
+pub(crate) const TAINT: &str = "auth-daemon.io/not-ready";
 pub(crate) const NODES: [&str; 2] = ["node1", "node2"];
 
 /// Starts the cluster and installs the chart.
 pub(crate) fn set() -> Result<Stage> {
-    let proxy = env::var(PROXY_MODE).map_or(Ok(ProxyMode::default()), |name| name.parse())?;
+    let options = ClusterOptions {
+        proxy: env::var(PROXY_MODE).map_or(Ok(ProxyMode::default()), |name| name.parse())?,
+        network: env::var(NETWORK).map_or(Ok(PodNetwork::default()), |name| name.parse())?,
+    };
     let start = Instant::now();
-    let stage = Stage::start(&NODES, proxy)?;
+    let stage = Stage::start(&NODES, options)?;
+    let version = stage.cluster.api().get("/version")?;
+    let version = version.context("no version")?;
     println!(
-        "the cluster is up, with kube-proxy in {} mode: {:.1?}",
-        proxy.as_str(),
+        "Kubernetes {} is up, {options:?}: {:.1?}",
+        version["gitVersion"].as_str().unwrap_or_default(),
         start.elapsed()
     );
+    // As nodes that register with it.
+    stage.kubectl(&format!("taint nodes --all {TAINT}=:NoSchedule"))?;
     // A later step installs the CRDs of policies, as Istio may do at any time.
-    stage.install(&["--skip-crds"])?;
+    stage.install(&["--skip-crds", "--set", "daemon.nodeTaint=true"])?;
     Ok(stage)
 }
 

@@ -6,7 +6,10 @@ pub(crate) use mesh_tests::cluster::apps::{MARKER, PORT, server, server_pod};
 use mesh_tests::{Context, Recording, Result, Stream, eventually_ok};
 use serde_json::{Value, json};
 
-use crate::stage::{APPS, NODES, PATIENCE, Stage, account, address, ensure, idle_pod, name};
+use crate::stage::{
+    APPS, NODES, PATIENCE, Stage, account, address, addresses, ensure, idle_pod, name,
+};
+use crate::workloads::evicted_pod;
 
 /// The cluster IP of a service of the apps.
 pub(crate) fn service_address(stage: &Stage, name: &str) -> Result<String> {
@@ -32,7 +35,8 @@ pub(crate) fn clients() -> [&'static str; 2] {
 
 /// Starts a client and a server on each node: `client-1` and `web-1`, `client-2` and `web-2`.
 pub(crate) fn apps_start(stage: &Stage) -> Result<()> {
-    let mut objects = vec![account("client")];
+    // A later step waits for the eviction.
+    let mut objects = vec![account("client"), evicted_pod()];
     for (node, (client, web)) in NODES
         .into_iter()
         .zip(clients().into_iter().zip(["web-1", "web-2"]))
@@ -52,8 +56,7 @@ pub(crate) fn apps_start(stage: &Stage) -> Result<()> {
 }
 
 /// Checks that everything between two addresses is TLS 1.3: one plaintext hello from each side, then encrypted records.
-fn is_tls_1_3(recording: &Recording, client: &str, server: &str) -> Result<()> {
-    let (client, server): (IpAddr, IpAddr) = (client.parse()?, server.parse()?);
+fn is_tls_1_3(recording: &Recording, client: IpAddr, server: IpAddr) -> Result<()> {
     let streams = recording.tcp_between(client, server).streams();
     ensure(!streams.is_empty(), || {
         "no connection crossed the wire".to_owned()
@@ -85,25 +88,36 @@ fn hides_all(stream: &Stream) -> Result<()> {
 
 pub(crate) fn pods_talk_tls(stage: &Stage) -> Result<()> {
     for (client, web) in [("client-1", "web-2"), ("client-2", "web-1")] {
-        let client_address = address(&stage.get(&format!("pod -n {APPS} {client}"))?).to_owned();
-        let web_address = address(&stage.pod(APPS, &format!("app={web}"))?).to_owned();
-        let capture = stage.cluster.wire().capture()?;
-        for url in [
-            who(stage, web)?,
-            format!("http://{web_address}:{PORT}/cgi-bin/who"),
-        ] {
-            let answer = stage.curl(client, &url)?;
-            let expected = format!("{client_address} asked {web}");
-            ensure(
-                answer.contains(MARKER) && answer.contains(&expected),
-                || format!("{url}: {answer:?} instead of {expected:?}"),
-            )?;
+        let client_addresses = addresses(&stage.get(&format!("pod -n {APPS} {client}"))?)?;
+        let web_addresses = addresses(&stage.pod(APPS, &format!("app={web}"))?)?;
+        let service = stage.get(&format!("service -n {APPS} {web}"))?;
+        let cluster_ips = service["spec"]["clusterIPs"]
+            .as_array()
+            .context("no address")?;
+        for ((client_address, web_address), cluster_ip) in client_addresses
+            .into_iter()
+            .zip(web_addresses)
+            .zip(cluster_ips)
+        {
+            let cluster_ip: IpAddr = cluster_ip.as_str().unwrap_or_default().parse()?;
+            let capture = stage.cluster.wire().capture()?;
+            for to in [
+                SocketAddr::from((cluster_ip, 80)),
+                SocketAddr::from((web_address, PORT)),
+            ] {
+                let answer = stage.curl(client, &format!("http://{to}/cgi-bin/who"))?;
+                let expected = format!("{client_address} asked {web}");
+                ensure(
+                    answer.contains(MARKER) && answer.contains(&expected),
+                    || format!("{to}: {answer:?} instead of {expected:?}"),
+                )?;
+            }
+            let recording = capture.stop()?;
+            is_tls_1_3(&recording, client_address, web_address)?;
+            ensure(!recording.contains(MARKER.as_bytes()), || {
+                format!("{MARKER} is readable on the wire")
+            })?;
         }
-        let recording = capture.stop()?;
-        is_tls_1_3(&recording, &client_address, &web_address)?;
-        ensure(!recording.contains(MARKER.as_bytes()), || {
-            format!("{MARKER} is readable on the wire")
-        })?;
     }
     // Traffic within a node does not cross the wire.
     for (client, web) in [("client-1", "web-1"), ("client-2", "web-2")] {

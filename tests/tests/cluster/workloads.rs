@@ -2,11 +2,13 @@
 
 use std::net::Ipv4Addr;
 
-use mesh_tests::{Context, Result, TOOLS, eventually_ok};
+use mesh_tests::{Context, Result, Status, TOOLS, eventually_ok};
 use serde_json::{Value, json};
 
 use crate::load::Load;
-use crate::stage::{APPS, CA, PATIENCE, SYSTEM, Stage, address, container, ensure, idle_pod};
+use crate::stage::{
+    APPS, CA, PATIENCE, SYSTEM, Stage, address, container, ensure, idle_pod, name, pod_running,
+};
 use crate::traffic::{MARKER, PORT, identity, log_has, server, who};
 
 /// A container of this name that makes one request.
@@ -97,6 +99,39 @@ pub(crate) fn containers_of_every_kind(stage: &Stage) -> Result<()> {
         .map(drop)
 }
 
+/// A pod that writes more to a volume than it may.
+pub(crate) fn evicted_pod() -> Value {
+    let script = "head -c 4194304 /dev/zero >/data/much; exec sleep 3600";
+    let mut pod = pod_running("evicted", "node2", "client", script);
+    pod["spec"]["volumes"] = json!([{"name": "data", "emptyDir": {"sizeLimit": "1Mi"}}]);
+    pod["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "data", "mountPath": "/data"}]);
+    pod
+}
+
+/// The object of a pod that the kubelet has evicted stays. Its netns is gone, and the daemon has released it.
+pub(crate) fn evicted_pod_is_released(stage: &Stage) -> Result<()> {
+    eventually_ok(PATIENCE, "an eviction", || {
+        let pod = stage.get(&format!("pod -n {APPS} evicted"))?;
+        ensure(pod["status"]["reason"] == "Evicted", || {
+            pod["status"].to_string()
+        })
+    })?;
+    eventually_ok(PATIENCE, "its release", || {
+        let daemon = stage.daemon_on("node2")?;
+        let status = stage.kubectl(&format!(
+            "exec -n {SYSTEM} {} -- auth-daemon status --json",
+            name(&daemon)
+        ))?;
+        let status: Status = serde_json::from_str(&status).context("the daemon's status")?;
+        let pods: Vec<&str> = status.pods.iter().map(|pod| pod.pod.as_str()).collect();
+        let evicted = format!("{APPS}/evicted");
+        ensure(!pods.contains(&evicted.as_str()), || format!("{pods:?}"))
+    })?;
+    stage
+        .kubectl(&format!("delete pod -n {APPS} evicted --now"))
+        .map(drop)
+}
+
 /// `exec` and `logs` are in most steps. `port-forward` connects to the app from inside the pod.
 pub(crate) fn port_forward(stage: &Stage) -> Result<()> {
     let command = format!("port-forward -n {APPS} deployment/web-2 :{PORT}");
@@ -153,6 +188,9 @@ pub(crate) fn node_is_drained(stage: &Stage) -> Result<()> {
         load.mark(stage)? - start,
         lost.len()
     );
+    // Pods that stay on a cordoned node are served as before.
+    let answer = stage.curl("client-2", &who(stage, "drained")?)?;
+    ensure(answer.contains(MARKER), || answer.clone())?;
     stage.kubectl("uncordon node2")?;
     load.end(stage)?;
     stage

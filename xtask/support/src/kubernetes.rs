@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use mesh_tests::{GoModule, programs_folder};
+use mesh_tests::GoModule;
 
 use crate::apt;
 use crate::step::{executable, step, which, workspace};
@@ -26,9 +26,17 @@ const INSTALLED: [(&str, &str); 6] = [
 /// If a package cannot be installed, Go is missing, or a program does not build.
 pub fn ensure() -> Result<()> {
     install()?;
+    build(&GoModule::ALL.each_ref())
+}
+
+/// Builds those of these modules that are missing or not current.
+///
+/// # Errors
+/// If Go is missing, or a program does not build.
+pub fn build(modules: &[&GoModule]) -> Result<()> {
     let tools = workspace().join("tests/tools");
     let mut stale = Vec::new();
-    for module in GoModule::ALL {
+    for module in modules {
         if !module.is_current(&tools)? {
             stale.push(module);
         }
@@ -37,12 +45,11 @@ pub fn ensure() -> Result<()> {
         return Ok(());
     }
     let go = go().context("Go is missing: install it from https://go.dev/dl")?;
-    let folder = programs_folder();
     for module in stale {
         let name = format!(
             "build {} into {} (once; Kubernetes takes minutes)",
             module.programs.join(", "),
-            folder.display()
+            module.folder().display()
         );
         step(&name, || module.build(&tools, &go))?;
     }
