@@ -1,5 +1,6 @@
-//! The data path's threads: two per core, one for busy listeners and one for the others (`proxy::work`). A connection stays on one thread from its first byte to its last: its events wake only that
-//! thread, and its data does not move between cores.
+//! The data path's threads: two per core, one for busy listeners and one for the others (`proxy::work`). A connection stays
+//! on one thread from its first byte to its last: its events wake only that thread, and its data does not move between
+//! cores.
 
 use std::{
     io,
