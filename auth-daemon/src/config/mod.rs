@@ -563,14 +563,14 @@ mod tests {
             (
                 "istiod: {address: 'istiod:15012', rootFile: /r}",
                 own,
-                "discovery.istiod.tokenFile: is missing",
+                "istiod.tokenFile: is missing",
             ),
             (
                 "istiod: {clusterId: 'a b'}",
                 own,
-                "discovery.istiod.clusterId: \"a b\": is not an ID",
+                "istiod.clusterId: \"a b\": is not an ID",
             ),
-            ("istiod: {}", None, "discovery.istiod: $POD_NAMESPACE"),
+            ("istiod: {}", None, "istiod: $POD_NAMESPACE"),
             ("kubernetes: {}", None, "$POD_NAMESPACE is not set"),
             ("kubernetes: {}\nfiles: /m", own, "it is one or the other"),
             ("kubernetes: {default: yes}", own, "kubernetes.default: "),
