@@ -48,8 +48,14 @@ pub(crate) fn read_own(path: &Path, limit: u64, readers: Readers) -> io::Result<
     // Of the open file, so that nobody can replace it meanwhile.
     let metadata = file.metadata()?;
     if let Some(what) = writable_by_others(&metadata) {
-        let why = format!("{what}: somebody else could put another CA here");
-        return Err(io::Error::other(why));
+        let mode = match readers {
+            Readers::Everybody => "go-w",
+            Readers::Nobody | Readers::OwnGroup => "600",
+        };
+        return Err(io::Error::other(format!(
+            "{what}: somebody else could put another CA here. Give it to the user of this program and run `chmod {mode} {}`",
+            path.display()
+        )));
     }
     let mode = metadata.mode() & 0o777;
     let exposed = match readers {
