@@ -83,15 +83,7 @@ pub async fn run(
             }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
-                // Policies are published first, because new pods are checked against them.
-                if let Some(policies) = known.model().policies() {
-                    sink.publish_policies(policies);
-                }
-                let snapshot = known.snapshot();
-                for error in snapshot.errors_since(&sink.registry.snapshot()) {
-                    tracing::error!("{error}");
-                }
-                sink.registry.publish(snapshot);
+                sink.publish(known.model().policies(), known.snapshot());
                 if synced.send_if_modified(|synced| !std::mem::replace(synced, true)) {
                     tracing::info!("the mesh's state is read from istiod and the API server");
                 }

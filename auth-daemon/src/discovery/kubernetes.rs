@@ -68,15 +68,7 @@ pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::
             }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
-                // Policies are published first, because new pods are checked against them.
-                if let Some(policies) = known.policies() {
-                    sink.publish_policies(policies);
-                }
-                let snapshot = known.snapshot();
-                for error in snapshot.errors_since(&sink.registry.snapshot()) {
-                    tracing::error!("{error}");
-                }
-                sink.registry.publish(snapshot);
+                sink.publish(known.policies(), known.snapshot());
                 if synced.send_if_modified(|synced| !std::mem::replace(synced, true)) {
                     tracing::info!(objects = known.count(), "the cluster's objects are read");
                 }

@@ -10,7 +10,7 @@ pub mod taint;
 use std::sync::{Arc, atomic::AtomicUsize};
 
 use auth_mesh::{
-    Published, Registry,
+    Published, Registry, Snapshot,
     policy::{Policies, api},
 };
 
@@ -26,6 +26,18 @@ pub struct Sink {
 }
 
 impl Sink {
+    /// Publishes the complete state, and logs the errors that it did not have before. `None`: no policies are known.
+    fn publish(&self, policies: Option<Vec<Arc<api::Object>>>, snapshot: Snapshot) {
+        // First, because new pods are checked against them.
+        if let Some(policies) = policies {
+            self.publish_policies(policies);
+        }
+        for error in snapshot.errors_since(&self.registry.snapshot()) {
+            tracing::error!("{error}");
+        }
+        self.registry.publish(snapshot);
+    }
+
     /// Publishes `objects` as the complete set of policies. Does nothing if they are unchanged.
     fn publish_policies(&self, mut objects: Vec<Arc<api::Object>>) {
         let Some(policies) = &self.policies else {
