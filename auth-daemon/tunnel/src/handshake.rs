@@ -4,7 +4,7 @@
 use std::{io, sync::Arc};
 
 use rustls::{
-    ClientConfig, Error, ExtractedSecrets, ServerConfig,
+    ClientConfig, CommonState, Error, ExtractedSecrets, ServerConfig,
     client::{ClientConnectionData, UnbufferedClientConnection},
     kernel::KernelConnection,
     pki_types::ServerName,
@@ -181,7 +181,17 @@ async fn drive<S: Side>(
     if connection.alpn_protocol() != Some(ALPN) {
         return Err(HandshakeError::Protocol);
     }
-    let leaf = connection
+    let peer = peer(connection, trust_domain)?;
+    let (secrets, keys) = side.into_keys()?;
+    let unknown = || Error::General("cipher suite is not of TLS 1.3".into());
+    let sealer = Sealer::new(secrets.tx.0, &secrets.tx.1).ok_or_else(unknown)?;
+    let opener = Opener::new(secrets.rx.0, &secrets.rx.1).ok_or_else(unknown)?;
+    Ok(Channel::new(tcp, sealer, opener, keys, incoming, peer))
+}
+
+/// The certificate that the peer has presented, in this session or in the one that it resumes.
+pub(crate) fn peer(session: &CommonState, trust_domain: &str) -> Result<Svid, Error> {
+    let leaf = session
         .peer_certificates()
         .and_then(|chain| chain.first())
         .ok_or(Error::NoCertificatesPresented)?;
@@ -189,11 +199,7 @@ async fn drive<S: Side>(
         Svid::parse(leaf, trust_domain).map_err(|error| Error::General(error.to_string()))?;
     // A resumed session presents no certificate, so rustls verifies none.
     tls::check_not_expired(peer.not_after)?;
-    let (secrets, keys) = side.into_keys()?;
-    let unknown = || Error::General("cipher suite is not of TLS 1.3".into());
-    let sealer = Sealer::new(secrets.tx.0, &secrets.tx.1).ok_or_else(unknown)?;
-    let opener = Opener::new(secrets.rx.0, &secrets.rx.1).ok_or_else(unknown)?;
-    Ok(Channel::new(tcp, sealer, opener, keys, incoming, peer))
+    Ok(peer)
 }
 
 fn encode<D>(mut data: EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(), Error> {

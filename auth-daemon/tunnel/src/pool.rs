@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use super::Channel;
+use super::{Channel, tls::svid::Svid};
 use auth_mesh::Identity;
 
 /// Maximum number of idle tunnels to one endpoint.
@@ -51,6 +51,16 @@ pub struct Made {
     pub at: Instant,
     /// Time until which both certificates are valid. The peer takes no new connection after it.
     pub valid_until: SystemTime,
+}
+
+impl Made {
+    /// Established now, with these two certificates.
+    pub fn now(own: &Svid, peer: &Svid) -> Self {
+        Self {
+            at: Instant::now(),
+            valid_until: own.not_after.min(peer.not_after),
+        }
+    }
 }
 
 /// A tunnel taken from the pool.

@@ -30,9 +30,9 @@ use auth_tunnel::{
 
 /// How long to wait for a certificate that is being issued. Less than [`PATIENCE`], so that the access log names the
 /// missing certificate.
-pub(super) const CERTIFICATE: Duration = Duration::from_secs(9);
+const CERTIFICATE: Duration = Duration::from_secs(9);
 /// Timeout for an endpoint to answer a SYN, while there is another endpoint to try.
-pub(super) const DIAL: Duration = Duration::from_secs(2);
+const DIAL: Duration = Duration::from_secs(2);
 /// Timeout for the TLS handshake, while there is another endpoint to try.
 pub(super) const HANDSHAKE: Duration = Duration::from_secs(3);
 /// Timeout for the answer to CONNECT, while there is another endpoint to try. Longer than the server's daemon waits for
@@ -132,29 +132,36 @@ impl Call<'_> {
                 Err(failure) => return Err(failed(failure)),
             }
         }
-        let certificate = pod
-            .certificate
-            .obtain(CERTIFICATE)
-            .await
-            .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
-        let dial = self.dial(attempt, address);
-        let tcp = within(attempt.limit(DIAL), dial).await.map_err(failed)?;
+        let (certificate, tcp) = self.dial_with_certificate(attempt, address).await?;
         let handshake = handshake(node, tcp, &certificate, destination);
         let mut channel = within(attempt.limit(HANDSHAKE), handshake)
             .await
             .map_err(failed)?;
         self.verify(channel.peer(), address)
             .map_err(|revoked| failed(revoked.into()))?;
-        let made = Made {
-            at: std::time::Instant::now(),
-            valid_until: certificate.svid.not_after.min(channel.peer().not_after),
-        };
+        let made = Made::now(&certificate.svid, channel.peer());
         match within(attempt.limit(ANSWER), self.establish(&mut channel, true)).await {
             Ok(()) => {}
             Err(Failure::App(error)) => return Err(Refusal::App(error)),
             Err(failure) => return Err(failed(failure)),
         }
         Ok(self.opened(channel, address, made))
+    }
+
+    /// Connects to `address`, and returns the certificate that the pod is to present there.
+    pub(super) async fn dial_with_certificate(
+        &self,
+        attempt: &Attempt<'_>,
+        address: SocketAddr,
+    ) -> Result<(Arc<Current>, TcpStream), Refusal> {
+        let pod = self.pod;
+        let certificate = pod
+            .certificate
+            .obtain(CERTIFICATE)
+            .await
+            .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
+        let dial = within(attempt.limit(DIAL), self.dial(attempt, address)).await;
+        Ok((certificate, dial.map_err(|why| attempt.failed(why))?))
     }
 
     /// Connects to `address`, the endpoint's or its node's on the endpoint's address, from the pod's netns.

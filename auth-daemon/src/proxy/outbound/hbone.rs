@@ -7,7 +7,7 @@ use tokio::net::TcpStream;
 
 use super::{
     Attempt, Call, Failure, Opened, Refusal,
-    dialers::{ANSWER, CERTIFICATE, DIAL, HANDSHAKE, check_naming, within},
+    dialers::{ANSWER, HANDSHAKE, check_naming, within},
 };
 use crate::{
     observe::{
@@ -71,14 +71,7 @@ impl Call<'_> {
         pooled: &Connections<Charged>,
     ) -> Result<(Client, Option<Place>), Refusal> {
         let (node, pod) = (self.node, self.pod);
-        let failed = |why| attempt.failed(why);
-        let certificate = pod
-            .certificate
-            .obtain(CERTIFICATE)
-            .await
-            .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
-        let dial = self.dial(attempt, address);
-        let tcp = within(attempt.limit(DIAL), dial).await.map_err(failed)?;
+        let (certificate, tcp) = self.dial_with_certificate(attempt, address).await?;
         let permit = pod.outbound.idle_tunnel();
         let large = permit
             .as_ref()
@@ -93,13 +86,10 @@ impl Call<'_> {
         };
         let (client, driver) = within(attempt.limit(HANDSHAKE), Box::pin(handshake))
             .await
-            .map_err(failed)?;
+            .map_err(|why| attempt.failed(why))?;
         // It ends with its last stream, or when the peer no longer answers.
         tokio::spawn(driver);
-        let made = Made {
-            at: std::time::Instant::now(),
-            valid_until: certificate.svid.not_after.min(client.peer().not_after),
-        };
+        let made = Made::now(&certificate.svid, client.peer());
         let place = permit.map(|permit| pooled.put(client.clone(), made, (permit, large)));
         Ok((client, place))
     }
