@@ -9,6 +9,7 @@ use std::{
 
 use anstyle::{AnsiColor, Style};
 use anyhow::Context;
+use auth_mesh::Identity;
 use auth_support::config;
 
 use super::daemon_client::request;
@@ -201,9 +202,9 @@ impl Party {
             Self::Identity(wanted) => identity.as_ref() == Some(wanted),
             Self::Object(wanted) => objects.any(|object| object == wanted),
             Self::Namespace(wanted) => {
-                let in_path = format!("/ns/{wanted}/sa/");
+                let identity = identity.as_ref().and_then(|id| id.parse::<Identity>().ok());
                 objects.any(|object| object.split('/').next() == Some(wanted))
-                    || identity.as_ref().is_some_and(|id| id.contains(&in_path))
+                    || identity.is_some_and(|identity| identity.namespace() == wanted)
             }
         }
     }

@@ -2,7 +2,7 @@
 //! on to the pods' peers.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, PoisonError},
     time::Duration,
 };
@@ -66,7 +66,7 @@ pub async fn announce(client: Client, node: Arc<Node>) {
 
 /// Returns the pods of this node that are enrolled.
 fn enrolled(node: &Node, snapshot: &Snapshot) -> Vec<Arc<Workload>> {
-    let served: Vec<String> = {
+    let served: HashSet<String> = {
         let pods = node.pods.lock().unwrap_or_else(PoisonError::into_inner);
         let enrolled = pods.iter().filter(|pod| pod.enrolled);
         enrolled.map(|pod| pod.pod.clone()).collect()
