@@ -2,10 +2,11 @@
 //!
 //! They are built from the Go modules below `tests/tools` into `$KUBE` or `/opt/kube`, once for each version.
 
+use std::fs::{self, File};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use mesh_tests::GoModule;
+use mesh_tests::{GoModule, programs_folder};
 
 use crate::apt;
 use crate::step::{executable, step, which, workspace};
@@ -35,17 +36,22 @@ pub fn ensure() -> Result<()> {
 /// If Go is missing, or a program does not build.
 pub fn build(modules: &[&GoModule]) -> Result<()> {
     let tools = workspace().join("tests/tools");
-    let mut stale = Vec::new();
-    for module in modules {
-        if !module.is_current(&tools)? {
-            stale.push(module);
+    let stale = || -> Result<Vec<&GoModule>> {
+        let mut stale = Vec::new();
+        for &module in modules {
+            if !module.is_current(&tools)? {
+                stale.push(module);
+            }
         }
-    }
-    if stale.is_empty() {
+        Ok(stale)
+    };
+    if stale()?.is_empty() {
         return Ok(());
     }
     let go = go().context("Go is missing: install it from https://go.dev/dl")?;
-    for module in stale {
+    let _lock = lock()?;
+    // Another command may have built them while this one waited.
+    for module in stale()? {
         let name = format!(
             "build {} into {} (once; Kubernetes takes minutes)",
             module.programs.join(", "),
@@ -65,6 +71,23 @@ pub fn ensure_or_say() {
              kubernetes` tries again"
         );
     }
+}
+
+/// Waits until no other command builds into the folder of the built programs. The lock ends with the returned file.
+fn lock() -> Result<File> {
+    let folder = programs_folder();
+    let path = folder.join(".lock");
+    let opened = fs::create_dir_all(&folder).and_then(|()| File::create(&path));
+    let file = opened.with_context(|| format!("creating {}", path.display()))?;
+    if file.try_lock().is_err() {
+        eprintln!(
+            "    waiting for another command that builds into {}",
+            folder.display()
+        );
+    }
+    file.lock()
+        .with_context(|| format!("locking {}", path.display()))?;
+    Ok(file)
 }
 
 fn install() -> Result<()> {
