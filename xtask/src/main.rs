@@ -14,7 +14,7 @@ mod kube_test;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask_support::{build, build_ebpf, kubernetes, setup};
+use xtask_support::{build, build_ebpf, kubernetes, peers, setup};
 
 /// Build, test and check this project.
 #[derive(Debug, Parser)]
@@ -73,7 +73,10 @@ fn main() -> ExitCode {
         Command::KubeTest(arguments) => kube_test::run(&arguments),
         Command::VmTest(arguments) => vm_tests::run(&arguments),
         Command::Kind(action) => kind::act(&action),
-        Command::Setup => setup::run().map(|()| kubernetes::ensure_or_say()),
+        Command::Setup => setup::run().map(|()| {
+            peers::ensure_or_say();
+            kubernetes::ensure_or_say();
+        }),
         Command::Kubernetes => kubernetes::ensure(),
         Command::ClippyEbpf(arguments) => clippy_ebpf::run(&arguments),
         Command::Deny => deny::run(),

@@ -333,8 +333,11 @@ impl Call<'_> {
         {
             let address = endpoint.address;
             tried.push(address);
-            self.access
-                .learn(|details| details.endpoint = Some(address));
+            self.access.learn(|details| {
+                details.endpoint = Some(address);
+                // Of the endpoint before, which refused.
+                details.server_identity = None;
+            });
             // The last endpoint may use all the time that is left.
             let others = tried.len() < endpoints.len().min(MAX_ATTEMPTS);
             let attempt = self.attempt(&destination, endpoint, others);

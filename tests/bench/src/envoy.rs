@@ -2,81 +2,56 @@
 
 mod certificates;
 mod config;
-mod download;
 mod redirect;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
-use mesh_tests::{Place, Pod, Process, TIMEOUT, eventually_ok};
+use anyhow::{Context, Result};
+use mesh_tests::{Envoy, Pod};
 use serde::Deserialize;
 
 use super::counters::{Counters, Moved};
-use super::peer;
-use config::{ADMIN, IN, INBOUND, OUTBOUND, PASSTHROUGH};
+use config::{IN, INBOUND, OUTBOUND, PASSTHROUGH};
 
 pub(super) use certificates::Authority;
 pub(super) use config::Server;
-pub(super) use download::{VERSION, binary};
 
 /// A running sidecar. Dropping it kills it; its rules stay in the pod.
-pub(super) struct Sidecar {
-    process: Process,
-    pod: Place,
-}
+pub(super) struct Sidecar(Envoy);
 
 impl Sidecar {
     /// Starts the sidecar and waits until it is ready, then redirects the pod's connections to it.
     ///
     /// It ends with the thread that calls this.
     pub(super) fn start(
-        binary: &Path,
         pod: &Pod,
         account: &str,
         authority: &Authority,
         servers: &[Server],
         ports: &[u16],
     ) -> Result<Self> {
-        let place = pod.place().clone();
+        let place = pod.place();
         let files = authority.issue(account, place.folder())?;
         let config = config::config(pod.name(), &files, servers, ports);
-        let path = place.folder().join("envoy.json");
-        fs::write(&path, config.to_string())
-            .with_context(|| format!("writing {}", path.display()))?;
         // The sidecar has a group of its own, by which the rules distinguish it from the pod's application.
-        let mut command = place.command("setpriv")?;
-        command
-            .args(["--regid", &redirect::GROUP.to_string(), "--clear-groups"])
-            .arg(binary)
-            .arg("--config-path")
-            .arg(&path)
-            // Istio's own default, on every machine.
-            .args(["--concurrency", "2", "--disable-hot-restart"])
-            .args(["--log-level", "error"]);
-        let mut sidecar = Self {
-            process: Process::spawn(command)?,
-            pod: place,
-        };
-        sidecar
-            .wait_ready()
-            .with_context(|| format!("Envoy in {} said: {}", pod.name(), sidecar.said()))?;
-        redirect::install(&sidecar.pod)?;
-        Ok(sidecar)
+        let envoy = Envoy::start(place, config, redirect::GROUP)?;
+        place.wait_listening(OUTBOUND)?;
+        place.wait_listening(INBOUND)?;
+        redirect::install(place)?;
+        Ok(Self(envoy))
     }
 
     pub(super) fn pid(&self) -> u32 {
-        self.process.pid()
+        self.0.pid()
     }
 
     /// Its output, which is empty if there are no errors.
     pub(super) fn said(&self) -> String {
-        self.process.stderr()
+        self.0.said()
     }
 
     pub(super) fn counters(&self) -> Result<Counters> {
-        let answer = self.ask("/stats?format=json&type=Counters")?;
+        let answer = self.0.ask("/stats?format=json&type=Counters")?;
         let stats: Stats = serde_json::from_str(&answer).context("reading Envoy's counters")?;
         let counted: BTreeMap<_, _> = stats
             .stats
@@ -93,21 +68,6 @@ impl Sidecar {
             },
             passed: of(format!("tcp.{PASSTHROUGH}.downstream_cx_total")),
         })
-    }
-
-    fn wait_ready(&mut self) -> Result<()> {
-        eventually_ok(TIMEOUT, "Envoy to be ready", || {
-            if let Some(status) = self.process.ended()? {
-                return Ok(Err(anyhow!("it ended with {status}")));
-            }
-            self.ask("/ready").map(|_| Ok(()))
-        })??;
-        self.pod.wait_listening(OUTBOUND)?;
-        self.pod.wait_listening(INBOUND)
-    }
-
-    fn ask(&self, path: &str) -> Result<String> {
-        peer::ask(&self.pod, ADMIN, path)
     }
 }
 

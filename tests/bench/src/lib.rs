@@ -12,7 +12,6 @@ mod envoy;
 mod loads;
 mod machine;
 mod number;
-mod peer;
 mod proxies;
 mod report;
 mod results;
@@ -30,9 +29,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use mesh_tests::Package;
+use mesh_tests::peers::ztunnel::named;
 use xtask_support::step::root;
 use xtask_support::supervise::supervise;
-use xtask_support::{build, setup};
+use xtask_support::{build, peers, setup};
 
 use report::Report;
 use runner::Plan;
@@ -109,7 +110,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 }
 
 fn prepare(arguments: &Arguments) -> Result<Plan> {
-    let ztunnel = ztunnel::named()?.map(|_| System::Ztunnel);
+    let ztunnel = named()?.map(|_| System::Ztunnel);
     let mut systems = arguments.systems.clone();
     if systems.is_empty() {
         systems = ALWAYS.into_iter().chain(ztunnel).collect();
@@ -151,7 +152,7 @@ fn prepare(arguments: &Arguments) -> Result<Plan> {
         build::programs()?;
     }
     if plan.systems.contains(&System::Envoy) {
-        envoy::binary()?;
+        peers::ensure(&Package::ENVOY)?;
     }
     Ok(plan)
 }

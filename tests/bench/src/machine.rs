@@ -4,9 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use mesh_tests::Package;
+use mesh_tests::peers::ztunnel::version;
 use serde::Serialize;
 
-use super::{envoy, ztunnel};
 use xtask_support::step::output;
 
 /// The machine and the programs.
@@ -61,8 +62,8 @@ impl Machine {
             .unwrap_or_default()
             .trim()
             .to_owned(),
-            envoy: envoy::VERSION,
-            ztunnel: ztunnel.map(ztunnel::version),
+            envoy: Package::ENVOY.version,
+            ztunnel: ztunnel.map(version),
             nginx: said("nginx", "-v").replace("nginx version: ", ""),
             iperf3: words(&said("iperf3", "--version")),
             wrk: words(&said("wrk", "--version")),

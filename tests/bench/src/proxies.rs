@@ -5,14 +5,15 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use mesh_tests::{Ca, CaOptions, Daemon, Mesh, TIMEOUT, eventually_ok};
+use mesh_tests::peers::ztunnel::{ZtunnelOptions, named};
+use mesh_tests::{Ca, CaOptions, Daemon, Mesh, TIMEOUT, Ztunnel, eventually_ok};
 
 use super::counters::{Counters, Moved};
-use super::envoy::{Authority, Server, Sidecar, binary};
+use super::envoy::{Authority, Server, Sidecar};
 use super::system::{Role, System, Way};
 use super::topology::{CLIENT, NEAR, NODE_A, NODE_B, PORTS, WEB};
 use super::usage;
-use super::ztunnel::{self, Ztunnel};
+use super::ztunnel::counters_of;
 
 /// The proxies of one mesh.
 pub(super) enum Proxies {
@@ -187,7 +188,7 @@ impl Proxies {
     fn counters(&self, pod: &str) -> Result<Counters> {
         let counters = match self {
             Self::Sidecars(all) => all.get(pod).map(Sidecar::counters),
-            Self::Ztunnels(all, _) => all.get(node_of(pod)).map(Ztunnel::counters),
+            Self::Ztunnels(all, _) => all.get(node_of(pod)).map(counters_of),
             Self::None | Self::Daemons(_) => None,
         };
         counters.with_context(|| format!("{pod} has no proxy that counts"))?
@@ -203,7 +204,6 @@ impl Proxies {
 }
 
 fn sidecars(mesh: &Mesh) -> Result<BTreeMap<&'static str, Sidecar>> {
-    let binary = binary()?;
     let authority = Authority::new()?;
     let servers: Vec<Server> = [WEB, NEAR]
         .map(|name| Server {
@@ -214,17 +214,18 @@ fn sidecars(mesh: &Mesh) -> Result<BTreeMap<&'static str, Sidecar>> {
         .to_vec();
     let sidecar = |name: &'static str| {
         let pod = mesh.pod(name);
-        let sidecar = Sidecar::start(&binary, &pod, name, &authority, &servers, &PORTS)?;
+        let sidecar = Sidecar::start(&pod, name, &authority, &servers, &PORTS)?;
         anyhow::Ok((name, sidecar))
     };
     [CLIENT, WEB, NEAR].into_iter().map(sidecar).collect()
 }
 
 fn ztunnels(mesh: &Mesh) -> Result<Proxies> {
-    let binary = ztunnel::named()?.context("ZTUNNEL names no binary")?;
+    let binary = named()?.context("ZTUNNEL names no binary")?;
     let ca = mesh.start_ca(&CaOptions::default())?;
+    let options = ZtunnelOptions::default();
     let start = |name: &'static str| {
-        let ztunnel = Ztunnel::start(&binary, mesh, mesh.node(name), &ca)?;
+        let ztunnel = Ztunnel::start(&binary, mesh, mesh.node(name), &ca, &options)?;
         anyhow::Ok((name, ztunnel))
     };
     let all = [NODE_A, NODE_B].into_iter().map(start);

@@ -16,7 +16,6 @@ use super::runner::{Event, Plan};
 use super::system::System;
 use super::table;
 use super::targets::TARGETS;
-use super::ztunnel;
 use xtask_support::page;
 use xtask_support::step::workspace;
 
@@ -34,7 +33,7 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(plan: Plan, json: bool) -> Self {
         // If it cannot be found, that was reported when the plan was made.
-        let ztunnel = ztunnel::named().ok().flatten();
+        let ztunnel = mesh_tests::peers::ztunnel::named().ok().flatten();
         let ztunnel = ztunnel.filter(|_| plan.systems.contains(&System::Ztunnel));
         let report = Self {
             plan,

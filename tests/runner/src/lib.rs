@@ -11,7 +11,7 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use xtask_support::step::{cargo, programs, root, step};
-use xtask_support::{build, kubernetes, setup};
+use xtask_support::{build, kubernetes, peers, setup};
 
 use binaries::Binary;
 use output::{read, temporary_file};
@@ -44,6 +44,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     if !arguments.no_build {
         setup::run()?;
+        peers::ensure_or_say();
         kubernetes::ensure_or_say();
         build::programs()?;
     }

@@ -1,7 +1,7 @@
 //! Certificates of any kind.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mesh_tests::{Context, Result};
@@ -100,6 +100,39 @@ pub(crate) struct Presented {
     pub(crate) chain: Vec<CertificateDer<'static>>,
     pub(crate) key_pem: String,
 }
+
+/// The files that another program reads.
+#[derive(Debug)]
+pub(crate) struct Files {
+    pub(crate) certificate: PathBuf,
+    pub(crate) key: PathBuf,
+    pub(crate) root: PathBuf,
+}
+
+/// Issues a certificate for a service account by the CA that daemons share in `ca`, and writes it, its key and the root
+/// to a folder.
+pub(crate) fn files(ca: &Path, account: &str, folder: &Path) -> Result<Files> {
+    let authority = Authority::stolen(ca)?;
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let certificate = params(&[&spiffe(account)], |_| {})?.signed_by(&key, &authority.0)?;
+    let write = |name: &str, text: &str| {
+        let path = folder.join(name);
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+        anyhow::Ok(path)
+    };
+    let both = fs::read_to_string(ca.join("root.pem")).context("reading the root")?;
+    // The root's key is in the same file.
+    let (root, _) = both.split_once(END).context("no certificate")?;
+    let (_, root) = root.split_once(BEGIN).context("no certificate")?;
+    Ok(Files {
+        certificate: write("certificate.pem", &certificate.pem())?,
+        key: write("key.pem", &key.serialize_pem())?,
+        root: write("root.pem", &format!("{BEGIN}{root}{END}\n"))?,
+    })
+}
+
+const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
+const END: &str = "-----END CERTIFICATE-----";
 
 impl Presented {
     fn new(leaf: CertificateDer<'static>, key: &KeyPair) -> Result<Self> {

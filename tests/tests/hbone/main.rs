@@ -5,6 +5,8 @@
 mod common;
 
 mod between_daemons;
+mod envoy;
 mod hostile;
 mod http2;
+mod python;
 mod server;

@@ -8,6 +8,7 @@ pub mod build_ebpf;
 pub mod cargo_install;
 pub mod kubernetes;
 pub mod page;
+pub mod peers;
 pub mod setup;
 pub mod step;
 pub mod supervise;

@@ -44,7 +44,7 @@ impl Call<'_> {
         // The server may have closed a pooled connection a moment ago; then the next, then a new one.
         while let Some((client, place)) = pooled.take(identities) {
             match self.open_stream(&client, attempt).await {
-                Ok(stream) => return Ok(self.opened_stream(&client, stream, attempt, Some(place))),
+                Ok(stream) => return Ok(opened(stream, attempt, Some(place))),
                 Err(Failure::Hbone(OpenError::Broken(_)) | Failure::Revoked(_)) => {
                     pooled.forget(&place);
                 }
@@ -60,7 +60,7 @@ impl Call<'_> {
         drop(dialing);
         let stream = self.open_stream(&client, attempt).await;
         let stream = stream.map_err(|why| attempt.failed(why))?;
-        Ok(self.opened_stream(&client, stream, attempt, place))
+        Ok(opened(stream, attempt, place))
     }
 
     /// Connects to the endpoint's node, and adds the connection to the pool if the pod's share has room for it.
@@ -99,6 +99,10 @@ impl Call<'_> {
         client: &Client,
         attempt: &Attempt<'_>,
     ) -> Result<hbone::Stream, Failure> {
+        // First, so that the log names a server that refuses, and a revocation from now on cuts the connection.
+        self.access.learn(|details| {
+            details.server_identity = Some(client.peer().identity.clone());
+        });
         self.verify(client.peer(), attempt.address)?;
         let open = async { Ok(client.open(attempt.address).await?) };
         let mut stream = within(attempt.limit(ANSWER), open).await?;
@@ -108,23 +112,14 @@ impl Call<'_> {
             .map_err(|error| OpenError::Broken(error).into())
             .map(|()| stream)
     }
+}
 
-    fn opened_stream(
-        &self,
-        client: &Client,
-        stream: hbone::Stream,
-        attempt: &Attempt<'_>,
-        place: Option<Place>,
-    ) -> Opened {
-        self.access.learn(|details| {
-            details.server_identity = Some(client.peer().identity.clone());
-        });
-        Opened::Hbone(Box::new(Stream {
-            stream,
-            endpoint: attempt.address,
-            _place: place,
-        }))
-    }
+fn opened(stream: hbone::Stream, attempt: &Attempt<'_>, place: Option<Place>) -> Opened {
+    Opened::Hbone(Box::new(Stream {
+        stream,
+        endpoint: attempt.address,
+        _place: place,
+    }))
 }
 
 /// Relays until the connection ends, and closes or resets the app's side accordingly.

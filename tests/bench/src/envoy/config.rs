@@ -70,7 +70,6 @@ pub(super) fn config(pod: &str, files: &Files, servers: &[Server], ports: &[u16]
     );
     json!({
         "node": {"id": pod, "cluster": "bench"},
-        "admin": {"address": address(Ipv4Addr::LOCALHOST.into(), ADMIN)},
         // Nothing is flushed by a timer.
         "stats_flush_on_admin": true,
         "static_resources": {"listeners": [outbound, inbound], "clusters": clusters},
@@ -177,8 +176,6 @@ fn address(ip: IpAddr, port: u16) -> Value {
     json!({"socket_address": {"address": ip, "port_value": port}})
 }
 
-/// The sidecar's admin port, in the pod's namespace.
-pub(super) const ADMIN: u16 = 15000;
 /// The port to which the pod's own connections are redirected.
 pub(super) const OUTBOUND: u16 = 15001;
 /// The port to which connections to the pod are redirected.

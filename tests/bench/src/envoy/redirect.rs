@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use mesh_tests::Place;
+use mesh_tests::peers::load_rules;
 
-use super::super::peer;
 use super::config::{INBOUND, OUTBOUND};
 
 /// Installs the rules in the pod's namespace, with which they are removed.
@@ -11,7 +11,7 @@ use super::config::{INBOUND, OUTBOUND};
 /// # Errors
 /// If `nft` rejects them.
 pub(super) fn install(pod: &Place) -> Result<()> {
-    peer::load(pod, &rules())
+    load_rules(pod, &rules())
 }
 
 /// Redirects all TCP from other hosts to the inbound listener, and all TCP that the pod sends to other hosts to the

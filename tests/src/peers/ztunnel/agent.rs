@@ -8,12 +8,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use mesh_tests::{Pod, Process, TIMEOUT, eventually_ok};
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen,
     sendmsg, socket,
 };
 use prost::Message;
+
+use crate::eventually::{TIMEOUT, eventually_ok};
+use crate::pod::Pod;
+use crate::process::Process;
 
 /// A pod, as described to ztunnel.
 pub(super) struct Workload {
@@ -37,6 +40,7 @@ impl From<&Pod> for Workload {
 }
 
 /// The socket where ztunnel requests its pods.
+#[derive(Debug)]
 pub(super) struct Agent {
     listener: UnixListener,
     /// Stays open: ztunnel without an agent is not ready.
@@ -44,8 +48,9 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    /// Listens at a path.
+    /// Listens at a path, also if a previous agent did.
     pub(super) fn listen(path: &Path) -> Result<Self> {
+        let _ = std::fs::remove_file(path);
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let socket: OwnedFd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
             .context("making a socket")?;

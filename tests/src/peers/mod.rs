@@ -1,15 +1,24 @@
-//! Helpers for both peers: nftables rules that redirect connections to them, and requests to their admin ports.
+//! Programs of others that our daemon meets or is compared with: Envoy, ztunnel, and HTTP/2 clients in Python.
+
+mod envoy;
+mod package;
+pub mod ztunnel;
 
 use std::fs;
 
 use anyhow::{Context, Result};
-use mesh_tests::Place;
+
+use crate::place::Place;
+
+pub use envoy::Envoy;
+pub use package::Package;
+pub use ztunnel::Ztunnel;
 
 /// Loads nftables rules into a pod's namespace, with which they are removed.
 ///
 /// # Errors
 /// If `nft` rejects them.
-pub(super) fn load(pod: &Place, rules: &str) -> Result<()> {
+pub fn load_rules(pod: &Place, rules: &str) -> Result<()> {
     let path = pod.folder().join("redirect.nft");
     fs::write(&path, rules).with_context(|| format!("writing {}", path.display()))?;
     pod.run("nft", ["-f", &path.display().to_string()])?.ok()?;
@@ -20,7 +29,7 @@ pub(super) fn load(pod: &Place, rules: &str) -> Result<()> {
 ///
 /// # Errors
 /// If there is no response within 5 s, or its status is not a success.
-pub(super) fn ask(place: &Place, port: u16, path: &str) -> Result<String> {
+fn ask(place: &Place, port: u16, path: &str) -> Result<String> {
     let url = format!("http://127.0.0.1:{port}{path}");
     let arguments = ["-sS", "--fail", "--max-time", "5", &url];
     Ok(place.run("curl", arguments)?.ok()?.stdout)

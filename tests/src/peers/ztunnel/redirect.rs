@@ -1,22 +1,29 @@
 //! Redirects a pod's connections to ztunnel, by the rules that istio-cni writes.
 
 use anyhow::Result;
-use mesh_tests::Place;
 
-use super::super::peer;
+use super::super::load_rules;
+use crate::place::Place;
 
-/// Installs the rules and the route that they need in the pod's namespace, with which they are removed.
+/// Installs the rules and the routes that they need in the pod's namespace, with which they are removed. Replaces those
+/// of an earlier ztunnel.
 ///
 /// # Errors
 /// If `nft` or `ip` rejects them.
-pub(super) fn install(pod: &Place) -> Result<()> {
-    peer::load(pod, &rules())?;
+pub(super) fn install(pod: &Place, ipv6: bool) -> Result<()> {
+    load_rules(pod, &rules())?;
     let marked = format!("{ANSWERS:#x}/{MASK:#x}");
-    for arguments in [
-        format!("rule add fwmark {marked} lookup {TABLE} pref 32764"),
-        format!("route add local 0.0.0.0/0 dev lo table {TABLE}"),
-    ] {
-        pod.run("ip", arguments.split(' '))?.ok()?;
+    for (family, all) in [("-4", "0.0.0.0/0"), ("-6", "::/0")] {
+        if family == "-6" && !ipv6 {
+            continue;
+        }
+        let rule = format!("{family} rule add fwmark {marked} lookup {TABLE} pref 32764");
+        let added = pod.run("ip", rule.split(' '))?;
+        if !added.stderr.contains("File exists") {
+            added.ok()?;
+        }
+        let route = format!("{family} route replace local {all} dev lo table {TABLE}");
+        pod.run("ip", route.split(' '))?.ok()?;
     }
     Ok(())
 }
@@ -26,7 +33,9 @@ pub(super) fn install(pod: &Place) -> Result<()> {
 /// caller's address, so the application's replies are routed back by the connection mark.
 fn rules() -> String {
     format!(
-        "table ip ztunnel {{\n\
+        "table inet ztunnel {{}}\n\
+         delete table inet ztunnel\n\
+         table inet ztunnel {{\n\
          chain calls {{\n\
          type filter hook prerouting priority mangle; policy accept;\n\
          meta mark & {MASK:#x} == {OWN:#x} ct mark set {ANSWERS:#x}\n\
@@ -39,6 +48,7 @@ fn rules() -> String {
          type nat hook prerouting priority dstnat; policy accept;\n\
          meta mark & {MASK:#x} == {OWN:#x} return\n\
          ip daddr != 127.0.0.1 tcp dport != {HBONE} redirect to :{INBOUND}\n\
+         ip6 daddr != ::1 tcp dport != {HBONE} redirect to :{INBOUND}\n\
          }}\n\
          chain output {{\n\
          type nat hook output priority -100; policy accept;\n\
