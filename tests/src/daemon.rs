@@ -76,6 +76,10 @@ impl Daemon {
                 ])
                 .arg(&program);
             command
+        } else if let Some(set) = &options.capabilities {
+            let mut command = node.daemon_place().command("setpriv")?;
+            command.arg(format!("--bounding-set={set}")).arg(&program);
+            command
         } else {
             node.daemon_place().command(&program)?
         };

@@ -22,6 +22,7 @@ pub struct DaemonOptions {
     pub(crate) refuses_programs: bool,
     pub(crate) descriptors: Option<u64>,
     pub(crate) log_stalls: bool,
+    pub(crate) capabilities: Option<String>,
 }
 
 impl DaemonOptions {
@@ -104,6 +105,12 @@ impl DaemonOptions {
         self
     }
 
+    /// Runs the daemon with these capabilities alone, such as `CAP_NET_ADMIN`. Needs setpriv (util-linux).
+    pub fn capabilities<S: AsRef<str>>(mut self, names: &[S]) -> Self {
+        self.capabilities = Some(bounding_set(names));
+        self
+    }
+
     /// Sends the daemon's log to a pipe that nobody reads.
     pub fn log_stalls(mut self) -> Self {
         self.log_stalls = true;
@@ -133,4 +140,13 @@ impl DaemonOptions {
         }
         config
     }
+}
+
+/// These capabilities as setpriv's `--bounding-set`: what root's programs get at most.
+fn bounding_set<S: AsRef<str>>(names: &[S]) -> String {
+    let names = names.iter().map(|name| {
+        let name = name.as_ref().trim_start_matches("CAP_");
+        format!(",+{}", name.to_lowercase())
+    });
+    format!("-all{}", names.collect::<String>())
 }

@@ -4,12 +4,12 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use mesh_tests::{
-    Context, DaemonOptions, Finished, Node, PodSpec, Process, TIMEOUT, auth_daemon, chart,
-    eventually, eventually_ok, http_get,
+    Context, DaemonOptions, Finished, PodSpec, TIMEOUT, eventually, eventually_ok, http_get,
 };
 use serde_json::Value;
 
-use crate::common::lifecycle_pair::{MARKER, SERVICES, daemons, echoes, pair};
+use crate::common::lifecycle_pair::{MARKER, SERVICES, daemons, pair};
+use crate::privileges::without;
 
 #[test]
 fn ready_when_all_pods_are_enrolled() {
@@ -313,73 +313,6 @@ fn check_reports_missing_requirements() {
     for part in ["/proc is no cgroup v2", "/tmp/pins is not on one"] {
         assert!(elsewhere.stdout.contains(part), "{}", elsewhere.stdout);
     }
-}
-
-#[test]
-fn daemon_without_capabilities_exits_with_the_reason() {
-    let mesh = pair();
-    let node = mesh.node("a");
-    if !Path::new("/usr/bin/setpriv").exists() {
-        println!("SKIPPED a_daemon_without_its_capabilities...: no setpriv (util-linux)");
-        return;
-    }
-    let granted = capabilities_of_the_chart();
-    assert!(granted.len() > 3, "{granted:?}");
-    // A valid configuration, as the test library writes it.
-    node.start_daemon().unwrap().kill().unwrap();
-    node.unload().unwrap().ok().unwrap();
-    let config = node.folder().join("auth-daemon.yaml").display().to_string();
-    let failed = without(node, "-all", &["run", "--config", &config]);
-    assert_eq!(failed.code(), Some(1), "{}{}", failed.stdout, failed.stderr);
-    let last = failed.stderr.lines().last().unwrap();
-    assert!(last.starts_with("auth-daemon: "), "{}", failed.stderr);
-    for capability in &granted {
-        assert!(last.contains(capability), "{}", failed.stderr);
-    }
-    // With all but one of those that the chart grants, it names that one.
-    for missing in &granted {
-        let others = granted.iter().filter(|one| *one != missing);
-        let set: String = others
-            .map(|one| format!(",+{}", one.trim_start_matches("CAP_").to_lowercase()))
-            .collect();
-        let failed = without(node, &format!("-all{set}"), &["run", "--config", &config]);
-        assert_eq!(failed.code(), Some(1), "{}{}", failed.stdout, failed.stderr);
-        for capability in &granted {
-            let named = failed.stderr.contains(&format!("{capability} ("));
-            assert_eq!(named, capability == missing, "{}", failed.stderr);
-        }
-    }
-    let _a = node.start_daemon().unwrap();
-    let web = mesh.pod("web");
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
-    let _b = mesh.node("b").start_daemon().unwrap();
-    echoes(&mesh.pod("client"), web.at(8080));
-}
-
-/// The capabilities that the chart grants to the daemon: the list `add` in the file that is rendered from it.
-fn capabilities_of_the_chart() -> Vec<String> {
-    let rendered = std::fs::read_to_string(chart::rendered_file()).unwrap();
-    let added = rendered.lines().map(str::trim);
-    let added = added.skip_while(|line| *line != "add:").skip(1);
-    added
-        .filter(|line| !line.starts_with('#'))
-        .map_while(|line| line.strip_prefix("- "))
-        .map(|name| format!("CAP_{name}"))
-        .collect()
-}
-
-/// Runs the daemon's program without some capabilities, `-net_admin` or `-all`.
-fn without(node: &Node, capabilities: &str, arguments: &[&str]) -> Finished {
-    let mut command = node.place().command("setpriv").unwrap();
-    command
-        .arg(format!("--bounding-set={capabilities}"))
-        .arg(auth_daemon().unwrap())
-        .args(arguments);
-    Process::spawn(command).unwrap().finish(TIMEOUT).unwrap()
 }
 
 fn json(finished: &Finished) -> Value {

@@ -9,3 +9,4 @@ mod footprint;
 mod logs;
 mod observe;
 mod policy_changes;
+mod privileges;

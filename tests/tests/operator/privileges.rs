@@ -1,0 +1,114 @@
+//! The capabilities that the chart grants to the daemon: each is needed, and together they suffice.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use mesh_tests::{DaemonOptions, Finished, Node, Process, TIMEOUT, auth_daemon, chart};
+
+use crate::common::by_uid;
+use crate::common::lifecycle_pair::{MARKER, echoes, pair, ways};
+
+/// Does what each capability is for, with those of the chart alone: fails if one is removed from the chart, even if the
+/// daemon's own check no longer asks for it.
+#[test]
+fn daemon_works_with_the_capabilities_of_the_chart() {
+    let mesh = by_uid::pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let mut echo = web
+        .container("c1")
+        .unwrap()
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let client = client.container("c1").unwrap();
+    let _first = by_uid::sleep(&client);
+    let start = |node| {
+        let options = DaemonOptions::default().capabilities(&capabilities_of_the_chart());
+        // Its programs are loaded and attached (SYS_ADMIN, NET_ADMIN).
+        mesh.node(node).start_daemon_with(options).unwrap()
+    };
+    let (a, b) = (start("a"), start("b"));
+    // Found through the namespaces of processes that have other rights than the daemon (SYS_PTRACE).
+    a.wait_enrolled(&["default/client"]).unwrap();
+    b.wait_enrolled(&["default/web"]).unwrap();
+    // Delivered from the client's own address and port (NET_ADMIN, and NET_BIND_SERVICE for the port).
+    for (to, port) in ways(&web).into_iter().zip(700_u64..) {
+        let dial = format!("connect --to {to} --source-port {port} --send {MARKER} --read");
+        let mut dial = client.app(&format!("{dial} --shutdown")).unwrap();
+        let accepted = echo.event("accepted", TIMEOUT).unwrap();
+        let peer: SocketAddr = accepted["peer"].as_str().unwrap().parse().unwrap();
+        assert_eq!(u64::from(peer.port()), port, "{to}: {accepted}");
+        let finished = dial.event("finished", TIMEOUT).unwrap();
+        assert_eq!(finished["text"], MARKER, "{to}: {finished}");
+    }
+}
+
+#[test]
+fn daemon_without_capabilities_exits_with_the_reason() {
+    let mesh = pair();
+    let node = mesh.node("a");
+    if !Path::new("/usr/bin/setpriv").exists() {
+        println!(
+            "SKIPPED daemon_without_capabilities_exits_with_the_reason: no setpriv (util-linux)"
+        );
+        return;
+    }
+    let granted = capabilities_of_the_chart();
+    assert!(granted.len() > 3, "{granted:?}");
+    // A valid configuration, as the test library writes it.
+    node.start_daemon().unwrap().kill().unwrap();
+    node.unload().unwrap().ok().unwrap();
+    let config = node.folder().join("auth-daemon.yaml").display().to_string();
+    let failed = without(node, "-all", &["run", "--config", &config]);
+    assert_eq!(failed.code(), Some(1), "{}{}", failed.stdout, failed.stderr);
+    let last = failed.stderr.lines().last().unwrap();
+    assert!(last.starts_with("auth-daemon: "), "{}", failed.stderr);
+    for capability in &granted {
+        assert!(last.contains(capability), "{}", failed.stderr);
+    }
+    // With all but one of those that the chart grants, it names that one.
+    for missing in &granted {
+        let others = granted.iter().filter(|one| *one != missing);
+        let set: String = others
+            .map(|one| format!(",+{}", one.trim_start_matches("CAP_").to_lowercase()))
+            .collect();
+        let failed = without(node, &format!("-all{set}"), &["run", "--config", &config]);
+        assert_eq!(failed.code(), Some(1), "{}{}", failed.stdout, failed.stderr);
+        for capability in &granted {
+            let named = failed.stderr.contains(&format!("{capability} ("));
+            assert_eq!(named, capability == missing, "{}", failed.stderr);
+        }
+    }
+    let _a = node.start_daemon().unwrap();
+    let web = mesh.pod("web");
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let _b = mesh.node("b").start_daemon().unwrap();
+    echoes(&mesh.pod("client"), web.at(8080));
+}
+
+/// The capabilities that the chart grants to the daemon: the list `add` in the file that is rendered from it.
+fn capabilities_of_the_chart() -> Vec<String> {
+    let rendered = std::fs::read_to_string(chart::rendered_file()).unwrap();
+    let added = rendered.lines().map(str::trim);
+    let added = added.skip_while(|line| *line != "add:").skip(1);
+    added
+        .filter(|line| !line.starts_with('#'))
+        .map_while(|line| line.strip_prefix("- "))
+        .map(|name| format!("CAP_{name}"))
+        .collect()
+}
+
+/// Runs the daemon's program without some capabilities, `-net_admin` or `-all`.
+pub(crate) fn without(node: &Node, capabilities: &str, arguments: &[&str]) -> Finished {
+    let mut command = node.place().command("setpriv").unwrap();
+    command
+        .arg(format!("--bounding-set={capabilities}"))
+        .arg(auth_daemon().unwrap())
+        .args(arguments);
+    Process::spawn(command).unwrap().finish(TIMEOUT).unwrap()
+}
