@@ -61,6 +61,12 @@ impl Made {
             valid_until: own.not_after.min(peer.not_after),
         }
     }
+
+    /// How long it may take connections from now on: until shortly before a certificate expires.
+    pub fn usable_for(&self) -> Duration {
+        let left = self.valid_until.duration_since(SystemTime::now());
+        left.unwrap_or_default().saturating_sub(VALIDITY_MARGIN)
+    }
 }
 
 /// A tunnel taken from the pool.
@@ -97,7 +103,7 @@ impl<P> Pool<P> {
             state.count -= 1;
             drop(state);
             let usable = found.made.at.elapsed() < MAX_AGE
-                && found.made.valid_until > SystemTime::now() + VALIDITY_MARGIN
+                && !found.made.usable_for().is_zero()
                 && identities.contains(&found.channel.peer().identity)
                 && found.channel.is_quiet();
             if !usable {

@@ -60,13 +60,11 @@ impl Ztunnel {
     ) -> Result<Self> {
         let place = node.place().clone();
         let folder = place.folder().join("ztunnel");
-        // The path where it looks by itself, relative to its working directory.
-        let secrets = folder.join("var/run/secrets");
         for (from, to) in [
-            (ca.roots(), "istio/root-cert.pem"),
+            (ca.roots(), ROOTS),
             (ca.token(node.name()), "tokens/istio-token"),
         ] {
-            copy(&from, &secrets.join(to))?;
+            copy(&from, &folder.join(SECRETS).join(to))?;
         }
         let workloads = folder.join("workloads.yaml");
         // JSON is YAML.
@@ -113,6 +111,19 @@ impl Ztunnel {
             redirect::install(pod.place(), options.ipv6)?;
         }
         Ok(ztunnel)
+    }
+
+    /// Replaces its roots by those that the CA has now, as the kubelet does for a mounted ConfigMap.
+    pub fn update_roots(&self, ca: &Ca) -> Result<()> {
+        let roots = self
+            .place
+            .folder()
+            .join("ztunnel")
+            .join(SECRETS)
+            .join(ROOTS);
+        let next = roots.with_extension("next");
+        copy(&ca.roots(), &next)?;
+        fs::rename(&next, &roots).with_context(|| format!("replacing {}", roots.display()))
     }
 
     /// Its process ID.
@@ -240,6 +251,10 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Where it looks for credentials by itself, relative to its working directory.
+const SECRETS: &str = "var/run/secrets";
+/// The roots of its CA, below that.
+const ROOTS: &str = "istio/root-cert.pem";
 /// The trust domain of the mesh's CA.
 const TRUST_DOMAIN: &str = "cluster.local";
 /// The port where a node's ztunnel serves metrics.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::Place;
 
-use crate::common::hostile::{Peer, client_config, dial};
+use crate::common::hostile::{Peer, Presented, client_config, dial};
 use crate::common::stage::Stage;
 
 pub(crate) const DATA: u8 = 0;
@@ -59,8 +59,17 @@ impl Client {
         from: &Place,
         settings: &[(u16, u32)],
     ) -> Result<Self> {
-        let certificate = stage.authority.mint(account)?;
-        let config = client_config(Some(&certificate), &[b"h2"])?;
+        Self::connect_with(stage, &stage.authority.mint(account)?, from, settings)
+    }
+
+    /// Connects from a place with this certificate.
+    pub(crate) fn connect_with(
+        stage: &Stage,
+        certificate: &Presented,
+        from: &Place,
+        settings: &[(u16, u32)],
+    ) -> Result<Self> {
+        let config = client_config(Some(certificate), &[b"h2"])?;
         let tcp = dial(from, stage.web().at(PORT))?;
         let mut client = Self {
             peer: Peer::client(tcp, config)?,

@@ -1,12 +1,14 @@
 //! What a client sees of the server's side.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::{DaemonOptions, TIMEOUT, eventually_ok};
 use nix::sys::signal::Signal;
+use rcgen::date_time_ymd;
 use serde_json::json;
 
+use crate::common::hostile::spiffe;
 use crate::common::stage::{ECHO, Stage, WITNESS};
 use crate::http2::{
     CANCEL, Client, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, error_code,
@@ -171,4 +173,28 @@ fn a_drain_ends_no_stream() -> Result<()> {
         ensure!(!stage.daemon.is_running());
         Ok(())
     })
+}
+
+#[test]
+fn a_client_is_told_to_connect_again_before_its_certificate_expires() -> Result<()> {
+    let stage = Stage::set()?;
+    let echo = stage.web().at(ECHO).to_string();
+    let expiry = SystemTime::now().duration_since(UNIX_EPOCH)? + Duration::from_secs(6);
+    let certificate = stage
+        .authority
+        .mint_with(&[&spiffe("outsider")], |params| {
+            params.not_after = date_time_ymd(1970, 1, 1) + expiry;
+        })?;
+    let outside = stage.mesh.outside();
+    let mut client = Client::connect_with(&stage, &certificate, outside, &[])?;
+    ensure!(client.ask(1, &echo)? == 200);
+    client.wait(|frame| frame.kind == GOAWAY)?;
+    ensure!(SystemTime::now() < UNIX_EPOCH + expiry, "too late");
+    // What is open stays open.
+    client.echo(1, b"before")?;
+    eventually_ok(TIMEOUT, "the certificate to expire", || {
+        ensure!(SystemTime::now() > UNIX_EPOCH + expiry);
+        Ok(())
+    })?;
+    client.echo(1, b"after")
 }

@@ -14,7 +14,7 @@ use futures_util::{
 };
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 
 use super::{First, HANDSHAKE, Node, Pod, admit, late};
@@ -26,6 +26,7 @@ use crate::observe::{
 use auth_datapath::sockets::{self, end_in_good_order};
 use auth_mesh::Snapshot;
 use auth_tunnel::{
+    Made,
     frame::{Connect, ResetCode},
     hbone::{self, Ended, LARGE_WINDOW, MAX_STREAMS_ACCEPTED, Request, SMALL_WINDOW, Server},
     tls::svid::Svid,
@@ -52,8 +53,8 @@ pub(super) async fn serve(
         large.as_ref().map_or(SMALL_WINDOW, |_| LARGE_WINDOW)
     };
     let handshake = Box::pin(handshake(node, pod, tcp, window));
-    let mut server = match timeout_at(first.deadline, handshake).await {
-        Ok(Ok(server)) => server,
+    let (mut server, made) = match timeout_at(first.deadline, handshake).await {
+        Ok(Ok(made)) => made,
         Ok(Err(reason)) => return first.access.finish(Outcome::Refused, reason),
         Err(_) => return first.access.finish(Outcome::Refused, late()),
     };
@@ -68,6 +69,8 @@ pub(super) async fn serve(
     let mut abandoned = 0_usize;
     let mut draining = node.draining.subscribe();
     let mut drains = false;
+    // Streams are refused from then on, and a client may keep a connection for longer than its certificate.
+    let mut expires = Box::pin(sleep(made.usable_for()));
     let ended = loop {
         tokio::select! {
             request = server.next() => match request {
@@ -107,6 +110,11 @@ pub(super) async fn serve(
                 drains = true;
                 server.drain();
             }
+            // Not before the request for which the connection was made.
+            () = &mut expires, if first.is_none() && !drains => {
+                drains = true;
+                server.drain();
+            }
         }
     };
     if let Some(First { access, .. }) = first {
@@ -126,16 +134,18 @@ async fn handshake(
     pod: &Pod,
     tcp: TcpStream,
     window: impl FnOnce() -> u32,
-) -> Result<Server, String> {
+) -> Result<(Server, Made), String> {
     let certificate = pod
         .certificate
         .obtain(HANDSHAKE)
         .await
         .ok_or_else(|| format!("no valid certificate for {}", pod.workload.identity))?;
     let config = certificate.configs.hbone_server.clone();
-    hbone::accept(tcp, config, node.config.trust_domain.as_str(), window)
+    let server = hbone::accept(tcp, config, node.config.trust_domain.as_str(), window)
         .await
-        .map_err(|error| error.to_string())
+        .map_err(|error| error.to_string())?;
+    let made = Made::now(&certificate.svid, server.peer());
+    Ok((server, made))
 }
 
 /// What became of a request.

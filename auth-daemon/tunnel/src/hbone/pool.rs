@@ -7,14 +7,11 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use super::Client;
-use crate::{
-    Made,
-    pool::{MAX_AGE, VALIDITY_MARGIN},
-};
+use crate::{Made, pool::MAX_AGE};
 use auth_mesh::Identity;
 
 /// Time without a stream after which a connection is closed.
@@ -139,7 +136,7 @@ impl<P> Pooled<P> {
     fn is_usable(&self) -> bool {
         !self.client.has_ended()
             && self.made.at.elapsed() < MAX_AGE
-            && self.made.valid_until > SystemTime::now() + VALIDITY_MARGIN
+            && !self.made.usable_for().is_zero()
     }
 }
 
