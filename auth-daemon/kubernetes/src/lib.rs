@@ -4,8 +4,9 @@
 //! response that it cannot parse, including tokens and keys.
 
 pub mod objects;
+mod port_forward;
 
-use std::{env, error::Error, fmt::Debug, marker::PhantomData, time::Duration};
+use std::{env, error::Error, fmt::Debug, marker::PhantomData, path::Path, time::Duration};
 
 use axum::body::{Body, to_bytes};
 use futures_util::{Stream, StreamExt};
@@ -14,7 +15,7 @@ use kube::{
     Api, Client, Config, Resource,
     api::{DeleteParams, GetParams, ListParams, Patch, PatchParams, PostParams, Preconditions},
     client::{Body as ClientBody, ClientBuilder},
-    config::KubeConfigOptions,
+    config::{KubeConfigOptions, Kubeconfig},
     core::{ObjectList, Request, Status},
     runtime::{WatchStreamExt, utils::Backoff, watcher},
 };
@@ -23,6 +24,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use auth_support::backoff;
+
+pub use port_forward::{Forwarded, port_forward};
 
 /// Maximum duration of one call, including its response.
 pub const DEADLINE: Duration = Duration::from_secs(5);
@@ -58,6 +61,37 @@ pub async fn connect() -> Result<Client, NoCluster> {
         })?
     };
     client(config)
+}
+
+/// Creates a client for a user's cluster: that of the file `kubeconfig`, else of `$KUBECONFIG`, else of `~/.kube/config`, in
+/// `context` or the current one. Sends nothing yet.
+pub async fn connect_as_user(
+    kubeconfig: Option<&Path>,
+    context: Option<&str>,
+) -> Result<Client, NoCluster> {
+    let options = KubeConfigOptions {
+        context: context.map(str::to_owned),
+        ..KubeConfigOptions::default()
+    };
+    let config = async {
+        match kubeconfig {
+            Some(file) => {
+                Config::from_custom_kubeconfig(Kubeconfig::read_from(file)?, &options).await
+            }
+            None => Config::from_kubeconfig(&options).await,
+        }
+    };
+    let config = config.await.map_err(|error| {
+        let file = kubeconfig.map_or("kubeconfig".to_owned(), |file| file.display().to_string());
+        NoCluster(format!("{file}: {}", with_causes(&error)))
+    })?;
+    client(config)
+}
+
+/// Whether there is a kubeconfig that [`connect_as_user`] finds by itself.
+pub fn has_kubeconfig() -> bool {
+    env::var_os("KUBECONFIG").is_some_and(|files| !files.is_empty())
+        || env::home_dir().is_some_and(|home| home.join(".kube/config").is_file())
 }
 
 /// Whether [`connect`] treats this process as a pod of the cluster.

@@ -8,7 +8,7 @@ use std::sync::{
 use axum::{extract::State, response::IntoResponse};
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{family::Family, gauge::Gauge, info::Info},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
     registry::Registry,
 };
 
@@ -19,6 +19,12 @@ use auth_tunnel::tls::unix_seconds;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PodState {
     state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Plaintext {
+    namespace: String,
+    result: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -107,6 +113,11 @@ fn collect(node: &Node) -> Registry {
         "Connections within the node that left no line in the log",
         node.kernel.same_node.lost(),
     );
+    gauge(
+        "ca_reachable",
+        "Whether the CA answers",
+        node.certificates.health().status().reachable.into(),
+    );
     let pods = node
         .pods
         .lock()
@@ -135,6 +146,19 @@ fn collect(node: &Node) -> Registry {
             .set(i64::try_from(count).unwrap_or(i64::MAX));
     }
     registry.register("pods", "Pods of this node that are of the mesh", states);
+    node.connections.settle_pairs();
+    let plaintext = Family::<Plaintext, Counter>::default();
+    for ((namespace, refused), count) in node.connections.pairs.plaintext() {
+        let result = if refused { "refused" } else { "allowed" };
+        plaintext
+            .get_or_create(&Plaintext { namespace, result })
+            .inc_by(count);
+    }
+    registry.register(
+        "plaintext_connections",
+        "Connections in plaintext to pods of this node that have ended, by the pods' namespace",
+        plaintext,
+    );
     let ends = Family::<Whose, Gauge>::default();
     for (identity, svid) in node.certificates.list() {
         // Without a certificate: expired since 1970.

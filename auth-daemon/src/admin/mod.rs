@@ -2,14 +2,16 @@
 
 mod health;
 mod metrics;
+mod status;
 
 pub use health::{HEALTH_SOCKET, Health, LIVE, READY};
+pub use status::Identification;
 
 use std::{
     collections::HashMap,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
-    sync::{Arc, PoisonError},
+    sync::Arc,
 };
 
 use axum::{
@@ -17,19 +19,20 @@ use axum::{
     extract::{self, State},
     routing::{get, post},
 };
-use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, UnixListener},
     time::{Duration, Instant, sleep},
 };
 
-use crate::{config::Mode, observe::flows::Page, proxy::Node};
+use crate::{
+    observe::{flows::Page, pairs},
+    proxy::Node,
+};
 use auth_mesh::policy::{
     diff::{Inventory, Pod},
     question::{Answer, EnabledNamespace, KUBE_SYSTEM, Known, Question},
 };
 use auth_support::http_server::answer;
-use auth_tunnel::tls::{rfc3339, unix_seconds};
 
 /// Port of the status endpoints, on the loopback.
 pub const ADMIN_PORT: u16 = 15000;
@@ -94,11 +97,14 @@ pub async fn serve_health(listener: UnixListener, health: Arc<Health>) {
 /// Answers until the runtime ends.
 pub async fn serve(node: Arc<Node>, health: Arc<Health>, listeners: Listeners) {
     let status_routes = Router::new()
-        .route("/status", get(status))
+        .route("/node", get(status::identification))
+        .route("/status", get(status::status))
+        .route("/summary", get(status::summary))
         .route("/policy/check", post(check_policy))
         .route("/policy/list", post(list_policies))
         .route("/policy/pods", get(policy_pods))
         .route("/flows/{after}", get(flows))
+        .route("/pairs", get(pairs))
         .with_state(node.clone());
     let metrics_routes = Router::new()
         .route("/metrics", get(metrics::metrics))
@@ -139,6 +145,17 @@ async fn flows(
     Json(node.connections.flows.after(after, &node.config.node_name))
 }
 
+/// Returns which workloads call each other.
+async fn pairs(State(node): State<Arc<Node>>) -> Json<pairs::Answer> {
+    node.connections.settle_pairs();
+    let unseen = node.with_unseen_callers();
+    Json(
+        node.connections
+            .pairs
+            .answer(&node.config.node_name, unseen),
+    )
+}
+
 fn known(node: &Node) -> Known {
     let snapshot = node.registry.snapshot();
     Known {
@@ -160,58 +177,4 @@ fn known(node: &Node) -> Known {
             .collect(),
         files: HashMap::new(),
     }
-}
-
-async fn status(State(node): State<Arc<Node>>) -> Json<Value> {
-    let (mesh_addresses, originals, pods) = node.kernel.occupancy();
-    let pod_list = node
-        .pods
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
-    let idle: usize = pod_list.iter().map(|pod| pod.idle_tunnels).sum();
-    let certificates: Vec<_> = node
-        .certificates
-        .list()
-        .into_iter()
-        .map(|(identity, svid)| {
-            json!({
-                "identity": identity.as_str(),
-                "serial": svid.as_ref().map(|svid| &*svid.serial),
-                "notBefore": svid.as_ref().map(|svid| rfc3339(unix_seconds(svid.not_before))),
-                "notAfter": svid.as_ref().map(|svid| rfc3339(unix_seconds(svid.not_after))),
-            })
-        })
-        .collect();
-    let trust = node.certificates.trust().current();
-    Json(json!({
-        "node": node.config.node_name,
-        "trustDomain": node.config.trust_domain.as_str(),
-        "mode": match node.config.mode { Mode::Strict => "STRICT", Mode::Permissive => "PERMISSIVE" },
-        "ready": node.is_ready(),
-        "pods": pod_list,
-        "certificates": certificates,
-        "trust": {
-            "version": trust.version,
-            "phase": trust.phase,
-            "roots": trust.bundle.roots.len(),
-            "revoked": {
-                "certificates": trust.revoked.serials.len(),
-                "identities": trust.revoked.identities.iter().map(|(identity, reason)| {
-                    json!({"identity": identity.as_str(), "reason": reason.as_str()})
-                }).collect::<Vec<_>>(),
-                "nodes": trust.revoked.nodes.iter().map(|(node, reason)| {
-                    json!({"node": node, "reason": reason.as_str()})
-                }).collect::<Vec<_>>(),
-            },
-        },
-        "connections": node.connections.list(),
-        "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "underWay": node.kernel.shares.under_way(), "pods": pods},
-        "pool": {"idle": idle},
-        "capacity": {
-            "connections": node.capacity.connections(),
-            "taken": node.capacity.taken().div_ceil(2),
-        },
-        "sameNode": {"verdicts": node.same_node.count(), "unlogged": node.kernel.same_node.lost()},
-    }))
 }

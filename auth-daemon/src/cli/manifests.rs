@@ -20,12 +20,12 @@ use auth_mesh::{
 };
 
 /// Namespace of the daemon and its CA in the project's chart.
-const DAEMON_NAMESPACE: &str = "auth-system";
+pub(super) const DAEMON_NAMESPACE: &str = "auth-system";
 
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Manifests {
-    /// Folder of manifests, or one file: pods with their addresses, services, policies. Without it, the daemon of this
-    /// node is queried.
+    /// Folder of manifests, or one file: pods with their addresses, services, policies. Without it, a daemon is
+    /// queried.
     #[arg(long)]
     pub(super) files: Option<PathBuf>,
     /// The trust domain of the pods' identities.

@@ -2,16 +2,19 @@
 
 mod ca;
 mod check;
-mod daemon_client;
+mod daemons;
 mod embedded_ca;
 mod manifests;
 mod observe;
+mod pairs;
 mod policy;
 mod policy_diff;
+mod policy_suggest;
 pub(crate) mod probe;
 mod run;
 mod standby;
 mod status;
+mod strict_readiness;
 mod uninstall;
 mod unload;
 
@@ -37,11 +40,14 @@ enum Command {
     Check(check::Arguments),
     /// Query the health of the daemon in this container, for the kubelet.
     Probe(probe::Arguments),
-    /// Show the status of this node's daemon.
+    /// Show the status of the cluster's daemons, or of this node's. Exit code 0: all is well, 1: something is wrong or a node
+    /// cannot be asked, 2: no daemon can be asked.
     Status(status::Arguments),
-    /// Show the connections of this node that ended in the last minutes, and follow new ones.
+    /// Show the connections of the cluster, or of this node, that ended in the last minutes, and follow new ones.
     Observe(observe::Arguments),
-    /// Explain which calls the policies allow, and compare policies.
+    /// Say who would be cut off if ports accepted mutual TLS only. Exit code 0: nobody, 1: somebody, 2: unknown.
+    StrictReadiness(strict_readiness::Arguments),
+    /// Explain which calls the policies allow, compare policies, and suggest some.
     Policy(policy::Arguments),
     /// Remove everything that a stopped daemon leaves in the kernel.
     Unload(unload::Arguments),
@@ -57,8 +63,11 @@ impl Cli {
             Command::Ca(arguments) => ca::ca(arguments),
             Command::Check(arguments) => check::check(&arguments),
             Command::Probe(arguments) => probe::probe(&arguments),
-            Command::Status(arguments) => status::status(&arguments),
-            Command::Observe(arguments) => observe::observe(&arguments),
+            Command::Status(arguments) => return Ok(status::status(&arguments)),
+            Command::Observe(arguments) => return observe::observe(&arguments),
+            Command::StrictReadiness(arguments) => {
+                return Ok(strict_readiness::strict_readiness(&arguments));
+            }
             Command::Policy(arguments) => return Ok(policy::policy(&arguments)),
             Command::Unload(arguments) => unload::unload(&arguments),
             Command::Uninstall(arguments) => uninstall::uninstall(&arguments),

@@ -1,24 +1,23 @@
 //! `auth-daemon observe`: shows the connections that ended in the last minutes, and follows new ones.
 
+mod merge;
+
 use std::{
     io::{self, ErrorKind, IsTerminal, Write},
     net::{IpAddr, SocketAddr},
-    thread::sleep,
+    process::ExitCode,
     time::{Duration, SystemTime},
 };
 
 use anstyle::{AnsiColor, Style};
-use anyhow::Context;
 use auth_mesh::Identity;
 use auth_support::config;
 
-use super::daemon_client::request;
-use crate::{
-    admin::ADMIN_PORT,
-    observe::{
-        access_log::Direction,
-        flows::{Flow, PAGE, Page, Verdict, format_time},
-    },
+use self::merge::Merged;
+use super::daemons::{Daemons, Selection};
+use crate::observe::{
+    access_log::Direction,
+    flows::{Flow, Verdict, format_time},
 };
 
 #[derive(Debug, clap::Args)]
@@ -38,12 +37,17 @@ pub(super) struct Arguments {
     /// Only connections in plaintext, including those that were refused for it.
     #[arg(long)]
     plaintext: bool,
+    /// Only connections that were allowed, and that a dry-run policy would refuse.
+    #[arg(long)]
+    would_be_denied: bool,
     /// Only connections that ended in the last so many seconds, minutes or hours (30s, 5m, 1h).
     #[arg(long, value_parser = age)]
     since: Option<Duration>,
     /// The format. Without this option: text on a terminal, JSON elsewhere.
     #[arg(long, short)]
     output: Option<Format>,
+    #[command(flatten)]
+    daemons: Selection,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -64,14 +68,7 @@ enum Party {
     Namespace(String),
 }
 
-/// How long to wait for the daemon's answer.
-const DEADLINE: Duration = Duration::from_secs(5);
-/// How often a follower asks for new connections.
-const POLL: Duration = Duration::from_millis(250);
-/// How long a follower waits for a daemon that restarts before it gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-pub(super) fn observe(arguments: &Arguments) -> anyhow::Result<()> {
+pub(super) fn observe(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let stdout = io::stdout();
     let format = arguments.output.unwrap_or(if stdout.is_terminal() {
         Format::Text
@@ -81,90 +78,36 @@ pub(super) fn observe(arguments: &Arguments) -> anyhow::Result<()> {
     let since = arguments
         .since
         .map(|age| format_time(SystemTime::now() - age));
-    let shown = |flow: &Flow| {
+    let selected = |flow: &Flow| {
         since.as_ref().is_none_or(|since| flow.time >= *since) && arguments.select(flow)
     };
+    let daemons = Daemons::find(&arguments.daemons)?;
+    let several = daemons.list().len() + daemons.missing().len() > 1;
+    let mut merged = Merged::new(daemons);
     // It removes colours if standard output is not a terminal that shows them.
     let mut out = anstream::AutoStream::auto(stdout.lock());
-    let mut reader = Reader::default();
     loop {
-        let page = if arguments.follow {
-            reader.next_patiently()?
-        } else {
-            reader.next()?
-        };
-        for flow in page.flows.iter().filter(|flow| shown(flow)) {
-            let written = match format {
-                Format::Text => writeln!(out, "{}", line(flow)),
+        let shown = merged.show(selected, |flow| {
+            match format {
+                Format::Text => writeln!(out, "{}", line(flow, several)),
                 Format::Json => writeln!(out, "{}", serde_json::to_string(flow)?),
-            };
-            match written {
-                // As if a signal had ended us: `observe | head`.
-                Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
-                other => other.context("cannot write to standard output")?,
-            }
+            }?;
+            Ok(())
+        });
+        match shown {
+            Err(error) if is_broken_pipe(&error) => return Ok(ExitCode::SUCCESS),
+            Err(error) => return Err(error),
+            Ok(_) if arguments.follow => merged.wait(),
+            Ok(true) => return Ok(ExitCode::SUCCESS),
+            Ok(false) => return Ok(ExitCode::FAILURE),
         }
-        if page.flows.len() == PAGE {
-            continue;
-        }
-        if !arguments.follow {
-            return Ok(());
-        }
-        sleep(POLL);
     }
 }
 
-/// Reads the connections of the node's daemon, each once.
-#[derive(Debug, Default)]
-struct Reader {
-    /// [`Page::started`] of the daemon that answered last.
-    started: Option<u64>,
-    next: u64,
-}
-
-impl Reader {
-    fn next(&mut self) -> anyhow::Result<Page> {
-        let mut page = self.request()?;
-        if self.started.is_some_and(|started| started != page.started) {
-            eprintln!(
-                "auth-daemon: the daemon has restarted: connections that ended meanwhile may be missing"
-            );
-            self.next = 0;
-            page = self.request()?;
-        } else if self.started.is_some() && page.lost > 0 {
-            eprintln!(
-                "auth-daemon: {} connections are missing: they ended faster than they could be read",
-                page.lost
-            );
-        }
-        self.started = Some(page.started);
-        self.next = page.next;
-        Ok(page)
-    }
-
-    /// Like [`Self::next`], but once a daemon has answered, waits for it to restart.
-    fn next_patiently(&mut self) -> anyhow::Result<Page> {
-        let mut waited = Duration::ZERO;
-        loop {
-            match self.next() {
-                Err(_) if self.started.is_some() && waited < PATIENCE => {
-                    sleep(POLL);
-                    waited += POLL;
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-
-    fn request(&self) -> anyhow::Result<Page> {
-        let path = format!("/flows/{}", self.next);
-        request(&path, None::<&()>, DEADLINE).with_context(|| {
-            format!(
-                "no daemon answers at http://127.0.0.1:{ADMIN_PORT}{path}; is it running, and is this the node's network \
-                 namespace?"
-            )
-        })
-    }
+/// Whether the reader of standard output has ended: `observe | head`.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
 }
 
 impl Arguments {
@@ -182,7 +125,8 @@ impl Arguments {
             )
         });
         let verdict = self.verdict.is_none_or(|verdict| verdict == flow.verdict);
-        from && to && verdict && (!self.plaintext || flow.path == "plaintext")
+        let dry_run = !self.would_be_denied || flow.would_be_denied;
+        from && to && verdict && dry_run && (!self.plaintext || flow.path == "plaintext")
     }
 }
 
@@ -235,8 +179,8 @@ fn age(text: &str) -> Result<Duration, String> {
     config::duration(text, Duration::from_secs(1), Duration::from_secs(24 * 3600))
 }
 
-/// Describes a connection in a line, with colours.
-fn line(flow: &Flow) -> String {
+/// Describes a connection in a line, with colours, and with its node if there are several.
+fn line(flow: &Flow, several: bool) -> String {
     let clock = flow.time.get(11..23).unwrap_or(&flow.time);
     let client = party(&flow.client_pod, Some(flow.client));
     let server = party(
@@ -262,17 +206,26 @@ fn line(flow: &Flow) -> String {
         "refused" => paint(AnsiColor::Red, "refused"),
         other => paint(AnsiColor::Yellow, other),
     };
+    let node = match several {
+        true => format!("{} ", flow.node),
+        false => String::new(),
+    };
     let mut line = format!(
-        "{clock} {side} {client} -> {server}{pod}  {path}  {result}  {} ms  {} B up, {} B down",
+        "{clock} {node}{side} {client} -> {server}{pod}  {path}  {result}  {} ms  {} B up, {} B down",
         flow.duration_ms, flow.bytes_to_server, flow.bytes_to_client
     );
     if !flow.reason.is_empty() {
-        line.push_str(&format!("  {}", flow.reason));
+        line.push_str(&format!("  {}", plain(&flow.reason)));
     }
     if let Some(policy) = &flow.policy {
-        line.push_str(&format!("  [{policy}]"));
+        line.push_str(&format!("  [{}]", plain(policy)));
     }
     line
+}
+
+/// Replaces what a terminal would take for a command: peers write parts of some texts.
+fn plain(text: &str) -> String {
+    text.replace(char::is_control, " ")
 }
 
 /// The name, and the address if there is no name; always with the port of an address.
@@ -315,6 +268,7 @@ mod tests {
             result: "ok".into(),
             reason: String::new(),
             policy: None,
+            would_be_denied: false,
         }
     }
 
@@ -348,6 +302,7 @@ mod tests {
             (&["--verdict", "allowed"], true),
             (&["--verdict", "denied"], false),
             (&["--plaintext"], false),
+            (&["--would-be-denied"], false),
         ] {
             assert_eq!(select(options, &flow()), expected, "{options:?}");
         }
@@ -372,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_line_has_names_path_and_reason() {
-        let text = anstream::adapter::strip_str(&line(&flow())).to_string();
+        let text = anstream::adapter::strip_str(&line(&flow(), false)).to_string();
         assert_eq!(
             text,
             "03:04:05.006 out shop/cart-1:46478 -> bank/pay:80 (bank/pay-7)  tunnel  ok  3 ms  10 B up, 20 B down"
@@ -387,10 +342,10 @@ mod tests {
             policy: Some("bank/deny".into()),
             ..flow()
         };
-        let text = anstream::adapter::strip_str(&line(&refused)).to_string();
+        let text = anstream::adapter::strip_str(&line(&refused, true)).to_string();
         assert_eq!(
             text,
-            "03:04:05.006 in  10.0.0.1:46478 -> bank/pay-7:80  tunnel  refused  3 ms  10 B up, 20 B down  no policy allows it  \
+            "03:04:05.006 a in  10.0.0.1:46478 -> bank/pay-7:80  tunnel  refused  3 ms  10 B up, 20 B down  no policy allows it  \
              [bank/deny]"
         );
     }

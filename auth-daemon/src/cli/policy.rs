@@ -1,13 +1,16 @@
 //! `auth-daemon policy`: explains which connections the policies allow and why, based on the state of the node's daemon
 //! or on a folder of manifests. For people at a terminal, and for pipelines that must reject a change.
 
-use std::{net::IpAddr, process::ExitCode, time::Duration};
+use std::{net::IpAddr, process::ExitCode};
 
 use anyhow::{Context, anyhow};
 use clap::Subcommand;
 
-use super::{daemon_client, manifests::Manifests, policy_diff};
-use crate::admin::ADMIN_PORT;
+use super::{
+    daemons::{Daemons, Selection},
+    manifests::Manifests,
+    policy_diff, policy_suggest,
+};
 use auth_mesh::policy::question::{Answer, Question};
 
 #[derive(Debug, clap::Args)]
@@ -23,7 +26,10 @@ enum Command {
     /// stays allowed, 1: connections would end or be refused, 2: unknown.
     Check(CheckArguments),
     /// List the policies, with the pods that each selects and any errors. Exit code 2 if a policy cannot be read.
-    List(Manifests),
+    List(ListArguments),
+    /// Suggest policies that allow the connections seen since the daemons started, and nothing else, as YAML with the
+    /// evidence as comments. Exit code 2 if connections may be missing.
+    Suggest(policy_suggest::Arguments),
 }
 
 #[derive(Debug, clap::Args)]
@@ -42,10 +48,18 @@ struct CheckArguments {
     diff: policy_diff::Arguments,
     #[command(flatten)]
     manifests: Manifests,
+    #[command(flatten)]
+    daemons: Selection,
 }
 
-/// Maximum time to wait for the daemon's answer.
-pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
+#[derive(Debug, clap::Args)]
+struct ListArguments {
+    #[command(flatten)]
+    manifests: Manifests,
+    #[command(flatten)]
+    daemons: Selection,
+}
+
 /// Exit code if it cannot be determined whether the call is allowed.
 const UNKNOWN: u8 = 2;
 const DENIED: u8 = 1;
@@ -53,10 +67,14 @@ const DENIED: u8 = 1;
 pub(super) fn policy(arguments: &Arguments) -> ExitCode {
     let (answer, bad) = match &arguments.command {
         Command::Check(arguments) => match arguments.diff.sides() {
-            Some(sides) => (arguments.diff.compare(sides, &arguments.manifests), DENIED),
+            Some(sides) => {
+                let (manifests, daemons) = (&arguments.manifests, &arguments.daemons);
+                (arguments.diff.compare(sides, manifests, daemons), DENIED)
+            }
             None => (check(arguments), DENIED),
         },
-        Command::List(manifests) => (list(manifests), UNKNOWN),
+        Command::List(arguments) => (list(arguments), UNKNOWN),
+        Command::Suggest(arguments) => (policy_suggest::answer(arguments), UNKNOWN),
     };
     match answer {
         Ok(answer) => {
@@ -81,27 +99,26 @@ fn check(arguments: &CheckArguments) -> anyhow::Result<Answer> {
     };
     match &arguments.manifests.files {
         Some(path) => arguments.manifests.read(path)?.check(&question),
-        None => query("check", &question),
+        None => query("check", &question, &arguments.daemons),
     }
 }
 
-fn list(manifests: &Manifests) -> anyhow::Result<Answer> {
-    match &manifests.files {
-        Some(path) => Ok(manifests.read(path)?.list()),
-        None => query("list", &()),
+fn list(arguments: &ListArguments) -> anyhow::Result<Answer> {
+    match &arguments.manifests.files {
+        Some(path) => Ok(arguments.manifests.read(path)?.list()),
+        None => query("list", &(), &arguments.daemons),
     }
 }
 
-/// Queries the daemon of this node.
-fn query(what: &str, question: &impl serde::Serialize) -> anyhow::Result<Answer> {
-    let url = format!("http://127.0.0.1:{ADMIN_PORT}/policy/{what}");
-    let answer: Result<Answer, String> =
-        daemon_client::request(&format!("/policy/{what}"), Some(question), TIMEOUT).with_context(|| {
-            format!(
-                "no daemon answers at {url}; is it running, and is this the node's network namespace? With --files, a \
-                 folder of manifests is used instead"
-            )
-        })?;
+/// Queries a daemon: all know the same.
+fn query(
+    what: &str,
+    question: &impl serde::Serialize,
+    daemons: &Selection,
+) -> anyhow::Result<Answer> {
+    let answer: Result<Answer, String> = Daemons::find(daemons)?
+        .ask_any(&format!("/policy/{what}"), Some(question))
+        .context("with --files, a folder of manifests is used instead of a daemon")?;
     answer.map_err(|error| anyhow!(error))
 }
 
@@ -154,6 +171,13 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
             }
         }
 
+        fn listed(&self) -> ListArguments {
+            ListArguments {
+                manifests: self.manifests(),
+                daemons: Selection::default(),
+            }
+        }
+
         fn check(&self, from: &str, to: &str) -> Result<(String, bool), String> {
             let arguments = CheckArguments {
                 from: Some(from.into()),
@@ -161,6 +185,7 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
                 source_ip: None,
                 diff: policy_diff::Arguments::default(),
                 manifests: self.manifests(),
+                daemons: Selection::default(),
             };
             check(&arguments)
                 .map(|answer| (answer.text, answer.good))
@@ -276,7 +301,7 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
             text,
             good,
             warnings,
-        } = list(&folder.manifests()).unwrap();
+        } = list(&folder.listed()).unwrap();
         assert!(good && warnings.is_empty());
         assert_eq!(
             text,
@@ -288,7 +313,7 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
             text,
             good,
             warnings,
-        } = list(&folder.manifests()).unwrap();
+        } = list(&folder.listed()).unwrap();
         assert!(!good);
         assert!(text.contains("REFUSED"), "{text}");
         let warning = "AuthorizationPolicy shop/web: spec.rules[0].from[0].source.ipBlocks[0]: \"front\" is \

@@ -11,9 +11,8 @@ use clap::ValueEnum;
 use serde_json::Value;
 
 use super::{
-    daemon_client,
+    daemons::{Daemons, Selection},
     manifests::{self, Manifests},
-    policy::TIMEOUT,
 };
 use auth_mesh::policy::{
     Policies, Settings,
@@ -58,6 +57,7 @@ impl Arguments {
         &self,
         [old, new]: [&Path; 2],
         settings: &Manifests,
+        daemons: &Selection,
     ) -> anyhow::Result<Answer> {
         let settings = settings.settings()?;
         let (mut old, mut new) = (
@@ -66,7 +66,7 @@ impl Arguments {
         );
         let is_of_daemon = old.pods.is_empty() && new.pods.is_empty();
         let pods = if is_of_daemon {
-            let inventory = daemon_inventory()?;
+            let inventory = inventory(&Daemons::find(daemons)?)?;
             let settings = inventory.settings()?;
             old = recompiled(old, &settings);
             new = recompiled(new, &settings);
@@ -76,11 +76,7 @@ impl Arguments {
         };
         let observed = match &self.connections {
             Some(file) => Some(read_connections(file)?),
-            None if is_of_daemon => Some(connections(&daemon_client::request(
-                "/status",
-                None::<&()>,
-                TIMEOUT,
-            )?)?),
+            None if is_of_daemon => Some(open_connections(&Daemons::find(daemons)?)?),
             None => None,
         };
         let [old_pods, new_pods] = pods;
@@ -114,11 +110,25 @@ fn pods(side: &Known, other: &Known) -> Vec<Pod> {
     pods.iter().map(|pod| Pod::from(&**pod)).collect()
 }
 
-fn daemon_inventory() -> anyhow::Result<Inventory> {
-    daemon_client::request("/policy/pods", None::<&()>, TIMEOUT).context(
-        "the manifests contain no pods, and no daemon answers on this node; add the pods' manifests, or run this in the \
-         network namespace of a node with a daemon",
+/// Returns the pods that the daemons know, and the settings of their mesh.
+pub(super) fn inventory(daemons: &Daemons) -> anyhow::Result<Inventory> {
+    daemons.ask_any("/policy/pods", None::<&()>).context(
+        "the manifests contain no pods, and no daemon answers; add the pods' manifests, or run this where `auth-daemon \
+         status` works",
     )
+}
+
+/// Returns the connections that are open now. Fails if a daemon does not answer.
+fn open_connections(daemons: &Daemons) -> anyhow::Result<Vec<Observed>> {
+    let (answers, missing) = daemons.ask_all::<Value>("/status");
+    if let Some(missing) = missing.first() {
+        bail!("{missing}; with --connections, a file is used instead of the daemons");
+    }
+    let mut all = Vec::new();
+    for (_, status) in answers {
+        all.extend(connections(&status)?);
+    }
+    Ok(all)
 }
 
 /// Returns the same policies, with the settings of a daemon's mesh.

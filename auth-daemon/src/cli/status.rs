@@ -1,38 +1,67 @@
-//! `auth-daemon status`: queries the running daemon and prints its status.
+//! `auth-daemon status`: asks the daemons of the cluster, or one, and prints their status.
 
-use anyhow::Context;
+mod cluster;
+mod problems;
+
+use std::process::ExitCode;
+
 use serde_json::Value;
 
-use super::daemon_client::request;
-use crate::admin::ADMIN_PORT;
+use self::{cluster::Cluster, problems::problems};
+use super::daemons::{Daemons, Selection};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// Print the status as JSON.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    daemons: Selection,
 }
 
-pub(super) fn status(arguments: &Arguments) -> anyhow::Result<()> {
-    let url = format!("http://127.0.0.1:{ADMIN_PORT}/status");
-    let deadline = std::time::Duration::from_secs(5);
-    let status: Value = request("/status", None::<&()>, deadline).with_context(|| {
-        format!(
-            "no daemon answers at {url}; is it running, and is this the node's network namespace?"
-        )
-    })?;
-    if arguments.json {
-        println!("{status}");
-    } else {
-        print!("{}", table(&status));
+/// Exit code if something is wrong with what the daemons report, or if a node cannot be asked.
+const PROBLEMS: u8 = 1;
+/// Exit code if no daemon can be asked.
+const UNKNOWN: u8 = 2;
+
+pub(super) fn status(arguments: &Arguments) -> ExitCode {
+    match show(arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => PROBLEMS.into(),
+        Err(error) => {
+            eprintln!("auth-daemon: {error:#}");
+            UNKNOWN.into()
+        }
     }
-    Ok(())
+}
+
+/// Prints the status. Returns whether there are no problems.
+fn show(arguments: &Arguments) -> anyhow::Result<bool> {
+    let daemons = Daemons::find(&arguments.daemons)?;
+    if let ([daemon], []) = (daemons.list(), daemons.missing()) {
+        let is_alone = !daemons.in_cluster() || arguments.daemons.names_a_node();
+        if is_alone {
+            let status: Value = daemons.ask(daemon, "/status")?;
+            match arguments.json {
+                true => println!("{status}"),
+                false => print!("{}", table(&status)),
+            }
+            return Ok(problems(&status).is_empty());
+        }
+    }
+    let cluster = Cluster::ask(&daemons)?;
+    match arguments.json {
+        true => println!("{}", cluster.json()),
+        false => print!("{}", cluster.text()),
+    }
+    Ok(cluster.problems().is_empty())
 }
 
 fn table(status: &Value) -> String {
     let mut out = format!(
-        "node {}  trust domain {}  mode {}  {}\n",
+        "node {}  version {}  trust domain {}  mode {}  {}\n",
         text(&status["node"]),
+        text(&status["version"]),
         text(&status["trustDomain"]),
         text(&status["mode"]),
         if status["ready"] == true {
@@ -60,36 +89,41 @@ fn table(status: &Value) -> String {
         &mut out,
         "PODS",
         &["POD", "IDENTITY", "ADDRESSES", "STATE"],
-        &status["pods"],
-        |pod| {
-            let state = if let Some(tampered) = pod["tampered"].as_str() {
-                format!("enrolled; TAMPERED: {tampered}")
-            } else if let Some(refused) = pod["overShare"].as_u64() {
-                format!("enrolled; {refused} connections over its share refused")
-            } else if pod["enrolled"] == true {
-                "enrolled".to_owned()
-            } else {
-                text(&pod["reason"])
-            };
+        items(&status["pods"]).iter().map(|pod| {
+            let identity = text(&pod["identity"]);
             vec![
                 text(&pod["pod"]),
-                text(&pod["identity"]),
+                identity,
                 text(&pod["addresses"]),
-                state,
+                state(pod),
             ]
-        },
+        }),
     );
     section(
         &mut out,
         "CERTIFICATES",
         &["IDENTITY", "SERIAL", "NOT AFTER"],
-        &status["certificates"],
-        |certificate| {
-            ["identity", "serial", "notAfter"]
-                .map(|field| text(&certificate[field]))
-                .to_vec()
-        },
+        items(&status["certificates"]).iter().map(|certificate| {
+            let fields = ["identity", "serial", "notAfter"];
+            fields.map(|field| text(&certificate[field])).to_vec()
+        }),
     );
+    let errors: Vec<_> = items(&status["policies"])
+        .iter()
+        .filter(|policy| !policy["error"].is_null())
+        .collect();
+    if !errors.is_empty() {
+        let rows = errors.iter().map(|policy| {
+            let fields = ["kind", "name", "error"];
+            fields.map(|field| text(&policy[field])).to_vec()
+        });
+        section(
+            &mut out,
+            "POLICIES WITH ERRORS",
+            &["KIND", "NAME", "ERROR"],
+            rows,
+        );
+    }
     section(
         &mut out,
         "CONNECTIONS",
@@ -102,8 +136,7 @@ fn table(status: &Value) -> String {
             "TO CLIENT",
             "SECONDS",
         ],
-        &status["connections"],
-        |connection| {
+        items(&status["connections"]).iter().map(|connection| {
             let outbound = connection["direction"] == "outbound";
             let peer = if outbound {
                 "serverIdentity"
@@ -119,22 +152,32 @@ fn table(status: &Value) -> String {
                 text(&connection["bytesToClient"]),
                 format!("{:.1}", connection["seconds"].as_f64().unwrap_or(0.0)),
             ]
-        },
+        }),
     );
     out
 }
 
-fn section(
-    out: &mut String,
-    title: &str,
-    head: &[&str],
-    items: &Value,
-    row: impl Fn(&Value) -> Vec<String>,
-) {
-    let items = items.as_array().map_or(&[][..], Vec::as_slice);
-    out.push_str(&format!("\n{title} ({})\n", items.len()));
+/// Says whether a pod is protected.
+fn state(pod: &Value) -> String {
+    if let Some(tampered) = pod["tampered"].as_str() {
+        format!("enrolled; TAMPERED: {tampered}")
+    } else if let Some(refused) = pod["overShare"].as_u64() {
+        format!("enrolled; {refused} connections over its share refused")
+    } else if pod["enrolled"] == true {
+        "enrolled".to_owned()
+    } else {
+        text(&pod["reason"])
+    }
+}
+
+fn items(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn section(out: &mut String, title: &str, head: &[&str], items: impl Iterator<Item = Vec<String>>) {
     let mut rows = vec![head.iter().map(|cell| (*cell).to_owned()).collect()];
-    rows.extend(items.iter().map(row));
+    rows.extend(items);
+    out.push_str(&format!("\n{title} ({})\n", rows.len() - 1));
     if rows.len() == 1 {
         return;
     }
@@ -158,9 +201,10 @@ fn section(
     }
 }
 
+/// Formats a value for a line of a terminal.
 fn text(value: &Value) -> String {
     match value {
-        Value::String(text) => text.clone(),
+        Value::String(text) => text.replace(char::is_control, " "),
         Value::Null => "-".to_owned(),
         Value::Array(items) => items.iter().map(text).collect::<Vec<_>>().join(","),
         other => other.to_string(),
@@ -176,7 +220,7 @@ mod tests {
     #[test]
     fn prints_a_table() {
         let table = table(&json!({
-            "node": "a", "trustDomain": "cluster.local", "mode": "STRICT", "ready": true,
+            "node": "a", "version": "1.2.3", "trustDomain": "cluster.local", "mode": "STRICT", "ready": true,
             "pods": [
                 {"pod": "default/web", "identity": "spiffe://x", "addresses": ["10.0.0.1", "fd00::1"], "enrolled": true},
                 {"pod": "default/a", "identity": "spiffe://z", "addresses": [], "enrolled": true, "overShare": 7},
@@ -190,7 +234,9 @@ mod tests {
             "connections": [],
         }));
         assert!(
-            table.starts_with("node a  trust domain cluster.local  mode STRICT  ready\n"),
+            table.starts_with(
+                "node a  version 1.2.3  trust domain cluster.local  mode STRICT  ready\n"
+            ),
             "{table}"
         );
         assert!(

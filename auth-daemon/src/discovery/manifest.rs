@@ -170,22 +170,18 @@ pub fn read(
     }
 }
 
-/// Returns `object`, or, if it is a policy that cannot be read, the readable version from `before`, if there is one.
-/// Logs what is wrong with the policy in that case.
+/// Returns `object`, or, if it is a policy that cannot be read, the readable version from `before`, if there is one. Its
+/// warnings then say what is wrong with the policy.
 pub(super) fn keep_good_policy(object: Object, before: Option<&Object>) -> Object {
-    let Object::Policy(policy) = &object else {
+    use policy::api::Object::Unreadable;
+    let (Object::Policy(policy), Some(Object::Policy(good))) = (&object, before) else {
         return object;
     };
-    if let policy::api::Object::Unreadable(unreadable) = &**policy {
-        let good = before.filter(|before| {
-            matches!(before, Object::Policy(before) if !matches!(**before, policy::api::Object::Unreadable(_)))
-        });
-        if let Some(good) = good {
-            tracing::error!("{unreadable}; its last good version stays in force");
-            return good.clone();
-        }
+    match (&**policy, &**good) {
+        (Unreadable(_), Unreadable(_)) => object,
+        (Unreadable(error), good) => Object::Policy(Arc::new(good.kept_in_place_of(error))),
+        _ => object,
     }
-    object
 }
 
 fn named(

@@ -19,7 +19,7 @@ use tokio::{
     task::AbortHandle,
 };
 
-use super::{IssueError, Issuer, renewal::Schedule};
+use super::{CaHealth, IssueError, Issuer, renewal::Schedule};
 use auth_mesh::Identity;
 use auth_tunnel::tls::{Configs, svid::Svid, trust::TrustStore};
 
@@ -34,6 +34,7 @@ pub struct Certificates {
     issuer: Arc<dyn Issuer>,
     /// Limits the requests in progress.
     queue: Arc<Semaphore>,
+    health: Arc<CaHealth>,
     held: Mutex<HashMap<Identity, Held>>,
 }
 
@@ -129,6 +130,7 @@ impl Certificates {
     /// Holds no certificate yet.
     pub fn new(issuer: Arc<dyn Issuer>) -> Self {
         Self {
+            health: issuer.health().cloned().unwrap_or_default(),
             issuer,
             queue: Arc::new(Semaphore::new(MAX_REQUESTS)),
             held: Mutex::default(),
@@ -138,6 +140,11 @@ impl Certificates {
     /// The trust bundle.
     pub fn trust(&self) -> &Arc<TrustStore> {
         self.issuer.trust()
+    }
+
+    /// Whether the CA answers.
+    pub fn health(&self) -> &CaHealth {
+        &self.health
     }
 
     /// The certificate of `identity`, which is requested if it is not held, and renewed until each `acquire` has its
@@ -156,6 +163,7 @@ impl Certificates {
         let renewal = tokio::spawn(keep_current(
             self.issuer.clone(),
             self.queue.clone(),
+            self.health.clone(),
             certificate.clone(),
         ));
         held.insert(
@@ -207,6 +215,7 @@ impl Certificates {
 async fn keep_current(
     issuer: Arc<dyn Issuer>,
     queue: Arc<Semaphore>,
+    health: Arc<CaHealth>,
     certificate: Arc<Certificate>,
 ) {
     let mut schedule = Schedule::new(SystemTime::now());
@@ -234,6 +243,7 @@ async fn keep_current(
         let now = SystemTime::now();
         match outcome {
             Ok(current) => {
+                health.issued();
                 let delay = schedule.issued(&current.svid, now, rand::random());
                 tracing::info!(
                     identity = %certificate.identity, serial = %current.svid.serial,
@@ -243,6 +253,7 @@ async fn keep_current(
                 certificate.issued.notify_waiters();
             }
             Err(error) => {
+                health.not_issued(&error.why);
                 let delay = schedule.failed(now, rand::random(), error.retry_after);
                 let valid = certificate.current().is_some();
                 tracing::error!(

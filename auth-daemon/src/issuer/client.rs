@@ -25,7 +25,7 @@ use tonic_types::StatusExt;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use super::{
-    IssueError, IssueFuture, Issued, Issuer,
+    CaHealth, IssueError, IssueFuture, Issued, Issuer,
     link::{Link, explain_status, read_roots, read_token},
     trust_watch,
 };
@@ -78,6 +78,7 @@ impl CaClient {
         let link = Arc::new(Link {
             server,
             trust: Arc::new(trust),
+            health: Arc::default(),
         });
         let (contacted, contact) = watch::channel(false);
         let watcher = tokio::spawn(trust_watch::keep_current(link.clone(), contacted));
@@ -191,6 +192,10 @@ impl Issuer for CaClient {
 
     fn trust(&self) -> &Arc<TrustStore> {
         &self.link.trust
+    }
+
+    fn health(&self) -> Option<&Arc<CaHealth>> {
+        Some(&self.link.health)
     }
 }
 

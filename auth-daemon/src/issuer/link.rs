@@ -24,7 +24,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::UnusableServer;
+use super::{CaHealth, UnusableServer};
 use crate::config::CaServer;
 use auth_mesh::TrustDomain;
 use auth_tunnel::tls::{
@@ -45,6 +45,7 @@ const WINDOW: u32 = 1 << 20;
 pub struct Link {
     pub(crate) server: CaServer,
     pub(super) trust: Arc<TrustStore>,
+    pub(super) health: Arc<CaHealth>,
 }
 
 impl Link {
@@ -57,7 +58,11 @@ impl Link {
             roots: Vec::new(),
         };
         let trust = Arc::new(TrustStore::new(Trust::fixed(none)));
-        Ok(Self { server, trust })
+        Ok(Self {
+            server,
+            trust,
+            health: Arc::default(),
+        })
     }
 
     /// A channel that connects when it is used, and reconnects after its connection has ended.

@@ -2,6 +2,7 @@
 
 mod certificates;
 mod client;
+mod health;
 mod link;
 mod renewal;
 mod trust_watch;
@@ -12,6 +13,7 @@ use rustls::pki_types::CertificateDer;
 
 pub use certificates::{Certificate, Certificates, Current};
 pub use client::{CaClient, UnusableServer};
+pub use health::{CaHealth, CaStatus};
 pub use link::Link;
 pub(crate) use link::explain_status;
 
@@ -25,6 +27,11 @@ pub trait Issuer: Send + Sync + fmt::Debug {
 
     /// The trust bundle, kept up to date for as long as the issuer exists.
     fn trust(&self) -> &Arc<TrustStore>;
+
+    /// Where the issuer records whether the CA answers, if it has a connection to one.
+    fn health(&self) -> Option<&Arc<CaHealth>> {
+        None
+    }
 }
 
 /// The result of [`Issuer::issue`].

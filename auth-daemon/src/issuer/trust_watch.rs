@@ -55,6 +55,7 @@ pub(super) async fn keep_current(link: Arc<Link>, contact: watch::Sender<bool>) 
         let mut received = false;
         let ended = follow(&link, || {
             received = true;
+            link.health.watched();
             contact.send_replace(true);
         })
         .await;
@@ -63,6 +64,7 @@ pub(super) async fn keep_current(link: Arc<Link>, contact: watch::Sender<bool>) 
         }
         match ended {
             End::Unimplemented => {
+                link.health.has_no_watch();
                 tracing::info!(
                     address = link.server.address,
                     "CA has no trust watch: roots come from ca.rootFile"
@@ -74,6 +76,7 @@ pub(super) async fn keep_current(link: Arc<Link>, contact: watch::Sender<bool>) 
                 }
             }
             End::Failed(why) => {
+                link.health.watch_failed(&why);
                 let told = logged
                     .as_ref()
                     .is_some_and(|(at, before)| *before == why && at.elapsed() < LOG_INTERVAL);

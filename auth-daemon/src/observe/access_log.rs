@@ -16,7 +16,7 @@ pub enum Direction {
 }
 
 /// How a connection reaches the server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Path {
     /// Mutual TLS, with our own framing.
     Tunnel,
@@ -95,7 +95,20 @@ pub(crate) struct Finished {
     pub(crate) policy: Option<String>,
 }
 
+/// How [`Finished::policy`] begins to tell that dry-run policies would deny a connection.
+pub(crate) const DRY_RUN: &str = "dry run: ";
+
 impl Finished {
+    /// Whether it was allowed, and would not be if all dry-run policies were enforced.
+    pub(crate) fn would_be_denied(&self) -> bool {
+        let told = self
+            .policy
+            .as_deref()
+            .and_then(|told| told.rsplit_once(DRY_RUN));
+        self.outcome != Outcome::Refused
+            && told.is_some_and(|(_, decision)| decision.starts_with("denied"))
+    }
+
     /// Writes the line.
     pub(super) fn write(&self) {
         tracing::info!(

@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 use futures_util::future::AbortHandle;
@@ -18,9 +18,13 @@ use super::{
     access_limits::AccessLimits,
     access_log::{Direction, Finished, Outcome, Path},
     flows::Flows,
+    pairs::Pairs,
     totals::Totals,
 };
-use auth_mesh::{Identity, ObjectName, Registry, policy::Decision};
+use auth_mesh::{
+    Identity, ObjectName, Registry,
+    policy::{Decision, Verdict},
+};
 use auth_tunnel::{Counters, tls::svid::Svid};
 
 /// An open connection.
@@ -78,6 +82,8 @@ pub struct OpenConnections {
     pub totals: Totals,
     /// Those that ended last.
     pub flows: Flows,
+    /// Which workloads call each other.
+    pub pairs: Pairs,
 }
 
 impl OpenConnections {
@@ -90,6 +96,7 @@ impl OpenConnections {
             limits: AccessLimits::default(),
             totals: Totals::default(),
             flows: Flows::default(),
+            pairs: Pairs::default(),
         }
     }
 
@@ -142,6 +149,7 @@ impl OpenConnections {
     /// were many like it a moment ago.
     pub(crate) fn log(&self, finished: Finished) {
         self.totals.count(&finished);
+        self.pairs.count(&finished);
         if self.limits.pass(&finished, Instant::now()) {
             finished.write();
             self.flows.add(finished, &self.registry.snapshot());
@@ -151,6 +159,13 @@ impl OpenConnections {
     /// Logs how many lines the access log has left out. `name` returns the name of the pod whose netns has a cookie.
     pub(crate) fn tell_left_out(&self, name: impl Fn(u64) -> Option<ObjectName>) {
         self.limits.tell(Instant::now(), name);
+        self.settle_pairs();
+    }
+
+    /// Makes [`Self::pairs`] current.
+    pub(crate) fn settle_pairs(&self) {
+        let snapshot = self.registry.snapshot();
+        self.pairs.settle(&snapshot, SystemTime::now());
     }
 
     /// Resets the connections for which `condition` returns a reason, at both ends. The reason goes to the access log.
@@ -289,6 +304,13 @@ impl<'a> Guard<'a> {
     /// Counts a denial by policies.
     pub(crate) fn count_denied(&self, decision: &Decision) {
         self.open.totals.count_denied(decision);
+    }
+
+    /// Counts a connection that dry-run policies would deny.
+    pub(crate) fn count_dry_run(&self, verdict: &Verdict) {
+        if let Some(decision) = verdict.dry_run.as_ref().filter(|dry| !dry.allowed()) {
+            self.open.totals.count_dry_run(decision);
+        }
     }
 
     /// The byte counters.

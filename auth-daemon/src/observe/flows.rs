@@ -60,6 +60,9 @@ pub struct Flow {
     pub reason: String,
     /// The policies that decided, or that audited it.
     pub policy: Option<String>,
+    /// Whether it was allowed, and would not be if all dry-run policies were enforced.
+    #[serde(default)]
+    pub would_be_denied: bool,
 }
 
 /// Whether a connection was established.
@@ -187,6 +190,7 @@ impl Ended {
             result: finished.outcome.name().to_owned(),
             reason: finished.reason.clone(),
             policy: finished.policy.clone(),
+            would_be_denied: finished.would_be_denied(),
         }
     }
 }

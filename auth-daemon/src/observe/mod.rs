@@ -6,5 +6,6 @@ pub mod connections;
 pub mod flows;
 pub(crate) mod line_limit;
 pub(crate) mod log_writer;
+pub mod pairs;
 pub(crate) mod refusals;
 pub mod totals;

@@ -15,6 +15,7 @@ pub struct Totals {
     connections: Family<Ended, Counter>,
     bytes: Family<Carried, Counter>,
     denied: Family<Denied, Counter>,
+    would_be_denied: Family<Denied, Counter>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -55,16 +56,20 @@ impl Totals {
             "Connections that were denied, by the policies behind it",
             self.denied.clone(),
         );
+        registry.register(
+            "dry_run_denials",
+            "Connections that were allowed, and would be denied if all dry-run policies were enforced, by the policies \
+             behind it",
+            self.would_be_denied.clone(),
+        );
     }
 
     pub(super) fn count_denied(&self, decision: &Decision) {
-        for (kind, policy) in decision.policies() {
-            let denied = Denied {
-                kind: kind.as_str(),
-                policy: policy.to_string(),
-            };
-            self.denied.get_or_create(&denied).inc();
-        }
+        count_policies(&self.denied, decision);
+    }
+
+    pub(super) fn count_dry_run(&self, decision: &Decision) {
+        count_policies(&self.would_be_denied, decision);
     }
 
     pub(super) fn count(&self, finished: &Finished) {
@@ -88,5 +93,15 @@ impl Totals {
                 })
                 .inc_by(bytes);
         }
+    }
+}
+
+fn count_policies(counters: &Family<Denied, Counter>, decision: &Decision) {
+    for (kind, policy) in decision.policies() {
+        let denied = Denied {
+            kind: kind.as_str(),
+            policy: policy.to_string(),
+        };
+        counters.get_or_create(&denied).inc();
     }
 }

@@ -35,6 +35,7 @@ use crate::{
     issuer::Certificates,
     observe::{connections::OpenConnections, refusals::Refusals},
 };
+use auth_common::Inbound;
 use auth_datapath::Kernel;
 use auth_mesh::{Published, Registry, policy::Policies};
 
@@ -104,6 +105,23 @@ impl Node {
             draining: watch::Sender::new(false),
             listening: watch::Sender::new(()),
         }
+    }
+
+    /// The pods of this node whose plaintext callers from outside the networks of pods stay in the kernel.
+    pub(crate) fn with_unseen_callers(&self) -> Vec<String> {
+        let (pods, rules) = (self.same_node.local_pods(), self.rules.current());
+        let snapshot = self.registry.snapshot();
+        let pods = pods.by_cookie.iter();
+        let mut unseen: Vec<_> = pods
+            .filter(|(cookie, _)| {
+                let policy = rules.of(**cookie).ok();
+                policy.is_some_and(|policy| rules::inbound(policy) == Inbound::Permissive)
+            })
+            .filter_map(|(_, pod)| snapshot.pod(*pod.addresses.first()?))
+            .map(|pod| pod.name.to_string())
+            .collect();
+        unseen.sort();
+        unseen
     }
 
     /// Whether all pods that can be enrolled have been enrolled once.

@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use auth_common::Inbound;
 
 use crate::observe::{
-    access_log::{Direction, Path},
+    access_log::{DRY_RUN, Direction, Path},
     connections::{Details, Guard},
 };
 use auth_mesh::{
@@ -75,6 +75,7 @@ impl Rules {
             access.learn(|details| details.policy = Some(told));
         }
         if verdict.allowed() {
+            access.count_dry_run(&verdict);
             return Ok(());
         }
         access.count_denied(&verdict.decision);
@@ -198,7 +199,7 @@ fn told(verdict: &Verdict) -> Option<String> {
         verdict
             .dry_run
             .iter()
-            .map(|decision| format!("dry run: {decision}")),
+            .map(|decision| format!("{DRY_RUN}{decision}")),
     );
     (!told.is_empty()).then(|| told.join("; "))
 }

@@ -79,7 +79,9 @@ fn status_shows_pods_certificates_and_live_connections() {
     };
     let node = mesh.node("a");
     let (status, connection, lost) = eventually(TIMEOUT, "the connection in the status", || {
-        let status = json(&node.auth(&["status", "--json"]).unwrap().ok().unwrap());
+        let finished = node.auth(&["status", "--json"]).unwrap();
+        assert_eq!(finished.code(), Some(1), "a pod is not enrolled");
+        let status = json(&finished);
         Some((status.clone(), live(&status)?, not_enrolled(&status)?))
     })
     .unwrap();
@@ -140,7 +142,7 @@ fn status_shows_pods_certificates_and_live_connections() {
     assert!(time("notBefore") < time("notAfter"), "{certificate}");
     assert!(time("notAfter").ends_with('Z'), "{certificate}");
 
-    let table = node.auth(&["status"]).unwrap().ok().unwrap().stdout;
+    let table = node.auth(&["status"]).unwrap().stdout;
     for part in [
         "node a",
         "mode STRICT",
@@ -219,9 +221,9 @@ fn status_reports_that_no_daemon_runs() {
     let mesh = pair();
     for arguments in [&["status"][..], &["status", "--json"]] {
         let finished = mesh.node("a").auth(arguments).unwrap();
-        assert_eq!(finished.code(), Some(1));
+        assert_eq!(finished.code(), Some(2));
         assert_eq!(finished.stdout, "");
-        let complaint = "no daemon answers at http://127.0.0.1:15000/status";
+        let complaint = "no daemon answers at http://127.0.0.1:15000";
         assert!(finished.stderr.contains(complaint), "{}", finished.stderr);
     }
 }

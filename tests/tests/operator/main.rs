@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod alerts;
 mod commands;
 mod config;
 mod footprint;
@@ -10,3 +11,4 @@ mod logs;
 mod observe;
 mod policy_changes;
 mod privileges;
+mod seen;

@@ -1,9 +1,18 @@
-//! `auth-daemon observe`.
+//! `auth-daemon observe`, and `status` of several daemons.
 
-use mesh_tests::{Node, Process, TIMEOUT, eventually};
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    thread,
+};
+
+use mesh_tests::{Finished, Netns, Node, Process, TIMEOUT, eventually};
 use serde_json::Value;
 
 use crate::common::lifecycle_pair::{SERVICES, call, daemons, echoes, pair};
+
+/// The daemon's admin port.
+const ADMIN: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 15000);
 
 /// What `observe` prints without a terminal.
 fn flows(node: &Node, options: &str) -> Vec<Value> {
@@ -91,4 +100,126 @@ fn observe_shows_who_called_whom_and_what_was_refused() {
     })
     .unwrap();
     assert!(follower.stderr().contains("restarted"));
+}
+
+/// Makes the admin port of the daemon in `to` reachable in `from`, as `kubectl port-forward` would. Returns the address.
+fn forward_admin_port(from: &Netns, to: &Netns) -> SocketAddr {
+    let listener = from
+        .enter(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+        .unwrap()
+        .unwrap();
+    let address = listener.local_addr().unwrap();
+    let to = to.clone();
+    // They end with the test's process.
+    thread::spawn(move || {
+        for near in listener.incoming() {
+            let near = near.unwrap();
+            // Without a daemon, the connection is closed.
+            let Ok(far) = to.enter(|| TcpStream::connect(ADMIN)).unwrap() else {
+                continue;
+            };
+            let copy = |mut from: TcpStream, mut to: TcpStream| {
+                thread::spawn(move || {
+                    let _ = io::copy(&mut from, &mut to);
+                    let _ = to.shutdown(std::net::Shutdown::Write);
+                })
+            };
+            copy(near.try_clone().unwrap(), far.try_clone().unwrap());
+            copy(far, near);
+        }
+    });
+    address
+}
+
+#[test]
+fn several_daemons_are_shown_as_one_mesh() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _echo = web
+        .app("echo-server --port 8080")
+        .unwrap()
+        .listening()
+        .unwrap();
+    let (_a, b) = daemons(&mesh);
+    let (here, there) = (mesh.node("a"), mesh.node("b"));
+    let of_b = forward_admin_port(here.netns(), there.netns()).to_string();
+    let ask = |words: &str| -> Finished {
+        let addresses = ["--address", "127.0.0.1", "--address", &of_b];
+        let words: Vec<_> = words.split_whitespace().chain(addresses).collect();
+        here.auth(&words).unwrap()
+    };
+
+    for _ in 0..3 {
+        echoes(&client, SERVICES[0].parse().unwrap());
+    }
+    let merged = eventually(TIMEOUT, "all lines of both nodes", || {
+        let lines = ask("observe").ok().unwrap().json_lines();
+        (lines.len() == 6).then_some(lines)
+    })
+    .unwrap();
+    let times: Vec<_> = merged.iter().map(|flow| flow["time"].as_str()).collect();
+    assert!(times.is_sorted(), "{times:?}");
+    let of = |node: &str| merged.iter().filter(|flow| flow["node"] == node).count();
+    assert_eq!((of("a"), of("b")), (3, 3));
+    let only_b = ask("observe --node b").ok().unwrap().json_lines();
+    assert!(only_b.iter().all(|flow| flow["direction"] == "inbound"));
+    assert_eq!(only_b.len(), 3);
+
+    let status = ask("status");
+    assert_eq!(status.code(), Some(0), "{}", status.stdout);
+    assert!(
+        status.stdout.starts_with("NODES (2)\n"),
+        "{}",
+        status.stdout
+    );
+    assert!(
+        status.stdout.contains("PROBLEMS (0)\n"),
+        "{}",
+        status.stdout
+    );
+    let status: Value = serde_json::from_str(&ask("status --json").ok().unwrap().stdout).unwrap();
+    assert_eq!(status["nodes"][1]["node"], "b");
+    assert_eq!(status["nodes"][1]["policies"], serde_json::json!([]));
+
+    // A policy that cannot be read is a problem, also if its last good version stays in force.
+    let policy = |action: &str| {
+        serde_json::json!({
+            "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+            "metadata": {"name": "all", "namespace": "default"},
+            "spec": {"action": action, "rules": [{}]},
+        })
+    };
+    for (action, expected) in [("ALLOW", 0), ("ALOW", 1)] {
+        there.manifests().apply(&policy(action)).unwrap();
+        let last = eventually(TIMEOUT, "the policy in the status", || {
+            let status = ask("status");
+            let has_policy = status.stdout.contains("POLICIES WITH ERRORS, OF 1");
+            (has_policy && status.code() == Some(expected)).then_some(status.stdout)
+        })
+        .unwrap();
+        let error = "AuthorizationPolicy default/all  spec.action";
+        assert_eq!(last.contains(error), expected == 1, "{last}");
+    }
+    let policies = there.manifests();
+    policies
+        .remove("AuthorizationPolicy", "default", "all")
+        .unwrap();
+
+    // A node that cannot be asked does not hide the others.
+    b.kill().unwrap();
+    let status = ask("status");
+    assert_eq!(status.code(), Some(1));
+    assert!(
+        status.stdout.contains("CANNOT BE ASKED"),
+        "{}",
+        status.stdout
+    );
+    assert!(status.stdout.contains("  a     "), "{}", status.stdout);
+    let observed = ask("observe");
+    assert_eq!(observed.code(), Some(1));
+    assert_eq!(observed.json_lines().len(), 3);
+    let named = format!("node {of_b} cannot be asked: ");
+    assert!(observed.stderr.contains(&named), "{}", observed.stderr);
+    let nobody = here.auth(&["status", "--address", &of_b]).unwrap();
+    assert_eq!(nobody.code(), Some(2));
 }

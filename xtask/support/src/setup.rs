@@ -90,7 +90,7 @@ const FOR_MACHINES: [Program; 4] = [
     },
 ];
 
-const PROGRAMS: [Program; 12] = [
+const PROGRAMS: [Program; 13] = [
     Program {
         command: "ip",
         package: "iproute2",
@@ -134,6 +134,10 @@ const PROGRAMS: [Program; 12] = [
     Program {
         command: "python3",
         package: "python3-minimal",
+    },
+    Program {
+        command: "promtool",
+        package: "prometheus",
     },
     Program {
         command: "ps",

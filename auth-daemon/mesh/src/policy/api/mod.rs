@@ -29,6 +29,9 @@ const MAX_OBJECT_BYTES: usize = 3 << 19;
 /// Maximum size of a selector that is parsed, in bytes of JSON.
 const MAX_SELECTOR_BYTES: usize = 1 << 20;
 
+/// End of the warning about a version that cannot be read.
+const KEPT: &str = "; its last good version stays in force";
+
 /// A policy object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
@@ -94,6 +97,34 @@ pub enum Instead {
 pub struct Selector(BTreeMap<String, String>);
 
 impl Object {
+    /// Returns the object with a note that a later version of it cannot be read, because of `error`.
+    pub fn kept_in_place_of(&self, error: &Unreadable) -> Self {
+        let mut object = self.clone();
+        let warnings = match &mut object {
+            Self::Authorization(policy) => &mut policy.warnings,
+            Self::Peer(policy) => &mut policy.warnings,
+            Self::Unreadable(_) => return object,
+        };
+        warnings.retain(|warning| !warning.text.ends_with(KEPT));
+        warnings.push(FieldWarning {
+            field: error.field.clone(),
+            text: format!("{}{KEPT}", error.reason),
+        });
+        object
+    }
+
+    /// Returns why the object, or its last version, cannot be read.
+    pub fn error(&self) -> Option<String> {
+        match self {
+            Self::Unreadable(error) => Some(format!("{}: {}", error.field, error.reason)),
+            Self::Authorization(_) | Self::Peer(_) => {
+                let mut warnings = self.warnings().iter();
+                let kept = warnings.find(|warning| warning.text.ends_with(KEPT))?;
+                Some(format!("{}: {}", kept.field, kept.text))
+            }
+        }
+    }
+
     /// Parses a document. Returns `None` if it is not a policy.
     pub fn read(document: &Value) -> Option<Self> {
         let text = |name: &str| document.get(name).and_then(Value::as_str);

@@ -1,0 +1,495 @@
+//! Which workloads call each other, at which port and how, since the daemon started.
+//!
+//! A connection that ends is counted in a shard of the thread that carried it, which no other thread locks while it carries
+//! connections. Once a second, the counts move from the shards to the pairs, where workloads have names.
+
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::SystemTime,
+};
+
+use auth_mesh::{Identity, Snapshot, Workload, policy::suggest};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    access_log::{Direction, Finished, Outcome, Path},
+    flows::{Verdict, format_time},
+};
+
+/// Threads that carry connections share the shards, in turns.
+const SHARDS: usize = 16;
+/// The most different entries of a shard in a second. One takes some 250 bytes.
+const MAX_ENTRIES: usize = 256;
+/// How many of them may be of clients without an identity, which may be anybody outside.
+const MAX_ANONYMOUS_ENTRIES: usize = 64;
+/// The most pairs that are kept. One takes some 600 bytes.
+const MAX_PAIRS: usize = 4096;
+/// How many of them may have a client without an identity.
+const MAX_ANONYMOUS_PAIRS: usize = 1024;
+
+/// The pairs of one node, in answer to `GET /pairs`. Its JSON form is stable: later versions only add fields.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The node.
+    pub node: String,
+    /// When the daemon started to count: UTC, in the format of RFC 3339.
+    pub since: String,
+    /// How long that is ago, in seconds.
+    pub seconds: u64,
+    /// Connections that are in no pair, because too many different ones ended in a second.
+    pub uncounted: u64,
+    /// Pairs that were dropped for newer ones: first those without an identity, and of these the one that called longest
+    /// ago.
+    pub dropped: u64,
+    /// Pods of this node whose plaintext callers from outside the networks of pods stay in the kernel, and are not counted.
+    pub unseen: Vec<String>,
+    /// The pairs.
+    pub pairs: Vec<Pair>,
+}
+
+/// Connections of the same kind between two workloads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pair {
+    /// Whether a pod of the node is the client or the server. A connection between two pods of a node is counted for both.
+    pub direction: Direction,
+    /// The client.
+    pub client: Party,
+    /// The server.
+    pub server: Party,
+    /// The app's own port.
+    pub port: u16,
+    /// How they reach the server, as in the access log.
+    pub path: String,
+    /// Whether they were established.
+    pub verdict: Verdict,
+    /// What was counted.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// When the first of them ended.
+    pub first: String,
+    /// When the last of them ended.
+    pub last: String,
+}
+
+/// What is counted of connections of the same kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Connections that ended.
+    pub connections: u64,
+    /// How many of them were reset.
+    pub resets: u64,
+    /// How many of them a dry-run policy would have refused.
+    pub would_be_denied: u64,
+    /// Bytes that clients sent.
+    pub bytes_to_server: u64,
+    /// Bytes that servers sent.
+    pub bytes_to_client: u64,
+    /// Why the last one was refused or reset. Empty if none was.
+    pub reason: String,
+    /// The policies that decided about the last one, or that audited it.
+    pub policy: Option<String>,
+    /// The Service that the last one was for, as `namespace/name`.
+    pub service: Option<String>,
+}
+
+/// One side of a pair.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Party {
+    /// The namespace, if the workload or its identity is known.
+    pub namespace: Option<String>,
+    /// The workload's name: that of its pods, without what is generated.
+    pub workload: Option<String>,
+    /// The SPIFFE ID, if proven.
+    pub identity: Option<String>,
+    /// The address, if there is no identity.
+    pub address: Option<IpAddr>,
+    /// Labels that select the workload's pods. Only of servers.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Counts connections by pairs.
+#[derive(Debug)]
+pub struct Pairs {
+    since: SystemTime,
+    shards: [Mutex<Shard>; SHARDS],
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    entries: HashMap<Entry, Counts>,
+    anonymous: usize,
+    uncounted: u64,
+}
+
+/// What connections have in common that are counted together, as far as it is at hand when they end.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Entry {
+    pod: u64,
+    direction: Direction,
+    client: IpAddr,
+    identity: Option<Identity>,
+    server_identity: Option<Identity>,
+    endpoint: Option<SocketAddr>,
+    path: Path,
+    refused: bool,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    pairs: HashMap<Key, Seen>,
+    /// Plaintext connections to servers in each namespace, by whether they were refused.
+    plaintext: BTreeMap<(String, bool), u64>,
+    uncounted: u64,
+    dropped: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    direction: Direction,
+    client: Party,
+    server: Party,
+    port: u16,
+    path: Path,
+    refused: bool,
+}
+
+#[derive(Debug)]
+struct Seen {
+    counts: Counts,
+    first: SystemTime,
+    last: SystemTime,
+}
+
+impl Default for Pairs {
+    fn default() -> Self {
+        Self {
+            since: SystemTime::now(),
+            shards: Default::default(),
+            known: Mutex::default(),
+        }
+    }
+}
+
+impl Pairs {
+    /// Counts a connection that has ended.
+    pub(crate) fn count(&self, finished: &Finished) {
+        let entry = Entry {
+            pod: finished.pod,
+            direction: finished.direction,
+            client: finished.client.ip(),
+            identity: finished.client_identity.clone(),
+            server_identity: finished.server_identity.clone(),
+            endpoint: finished.endpoint.or(finished.destination),
+            path: finished.path,
+            refused: finished.outcome == Outcome::Refused,
+        };
+        lock(&self.shards[shard_of_thread()]).count(entry, finished);
+    }
+
+    /// Moves the counts from the shards to the pairs, with the names of workloads from `snapshot`.
+    pub(crate) fn settle(&self, snapshot: &Snapshot, now: SystemTime) {
+        for shard in &self.shards {
+            let shard = std::mem::take(&mut *lock(shard));
+            let mut known = lock(&self.known);
+            known.uncounted += shard.uncounted;
+            for (entry, counts) in shard.entries {
+                known.add(entry.key(snapshot), counts, now);
+            }
+            known.shrink();
+        }
+    }
+
+    /// Returns the number of plaintext connections to servers in each namespace, by whether they were refused.
+    pub(crate) fn plaintext(&self) -> BTreeMap<(String, bool), u64> {
+        lock(&self.known).plaintext.clone()
+    }
+
+    /// Returns the pairs, the latest last.
+    pub(crate) fn answer(&self, node: &str, unseen: Vec<String>) -> Answer {
+        let known = lock(&self.known);
+        let mut pairs: Vec<_> = known
+            .pairs
+            .iter()
+            .map(|(key, seen)| key.pair(seen))
+            .collect();
+        pairs.sort_by(|a, b| (&a.last, &a.client).cmp(&(&b.last, &b.client)));
+        Answer {
+            node: node.to_owned(),
+            since: format_time(self.since),
+            seconds: self.since.elapsed().unwrap_or_default().as_secs(),
+            uncounted: known.uncounted,
+            dropped: known.dropped,
+            unseen,
+            pairs,
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn shard_of_thread() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local!(static OWN: Cell<Option<usize>> = const { Cell::new(None) });
+    OWN.with(|own| {
+        let shard = own
+            .get()
+            .unwrap_or_else(|| NEXT.fetch_add(1, Ordering::Relaxed) % SHARDS);
+        own.set(Some(shard));
+        shard
+    })
+}
+
+impl Shard {
+    fn count(&mut self, entry: Entry, finished: &Finished) {
+        if !self.entries.contains_key(&entry) {
+            let is_anonymous = entry.identity.is_none();
+            let is_full = self.entries.len() >= MAX_ENTRIES
+                || is_anonymous && self.anonymous >= MAX_ANONYMOUS_ENTRIES;
+            if is_full {
+                self.uncounted += 1;
+                return;
+            }
+            self.anonymous += usize::from(is_anonymous);
+        }
+        let counts = self.entries.entry(entry).or_default();
+        counts.connections += 1;
+        counts.resets += u64::from(finished.outcome == Outcome::Reset);
+        counts.would_be_denied += u64::from(finished.would_be_denied());
+        counts.bytes_to_server += finished.bytes_to_server;
+        counts.bytes_to_client += finished.bytes_to_client;
+        // The first of a second stands for the others.
+        if counts.reason.is_empty() {
+            counts.reason.clone_from(&finished.reason);
+        }
+        if counts.policy.is_none() {
+            counts.policy.clone_from(&finished.policy);
+        }
+        if counts.service.is_none() {
+            counts.service = finished.service.as_ref().map(ToString::to_string);
+        }
+    }
+}
+
+impl Entry {
+    fn key(self, snapshot: &Snapshot) -> Key {
+        let client_pod = snapshot.pod(self.client);
+        let server_pod = self.endpoint.and_then(|at| snapshot.pod(at.ip()));
+        let mut client = Party::new(client_pod.map(|pod| &**pod), self.identity, self.client);
+        client.labels.clear();
+        let server_address = self.endpoint.map_or(self.client, |at| at.ip());
+        let server = Party::new(
+            server_pod.map(|pod| &**pod),
+            self.server_identity,
+            server_address,
+        );
+        Key {
+            direction: self.direction,
+            client,
+            server,
+            port: self.endpoint.map_or(0, |at| at.port()),
+            path: self.path,
+            refused: self.refused,
+        }
+    }
+}
+
+impl Party {
+    fn new(pod: Option<&Workload>, identity: Option<Identity>, address: IpAddr) -> Self {
+        let namespace = match (pod, &identity) {
+            (Some(pod), _) => Some(pod.name.namespace.clone()),
+            (None, Some(identity)) => Some(identity.namespace().to_owned()),
+            (None, None) => None,
+        };
+        Self {
+            namespace,
+            workload: pod.map(suggest::workload_name),
+            address: identity.is_none().then_some(address),
+            identity: identity.map(|identity| identity.to_string()),
+            labels: pod
+                .map(|pod| suggest::selecting_labels(&pod.labels))
+                .unwrap_or_default(),
+        }
+    }
+}
+
+impl Known {
+    fn add(&mut self, key: Key, counts: Counts, now: SystemTime) {
+        let is_plaintext = key.path == Path::Plaintext && key.direction == Direction::Inbound;
+        if let Some(namespace) = key.server.namespace.as_ref().filter(|_| is_plaintext) {
+            let plaintext = (namespace.clone(), key.refused);
+            *self.plaintext.entry(plaintext).or_default() += counts.connections;
+        }
+        let seen = self.pairs.entry(key).or_insert_with(|| Seen {
+            counts: Counts::default(),
+            first: now,
+            last: now,
+        });
+        seen.last = now;
+        seen.counts.add(counts);
+    }
+
+    /// Drops the pairs that called longest ago, beyond the limits. Callers from outside cannot displace pairs with
+    /// identities.
+    fn shrink(&mut self) {
+        let anonymous = |key: &Key| key.client.identity.is_none();
+        self.drop_oldest(MAX_ANONYMOUS_PAIRS, anonymous);
+        self.drop_oldest(MAX_PAIRS, |_| true);
+    }
+
+    fn drop_oldest(&mut self, keep: usize, of: impl Fn(&Key) -> bool) {
+        let matching = self.pairs.iter().filter(|(key, _)| of(key));
+        let mut times: Vec<_> = matching.map(|(_, seen)| seen.last).collect();
+        let Some(mut excess) = times.len().checked_sub(keep).filter(|excess| *excess > 0) else {
+            return;
+        };
+        let (_, newest_dropped, _) = times.select_nth_unstable(excess - 1);
+        let until = *newest_dropped;
+        self.dropped += excess as u64;
+        self.pairs.retain(|key, seen| {
+            let goes = excess > 0 && of(key) && seen.last <= until;
+            excess -= usize::from(goes);
+            !goes
+        });
+    }
+}
+
+impl Counts {
+    /// Adds later counts.
+    pub(crate) fn add(&mut self, later: Self) {
+        self.connections += later.connections;
+        self.resets += later.resets;
+        self.would_be_denied += later.would_be_denied;
+        self.bytes_to_server += later.bytes_to_server;
+        self.bytes_to_client += later.bytes_to_client;
+        if !later.reason.is_empty() {
+            self.reason = later.reason;
+        }
+        self.policy = later.policy.or(self.policy.take());
+        self.service = later.service.or(self.service.take());
+    }
+}
+
+impl Key {
+    fn pair(&self, seen: &Seen) -> Pair {
+        Pair {
+            direction: self.direction,
+            client: self.client.clone(),
+            server: self.server.clone(),
+            port: self.port,
+            path: self.path.name().to_owned(),
+            verdict: match self.refused {
+                true => Verdict::Denied,
+                false => Verdict::Allowed,
+            },
+            counts: seen.counts.clone(),
+            first: format_time(seen.first),
+            last: format_time(seen.last),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn finished(client: IpAddr, identity: bool) -> Finished {
+        Finished {
+            pod: 1,
+            direction: Direction::Inbound,
+            path: Path::Tunnel,
+            client: (client, 4000).into(),
+            destination: None,
+            endpoint: Some(([10, 0, 0, 2], 8080).into()),
+            service: None,
+            client_identity: identity.then(|| "spiffe://cluster.local/ns/a/sa/b".parse().unwrap()),
+            server_identity: None,
+            bytes_to_server: 3,
+            bytes_to_client: 4,
+            duration: Duration::ZERO,
+            outcome: Outcome::Ok,
+            reason: String::new(),
+            policy: None,
+        }
+    }
+
+    fn address(number: u32) -> IpAddr {
+        IpAddr::from(number.to_be_bytes())
+    }
+
+    fn now(second: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(second)
+    }
+
+    #[test]
+    fn counts_connections_of_a_pair() {
+        let (pairs, snapshot) = (Pairs::default(), Snapshot::default());
+        for second in 1..=3 {
+            pairs.count(&finished(address(1), true));
+            pairs.count(&finished(address(1), true));
+            pairs.settle(&snapshot, now(second));
+        }
+        let answer = pairs.answer("n", Vec::new());
+        let [pair] = answer.pairs.as_slice() else {
+            panic!("{answer:?}")
+        };
+        assert_eq!(
+            (pair.counts.connections, pair.counts.bytes_to_server),
+            (6, 18)
+        );
+        assert_eq!(
+            (&pair.first, &pair.last),
+            (&format_time(now(1)), &format_time(now(3)))
+        );
+        assert_eq!(pair.client.namespace.as_deref(), Some("a"));
+        assert_eq!((pair.port, pair.client.address), (8080, None));
+    }
+
+    #[test]
+    fn anybody_outside_takes_a_bounded_part() {
+        let (pairs, snapshot) = (Pairs::default(), Snapshot::default());
+        pairs.count(&finished(address(1), true));
+        pairs.settle(&snapshot, now(1));
+        let (mut sent, per_second) = (0, 100);
+        for second in 0..100 {
+            for number in 0..per_second {
+                pairs.count(&finished(address(second * per_second + number), false));
+                sent += 1;
+            }
+            pairs.settle(&snapshot, now(u64::from(second) + 2));
+        }
+        let answer = pairs.answer("n", Vec::new());
+        let anonymous = answer
+            .pairs
+            .iter()
+            .filter(|pair| pair.client.identity.is_none());
+        assert_eq!(anonymous.count(), MAX_ANONYMOUS_PAIRS);
+        assert_eq!(
+            answer.pairs.len(),
+            MAX_ANONYMOUS_PAIRS + 1,
+            "the pair with an identity stays"
+        );
+        let counted = 100 * MAX_ANONYMOUS_ENTRIES as u64;
+        assert_eq!(answer.uncounted, sent - counted);
+        assert_eq!(answer.dropped, counted - MAX_ANONYMOUS_PAIRS as u64);
+        let oldest = answer
+            .pairs
+            .iter()
+            .find(|pair| pair.client.identity.is_none());
+        assert!(
+            oldest.unwrap().last > format_time(now(80)),
+            "the latest stay"
+        );
+    }
+}
