@@ -214,6 +214,7 @@ fn color(system: System) -> RGBColor {
         System::Envoy => RGBColor(0xb0, 0xb7, 0xc3),
         System::Ztunnel => RGBColor(0x8a, 0xa8, 0x6f),
         System::Ours => RGBColor(0x1f, 0x6f, 0xb4),
+        System::Hbone => RGBColor(0x7f, 0xb2, 0xdd),
     }
 }
 

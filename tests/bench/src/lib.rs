@@ -53,7 +53,8 @@ pub struct Arguments {
     /// Only rows whose key or name contains this; may be given more than once
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
-    /// Which systems to compare; else direct, envoy, ours, and ztunnel where ZTUNNEL names its binary
+    /// Which systems to compare; else direct, envoy, ours, and ztunnel where ZTUNNEL names its binary. hbone is ours, by
+    /// HBONE
     #[arg(long, value_delimiter = ',')]
     systems: Vec<System>,
     /// Print one JSON object on stdout, and everything else on stderr

@@ -23,8 +23,8 @@ pub(super) enum Proxies {
     Sidecars(BTreeMap<&'static str, Sidecar>),
     /// By node, and the CA of both.
     Ztunnels(BTreeMap<&'static str, Ztunnel>, Box<Ca>),
-    /// By node.
-    Daemons(BTreeMap<&'static str, Daemon>),
+    /// By node, and the `path` in their access log of what they carry between nodes.
+    Daemons(BTreeMap<&'static str, Daemon>, &'static str),
 }
 
 /// The proxies' counters at the start of a load.
@@ -41,13 +41,17 @@ impl Proxies {
             System::Direct => Ok(Self::None),
             System::Envoy => sidecars(mesh).map(Self::Sidecars),
             System::Ztunnel => ztunnels(mesh),
-            System::Ours => {
+            System::Ours | System::Hbone => {
                 let daemons = mesh.start_daemons()?.into_iter();
                 let named = daemons.map(|daemon| {
                     let on_a = daemon.node() == NODE_A;
                     (if on_a { NODE_A } else { NODE_B }, daemon)
                 });
-                Ok(Self::Daemons(named.collect()))
+                let path = match system {
+                    System::Hbone => "hbone",
+                    _ => "tunnel",
+                };
+                Ok(Self::Daemons(named.collect(), path))
             }
         }
     }
@@ -70,8 +74,8 @@ impl Proxies {
             (Self::Sidecars(sidecars), Role::Server) => sidecars.get(WEB).map(Sidecar::pid),
             (Self::Ztunnels(all, _), Role::Client) => all.get(NODE_A).map(Ztunnel::pid),
             (Self::Ztunnels(all, _), Role::Server) => all.get(NODE_B).map(Ztunnel::pid),
-            (Self::Daemons(daemons), Role::Client) => daemons.get(NODE_A).map(Daemon::pid),
-            (Self::Daemons(daemons), Role::Server) => daemons.get(NODE_B).map(Daemon::pid),
+            (Self::Daemons(daemons, _), Role::Client) => daemons.get(NODE_A).map(Daemon::pid),
+            (Self::Daemons(daemons, _), Role::Server) => daemons.get(NODE_B).map(Daemon::pid),
         }
     }
 
@@ -83,7 +87,7 @@ impl Proxies {
                 client: self.counters(CLIENT)?,
                 server: self.counters(server_pod(way))?,
             },
-            Self::Daemons(_) => Mark::Daemons {
+            Self::Daemons(..) => Mark::Daemons {
                 client: self.daemon(NODE_A)?.log_position(),
                 server: self.daemon(NODE_B)?.log_position(),
             },
@@ -131,7 +135,7 @@ impl Proxies {
                     all_seen(
                         "the server's daemon",
                         moved,
-                        tunnelled(self.daemon(NODE_B)?, before, server)?,
+                        tunnelled(self.daemon(NODE_B)?, self.path(), before, server)?,
                     )
                 }),
                 // The daemon may leave traffic between pods of its node to the kernel, so there is nothing to verify.
@@ -156,7 +160,7 @@ impl Proxies {
                 let ztunnels = all.iter().map(|(node, it)| (*node, it.said()));
                 ztunnels.chain([("the CA", ca.log_text())]).collect()
             }
-            Self::Daemons(all) => all
+            Self::Daemons(all, _) => all
                 .iter()
                 .map(|(node, it)| {
                     let other = it.logs().into_iter();
@@ -180,7 +184,7 @@ impl Proxies {
             Self::None => Vec::new(),
             Self::Sidecars(all) => all.values().map(Sidecar::pid).collect(),
             Self::Ztunnels(all, _) => all.values().map(Ztunnel::pid).collect(),
-            Self::Daemons(all) => all.values().map(Daemon::pid).collect(),
+            Self::Daemons(all, _) => all.values().map(Daemon::pid).collect(),
         }
     }
 
@@ -189,14 +193,22 @@ impl Proxies {
         let counters = match self {
             Self::Sidecars(all) => all.get(pod).map(Sidecar::counters),
             Self::Ztunnels(all, _) => all.get(node_of(pod)).map(counters_of),
-            Self::None | Self::Daemons(_) => None,
+            Self::None | Self::Daemons(..) => None,
         };
         counters.with_context(|| format!("{pod} has no proxy that counts"))?
     }
 
+    /// The `path` in the daemons' access log.
+    fn path(&self) -> &'static str {
+        match self {
+            Self::Daemons(_, path) => path,
+            _ => "",
+        }
+    }
+
     fn daemon(&self, node: &str) -> Result<&Daemon> {
         match self {
-            Self::Daemons(all) => all.get(node),
+            Self::Daemons(all, _) => all.get(node),
             _ => None,
         }
         .with_context(|| format!("{node} has no daemon"))
@@ -245,15 +257,15 @@ fn server_pod(way: Way) -> &'static str {
     }
 }
 
-/// What a daemon has carried to a server since a position in its log.
-fn tunnelled(daemon: &Daemon, since: u64, server: SocketAddr) -> Result<Moved> {
+/// What a daemon has carried to a server by this path since a position in its log.
+fn tunnelled(daemon: &Daemon, path: &str, since: u64, server: SocketAddr) -> Result<Moved> {
     let server = server.to_string();
     let mut moved = Moved::default();
     for line in daemon.access_log_after(since) {
         if line["destination"] != server {
             continue;
         }
-        if line["path"] != "tunnel" {
+        if line["path"] != path {
             bail!("a connection went past the tunnel: {line}");
         }
         if line["result"] == "refused" {

@@ -29,10 +29,14 @@ impl Stage {
     /// system.
     pub(super) fn set(system: System) -> Result<Self> {
         let pod = |name: &str, node: &str| {
-            PodSpec::new(name)
+            let pod = PodSpec::new(name)
                 .on(node)
                 .service_account(name)
-                .ipv4_only()
+                .ipv4_only();
+            match system {
+                System::Hbone => pod.annotation("ambient.istio.io/redirection", "enabled"),
+                _ => pod,
+            }
         };
         let mesh = Mesh::builder()
             .node(NODE_A)

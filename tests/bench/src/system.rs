@@ -15,6 +15,8 @@ pub(super) enum System {
     Ztunnel,
     /// auth-daemon on each node
     Ours,
+    /// auth-daemon on each node, as peers that speak only HBONE
+    Hbone,
 }
 
 impl System {
@@ -25,6 +27,7 @@ impl System {
             Self::Envoy => "envoy",
             Self::Ztunnel => "ztunnel",
             Self::Ours => "ours",
+            Self::Hbone => "hbone",
         }
     }
 
@@ -35,6 +38,7 @@ impl System {
             Self::Envoy => "Envoy, two sidecars",
             Self::Ztunnel => "ztunnel",
             Self::Ours => "auth-daemon",
+            Self::Hbone => "auth-daemon, HBONE",
         }
     }
 
@@ -51,6 +55,7 @@ impl System {
                  default settings, access log included; certificates from auth-daemon's CA"
             }
             Self::Ours => "auth-daemon on each node with its default settings, access log included",
+            Self::Hbone => "the same, but by HBONE instead of auth-daemon's own framing",
         }
     }
 
