@@ -147,7 +147,11 @@ impl Claims {
     }
 
     pub(super) fn kind(&self) -> AddressKind {
-        self.owner().map_or(AddressKind::Pod, Claim::kind)
+        match self.owner() {
+            // Connections to a pod behind a waypoint are captured, whether or not the pod itself is in the mesh.
+            Some(Claim::OutsidePod(pod)) if pod.waypoint.is_some() => AddressKind::Pod,
+            owner => owner.map_or(AddressKind::Pod, Claim::kind),
+        }
     }
 }
 

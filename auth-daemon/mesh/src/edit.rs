@@ -5,9 +5,9 @@ use std::{collections::BTreeSet, hash::Hash, net::IpAddr, sync::Arc};
 use imbl::{HashMap, OrdMap, OrdSet};
 
 use super::{
-    Membership, ObjectName, Service, Slice, SliceEndpoint, Snapshot, Workload,
+    Membership, ObjectName, Service, Slice, Snapshot, Workload,
     claims::{Claim, Claimant, Claims},
-    resolved::{Backends, MAX_SLICED, Resolved, Server, Sliced},
+    resolved::{MAX_SLICED, Resolved},
     snapshot::{Daemons, Namespace, ServiceState},
 };
 
@@ -315,22 +315,10 @@ impl Edit {
         };
         let service = &*state.service;
         let slices: Vec<_> = self.next.slices_of(name).cloned().collect();
-        let backends = if service.selector.is_empty() {
-            let endpoints = slices.iter().flat_map(|slice| {
-                slice.endpoints.iter().map(|endpoint| Sliced {
-                    endpoint,
-                    ports: &slice.ports,
-                    server: self.server_at(endpoint),
-                })
-            });
-            Backends::Slices(endpoints.collect())
-        } else {
-            let pods = state.selected.values();
-            Backends::Pods(pods.map(|pod| (pod, self.next.is_member(pod))).collect())
-        };
+        let backends = self.next.backends(&state, &slices);
         // A service whose backends are all outside the mesh is not a mesh service, unless its owner pins the identities
-        // that may run it, or its connections go through a waypoint. One without a backend is the mesh's if its next one would be: until then, connections to it are
-        // refused.
+        // that may run it, or its connections go through a waypoint. One without a backend is the mesh's if its next one
+        // would be: until then, connections to it are refused.
         let ours = service.pinned_identities.is_some()
             || service.waypoint.is_some()
             || backends.any_meshed()
@@ -361,22 +349,6 @@ impl Edit {
             Some(_) => self.next.crowded.remove(name),
             None => self.next.crowded.insert(name.clone()),
         };
-    }
-
-    /// Finds what is at the address of a slice's endpoint. The owner of the address takes precedence: a slice can
-    /// neither remove a pod from the mesh nor give it the identity of another.
-    fn server_at(&self, endpoint: &SliceEndpoint) -> Server<'_> {
-        let claims = self.next.addresses.get(&endpoint.address);
-        match claims.and_then(Claims::pod) {
-            Some(Ok(pod)) => return Server::Pod((pod, true)),
-            Some(Err(_)) => return Server::Disputed,
-            None => {}
-        }
-        let named = endpoint.pod.as_ref();
-        match named.and_then(|name| self.next.any_pod(name)) {
-            Some(pod) => Server::Pod((pod, self.next.is_member(pod))),
-            None => Server::Outside,
-        }
     }
 
     fn claim(&mut self, address: IpAddr, claim: Claim) {

@@ -26,5 +26,5 @@ pub use resolved::{Destination, Endpoint};
 pub use service::{Port, Service, TargetPort};
 pub use slice::{Slice, SliceEndpoint};
 pub use snapshot::{Inventory, Snapshot, Unreachable};
-pub use waypoint::{Waypoint, WaypointAt};
+pub use waypoint::{NoWaypoint, Waypoint, WaypointAt};
 pub use workload::{Hbone, ObjectName, Workload};

@@ -7,7 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use super::{Identity, ObjectName, Port, Service, SliceEndpoint, Unreachable, Waypoint, Workload};
+use super::{
+    Identity, ObjectName, Port, Service, Slice, SliceEndpoint, Snapshot, Unreachable, Waypoint,
+    Workload, claims::Claims, snapshot::ServiceState,
+};
 
 /// Maximum number of endpoints that a service gets from slices, over all its ports. The limit keeps a user who may
 /// write slices from exhausting the memory of all nodes.
@@ -227,6 +230,44 @@ impl Backends<'_> {
     }
 }
 
+impl Snapshot {
+    /// Returns the backends of a service, of which `slices` are all slices.
+    pub(super) fn backends<'a>(
+        &'a self,
+        state: &'a ServiceState,
+        slices: &'a [Arc<Slice>],
+    ) -> Backends<'a> {
+        if !state.service.selector.is_empty() {
+            let pods = state.selected.values();
+            return Backends::Pods(pods.map(|pod| (pod, self.is_member(pod))).collect());
+        }
+        let endpoints = slices.iter().flat_map(|slice| {
+            slice.endpoints.iter().map(|endpoint| Sliced {
+                endpoint,
+                ports: &slice.ports,
+                server: self.server_at(endpoint),
+            })
+        });
+        Backends::Slices(endpoints.collect())
+    }
+
+    /// Finds what is at the address of a slice's endpoint. The owner of the address takes precedence: a slice can
+    /// neither remove a pod from the mesh nor give it the identity of another.
+    fn server_at(&self, endpoint: &SliceEndpoint) -> Server<'_> {
+        let claims = self.addresses.get(&endpoint.address);
+        match claims.and_then(Claims::pod) {
+            Some(Ok(pod)) => return Server::Pod((pod, true)),
+            Some(Err(_)) => return Server::Disputed,
+            None => {}
+        }
+        let named = endpoint.pod.as_ref();
+        match named.and_then(|name| self.any_pod(name)) {
+            Some(pod) => Server::Pod((pod, self.is_member(pod))),
+            None => Server::Outside,
+        }
+    }
+}
+
 struct Candidate {
     endpoint: Endpoint,
     ready: bool,
@@ -240,7 +281,8 @@ impl Resolved {
         let name = || self.name.clone();
         let found = self.ports.get(&port);
         let found = found.ok_or_else(|| Unreachable::NoPort(name(), port))?;
-        if found.endpoints.is_empty() {
+        // A waypoint knows by itself where to go.
+        if found.endpoints.is_empty() && self.waypoint.is_none() {
             return Err(Unreachable::NoEndpoint(name(), port));
         }
         Ok(Destination {

@@ -31,7 +31,7 @@ use crate::observe::{
     connections::Guard,
 };
 use auth_datapath::sockets::{self, end_in_good_order};
-use auth_mesh::{Destination, Endpoint, Unreachable, Waypoint};
+use auth_mesh::{Destination, Endpoint, NoWaypoint, Unreachable};
 use auth_tunnel::{
     self, Channel, ChannelError, Ending, HandshakeError, MAX_EARLY_BYTES, Made,
     frame::{Connect, Reset, ResetCode},
@@ -251,10 +251,8 @@ enum Refusal {
     Endpoint { endpoint: SocketAddr, why: Failure },
     #[error(transparent)]
     Revoked(#[from] Revoked),
-    #[error(
-        "its traffic goes through waypoint {0}, which this daemon cannot use yet; remove istio.io/use-waypoint"
-    )]
-    Waypoint(Arc<Waypoint>),
+    #[error("its traffic goes through a waypoint: {0}")]
+    Waypoint(#[from] NoWaypoint),
     #[error("no endpoint answered within {PATIENCE:?}")]
     Late,
     #[error("it has internalTrafficPolicy Local, and no ready endpoint on this node")]
@@ -311,11 +309,15 @@ impl Call<'_> {
     /// serve the destination.
     async fn open(&mut self) -> Result<Opened, Refusal> {
         let deadline = Instant::now() + PATIENCE;
-        let destination = self.resolve().await?;
+        let mut destination = self.resolve().await?;
         let revoked = &self.node.certificates.trust().current().revoked;
         revoked.check_identity(&self.pod.workload.identity)?;
+        let dialled = self.connect.dialled;
+        let mut through_waypoint = None;
         if let Some(waypoint) = &destination.waypoint {
-            return Err(Refusal::Waypoint(waypoint.clone()));
+            let snapshot = self.node.registry.snapshot();
+            destination = snapshot.waypoint(waypoint, dialled.ip())?;
+            through_waypoint = Some(dialled);
         }
         let (own, local) = (&self.node.config.node_name, destination.local);
         let endpoints = destination.endpoints.iter();
@@ -340,7 +342,7 @@ impl Call<'_> {
             });
             // The last endpoint may use all the time that is left.
             let others = tried.len() < endpoints.len().min(MAX_ATTEMPTS);
-            let attempt = self.attempt(&destination, endpoint, others);
+            let attempt = self.attempt(&destination, endpoint, through_waypoint, others);
             match timeout_at(deadline, attempt).await {
                 Ok(Ok(opened)) => return Ok(opened),
                 Ok(Err(refusal @ Refusal::App(_))) => return Err(refusal),
@@ -397,6 +399,7 @@ impl Call<'_> {
         &mut self,
         destination: &Destination,
         endpoint: &Endpoint,
+        through_waypoint: Option<SocketAddr>,
         others: bool,
     ) -> Result<Opened, Refusal> {
         let address = endpoint.address;
@@ -410,13 +413,13 @@ impl Call<'_> {
             source: source.ok_or(Refusal::Family(address))?,
             others,
         };
-        let path = self.choose(endpoint);
+        let path = self.choose(endpoint, through_waypoint);
         match path.map_err(|why| attempt.failed(why.into()))? {
             ChosenPath::Itself => self.dial_itself(&attempt).await,
             ChosenPath::SameNode(server) => self.dial_same_node(&attempt, &server).await,
             ChosenPath::Plaintext(why) => self.dial_plaintext(&attempt, why).await,
             ChosenPath::Tunnel => self.dial_tunnel(&attempt).await,
-            ChosenPath::Hbone => self.dial_hbone(&attempt).await,
+            ChosenPath::Hbone(to) => self.dial_hbone(&attempt, to).await,
         }
     }
 
@@ -431,7 +434,11 @@ impl Call<'_> {
         }
     }
 
-    fn choose(&self, endpoint: &Endpoint) -> Result<ChosenPath, NoPath> {
+    fn choose(
+        &self,
+        endpoint: &Endpoint,
+        through_waypoint: Option<SocketAddr>,
+    ) -> Result<ChosenPath, NoPath> {
         let node = self.node;
         let local_pods =
             (node.config.same_node == SameNode::Kernel).then(|| node.same_node.local_pods());
@@ -440,6 +447,7 @@ impl Call<'_> {
             endpoint,
             &View {
                 own_addresses: self.pod.enrolled.addresses(),
+                through_waypoint,
                 local_pods: local_pods.as_deref(),
                 node_name: &node.config.node_name,
                 snapshot: &snapshot,

@@ -5,7 +5,8 @@ use std::{
     sync::Arc,
 };
 
-use auth_mesh::{AddressKind, Endpoint, Hbone, Published, Snapshot, Workload, policy::Policies};
+use auth_common::TUNNEL_PORT;
+use auth_mesh::{AddressKind, Endpoint, Published, Snapshot, Workload, policy::Policies};
 
 use super::{
     local_pods::{LocalPod, LocalPods},
@@ -23,8 +24,17 @@ pub(super) enum ChosenPath {
     Plaintext(&'static str),
     /// Over mutual TLS, to the daemon of the endpoint's node.
     Tunnel,
-    /// Over mutual TLS by HBONE, to another daemon than ours.
-    Hbone,
+    /// Over mutual TLS by HBONE, to another daemon than ours, or to a waypoint.
+    Hbone(Hbone),
+}
+
+/// Where an HBONE stream leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hbone {
+    /// The address that speaks HBONE.
+    pub(super) at: SocketAddr,
+    /// What it is asked for: the endpoint or, at a waypoint, what the client has dialled.
+    pub(super) authority: SocketAddr,
 }
 
 /// Why a connection must not reach an endpoint.
@@ -36,6 +46,12 @@ pub(super) enum NoPath {
     /// No object claims the endpoint's address.
     #[error(transparent)]
     Unclaimed(#[from] unclaimed::Refused),
+    /// The client's pod is itself the waypoint.
+    #[error(
+        "its traffic goes through a waypoint, which is the client itself: a waypoint within the mesh is not supported; \
+         label its pods istio.io/dataplane-mode: none"
+    )]
+    OwnWaypoint,
     /// The endpoint's node has no daemon for it, and plaintext would be a downgrade.
     #[error("no daemon is ready on its node {node}, and {why}")]
     NoDaemon {
@@ -58,6 +74,8 @@ const HAD_DAEMON: &str = "there was one before, so plaintext would be a downgrad
 pub(super) struct View<'a> {
     /// The client pod's addresses.
     pub(super) own_addresses: &'a [IpAddr],
+    /// What the client has dialled, if the endpoint is a waypoint's that its traffic goes through.
+    pub(super) through_waypoint: Option<SocketAddr>,
     /// The pods that this node serves; `None` if connections between them use the tunnel.
     pub(super) local_pods: Option<&'a LocalPods>,
     /// The name of this node.
@@ -70,11 +88,20 @@ pub(super) struct View<'a> {
     pub(super) policies: &'a Published<Policies>,
 }
 
-/// Decides how a connection reaches `endpoint`. The first path that applies is chosen: the pod itself, a pod of this node,
-/// plaintext, the tunnel, HBONE. It fails where plaintext would be a downgrade: a node that had a ready daemon once can do more.
+/// Decides how a connection reaches `endpoint`. The first path that applies is chosen: the waypoint, the pod itself, a pod of
+/// this node, plaintext, the tunnel, HBONE. It fails where plaintext would be a downgrade: a node that had a ready daemon once can do more.
 pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<ChosenPath, NoPath> {
     let address = endpoint.address.ip();
-    if view.own_addresses.contains(&address) {
+    let is_own = view.own_addresses.contains(&address);
+    // Never around a waypoint: neither over the loopback, nor in the kernel, nor by our own framing.
+    if let Some(authority) = view.through_waypoint {
+        let at = endpoint.address;
+        return match is_own {
+            true => Err(NoPath::OwnWaypoint),
+            false => Ok(ChosenPath::Hbone(Hbone { at, authority })),
+        };
+    }
+    if is_own {
         return Ok(ChosenPath::Itself);
     }
     let local_pod = view
@@ -98,13 +125,16 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
     // Our own framing is preferred: it keeps the app's port, which network policies see. Where it is not known which nodes
     // have a daemon of ours, what is said about the pod counts.
     let own = server.node == view.node_name;
-    let hbone = server.hbone == Hbone::Offered;
+    let hbone = server.hbone == auth_mesh::Hbone::Offered;
     let has_daemon = view.snapshot.has_daemon(&server.node);
     if own || has_daemon && (view.snapshot.knows_daemons() || !hbone) {
         return Ok(ChosenPath::Tunnel);
     }
     if hbone {
-        return Ok(ChosenPath::Hbone);
+        return Ok(ChosenPath::Hbone(Hbone {
+            at: SocketAddr::new(address, TUNNEL_PORT),
+            authority: endpoint.address,
+        }));
     }
     // Plaintext needs the pod's own address: an endpoint slice that names another address for it is no reason. A finished
     // pod's address may be another's by now.
@@ -264,6 +294,7 @@ mod tests {
             endpoint,
             &View {
                 own_addresses: &[CLIENT.parse().unwrap()],
+                through_waypoint: None,
                 local_pods: None,
                 node_name: "a",
                 snapshot: &snapshot,
@@ -321,18 +352,22 @@ mod tests {
     #[test]
     fn prefers_our_own_framing_to_hbone_and_hbone_to_plaintext() {
         use Daemon::{Before, Never, Ready, Untracked};
+        let hbone = ChosenPath::Hbone(Hbone {
+            at: SocketAddr::new(SERVER.parse().unwrap(), 15008),
+            authority: SocketAddr::new(SERVER.parse().unwrap(), 8080),
+        });
         let server = |node| {
             let server = Arc::new(Workload {
-                hbone: Hbone::Offered,
+                hbone: auth_mesh::Hbone::Offered,
                 ..(*pod("server", SERVER, node)).clone()
             });
             endpoint(Some(server), SERVER, true)
         };
         for (node, daemon, expected) in [
             ("b", Ready, ChosenPath::Tunnel),
-            ("b", Never, ChosenPath::Hbone),
-            ("b", Before, ChosenPath::Hbone),
-            ("b", Untracked, ChosenPath::Hbone),
+            ("b", Never, hbone.clone()),
+            ("b", Before, hbone.clone()),
+            ("b", Untracked, hbone),
             // A pod of this node is served by this daemon.
             ("a", Never, ChosenPath::Tunnel),
         ] {
@@ -377,6 +412,7 @@ mod tests {
         let unclaimed = Unclaimed::default();
         let view = |local_pods| View {
             own_addresses: &own,
+            through_waypoint: None,
             local_pods,
             node_name: "a",
             snapshot: &snapshot,
@@ -391,5 +427,45 @@ mod tests {
             choose_path(&to_itself, &view(Some(&local))),
             Ok(ChosenPath::Itself)
         );
+    }
+    #[test]
+    fn reaches_a_waypoint_by_hbone_alone_wherever_it_is() {
+        let dialled = "10.96.0.7:80".parse().unwrap();
+        let local = local_pods(&[pod("proxy", SERVER, "a")]);
+        let own = [CLIENT.parse().unwrap()];
+        let unclaimed = Unclaimed::default();
+        let policies = policies(Mode::Permissive);
+        for (node, address, meshed, expected) in [
+            // Outside the mesh, as waypoints are, or in it; served by this node, or by another with a daemon of ours.
+            ("a", SERVER, false, Ok(SERVER)),
+            ("a", SERVER, true, Ok(SERVER)),
+            ("b", SERVER, true, Ok(SERVER)),
+            ("b", OUTSIDE, false, Ok(OUTSIDE)),
+            ("a", CLIENT, true, Err(NoPath::OwnWaypoint)),
+        ] {
+            let proxy = endpoint(Some(pod("proxy", address, node)), address, meshed);
+            let snapshot = snapshot(Daemon::Ready);
+            let view = View {
+                own_addresses: &own,
+                through_waypoint: Some(dialled),
+                local_pods: Some(&local),
+                node_name: "a",
+                snapshot: &snapshot,
+                unclaimed: &unclaimed,
+                had_daemon: &|_| true,
+                policies: &policies,
+            };
+            let expected = expected.map(|at| {
+                ChosenPath::Hbone(Hbone {
+                    at: SocketAddr::new(at.parse().unwrap(), 8080),
+                    authority: dialled,
+                })
+            });
+            assert_eq!(
+                choose_path(&proxy, &view),
+                expected,
+                "{node} {address} {meshed}"
+            );
+        }
     }
 }

@@ -1,5 +1,4 @@
-//! Reaches an endpoint whose node speaks HBONE: over a stream of a connection to the endpoint's port 15008, which the pod's
-//! connections share.
+//! Reaches an endpoint whose node speaks HBONE, or a waypoint: over a stream of a connection that the pod's connections share.
 
 use std::net::SocketAddr;
 
@@ -14,9 +13,8 @@ use crate::{
         access_log::{Outcome, Path},
         connections::Guard,
     },
-    proxy::shares::Permit,
+    proxy::{path::Hbone, shares::Permit},
 };
-use auth_common::TUNNEL_PORT;
 use auth_datapath::sockets::end_in_good_order;
 use auth_tunnel::{
     Made,
@@ -36,14 +34,17 @@ pub(super) struct Stream {
 
 impl Call<'_> {
     /// Opens a stream over a pooled connection or, if none has room, over a new one.
-    pub(super) async fn dial_hbone(&self, attempt: &Attempt<'_>) -> Result<Opened, Refusal> {
+    pub(super) async fn dial_hbone(
+        &self,
+        attempt: &Attempt<'_>,
+        to: Hbone,
+    ) -> Result<Opened, Refusal> {
         self.access.learn(|details| details.path = Path::Hbone);
         let identities = &attempt.destination.identities;
-        let address = SocketAddr::new(attempt.address.ip(), TUNNEL_PORT);
-        let pooled = self.pod.hbone.connections(address);
+        let pooled = self.pod.hbone.connections(to.at);
         // The server may have closed a pooled connection a moment ago; then the next, then a new one.
         while let Some((client, place)) = pooled.take(identities) {
-            match self.open_stream(&client, attempt).await {
+            match self.open_stream(&client, attempt, to).await {
                 Ok(stream) => return Ok(opened(stream, attempt, Some(place))),
                 Err(Failure::Hbone(OpenError::Broken(_)) | Failure::Revoked(_)) => {
                     pooled.forget(&place);
@@ -55,10 +56,10 @@ impl Call<'_> {
         let (client, place) = match pooled.take(identities) {
             // Another connection of the pod has dialled meanwhile.
             Some((client, place)) => (client, Some(place)),
-            None => self.connect(attempt, address, &pooled).await?,
+            None => self.connect(attempt, to.at, &pooled).await?,
         };
         drop(dialing);
-        let stream = self.open_stream(&client, attempt).await;
+        let stream = self.open_stream(&client, attempt, to).await;
         let stream = stream.map_err(|why| attempt.failed(why))?;
         Ok(opened(stream, attempt, place))
     }
@@ -98,13 +99,14 @@ impl Call<'_> {
         &self,
         client: &Client,
         attempt: &Attempt<'_>,
+        to: Hbone,
     ) -> Result<hbone::Stream, Failure> {
         // First, so that the log names a server that refuses, and a revocation from now on cuts the connection.
         self.access.learn(|details| {
             details.server_identity = Some(client.peer().identity.clone());
         });
-        self.verify(client.peer(), attempt.address)?;
-        let open = async { Ok(client.open(attempt.address).await?) };
+        self.verify(client.peer(), to.at)?;
+        let open = async { Ok(client.open(to.authority).await?) };
         let mut stream = within(attempt.limit(ANSWER), open).await?;
         // Bytes left from an endpoint that refused the connection by our own framing.
         stream
