@@ -38,7 +38,13 @@ pub(super) fn run(bytes: &[u8]) {
     let addresses: Vec<_> = snapshot.addresses().map(|(address, _)| address).collect();
     for address in addresses {
         for port in [0, 80, 8080, 65535] {
-            let _ = snapshot.resolve((address, port).into());
+            let found = snapshot.resolve((address, port).into());
+            if let Some(waypoint) = found.ok().and_then(|found| found.waypoint) {
+                // Without identities, secure naming would refuse every proxy.
+                if let Ok(proxies) = snapshot.waypoint(&waypoint, address) {
+                    assert!(!proxies.identities.is_empty());
+                }
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What reads bytes that others wrote: peers on the wire, nodes that request certificates, control planes, operators in
 //! files.
 
+mod authority;
 mod config;
 mod crl;
 mod csr;
@@ -16,7 +17,8 @@ mod svid;
 pub(crate) type Target = fn(&[u8]);
 
 /// The targets, by name. Their seeds are in `seeds/<name>`.
-pub(crate) const TARGETS: [(&str, Target); 10] = [
+pub(crate) const TARGETS: [(&str, Target); 11] = [
+    ("authority", authority::run),
     ("config", config::run),
     ("crl", crl::run),
     ("csr", csr::run),
