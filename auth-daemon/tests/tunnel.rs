@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     path::Path,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -27,6 +27,7 @@ use tokio::{
 };
 
 const DOMAIN: &str = "cluster.local";
+static OWN: LazyLock<TrustDomain> = LazyLock::new(TrustDomain::default);
 
 /// A trust domain in a folder of its own.
 struct Domain {
@@ -67,8 +68,8 @@ async fn tunnel_pair(domain: &Domain) -> (Channel, Channel) {
     let (client, server) = (domain.current("client").await, domain.current("web").await);
     let (near, far) = tcp_pair().await;
     let (near, far) = tokio::join!(
-        handshake::connect(near, client.configs.client.clone(), DOMAIN),
-        handshake::accept(far, server.configs.server.clone(), DOMAIN)
+        handshake::connect(near, client.configs.client.clone(), &OWN),
+        handshake::accept(far, server.configs.server.clone(), &OWN)
     );
     (near.unwrap(), far.unwrap())
 }
@@ -261,7 +262,7 @@ async fn interoperates_with_rustls_through_key_updates() {
     let address = listener.local_addr().unwrap();
     let plain_client = tokio::task::spawn_blocking(move || rustls_client(address, &client));
     let (tcp, _) = listener.accept().await.unwrap();
-    let mut channel = handshake::accept(tcp, server.configs.server.clone(), DOMAIN)
+    let mut channel = handshake::accept(tcp, server.configs.server.clone(), &OWN)
         .await
         .unwrap();
     let event = channel.receive_control().await.unwrap();
@@ -346,7 +347,7 @@ async fn a_client_resumes_its_session() {
     });
     for _ in 0..3 {
         let tcp = TcpStream::connect(address).await.unwrap();
-        let mut channel = handshake::connect(tcp, client.configs.client.clone(), DOMAIN)
+        let mut channel = handshake::connect(tcp, client.configs.client.clone(), &OWN)
             .await
             .unwrap();
         channel.send_connect(&connect(), b"").await.unwrap();
@@ -388,7 +389,7 @@ async fn a_server_resumes_a_session() {
     });
     for _ in 0..2 {
         let (tcp, _) = listener.accept().await.unwrap();
-        let mut channel = handshake::accept(tcp, server.configs.server.clone(), DOMAIN)
+        let mut channel = handshake::accept(tcp, server.configs.server.clone(), &OWN)
             .await
             .unwrap();
         assert_eq!(channel.peer().identity, client.svid.identity);
@@ -424,8 +425,8 @@ async fn a_session_is_of_two_identities() {
     ] {
         let (near, far) = tcp_pair().await;
         let (near, far) = tokio::join!(
-            handshake::connect(near, client.configs.client.clone(), DOMAIN),
-            handshake::accept(far, server.configs.server.clone(), DOMAIN)
+            handshake::connect(near, client.configs.client.clone(), &OWN),
+            handshake::accept(far, server.configs.server.clone(), &OWN)
         );
         let (mut near, mut far) = (near.unwrap(), far.unwrap());
         near.send_connect(&connect(), b"").await.unwrap();
@@ -443,8 +444,8 @@ async fn another_trust_domain_is_refused_by_both_ends() {
     let (client, server) = (theirs.current("client").await, ours.current("web").await);
     let (near, far) = tcp_pair().await;
     let (near, far) = tokio::join!(
-        handshake::connect(near, client.configs.client.clone(), DOMAIN),
-        handshake::accept(far, server.configs.server.clone(), DOMAIN)
+        handshake::connect(near, client.configs.client.clone(), &OWN),
+        handshake::accept(far, server.configs.server.clone(), &OWN)
     );
     let refused = near.unwrap_err().to_string();
     assert!(

@@ -259,7 +259,7 @@ impl Authority {
     /// The content of `certificate` (DER), if this CA issued it to a workload, and it is neither expired nor revoked.
     pub fn verify(&self, certificate: &[u8]) -> Result<Svid, String> {
         let inner = &*self.inner;
-        let svid = Svid::parse(certificate, inner.settings.trust_domain.as_str())
+        let svid = Svid::parse(certificate, &inner.settings.trust_domain)
             .map_err(|error| error.to_string())?;
         let view = inner.view.load();
         if !view.issued(certificate) {

@@ -83,7 +83,7 @@ impl EmbeddedCa {
 
     fn from_pem(pem: &str, trust_domain: &TrustDomain, lifetime: Duration) -> Result<Self, String> {
         let (found, signer) = signer::read_root(pem)?;
-        if found != *trust_domain {
+        if found.as_str() != trust_domain.as_str() {
             return Err(format!(
                 "is the root of \"spiffe://{found}\", but trustDomain is {:?}",
                 trust_domain.as_str()
@@ -201,7 +201,7 @@ mod tests {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let csr = params.serialize_request(&key).unwrap();
         let chain = ca.issue(&identity, csr.der()).unwrap();
-        let svid = Svid::parse(&chain[0], "cluster.local").unwrap();
+        let svid = Svid::parse(&chain[0], &TrustDomain::default()).unwrap();
         assert_eq!((svid.identity, svid.node), (identity.clone(), None));
         let leaf = signer::parse(&chain[0]).unwrap();
         let names = leaf.subject_alternative_name().unwrap().unwrap();

@@ -236,7 +236,7 @@ impl CaService {
         })?;
         // A process that was stopped meanwhile may have lost the Lease.
         self.authority()?;
-        let leaf = Svid::parse(&chain[0], self.trust_domain.as_str()).ok();
+        let leaf = Svid::parse(&chain[0], &self.trust_domain).ok();
         self.counters.issued.inc();
         audit::issued(peer.address, &caller, &grant, leaf.as_ref());
         // As Istio's clients expect it: the last element holds everything that the caller is to trust.

@@ -425,7 +425,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{HostPort, Inventory, Port, TargetPort};
+    use crate::{HostPort, Inventory, Port, SliceEndpoint, TargetPort};
 
     #[derive(Clone, Debug)]
     enum Change {

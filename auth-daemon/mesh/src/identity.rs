@@ -7,14 +7,20 @@ const MAX_BYTES: usize = 2048;
 /// Maximum length of a trust domain, in bytes (SPIFFE-ID §2.1).
 const MAX_TRUST_DOMAIN_BYTES: usize = 255;
 
-/// A trust domain: the name of the authority behind a set of identities (SPIFFE-ID §2.1).
+/// A trust domain: the name of the authority behind a set of identities (SPIFFE-ID §2.1), and its aliases.
+///
+/// An alias is another name of the same trust domain, such as the one that it had before (`trustDomainAliases` in Istio's
+/// mesh configuration). An identity under an alias is the same identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TrustDomain(Arc<str>);
+pub struct TrustDomain {
+    name: Arc<str>,
+    aliases: Arc<[Self]>,
+}
 
 impl Default for TrustDomain {
     /// Returns `cluster.local`, the usual default in Kubernetes.
     fn default() -> Self {
-        Self("cluster.local".into())
+        Self::named("cluster.local")
     }
 }
 
@@ -49,9 +55,48 @@ pub enum InvalidIdentity {
 }
 
 impl TrustDomain {
+    fn named(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            aliases: Arc::default(),
+        }
+    }
+
+    /// Returns the trust domain with these other names.
+    pub fn with_aliases(self, aliases: impl IntoIterator<Item = Self>) -> Self {
+        Self {
+            aliases: aliases.into_iter().collect(),
+            ..self
+        }
+    }
+
     /// Returns the name, without the scheme.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.name
+    }
+
+    /// Returns the aliases.
+    pub fn aliases(&self) -> &[Self] {
+        &self.aliases
+    }
+
+    /// Reports whether `name` is the trust domain's own name or an alias.
+    pub fn is_named(&self, name: &str) -> bool {
+        name == self.as_str() || self.aliases.iter().any(|alias| name == alias.as_str())
+    }
+
+    /// Returns `identity` under the trust domain's own name. `None` if it is of another trust domain.
+    pub fn resolve(&self, identity: &Identity) -> Option<Identity> {
+        let name = identity.trust_domain();
+        if name == self.as_str() {
+            return Some(identity.clone());
+        }
+        if !self.is_named(name) {
+            return None;
+        }
+        let own = self.identity(identity.namespace(), identity.service_account());
+        // The same names are valid under a longer trust domain, too, unless the whole is too long.
+        own.ok()
     }
 
     /// Returns the identity of a service account in this trust domain.
@@ -76,7 +121,7 @@ impl FromStr for TrustDomain {
                 .bytes()
                 .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'));
         if valid {
-            Ok(Self(name.into()))
+            Ok(Self::named(name))
         } else {
             Err(InvalidIdentity::TrustDomain(
                 name.chars().take(64).collect(),
@@ -87,7 +132,7 @@ impl FromStr for TrustDomain {
 
 impl fmt::Display for TrustDomain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.name)
     }
 }
 
@@ -188,6 +233,29 @@ mod tests {
         assert_eq!(id.service_account(), "web.v1");
         let domain: TrustDomain = "cluster.local".parse().unwrap();
         assert_eq!(domain.identity("default", "web.v1").unwrap(), id);
+    }
+
+    #[test]
+    fn an_identity_under_an_alias_is_the_same_identity() {
+        let domain = |name: &str| name.parse::<TrustDomain>().unwrap();
+        let own =
+            domain("new.example").with_aliases([domain("old.example"), domain("older.example")]);
+        let resolved = |name: &str| {
+            let identity = format!("spiffe://{name}/ns/shop/sa/web").parse().unwrap();
+            own.resolve(&identity).map(|identity| identity.to_string())
+        };
+        for name in ["new.example", "old.example", "older.example"] {
+            let expected = "spiffe://new.example/ns/shop/sa/web";
+            assert_eq!(resolved(name).as_deref(), Some(expected), "{name}");
+        }
+        for name in [
+            "other.example",
+            "old.example.org",
+            "example",
+            "cluster.local",
+        ] {
+            assert_eq!(resolved(name), None, "{name}");
+        }
     }
 
     #[test]

@@ -31,6 +31,9 @@ pub(super) struct Manifests {
     /// The trust domain of the pods' identities.
     #[arg(long, default_value = "cluster.local")]
     pub(super) trust_domain: String,
+    /// Another name of the trust domain (trustDomainAliases). May be repeated.
+    #[arg(long = "trust-domain-alias")]
+    pub(super) trust_domain_aliases: Vec<String>,
     /// Namespace whose policies apply to all namespaces.
     #[arg(long, default_value = "istio-system")]
     pub(super) root_namespace: String,
@@ -58,6 +61,12 @@ impl Manifests {
             .trust_domain
             .parse()
             .with_context(|| format!("--trust-domain {:?}", self.trust_domain))?;
+        let aliases = self.trust_domain_aliases.iter().map(|alias| {
+            alias
+                .parse::<TrustDomain>()
+                .with_context(|| format!("--trust-domain-alias {alias:?}"))
+        });
+        let trust_domain = trust_domain.with_aliases(aliases.collect::<anyhow::Result<Vec<_>>>()?);
         Ok(Settings {
             root_namespace: self.root_namespace.clone(),
             mode: match self.mode {

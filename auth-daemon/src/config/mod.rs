@@ -122,7 +122,7 @@ pub struct CaServer {
 pub struct Config {
     /// This node's name, as pods' `spec.nodeName` has it. Defaults to `$NODE_NAME`, then the host name.
     pub node_name: String,
-    /// Defaults to `cluster.local`.
+    /// The mesh's trust domain, with its aliases. Defaults to `cluster.local`, without aliases.
     pub trust_domain: TrustDomain,
     /// Defaults to STRICT.
     pub mode: Mode,
@@ -178,6 +178,7 @@ impl Config {
             .parsed("nodeName", &mut errors, node_name)
             .or_else(default_node_name);
         let trust_domain = root.parsed("trustDomain", &mut errors, TrustDomain::from_str);
+        let aliases = root.list("trustDomainAliases", &mut errors, TrustDomain::from_str);
         let mode = root.parsed("mode", &mut errors, |s| match s {
             "STRICT" => Ok(Mode::Strict),
             "PERMISSIVE" => Ok(Mode::Permissive),
@@ -230,6 +231,7 @@ impl Config {
             return Err(errors);
         };
         let trust_domain: TrustDomain = trust_domain.unwrap_or_default();
+        let trust_domain = trust_domain.with_aliases(aliases.unwrap_or_default());
         Ok(Self {
             node_name,
             trust_domain: trust_domain.clone(),
@@ -448,6 +450,7 @@ mod tests {
         let config = Config::parse(
             "nodeName: node-a\n\
              trustDomain: example.org\n\
+             trustDomainAliases: [old.example.org, older.example.org]\n\
              mode: PERMISSIVE\n\
              discovery:\n  files: /etc/manifests\n\
              ca:\n  directory: /var/ca\n  certificateLifetime: 20s\n\
@@ -461,6 +464,8 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.mode, Mode::Permissive);
+        assert_eq!(config.trust_domain.as_str(), "example.org");
+        assert!(config.policy.trust_domain.is_named("older.example.org"));
         assert_eq!(config.pod_networks.len(), 2);
         assert_eq!(config.service_networks, ["172.20.0.0/16".parse().unwrap()]);
         assert_eq!(config.certificate_lifetime, Duration::from_secs(20));
@@ -477,6 +482,7 @@ mod tests {
     fn shows_all_faults_at_once() {
         let errors = Config::parse(
             "nodeName: ''\nsameNode: both\nnonTcp: never\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
+             trustDomainAliases: [Old]\n\
              drain: 5\nlog: {format: xml, colour: red}\nca: here\n",
         )
         .unwrap_err();
@@ -488,6 +494,7 @@ mod tests {
             "nonTcp: \"never\": is neither allow nor deny",
             "mood: there is no such field",
             "podNetworks[0]: \"10.0.0.0/33\"",
+            "trustDomainAliases[0]: \"Old\"",
             "drain: 5 is not a string",
             "discovery: has neither files",
             "ca: is not a mapping",

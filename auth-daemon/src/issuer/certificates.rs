@@ -281,7 +281,7 @@ async fn request(issuer: &dyn Issuer, identity: &Identity) -> Result<Current, Is
         .first()
         .ok_or_else(|| IssueError::from("the CA answered without a certificate".to_owned()))?;
     let trust_domain = trust.current().bundle.trust_domain.clone();
-    let svid = Svid::parse(leaf, trust_domain.as_str()).map_err(|error| failed(&error))?;
+    let svid = Svid::parse(leaf, &trust_domain).map_err(|error| failed(&error))?;
     if svid.identity != *identity {
         return Err(format!("the CA answered with a certificate of {}", svid.identity).into());
     }

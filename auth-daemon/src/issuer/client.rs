@@ -235,7 +235,7 @@ fn read_answer(
     let Some(leaf) = chain.first() else {
         return Err("it answers without a certificate".into());
     };
-    let svid = Svid::parse(leaf, trust_domain.as_str())
+    let svid = Svid::parse(leaf, trust_domain)
         .map_err(|error| format!("it answers with an unusable certificate: {error}"))?;
     if svid.identity != *identity {
         return Err(format!(

@@ -173,7 +173,7 @@ async fn handshake(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Box<Channel
         .await
         .ok_or_else(|| format!("no valid certificate for {}", pod.workload.identity))?;
     let config = certificate.configs.server.clone();
-    auth_tunnel::handshake::accept(tcp, config, node.config.trust_domain.as_str())
+    auth_tunnel::handshake::accept(tcp, config, &node.config.trust_domain)
         .await
         .map(Box::new)
         .map_err(|error| error.to_string())

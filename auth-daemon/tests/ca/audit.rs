@@ -109,7 +109,7 @@ async fn issuances_say_who_got_what() {
     let web = identity("web");
     let workload = format!("{web} on node a");
     let check = |line: &Value, leaf: &CertificateDer<'_>, caller: &str| {
-        let leaf = Svid::parse(leaf, DOMAIN).unwrap();
+        let leaf = Svid::parse(leaf, &domain()).unwrap();
         let peer: SocketAddr = line["peer"].as_str().unwrap().parse().unwrap();
         assert!(peer.ip().is_loopback() && peer.port() != 0, "{line}");
         assert_fields(

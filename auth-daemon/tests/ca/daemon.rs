@@ -55,7 +55,7 @@ async fn certificates_come_with_their_trust() {
     let issuer = issuer(&ca, "a");
     let issued = issuer.issue(&identity("web"), &request()).await.unwrap();
     assert_eq!(
-        Svid::parse(&issued.chain[0], DOMAIN).unwrap().identity,
+        Svid::parse(&issued.chain[0], &domain()).unwrap().identity,
         identity("web")
     );
     assert!(!issued.chain.contains(&ca.roots()[0]), "without the root");
@@ -74,7 +74,7 @@ async fn learns_revocations_within_two_seconds() {
     let ca = Ca::start().await;
     let issuer = issuer(&ca, "a");
     let issued = issuer.issue(&identity("web"), &request()).await.unwrap();
-    let svid = Svid::parse(&issued.chain[0], DOMAIN).unwrap();
+    let svid = Svid::parse(&issued.chain[0], &domain()).unwrap();
     let serial = svid.serial.parse().unwrap();
     let revoked = || issuer.trust().current().revoked.clone();
     for (target, know) in [
@@ -185,7 +185,7 @@ async fn requests_thousands_of_certificates_at_once() {
                 let identity = identity(&account);
                 let issued = issuer.issue(&identity, &csr).await.unwrap();
                 assert_eq!(
-                    Svid::parse(&issued.chain[0], DOMAIN).unwrap().identity,
+                    Svid::parse(&issued.chain[0], &domain()).unwrap().identity,
                     identity
                 );
             })

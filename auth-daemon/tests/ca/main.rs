@@ -40,7 +40,7 @@ async fn a_node_gets_certificates_of_its_pods_whatever_usage_the_csr_asks_for() 
         .await
         .unwrap();
     assert_eq!(chain.last(), ca.roots().first(), "the root comes last");
-    let svid = Svid::parse(&chain[0], DOMAIN).unwrap();
+    let svid = Svid::parse(&chain[0], &domain()).unwrap();
     assert_eq!(svid.identity, identity("web"));
     let (_, leaf) = X509Certificate::from_der(&chain[0]).unwrap();
     let names = leaf.subject_alternative_name().unwrap().unwrap();
@@ -80,7 +80,7 @@ async fn a_pod_gets_its_identity_by_token_and_renews_by_certificate() {
     };
     let renewed = renewal(|_| {}).send(&holder).await.unwrap();
     assert_eq!(
-        Svid::parse(&renewed[0], DOMAIN).unwrap().identity,
+        Svid::parse(&renewed[0], &domain()).unwrap().identity,
         identity("web")
     );
     let refused = renewal(|ask| ask.identity = Some(identity("api").to_string()))
@@ -96,7 +96,7 @@ async fn a_pod_gets_its_identity_by_token_and_renews_by_certificate() {
         "a bad token is not made good"
     );
 
-    let serial = Svid::parse(&chain[0], DOMAIN).unwrap().serial;
+    let serial = Svid::parse(&chain[0], &domain()).unwrap().serial;
     ca.authority
         .revoke(
             Target::Serial(serial.parse().unwrap()),

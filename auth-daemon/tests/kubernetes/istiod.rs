@@ -8,7 +8,7 @@ use auth_daemon::{
     issuer::{CaClient, Issuer as _, Link},
 };
 use auth_mesh::{
-    AddressKind, Hbone, Identity, Published, Registry,
+    AddressKind, Hbone, Identity, Published, Registry, TrustDomain,
     policy::{Connection, Policies, Settings, api::Mode},
 };
 use auth_tunnel::tls::svid::Svid;
@@ -117,7 +117,7 @@ async fn istiod_issues_certificates_for_the_pods_of_the_node() {
         daemon.issue(&identity("web"), &csr).await.ok()
     })
     .await;
-    let svid = Svid::parse(&issued.chain[0], "cluster.local").unwrap();
+    let svid = Svid::parse(&issued.chain[0], &TrustDomain::default()).unwrap();
     assert_eq!(svid.identity, identity("web"));
     assert_eq!(daemon.trust().current().bundle.roots.len(), 1);
     // What runs on another node is not this node's to ask for.

@@ -26,6 +26,7 @@ use super::{
     tls,
     tls::svid::Svid,
 };
+use auth_mesh::TrustDomain;
 
 /// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +52,7 @@ pub enum HandshakeError {
 pub async fn connect(
     tcp: TcpStream,
     config: Arc<ClientConfig>,
-    trust_domain: &str,
+    trust_domain: &TrustDomain,
 ) -> Result<Channel, HandshakeError> {
     let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
     let connection = UnbufferedClientConnection::new(config, name)?;
@@ -62,7 +63,7 @@ pub async fn connect(
 pub async fn accept(
     tcp: TcpStream,
     config: Arc<ServerConfig>,
-    trust_domain: &str,
+    trust_domain: &TrustDomain,
 ) -> Result<Channel, HandshakeError> {
     let connection = UnbufferedServerConnection::new(config)?;
     drive(tcp, Server(connection), trust_domain).await
@@ -133,7 +134,7 @@ enum Step {
 async fn drive<S: Side>(
     mut tcp: TcpStream,
     mut side: S,
-    trust_domain: &str,
+    trust_domain: &TrustDomain,
 ) -> Result<Channel, HandshakeError> {
     let mut incoming = Buffer::default();
     // Number of bytes of `incoming` that are shown to rustls. Always ends at a record boundary.
@@ -190,7 +191,7 @@ async fn drive<S: Side>(
 }
 
 /// The certificate that the peer has presented, in this session or in the one that it resumes.
-pub(crate) fn peer(session: &CommonState, trust_domain: &str) -> Result<Svid, Error> {
+pub(crate) fn peer(session: &CommonState, trust_domain: &TrustDomain) -> Result<Svid, Error> {
     let leaf = session
         .peer_certificates()
         .and_then(|chain| chain.first())

@@ -103,6 +103,7 @@ fn identity(found: &api::Workload, mesh: &Mesh) -> Result<auth_mesh::Identity, S
     };
     match found.trust_domain.as_str() {
         "" => of(&mesh.trust_domain),
+        known if mesh.trust_domain.is_named(known) => of(&mesh.trust_domain),
         other => of(&other
             .parse()
             .map_err(|error| format!("trustDomain: {error}"))?),
@@ -204,6 +205,27 @@ pub(crate) mod tests {
         assert_eq!(of.membership, Some(Membership::Enabled));
         assert_eq!(found.slices[0].service, "web");
         assert_eq!(found.slices[0].ports, [("80".to_owned(), 8080)]);
+    }
+
+    #[test]
+    fn an_identity_under_an_alias_is_the_meshs_own() {
+        let alias = "old.example".parse().unwrap();
+        let mesh = Mesh {
+            trust_domain: TrustDomain::default().with_aliases([alias]),
+            ..mesh()
+        };
+        for (domain, expected) in [
+            ("", "cluster.local"),
+            ("old.example", "cluster.local"),
+            ("other.example", "other.example"),
+        ] {
+            let found = api::Workload {
+                trust_domain: domain.into(),
+                ..pod("web-1", 1)
+            };
+            let found = workload(found, &mesh).unwrap().workload.identity;
+            assert_eq!(found.trust_domain(), expected);
+        }
     }
 
     #[test]

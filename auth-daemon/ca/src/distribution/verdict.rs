@@ -88,7 +88,7 @@ fn certificate(
     identity: &Identity,
 ) -> Option<(Svid, CertificateDer<'static>)> {
     let leaf = CertificateDer::from_pem_slice(&chain.0).ok()?;
-    let svid = Svid::parse(&leaf, identity.trust_domain()).ok()?;
+    let svid = Svid::parse(&leaf, &identity.trust_domain().parse().ok()?).ok()?;
     let spki = X509Certificate::from_der(&leaf)
         .ok()?
         .1

@@ -22,7 +22,7 @@ pub struct Settings {
     pub root_namespace: String,
     /// Mode of workloads for which no PeerAuthentication sets one.
     pub mode: Mode,
-    /// The mesh's own trust domain. `cluster.local` in a policy stands for it, too.
+    /// The mesh's own trust domain. `cluster.local` and its aliases in a policy stand for it, too.
     pub trust_domain: TrustDomain,
 }
 

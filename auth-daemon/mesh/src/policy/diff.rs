@@ -13,7 +13,7 @@ use super::{
     api::{Mode, Object, Rule, Values},
     reading::Selection,
 };
-use crate::{Identity, Workload};
+use crate::{Identity, TrustDomain, Workload};
 
 /// Maximum number of pods that a text names.
 const MAX_NAMED: usize = 3;
@@ -48,6 +48,9 @@ pub struct Inventory {
     pub strict: bool,
     /// See [`Settings::trust_domain`].
     pub trust_domain: String,
+    /// Its aliases.
+    #[serde(default)]
+    pub trust_domain_aliases: Vec<String>,
     /// The pods.
     pub pods: Vec<Pod>,
 }
@@ -118,6 +121,10 @@ impl Inventory {
             root_namespace: settings.root_namespace.clone(),
             strict: settings.mode == Mode::Strict,
             trust_domain: settings.trust_domain.to_string(),
+            trust_domain_aliases: {
+                let aliases = settings.trust_domain.aliases().iter();
+                aliases.map(ToString::to_string).collect()
+            },
             pods: pods.collect(),
         }
     }
@@ -130,7 +137,14 @@ impl Inventory {
                 true => Mode::Strict,
                 false => Mode::Permissive,
             },
-            trust_domain: self.trust_domain.parse()?,
+            trust_domain: {
+                let aliases = self.trust_domain_aliases.iter();
+                let aliases: Vec<TrustDomain> = aliases
+                    .map(|alias| alias.parse())
+                    .collect::<Result<_, _>>()?;
+                let own: TrustDomain = self.trust_domain.parse()?;
+                own.with_aliases(aliases)
+            },
         })
     }
 }

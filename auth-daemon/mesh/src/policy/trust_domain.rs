@@ -1,5 +1,6 @@
 //! The trust domain in principals: `cluster.local` stands for the mesh's own trust domain, whatever its name is, as in
-//! Istio (`istio.io/istio/pilot/pkg/trustdomain`). A policy that is copied from one mesh to another so keeps its meaning.
+//! Istio (`istio.io/istio/pilot/pkg/security/trustdomain`). A policy that is copied from one mesh to another so keeps its
+//! meaning. The same holds for the trust domain's aliases.
 
 use std::sync::Arc;
 
@@ -9,10 +10,10 @@ use crate::TrustDomain;
 /// The trust domain that stands for the mesh's own.
 const OWN: &str = "cluster.local";
 
-/// Returns the rules of `policy`, with the mesh's own trust domain in place of `cluster.local`.
+/// Returns the rules of `policy`, with the mesh's own trust domain in place of `cluster.local` and of its aliases.
 pub(super) fn resolve(policy: &AuthorizationPolicy, own: &TrustDomain) -> Arc<[Rule]> {
-    let names_own = |(_, principal)| domain(principal) == Some(OWN);
-    if own.as_str() == OWN || !principals(policy).any(names_own) {
+    let is_other_name = |name: &str| name != own.as_str() && (name == OWN || own.is_named(name));
+    if !principals(policy).any(|(_, principal)| domain(principal).is_some_and(is_other_name)) {
         return policy.rules.clone();
     }
     let mut rules = policy.rules.to_vec();
@@ -22,7 +23,8 @@ pub(super) fn resolve(policy: &AuthorizationPolicy, own: &TrustDomain) -> Arc<[R
         };
         for principal in principals {
             if let Pattern::Exact(text) | Pattern::Prefix(text) = principal
-                && let Some((OWN, path)) = text.split_once('/')
+                && let Some((name, path)) = text.split_once('/')
+                && is_other_name(name)
             {
                 *text = format!("{own}/{path}").into();
             }
@@ -35,15 +37,15 @@ pub(super) fn resolve(policy: &AuthorizationPolicy, own: &TrustDomain) -> Arc<[R
 pub(super) fn warnings(policy: &AuthorizationPolicy, own: &TrustDomain) -> Vec<FieldWarning> {
     let mut warnings = Vec::new();
     for (requirement, principal) in principals(policy) {
-        let known = [own.as_str(), OWN];
-        let Some(domain) = domain(principal).filter(|domain| !known.contains(domain)) else {
+        let is_unknown = |name: &&str| *name != OWN && !own.is_named(name);
+        let Some(domain) = domain(principal).filter(is_unknown) else {
             continue;
         };
         let warning = FieldWarning {
             field: requirement.field.to_string(),
             text: format!(
-                "principal {principal} matches no client, because its trust domain {domain} is not the \
-                 mesh's; use cluster.local, which stands for the mesh's own ({own})"
+                "principal {principal} matches no client, because its trust domain {domain} is neither the \
+                 mesh's nor one of trustDomainAliases; use cluster.local, which stands for the mesh's own ({own})"
             ),
         };
         if !warnings.contains(&warning) {
@@ -87,13 +89,17 @@ mod tests {
     };
 
     fn policies(trust_domain: &str, action: &str, from: &Value) -> Policies {
+        compile(trust_domain.parse().unwrap(), action, from)
+    }
+
+    fn compile(trust_domain: TrustDomain, action: &str, from: &Value) -> Policies {
         let document = json!({
             "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
             "metadata": {"name": "web", "namespace": "shop"},
             "spec": {"action": action, "rules": [from]},
         });
         let settings = Settings {
-            trust_domain: trust_domain.parse().unwrap(),
+            trust_domain,
             ..Settings::default()
         };
         Policies::compile(settings, [Arc::new(Object::read(&document).unwrap())])
@@ -172,6 +178,25 @@ mod tests {
             assert_eq!(allows(&policies, web), web_allowed, "{case}");
             assert_eq!(allows(&policies, api), api_allowed, "{case}");
             assert_eq!(policies.warnings(), [], "{case}");
+        }
+    }
+
+    #[test]
+    fn an_alias_is_another_name_of_the_meshs_own_trust_domain() {
+        let rule = json!({"from": [{"source": {"principals": ["old.example/ns/shop/sa/web"]}}]});
+        for own in ["new.example", "cluster.local"] {
+            let domain: TrustDomain = own.parse().unwrap();
+            let aliased = domain.with_aliases(["old.example".parse().unwrap()]);
+            let policies = compile(aliased, "ALLOW", &rule);
+            assert!(allows(&policies, &format!("{own}/ns/shop/sa/web")), "{own}");
+            assert!(
+                !allows(&policies, &format!("{own}/ns/shop/sa/api")),
+                "{own}"
+            );
+            assert_eq!(policies.warnings(), [], "{own}");
+            let unknown = super::tests::policies(own, "ALLOW", &rule);
+            assert!(!allows(&unknown, &format!("{own}/ns/shop/sa/web")), "{own}");
+            assert_eq!(unknown.warnings().len(), 1, "{own}");
         }
     }
 

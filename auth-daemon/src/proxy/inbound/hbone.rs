@@ -141,7 +141,7 @@ async fn handshake(
         .await
         .ok_or_else(|| format!("no valid certificate for {}", pod.workload.identity))?;
     let config = certificate.configs.hbone_server.clone();
-    let server = hbone::accept(tcp, config, node.config.trust_domain.as_str(), window)
+    let server = hbone::accept(tcp, config, &node.config.trust_domain, window)
         .await
         .map_err(|error| error.to_string())?;
     let made = Made::now(&certificate.svid, server.peer());

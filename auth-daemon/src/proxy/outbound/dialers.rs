@@ -312,7 +312,7 @@ async fn handshake(
     destination: &Destination,
 ) -> Result<Channel, Failure> {
     let config = certificate.configs.client.clone();
-    let trust_domain = node.config.trust_domain.as_str();
+    let trust_domain = &node.config.trust_domain;
     let channel = auth_tunnel::handshake::connect(tcp, config, trust_domain).await?;
     check_naming(&channel.peer().identity, destination)?;
     Ok(channel)

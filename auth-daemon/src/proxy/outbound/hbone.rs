@@ -79,7 +79,7 @@ impl Call<'_> {
             .and_then(|_| pod.outbound.large_window(None));
         let window = large.as_ref().map_or(SMALL_WINDOW, |_| LARGE_WINDOW);
         let config = certificate.configs.hbone_client.clone();
-        let trust_domain = node.config.trust_domain.as_str();
+        let trust_domain = &node.config.trust_domain;
         let handshake = async {
             let (client, driver) = hbone::connect(tcp, config, trust_domain, window).await?;
             check_naming(&client.peer().identity, attempt.destination)?;

@@ -23,6 +23,7 @@ use super::{
     MAX_FRAME, MAX_HEADERS, MAX_STREAMS_OPENED, STREAM_WINDOW, Stream, keep_alive::KeepAlive, tls,
 };
 use crate::{HandshakeError, tls::svid::Svid};
+use auth_mesh::TrustDomain;
 
 /// A connection to a server, after its handshake. Clones share the connection, which ends in order once all of them, and
 /// their streams, are dropped.
@@ -53,7 +54,7 @@ pub enum OpenError {
 pub async fn connect(
     tcp: TcpStream,
     config: Arc<ClientConfig>,
-    trust_domain: &str,
+    trust_domain: &TrustDomain,
     window: u32,
 ) -> Result<(Client, impl Future<Output = ()> + Send + use<>), HandshakeError> {
     let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());

@@ -22,6 +22,7 @@ use super::{
     Stream, keep_alive::KeepAlive, parse_authority, tls,
 };
 use crate::{HandshakeError, tls::svid::Svid};
+use auth_mesh::TrustDomain;
 
 /// A client's connection, after its handshake.
 pub struct Server {
@@ -44,7 +45,7 @@ pub struct Request {
 pub async fn accept(
     tcp: TcpStream,
     config: Arc<ServerConfig>,
-    trust_domain: &str,
+    trust_domain: &TrustDomain,
     window: impl FnOnce() -> u32,
 ) -> Result<Server, HandshakeError> {
     let tls = TlsAcceptor::from(config)

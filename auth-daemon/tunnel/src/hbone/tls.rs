@@ -6,9 +6,13 @@ use rustls::{CommonState, Error};
 
 use super::ALPN;
 use crate::{HandshakeError, handshake, tls::svid::Svid};
+use auth_mesh::TrustDomain;
 
 /// Checks the protocol, and returns the certificate that the peer has presented.
-pub(super) fn peer(session: &CommonState, trust_domain: &str) -> Result<Svid, HandshakeError> {
+pub(super) fn peer(
+    session: &CommonState,
+    trust_domain: &TrustDomain,
+) -> Result<Svid, HandshakeError> {
     if session.alpn_protocol() != Some(ALPN) {
         return Err(HandshakeError::NotHbone);
     }

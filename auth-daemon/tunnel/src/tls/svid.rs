@@ -13,7 +13,7 @@ use x509_parser::{
     prelude::FromDer,
 };
 
-use auth_mesh::{Identity, InvalidIdentity};
+use auth_mesh::{Identity, InvalidIdentity, TrustDomain};
 
 /// Object identifier of the certificate extension that names the node to which the certificate was issued: a
 /// non-critical UTF8String. Nodes use it to reject certificates of a revoked node. Arc 2.25 needs no registration
@@ -74,8 +74,9 @@ pub enum InvalidSvid {
 }
 
 impl Svid {
-    /// Parses a leaf certificate of `trust_domain`. Does not verify the chain, the signature or the validity period.
-    pub fn parse(der: &[u8], trust_domain: &str) -> Result<Self, InvalidSvid> {
+    /// Parses a leaf certificate of `trust_domain`. Its identity is under the trust domain's own name, even if that in the
+    /// certificate is under an alias. Does not verify the chain, the signature or the validity period.
+    pub fn parse(der: &[u8], trust_domain: &TrustDomain) -> Result<Self, InvalidSvid> {
         let (rest, certificate) =
             X509Certificate::from_der(der).map_err(|_| InvalidSvid::Malformed)?;
         if !rest.is_empty() {
@@ -117,9 +118,9 @@ impl Svid {
             uri: uri.chars().take(256).collect(),
             why,
         })?;
-        if identity.trust_domain() != trust_domain {
+        let Some(identity) = trust_domain.resolve(&identity) else {
             return Err(InvalidSvid::TrustDomain(identity));
-        }
+        };
         if signs != Some(true) {
             return Err(InvalidSvid::KeyUsage);
         }
@@ -185,7 +186,7 @@ mod tests {
     }
 
     fn parse(der: &[u8]) -> Result<Svid, InvalidSvid> {
-        Svid::parse(der, "cluster.local")
+        Svid::parse(der, &TrustDomain::default())
     }
 
     #[test]

@@ -83,7 +83,7 @@ impl Verifier {
             let error = ChainTooLarge(intermediates.len());
             return Err(CertificateError::Other(OtherError(Arc::new(error))).into());
         }
-        let svid = Svid::parse(leaf, self.trust_domain.as_str())
+        let svid = Svid::parse(leaf, &self.trust_domain)
             .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))))?;
         self.trust
             .current()

@@ -81,7 +81,7 @@ fn csr() -> Vec<u8> {
 }
 
 fn svid(chain: &[CertificateDer<'_>]) -> Svid {
-    Svid::parse(&chain[0], "cluster.local").unwrap()
+    Svid::parse(&chain[0], &TrustDomain::default()).unwrap()
 }
 
 fn serial(chain: &[CertificateDer<'_>]) -> Serial {
