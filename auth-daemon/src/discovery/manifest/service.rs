@@ -1,15 +1,26 @@
 //! Services.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::{Object, object_name, port_number};
+use auth_common::TUNNEL_PORT;
 use auth_kubernetes::objects;
-use auth_mesh::{Identity, Port, Service, TargetPort, TrustDomain};
+use auth_mesh::{
+    Identity, ObjectName, Port, Service, TargetPort, TrustDomain, Waypoint, WaypointAt,
+};
 
 /// Annotation that pins the service accounts that may run a service: names, or namespace/name, separated by commas.
 pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
+/// Istio's label of a service whose connections go through a waypoint, which has a service of that name; `none` for no
+/// waypoint.
+const USE_WAYPOINT: &str = "istio.io/use-waypoint";
+/// Label that says in which other namespace the waypoint is.
+const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 
 /// Reads a service. Returns `None` for one without a virtual address: headless, or an ExternalName. Errors name the
 /// object and the field.
@@ -60,6 +71,8 @@ pub fn service(
             target,
         });
     }
+    let labels = service.metadata.labels.unwrap_or_default();
+    let waypoint = waypoint(&labels, &name.namespace).map(Arc::new);
     let annotations = service.metadata.annotations.unwrap_or_default();
     let pinned_identities = annotations
         .get(ACCOUNTS_ANNOTATION)
@@ -83,10 +96,25 @@ pub fn service(
         selector: spec.selector,
         pinned_identities,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        waypoint,
         sticky: spec.session_affinity.as_deref() == Some("ClientIP"),
         local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         ..Service::new(name)
     }))))
+}
+
+fn waypoint(labels: &BTreeMap<String, String>, namespace: &str) -> Option<Waypoint> {
+    let name = labels.get(USE_WAYPOINT).filter(|name| *name != "none")?;
+    let namespace = labels
+        .get(USE_WAYPOINT_NAMESPACE)
+        .map_or(namespace, String::as_str);
+    Some(Waypoint {
+        at: WaypointAt::Service(ObjectName {
+            namespace: namespace.to_owned(),
+            name: name.clone(),
+        }),
+        port: TUNNEL_PORT,
+    })
 }
 
 fn pinned(
@@ -169,6 +197,31 @@ mod tests {
             *object.pointer_mut(pointer).unwrap() = value;
             let error = read(object, &domain()).unwrap_err();
             assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn reads_the_waypoint_of_a_service() {
+        for (labels, expected) in [
+            (json!({USE_WAYPOINT: "proxy"}), Some("default/proxy")),
+            (
+                json!({USE_WAYPOINT: "proxy", USE_WAYPOINT_NAMESPACE: "edge"}),
+                Some("edge/proxy"),
+            ),
+            (json!({USE_WAYPOINT: "none"}), None),
+            (json!({USE_WAYPOINT_NAMESPACE: "edge"}), None),
+            (json!({}), None),
+        ] {
+            let object = json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "labels": labels},
+                "spec": {"clusterIP": "10.96.0.7", "ports": [{"port": 80}]},
+            });
+            let (_, object) = read(object, &domain()).unwrap().pop().unwrap();
+            let Object::Service(service) = object else {
+                panic!("no service");
+            };
+            let found = service.waypoint.as_ref().map(|found| found.to_string());
+            assert_eq!(found.as_deref(), expected, "{labels}");
         }
     }
 

@@ -3,6 +3,7 @@
 mod client;
 mod config;
 mod server;
+mod waypoint;
 
 use std::fs;
 use std::path::PathBuf;
