@@ -28,6 +28,8 @@ pub enum WaypointAt {
     Address(IpAddr),
     /// Behind a service.
     Service(ObjectName),
+    /// Nowhere that can be reached, for this reason. Connections must not go around it.
+    Unusable(String),
 }
 
 /// Why a waypoint cannot be reached.
@@ -43,6 +45,9 @@ pub enum NoWaypoint {
         "the address of waypoint {0} is claimed by more than one pod or service; fix the objects that claim it"
     )]
     Disputed(Waypoint),
+    /// What is said about it cannot be used.
+    #[error("what istiod says of it is of no use: {0}")]
+    Unusable(Waypoint),
     /// Its service does not have the port for HBONE.
     #[error("the service of waypoint {0} has no port {port}", port = .0.port)]
     NoPort(Waypoint),
@@ -56,6 +61,7 @@ impl fmt::Display for Waypoint {
         match &self.at {
             WaypointAt::Address(address) => write!(f, "{address}"),
             WaypointAt::Service(service) => write!(f, "{service}"),
+            WaypointAt::Unusable(reason) => f.write_str(reason),
         }
     }
 }
@@ -67,6 +73,7 @@ impl Snapshot {
         let unknown = || NoWaypoint::Unknown(waypoint.clone());
         let name = match &waypoint.at {
             WaypointAt::Service(name) => name.clone(),
+            WaypointAt::Unusable(_) => return Err(NoWaypoint::Unusable(waypoint.clone())),
             WaypointAt::Address(address) => {
                 let claims = self.addresses.get(address).ok_or_else(unknown)?;
                 match claims.owner() {
@@ -267,6 +274,7 @@ mod tests {
             }
         });
         let other = at(WaypointAt::Service(name("other")));
+        let unusable = at(WaypointAt::Unusable("it is in another network".into()));
         let other_port = Waypoint {
             port: 80,
             ..by_name()
@@ -280,6 +288,7 @@ mod tests {
             ),
             (&ready, &by_address("10.1.0.7"), NoWaypoint::Unknown),
             (&ready, &other_port, NoWaypoint::NoPort),
+            (&ready, &unusable, NoWaypoint::Unusable),
             (&without, &by_name(), NoWaypoint::NotReady),
             (&unready, &by_name(), NoWaypoint::NotReady),
             (&unready, &by_address("10.1.0.9"), NoWaypoint::NotReady),

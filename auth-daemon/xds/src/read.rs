@@ -1,6 +1,6 @@
 //! What all resources have in common: names, addresses, ports, and their bounds.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use auth_mesh::{ObjectName, TrustDomain, Waypoint, WaypointAt};
 
@@ -116,13 +116,17 @@ pub(crate) fn object_name(field: &str, text: &str) -> Result<ObjectName, String>
     })
 }
 
-/// Reads a waypoint. Fails rather than to leave one out: traffic must not go around it.
-pub(crate) fn waypoint(
-    found: Option<&GatewayAddress>,
-    mesh: &Mesh,
-) -> Result<Option<Waypoint>, String> {
+/// Reads a waypoint. One that cannot be read is kept as unusable: traffic must not go around it.
+pub(crate) fn waypoint(found: Option<&GatewayAddress>, mesh: &Mesh) -> Option<Arc<Waypoint>> {
+    let read = readable_waypoint(found?, mesh);
+    Some(Arc::new(read.unwrap_or_else(|reason| Waypoint {
+        at: WaypointAt::Unusable(reason),
+        port: 0,
+    })))
+}
+
+fn readable_waypoint(found: &GatewayAddress, mesh: &Mesh) -> Result<Waypoint, String> {
     use gateway_address::Destination;
-    let Some(found) = found else { return Ok(None) };
     let at = match &found.destination {
         Some(Destination::Hostname(hostname)) => {
             let service = service_name(&hostname.namespace, &hostname.hostname);
@@ -135,7 +139,7 @@ pub(crate) fn waypoint(
         None => return Err("waypoint: has neither hostname nor address".into()),
     };
     let port = port("waypoint.hboneMtlsPort", found.hbone_mtls_port)?;
-    Ok(Some(Waypoint { at, port }))
+    Ok(Waypoint { at, port })
 }
 
 #[cfg(test)]
@@ -185,14 +189,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_waypoint_that_cannot_be_read_is_an_error() {
+    fn a_waypoint_that_cannot_be_read_stays_a_waypoint() {
         use gateway_address::Destination;
         let read = |destination, port| {
             let found = GatewayAddress {
                 destination,
                 hbone_mtls_port: port,
             };
-            waypoint(Some(&found), &mesh())
+            waypoint(Some(&found), &mesh()).unwrap().at.clone()
         };
         let at = |network: &str| {
             Some(Destination::Address(NetworkAddress {
@@ -201,11 +205,18 @@ pub(crate) mod tests {
                 length: None,
             }))
         };
-        let found = read(at(""), 15008).unwrap().unwrap();
-        assert_eq!(found.at, WaypointAt::Address([10, 0, 0, 9].into()));
-        assert!(read(at("other"), 15008).is_err());
-        assert!(read(at(""), 0).is_err());
-        assert!(read(None, 15008).is_err());
-        assert_eq!(waypoint(None, &mesh()), Ok(None));
+        let found = read(at(""), 15008);
+        assert_eq!(found, WaypointAt::Address([10, 0, 0, 9].into()));
+        for (unusable, expected) in [
+            (read(at("other"), 15008), "another network"),
+            (read(at(""), 0), "0 is not a port"),
+            (read(None, 15008), "neither hostname nor address"),
+        ] {
+            let WaypointAt::Unusable(reason) = unusable else {
+                panic!("{unusable:?}");
+            };
+            assert!(reason.contains(expected), "{reason}");
+        }
+        assert_eq!(waypoint(None, &mesh()), None);
     }
 }

@@ -1,7 +1,5 @@
 //! Services.
 
-use std::sync::Arc;
-
 use auth_mesh::{Port, Service, TargetPort};
 
 use crate::{
@@ -17,7 +15,7 @@ pub(crate) fn service(found: api::Service, mesh: &Mesh) -> Result<Service, Strin
         return Err("visibility: NAMESPACE is not supported".into());
     }
     let routing = routing(found.load_balancing.as_ref())?;
-    let waypoint = waypoint(found.waypoint.as_ref(), mesh)?.map(Arc::new);
+    let waypoint = waypoint(found.waypoint.as_ref(), mesh);
     let mut addresses = Vec::new();
     // The address of a service without endpoints of its own is a destination like any other.
     if !routing.passthrough {

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use auth_mesh::{Service, policy::api::Object};
+use auth_mesh::{Service, WaypointAt, policy::api::Object};
 use prost::Message;
 use prost_types::{Struct, Value, value::Kind};
 
@@ -234,7 +234,7 @@ impl Kept {
     }
 }
 
-/// A change, and why a policy is not enforced as it is.
+/// A change, and why a policy or waypoint is not followed as it is.
 type Read = Result<(Change, Option<String>), String>;
 
 fn read_address(resource: Resource, mesh: &Mesh) -> Read {
@@ -243,16 +243,24 @@ fn read_address(resource: Resource, mesh: &Mesh) -> Read {
     let bytes = value(&resource, ADDRESS_TYPE).map_err(&failed)?;
     let found = Address::decode(bytes).map_err(|error| failed(error.to_string()))?;
     let own_name = resource.name.clone();
-    let change = match found.r#type {
+    let (change, waypoint) = match found.r#type {
         Some(address::Type::Workload(found)) => {
-            workload(found, mesh).map(|found| Change::Workload(own_name, Box::new(found)))
+            let found = workload(found, mesh).map_err(&failed)?;
+            let waypoint = found.workload.waypoint.clone();
+            (Change::Workload(own_name, Box::new(found)), waypoint)
         }
         Some(address::Type::Service(found)) => {
-            service(found, mesh).map(|found| Change::Service(own_name, Box::new(found)))
+            let found = service(found, mesh).map_err(&failed)?;
+            let waypoint = found.waypoint.clone();
+            (Change::Service(own_name, Box::new(found)), waypoint)
         }
-        None => Err("is neither a workload nor a service".into()),
+        None => return Err(failed("is neither a workload nor a service".into())),
     };
-    Ok((change.map_err(failed)?, None))
+    let unusable = waypoint.and_then(|waypoint| match &waypoint.at {
+        WaypointAt::Unusable(reason) => Some(reason.clone()),
+        _ => None,
+    });
+    Ok((change, unusable.map(failed)))
 }
 
 fn read_policy(resource: Resource, has_good: bool, mesh: &Mesh) -> Read {

@@ -61,7 +61,7 @@ pub(crate) fn workload(found: api::Workload, mesh: &Mesh) -> Result<FoundWorkloa
         // Sidecars accept plaintext where policies allow it, as without a tunnel.
         api::TunnelProtocol::None | api::TunnelProtocol::LegacyIstioMtls => Hbone::No,
     };
-    let waypoint = read::waypoint(found.waypoint.as_ref(), mesh)?.map(Arc::new);
+    let waypoint = read::waypoint(found.waypoint.as_ref(), mesh);
     let is_member = hbone != Hbone::No || waypoint.is_some();
     let slices = slices(&found, &own_name, &addresses)?;
     let policies = bounded(
@@ -300,10 +300,6 @@ pub(crate) mod tests {
                 "namespace/name",
             ),
             (|w| w.addresses = vec![vec![1, 2, 3, 4]; 257], "257"),
-            (
-                |w| w.waypoint = Some(api::GatewayAddress::default()),
-                "waypoint",
-            ),
         ] {
             let mut found = pod("web-1", 1);
             change(&mut found);

@@ -134,6 +134,28 @@ fn a_policy_keeps_its_last_good_version_and_denies_without_one() {
 }
 
 #[test]
+fn a_service_whose_waypoint_cannot_be_used_counts_and_is_reported() {
+    let mut session = session();
+    let behind = crate::workload_api::Service {
+        waypoint: Some(crate::workload_api::GatewayAddress::default()),
+        ..web()
+    };
+    for found in [web(), behind] {
+        let taken = session.take(response(
+            ADDRESS_TYPE,
+            vec![address(WEB, Type::Service(found))],
+            &[],
+        ));
+        let [Change::Service(_, service)] = taken.changes.as_slice() else {
+            panic!("{:?}", taken.changes);
+        };
+        let is_behind = service.waypoint.is_some();
+        assert_eq!(taken.answer.error_detail.is_some(), is_behind);
+        assert_eq!(taken.rejected.len(), usize::from(is_behind));
+    }
+}
+
+#[test]
 fn a_type_that_was_not_subscribed_to_is_rejected() {
     let taken = session().take(response("type.googleapis.com/x", vec![], &[]));
     assert!(taken.changes.is_empty() && taken.answer.error_detail.is_some());
