@@ -317,10 +317,11 @@ impl Edit {
         let slices: Vec<_> = self.next.slices_of(name).cloned().collect();
         let backends = self.next.backends(&state, &slices);
         // A service whose backends are all outside the mesh is not a mesh service, unless its owner pins the identities
-        // that may run it, or its connections go through a waypoint. One without a backend is the mesh's if its next one
+        // that may run it, its connections go through a waypoint, or nothing but the mesh leads them to it. One without a backend is the mesh's if its next one
         // would be: until then, connections to it are refused.
         let ours = service.pinned_identities.is_some()
             || service.waypoint.is_some()
+            || slices.iter().any(|slice| slice.mesh_only)
             || backends.any_meshed()
             || (backends.is_empty()
                 && self.next.default_of(&name.namespace) == Membership::Enabled);
@@ -529,12 +530,14 @@ mod tests {
             serves_last,
         });
         let endpoints = prop::collection::vec(endpoint, 0..4);
-        (name(), "[abc]", endpoints).prop_map(|(name, service, endpoints)| {
+        let slice = (name(), "[abc]", endpoints, any::<bool>());
+        slice.prop_map(|(name, service, endpoints, mesh_only)| {
             Change::Slice(Slice {
                 name,
                 service,
                 ports: vec![(String::new(), 8080)],
                 endpoints,
+                mesh_only,
             })
         })
     }

@@ -15,6 +15,9 @@ pub struct Slice {
     pub ports: Vec<(String, u16)>,
     /// Endpoints.
     pub endpoints: Vec<SliceEndpoint>,
+    /// Whether nothing but the mesh leads connections from the service to these endpoints, because Kubernetes does not know
+    /// the service or the endpoints.
+    pub mesh_only: bool,
 }
 
 /// An endpoint in a slice.
@@ -90,6 +93,7 @@ mod tests {
             service: "web".into(),
             ports: vec![("http".into(), 8080)],
             endpoints,
+            mesh_only: false,
         }
     }
 
@@ -196,6 +200,17 @@ mod tests {
         let mut edit = Edit::from(snapshot);
         edit.remove_pod(&name("two"));
         assert!(is_outside(&edit.finish()));
+    }
+
+    #[test]
+    fn a_service_whose_endpoints_only_the_mesh_leads_to_is_the_meshs() {
+        let snapshot = known(|edit| {
+            edit.slice(Slice {
+                mesh_only: true,
+                ..slice("s", vec![endpoint("10.1.0.7")])
+            });
+        });
+        assert_eq!(endpoints(&snapshot), ["10.1.0.7:8080 "]);
     }
 
     #[test]

@@ -178,6 +178,7 @@ mod tests {
             service: "proxy".into(),
             ports: vec![("15008".into(), 15009)],
             endpoints: endpoints.collect(),
+            mesh_only: false,
         }
     }
 

@@ -132,12 +132,15 @@ fn slices(
             serves_last: false,
         })
         .collect();
+    // Other workloads are named by their UID.
+    let is_pod = own_name.name != found.uid;
     let mut slices = Vec::new();
     for (key, list) in &found.services {
         let (namespace, hostname) = key
             .split_once('/')
             .ok_or_else(|| format!("services: {key:?} is not namespace/hostname"))?;
         let service = service_name(namespace, hostname)?;
+        let is_service_entry = service.name == hostname;
         if list.ports.len() > read::MAX_LIST {
             return Err(format!("services: {service}: has too many ports"));
         }
@@ -159,6 +162,7 @@ fn slices(
             service: service.name,
             ports,
             endpoints: endpoints.clone(),
+            mesh_only: !is_pod || is_service_entry,
         }));
     }
     Ok(slices)
@@ -205,6 +209,21 @@ pub(crate) mod tests {
         assert_eq!(of.membership, Some(Membership::Enabled));
         assert_eq!(found.slices[0].service, "web");
         assert_eq!(found.slices[0].ports, [("80".to_owned(), 8080)]);
+    }
+
+    #[test]
+    fn kubernetes_knows_pods_behind_its_services_alone() {
+        let entry = api::Workload {
+            uid: "Kubernetes/networking.istio.io/WorkloadEntry/shop/vm".into(),
+            ..pod("vm", 2)
+        };
+        let mut selected = pod("web-1", 1);
+        let ports = selected.services.values().next().unwrap().clone();
+        selected.services = [("shop/db.example.com".to_owned(), ports)].into();
+        for (found, expected) in [(pod("web-1", 1), false), (entry, true), (selected, true)] {
+            let found = workload(found, &mesh()).unwrap();
+            assert_eq!(found.slices[0].mesh_only, expected, "{:?}", found.slices);
+        }
     }
 
     #[test]

@@ -81,6 +81,7 @@ pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
         service,
         ports,
         endpoints,
+        mesh_only: false,
     }))))
 }
 
