@@ -6,7 +6,7 @@ use super::evidence::Evidence;
 use super::stage::Stage;
 use super::{
     addresses, bulk, ca, claims, entrances, failure, identity, lives, outside, policy, same_node,
-    wire,
+    seen, wire,
 };
 
 /// A single check of the demo.
@@ -23,7 +23,7 @@ pub(super) const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-pub(super) const AFTER: [Check; 29] = [
+pub(super) const AFTER: [Check; 31] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -68,6 +68,11 @@ pub(super) const AFTER: [Check; 29] = [
         name: "plaintext-refused",
         claim: "a caller without a certificate does not reach the app (STRICT)",
         run: outside::plaintext_refused,
+    },
+    Check {
+        name: "observe",
+        claim: "the daemon shows who called whom, and what was refused and why",
+        run: seen::observe,
     },
     Check {
         name: "non-mesh-untouched",
@@ -128,6 +133,11 @@ pub(super) const AFTER: [Check; 29] = [
         name: "policy-live",
         claim: "a policy that comes into force ends what it denies within a second, and nothing else",
         run: policy::policy_live,
+    },
+    Check {
+        name: "suggested-policy",
+        claim: "policies suggested from what was seen allow that and nothing else",
+        run: seen::suggested_policy,
     },
     Check {
         name: "strict-refuses-plaintext",

@@ -19,6 +19,7 @@ mod outside;
 mod policy;
 mod report;
 mod same_node;
+mod seen;
 mod server_hello;
 mod stage;
 mod wire;
