@@ -14,6 +14,33 @@ pub(crate) fn create(path: &Path) -> Result<()> {
     fs::create_dir_all(path).with_context(|| format!("making the cgroup {}", path.display()))
 }
 
+/// The controllers that a kubelet limits pods by. Version 2 has all of them where no hierarchy of version 1 does.
+const KUBELET: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
+
+/// Whether cgroup v2, mounted at `mount`, has the controllers that a kubelet needs.
+pub(crate) fn has_controllers(mount: &Path) -> Result<bool> {
+    let path = mount.join("cgroup.controllers");
+    let there = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let there: Vec<&str> = there.split_whitespace().collect();
+    Ok(KUBELET.iter().all(|name| there.contains(name)))
+}
+
+/// Enables these controllers of cgroup v2, mounted at `mount`, in `below`, a folder in it.
+pub(crate) fn enable_controllers(mount: &Path, below: &Path) -> Result<()> {
+    let above: Vec<&Path> = below
+        .ancestors()
+        .skip(1)
+        .take_while(|folder| folder.starts_with(mount))
+        .collect();
+    let enabled = KUBELET.map(|name| format!("+{name}")).join(" ");
+    for folder in above.into_iter().rev() {
+        let control = folder.join("cgroup.subtree_control");
+        fs::write(&control, &enabled)
+            .with_context(|| format!("writing {enabled} to {}", control.display()))?;
+    }
+    Ok(())
+}
+
 /// Kills every process in the cgroup and below it, and waits until all have exited.
 pub(crate) fn kill(path: &Path) -> Result<()> {
     // Linux 5.14. It also kills processes that are forked meanwhile.

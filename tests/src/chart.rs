@@ -1,5 +1,6 @@
 //! The Helm chart in `deploy/chart`, and `deploy/auth-daemon.yaml`, which is rendered from it.
 
+use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,8 +26,14 @@ pub fn rendered_file() -> PathBuf {
     deploy().join("auth-daemon.yaml")
 }
 
+/// The environment variable with the folder that holds them, instead of the workspace's `deploy`.
+pub const FOLDER: &str = "DEPLOY_FOLDER";
+
 fn deploy() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
+    env::var_os(FOLDER).map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy"),
+        PathBuf::from,
+    )
 }
 
 /// Why helm cannot run here.

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
+use crate::vm::slowdown;
+
 /// Default timeout of the library's own waits.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Calls `probe` every 10 ms until it returns a value. Fails if `deadline` passes without one.
+/// Calls `probe` every 10 ms until it returns a value. Fails if `deadline`, multiplied by [`slowdown`], passes without one.
 ///
 /// `what` names what is waited for, for the error message.
 pub fn eventually<T>(
@@ -26,6 +28,7 @@ pub fn eventually_ok<T>(
     what: &str,
     mut probe: impl FnMut() -> Result<T>,
 ) -> Result<T> {
+    let deadline = deadline * slowdown();
     let start = Instant::now();
     loop {
         match probe() {

@@ -178,6 +178,26 @@ impl Mesh {
         )
     }
 
+    /// Ends everything on a node, as a power failure does: its processes, its cgroups and its network namespace with all that
+    /// is in it. Then makes the cgroups and the namespace anew, with the same addresses on the wire. The node's pods are not
+    /// made again.
+    pub fn reset(&self, node: &Node) -> Result<()> {
+        cgroup::remove(node.cgroup())?;
+        for place in [node.place(), node.daemon_place()] {
+            cgroup::create(place.cgroup())?;
+        }
+        let netns = node.netns();
+        netns.recreate()?;
+        plumbing::prepare(netns, true)?;
+        plumbing::attach_again(self.wire.place().netns(), node.number(), netns)?;
+        let others: Vec<u8> = self
+            .nodes()
+            .map(Node::number)
+            .filter(|number| *number != node.number())
+            .collect();
+        plumbing::node(netns, node.number(), &others)
+    }
+
     /// Starts a CA on the host outside, which issues what each node's pods need. Pass it to the daemons with
     /// [`DaemonOptions::ca`]. Only one runs at a time; the next one continues with its state.
     pub fn start_ca(&self, options: &CaOptions) -> Result<Ca> {

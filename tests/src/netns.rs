@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow};
@@ -14,11 +14,12 @@ use crate::ip::ip;
 
 /// A network namespace under `/run/netns`.
 ///
-/// The value holds the namespace open: it refers to the same namespace even if the file is removed and recreated.
+/// The value holds the namespace open: it refers to the same namespace even if the file is removed and recreated. Only
+/// [`Netns::recreate`] changes that, for all clones.
 #[derive(Debug, Clone)]
 pub struct Netns {
     name: String,
-    file: Arc<File>,
+    file: Arc<Mutex<Arc<File>>>,
 }
 
 impl Netns {
@@ -36,13 +37,25 @@ impl Netns {
 
     /// Opens the namespace of this name, which must exist.
     pub fn open(name: &str) -> Result<Self> {
+        Ok(Self {
+            name: name.to_owned(),
+            file: Arc::new(Mutex::new(Self::open_file(name)?)),
+        })
+    }
+
+    /// Replaces the namespace by a new one of the same name, which has no interfaces but a loopback.
+    pub(crate) fn recreate(&self) -> Result<()> {
+        Self::remove(&self.name)?;
+        ip(None, &[format!("netns add {}", self.name)])?;
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = Self::open_file(&self.name)?;
+        Ok(())
+    }
+
+    fn open_file(name: &str) -> Result<Arc<File>> {
         let path = Self::path_of(name);
         let file = File::open(&path)
             .with_context(|| format!("opening the namespace {}", path.display()))?;
-        Ok(Self {
-            name: name.to_owned(),
-            file: Arc::new(file),
-        })
+        Ok(Arc::new(file))
     }
 
     /// Its name under `/run/netns`.
@@ -56,8 +69,8 @@ impl Netns {
     }
 
     /// The open namespace, for `setns`.
-    pub(crate) fn file(&self) -> &Arc<File> {
-        &self.file
+    pub(crate) fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Runs `body` on a thread inside the namespace and returns its value.
@@ -69,11 +82,12 @@ impl Netns {
     /// # Panics
     /// If `body` panics, with its payload.
     pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> Result<T> {
+        let file = self.file();
         thread::scope(|scope| {
             let inside = thread::Builder::new()
                 .name(format!("in {}", self.name))
                 .spawn_scoped(scope, || {
-                    setns(&*self.file, CloneFlags::CLONE_NEWNET)
+                    setns(&*file, CloneFlags::CLONE_NEWNET)
                         .with_context(|| format!("entering the namespace {}", self.name))?;
                     Ok(body())
                 })

@@ -7,7 +7,6 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
@@ -62,7 +61,7 @@ impl Place {
     /// Returns a command that will run here, for what [`Place::run`] and [`Place::spawn`] do not offer. Pass it to
     /// [`Process::spawn`] so that it is killed when the test ends.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
-        let netns = Arc::clone(self.netns.file());
+        let netns = self.netns.file();
         let path = self.cgroup.join("cgroup.procs");
         let procs = OpenOptions::new()
             .write(true)

@@ -63,18 +63,35 @@ pub(crate) fn wire(wire: &Netns, nodes: &[(u8, &Netns)], outside: &Netns) -> Res
         format!("link add {BRIDGE} type bridge mcast_snooping 0"),
         format!("link set {BRIDGE} up"),
     ];
-    let mut attach = |link: &str, netns: &Netns| {
-        commands.push(format!(
-            "link add {link} type veth peer name eth0 netns {}",
-            netns.name()
-        ));
-        commands.push(format!("link set {link} master {BRIDGE} up"));
-    };
     for (number, netns) in nodes {
-        attach(&node_link(*number), netns);
+        commands.extend(link_of_node(*number, netns));
     }
-    attach(OUTSIDE_LINK, outside);
+    commands.extend(link_to_wire(OUTSIDE_LINK, OUTSIDE_IPV4, outside));
     ip(Some(wire.name()), &commands)
+}
+
+/// Replaces the link between the bridge and a node whose namespace is new.
+pub(crate) fn attach_again(wire: &Netns, number: u8, netns: &Netns) -> Result<()> {
+    // The kernel removes the other end with the old namespace, but not at once.
+    let _ = unplug(wire, &node_link(number));
+    ip(Some(wire.name()), &link_of_node(number, netns))
+}
+
+fn link_of_node(number: u8, netns: &Netns) -> [String; 2] {
+    link_to_wire(&node_link(number), node_ipv4(number), netns)
+}
+
+/// The commands that attach a namespace to the bridge. Its hardware address is derived from its address, so that neighbour
+/// entries stay valid when the namespace is made anew.
+fn link_to_wire(link: &str, address: Ipv4Addr, netns: &Netns) -> [String; 2] {
+    [
+        format!(
+            "link add {link} type veth peer name eth0 address {} netns {}",
+            hardware_address(address.octets()),
+            netns.name()
+        ),
+        format!("link set {link} master {BRIDGE} up"),
+    ]
 }
 
 /// Sets a node's addresses, its pods' bridge and its routes to the other nodes' pods.

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -406,6 +407,26 @@ fn a_pod_is_made_anew_in_the_middle_of_a_conversation() -> Result<()> {
     let again = mesh.add_pod(PodSpec::new("web").on("node-b"))?;
     assert_ne!(again.uid(), new.uid());
     assert_ne!(again.ipv4(), new.ipv4());
+    Ok(())
+}
+
+#[test]
+fn a_node_that_is_reset_is_a_new_one_at_the_same_addresses() -> Result<()> {
+    let mesh = two_nodes()?;
+    let node = mesh.node("node-b");
+    let namespace = || Ok::<_, anyhow::Error>(std::fs::metadata(node.netns().path())?.ino());
+    let before = namespace()?;
+    let mut of_node = node.spawn("sleep", ["1000"])?;
+    let mut of_pod = mesh.pod("web").spawn("sleep", ["1000"])?;
+    mesh.reset(node)?;
+    assert!(of_node.ended()?.is_some() && of_pod.ended()?.is_some());
+    assert_ne!(namespace()?, before);
+    let _server = node.app("echo-server --port 7")?.listening()?;
+    for address in [IpAddr::from(node.ipv4()), node.ipv6().into()] {
+        for from in [mesh.node("node-a").place(), mesh.outside()] {
+            from.connect((address, 7).into())?;
+        }
+    }
     Ok(())
 }
 

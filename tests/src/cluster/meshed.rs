@@ -12,6 +12,7 @@ use super::{AUTH_DAEMON_IMAGE, Cluster, ClusterNode, ClusterOptions, auth_daemon
 use crate::chart;
 use crate::locate::auth_daemon;
 use crate::process::Finished;
+use crate::vm::slowdown;
 
 /// The namespace of everything in the chart.
 pub const SYSTEM: &str = chart::SYSTEM_NAMESPACE;
@@ -101,7 +102,8 @@ impl MeshedCluster {
 
     /// The body that curl in a pod gets from a URL.
     pub fn curl(&self, pod: &str, url: &str) -> Result<String> {
-        let finished = self.exec(pod, &["curl", "-sSf", "--max-time", "15", url])?;
+        let seconds = (15 * slowdown()).to_string();
+        let finished = self.exec(pod, &["curl", "-sSf", "--max-time", &seconds, url])?;
         Ok(finished.ok()?.stdout)
     }
 
@@ -194,11 +196,18 @@ impl MeshedCluster {
 
     /// Waits until a rollout, such as of `deployment/web`, is complete.
     pub fn rolled_out(&self, namespace: &str, what: &str) -> Result<()> {
-        let seconds = PATIENCE.as_secs();
-        self.kubectl(&format!(
-            "rollout status -n {namespace} {what} --timeout={seconds}s"
-        ))
-        .map(drop)
+        self.kubectl_waits(namespace, &format!("rollout status {what}"))
+    }
+
+    /// Waits until objects of the apps, such as `pod/a pod/b`, have a condition.
+    pub fn becomes(&self, what: &str, condition: &str) -> Result<()> {
+        self.kubectl_waits(APPS, &format!("wait {what} --for=condition={condition}"))
+    }
+
+    fn kubectl_waits(&self, namespace: &str, command: &str) -> Result<()> {
+        let seconds = (PATIENCE * slowdown()).as_secs();
+        self.kubectl(&format!("{command} -n {namespace} --timeout={seconds}s"))
+            .map(drop)
     }
 }
 

@@ -29,9 +29,9 @@ use anyhow::{Context, Result, anyhow};
 use crate::cgroup::Hierarchy;
 use crate::kubernetes::{self, Kubernetes};
 use crate::mesh::Mesh;
-use crate::plumbing;
 use crate::process::{Finished, Process};
 use crate::wire::Wire;
+use crate::{cgroup, mounts, plumbing};
 
 pub use images::{AUTH_DAEMON_IMAGE, TOOLS, auth_daemon_image};
 pub use node::ClusterNode;
@@ -146,13 +146,21 @@ impl Cluster {
             return Some(why);
         }
         let hierarchies = Hierarchy::all().unwrap_or_default();
-        if !hierarchies.iter().any(|one| one.options == "memory") {
+        let is_v1 = hierarchies.iter().any(|one| one.options == "memory");
+        if !is_v1 && !Self::pods_are_in_cgroup2() {
             return Some(
-                "this machine has no cgroup v1 hierarchy for memory, which the cluster's nodes need"
+                "this machine's cgroups have no controllers for memory and the like, which kubelets need"
                     .to_owned(),
             );
         }
         None
+    }
+
+    /// Whether the nodes' kubelets use cgroup version 2. Otherwise they use version 1, with version 2 beside it.
+    pub fn pods_are_in_cgroup2() -> bool {
+        mounts::cgroup2()
+            .and_then(|mount| cgroup::has_controllers(&mount))
+            .unwrap_or(false)
     }
 
     /// Starts a cluster of these nodes and waits until all are ready.
@@ -178,11 +186,11 @@ impl Cluster {
                 .nodes()
                 .map(|node| {
                     scope.spawn(|| {
-                        let mut node = ClusterNode::start(node, &mesh_folder, options.network)?;
+                        let node = ClusterNode::start(node, &mesh_folder, options)?;
                         for image in &images {
                             node.load(image)?;
                         }
-                        node.join(&api, options)?;
+                        node.join(&api)?;
                         node.wait_ready(&api)?;
                         Ok(node)
                     })
@@ -245,6 +253,15 @@ impl Cluster {
         controllers.clear();
         *controllers = start_controllers(&self.mesh, &self.api, self.network)?;
         Ok(())
+    }
+
+    /// Reboots a node: ends everything on it as a power failure does, and starts it again in a new network namespace, with
+    /// an empty disk. Its name, addresses and images stay. Waits until it is ready.
+    ///
+    /// # Panics
+    /// If there is no such node.
+    pub fn reboot(&self, node: &str) -> Result<()> {
+        self.node(node).reboot(&self.mesh, &self.api)
     }
 
     /// Imports an image from an OCI archive on every node.

@@ -6,25 +6,37 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 
 use super::{ClusterOptions, PodNetwork, START};
-use crate::cgroup::Hierarchy;
+use crate::cgroup::{self, Hierarchy};
 use crate::eventually::eventually_ok;
 use crate::kubernetes::{self, Kubernetes};
 use crate::locate::kube_node;
+use crate::mesh::Mesh;
 use crate::node::Node;
-use crate::plumbing;
 use crate::process::{Finished, Process};
+use crate::{mounts, plumbing};
 
 /// A node that runs containers. Its network namespace is that of a [`Node`] of the mesh. It has a mount namespace and a
 /// cgroup namespace of its own, which disappear with its processes.
 #[derive(Debug)]
 pub struct ClusterNode {
     node: Node,
+    mesh_folder: String,
+    options: ClusterOptions,
+    running: Mutex<Running>,
+    /// The archives of the images that it has.
+    images: Mutex<Vec<PathBuf>>,
+}
+
+/// What a reboot replaces.
+#[derive(Debug)]
+struct Running {
     /// The node's folder in each cgroup v1 hierarchy.
     cgroups: Vec<PathBuf>,
     mounts: File,
@@ -33,12 +45,16 @@ pub struct ClusterNode {
     _holder: Process,
 }
 
-impl ClusterNode {
-    /// Starts containerd on `node`.
-    pub(super) fn start(node: &Node, mesh_folder: &str, network: PodNetwork) -> Result<Self> {
+impl Running {
+    /// Prepares the cgroups and the namespaces of `node`.
+    fn start(node: &Node, mesh_folder: &str) -> Result<Self> {
         let below = Path::new(mesh_folder).join(node.name());
         let mut roots = vec![format!("={}", node.cgroup().display())];
         let mut cgroups = Vec::new();
+        let cgroup2 = mounts::cgroup2()?;
+        if cgroup::has_controllers(&cgroup2)? {
+            cgroup::enable_controllers(&cgroup2, node.cgroup())?;
+        }
         for hierarchy in Hierarchy::all()? {
             let folder = hierarchy.create(&below)?;
             roots.push(format!("{}={}", hierarchy.options, folder.display()));
@@ -55,16 +71,54 @@ impl ClusterNode {
             let path = format!("/proc/{}/ns/{name}", holder.pid());
             File::open(&path).with_context(|| format!("opening {path}"))
         };
-        let mut started = Self {
-            node: node.clone(),
+        Ok(Self {
             cgroups,
             mounts: namespace("mnt")?,
             cgroup_root: namespace("cgroup")?,
             programs: Vec::new(),
             _holder: holder,
+        })
+    }
+}
+
+impl ClusterNode {
+    /// Starts containerd on `node`.
+    pub(super) fn start(node: &Node, mesh_folder: &str, options: ClusterOptions) -> Result<Self> {
+        let started = Self {
+            node: node.clone(),
+            mesh_folder: mesh_folder.to_owned(),
+            options,
+            running: Mutex::new(Running::start(node, mesh_folder)?),
+            images: Mutex::default(),
         };
-        started.start_containerd(network)?;
+        started.start_containerd()?;
         Ok(started)
+    }
+
+    /// Ends everything on the node, as a power failure does, and starts it again, with an empty disk but for its images.
+    pub(super) fn reboot(&self, mesh: &Mesh, api: &Kubernetes) -> Result<()> {
+        mesh.reset(&self.node)?;
+        let below = Path::new(&self.mesh_folder).join(self.name());
+        for hierarchy in Hierarchy::all()? {
+            hierarchy.remove(&below)?;
+        }
+        plumbing::outside_is_default_route([self.node.netns()].into_iter())?;
+        *self.running() = Running::start(&self.node, &self.mesh_folder)?;
+        self.start_containerd()?;
+        let images = self
+            .images
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        for image in images {
+            self.import(&image)?;
+        }
+        self.join(api)?;
+        self.wait_ready(api)
+    }
+
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Its name, as in the API.
@@ -87,12 +141,11 @@ impl ClusterNode {
                 .open(&path)
                 .with_context(|| format!("opening {}", path.display()))
         };
-        let cgroups: Vec<File> = self.cgroups.iter().map(join).collect::<Result<_>>()?;
-        let mounts = self.mounts.try_clone().context("sharing a namespace")?;
-        let cgroup_root = self
-            .cgroup_root
-            .try_clone()
-            .context("sharing a namespace")?;
+        let running = self.running();
+        let cgroups: Vec<File> = running.cgroups.iter().map(join).collect::<Result<_>>()?;
+        let share = |namespace: &File| namespace.try_clone().context("sharing a namespace");
+        let (mounts, cgroup_root) = (share(&running.mounts)?, share(&running.cgroup_root)?);
+        drop(running);
         let mut command = self.node.place().command(program)?;
         command.env("PATH", kubernetes::path_variable()?);
         // SAFETY: between fork and exec only write(2) and setns(2) are called, both async-signal-safe, on files that
@@ -122,8 +175,15 @@ impl ClusterNode {
             .with_context(|| format!("on {}", self.name()))
     }
 
-    /// Imports an image from an OCI archive.
+    /// Imports an image from an OCI archive, and again after each reboot.
     pub fn load(&self, archive: &Path) -> Result<()> {
+        self.import(archive)?;
+        let mut images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        images.push(archive.to_owned());
+        Ok(())
+    }
+
+    fn import(&self, archive: &Path) -> Result<()> {
         let mut command = self.command("ctr")?;
         command
             .args(["-n", "k8s.io", "images", "import"])
@@ -137,7 +197,8 @@ impl ClusterNode {
 
     /// The last lines of its programs' logs.
     pub(super) fn last_log_lines(&self, lines: usize) -> String {
-        let logs = self.programs.iter().map(|(name, _)| {
+        let running = self.running();
+        let logs = running.programs.iter().map(|(name, _)| {
             let log = fs::read(self.log(name)).unwrap_or_default();
             let log = String::from_utf8_lossy(&log);
             let all: Vec<&str> = log.lines().collect();
@@ -164,16 +225,17 @@ impl ClusterNode {
     }
 
     /// Starts one of its programs, with its output in a file.
-    fn start_program(&mut self, name: &'static str, mut command: Command) -> Result<()> {
+    fn start_program(&self, name: &'static str, mut command: Command) -> Result<()> {
         let log = File::create(self.log(name)).context("making a log")?;
         command
             .stdout(log.try_clone().context("sharing a log")?)
             .stderr(log);
-        self.programs.push((name, Process::spawn_as_is(command)?));
+        let program = Process::spawn_as_is(command)?;
+        self.running().programs.push((name, program));
         Ok(())
     }
 
-    fn start_containerd(&mut self, network: PodNetwork) -> Result<()> {
+    fn start_containerd(&self) -> Result<()> {
         let networks = self.node.folder().join("networks");
         fs::create_dir_all(&networks).context("creating the folder of the CNI configuration")?;
         let number = self.node.number();
@@ -181,7 +243,7 @@ impl ClusterNode {
             json!([{"subnet": plumbing::pod_network(number)}]),
             json!([{"subnet": plumbing::pod_network6(number)}]),
         );
-        let plugin = match network {
+        let plugin = match self.options.network {
             PodNetwork::Bridge => json!({
                 "type": "bridge", "bridge": plumbing::POD_BRIDGE, "isGateway": true, "hairpinMode": true,
                 "ipam": {
@@ -227,7 +289,8 @@ impl ClusterNode {
     }
 
     /// Starts kubelet and kube-proxy.
-    pub(super) fn join(&mut self, api: &Kubernetes, options: ClusterOptions) -> Result<()> {
+    pub(super) fn join(&self, api: &Kubernetes) -> Result<()> {
+        let options = self.options;
         let (name, address) = (self.name().to_owned(), self.node.ipv4().to_string());
         let addresses = match options.network {
             PodNetwork::Bridge => address.clone(),
@@ -251,7 +314,7 @@ impl ClusterNode {
             "authorization": {"mode": "Webhook"},
             "tlsCertFile": beside("crt"), "tlsPrivateKeyFile": beside("key"),
             "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
-            // The nodes' cgroups are version 1 beside version 2 (Cluster::missing).
+            // The machine may have the controllers in version 1, beside version 2.
             "failCgroupV1": false,
             "cgroupDriver": "cgroupfs", "enforceNodeAllocatable": [],
             "volumePluginDir": "/var/lib/kubelet/volume-plugins",
@@ -291,11 +354,11 @@ impl ClusterNode {
     }
 
     /// Waits until the API reports it ready. Fails as soon as one of its programs exits.
-    pub(super) fn wait_ready(&mut self, api: &Kubernetes) -> Result<()> {
+    pub(super) fn wait_ready(&self, api: &Kubernetes) -> Result<()> {
         let path = format!("/api/v1/nodes/{}", self.name());
         let what = format!("node {} to be ready", self.name());
         let outcome = eventually_ok(START, &what, || {
-            for (name, program) in &mut self.programs {
+            for (name, program) in &mut self.running().programs {
                 if let Some(status) = program.ended()? {
                     return Ok(Err(anyhow!("{name} exited ({status})")));
                 }

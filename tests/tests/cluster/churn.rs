@@ -20,7 +20,7 @@ const GROWTH: u64 = 16 << 10;
 
 /// What a daemon holds.
 #[derive(Debug)]
-struct Footprint {
+pub(crate) struct Footprint {
     files: usize,
     /// The daemon's own count of its entries in kernel maps.
     kernel: KernelStatus,
@@ -30,7 +30,7 @@ struct Footprint {
 }
 
 impl Footprint {
-    fn of(stage: &Stage, node: &str) -> Result<Self> {
+    pub(crate) fn of(stage: &Stage, node: &str) -> Result<Self> {
         let daemon = stage.daemon_on(node)?;
         let status = stage.kubectl(&format!(
             "exec -n {SYSTEM} {} -- auth-daemon status --json",
@@ -51,7 +51,7 @@ impl Footprint {
     }
 
     /// That of a daemon that has released the pods of earlier steps: `client-N` and `web-N` are left.
-    fn at_rest(stage: &Stage, node: &str) -> Result<Self> {
+    pub(crate) fn at_rest(stage: &Stage, node: &str) -> Result<Self> {
         eventually_ok(PATIENCE, "a daemon with two pods", || {
             let found = Self::of(stage, node)?;
             ensure(found.kernel.pods == 2, || format!("{node}: {found:?}"))?;
@@ -60,7 +60,7 @@ impl Footprint {
     }
 
     /// Whether this is not more than `before`, apart from memory.
-    fn is_within(&self, before: &Self) -> bool {
+    pub(crate) fn is_within(&self, before: &Self) -> bool {
         self.files <= before.files
             && self.kernel.pods <= before.kernel.pods
             && self.kernel.mesh_addresses <= before.kernel.mesh_addresses

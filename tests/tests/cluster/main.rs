@@ -3,9 +3,12 @@
 mod ca;
 mod changes;
 mod churn;
+mod first_moments;
 mod load;
 mod measurements;
+mod network_policy;
 mod outages;
+mod reboot;
 mod removal;
 mod rights;
 mod scheduling;
@@ -33,15 +36,15 @@ const STEPS: &[(&str, Step)] = &[
         "one of two CA replicas leads, and the service selects it",
         ca::one_leads,
     ),
-    ("every namespace has the roots", ca::roots_are_everywhere),
-    (
-        "a killed leader is replaced, with the same root",
-        ca::the_leader_is_replaced,
-    ),
     ("each node has a ready daemon", stage::daemons_are_ready),
     (
         "apps start, and their probes pass in STRICT",
         traffic::apps_start,
+    ),
+    ("every namespace has the roots", ca::roots_are_everywhere),
+    (
+        "a killed leader is replaced, with the same root",
+        ca::the_leader_is_replaced,
     ),
     (
         "pods reach a service and each other, with TLS 1.3 between nodes",
@@ -54,6 +57,10 @@ const STEPS: &[(&str, Step)] = &[
     (
         "pods outside the mesh are refused",
         traffic::outsiders_are_refused,
+    ),
+    (
+        "a NetworkPolicy of pods and ports means the same for tunnels",
+        network_policy::names_pods_and_ports,
     ),
     (
         "NodePorts follow the rules for callers outside the mesh",
@@ -113,6 +120,10 @@ const STEPS: &[(&str, Step)] = &[
         scheduling::pods_wait_for_the_daemon,
     ),
     (
+        "a pod that starts on a node without a daemon is closed until there is one",
+        first_moments::pod_without_a_daemon_is_closed,
+    ),
+    (
         "an evicted pod is released",
         workloads::evicted_pod_is_released,
     ),
@@ -127,6 +138,10 @@ const STEPS: &[(&str, Step)] = &[
     (
         "creating and deleting many pods leaves nothing in the daemons",
         churn::many_pods,
+    ),
+    (
+        "a rebooted node serves its pods again, and nothing stale is left",
+        reboot::node_comes_back,
     ),
     (
         "restarting a node's daemon does not affect other nodes",
@@ -170,7 +185,7 @@ const STEPS: &[(&str, Step)] = &[
     ),
 ];
 
-const NEEDED: usize = 5;
+const NEEDED: usize = 3;
 /// The environment variable that limits the run to steps whose name contains it, or one of several texts separated by
 /// commas, besides those that are needed.
 const ONLY: &str = "KUBE_STEPS";

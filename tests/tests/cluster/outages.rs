@@ -31,10 +31,7 @@ pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
     }
     // A pod that starts meanwhile has no certificate, and gets no answer.
     stage.apply(&[account("late"), idle_pod("late", "node1", "late")])?;
-    stage.kubectl(&format!(
-        "wait -n {APPS} pod late --for=condition=Ready --timeout={}s",
-        PATIENCE.as_secs()
-    ))?;
+    stage.becomes("pod/late", "Ready")?;
     ensure(stage.curl("late", &url).is_err(), || {
         "answered without a certificate".to_owned()
     })?;

@@ -99,10 +99,7 @@ pub(crate) fn exposed_ports(stage: &Stage) -> Result<()> {
         exposed,
         node_port("port-cluster", "Cluster"),
     ])?;
-    stage.kubectl(&format!(
-        "wait -n {APPS} pod exposed --for=condition=Ready --timeout={}s",
-        PATIENCE.as_secs()
-    ))?;
+    stage.becomes("pod/exposed", "Ready")?;
     let node_port = port_of(stage, "port-cluster")?;
     let capture = stage.cluster.wire().capture()?;
     for (client, node, to, server) in [

@@ -48,11 +48,7 @@ pub(crate) fn apps_start(stage: &Stage) -> Result<()> {
     for web in ["web-1", "web-2"] {
         stage.rolled_out(APPS, &format!("deployment/{web}"))?;
     }
-    stage.kubectl(&format!(
-        "wait -n {APPS} pod client-1 client-2 --for=condition=Ready --timeout={}s",
-        PATIENCE.as_secs()
-    ))?;
-    Ok(())
+    stage.becomes("pod/client-1 pod/client-2", "Ready")
 }
 
 /// Checks that everything between two addresses is TLS 1.3: one plaintext hello from each side, then encrypted records.
@@ -191,10 +187,7 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
     let mut outsider = idle_pod("outsider", "node1", "client");
     outsider["metadata"]["labels"]["auth-daemon.io/mesh"] = json!("disabled");
     stage.apply(&[outsider])?;
-    stage.kubectl(&format!(
-        "wait -n {APPS} pod outsider --for=condition=Ready --timeout={}s",
-        PATIENCE.as_secs()
-    ))?;
+    stage.becomes("pod/outsider", "Ready")?;
     // By the pod's address, and by the service's, which kube-proxy translates.
     let web = address(&stage.pod(APPS, "app=web-2")?).to_owned();
     for url in [

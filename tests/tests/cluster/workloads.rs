@@ -39,14 +39,8 @@ pub(crate) fn containers_of_every_kind(stage: &Stage) -> Result<()> {
     });
     let capture = stage.cluster.wire().capture()?;
     stage.apply(&[pod, job])?;
-    let wait = |what: &str, condition: &str| {
-        let seconds = PATIENCE.as_secs();
-        stage.kubectl(&format!(
-            "wait -n {APPS} {what} --for={condition} --timeout={seconds}s"
-        ))
-    };
-    wait("pod/kinds", "condition=Ready")?;
-    wait("job/once", "condition=Complete")?;
+    stage.becomes("pod/kinds", "Ready")?;
+    stage.becomes("job/once", "Complete")?;
     let debug = [
         "debug",
         "-n",

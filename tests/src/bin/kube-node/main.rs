@@ -45,11 +45,13 @@ impl std::str::FromStr for Root {
 }
 
 impl Root {
-    /// The folder below /sys/fs/cgroup where a hierarchy with these options is mounted.
-    fn name(&self) -> &str {
+    /// Where a hierarchy with these options is mounted: version 2 on /sys/fs/cgroup itself if it is alone.
+    fn mount_point(&self, is_alone: bool) -> PathBuf {
+        let folder = Path::new(CGROUPS);
         match self.options.as_str() {
-            "" => "unified",
-            options => options.trim_start_matches("none,name="),
+            "" if is_alone => folder.to_owned(),
+            "" => folder.join("unified"),
+            options => folder.join(options.trim_start_matches("none,name=")),
         }
     }
 }
@@ -86,11 +88,19 @@ fn become_node(arguments: &Arguments) -> Result<()> {
     for folder in ["/run", "/var/lib", "/var/log", CGROUPS] {
         mount_on("tmpfs", Path::new(folder), Some("mode=755"))?;
     }
+    let is_alone = arguments.roots.len() == 1;
     for root in &arguments.roots {
-        let folder = Path::new(CGROUPS).join(root.name());
-        fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
+        let folder = root.mount_point(is_alone);
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         match root.options.as_str() {
-            "" => mount_on("cgroup2", &folder, None)?,
+            "" => {
+                mount_on("cgroup2", &folder, None)?;
+                // The root of a tree with controllers has no processes of its own.
+                join(&folder.join(&arguments.leaf))?;
+                if is_alone {
+                    delegate(&folder)?;
+                }
+            }
             options => mount_on("cgroup", &folder, Some(options))?,
         }
     }
@@ -98,9 +108,21 @@ fn become_node(arguments: &Arguments) -> Result<()> {
     for folder in ["/run/netns", "/run/lock"] {
         fs::create_dir(folder).with_context(|| format!("creating {folder}"))?;
     }
-    join(&Path::new(CGROUPS).join("unified").join(&arguments.leaf))?;
     println!("ready");
     Ok(())
+}
+
+/// Lets the kubelet limit what is below the node's root by each controller that the root has.
+fn delegate(root: &Path) -> Result<()> {
+    let controllers = root.join("cgroup.controllers");
+    let controllers = fs::read_to_string(&controllers)
+        .with_context(|| format!("reading {}", controllers.display()))?;
+    let enabled: Vec<String> = controllers
+        .split_whitespace()
+        .map(|name| format!("+{name}"))
+        .collect();
+    let control = root.join("cgroup.subtree_control");
+    fs::write(&control, enabled.join(" ")).with_context(|| format!("writing {}", control.display()))
 }
 
 /// Moves this process into a cgroup.
