@@ -12,7 +12,7 @@ pub(crate) fn pod_without_a_daemon_is_closed(stage: &Stage) -> Result<()> {
     if !Cluster::pods_are_in_cgroup2() {
         println!(
             "SKIPPED pod_without_a_daemon_is_closed: this machine's kubelets use cgroup version 1, where nothing closes \
-             a new pod; `cargo xtask vm-test --kubernetes` runs it"
+             a new pod"
         );
         return Ok(());
     }
