@@ -7,6 +7,7 @@ mod first_moments;
 mod load;
 mod measurements;
 mod network_policy;
+mod observability;
 mod outages;
 mod reboot;
 mod removal;
@@ -53,6 +54,10 @@ const STEPS: &[(&str, Step)] = &[
     (
         "the access log names the callers",
         traffic::log_names_callers,
+    ),
+    (
+        "status and observe show the whole cluster through the API server alone",
+        observability::through_the_api_server,
     ),
     (
         "pods outside the mesh are refused",
