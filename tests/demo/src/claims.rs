@@ -3,12 +3,12 @@
 use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
-use mesh_tests::{Firewall, Node, PodSpec, Process, TIMEOUT, eventually, eventually_ok};
-use nix::sys::signal::Signal;
+use mesh_tests::{Firewall, Node, PodSpec, TIMEOUT, eventually, eventually_ok};
 use serde_json::json;
 
 use super::evidence::Evidence;
-use super::stage::{CLIENT, LOGGED, NODE_A, NODE_B, PORT, SHOP, Stage, WEB, soon};
+use super::stage::{CLIENT, LOGGED, NODE_A, NODE_B, PORT, SHOP, Stage, WEB};
+use super::tcpdump::{Tcpdump, packets, readable};
 
 pub(super) fn service_on_node_address(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     let web = stage.mesh.pod("web-1");
@@ -40,11 +40,11 @@ pub(super) fn service_on_node_address(stage: &mut Stage, evidence: &Evidence) ->
     )?;
 
     let start = daemon.log_position();
-    let tcpdump = Tcpdump::start(stage)?;
+    let tcpdump = tcpdump(stage)?;
     let service = SocketAddr::new(WEB.parse()?, 80);
     let answer = stage.ask(service, &stage.path("on-node"))?;
     evidence.saw(format!("curl http://{service} got {:?}", answer.body));
-    let text = tcpdump.stop(stage)?;
+    let text = stop(tcpdump, stage)?;
     let line = daemon.wait_for_log_after(start, "the connection", LOGGED, |line| {
         line["target"] == "access" && line["destination"] == service.to_string()
     })?;
@@ -103,7 +103,7 @@ pub(super) fn node_port_tunnelled(stage: &mut Stage, evidence: &Evidence) -> Res
             stage.ask(to, &stage.path("early")).map(drop)
         })?;
     }
-    let tcpdump = Tcpdump::start(stage)?;
+    let tcpdump = tcpdump(stage)?;
     for node in [near, far] {
         let start = daemon.log_position();
         let to = SocketAddr::from((node.ipv4(), NODE_PORT));
@@ -122,7 +122,7 @@ pub(super) fn node_port_tunnelled(stage: &mut Stage, evidence: &Evidence) -> Res
         ));
         ensure!(line["path"] == "tunnel", "another path: {line}");
     }
-    unreadable(&tcpdump.stop(stage)?, &stage.marker, evidence)?;
+    unreadable(&stop(tcpdump, stage)?, &stage.marker, evidence)?;
     manifests.edit("Service", "default", "web", |service| {
         service["spec"]["type"] = "ClusterIP".into();
         service["spec"]["ports"][0]["nodePort"].take();
@@ -151,7 +151,7 @@ pub(super) fn removed_address(stage: &mut Stage, evidence: &Evidence) -> Result<
     })?;
     evidence.saw("removed: the manifest of pod shop; its nginx still runs");
 
-    let tcpdump = Tcpdump::start(stage)?;
+    let tcpdump = tcpdump(stage)?;
     for (to, expected) in [
         (pod, "was the address of pod default/shop"),
         (service, "no ready endpoint"),
@@ -179,53 +179,32 @@ pub(super) fn removed_address(stage: &mut Stage, evidence: &Evidence) -> Result<
         })?;
     }
     evidence.saw("with its manifest again: answered");
-    unreadable(&tcpdump.stop(stage)?, &stage.marker, evidence)
+    unreadable(&stop(tcpdump, stage)?, &stage.marker, evidence)
 }
 
 /// Verifies that tcpdump has seen the marker in no packet.
 fn unreadable(text: &str, marker: &str, evidence: &Evidence) -> Result<()> {
-    let headers = text.lines().filter(|line| line.contains(" IP "));
-    let packets = headers.count();
-    let readable = text.matches(marker).count();
+    let readable = readable(text, marker).len();
     evidence.saw(format!(
-        "tcpdump -A on the link of {NODE_A}: {packets} packets, the marker is in {readable} of them"
+        "tcpdump -A on the link of {NODE_A}: {} packets, the marker is in {readable} of them",
+        packets(text)
     ));
     ensure!(readable == 0, "the marker crossed the wire");
     Ok(())
 }
 
-/// A tcpdump of what crosses the link of the client's node.
-struct Tcpdump(Process);
+/// Starts a tcpdump of what the client sends and receives on the link of its node.
+fn tcpdump(stage: &Stage) -> Result<Tcpdump> {
+    let client = stage.mesh.pod(CLIENT).ipv4();
+    let filter = format!("tcp and host {client}");
+    Tcpdump::start(stage.mesh.wire(), stage.mesh.node(NODE_A), &filter)
+}
 
-impl Tcpdump {
-    fn start(stage: &Stage) -> Result<Self> {
-        let wire = stage.mesh.wire();
-        let link = wire.link(stage.mesh.node(NODE_A));
-        let client = stage.mesh.pod(CLIENT).ipv4().to_string();
-        let process = wire.place().spawn(
-            "tcpdump",
-            [
-                "-nn", "-A", "-l", "-i", &link, "tcp", "and", "host", &client,
-            ],
-        )?;
-        soon("tcpdump to listen", || {
-            process.stderr().contains("listening on").then_some(())
-        })?;
-        Ok(Self(process))
-    }
-
-    /// Ends it. Returns the packets as text.
-    fn stop(self, stage: &Stage) -> Result<String> {
-        // When it has printed a later packet, it has printed all earlier ones.
-        let nobody = SocketAddr::new(stage.mesh.outside_ipv4().into(), 1);
-        stage.ask_in_vain(&stage.mesh.pod(CLIENT), nobody, "/")?;
-        let fence = format!("> {}.{}: ", nobody.ip(), nobody.port());
-        soon("tcpdump to catch up", || {
-            self.0.stdout().contains(&fence).then_some(())
-        })?;
-        self.0.signal(Signal::SIGINT)?;
-        Ok(self.0.finish(LOGGED)?.ok()?.stdout)
-    }
+/// Ends it. Returns the packets as text.
+fn stop(tcpdump: Tcpdump, stage: &Stage) -> Result<String> {
+    let nobody = SocketAddr::new(stage.mesh.outside_ipv4().into(), 1);
+    stage.ask_in_vain(&stage.mesh.pod(CLIENT), nobody, "/")?;
+    tcpdump.stop(&format!("> {}.{}: ", nobody.ip(), nobody.port()))
 }
 
 /// An address that no service has: the daemon counts it among the node's.

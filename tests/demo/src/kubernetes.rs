@@ -1,5 +1,7 @@
 //! `cargo xtask demo --kubernetes`: the Helm chart on a real Kubernetes cluster of two nodes on this machine.
 
+mod flap;
+
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -27,7 +29,7 @@ struct Check {
     run: fn(&MeshedCluster, &Evidence) -> Result<()>,
 }
 
-const CHECKS: [Check; 6] = [
+const CHECKS: [Check; 7] = [
     Check {
         name: "plaintext-before",
         claim: "without the chart, what pods of two nodes send each other is readable between the nodes",
@@ -52,6 +54,11 @@ const CHECKS: [Check; 6] = [
         name: "policy-deny",
         claim: "an AuthorizationPolicy denies a service account, and the log says so",
         run: policy_deny,
+    },
+    Check {
+        name: "flap",
+        claim: "while the server's daemon is not ready, its pods are not dialled in plaintext, although they would take it",
+        run: flap::flap,
     },
     Check {
         name: "helm-upgrade",
@@ -432,13 +439,22 @@ fn restarts(cluster: &MeshedCluster) -> Result<Vec<(String, Value)>> {
 /// Waits for a line of the access log of a node's daemon.
 fn logged(cluster: &MeshedCluster, node: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
     eventually_ok(PATIENCE, "a line of the access log", || {
-        let log = cluster.daemon_log(node)?;
-        let mut lines = log
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .filter(|line| line["target"] == "access");
-        lines.find(&wanted).context("it is not there")
+        logged_so_far(cluster, node, &wanted)
     })
+}
+
+/// The first such line so far.
+fn logged_so_far(
+    cluster: &MeshedCluster,
+    node: &str,
+    wanted: impl Fn(&Value) -> bool,
+) -> Result<Value> {
+    let log = cluster.daemon_log(node)?;
+    let mut lines = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|line| line["target"] == "access");
+    lines.find(wanted).context("it is not there")
 }
 
 fn text<'a>(line: &'a Value, field: &str) -> &'a str {

@@ -22,6 +22,7 @@ mod same_node;
 mod seen;
 mod server_hello;
 mod stage;
+mod tcpdump;
 mod wire;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
