@@ -86,11 +86,14 @@ pub(crate) static LOADS: [Load; 15] = [
         group: Group::Across,
         way: Way::Across,
         when: When::EachRound,
-        rows: &[price(
-            "set-up-p50",
-            "connection set-up, one by one, p50",
-            MICROSECONDS,
-        )],
+        rows: &[
+            price(
+                "set-up-p50",
+                "connection set-up, one by one, p50",
+                MICROSECONDS,
+            ),
+            price("set-up-cpu", "  proxies' CPU per 1,000", SECONDS),
+        ],
         run: pod_app::set_up,
     },
     Load {

@@ -80,5 +80,15 @@ impl fmt::Display for Group {
     }
 }
 
+/// The CPU seconds per 1,000 connections or requests. `None` without proxies.
+pub(super) fn per_thousand(
+    before: Option<Duration>,
+    after: Option<Duration>,
+    count: u64,
+) -> Option<f64> {
+    let (before, after) = before.zip(after)?;
+    Some((after - before).as_secs_f64() * 1e3 / count as f64)
+}
+
 /// How much longer than its duration a load may take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);

@@ -6,24 +6,27 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::load::{Measured, PATIENCE};
+use super::load::{Measured, PATIENCE, per_thousand};
 use crate::counters::Moved;
 use crate::stage::Stage;
 use crate::system::{Role, Way};
 use crate::topology::ECHO_PORT;
 use crate::usage;
 
-/// One connection after the other: median microseconds from connect(2) to the echo of the first byte.
+/// One connection after the other: median microseconds from connect(2) to the echo of the first byte, and the proxies' CPU
+/// seconds per 1,000 connections, which depend less on what else the machine does.
 pub(super) fn set_up(stage: &Stage, way: Way, time: Duration) -> Result<Measured> {
     let server = SocketAddr::new(stage.server(way), ECHO_PORT);
+    let before = stage.proxies.cpu()?;
     let done = stage
         .client()
         .app(&format!("set-up --to {server} --time {}", time.as_millis()))?
         .success(time + PATIENCE)?;
     let connections = done["connections"].as_u64().unwrap_or(0);
     ensure!(connections > 0, "no connection came about: {done}");
+    let cpu = per_thousand(before, stage.proxies.cpu()?, connections);
     Ok(Measured {
-        values: vec![Some(done["p50"].as_f64().context("no median")?)],
+        values: vec![Some(done["p50"].as_f64().context("no median")?), cpu],
         moved: Moved {
             connections,
             // One byte in each direction.

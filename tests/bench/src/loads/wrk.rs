@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::load::{Measured, PATIENCE};
+use super::load::{Measured, PATIENCE, per_thousand};
 use crate::counters::Moved;
 use crate::stage::Stage;
 use crate::system::Way;
@@ -35,10 +35,7 @@ pub(super) fn each(stage: &Stage, way: Way, time: Duration, at_a_time: u32) -> R
     let before = stage.proxies.cpu()?;
     let report = run(stage, way, time, at_a_time, Connections::ForEachRequest)?;
     let after = stage.proxies.cpu()?;
-    let thousands = report.requests as f64 / 1e3;
-    let cpu = before
-        .zip(after)
-        .map(|(before, after)| (after - before).as_secs_f64() / thousands);
+    let cpu = per_thousand(before, after, report.requests);
     let mut measured = report.measured(way, stage, vec![Some(report.rate), cpu]);
     measured.moved.connections = report.requests;
     Ok(measured)
