@@ -11,7 +11,7 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{oneshot, watch},
-    task::AbortHandle,
+    task::{AbortHandle, JoinSet},
 };
 
 use super::{Workers, connection_tasks::ConnectionTasks};
@@ -32,8 +32,6 @@ pub(super) const DRAIN_POLL: Duration = Duration::from_millis(20);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Number of connections that a listener accepts before the worker's other tasks run.
 const ACCEPTS_PER_TURN: u32 = 16;
-/// Pause after a turn of a busy listener.
-const BUSY_PAUSE: Duration = Duration::from_millis(1);
 
 /// A task that serves the connections of one of a pod's listeners. It accepts no more when this is dropped, and goes on
 /// serving those that it has accepted.
@@ -82,15 +80,8 @@ pub(super) fn accept(
     let draining = node.draining.subscribe();
     let open = node.listening.subscribe();
     let (stop, stopped) = oneshot::channel();
-    let watch = async move {
-        match TcpListener::from_std(listener) {
-            Ok(listener) => acceptor.run(listener, draining, open, stopped).await,
-            Err(error) => tracing::error!(
-                pod = %acceptor.pod.workload.name, %error, "cannot watch a listener; retrying"
-            ),
-        }
-    };
-    let task = workers.next().runtime.spawn(watch).abort_handle();
+    let run = Arc::new(acceptor).run(listener, draining, open, stopped);
+    let task = workers.next(false).runtime.spawn(run).abort_handle();
     Accepting { task, stop }
 }
 
@@ -107,53 +98,79 @@ struct Acceptor {
 impl Acceptor {
     /// Accepts until told to drain or to stop, or until the listener dies. Then only waits for the open connections.
     async fn run(
-        self,
-        listener: TcpListener,
+        self: Arc<Self>,
+        listener: std::net::TcpListener,
         mut draining: watch::Receiver<bool>,
         open: watch::Receiver<()>,
         mut stopped: oneshot::Receiver<Infallible>,
     ) {
-        let mut accepted_in_turn = 0;
-        let mut failed = LineLimit::default();
-        while !*draining.borrow() {
-            if accepted_in_turn == ACCEPTS_PER_TURN {
-                accepted_in_turn = 0;
-                if self.work.is_busy() {
-                    tokio::time::sleep(BUSY_PAUSE).await;
-                } else {
-                    tokio::task::yield_now().await;
-                }
+        let mut listener = Some(listener);
+        let mut accepting = JoinSet::new();
+        while !*draining.borrow_and_update() {
+            if let Some(listener) = listener.take() {
+                let of_busy = self.work.is_busy();
+                let accept = self.clone().accept(listener, of_busy, open.clone());
+                accepting.spawn_on(accept, &self.workers.next(of_busy).runtime);
             }
             tokio::select! {
-                accepted = listener.accept() => {
-                    accepted_in_turn += 1;
-                    let pod = &self.pod.workload.name;
-                    let Err(error) = accepted.and_then(|(tcp, from)| self.take(tcp, from)) else {
-                        continue;
-                    };
-                    if !auth_datapath::sockets::is_listening(&listener) {
-                        tracing::error!(
-                            %pod, %error, "a listener was closed in the pod's netns; it is opened again"
-                        );
-                        break;
-                    }
-                    if let Some(failures) = failed.note(1, 1, Instant::now()) {
-                        tracing::warn!(%pod, failures, %error, "cannot accept a connection");
-                    }
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                moving = accepting.join_next() => match moving {
+                    Some(Ok(Some(moving))) => listener = Some(moving),
+                    _ => break,
                 },
                 _ = &mut stopped => break,
                 _ = draining.changed() => {}
             }
         }
+        accepting.shutdown().await;
         drop((listener, open, stopped));
         while !self.connections.is_empty() {
             tokio::time::sleep(DRAIN_POLL).await;
         }
     }
 
+    /// Accepts on this worker, which is one of those for busy listeners if `of_busy`. Returns the listener when it becomes busy,
+    /// or calm, and belongs on another worker. Returns `None` when it has died.
+    async fn accept(
+        self: Arc<Self>,
+        listener: std::net::TcpListener,
+        of_busy: bool,
+        _open: watch::Receiver<()>,
+    ) -> Option<std::net::TcpListener> {
+        let pod = &self.pod.workload.name;
+        let unwatched = |error: io::Error| {
+            tracing::error!(%pod, %error, "cannot watch a listener; retrying");
+        };
+        let listener = TcpListener::from_std(listener).map_err(unwatched).ok()?;
+        let mut accepted_in_turn = 0;
+        let mut failed = LineLimit::default();
+        loop {
+            let accepted = listener.accept().await;
+            let is_busy = self.work.is_busy();
+            if let Err(error) = accepted.and_then(|(tcp, from)| self.take(tcp, from, is_busy)) {
+                if !auth_datapath::sockets::is_listening(&listener) {
+                    tracing::error!(
+                        %pod, %error, "a listener was closed in the pod's netns; it is opened again"
+                    );
+                    return None;
+                }
+                if let Some(failures) = failed.note(1, 1, Instant::now()) {
+                    tracing::warn!(%pod, failures, %error, "cannot accept a connection");
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            if is_busy != of_busy {
+                return listener.into_std().map_err(unwatched).ok();
+            }
+            accepted_in_turn += 1;
+            if accepted_in_turn == ACCEPTS_PER_TURN {
+                accepted_in_turn = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
     /// Gives a connection to the worker that has the fewest connections. Resets it if the pod or the peer holds its share.
-    fn take(&self, tcp: TcpStream, from: SocketAddr) -> io::Result<()> {
+    fn take(&self, tcp: TcpStream, from: SocketAddr, of_busy: bool) -> io::Result<()> {
         let from = canonical(from);
         let Admitted { permit, place } = match self.admit(from.ip()) {
             Ok(admitted) => admitted,
@@ -162,7 +179,7 @@ impl Acceptor {
                 return Ok(());
             }
         };
-        let worker = self.workers.idlest(self.work.is_busy());
+        let worker = self.workers.idlest(of_busy);
         let load = worker.count();
         let (node, pod) = (self.node.clone(), self.pod.clone());
         if worker.is_current() {

@@ -79,7 +79,7 @@ impl ConnectionTasks {
 async fn serve(mut arriving: mpsc::UnboundedReceiver<Connection>, work: Arc<Work>) {
     let mut connections = FuturesUnordered::new();
     poll_fn(|context| {
-        begin_turn();
+        let began = begin_turn();
         loop {
             match arriving.poll_recv(context) {
                 Poll::Ready(Some(connection)) => connections.push(InTurn(connection)),
@@ -93,7 +93,7 @@ async fn serve(mut arriving: mpsc::UnboundedReceiver<Connection>, work: Arc<Work
                 break;
             }
         }
-        work.add(turn_so_far());
+        work.add_since(began);
         Poll::Pending
     })
     .await;
@@ -128,17 +128,16 @@ thread_local! {
     static TURN_BEGAN: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-fn begin_turn() {
-    TURN_BEGAN.set(Some(Instant::now()));
+fn begin_turn() -> Instant {
+    let now = Instant::now();
+    TURN_BEGAN.set(Some(now));
+    now
 }
 
 fn is_turn_over() -> bool {
-    turn_so_far() >= TURN
-}
-
-fn turn_so_far() -> Duration {
-    let began = TURN_BEGAN.get();
-    began.map_or(Duration::ZERO, |began| began.elapsed())
+    TURN_BEGAN
+        .get()
+        .is_some_and(|began| began.elapsed() >= TURN)
 }
 
 /// Runs `connection`, then counts it as ended. Not an `async fn`, whose future would hold `connection` twice: it is most
@@ -172,10 +171,10 @@ mod tests {
         let workers = Workers::start(2).unwrap();
         let connections = ConnectionTasks::new(Arc::default());
         let (end, ended) = oneshot::channel();
-        connections.spawn(workers.next(), async {
+        connections.spawn(workers.next(false), async {
             let _ = ended.await;
         });
-        connections.spawn(workers.next(), async { panic!("on purpose") });
+        connections.spawn(workers.next(false), async { panic!("on purpose") });
         assert!(!connections.is_empty());
         end.send(()).unwrap();
         while !connections.is_empty() {
@@ -204,7 +203,7 @@ mod tests {
         for _ in 0..1000 {
             let (held, ended) = oneshot::channel::<()>();
             waiting.push(ended);
-            connections.spawn(workers.next(), async {
+            connections.spawn(workers.next(false), async {
                 let _held = held;
                 std::future::pending().await
             });
@@ -222,7 +221,7 @@ mod tests {
         const GREEDY: usize = 1000;
         const ROUNDS: usize = 20;
         let workers = Workers::start(1).unwrap();
-        let worker = workers.next();
+        let worker = workers.next(false);
         let (greedy, neighbour) = (
             ConnectionTasks::new(Arc::default()),
             ConnectionTasks::new(Arc::default()),

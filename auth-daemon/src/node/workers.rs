@@ -65,10 +65,11 @@ impl Workers {
         Pulse::of(workers.map(|worker| worker.beats.clone()))
     }
 
-    /// Returns a worker for a long-lived task, round-robin.
-    pub(super) fn next(&self) -> &Worker {
+    /// Returns a worker for a long-lived task, round-robin, of those for busy listeners or of the others.
+    pub(super) fn next(&self, of_busy: bool) -> &Worker {
+        let workers = if of_busy { &self.busy } else { &self.calm };
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        &self.calm[number % self.calm.len()]
+        &workers[number % workers.len()]
     }
 
     /// Returns the worker with the fewest connections, of those for busy listeners or of the others. On a tie, prefers the
@@ -176,7 +177,7 @@ mod tests {
         let workers = Arc::new(Workers::start(4).unwrap());
         for _ in 0..4 {
             let asked = workers.clone();
-            let worker = workers.next();
+            let worker = workers.next(false);
             let local = worker
                 .runtime
                 .spawn(async move { asked.idlest(false).is_current() });

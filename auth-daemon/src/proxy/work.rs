@@ -5,66 +5,82 @@
 //! pods' connections as threads do: the kernel's scheduler runs a thread that was asleep before one that has been running.
 //! In one thread, each of a connection's steps would wait for a turn of the busy listener, and for the thread.
 //!
-//! A connection stays on the thread on which it began, and so does a tunnel with all the connections that it carries.
+//! A listener moves as a whole when it becomes busy or calm: the thread that accepts a connection is of the same kind as the
+//! one that serves it. A connection stays on the thread on which it began, and so does a tunnel with all the connections
+//! that it carries.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
 /// Period over which a listener's work is measured.
-const WINDOW: Duration = Duration::from_millis(100);
+const PERIOD: Duration = Duration::from_millis(100);
 /// Work in one such period from which a listener is busy: a quarter of one thread's time.
 const BUSY: Duration = Duration::from_millis(25);
+/// How long a listener stays busy after such a period, so that it does not move to and fro.
+const CALM_AFTER: Duration = Duration::from_secs(2);
 
-/// The work of one listener's connections, on all threads.
-#[derive(Debug, Default)]
-pub(crate) struct Work(Mutex<Measured>);
+/// The work of one listener's connections, on all threads. Without a lock: all threads add to it at each turn. What two
+/// threads add while a period begins may count for the wrong one, or not at all.
+#[derive(Debug)]
+pub(crate) struct Work {
+    began: Instant,
+    /// Number of the current period since `began`.
+    period: AtomicU64,
+    /// Work in the current period, in nanoseconds.
+    work: AtomicU64,
+    /// Until when the listener is busy, in nanoseconds since `began`.
+    busy_until: AtomicU64,
+}
 
-#[derive(Debug, Default)]
-struct Measured {
-    /// When the current period began.
-    began: Option<Instant>,
-    /// Work in the current period.
-    work: Duration,
-    was_busy: bool,
+impl Default for Work {
+    fn default() -> Self {
+        Self {
+            began: Instant::now(),
+            period: AtomicU64::new(0),
+            work: AtomicU64::new(0),
+            busy_until: AtomicU64::new(0),
+        }
+    }
 }
 
 impl Work {
-    /// Adds what a thread has done for the listener just now.
-    pub(crate) fn add(&self, work: Duration) {
-        self.add_at(work, Instant::now());
+    /// Adds what a thread has done for the listener since `start`.
+    pub(crate) fn add_since(&self, start: Instant) {
+        let now = Instant::now();
+        self.add_at(now.duration_since(start), now);
     }
 
-    /// Whether the listener is busy, so that its new connections belong on the threads for busy ones.
+    /// Whether the listener is busy, so that it and its new connections belong on the threads for busy ones.
     pub(crate) fn is_busy(&self) -> bool {
         self.is_busy_at(Instant::now())
     }
 
     fn add_at(&self, work: Duration, now: Instant) {
-        let mut measured = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        measured.settle(now);
-        measured.work += work;
+        let now = now.duration_since(self.began);
+        let period = nanoseconds(now) / nanoseconds(PERIOD);
+        if self.period.load(Ordering::Relaxed) != period {
+            self.period.store(period, Ordering::Relaxed);
+            self.work.store(0, Ordering::Relaxed);
+        }
+        let work = nanoseconds(work);
+        let before = self.work.fetch_add(work, Ordering::Relaxed);
+        if before + work >= nanoseconds(BUSY) {
+            let until = nanoseconds(now + CALM_AFTER);
+            self.busy_until.store(until, Ordering::Relaxed);
+        }
     }
 
     fn is_busy_at(&self, now: Instant) -> bool {
-        let mut measured = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        measured.settle(now);
-        measured.was_busy || measured.work >= BUSY
+        let now = nanoseconds(now.duration_since(self.began));
+        now < self.busy_until.load(Ordering::Relaxed)
     }
 }
 
-impl Measured {
-    /// Begins a new period if the current one is over.
-    fn settle(&mut self, now: Instant) {
-        let age = self.began.map(|began| now.duration_since(began));
-        if age.is_some_and(|age| age < WINDOW) {
-            return;
-        }
-        // After a pause of a whole period, the one before this was quiet.
-        self.was_busy = age.is_some_and(|age| age < 2 * WINDOW) && self.work >= BUSY;
-        (self.began, self.work) = (Some(now), Duration::ZERO);
-    }
+/// Enough for 584 years.
+fn nanoseconds(duration: Duration) -> u64 {
+    duration.as_nanos() as u64
 }
 
 #[cfg(test)]
@@ -73,25 +89,17 @@ mod tests {
 
     #[test]
     fn is_busy_while_it_takes_a_quarter_of_a_thread() {
-        let (work, start) = (Work::default(), Instant::now());
-        let at = |milliseconds| start + Duration::from_millis(milliseconds);
-        for step in 0..10 {
-            work.add_at(Duration::from_millis(1), at(step * 10));
+        let work = Work::default();
+        let at = |milliseconds| work.began + Duration::from_millis(milliseconds);
+        for step in 0..20 {
+            work.add_at(Duration::from_millis(2), at(step * 10));
         }
-        assert!(!work.is_busy_at(at(99)), "10 of 100 ms");
+        assert!(!work.is_busy_at(at(199)), "20 of 100 ms, twice");
         for step in 0..10 {
-            work.add_at(Duration::from_millis(3), at(100 + step * 10));
+            work.add_at(Duration::from_millis(3), at(200 + step * 10));
         }
-        assert!(work.is_busy_at(at(199)), "30 of 100 ms");
-        assert!(work.is_busy_at(at(250)), "in the period before");
-        assert!(!work.is_busy_at(at(350)), "not since");
-    }
-
-    #[test]
-    fn is_calm_again_after_a_pause() {
-        let (work, start) = (Work::default(), Instant::now());
-        work.add_at(WINDOW, start);
-        assert!(work.is_busy_at(start + WINDOW));
-        assert!(!work.is_busy_at(start + 10 * WINDOW));
+        assert!(work.is_busy_at(at(299)), "30 of 100 ms");
+        assert!(work.is_busy_at(at(2000)), "not long ago");
+        assert!(!work.is_busy_at(at(2400)), "not since");
     }
 }

@@ -232,7 +232,7 @@ impl Enrolment {
                 self.node.same_node.adopt(&self.node);
                 let keep = tokio::spawn(same_node::keep(self.node.clone()));
                 tokio::spawn(revocation::keep(self.node.clone()));
-                let worker = self.workers.next();
+                let worker = self.workers.next(false);
                 let log = worker
                     .runtime
                     .spawn(same_node::log_closed(self.node.clone()));
