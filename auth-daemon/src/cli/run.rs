@@ -50,7 +50,8 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = Config::load(&arguments.config)?;
-    let (writer, _written_at_the_end) = log_writer::to_stderr();
+    let (writer, _written_at_the_end) =
+        log_writer::to_stderr().context("cannot start the log's thread")?;
     start_log(&config.log, writer)?;
     raise_file_limit();
 

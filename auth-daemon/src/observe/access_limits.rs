@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, hash_map::DefaultHasher},
     hash::{Hash, Hasher},
-    sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -12,6 +11,7 @@ use auth_mesh::ObjectName;
 use super::{
     access_log::{Direction, Finished, Outcome},
     line_limit::LineLimit,
+    sharded::Sharded,
 };
 
 /// Maximum number of lines in ten seconds about a pod's connections in one direction that ended in order. More than a pod
@@ -24,7 +24,9 @@ const REASONS: usize = 64;
 
 /// What the log has told of the pods' connections, by the cookie of their netns.
 #[derive(Debug, Default)]
-pub(super) struct AccessLimits(Mutex<HashMap<u64, HashMap<Kind, Limited>>>);
+pub(super) struct AccessLimits(Sharded<Pods>);
+
+type Pods = HashMap<u64, HashMap<Kind, Limited>>;
 
 /// What lines have in common that are limited together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,7 +52,7 @@ impl AccessLimits {
             outcome: finished.outcome,
             reason: words(&finished.reason),
         };
-        let mut pods = self.lock();
+        let mut pods = self.0.of(finished.pod);
         let kinds = pods.entry(finished.pod).or_default();
         if kinds.len() >= REASONS && !kinds.contains_key(&kind) {
             kind.reason = 0;
@@ -69,29 +71,27 @@ impl AccessLimits {
     /// Logs how many lines were left out in the intervals that are over, and forgets these. `name` returns the name of the
     /// pod whose netns has a cookie.
     pub(super) fn tell(&self, now: Instant, name: impl Fn(u64) -> Option<ObjectName>) {
-        self.lock().retain(|cookie, kinds| {
-            kinds.retain(|kind, limited| match limited.limit.left_out(now) {
-                None => true,
-                Some(0) => false,
-                Some(left_out) => {
-                    let pod = name(*cookie).map_or_else(String::new, |name| name.to_string());
-                    tracing::warn!(
-                        pod,
-                        direction = kind.direction.name(),
-                        result = kind.outcome.name(),
-                        reason = limited.reason,
-                        left_out,
-                        "access log lines left out"
-                    );
-                    false
-                }
+        for mut pods in self.0.each() {
+            pods.retain(|cookie, kinds| {
+                kinds.retain(|kind, limited| match limited.limit.left_out(now) {
+                    None => true,
+                    Some(0) => false,
+                    Some(left_out) => {
+                        let pod = name(*cookie).map_or_else(String::new, |name| name.to_string());
+                        tracing::warn!(
+                            pod,
+                            direction = kind.direction.name(),
+                            result = kind.outcome.name(),
+                            reason = limited.reason,
+                            left_out,
+                            "access log lines left out"
+                        );
+                        false
+                    }
+                });
+                !kinds.is_empty()
             });
-            !kinds.is_empty()
-        });
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, HashMap<Kind, Limited>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
     }
 }
 
@@ -151,8 +151,8 @@ mod tests {
             limits.pass(&finished(1, Outcome::Reset, reason), now)
         });
         assert!(passed.count() < 10_000 / 2);
-        assert!(limits.lock()[&1].len() <= REASONS + 1);
+        assert!(limits.0.of(1)[&1].len() <= REASONS + 1);
         limits.tell(now + INTERVAL, |_| None);
-        assert!(limits.lock().is_empty());
+        assert!(limits.0.each().all(|pods| pods.is_empty()));
     }
 }

@@ -19,6 +19,7 @@ use super::{
     access_log::{Direction, Finished, Outcome, Path},
     flows::Flows,
     pairs::Pairs,
+    sharded::Sharded,
     totals::Totals,
 };
 use auth_mesh::{
@@ -75,7 +76,8 @@ pub struct Details {
 #[derive(Debug)]
 pub struct OpenConnections {
     registry: Arc<Registry>,
-    connections: Mutex<HashMap<u64, Arc<Connection>>>,
+    /// By number.
+    connections: Sharded<HashMap<u64, Arc<Connection>>>,
     next: AtomicU64,
     limits: AccessLimits,
     /// Counters of connections that have ended.
@@ -91,7 +93,7 @@ impl OpenConnections {
     pub fn new(registry: Arc<Registry>) -> Self {
         Self {
             registry,
-            connections: Mutex::default(),
+            connections: Sharded::default(),
             next: AtomicU64::default(),
             limits: AccessLimits::default(),
             totals: Totals::default(),
@@ -136,7 +138,7 @@ impl OpenConnections {
     fn insert(&self, connection: Connection) -> Guard<'_> {
         let connection = Arc::new(connection);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.lock().insert(id, connection.clone());
+        self.connections.of(id).insert(id, connection.clone());
         Guard {
             open: self,
             id,
@@ -170,8 +172,7 @@ impl OpenConnections {
 
     /// Resets the connections for which `condition` returns a reason, at both ends. The reason goes to the access log.
     pub fn cut(&self, mut condition: impl FnMut(Direction, &Details) -> Option<String>) {
-        let connections: Vec<_> = self.lock().values().cloned().collect();
-        for connection in connections {
+        for connection in self.all() {
             let reason = condition(connection.direction, &connection.lock());
             if let Some(reason) = reason {
                 let _ = connection.cut_because.set(reason);
@@ -182,12 +183,12 @@ impl OpenConnections {
 
     /// The number of open connections.
     pub fn count(&self) -> usize {
-        self.lock().len()
+        self.connections.each().map(|part| part.len()).sum()
     }
 
     /// All open connections, oldest first.
     pub fn list(&self) -> Vec<ConnectionStatus> {
-        let mut connections: Vec<_> = self.lock().values().cloned().collect();
+        let mut connections = self.all();
         connections.sort_by_key(|connection| connection.started);
         connections
             .iter()
@@ -211,10 +212,11 @@ impl OpenConnections {
             .collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
-        self.connections
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn all(&self) -> Vec<Arc<Connection>> {
+        let parts = self.connections.each();
+        parts
+            .flat_map(|part| part.values().cloned().collect::<Vec<_>>())
+            .collect()
     }
 }
 
@@ -331,8 +333,8 @@ impl<'a> Guard<'a> {
     fn write(&mut self, outcome: Outcome, reason: &dyn fmt::Display) {
         self.finished = true;
         let connection = &self.connection;
-        let details = connection.details();
         let (bytes_to_server, bytes_to_client) = connection.bytes();
+        let mut details = connection.lock();
         let finished = Finished {
             pod: connection.pod,
             direction: connection.direction,
@@ -340,16 +342,17 @@ impl<'a> Guard<'a> {
             client: details.client,
             destination: details.destination,
             endpoint: details.endpoint,
-            service: details.service,
-            client_identity: details.client_identity,
-            server_identity: details.server_identity,
+            service: details.service.take(),
+            client_identity: details.client_identity.take(),
+            server_identity: details.server_identity.take(),
             bytes_to_server,
             bytes_to_client,
             duration: connection.started.elapsed(),
             outcome,
             reason: reason.to_string(),
-            policy: details.policy,
+            policy: details.policy.take(),
         };
+        drop(details);
         self.open.log(finished);
     }
 }
@@ -367,6 +370,6 @@ impl Drop for Guard<'_> {
             };
             self.write(Outcome::Reset, &reason);
         }
-        self.open.lock().remove(&self.id);
+        self.open.connections.of(self.id).remove(&self.id);
     }
 }

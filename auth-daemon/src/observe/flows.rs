@@ -3,17 +3,17 @@
 use std::{
     collections::VecDeque,
     net::SocketAddr,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use auth_mesh::{ObjectName, Snapshot};
+use auth_mesh::{Snapshot, Workload};
 use auth_tunnel::tls::rfc3339;
 use serde::{Deserialize, Serialize};
 
 use super::access_log::{Direction, Finished, Outcome};
 
-/// The number of connections that are kept. One takes some 600 bytes.
+/// The number of connections that are kept. One takes some 400 bytes.
 const KEPT: usize = 8192;
 /// The most connections in one answer.
 pub const PAGE: usize = 1000;
@@ -97,7 +97,7 @@ pub struct Flows {
 
 #[derive(Debug, Default)]
 struct Kept {
-    flows: VecDeque<Ended>,
+    flows: VecDeque<Arc<Ended>>,
     /// The number of connections that have ended.
     count: u64,
 }
@@ -107,8 +107,8 @@ struct Ended {
     at: SystemTime,
     finished: Finished,
     /// As the registry had them then: a pod may be gone when somebody asks.
-    client_pod: Option<ObjectName>,
-    server_pod: Option<ObjectName>,
+    client_pod: Option<Arc<Workload>>,
+    server_pod: Option<Arc<Workload>>,
 }
 
 impl Default for Flows {
@@ -123,19 +123,24 @@ impl Default for Flows {
 impl Flows {
     /// Adds a connection that has ended now.
     pub(crate) fn add(&self, finished: Finished, snapshot: &Snapshot) {
-        let pod = |address: SocketAddr| Some(snapshot.pod(address.ip())?.name.clone());
-        let ended = Ended {
+        let pod = |address: SocketAddr| snapshot.pod(address.ip()).cloned();
+        let ended = Arc::new(Ended {
             at: SystemTime::now(),
             client_pod: pod(finished.client),
             server_pod: finished.endpoint.or(finished.destination).and_then(pod),
             finished,
-        };
+        });
         let mut kept = self.lock();
-        if kept.flows.len() == KEPT {
-            kept.flows.pop_front();
-        }
+        let oldest = if kept.flows.len() == KEPT {
+            kept.flows.pop_front()
+        } else {
+            None
+        };
         kept.flows.push_back(ended);
         kept.count += 1;
+        // All threads that end connections share the lock, so the memory is freed without it.
+        drop(kept);
+        drop(oldest);
     }
 
     /// Returns the connections that ended as number `after` or later, where the first has the number 0.
@@ -144,12 +149,9 @@ impl Flows {
         let oldest = kept.count - kept.flows.len() as u64;
         let first = after.clamp(oldest, kept.count);
         let skipped = (first - oldest) as usize;
-        let flows: Vec<_> = kept
-            .flows
-            .range(skipped..)
-            .take(PAGE)
-            .map(|ended| ended.flow(node))
-            .collect();
+        let page: Vec<_> = kept.flows.range(skipped..).take(PAGE).cloned().collect();
+        drop(kept);
+        let flows: Vec<_> = page.iter().map(|ended| ended.flow(node)).collect();
         Page {
             started: since_epoch(self.started).as_millis() as u64,
             next: first + flows.len() as u64,
@@ -167,6 +169,7 @@ impl Ended {
     fn flow(&self, node: &str) -> Flow {
         let finished = &self.finished;
         let identity = |identity: &auth_mesh::Identity| identity.to_string();
+        let pod = |pod: &Arc<Workload>| pod.name.to_string();
         Flow {
             time: format_time(self.at),
             node: node.to_owned(),
@@ -177,12 +180,12 @@ impl Ended {
             },
             path: finished.path.name().to_owned(),
             client: finished.client,
-            client_pod: self.client_pod.as_ref().map(ToString::to_string),
+            client_pod: self.client_pod.as_ref().map(pod),
             client_identity: finished.client_identity.as_ref().map(identity),
             destination: finished.destination,
             service: finished.service.as_ref().map(ToString::to_string),
             endpoint: finished.endpoint,
-            server_pod: self.server_pod.as_ref().map(ToString::to_string),
+            server_pod: self.server_pod.as_ref().map(pod),
             server_identity: finished.server_identity.as_ref().map(identity),
             bytes_to_server: finished.bytes_to_server,
             bytes_to_client: finished.bytes_to_client,

@@ -1,26 +1,190 @@
-//! Writes the log on a thread of its own, so that a reader that stalls does not hold up connections.
+//! Writes the log on a thread of its own, so that a reader that stalls does not hold up connections. It writes what has
+//! gathered for some milliseconds at once: to wake a thread for each line costs more than the line.
 
-use std::{io, sync::OnceLock};
+use std::{
+    io::{self, Write},
+    mem,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
-use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::fmt::MakeWriter;
 
-/// Maximum number of lines that wait for the reader. Further lines are lost, of whatever kind, and counted.
-const MAX_WAITING: usize = 16 * 1024;
+/// Maximum size of the lines that wait for the reader, in bytes. Further lines are lost, of whatever kind, and counted.
+const MAX_WAITING: usize = 4 * 1024 * 1024;
+/// Time for which lines gather.
+const GATHER: Duration = Duration::from_millis(5);
+/// Size of a buffer that is kept for the next lines, in bytes.
+const KEPT: usize = 64 * 1024;
+/// Time limit for the lines that wait when the daemon ends.
+const LAST: Duration = Duration::from_secs(1);
 
-static LOST: OnceLock<ErrorCounter> = OnceLock::new();
+static LOST: AtomicU64 = AtomicU64::new(0);
 
-/// Returns a writer to standard error. Dropping the guard writes the lines that wait, for at most a second.
-pub(crate) fn to_stderr() -> (NonBlocking, WorkerGuard) {
-    let (writer, guard) = NonBlockingBuilder::default()
-        .buffered_lines_limit(MAX_WAITING)
-        .lossy(true)
-        .thread_name("log")
-        .finish(io::stderr());
-    let _ = LOST.set(writer.error_counter());
-    (writer, guard)
+/// Takes lines of the log.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lines(Arc<Shared>);
+
+/// Writes the lines that wait, for at most a second, when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Last(Lines);
+
+#[derive(Debug, Default)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    bytes: Vec<u8>,
+    /// Whether no more lines will come.
+    ended: bool,
+    /// Whether the thread has written all.
+    written: bool,
+}
+
+/// Returns a writer to standard error.
+pub(crate) fn to_stderr() -> io::Result<(Lines, Last)> {
+    start(io::stderr())
 }
 
 /// Number of lines that were lost since the start.
 pub(crate) fn lost_lines() -> u64 {
-    LOST.get().map_or(0, |lost| lost.dropped_lines() as u64)
+    LOST.load(Ordering::Relaxed)
+}
+
+fn start(to: impl Write + Send + 'static) -> io::Result<(Lines, Last)> {
+    let lines = Lines::default();
+    let shared = lines.0.clone();
+    thread::Builder::new()
+        .name("log".to_owned())
+        .spawn(move || shared.write_to(to))?;
+    Ok((lines.clone(), Last(lines)))
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes lines until no more will come.
+    fn write_to(&self, mut to: impl Write) {
+        let mut batch = Vec::new();
+        loop {
+            let waiting = self.changed.wait_while(self.lock(), |waiting| {
+                waiting.bytes.is_empty() && !waiting.ended
+            });
+            drop(waiting);
+            thread::sleep(GATHER);
+            let mut waiting = self.lock();
+            mem::swap(&mut batch, &mut waiting.bytes);
+            if batch.is_empty() && waiting.ended {
+                waiting.written = true;
+                self.changed.notify_all();
+                return;
+            }
+            drop(waiting);
+            // If nobody can read the log, there is nobody to tell.
+            let _ = to.write_all(&batch);
+            batch.clear();
+            batch.shrink_to(KEPT);
+        }
+    }
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = &'a Lines;
+
+    fn make_writer(&'a self) -> Self::Writer {
+        self
+    }
+}
+
+impl Write for &Lines {
+    /// Takes a whole line: each event of the log is written at once.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut waiting = self.0.lock();
+        if waiting.bytes.len() + line.len() > MAX_WAITING {
+            LOST.fetch_add(1, Ordering::Relaxed);
+            return Ok(line.len());
+        }
+        let is_first = waiting.bytes.is_empty();
+        waiting.bytes.extend_from_slice(line);
+        drop(waiting);
+        if is_first {
+            self.0.changed.notify_all();
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        let shared = &self.0.0;
+        let mut waiting = shared.lock();
+        waiting.ended = true;
+        shared.changed.notify_all();
+        let written = shared
+            .changed
+            .wait_timeout_while(waiting, LAST, |waiting| !waiting.written);
+        drop(written);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Sends what is written.
+    struct Reader(mpsc::SyncSender<Vec<u8>>);
+
+    impl Write for Reader {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.send(bytes.to_vec()).map_err(io::Error::other)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn lines_arrive_whole_and_in_order() {
+        let (sender, read) = mpsc::sync_channel(1000);
+        let (lines, last) = start(Reader(sender)).unwrap();
+        for number in 0..100 {
+            writeln!(&lines, "{number}").unwrap();
+        }
+        drop(last);
+        let expected: String = (0..100).map(|number| format!("{number}\n")).collect();
+        // The thread ends, and drops the sender, when it has written all.
+        let text: Vec<u8> = read.iter().flatten().collect();
+        assert_eq!(String::from_utf8(text).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_reader_that_stalls_holds_up_nobody() {
+        // A write waits until somebody receives, and nobody does.
+        let (sender, read) = mpsc::sync_channel(0);
+        let (lines, _last) = start(Reader(sender)).unwrap();
+        let lost = lost_lines();
+        let line = [b'x'; 1024];
+        for _ in 0..3 * MAX_WAITING / line.len() {
+            (&lines).write_all(&line).unwrap();
+        }
+        assert!(lost_lines() > lost);
+        drop(read);
+    }
 }

@@ -8,4 +8,5 @@ pub(crate) mod line_limit;
 pub(crate) mod log_writer;
 pub mod pairs;
 pub(crate) mod refusals;
+mod sharded;
 pub mod totals;

@@ -119,7 +119,8 @@ async fn take(
                 deadline,
                 _place: place,
             };
-            return hbone::serve(node, pod, tcp, from, local, first).await;
+            // Boxed so that connections of other protocols do not take as much memory.
+            return Box::pin(hbone::serve(node, pod, tcp, from, local, first)).await;
         }
         Ok(Detected::Plaintext(app)) => {
             access.learn(|details| details.path = Path::Plaintext);

@@ -101,7 +101,7 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
             drop(call);
             access.counters().up.fetch_add(early, Ordering::Relaxed);
             let _load = node.balance.count(stream.endpoint);
-            hbone::carry(app, stream, access).await;
+            Box::pin(hbone::carry(app, stream, access)).await;
         }
         Ok(Opened::Plainly(mut server)) => {
             let early = std::mem::take(&mut call.early.bytes);
