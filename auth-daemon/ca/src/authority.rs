@@ -2,10 +2,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -21,16 +18,15 @@ use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    config::{MIN_LIFETIME, Root, Settings},
-    crl,
+    config::{MIN_LIFETIME, Root, RootSettings, Settings},
     csr::RequestedKey,
     intermediate::Intermediate,
     rotation::{self, Phase, Rotation},
     signer::{self, SignError},
     state::{CaState, Revocation, StoredSigner, Text},
-    status::AuthorityStatus,
+    status::{AuthorityStatus, RootStatus},
     store::{Store, StoreError, Stored},
-    view::{self, CaView},
+    view::CaView,
 };
 pub use crate::{state::Serial, view::Published};
 
@@ -104,7 +100,7 @@ pub struct Authority {
 struct Inner {
     store: Arc<dyn Store>,
     settings: Settings,
-    intermediate: Option<Intermediate>,
+    keys: KeySource,
     clock: Clock,
     /// The stored state. Locked during a change.
     state: tokio::sync::Mutex<CaState>,
@@ -113,8 +109,22 @@ struct Inner {
     published: watch::Sender<Arc<Published>>,
     /// Wakes [`Authority::run`] when something becomes due at another time.
     changed: Notify,
-    /// When the next revocation lists are due, in seconds since the Unix epoch.
-    crls_due: AtomicU64,
+}
+
+/// Where signing keys come from.
+enum KeySource {
+    /// The CA makes roots.
+    Own(RootSettings),
+    Intermediate(Intermediate),
+}
+
+impl KeySource {
+    fn intermediate(&self) -> Option<&Intermediate> {
+        match self {
+            Self::Own(_) => None,
+            Self::Intermediate(intermediate) => Some(intermediate),
+        }
+    }
 }
 
 /// The source of the current time.
@@ -144,9 +154,9 @@ impl Authority {
     ) -> Result<Self, UnusableCa> {
         let now = clock.now();
         check_settings(&settings)?;
-        let intermediate = match &settings.root {
-            Root::SelfSigned { .. } => None,
-            Root::Intermediate { directory } => Some(
+        let keys = match &settings.root {
+            Root::SelfSigned(roots) => KeySource::Own(*roots),
+            Root::Intermediate(directory) => KeySource::Intermediate(
                 Intermediate::load(directory, &settings.trust_domain, now)
                     .map_err(|errors| UnusableCa(errors.join("\n")))?,
             ),
@@ -157,30 +167,26 @@ impl Authority {
             Stored::State(json) => CaState::from_json(&json, now).map_err(in_state)?,
             Stored::EmbeddedRoot(pem) => CaState::with_embedded_root(&pem)
                 .map_err(|what| UnusableCa(format!("the embedded CA's root {what}")))?,
-            Stored::Nothing => new_state(&settings, intermediate.as_ref(), now)?,
+            Stored::Nothing => new_state(&settings, &keys, now)?,
         };
-        let mut state = check_state(state, &settings, intermediate.as_ref())?;
+        let mut state = check_state(state, &settings, keys.intermediate())?;
         // The lists are signed anew, so what is published changes.
         state.changed(now);
-        let view = CaView::new(&state, None, intermediate.as_ref()).map_err(UnusableCa)?;
-        let published = view
-            .publish(&state, now)
-            .map_err(|error| UnusableCa(error.to_string()))?;
+        let view = CaView::new(&state, None, keys.intermediate(), now).map_err(UnusableCa)?;
         let written = store.replace(&state.to_json()).await;
         written.map_err(|error| UnusableCa(error.0))?;
         let inner = Inner {
             store,
             settings,
-            intermediate,
+            keys,
             clock,
             state: tokio::sync::Mutex::new(state),
+            published: watch::Sender::new(view.published.clone()),
             view: ArcSwap::from_pointee(view),
-            published: watch::Sender::new(Arc::new(published)),
             changed: Notify::new(),
-            crls_due: AtomicU64::new(now + crl::LIFETIME / 2),
         };
         inner.write_published().await;
-        if let Some(intermediate) = &inner.intermediate {
+        if let Some(intermediate) = inner.keys.intermediate() {
             intermediate.warn_before_expiry(now);
         }
         Ok(Self {
@@ -215,8 +221,9 @@ impl Authority {
         let lifetime = inner.lifetime(lifetime)?;
         let view = inner.view.load_full();
         let check = |view: &CaView| {
-            view.revocations.check_identity(identity)?;
-            node.map_or(Ok(()), |node| view.revocations.check_node(node))
+            let revoked = &view.published.revoked;
+            revoked.check_identity(identity)?;
+            node.map_or(Ok(()), |node| revoked.check_node(node))
         };
         check(&view)?;
         let key =
@@ -227,7 +234,7 @@ impl Authority {
             return Err(Refusal::Request("the CSR's key is the CA's own".into()));
         }
         let now = inner.clock.now();
-        let signer = view.signing();
+        let signer = &view.signing;
         let node = Some(node.unwrap_or_default());
         let leaf = signer.svid(identity, &key, node, lifetime, now)?;
         // The state may have changed meanwhile. A root that stopped signing is only needed for what it signed before.
@@ -238,7 +245,7 @@ impl Authority {
                 "the root was replaced while this was signed: retry".into(),
             ));
         }
-        Ok((signer.chain(&leaf), current.roots().to_vec()))
+        Ok((signer.chain(&leaf), current.published.roots.clone()))
     }
 
     /// Key and certificate for the CA's own server, for DNS names and IP addresses, and when to renew it: at half of its
@@ -251,7 +258,7 @@ impl Authority {
         let now = inner.clock.now();
         let lifetime = inner.settings.max_lifetime.as_secs();
         let view = inner.view.load();
-        let (key, leaf) = view.signing().server_certificate(names, lifetime, now)?;
+        let (key, leaf) = view.signing.server_certificate(names, lifetime, now)?;
         let half = now + (leaf.not_after - now) / 2;
         Ok((key, UNIX_EPOCH + Duration::from_secs(half)))
     }
@@ -268,7 +275,8 @@ impl Authority {
         if unix_seconds(svid.not_after) < inner.clock.now() {
             return Err(format!("{} has expired", svid.serial));
         }
-        view.check(&svid).map_err(|revoked| revoked.to_string())?;
+        let checked = view.published.revoked.check(&svid);
+        checked.map_err(|revoked| revoked.to_string())?;
         Ok(svid)
     }
 
@@ -307,7 +315,7 @@ impl Authority {
         self.inner
             .change(|state, inner, now| {
                 inner.start_rotation(state, now)?;
-                Ok(view::describe(state.rotation))
+                Ok(state.rotation.to_string())
             })
             .await
     }
@@ -321,15 +329,19 @@ impl Authority {
     pub fn status(&self) -> AuthorityStatus {
         let inner = &*self.inner;
         let view = inner.view.load();
+        let published = &view.published;
+        let roots = published.roots.iter().enumerate();
         AuthorityStatus {
             trust_domain: inner.settings.trust_domain.to_string(),
-            phase: view.phase_name().into(),
+            phase: view.rotation.phase.name().into(),
             phase_ends: view.rotation.due().map(rfc3339),
-            version: view.version,
-            algorithm: view.signing().algorithm(),
-            intermediate: inner.intermediate.is_some(),
-            roots: view.roots_status(),
-            revoked: view.revoked_status(),
+            version: published.version,
+            algorithm: view.signing.algorithm(),
+            intermediate: inner.keys.intermediate().is_some(),
+            roots: roots
+                .filter_map(|(index, root)| RootStatus::new(root, index == 0))
+                .collect(),
+            revoked: (&published.revoked).into(),
         }
     }
 
@@ -374,33 +386,19 @@ impl Inner {
             let answer = change(&mut next, &inner, now)?;
             next.changed(now);
             let previous = inner.view.load_full();
-            let view = CaView::new(&next, Some(&previous), inner.intermediate.as_ref())
+            let view = CaView::new(&next, Some(&previous), inner.keys.intermediate(), now)
                 .map_err(Refusal::State)?;
             inner.store.replace(&next.to_json()).await?;
             *state = next;
+            let published = view.published.clone();
             inner.view.store(Arc::new(view));
-            inner.publish(&state, now);
+            inner.published.send_replace(published);
             inner.write_published().await;
             inner.changed.notify_one();
             Ok(answer)
         });
         task.await
             .unwrap_or_else(|error| Err(Refusal::State(format!("the change failed: {error}"))))
-    }
-
-    /// Signs the revocation lists of `state` and publishes everything.
-    fn publish(&self, state: &CaState, now: u64) {
-        let due = match self.view.load().publish(state, now) {
-            Ok(published) => {
-                self.published.send_replace(Arc::new(published));
-                now + crl::LIFETIME / 2
-            }
-            Err(error) => {
-                tracing::error!(%error, "revocation lists cannot be signed; daemons keep the last ones");
-                now + LONGEST_RETRY
-            }
-        };
-        self.crls_due.store(due, Ordering::SeqCst);
     }
 
     async fn write_published(&self) {
@@ -470,12 +468,7 @@ impl Inner {
     }
 
     fn start_rotation(&self, state: &mut CaState, now: u64) -> Result<(), Refusal> {
-        let Root::SelfSigned {
-            algorithm,
-            lifetime,
-            spread,
-        } = &self.settings.root
-        else {
+        let KeySource::Own(roots) = &self.keys else {
             return Err(Refusal::State(
                 "the CA signs as an intermediate (pluggedIn): add the new root to root-cert.pem and restart, then \
                  replace ca-cert.pem, ca-key.pem and cert-chain.pem and restart, then remove the old root"
@@ -486,20 +479,18 @@ impl Inner {
         let in_progress = || {
             Refusal::State(format!(
                 "a rotation is in progress ({}): wait until `auth-daemon ca status` shows steady",
-                view::describe(rotation)
+                rotation
             ))
         };
         if rotation.phase != Phase::Steady {
             return Err(in_progress());
         }
-        let trust_domain = &self.settings.trust_domain;
-        let root = signer::make_root(trust_domain, *algorithm, lifetime.as_secs(), now)?;
-        let end = self.view.load().signing().life().end;
-        let stored = StoredSigner::root(root, self.settings.max_lifetime.as_secs())
-            .map_err(Refusal::State)?;
-        let next = state.add_signer(stored);
+        let root = signer::make_root(&self.settings.trust_domain, roots, now)?;
+        let end = self.view.load().signing.life().end;
+        let lifetime = self.settings.max_lifetime.as_secs();
+        let next = state.add_signer(StoredSigner::root(&root, lifetime));
         state.rotation = rotation
-            .start(next, now, spread.as_secs(), end)
+            .start(next, now, roots.spread.as_secs(), end)
             .ok_or_else(in_progress)?;
         tracing::info!(root = next, "new root published; it does not sign yet");
         Ok(())
@@ -510,19 +501,18 @@ impl Inner {
         loop {
             let now = self.clock.now();
             let view = self.view.load_full();
-            let crls = self.crls_due.load(Ordering::SeqCst);
             let others = [view.rotation.due(), self.rotation_starts(&view)];
-            let due = others.into_iter().flatten().fold(crls, u64::min);
+            let due = others.into_iter().flatten().fold(view.lists_due, u64::min);
             if due > now {
                 return Ok(due);
             }
-            if let Some(intermediate) = &self.intermediate {
+            if let Some(intermediate) = self.keys.intermediate() {
                 intermediate.warn_before_expiry(now);
             }
             self.change(move |state, inner, now| {
                 if let Some(next) = state.rotation.step(now, state.longest_lifetime()) {
                     state.rotate(next);
-                    tracing::info!(phase = view::describe(next), "root rotation advanced");
+                    tracing::info!(phase = %next, "root rotation advanced");
                 } else if inner
                     .rotation_starts(&inner.view.load())
                     .is_some_and(|due| due <= now)
@@ -538,11 +528,12 @@ impl Inner {
 
     /// When a rotation starts by itself; `None` during a rotation, and for an intermediate.
     fn rotation_starts(&self, view: &CaView) -> Option<u64> {
-        match &self.settings.root {
-            Root::SelfSigned { spread, .. } if view.rotation.phase == Phase::Steady => {
-                let lifetime = self.settings.max_lifetime.as_secs();
-                let life = view.signing().life();
-                Some(rotation::starts_by_itself(life, spread.as_secs(), lifetime))
+        match &self.keys {
+            KeySource::Own(roots) if view.rotation.phase == Phase::Steady => {
+                let (spread, lifetime) = (roots.spread, self.settings.max_lifetime);
+                let life = view.signing.life();
+                let starts = rotation::starts_by_itself(life, spread.as_secs(), lifetime.as_secs());
+                Some(starts)
             }
             _ => None,
         }
@@ -558,9 +549,9 @@ fn check_settings(settings: &Settings) -> Result<(), UnusableCa> {
             "the longest lifetime of a certificate is {longest:?}; it is at least {MIN_LIFETIME:?}"
         ));
     }
-    if let Root::SelfSigned {
+    if let Root::SelfSigned(RootSettings {
         lifetime, spread, ..
-    } = &settings.root
+    }) = &settings.root
     {
         let least = 2 * rotation::least_left(spread.as_secs(), longest.as_secs());
         if lifetime.as_secs() < least {
@@ -576,31 +567,19 @@ fn check_settings(settings: &Settings) -> Result<(), UnusableCa> {
     Err(UnusableCa(errors.join("\n")))
 }
 
-fn new_state(
-    settings: &Settings,
-    intermediate: Option<&Intermediate>,
-    now: u64,
-) -> Result<CaState, UnusableCa> {
+fn new_state(settings: &Settings, keys: &KeySource, now: u64) -> Result<CaState, UnusableCa> {
     let (domain, longest) = (&settings.trust_domain, settings.max_lifetime.as_secs());
-    match (&settings.root, intermediate) {
-        (
-            Root::SelfSigned {
-                algorithm,
-                lifetime,
-                ..
-            },
-            _,
-        ) => {
-            let root = signer::make_root(domain, *algorithm, lifetime.as_secs(), now)
+    let signer = match keys {
+        KeySource::Intermediate(intermediate) => {
+            StoredSigner::intermediate(&intermediate.signer, longest)
+        }
+        KeySource::Own(roots) => {
+            let root = signer::make_root(domain, roots, now)
                 .map_err(|error| UnusableCa(error.to_string()))?;
-            CaState::with_root(domain, root, longest).map_err(UnusableCa)
+            StoredSigner::root(&root, longest)
         }
-        (Root::Intermediate { .. }, Some(intermediate)) => {
-            let certificate = intermediate.signer.certificate().clone();
-            Ok(CaState::with_intermediate(domain, certificate, longest))
-        }
-        (Root::Intermediate { .. }, None) => Err(UnusableCa("there is no intermediate".into())),
-    }
+    };
+    Ok(CaState::new(domain, signer))
 }
 
 /// Checks that the stored state belongs to these settings, and makes the configured intermediate the signer.
@@ -635,11 +614,8 @@ fn check_state(
         (false, Some(intermediate)) => {
             let certificate = intermediate.signer.certificate();
             if state.signers[&state.rotation.signing].certificate != *certificate {
-                let number = state.add_signer(StoredSigner {
-                    certificate: certificate.clone(),
-                    key: None,
-                    max_lifetime: longest,
-                });
+                let signer = StoredSigner::intermediate(&intermediate.signer, longest);
+                let number = state.add_signer(signer);
                 state.rotate(Rotation::steady(number));
                 tracing::info!("another intermediate is configured");
             }

@@ -64,26 +64,38 @@ pub struct CaConfig {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Root {
     /// The CA makes roots of its own.
-    SelfSigned {
-        /// Algorithm of new keys.
-        algorithm: KeyAlgorithm,
-        /// Lifetime of new roots.
-        lifetime: Duration,
-        /// How long a new root is published before it signs.
-        spread: Duration,
-    },
-    /// It signs as an intermediate, in Istio's layout (ca-cert.pem, ca-key.pem, root-cert.pem, cert-chain.pem).
-    Intermediate {
-        /// The directory of the files.
-        directory: PathBuf,
-    },
+    SelfSigned(RootSettings),
+    /// It signs as an intermediate, with the files in this directory, in Istio's layout (ca-cert.pem, ca-key.pem,
+    /// root-cert.pem, cert-chain.pem).
+    Intermediate(PathBuf),
+}
+
+/// How to make roots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RootSettings {
+    /// Algorithm of new keys.
+    pub algorithm: KeyAlgorithm,
+    /// Lifetime of new roots.
+    pub lifetime: Duration,
+    /// How long a new root is published before it signs.
+    pub spread: Duration,
+}
+
+impl Default for RootSettings {
+    /// A P-256 key for ten years, published for an hour before it signs.
+    fn default() -> Self {
+        Self {
+            algorithm: KeyAlgorithm::P256,
+            lifetime: 10 * YEAR,
+            spread: 60 * MINUTE,
+        }
+    }
 }
 
 /// Algorithms of the keys that the CA makes for itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyAlgorithm {
     /// ECDSA on P-256.
-    #[default]
     P256,
     /// ECDSA on P-384.
     P384,
@@ -337,8 +349,9 @@ fn signing_key(top: &mut Section, errors: &mut Vec<String>) -> Option<Root> {
                 top.skip(field);
             }
         }
-        let directory = top.parsed("pluggedIn", errors, absolute)?;
-        return Some(Root::Intermediate { directory });
+        return top
+            .parsed("pluggedIn", errors, absolute)
+            .map(Root::Intermediate);
     }
     let algorithm = top.parsed("keyAlgorithm", errors, |s| match s {
         "P-256" => Ok(KeyAlgorithm::P256),
@@ -350,11 +363,12 @@ fn signing_key(top: &mut Section, errors: &mut Vec<String>) -> Option<Root> {
     let spread = top.parsed("rotationSpread", errors, |s| {
         duration(s, Duration::from_secs(1), YEAR)
     });
-    Some(Root::SelfSigned {
-        algorithm: algorithm.unwrap_or_default(),
-        lifetime: lifetime.unwrap_or(10 * YEAR),
-        spread: spread.unwrap_or(60 * MINUTE),
-    })
+    let default = RootSettings::default();
+    Some(Root::SelfSigned(RootSettings {
+        algorithm: algorithm.unwrap_or(default.algorithm),
+        lifetime: lifetime.unwrap_or(default.lifetime),
+        spread: spread.unwrap_or(default.spread),
+    }))
 }
 
 fn tokens(attestation: &mut Section, errors: &mut Vec<String>) -> Vec<NodeToken> {
@@ -494,11 +508,11 @@ mod tests {
         assert_eq!(config.readiness, None);
         assert_eq!(
             config.root,
-            Root::SelfSigned {
+            Root::SelfSigned(RootSettings {
                 algorithm: KeyAlgorithm::P256,
                 lifetime: Duration::from_secs(87600 * 3600),
                 spread: Duration::from_secs(3600),
-            }
+            })
         );
     }
 
@@ -559,7 +573,7 @@ mod tests {
         assert_eq!(config.kubernetes.unwrap().audience, "v");
         assert_eq!(config.secret_namespaces, ["default", "shop"]);
         let intermediate = CaConfig::parse(&format!("{SMALL}pluggedIn: /etc/cacerts\n")).unwrap();
-        assert!(matches!(intermediate.root, Root::Intermediate { .. }));
+        assert_eq!(intermediate.root, Root::Intermediate("/etc/cacerts".into()));
     }
 
     #[test]

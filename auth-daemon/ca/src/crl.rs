@@ -55,7 +55,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{config::KeyAlgorithm, state::Text};
+    use crate::{
+        config::{KeyAlgorithm, RootSettings},
+        state::{StoredSigner, Text},
+    };
 
     const NOW: u64 = 1_800_000_000;
 
@@ -69,12 +72,10 @@ mod tests {
         ) {
             let algorithm = if ed25519 { KeyAlgorithm::Ed25519 } else { KeyAlgorithm::P256 };
             let domain: TrustDomain = "cluster.local".parse().unwrap();
-            let root = signer::make_root(&domain, algorithm, 1_000_000, NOW).unwrap();
-            let mut state = CaState::with_root(&domain, root, 60).unwrap();
+            let settings = RootSettings { algorithm, ..RootSettings::default() };
+            let signer = signer::make_root(&domain, &settings, NOW).unwrap();
+            let mut state = CaState::new(&domain, StoredSigner::root(&signer, 60));
             state.crl_number = NOW;
-            let stored = &state.signers[&1];
-            let key = signer::key_from_pem(stored.key.as_ref().unwrap()).unwrap();
-            let signer = Signer::root(key, stored.certificate.clone()).unwrap();
             for (serial, reason) in &serials {
                 let revocation = Revocation { reason: Reason::ALL[*reason], at: NOW };
                 state.revoked.serials.insert(Text(Serial(*serial)), revocation);

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use auth_ca_api::pem;
 use auth_mesh::{Identity, TrustDomain};
 use auth_tunnel::tls::{
     trust::{Trust, TrustBundle, TrustStore},
@@ -16,14 +17,13 @@ use auth_tunnel::tls::{
 use rustls::pki_types::CertificateDer;
 
 use crate::{
-    config::KeyAlgorithm,
+    config::RootSettings,
     csr::RequestedKey,
     files::{self, Readers, write_new},
     signer::{self, Signer},
     store::directory::{EMBEDDED as ROOT_FILE, ROOTS as CERTIFICATE_FILE, STATE},
 };
 
-const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 /// Largest key file that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
@@ -133,11 +133,10 @@ impl std::fmt::Debug for EmbeddedCa {
 }
 
 fn create(directory: &Path, path: &Path, trust_domain: &TrustDomain) -> io::Result<()> {
-    let (now, lifetime) = (unix_seconds(SystemTime::now()), ROOT_LIFETIME.as_secs());
-    let root = signer::make_root(trust_domain, KeyAlgorithm::P256, lifetime, now)
-        .map_err(io::Error::other)?;
+    let (settings, now) = (RootSettings::default(), unix_seconds(SystemTime::now()));
+    let root = signer::make_root(trust_domain, &settings, now).map_err(io::Error::other)?;
     // Key and certificate are in one file, so that they appear together.
-    let pem = root.key_pem + &root.certificate_pem;
+    let pem = root.key_pem() + &pem::certificate(root.certificate());
     let draft = directory.join(format!(".{ROOT_FILE}.{:016x}", rand::random::<u64>()));
     write_new(&draft, pem.as_bytes(), 0o600)?;
     // Unlike a rename, a link never replaces a file: of several daemons, the first one's root is used.

@@ -288,7 +288,10 @@ pub(crate) mod tests {
     use std::{fs, os::unix::fs::PermissionsExt, process::Command};
 
     use super::*;
-    use crate::{crl, state::CaState};
+    use crate::{
+        crl,
+        state::{CaState, StoredSigner},
+    };
 
     const CA: &str = "basicConstraints=critical,CA:true\nkeyUsage=critical,keyCertSign,cRLSign\n\
                       subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n";
@@ -524,8 +527,7 @@ pub(crate) mod tests {
         copy(dir, &[("ca.pem", CHAIN)]);
         let loaded = load(dir, now()).unwrap();
         let domain: TrustDomain = "cluster.local".parse().unwrap();
-        let certificate = loaded.signer.certificate().clone();
-        let state = CaState::with_intermediate(&domain, certificate, 60);
+        let state = CaState::new(&domain, StoredSigner::intermediate(&loaded.signer, 60));
         let der = crl::write(&state, &loaded.signer, now()).unwrap();
         let signers = [loaded.signer.certificate().clone()];
         assert_eq!(auth_tunnel::tls::crl::read(&der, &signers), Ok(Vec::new()));

@@ -2,6 +2,9 @@
 //!
 //! Roots are identified by number, in the order in which they were made.
 
+use std::fmt;
+
+use auth_tunnel::tls::rfc3339;
 use serde::{Deserialize, Serialize};
 
 use crate::signer::{Life, ROOT_BACKDATE};
@@ -81,6 +84,33 @@ impl Rotation {
                 },
             }),
             Phase::Retiring { .. } => Some(Self::steady(self.signing)),
+        }
+    }
+}
+
+impl Phase {
+    /// The name in the status.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Steady => "steady",
+            Self::Spreading { .. } => "spreading",
+            Self::Retiring { .. } => "retiring",
+        }
+    }
+}
+
+/// The phase, for people.
+impl fmt::Display for Rotation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.phase.name())?;
+        match self.phase {
+            Phase::Steady => Ok(()),
+            Phase::Spreading { until, .. } => {
+                write!(f, ": the new root signs from {}", rfc3339(until))
+            }
+            Phase::Retiring { after, .. } => {
+                write!(f, ": the old root is removed at {}", rfc3339(after))
+            }
         }
     }
 }

@@ -473,15 +473,19 @@ fn message(published: &Published) -> Trust {
     };
     let ders =
         |certificates: &[CertificateDer<'_>]| certificates.iter().map(|c| c.to_vec()).collect();
-    let (identities, nodes) = (published.identities.iter(), published.nodes.iter());
+    let (identities, nodes) = (&published.revoked.identities, &published.revoked.nodes);
     Trust {
         version: published.version,
         roots: ders(&published.roots),
         crls: published.crls.clone(),
         denied_identities: identities
+            .iter()
             .map(|(identity, reason)| denial(identity.as_str(), reason))
             .collect(),
-        denied_nodes: nodes.map(|(node, reason)| denial(node, reason)).collect(),
+        denied_nodes: nodes
+            .iter()
+            .map(|(node, reason)| denial(node, reason))
+            .collect(),
         phase: published.phase.clone(),
         intermediates: ders(&published.intermediates),
     }

@@ -22,7 +22,10 @@ use x509_parser::{
     prelude::FromDer,
 };
 
-use crate::{config::KeyAlgorithm, csr::RequestedKey};
+use crate::{
+    config::{KeyAlgorithm, RootSettings},
+    csr::RequestedKey,
+};
 
 /// Seconds by which a certificate is valid before it is issued, to allow for clock skew between nodes.
 pub(crate) const BACKDATE: u64 = 300;
@@ -58,13 +61,6 @@ pub(crate) struct Leaf {
     pub(crate) not_after: u64,
 }
 
-/// A new root. It contains a key, so it has no `Debug`.
-pub(crate) struct NewRoot {
-    /// PKCS #8.
-    pub(crate) key_pem: String,
-    pub(crate) certificate_pem: String,
-}
-
 /// Why signing failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SignError {
@@ -86,6 +82,8 @@ pub(crate) enum SignError {
     Draft,
     #[error("time {0} is out of range")]
     Time(u64),
+    #[error("the new root cannot be used: {0}")]
+    Root(String),
 }
 
 impl Signer {
@@ -361,11 +359,10 @@ fn leaf_params(names: Vec<SanType>, purposes: Vec<ExtendedKeyUsagePurpose>) -> C
 /// Makes a self-signed root of `trust_domain`.
 pub(crate) fn make_root(
     trust_domain: &TrustDomain,
-    algorithm: KeyAlgorithm,
-    lifetime: u64,
+    settings: &RootSettings,
     now: u64,
-) -> Result<NewRoot, SignError> {
-    let key = KeyPair::generate_for(match algorithm {
+) -> Result<Signer, SignError> {
+    let key = KeyPair::generate_for(match settings.algorithm {
         KeyAlgorithm::P256 => &rcgen::PKCS_ECDSA_P256_SHA256,
         KeyAlgorithm::P384 => &rcgen::PKCS_ECDSA_P384_SHA384,
         KeyAlgorithm::Ed25519 => &rcgen::PKCS_ED25519,
@@ -388,12 +385,9 @@ pub(crate) fn make_root(
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.serial_number = Some(SerialNumber::from_slice(&serial));
     params.not_before = time(now.saturating_sub(ROOT_BACKDATE))?;
-    params.not_after = time(now.saturating_add(lifetime))?;
-    let root = params.self_signed(&key)?;
-    Ok(NewRoot {
-        key_pem: key.serialize_pem(),
-        certificate_pem: root.pem(),
-    })
+    params.not_after = time(now.saturating_add(settings.lifetime.as_secs()))?;
+    let certificate = params.self_signed(&key)?.der().clone();
+    Signer::root(key, certificate).map_err(SignError::Root)
 }
 
 /// Reads a root that [`make_root`] made, with its key, and the trust domain in its name.

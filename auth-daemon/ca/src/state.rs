@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use crate::{
     config::MAX_LIFETIME,
     rotation::{CLOCK_SKEW, Rotation},
-    signer::{self, NewRoot},
+    signer::{self, Signer},
 };
 
 /// Version of the document. The CA refuses newer ones, because it would lose what it does not know.
@@ -76,45 +76,16 @@ pub(crate) struct Revocation {
 }
 
 impl CaState {
-    /// A new CA with a root of its own. `max_lifetime` is that of its certificates, in seconds.
-    pub(crate) fn with_root(
-        trust_domain: &TrustDomain,
-        root: NewRoot,
-        max_lifetime: u64,
-    ) -> Result<Self, String> {
-        Ok(Self::new(
-            trust_domain,
-            StoredSigner::root(root, max_lifetime)?,
-        ))
-    }
-
-    /// A new CA that signs as an intermediate.
-    pub(crate) fn with_intermediate(
-        trust_domain: &TrustDomain,
-        certificate: CertificateDer<'static>,
-        max_lifetime: u64,
-    ) -> Self {
-        let signer = StoredSigner {
-            certificate,
-            key: None,
-            max_lifetime,
-        };
-        Self::new(trust_domain, signer)
-    }
-
     /// The state of a CA that takes over the embedded CA's root: key and certificate in one PEM file.
     pub(crate) fn with_embedded_root(pem: &str) -> Result<Self, String> {
         let (trust_domain, root) = signer::read_root(pem)?;
-        let signer = StoredSigner {
-            certificate: root.certificate().clone(),
-            key: Some(root.key_pem()),
-            // The embedded CA may have signed for as long as any CA does.
-            max_lifetime: MAX_LIFETIME.as_secs(),
-        };
+        // The embedded CA may have signed for as long as any CA does.
+        let signer = StoredSigner::root(&root, MAX_LIFETIME.as_secs());
         Ok(Self::new(&trust_domain, signer))
     }
 
-    fn new(trust_domain: &TrustDomain, signer: StoredSigner) -> Self {
+    /// A new CA with this signer.
+    pub(crate) fn new(trust_domain: &TrustDomain, signer: StoredSigner) -> Self {
         Self {
             format: FORMAT,
             trust_domain: trust_domain.clone(),
@@ -225,13 +196,21 @@ impl CaState {
 }
 
 impl StoredSigner {
-    pub(crate) fn root(root: NewRoot, max_lifetime: u64) -> Result<Self, String> {
-        Ok(Self {
-            certificate: CertificateDer::from_pem_slice(root.certificate_pem.as_bytes())
-                .map_err(|error| format!("the root's certificate: {error}"))?,
-            key: Some(root.key_pem),
+    /// A root of the CA's own. `max_lifetime` is that of its certificates, in seconds.
+    pub(crate) fn root(root: &Signer, max_lifetime: u64) -> Self {
+        Self {
+            key: Some(root.key_pem()),
+            ..Self::intermediate(root, max_lifetime)
+        }
+    }
+
+    /// An intermediate, whose key stays where it is.
+    pub(crate) fn intermediate(signer: &Signer, max_lifetime: u64) -> Self {
+        Self {
+            certificate: signer.certificate().clone(),
+            key: None,
             max_lifetime,
-        })
+        }
     }
 }
 
@@ -427,15 +406,15 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::config::KeyAlgorithm;
+    use crate::config::RootSettings;
 
     const NOW: u64 = 1_800_000_000;
     const DAY: u64 = 24 * 60 * 60;
 
     fn state() -> CaState {
         let domain: TrustDomain = "cluster.local".parse().unwrap();
-        let root = signer::make_root(&domain, KeyAlgorithm::P256, 3600, NOW).unwrap();
-        CaState::with_root(&domain, root, DAY).unwrap()
+        let root = signer::make_root(&domain, &RootSettings::default(), NOW).unwrap();
+        CaState::new(&domain, StoredSigner::root(&root, DAY))
     }
 
     fn read(json: &[u8]) -> Result<CaState, String> {

@@ -2,7 +2,13 @@
 
 use std::fmt;
 
+use auth_tunnel::tls::{
+    rfc3339,
+    trust::{Reason, Revocations},
+};
 use serde::{Deserialize, Serialize};
+
+use crate::signer::{self, hex};
 
 /// The status of one replica.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +63,23 @@ pub struct RootStatus {
     pub signs: bool,
 }
 
+impl RootStatus {
+    /// The status of the root `der`; `None` if that is no certificate.
+    pub(crate) fn new(der: &[u8], signs: bool) -> Option<Self> {
+        let parsed = signer::parse(der).ok()?;
+        let life = signer::life(&parsed);
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, der);
+        Some(Self {
+            serial: hex(parsed.raw_serial()),
+            sha256: hex(digest.as_ref()),
+            subject: parsed.subject().to_string(),
+            not_before: rfc3339(life.begin),
+            not_after: rfc3339(life.end),
+            signs,
+        })
+    }
+}
+
 /// Everything that is revoked, sorted by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RevokedStatus {
@@ -66,6 +89,26 @@ pub struct RevokedStatus {
     pub identities: Vec<RevokedEntry>,
     /// Nodes.
     pub nodes: Vec<RevokedEntry>,
+}
+
+impl From<&Revocations> for RevokedStatus {
+    fn from(revoked: &Revocations) -> Self {
+        fn list<'a>(revoked: impl Iterator<Item = (&'a str, &'a Reason)>) -> Vec<RevokedEntry> {
+            let mut entries: Vec<_> = revoked
+                .map(|(name, reason)| RevokedEntry {
+                    name: name.to_owned(),
+                    reason: reason.to_string(),
+                })
+                .collect();
+            entries.sort_by(|a, b| a.name.cmp(&b.name));
+            entries
+        }
+        Self {
+            serials: list(revoked.serials.iter().map(|(serial, r)| (&**serial, r))),
+            identities: list(revoked.identities.iter().map(|(id, r)| (id.as_str(), r))),
+            nodes: list(revoked.nodes.iter().map(|(node, r)| (node.as_str(), r))),
+        }
+    }
 }
 
 /// One revocation.

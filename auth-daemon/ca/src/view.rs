@@ -1,22 +1,16 @@
-//! What follows from the state, for readers: signers ready to sign, what is revoked, and what is published.
+//! What follows from the state, for readers: signers ready to sign, and what is published.
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use auth_mesh::Identity;
-use auth_tunnel::tls::{
-    rfc3339,
-    svid::Svid,
-    trust::{Reason, Revocations, Revoked},
-};
+use auth_tunnel::tls::trust::Revocations;
 use rustls::pki_types::CertificateDer;
 
 use crate::{
     crl,
     intermediate::Intermediate,
-    rotation::{Phase, Rotation},
-    signer::{self, SignError, Signer, hex},
+    rotation::Rotation,
+    signer::{self, Signer, hex},
     state::{CaState, Serial},
-    status::{RevokedEntry, RevokedStatus, RootStatus},
 };
 
 /// What everybody may know: sent to the daemons at each change.
@@ -24,39 +18,40 @@ use crate::{
 pub struct Published {
     /// Grows with each change, also over restarts.
     pub version: u64,
-    /// Root certificates, DER.
+    /// Root certificates, DER: at least one, that of new certificates first.
     pub roots: Vec<CertificateDer<'static>>,
     /// Revocation lists, one for each signing certificate, DER.
     pub crls: Vec<Vec<u8>>,
     /// The certificates between the lists' signer and the roots, that signer first, DER. Empty for a root.
     pub intermediates: Vec<CertificateDer<'static>>,
-    /// Revoked identities.
-    pub identities: Vec<(Identity, Reason)>,
-    /// Revoked nodes.
-    pub nodes: Vec<(String, Reason)>,
+    /// What is revoked.
+    pub revoked: Revocations,
     /// The phase of the root's rotation, for people.
     pub phase: String,
 }
 
 /// A read-only view of one [`CaState`].
 pub(crate) struct CaView {
-    pub(crate) version: u64,
     pub(crate) rotation: Rotation,
-    pub(crate) revocations: Revocations,
+    /// The signer of new certificates.
+    pub(crate) signing: Arc<Signer>,
+    pub(crate) published: Arc<Published>,
+    /// When to sign the next revocation lists, in seconds since the Unix epoch.
+    pub(crate) lists_due: u64,
     signers: BTreeMap<u32, Arc<Signer>>,
-    signing: Arc<Signer>,
-    /// All trusted roots: at least one, that of new certificates first.
-    roots: Vec<CertificateDer<'static>>,
 }
 
 impl CaView {
-    /// Derives the view of `state`. Signers of `previous` that are still trusted are reused.
+    /// Derives the view of `state`, and signs its revocation lists at `now`. Signers of `previous` that are still trusted
+    /// are reused.
     pub(crate) fn new(
         state: &CaState,
         previous: Option<&Self>,
         intermediate: Option<&Intermediate>,
+        now: u64,
     ) -> Result<Self, String> {
         let mut signers = BTreeMap::new();
+        let (mut own_roots, mut crls) = (Vec::new(), Vec::new());
         for number in state.rotation.trusted() {
             let stored = state
                 .signers
@@ -73,39 +68,30 @@ impl CaView {
                 (None, None, Some(intermediate)) => intermediate.signer.clone(),
                 (None, None, None) => return Err(format!("signer {number} has no key")),
             };
+            own_roots.push(signer.certificate().clone());
+            let list = crl::write(state, &signer, now);
+            crls.push(list.map_err(|error| format!("a revocation list cannot be made: {error}"))?);
             signers.insert(number, signer);
         }
-        let roots = match intermediate {
-            Some(intermediate) => intermediate.roots.clone(),
-            None => state
-                .rotation
-                .trusted()
-                .filter_map(|number| signers.get(&number))
-                .map(|signer| signer.certificate().clone())
-                .collect(),
-        };
         let signing = signers
             .get(&state.rotation.signing)
             .ok_or("there is no signer")?
             .clone();
-        Ok(Self {
+        let published = Published {
             version: state.version,
+            roots: intermediate.map_or(own_roots, |intermediate| intermediate.roots.clone()),
+            crls,
+            intermediates: signing.intermediates().to_vec(),
+            revoked: state.revocations(),
+            phase: state.rotation.to_string(),
+        };
+        Ok(Self {
             rotation: state.rotation,
-            revocations: state.revocations(),
-            signers,
             signing,
-            roots,
+            published: Arc::new(published),
+            lists_due: now.saturating_add(crl::LIFETIME / 2),
+            signers,
         })
-    }
-
-    /// The signer of new certificates.
-    pub(crate) fn signing(&self) -> &Signer {
-        &self.signing
-    }
-
-    /// All trusted roots: at least one, that of new certificates first.
-    pub(crate) fn roots(&self) -> &[CertificateDer<'static>] {
-        &self.roots
     }
 
     /// Whether `spki` is a key of the CA itself.
@@ -134,94 +120,5 @@ impl CaView {
                         .is_ok()
             })
         })
-    }
-
-    /// Fails for revoked certificates.
-    pub(crate) fn check(&self, svid: &Svid) -> Result<(), Revoked> {
-        self.revocations.check(svid)
-    }
-
-    /// Signs the revocation lists of `state`, which this is the view of, and collects what is published.
-    pub(crate) fn publish(&self, state: &CaState, now: u64) -> Result<Published, SignError> {
-        let crls = self
-            .rotation
-            .trusted()
-            .filter_map(|number| self.signers.get(&number))
-            .map(|signer| crl::write(state, signer, now))
-            .collect::<Result<_, _>>()?;
-        let (identities, nodes) = (state.revoked.identities.iter(), state.revoked.nodes.iter());
-        Ok(Published {
-            version: self.version,
-            roots: self.roots.clone(),
-            crls,
-            intermediates: self.signing.intermediates().to_vec(),
-            identities: identities
-                .map(|(identity, revoked)| (identity.0.clone(), revoked.reason))
-                .collect(),
-            nodes: nodes
-                .map(|(node, revoked)| (node.clone(), revoked.reason))
-                .collect(),
-            phase: describe(self.rotation),
-        })
-    }
-
-    pub(crate) fn phase_name(&self) -> &'static str {
-        match self.rotation.phase {
-            Phase::Steady => "steady",
-            Phase::Spreading { .. } => "spreading",
-            Phase::Retiring { .. } => "retiring",
-        }
-    }
-
-    pub(crate) fn revoked_status(&self) -> RevokedStatus {
-        fn list<K: ToString>(revoked: impl IntoIterator<Item = (K, Reason)>) -> Vec<RevokedEntry> {
-            let entry = |(name, reason): (K, Reason)| RevokedEntry {
-                name: name.to_string(),
-                reason: reason.to_string(),
-            };
-            let mut entries: Vec<_> = revoked.into_iter().map(entry).collect();
-            entries.sort_by(|a, b| a.name.cmp(&b.name));
-            entries
-        }
-        let Revocations {
-            serials,
-            identities,
-            nodes,
-        } = &self.revocations;
-        RevokedStatus {
-            serials: list(serials.iter().map(|(serial, reason)| (serial, *reason))),
-            identities: list(identities.iter().map(|(i, reason)| (i.as_str(), *reason))),
-            nodes: list(nodes.iter().map(|(node, reason)| (node, *reason))),
-        }
-    }
-
-    pub(crate) fn roots_status(&self) -> Vec<RootStatus> {
-        let root = |(index, root): (usize, &CertificateDer<'_>)| {
-            let parsed = signer::parse(root).ok()?;
-            let life = signer::life(&parsed);
-            let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, root);
-            Some(RootStatus {
-                serial: hex(parsed.raw_serial()),
-                sha256: hex(digest.as_ref()),
-                subject: parsed.subject().to_string(),
-                not_before: rfc3339(life.begin),
-                not_after: rfc3339(life.end),
-                signs: index == 0,
-            })
-        };
-        self.roots.iter().enumerate().filter_map(root).collect()
-    }
-}
-
-/// The phase of a rotation, for people.
-pub(crate) fn describe(rotation: Rotation) -> String {
-    match rotation.phase {
-        Phase::Steady => "steady".into(),
-        Phase::Spreading { until, .. } => {
-            format!("spreading: the new root signs from {}", rfc3339(until))
-        }
-        Phase::Retiring { after, .. } => {
-            format!("retiring: the old root is removed at {}", rfc3339(after))
-        }
     }
 }

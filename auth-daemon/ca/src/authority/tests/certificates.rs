@@ -10,13 +10,11 @@ async fn issues_certificates_that_openssl_and_lints_accept() {
         KeyAlgorithm::Ed25519,
     ] {
         let folder = tempfile::tempdir().unwrap();
-        let mut settings = settings();
-        if let Root::SelfSigned {
-            algorithm: used, ..
-        } = &mut settings.root
-        {
-            *used = algorithm;
-        }
+        let root = Root::SelfSigned(RootSettings {
+            algorithm,
+            ..roots()
+        });
+        let settings = Settings { root, ..settings() };
         let clock = FakeClock::new();
         let ca = open_with(folder.path(), settings, &clock).await;
         // Everything else in the CSR is ignored.

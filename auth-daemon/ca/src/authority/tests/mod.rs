@@ -4,7 +4,12 @@ mod revoking;
 mod rotating;
 mod storing;
 
-use std::{os::unix::fs::MetadataExt, path::Path, process::Command};
+use std::{
+    os::unix::fs::MetadataExt,
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use auth_ca_api::pem;
 use auth_mesh::TrustDomain;
@@ -23,14 +28,18 @@ fn identity(text: &str) -> Identity {
     text.parse().unwrap()
 }
 
+fn roots() -> RootSettings {
+    RootSettings {
+        algorithm: KeyAlgorithm::P256,
+        lifetime: Duration::from_secs(1000 * DAY),
+        spread: Duration::from_secs(300),
+    }
+}
+
 fn settings() -> Settings {
     Settings {
         trust_domain: "cluster.local".parse().unwrap(),
-        root: Root::SelfSigned {
-            algorithm: KeyAlgorithm::P256,
-            lifetime: Duration::from_secs(1000 * DAY),
-            spread: Duration::from_secs(300),
-        },
+        root: Root::SelfSigned(roots()),
         max_lifetime: Duration::from_secs(DAY),
     }
 }

@@ -5,9 +5,7 @@ use super::*;
 fn intermediate(directory: &Path) -> Settings {
     crate::intermediate::tests::istio(directory);
     Settings {
-        root: Root::Intermediate {
-            directory: directory.to_owned(),
-        },
+        root: Root::Intermediate(directory.to_owned()),
         ..settings()
     }
 }

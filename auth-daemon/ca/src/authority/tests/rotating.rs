@@ -115,11 +115,11 @@ async fn replaces_a_root_before_it_expires() {
 async fn advances_by_itself() {
     let folder = tempfile::tempdir().unwrap();
     let mut settings = settings();
-    settings.root = Root::SelfSigned {
-        algorithm: KeyAlgorithm::P256,
+    settings.root = Root::SelfSigned(RootSettings {
         lifetime: Duration::from_secs(DAY),
         spread: Duration::from_secs(1),
-    };
+        ..roots()
+    });
     settings.max_lifetime = Duration::from_secs(10);
     let store = Arc::new(DirectoryStore::open(folder.path()).unwrap());
     let ca = Arc::new(Authority::open(store, settings).await.unwrap());

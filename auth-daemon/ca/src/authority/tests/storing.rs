@@ -35,7 +35,7 @@ async fn a_crash_between_any_two_steps_loses_nothing() {
         let published = ca.published().borrow().clone();
         assert!(published.version > seen, "after {steps} steps");
         assert!(
-            !revoked || published.nodes.len() == 1,
+            !revoked || published.revoked.nodes.len() == 1,
             "after {steps} steps"
         );
         let phases = ["steady", "spreading", "retiring"];
@@ -128,11 +128,11 @@ async fn a_replaced_writer_cannot_revoke_and_changes_nothing() {
         .unwrap_err();
     assert!(matches!(&error, Refusal::Store(_)), "{error}");
     assert!(
-        first.published().borrow().identities.is_empty(),
+        first.published().borrow().revoked.identities.is_empty(),
         "not applied"
     );
     second.revoke(web, Reason::KeyCompromise).await.unwrap();
     let third = open(Shared(first_store.0, Arc::default())).await.unwrap();
-    let published = third.published().borrow().clone();
-    assert_eq!((published.nodes.len(), published.identities.len()), (1, 1));
+    let revoked = third.published().borrow().revoked.clone();
+    assert_eq!((revoked.nodes.len(), revoked.identities.len()), (1, 1));
 }
