@@ -4,14 +4,15 @@
 //! From the bottom up: [`config`]; [`csr`], `signer`, `intermediate` and `crl` make certificates and lists; `rotation` and
 //! `state` are pure, and [`store`] keeps the state; [`authority`] does what it is asked; [`attest`] and [`placement`] decide
 //! who may ask for what, and [`quotas`] and `fair_queue` how much; `connections`, `service`, `operator` and [`server`]
-//! answer, and `audit` logs it. [`leader`] elects the replica that
-//! does so, [`roots`] and [`distribution`] write to the cluster, and [`embedded`] is a CA without a server.
+//! answer, and `audit` logs it. [`leader`] elects the replica that does so, `control`, [`roots`] and [`distribution`] write
+//! to the cluster, and [`embedded`] is a CA without a server.
 
 pub mod attest;
 mod audit;
 pub mod authority;
 pub mod config;
 mod connections;
+mod control;
 mod counters;
 mod crl;
 pub mod csr;
@@ -26,7 +27,6 @@ pub mod placement;
 pub mod quotas;
 pub mod roots;
 mod rotation;
-mod schedule;
 pub mod server;
 mod server_tls;
 mod service;

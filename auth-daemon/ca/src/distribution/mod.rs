@@ -15,14 +15,14 @@ use k8s_openapi::{ByteString, api::core::v1::Secret};
 use kube::{Client, api::ObjectMeta};
 use tokio::time::sleep;
 
-use crate::authority::{Authority, Leader, while_leading};
+use crate::{
+    authority::{Authority, Leader, while_leading},
+    control::RETRY,
+};
 use namespace::Issuing;
 use verdict::DISTRIBUTED_LABEL;
 
 const NAMESPACES: &str = "namespaces";
-/// First and longest pause after a failure.
-const RETRY: Duration = Duration::from_secs(2);
-const MAX_RETRY: Duration = Duration::from_secs(60);
 
 /// Which Secrets to keep.
 #[derive(Clone)]
@@ -39,14 +39,6 @@ pub struct Distribution {
     pub state_namespace: String,
     /// The CA's own Secret. `<name>-distribution` beside it records which namespaces may contain distributed Secrets.
     pub state_secret: String,
-}
-
-impl std::fmt::Debug for Distribution {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Distribution")
-            .field("namespaces", &self.namespaces)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Distribution {
@@ -81,20 +73,17 @@ impl Distribution {
     /// Records the selected namespaces before there is a Secret in them, so that they are cleaned up when they are
     /// deselected. Returns all that were ever recorded.
     async fn record(&self) -> BTreeSet<String> {
-        let mut pause = RETRY;
         loop {
             let record = |names: &mut BTreeSet<String>| names.extend(self.namespaces.clone());
             match self.update_record(record).await {
                 Ok(recorded) => return recorded,
                 Err(error) => tracing::error!(%error, "selected namespaces cannot be recorded"),
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(MAX_RETRY);
+            sleep(RETRY).await;
         }
     }
 
     async fn clear_all(&self, mut deselected: BTreeSet<String>) {
-        let mut pause = RETRY;
         while let Some(namespace) = deselected.pop_first() {
             if let Err(error) = self.clear(&namespace).await {
                 tracing::error!(
@@ -102,8 +91,7 @@ impl Distribution {
                     "Secrets of a deselected namespace cannot be removed: allow the CA to list and delete them"
                 );
                 deselected.insert(namespace);
-                sleep(pause).await;
-                pause = (pause * 2).min(MAX_RETRY);
+                sleep(RETRY).await;
             }
         }
     }

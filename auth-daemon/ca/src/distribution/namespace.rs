@@ -1,37 +1,40 @@
 //! Reconciles the Secrets of one namespace with its service accounts.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
+    sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use auth_ca_api::pem;
 use auth_kubernetes::{ApiError, Objects, follow};
 use auth_mesh::{Identity, TrustDomain};
-use futures_util::{StreamExt, future::join_all};
+use futures_util::{StreamExt, future::ready};
 use k8s_openapi::{
     ByteString,
     api::core::v1::{Secret, ServiceAccount},
     apimachinery::pkg::apis::meta::v1::OwnerReference,
 };
-use kube::{Api, Client, ResourceExt, api::ObjectMeta, core::PartialObjectMeta, runtime::watcher};
+use kube::{
+    Api, Client, ResourceExt,
+    api::ObjectMeta,
+    core::PartialObjectMeta,
+    runtime::{reflector::ObjectRef, watcher},
+};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
 use rustls::pki_types::CertificateDer;
-use tokio::time::{Instant, sleep_until};
 
 use super::verdict::{
     CHAIN, DISTRIBUTED_LABEL, KEY, ROOTS, SECRET_TYPE, Verdict, is_ours, verdict,
 };
 use crate::{
     authority::{Authority, Refusal},
-    schedule::Schedule,
+    control::{RETRY, reconcile_all, touched},
 };
 
 /// Precedes the service account in a Secret's name.
 const PREFIX: &str = "istio.";
 const ACCOUNT_ANNOTATION: &str = "istio.io/service-account.name";
-/// Service accounts that are reconciled at the same time.
-const AT_ONCE: usize = 8;
 /// How often a Secret is checked without an event. Another one under its name may be gone.
 const CHECK: Duration = Duration::from_secs(300);
 
@@ -46,69 +49,44 @@ pub(super) struct Issuing<'a> {
 /// Keeps the Secrets of namespace `name` up to date, for ever.
 pub(super) async fn keep(issuing: &Issuing<'_>, name: &str) {
     let client = issuing.client;
-    let mut accounts = Box::pin(follow(
-        Api::<PartialObjectMeta<ServiceAccount>>::namespaced(client.clone(), name),
-        watcher::Config::default(),
-        "service accounts",
-    ));
     // Only names of Secrets: their content is read when they are due.
-    let labels = format!("{DISTRIBUTED_LABEL}=true");
-    let mut secrets = Box::pin(follow(
+    let secrets = follow(
         Api::<PartialObjectMeta<Secret>>::namespaced(client.clone(), name),
-        watcher::Config::default().labels(&labels),
+        watcher::Config::default().labels(&format!("{DISTRIBUTED_LABEL}=true")),
         "Secrets with certificates",
-    ));
-    let mut published = issuing.authority.published();
-    let mut namespace = Namespace {
+    );
+    let namespace = name.to_owned();
+    let accounts = touched(secrets.map(Ok)).filter_map(move |secret| {
+        let account = secret.name_any();
+        let account = account.strip_prefix(PREFIX);
+        ready(account.map(|account| ObjectRef::new(account).within(&namespace)))
+    });
+    let namespace = &Namespace {
         issuing,
         name,
         secrets: Objects::of(client.clone(), name),
-        accounts: None,
-        due: Schedule::default(),
-        foreign: BTreeSet::new(),
+        foreign: Mutex::default(),
     };
-    let mut listed: BTreeMap<String, String> = BTreeMap::new();
-    loop {
-        let listed_once = namespace.accounts.is_some();
-        let next = namespace.due.next().filter(|_| listed_once);
-        let uid = |account: &PartialObjectMeta<ServiceAccount>| account.uid().unwrap_or_default();
-        tokio::select! {
-            Some(event) = accounts.next() => match event {
-                watcher::Event::Init => listed.clear(),
-                watcher::Event::InitApply(account) => {
-                    listed.insert(account.name_any(), uid(&account));
-                }
-                watcher::Event::InitDone => namespace.replace(std::mem::take(&mut listed)),
-                watcher::Event::Apply(account) => namespace.put(account.name_any(), uid(&account)),
-                watcher::Event::Delete(account) => namespace.remove(&account.name_any()),
-            },
-            Some(event) = secrets.next() => {
-                if let watcher::Event::Apply(secret)
-                    | watcher::Event::InitApply(secret)
-                    | watcher::Event::Delete(secret) = event
-                    && let Some(account) = secret.name_any().strip_prefix(PREFIX)
-                {
-                    namespace.due.now(account);
-                }
-            }
-            // New roots, or a revocation.
-            Ok(()) = published.changed() => namespace.all_due(),
-            () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
-                namespace.reconcile_due().await;
-            }
-        }
-    }
+    reconcile_all(
+        Api::<PartialObjectMeta<ServiceAccount>>::namespaced(client.clone(), name),
+        "service accounts",
+        accounts,
+        issuing.authority.published(),
+        |account| async move {
+            let uid = account.uid().unwrap_or_default();
+            namespace.reconcile(&account.name_any(), uid).await
+        },
+        |account| async move { namespace.remove(&account).await },
+    )
+    .await;
 }
 
 struct Namespace<'a> {
     issuing: &'a Issuing<'a>,
     name: &'a str,
     secrets: Objects<Secret>,
-    /// UIDs by name; `None` until they have been listed.
-    accounts: Option<BTreeMap<String, String>>,
-    due: Schedule,
     /// Accounts whose Secret's name is taken, which is logged once.
-    foreign: BTreeSet<String>,
+    foreign: Mutex<BTreeSet<String>>,
 }
 
 /// The result of reconciling one account.
@@ -117,87 +95,60 @@ enum Done {
     Until(SystemTime),
     /// Somebody else's Secret has the name.
     Foreign,
-    /// There is neither account nor Secret.
-    Gone,
 }
 
 impl Namespace<'_> {
-    fn replace(&mut self, accounts: BTreeMap<String, String>) {
-        let before = self.accounts.replace(accounts).unwrap_or_default();
-        before.keys().for_each(|name| self.due.now(name));
-        self.all_due();
-    }
-
-    fn put(&mut self, name: String, uid: String) {
-        let accounts = self.accounts.get_or_insert_default();
-        if accounts.get(&name) != Some(&uid) {
-            self.due.now(&name);
-            accounts.insert(name, uid);
+    /// Removes the Secret of an account that does not exist. If that fails, the cluster's garbage collector does it,
+    /// because the account owns the Secret.
+    async fn remove(&self, account: &str) {
+        let name = format!("{PREFIX}{account}");
+        let secret = format!("{}/{name}", self.name);
+        let removed = async {
+            let found = self.secrets.get(&name).await?.filter(is_ours);
+            let Some(found) = found else { return Ok(()) };
+            self.secrets.delete(&name, found.metadata.uid).await?;
+            tracing::info!(secret, "Secret removed with its service account");
+            Ok::<_, ApiError>(())
+        };
+        if let Err(error) = removed.await {
+            tracing::error!(secret, %error, "Secret of a former service account cannot be removed");
         }
     }
 
-    fn remove(&mut self, name: &str) {
-        if let Some(accounts) = &mut self.accounts {
-            accounts.remove(name);
-        }
-        self.due.now(name);
-    }
-
-    fn all_due(&mut self) {
-        for name in self.accounts.iter().flat_map(BTreeMap::keys) {
-            self.due.now(name);
-        }
-    }
-
-    async fn reconcile_due(&mut self) {
-        let due = self.due.take(Instant::now(), AT_ONCE);
-        let done = join_all(due.iter().map(|account| self.reconcile(account))).await;
-        for (account, done) in due.into_iter().zip(done) {
-            let secret = format!("{}/{PREFIX}{account}", self.name);
-            if !matches!(done, Ok(Done::Foreign)) {
-                self.foreign.remove(&account);
+    /// Keeps the Secret of `account` up to date. Returns when to do so again.
+    async fn reconcile(&self, account: &str, uid: String) -> Duration {
+        let secret = format!("{}/{PREFIX}{account}", self.name);
+        let done = self.update(account, uid).await;
+        let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
+        let was_foreign = foreign.remove(account);
+        match done {
+            Ok(Done::Until(time)) => {
+                let wait = time.duration_since(SystemTime::now()).unwrap_or_default();
+                wait.min(CHECK)
             }
-            match done {
-                Ok(Done::Gone) => self.due.forget(&account),
-                Ok(Done::Until(time)) => {
-                    let wait = time.duration_since(SystemTime::now()).unwrap_or_default();
-                    self.due.after(&account, wait.min(CHECK));
+            Ok(Done::Foreign) => {
+                foreign.insert(account.to_owned());
+                if !was_foreign {
+                    tracing::error!(
+                        secret,
+                        "Secret not created: another Secret has its name. Remove that one, or remove the namespace \
+                         from secrets.namespaces"
+                    );
                 }
-                Ok(Done::Foreign) => {
-                    self.due.after(&account, CHECK);
-                    if self.foreign.insert(account) {
-                        tracing::error!(
-                            secret,
-                            "Secret not created: another Secret has its name. Remove that one, or remove the namespace \
-                             from secrets.namespaces"
-                        );
-                    }
-                }
-                Err(error) => {
-                    tracing::error!(secret, %error, "Secret with a certificate cannot be kept");
-                    self.due.failed(&account);
-                }
+                CHECK
+            }
+            Err(error) => {
+                tracing::error!(secret, %error, "Secret with a certificate cannot be kept");
+                RETRY
             }
         }
     }
 
-    async fn reconcile(&self, account: &str) -> Result<Done, String> {
+    async fn update(&self, account: &str, uid: String) -> Result<Done, String> {
         let secret_name = format!("{PREFIX}{account}");
         let full_name = format!("{}/{secret_name}", self.name);
         let text = |error: ApiError| error.to_string();
         let found = self.secrets.get(&secret_name).await.map_err(text)?;
-        let accounts = self.accounts.as_ref();
-        let Some(uid) = accounts.and_then(|accounts| accounts.get(account)) else {
-            if let Some(secret) = found.filter(is_ours) {
-                let deleted = self.secrets.delete(&secret_name, secret.metadata.uid).await;
-                deleted.map_err(text)?;
-                tracing::info!(
-                    secret = full_name,
-                    "Secret removed with its service account"
-                );
-            }
-            return Ok(Done::Gone);
-        };
         let identity = self
             .issuing
             .trust_domain
@@ -240,7 +191,7 @@ impl Namespace<'_> {
             api_version: "v1".into(),
             kind: "ServiceAccount".into(),
             name: account.to_owned(),
-            uid: uid.clone(),
+            uid,
             ..OwnerReference::default()
         }]);
         let written = match is_new {
