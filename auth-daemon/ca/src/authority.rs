@@ -643,13 +643,5 @@ impl fmt::Display for Target {
     }
 }
 
-impl fmt::Debug for Authority {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Authority")
-            .field("settings", &self.inner.settings)
-            .finish_non_exhaustive()
-    }
-}
-
 #[cfg(test)]
 mod tests;

@@ -200,7 +200,6 @@ impl AsyncWrite for Connection {
 }
 
 /// How connections are served.
-#[derive(Debug)]
 pub(crate) struct Serving<Source, Serve> {
     pub(crate) tls: CurrentTls,
     pub(crate) counters: Arc<Counters>,

@@ -27,7 +27,6 @@ const MAX_BYTES: u64 = 1 << 20;
 const MAX_INTERMEDIATES: usize = 8;
 
 /// The content of the files.
-#[derive(Debug)]
 pub(crate) struct Intermediate {
     pub(crate) signer: Arc<Signer>,
     /// The valid roots of root-cert.pem, the one above the signer first.
@@ -439,7 +438,7 @@ pub(crate) mod tests {
     fn reports_errors_with_their_files() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path();
-        let errors = |at| load(dir, at).unwrap_err().join("\n");
+        let errors = |at| load(dir, at).err().unwrap().join("\n");
         let missing = errors(now());
         for file in [CERTIFICATE, KEY, ROOTS, CHAIN] {
             let expected = format!("{file}: cannot be read");

@@ -39,7 +39,6 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const MAX_REQUEST: usize = 64 << 10;
 
 /// The bound socket.
-#[derive(Debug)]
 pub(crate) struct Socket {
     listener: UnixListener,
     path: PathBuf,
@@ -272,7 +271,7 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         let parent = path.parent().unwrap();
         assert_eq!(fs::metadata(parent).unwrap().mode() & 0o777, 0o700);
-        let error = Socket::bind(&path).await.unwrap_err().to_string();
+        let error = Socket::bind(&path).await.err().unwrap().to_string();
         assert!(error.contains("another CA is running"), "{error}");
         // After a kill, the socket is still there.
         drop(first);
@@ -281,10 +280,10 @@ mod tests {
 
         let file = folder.path().join("run/file");
         fs::write(&file, "").unwrap();
-        let error = Socket::bind(&file).await.unwrap_err().to_string();
+        let error = Socket::bind(&file).await.err().unwrap().to_string();
         assert!(error.contains("not a socket"), "{error}");
         fs::set_permissions(parent, fs::Permissions::from_mode(0o777)).unwrap();
-        let error = Socket::bind(&path).await.unwrap_err().to_string();
+        let error = Socket::bind(&path).await.err().unwrap().to_string();
         assert!(error.contains("lets others write"), "{error}");
     }
 }

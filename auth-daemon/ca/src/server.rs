@@ -56,7 +56,6 @@ const MAX_HEADERS: u32 = 16 << 10;
 pub const EVENT_INTERVAL: u32 = 4;
 
 /// The bound server.
-#[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
     readiness: Option<TcpListener>,

@@ -42,7 +42,6 @@ const HELD_BACK: Duration = Duration::from_secs(1);
 pub(crate) const NOT_THE_LEADER: &str = "this replica is not the leader";
 
 /// Decides on requests.
-#[derive(Debug)]
 pub(crate) struct CaService {
     pub(crate) trust_domain: TrustDomain,
     /// Asked in this order who the caller is.
@@ -400,7 +399,6 @@ impl IstioCertificateService for CaService {
 }
 
 /// Streams the trust bundle to daemons.
-#[derive(Debug)]
 pub(crate) struct TrustWatches {
     pub(crate) service: Arc<CaService>,
     pub(crate) stopped: watch::Receiver<bool>,

@@ -1,6 +1,6 @@
 //! A signing key with its certificate.
 
-use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
+use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
 use auth_mesh::{Identity, TrustDomain};
 use auth_tunnel::tls::svid::{NODE_EXTENSION, encode_node};
@@ -312,14 +312,6 @@ impl Signer {
             Err(error) => return Some(Err(error.into())),
         };
         sequence(&[&body, &algorithm, &signature]).map(Ok)
-    }
-}
-
-impl fmt::Debug for Signer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Signer")
-            .field("life", &self.life)
-            .finish_non_exhaustive()
     }
 }
 

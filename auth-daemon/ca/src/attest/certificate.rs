@@ -1,14 +1,11 @@
 //! Certificates that this CA issued and has not revoked, presented over TLS for renewal.
 
-use std::future;
-
 use rustls::pki_types::CertificateDer;
 
-use super::{Attestation, Attestor, Caller, Credentials, Unattested};
+use super::{Attestor, Caller, Credentials, Unattested};
 use crate::authority::Leader;
 
 /// Identifies workloads by their certificates.
-#[derive(Debug)]
 pub struct Certificates {
     leader: Leader,
 }
@@ -36,10 +33,10 @@ impl Certificates {
     }
 }
 
+#[tonic::async_trait]
 impl Attestor for Certificates {
-    fn attest<'a>(&'a self, credentials: Credentials<'a>) -> Attestation<'a> {
-        let caller = credentials.certificate.map(|shown| self.caller(shown));
-        Box::pin(future::ready(caller))
+    async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>> {
+        credentials.certificate.map(|shown| self.caller(shown))
     }
 }
 

@@ -9,7 +9,7 @@ use jsonwebtoken::{
 };
 use serde::Deserialize;
 
-use super::{Attestation, Attestor, Caller, Credentials, Unattested, keys::Keys};
+use super::{Attestor, Caller, Credentials, Unattested, keys::Keys};
 use crate::{config::JwksAttestation, placement::settle};
 
 /// Signature algorithms that are accepted: none with a shared secret.
@@ -228,16 +228,15 @@ fn node_of(
     }
 }
 
+#[tonic::async_trait]
 impl Attestor for Jwks {
-    fn attest<'a>(&'a self, credentials: Credentials<'a>) -> Attestation<'a> {
-        Box::pin(async move {
-            let token = credentials.bearer?;
-            let unverified: Unverified = dangerous::insecure_decode_claims(token).ok()?;
-            if unverified.iss != self.config.issuer {
-                return None;
-            }
-            Some(self.caller(token).await)
-        })
+    async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>> {
+        let token = credentials.bearer?;
+        let unverified: Unverified = dangerous::insecure_decode_claims(token).ok()?;
+        if unverified.iss != self.config.issuer {
+            return None;
+        }
+        Some(self.caller(token).await)
     }
 }
 

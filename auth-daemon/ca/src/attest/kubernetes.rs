@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    fmt,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -20,7 +19,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Attestation, Attestor, Caller, Credentials, Unattested};
+use super::{Attestor, Caller, Credentials, Unattested};
 
 /// Longest token that is reviewed, in bytes. The API server's have one or two thousand.
 const MAX_TOKEN_BYTES: usize = 16 << 10;
@@ -208,17 +207,10 @@ impl TokenReviewer {
     }
 }
 
+#[tonic::async_trait]
 impl Attestor for TokenReviewer {
-    fn attest<'a>(&'a self, credentials: Credentials<'a>) -> Attestation<'a> {
-        Box::pin(async move { self.attest_token(credentials.bearer?).await })
-    }
-}
-
-impl fmt::Debug for TokenReviewer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TokenReviewer")
-            .field("settings", &self.settings)
-            .finish_non_exhaustive()
+    async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>> {
+        self.attest_token(credentials.bearer?).await
     }
 }
 

@@ -7,7 +7,7 @@ mod keys;
 pub mod kubernetes;
 pub mod static_token;
 
-use std::{fmt, future::Future, pin::Pin};
+use std::fmt;
 
 use rustls::pki_types::CertificateDer;
 
@@ -53,10 +53,6 @@ impl fmt::Display for Caller {
 #[error("{0}")]
 pub struct Unattested(pub String);
 
-/// The result of [`Attestor::attest`]: `None` if the credentials are of another kind.
-pub type Attestation<'a> =
-    Pin<Box<dyn Future<Output = Option<Result<Caller, Unattested>>> + Send + 'a>>;
-
 impl Caller {
     /// The node that the caller is, or runs on.
     pub fn node(&self) -> &str {
@@ -67,7 +63,8 @@ impl Caller {
 }
 
 /// One way to identify a caller.
-pub trait Attestor: Send + Sync + std::fmt::Debug {
-    /// Identifies the caller that presents `credentials`.
-    fn attest<'a>(&'a self, credentials: Credentials<'a>) -> Attestation<'a>;
+#[tonic::async_trait]
+pub trait Attestor: Send + Sync {
+    /// Identifies the caller that presents `credentials`. Returns `None` if they are of another kind.
+    async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>>;
 }

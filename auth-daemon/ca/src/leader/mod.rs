@@ -6,7 +6,7 @@
 pub mod election;
 mod label;
 
-use std::{fmt, pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use auth_kubernetes::{ApiError, Objects};
 use election::{Election, Move, Timing, View};
@@ -53,22 +53,6 @@ pub struct Term<T> {
     pub lost: watch::Receiver<bool>,
     /// Runs during the term, which ends with it.
     pub work: Pin<Box<dyn Future<Output = ()> + Send>>,
-}
-
-impl<T> fmt::Debug for Term<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Term").finish_non_exhaustive()
-    }
-}
-
-impl fmt::Debug for Candidate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Candidate")
-            .field("namespace", &self.namespace)
-            .field("lease", &self.lease)
-            .field("pod", &self.pod)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Candidate {

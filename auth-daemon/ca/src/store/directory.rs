@@ -2,7 +2,6 @@
 //! are for other programs.
 
 use std::{
-    fmt,
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::OpenOptionsExt,
@@ -18,7 +17,7 @@ use nix::{
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Mutex;
 
-use super::{Store, StoreError, StoreFuture, Stored};
+use super::{Store, StoreError, Stored};
 use crate::files::{self, Readers};
 
 /// Keys and revocations. Mode 0600.
@@ -37,12 +36,14 @@ const MAX_STATE: u64 = 16 << 20;
 const MAX_ROOT: u64 = 1 << 20;
 
 /// Keeps the CA's state in a directory, which stays locked for as long as this exists.
+#[derive(Debug)]
 pub struct DirectoryStore {
     directory: PathBuf,
     /// Held during a write: writes follow one another.
     files: Arc<Mutex<Files>>,
 }
 
+#[derive(Debug)]
 struct Files {
     steps: Steps,
     _lock: Flock<File>,
@@ -132,36 +133,28 @@ impl DirectoryStore {
     }
 }
 
+#[tonic::async_trait]
 impl Store for DirectoryStore {
-    fn load(&self) -> StoreFuture<'_, Stored> {
-        Box::pin(std::future::ready(self.read()))
+    async fn load(&self) -> Result<Stored, StoreError> {
+        self.read()
     }
 
-    fn replace<'a>(&'a self, state: &'a [u8]) -> StoreFuture<'a, ()> {
-        Box::pin(self.write(vec![(STATE, 0o600, state.to_vec())]))
+    async fn replace(&self, state: &[u8]) -> Result<(), StoreError> {
+        self.write(vec![(STATE, 0o600, state.to_vec())]).await
     }
 
-    fn publish<'a>(
-        &'a self,
-        roots: &'a [CertificateDer<'static>],
-        crls: &'a [Vec<u8>],
-    ) -> StoreFuture<'a, ()> {
+    async fn publish(
+        &self,
+        roots: &[CertificateDer<'static>],
+        crls: &[Vec<u8>],
+    ) -> Result<(), StoreError> {
         let crls: String = crls
             .iter()
             .map(|der| pem::encode("X509 CRL", der))
             .collect();
-        Box::pin(self.write(vec![
-            (ROOTS, 0o644, pem::certificates(roots).into_bytes()),
-            (CRLS, 0o644, crls.into_bytes()),
-        ]))
-    }
-}
-
-impl fmt::Debug for DirectoryStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("DirectoryStore")
-            .field(&self.directory)
-            .finish()
+        let roots = (ROOTS, 0o644, pem::certificates(roots).into_bytes());
+        self.write(vec![roots, (CRLS, 0o644, crls.into_bytes())])
+            .await
     }
 }
 
@@ -294,7 +287,7 @@ pub(crate) mod tests {
         DirectoryStore::open(directory)?.load().await
     }
 
-    fn error<T: fmt::Debug>(result: Result<T, StoreError>) -> String {
+    fn error<T: std::fmt::Debug>(result: Result<T, StoreError>) -> String {
         result.unwrap_err().to_string()
     }
 

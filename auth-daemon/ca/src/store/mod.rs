@@ -3,12 +3,9 @@
 pub mod directory;
 pub mod secret;
 
-use std::{fmt, future::Future, pin::Pin};
+use std::fmt;
 
 use rustls::pki_types::CertificateDer;
-
-/// What [`Store`]'s operations return.
-pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
 /// Why the CA's state could not be read or written. Names the file or object, and what to do.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -38,21 +35,22 @@ impl fmt::Debug for Stored {
 
 /// Keeps the CA's state over restarts and crashes. Only one CA writes at a time: [`Store::load`] makes its caller the
 /// writer, and writes of an earlier writer fail from then on.
-pub trait Store: Send + Sync + fmt::Debug {
+#[tonic::async_trait]
+pub trait Store: Send + Sync {
     /// Reads the state, and becomes its writer.
-    fn load(&self) -> StoreFuture<'_, Stored>;
+    async fn load(&self) -> Result<Stored, StoreError>;
 
     /// Replaces the state that this writer read or wrote last. When this returns, the new state survives a crash; when
     /// it fails or never returns, either the old or the new one is there as a whole.
-    fn replace<'a>(&'a self, state: &'a [u8]) -> StoreFuture<'a, ()>;
+    async fn replace(&self, state: &[u8]) -> Result<(), StoreError>;
 
     /// Writes the published roots and revocation lists (DER) for people and programs, if this store is a place where
     /// they look. The CA continues if that fails.
-    fn publish<'a>(
-        &'a self,
-        _roots: &'a [CertificateDer<'static>],
-        _crls: &'a [Vec<u8>],
-    ) -> StoreFuture<'a, ()> {
-        Box::pin(std::future::ready(Ok(())))
+    async fn publish(
+        &self,
+        _roots: &[CertificateDer<'static>],
+        _crls: &[Vec<u8>],
+    ) -> Result<(), StoreError> {
+        Ok(())
     }
 }

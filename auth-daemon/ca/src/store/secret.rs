@@ -4,7 +4,7 @@
 //! of a new writer. An earlier writer then holds a stale resource version: its writes fail, and it reports that another
 //! CA is active.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use auth_kubernetes::{ApiError, Objects};
 use k8s_openapi::{ByteString, api::core::v1::Secret};
@@ -14,7 +14,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Store, StoreError, StoreFuture, Stored};
+use super::{Store, StoreError, Stored};
 
 /// On the Secret, with the CA's name.
 pub const STATE_LABEL: &str = "auth-daemon.io/ca-state";
@@ -35,6 +35,7 @@ const ATTEMPTS: usize = 5;
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Keeps the CA's state in a Secret.
+#[derive(Debug)]
 pub struct SecretStore {
     secrets: Objects<Secret>,
     namespace: String,
@@ -45,7 +46,7 @@ pub struct SecretStore {
 }
 
 /// What this writer knows of the Secret. Held during a write: writes follow one another.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Known {
     loaded: bool,
     /// Its resource version; `None` if there is no Secret yet.
@@ -263,21 +264,14 @@ enum Outcome {
     Superseded,
 }
 
+#[tonic::async_trait]
 impl Store for SecretStore {
-    fn load(&self) -> StoreFuture<'_, Stored> {
-        Box::pin(within(self.become_writer()))
+    async fn load(&self) -> Result<Stored, StoreError> {
+        within(self.become_writer()).await
     }
 
-    fn replace<'a>(&'a self, state: &'a [u8]) -> StoreFuture<'a, ()> {
-        Box::pin(within(self.write(state)))
-    }
-}
-
-impl fmt::Debug for SecretStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("SecretStore")
-            .field(&self.full_name())
-            .finish()
+    async fn replace(&self, state: &[u8]) -> Result<(), StoreError> {
+        within(self.write(state)).await
     }
 }
 

@@ -77,7 +77,7 @@ async fn open_with(folder: &Path, settings: Settings, clock: &FakeClock) -> Auth
 async fn refused(folder: &Path, settings: Settings) -> String {
     let store = Arc::new(DirectoryStore::open(folder).unwrap());
     let opened = Authority::open(store, settings).await;
-    opened.unwrap_err().to_string()
+    opened.err().unwrap().to_string()
 }
 
 fn csr() -> Vec<u8> {

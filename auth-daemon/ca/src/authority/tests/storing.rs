@@ -3,10 +3,7 @@
 use std::sync::Mutex;
 
 use super::*;
-use crate::store::{
-    StoreFuture,
-    directory::tests::{Failures, open_failing},
-};
+use crate::store::directory::tests::{Failures, open_failing};
 
 #[tokio::test]
 async fn a_crash_between_any_two_steps_loses_nothing() {
@@ -86,30 +83,28 @@ async fn a_full_disk_refuses_changes_but_not_certificates() {
 }
 
 /// A document that several CAs share, as a Secret is: a writer fails once another one has read it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 struct Shared(Arc<Mutex<Document>>, Arc<Mutex<u32>>);
 
 /// The number of the last reader, and the content.
 type Document = (u32, Option<Vec<u8>>);
 
+#[tonic::async_trait]
 impl Store for Shared {
-    fn load(&self) -> StoreFuture<'_, Stored> {
+    async fn load(&self) -> Result<Stored, StoreError> {
         let mut shared = self.0.lock().unwrap();
         shared.0 += 1;
         *self.1.lock().unwrap() = shared.0;
-        let stored = shared.1.clone().map_or(Stored::Nothing, Stored::State);
-        Box::pin(std::future::ready(Ok(stored)))
+        Ok(shared.1.clone().map_or(Stored::Nothing, Stored::State))
     }
 
-    fn replace<'a>(&'a self, state: &'a [u8]) -> StoreFuture<'a, ()> {
+    async fn replace(&self, state: &[u8]) -> Result<(), StoreError> {
         let mut shared = self.0.lock().unwrap();
-        let result = if *self.1.lock().unwrap() == shared.0 {
-            shared.1 = Some(state.to_vec());
-            Ok(())
-        } else {
-            Err(StoreError("another CA is active".into()))
-        };
-        Box::pin(std::future::ready(result))
+        if *self.1.lock().unwrap() != shared.0 {
+            return Err(StoreError("another CA is active".into()));
+        }
+        shared.1 = Some(state.to_vec());
+        Ok(())
     }
 }
 
