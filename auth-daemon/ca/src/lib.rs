@@ -3,7 +3,7 @@
 //!
 //! From the bottom up: [`config`]; [`csr`], `signer`, `intermediate` and `crl` make certificates and lists; `rotation` and
 //! `state` are pure, and [`store`] keeps the state; [`authority`] does what it is asked; [`attest`] and [`placement`] decide
-//! who may ask for what, and [`quotas`] and `fair_queue` how much; `connections`, `service`, `operator` and [`server`]
+//! who may ask for what, and [`quotas`] and `fair_queue` how much; `connection`, `service`, `operator` and [`server`]
 //! answer, and `audit` logs it. [`leader`] elects the replica that does so, `control`, [`roots`] and [`distribution`] write
 //! to the cluster, and [`embedded`] is a CA without a server.
 
@@ -11,7 +11,7 @@ pub mod attest;
 mod audit;
 pub mod authority;
 pub mod config;
-mod connections;
+mod connection;
 mod control;
 mod counters;
 mod crl;

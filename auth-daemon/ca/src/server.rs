@@ -2,6 +2,7 @@
 
 use std::{
     convert::Infallible,
+    io::ErrorKind,
     net::SocketAddr,
     pin::pin,
     sync::{Arc, atomic::AtomicU64},
@@ -14,12 +15,23 @@ use auth_ca_api::{
     istio::istio_certificate_service_server::IstioCertificateServiceServer,
 };
 use auth_mesh::Registry;
-use auth_support::http_server::{answer as answer_http, open_metrics};
+use auth_support::{
+    connection_limit::ConnectionLimit,
+    http_server::{answer as answer_http, open_metrics},
+};
+use auth_tunnel::tls::explain;
 use axum::{Router, http::StatusCode, response::IntoResponse, routing::get};
 use hyper::{body::Incoming, rt::Executor, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::{metrics::gauge::Gauge, registry::Registry as MetricsRegistry};
-use tokio::{net::TcpListener, sync::watch, time::timeout};
+use rustls::ServerConfig;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::{Code, Status, body::Body, codegen::http, service::Routes};
 use tower::ServiceExt;
 
@@ -28,7 +40,7 @@ use crate::{
     audit,
     authority::Leader,
     config::CaConfig,
-    connections::{Connection, Peer, Serving},
+    connection::{Connection, Peer},
     counters::Kind,
     fair_queue::FairQueue,
     operator,
@@ -37,6 +49,16 @@ use crate::{
     service::{CaService, TrustWatches},
 };
 
+/// From TCP to the end of the TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+const MAX_HANDSHAKES: usize = 1024;
+const MAX_HANDSHAKES_PER_SOURCE: usize = 256;
+const MAX_CONNECTIONS: usize = 16_384;
+/// All pods of a node may call from one address.
+const MAX_CONNECTIONS_PER_SOURCE: usize = 256;
+const CLOSED: &str = "the peer closed the connection";
+/// How often exhausted limits are logged, at most.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest request, in bytes.
 const MAX_REQUEST: usize = 64 << 10;
 /// Until the answer to a request, or its beginning.
@@ -106,40 +128,31 @@ impl Server {
     /// Serves until `stopped` is true. Requests in progress are answered.
     pub async fn run(self, stopped: watch::Receiver<bool>) {
         let service = self.service;
-        let (leader, counters) = (service.leader.clone(), service.counters.clone());
-        let quotas = service.quotas.clone();
         let tls = CurrentTls::default();
-        // The first caller finds a certificate.
-        if let Some(authority) = leader.borrow().clone() {
-            let roots = authority.published().borrow().roots.clone();
-            server_tls::renew(&authority, &roots, &self.names, &service.trust_domain, &tls);
-        }
-        let renewal = tokio::spawn(server_tls::keep_current(
-            leader.clone(),
-            self.names,
-            service.trust_domain.clone(),
-            tls.clone(),
-        ));
         if let Some(readiness) = self.readiness {
             let routes = health(service.clone(), tls.clone(), stopped.clone());
             tokio::spawn(answer_http(readiness, routes));
         }
-        let (routes, turns) = (routes(&service, &stopped), service.turns.clone());
-        let (placing, serving, stop) = (service.clone(), service, stopped.clone());
-        let serving = Serving {
-            tls,
-            counters: counters.clone(),
-            quotas: quotas.clone(),
-            turns,
-            source: move |address| placing.source(address),
-            serve: move |connection| {
-                serve(connection, routes.clone(), serving.clone(), stop.clone())
-            },
-        };
-        let serving = serving.accept(self.listener, stopped.clone(), GRACE);
-        let operator = self.operator.serve(leader, counters, quotas, stopped);
-        tokio::join!(serving, operator);
-        renewal.abort();
+        let front = Arc::new(Front {
+            routes: routes(&service, &stopped),
+            service: service.clone(),
+            tls: tls.clone(),
+            stopped: stopped.clone(),
+        });
+        let trust_domain = &service.trust_domain;
+        let renewal =
+            server_tls::keep_current(service.leader.clone(), &self.names, trust_domain, &tls);
+        let (counters, quotas) = (service.counters.clone(), service.quotas.clone());
+        let operator = self
+            .operator
+            .serve(service.leader.clone(), counters, quotas, stopped);
+        let serving = async { tokio::join!(front.accept(self.listener), operator) };
+        tokio::select! {
+            // First, so that the first caller finds a certificate.
+            biased;
+            never = renewal => match never {},
+            _ = serving => {}
+        }
     }
 }
 
@@ -205,83 +218,192 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for InTurns {
     }
 }
 
-/// Serves HTTP/2 on `connection` until it ends. When `stopped` is true, requests in progress are answered.
-async fn serve(
-    connection: Connection,
-    routes: Routes,
+/// What connections need.
+struct Front {
     service: Arc<CaService>,
-    mut stopped: watch::Receiver<bool>,
-) {
-    let peer = connection.peer.clone();
-    let tasks = InTurns {
-        turns: service.turns.clone(),
-        source: peer.source.clone(),
-    };
-    let caller = peer.clone();
-    let answer = service_fn(move |request| {
-        let guard = caller.request();
-        let answer = answer(routes.clone(), service.clone(), caller.clone(), request);
-        async move {
-            let answer = answer.await;
-            drop(guard);
-            Ok::<_, Infallible>(answer)
+    routes: Routes,
+    tls: CurrentTls,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Front {
+    /// Accepts connections from `tcp` until the server stops, then gives those that are open [`GRACE`] to end. Everything
+    /// is limited before a caller is known: handshakes and connections, in total and for each address, and their times.
+    async fn accept(self: Arc<Self>, tcp: TcpListener) {
+        let handshakes = ConnectionLimit::new(MAX_HANDSHAKES, MAX_HANDSHAKES_PER_SOURCE);
+        let connections = ConnectionLimit::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE);
+        let (handshakes, connections) = (Arc::new(handshakes), Arc::new(connections));
+        let mut stopped = self.stopped.clone();
+        let mut logged: Option<Instant> = None;
+        let mut tasks = JoinSet::new();
+        loop {
+            let incoming = tokio::select! {
+                _ = stopped.wait_for(|stopped| *stopped) => break,
+                Some(_) = tasks.join_next() => continue,
+                incoming = tcp.accept() => incoming,
+            };
+            let (stream, address) = match incoming {
+                Ok(incoming) => incoming,
+                // Errors of one connection pass; a lack of file descriptors lasts.
+                Err(error) => {
+                    tracing::error!(%error, "connection cannot be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let ip = address.ip().to_canonical();
+            let permits = (handshakes.admit(ip), connections.admit(ip));
+            let (Some(handshake), Some(connection)) = permits else {
+                self.service.counters.refused_connections.inc();
+                if logged.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
+                    logged = Some(Instant::now());
+                    tracing::warn!(
+                        peer = %address, handshakes = handshakes.taken(), connections = connections.taken(),
+                        "connection refused: too many connections or handshakes"
+                    );
+                }
+                continue;
+            };
+            // A replica that was never the leader has no certificate yet: callers try another one.
+            let Some(tls) = self.tls.load_full() else {
+                tracing::debug!(peer = %address, "connection closed: this replica is not the leader");
+                continue;
+            };
+            let front = self.clone();
+            let source = self.service.source(ip);
+            // All work on connections, from the handshake on, has turns by source.
+            let turns = self.service.turns.clone();
+            tasks.spawn(turns.run(source.clone(), async move {
+                let tls = front.shake_hands(stream, address, &source, tls).await;
+                drop(handshake);
+                if let Some(tls) = tls {
+                    front
+                        .serve(Connection::new(tls, address, source, connection))
+                        .await;
+                }
+            }));
         }
-    });
-    let served = http2::Builder::new(tasks)
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(MAX_STREAMS)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(MAX_HEADERS)
-        .keep_alive_interval(Some(KEEPALIVE))
-        .keep_alive_timeout(KEEPALIVE)
-        .serve_connection(TokioIo::new(connection), answer);
-    let mut served = pin!(served);
-    let stop = async {
-        let _ = stopped.wait_for(|stopped| *stopped).await;
-    };
-    let ended = tokio::select! {
-        ended = served.as_mut() => ended,
-        () = stop => {
-            served.as_mut().graceful_shutdown();
-            served.await
+        drop(tcp);
+        let all_ended = async { while tasks.join_next().await.is_some() {} };
+        let _ = timeout(GRACE, all_ended).await;
+    }
+
+    /// The TLS handshake. Counts and logs its failure.
+    async fn shake_hands(
+        &self,
+        tcp: TcpStream,
+        address: SocketAddr,
+        source: &str,
+        tls: Arc<ServerConfig>,
+    ) -> Option<TlsStream<TcpStream>> {
+        let late = |_| Err(format!("not finished within {HANDSHAKE:?}"));
+        let handshake = timeout(HANDSHAKE, handshake_with(tcp, tls)).await;
+        match handshake.unwrap_or_else(late) {
+            Ok(tls) => return Some(tls),
+            // Probes only check whether the port is open.
+            Err(why) if why == CLOSED => {
+                tracing::debug!(peer = %address, why, "TLS handshake failed");
+            }
+            Err(why) if self.service.quotas.report(source) => {
+                audit::refused(address, None, None, "handshake", &why);
+            }
+            Err(_) => {}
         }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(peer = %peer.address, %error, "connection ended");
+        self.service.counters.failed_handshakes.inc();
+        None
+    }
+
+    /// Serves HTTP/2 on `connection` until it ends. When the server stops, requests in progress are answered.
+    async fn serve(self: Arc<Self>, connection: Connection) {
+        let peer = connection.peer.clone();
+        let tasks = InTurns {
+            turns: self.service.turns.clone(),
+            source: peer.source.clone(),
+        };
+        let mut stopped = self.stopped.clone();
+        let caller = peer.clone();
+        let answer = service_fn(move |request| {
+            let (front, caller) = (self.clone(), caller.clone());
+            let guard = caller.request();
+            async move {
+                let answer = front.answer(caller, request).await;
+                drop(guard);
+                Ok::<_, Infallible>(answer)
+            }
+        });
+        let served = http2::Builder::new(tasks)
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MAX_STREAMS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(MAX_HEADERS)
+            .keep_alive_interval(Some(KEEPALIVE))
+            .keep_alive_timeout(KEEPALIVE)
+            .serve_connection(TokioIo::new(connection), answer);
+        let mut served = pin!(served);
+        let stop = async { drop(stopped.wait_for(|stopped| *stopped).await) };
+        let ended = tokio::select! {
+            ended = served.as_mut() => ended,
+            () = stop => {
+                served.as_mut().graceful_shutdown();
+                served.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(peer = %peer.address, %error, "connection ended");
+        }
+    }
+
+    /// Answers `request` within its deadline, and counts what tonic refuses.
+    async fn answer(
+        &self,
+        peer: Arc<Peer>,
+        mut request: http::Request<Incoming>,
+    ) -> http::Response<Body> {
+        let path = request.uri().path().chars().take(128).collect::<String>();
+        request.extensions_mut().insert(peer.clone());
+        let answer = timeout(REQUEST, self.routes.clone().oneshot(request)).await;
+        let refused = |kind: Kind, why: &str| {
+            self.service.counters.refused(kind);
+            // The caller may be unknown, so it has no quota yet.
+            if self.service.quotas.report(&peer.source) {
+                audit::refused(peer.address, None, Some(&path), kind.name(), why);
+            }
+        };
+        match answer {
+            // tonic's code for a message over the limit.
+            Ok(Ok(answer)) if code(&answer) == Some(Code::OutOfRange) => {
+                let why = "the request is larger than the CA accepts";
+                refused(Kind::TooLarge, why);
+                Status::resource_exhausted(why).into_http()
+            }
+            Ok(Ok(answer)) => answer,
+            Err(_) => {
+                let why = format!("not answered within {REQUEST:?}");
+                refused(Kind::Unavailable, &why);
+                Status::deadline_exceeded(why).into_http()
+            }
+        }
     }
 }
 
-/// Answers `request` within its deadline, and counts what tonic refuses.
-async fn answer(
-    routes: Routes,
-    service: Arc<CaService>,
-    peer: Arc<Peer>,
-    mut request: http::Request<Incoming>,
-) -> http::Response<Body> {
-    let path = request.uri().path().chars().take(128).collect::<String>();
-    request.extensions_mut().insert(peer.clone());
-    let answer = timeout(REQUEST, routes.oneshot(request)).await;
-    let refused = |kind: Kind, why: &str| {
-        service.counters.refused(kind);
-        // The caller may be unknown, so it has no quota yet.
-        if service.quotas.report(&peer.source) {
-            audit::refused(peer.address, None, Some(&path), kind.name(), why);
+async fn handshake_with(
+    tcp: TcpStream,
+    tls: Arc<ServerConfig>,
+) -> Result<TlsStream<TcpStream>, String> {
+    tcp.set_nodelay(true).map_err(|error| error.to_string())?;
+    let stream = TlsAcceptor::from(tls).accept(tcp).await.map_err(|error| {
+        let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+        match inner {
+            Some(error) => explain(error),
+            None if error.kind() == ErrorKind::UnexpectedEof => CLOSED.to_owned(),
+            None => error.to_string(),
         }
-    };
-    match answer {
-        // tonic's code for a message over the limit.
-        Ok(Ok(answer)) if code(&answer) == Some(Code::OutOfRange) => {
-            let why = "the request is larger than the CA accepts";
-            refused(Kind::TooLarge, why);
-            Status::resource_exhausted(why).into_http()
-        }
-        Ok(Ok(answer)) => answer,
-        Err(_) => {
-            let why = format!("not answered within {REQUEST:?}");
-            refused(Kind::Unavailable, &why);
-            Status::deadline_exceeded(why).into_http()
-        }
+    })?;
+    // Old clients offer no protocol, and mean HTTP/2 (gRPC has no other).
+    match stream.get_ref().1.alpn_protocol() {
+        None | Some(b"h2") => Ok(stream),
+        Some(_) => Err("the peer does not offer HTTP/2".into()),
     }
 }
 

@@ -1,6 +1,8 @@
 //! TLS of the CA's server: a certificate of its own, renewed in time, and callers with or without a client certificate.
 
 use std::{
+    convert::Infallible,
+    future::pending,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -18,6 +20,7 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
+use tokio::time::sleep;
 
 use crate::authority::{Authority, Leader};
 
@@ -30,7 +33,7 @@ pub(crate) type CurrentTls = Arc<ArcSwapOption<ServerConfig>>;
 
 /// TLS 1.3 and HTTP/2 as the holder of `key`. A client may stay without a certificate; one that shows a certificate
 /// must hold an SVID of the trust domain that leads to one of `roots`.
-pub(crate) fn config(
+fn config(
     key: Arc<CertifiedKey>,
     roots: &[CertificateDer<'static>],
     trust_domain: &TrustDomain,
@@ -53,69 +56,59 @@ pub(crate) fn config(
     Ok(config)
 }
 
-/// Renews `current`. Returns when to do so again.
-pub(crate) fn renew(
-    leader: &Authority,
-    roots: &[CertificateDer<'static>],
+/// Renews `current` when this replica becomes the leader, when the roots change, and when the certificate is due, for ever.
+pub(crate) async fn keep_current(
+    mut authority: Leader,
     names: &[String],
     trust_domain: &TrustDomain,
     current: &CurrentTls,
-) -> Duration {
-    let made = leader
-        .server_certificate(names)
-        .map_err(|error| error.to_string())
-        .and_then(|(key, due)| {
-            let config = config(key, roots, trust_domain).map_err(|error| error.to_string())?;
-            Ok((config, due))
-        });
-    match made {
-        Ok((config, due)) => {
-            current.store(Some(Arc::new(config)));
-            let wait = due.duration_since(SystemTime::now()).unwrap_or_default();
-            tracing::debug!(
-                renew_in_seconds = wait.as_secs(),
-                "server certificate renewed"
-            );
-            wait.max(RETRY)
-        }
-        Err(error) => {
-            tracing::error!(%error, "server certificate cannot be renewed; retrying");
-            RETRY
+) -> Infallible {
+    loop {
+        // A former leader keeps its last certificate, to tell callers that it is not the leader any more.
+        let Ok(Some(leader)) = authority
+            .wait_for(Option::is_some)
+            .await
+            .map(|leader| leader.clone())
+        else {
+            return pending().await;
+        };
+        let mut published = leader.published();
+        let roots = published.borrow_and_update().roots.clone();
+        let wait = match make(&leader, &roots, names, trust_domain) {
+            Ok((config, due)) => {
+                current.store(Some(Arc::new(config)));
+                let wait = due.duration_since(SystemTime::now()).unwrap_or_default();
+                tracing::debug!(
+                    renew_in_seconds = wait.as_secs(),
+                    "server certificate renewed"
+                );
+                wait.max(RETRY)
+            }
+            Err(error) => {
+                tracing::error!(error, "server certificate cannot be renewed; retrying");
+                RETRY
+            }
+        };
+        let new_roots = async {
+            drop(published.wait_for(|now| now.roots != roots).await);
+        };
+        tokio::select! {
+            changed = authority.changed() => if changed.is_err() { return pending().await },
+            () = new_roots => {}
+            () = sleep(wait.min(CHECK)) => {}
         }
     }
 }
 
-/// Renews `current` when this replica becomes the leader, when the roots change, and when the certificate is due.
-pub(crate) async fn keep_current(
-    mut authority: Leader,
-    names: Vec<String>,
-    trust_domain: TrustDomain,
-    current: CurrentTls,
-) {
-    loop {
-        let leader = authority.borrow_and_update().clone();
-        // A former leader keeps its last certificate, to tell callers that it is not the leader any more.
-        let Some(leader) = leader else {
-            if authority.changed().await.is_err() {
-                return;
-            }
-            continue;
-        };
-        let mut published = leader.published();
-        let roots = published.borrow_and_update().roots.clone();
-        let wait = renew(&leader, &roots, &names, &trust_domain, &current);
-        let new_roots = async {
-            while published.changed().await.is_ok() {
-                if published.borrow_and_update().roots != roots {
-                    return;
-                }
-            }
-            std::future::pending().await
-        };
-        tokio::select! {
-            changed = authority.changed() => if changed.is_err() { return },
-            () = new_roots => {}
-            () = tokio::time::sleep(wait.min(CHECK)) => {}
-        }
-    }
+/// A configuration with a new certificate, and when to renew it.
+fn make(
+    leader: &Authority,
+    roots: &[CertificateDer<'static>],
+    names: &[String],
+    trust_domain: &TrustDomain,
+) -> Result<(ServerConfig, SystemTime), String> {
+    let certificate = leader.server_certificate(names);
+    let (key, due) = certificate.map_err(|error| error.to_string())?;
+    let config = config(key, roots, trust_domain).map_err(|error| error.to_string())?;
+    Ok((config, due))
 }

@@ -27,7 +27,7 @@ use crate::{
     attest::{Attestor, Caller, Credentials, Unattested},
     audit,
     authority::{Authority, Leader, Published, Refusal},
-    connections::{Peer, WatchGuard},
+    connection::{Peer, WatchGuard},
     counters::{Counters, Kind},
     fair_queue::FairQueue,
     placement::{self, Denied, Grant},
