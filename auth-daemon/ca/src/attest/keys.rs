@@ -78,11 +78,17 @@ impl Keys {
 
     /// The key with this `id`; without one, the only key for `algorithm`.
     pub(super) async fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Option<DecodingKey> {
-        self.read_if_due(false).await;
-        if let Some(key) = self.lookup(id, algorithm) {
-            return Some(key);
+        let known = self.lookup(id, algorithm);
+        match (known, self.reading.try_lock()) {
+            // Anybody can make the keys be read, with a token that names an unknown one. Others must not wait for that.
+            (Some(known), Err(_)) => return Some(known),
+            (Some(_), Ok(mut reading)) => self.read_if_due(&mut reading, false).await,
+            (None, reading) => {
+                drop(reading);
+                self.read_if_due(&mut *self.reading.lock().await, true)
+                    .await;
+            }
         }
-        self.read_if_due(true).await;
         self.lookup(id, algorithm)
     }
 
@@ -95,15 +101,14 @@ impl Keys {
         (id.is_some() || fitting.next().is_none()).then(|| key.key.clone())
     }
 
-    /// Reads the keys if that is due. Callers wait for one another, at most as long as one request takes.
-    async fn read_if_due(&self, missed: bool) {
-        let mut reading = self.reading.lock().await;
+    /// Reads the keys if that is due.
+    async fn read_if_due(&self, reading: &mut Reading, missed: bool) {
         let age = |at: Option<Instant>| at.map(|at| at.elapsed());
         if !due(&self.source, age(reading.tried), age(reading.read), missed) {
             return;
         }
         reading.tried = Some(Instant::now());
-        match self.read(&mut reading).await {
+        match self.read(reading).await {
             Ok(keys) => {
                 reading.read = Some(Instant::now());
                 if let Some(keys) = keys {
@@ -216,6 +221,8 @@ fn usable(jwk: &Jwk) -> Option<Key> {
 mod tests {
     use std::io::{Read, Write};
 
+    use futures_util::FutureExt;
+
     use super::*;
 
     const EC: &str = r#"{"kty":"EC","crv":"P-256","kid":"one",
@@ -272,6 +279,21 @@ mod tests {
                 "{source:?} {tried:?} {read:?} {missed}"
             );
         }
+    }
+
+    #[tokio::test]
+    async fn known_keys_are_found_while_others_wait_for_the_server() {
+        let keys = Keys::open(JwksSource::Url {
+            url: server(set(&[EC])),
+            root_file: None,
+        });
+        let keys = keys.unwrap();
+        assert!(keys.find(Some("one"), Algorithm::ES256).await.is_some());
+        let _reading = keys.reading.lock().await;
+        let known = keys.find(Some("one"), Algorithm::ES256).now_or_never();
+        assert!(known.is_some_and(|key| key.is_some()));
+        let unknown = keys.find(Some("two"), Algorithm::ES256).now_or_never();
+        assert!(unknown.is_none());
     }
 
     /// Answers every request with `body`.
