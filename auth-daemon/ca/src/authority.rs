@@ -52,6 +52,15 @@ pub(crate) async fn while_leading<F: Future<Output = ()>>(
     }
 }
 
+/// What [`Authority::issue`] returns.
+#[derive(Debug)]
+pub struct Issued {
+    /// The leaf and its intermediates, without the root.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// All trusted roots, that of the certificate first.
+    pub roots: Vec<CertificateDer<'static>>,
+}
+
 /// What to revoke.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -94,10 +103,6 @@ const MAX_NODE: usize = 253;
 
 /// The CA.
 pub struct Authority {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
     store: Arc<dyn Store>,
     settings: Settings,
     keys: KeySource,
@@ -143,7 +148,7 @@ impl Clock {
 
 impl Authority {
     /// Opens the CA of `store`, or creates one if there is none.
-    pub async fn open(store: Arc<dyn Store>, settings: Settings) -> Result<Self, UnusableCa> {
+    pub async fn open(store: Arc<dyn Store>, settings: Settings) -> Result<Arc<Self>, UnusableCa> {
         Self::open_at(store, settings, Clock::new(SystemTime::now)).await
     }
 
@@ -151,7 +156,7 @@ impl Authority {
         store: Arc<dyn Store>,
         settings: Settings,
         clock: Clock,
-    ) -> Result<Self, UnusableCa> {
+    ) -> Result<Arc<Self>, UnusableCa> {
         let now = clock.now();
         check_settings(&settings)?;
         let keys = match &settings.root {
@@ -175,7 +180,7 @@ impl Authority {
         let view = CaView::new(&state, None, keys.intermediate(), now).map_err(UnusableCa)?;
         let written = store.replace(&state.to_json()).await;
         written.map_err(|error| UnusableCa(error.0))?;
-        let inner = Inner {
+        let authority = Self {
             store,
             settings,
             keys,
@@ -185,41 +190,26 @@ impl Authority {
             view: ArcSwap::from_pointee(view),
             changed: Notify::new(),
         };
-        inner.write_published().await;
-        if let Some(intermediate) = inner.keys.intermediate() {
+        authority.write_published().await;
+        if let Some(intermediate) = authority.keys.intermediate() {
             intermediate.warn_before_expiry(now);
         }
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        Ok(Arc::new(authority))
     }
 
     /// Signs the key of `csr` (PKCS #10, DER; everything else in it is ignored) for `identity`. The certificate names
     /// `node`, and is valid for `lifetime`, at most for the maximum; zero asks for the maximum, and less than ten seconds
-    /// is refused. Returns the leaf and its intermediates, without the root.
+    /// is refused.
     pub fn issue(
         &self,
         identity: &Identity,
         csr: &[u8],
         lifetime: Duration,
         node: Option<&str>,
-    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        let (chain, _) = self.issue_with_roots(identity, csr, lifetime, node)?;
-        Ok(chain)
-    }
-
-    /// Like [`Authority::issue`], but also returns all trusted roots, that of the certificate first.
-    pub(crate) fn issue_with_roots(
-        &self,
-        identity: &Identity,
-        csr: &[u8],
-        lifetime: Duration,
-        node: Option<&str>,
-    ) -> Result<(Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>), Refusal> {
-        let inner = &*self.inner;
-        inner.check_trust_domain(identity)?;
-        let lifetime = inner.lifetime(lifetime)?;
-        let view = inner.view.load_full();
+    ) -> Result<Issued, Refusal> {
+        self.check_trust_domain(identity)?;
+        let lifetime = self.lifetime(lifetime)?;
+        let view = self.view.load_full();
         let check = |view: &CaView| {
             let revoked = &view.published.revoked;
             revoked.check_identity(identity)?;
@@ -233,19 +223,22 @@ impl Authority {
         if view.owns_key(&key.spki()) {
             return Err(Refusal::Request("the CSR's key is the CA's own".into()));
         }
-        let now = inner.clock.now();
+        let now = self.clock.now();
         let signer = &view.signing;
         let node = Some(node.unwrap_or_default());
         let leaf = signer.svid(identity, &key, node, lifetime, now)?;
         // The state may have changed meanwhile. A root that stopped signing is only needed for what it signed before.
-        let current = inner.view.load();
+        let current = self.view.load();
         check(&current)?;
         if current.rotation.signing != view.rotation.signing {
             return Err(Refusal::State(
                 "the root was replaced while this was signed: retry".into(),
             ));
         }
-        Ok((signer.chain(&leaf), current.published.roots.clone()))
+        Ok(Issued {
+            chain: signer.chain(&leaf),
+            roots: current.published.roots.clone(),
+        })
     }
 
     /// Key and certificate for the CA's own server, for DNS names and IP addresses, and when to renew it: at half of its
@@ -254,10 +247,9 @@ impl Authority {
         &self,
         names: &[String],
     ) -> Result<(Arc<CertifiedKey>, SystemTime), Refusal> {
-        let inner = &*self.inner;
-        let now = inner.clock.now();
-        let lifetime = inner.settings.max_lifetime.as_secs();
-        let view = inner.view.load();
+        let now = self.clock.now();
+        let lifetime = self.settings.max_lifetime.as_secs();
+        let view = self.view.load();
         let (key, leaf) = view.signing.server_certificate(names, lifetime, now)?;
         let half = now + (leaf.not_after - now) / 2;
         Ok((key, UNIX_EPOCH + Duration::from_secs(half)))
@@ -265,14 +257,13 @@ impl Authority {
 
     /// The content of `certificate` (DER), if this CA issued it to a workload, and it is neither expired nor revoked.
     pub fn verify(&self, certificate: &[u8]) -> Result<Svid, String> {
-        let inner = &*self.inner;
-        let svid = Svid::parse(certificate, &inner.settings.trust_domain)
+        let svid = Svid::parse(certificate, &self.settings.trust_domain)
             .map_err(|error| error.to_string())?;
-        let view = inner.view.load();
+        let view = self.view.load();
         if !view.issued(certificate) {
             return Err(format!("{} was not issued by this CA", svid.serial));
         }
-        if unix_seconds(svid.not_after) < inner.clock.now() {
+        if unix_seconds(svid.not_after) < self.clock.now() {
             return Err(format!("{} has expired", svid.serial));
         }
         let checked = view.published.revoked.check(&svid);
@@ -281,63 +272,64 @@ impl Authority {
     }
 
     /// Revokes `target`. If it is revoked already, that gets the new reason.
-    pub async fn revoke(&self, target: Target, reason: Reason) -> Result<(), Refusal> {
-        self.inner
-            .change(move |state, inner, now| inner.revoke(state, target, reason, now))
-            .await
+    pub async fn revoke(self: &Arc<Self>, target: Target, reason: Reason) -> Result<(), Refusal> {
+        let wanted = target.clone();
+        self.change(move |state, authority, now| {
+            authority.add_revocation(state, wanted, reason, now)
+        })
+        .await?;
+        tracing::warn!(%target, %reason, "revoked");
+        Ok(())
     }
 
     /// Withdraws a revocation.
-    pub async fn unrevoke(&self, target: Target) -> Result<(), Refusal> {
-        self.inner
-            .change(move |state, _, _| {
-                let revoked = &mut state.revoked;
-                let found = match &target {
-                    Target::Serial(serial) => revoked.serials.remove(&Text(*serial)),
-                    Target::Identity(identity) => {
-                        revoked.identities.remove(&Text(identity.clone()))
-                    }
-                    Target::Node(node) => revoked.nodes.remove(node),
-                };
-                if found.is_none() {
-                    return Err(Refusal::State(format!(
-                        "{target} is not revoked by itself: `auth-daemon ca status` lists revocations"
-                    )));
-                }
-                tracing::warn!(%target, "revocation withdrawn");
-                Ok(())
-            })
-            .await
+    pub async fn unrevoke(self: &Arc<Self>, target: Target) -> Result<(), Refusal> {
+        let wanted = target.clone();
+        self.change(move |state, _, _| {
+            let revoked = &mut state.revoked;
+            let found = match &wanted {
+                Target::Serial(serial) => revoked.serials.remove(&Text(*serial)),
+                Target::Identity(identity) => revoked.identities.remove(&Text(identity.clone())),
+                Target::Node(node) => revoked.nodes.remove(node),
+            };
+            if found.is_none() {
+                return Err(Refusal::State(format!(
+                    "{wanted} is not revoked by itself: `auth-daemon ca status` lists revocations"
+                )));
+            }
+            Ok(())
+        })
+        .await?;
+        tracing::warn!(%target, "revocation withdrawn");
+        Ok(())
     }
 
     /// Starts to rotate the root. Returns the phase, for people.
-    pub async fn rotate_root(&self) -> Result<String, Refusal> {
-        self.inner
-            .change(|state, inner, now| {
-                inner.start_rotation(state, now)?;
-                Ok(state.rotation.to_string())
-            })
-            .await
+    pub async fn rotate_root(self: &Arc<Self>) -> Result<String, Refusal> {
+        self.change(|state, authority, now| {
+            authority.start_rotation(state, now)?;
+            Ok(state.rotation.to_string())
+        })
+        .await
     }
 
     /// What is published, and each change of it.
     pub fn published(&self) -> watch::Receiver<Arc<Published>> {
-        self.inner.published.subscribe()
+        self.published.subscribe()
     }
 
     /// The status of the CA.
     pub fn status(&self) -> AuthorityStatus {
-        let inner = &*self.inner;
-        let view = inner.view.load();
+        let view = self.view.load();
         let published = &view.published;
         let roots = published.roots.iter().enumerate();
         AuthorityStatus {
-            trust_domain: inner.settings.trust_domain.to_string(),
+            trust_domain: self.settings.trust_domain.to_string(),
             phase: view.rotation.phase.name().into(),
             phase_ends: view.rotation.due().map(rfc3339),
             version: published.version,
             algorithm: view.signing.algorithm(),
-            intermediate: inner.keys.intermediate().is_some(),
+            intermediate: self.keys.intermediate().is_some(),
             roots: roots
                 .filter_map(|(index, root)| RootStatus::new(root, index == 0))
                 .collect(),
@@ -347,14 +339,13 @@ impl Authority {
 
     /// Does what becomes due: the steps of a rotation, and new revocation lists before the old ones expire. Runs for
     /// ever.
-    pub async fn run(&self) {
+    pub async fn run(self: &Arc<Self>) {
         let mut failures = 0_u32;
         loop {
-            let wait = match self.inner.do_due().await {
+            let wait = match self.do_due().await {
                 Ok(due) => {
                     failures = 0;
-                    due.saturating_sub(self.inner.clock.now())
-                        .min(LONGEST_SLEEP)
+                    due.saturating_sub(self.clock.now()).min(LONGEST_SLEEP)
                 }
                 Err(error) => {
                     failures += 1;
@@ -365,36 +356,34 @@ impl Authority {
             };
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_secs(wait)) => {}
-                () = self.inner.changed.notified() => {}
+                () = self.changed.notified() => {}
             }
         }
     }
-}
 
-impl Inner {
     /// Changes the state: the result of `change` is stored first, and takes effect then. Completes even if the caller
     /// stops waiting.
     async fn change<T: Send + 'static>(
         self: &Arc<Self>,
         change: impl FnOnce(&mut CaState, &Self, u64) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Refusal> {
-        let inner = self.clone();
+        let authority = self.clone();
         let task = tokio::spawn(async move {
-            let mut state = inner.state.lock().await;
-            let now = inner.clock.now();
+            let mut state = authority.state.lock().await;
+            let now = authority.clock.now();
             let mut next = state.clone();
-            let answer = change(&mut next, &inner, now)?;
+            let answer = change(&mut next, &authority, now)?;
             next.changed(now);
-            let previous = inner.view.load_full();
-            let view = CaView::new(&next, Some(&previous), inner.keys.intermediate(), now)
+            let previous = authority.view.load_full();
+            let view = CaView::new(&next, Some(&previous), authority.keys.intermediate(), now)
                 .map_err(Refusal::State)?;
-            inner.store.replace(&next.to_json()).await?;
+            authority.store.replace(&next.to_json()).await?;
             *state = next;
             let published = view.published.clone();
-            inner.view.store(Arc::new(view));
-            inner.published.send_replace(published);
-            inner.write_published().await;
-            inner.changed.notify_one();
+            authority.view.store(Arc::new(view));
+            authority.published.send_replace(published);
+            authority.write_published().await;
+            authority.changed.notify_one();
             Ok(answer)
         });
         task.await
@@ -432,7 +421,7 @@ impl Inner {
         )))
     }
 
-    fn revoke(
+    fn add_revocation(
         &self,
         state: &mut CaState,
         target: Target,
@@ -463,7 +452,6 @@ impl Inner {
             }
         };
         entry.reason = reason;
-        tracing::warn!(%target, %reason, "revoked");
         Ok(())
     }
 
@@ -509,16 +497,16 @@ impl Inner {
             if let Some(intermediate) = self.keys.intermediate() {
                 intermediate.warn_before_expiry(now);
             }
-            self.change(move |state, inner, now| {
+            self.change(move |state, authority, now| {
                 if let Some(next) = state.rotation.step(now, state.longest_lifetime()) {
                     state.rotate(next);
                     tracing::info!(phase = %next, "root rotation advanced");
-                } else if inner
-                    .rotation_starts(&inner.view.load())
+                } else if authority
+                    .rotation_starts(&authority.view.load())
                     .is_some_and(|due| due <= now)
                 {
                     tracing::info!("root expires soon and is replaced");
-                    inner.start_rotation(state, now)?;
+                    authority.start_rotation(state, now)?;
                 }
                 Ok(())
             })

@@ -26,7 +26,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use crate::{
     attest::{Attestor, Caller, Credentials, Unattested},
     audit,
-    authority::{Authority, Leader, Published, Refusal},
+    authority::{Authority, Issued, Leader, Published, Refusal},
     connection::{Peer, WatchGuard},
     counters::{Counters, Kind},
     fair_queue::FairQueue,
@@ -57,9 +57,6 @@ pub(crate) struct CaService {
     /// Longest lifetime of a certificate.
     pub(crate) lifetime: Duration,
 }
-
-type Chain = Vec<CertificateDer<'static>>;
-type Roots = Vec<CertificateDer<'static>>;
 
 /// A refusal, and what is logged of it.
 struct Refused {
@@ -229,7 +226,7 @@ impl CaService {
             peer.over_rate
                 .note(authorization(metadata), &caller, *exceeded);
         }
-        let (chain, roots, grant) = issued.map_err(|refused| Refused {
+        let (Issued { chain, roots }, grant) = issued.map_err(|refused| Refused {
             asked,
             ..refused.by(&caller)
         })?;
@@ -244,14 +241,13 @@ impl CaService {
         Ok(answer)
     }
 
-    /// The chain, and the trusted roots.
     async fn issue_for(
         &self,
         authority: &Authority,
         caller: &Caller,
         asked: Option<&str>,
         request: &IstioCertificateRequest,
-    ) -> Result<(Chain, Roots, Grant), Refused> {
+    ) -> Result<(Issued, Grant), Refused> {
         let malformed = |why: String| Refused::new(Kind::Malformed, why);
         let csr = CertificateSigningRequestDer::from_pem_slice(request.csr.as_bytes())
             .map_err(|_| malformed("csr: is not a CERTIFICATE REQUEST in PEM".into()))?;
@@ -280,8 +276,8 @@ impl CaService {
             _ => self.lifetime,
         };
         let node = Some(&*grant.node);
-        let (chain, roots) = authority.issue_with_roots(&grant.identity, &csr, lifetime, node)?;
-        Ok((chain, roots, grant))
+        let issued = authority.issue(&grant.identity, &csr, lifetime, node)?;
+        Ok((issued, grant))
     }
 
     /// Admits a watch of the trust bundle, which counts as a request while it is opened.

@@ -118,7 +118,7 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
     let leading: Pin<Box<dyn Future<Output = ()>>> = match (&config.state, cluster) {
         (State::Directory(directory), _) => {
             let store = Arc::new(DirectoryStore::open(directory)?);
-            let authority = Arc::new(Authority::open(store, config.settings()).await?);
+            let authority = Authority::open(store, config.settings()).await?;
             lead.send_replace(Some(authority.clone()));
             Box::pin(lead_alone(authority, lead, resigned))
         }
@@ -252,7 +252,6 @@ async fn campaign(
         let authority = Authority::open(Arc::new(store), config.settings())
             .await
             .map_err(|error| error.to_string())?;
-        let authority = Arc::new(authority);
         let work = authority.clone();
         Ok(Term {
             value: authority,

@@ -205,7 +205,7 @@ impl Ca {
             Arc::new(Jwks::open(config.jwks.clone().unwrap(), domain(), registry.clone()).unwrap()),
         ];
         let store = Arc::new(DirectoryStore::open(&folder.path().join("state")).unwrap());
-        let authority = Arc::new(Authority::open(store, config.settings()).await.unwrap());
+        let authority = Authority::open(store, config.settings()).await.unwrap();
         let (lead, leader) = watch::channel(Some(authority.clone()));
         let server = Server::bind(&config, attestors, registry.clone(), leader, limits)
             .await

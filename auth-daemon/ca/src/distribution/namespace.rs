@@ -233,10 +233,8 @@ impl Namespace<'_> {
         params.distinguished_name = DistinguishedName::new();
         let csr = params.serialize_request(&key).map_err(failed)?;
         let lifetime = self.issuing.lifetime;
-        let chain = self
-            .issuing
-            .authority
-            .issue(identity, csr.der(), lifetime, None)?;
-        Ok((pem::certificates(&chain), key.serialize_pem()))
+        let authority = self.issuing.authority;
+        let issued = authority.issue(identity, csr.der(), lifetime, None)?;
+        Ok((pem::certificates(&issued.chain), key.serialize_pem()))
     }
 }

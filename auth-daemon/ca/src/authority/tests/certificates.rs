@@ -30,7 +30,8 @@ async fn issues_certificates_that_openssl_and_lints_accept() {
         let hour = Duration::from_secs(3600);
         let chain = ca
             .issue(&identity(WEB), csr.der(), hour, Some("node-a"))
-            .unwrap();
+            .unwrap()
+            .chain;
         assert_eq!(chain.len(), 1, "without the root");
         lint(&chain[0]);
         let svid = ca.verify(&chain[0]).unwrap();
@@ -80,7 +81,7 @@ async fn limits_lifetimes() {
     let ca = open_with(folder.path(), settings(), &clock).await;
     let lifetime = |seconds| {
         let wanted = Duration::from_secs(seconds);
-        let chain = ca.issue(&identity(WEB), &csr(), wanted, None)?;
+        let chain = ca.issue(&identity(WEB), &csr(), wanted, None)?.chain;
         Ok::<_, Refusal>(unix_seconds(svid(&chain).not_after) - clock.now())
     };
     assert_eq!(lifetime(10).unwrap(), 10);
@@ -165,6 +166,6 @@ async fn verifies_only_its_own_certificates() {
     let unbound = ca
         .issue(&identity(WEB), &csr(), Duration::ZERO, None)
         .unwrap();
-    let node = ca.verify(&unbound[0]).unwrap().node;
+    let node = ca.verify(&unbound.chain[0]).unwrap().node;
     assert_eq!(node.as_deref(), Some(""), "the node is not known");
 }

@@ -67,7 +67,7 @@ impl FakeClock {
     }
 }
 
-async fn open_with(folder: &Path, settings: Settings, clock: &FakeClock) -> Authority {
+async fn open_with(folder: &Path, settings: Settings, clock: &FakeClock) -> Arc<Authority> {
     let store = Arc::new(DirectoryStore::open(folder).unwrap());
     Authority::open_at(store, settings, clock.clock())
         .await
@@ -105,7 +105,8 @@ fn issue(
     node: &str,
 ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
     let identity = identity(&format!("spiffe://cluster.local/ns/default/sa/{account}"));
-    ca.issue(&identity, &csr(), Duration::ZERO, Some(node))
+    let issued = ca.issue(&identity, &csr(), Duration::ZERO, Some(node))?;
+    Ok(issued.chain)
 }
 
 /// The serial numbers on the first published list, with their reasons, sorted.

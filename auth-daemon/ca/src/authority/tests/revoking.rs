@@ -132,10 +132,10 @@ async fn renews_lists_and_drops_expired_entries() {
     let target = Target::Serial(serial(&chain));
     ca.revoke(target, Reason::Superseded).await.unwrap();
     let first = ca.published().borrow().clone();
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     assert_eq!(*ca.published().borrow(), first, "nothing is due");
     clock.pass(DAY / 2);
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     let second = ca.published().borrow().clone();
     assert_eq!(second.version, first.version + 1);
     let number = |der: &[u8]| {
@@ -145,7 +145,7 @@ async fn renews_lists_and_drops_expired_entries() {
     assert!(number(&second.crls[0]) > number(&first.crls[0]));
     assert_eq!(listed(&ca).len(), 1, "it may still be valid");
     clock.pass(DAY);
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     assert!(listed(&ca).is_empty());
     assert!(ca.status().revoked.serials.is_empty());
 }

@@ -27,14 +27,14 @@ async fn rotates_the_root_over_restarts_and_knows_when_the_last_certificate_expi
     let ca = open_with(folder.path(), shorter(), &clock).await;
     assert_eq!(ca.published().borrow().roots, spread.roots);
     clock.pass(299);
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     assert_eq!(ca.status().phase, "spreading");
     let last = issue(&ca, "web", "a").unwrap();
     verifies(&last, &first, clock.now()).unwrap();
 
     clock.pass(1);
     let end = clock.now() + DAY;
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     let status = ca.status();
     assert_eq!(status.phase, "retiring");
     assert_eq!(status.phase_ends, Some(rfc3339(end + 5)));
@@ -64,11 +64,11 @@ async fn rotates_the_root_over_restarts_and_knows_when_the_last_certificate_expi
     assert_eq!(ca.status().phase, "retiring");
     while clock.now() < end + 5 {
         assert_eq!(ca.published().borrow().roots.len(), 2);
-        let due = ca.inner.do_due().await.unwrap();
+        let due = ca.do_due().await.unwrap();
         assert!(due > clock.now());
         clock.pass(due.min(end + 5) - clock.now());
     }
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     let last = ca.published().borrow().clone();
     assert_eq!(
         (last.phase.as_str(), &last.roots[..]),
@@ -92,20 +92,20 @@ async fn replaces_a_root_before_it_expires() {
     let clock = FakeClock::new();
     let ca = open_with(folder.path(), settings(), &clock).await;
     clock.pass(800 * DAY - 1);
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     assert_eq!(ca.status().phase, "steady");
     clock.pass(1);
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     assert_eq!(ca.status().phase, "spreading");
     // Even if both have expired while the CA was down.
     clock.pass(5000 * DAY);
     drop(ca);
     let ca = open_with(folder.path(), settings(), &clock).await;
     for _ in 0..5 {
-        ca.inner.do_due().await.unwrap();
+        ca.do_due().await.unwrap();
         clock.pass(DAY + 300);
     }
-    ca.inner.do_due().await.unwrap();
+    ca.do_due().await.unwrap();
     let published = ca.published().borrow().clone();
     let chain = issue(&ca, "web", "a").unwrap();
     verifies(&chain, &published, clock.now()).unwrap();
@@ -122,7 +122,7 @@ async fn advances_by_itself() {
     });
     settings.max_lifetime = Duration::from_secs(10);
     let store = Arc::new(DirectoryStore::open(folder.path()).unwrap());
-    let ca = Arc::new(Authority::open(store, settings).await.unwrap());
+    let ca = Authority::open(store, settings).await.unwrap();
     let background = ca.clone();
     let task = tokio::spawn(async move { background.run().await });
     let mut published = ca.published();

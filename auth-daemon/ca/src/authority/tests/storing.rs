@@ -23,7 +23,7 @@ async fn a_crash_between_any_two_steps_loses_nothing() {
             revoked = ca.revoke(node, Reason::KeyCompromise).await.is_ok();
             phase = u32::from(ca.rotate_root().await.is_ok());
             clock.pass(300);
-            if ca.inner.do_due().await.is_ok() && phase == 1 {
+            if ca.do_due().await.is_ok() && phase == 1 {
                 phase = 2;
             }
             seen = ca.published().borrow().version;
