@@ -35,8 +35,7 @@ pub(crate) fn create_own_directory(directory: &Path) -> io::Result<()> {
     match writable_by_others(&fs::metadata(directory)?) {
         None => Ok(()),
         Some(what) => Err(io::Error::other(format!(
-            "{what}: somebody else could put a root of their own here. Give it to the user of this program and run \
-             `chmod 700 {}`",
+            "{what}: others could replace what is in it. Give it to the user of this program and run `chmod 700 {}`",
             directory.display()
         ))),
     }

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, ErrorKind},
-    os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
+    os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -30,6 +30,7 @@ use crate::{
     audit,
     authority::{Authority, Leader, Refusal, Target},
     counters::Counters,
+    files,
     quotas::Quotas,
     service::NOT_THE_LEADER,
     status::CaStatus,
@@ -51,23 +52,8 @@ impl Socket {
             anyhow::anyhow!("operatorSocket: {}: {what}: {error}", path.display())
         };
         let folder = path.parent().unwrap_or(Path::new("/"));
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(|error| failed("cannot create its directory", error))?;
-        let mode = fs::metadata(folder)
-            .map_err(|error| failed("cannot read its directory", error))?
-            .mode();
-        if mode & 0o022 != 0 {
-            anyhow::bail!(
-                "operatorSocket: {}: mode {:03o} lets others write: they could replace the socket. \
-                 Run `chmod 700 {}`",
-                folder.display(),
-                mode & 0o777,
-                folder.display()
-            );
-        }
+        files::create_own_directory(folder)
+            .map_err(|error| failed("its directory cannot be used", error))?;
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(failed("cannot be read", error)),
@@ -242,6 +228,8 @@ impl Operator for OperatorService {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, chown};
+
     use super::*;
 
     #[test]
@@ -285,5 +273,13 @@ mod tests {
         fs::set_permissions(parent, fs::Permissions::from_mode(0o777)).unwrap();
         let error = Socket::bind(&path).await.err().unwrap().to_string();
         assert!(error.contains("lets others write"), "{error}");
+        if nix::unistd::geteuid().is_root() {
+            fs::set_permissions(parent, fs::Permissions::from_mode(0o755)).unwrap();
+            chown(parent, Some(12345), None).unwrap();
+            let error = Socket::bind(&path).await.err().unwrap().to_string();
+            assert!(error.contains("belongs to user 12345"), "{error}");
+        } else {
+            println!("SKIPPED a directory of another user: needs root");
+        }
     }
 }
