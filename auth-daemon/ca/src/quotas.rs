@@ -22,7 +22,7 @@ use crate::{attest::Caller, status::NodeQuotaStatus};
 
 /// For how long an identity counts as one of its node's distinct identities.
 const WINDOW: Duration = Duration::from_secs(3600);
-/// How often what no longer counts is forgotten.
+/// How often what no longer counts is forgotten: not more often, because that looks at every caller.
 const SWEEP: Duration = Duration::from_secs(60);
 /// Lines of the audit log per minute about one caller that is over its quota, or about an unknown one.
 const REPORTS: NonZeroU32 = NonZeroU32::new(6).unwrap();
@@ -190,12 +190,8 @@ impl Quotas {
     /// Counts a request of `node`, a name that was attested.
     pub(crate) fn request(self: &Arc<Self>, node: &str) -> Result<InProgress, Exceeded> {
         let most = self.limits.concurrent;
+        self.forget_if_due();
         let mut nodes = self.lock();
-        if nodes.swept.elapsed() >= SWEEP {
-            drop(nodes);
-            self.forget(Instant::now());
-            nodes = self.lock();
-        }
         let used = nodes.of(node);
         if used.in_progress >= most {
             return Err(used.exceed(Quota::NodeConcurrent, LEAST_RETRY, most as u64));
@@ -234,12 +230,12 @@ impl Quotas {
 
     /// Counts a failed attestation from `source`. Returns whether it may be answered at once.
     pub(crate) fn failure(&self, source: &str) -> bool {
-        check_bounded(&self.failures, source)
+        self.check_bounded(&self.failures, source)
     }
 
     /// Whether to log a refusal of `caller`: a node over its quota, or a source whose caller is not known.
     pub(crate) fn report(&self, caller: &str) -> bool {
-        check_bounded(&self.reports, caller)
+        self.check_bounded(&self.reports, caller)
     }
 
     /// The nodes that were refused most, then those with most identities.
@@ -263,6 +259,19 @@ impl Quotas {
         list
     }
 
+    /// Checks `key`, which anybody can choose. While too many are counted, others have no quota.
+    fn check_bounded(&self, rates: &Keyed<String>, key: &str) -> bool {
+        self.forget_if_due();
+        rates.len() < MAX_SOURCES && rates.check_key(&key.to_owned()).is_ok()
+    }
+
+    fn forget_if_due(&self) {
+        let due = self.lock().swept.elapsed() >= SWEEP;
+        if due {
+            self.forget(Instant::now());
+        }
+    }
+
     /// Forgets what no longer affects a decision at `now`: full quotas, and nodes whose window has ended.
     fn forget(&self, now: Instant) {
         let mut nodes = self.lock();
@@ -280,17 +289,6 @@ impl Quotas {
     fn lock(&self) -> MutexGuard<'_, Nodes> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Checks `key`, which anybody can choose. When too many are counted, others have no quota.
-fn check_bounded(rates: &Keyed<String>, key: &str) -> bool {
-    if rates.len() >= MAX_SOURCES {
-        rates.retain_recent();
-        if rates.len() >= MAX_SOURCES {
-            return false;
-        }
-    }
-    rates.check_key(&key.to_owned()).is_ok()
 }
 
 /// The last refusal on a connection because its node was over its rate. Until the retry time the rate would refuse the
@@ -494,5 +492,12 @@ mod tests {
             quotas.failure(&number.to_string());
         }
         assert!(quotas.failures.len() <= MAX_SOURCES);
+        // After a second they no longer count. No attested caller is needed to forget them.
+        let forgotten = (0..3000).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            quotas.lock().swept -= SWEEP;
+            quotas.failure("10.0.0.2")
+        });
+        assert!(forgotten && quotas.failures.len() < MAX_SOURCES);
     }
 }
