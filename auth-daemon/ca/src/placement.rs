@@ -122,89 +122,65 @@ mod tests {
     use super::*;
     use auth_mesh::{Inventory, Workload};
 
-    fn identity(account: &str) -> Identity {
-        format!("spiffe://cluster.local/ns/default/sa/{account}")
-            .parse()
-            .unwrap()
-    }
+    const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
+    const API: &str = "spiffe://cluster.local/ns/default/sa/api";
+    const FOREIGN: &str = "spiffe://example.org/ns/default/sa/web";
 
-    fn pod(account: &str, node: &str) -> Workload {
+    fn pod(identity: &str, node: &str) -> Workload {
+        let name = ObjectName {
+            namespace: "default".into(),
+            name: format!("on-{node}"),
+        };
         Workload {
             node: node.into(),
-            ..Workload::new(
-                ObjectName {
-                    namespace: "default".into(),
-                    name: format!("{account}-{node}"),
-                },
-                identity(account),
-            )
+            ..Workload::new(name, identity.parse().unwrap())
         }
-    }
-
-    fn ask(caller: &Caller, asked: Option<&str>) -> Result<Grant, Denied> {
-        let snapshot = Snapshot::new(Inventory {
-            workloads: vec![pod("web", "a"), pod("api", "b")],
-            services: vec![],
-        });
-        let asked = asked.map(|uri| uri.parse().unwrap());
-        let domain = "cluster.local".parse().unwrap();
-        decide(caller, asked.as_ref(), &domain, &snapshot)
     }
 
     fn node(node: &str) -> Caller {
         Caller::Node { node: node.into() }
     }
 
-    fn workload(account: &str, node: &str) -> Caller {
+    fn workload(identity: &str, node: &str) -> Caller {
         Caller::Workload {
-            identity: identity(account),
+            identity: identity.parse().unwrap(),
             node: node.into(),
         }
     }
 
-    const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
-    const API: &str = "spiffe://cluster.local/ns/default/sa/api";
-
-    fn granted(account: &str, node: &str) -> Result<Grant, Denied> {
-        Ok(Grant {
-            identity: identity(account),
-            node: node.into(),
-            pods: vec![pod(account, node).name],
-        })
-    }
-
     #[test]
-    fn a_node_gets_the_identities_of_its_pods() {
-        assert_eq!(ask(&node("a"), Some(WEB)), granted("web", "a"));
-        assert_eq!(ask(&node("b"), Some(API)), granted("api", "b"));
-        for (name, asked) in [("a", API), ("b", WEB), ("c", WEB), ("", WEB)] {
-            let denied = ask(&node(name), Some(asked)).unwrap_err();
-            assert!(matches!(denied, Denied::NotThere { .. }), "{denied}");
-        }
-        assert_eq!(ask(&node("a"), None), Err(Denied::Unnamed("a".into())));
-    }
-
-    #[test]
-    fn a_workload_gets_its_own_identity_while_it_runs() {
-        for asked in [None, Some(WEB)] {
-            assert_eq!(ask(&workload("web", "a"), asked), granted("web", "a"));
-        }
-        let denied = ask(&workload("web", "b"), None).unwrap_err();
-        assert!(matches!(denied, Denied::NotThere { .. }), "{denied}");
-        let denied = ask(&workload("web", "a"), Some(API)).unwrap_err();
-        assert!(matches!(denied, Denied::NotItself { .. }), "{denied}");
-    }
-
-    #[test]
-    fn refuses_other_trust_domains() {
-        let foreign = "spiffe://example.org/ns/default/sa/web";
-        let foreigner = Caller::Workload {
-            identity: foreign.parse().unwrap(),
-            node: "a".into(),
-        };
-        for (caller, asked) in [(node("a"), Some(foreign)), (foreigner, None)] {
-            let denied = ask(&caller, asked).unwrap_err();
-            assert!(matches!(denied, Denied::TrustDomain { .. }), "{denied}");
+    fn callers_get_what_runs_on_their_node() {
+        let snapshot = Snapshot::new(Inventory {
+            workloads: vec![pod(WEB, "a"), pod(API, "b")],
+            services: vec![],
+        });
+        for (caller, asked, expected) in [
+            (node("a"), Some(WEB), Ok(pod(WEB, "a"))),
+            (node("b"), Some(API), Ok(pod(API, "b"))),
+            (node("a"), Some(API), Err("is known to run on node a")),
+            (node("b"), Some(WEB), Err("is known to run on node b")),
+            (node(""), Some(WEB), Err("is known to run on node ")),
+            (node("a"), None, Err("does not name an identity")),
+            (node("a"), Some(FOREIGN), Err("another trust domain")),
+            (workload(WEB, "a"), None, Ok(pod(WEB, "a"))),
+            (workload(WEB, "a"), Some(WEB), Ok(pod(WEB, "a"))),
+            (workload(WEB, "b"), None, Err("is known to run on node b")),
+            (workload(WEB, "a"), Some(API), Err("its own identity only")),
+            (workload(FOREIGN, "a"), None, Err("another trust domain")),
+        ] {
+            let asked = asked.map(|uri| uri.parse().unwrap());
+            let domain = "cluster.local".parse().unwrap();
+            match (
+                decide(&caller, asked.as_ref(), &domain, &snapshot),
+                expected,
+            ) {
+                (Ok(grant), Ok(pod)) => {
+                    assert_eq!((grant.identity, grant.node), (pod.identity, pod.node));
+                    assert_eq!(grant.pods, [pod.name]);
+                }
+                (Err(denied), Err(why)) => assert!(denied.to_string().contains(why), "{denied}"),
+                (decided, expected) => panic!("{caller}: {decided:?}, not {expected:?}"),
+            }
         }
     }
 }

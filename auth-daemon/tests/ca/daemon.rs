@@ -22,13 +22,16 @@ use auth_ca_api::{
     pem,
 };
 use auth_daemon::{config::CaServer, issuer::CaClient, issuer::Issuer as _};
-use auth_mesh::{Inventory, Snapshot};
 use auth_tunnel::tls::{provider, svid::Svid, trust::Reason};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
 use rustls::{ServerConfig, pki_types::CertificateDer};
 use tokio::{net::TcpListener, sync::watch};
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_rustls::TlsAcceptor;
 use tonic::{Request, Response, Status, service::Routes};
 
 use crate::harness::*;
@@ -171,10 +174,7 @@ async fn requests_thousands_of_certificates_at_once() {
     let accounts: Vec<_> = (0..COUNT)
         .map(|number| format!("account-{number}"))
         .collect();
-    ca.registry.publish(Snapshot::new(Inventory {
-        workloads: accounts.iter().map(|account| pod(account, "a")).collect(),
-        services: vec![],
-    }));
+    ca.run_pods(accounts.iter().map(|account| pod(account, "a")));
     let issuer = Arc::new(issuer(&ca, "a"));
     let csr = Arc::new(request());
     let asked: Vec<_> = accounts
@@ -300,22 +300,19 @@ impl Others {
         if with_trust {
             routes = routes.add_service(TrustServiceServer::new(other));
         }
-        let (connections, incoming) = tokio::sync::mpsc::channel(16);
+        let service = TowerToHyperService::new(routes.prepare());
         tokio::spawn(async move {
             let tls = TlsAcceptor::from(Arc::new(tls));
             while let Ok((tcp, _)) = listener.accept().await {
                 if let Ok(stream) = tls.accept(tcp).await {
-                    let _ = connections
-                        .send(std::io::Result::Ok(Connection(stream)))
-                        .await;
+                    let service = service.clone();
+                    tokio::spawn(async move {
+                        let server = auto::Builder::new(TokioExecutor::new());
+                        let _ = server.serve_connection(TokioIo::new(stream), service).await;
+                    });
                 }
             }
         });
-        tokio::spawn(
-            tonic::transport::Server::builder()
-                .add_routes(routes)
-                .serve_with_incoming(ReceiverStream::new(incoming)),
-        );
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("roots"), pem::certificate(&root_der)).unwrap();
         fs::write(folder.path().join("token"), token("a")).unwrap();
@@ -357,48 +354,6 @@ impl Others {
         issued
             .map(|issued| issued.chain.len())
             .map_err(|error| error.to_string())
-    }
-}
-
-struct Connection(TlsStream<tokio::net::TcpStream>);
-
-impl tonic::transport::server::Connected for Connection {
-    type ConnectInfo = ();
-
-    fn connect_info(&self) {}
-}
-
-impl tokio::io::AsyncRead for Connection {
-    fn poll_read(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-        buffer: &mut tokio::io::ReadBuf<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        std::pin::Pin::new(&mut self.0).poll_read(context, buffer)
-    }
-}
-
-impl tokio::io::AsyncWrite for Connection {
-    fn poll_write(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-        bytes: &[u8],
-    ) -> std::task::Poll<std::io::Result<usize>> {
-        std::pin::Pin::new(&mut self.0).poll_write(context, bytes)
-    }
-
-    fn poll_flush(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        std::pin::Pin::new(&mut self.0).poll_flush(context)
-    }
-
-    fn poll_shutdown(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        std::pin::Pin::new(&mut self.0).poll_shutdown(context)
     }
 }
 

@@ -196,10 +196,7 @@ impl Ca {
         let more = issuer.trusted(folder.path());
         let config = CaConfig::load(&write_config(folder.path(), listen, &more)).unwrap();
         let registry = Arc::new(Registry::new());
-        registry.publish(Snapshot::new(Inventory {
-            workloads: vec![pod("web", "a"), pod("api", "b")],
-            services: vec![],
-        }));
+        registry.publish(snapshot([pod("web", "a"), pod("api", "b")]));
         let attestors: Vec<Arc<dyn Attestor>> = vec![
             Arc::new(StaticTokens::open(&config.tokens).unwrap()),
             Arc::new(Jwks::open(config.jwks.clone().unwrap(), domain(), registry.clone()).unwrap()),
@@ -236,6 +233,11 @@ impl Ca {
         (self.folder, self.issuer, self.address)
     }
 
+    /// From now on, these pods run, and no others.
+    pub(crate) fn run_pods(&self, pods: impl IntoIterator<Item = Workload>) {
+        self.registry.publish(snapshot(pods));
+    }
+
     pub(crate) fn roots(&self) -> Vec<CertificateDer<'static>> {
         self.authority.published().borrow().roots.clone()
     }
@@ -263,6 +265,13 @@ impl Ca {
     pub(crate) async fn caller(&self) -> Channel {
         connect(self.address, self.roots(), None).await.unwrap()
     }
+}
+
+fn snapshot(pods: impl IntoIterator<Item = Workload>) -> Snapshot {
+    Snapshot::new(Inventory {
+        workloads: pods.into_iter().collect(),
+        services: vec![],
+    })
 }
 
 pub(crate) fn pod(account: &str, node: &str) -> Workload {
@@ -381,6 +390,15 @@ impl Ask {
         let mut ask = Self::good();
         change(&mut ask);
         ask
+    }
+
+    /// For the caller itself, who is known by a token or by the connection's certificate.
+    pub(crate) fn for_itself(bearer: Option<String>) -> Self {
+        Self {
+            bearer,
+            identity: None,
+            ..Self::good()
+        }
     }
 
     /// Sends it, and returns all certificates in the answer.

@@ -17,7 +17,7 @@ use auth_ca::{
     server::EVENT_INTERVAL,
 };
 use auth_daemon::issuer::{CaClient, Certificates, Issuer};
-use auth_mesh::{Inventory, Snapshot};
+use auth_mesh::Workload;
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
@@ -42,12 +42,9 @@ fn account(number: usize) -> String {
     format!("account-{}", number % ACCOUNTS)
 }
 
-fn pods_on_both_nodes() -> Snapshot {
+fn pods_on_both_nodes() -> impl Iterator<Item = Workload> {
     let on = |node| (0..ACCOUNTS).map(move |number| pod(&account(number), node));
-    Snapshot::new(Inventory {
-        workloads: on("a").chain(on("b")).collect(),
-        services: vec![],
-    })
+    on("a").chain(on("b"))
 }
 
 async fn ask(channel: &Channel, node: &str, number: usize, csr: &str) -> Result<(), Status> {
@@ -210,7 +207,7 @@ fn measure(
     let (stop_ca, ca_stops) = tokio::sync::oneshot::channel::<()>();
     let ca = on_core(0, move || async move {
         let ca = Ca::start_with(limits).await;
-        ca.registry.publish(pods_on_both_nodes());
+        ca.run_pods(pods_on_both_nodes());
         ready.send((ca.address, ca.roots())).unwrap();
         let _ = ca_stops.await;
         ca.stop().await;
@@ -296,15 +293,12 @@ async fn a_pod_that_floods_takes_nothing_from_its_node() {
         ..Limits::default()
     })
     .await;
-    ca.registry.publish(pods_on_both_nodes());
+    ca.run_pods(pods_on_both_nodes());
     let caller = ca.caller().await;
     let own = ca.issuer.token("account-0", "a", |_| {});
     let mut refused = None;
     for _ in 0..50 {
-        let ask = Ask::but(|ask| {
-            ask.bearer = Some(own.clone());
-            ask.identity = None;
-        });
+        let ask = Ask::for_itself(Some(own.clone()));
         if let Err(status) = ask.send(&caller).await {
             refused = Some(status);
             break;
@@ -351,7 +345,7 @@ async fn a_daemon_waits_as_the_ca_asks_and_gets_its_certificates() {
         ..Limits::default()
     })
     .await;
-    ca.registry.publish(pods_on_both_nodes());
+    ca.run_pods(pods_on_both_nodes());
     let lifetime = Duration::from_secs(3600);
     let client = Arc::new(CaClient::start(ca.server("a"), domain(), lifetime).unwrap());
     let certificates = Certificates::new(client.clone());

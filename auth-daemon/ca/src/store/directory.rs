@@ -333,42 +333,4 @@ pub(crate) mod tests {
         let why = error(load(folder.path()).await);
         assert!(why.contains("from a backup"), "{why}");
     }
-
-    #[tokio::test]
-    async fn a_crash_leaves_the_old_or_the_new_state() {
-        for steps in 0.. {
-            let folder = tempfile::tempdir().unwrap();
-            let store = DirectoryStore::open(folder.path()).unwrap();
-            store.replace(b"old").await.unwrap();
-            drop(store);
-            let failures = Failures::crash_after(steps);
-            let store = open_failing(folder.path(), &failures);
-            let done = store.replace(b"new").await.is_ok();
-            drop(store);
-            let found = load(folder.path()).await.unwrap();
-            let (old, new) = (Stored::State(b"old".into()), Stored::State(b"new".into()));
-            assert!(found == new || !done && found == old, "after {steps}");
-            if !failures.crashed() {
-                assert!(steps > 3);
-                return;
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn a_full_disk_changes_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let failures = Failures::default();
-        let store = open_failing(folder.path(), &failures);
-        store.replace(b"old").await.unwrap();
-        failures.fill_disk(true);
-        for _ in 0..3 {
-            let why = error(store.replace(b"new").await);
-            assert!(why.contains(STATE) && why.contains("Make room"), "{why}");
-        }
-        failures.fill_disk(false);
-        assert_eq!(store.load().await.unwrap(), Stored::State(b"old".into()));
-        store.replace(b"new").await.unwrap();
-        assert_eq!(store.load().await.unwrap(), Stored::State(b"new".into()));
-    }
 }

@@ -76,9 +76,7 @@ async fn issues_certificates_that_openssl_and_lints_accept() {
 
 #[tokio::test]
 async fn limits_lifetimes() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = FakeClock::new();
-    let ca = open_with(folder.path(), settings(), &clock).await;
+    let (_folder, clock, ca) = fresh().await;
     let lifetime = |seconds| {
         let wanted = Duration::from_secs(seconds);
         let chain = ca.issue(&identity(WEB), &csr(), wanted, None)?.chain;
@@ -105,8 +103,7 @@ async fn limits_lifetimes() {
 
 #[tokio::test]
 async fn refuses_bad_requests() {
-    let folder = tempfile::tempdir().unwrap();
-    let ca = open_with(folder.path(), settings(), &FakeClock::new()).await;
+    let (folder, _, ca) = fresh().await;
     let issue = |identity: &str, csr: &[u8]| {
         let identity = identity.parse().unwrap();
         ca.issue(&identity, csr, Duration::ZERO, None).unwrap_err()
@@ -127,9 +124,7 @@ async fn refuses_bad_requests() {
 
 #[tokio::test]
 async fn makes_server_certificates() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = FakeClock::new();
-    let ca = open_with(folder.path(), settings(), &clock).await;
+    let (_folder, clock, ca) = fresh().await;
     let names = ["ca.mesh.svc".to_owned(), "127.0.0.1".into(), "::1".into()];
     let (key, renew) = ca.server_certificate(&names).unwrap();
     key.keys_match().unwrap();
@@ -157,9 +152,7 @@ async fn makes_server_certificates() {
 
 #[tokio::test]
 async fn verifies_only_its_own_certificates() {
-    let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let ca = open_with(one.path(), settings(), &FakeClock::new()).await;
-    let stranger = open_with(other.path(), settings(), &FakeClock::new()).await;
+    let ((_one, _, ca), (_other, _, stranger)) = (fresh().await, fresh().await);
     let foreign = issue(&stranger, "web", "a").unwrap();
     let error = ca.verify(&foreign[0]).unwrap_err();
     assert!(error.contains("not issued by this CA"), "{error}");

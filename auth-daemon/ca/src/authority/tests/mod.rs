@@ -74,6 +74,13 @@ async fn open_with(folder: &Path, settings: Settings, clock: &FakeClock) -> Arc<
         .unwrap()
 }
 
+/// A new CA, with its directory and its clock.
+async fn fresh() -> (tempfile::TempDir, FakeClock, Arc<Authority>) {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), FakeClock::new());
+    let ca = open_with(folder.path(), settings(), &clock).await;
+    (folder, clock, ca)
+}
+
 async fn refused(folder: &Path, settings: Settings) -> String {
     let store = Arc::new(DirectoryStore::open(folder).unwrap());
     let opened = Authority::open(store, settings).await;

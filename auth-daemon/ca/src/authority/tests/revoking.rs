@@ -4,9 +4,7 @@ use super::*;
 
 #[tokio::test]
 async fn revokes_a_certificate() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = FakeClock::new();
-    let ca = open_with(folder.path(), settings(), &clock).await;
+    let (_folder, clock, ca) = fresh().await;
     let chains = [
         issue(&ca, "web", "a").unwrap(),
         issue(&ca, "web", "b").unwrap(),
@@ -43,9 +41,7 @@ async fn revokes_a_certificate() {
 
 #[tokio::test]
 async fn a_revoked_identity_or_node_loses_what_was_issued_before_and_gets_no_more() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = FakeClock::new();
-    let ca = open_with(folder.path(), settings(), &clock).await;
+    let (folder, clock, ca) = fresh().await;
     let chains = [("web", "a"), ("web", "b"), ("api", "a")]
         .map(|(account, node)| issue(&ca, account, node).unwrap());
     let valid = |ca: &Authority| chains.each_ref().map(|chain| ca.verify(&chain[0]).is_ok());
@@ -102,8 +98,7 @@ async fn a_revoked_identity_or_node_loses_what_was_issued_before_and_gets_no_mor
 
 #[tokio::test]
 async fn refuses_wrong_targets() {
-    let folder = tempfile::tempdir().unwrap();
-    let ca = open_with(folder.path(), settings(), &FakeClock::new()).await;
+    let (_folder, _, ca) = fresh().await;
     let root = serial(&ca.published().borrow().roots);
     let foreign = identity("spiffe://b/ns/c/sa/d");
     for (target, why) in [
@@ -125,9 +120,7 @@ async fn refuses_wrong_targets() {
 
 #[tokio::test]
 async fn renews_lists_and_drops_expired_entries() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = FakeClock::new();
-    let ca = open_with(folder.path(), settings(), &clock).await;
+    let (_folder, clock, ca) = fresh().await;
     let chain = issue(&ca, "web", "a").unwrap();
     let target = Target::Serial(serial(&chain));
     ca.revoke(target, Reason::Superseded).await.unwrap();

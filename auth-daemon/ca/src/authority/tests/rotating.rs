@@ -4,9 +4,7 @@ use super::*;
 
 #[tokio::test]
 async fn rotates_the_root_over_restarts_and_knows_when_the_last_certificate_expires() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = FakeClock::new();
-    let ca = open_with(folder.path(), settings(), &clock).await;
+    let (folder, clock, ca) = fresh().await;
     let old = issue(&ca, "web", "a").unwrap();
     let first = ca.published().borrow().clone();
     assert_eq!((first.roots.len(), first.phase.as_str()), (1, "steady"));
@@ -88,9 +86,7 @@ async fn rotates_the_root_over_restarts_and_knows_when_the_last_certificate_expi
 
 #[tokio::test]
 async fn replaces_a_root_before_it_expires() {
-    let folder = tempfile::tempdir().unwrap();
-    let clock = FakeClock::new();
-    let ca = open_with(folder.path(), settings(), &clock).await;
+    let (folder, clock, ca) = fresh().await;
     clock.pass(800 * DAY - 1);
     ca.do_due().await.unwrap();
     assert_eq!(ca.status().phase, "steady");

@@ -64,6 +64,8 @@ async fn a_full_disk_refuses_changes_but_not_certificates() {
         .await
         .unwrap();
     let before = (ca.published().borrow().clone(), ca.status());
+    let state = || std::fs::read(folder.path().join("ca.json")).unwrap();
+    let stored = state();
     let node = Target::Node("a".into());
     failures.fill_disk(true);
     let error = ca
@@ -74,6 +76,7 @@ async fn a_full_disk_refuses_changes_but_not_certificates() {
     ca.rotate_root().await.unwrap_err();
     let after = (ca.published().borrow().clone(), ca.status());
     assert_eq!(after, before, "nothing is half applied");
+    assert_eq!(state(), stored);
     let chain = issue(&ca, "web", "a").unwrap();
     failures.fill_disk(false);
     ca.revoke(node, Reason::Unspecified).await.unwrap();
