@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
@@ -32,12 +32,36 @@ const IDLE: Duration = Duration::from_secs(300);
 /// Watches of one connection: each may hold one message that its caller is slow to read.
 const MAX_WATCHES: usize = 4;
 
+/// Where a connection comes from: the caller's node, or its address. What comes from one source has its turns together.
+#[derive(Debug)]
+pub(crate) struct Source(Mutex<Arc<str>>);
+
+impl Source {
+    pub(crate) fn new(source: Arc<str>) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(source)))
+    }
+
+    pub(crate) fn get(&self) -> Arc<str> {
+        self.lock().clone()
+    }
+
+    pub(crate) fn set(&self, source: &str) {
+        let mut current = self.lock();
+        if **current != *source {
+            *current = source.into();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<str>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The caller of a connection, in the extensions of each request.
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
-    /// What has its turns together.
-    pub(crate) source: Arc<str>,
+    pub(crate) source: Arc<Source>,
     /// The client certificate: it chains to the CA's roots, and the peer has its key.
     pub(crate) certificate: Option<CertificateDer<'static>>,
     watches: AtomicUsize,
@@ -49,9 +73,9 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    fn new(
+    pub(crate) fn new(
         address: SocketAddr,
-        source: Arc<str>,
+        source: Arc<Source>,
         certificate: Option<CertificateDer<'static>>,
     ) -> Self {
         Self {
@@ -129,7 +153,7 @@ impl Connection {
     pub(crate) fn new(
         tls: TlsStream<TcpStream>,
         address: SocketAddr,
-        source: Arc<str>,
+        source: Arc<Source>,
         permit: ConnectionPermit,
     ) -> Self {
         let chain = tls.get_ref().1.peer_certificates();
@@ -207,7 +231,7 @@ mod tests {
 
     fn peer() -> Arc<Peer> {
         let address = "127.0.0.1:1".parse().unwrap();
-        Arc::new(Peer::new(address, "here".into(), None))
+        Arc::new(Peer::new(address, Source::new("here".into()), None))
     }
 
     #[test]

@@ -71,11 +71,15 @@ impl FairQueue {
         }
     }
 
-    /// Runs `work` with a turn of `key` for each of its polls: between two of them, others have theirs.
-    pub(crate) async fn run<F: Future>(self: Arc<Self>, key: Arc<str>, work: F) -> F::Output {
+    /// Runs `work` with a turn of what `key` returns for each of its polls: between two of them, others have theirs.
+    pub(crate) async fn run<F: Future>(
+        self: Arc<Self>,
+        key: impl Fn() -> Arc<str>,
+        work: F,
+    ) -> F::Output {
         let mut work = pin!(work);
         loop {
-            let given = self.enter(&key);
+            let given = self.enter(&key());
             // A turn is free whenever this is polled. Others that are ready come first, and enter the queue as well;
             // otherwise the runtime's queue, which is not fair, would decide.
             suspend(Waker::wake_by_ref).await;
@@ -257,7 +261,7 @@ mod tests {
                         suspend(Waker::wake_by_ref).await;
                     }
                 };
-                tokio::spawn(queue.run("flood".into(), busy))
+                tokio::spawn(queue.run(|| "flood".into(), busy))
             })
             .collect();
         while polls.load(Ordering::SeqCst) < 5000 {
@@ -273,7 +277,7 @@ mod tests {
             }
             between
         };
-        let neighbour = tokio::spawn(queue.run("neighbour".into(), neighbour));
+        let neighbour = tokio::spawn(queue.run(|| "neighbour".into(), neighbour));
         let between = neighbour.await.unwrap();
         assert!(between.iter().all(|polls| *polls <= 4), "{between:?}");
         flood.iter().for_each(JoinHandle::abort);

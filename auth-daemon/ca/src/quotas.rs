@@ -6,6 +6,7 @@ use std::{
     collections::{HashMap, HashSet},
     fmt,
     hash::{BuildHasher, RandomState},
+    net::IpAddr,
     num::NonZeroU32,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -151,12 +152,16 @@ pub(crate) struct Quotas {
 #[derive(Debug)]
 struct Nodes {
     by_name: HashMap<String, Node>,
+    /// The nodes of `by_name` by the address of their daemon.
+    by_address: HashMap<IpAddr, Arc<str>>,
     swept: Instant,
 }
 
 /// What one node has used.
 #[derive(Debug)]
 struct Node {
+    /// Where its daemon called from last.
+    address: Option<IpAddr>,
     in_progress: usize,
     identities: HashSet<Identity>,
     /// When counting `identities` and `refused` began.
@@ -182,6 +187,7 @@ impl Quotas {
             reports: RateLimiter::hashmap(GovernorQuota::per_minute(REPORTS)),
             nodes: Mutex::new(Nodes {
                 by_name: HashMap::new(),
+                by_address: HashMap::new(),
                 swept: Instant::now(),
             }),
         }
@@ -207,6 +213,28 @@ impl Quotas {
             quotas: self.clone(),
             node: name,
         })
+    }
+
+    /// The daemon of `node` was attested, and calls from `address`.
+    pub(crate) fn attested(&self, node: &str, address: IpAddr) {
+        let nodes = &mut *self.lock();
+        let before = nodes.of(node).address.replace(address);
+        let is_at = |known: &Nodes, address: &IpAddr| {
+            let found = known.by_address.get(address);
+            found.is_some_and(|known| **known == *node)
+        };
+        if is_at(nodes, &address) {
+            return;
+        }
+        if let Some(before) = before.filter(|before| is_at(nodes, before)) {
+            nodes.by_address.remove(&before);
+        }
+        nodes.by_address.insert(address, node.into());
+    }
+
+    /// The node whose daemon called from `address` last.
+    pub(crate) fn node_at(&self, address: IpAddr) -> Option<Arc<str>> {
+        self.lock().by_address.get(&address).cloned()
     }
 
     /// Counts a certificate of `identity`, which runs on `node`.
@@ -274,12 +302,12 @@ impl Quotas {
 
     /// Forgets what no longer affects a decision at `now`: full quotas, and nodes whose window has ended.
     fn forget(&self, now: Instant) {
-        let mut nodes = self.lock();
+        let nodes = &mut *self.lock();
         nodes.swept = now;
-        nodes
-            .by_name
-            .retain(|_, node| node.in_progress > 0 || now.duration_since(node.since) < WINDOW);
-        drop(nodes);
+        let counts = |node: &Node| node.in_progress > 0 || now.duration_since(node.since) < WINDOW;
+        nodes.by_name.retain(|_, node| counts(node));
+        let (names, addresses) = (&nodes.by_name, &mut nodes.by_address);
+        addresses.retain(|_, node| names.contains_key(&**node));
         self.requests.retain_recent();
         self.certificates.retain_recent();
         self.failures.retain_recent();
@@ -342,6 +370,7 @@ impl OverRate {
 impl Nodes {
     fn of(&mut self, node: &str) -> &mut Node {
         let used = self.by_name.entry(node.to_owned()).or_insert_with(|| Node {
+            address: None,
             in_progress: 0,
             identities: HashSet::new(),
             since: Instant::now(),
@@ -377,6 +406,8 @@ impl Drop for InProgress {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     fn quotas(change: impl FnOnce(&mut Limits)) -> Arc<Quotas> {
@@ -475,10 +506,12 @@ mod tests {
             let node = format!("node-{number}");
             quotas.request(&node).unwrap();
             quotas.certificate(&node, &identity(number)).unwrap();
+            quotas.attested(&node, Ipv4Addr::from_bits(number as u32).into());
             quotas.failure(&node);
         }
         quotas.forget(Instant::now() + WINDOW);
-        assert!(quotas.lock().by_name.is_empty());
+        let nodes = quotas.lock();
+        assert!(nodes.by_name.is_empty() && nodes.by_address.is_empty());
         let left = quotas.requests.len() + quotas.certificates.len() + quotas.failures.len();
         assert!(left < 10, "{left} rates are kept");
     }

@@ -40,7 +40,7 @@ use crate::{
     audit,
     authority::Leader,
     config::CaConfig,
-    connection::{Connection, Peer},
+    connection::{Connection, Peer, Source},
     counters::Kind,
     fair_queue::FairQueue,
     operator,
@@ -209,12 +209,13 @@ fn metrics(service: &CaService) -> impl IntoResponse + use<> {
 #[derive(Clone)]
 struct InTurns {
     turns: Arc<FairQueue>,
-    source: Arc<str>,
+    source: Arc<Source>,
 }
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for InTurns {
     fn execute(&self, task: F) {
-        tokio::spawn(self.turns.clone().run(self.source.clone(), task));
+        let source = self.source.clone();
+        tokio::spawn(self.turns.clone().run(move || source.get(), task));
     }
 }
 
@@ -270,11 +271,12 @@ impl Front {
                 continue;
             };
             let front = self.clone();
-            let source = self.service.source(ip);
+            let source = Source::new(self.service.source(ip));
             // All work on connections, from the handshake on, has turns by source.
             let turns = self.service.turns.clone();
-            tasks.spawn(turns.run(source.clone(), async move {
-                let tls = front.shake_hands(stream, address, &source, tls).await;
+            let key = source.clone();
+            tasks.spawn(turns.run(move || key.get(), async move {
+                let tls = front.shake_hands(stream, address, &source.get(), tls).await;
                 drop(handshake);
                 if let Some(tls) = tls {
                     front
@@ -366,7 +368,7 @@ impl Front {
         let refused = |kind: Kind, why: &str| {
             self.service.counters.refused(kind);
             // The caller may be unknown, so it has no quota yet.
-            if self.service.quotas.report(&peer.source) {
+            if self.service.quotas.report(&peer.source.get()) {
                 audit::refused(peer.address, None, Some(&path), kind.name(), why);
             }
         };

@@ -145,9 +145,13 @@ impl CaService {
         leader.ok_or_else(|| Refused::new(Kind::Unavailable, NOT_THE_LEADER))
     }
 
-    /// Where connections from `address` come from, before their caller is known: the node of the pod with that address,
-    /// or the address.
+    /// Where connections from `address` come from, before their caller is known: the node whose daemon called from there
+    /// last, the node of the pod with that address, or the address. A stolen node can claim any address for one of its
+    /// pods, so what a node has proved comes first.
     pub(crate) fn source(&self, address: IpAddr) -> Arc<str> {
+        if let Some(node) = self.quotas.node_at(address) {
+            return node;
+        }
         match self.registry.snapshot().pod(address) {
             Some(pod) if !pod.node.is_empty() => pod.node.as_str().into(),
             _ => address.to_string().into(),
@@ -164,10 +168,14 @@ impl CaService {
 
     /// Attests the caller.
     async fn attest(&self, peer: &Peer, metadata: &MetadataMap) -> Result<Caller, Refused> {
-        let source = &peer.source;
+        let source = &peer.source.get();
         let turn = self.attestations.turn(source).await;
         let attested = self.attest_now(peer, metadata).await;
         drop(turn);
+        if let Ok(Caller::Node { node }) = &attested {
+            self.quotas.attested(node, peer.address.ip().to_canonical());
+            peer.source.set(node);
+        }
         attested.map_err(|unattested| {
             let over = (!self.quotas.failure(source)).then(|| Over::Failures(source.to_string()));
             Refused {
@@ -487,7 +495,60 @@ fn message(published: &Published) -> Trust {
 
 #[cfg(test)]
 mod tests {
+    use auth_mesh::{Inventory, ObjectName, Snapshot, Workload};
+
     use super::*;
+    use crate::{connection::Source, quotas::Limits};
+
+    struct NodeB;
+
+    #[tonic::async_trait]
+    impl Attestor for NodeB {
+        async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>> {
+            let node = "b".to_owned();
+            credentials.bearer.map(|_| Ok(Caller::Node { node }))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_claims_the_address_of_a_node_does_not_share_its_turns() {
+        let address: IpAddr = "10.0.0.2".parse().unwrap();
+        let name = ObjectName {
+            namespace: "default".into(),
+            name: "web".into(),
+        };
+        let identity = "spiffe://cluster.local/ns/default/sa/web".parse().unwrap();
+        let registry = Registry::new();
+        registry.publish(Snapshot::new(Inventory {
+            workloads: vec![Workload {
+                node: "a".into(),
+                addresses: vec![address],
+                ..Workload::new(name, identity)
+            }],
+            services: vec![],
+        }));
+        let service = CaService {
+            trust_domain: TrustDomain::default(),
+            attestors: vec![Arc::new(NodeB)],
+            registry: Arc::new(registry),
+            leader: watch::channel(None).1,
+            counters: Arc::default(),
+            quotas: Arc::new(Quotas::new(Limits::default())),
+            turns: FairQueue::of_processors(),
+            attestations: FairQueue::new(32, 8),
+            lifetime: Duration::from_secs(60),
+        };
+        assert_eq!(&*service.source(address), "a");
+        let source = Source::new(service.source(address));
+        let peer = Peer::new((address, 1).into(), source, None);
+        let mut metadata = MetadataMap::new();
+        assert!(service.attest(&peer, &metadata).await.is_err());
+        assert_eq!(&*peer.source.get(), "a");
+        metadata.insert("authorization", "Bearer x".parse().unwrap());
+        assert!(service.attest(&peer, &metadata).await.is_ok());
+        assert_eq!(&*peer.source.get(), "b");
+        assert_eq!(&*service.source(address), "b");
+    }
 
     #[test]
     fn reads_bearer_tokens() {
