@@ -17,7 +17,7 @@ use k8s_openapi::{
 };
 use kube::{Client, api::ObjectMeta};
 use tokio::{
-    sync::{Notify, watch},
+    sync::watch,
     time::{Instant, sleep_until, timeout},
 };
 
@@ -62,159 +62,201 @@ impl Candidate {
         self,
         open: impl Fn() -> F,
         current: watch::Sender<Option<Arc<T>>>,
-        stop: watch::Receiver<bool>,
+        mut stop: watch::Receiver<bool>,
     ) where
         F: Future<Output = Result<Term<T>, String>>,
     {
-        let (terms, term) = watch::channel(None);
         let (labelled, label) = watch::channel(false);
-        let (ended, all_ended) = watch::channel(false);
-        let resign = Notify::new();
-        let terms_run = async {
-            run_terms(open, &current, term, &labelled, &resign, stop).await;
+        let campaign = async {
+            let mut campaign = Campaign::new(&self);
+            loop {
+                tokio::select! {
+                    biased;
+                    () = is_true(&mut stop) => break,
+                    () = campaign.win() => {}
+                }
+                let failed = tokio::select! {
+                    biased;
+                    () = is_true(&mut stop) => None,
+                    () = campaign.keep() => None,
+                    why = run_term(&open, &current, &labelled) => Some(why),
+                };
+                current.send_replace(None);
+                labelled.send_replace(false);
+                if let Some(error) = failed {
+                    tracing::error!(
+                        error,
+                        "term failed: the lease is left to other replicas for a while"
+                    );
+                    campaign.release().await;
+                    campaign.next_round = Instant::now() + AFTER_RESIGNING;
+                }
+            }
             drop(labelled);
-            ended.send_replace(true);
+            campaign.release().await;
         };
         tokio::join!(
-            terms_run,
-            self.campaign(terms, &resign, all_ended),
+            campaign,
             label::follow(&self.client, &self.namespace, self.pod.as_deref(), label)
         );
     }
 
-    /// Holds the Lease, or waits for it. `terms` holds the number of the term while this replica is the leader.
-    async fn campaign(
-        &self,
-        terms: watch::Sender<Option<u64>>,
-        resign: &Notify,
-        mut all_ended: watch::Receiver<bool>,
-    ) {
-        let leases: Objects<Lease> = Objects::of(self.client.clone(), &self.namespace);
-        // A restarted container of the same pod is another candidate.
-        let host = self.pod.as_deref().unwrap_or("outside");
+    fn full_name(&self) -> String {
+        format!("{}/{}", self.namespace, self.lease)
+    }
+}
+
+/// Opens a term and runs it. Returns why it failed.
+async fn run_term<T, F>(
+    open: &impl Fn() -> F,
+    current: &watch::Sender<Option<Arc<T>>>,
+    labelled: &watch::Sender<bool>,
+) -> String
+where
+    F: Future<Output = Result<Term<T>, String>>,
+{
+    let mut term = match open().await {
+        Ok(term) => term,
+        Err(error) => return error,
+    };
+    current.send_replace(Some(term.value));
+    labelled.send_replace(true);
+    let why = tokio::select! {
+        biased;
+        lost = term.lost.wait_for(|lost| *lost) => match lost {
+            Ok(_) => "another CA has written the state",
+            Err(_) => "the store has ended",
+        },
+        () = term.work => "the CA's work has ended",
+    };
+    why.to_owned()
+}
+
+/// A candidate's writes to the Lease.
+struct Campaign<'a> {
+    candidate: &'a Candidate,
+    leases: Objects<Lease>,
+    /// Unique to this process: a restarted container of the same pod is another candidate.
+    name: String,
+    election: Election,
+    next_round: Instant,
+}
+
+impl<'a> Campaign<'a> {
+    fn new(candidate: &'a Candidate) -> Self {
+        let host = candidate.pod.as_deref().unwrap_or("outside");
         let name = format!("{host}_{:016x}", rand::random::<u64>());
-        tracing::info!(lease = self.lease, candidate = name, "candidate started");
-        let mut election = Election::new(name.clone(), self.timing);
-        let mut term = 0;
-        let mut next_round = Instant::now();
-        loop {
-            let until = election.until();
-            let round = async {
-                sleep_until(next_round).await;
-                self.round(&leases, &name, &mut election).await
-            };
+        tracing::info!(
+            lease = candidate.lease,
+            candidate = name,
+            "candidate started"
+        );
+        Self {
+            candidate,
+            leases: Objects::of(candidate.client.clone(), &candidate.namespace),
+            election: Election::new(name.clone(), candidate.timing),
+            name,
+            next_round: Instant::now(),
+        }
+    }
+
+    /// Waits for the Lease. Returns when this replica is the leader.
+    async fn win(&mut self) {
+        while !self.election.leads(Instant::now()) {
+            self.round().await;
+        }
+    }
+
+    /// Renews the Lease. Returns when this replica is not the leader any more.
+    async fn keep(&mut self) {
+        while let Some(until) = self.election.until() {
             tokio::select! {
                 biased;
-                () = is_true(&mut all_ended) => {
-                    self.release(&leases, &name).await;
-                    return;
-                }
-                () = resign.notified() => {
-                    election.step_down();
-                    terms.send_replace(None);
-                    self.release(&leases, &name).await;
-                    next_round = Instant::now() + AFTER_RESIGNING;
-                }
-                () = sleep_until(until.unwrap_or(next_round)), if until.is_some() => {
+                () = sleep_until(until) => {
                     tracing::error!(
-                        lease = self.lease,
+                        lease = self.candidate.lease,
                         "lease could not be renewed in time: this replica is not the leader any more"
                     );
-                    election.step_down();
-                    terms.send_replace(None);
+                    self.election.step_down();
                 }
-                outcome = round => {
-                    next_round = Instant::now() + match outcome {
-                        Ok(()) => self.timing.renew,
-                        Err(error) if error.is_conflict() => SOON,
-                        Err(error) => {
-                            tracing::warn!(
-                                lease = self.full_name(), %error, leads = terms.borrow().is_some(),
-                                "lease cannot be read or written"
-                            );
-                            self.timing.renew
-                        }
-                    };
-                    let leads = election.leads(Instant::now());
-                    terms.send_if_modified(|current| {
-                        let changed = current.is_some() != leads;
-                        if changed {
-                            term += 1;
-                            *current = leads.then_some(term);
-                        }
-                        changed
-                    });
-                }
+                () = self.round() => {}
             }
         }
     }
 
-    /// Reads the Lease once, and writes it if that is due.
-    async fn round(
-        &self,
-        leases: &Objects<Lease>,
-        name: &str,
-        election: &mut Election,
-    ) -> Result<(), ApiError> {
-        let found = leases.get(&self.lease).await?;
+    /// Reads and writes the Lease once, when that is due.
+    async fn round(&mut self) {
+        sleep_until(self.next_round).await;
+        let pause = match self.try_round().await {
+            Ok(()) => self.candidate.timing.renew,
+            Err(error) if error.is_conflict() => SOON,
+            Err(error) => {
+                tracing::warn!(
+                    lease = self.candidate.full_name(), %error, leads = self.election.until().is_some(),
+                    "lease cannot be read or written"
+                );
+                self.candidate.timing.renew
+            }
+        };
+        self.next_round = Instant::now() + pause;
+    }
+
+    async fn try_round(&mut self) -> Result<(), ApiError> {
+        let (name, lease) = (&self.candidate.lease, self.candidate.full_name());
+        let found = self.leases.get(name).await?;
         let view = found.as_ref().map(view);
         let sent = Instant::now();
-        let next = match (election.next(sent, view.as_ref()), found) {
-            (Move::Wait, _) => return Ok(()),
-            (Move::StepDown, _) => {
+        let next = self.election.next(sent, view.as_ref());
+        match next {
+            Move::Wait => return Ok(()),
+            Move::StepDown => {
                 tracing::warn!(
-                    lease = self.full_name(),
+                    lease,
                     leader = view.unwrap_or_default().holder,
                     "lease was taken over: this replica is not the leader any more"
                 );
                 return Ok(());
             }
-            (next, None) => {
-                leases.create(&self.claim(name, None)).await?;
-                next
-            }
-            (next, found) => {
-                leases
-                    .replace(&self.lease, &self.claim(name, found))
-                    .await?;
-                next
-            }
+            Move::Create => self.leases.create(&self.claim(None)).await?,
+            Move::Take | Move::Renew => self.leases.replace(name, &self.claim(found)).await?,
         };
-        election.renewed(sent);
+        self.election.renewed(sent);
         if next != Move::Renew {
-            tracing::info!(lease = self.full_name(), "this replica is the leader");
+            tracing::info!(lease, "this replica is the leader");
         }
         Ok(())
     }
 
-    fn claim(&self, name: &str, found: Option<Lease>) -> Lease {
+    fn claim(&self, found: Option<Lease>) -> Lease {
         let now = || Some(MicroTime(Timestamp::now()));
         let mut lease = found.unwrap_or_else(|| Lease {
             metadata: ObjectMeta {
-                name: Some(self.lease.clone()),
-                namespace: Some(self.namespace.clone()),
+                name: Some(self.candidate.lease.clone()),
+                namespace: Some(self.candidate.namespace.clone()),
                 ..ObjectMeta::default()
             },
             spec: None,
         });
         let spec = lease.spec.get_or_insert_default();
-        if spec.holder_identity.as_deref() != Some(name) {
-            spec.holder_identity = Some(name.to_owned());
+        if spec.holder_identity.as_deref() != Some(&*self.name) {
+            spec.holder_identity = Some(self.name.clone());
             spec.acquire_time = now();
             spec.lease_transitions = Some(spec.lease_transitions.unwrap_or(0).saturating_add(1));
         }
         spec.renew_time = now();
-        spec.lease_duration_seconds = i32::try_from(self.timing.lease.as_secs()).ok();
+        spec.lease_duration_seconds = i32::try_from(self.candidate.timing.lease.as_secs()).ok();
         lease
     }
 
     /// Releases the Lease, so that others need not wait until it expires.
-    async fn release(&self, leases: &Objects<Lease>, name: &str) {
+    async fn release(&mut self) {
+        self.election.step_down();
+        let (leases, name) = (&self.leases, &self.candidate.lease);
         let release = async {
-            let Some(mut lease) = leases.get(&self.lease).await? else {
+            let Some(mut lease) = leases.get(name).await? else {
                 return Ok(());
             };
-            if view(&lease).holder != name {
+            if view(&lease).holder != self.name {
                 return Ok(());
             }
             lease.spec = Some(LeaseSpec {
@@ -222,8 +264,8 @@ impl Candidate {
                 lease_duration_seconds: Some(1),
                 ..lease.spec.unwrap_or_default()
             });
-            leases.replace(&self.lease, &lease).await?;
-            tracing::info!(lease = self.full_name(), "lease released");
+            leases.replace(name, &lease).await?;
+            tracing::info!(lease = self.candidate.full_name(), "lease released");
             Ok::<(), ApiError>(())
         };
         let failed = match timeout(RELEASE, release).await {
@@ -232,13 +274,9 @@ impl Candidate {
             Err(_) => ApiError::TimedOut(RELEASE),
         };
         tracing::warn!(
-            lease = self.full_name(), error = %failed,
+            lease = self.candidate.full_name(), error = %failed,
             "lease cannot be released; another replica takes over when it expires"
         );
-    }
-
-    fn full_name(&self) -> String {
-        format!("{}/{}", self.namespace, self.lease)
     }
 }
 
@@ -252,74 +290,7 @@ fn view(lease: &Lease) -> View {
     }
 }
 
-/// Runs one term after the other: `open` starts each.
-async fn run_terms<T, F>(
-    open: impl Fn() -> F,
-    current: &watch::Sender<Option<Arc<T>>>,
-    mut terms: watch::Receiver<Option<u64>>,
-    labelled: &watch::Sender<bool>,
-    resign: &Notify,
-    mut stop: watch::Receiver<bool>,
-) where
-    F: Future<Output = Result<Term<T>, String>>,
-{
-    loop {
-        let term = tokio::select! {
-            biased;
-            () = is_true(&mut stop) => return,
-            term = terms.wait_for(Option::is_some) => match term {
-                Ok(term) => *term,
-                Err(_) => return,
-            },
-        };
-        let opened = tokio::select! {
-            biased;
-            () = is_true(&mut stop) => return,
-            () = term_ended(&mut terms, term) => continue,
-            opened = open() => opened,
-        };
-        let why = match opened {
-            Err(error) => Some(error),
-            Ok(Term {
-                value,
-                mut lost,
-                work,
-            }) => {
-                current.send_replace(Some(value));
-                labelled.send_replace(true);
-                let why = tokio::select! {
-                    biased;
-                    () = is_true(&mut stop) => None,
-                    () = term_ended(&mut terms, term) => None,
-                    lost = lost.wait_for(|lost| *lost) => Some(match lost {
-                        Ok(_) => "another CA has written the state".to_owned(),
-                        Err(_) => "the store has ended".to_owned(),
-                    }),
-                    () = work => Some("the CA's work has ended".to_owned()),
-                };
-                current.send_replace(None);
-                labelled.send_replace(false);
-                why
-            }
-        };
-        if let Some(error) = why {
-            tracing::error!(%error, "term failed: the lease is left to other replicas for a while");
-            resign.notify_one();
-            tokio::select! {
-                biased;
-                () = is_true(&mut stop) => return,
-                () = term_ended(&mut terms, term) => {}
-            }
-        }
-    }
-}
-
 /// Waits until `what` is true, or its sender is dropped.
 async fn is_true(what: &mut watch::Receiver<bool>) {
     let _ = what.wait_for(|now| *now).await;
-}
-
-/// Waits until `term` has ended.
-async fn term_ended(terms: &mut watch::Receiver<Option<u64>>, term: Option<u64>) {
-    let _ = terms.wait_for(|now| *now != term).await;
 }
