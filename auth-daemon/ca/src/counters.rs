@@ -1,7 +1,6 @@
 //! What the CA's server has done since it started, for Prometheus and for the status.
 
 use prometheus_client::{
-    encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
@@ -55,15 +54,8 @@ impl Kind {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Why {
-    why: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Which {
-    quota: &'static str,
-}
+/// Counters that differ by one label.
+type Labelled = Family<[(&'static str, &'static str); 1], Counter>;
 
 /// The counters.
 #[derive(Debug, Default)]
@@ -71,8 +63,8 @@ pub(crate) struct Counters {
     pub(crate) issued: Counter,
     pub(crate) failed_handshakes: Counter,
     pub(crate) refused_connections: Counter,
-    refused: Family<Why, Counter>,
-    over_quota: Family<Which, Counter>,
+    refused: Labelled,
+    over_quota: Labelled,
 }
 
 impl Counters {
@@ -81,8 +73,8 @@ impl Counters {
     }
 
     fn of(&self, kind: Kind) -> Counter {
-        let why = kind.name();
-        self.refused.get_or_create(&Why { why }).clone()
+        let why = [("why", kind.name())];
+        self.refused.get_or_create(&why).clone()
     }
 
     pub(crate) fn over_quota(&self, quota: Quota) {
@@ -90,8 +82,8 @@ impl Counters {
     }
 
     fn of_quota(&self, quota: Quota) -> Counter {
-        let quota = quota.name();
-        self.over_quota.get_or_create(&Which { quota }).clone()
+        let quota = [("quota", quota.name())];
+        self.over_quota.get_or_create(&quota).clone()
     }
 
     /// Adds all counters to `registry`.
@@ -144,6 +136,16 @@ mod tests {
         }
         counters.refused(Kind::Revoked);
         counters.over_quota(Quota::NodeRate);
+        let mut registry = Registry::with_prefix("auth_ca");
+        counters.register(&mut registry);
+        let mut metrics = String::new();
+        prometheus_client::encoding::text::encode(&mut metrics, &registry).unwrap();
+        for line in [
+            "auth_ca_refused_requests_total{why=\"revoked\"} 2\n",
+            "auth_ca_over_quota_total{quota=\"nodeRate\"} 1\n",
+        ] {
+            assert!(metrics.contains(line), "{metrics}");
+        }
         let status = counters.status(&Quotas::new(Limits::default()));
         assert_eq!(status.over_quota["nodeRate"], 1);
         assert_eq!(status.refused["revoked"], 2);
