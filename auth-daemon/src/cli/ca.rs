@@ -53,6 +53,8 @@ pub(super) fn ca(arguments: Arguments) -> anyhow::Result<()> {
 fn run(file: &std::path::Path) -> anyhow::Result<()> {
     let config = CaConfig::load(file)?;
     start_log(&config.log, std::io::stderr)?;
+    // The signing key must not get into a core dump, nor to a debugger of the same user.
+    nix::sys::prctl::set_dumpable(false).context("core dumps cannot be disabled")?;
     raise_file_limit();
     // As many threads as cores, so that new connections do not wait for signatures.
     let runtime = runtime::Builder::new_multi_thread()

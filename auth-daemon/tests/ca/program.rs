@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader},
+    os::unix::process::ExitStatusExt,
     path::Path,
     process::{Child, Command, Output, Stdio},
     sync::mpsc,
@@ -165,6 +166,36 @@ fn an_operator_asks_the_ca() {
         std::thread::sleep(Duration::from_millis(20));
     };
     assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn leaves_no_core_dump_with_its_key() {
+    let folder = tempfile::tempdir().unwrap();
+    // Runs a program that may leave a core dump in `folder`, and kills it as a crash does.
+    let dumps = |arguments: &[&str], log: &str| {
+        let mut child = Command::new("sh")
+            .args(["-c", "ulimit -c unlimited; exec \"$0\" \"$@\""])
+            .args(arguments)
+            .current_dir(folder.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let started = lines.map_while(Result::ok).find(|line| line.contains(log));
+        assert!(started.is_some(), "it has ended");
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        kill(pid, Signal::SIGABRT).unwrap();
+        let status = child.wait().unwrap();
+        assert_eq!(status.signal(), Some(Signal::SIGABRT as i32));
+        status.core_dumped()
+    };
+    if !dumps(&["sh", "-c", "echo up >&2; exec sleep 60"], "up") {
+        println!("SKIPPED leaves_no_core_dump_with_its_key: this machine dumps no core");
+        return;
+    }
+    let config = write_config(folder.path(), "127.0.0.1:0", "");
+    let config = config.to_str().unwrap();
+    assert!(!dumps(&[PROGRAM, "ca", "--config", config], "CA started"));
 }
 
 #[test]
