@@ -232,25 +232,6 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn reads_targets() {
-        let read = |target| {
-            super::target(Some(TargetMessage {
-                target: Some(target),
-            }))
-        };
-        let serial = read(target::Target::Serial("AB:01".into())).unwrap();
-        assert!(serial.to_string().ends_with("0000ab01"));
-        for bad in [
-            target::Target::Serial("xyz".into()),
-            target::Target::Identity("web".into()),
-            target::Target::Node(String::new()),
-        ] {
-            assert!(read(bad.clone()).is_err(), "{bad:?}");
-        }
-        assert!(super::target(None).is_err());
-    }
-
     #[tokio::test]
     async fn one_ca_has_the_socket() {
         let folder = tempfile::tempdir().unwrap();

@@ -129,6 +129,10 @@ fn an_operator_asks_the_ca() {
         ),
         (&["revoke"], "--serial"),
         (
+            &["revoke", "--node", ""],
+            "one of serial, identity and node",
+        ),
+        (
             &["revoke", "--node", "a", "--serial", "1"],
             "cannot be used with",
         ),

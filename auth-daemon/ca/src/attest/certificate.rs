@@ -39,24 +39,3 @@ impl Attestor for Certificates {
         credentials.certificate.map(|shown| self.caller(shown))
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use tokio::sync::watch;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn accepts_only_certificates_and_only_as_leader() {
-        let (_sender, leader) = watch::channel(None);
-        let attestor = Certificates::new(leader);
-        assert_eq!(attestor.attest(Credentials::default()).await, None);
-        let rubbish = CertificateDer::from(vec![0x30, 0]);
-        let credentials = Credentials {
-            bearer: None,
-            certificate: Some(&rubbish),
-        };
-        let refused = attestor.attest(credentials).await;
-        assert!(matches!(refused, Some(Err(_))));
-    }
-}

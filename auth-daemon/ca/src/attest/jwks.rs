@@ -9,7 +9,7 @@ use jsonwebtoken::{
 };
 use serde::Deserialize;
 
-use super::{Attestor, Caller, Credentials, Unattested, keys::Keys};
+use super::{Attestor, Caller, Credentials, Unattested, keys::Keys, service_account};
 use crate::{config::JwksAttestation, placement::settle};
 
 /// Signature algorithms that are accepted: none with a shared secret.
@@ -21,7 +21,6 @@ const ALGORITHMS: [Algorithm; 4] = [
 ];
 /// Tolerated difference of the issuer's clock, in seconds.
 const LEEWAY: u64 = 300;
-const SUBJECT: &str = "system:serviceaccount:";
 
 /// Identifies the holders of one issuer's tokens.
 #[derive(Debug)]
@@ -163,21 +162,15 @@ impl Jwks {
 /// The service account of a token.
 fn account(claims: &Claims) -> Result<ObjectName, Unattested> {
     let refused = |why: &str| Unattested(why.to_owned());
-    let (namespace, name) = match (&claims.kubernetes, &claims.sub) {
-        (Some(kubernetes), _) => (
-            kubernetes.namespace.as_str(),
-            kubernetes.serviceaccount.name.as_str(),
-        ),
-        (None, Some(subject)) => subject
-            .strip_prefix(SUBJECT)
-            .and_then(|rest| rest.split_once(':'))
-            .ok_or_else(|| refused("the token's subject is no Kubernetes service account"))?,
-        (None, None) => return Err(refused("the token has no subject")),
-    };
-    Ok(ObjectName {
-        namespace: namespace.to_owned(),
-        name: name.to_owned(),
-    })
+    match (&claims.kubernetes, &claims.sub) {
+        (Some(kubernetes), _) => Ok(ObjectName {
+            namespace: kubernetes.namespace.clone(),
+            name: kubernetes.serviceaccount.name.clone(),
+        }),
+        (None, Some(subject)) => service_account(subject)
+            .ok_or_else(|| refused("the token's subject is no Kubernetes service account")),
+        (None, None) => Err(refused("the token has no subject")),
+    }
 }
 
 /// Why the node of a token's holder is not known.

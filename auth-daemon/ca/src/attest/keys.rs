@@ -56,23 +56,17 @@ struct Key {
 impl Keys {
     /// Reads the keys of a file, and fails if it cannot. A server is asked when the first token arrives.
     pub(super) fn open(source: JwksSource) -> Result<Self, String> {
-        let mut reading = Reading::default();
         let mut keys = Vec::new();
         if let JwksSource::File(path) = &source {
-            let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-            let content = files::read(path, MAX_BYTES as u64).map_err(|error| named(&error))?;
-            keys = parse(&content).map_err(|error| named(&error))?;
-            let now = Some(Instant::now());
-            reading = Reading {
-                content,
-                tried: now,
-                read: now,
-            };
+            let read = files::read(path, MAX_BYTES as u64).map_err(|error| error.to_string());
+            keys = read
+                .and_then(|content| parse(&content))
+                .map_err(|error| format!("{}: {error}", path.display()))?;
         }
         Ok(Self {
             source,
             current: ArcSwap::from_pointee(keys),
-            reading: Mutex::new(reading),
+            reading: Mutex::default(),
         })
     }
 

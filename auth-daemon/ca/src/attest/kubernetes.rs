@@ -19,7 +19,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Attestor, Caller, Credentials, Unattested};
+use super::{Attestor, Caller, Credentials, Unattested, service_account};
 
 /// Longest token that is reviewed, in bytes. The API server's have one or two thousand.
 const MAX_TOKEN_BYTES: usize = 16 << 10;
@@ -36,7 +36,6 @@ const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 /// Since Kubernetes 1.30.
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
-const ACCOUNT_PREFIX: &str = "system:serviceaccount:";
 
 /// Which tokens are accepted.
 #[derive(Clone, Debug)]
@@ -253,10 +252,7 @@ fn judge(status: TokenReviewStatus, audience: &str) -> Result<Reviewed, String> 
         username, extra, ..
     } = status.user.unwrap_or_default();
     let username = username.unwrap_or_default();
-    let account = username
-        .strip_prefix(ACCOUNT_PREFIX)
-        .and_then(|name| name.split_once(':'))
-        .filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty())
+    let account = service_account(&username)
         .ok_or_else(|| format!("{:?} is no service account", printable(&username)))?;
     let extra = extra.unwrap_or_default();
     let one = |key: &str| match extra.get(key).map(Vec::as_slice) {
@@ -268,10 +264,7 @@ fn judge(status: TokenReviewStatus, audience: &str) -> Result<Reviewed, String> 
         return Err("the token is bound to no pod: use a projected service account token".into());
     };
     Ok(Reviewed {
-        account: ObjectName {
-            namespace: account.0.to_owned(),
-            name: account.1.to_owned(),
-        },
+        account,
         pod,
         pod_uid,
         node: one(NODE_NAME)?,

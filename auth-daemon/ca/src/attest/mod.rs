@@ -11,7 +11,7 @@ use std::fmt;
 
 use rustls::pki_types::CertificateDer;
 
-use auth_mesh::Identity;
+use auth_mesh::{Identity, ObjectName};
 
 /// What a caller presents. Nothing is verified yet, except that the caller holds the key of `certificate`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -60,6 +60,17 @@ impl Caller {
             Self::Node { node } | Self::Workload { node, .. } => node,
         }
     }
+}
+
+/// The service account whose user name at the API server is `user`, which is also the subject of its tokens.
+fn service_account(user: &str) -> Option<ObjectName> {
+    let (namespace, name) = user
+        .strip_prefix("system:serviceaccount:")?
+        .split_once(':')?;
+    (!namespace.is_empty() && !name.is_empty()).then(|| ObjectName {
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+    })
 }
 
 /// One way to identify a caller.
