@@ -48,6 +48,7 @@
 //! What a killed process left behind is removed by the next mesh that starts. A mesh requires root.
 
 mod app;
+mod architecture;
 mod builder;
 mod ca;
 mod capture;
@@ -63,6 +64,7 @@ mod id;
 mod ip;
 mod kubernetes;
 mod leftovers;
+mod libraries;
 mod locate;
 mod manifests;
 mod mesh;
@@ -90,12 +92,13 @@ mod wire;
 pub use anyhow::{Context, Error, Result};
 
 pub use app::App;
+pub use architecture::Architecture;
 pub use builder::MeshBuilder;
 pub use ca::{Ca, CaOptions};
 pub use capture::Capture;
 pub use cluster::{
-    AUTH_DAEMON_IMAGE, Cluster, ClusterNode, ClusterOptions, PodNetwork, ProxyMode, TOOLS,
-    auth_daemon_image,
+    AUTH_DAEMON_IMAGE, AuthDaemonImage, Cluster, ClusterNode, ClusterOptions, PodNetwork,
+    ProxyMode, TOOLS, auth_daemon_image,
 };
 pub use daemon::Daemon;
 pub use daemon_options::DaemonOptions;
@@ -105,6 +108,7 @@ pub use http::{Response, http_get};
 pub use id::MeshId;
 pub use kubernetes::{GoModule, Istiod, Kubernetes, TokenOptions, programs_folder};
 pub use leftovers::{remove_dead, remove_own, traces};
+pub use libraries::shared_libraries;
 pub use locate::{auth_daemon, pod_app};
 pub use manifests::Manifests;
 pub use mesh::Mesh;

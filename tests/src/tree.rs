@@ -5,9 +5,11 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+
+use crate::architecture::Architecture;
+use crate::libraries::shared_libraries;
 
 /// Paths and their entries. Parent folders are added with a path.
 #[derive(Debug, Clone, Default)]
@@ -88,8 +90,21 @@ impl FileTree {
     /// # Errors
     /// If one of its libraries is missing.
     pub fn program(&mut self, path: impl Into<PathBuf>, source: &Path) -> Result<()> {
-        for library in libraries(source)? {
-            self.add(library.clone(), Entry::File(library))?;
+        self.program_for(Architecture::native()?, path, source)
+    }
+
+    /// Adds a program of an architecture, and the shared libraries that it needs, as [`Self::program`] does.
+    ///
+    /// # Errors
+    /// If one of its libraries is missing.
+    pub fn program_for(
+        &mut self,
+        architecture: Architecture,
+        path: impl Into<PathBuf>,
+        source: &Path,
+    ) -> Result<()> {
+        for (library, file) in shared_libraries(source, architecture)? {
+            self.add(library, Entry::File(file))?;
         }
         self.file(path, source)
     }
@@ -180,61 +195,10 @@ pub(crate) fn read_file(path: &Path) -> io::Result<(u32, Vec<u8>)> {
     Ok((if executable { 0o755 } else { 0o644 }, content))
 }
 
-/// The shared libraries that `program` loads, including its loader, according to `ldd`; none if it is statically
-/// linked.
-fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd")
-        .arg(program)
-        .env("LC_ALL", "C")
-        .output()
-        .context("cannot run `ldd`")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() {
-        if complaint.contains("not a dynamic executable") || said.contains("not a dynamic") {
-            return Ok(Vec::new());
-        }
-        bail!("`ldd {}`: {}", program.display(), complaint.trim());
-    }
-    parse_ldd(&said).with_context(|| format!("`ldd {}`", program.display()))
-}
-
-fn parse_ldd(said: &str) -> Result<Vec<PathBuf>> {
-    let mut libraries = Vec::new();
-    for line in said.lines() {
-        let what = line.split(" (0x").next().unwrap_or(line).trim();
-        let path = what.split_once(" => ").map_or(what, |(_, path)| path);
-        if path.starts_with('/') {
-            libraries.push(PathBuf::from(path));
-        } else if path == "not found" {
-            bail!("a library is missing: {what}");
-        }
-        // Otherwise the kernel's own linux-vdso, which is not a file, or "statically linked".
-    }
-    Ok(libraries)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::env;
-
-    #[test]
-    fn ldd_names_the_libraries() {
-        let said = "\tlinux-vdso.so.1 (0x00007ffd)\n\
-            \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\
-            \t/lib64/ld-linux-x86-64.so.2 (0x00007f)\n";
-        let expected = [
-            "/lib/x86_64-linux-gnu/libc.so.6",
-            "/lib64/ld-linux-x86-64.so.2",
-        ];
-        assert_eq!(parse_ldd(said).unwrap(), expected.map(PathBuf::from));
-        assert_eq!(
-            parse_ldd("\tstatically linked\n").unwrap(),
-            Vec::<PathBuf>::new()
-        );
-        assert!(parse_ldd("\tlibx.so => not found\n").is_err());
-    }
 
     #[test]
     fn what_lies_below_a_link_lies_where_it_leads() {

@@ -3,9 +3,8 @@
 use std::process::Command;
 
 use anyhow::{Result, bail};
-use mesh_tests::AUTH_DAEMON_IMAGE;
-
-use crate::image;
+use mesh_tests::{AUTH_DAEMON_IMAGE, auth_daemon_image};
+use xtask_support::build;
 use xtask_support::step::{output, programs, run, step, which, workspace};
 
 /// What to do with the cluster.
@@ -39,7 +38,10 @@ pub(crate) fn act(action: &Action) -> Result<()> {
 
 fn up() -> Result<()> {
     let archive = programs()?.join("auth-daemon.tar");
-    image::write(None, &archive)?;
+    build::daemon()?;
+    step(&format!("write the image {AUTH_DAEMON_IMAGE}"), || {
+        auth_daemon_image(&programs()?.join("auth-daemon"), &archive)
+    })?;
     let deploy = workspace().join("deploy");
     let clusters = output(Command::new("kind").args(["get", "clusters"])).unwrap_or_default();
     if !clusters.lines().any(|name| name == CLUSTER) {

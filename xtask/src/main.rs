@@ -10,6 +10,7 @@ mod fuzz;
 mod image;
 mod kind;
 mod kube_test;
+mod sbom;
 
 use std::process::ExitCode;
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{AUTH_DAEMON_IMAGE, Cluster, ClusterNode, ClusterOptions, auth_daemon_image};
+use super::{Cluster, ClusterNode, ClusterOptions, auth_daemon_image};
 use crate::chart;
 use crate::locate::auth_daemon;
 use crate::process::Finished;
@@ -43,7 +43,7 @@ impl MeshedCluster {
         let folder = cluster.mesh().outside().folder().join("meshed");
         fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let archive = folder.join("auth-daemon.tar");
-        auth_daemon_image(&auth_daemon()?, AUTH_DAEMON_IMAGE, &archive)?;
+        auth_daemon_image(&auth_daemon()?, &archive)?;
         cluster.load(&archive)?;
         let meshed = Self { cluster, folder };
         let namespace = |name: &str| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});

@@ -33,7 +33,7 @@ use crate::process::{Finished, Process};
 use crate::wire::Wire;
 use crate::{cgroup, mounts, plumbing};
 
-pub use images::{AUTH_DAEMON_IMAGE, TOOLS, auth_daemon_image};
+pub use images::{AUTH_DAEMON_IMAGE, AuthDaemonImage, TOOLS, auth_daemon_image};
 pub use node::ClusterNode;
 
 /// A running cluster. Dropping it stops its programs and removes everything they created. What a killed process left

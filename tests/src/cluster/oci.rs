@@ -3,31 +3,33 @@
 //! The same files give the same bytes: entries are sorted, without times and users.
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use aws_lc_rs::digest;
 use serde_json::{Value, json};
 use tar::{Builder, EntryType, Header};
 
+use crate::architecture::Architecture;
 use crate::tree::{Entry, FileTree, read_file};
 
 /// The content and configuration of an image.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Image {
     /// The files of its only layer.
     pub(super) files: FileTree,
+    architecture: Architecture,
     config: Value,
 }
 
 impl Image {
     /// An image without files. `config` is the image's `config` (image-spec, config.md): `Entrypoint`, `Cmd`, `User`, `Env`, …
-    pub(super) fn new(config: Value) -> Self {
+    pub(super) fn new(architecture: Architecture, config: Value) -> Self {
         Self {
             files: FileTree::default(),
+            architecture,
             config,
         }
     }
@@ -39,7 +41,7 @@ impl Image {
             .rsplit_once(':')
             .filter(|(_, tag)| !tag.contains('/'))
             .with_context(|| format!("image name {reference} has no tag"))?;
-        let platform = json!({"architecture": architecture()?, "os": "linux"});
+        let platform = json!({"architecture": self.architecture.name(), "os": "linux"});
 
         let mut blobs = BTreeMap::new();
         let mut keep = |content: Vec<u8>| {
@@ -141,15 +143,6 @@ fn header(kind: EntryType, mode: u32, size: u64) -> Header {
     header
 }
 
-/// Go's name of this machine's architecture (image-spec, config.md).
-fn architecture() -> Result<&'static str> {
-    match env::consts::ARCH {
-        "x86_64" => Ok("amd64"),
-        "aarch64" => Ok("arm64"),
-        other => bail!("images for {other} are not supported"),
-    }
-}
-
 fn sha256(content: &[u8]) -> String {
     digest::digest(&digest::SHA256, content)
         .as_ref()
@@ -167,8 +160,10 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
+    use std::env;
+    use std::fs::{self, Permissions};
     use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
 
     fn read(archive: &Path) -> BTreeMap<String, Vec<u8>> {
         let mut archive = tar::Archive::new(File::open(archive).unwrap());
@@ -185,17 +180,24 @@ mod tests {
     fn archive_index_leads_to_files() {
         let folder = env::temp_dir().join(format!("oci-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
-        let mut image = Image::new(json!({"Entrypoint": ["/usr/bin/x"]}));
-        image.files.folder("/tmp", Some(0o1777)).unwrap();
-        image.files.link("/bin", "usr/bin").unwrap();
-        image
-            .files
-            .program("/usr/bin/x", &env::current_exe().unwrap())
-            .unwrap();
+        let image = |program: &Path| {
+            let config = json!({"Entrypoint": ["/usr/bin/x"]});
+            let mut image = Image::new(Architecture::native().unwrap(), config);
+            image.files.folder("/tmp", Some(0o1777)).unwrap();
+            image.files.link("/bin", "usr/bin").unwrap();
+            image.files.program("/usr/bin/x", program).unwrap();
+            image
+        };
+        let program = env::current_exe().unwrap();
         let (one, other) = (folder.join("one.tar"), folder.join("other.tar"));
-        let digest = image.write("example.org/x:1", &one).unwrap();
-        assert_eq!(digest, image.write("example.org/x:1", &other).unwrap());
-        assert_eq!(fs::read(&one).unwrap(), fs::read(&other).unwrap());
+        let digest = image(&program).write("example.org/x:1", &one).unwrap();
+        // The same program elsewhere, newer and with other permissions.
+        let copy = folder.join("copy");
+        fs::copy(&program, &copy).unwrap();
+        fs::set_permissions(&copy, Permissions::from_mode(0o700)).unwrap();
+        let same = image(&copy).write("example.org/x:1", &other).unwrap();
+        assert_eq!(digest, same);
+        assert!(fs::read(&one).unwrap() == fs::read(&other).unwrap());
 
         let files = read(&one);
         fs::remove_dir_all(&folder).unwrap();
@@ -243,7 +245,7 @@ mod tests {
 
     #[test]
     fn rejects_untagged_names() {
-        let image = Image::new(Value::Null);
+        let image = Image::new(Architecture::Arm64, Value::Null);
         for name in ["x", "localhost:5000/x"] {
             assert!(
                 image.write(name, Path::new("/nonexistent/x")).is_err(),

@@ -9,6 +9,8 @@ pub mod cargo_install;
 pub mod kubernetes;
 pub mod page;
 pub mod peers;
+pub mod release;
+pub mod reproducible;
 pub mod setup;
 pub mod step;
 pub mod supervise;

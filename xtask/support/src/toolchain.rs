@@ -17,6 +17,7 @@ use clap::ValueEnum;
 
 use self::missing::Missing;
 use crate::apt;
+use crate::reproducible;
 use crate::step::{other_toolchain, output, which, workspace};
 
 /// A compiler and a linker that work together.
@@ -58,12 +59,15 @@ impl Toolchain {
                 .env("RUSTC", SYSTEM_RUSTC)
                 .env("RUSTC_BOOTSTRAP", "1");
         }
+        let mut options = ["-Cdebuginfo=2", "-Clink-arg=--btf"]
+            .map(str::to_owned)
+            .to_vec();
+        // BTF names source files.
+        let folders = reproducible::folders(&workspace());
+        options.extend(reproducible::rust_options(&folders));
         command
             .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &self.linker.path)
-            .env(
-                "CARGO_ENCODED_RUSTFLAGS",
-                ["-Cdebuginfo=2", "-Clink-arg=--btf"].join("\u{1f}"),
-            )
+            .env("CARGO_ENCODED_RUSTFLAGS", options.join("\u{1f}"))
             .args(["--release", "--target", TARGET, "--manifest-path"])
             .arg(workspace().join("auth-ebpf/Cargo.toml"))
             .arg("--target-dir")
