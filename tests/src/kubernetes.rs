@@ -3,6 +3,7 @@
 //! Nothing runs pods, sets their status or collects garbage: a test does what it needs itself. [`crate::Cluster`] has
 //! nodes and controllers.
 
+mod istio_ca;
 mod istiod;
 mod pki;
 mod programs;
@@ -25,7 +26,8 @@ use crate::place::Place;
 use crate::process::{Finished, Process};
 use crate::{PodNetwork, cgroup, chart, leftovers, mounts};
 
-pub use istiod::Istiod;
+pub use istio_ca::{IstioCa, IstioSvid};
+pub use istiod::{Istiod, IstiodOptions};
 pub use programs::{GoModule, folder as programs_folder};
 pub(crate) use programs::{first_missing, path_variable, program};
 

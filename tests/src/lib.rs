@@ -106,7 +106,9 @@ pub use eventually::{TIMEOUT, eventually, eventually_ok};
 pub use firewall::Firewall;
 pub use http::{Response, http_get};
 pub use id::MeshId;
-pub use kubernetes::{GoModule, Istiod, Kubernetes, TokenOptions, programs_folder};
+pub use kubernetes::{
+    GoModule, IstioCa, IstioSvid, Istiod, IstiodOptions, Kubernetes, TokenOptions, programs_folder,
+};
 pub use leftovers::{remove_dead, remove_own, traces};
 pub use libraries::shared_libraries;
 pub use locate::{auth_daemon, pod_app};

@@ -15,9 +15,19 @@ use crate::process::Process;
 #[derive(Debug)]
 pub struct Istiod {
     trusted: String,
+    options: IstiodOptions,
     /// Of the gRPC API over TLS, and of the readiness endpoint.
     addresses: [SocketAddr; 2],
     process: Option<Process>,
+}
+
+/// How an istiod differs from one that has only defaults.
+#[derive(Debug, Clone, Default)]
+pub struct IstiodOptions {
+    /// The folder of an [`super::IstioCa`] whose keys it signs with, instead of its own.
+    pub ca: Option<PathBuf>,
+    /// Further fields of its mesh configuration (`MeshConfig`), in YAML.
+    pub mesh_config: String,
 }
 
 impl Istiod {
@@ -34,6 +44,11 @@ impl Istiod {
     /// Starts istiod and waits until it is ready. `trusted`, as `namespace/account`, may ask for certificates of the pods of
     /// its node.
     pub fn start(cluster: &Kubernetes, trusted: &str) -> Result<Self> {
+        Self::start_with(cluster, trusted, IstiodOptions::default())
+    }
+
+    /// Like the above, with options.
+    pub fn start_with(cluster: &Kubernetes, trusted: &str, options: IstiodOptions) -> Result<Self> {
         if cluster.get("/api/v1/namespaces/istio-system")?.is_none() {
             cluster.namespace("istio-system")?;
         }
@@ -51,6 +66,7 @@ impl Istiod {
         };
         let mut istiod = Self {
             trusted: trusted.to_owned(),
+            options,
             addresses,
             process: None,
         };
@@ -64,8 +80,14 @@ impl Istiod {
         let mesh = folder.join("mesh.yaml");
         fs::write(
             &mesh,
-            "trustDomain: cluster.local\nrootNamespace: istio-system\n",
+            format!(
+                "trustDomain: cluster.local\nrootNamespace: istio-system\n{}",
+                self.options.mesh_config
+            ),
         )?;
+        // A folder without files makes it sign with keys of its own.
+        let ca = self.options.ca.clone();
+        let ca = ca.unwrap_or_else(|| folder.join("no-cacerts"));
         let [api, ready] = self.addresses.map(|address| address.to_string());
         let mut process = cluster.site.spawn(program("pilot-discovery"), |command| {
             command
@@ -82,7 +104,10 @@ impl Istiod {
                 .env("POD_NAME", "istiod")
                 .env("PILOT_ENABLE_AMBIENT", "true")
                 .env("CLUSTER_ID", "Kubernetes")
-                .env("CA_TRUSTED_NODE_ACCOUNTS", &self.trusted);
+                .env("CA_TRUSTED_NODE_ACCOUNTS", &self.trusted)
+                .env("ROOT_CA_DIR", &ca)
+                // Without it, istiod takes no other root while it runs.
+                .env("ISTIO_MULTIROOT_MESH", "true");
         })?;
         let is_ready = eventually_ok(START, "a ready istiod", || {
             if let Some(status) = process.ended()? {
