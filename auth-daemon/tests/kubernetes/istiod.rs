@@ -1,6 +1,6 @@
 //! A real istiod as CA and as control plane.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use auth_daemon::{
     config::CaServer,
@@ -13,7 +13,7 @@ use auth_mesh::{
 };
 use auth_tunnel::tls::svid::Svid;
 use auth_xds::{Caller, Mesh};
-use mesh_tests::{Istiod, Kubernetes, TokenOptions, chart};
+use mesh_tests::{Istiod, IstiodOptions, Kubernetes, TokenOptions, chart};
 use rcgen::{CertificateParams, KeyPair};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -21,19 +21,33 @@ use tokio::sync::watch;
 use crate::{eventually, with_rights_of};
 
 const DAEMON: &str = "auth-daemon";
-const OWN: &str = "auth-system";
-const NODE: &str = "node-a";
+pub(crate) const OWN: &str = "auth-system";
+pub(crate) const NODE: &str = "node-a";
 
 /// An API server with istiod, and this daemon's pod on `NODE`.
-struct Stage {
-    istiod: Istiod,
-    cluster: Kubernetes,
-    server: CaServer,
+pub(crate) struct Stage {
+    pub(crate) istiod: Istiod,
+    pub(crate) cluster: Kubernetes,
+    pub(crate) server: CaServer,
+}
+
+/// What the daemon has learned.
+pub(crate) struct Learned {
+    pub(crate) registry: Arc<Registry>,
+    policies: Arc<Published<Policies>>,
 }
 
 impl Stage {
     /// `None` where there is no API server or no istiod.
     fn set(test: &str) -> Option<Self> {
+        Self::set_with(test, |_| IstiodOptions::default())
+    }
+
+    /// Like the above, with options of istiod, which may have files in the folder.
+    pub(crate) fn set_with(
+        test: &str,
+        options: impl FnOnce(&Path) -> IstiodOptions,
+    ) -> Option<Self> {
         if let Some(why) = Istiod::missing() {
             println!("SKIPPED {test}: {why}");
             return None;
@@ -44,7 +58,10 @@ impl Stage {
         }
         let own = cluster.pod(OWN, "daemon-a", DAEMON, NODE, "192.0.2.1");
         let own = own.unwrap();
-        let istiod = Istiod::start(&cluster, &format!("{OWN}/{DAEMON}")).unwrap();
+        let kubeconfig = cluster.kubeconfig();
+        let of_istiod = options(kubeconfig.parent().unwrap());
+        let trusted = format!("{OWN}/{DAEMON}");
+        let istiod = Istiod::start_with(&cluster, &trusted, of_istiod).unwrap();
         let options = TokenOptions {
             audience: Some(Istiod::AUDIENCE),
             pod: Some(&own),
@@ -70,12 +87,50 @@ impl Stage {
     }
 
     /// Creates an object. The API server serves a kind a moment after it was defined.
-    async fn create(&self, path: &str, object: Value) {
+    pub(crate) async fn create(&self, path: &str, object: Value) {
         eventually(path, async || self.cluster.create(path, &object).ok()).await;
     }
 
+    /// Follows istiod and the API server as the daemon of `NODE`, in PERMISSIVE mode, until everything is read once.
+    pub(crate) async fn follow(&self) -> Learned {
+        let settings = istiod::Settings {
+            mesh: Mesh {
+                trust_domain: "cluster.local".parse().unwrap(),
+                cluster: "Kubernetes".into(),
+                network: String::new(),
+                root_namespace: "istio-system".into(),
+            },
+            caller: Caller {
+                pod: "daemon-a".into(),
+                namespace: OWN.into(),
+                node: NODE.into(),
+            },
+        };
+        let in_force = Arc::new(Published::holding(Policies::compile(
+            Settings {
+                mode: Mode::Permissive,
+                ..Settings::default()
+            },
+            [],
+        )));
+        let sink = Sink {
+            policies: Some(in_force.clone()),
+            ..Sink::default()
+        };
+        let registry = sink.registry.clone();
+        let client = with_rights_of(&self.cluster, DAEMON).await;
+        let link = Link::to_istiod(self.server.clone()).unwrap();
+        let (synced, mut is_synced) = watch::channel(false);
+        tokio::spawn(istiod::run(client, link, settings, sink, synced));
+        is_synced.wait_for(|synced| *synced).await.unwrap();
+        Learned {
+            registry,
+            policies: in_force,
+        }
+    }
+
     /// Creates a pod, its account, and says that its node accepts HBONE for it.
-    fn pod(&self, name: &str, node: &str, address: &str) {
+    pub(crate) fn pod(&self, name: &str, node: &str, address: &str) {
         let pod = self.cluster.pod("shop", name, name, node, address);
         pod.unwrap();
         let announced = json!({"metadata": {"annotations": {
@@ -86,14 +141,14 @@ impl Stage {
     }
 }
 
-fn identity(account: &str) -> Identity {
+pub(crate) fn identity(account: &str) -> Identity {
     format!("spiffe://cluster.local/ns/shop/sa/{account}")
         .parse()
         .unwrap()
 }
 
 /// DER of a CSR.
-fn request() -> Vec<u8> {
+pub(crate) fn request() -> Vec<u8> {
     let key = KeyPair::generate().unwrap();
     let csr = CertificateParams::default().serialize_request(&key);
     csr.unwrap().der().to_vec()
@@ -136,7 +191,7 @@ async fn istiod_issues_certificates_for_the_pods_of_the_node() {
 }
 
 /// Where the service at `address` leads, sorted.
-fn endpoints(registry: &Registry, address: &str) -> Vec<String> {
+pub(crate) fn endpoints(registry: &Registry, address: &str) -> Vec<String> {
     let Ok(found) = registry.snapshot().resolve(address.parse().unwrap()) else {
         return Vec::new();
     };
@@ -219,37 +274,10 @@ async fn the_registry_follows_istiod_through_an_outage() {
         .create(policies_path, deny("of-api", "friend", api))
         .await;
 
-    let settings = istiod::Settings {
-        mesh: Mesh {
-            trust_domain: "cluster.local".parse().unwrap(),
-            cluster: "Kubernetes".into(),
-            network: String::new(),
-            root_namespace: "istio-system".into(),
-        },
-        caller: Caller {
-            pod: "daemon-a".into(),
-            namespace: OWN.into(),
-            node: NODE.into(),
-        },
-    };
-    let in_force = Arc::new(Published::holding(Policies::compile(
-        Settings {
-            mode: Mode::Permissive,
-            ..Settings::default()
-        },
-        [],
-    )));
-    let sink = Sink {
-        policies: Some(in_force.clone()),
-        ..Sink::default()
-    };
-    let registry = sink.registry.clone();
-    let client = with_rights_of(&stage.cluster, DAEMON).await;
-    let link = Link::to_istiod(stage.server.clone()).unwrap();
-    let (synced, mut is_synced) = watch::channel(false);
-    tokio::spawn(istiod::run(client, link, settings, sink, synced));
-    is_synced.wait_for(|synced| *synced).await.unwrap();
-
+    let Learned {
+        registry,
+        policies: in_force,
+    } = stage.follow().await;
     eventually("the endpoints of a service", async || {
         let found = endpoints(&registry, "10.96.7.7:80");
         (found == ["10.1.0.2:8080 api", "10.1.0.7:8080 vm"]).then_some(())
