@@ -4,6 +4,7 @@
 mod attestation;
 mod discovery;
 mod istiod;
+mod istiod_objects;
 mod istiod_roots;
 mod leader;
 mod state;
