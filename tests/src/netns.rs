@@ -15,7 +15,7 @@ use crate::ip::ip;
 /// A network namespace under `/run/netns`.
 ///
 /// The value holds the namespace open: it refers to the same namespace even if the file is removed and recreated. Only
-/// [`Netns::recreate`] changes that, for all clones.
+/// `Netns::recreate` changes that, for all clones.
 #[derive(Debug, Clone)]
 pub struct Netns {
     name: String,

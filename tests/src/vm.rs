@@ -23,7 +23,7 @@ pub fn skipped_when_emulated(test: &str) -> bool {
     emulated
 }
 
-/// How many times longer than elsewhere anything may take on this machine: [`EMULATED_SLOWDOWN`] if its processor is
+/// How many times longer than elsewhere anything may take on this machine: 6 if its processor is
 /// emulated. All waits of this library allow for it, and so should a test's own time limits.
 pub fn slowdown() -> u32 {
     match env::var_os(EMULATED) {
