@@ -44,6 +44,8 @@ const MAX_PORTS: usize = 32;
 const MAX_CALLERS: usize = 256;
 /// The most rules of a policy, of those that name ports. One more, without ports, holds the other callers.
 const MAX_RULES: usize = 256;
+/// The most callers of a rule whose evidence is shown. Readers of YAML limit how many comments may follow each other.
+const MAX_EVIDENCE: usize = 20;
 /// Maximum length of a name, in bytes (RFC 1123 label).
 const MAX_NAME: usize = 63;
 
@@ -304,7 +306,7 @@ impl fmt::Display for Suggestion {
 
 impl fmt::Display for SuggestedRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (caller, seen) in &self.callers {
+        for (caller, seen) in self.callers.iter().take(MAX_EVIDENCE) {
             let ports: Vec<_> = seen
                 .ports
                 .iter()
@@ -326,6 +328,10 @@ impl fmt::Display for SuggestedRule {
                 ports.join(", "),
                 seen.last.replace(char::is_control, " ")
             )?;
+        }
+        let more = self.callers.len().saturating_sub(MAX_EVIDENCE);
+        if more > 0 {
+            writeln!(f, "  # and {more} more callers")?;
         }
         writeln!(f, "  - from:")?;
         let of = |wanted: fn(&Caller) -> bool| {

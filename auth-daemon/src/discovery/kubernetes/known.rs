@@ -596,7 +596,10 @@ mod tests {
         assert!(known.take(kind, seen("1", "ALLOW")));
         assert_eq!(known.policies().unwrap().len(), 1);
         assert!(known.policies().is_none(), "told once");
-        assert!(!known.take(kind, seen("1", "ALOW")));
+        assert!(known.take(kind, seen("1", "ALOW")), "its error is news");
+        let policies = known.policies().unwrap();
+        assert!(matches!(*policies[0], api::Object::Authorization(_)));
+        assert!(policies[0].error().is_some());
         assert!(
             known.take(kind, seen("2", "ALOW")),
             "another object of that name"
