@@ -80,9 +80,10 @@ fn status_shows_pods_certificates_and_live_connections() {
     let node = mesh.node("a");
     let (status, connection, lost) = eventually(TIMEOUT, "the connection in the status", || {
         let finished = node.auth(&["status", "--json"]).unwrap();
-        assert_eq!(finished.code(), Some(1), "a pod is not enrolled");
         let status = json(&finished);
-        Some((status.clone(), live(&status)?, not_enrolled(&status)?))
+        let found = (status.clone(), live(&status)?, not_enrolled(&status)?);
+        assert_eq!(finished.code(), Some(1), "a pod is not enrolled");
+        Some(found)
     })
     .unwrap();
 
