@@ -1,5 +1,5 @@
-//! Writes the log on a thread of its own, so that a reader that stalls does not hold up connections. It writes what has
-//! gathered for some milliseconds at once: to wake a thread for each line costs more than the line.
+//! Writes the log on a thread of its own, so that a reader that stalls does not hold up connections. After a write, lines
+//! gather for some milliseconds: to wake a thread for each line costs more than the line.
 
 use std::{
     io::{self, Write},
@@ -76,12 +76,12 @@ impl Shared {
     fn write_to(&self, mut to: impl Write) {
         let mut batch = Vec::new();
         loop {
-            let waiting = self.changed.wait_while(self.lock(), |waiting| {
-                waiting.bytes.is_empty() && !waiting.ended
-            });
-            drop(waiting);
-            thread::sleep(GATHER);
-            let mut waiting = self.lock();
+            let mut waiting = self
+                .changed
+                .wait_while(self.lock(), |waiting| {
+                    waiting.bytes.is_empty() && !waiting.ended
+                })
+                .unwrap_or_else(PoisonError::into_inner);
             mem::swap(&mut batch, &mut waiting.bytes);
             if batch.is_empty() && waiting.ended {
                 waiting.written = true;
@@ -93,6 +93,8 @@ impl Shared {
             let _ = to.write_all(&batch);
             batch.clear();
             batch.shrink_to(KEPT);
+            // The first line after a while is written at once, and those that follow it closely together.
+            thread::sleep(GATHER);
         }
     }
 }

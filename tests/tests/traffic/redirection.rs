@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixListener;
 use std::thread;
 
-use mesh_tests::{Context, Nginx, Recording, Result, TIMEOUT, Transport};
+use mesh_tests::{Context, Nginx, Recording, Result, TIMEOUT, Transport, eventually};
 
 use crate::common::pair::Pair;
 
@@ -226,7 +226,10 @@ fn strict_refuses_plaintext_from_outside_the_mesh() -> Result<()> {
     assert_eq!(nginx.requests(), []);
     drop(openssl);
     // One line for each.
-    let refusals = pair.far.access_log();
+    let refusals = eventually(TIMEOUT, "a line for each refusal", || {
+        let refusals = pair.far.access_log();
+        (refusals.len() >= 9).then_some(refusals)
+    })?;
     assert_eq!(refusals.len(), 9, "{refusals:#?}");
     for line in refusals {
         assert_eq!(line["result"], "refused", "{line}");
