@@ -41,6 +41,8 @@ const EMULATED_SLOWDOWN: u32 = 6;
 pub struct Plan {
     /// Programs to run.
     pub steps: Vec<Step>,
+    /// Whether they run containers, whose root cannot replace the kernel's first root.
+    pub containers: bool,
 }
 
 /// A program and how to run it.

@@ -31,14 +31,16 @@ const FILES: [&str; 6] = [
     "/etc/iproute2/rt_tables",
 ];
 
-/// Modules that the tests' networks may ask for; the kernel loads what it wants of them. Others need hardware.
-const MODULES: [&str; 6] = [
+/// Modules that the tests' networks and containers may ask for; the kernel loads what it wants of them. Others need
+/// hardware.
+const MODULES: [&str; 7] = [
     "net",
     "lib",
     "crypto",
     "arch/x86/crypto",
     "drivers/net/veth.ko",
     "drivers/net/dummy.ko",
+    "fs/overlayfs",
 ];
 
 /// Everything but the kernel's modules and the plan, from this machine.
@@ -136,7 +138,7 @@ fn add_modules(tree: &mut FileTree, modules: &Path, to: &Path, part: &str) -> Re
 }
 
 /// A program without what only debuggers read; kept for the next run.
-fn stripped(program: &Path, folder: &Path) -> Result<PathBuf> {
+pub(super) fn stripped(program: &Path, folder: &Path) -> Result<PathBuf> {
     let folder = folder.join("stripped");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let name = program

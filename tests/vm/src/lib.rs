@@ -4,6 +4,7 @@
 //! (`suite`) and reports over a serial line (`machine`).
 #![forbid(unsafe_code)]
 
+mod cluster;
 mod guest;
 mod kernels;
 mod machine;
@@ -17,7 +18,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use mesh_tests::vm::Plan;
 use xtask_support::step::{self, root, step};
-use xtask_support::{build, setup};
+use xtask_support::{build, kubernetes, setup};
 
 use kernels::{KERNELS, Kernel};
 use machine::{Accelerator, Machine};
@@ -33,6 +34,9 @@ pub struct Arguments {
     /// What continuous integration has time for: the checks, the demo and one round of the redirection tests
     #[arg(long)]
     short: bool,
+    /// Instead, a Kubernetes cluster of two nodes with cgroup version 2 alone, on Debian's newest kernel unless one is named
+    #[arg(long, conflicts_with_all = ["short", "save", "filters"])]
+    kubernetes: bool,
     /// Test what is built already
     #[arg(long)]
     no_build: bool,
@@ -55,21 +59,33 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     kernels::supported_here()?;
     setup::run()?;
     setup::for_machines()?;
+    if arguments.kubernetes {
+        kubernetes::ensure()?;
+    }
     if !arguments.no_build {
         build::programs()?;
     }
     let folder = step::programs()?.join("vm");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let chosen: Vec<&Kernel> = match arguments.kernels.as_slice() {
+        [] if arguments.kubernetes => KERNELS.last().into_iter().collect(),
         [] => KERNELS.iter().collect(),
         some => some.to_vec(),
     };
 
     let (binaries, tests) = step("build the tests", || {
+        if arguments.kubernetes {
+            return Ok((cluster::build()?, Vec::new()));
+        }
         programs::build(|module| suite::row(module).is_some(), &arguments.filters)
     })?;
     let guest = step("collect what runs in a machine", || {
-        guest::collect(&binaries, &folder)
+        let mut guest = guest::collect(&binaries, &folder)?;
+        if arguments.kubernetes {
+            let kube_node = guest::stripped(&step::programs()?.join("kube-node"), &folder)?;
+            cluster::add(&mut guest, &kube_node)?;
+        }
+        Ok(guest)
     })?;
     let mut accelerator = None;
     let mut columns = Vec::new();
@@ -81,22 +97,24 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             Some(known) => *known,
             None => *accelerator.insert(Accelerator::probe(&unpacked.image)?),
         };
-        let suite = Suite::of(
-            kernel,
-            accelerator,
-            &tests,
-            arguments.short,
-            !arguments.filters.is_empty(),
-        );
+        let (suite, memory) = if arguments.kubernetes {
+            (Suite::kubernetes(kernel, accelerator), cluster::MEMORY)
+        } else {
+            let is_filtered = !arguments.filters.is_empty();
+            let suite = Suite::of(kernel, accelerator, &tests, arguments.short, is_filtered);
+            (suite, MEMORY)
+        };
         let archive: PathBuf = folder.join(format!("{}.cpio", kernel.name));
         let plan = Plan {
             steps: suite.steps(),
+            containers: arguments.kubernetes,
         };
         guest::write(&guest, &unpacked, &plan, &archive)?;
         let machine = Machine {
             kernel: unpacked.image.clone(),
             archive,
             console: folder.join(format!("{}.console", kernel.name)),
+            memory,
             accelerator,
         };
         let column = step(
@@ -108,6 +126,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     report(&columns, arguments.save)
 }
+
+/// Memory of a machine, in MiB.
+const MEMORY: u32 = 4096;
 
 fn report(columns: &[Column], save: bool) -> Result<()> {
     println!("{}", table::text(columns));

@@ -97,6 +97,8 @@ pub(super) struct Machine {
     pub(super) archive: PathBuf,
     /// The file for its console output.
     pub(super) console: PathBuf,
+    /// Its memory in MiB.
+    pub(super) memory: u32,
     /// What runs it.
     pub(super) accelerator: Accelerator,
 }
@@ -113,7 +115,7 @@ impl Machine {
         patience: Duration,
     ) -> Result<()> {
         let mut command = self.accelerator.qemu();
-        command.args(["-smp", "2", "-m", "4096"]);
+        command.args(["-smp", "2", "-m", &self.memory.to_string()]);
         command.arg("-kernel").arg(&self.kernel);
         command.arg("-initrd").arg(&self.archive);
         command.arg("-append").arg(COMMAND_LINE);
@@ -178,8 +180,9 @@ impl Machine {
     }
 }
 
-/// Makes a kernel that fails stop at once and report where.
-const COMMAND_LINE: &str = "console=ttyS0 panic=-1 oops=panic";
+/// Makes a kernel that fails stop at once and report where. On a busy machine, a kernel would mistrust an emulated TSC, and
+/// use a slower clock.
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1 oops=panic tsc=reliable";
 
 /// Whether the kernel reports an error of its own in this line.
 fn complains(line: &str) -> bool {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use mesh_tests::vm::{Cgroups, EMULATED, Event, Step};
 
+use super::cluster;
 use super::kernels::Kernel;
 use super::machine::{Accelerator, Machine};
 use super::programs::{OURS, Tests};
@@ -22,6 +23,7 @@ const CHECK: &str = "`auth-daemon check`: programs load and verify, nothing is m
 const DEMO: &str = "The demo";
 const BOTH: &str = "Version 1 cgroups beside version 2";
 const REFUSED: &str = "Refused, with the feature that is missing and the version that brought it";
+const CLUSTER: &str = "A Kubernetes cluster with cgroup version 2 alone";
 /// What is not named here asks nothing of the kernel that the others do not: certificates, the CA, configuration, logs.
 const FEATURES: [Feature; 7] = [
     Feature {
@@ -91,6 +93,13 @@ struct Run {
     verdict: fn(&Output) -> Cell,
 }
 
+impl Run {
+    /// Whether what it prints is shown as it comes, and not only when it has failed.
+    fn is_shown(&self) -> bool {
+        self.title == CLUSTER
+    }
+}
+
 /// The outcome of a program.
 #[derive(Debug, Default)]
 struct Output {
@@ -145,6 +154,24 @@ impl Suite {
                 runs.extend(tested(test, Cgroups::V2));
             }
         }
+        Self::new(kernel, accelerator, runs)
+    }
+
+    /// The cluster test.
+    pub(super) fn kubernetes(kernel: &Kernel, accelerator: Accelerator) -> Self {
+        let mut step = cluster::step();
+        step.environment.extend(environment());
+        let kube_node = ("KUBE_NODE".to_owned(), ours("kube-node"));
+        step.environment.push(kube_node);
+        let run = Run {
+            title: CLUSTER,
+            step,
+            verdict: all_passed,
+        };
+        Self::new(kernel, accelerator, vec![run])
+    }
+
+    fn new(kernel: &Kernel, accelerator: Accelerator, mut runs: Vec<Run>) -> Self {
         if accelerator == Accelerator::Tcg {
             for run in &mut runs {
                 let emulated = (EMULATED.to_owned(), "1".to_owned());
@@ -186,8 +213,12 @@ impl Suite {
                         current = Some((index, Output::default(), Instant::now()));
                     }
                     Event::Line(line) => {
-                        if let Some((_, output, _)) = &mut current {
-                            output.lines.push(line.trim_end().to_owned());
+                        if let Some((index, output, _)) = &mut current {
+                            let line = line.trim_end().to_owned();
+                            if self.runs.get(*index).is_some_and(Run::is_shown) {
+                                eprintln!("      {line}");
+                            }
+                            output.lines.push(line);
                         }
                     }
                     Event::Ended { code, late } => {
@@ -245,7 +276,9 @@ fn conclude(run: &Run, output: &Output) -> Cell {
         }
         eprintln!("    {}: {cell}, {:.1} s", run.step.name, output.seconds);
     } else {
-        show(output);
+        if !run.is_shown() {
+            show(output);
+        }
         eprintln!(
             "    {}: FAILED after {:.1} s",
             run.step.name, output.seconds
@@ -436,6 +469,13 @@ fn some_passed(output: &Output) -> Cell {
         none if none == Cell::default() => Cell::failed(ended(output)),
         cell => cell,
     }
+}
+
+/// The same, where none is skipped.
+fn all_passed(output: &Output) -> Cell {
+    let mut cell = some_passed(output);
+    cell.failures.append(&mut cell.skipped);
+    cell
 }
 
 fn ended(output: &Output) -> String {

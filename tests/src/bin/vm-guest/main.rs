@@ -18,7 +18,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::utsname::uname;
 use nix::sys::wait::{WaitStatus, wait};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, chdir, chroot};
 
 fn main() {
     // Outside of the virtual machine, this program would kill processes that are not ours.
@@ -37,6 +37,11 @@ fn main() {
 }
 
 fn run() -> Result<()> {
+    let plan = fs::read(PLAN).with_context(|| format!("reading {PLAN}"))?;
+    let plan: Plan = serde_json::from_slice(&plan).with_context(|| format!("reading {PLAN}"))?;
+    if plan.containers {
+        move_root()?;
+    }
     for (kind, on) in [
         ("proc", "/proc"),
         ("sysfs", "/sys"),
@@ -47,8 +52,6 @@ fn run() -> Result<()> {
         mount_on(kind, on, None)?;
     }
     let reporter = Reporter::open()?;
-    let plan = fs::read(PLAN).with_context(|| format!("reading {PLAN}"))?;
-    let plan: Plan = serde_json::from_slice(&plan).with_context(|| format!("reading {PLAN}"))?;
     mount_on("bpf", "/sys/fs/bpf", Some("mode=0700"))?;
     let kernel = uname().context("asking for the kernel's version")?;
     reporter.say(&Event::Started(
@@ -183,6 +186,19 @@ fn set_up_cgroups(wanted: Cgroups) -> Result<()> {
         "this kernel mounts only {there:?} in version 1"
     );
     Ok(())
+}
+
+/// Mounts the root on itself. A container's root cannot replace the kernel's first root (pivot_root(2)), but a mount on it.
+fn move_root() -> Result<()> {
+    const ON: &str = "/mnt";
+    fs::create_dir_all(ON).with_context(|| format!("making {ON}"))?;
+    let bind =
+        |from: &str, to: &str, flags| mount(Some(from), to, None::<&str>, flags, None::<&str>);
+    bind("/", ON, MsFlags::MS_BIND)
+        .and_then(|()| chdir(ON))
+        .and_then(|()| bind(".", "/", MsFlags::MS_MOVE))
+        .and_then(|()| chroot("."))
+        .context("mounting the root on itself")
 }
 
 fn mount_on(kind: &str, on: &str, options: Option<&str>) -> Result<()> {
