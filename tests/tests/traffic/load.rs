@@ -190,7 +190,7 @@ fn stalled_reader_receives_all_bytes_later() -> Result<()> {
 }
 
 #[test]
-fn all_four_sockets_have_keepalive() -> Result<()> {
+fn sockets_that_outlive_a_lost_peer_have_keepalive() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7")?.listening()?;
     for (to, listener) in [
@@ -203,7 +203,7 @@ fn all_four_sockets_have_keepalive() -> Result<()> {
         chat.event("round", TIMEOUT)?;
         let client = &chat.event("connected", TIMEOUT)?["local"];
         let client: SocketAddr = client.as_str().context("an address")?.parse()?;
-        eventually_ok(TIMEOUT, "keep-alive on all legs", || {
+        eventually_ok(TIMEOUT, "keep-alive on the legs", || {
             let (near, far) = (legs(&pair.client)?, legs(&pair.web)?);
             let tunnel = near.iter().find(|leg| leg.remote == to && leg.kept_alive);
             let source = tunnel
@@ -223,10 +223,6 @@ fn all_four_sockets_have_keepalive() -> Result<()> {
                 (
                     kept(&far, &|leg| leg.local == to && leg.remote == source),
                     "daemon to daemon",
-                ),
-                (
-                    kept(&far, &|leg| leg.local == client && leg.remote == to),
-                    "daemon to app",
                 ),
             ] {
                 fail_when(!ok, || format!("{what}: {near:?} {far:?}"))?;
