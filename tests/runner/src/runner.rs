@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::process::ExitStatus;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,9 @@ pub(crate) enum Group {
     Mesh,
     /// Tests that start an API server, which needs a core until it serves: one per core.
     ApiServer,
-    /// Tests that measure time or resources, or run a cluster: one at a time, with nothing in parallel.
+    /// Tests that run a cluster, which take minutes and wait for most of them: one at a time, beside the groups above.
+    Cluster,
+    /// Tests that measure time or resources: one at a time, with nothing in parallel.
     Alone,
 }
 
@@ -47,6 +49,8 @@ impl Group {
         let name = test.full_name();
         if ALONE.iter().any(|prefix| name.starts_with(prefix)) {
             Self::Alone
+        } else if CLUSTER.iter().any(|prefix| name.starts_with(prefix)) {
+            Self::Cluster
         } else if API_SERVER.iter().any(|prefix| name.starts_with(prefix)) {
             Self::ApiServer
         } else if test.binary.integration {
@@ -61,19 +65,19 @@ impl Group {
         match self {
             Self::Unit | Self::ApiServer => cores,
             Self::Mesh => 2 * cores,
-            Self::Alone => 1,
+            Self::Cluster | Self::Alone => 1,
         }
     }
 }
 
 /// Tests that start an API server.
 const API_SERVER: [&str; 2] = ["kubernetes::", "kubernetes_ca::"];
+/// Tests that run a cluster of two nodes.
+const CLUSTER: [&str; 2] = ["cluster::", "istio::"];
 /// Tests that need the machine for themselves.
-const ALONE: [&str; 8] = [
+const ALONE: [&str; 6] = [
     "abuse::",
-    "cluster::",
     "invariant::",
-    "istio::",
     "lifecycle::enrolment_churn::",
     "operator::footprint::",
     "same_node::changes::",
@@ -83,39 +87,55 @@ const ALONE: [&str; 8] = [
 const LONGEST: Duration = Duration::from_secs(900);
 const POLL: Duration = Duration::from_millis(20);
 
-/// Runs the tests, one group after the other, and adds their results to the summary. Prints the output of failed tests;
-/// the log contains the output of all.
+/// Runs the tests, group by group, and adds their results to the summary. Prints the output of failed tests; the log
+/// contains the output of all.
 ///
 /// # Errors
 /// If a test cannot be started or the log cannot be written.
 pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -> Result<()> {
-    let total = tests.len();
-    let results = Mutex::new((log, summary, 0));
-    for group in [Group::Unit, Group::Mesh, Group::ApiServer, Group::Alone] {
-        let (mut queue, _): (Vec<&Test<'_>>, Vec<&Test<'_>>) =
-            tests.iter().partition(|test| Group::of(test) == group);
+    let run = Run {
+        tests,
+        results: Mutex::new(Results {
+            log,
+            summary,
+            done: 0,
+        }),
+    };
+    thread::scope(|scope| {
+        let clusters = scope.spawn(|| run.group(Group::Cluster));
+        for group in [Group::Unit, Group::Mesh, Group::ApiServer] {
+            run.group(group)?;
+        }
+        clusters.join().expect("no worker panics")
+    })?;
+    run.group(Group::Alone)
+}
+
+struct Run<'a> {
+    tests: Vec<Test<'a>>,
+    results: Mutex<Results<'a>>,
+}
+
+struct Results<'a> {
+    log: &'a mut File,
+    summary: &'a mut Summary,
+    done: usize,
+}
+
+impl Run<'_> {
+    /// Runs the tests of a group, as many in parallel as the group allows.
+    fn group(&self, group: Group) -> Result<()> {
+        let mut queue: Vec<_> = self
+            .tests
+            .iter()
+            .filter(|test| Group::of(test) == group)
+            .collect();
         queue.reverse();
         let queue = Mutex::new(queue);
         let work = || -> Result<()> {
             while let Some(test) = lock(&queue).pop() {
                 let ended = execute(test)?;
-                let (log, summary, done) = &mut *lock(&results);
-                *done += 1;
-                let name = test.full_name();
-                let seconds = ended.time.as_secs_f64();
-                let passed = ended.passed();
-                let verdict = if passed { "ok" } else { "FAILED" };
-                let line = format!("{done}/{total} {verdict} {seconds:.1} s {name}\n");
-                let output = &ended.output;
-                write!(log, "{line}{output}").context("cannot write the log")?;
-                print!("{line}");
-                for skipped in output.lines().filter(|line| line.contains("SKIPPED ")) {
-                    println!("    {}", skipped.trim_start());
-                }
-                if !passed {
-                    println!("{output}{}", ended.end);
-                }
-                summary.add(&name, passed, output);
+                self.report(test, &ended)?;
             }
             Ok(())
         };
@@ -124,9 +144,29 @@ pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -
             threads
                 .into_iter()
                 .try_for_each(|thread| thread.join().expect("no worker panics"))
-        })?;
+        })
     }
-    Ok(())
+
+    fn report(&self, test: &Test<'_>, ended: &Ended) -> Result<()> {
+        let mut results = lock(&self.results);
+        results.done += 1;
+        let (done, total, name) = (results.done, self.tests.len(), test.full_name());
+        let seconds = ended.time.as_secs_f64();
+        let passed = ended.passed();
+        let verdict = if passed { "ok" } else { "FAILED" };
+        let line = format!("{done}/{total} {verdict} {seconds:.1} s {name}\n");
+        let output = &ended.output;
+        write!(results.log, "{line}{output}").context("cannot write the log")?;
+        print!("{line}");
+        for skipped in output.lines().filter(|line| line.contains("SKIPPED ")) {
+            println!("    {}", skipped.trim_start());
+        }
+        if !passed {
+            println!("{output}{}", ended.end);
+        }
+        results.summary.add(&name, passed, output);
+        Ok(())
+    }
 }
 
 /// The outcome of a test.
@@ -179,6 +219,6 @@ fn execute(test: &Test<'_>) -> Result<Ended> {
     })
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no worker panics")
 }
