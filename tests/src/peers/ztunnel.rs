@@ -177,12 +177,12 @@ pub fn named() -> Result<Option<PathBuf>> {
     Ok(Some(found))
 }
 
-/// The version that the binary reports.
+/// The version that the binary reports: the first field of its build information.
 pub fn version(binary: &Path) -> String {
     let said = Command::new(binary).arg("version").output();
     let said = said.map_or_else(|_| Vec::new(), |output| output.stdout);
     let said = String::from_utf8_lossy(&said);
-    said.lines().next().unwrap_or("unknown").to_owned()
+    said.split('"').nth(1).unwrap_or("unknown").to_owned()
 }
 
 /// Describes the mesh's pods and the policies, in the form of `LOCAL_XDS_PATH`.
