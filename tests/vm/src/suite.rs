@@ -229,7 +229,7 @@ impl Suite {
                         output.late = late;
                         output.seconds = start.elapsed().as_secs_f64();
                         done = index + 1;
-                        column.add(run.title, conclude(run, &output));
+                        column.add(run.title, conclude(run, &output, release));
                     }
                     Event::Started(_) | Event::Trouble(_) | Event::Done => {}
                 }
@@ -243,7 +243,7 @@ impl Suite {
             if let Some((_, output, _)) = &current {
                 show(output);
             }
-            eprintln!("    {name}: {error:#}");
+            eprintln!("    Linux {release}: {name}: {error:#}");
             let why = error.to_string();
             let mut cell = Cell::failed(why.lines().next().unwrap_or_default().to_owned());
             for run in self.runs.iter().skip(done) {
@@ -265,7 +265,7 @@ pub(super) fn row(test: &str) -> Option<&'static str> {
 }
 
 /// Says on this machine's standard error what a program came to, and all that it wrote when it failed.
-fn conclude(run: &Run, output: &Output) -> Cell {
+fn conclude(run: &Run, output: &Output, release: &str) -> Cell {
     let mut cell = (run.verdict)(output);
     if output.late {
         cell = Cell::failed(format!("did not end within {} s", run.step.seconds));
@@ -274,13 +274,16 @@ fn conclude(run: &Run, output: &Output) -> Cell {
         if run.title == REFUSED {
             show(output);
         }
-        eprintln!("    {}: {cell}, {:.1} s", run.step.name, output.seconds);
+        eprintln!(
+            "    Linux {release}: {}: {cell}, {:.1} s",
+            run.step.name, output.seconds
+        );
     } else {
         if !run.is_shown() {
             show(output);
         }
         eprintln!(
-            "    {}: FAILED after {:.1} s",
+            "    Linux {release}: {}: FAILED after {:.1} s",
             run.step.name, output.seconds
         );
     }
