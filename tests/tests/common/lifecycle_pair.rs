@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use mesh_tests::{Daemon, DaemonOptions, Mesh, Pod, PodSpec, PodStatus, ServiceSpec, TIMEOUT};
+use mesh_tests::{App, Daemon, DaemonOptions, Mesh, Pod, PodSpec, PodStatus, ServiceSpec, TIMEOUT};
 use serde_json::Value;
 
 /// A marker that must not be readable on the wire.
@@ -42,6 +42,41 @@ pub(crate) fn daemons(mesh: &Mesh) -> (Daemon, Daemon) {
 pub(crate) fn daemons_with(mesh: &Mesh, options: &DaemonOptions) -> (Daemon, Daemon) {
     let mut daemons = mesh.start_daemons_with(options).unwrap().into_iter();
     (daemons.next().unwrap(), daemons.next().unwrap())
+}
+
+/// A [`pair`], or a larger mesh, in which `web` echoes on port 8080. Fields are dropped in this order.
+pub(crate) struct Echoing {
+    /// The client's daemon.
+    pub(crate) a: Daemon,
+    /// The server's daemon.
+    pub(crate) b: Daemon,
+    pub(crate) client: Pod,
+    pub(crate) web: Pod,
+    _echo: App,
+    pub(crate) mesh: Mesh,
+}
+
+impl Echoing {
+    /// Starts a [`pair`] and its daemons.
+    pub(crate) fn start() -> Self {
+        Self::on(pair(), &DaemonOptions::default())
+    }
+
+    /// Starts the server and, with options, the daemons of a mesh that has the pods and nodes of a [`pair`].
+    pub(crate) fn on(mesh: Mesh, options: &DaemonOptions) -> Self {
+        let web = mesh.pod("web");
+        let echo = web.app("echo-server --port 8080").unwrap();
+        let echo = echo.listening().unwrap();
+        let (a, b) = daemons_with(&mesh, options);
+        Self {
+            a,
+            b,
+            client: mesh.pod("client"),
+            web,
+            _echo: echo,
+            mesh,
+        }
+    }
 }
 
 /// The addresses of `web`: its own and its service's, in both families.

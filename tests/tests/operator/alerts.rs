@@ -6,7 +6,7 @@ use anyhow::ensure;
 use mesh_tests::{Process, TIMEOUT, eventually_ok};
 use serde_json::json;
 
-use crate::common::lifecycle_pair::{call, daemons, echoes, pair};
+use crate::common::lifecycle_pair::{Echoing, call, echoes};
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/prometheus");
 
@@ -48,16 +48,15 @@ fn rules_are_valid_and_each_alert_fires_once() {
 
 #[test]
 fn rules_use_metrics_that_a_daemon_has() {
-    let mesh = pair();
-    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
-    let (_a, b) = daemons(&mesh);
+    let Echoing {
+        b,
+        client,
+        web,
+        mesh,
+        ..
+    } = &Echoing::start();
     // Counters appear once they count: a connection, one refused for plaintext, one by a policy.
-    echoes(&client, web.at(8080));
+    echoes(client, web.at(8080));
     assert_eq!(call(mesh.outside(), web.at(8080))["event"], "failed");
     let deny = json!({
         "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
@@ -74,8 +73,10 @@ fn rules_use_metrics_that_a_daemon_has() {
     assert!(names.len() > 8, "{names:?}");
     eventually_ok(TIMEOUT, "all metrics of the rules", || {
         // A connection that is open when the policy comes into force is ended, not denied: try until one is denied.
-        call(&client, web.at(8080));
+        call(client, web.at(8080));
         let metrics = b.metrics()?;
+        // Only with `metrics: istio`.
+        assert!(!metrics.contains("istio_"), "{metrics}");
         for name in &names {
             let declared = format!("# TYPE {} ", name.trim_end_matches("_total"));
             ensure!(metrics.contains(&declared), "{name} is not in\n{metrics}");

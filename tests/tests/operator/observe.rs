@@ -9,7 +9,7 @@ use std::{
 use mesh_tests::{Finished, Netns, Node, Process, TIMEOUT, eventually};
 use serde_json::Value;
 
-use crate::common::lifecycle_pair::{SERVICES, call, daemons, echoes, pair};
+use crate::common::lifecycle_pair::{Echoing, SERVICES, call, echoes};
 
 /// The daemon's admin port.
 const ADMIN: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 15000);
@@ -25,15 +25,9 @@ fn flows(node: &Node, options: &str) -> Vec<Value> {
 
 #[test]
 fn observe_shows_who_called_whom_and_what_was_refused() {
-    let mesh = pair();
-    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
-    let (_a, b) = daemons(&mesh);
-    echoes(&client, SERVICES[0].parse().unwrap());
+    let stage = Echoing::start();
+    let (mesh, client, web) = (&stage.mesh, &stage.client, &stage.web);
+    echoes(client, SERVICES[0].parse().unwrap());
     assert_eq!(call(mesh.outside(), web.at(8080))["event"], "failed");
 
     let node = mesh.node("b");
@@ -85,12 +79,12 @@ fn observe_shows_who_called_whom_and_what_was_refused() {
         .unwrap();
     };
     shows(&follower, 2);
-    echoes(&client, SERVICES[1].parse().unwrap());
+    echoes(client, SERVICES[1].parse().unwrap());
     shows(&follower, 3);
-    b.kill().unwrap();
+    stage.b.kill().unwrap();
     let _b = node.start_daemon().unwrap();
     eventually(TIMEOUT, "the next daemon to serve", || {
-        (call(&client, web.at(8080))["event"] == "finished").then_some(())
+        (call(client, web.at(8080))["event"] == "finished").then_some(())
     })
     .unwrap();
     eventually(TIMEOUT, "a line from the next daemon", || {
@@ -133,14 +127,8 @@ fn forward_admin_port(from: &Netns, to: &Netns) -> SocketAddr {
 
 #[test]
 fn several_daemons_are_shown_as_one_mesh() {
-    let mesh = pair();
-    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
-    let (_a, b) = daemons(&mesh);
+    let stage = Echoing::start();
+    let (mesh, client) = (&stage.mesh, &stage.client);
     let (here, there) = (mesh.node("a"), mesh.node("b"));
     let of_b = forward_admin_port(here.netns(), there.netns()).to_string();
     let ask = |words: &str| -> Finished {
@@ -150,7 +138,7 @@ fn several_daemons_are_shown_as_one_mesh() {
     };
 
     for _ in 0..3 {
-        echoes(&client, SERVICES[0].parse().unwrap());
+        echoes(client, SERVICES[0].parse().unwrap());
     }
     let merged = eventually(TIMEOUT, "all lines of both nodes", || {
         let lines = ask("observe").ok().unwrap().json_lines();
@@ -206,7 +194,7 @@ fn several_daemons_are_shown_as_one_mesh() {
         .unwrap();
 
     // A node that cannot be asked does not hide the others.
-    b.kill().unwrap();
+    stage.b.kill().unwrap();
     let status = ask("status");
     assert_eq!(status.code(), Some(1));
     assert!(

@@ -2,10 +2,10 @@
 
 use std::fs;
 
-use mesh_tests::{Daemon, Mesh, Node, PodSpec, ServiceSpec, TIMEOUT, eventually};
+use mesh_tests::{Mesh, Node, PodSpec, ServiceSpec, TIMEOUT, eventually};
 use serde_json::{Value, json};
 
-use crate::common::lifecycle_pair::{SERVICES, call, echoes};
+use crate::common::lifecycle_pair::{Echoing, SERVICES, call, echoes};
 
 fn policy(kind: &str, name: &str, spec: Value) -> Value {
     json!({
@@ -60,18 +60,14 @@ fn apply(mesh: &Mesh, object: &Value) {
 
 #[test]
 fn applying_suggested_policies_refuses_nothing_that_was_seen() {
-    let mesh = mesh();
-    let (client, other, web) = (mesh.pod("client"), mesh.pod("other"), mesh.pod("web"));
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
-    let _daemons: Vec<Daemon> = mesh.start_daemons_with(&Default::default()).unwrap();
-    let node = mesh.node("b");
+    let stage = Echoing::on(mesh(), &Default::default());
+    let Echoing {
+        client, web, mesh, ..
+    } = &stage;
+    let (other, node) = (mesh.pod("other"), mesh.node("b"));
     let service = SERVICES[0].parse().unwrap();
-    echoes(&client, service);
-    echoes(&client, web.at(8080));
+    echoes(client, service);
+    echoes(client, web.at(8080));
     counted(node, 2);
 
     let strict = node.auth(&["strict-readiness"]).unwrap();
@@ -128,24 +124,21 @@ fn applying_suggested_policies_refuses_nothing_that_was_seen() {
     })
     .unwrap();
     assert_eq!(call(&other, service)["event"], "failed");
-    echoes(&client, service);
-    echoes(&client, web.at(8080));
+    echoes(client, service);
+    echoes(client, web.at(8080));
 }
 
 #[test]
 fn callers_that_strict_would_cut_off_are_named_once_they_are_seen() {
     let mesh = mesh();
-    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
     let permissive = json!({"mtls": {"mode": "PERMISSIVE"}});
     apply(&mesh, &policy("PeerAuthentication", "default", permissive));
-    let _daemons: Vec<Daemon> = mesh.start_daemons_with(&Default::default()).unwrap();
+    let stage = Echoing::on(mesh, &Default::default());
+    let Echoing {
+        client, web, mesh, ..
+    } = &stage;
     let node = mesh.node("b");
-    echoes(&client, web.at(8080));
+    echoes(client, web.at(8080));
     echoes(mesh.outside(), web.at(8080));
     counted(node, 1);
 
@@ -195,12 +188,6 @@ fn callers_that_strict_would_cut_off_are_named_once_they_are_seen() {
 #[test]
 fn a_dry_run_shows_what_it_would_refuse() {
     let mesh = mesh();
-    let (client, other, web) = (mesh.pod("client"), mesh.pod("other"), mesh.pod("web"));
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
     let mut dry_run = policy(
         "AuthorizationPolicy",
         "trial",
@@ -208,9 +195,12 @@ fn a_dry_run_shows_what_it_would_refuse() {
     );
     dry_run["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
     apply(&mesh, &dry_run);
-    let daemons: Vec<Daemon> = mesh.start_daemons_with(&Default::default()).unwrap();
-    let node = mesh.node("b");
-    echoes(&client, web.at(8080));
+    let stage = Echoing::on(mesh, &Default::default());
+    let Echoing {
+        client, web, mesh, ..
+    } = &stage;
+    let (other, node) = (mesh.pod("other"), mesh.node("b"));
+    echoes(client, web.at(8080));
     echoes(&other, web.at(8080));
     counted(node, 2);
     let flows = node
@@ -230,7 +220,7 @@ fn a_dry_run_shows_what_it_would_refuse() {
         "{flow}"
     );
     let metric = "auth_daemon_dry_run_denials_total{kind=\"AuthorizationPolicy\",policy=\"default/trial\"} 1\n";
-    let metrics = daemons[1].metrics().unwrap();
+    let metrics = stage.b.metrics().unwrap();
     assert!(metrics.contains(metric), "{metrics}");
     let would: Vec<_> = pairs(node)
         .iter()
