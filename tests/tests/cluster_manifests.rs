@@ -13,7 +13,7 @@ fn values() -> [(&'static str, Value); 4] {
             "repository": "registry.example.com/auth-daemon", "tag": "1", "pullPolicy": "Always",
         },
         "imagePullSecrets": ["registry"],
-        "trustDomain": "example.org", "mode": "STRICT",
+        "trustDomain": "example.org", "mode": "STRICT", "metrics": "istio",
         "podNetworks": ["10.244.0.0/16"], "serviceNetworks": ["10.96.0.0/16", "fd00:96::/112"],
         "daemon": {
             "config": {"nonTcp": "deny", "log": {"level": "debug"}},

@@ -37,14 +37,16 @@ pub(super) async fn metrics(State(node): State<Arc<Node>>) -> impl IntoResponse 
 }
 
 fn collect(node: &Node) -> Registry {
-    let mut registry = Registry::with_prefix("auth_daemon");
+    let mut root = Registry::default();
+    node.connections.settle_pairs();
+    let registry = root.sub_registry_with_prefix("auth_daemon");
     registry.register(
         "build",
         "This daemon",
         Info::new([("version", env!("CARGO_PKG_VERSION"))]),
     );
-    node.connections.totals.register(&mut registry);
-    node.refusals.register(&mut registry);
+    node.connections.totals.register(registry);
+    node.refusals.register(registry);
     let mut gauge = |name: &str, help: &str, value: u64| {
         let gauge = Gauge::<u64, AtomicU64>::default();
         gauge.set(value);
@@ -146,7 +148,6 @@ fn collect(node: &Node) -> Registry {
             .set(i64::try_from(count).unwrap_or(i64::MAX));
     }
     registry.register("pods", "Pods of this node that are of the mesh", states);
-    node.connections.settle_pairs();
     let plaintext = Family::<Plaintext, Counter>::default();
     for ((namespace, refused), count) in node.connections.pairs.plaintext() {
         let result = if refused { "refused" } else { "allowed" };
@@ -173,5 +174,16 @@ fn collect(node: &Node) -> Registry {
         "When the certificate of each identity on this node expires; 0 where there is none",
         ends,
     );
-    registry
+    if let Some(istio) = &node.connections.istio {
+        let dropped = Counter::<u64>::default();
+        dropped.inc_by(istio.dropped());
+        registry.register(
+            "istio_dropped_label_sets",
+            "Sets of labels of Istio's metrics that were dropped, because there were too many",
+            dropped,
+        );
+        root.sub_registry_with_prefix("istio")
+            .register_collector(Box::new(istio.clone()));
+    }
+    root
 }

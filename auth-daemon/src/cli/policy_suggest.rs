@@ -99,7 +99,7 @@ fn call(pair: &Pair) -> Option<Call> {
         workload: pair.server.workload.clone().unwrap_or_default(),
         port: pair.port,
         caller,
-        connections: pair.counts.connections,
+        connections: pair.seen(),
         last: pair.last.clone(),
     })
 }

@@ -118,7 +118,7 @@ impl Report {
                 ..Port::default()
             });
             if pair.path != "plaintext" {
-                port.authenticated += pair.counts.connections;
+                port.authenticated += pair.seen();
                 continue;
             }
             let address = pair
@@ -132,7 +132,7 @@ impl Report {
             if pair.client.workload.is_some() {
                 caller.workload = Some(pairs::name(&pair.client));
             }
-            caller.connections += pair.counts.connections;
+            caller.connections += pair.seen();
             caller.last = std::mem::take(&mut caller.last).max(pair.last.clone());
         }
         for ((namespace, port, _), caller) in callers {
@@ -253,6 +253,7 @@ mod tests {
                 connections: 4,
                 ..Counts::default()
             },
+            open: 0,
             first: "2026-01-01T00:00:00.000Z".into(),
             last: "2026-01-02T00:00:00.000Z".into(),
         }

@@ -44,6 +44,15 @@ pub enum NonTcp {
     Deny,
 }
 
+/// Which metrics of connections the daemon has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metrics {
+    /// Its own.
+    Daemon,
+    /// Also Istio's standard metrics for TCP.
+    Istio,
+}
+
 /// Source of pods and services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Discovery {
@@ -144,6 +153,8 @@ pub struct Config {
     pub same_node: SameNode,
     /// Defaults to allow.
     pub non_tcp: NonTcp,
+    /// Defaults to the daemon's own.
+    pub metrics: Metrics,
     /// How long SIGTERM waits for connections to end. Defaults to 5 seconds.
     pub drain: Duration,
     /// The container runtime's NRI socket. Without it, the runtime starts pods without waiting for the daemon.
@@ -195,6 +206,11 @@ impl Config {
             "allow" => Ok(NonTcp::Allow),
             "deny" => Ok(NonTcp::Deny),
             _ => Err("is neither allow nor deny"),
+        });
+        let metrics = root.parsed("metrics", &mut errors, |s| match s {
+            "daemon" => Ok(Metrics::Daemon),
+            "istio" => Ok(Metrics::Istio),
+            _ => Err("is neither daemon nor istio"),
         });
         let mut policies = root.section("policy", &mut errors);
         let root_namespace = policies.parsed("rootNamespace", &mut errors, kubernetes_namespace);
@@ -251,12 +267,21 @@ impl Config {
             service_networks: service_networks.unwrap_or_default(),
             same_node: same_node.unwrap_or(SameNode::Kernel),
             non_tcp: non_tcp.unwrap_or(NonTcp::Allow),
+            metrics: metrics.unwrap_or(Metrics::Daemon),
             drain: drain.unwrap_or(Duration::from_secs(5)),
             nri,
             log,
             cgroup,
             pins: pins.unwrap_or_else(|| DEFAULT_PINS.into()),
         })
+    }
+
+    /// The ID of the daemon's cluster in Istio.
+    pub fn cluster_id(&self) -> &str {
+        match (&self.discovery, &self.ca) {
+            (Discovery::Istiod { server: s, .. }, _) | (_, CaSource::Server(s)) => &s.cluster_id,
+            _ => DEFAULT_CLUSTER,
+        }
     }
 }
 
@@ -458,6 +483,7 @@ mod tests {
              serviceNetworks: [172.20.0.0/16]\n\
              sameNode: tunnel\n\
              nonTcp: deny\n\
+             metrics: istio\n\
              drain: 0s\n\
              log: {format: json, level: debug}\n\
              kernel: {cgroup: /sys/fs/cgroup/x, pins: /sys/fs/bpf/x}\n",
@@ -470,6 +496,7 @@ mod tests {
         assert_eq!(config.service_networks, ["172.20.0.0/16".parse().unwrap()]);
         assert_eq!(config.certificate_lifetime, Duration::from_secs(20));
         assert_eq!(config.same_node, SameNode::Tunnel);
+        assert_eq!(config.metrics, Metrics::Istio);
         assert_eq!(config.drain, Duration::ZERO);
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(
@@ -481,7 +508,7 @@ mod tests {
     #[test]
     fn shows_all_faults_at_once() {
         let errors = Config::parse(
-            "nodeName: ''\nsameNode: both\nnonTcp: never\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
+            "nodeName: ''\nsameNode: both\nnonTcp: never\nmetrics: all\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
              trustDomainAliases: [Old]\n\
              drain: 5\nlog: {format: xml, colour: red}\nca: here\n",
         )
@@ -492,6 +519,7 @@ mod tests {
             "mode: \"strict\": is neither STRICT nor PERMISSIVE",
             "sameNode: \"both\": is neither kernel nor tunnel",
             "nonTcp: \"never\": is neither allow nor deny",
+            "metrics: \"all\": is neither daemon nor istio",
             "mood: there is no such field",
             "podNetworks[0]: \"10.0.0.0/33\"",
             "trustDomainAliases[0]: \"Old\"",

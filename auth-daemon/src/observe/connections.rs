@@ -12,13 +12,15 @@ use std::{
 };
 
 use futures_util::future::AbortHandle;
+use rustls::NamedGroup;
 use serde::Serialize;
 
 use super::{
     access_limits::AccessLimits,
     access_log::{Direction, Finished, Outcome, Path},
     flows::Flows,
-    pairs::Pairs,
+    istio::IstioMetrics,
+    pairs::{Counts, Entry, Pairs, Progress},
     sharded::Sharded,
     totals::Totals,
 };
@@ -40,6 +42,8 @@ pub struct Connection {
     /// Whether [`Counters::up`] counts bytes to the server.
     up_is_to_server: bool,
     details: Mutex<Details>,
+    /// `None` once it has ended. Lock it before `details`, never while holding `details`.
+    progress: Mutex<Option<Progress>>,
     /// Ends the connection's task.
     cut: AbortHandle,
     /// Why `cut` was used.
@@ -66,6 +70,8 @@ pub struct Details {
     pub server_identity: Option<Identity>,
     /// The certificate that the tunnel's peer presented.
     pub peer: Option<Svid>,
+    /// The TLS key exchange of the tunnel.
+    pub key_exchange: Option<NamedGroup>,
     /// How it reaches the server.
     pub path: Path,
     /// The policies that decided, or that audited it.
@@ -86,11 +92,13 @@ pub struct OpenConnections {
     pub flows: Flows,
     /// Which workloads call each other.
     pub pairs: Pairs,
+    /// The same under Istio's labels, if the configuration wants it.
+    pub(crate) istio: Option<Arc<IstioMetrics>>,
 }
 
 impl OpenConnections {
     /// There are none yet. `registry` names the pods at their ends.
-    pub fn new(registry: Arc<Registry>) -> Self {
+    pub(crate) fn new(registry: Arc<Registry>, istio: Option<IstioMetrics>) -> Self {
         Self {
             registry,
             connections: Sharded::default(),
@@ -99,6 +107,7 @@ impl OpenConnections {
             totals: Totals::default(),
             flows: Flows::default(),
             pairs: Pairs::default(),
+            istio: istio.map(Arc::new),
         }
     }
 
@@ -127,9 +136,11 @@ impl OpenConnections {
                 client_identity: None,
                 server_identity: None,
                 peer: None,
+                key_exchange: None,
                 path: Path::Tunnel,
                 policy: None,
             }),
+            progress: Mutex::new(Some(Progress::default())),
             cut,
             cut_because: OnceLock::new(),
         })
@@ -150,8 +161,12 @@ impl OpenConnections {
     /// Counts a connection that has ended. Writes its access log line and keeps it for `auth-daemon observe`, unless there
     /// were many like it a moment ago.
     pub(crate) fn log(&self, finished: Finished) {
+        self.end(finished, Progress::default());
+    }
+
+    fn end(&self, finished: Finished, mut progress: Progress) {
         self.totals.count(&finished);
-        self.pairs.count(&finished);
+        self.pairs.count(&finished, &mut progress);
         if self.limits.pass(&finished, Instant::now()) {
             finished.write();
             self.flows.add(finished, &self.registry.snapshot());
@@ -161,13 +176,38 @@ impl OpenConnections {
     /// Logs how many lines the access log has left out. `name` returns the name of the pod whose netns has a cookie.
     pub(crate) fn tell_left_out(&self, name: impl Fn(u64) -> Option<ObjectName>) {
         self.limits.tell(Instant::now(), name);
-        self.settle_pairs();
+        self.settle_ended();
     }
 
-    /// Makes [`Self::pairs`] current.
-    pub(crate) fn settle_pairs(&self) {
+    fn settle_ended(&self) {
         let snapshot = self.registry.snapshot();
-        self.pairs.settle(&snapshot, SystemTime::now());
+        let istio = self.istio.as_deref();
+        self.pairs.settle(&snapshot, SystemTime::now(), istio);
+    }
+
+    /// Makes [`Self::pairs`] current, open connections included.
+    pub(crate) fn settle_pairs(&self) {
+        self.settle_ended();
+        let mut open: HashMap<Entry, (u64, Counts)> = HashMap::new();
+        for connection in self.all() {
+            let mut progress = connection.progress();
+            let Some(progress) = progress.as_mut().filter(|open| open.is_established()) else {
+                continue;
+            };
+            let details = connection.lock();
+            let entry = Entry::of_open(connection.pod, connection.direction, &details);
+            let (number, counts) = open.entry(entry).or_default();
+            *number += 1;
+            let (to_server, to_client) = connection.bytes();
+            counts.advance(progress, to_server, to_client);
+            if counts.service.is_none() {
+                counts.service = details.service.as_ref().map(ToString::to_string);
+            }
+        }
+        let snapshot = self.registry.snapshot();
+        let istio = self.istio.as_deref();
+        self.pairs
+            .settle_open(open, &snapshot, SystemTime::now(), istio);
     }
 
     /// Resets the connections for which `condition` returns a reason, at both ends. The reason goes to the access log.
@@ -257,6 +297,10 @@ impl Connection {
         self.details.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn progress(&self) -> MutexGuard<'_, Option<Progress>> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Bytes to the server and to the client.
     fn bytes(&self) -> (u64, u64) {
         let up = self.counters.up.load(Ordering::Relaxed);
@@ -283,6 +327,7 @@ impl<'a> Guard<'a> {
     pub fn servers_side(&self, server: u64) -> Guard<'a> {
         let connection = &self.connection;
         let details = connection.details();
+        let progress = connection.progress().as_ref().map(Progress::of_other_side);
         self.open.insert(Connection {
             pod: server,
             direction: Direction::Inbound,
@@ -293,6 +338,7 @@ impl<'a> Guard<'a> {
                 service: None,
                 ..details
             }),
+            progress: Mutex::new(Some(progress.unwrap_or_default())),
             cut: connection.cut.clone(),
             cut_because: OnceLock::new(),
         })
@@ -301,6 +347,14 @@ impl<'a> Guard<'a> {
     /// Updates the details.
     pub fn learn(&self, change: impl FnOnce(&mut Details)) {
         change(&mut self.connection.lock());
+    }
+
+    /// Records that the server's app has accepted the connection. From then on, its ends and its path stay as they are.
+    pub(crate) fn established(&self) {
+        if let Some(progress) = self.connection.progress().as_mut() {
+            let key_exchange = self.connection.lock().key_exchange;
+            progress.establish(self.connection.started.elapsed(), key_exchange);
+        }
     }
 
     /// Counts a denial by policies.
@@ -333,6 +387,8 @@ impl<'a> Guard<'a> {
     fn write(&mut self, outcome: Outcome, reason: &dyn fmt::Display) {
         self.finished = true;
         let connection = &self.connection;
+        // First, so that nobody counts it as open while its details are taken.
+        let progress = connection.progress().take();
         let (bytes_to_server, bytes_to_client) = connection.bytes();
         let mut details = connection.lock();
         let finished = Finished {
@@ -353,7 +409,7 @@ impl<'a> Guard<'a> {
             policy: details.policy.take(),
         };
         drop(details);
-        self.open.log(finished);
+        self.open.end(finished, progress.unwrap_or_default());
     }
 }
 
@@ -371,5 +427,40 @@ impl Drop for Guard<'_> {
             self.write(Outcome::Reset, &reason);
         }
         self.open.connections.of(self.id).remove(&self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_connection_is_counted_once_it_is_established_and_each_byte_once() {
+        let open = OpenConnections::new(Arc::default(), None);
+        let (cut, _) = AbortHandle::new_pair();
+        let access = open.open(Direction::Outbound, 1, ([10, 0, 0, 1], 4000).into(), cut);
+        access.learn(|details| details.endpoint = Some(([10, 0, 0, 2], 8080).into()));
+        let pairs = || {
+            open.settle_pairs();
+            open.pairs.answer("n", Vec::new()).pairs
+        };
+        assert_eq!(pairs(), []);
+
+        access.established();
+        access.counters().up.fetch_add(5, Ordering::Relaxed);
+        for _ in 0..2 {
+            let [pair] = &pairs()[..] else { panic!() };
+            let counts = &pair.counts;
+            assert_eq!((pair.open, counts.opened, counts.connections), (1, 1, 0));
+            assert_eq!((counts.bytes_to_server, counts.bytes_to_client), (5, 0));
+            assert!(counts.connect_times.percentile(50).is_some());
+        }
+
+        access.counters().up.fetch_add(2, Ordering::Relaxed);
+        access.finish(Outcome::Ok, "");
+        let [pair] = &pairs()[..] else { panic!() };
+        let counts = &pair.counts;
+        assert_eq!((pair.open, counts.opened, counts.connections), (0, 1, 1));
+        assert_eq!(counts.bytes_to_server, 7);
     }
 }

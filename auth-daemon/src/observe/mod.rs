@@ -2,8 +2,11 @@
 
 mod access_limits;
 pub mod access_log;
+mod bounded;
+pub(crate) mod connect_times;
 pub mod connections;
 pub mod flows;
+pub(crate) mod istio;
 pub(crate) mod line_limit;
 pub(crate) mod log_writer;
 pub mod pairs;

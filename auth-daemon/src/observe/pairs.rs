@@ -1,33 +1,31 @@
 //! Which workloads call each other, at which port and how, since the daemon started.
 //!
 //! A connection that ends is counted in a shard of the thread that carried it, which no other thread locks while it carries
-//! connections. Once a second, the counts move from the shards to the pairs, where workloads have names.
+//! connections. Once a second, the counts move from the shards to the pairs, where workloads have names. Connections that are
+//! open are counted when somebody asks.
+
+mod entry;
 
 use std::{
-    cell::Cell,
     collections::{BTreeMap, HashMap},
-    net::{IpAddr, SocketAddr},
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    net::IpAddr,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
 
 use auth_mesh::{Identity, Snapshot, Workload, policy::suggest};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::entry::{Ending, Entry, Progress};
+use self::entry::{SHARDS, Shard, shard_of_thread};
 use super::{
-    access_log::{Direction, Finished, Outcome, Path},
+    access_log::{Direction, Finished, Path},
+    bounded::drop_oldest,
+    connect_times::ConnectTimes,
     flows::{Verdict, format_time},
+    istio::IstioMetrics,
 };
 
-/// Threads that carry connections share the shards, in turns.
-const SHARDS: usize = 16;
-/// The most different entries of a shard in a second. One takes some 250 bytes.
-const MAX_ENTRIES: usize = 256;
-/// How many of them may be of clients without an identity, which may be anybody outside.
-const MAX_ANONYMOUS_ENTRIES: usize = 64;
 /// The most pairs that are kept. One takes some 600 bytes.
 const MAX_PAIRS: usize = 4096;
 /// How many of them may have a client without an identity.
@@ -71,10 +69,20 @@ pub struct Pair {
     /// What was counted.
     #[serde(flatten)]
     pub counts: Counts,
-    /// When the first of them ended.
+    /// Connections that are open now.
+    #[serde(default)]
+    pub open: u64,
+    /// When the first of them ended, or was first seen open.
     pub first: String,
-    /// When the last of them ended.
+    /// When the last of them ended, or was last seen open.
     pub last: String,
+}
+
+impl Pair {
+    /// Connections that ended, and those that are open.
+    pub(crate) fn seen(&self) -> u64 {
+        self.counts.connections + self.open
+    }
 }
 
 /// What is counted of connections of the same kind.
@@ -82,20 +90,30 @@ pub struct Pair {
 pub struct Counts {
     /// Connections that ended.
     pub connections: u64,
+    /// Connections that were established, open ones included, and those that were refused.
+    #[serde(default)]
+    pub opened: u64,
     /// How many of them were reset.
     pub resets: u64,
     /// How many of them a dry-run policy would have refused.
     pub would_be_denied: u64,
-    /// Bytes that clients sent.
+    /// Bytes that clients sent, so far.
     pub bytes_to_server: u64,
-    /// Bytes that servers sent.
+    /// Bytes that servers sent, so far.
     pub bytes_to_client: u64,
+    /// How long connections took until they were established. Those that the kernel carries between two pods of a node do not
+    /// count.
+    #[serde(default)]
+    pub connect_times: ConnectTimes,
     /// Why the last one was refused or reset. Empty if none was.
     pub reason: String,
     /// The policies that decided about the last one, or that audited it.
     pub policy: Option<String>,
     /// The Service that the last one was for, as `namespace/name`.
     pub service: Option<String>,
+    /// The TLS key exchange of the last one, such as `X25519MLKEM768`.
+    #[serde(default)]
+    pub key_exchange: Option<String>,
 }
 
 /// One side of a pair.
@@ -123,26 +141,6 @@ pub struct Pairs {
 }
 
 #[derive(Debug, Default)]
-struct Shard {
-    entries: HashMap<Entry, Counts>,
-    anonymous: usize,
-    uncounted: u64,
-}
-
-/// What connections have in common that are counted together, as far as it is at hand when they end.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Entry {
-    pod: u64,
-    direction: Direction,
-    client: IpAddr,
-    identity: Option<Identity>,
-    server_identity: Option<Identity>,
-    endpoint: Option<SocketAddr>,
-    path: Path,
-    refused: bool,
-}
-
-#[derive(Debug, Default)]
 struct Known {
     pairs: HashMap<Key, Seen>,
     /// Plaintext connections to servers in each namespace, by whether they were refused.
@@ -164,6 +162,7 @@ struct Key {
 #[derive(Debug)]
 struct Seen {
     counts: Counts,
+    open: u64,
     first: SystemTime,
     last: SystemTime,
 }
@@ -179,32 +178,52 @@ impl Default for Pairs {
 }
 
 impl Pairs {
-    /// Counts a connection that has ended.
-    pub(crate) fn count(&self, finished: &Finished) {
-        let entry = Entry {
-            pod: finished.pod,
-            direction: finished.direction,
-            client: finished.client.ip(),
-            identity: finished.client_identity.clone(),
-            server_identity: finished.server_identity.clone(),
-            endpoint: finished.endpoint.or(finished.destination),
-            path: finished.path,
-            refused: finished.outcome == Outcome::Refused,
-        };
-        lock(&self.shards[shard_of_thread()]).count(entry, finished);
+    /// Counts a connection that has ended, except for what was counted while it was open.
+    pub(crate) fn count(&self, finished: &Finished, progress: &mut Progress) {
+        lock(&self.shards[shard_of_thread()]).count(finished, progress);
     }
 
-    /// Moves the counts from the shards to the pairs, with the names of workloads from `snapshot`.
-    pub(crate) fn settle(&self, snapshot: &Snapshot, now: SystemTime) {
+    /// Moves the counts from the shards to the pairs, with the names of workloads from `snapshot`, and to `istio`.
+    pub(crate) fn settle(
+        &self,
+        snapshot: &Snapshot,
+        now: SystemTime,
+        istio: Option<&IstioMetrics>,
+    ) {
         for shard in &self.shards {
             let shard = std::mem::take(&mut *lock(shard));
             let mut known = lock(&self.known);
             known.uncounted += shard.uncounted;
+            if let Some(istio) = istio {
+                istio.add(&shard.entries, snapshot, now);
+            }
             for (entry, counts) in shard.entries {
                 known.add(entry.key(snapshot), counts, now);
             }
             known.shrink();
         }
+    }
+
+    /// Replaces what is known of open connections: their number, and what was not counted of them yet.
+    pub(crate) fn settle_open(
+        &self,
+        open: HashMap<Entry, (u64, Counts)>,
+        snapshot: &Snapshot,
+        now: SystemTime,
+        istio: Option<&IstioMetrics>,
+    ) {
+        if let Some(istio) = istio {
+            let entries = open.iter().map(|(entry, (_, counts))| (entry, counts));
+            istio.add(entries, snapshot, now);
+        }
+        let mut known = lock(&self.known);
+        for seen in known.pairs.values_mut() {
+            seen.open = 0;
+        }
+        for (entry, (number, counts)) in open {
+            known.add(entry.key(snapshot), counts, now).open += number;
+        }
+        known.shrink();
     }
 
     /// Returns the number of plaintext connections to servers in each namespace, by whether they were refused.
@@ -237,49 +256,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn shard_of_thread() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local!(static OWN: Cell<Option<usize>> = const { Cell::new(None) });
-    OWN.with(|own| {
-        let shard = own
-            .get()
-            .unwrap_or_else(|| NEXT.fetch_add(1, Ordering::Relaxed) % SHARDS);
-        own.set(Some(shard));
-        shard
-    })
-}
-
-impl Shard {
-    fn count(&mut self, entry: Entry, finished: &Finished) {
-        if !self.entries.contains_key(&entry) {
-            let is_anonymous = entry.identity.is_none();
-            let is_full = self.entries.len() >= MAX_ENTRIES
-                || is_anonymous && self.anonymous >= MAX_ANONYMOUS_ENTRIES;
-            if is_full {
-                self.uncounted += 1;
-                return;
-            }
-            self.anonymous += usize::from(is_anonymous);
-        }
-        let counts = self.entries.entry(entry).or_default();
-        counts.connections += 1;
-        counts.resets += u64::from(finished.outcome == Outcome::Reset);
-        counts.would_be_denied += u64::from(finished.would_be_denied());
-        counts.bytes_to_server += finished.bytes_to_server;
-        counts.bytes_to_client += finished.bytes_to_client;
-        // The first of a second stands for the others.
-        if counts.reason.is_empty() {
-            counts.reason.clone_from(&finished.reason);
-        }
-        if counts.policy.is_none() {
-            counts.policy.clone_from(&finished.policy);
-        }
-        if counts.service.is_none() {
-            counts.service = finished.service.as_ref().map(ToString::to_string);
-        }
-    }
-}
-
 impl Entry {
     fn key(self, snapshot: &Snapshot) -> Key {
         let client_pod = snapshot.pod(self.client);
@@ -298,7 +274,7 @@ impl Entry {
             server,
             port: self.endpoint.map_or(0, |at| at.port()),
             path: self.path,
-            refused: self.refused,
+            refused: self.ending.is_refused(),
         }
     }
 }
@@ -323,7 +299,7 @@ impl Party {
 }
 
 impl Known {
-    fn add(&mut self, key: Key, counts: Counts, now: SystemTime) {
+    fn add(&mut self, key: Key, counts: Counts, now: SystemTime) -> &mut Seen {
         let is_plaintext = key.path == Path::Plaintext && key.direction == Direction::Inbound;
         if let Some(namespace) = key.server.namespace.as_ref().filter(|_| is_plaintext) {
             let plaintext = (namespace.clone(), key.refused);
@@ -331,35 +307,22 @@ impl Known {
         }
         let seen = self.pairs.entry(key).or_insert_with(|| Seen {
             counts: Counts::default(),
+            open: 0,
             first: now,
             last: now,
         });
         seen.last = now;
         seen.counts.add(counts);
+        seen
     }
 
     /// Drops the pairs that called longest ago, beyond the limits. Callers from outside cannot displace pairs with
     /// identities.
     fn shrink(&mut self) {
         let anonymous = |key: &Key| key.client.identity.is_none();
-        self.drop_oldest(MAX_ANONYMOUS_PAIRS, anonymous);
-        self.drop_oldest(MAX_PAIRS, |_| true);
-    }
-
-    fn drop_oldest(&mut self, keep: usize, of: impl Fn(&Key) -> bool) {
-        let matching = self.pairs.iter().filter(|(key, _)| of(key));
-        let mut times: Vec<_> = matching.map(|(_, seen)| seen.last).collect();
-        let Some(mut excess) = times.len().checked_sub(keep).filter(|excess| *excess > 0) else {
-            return;
-        };
-        let (_, newest_dropped, _) = times.select_nth_unstable(excess - 1);
-        let until = *newest_dropped;
-        self.dropped += excess as u64;
-        self.pairs.retain(|key, seen| {
-            let goes = excess > 0 && of(key) && seen.last <= until;
-            excess -= usize::from(goes);
-            !goes
-        });
+        let last = |seen: &Seen| seen.last;
+        self.dropped += drop_oldest(&mut self.pairs, MAX_ANONYMOUS_PAIRS, anonymous, last);
+        self.dropped += drop_oldest(&mut self.pairs, MAX_PAIRS, |_| true, last);
     }
 }
 
@@ -367,6 +330,8 @@ impl Counts {
     /// Adds later counts.
     pub(crate) fn add(&mut self, later: Self) {
         self.connections += later.connections;
+        self.opened += later.opened;
+        self.connect_times.add(&later.connect_times);
         self.resets += later.resets;
         self.would_be_denied += later.would_be_denied;
         self.bytes_to_server += later.bytes_to_server;
@@ -376,6 +341,7 @@ impl Counts {
         }
         self.policy = later.policy.or(self.policy.take());
         self.service = later.service.or(self.service.take());
+        self.key_exchange = later.key_exchange.or(self.key_exchange.take());
     }
 }
 
@@ -392,6 +358,7 @@ impl Key {
                 false => Verdict::Allowed,
             },
             counts: seen.counts.clone(),
+            open: seen.open,
             first: format_time(seen.first),
             last: format_time(seen.last),
         }
@@ -402,7 +369,8 @@ impl Key {
 mod tests {
     use std::time::Duration;
 
-    use super::*;
+    use super::{entry::MAX_ANONYMOUS_ENTRIES, *};
+    use crate::observe::access_log::Outcome;
 
     fn finished(client: IpAddr, identity: bool) -> Finished {
         Finished {
@@ -436,9 +404,9 @@ mod tests {
     fn counts_connections_of_a_pair() {
         let (pairs, snapshot) = (Pairs::default(), Snapshot::default());
         for second in 1..=3 {
-            pairs.count(&finished(address(1), true));
-            pairs.count(&finished(address(1), true));
-            pairs.settle(&snapshot, now(second));
+            pairs.count(&finished(address(1), true), &mut Progress::default());
+            pairs.count(&finished(address(1), true), &mut Progress::default());
+            pairs.settle(&snapshot, now(second), None);
         }
         let answer = pairs.answer("n", Vec::new());
         let [pair] = answer.pairs.as_slice() else {
@@ -459,15 +427,16 @@ mod tests {
     #[test]
     fn anybody_outside_takes_a_bounded_part() {
         let (pairs, snapshot) = (Pairs::default(), Snapshot::default());
-        pairs.count(&finished(address(1), true));
-        pairs.settle(&snapshot, now(1));
+        pairs.count(&finished(address(1), true), &mut Progress::default());
+        pairs.settle(&snapshot, now(1), None);
         let (mut sent, per_second) = (0, 100);
         for second in 0..100 {
             for number in 0..per_second {
-                pairs.count(&finished(address(second * per_second + number), false));
+                let finished = finished(address(second * per_second + number), false);
+                pairs.count(&finished, &mut Progress::default());
                 sent += 1;
             }
-            pairs.settle(&snapshot, now(u64::from(second) + 2));
+            pairs.settle(&snapshot, now(u64::from(second) + 2), None);
         }
         let answer = pairs.answer("n", Vec::new());
         let anonymous = answer

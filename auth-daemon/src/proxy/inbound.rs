@@ -229,6 +229,7 @@ async fn carry(
         access.learn(|details| {
             details.client_identity = Some(channel.peer().identity.clone());
             details.peer = Some(channel.peer().clone());
+            details.key_exchange = channel.key_exchange();
             details.server_identity = Some(pod.workload.identity.clone());
             details.destination = Some(local);
             details.endpoint = Some(local);
@@ -281,6 +282,7 @@ async fn one(
         access.finish(Outcome::Reset, error);
         return false;
     }
+    access.established();
     match relay(&mut app, channel, access.counters()).await {
         Ending::Clean => match end_in_good_order((&app).into()) {
             Ok(()) => {
@@ -405,6 +407,7 @@ async fn plaintext(
             Err(error) => return access.finish(Outcome::Refused, error),
         },
     };
+    access.established();
     match plain::relay(&mut app, &mut caller, access.counters()).await {
         Ok(()) => access.finish(Outcome::Ok, ""),
         Err(error) => access.finish(Outcome::Reset, error),

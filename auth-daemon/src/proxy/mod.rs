@@ -31,9 +31,9 @@ use rules::Rules;
 use shares::Capacity;
 
 use crate::{
-    config::Config,
+    config::{Config, Metrics},
     issuer::Certificates,
-    observe::{connections::OpenConnections, refusals::Refusals},
+    observe::{connections::OpenConnections, istio::IstioMetrics, refusals::Refusals},
 };
 use auth_common::Inbound;
 use auth_datapath::Kernel;
@@ -86,9 +86,11 @@ impl Node {
         kernel: Kernel,
         certificates: Certificates,
     ) -> Self {
+        let istio =
+            (config.metrics == Metrics::Istio).then(|| IstioMetrics::new(config.cluster_id()));
         Self {
             config,
-            connections: OpenConnections::new(registry.clone()),
+            connections: OpenConnections::new(registry.clone(), istio),
             registry,
             policies,
             unconfirmed,

@@ -87,7 +87,11 @@ async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut:
     };
     // Boxed so that its memory is freed once the connection is established: the future is far larger than what the
     // relay needs.
-    match Box::pin(call.open()).await {
+    let opened = Box::pin(call.open()).await;
+    if opened.is_ok() {
+        access.established();
+    }
+    match opened {
         Ok(Opened::Tunnel(mut tunnel)) => {
             let early = call.early.bytes.len() as u64;
             drop(call);

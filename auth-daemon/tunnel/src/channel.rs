@@ -23,8 +23,8 @@ use nix::{
     sys::socket::{MsgFlags, recv},
 };
 use rustls::{
-    ConnectionTrafficSecrets, Error, client::ClientConnectionData, kernel::KernelConnection,
-    server::ServerConnectionData,
+    ConnectionTrafficSecrets, Error, NamedGroup, client::ClientConnectionData,
+    kernel::KernelConnection, server::ServerConnectionData,
 };
 use tokio::{
     io::{AsyncRead, AsyncWriteExt, ReadBuf},
@@ -61,6 +61,7 @@ pub struct Channel {
     receiver: Receiver,
     keys: SharedKeys,
     peer: Svid,
+    key_exchange: Option<NamedGroup>,
 }
 
 /// Why a tunnel connection ended, other than by a clean close between two app connections.
@@ -141,7 +142,7 @@ impl Channel {
         opener: Opener,
         keys: Keys,
         incoming: Buffer,
-        peer: Svid,
+        (peer, key_exchange): (Svid, Option<NamedGroup>),
     ) -> Self {
         let slot_bytes = slot_bytes(socket2::SockRef::from(&tcp).tcp_mss().ok());
         Self {
@@ -165,12 +166,18 @@ impl Channel {
                 update_requested: AtomicBool::new(false),
             },
             peer,
+            key_exchange,
         }
     }
 
     /// Identity and certificate of the peer.
     pub fn peer(&self) -> &Svid {
         &self.peer
+    }
+
+    /// The key exchange of the handshake.
+    pub fn key_exchange(&self) -> Option<NamedGroup> {
+        self.key_exchange
     }
 
     /// Local address of the connection.

@@ -4,7 +4,7 @@
 use std::{io, sync::Arc};
 
 use rustls::{
-    ClientConfig, CommonState, Error, ExtractedSecrets, ServerConfig,
+    ClientConfig, CommonState, Error, ExtractedSecrets, NamedGroup, ServerConfig,
     client::{ClientConnectionData, UnbufferedClientConnection},
     kernel::KernelConnection,
     pki_types::ServerName,
@@ -183,11 +183,20 @@ async fn drive<S: Side>(
         return Err(HandshakeError::Protocol);
     }
     let peer = peer(connection, trust_domain)?;
+    let key_exchange = key_exchange(connection);
     let (secrets, keys) = side.into_keys()?;
     let unknown = || Error::General("cipher suite is not of TLS 1.3".into());
     let sealer = Sealer::new(secrets.tx.0, &secrets.tx.1).ok_or_else(unknown)?;
     let opener = Opener::new(secrets.rx.0, &secrets.rx.1).ok_or_else(unknown)?;
+    let peer = (peer, key_exchange);
     Ok(Channel::new(tcp, sealer, opener, keys, incoming, peer))
+}
+
+/// The key exchange of the handshake.
+pub(crate) fn key_exchange(session: &CommonState) -> Option<NamedGroup> {
+    session
+        .negotiated_key_exchange_group()
+        .map(|group| group.name())
 }
 
 /// The certificate that the peer has presented, in this session or in the one that it resumes.

@@ -33,6 +33,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   "ca" $ca
   "drain" (printf "%ds" (int .Values.daemon.drainSeconds))
   "log" (dict "format" "json" "level" "info") -}}
+{{- if ne .Values.metrics "daemon" }}{{ $_ := set $config "metrics" .Values.metrics }}{{ end -}}
 {{- if .Values.daemon.nri }}{{ $_ := set $config "nri" "/run/nri/nri.sock" }}{{ end -}}
 {{- with .Values.podNetworks }}{{ $_ := set $config "podNetworks" . }}{{ end -}}
 {{- with .Values.serviceNetworks }}{{ $_ := set $config "serviceNetworks" . }}{{ end -}}

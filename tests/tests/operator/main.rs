@@ -7,6 +7,7 @@ mod alerts;
 mod commands;
 mod config;
 mod footprint;
+mod istio_metrics;
 mod logs;
 mod observe;
 mod policy_changes;

@@ -12,6 +12,7 @@ use futures_util::{
     future::{AbortHandle, Abortable, Either, select},
     stream::FuturesUnordered,
 };
+use rustls::NamedGroup;
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep, sleep_until, timeout_at},
@@ -58,10 +59,10 @@ pub(super) async fn serve(
         Ok(Err(reason)) => return first.access.finish(Outcome::Refused, reason),
         Err(_) => return first.access.finish(Outcome::Refused, late()),
     };
-    let peer = server.peer().clone();
+    let peer = (server.peer().clone(), server.key_exchange());
     first.access.learn(|details| {
-        details.client_identity = Some(peer.identity.clone());
-        details.peer = Some(peer.clone());
+        details.client_identity = Some(peer.0.identity.clone());
+        details.peer = Some(peer.0.clone());
     });
     let mut deadline = first.deadline;
     let mut first = Some(first);
@@ -95,7 +96,7 @@ pub(super) async fn serve(
                 };
                 if abandoned == MAX_ABANDONED {
                     tracing::warn!(
-                        pod = %pod.workload.name, client = %from, identity = %peer.identity,
+                        pod = %pod.workload.name, client = %from, identity = %peer.0.identity,
                         "HBONE connection closed: the client resets its requests before they are answered"
                     );
                     server.calm();
@@ -159,7 +160,7 @@ enum Answered {
 async fn stream(
     node: &Node,
     pod: &Pod,
-    peer: &Svid,
+    (peer, key_exchange): &(Svid, Option<NamedGroup>),
     from: SocketAddr,
     local: SocketAddr,
     request: Request,
@@ -180,6 +181,7 @@ async fn stream(
         details.path = Path::Hbone;
         details.client_identity = Some(peer.identity.clone());
         details.peer = Some(peer.clone());
+        details.key_exchange = *key_exchange;
         details.server_identity = Some(pod.workload.identity.clone());
         details.server_netns = Some(cookie);
         details.destination = Some(local);
@@ -233,6 +235,7 @@ async fn one(
             return Answered::Abandoned;
         }
     };
+    access.established();
     match hbone::relay(&mut app, &mut stream, access.counters()).await {
         Ended::Clean => match end_in_good_order((&app).into()) {
             Ok(()) => access.finish(Outcome::Ok, ""),

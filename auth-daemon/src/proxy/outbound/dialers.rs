@@ -286,6 +286,7 @@ impl Call<'_> {
     fn opened(&self, channel: Channel, endpoint: SocketAddr, made: Made) -> Opened {
         self.access.learn(|details| {
             details.server_identity = Some(channel.peer().identity.clone());
+            details.key_exchange = channel.key_exchange();
         });
         Opened::Tunnel(Box::new(Tunnel {
             channel,

@@ -104,6 +104,7 @@ impl Call<'_> {
         // First, so that the log names a server that refuses, and a revocation from now on cuts the connection.
         self.access.learn(|details| {
             details.server_identity = Some(client.peer().identity.clone());
+            details.key_exchange = client.key_exchange();
         });
         self.verify(client.peer(), to.at)?;
         let open = async { Ok(client.open(to.authority).await?) };

@@ -15,14 +15,14 @@ use h2::{
     client::{self, SendRequest},
 };
 use http::{Method, Request, StatusCode, Uri, Version, uri::Authority};
-use rustls::{ClientConfig, pki_types::ServerName};
+use rustls::{ClientConfig, NamedGroup, pki_types::ServerName};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use super::{
     MAX_FRAME, MAX_HEADERS, MAX_STREAMS_OPENED, STREAM_WINDOW, Stream, keep_alive::KeepAlive, tls,
 };
-use crate::{HandshakeError, tls::svid::Svid};
+use crate::{HandshakeError, handshake::key_exchange, tls::svid::Svid};
 use auth_mesh::TrustDomain;
 
 /// A connection to a server, after its handshake. Clones share the connection, which ends in order once all of them, and
@@ -31,6 +31,7 @@ use auth_mesh::TrustDomain;
 pub struct Client {
     requests: SendRequest<Bytes>,
     peer: Arc<Svid>,
+    key_exchange: Option<NamedGroup>,
     ended: Arc<AtomicBool>,
 }
 
@@ -63,6 +64,7 @@ pub async fn connect(
         .await
         .map_err(tls::explain)?;
     let peer = Arc::new(tls::peer(tls.get_ref().1, trust_domain)?);
+    let key_exchange = key_exchange(tls.get_ref().1);
     // From here on, an end is told by frames. A RST could overtake them.
     socket2::SockRef::from(tls.get_ref().0).set_linger(None)?;
     let (requests, mut connection) = client::Builder::new()
@@ -80,6 +82,7 @@ pub async fn connect(
     let client = Client {
         requests,
         peer,
+        key_exchange,
         ended: ended.clone(),
     };
     let mut keep_alive = KeepAlive::new(connection.ping_pong());
@@ -98,6 +101,11 @@ impl Client {
     /// Identity and certificate of the server.
     pub fn peer(&self) -> &Svid {
         &self.peer
+    }
+
+    /// The key exchange of the handshake.
+    pub fn key_exchange(&self) -> Option<NamedGroup> {
+        self.key_exchange
     }
 
     /// Maximum number of streams on the connection.

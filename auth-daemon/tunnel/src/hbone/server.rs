@@ -13,7 +13,7 @@ use h2::{
     server::{self, SendResponse},
 };
 use http::{Method, Response, StatusCode};
-use rustls::ServerConfig;
+use rustls::{NamedGroup, ServerConfig};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
@@ -21,7 +21,7 @@ use super::{
     InvalidAuthority, MAX_ERRORS, MAX_FRAME, MAX_HEADERS, MAX_STREAMS_ACCEPTED, STREAM_WINDOW,
     Stream, keep_alive::KeepAlive, parse_authority, tls,
 };
-use crate::{HandshakeError, tls::svid::Svid};
+use crate::{HandshakeError, handshake::key_exchange, tls::svid::Svid};
 use auth_mesh::TrustDomain;
 
 /// A client's connection, after its handshake.
@@ -29,6 +29,7 @@ pub struct Server {
     connection: server::Connection<TlsStream<TcpStream>, Bytes>,
     keep_alive: KeepAlive,
     peer: Svid,
+    key_exchange: Option<NamedGroup>,
 }
 
 /// A CONNECT that has not been answered. Dropping it resets the stream.
@@ -53,6 +54,7 @@ pub async fn accept(
         .await
         .map_err(tls::explain)?;
     let peer = tls::peer(tls.get_ref().1, trust_domain)?;
+    let key_exchange = key_exchange(tls.get_ref().1);
     // From here on, an end is told by frames. A RST could overtake them.
     socket2::SockRef::from(tls.get_ref().0).set_linger(None)?;
     let mut connection = server::Builder::new()
@@ -69,6 +71,7 @@ pub async fn accept(
         keep_alive: KeepAlive::new(connection.ping_pong()),
         connection,
         peer,
+        key_exchange,
     })
 }
 
@@ -76,6 +79,11 @@ impl Server {
     /// Identity and certificate of the peer.
     pub fn peer(&self) -> &Svid {
         &self.peer
+    }
+
+    /// The key exchange of the handshake.
+    pub fn key_exchange(&self) -> Option<NamedGroup> {
+        self.key_exchange
     }
 
     /// Waits for the next request, and meanwhile moves the bytes of all streams. Returns `None` once the connection has

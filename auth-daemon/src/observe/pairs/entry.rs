@@ -1,0 +1,211 @@
+//! What is counted of connections before their workloads have names: by the thread that carried them, for a second.
+
+use std::{
+    cell::Cell,
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+use auth_mesh::Identity;
+use rustls::NamedGroup;
+
+use super::Counts;
+use crate::observe::{
+    access_log::{Direction, Finished, Outcome, Path},
+    connections::Details,
+};
+
+/// Threads that carry connections share the shards, in turns.
+pub(super) const SHARDS: usize = 16;
+/// The most different entries of a shard in a second. One takes some 250 bytes.
+const MAX_ENTRIES: usize = 256;
+/// How many of them may be of clients without an identity, which may be anybody outside.
+pub(super) const MAX_ANONYMOUS_ENTRIES: usize = 64;
+
+/// The connections that ended on some threads since the counts were last moved.
+#[derive(Debug, Default)]
+pub(super) struct Shard {
+    pub(super) entries: HashMap<Entry, Counts>,
+    anonymous: usize,
+    pub(super) uncounted: u64,
+}
+
+/// What connections have in common that are counted together, as far as it is at hand while they are open.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Entry {
+    pod: u64,
+    pub(crate) direction: Direction,
+    pub(crate) client: IpAddr,
+    pub(crate) identity: Option<Identity>,
+    pub(crate) server_identity: Option<Identity>,
+    /// What a pod of this node dialled. Peers' claims about it are not counted by.
+    dialled: Option<SocketAddr>,
+    pub(crate) endpoint: Option<SocketAddr>,
+    pub(crate) path: Path,
+    pub(crate) ending: Ending,
+}
+
+/// Whether a connection was established, or why not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Ending {
+    /// It was.
+    Established,
+    /// This node's policies denied it.
+    Denied,
+    /// It failed for another reason.
+    Failed,
+}
+
+/// What of a connection has been counted while it was open.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// Time from its start until it was established. `None` if it was not, or the time is unknown.
+    connect_time: Option<Duration>,
+    key_exchange: Option<NamedGroup>,
+    is_counted: bool,
+    bytes_to_server: u64,
+    bytes_to_client: u64,
+}
+
+impl Shard {
+    /// Counts a connection that has ended.
+    pub(super) fn count(&mut self, finished: &Finished, progress: &mut Progress) {
+        let entry = Entry::of_ended(finished);
+        if !self.entries.contains_key(&entry) {
+            let is_anonymous = entry.identity.is_none();
+            let is_full = self.entries.len() >= MAX_ENTRIES
+                || is_anonymous && self.anonymous >= MAX_ANONYMOUS_ENTRIES;
+            if is_full {
+                self.uncounted += 1;
+                return;
+            }
+            self.anonymous += usize::from(is_anonymous);
+        }
+        let counts = self.entries.entry(entry).or_default();
+        counts.advance(progress, finished.bytes_to_server, finished.bytes_to_client);
+        counts.connections += 1;
+        counts.resets += u64::from(finished.outcome == Outcome::Reset);
+        counts.would_be_denied += u64::from(finished.would_be_denied());
+        // The first of a second stands for the others.
+        if counts.reason.is_empty() {
+            counts.reason.clone_from(&finished.reason);
+        }
+        if counts.policy.is_none() {
+            counts.policy.clone_from(&finished.policy);
+        }
+        if counts.service.is_none() {
+            counts.service = finished.service.as_ref().map(ToString::to_string);
+        }
+    }
+}
+
+/// The shard of the thread that calls.
+pub(super) fn shard_of_thread() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local!(static OWN: Cell<Option<usize>> = const { Cell::new(None) });
+    OWN.with(|own| {
+        let shard = own
+            .get()
+            .unwrap_or_else(|| NEXT.fetch_add(1, Ordering::Relaxed) % SHARDS);
+        own.set(Some(shard));
+        shard
+    })
+}
+
+impl Entry {
+    fn of_ended(finished: &Finished) -> Self {
+        let denied = |text: &str| text.starts_with("denied");
+        let is_denied = denied(&finished.reason) || finished.policy.as_deref().is_some_and(denied);
+        Self {
+            pod: finished.pod,
+            direction: finished.direction,
+            client: finished.client.ip(),
+            identity: finished.client_identity.clone(),
+            server_identity: finished.server_identity.clone(),
+            dialled: dialled(finished.direction, finished.destination),
+            endpoint: finished.endpoint.or(finished.destination),
+            path: finished.path,
+            ending: match finished.outcome {
+                Outcome::Refused if is_denied => Ending::Denied,
+                Outcome::Refused => Ending::Failed,
+                Outcome::Ok | Outcome::Reset => Ending::Established,
+            },
+        }
+    }
+
+    /// An established connection that is open. Once it ends, it has the same entry.
+    pub(crate) fn of_open(pod: u64, direction: Direction, details: &Details) -> Self {
+        Self {
+            pod,
+            direction,
+            client: details.client.ip(),
+            identity: details.client_identity.clone(),
+            server_identity: details.server_identity.clone(),
+            dialled: dialled(direction, details.destination),
+            endpoint: details.endpoint.or(details.destination),
+            path: details.path,
+            ending: Ending::Established,
+        }
+    }
+}
+
+fn dialled(direction: Direction, destination: Option<SocketAddr>) -> Option<SocketAddr> {
+    destination.filter(|_| direction == Direction::Outbound)
+}
+
+impl Ending {
+    /// Whether the connection was refused.
+    pub(crate) fn is_refused(self) -> bool {
+        self != Self::Established
+    }
+}
+
+impl Progress {
+    /// Records that the connection is established, `after` its start, over a tunnel with this key exchange if there is one.
+    pub(crate) fn establish(&mut self, after: Duration, key_exchange: Option<NamedGroup>) {
+        self.connect_time = Some(after);
+        self.key_exchange = key_exchange;
+    }
+
+    /// Whether the connection was established.
+    pub(crate) fn is_established(&self) -> bool {
+        self.connect_time.is_some()
+    }
+
+    /// The progress of the server's side, which has not been counted, of a connection between two pods of this node.
+    pub(crate) fn of_other_side(&self) -> Self {
+        Self {
+            connect_time: self.connect_time,
+            ..Self::default()
+        }
+    }
+}
+
+impl Counts {
+    /// Counts what was not counted of a connection yet, which has carried so many bytes in all.
+    pub(crate) fn advance(
+        &mut self,
+        progress: &mut Progress,
+        bytes_to_server: u64,
+        bytes_to_client: u64,
+    ) {
+        if !std::mem::replace(&mut progress.is_counted, true) {
+            self.opened += 1;
+            if let Some(time) = progress.connect_time {
+                self.connect_times.count(time);
+            }
+            if let Some(group) = progress
+                .key_exchange
+                .filter(|_| self.key_exchange.is_none())
+            {
+                self.key_exchange = Some(format!("{group:?}"));
+            }
+        }
+        self.bytes_to_server += bytes_to_server.saturating_sub(progress.bytes_to_server);
+        self.bytes_to_client += bytes_to_client.saturating_sub(progress.bytes_to_client);
+        progress.bytes_to_server = bytes_to_server;
+        progress.bytes_to_client = bytes_to_client;
+    }
+}
