@@ -6,6 +6,7 @@ mod common;
 mod alerts;
 mod commands;
 mod config;
+mod dashboard;
 mod footprint;
 mod istio_metrics;
 mod logs;
