@@ -15,6 +15,7 @@ mod run;
 mod standby;
 mod status;
 mod strict_readiness;
+mod top;
 mod uninstall;
 mod unload;
 
@@ -45,6 +46,8 @@ enum Command {
     Status(status::Arguments),
     /// Show the connections of the cluster, or of this node, that ended in the last minutes, and follow new ones.
     Observe(observe::Arguments),
+    /// Show a live table of who talks to whom: connections, bytes, how they are encrypted, and refusals.
+    Top(top::Arguments),
     /// Say who would be cut off if ports accepted mutual TLS only. Exit code 0: nobody, 1: somebody, 2: unknown.
     StrictReadiness(strict_readiness::Arguments),
     /// Explain which calls the policies allow, compare policies, and suggest some.
@@ -65,6 +68,7 @@ impl Cli {
             Command::Probe(arguments) => probe::probe(&arguments),
             Command::Status(arguments) => return Ok(status::status(&arguments)),
             Command::Observe(arguments) => return observe::observe(&arguments),
+            Command::Top(arguments) => top::top(&arguments),
             Command::StrictReadiness(arguments) => {
                 return Ok(strict_readiness::strict_readiness(&arguments));
             }

@@ -14,7 +14,10 @@ use auth_mesh::Identity;
 use auth_support::config;
 
 use self::merge::Merged;
-use super::daemons::{Daemons, Selection};
+use super::{
+    daemons::{Daemons, Selection},
+    pairs::plain,
+};
 use crate::observe::{
     access_log::Direction,
     flows::{Flow, Verdict, format_time},
@@ -221,11 +224,6 @@ fn line(flow: &Flow, several: bool) -> String {
         line.push_str(&format!("  [{}]", plain(policy)));
     }
     line
-}
-
-/// Replaces what a terminal would take for a command: peers write parts of some texts.
-fn plain(text: &str) -> String {
-    text.replace(char::is_control, " ")
 }
 
 /// The name, and the address if there is no name; always with the port of an address.

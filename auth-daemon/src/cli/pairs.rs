@@ -20,7 +20,6 @@ pub(super) fn read(daemons: &Daemons) -> anyhow::Result<(Vec<Answer>, Vec<Unansw
 
 /// Names a party: its workload, else its service account, else its address.
 pub(super) fn name(party: &Party) -> String {
-    let plain = |text: &str| text.replace(char::is_control, " ");
     match (
         &party.namespace,
         &party.workload,
@@ -35,6 +34,11 @@ pub(super) fn name(party: &Party) -> String {
         (_, _, _, Some(address)) => address.to_string(),
         _ => "?".to_owned(),
     }
+}
+
+/// Replaces what a terminal would take for a command: peers write parts of some texts.
+pub(super) fn plain(text: &str) -> String {
+    text.replace(char::is_control, " ")
 }
 
 /// Formats a number of seconds as hours, or minutes if it is less than two hours.

@@ -14,3 +14,4 @@ mod observe;
 mod policy_changes;
 mod privileges;
 mod seen;
+mod top;

@@ -90,7 +90,7 @@ const FOR_MACHINES: [Program; 4] = [
     },
 ];
 
-const PROGRAMS: [Program; 13] = [
+const PROGRAMS: [Program; 14] = [
     Program {
         command: "ip",
         package: "iproute2",
@@ -138,6 +138,10 @@ const PROGRAMS: [Program; 13] = [
     Program {
         command: "promtool",
         package: "prometheus",
+    },
+    Program {
+        command: "tmux",
+        package: "tmux",
     },
     Program {
         command: "ps",
