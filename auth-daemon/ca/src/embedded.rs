@@ -101,11 +101,13 @@ impl EmbeddedCa {
         })
     }
 
-    /// Signs the key of `csr` (PKCS #10, DER) for `identity`. Returns the leaf and its intermediates, or what is wrong.
+    /// Signs the key of `csr` (PKCS #10, DER) for `identity`, for `lifetime` or the CA's own if that is shorter. Returns the
+    /// leaf and its intermediates, or what is wrong.
     pub fn issue(
         &self,
         identity: &Identity,
         csr: &[u8],
+        lifetime: Duration,
     ) -> Result<Vec<CertificateDer<'static>>, String> {
         let own = &self.trust_domain;
         if identity.trust_domain() != own.as_str() {
@@ -113,7 +115,8 @@ impl EmbeddedCa {
         }
         let failed = |error: &dyn std::fmt::Display| format!("{identity}: {error}");
         let key = RequestedKey::from_csr(csr).map_err(|error| failed(&error))?;
-        let (now, lifetime) = (unix_seconds(SystemTime::now()), self.lifetime.as_secs());
+        let lifetime = lifetime.min(self.lifetime).as_secs();
+        let now = unix_seconds(SystemTime::now());
         let leaf = self.signer.svid(identity, &key, None, lifetime, now);
         Ok(self.signer.chain(&leaf.map_err(|error| failed(&error))?))
     }
@@ -199,15 +202,15 @@ mod tests {
         let mut params = CertificateParams::new(vec!["evil.example".into()]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let csr = params.serialize_request(&key).unwrap();
-        let chain = ca.issue(&identity, csr.der()).unwrap();
+        let chain = ca.issue(&identity, csr.der(), Duration::MAX).unwrap();
         let svid = Svid::parse(&chain[0], &TrustDomain::default()).unwrap();
         assert_eq!((svid.identity, svid.node), (identity.clone(), None));
         let leaf = signer::parse(&chain[0]).unwrap();
         let names = leaf.subject_alternative_name().unwrap().unwrap();
         assert_eq!(names.value.general_names.len(), 1, "only the CA's name");
         let other = "spiffe://other/ns/a/sa/b".parse().unwrap();
-        assert!(ca.issue(&other, csr.der()).is_err());
-        assert!(ca.issue(&identity, b"rubbish").is_err());
+        assert!(ca.issue(&other, csr.der(), Duration::MAX).is_err());
+        assert!(ca.issue(&identity, b"rubbish", Duration::MAX).is_err());
     }
 
     #[test]

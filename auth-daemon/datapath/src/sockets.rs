@@ -86,6 +86,17 @@ impl Listeners {
     }
 }
 
+/// Port of the workload API, on the loopback of the pods that may use it.
+pub const WORKLOAD_API_PORT: u16 = 15082;
+
+/// Opens the listener of the workload API in a pod. It accepts only what arrives on the loopback interface, so its callers are
+/// in the pod's netns.
+pub fn open_workload_api(kernel: &Kernel, netns: &Netns) -> io::Result<TcpListener> {
+    netns.enter(|| listener(kernel, WORKLOAD_API))?
+}
+
+const WORKLOAD_API: SocketAddr =
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), WORKLOAD_API_PORT);
 const OUTBOUND_V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), OUTBOUND_PORT);
 const OUTBOUND_V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), OUTBOUND_PORT);
 const TUNNEL_V4: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), TUNNEL_PORT);
@@ -125,7 +136,11 @@ fn listener(kernel: &Kernel, address: SocketAddr) -> io::Result<TcpListener> {
         setsockopt(&socket, sockopt::IpTransparent, &true)?;
     }
     // Accepted sockets inherit these options.
-    end_with_reset(SockRef::from(&socket))?;
+    if address == WORKLOAD_API {
+        socket.bind_device(Some(LOOPBACK))?;
+    } else {
+        end_with_reset(SockRef::from(&socket))?;
+    }
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     socket.set_tcp_nodelay(true)?;
     // Before there are connections, which inherit the mark.

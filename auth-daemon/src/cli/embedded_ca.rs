@@ -1,6 +1,6 @@
 //! The embedded CA as the daemon's issuer.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use crate::issuer::{IssueError, IssueFuture, Issued, Issuer};
 use auth_ca::embedded::EmbeddedCa;
@@ -8,8 +8,13 @@ use auth_mesh::Identity;
 use auth_tunnel::tls::trust::TrustStore;
 
 impl Issuer for EmbeddedCa {
-    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
-        let issued = EmbeddedCa::issue(self, identity, csr);
+    fn issue_for<'a>(
+        &'a self,
+        identity: &'a Identity,
+        csr: &'a [u8],
+        lifetime: Duration,
+    ) -> IssueFuture<'a> {
+        let issued = EmbeddedCa::issue(self, identity, csr, lifetime);
         let issued = issued
             .map(|chain| Issued { chain })
             .map_err(IssueError::from);

@@ -1,5 +1,7 @@
 //! The daemon's configuration file: YAML, checked as a whole, so that one run shows every error.
 
+mod workload_api;
+
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -16,6 +18,7 @@ pub use auth_support::{
 };
 
 use auth_mesh::{Membership, MeshDefault, TrustDomain, policy};
+pub use workload_api::{Accounts, WorkloadApi};
 
 /// What a pod admits from callers without the tunnel (Istio's PeerAuthentication modes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,6 +162,8 @@ pub struct Config {
     pub drain: Duration,
     /// The container runtime's NRI socket. Without it, the runtime starts pods without waiting for the daemon.
     pub nri: Option<PathBuf>,
+    /// Which apps get a certificate of their own by the SPIFFE Workload API. Defaults to none.
+    pub workload_api: WorkloadApi,
     /// What is logged, and how.
     pub log: Log,
     /// Where the programs attach. Defaults to the cgroup v2 mount.
@@ -229,6 +234,7 @@ impl Config {
         let certificate_lifetime = ca.parsed("certificateLifetime", &mut errors, |s| {
             duration(s, MIN_LIFETIME, MAX_LIFETIME)
         });
+        let workload_api = WorkloadApi::read(&mut root, &mut errors);
         let log = Log::read(&mut root, &mut errors);
         let mut kernel = root.section("kernel", &mut errors);
         let cgroup = kernel.parsed("cgroup", &mut errors, absolute);
@@ -270,6 +276,7 @@ impl Config {
             metrics: metrics.unwrap_or(Metrics::Daemon),
             drain: drain.unwrap_or(Duration::from_secs(5)),
             nri,
+            workload_api,
             log,
             cgroup,
             pins: pins.unwrap_or_else(|| DEFAULT_PINS.into()),
@@ -485,6 +492,7 @@ mod tests {
              nonTcp: deny\n\
              metrics: istio\n\
              drain: 0s\n\
+             workloadApi: {accounts: [shop/web]}\n\
              log: {format: json, level: debug}\n\
              kernel: {cgroup: /sys/fs/cgroup/x, pins: /sys/fs/bpf/x}\n",
         )
@@ -498,6 +506,7 @@ mod tests {
         assert_eq!(config.same_node, SameNode::Tunnel);
         assert_eq!(config.metrics, Metrics::Istio);
         assert_eq!(config.drain, Duration::ZERO);
+        assert_eq!(config.workload_api.accounts.len(), 1);
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(
             config.cgroup.as_deref(),
@@ -510,7 +519,7 @@ mod tests {
         let errors = Config::parse(
             "nodeName: ''\nsameNode: both\nnonTcp: never\nmetrics: all\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
              trustDomainAliases: [Old]\n\
-             drain: 5\nlog: {format: xml, colour: red}\nca: here\n",
+             drain: 5\nworkloadApi: {accounts: [web]}\nlog: {format: xml, colour: red}\nca: here\n",
         )
         .unwrap_err();
         let text = errors.join("\n");
@@ -524,6 +533,7 @@ mod tests {
             "podNetworks[0]: \"10.0.0.0/33\"",
             "trustDomainAliases[0]: \"Old\"",
             "drain: 5 is not a string",
+            "workloadApi.accounts[0]: \"web\": is neither namespace/account nor namespace/*",
             "discovery: has neither files",
             "ca: is not a mapping",
             "ca: has neither directory",

@@ -8,33 +8,25 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use rcgen::{CertificateParams, DistinguishedName, KeyPair};
-use rustls::{
-    crypto::aws_lc_rs::sign::any_ecdsa_type,
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
-    sign::CertifiedKey,
-};
-use tokio::{
-    sync::{Notify, Semaphore},
-    task::AbortHandle,
-};
+use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
+use tokio::{sync::Notify, task::AbortHandle};
 
-use super::{CaHealth, IssueError, Issuer, renewal::Schedule};
+use super::{
+    CaHealth, Issuer,
+    keeper::{Holder, Keeper, certified_key},
+};
 use auth_mesh::Identity;
-use auth_tunnel::tls::{Configs, svid::Svid, trust::TrustStore};
-
-/// How long one request to the CA may take.
-const ISSUE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Requests in progress at the same time; others wait.
-const MAX_REQUESTS: usize = 64;
+use auth_tunnel::tls::{
+    Configs,
+    svid::Svid,
+    trust::{Trust, TrustStore},
+};
+use auth_workload_api::X509Svid;
 
 /// The certificates of this node's workloads.
 #[derive(Debug)]
 pub struct Certificates {
-    issuer: Arc<dyn Issuer>,
-    /// Limits the requests in progress.
-    queue: Arc<Semaphore>,
-    health: Arc<CaHealth>,
+    pub(super) keeper: Arc<Keeper>,
     held: Mutex<HashMap<Identity, Held>>,
 }
 
@@ -102,17 +94,32 @@ impl Certificate {
     }
 }
 
-impl Certificate {
-    /// Applies a change of the trust bundle: trusts its roots, and replaces a revoked certificate.
-    fn follow(&self, trust: &Arc<TrustStore>, schedule: &mut Schedule) {
-        schedule.trust_changed(SystemTime::now(), rand::random());
+impl Holder for Certificate {
+    const PURPOSE: &'static str = "tunnels";
+    const WITHOUT: &'static str = "; connections of its pods are refused";
+
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn held(&self) -> Option<Svid> {
+        let current = self.current.load();
+        current.as_ref().map(|current| current.svid.clone())
+    }
+
+    fn hold(&self, issued: X509Svid, trust: &Arc<TrustStore>) -> Result<(), rustls::Error> {
+        let key = Arc::new(certified_key(&issued)?);
+        let current = Current::new(issued.svid, key, trust)?;
+        self.current.store(Some(Arc::new(current)));
+        self.issued.notify_waiters();
+        Ok(())
+    }
+
+    /// Trusts the bundle's roots.
+    fn trust_changed(&self, now: &Trust, trust: &Arc<TrustStore>) {
         let Some(current) = self.current.load_full() else {
             return;
         };
-        let now = trust.current();
-        if now.revoked.check(&current.svid).is_err() {
-            schedule.revoked(SystemTime::now());
-        }
         if now.bundle.roots == current.roots {
             return;
         }
@@ -130,21 +137,19 @@ impl Certificates {
     /// Holds no certificate yet.
     pub fn new(issuer: Arc<dyn Issuer>) -> Self {
         Self {
-            health: issuer.health().cloned().unwrap_or_default(),
-            issuer,
-            queue: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            keeper: Arc::new(Keeper::new(issuer)),
             held: Mutex::default(),
         }
     }
 
     /// The trust bundle.
     pub fn trust(&self) -> &Arc<TrustStore> {
-        self.issuer.trust()
+        self.keeper.issuer.trust()
     }
 
     /// Whether the CA answers.
     pub fn health(&self) -> &CaHealth {
-        &self.health
+        &self.keeper.health
     }
 
     /// The certificate of `identity`, which is requested if it is not held, and renewed until each `acquire` has its
@@ -160,12 +165,8 @@ impl Certificates {
             current: ArcSwapOption::empty(),
             issued: Notify::new(),
         });
-        let renewal = tokio::spawn(keep_current(
-            self.issuer.clone(),
-            self.queue.clone(),
-            self.health.clone(),
-            certificate.clone(),
-        ));
+        let keeper = self.keeper.clone();
+        let renewal = tokio::spawn(keeper.keep_current(certificate.clone()));
         held.insert(
             identity.clone(),
             Held {
@@ -211,100 +212,15 @@ impl Certificates {
     }
 }
 
-/// Requests and renews `certificate`, and applies changes of the trust bundle, until the task is aborted.
-async fn keep_current(
-    issuer: Arc<dyn Issuer>,
-    queue: Arc<Semaphore>,
-    health: Arc<CaHealth>,
-    certificate: Arc<Certificate>,
-) {
-    let mut schedule = Schedule::new(SystemTime::now());
-    let mut trust = issuer.trust().changes();
-    loop {
-        if trust.has_changed().unwrap_or(false) {
-            trust.borrow_and_update();
-            certificate.follow(issuer.trust(), &mut schedule);
-        }
-        let sleep = schedule.sleep(SystemTime::now());
-        if !sleep.is_zero() {
-            tokio::select! {
-                () = tokio::time::sleep(sleep) => {}
-                // `changed` has marked it as seen.
-                Ok(()) = trust.changed() => trust.mark_changed(),
-            }
-            continue;
-        }
-        // Never closed.
-        let _permit = queue.acquire().await;
-        let request = request(&*issuer, &certificate.identity);
-        let outcome = tokio::time::timeout(ISSUE_TIMEOUT, request)
-            .await
-            .unwrap_or_else(|_| Err(format!("no answer within {ISSUE_TIMEOUT:?}").into()));
-        let now = SystemTime::now();
-        match outcome {
-            Ok(current) => {
-                health.issued();
-                let delay = schedule.issued(&current.svid, now, rand::random());
-                tracing::info!(
-                    identity = %certificate.identity, serial = %current.svid.serial,
-                    renew_in_seconds = delay.as_secs(), "certificate issued"
-                );
-                certificate.current.store(Some(Arc::new(current)));
-                certificate.issued.notify_waiters();
-            }
-            Err(error) => {
-                health.not_issued(&error.why);
-                let delay = schedule.failed(now, rand::random(), error.retry_after);
-                let valid = certificate.current().is_some();
-                tracing::error!(
-                    identity = %certificate.identity, %error, retry_in_seconds = delay.as_secs(), still_valid = valid,
-                    "no certificate issued{}",
-                    if valid { "" } else { "; connections of its pods are refused" }
-                );
-            }
-        }
-    }
-}
-
-async fn request(issuer: &dyn Issuer, identity: &Identity) -> Result<Current, IssueError> {
-    let failed = |error: &dyn std::fmt::Display| IssueError::from(error.to_string());
-    let key = KeyPair::generate().map_err(|error| failed(&error))?;
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    let csr = params
-        .serialize_request(&key)
-        .map_err(|error| failed(&error))?;
-    let issued = issuer.issue(identity, csr.der()).await?;
-    let trust = issuer.trust();
-    let leaf = issued
-        .chain
-        .first()
-        .ok_or_else(|| IssueError::from("the CA answered without a certificate".to_owned()))?;
-    let trust_domain = trust.current().bundle.trust_domain.clone();
-    let svid = Svid::parse(leaf, &trust_domain).map_err(|error| failed(&error))?;
-    if svid.identity != *identity {
-        return Err(format!("the CA answered with a certificate of {}", svid.identity).into());
-    }
-    if svid.not_after <= SystemTime::now() {
-        let why = "the CA answered with a certificate that has expired; check the clocks (NTP)";
-        return Err(why.to_owned().into());
-    }
-    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    let signing = any_ecdsa_type(&key).map_err(|error| failed(&error))?;
-    let certified = CertifiedKey::new(issued.chain, signing);
-    certified.keys_match().map_err(|error| failed(&error))?;
-    Current::new(svid, Arc::new(certified), trust).map_err(|error| failed(&error))
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::issuer::IssueFuture;
+    use crate::issuer::{IssueFuture, keeper::MAX_REQUESTS};
     use auth_ca::embedded::EmbeddedCa;
     use auth_mesh::TrustDomain;
-    use auth_tunnel::{tls::trust::Reason, tls::trust::Trust, tls::trust::TrustBundle};
+    use auth_tunnel::{tls::trust::Reason, tls::trust::TrustBundle};
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -349,7 +265,12 @@ mod tests {
     }
 
     impl Issuer for TestCa {
-        fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
+        fn issue_for<'a>(
+            &'a self,
+            identity: &'a Identity,
+            csr: &'a [u8],
+            lifetime: Duration,
+        ) -> IssueFuture<'a> {
             Box::pin(async move {
                 self.asked.fetch_add(1, Ordering::Relaxed);
                 let now = self.under_way.fetch_add(1, Ordering::Relaxed) + 1;
@@ -364,7 +285,7 @@ mod tests {
                 if fails.is_ok() {
                     return Err("not today".to_owned().into());
                 }
-                Issuer::issue(&self.ca, identity, csr).await
+                Issuer::issue_for(&self.ca, identity, csr, lifetime).await
             })
         }
 

@@ -111,12 +111,18 @@ impl CaClient {
         }
     }
 
-    async fn ask(&self, identity: &Identity, csr: &[u8]) -> Result<Issued, IssueError> {
+    async fn ask(
+        &self,
+        identity: &Identity,
+        csr: &[u8],
+        lifetime: Duration,
+    ) -> Result<Issued, IssueError> {
+        let lifetime = lifetime.min(self.lifetime);
         let mut attempt = 1;
         let answer = loop {
             let request = self.link.request(IstioCertificateRequest {
                 csr: pem::encode("CERTIFICATE REQUEST", csr),
-                validity_duration: i64::try_from(self.lifetime.as_secs()).unwrap_or(i64::MAX),
+                validity_duration: i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX),
                 metadata: Some(impersonating(identity)),
             })?;
             let (number, channel) = self.channel()?;
@@ -163,13 +169,18 @@ impl Drop for CaClient {
 }
 
 impl Issuer for CaClient {
-    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
+    fn issue_for<'a>(
+        &'a self,
+        identity: &'a Identity,
+        csr: &'a [u8],
+        lifetime: Duration,
+    ) -> IssueFuture<'a> {
         Box::pin(async move {
             let failed = |error: IssueError| IssueError {
                 why: format!("the CA at {}: {}", self.link.server.address, error.why),
                 ..error
             };
-            let asked = timeout(DEADLINE, self.ask(identity, csr)).await;
+            let asked = timeout(DEADLINE, self.ask(identity, csr, lifetime)).await;
             let number = self
                 .channel
                 .lock()

@@ -1,8 +1,10 @@
 //! Where this node's certificates come from: the CA's client, and the certificates that it keeps current.
 
+mod app;
 mod certificates;
 mod client;
 mod health;
+mod keeper;
 mod link;
 mod renewal;
 mod trust_watch;
@@ -11,6 +13,7 @@ use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use rustls::pki_types::CertificateDer;
 
+pub use app::AppCertificate;
 pub use certificates::{Certificate, Certificates, Current};
 pub use client::{CaClient, UnusableServer};
 pub use health::{CaHealth, CaStatus};
@@ -22,8 +25,18 @@ use auth_tunnel::tls::trust::TrustStore;
 
 /// Signs the certificates of this node's workloads.
 pub trait Issuer: Send + Sync + fmt::Debug {
-    /// Signs `csr` (PKCS #10, DER) for `identity`. Only its key is used.
-    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a>;
+    /// Signs `csr` (PKCS #10, DER) for `identity`, for the issuer's usual lifetime. Only its key is used.
+    fn issue<'a>(&'a self, identity: &'a Identity, csr: &'a [u8]) -> IssueFuture<'a> {
+        self.issue_for(identity, csr, Duration::MAX)
+    }
+
+    /// The same for a shorter lifetime, or the usual one if `lifetime` is longer.
+    fn issue_for<'a>(
+        &'a self,
+        identity: &'a Identity,
+        csr: &'a [u8],
+        lifetime: Duration,
+    ) -> IssueFuture<'a>;
 
     /// The trust bundle, kept up to date for as long as the issuer exists.
     fn trust(&self) -> &Arc<TrustStore>;
@@ -34,7 +47,7 @@ pub trait Issuer: Send + Sync + fmt::Debug {
     }
 }
 
-/// The result of [`Issuer::issue`].
+/// The result of [`Issuer::issue_for`].
 pub type IssueFuture<'a> = Pin<Box<dyn Future<Output = Result<Issued, IssueError>> + Send + 'a>>;
 
 /// A signed certificate with its intermediates.

@@ -76,14 +76,101 @@ impl Package {
             "6f88539845d3bb2cf2ce0ccbc1bb8b9ed9e401a0d874798aeabc5f16f0f95c4d",
         )],
     };
-    /// What the scenarios use.
-    pub const ALL: [&Self; 5] = [
-        &Self::ENVOY,
-        &Self::H2[0],
-        &Self::H2[1],
-        &Self::H2[2],
-        &Self::CURL,
+    /// SPIFFE's client for Python 3.11, with the packages that it needs.
+    pub const SPIFFE: [Self; 10] = [
+        Self {
+            name: "spiffe",
+            version: "0.3.2",
+            file: "spiffe/__init__.py",
+            archives: &[(
+                "any",
+                "24137c1fbf70abe42165ccefadc00e3793f868cf44861357018c686862ccc8f0",
+            )],
+        },
+        Self {
+            name: "cffi",
+            version: "2.1.1",
+            file: "_cffi_backend.cpython-311-x86_64-linux-gnu.so",
+            archives: &[(
+                "x86_64",
+                "34e261f78cb6ceaaa36f42f2613f4380d94d9c759a9c73c769ee6e0247364632",
+            )],
+        },
+        Self {
+            name: "cryptography",
+            version: "50.0.2",
+            file: "cryptography/__init__.py",
+            archives: &[(
+                "x86_64",
+                "9dab55f57c74c3cad24c323bacbbd04be4705ba6eb0d92e920b1fc4837ed5079",
+            )],
+        },
+        Self {
+            name: "grpcio",
+            version: "1.85.3",
+            file: "grpc/__init__.py",
+            archives: &[(
+                "x86_64",
+                "f2948333a1f462c0e559b5ea436655ed36822fa448f5713d6de2d483bed6e03f",
+            )],
+        },
+        Self {
+            name: "pem",
+            version: "23.1.0",
+            file: "pem/__init__.py",
+            archives: &[(
+                "any",
+                "78bbb1e75b737891350cb9499cbba31da5d59545f360f44163c0bc751cad55d3",
+            )],
+        },
+        Self {
+            name: "protobuf",
+            version: "7.36.2",
+            file: "google/protobuf/__init__.py",
+            archives: &[(
+                "x86_64",
+                "89f23aa53c24553a2416fd4fd1ec06f74fa42b14b546d8883128813f775bbfd2",
+            )],
+        },
+        Self {
+            name: "pyasn1",
+            version: "0.6.5",
+            file: "pyasn1/__init__.py",
+            archives: &[(
+                "any",
+                "4017b0fce125096b8573b39c989fdb1a4b19cf761e683398184550fea0e66587",
+            )],
+        },
+        Self {
+            name: "pyasn1-modules",
+            version: "0.4.2",
+            file: "pyasn1_modules/__init__.py",
+            archives: &[(
+                "any",
+                "29253a9207ce32b64c3ac6600edc75368f98473906e8fd1043bd6b5b1de2c14a",
+            )],
+        },
+        Self {
+            name: "PyJWT",
+            version: "2.15.1",
+            file: "jwt/__init__.py",
+            archives: &[(
+                "any",
+                "42d59d631f7768a1028a64c7ff581a9bf7519804daf91fc5b6c56e30eec5e193",
+            )],
+        },
+        Self {
+            name: "typing-extensions",
+            version: "4.16.0",
+            file: "typing_extensions.py",
+            archives: &[(
+                "any",
+                "481caa481374e813c1b176ada14e97f1f67a4539ce9cfeb3f350d78d6370c2e8",
+            )],
+        },
     ];
+    /// What the scenarios use.
+    pub const ALL: [&[Self]; 4] = [&[Self::ENVOY], &Self::H2, &[Self::CURL], &Self::SPIFFE];
 
     /// The SHA-256 of the archive for this machine.
     ///

@@ -10,3 +10,4 @@ mod certificates;
 mod clock;
 mod naming;
 mod renewal;
+mod workload_api;

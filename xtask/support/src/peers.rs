@@ -31,7 +31,7 @@ pub fn ensure(package: &Package) -> Result<()> {
 
 /// Like [`ensure`], for all that the scenarios use. Scenarios that need a missing one are reported as skipped.
 pub fn ensure_or_say() {
-    for package in Package::ALL {
+    for package in Package::ALL.into_iter().flatten() {
         if let Err(error) = ensure(package) {
             eprintln!(
                 "    no {}: {error:#}\n    tests that need it are skipped; `cargo xtask setup` tries again",

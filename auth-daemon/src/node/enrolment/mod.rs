@@ -10,6 +10,7 @@ mod proven_nodes;
 mod shares;
 mod starting;
 mod tampering;
+mod workload_api;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -49,6 +50,7 @@ use policies::Unchecked;
 use shares::ExceededShares;
 use starting::StartingPods;
 use tampering::Tampering;
+use workload_api::WorkloadApis;
 
 /// Interval at which to check for recreated named netns, idle tunnels and stale entries.
 const TICK: Duration = Duration::from_secs(1);
@@ -89,6 +91,7 @@ pub struct Enrolment {
     pod_roots: PodRoots,
     tampering: Tampering,
     exceeded_shares: ExceededShares,
+    workload_apis: WorkloadApis,
     /// The other tasks that update the kernel's maps.
     keepers: Vec<JoinHandle<()>>,
 }
@@ -191,6 +194,7 @@ impl Enrolment {
             pod_roots: PodRoots::default(),
             tampering: Tampering::default(),
             exceeded_shares: ExceededShares::default(),
+            workload_apis: WorkloadApis::default(),
             keepers: Vec::new(),
         }
     }
@@ -279,6 +283,7 @@ impl Enrolment {
         self.node.draining.send_replace(true);
         // The runtime must not wait for this daemon any more.
         drop(self.starting);
+        drop(self.workload_apis);
         // The listeners close when their accepting tasks see the drain, and their duplicates are dropped here.
         let tasks: Vec<_> = self
             .serving
@@ -353,6 +358,7 @@ impl Enrolment {
         self.close_undecided(&outside);
         self.hold_ended();
         self.settle_addresses();
+        self.workload_apis.settle(&self.node, &self.serving);
         if let Some(before) = before {
             self.end_denied(&before);
         }

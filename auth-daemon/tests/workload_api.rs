@@ -1,0 +1,294 @@
+//! The SPIFFE Workload API as its clients see it, also those that keep no rules. A scenario has SPIFFE's own client.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use auth_ca::embedded::EmbeddedCa;
+use auth_daemon::issuer::{AppCertificate, Certificates};
+use auth_mesh::{Identity, TrustDomain};
+use auth_tunnel::tls::{
+    svid::Svid,
+    trust::{Reason, Trust},
+};
+use auth_workload_api::{
+    api::{
+        JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, X509BundlesRequest,
+        X509svidRequest, X509svidResponse, spiffe_workload_api_client::SpiffeWorkloadApiClient,
+    },
+    serve,
+};
+use futures_util::{Stream, StreamExt};
+use rustls::{
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
+    sign::CertifiedKey,
+};
+use tempfile::TempDir;
+use tokio::{
+    io::AsyncReadExt,
+    net::{TcpListener, TcpStream},
+    task::AbortHandle,
+    time::timeout,
+};
+use tonic::{Code, Request, Status, Streaming, transport::Channel};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Of the tunnels' certificates, and long enough for what a test does with one of an app's.
+const LIFETIME: Duration = Duration::from_secs(3600);
+
+/// The API of one workload, with a CA of its own.
+struct Stage {
+    _folder: TempDir,
+    ca: Arc<EmbeddedCa>,
+    certificates: Certificates,
+    certificate: Option<AppCertificate>,
+    address: SocketAddr,
+    serving: AbortHandle,
+}
+
+impl Stage {
+    async fn set(lifetime: Duration) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let ca = EmbeddedCa::open(folder.path(), &TrustDomain::default(), LIFETIME);
+        let ca = Arc::new(ca.unwrap());
+        let certificates = Certificates::new(ca.clone());
+        let certificate = certificates.for_app(&identity(), lifetime);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = tokio::spawn(serve(listener, certificate.served.clone()));
+        Self {
+            _folder: folder,
+            ca,
+            certificates,
+            certificate: Some(certificate),
+            address,
+            serving: serving.abort_handle(),
+        }
+    }
+
+    /// A client.
+    async fn client(&self) -> SpiffeWorkloadApiClient<Channel> {
+        let endpoint = Channel::from_shared(format!("http://{}", self.address));
+        SpiffeWorkloadApiClient::new(endpoint.unwrap().connect().await.unwrap())
+    }
+
+    fn change_trust(&self, change: impl FnOnce(&mut Trust)) {
+        let mut trust = (*self.ca.trust().current()).clone();
+        change(&mut trust);
+        self.ca.trust().publish(trust);
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+fn identity() -> Identity {
+    TrustDomain::default().identity("shop", "web").unwrap()
+}
+
+fn with_metadata<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let metadata = request.metadata_mut();
+    metadata.insert("workload.spiffe.io", "true".parse().unwrap());
+    request
+}
+
+/// The next item of a stream.
+async fn next<T>(stream: &mut (impl Stream<Item = T> + Unpin)) -> T {
+    timeout(PATIENCE, stream.next()).await.unwrap().unwrap()
+}
+
+async fn open(
+    client: &mut SpiffeWorkloadApiClient<Channel>,
+) -> Result<Streaming<X509svidResponse>, Status> {
+    let opened = client.fetch_x509svid(with_metadata(X509svidRequest {}));
+    Ok(timeout(PATIENCE, opened).await.unwrap()?.into_inner())
+}
+
+/// The certificate and the roots in an answer, after checking that the key belongs to the certificate.
+fn parse(answer: Result<X509svidResponse, Status>) -> (Svid, Vec<u8>) {
+    let [svid] = &answer.unwrap().svids[..] else {
+        panic!("not one certificate");
+    };
+    assert_eq!(svid.spiffe_id, identity().as_str());
+    let certificate = CertificateDer::from(svid.x509_svid.clone());
+    let key = PrivatePkcs8KeyDer::from(svid.x509_svid_key.clone());
+    let provider = aws_lc_rs::default_provider();
+    let key = CertifiedKey::from_der(vec![certificate], PrivateKeyDer::from(key), &provider);
+    let key = key.unwrap();
+    key.keys_match().unwrap();
+    let parsed = Svid::parse(&key.cert[0], &TrustDomain::default()).unwrap();
+    assert_eq!(parsed.identity, identity());
+    (parsed, svid.bundle.clone())
+}
+
+#[tokio::test]
+async fn streams_follow_renewals() {
+    let stage = Stage::set(Duration::from_secs(4)).await;
+    let mut answers = open(&mut stage.client().await).await.unwrap();
+    let mut serials = Vec::new();
+    for _ in 0..3 {
+        let (svid, bundle) = parse(next(&mut answers).await);
+        assert_eq!(bundle, *stage.ca.trust().current().bundle.roots[0]);
+        serials.push(svid.serial);
+    }
+    serials.dedup();
+    assert_eq!(serials.len(), 3);
+}
+
+#[tokio::test]
+async fn an_app_never_gets_the_key_of_the_tunnels() {
+    let stage = Stage::set(LIFETIME).await;
+    let tunnels = stage.certificates.acquire(&identity());
+    let tunnels = tunnels.obtain(PATIENCE).await.unwrap();
+    let mut answers = open(&mut stage.client().await).await.unwrap();
+    let (first, _) = parse(next(&mut answers).await);
+    assert_ne!(first.serial, tunnels.svid.serial);
+    // Another request gets the same certificate: asking costs the CA nothing.
+    let mut answers = open(&mut stage.client().await).await.unwrap();
+    let (again, _) = parse(next(&mut answers).await);
+    assert_eq!(again.serial, first.serial);
+}
+
+#[tokio::test]
+async fn streams_follow_new_roots() {
+    let stage = Stage::set(LIFETIME).await;
+    let mut client = stage.client().await;
+    let mut answers = open(&mut client).await.unwrap();
+    let bundles = client.fetch_x509_bundles(with_metadata(X509BundlesRequest {}));
+    let mut bundles = bundles.await.unwrap().into_inner();
+    let (first, _) = parse(next(&mut answers).await);
+    next(&mut bundles).await.unwrap();
+    let other = Stage::set(LIFETIME).await;
+    let root = other.ca.trust().current().bundle.roots[0].clone();
+    stage.change_trust(|trust| trust.bundle.roots.push(root));
+    let roots = &stage.ca.trust().current().bundle.roots;
+    let both = [&roots[0][..], &roots[1][..]].concat();
+    let (second, bundle) = parse(next(&mut answers).await);
+    assert_eq!(bundle, both);
+    assert_eq!(second.serial, first.serial);
+    let bundles = next(&mut bundles).await.unwrap().bundles;
+    assert_eq!(bundles["spiffe://cluster.local"], both);
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_is_replaced_and_a_revoked_identity_gets_none() {
+    let stage = Stage::set(LIFETIME).await;
+    let mut client = stage.client().await;
+    let mut answers = open(&mut client).await.unwrap();
+    let (first, _) = parse(next(&mut answers).await);
+    stage.change_trust(|trust| {
+        let serial = (*first.serial).into();
+        trust.revoked.serials.insert(serial, Reason::KeyCompromise);
+    });
+    let (second, _) = parse(next(&mut answers).await);
+    assert_ne!(second.serial, first.serial);
+    stage.change_trust(|trust| {
+        let identities = &mut trust.revoked.identities;
+        identities.insert(identity(), Reason::KeyCompromise);
+    });
+    let ended = next(&mut answers).await.unwrap_err();
+    assert_eq!(ended.code(), Code::PermissionDenied, "{ended}");
+    let refused = open(&mut client).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+}
+
+#[tokio::test]
+async fn requests_need_the_metadata() {
+    let stage = Stage::set(LIFETIME).await;
+    let mut client = stage.client().await;
+    let bare = client.fetch_x509svid(X509svidRequest {}).await.unwrap_err();
+    assert_eq!(bare.code(), Code::InvalidArgument, "{bare}");
+    let mut other = Request::new(X509BundlesRequest {});
+    let metadata = other.metadata_mut();
+    metadata.insert("workload.spiffe.io", "True".parse().unwrap());
+    let other = client.fetch_x509_bundles(other).await.unwrap_err();
+    assert_eq!(other.code(), Code::InvalidArgument, "{other}");
+}
+
+#[tokio::test]
+async fn jwts_are_not_implemented_and_the_answer_says_why() {
+    let stage = Stage::set(LIFETIME).await;
+    let mut client = stage.client().await;
+    let validate = with_metadata(ValidateJwtsvidRequest {});
+    for refused in [
+        client
+            .fetch_jwtsvid(with_metadata(JwtsvidRequest {}))
+            .await
+            .err(),
+        client
+            .fetch_jwt_bundles(with_metadata(JwtBundlesRequest {}))
+            .await
+            .err(),
+        client.validate_jwtsvid(validate).await.err(),
+    ] {
+        let refused = refused.unwrap();
+        assert_eq!(refused.code(), Code::Unimplemented);
+        assert!(refused.message().contains("X.509"), "{refused}");
+    }
+}
+
+#[tokio::test]
+async fn a_workload_may_open_so_many_streams_and_connections() {
+    let stage = Stage::set(LIFETIME).await;
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        let mut client = stage.client().await;
+        for _ in 0..8 {
+            held.push(open(&mut client).await.unwrap());
+        }
+    }
+    let refused = open(&mut stage.client().await).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    held.pop();
+    // The server learns that a stream has ended when it reads the reset.
+    let again = async {
+        while open(&mut stage.client().await).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, again).await.unwrap();
+    drop(held);
+
+    let mut silent = Vec::new();
+    let closed = async {
+        // Of those above, some may still be open.
+        for _ in 0..=16 {
+            silent.push(TcpStream::connect(stage.address).await.unwrap());
+        }
+        silent.pop().unwrap().read(&mut [0; 16]).await
+    };
+    let closed = timeout(Duration::from_secs(4), closed).await.unwrap();
+    assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
+}
+
+#[tokio::test]
+async fn a_connection_without_a_request_is_closed() {
+    let stage = Stage::set(LIFETIME).await;
+    let connected = Instant::now();
+    let mut silent = TcpStream::connect(stage.address).await.unwrap();
+    let mut received = Vec::new();
+    let ended = timeout(PATIENCE, silent.read_to_end(&mut received)).await;
+    assert!(ended.is_ok(), "it is still open");
+    assert!(
+        connected.elapsed() >= Duration::from_secs(5),
+        "{received:?}"
+    );
+}
+
+#[tokio::test]
+async fn streams_end_with_the_workload() {
+    let mut stage = Stage::set(LIFETIME).await;
+    let mut client = stage.client().await;
+    let mut answers = open(&mut client).await.unwrap();
+    next(&mut answers).await.unwrap();
+    drop(stage.certificate.take());
+    let end = timeout(PATIENCE, answers.next()).await.unwrap();
+    assert!(end.is_none(), "{end:?}");
+}

@@ -1,0 +1,19 @@
+//! The SPIFFE Workload API, by which a workload gets an X.509-SVID with a key of its own, and its trust domain's bundle. Knows
+//! no pods: the caller of [`serve`] decides who can reach the listener.
+//!
+//! The code in `src/generated` is committed, so that a build needs no protobuf compiler. `tests/generated.rs` checks that it
+//! belongs to the file in `proto`.
+
+#![forbid(unsafe_code)]
+
+mod server;
+mod service;
+
+/// The protocol.
+#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+#[rustfmt::skip]
+#[path = "generated/_.rs"]
+pub mod api;
+
+pub use server::serve;
+pub use service::{Served, X509Svid};

@@ -1,0 +1,116 @@
+//! Serves the API of one workload on its listener, within limits.
+
+use std::{convert::Infallible, io::ErrorKind, pin::pin, sync::Arc, time::Duration};
+
+use auth_support::connection_limit::ConnectionLimit;
+use hyper::{server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tonic::{Status, codegen::http, service::Routes};
+use tower::ServiceExt;
+
+use crate::{
+    api::spiffe_workload_api_server::SpiffeWorkloadApiServer,
+    service::{Served, Service},
+};
+
+/// Maximum number of open connections of a workload.
+const MAX_CONNECTIONS: usize = 16;
+/// Until the first request of a connection.
+const FIRST_REQUEST: Duration = Duration::from_secs(5);
+/// Until the answer to a request, or its beginning.
+const REQUEST: Duration = Duration::from_secs(15);
+/// A peer that does not react is detected within two of these.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Largest request, in bytes: the requests that are served have no fields.
+const MAX_REQUEST: usize = 4 << 10;
+/// Requests and streams of a connection at once.
+const MAX_STREAMS: u32 = 16;
+/// Unread bytes that are accepted on a stream and on a connection.
+const WINDOW: u32 = 64 << 10;
+/// Unsent bytes of a stream.
+const MAX_UNSENT: usize = 64 << 10;
+const MAX_HEADERS: u32 = 8 << 10;
+/// Pause after a connection could not be accepted for lack of a resource.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves the API on `listener` until the listener dies. All connections end when the future is dropped.
+pub async fn serve(listener: TcpListener, served: Served) {
+    let identity = served.identity.clone();
+    let service = SpiffeWorkloadApiServer::new(Service::new(served));
+    let routes = Routes::new(service.max_decoding_message_size(MAX_REQUEST)).prepare();
+    let limit = Arc::new(ConnectionLimit::new(MAX_CONNECTIONS, MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        let (tcp, from) = match accepted {
+            Ok(accepted) => accepted,
+            // The workload may have the right to close sockets of its netns (SOCK_DESTROY).
+            Err(error) if error.kind() == ErrorKind::InvalidInput => {
+                tracing::warn!(%identity, %error, "the workload API's listener was closed");
+                return;
+            }
+            Err(error) => {
+                tracing::warn!(%identity, %error, "a connection to the workload API cannot be accepted");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Some(permit) = limit.admit(from.ip()) else {
+            tracing::debug!(%identity, "a connection to the workload API is refused: {MAX_CONNECTIONS} are open");
+            continue;
+        };
+        let routes = routes.clone();
+        connections.spawn(async move {
+            if let Err(why) = serve_connection(tcp, routes).await {
+                tracing::debug!(why, "a connection to the workload API ended");
+            }
+            drop(permit);
+        });
+    }
+}
+
+/// Serves HTTP/2 on a connection until it ends. Returns why it ended otherwise than by the peer's close.
+async fn serve_connection(tcp: TcpStream, routes: Routes) -> Result<(), String> {
+    let requested = Arc::new(Notify::new());
+    let noted = requested.clone();
+    let answer = service_fn(move |request: http::Request<_>| {
+        noted.notify_one();
+        let routes = routes.clone();
+        async move {
+            let answer = timeout(REQUEST, routes.oneshot(request)).await;
+            Ok::<_, Infallible>(match answer {
+                Ok(Ok(answer)) => answer,
+                Err(_) => {
+                    Status::deadline_exceeded("the request was not complete in time").into_http()
+                }
+            })
+        }
+    });
+    let served = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .max_send_buf_size(MAX_UNSENT)
+        .max_header_list_size(MAX_HEADERS)
+        .keep_alive_interval(Some(KEEPALIVE))
+        .keep_alive_timeout(KEEPALIVE)
+        .serve_connection(TokioIo::new(tcp), answer);
+    let mut served = pin!(served);
+    tokio::select! {
+        ended = served.as_mut() => return ended.map_err(|error| error.to_string()),
+        first = timeout(FIRST_REQUEST, requested.notified()) => {
+            first.map_err(|_| format!("no request within {FIRST_REQUEST:?}"))?;
+        }
+    }
+    served.await.map_err(|error| error.to_string())
+}
