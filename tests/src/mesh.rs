@@ -216,7 +216,7 @@ impl Mesh {
         self.start_daemons_with(&DaemonOptions::default())
     }
 
-    /// Starts a daemon on every node, and waits until each is ready and has enrolled its pods.
+    /// Starts a daemon on every node, and waits until each is ready and has enrolled its pods of the mesh.
     pub fn start_daemons_with(&self, options: &DaemonOptions) -> Result<Vec<Daemon>> {
         let mut daemons = self
             .nodes()
@@ -227,7 +227,7 @@ impl Mesh {
             let pods: Vec<String> = self
                 .pods()
                 .iter()
-                .filter(|pod| pod.node() == daemon.node())
+                .filter(|pod| pod.node() == daemon.node() && pod.spec().is_meshed())
                 .map(Pod::full_name)
                 .collect();
             daemon.wait_enrolled(&pods)?;

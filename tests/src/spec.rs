@@ -119,6 +119,12 @@ impl PodSpec {
         self
     }
 
+    /// Whether it is created as a pod of the mesh.
+    pub(crate) fn is_meshed(&self) -> bool {
+        let told = [&self.labels, &self.annotations].map(|of| of.get("auth-daemon.io/mesh"));
+        !told.into_iter().flatten().any(|told| told == "disabled")
+    }
+
     pub(crate) fn manifest(
         &self,
         uid: &str,

@@ -80,11 +80,11 @@ impl Stage {
             .pod(pod("attacker", "a"))
             .pod(pod("neighbour", "a"))
             .pod(pod("target", "b"))
-            .pod(pod("web", "b"));
+            .pod(pod("web", "b"))
+            .pod(pod("outside", "b").annotation("auth-daemon.io/mesh", "disabled"));
         let mesh = more(builder).start()?;
         let mut daemons = mesh.start_daemons_with(&options.clone())?;
         let (far, near) = (daemons.remove(1), daemons.remove(0));
-        mesh.add_pod(pod("outside", "b").annotation("auth-daemon.io/mesh", "disabled"))?;
         let echo = |pod: &str| {
             let server = format!("echo-server --port {ECHO} --quiet");
             mesh.pod(pod).app(&server)?.listening()
