@@ -6,7 +6,7 @@ use super::evidence::Evidence;
 use super::stage::Stage;
 use super::{
     addresses, bulk, ca, claims, entrances, failure, identity, lives, outside, policy, same_node,
-    seen, wire,
+    seen, wire, workload_api,
 };
 
 /// A single check of the demo.
@@ -23,7 +23,7 @@ pub(super) const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-pub(super) const AFTER: [Check; 31] = [
+pub(super) const AFTER: [Check; 32] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -123,6 +123,11 @@ pub(super) const AFTER: [Check; 31] = [
         name: "revoked",
         claim: "a revoked identity's open connection ends within two seconds, and no new one opens",
         run: ca::revoked,
+    },
+    Check {
+        name: "workload-api",
+        claim: "an app of a listed account gets a certificate and key of its own, and no other app does",
+        run: workload_api::workload_api,
     },
     Check {
         name: "policy-deny",

@@ -24,6 +24,7 @@ mod server_hello;
 mod stage;
 mod tcpdump;
 mod wire;
+mod workload_api;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};

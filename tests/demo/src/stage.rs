@@ -153,7 +153,8 @@ impl Stage {
     fn options(&self) -> Result<DaemonOptions> {
         Ok(DaemonOptions::default()
             .ca(self.ca()?)
-            .certificate_lifetime(CERTIFICATE_LIFE))
+            .certificate_lifetime(CERTIFICATE_LIFE)
+            .setting("workloadApi", json!({"accounts": ["default/client"]})))
     }
 
     /// The running daemon of a node.
