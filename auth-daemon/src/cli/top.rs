@@ -158,12 +158,13 @@ fn draw(frame: &mut Frame<'_>, state: &State) {
 fn summary<'a>(state: &State, rows: &[&Row]) -> Line<'a> {
     let open: u64 = rows.iter().map(|row| row.open).sum();
     let new: f64 = rows.iter().map(|row| row.new).sum();
-    let nodes = match state.nodes {
-        1 => "1 node".to_owned(),
-        nodes => format!("{nodes} nodes"),
+    let counted = |number: usize, what: &str| match number {
+        1 => format!("1 {what}"),
+        number => format!("{number} {what}s"),
     };
+    let (nodes, pairs) = (counted(state.nodes, "node"), counted(rows.len(), "pair"));
     let mut spans = vec![
-        Span::from(format!("{nodes}, {} pairs, ", rows.len())).bold(),
+        Span::from(format!("{nodes}, {pairs}, ")).bold(),
         Span::from(format!("{open} open, {new:.1} new/s")).bold(),
     ];
     if let Some(workload) = &state.workload {
@@ -397,7 +398,7 @@ mod tests {
         }
         let shown = screen(&state);
         let words = |line: usize| shown[line].split_whitespace().collect::<Vec<_>>().join(" ");
-        assert_eq!(words(0), "1 node, 1 pairs, 1 open, 2.0 new/s");
+        assert_eq!(words(0), "1 node, 1 pair, 1 open, 2.0 new/s");
         assert_eq!(words(1), "node b cannot be asked: gone");
         assert_eq!(
             words(2),

@@ -95,7 +95,7 @@ fn top_shows_pairs_live_and_takes_keys() {
         screen.contains("default/client default/web 8080 TLS 1.3 1 ")
     });
     for part in [
-        "1 node, 1 pairs, 1 open,",
+        "1 node, 1 pair, 1 open,",
         "CLIENT SERVER PORT ENCRYPTED OPEN NEW/S▼ UP/S DOWN/S P50 P99 REFUSED",
         " ms ",
         "client default/client spiffe://cluster.local/ns/default/sa/client",
@@ -111,7 +111,7 @@ fn top_shows_pairs_live_and_takes_keys() {
 
     terminal.press(&["/", "plain"]);
     terminal.shows("what the filter leaves", |screen| {
-        screen.contains("1 pairs, 0 open") && screen.contains("/plain_")
+        screen.contains("1 pair, 0 open") && screen.contains("/plain_")
     });
     terminal.press(&["Enter"]);
     let refused = terminal.shows("the reason", |screen| {
@@ -124,7 +124,7 @@ fn top_shows_pairs_live_and_takes_keys() {
     terminal.shows("another order", |screen| screen.contains("P50▲"));
     terminal.press(&["/", "tls", "Enter", "c"]);
     terminal.shows("one workload's pairs", |screen| {
-        screen.contains("1 pairs, 1 open") && screen.contains("of default/client /tls")
+        screen.contains("1 pair, 1 open") && screen.contains("of default/client /tls")
     });
 
     // Without the daemon, the table says so, and goes on with the next.
