@@ -1,13 +1,23 @@
 //! `auth-daemon check`: checks the daemon's requirements, and reports what is missing and how to provide it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 
-use super::manifests;
+use super::{
+    daemons::{Daemons, Selection},
+    manifests, policy_diff,
+};
 use crate::config::{Config, DEFAULT_PINS, Discovery, NonTcp};
 use auth_datapath::features;
-use auth_mesh::{Membership, policy::question::KUBE_SYSTEM};
+use auth_mesh::{
+    Membership,
+    policy::{
+        Settings,
+        diff::{Observed, Side, compare},
+        question::{KUBE_SYSTEM, Known},
+    },
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -62,7 +72,10 @@ fn warnings(config: &Config) -> Vec<String> {
     let mut warnings = vec![non_tcp.to_owned()];
     match &config.discovery {
         Discovery::Files(folder) => match manifests::read(folder, config.policy.clone()) {
-            Ok(known) => warnings.extend(known.warnings()),
+            Ok(known) => {
+                warnings.extend(known.warnings());
+                warnings.extend(ending(folder, known));
+            }
             Err(error) => warnings.push(format!("discovery.files: {error:#}")),
         },
         // Istio's labels say which pods are in the mesh, and none is without one.
@@ -78,4 +91,34 @@ fn warnings(config: &Config) -> Vec<String> {
         }
     }
     warnings
+}
+
+/// Returns the open connections of this node that would end with this configuration, where `then` is what it makes of the
+/// manifests in `folder`. Without a running daemon, there are none.
+fn ending(folder: &Path, then: Known) -> Vec<String> {
+    let Ok((settings, observed)) = running() else {
+        return Vec::new();
+    };
+    let Ok(now) = manifests::read(folder, settings) else {
+        return Vec::new();
+    };
+    let side = |known: Known| Side {
+        pods: known.pods.iter().map(|pod| (&**pod).into()).collect(),
+        policies: known.policies,
+    };
+    let ending = compare(&side(now), &side(then), Some(&observed)).ending;
+    let ending = ending.iter().map(|change| {
+        format!(
+            "open connections that would end: {} from {} to {}, port {}: {}",
+            change.count, change.client, change.server, change.ports, change.after
+        )
+    });
+    ending.collect()
+}
+
+/// Returns the settings of this node's daemon, and its open connections. Fails if none runs.
+fn running() -> anyhow::Result<(Settings, Vec<Observed>)> {
+    let daemons = Daemons::find(&Selection::of_this_node())?;
+    let settings = policy_diff::inventory(&daemons)?.settings()?;
+    Ok((settings, policy_diff::open_connections(&daemons)?))
 }

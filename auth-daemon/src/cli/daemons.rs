@@ -269,6 +269,14 @@ impl Daemon {
 }
 
 impl Selection {
+    /// The daemon of this node.
+    pub(super) fn of_this_node() -> Self {
+        Self {
+            addresses: vec![Address::local()],
+            ..Self::default()
+        }
+    }
+
     /// A client for the cluster whose daemons are asked. `None` if addresses are.
     async fn cluster(&self) -> anyhow::Result<Option<Client>> {
         let is_named = self.kubeconfig.is_some() || self.context.is_some();

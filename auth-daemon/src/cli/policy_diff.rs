@@ -119,7 +119,7 @@ pub(super) fn inventory(daemons: &Daemons) -> anyhow::Result<Inventory> {
 }
 
 /// Returns the connections that are open now. Fails if a daemon does not answer.
-fn open_connections(daemons: &Daemons) -> anyhow::Result<Vec<Observed>> {
+pub(super) fn open_connections(daemons: &Daemons) -> anyhow::Result<Vec<Observed>> {
     let (answers, missing) = daemons.ask_all::<Value>("/status");
     if let Some(missing) = missing.first() {
         bail!("{missing}; with --connections, a file is used instead of the daemons");

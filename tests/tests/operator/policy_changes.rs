@@ -1,4 +1,5 @@
-//! `auth-daemon policy check --diff` on a node with a daemon, and whether its prediction comes true.
+//! What a change of policies or of the configuration would end: `auth-daemon policy check --diff` and `auth-daemon check` on a
+//! node with a daemon, and whether the prediction comes true.
 
 use std::{fs, path::PathBuf};
 
@@ -138,5 +139,30 @@ fn a_diff_judges_connections_of_a_saved_status() -> Result<()> {
         "{}",
         finished.stderr
     );
+    Ok(())
+}
+
+#[test]
+fn a_check_names_the_open_connections_that_a_configuration_would_end() -> Result<()> {
+    let scene = Scene::start()?;
+    let mut denies = authorization("DENY", "client");
+    denies["metadata"]["namespace"] = "elsewhere".into();
+    denies["spec"]["rules"] = json!([{}]);
+    scene.pair.mesh.manifests().apply(&denies)?;
+    let node = scene.pair.mesh.node("b");
+    let check = |config: PathBuf| -> Result<String> {
+        let checked = node.auth(&["check", "--config", &config.display().to_string()])?;
+        Ok(checked.ok()?.stdout)
+    };
+    let config = node.folder().join("auth-daemon.yaml");
+    let mut settings: Value = serde_json::from_slice(&fs::read(&config)?)?;
+    let said = check(config)?;
+    assert!(!said.contains("would end"), "{said}");
+
+    settings["policy"] = json!({"rootNamespace": "elsewhere"});
+    let said = check(scene.file("changed.yaml", &settings)?)?;
+    let ending = "WARNING open connections that would end: 1 from default/client to default/web, port 8080: denied by \
+                  AuthorizationPolicy elsewhere/web rules[0]";
+    assert!(said.contains(ending), "{said}");
     Ok(())
 }
