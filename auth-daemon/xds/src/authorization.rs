@@ -79,6 +79,7 @@ pub(crate) fn policy(
                 elsewhere: false,
                 rules: rules.into(),
                 warnings: Vec::new(),
+                rejected: None,
             })),
             error: None,
         },
@@ -156,6 +157,7 @@ pub(crate) fn pending_policy(mesh: &Mesh) -> Arc<Object> {
         elsewhere: false,
         rules: Arc::new([Rule::default()]),
         warnings: Vec::new(),
+        rejected: None,
     }))
 }
 

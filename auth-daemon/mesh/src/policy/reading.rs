@@ -128,7 +128,7 @@ pub(super) fn read(
         .map(|object| {
             let name = Arc::new(object.name().clone());
             let is_mesh_wide = name.namespace == settings.root_namespace;
-            let mut warnings = object.warnings().to_vec();
+            let mut warnings: Vec<_> = object.warnings().cloned().collect();
             let effect = match &**object {
                 Object::Authorization(policy) => {
                     warnings.extend(trust_domain::warnings(policy, &settings.trust_domain));

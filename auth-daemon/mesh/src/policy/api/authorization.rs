@@ -36,6 +36,8 @@ pub struct AuthorizationPolicy {
     pub rules: Arc<[Rule]>,
     /// Fields that cannot be enforced.
     pub warnings: Vec<FieldWarning>,
+    /// Why a later version cannot be read, in whose place this one stays in force.
+    pub rejected: Option<FieldWarning>,
 }
 
 /// Effect of a match.
@@ -98,6 +100,7 @@ impl AuthorizationPolicy {
             elsewhere: targets.is_some(),
             rules,
             warnings,
+            rejected: None,
             name,
         })
     }

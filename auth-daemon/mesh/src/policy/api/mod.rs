@@ -7,8 +7,9 @@ mod pattern;
 mod peer;
 mod read;
 mod rule;
+mod selector;
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
 use serde_json::Value;
 
@@ -17,6 +18,7 @@ pub use pattern::{Account, Pattern};
 pub use peer::{Mode, PeerAuthentication};
 use read::{FieldError, Node, exceeds, quoted};
 pub use rule::{Requirement, Rule, Values};
+pub use selector::Selector;
 
 use crate::ObjectName;
 
@@ -28,9 +30,6 @@ pub const VERSIONS: [&str; 2] = ["v1", "v1beta1"];
 const MAX_OBJECT_BYTES: usize = 3 << 19;
 /// Maximum size of a selector that is parsed, in bytes of JSON.
 const MAX_SELECTOR_BYTES: usize = 1 << 20;
-
-/// End of the warning about a version that cannot be read.
-const KEPT: &str = "; its last good version stays in force";
 
 /// A policy object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,35 +91,29 @@ pub enum Instead {
     Strict,
 }
 
-/// A label selector, which matches the workloads in its scope that have all of these labels.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Selector(BTreeMap<String, String>);
-
 impl Object {
     /// Returns the object with a note that a later version of it cannot be read, because of `error`.
     pub fn kept_in_place_of(&self, error: &Unreadable) -> Self {
         let mut object = self.clone();
-        let warnings = match &mut object {
-            Self::Authorization(policy) => &mut policy.warnings,
-            Self::Peer(policy) => &mut policy.warnings,
+        let rejected = match &mut object {
+            Self::Authorization(policy) => &mut policy.rejected,
+            Self::Peer(policy) => &mut policy.rejected,
             Self::Unreadable(_) => return object,
         };
-        warnings.retain(|warning| !warning.text.ends_with(KEPT));
-        warnings.push(FieldWarning {
+        *rejected = Some(FieldWarning {
             field: error.field.clone(),
-            text: format!("{}{KEPT}", error.reason),
+            text: format!("{}; its last good version stays in force", error.reason),
         });
         object
     }
 
-    /// Returns why the object, or its last version, cannot be read.
+    /// Returns why the object, or a later version of it, cannot be read.
     pub fn error(&self) -> Option<String> {
         match self {
             Self::Unreadable(error) => Some(format!("{}: {}", error.field, error.reason)),
-            Self::Authorization(_) | Self::Peer(_) => {
-                let mut warnings = self.warnings().iter();
-                let kept = warnings.find(|warning| warning.text.ends_with(KEPT))?;
-                Some(format!("{}: {}", kept.field, kept.text))
+            Self::Authorization(AuthorizationPolicy { rejected, .. })
+            | Self::Peer(PeerAuthentication { rejected, .. }) => {
+                rejected.as_ref().map(FieldWarning::to_string)
             }
         }
     }
@@ -187,13 +180,15 @@ impl Object {
         }
     }
 
-    /// Returns warnings for the author of a readable object that cannot be fully enforced.
-    pub fn warnings(&self) -> &[FieldWarning] {
-        match self {
-            Self::Authorization(policy) => &policy.warnings,
-            Self::Peer(policy) => &policy.warnings,
-            Self::Unreadable(_) => &[],
-        }
+    /// Returns warnings for the author of a readable object that cannot be fully enforced, or whose later version cannot be
+    /// read.
+    pub fn warnings(&self) -> impl Iterator<Item = &FieldWarning> {
+        let (warnings, rejected) = match self {
+            Self::Authorization(policy) => (policy.warnings.as_slice(), &policy.rejected),
+            Self::Peer(policy) => (policy.warnings.as_slice(), &policy.rejected),
+            Self::Unreadable(_) => (&[][..], &None),
+        };
+        warnings.iter().chain(rejected)
     }
 }
 
@@ -235,61 +230,6 @@ impl Unreadable {
             instead,
             selector,
         }
-    }
-}
-
-impl Selector {
-    /// Returns a selector of the workloads that have all of `labels`. They need not be labels that Kubernetes accepts.
-    pub fn of(labels: BTreeMap<String, String>) -> Self {
-        Self(labels)
-    }
-
-    fn read(node: &Node<'_>) -> Result<Self, FieldError> {
-        node.only(&["matchLabels"])?;
-        let mut labels = BTreeMap::new();
-        for (key, value) in node.field("matchLabels").entries()? {
-            if !is_label_key(key) {
-                return Err(value.error("is not a label that a pod can have"));
-            }
-            match value.text()? {
-                Some(text) if is_label_value(text) => {
-                    labels.insert(key.to_owned(), text.to_owned())
-                }
-                Some(text) => {
-                    let reason = format!("{} is not a value that a label can have", quoted(text));
-                    return Err(value.error(reason));
-                }
-                None => return Err(value.error("is null, not a string")),
-            };
-        }
-        Ok(Self(labels))
-    }
-
-    /// Reports whether the selector matches a workload with `labels`.
-    pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
-        self.0
-            .iter()
-            .all(|(key, value)| labels.get(key) == Some(value))
-    }
-
-    /// Returns the required labels.
-    pub fn labels(&self) -> &BTreeMap<String, String> {
-        &self.0
-    }
-
-    /// Reports whether the selector matches all workloads in its scope.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-impl fmt::Display for Selector {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, (key, value)) in self.0.iter().enumerate() {
-            let comma = if index > 0 { "," } else { "" };
-            write!(f, "{comma}{key}={value}")?;
-        }
-        Ok(())
     }
 }
 
@@ -356,21 +296,6 @@ fn is_name(text: &str, longest: usize) -> bool {
         && text
             .bytes()
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.'))
-}
-
-fn is_label_key(key: &str) -> bool {
-    !key.is_empty()
-        && key.len() <= 253 + 1 + 63
-        && key
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/'))
-}
-
-fn is_label_value(value: &str) -> bool {
-    value.len() <= 63
-        && value
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
 #[cfg(test)]

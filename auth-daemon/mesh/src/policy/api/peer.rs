@@ -26,6 +26,8 @@ pub struct PeerAuthentication {
     pub ports: BTreeMap<u16, Mode>,
     /// Settings that do not have the effect that the author may expect.
     pub warnings: Vec<FieldWarning>,
+    /// Why a later version cannot be read, in whose place this one stays in force.
+    pub rejected: Option<FieldWarning>,
 }
 
 /// Mutual TLS mode: which connections a port accepts.
@@ -65,6 +67,7 @@ impl PeerAuthentication {
             mode,
             ports,
             warnings,
+            rejected: None,
         })
     }
 }
