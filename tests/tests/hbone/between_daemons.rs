@@ -7,6 +7,7 @@ use mesh_tests::{DaemonOptions, Mesh, PodSpec, ServiceSpec, TIMEOUT, eventually_
 use serde_json::json;
 
 use crate::common::pair::Pair;
+use crate::endings::{half_close, server_resets};
 
 /// Limit for operations that take seconds on an idle machine.
 const LONG: Duration = Duration::from_secs(180);
@@ -70,24 +71,9 @@ fn carries_bytes_both_ways_and_names_both_identities() -> Result<()> {
 #[test]
 fn endings_arrive_as_they_were() -> Result<()> {
     let pair = pair()?;
-    let mut late = pair
-        .web
-        .app("half-close --port 8080 --after-end --message late")?
-        .listening()?;
     // Through the service, whose endpoint it is.
-    let half_close = "half-close --to 10.96.0.7:80 --message first";
-    let client = pair.client.app(half_close)?.success(TIMEOUT)?;
-    ensure!(client["received"] == "late".len(), "{client}");
-    let served = late.event("closed", TIMEOUT)?;
-    ensure!(served["text"] == "first", "{served}");
-
-    let _reset = pair
-        .web
-        .app("reset --port 10 --after 5 --quiet")?
-        .listening()?;
-    let connect = format!("connect --to {} --send 12345 --read", pair.web.at(10));
-    let failed = pair.client.app(&connect)?.failure(TIMEOUT)?;
-    ensure!(failed["errno"] == "ECONNRESET", "{failed}");
+    half_close(&pair.client, &pair.web, 8080, "10.96.0.7:80")?;
+    server_resets(&pair.client, &pair.web, 10, pair.web.at(10))?;
 
     let mut echo = pair.web.app("echo-server --port 7")?.listening()?;
     let reset = format!("reset --to {} --after 5", pair.web.at(7));

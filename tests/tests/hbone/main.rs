@@ -5,6 +5,7 @@
 mod common;
 
 mod between_daemons;
+mod endings;
 mod envoy;
 mod hostile;
 mod http2;

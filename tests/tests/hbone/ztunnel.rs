@@ -14,6 +14,7 @@ use mesh_tests::{
 use serde_json::{Value, json};
 
 use crate::common::with_ca::wait_certified;
+use crate::endings::half_close;
 
 /// A port that both sides' policies deny.
 const DENIED: u16 = 11;
@@ -208,14 +209,7 @@ fn ztunnel_passes_endings_on() -> Result<()> {
     };
     for way in BOTH {
         let (client, server) = stage.pods(way);
-        let mut late = server
-            .app("half-close --port 15 --after-end --message late")?
-            .listening()?;
-        let half_close = format!("half-close --to {} --message first", server.at(15));
-        let done = client.app(&half_close)?.success(TIMEOUT)?;
-        ensure!(done["received"] == "late".len(), "{way:?}: {done}");
-        let served = late.event("closed", TIMEOUT)?;
-        ensure!(served["text"] == "first", "{way:?}: {served}");
+        half_close(client, server, 15, server.at(15)).with_context(|| format!("{way:?}"))?;
 
         let _reset = server
             .app("reset --port 10 --after 5 --quiet")?

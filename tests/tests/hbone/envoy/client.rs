@@ -7,6 +7,7 @@ use mesh_tests::{TIMEOUT, eventually_ok};
 use serde_json::json;
 
 use super::{APP, Facing, PEER};
+use crate::endings::{half_close, server_resets};
 
 /// Envoy's loopback ports.
 const BYTES: u16 = 9001;
@@ -35,7 +36,7 @@ fn envoy_reaches_our_pods() -> Result<()> {
     })?;
     let Some(facing) = started else { return Ok(()) };
     bytes(&facing)?;
-    half_close(&facing)?;
+    half_close(&facing.peer, &facing.app, 15, at(HALF_CLOSE))?;
     resets(&facing)?;
     refusals(&facing)
 }
@@ -68,27 +69,8 @@ fn bytes(facing: &Facing) -> Result<()> {
     Ok(())
 }
 
-fn half_close(facing: &Facing) -> Result<()> {
-    let mut late = facing
-        .app
-        .app("half-close --port 15 --after-end --message late")?
-        .listening()?;
-    let client = format!("half-close --to {} --message first", at(HALF_CLOSE));
-    let client = facing.peer.app(&client)?.success(TIMEOUT)?;
-    ensure!(client["received"] == "late".len(), "{client}");
-    let served = late.event("closed", TIMEOUT)?;
-    ensure!(served["text"] == "first", "{served}");
-    Ok(())
-}
-
 fn resets(facing: &Facing) -> Result<()> {
-    let _reset = facing
-        .app
-        .app("reset --port 10 --after 5 --quiet")?
-        .listening()?;
-    let connect = format!("connect --to {} --send 12345 --read", at(RESET));
-    let failed = facing.peer.app(&connect)?.failure(TIMEOUT)?;
-    ensure!(failed["errno"] == "ECONNRESET", "{failed}");
+    server_resets(&facing.peer, &facing.app, 10, at(RESET))?;
 
     let mut echo = facing.app.app("echo-server --port 7")?.listening()?;
     let reset = format!("reset --to {} --after 5", at(ECHO));

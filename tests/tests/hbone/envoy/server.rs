@@ -5,6 +5,7 @@ use mesh_tests::TIMEOUT;
 
 use super::config::Answer;
 use super::{APP, Facing, PEER};
+use crate::endings::{half_close, server_resets};
 
 #[test]
 fn envoy_serves_our_pods() -> Result<()> {
@@ -16,7 +17,7 @@ fn envoy_serves_our_pods() -> Result<()> {
     })?;
     let Some(facing) = started else { return Ok(()) };
     bytes(&facing)?;
-    half_close(&facing)?;
+    half_close(&facing.app, &facing.peer, 15, facing.peer.at(15))?;
     resets(&facing)?;
     refusals(&facing)
 }
@@ -43,28 +44,8 @@ fn bytes(facing: &Facing) -> Result<()> {
     Ok(())
 }
 
-fn half_close(facing: &Facing) -> Result<()> {
-    let mut late = facing
-        .peer
-        .app("half-close --port 15 --after-end --message late")?
-        .listening()?;
-    let to = facing.peer.at(15);
-    let client = format!("half-close --to {to} --message first");
-    let client = facing.app.app(&client)?.success(TIMEOUT)?;
-    ensure!(client["received"] == "late".len(), "{client}");
-    let served = late.event("closed", TIMEOUT)?;
-    ensure!(served["text"] == "first", "{served}");
-    Ok(())
-}
-
 fn resets(facing: &Facing) -> Result<()> {
-    let _reset = facing
-        .peer
-        .app("reset --port 10 --after 5 --quiet")?
-        .listening()?;
-    let connect = format!("connect --to {} --send 12345 --read", facing.peer.at(10));
-    let failed = facing.app.app(&connect)?.failure(TIMEOUT)?;
-    ensure!(failed["errno"] == "ECONNRESET", "{failed}");
+    server_resets(&facing.app, &facing.peer, 10, facing.peer.at(10))?;
 
     let mut echo = facing.peer.app("echo-server --port 7")?.listening()?;
     let to = facing.peer.at(7).to_string();
