@@ -133,7 +133,10 @@ impl Snapshot {
             Claimant::Pod => {
                 let pod = self.any_pod(name)?;
                 let address = SocketAddr::new(pod.address_like(ip)?, exposure.target);
-                Ok(Destination::at(address, Some(pod), true))
+                Ok(Destination {
+                    own_address: Some(address),
+                    ..Destination::at(address, Some(pod), true)
+                })
             }
         })
     }
@@ -160,17 +163,18 @@ impl Snapshot {
         let namespace = self.namespaces.get(&name.namespace);
         let state = namespace.and_then(|namespace| namespace.services.get(&name.name));
         let addresses = state.map_or(&[][..], |state| &state.service.addresses);
+        let none = || Unreachable::NoEndpoint(name.clone(), port);
         let same_family = addresses.iter().find(|ip| ip.is_ipv4() == like.is_ipv4());
-        let claims = same_family.and_then(|address| self.addresses.get(address));
+        let address = *same_family.ok_or_else(none)?;
+        let claims = self.addresses.get(&address);
         let mut claims = claims.map_or(&[][..], Claims::all).iter();
         let resolved = claims.find_map(|claim| match claim {
             Claim::Service(resolved) if resolved.name == *name => Some(resolved),
             _ => None,
         });
-        let Some(resolved) = resolved else {
-            return Err(Unreachable::NoEndpoint(name.clone(), port));
-        };
+        let resolved = resolved.ok_or_else(none)?;
         Ok(Destination {
+            own_address: Some(SocketAddr::new(address, port)),
             local: false,
             ..resolved.destination(port)?
         })
@@ -442,6 +446,31 @@ mod tests {
         assert_eq!(snapshot.exposed().count(), 2);
         assert!(snapshot.has_exposed_port(ip("198.51.100.1")));
         assert!(!snapshot.has_exposed_port(ip("192.0.2.1")));
+    }
+
+    #[test]
+    fn what_is_exposed_is_known_by_its_own_address() {
+        let snapshot = snapshot(|edit| {
+            edit.pod(Workload {
+                host_ports: vec![HostPort {
+                    addresses: vec![ip("192.0.2.1")],
+                    port: 9000,
+                    target: 8080,
+                }],
+                ..pod("agent", "10.1.0.2")
+            });
+        });
+        for (dialled, expected) in [
+            ("192.0.2.1:30080", Some("10.96.0.1:80")),
+            ("198.51.100.1:80", Some("10.96.0.1:80")),
+            ("192.0.2.1:9000", Some("10.1.0.2:8080")),
+            ("10.96.0.1:80", None),
+            ("10.1.0.2:8080", None),
+        ] {
+            let found = snapshot.resolve(dialled.parse().unwrap()).unwrap();
+            let own = found.own_address.map(|own| own.to_string());
+            assert_eq!(own.as_deref(), expected, "{dialled}");
+        }
     }
 
     #[test]

@@ -47,6 +47,9 @@ pub struct Destination {
     pub identities: Arc<BTreeSet<Identity>>,
     /// The waypoint that the connection goes through instead of straight to an endpoint.
     pub waypoint: Option<Arc<Waypoint>>,
+    /// The pod's or service's own address and port, if it was dialled where it is exposed instead: at a port of a node, or
+    /// at an address of a load balancer. This is what the waypoint knows.
+    pub own_address: Option<SocketAddr>,
     /// Whether a client keeps the same endpoint.
     pub sticky: bool,
     /// Whether only endpoints on the client's node are used.
@@ -54,6 +57,11 @@ pub struct Destination {
 }
 
 impl Destination {
+    /// Returns the destination for a connection to an address outside the mesh.
+    pub fn outside(address: SocketAddr) -> Self {
+        Self::at(address, None, false)
+    }
+
     /// Returns the destination for a connection to `address` itself, which is `pod`'s, or not a known pod's.
     pub(super) fn at(address: SocketAddr, pod: Option<&Arc<Workload>>, meshed: bool) -> Self {
         let identity = pod.filter(|_| meshed).map(|pod| pod.identity.clone());
@@ -67,6 +75,7 @@ impl Destination {
             }]),
             identities: Arc::new(identity.into_iter().collect()),
             waypoint: pod.and_then(|pod| pod.waypoint.clone()),
+            own_address: None,
             sticky: false,
             local: false,
         }
@@ -290,6 +299,7 @@ impl Resolved {
             endpoints: found.endpoints.clone(),
             identities: found.identities.clone(),
             waypoint: self.waypoint.clone(),
+            own_address: None,
             sticky: self.sticky,
             local: self.local,
         })

@@ -116,6 +116,7 @@ impl Snapshot {
                     endpoints,
                     identities: Arc::default(),
                     waypoint: None,
+                    own_address: None,
                     sticky: resolved.sticky,
                     local: resolved.local,
                 }));

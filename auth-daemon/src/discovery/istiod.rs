@@ -1,5 +1,6 @@
 //! Discovery from istiod, the control plane of an Istio mesh: workloads, services and policies by delta ADS. The API server says
-//! which pods are on this node, which of them Istio's labels put into the mesh, and which nodes have a daemon of this kind.
+//! which pods are on this node, which of them Istio's labels put into the mesh, where services are exposed, and which nodes have
+//! a daemon of this kind.
 //! While either is away, the last known state holds.
 
 mod ambient;
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::issuer::Link;
 use auth_kubernetes::objects;
-use auth_mesh::{Membership, MeshDefault, ObjectName, Snapshot, Workload};
+use auth_mesh::{Membership, MeshDefault, ObjectName, Service, Snapshot, Workload};
 use auth_xds::{Caller, Mesh, Session, State};
 
 /// Responses that wait to be applied.
@@ -97,10 +98,11 @@ pub async fn run(
 }
 
 /// What is watched at the API server.
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 6] = [
     Kind::Pod,
     Kind::Daemon,
     Kind::Namespace,
+    Kind::Service,
     Kind::Node,
     Kind::ServiceCidr,
 ];
@@ -114,7 +116,7 @@ fn defaults() -> MeshDefault {
 }
 
 fn watches(client: &Client, mesh: &Mesh, own: &Caller) -> Vec<Watch> {
-    let (here, there) = (mesh.trust_domain.clone(), mesh.trust_domain.clone());
+    let [here, there, everywhere] = [0; 3].map(|_| mesh.trust_domain.clone());
     let on_this_node = watcher::Config::default().fields(&format!("spec.nodeName={}", own.node));
     let by_name = format!("{}={}", kubernetes::NAME_LABEL, kubernetes::DAEMON_NAME);
     let daemons = watcher::Config::default().labels(&by_name);
@@ -141,6 +143,11 @@ fn watches(client: &Client, mesh: &Mesh, own: &Caller) -> Vec<Watch> {
                 ))))
             },
         ),
+        watched(
+            Api::all(client.clone()),
+            Kind::Service,
+            move |read: objects::Service| manifest::service(read, &everywhere),
+        ),
         watched(Api::all(client.clone()), Kind::Node, manifest::node),
         kubernetes::service_networks(client),
     ]
@@ -157,6 +164,14 @@ impl kubernetes::Model for State {
 
     fn remove_pod(&mut self, name: &ObjectName) {
         self.remove_local_pod(name);
+    }
+
+    fn service(&mut self, service: Arc<Service>) {
+        self.exposed_service(service);
+    }
+
+    fn remove_service(&mut self, name: &ObjectName) {
+        self.remove_exposed_service(name);
     }
 
     fn snapshot(&mut self) -> Snapshot {

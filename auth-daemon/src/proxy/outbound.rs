@@ -316,12 +316,12 @@ impl Call<'_> {
         let mut destination = self.resolve().await?;
         let revoked = &self.node.certificates.trust().current().revoked;
         revoked.check_identity(&self.pod.workload.identity)?;
-        let dialled = self.connect.dialled;
         let mut through_waypoint = None;
         if let Some(waypoint) = &destination.waypoint {
+            let asked = destination.own_address.unwrap_or(self.connect.dialled);
             let snapshot = self.node.registry.snapshot();
-            destination = snapshot.waypoint(waypoint, dialled.ip())?;
-            through_waypoint = Some(dialled);
+            destination = snapshot.waypoint(waypoint, asked.ip())?;
+            through_waypoint = Some(asked);
         }
         let (own, local) = (&self.node.config.node_name, destination.local);
         let endpoints = destination.endpoints.iter();

@@ -74,7 +74,8 @@ const HAD_DAEMON: &str = "there was one before, so plaintext would be a downgrad
 pub(super) struct View<'a> {
     /// The client pod's addresses.
     pub(super) own_addresses: &'a [IpAddr],
-    /// What the client has dialled, if the endpoint is a waypoint's that its traffic goes through.
+    /// What a waypoint is asked for, if the endpoint is one that the traffic goes through: what the client has dialled or, if
+    /// that is where a service or pod is exposed, the service's or pod's own address.
     pub(super) through_waypoint: Option<SocketAddr>,
     /// The pods that this node serves; `None` if connections between them use the tunnel.
     pub(super) local_pods: Option<&'a LocalPods>,

@@ -1,12 +1,14 @@
-//! What istiod and the API server say, as one state of the mesh. The API server says which pods are on this node, and what is
-//! in the mesh there; istiod says everything else, and which policies select each workload.
+//! What istiod and the API server say, as one state of the mesh. The API server says which pods are on this node, what is in
+//! the mesh there, and at which ports of nodes and other addresses services are exposed; istiod says everything else, and which
+//! policies select each workload.
 
 use std::{
     collections::{BTreeMap, HashMap},
+    net::IpAddr,
     sync::Arc,
 };
 
-use auth_mesh::{Edit, MeshDefault, ObjectName, Snapshot, Workload, policy::api::Object};
+use auth_mesh::{Edit, MeshDefault, ObjectName, Service, Snapshot, Workload, policy::api::Object};
 
 use crate::{
     authorization::{marker, pending_marker, pending_policy},
@@ -25,6 +27,10 @@ pub struct State {
     workloads: HashMap<String, FoundWorkload>,
     /// Names of istiod's services in the model, by resource name.
     services: HashMap<String, ObjectName>,
+    /// istiod's services, by name.
+    found_services: HashMap<ObjectName, Service>,
+    /// The services that are exposed at other addresses than their own, from the API server.
+    exposed: HashMap<ObjectName, Arc<Service>>,
     /// istiod's policies, by resource name (`namespace/name`).
     policies: BTreeMap<String, Arc<Object>>,
     policies_changed: bool,
@@ -42,6 +48,8 @@ impl State {
             edit: Edit::from(Snapshot::with_defaults(defaults)),
             workloads: HashMap::new(),
             services: HashMap::new(),
+            found_services: HashMap::new(),
+            exposed: HashMap::new(),
             policies: BTreeMap::new(),
             policies_changed: true,
             local: HashMap::new(),
@@ -57,13 +65,13 @@ impl State {
                 if let Some(before) = self.services.insert(key, name.clone())
                     && before != name
                 {
-                    self.edit.remove_service(&before);
+                    self.put_service(&before, None);
                 }
-                self.edit.service(*service);
+                self.put_service(&name, Some(*service));
             }
             Change::NoAddress(key) => {
                 if let Some(service) = self.services.remove(&key) {
-                    self.edit.remove_service(&service);
+                    self.put_service(&service, None);
                 } else {
                     self.put_workload(key, None);
                 }
@@ -94,6 +102,29 @@ impl State {
         if self.local.remove(name).is_some() {
             self.settle(name);
         }
+    }
+
+    /// Takes from the API server's object where a service is exposed. The service itself is what istiod says.
+    pub fn exposed_service(&mut self, service: Arc<Service>) {
+        let name = service.name.clone();
+        if service.node_ports.is_empty() && service.external_addresses.is_empty() {
+            return self.remove_exposed_service(&name);
+        }
+        self.exposed.insert(name.clone(), service);
+        self.settle_service(&name);
+    }
+
+    /// Forgets where a service is exposed.
+    pub fn remove_exposed_service(&mut self, name: &ObjectName) {
+        if self.exposed.remove(name).is_some() {
+            self.settle_service(name);
+        }
+    }
+
+    /// Returns the own addresses of the services that are exposed elsewhere.
+    pub fn exposed_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let services = self.exposed.values();
+        services.flat_map(|service| service.addresses.iter().copied())
     }
 
     /// Returns the snapshot under construction, for what istiod does not say.
@@ -127,6 +158,28 @@ impl State {
                 self.settle(&name);
             }
         }
+    }
+
+    fn put_service(&mut self, name: &ObjectName, found: Option<Service>) {
+        match found {
+            Some(found) => self.found_services.insert(name.clone(), found),
+            None => self.found_services.remove(name),
+        };
+        self.settle_service(name);
+    }
+
+    /// Makes the model's service of that name what both sources say.
+    fn settle_service(&mut self, name: &ObjectName) {
+        let Some(found) = self.found_services.get(name) else {
+            return self.edit.remove_service(name);
+        };
+        let mut service = found.clone();
+        if let Some(exposed) = self.exposed.get(name) {
+            service.node_ports.clone_from(&exposed.node_ports);
+            let external = &exposed.external_addresses;
+            service.external_addresses.clone_from(external);
+        }
+        self.edit.service(service);
     }
 
     fn put_workload(&mut self, uid: String, found: Option<FoundWorkload>) {

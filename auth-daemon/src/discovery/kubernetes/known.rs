@@ -7,7 +7,7 @@ use std::{
 
 use super::{Kind, POLICIES, Settings};
 use crate::discovery::manifest::{self, Object};
-use auth_mesh::{Edit, ObjectName, Snapshot, Workload, policy::api};
+use auth_mesh::{Edit, ObjectName, Service, Snapshot, Workload, policy::api};
 
 /// Name of the daemons' DaemonSet, and value of [`NAME_LABEL`] of its pods.
 pub const DAEMON_NAME: &str = "auth-daemon";
@@ -42,11 +42,17 @@ pub(in crate::discovery) trait Model {
     /// Removes the pod.
     fn remove_pod(&mut self, name: &ObjectName);
 
+    /// Adds a service, or replaces the service of the same name.
+    fn service(&mut self, service: Arc<Service>);
+
+    /// Removes the service.
+    fn remove_service(&mut self, name: &ObjectName);
+
     /// Returns the snapshot with all changes applied.
     fn snapshot(&mut self) -> Snapshot;
 }
 
-/// Pods are what the API server says.
+/// Pods and services are what the API server says.
 impl Model for Edit {
     fn edit(&mut self) -> &mut Edit {
         self
@@ -58,6 +64,14 @@ impl Model for Edit {
 
     fn remove_pod(&mut self, name: &ObjectName) {
         Self::remove_pod(self, name);
+    }
+
+    fn service(&mut self, service: Arc<Service>) {
+        Self::service(self, service);
+    }
+
+    fn remove_service(&mut self, name: &ObjectName) {
+        Self::remove_service(self, name);
     }
 
     fn snapshot(&mut self) -> Snapshot {
@@ -228,7 +242,7 @@ impl<M: Model> Known<M> {
                     self.model.pod(pod);
                 }
             }
-            (_, Some(Object::Service(service))) => edit.service(service),
+            (_, Some(Object::Service(service))) => self.model.service(service),
             (_, Some(Object::Slice(slice))) => edit.slice(slice),
             (_, Some(Object::Policy(_))) | (Kind::Policy(_), None) => self.policies_changed = true,
             (_, Some(Object::Namespace(membership))) => edit.namespace(&name.name, membership),
@@ -244,7 +258,7 @@ impl<M: Model> Known<M> {
                     self.model.remove_pod(&name);
                 }
             }
-            (Kind::Service, None) => edit.remove_service(&name),
+            (Kind::Service, None) => self.model.remove_service(&name),
             (Kind::Slice, None) => edit.remove_slice(&name),
             (Kind::Namespace, None) => edit.namespace(&name.name, None),
             (Kind::Node, None) => edit.remove_node(&name.name),

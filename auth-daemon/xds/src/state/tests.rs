@@ -1,7 +1,7 @@
 use std::net::SocketAddr;
 
 use auth_mesh::{
-    Hbone, Identity, Membership,
+    Hbone, Identity, Membership, Node, Waypoint, WaypointAt,
     policy::{Connection, Policies, Settings},
 };
 
@@ -95,6 +95,61 @@ fn a_service_leads_to_the_healthy_workloads_that_name_it() {
     assert!(state.snapshot().pod("10.1.0.2".parse().unwrap()).is_none());
     state.take(Change::NoAddress("shop/web".into()));
     assert_eq!(state.snapshot().services().count(), 0);
+}
+
+#[test]
+fn a_service_is_exposed_where_the_api_server_says_and_behind_its_waypoint_there() {
+    let mut state = state();
+    let mut found = service(web(), &mesh()).unwrap();
+    let waypoint = Waypoint {
+        at: WaypointAt::Address("10.1.0.9".parse().unwrap()),
+        port: 15008,
+    };
+    found.waypoint = Some(Arc::new(waypoint.clone()));
+    let name = found.name.clone();
+    let exposed = |node_ports| {
+        Arc::new(Service {
+            node_ports,
+            external_addresses: vec!["198.51.100.1".parse().unwrap()],
+            ..Service::new(name.clone())
+        })
+    };
+    // In either order.
+    state.exposed_service(exposed(vec![]));
+    assert_eq!(
+        state.snapshot().services().count(),
+        0,
+        "istiod has not said"
+    );
+    state.take(Change::Service("shop/web".into(), Box::new(found.clone())));
+    state.exposed_service(exposed(vec![(30080, 80)]));
+    state.edit().node(Node {
+        name: "b".into(),
+        addresses: vec!["192.0.2.1".parse().unwrap()],
+        ..Node::default()
+    });
+    let at = |state: &mut State, dialled: &str| {
+        let found = state.snapshot().resolve(dialled.parse().unwrap()).ok()?;
+        Some((
+            found.own_address?.to_string(),
+            found.waypoint.as_deref()?.clone(),
+        ))
+    };
+    let expected = Some(("10.96.0.7:80".to_owned(), waypoint));
+    for dialled in ["192.0.2.1:30080", "198.51.100.1:80"] {
+        assert_eq!(at(&mut state, dialled), expected, "{dialled}");
+    }
+    state.take(Change::Service("shop/web".into(), Box::new(found)));
+    assert_eq!(
+        at(&mut state, "198.51.100.1:80"),
+        expected,
+        "after a change"
+    );
+    state.remove_exposed_service(&name);
+    assert_eq!(at(&mut state, "198.51.100.1:80"), None);
+    state.exposed_service(exposed(vec![]));
+    state.take(Change::NoAddress("shop/web".into()));
+    assert_eq!(state.snapshot().exposed().count(), 0);
 }
 
 #[test]

@@ -19,6 +19,10 @@ const APP: u16 = 8080;
 const ONWARD: u16 = 9000;
 const SERVICE: &str = "10.96.0.7:80";
 const SERVICE6: &str = "[fd96::7]:80";
+/// Where the service is exposed.
+const NODE_PORT: u16 = 30080;
+const EXTERNAL: &str = "198.51.100.8";
+const LOAD_BALANCER: &str = "198.51.100.7";
 
 fn mesh() -> Result<Mesh> {
     let service = |name: &str, last: u8| {
@@ -36,6 +40,22 @@ fn mesh() -> Result<Mesh> {
         .service(service("web", 7).port(80, APP))
         .service(service("waypoint", 9).port(15008, 15008))
         .start()
+}
+
+/// Exposes the service, and makes node b's address known.
+fn expose(mesh: &Mesh) -> Result<()> {
+    let manifests = mesh.manifests();
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": "b"},
+        "status": {"addresses": [{"type": "InternalIP", "address": mesh.node("b").ipv4()}]},
+    });
+    manifests.write("node-b.json", &node.to_string())?;
+    manifests.edit("Service", "default", "web", |service| {
+        service["spec"]["type"] = "LoadBalancer".into();
+        service["spec"]["ports"][0]["nodePort"] = NODE_PORT.into();
+        service["spec"]["externalIPs"] = json!([EXTERNAL]);
+        service["status"] = json!({"loadBalancer": {"ingress": [{"ip": LOAD_BALANCER}]}});
+    })
 }
 
 /// Starts Envoy in the waypoint's pod with a certificate of this account.
@@ -59,8 +79,13 @@ fn connect(to: &str) -> String {
 
 /// Waits until a connection to the service is refused for a reason that has this text.
 fn is_refused(pair: &Pair, because: &str) -> Result<()> {
+    is_refused_at(pair, SERVICE, because)
+}
+
+/// Waits until a connection to `to` is refused for a reason that has this text.
+fn is_refused_at(pair: &Pair, to: &str, because: &str) -> Result<()> {
     eventually_ok(TIMEOUT, because, || {
-        pair.client.app(&connect(SERVICE))?.failure(TIMEOUT)?;
+        pair.client.app(&connect(to))?.failure(TIMEOUT)?;
         let log = pair.near.access_log();
         let last = log.last().context("no line yet")?;
         let reason = last["reason"].as_str().unwrap_or_default();
@@ -77,7 +102,9 @@ fn connections_to_a_service_go_through_its_waypoint_or_nowhere() -> Result<()> {
     if Package::folders(test, &[Package::ENVOY]).is_none() {
         return Ok(());
     }
-    let pair = Pair::on(mesh()?, &DaemonOptions::default())?;
+    let mesh = mesh()?;
+    expose(&mesh)?;
+    let pair = Pair::on(mesh, &DaemonOptions::default())?;
     let waypoint = PodSpec::new("waypoint").on("b").service_account("waypoint");
     let waypoint = waypoint.label("app", "waypoint");
     let waypoint = pair
@@ -109,10 +136,22 @@ fn connections_to_a_service_go_through_its_waypoint_or_nowhere() -> Result<()> {
 
     let _envoy = start_envoy(&pair, &waypoint, "waypoint")?;
     let recording = pair.mesh.wire().capture()?;
+    // Envoy serves nothing but the service's own addresses.
+    let exposed = [
+        format!("{}:{NODE_PORT}", pair.mesh.node("b").ipv4()),
+        format!("{EXTERNAL}:80"),
+        format!("{LOAD_BALANCER}:80"),
+    ];
+    let all = exposed
+        .each_ref()
+        .map(|at| (at.as_str(), waypoint.at(15008)));
     for (service, at) in [
-        (SERVICE, waypoint.at(15008)),
         (SERVICE6, waypoint.at6(15008)),
-    ] {
+        (SERVICE, waypoint.at(15008)),
+    ]
+    .into_iter()
+    .chain(all)
+    {
         let served = pair.client.app(&connect(service))?.success(TIMEOUT)?;
         ensure!(served["received"] == "hello".len(), "{served}");
         // The log may also have a connection from before the policy was in force.
@@ -149,5 +188,12 @@ fn connections_to_a_service_go_through_its_waypoint_or_nowhere() -> Result<()> {
         &pair,
         "no known service or pod is waypoint default/waypoint",
     )?;
+    for at in &exposed {
+        is_refused_at(
+            &pair,
+            at,
+            "no known service or pod is waypoint default/waypoint",
+        )?;
+    }
     Ok(())
 }
