@@ -97,6 +97,9 @@ pub enum MeshKind {
     /// no node's. Connections to ports in the EXPOSED map are captured. As a caller, it is treated like an address that is
     /// not in the map.
     Exposed = 8,
+    /// A network of which the daemon asks what has an address once a pod dials it. Captured where no longer prefix says
+    /// otherwise. As a caller, it is treated like an address that is not in the map.
+    Asked = 9,
 }
 
 /// What the programs ask about a kind. They ask about the value of the MESH map, because a daemon may write kinds that its
@@ -117,13 +120,15 @@ impl MeshKind {
     /// Whether a caller at the address may use the tunnel.
     #[inline(always)]
     pub const fn may_call(kind: u32) -> bool {
-        Self::is_mesh(kind) && kind != Self::ServiceNetwork as u32
+        Self::is_mesh(kind) && kind != Self::ServiceNetwork as u32 && kind != Self::Asked as u32
     }
 
     /// Whether the address may be a pod's, in the mesh or not.
     #[inline(always)]
     pub const fn may_be_a_pod(kind: u32) -> bool {
-        kind == Self::Outside as u32 || (Self::may_call(kind) && kind != Self::Service as u32)
+        kind == Self::Outside as u32
+            || kind == Self::Asked as u32
+            || (Self::may_call(kind) && kind != Self::Service as u32)
     }
 }
 
@@ -285,6 +290,7 @@ mod tests {
             (MeshKind::ServiceNetwork as u32, true, false, false, false),
             (MeshKind::Gone as u32, true, false, true, true),
             (MeshKind::Exposed as u32, false, true, false, false),
+            (MeshKind::Asked as u32, true, false, false, true),
             (UNKNOWN, true, false, true, true),
         ] {
             assert_eq!(MeshKind::is_mesh(kind), is_mesh, "{kind}");

@@ -393,7 +393,7 @@ impl Kernel {
     /// Number of mesh addresses and networks, pending connections and pods in the maps. Addresses outside the mesh, and
     /// those that no object claims any more, do not count.
     pub fn occupancy(&self) -> (usize, usize, usize) {
-        let others = [MeshKind::Outside as u32, MeshKind::Gone as u32];
+        let others = [MeshKind::Outside, MeshKind::Gone, MeshKind::Asked].map(|kind| kind as u32);
         let mesh = lock(&self.mesh);
         let mesh_kinds = mesh.entries.values().filter(|kind| !others.contains(kind));
         (

@@ -1,5 +1,7 @@
 //! Responses of istiod: never a panic, down to the registry and the policies that are made of them.
 
+use std::collections::HashSet;
+
 use auth_mesh::{
     MeshDefault,
     policy::{Policies, Settings},
@@ -22,6 +24,15 @@ pub(super) fn run(bytes: &[u8]) {
         namespace: "auth-system".into(),
         node: "a".into(),
     };
+    let mut on_demand = Session::on_demand(mesh.clone(), caller.clone());
+    on_demand.ask([[10, 96, 0, 7].into(), [10, 1, 0, 1].into()]);
+    on_demand.requests();
+    for response in [response.clone(), response.clone()] {
+        on_demand.take(response);
+        on_demand.requests();
+    }
+    on_demand.open();
+    on_demand.release(&HashSet::from([[10, 96, 0, 7].into()]));
     let mut session = Session::new(mesh.clone(), caller);
     let mut state = State::new(mesh, "a".into(), MeshDefault::default());
     // The second time, everything is known.

@@ -24,7 +24,7 @@ use crate::{
     issuer::{CaClient, Certificates, Issuer, Link},
     node::{Enrolment, Workers, redirection},
     observe::log_writer,
-    proxy::Node,
+    proxy::{Node, lookups::Lookups},
 };
 use auth_ca::embedded::EmbeddedCa;
 use auth_datapath::{Kernel, KernelError, PinLock, features, host, mounts, try_load, unload};
@@ -35,6 +35,8 @@ use super::standby::{EarlyCertificates, stand_by};
 
 /// Maximum time for the ending data path threads to release the lock on the pins.
 const LAST_BREATH: Duration = Duration::from_secs(5);
+/// How long what pods have asked for is known after its last use, with names on demand.
+const IDLE: Duration = Duration::from_secs(10 * 60);
 /// Interval at which to check whether the daemon serves its node, before it removes the node's taint.
 const READY_POLL: Duration = Duration::from_millis(100);
 
@@ -90,9 +92,14 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             tokio::spawn(admin::serve_health(admin::bind_health()?, health.clone()));
         }
         let unconfirmed: Arc<AtomicUsize> = Arc::default();
+        let lookups = config
+            .discovery
+            .is_on_demand()
+            .then(|| Arc::new(Lookups::new(IDLE)));
         let sink = Sink {
             registry: registry.clone(),
             policies: Some(policies.clone()),
+            lookups: lookups.clone(),
             unconfirmed: unconfirmed.clone(),
         };
         let Followed {
@@ -135,6 +142,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let node = Node::new(
             config,
             registry,
+            lookups,
             policies,
             unconfirmed,
             kernel,
@@ -308,6 +316,7 @@ async fn follow(config: &Config, sink: Sink) -> anyhow::Result<Followed> {
             server,
             network,
             own_namespace,
+            on_demand: _,
         } => {
             let settings = discovery::istiod::Settings {
                 mesh: Mesh {

@@ -1,9 +1,9 @@
 //! The daemon's configuration file: YAML, checked as a whole, so that one run shows every error.
 
+mod discovery;
 mod workload_api;
 
 use std::{
-    collections::BTreeSet,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -11,13 +11,15 @@ use std::{
 
 use ipnet::IpNet;
 
+pub use discovery::{Discovery, NodeTaint};
+
 use auth_support::config::{self as section, Section, absolute, duration, node_name, server_name};
 pub use auth_support::{
     config::InvalidConfig,
     log::{Log, LogFormat},
 };
 
-use auth_mesh::{Membership, MeshDefault, TrustDomain, policy};
+use auth_mesh::{TrustDomain, policy};
 pub use workload_api::{Accounts, WorkloadApi};
 
 /// What a pod admits from callers without the tunnel (Istio's PeerAuthentication modes).
@@ -54,52 +56,6 @@ pub enum Metrics {
     Daemon,
     /// Also Istio's standard metrics for TCP.
     Istio,
-}
-
-/// Source of pods and services.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Discovery {
-    /// A folder of Kubernetes manifests, watched.
-    Files(PathBuf),
-    /// The API of the cluster.
-    Kubernetes {
-        /// Which pods are in the mesh. By default all except those of `kube-system` and of the daemon's own namespace.
-        defaults: MeshDefault,
-        /// The daemon's own namespace, `$POD_NAMESPACE`, where the other nodes' daemons are too.
-        own_namespace: String,
-        /// Defaults to ignore.
-        node_taint: NodeTaint,
-    },
-    /// istiod, the control plane of an Istio mesh, and for the pods of this node the API of the cluster.
-    Istiod {
-        /// How to reach it.
-        server: CaServer,
-        /// The node's network in Istio. Empty by default.
-        network: String,
-        /// As for Kubernetes.
-        own_namespace: String,
-    },
-}
-
-impl Discovery {
-    /// The daemon's own namespace. `None` outside a cluster.
-    pub fn own_namespace(&self) -> Option<&str> {
-        match self {
-            Self::Files(_) => None,
-            Self::Kubernetes { own_namespace, .. } | Self::Istiod { own_namespace, .. } => {
-                Some(own_namespace)
-            }
-        }
-    }
-}
-
-/// What the daemon does with the taint `auth-daemon.io/not-ready` of its node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NodeTaint {
-    /// Removes it once it serves the node, and puts it back when it stops without a successor.
-    Manage,
-    /// Nothing.
-    Ignore,
 }
 
 /// Source of certificates.
@@ -224,7 +180,7 @@ impl Config {
         });
         let nri = root.parsed("nri", &mut errors, absolute);
         let mut sources = root.section("discovery", &mut errors);
-        let discovery = discovery(
+        let discovery = discovery::read(
             &mut sources,
             std::env::var("POD_NAMESPACE").ok(),
             &mut errors,
@@ -246,6 +202,11 @@ impl Config {
             errors.push(
                 "nodeName: is missing, and neither $NODE_NAME nor the host name says it".into(),
             );
+        }
+        let is_on_demand = discovery.as_ref().is_some_and(Discovery::is_on_demand);
+        if is_on_demand && non_tcp == Some(NonTcp::Deny) {
+            let why = "nonTcp: deny needs to know what is outside the mesh";
+            errors.push(format!("{why}: discovery.istiod.subscribe must be all"));
         }
         let (Some(node_name), Some(discovery), Some(ca), []) =
             (node_name, discovery, ca_source, errors.as_slice())
@@ -288,87 +249,6 @@ impl Config {
         match (&self.discovery, &self.ca) {
             (Discovery::Istiod { server: s, .. }, _) | (_, CaSource::Server(s)) => &s.cluster_id,
             _ => DEFAULT_CLUSTER,
-        }
-    }
-}
-
-/// A folder, the cluster's API, or istiod.
-fn discovery(
-    sources: &mut Section,
-    own_namespace: Option<String>,
-    errors: &mut Vec<String>,
-) -> Option<Discovery> {
-    const SOURCES: [&str; 3] = ["files", "kubernetes", "istiod"];
-    let given: Vec<_> = SOURCES
-        .into_iter()
-        .filter(|name| sources.has(name))
-        .collect();
-    let own_namespace = |section: &str, errors: &mut Vec<String>| {
-        let known = own_namespace.filter(|namespace| !namespace.is_empty());
-        if known.is_none() {
-            errors.push(format!(
-                "discovery.{section}: $POD_NAMESPACE is not set; it says where the nodes' daemons are"
-            ));
-        }
-        known
-    };
-    match given.as_slice() {
-        ["files"] => sources
-            .required("files", errors, absolute)
-            .map(Discovery::Files),
-        ["istiod"] => {
-            let mut control_plane = sources.section("istiod", errors);
-            let server = server("discovery.istiod", &mut control_plane, errors);
-            let network = control_plane.parsed("network", errors, cluster_id);
-            control_plane.refuse_the_rest(errors);
-            let own_namespace = own_namespace("istiod", errors)?;
-            Some(Discovery::Istiod {
-                server: server?,
-                network: network.unwrap_or_default(),
-                own_namespace,
-            })
-        }
-        ["kubernetes"] => {
-            let mut cluster = sources.section("kubernetes", errors);
-            let membership = cluster.parsed("default", errors, Membership::from_str);
-            let excluded = cluster.list("excludedNamespaces", errors, kubernetes_namespace);
-            let node_taint = cluster.parsed("nodeTaint", errors, |s| match s {
-                "manage" => Ok(NodeTaint::Manage),
-                "ignore" => Ok(NodeTaint::Ignore),
-                _ => Err("is neither manage nor ignore"),
-            });
-            cluster.refuse_the_rest(errors);
-            let own_namespace = own_namespace("kubernetes", errors)?;
-            let mut excluded: BTreeSet<_> = excluded
-                .unwrap_or_else(|| vec!["kube-system".into()])
-                .into_iter()
-                .collect();
-            excluded.insert(own_namespace.clone());
-            Some(Discovery::Kubernetes {
-                defaults: MeshDefault {
-                    membership: membership.unwrap_or(Membership::Enabled),
-                    excluded,
-                },
-                own_namespace,
-                node_taint: node_taint.unwrap_or(NodeTaint::Ignore),
-            })
-        }
-        [] => {
-            errors.push(
-                "discovery: has neither files, a folder of manifests, nor kubernetes, for the cluster's API, nor istiod"
-                    .into(),
-            );
-            None
-        }
-        several => {
-            errors.push(format!(
-                "discovery: has {}; it is one or the other",
-                several.join(" and ")
-            ));
-            for name in several {
-                sources.skip(name);
-            }
-            None
         }
     }
 }
@@ -462,6 +342,8 @@ fn default_node_name() -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use auth_mesh::{Membership, MeshDefault};
+
     use super::*;
 
     const SMALL: &str = "nodeName: a\ndiscovery: {files: /m}\nca: {directory: /ca}\n";
@@ -549,7 +431,7 @@ mod tests {
         let parse = |text: &str, own: Option<&str>| {
             let mut errors = Vec::new();
             let mut section = Section::of_yaml(text, &mut errors).unwrap();
-            let found = discovery(&mut section, own.map(str::to_owned), &mut errors);
+            let found = discovery::read(&mut section, own.map(str::to_owned), &mut errors);
             section.refuse_the_rest(&mut errors);
             if errors.is_empty() {
                 Ok(found.unwrap())
@@ -589,21 +471,27 @@ mod tests {
             )
         );
         let istiod = "address: 'istiod.istio-system.svc:15012', rootFile: /r, tokenFile: /t";
-        let of_istiod = |text: &str| match parse(&format!("istiod: {{{istiod}, {text}}}"), own) {
-            Ok(Discovery::Istiod {
-                server, network, ..
-            }) => Ok((server.server_name, server.cluster_id, network)),
-            other => Err(format!("{other:?}")),
-        };
-        let name = || "istiod.istio-system.svc".to_owned();
-        assert_eq!(
-            of_istiod(""),
-            Ok((name(), "Kubernetes".into(), String::new()))
-        );
-        assert_eq!(
-            of_istiod("clusterId: c1, network: n1"),
-            Ok((name(), "c1".into(), "n1".into()))
-        );
+        for (text, expected) in [
+            ("", "istiod.istio-system.svc Kubernetes  false"),
+            (
+                "clusterId: c1, network: n1, subscribe: onDemand",
+                "istiod.istio-system.svc c1 n1 true",
+            ),
+        ] {
+            let found = parse(&format!("istiod: {{{istiod}, {text}}}"), own);
+            let Ok(Discovery::Istiod {
+                server,
+                network,
+                on_demand,
+                ..
+            }) = found
+            else {
+                panic!("{found:?}");
+            };
+            let (name, cluster) = (server.server_name, server.cluster_id);
+            let found = format!("{name} {cluster} {network} {on_demand}");
+            assert_eq!(found, expected);
+        }
         for (wrong, own, error) in [
             (
                 "istiod: {address: 'istiod:15012', rootFile: /r}",
@@ -616,6 +504,11 @@ mod tests {
                 "istiod.clusterId: \"a b\": is not an ID",
             ),
             ("istiod: {}", None, "istiod: $POD_NAMESPACE"),
+            (
+                "istiod: {subscribe: some}",
+                own,
+                "istiod.subscribe: \"some\": is neither all nor onDemand",
+            ),
             ("kubernetes: {}", None, "$POD_NAMESPACE is not set"),
             ("kubernetes: {}\nfiles: /m", own, "it is one or the other"),
             ("kubernetes: {default: yes}", own, "kubernetes.default: "),

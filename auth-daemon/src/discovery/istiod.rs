@@ -6,7 +6,11 @@
 mod ambient;
 mod stream;
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use futures_util::{StreamExt, stream::select_all};
 use kube::{Api, Client, runtime::watcher};
@@ -49,8 +53,12 @@ pub async fn run(
     let Settings { mesh, caller } = settings;
     let own = caller.clone();
     let (updates, mut responses) = mpsc::channel(WAITING);
-    let session = Session::new(mesh.clone(), caller);
-    tokio::spawn(stream::keep(Arc::new(link), session, updates));
+    let session = match &sink.lookups {
+        None => Session::new(mesh.clone(), caller),
+        Some(_) => Session::on_demand(mesh.clone(), caller),
+    };
+    let lookups = sink.lookups.clone();
+    tokio::spawn(stream::keep(Arc::new(link), session, lookups, updates));
     let mut events = select_all(watches(&client, &mesh, &own));
     let mut known = Known::of(
         kubernetes::Settings {
@@ -64,12 +72,20 @@ pub async fn run(
     );
     known.model().edit().know_daemons();
     let mut is_subscribed = false;
+    let mut answered = Vec::new();
+    // Of services that are exposed at addresses which istiod does not know.
+    let mut pinned = HashSet::new();
+    let mut is_published = false;
     let mut publish_at = None;
     loop {
         let changed = tokio::select! {
             event = events.next() => {
                 let Some((kind, event)) = event else { return };
                 let changed = known.take(kind, event);
+                if let Some(lookups) = &sink.lookups && kind == Kind::Service && changed {
+                    pinned = known.model().exposed_addresses().collect();
+                    lookups.pin(&pinned);
+                }
                 sink.unconfirmed.store(known.unconfirmed(), Ordering::Relaxed);
                 changed
             }
@@ -80,19 +96,34 @@ pub async fn run(
                 for change in update.changes {
                     known.model().take(change);
                 }
-                news
+                answered.extend(update.answered);
+                news || !answered.is_empty()
             }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
+                is_published = true;
                 sink.publish(known.model().policies(), known.snapshot());
+                if let Some(lookups) = &sink.lookups {
+                    lookups.answer(answered.drain(..));
+                }
                 if synced.send_if_modified(|synced| !std::mem::replace(synced, true)) {
                     tracing::info!("the mesh's state is read from istiod and the API server");
                 }
                 false
             }
         };
-        if changed && is_subscribed && known.is_complete() {
-            publish_at.get_or_insert_with(|| Instant::now() + SETTLE);
+        let is_pinned = || {
+            let told: HashSet<_> = answered.iter().map(|(address, _)| *address).collect();
+            pinned.is_subset(&told)
+        };
+        if changed && is_subscribed && known.is_complete() && (is_published || is_pinned()) {
+            // Connections wait for answers.
+            let settle = if answered.is_empty() {
+                SETTLE
+            } else {
+                Duration::ZERO
+            };
+            publish_at.get_or_insert_with(|| Instant::now() + settle);
         }
     }
 }

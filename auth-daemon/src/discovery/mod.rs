@@ -9,6 +9,7 @@ pub mod taint;
 
 use std::sync::{Arc, atomic::AtomicUsize};
 
+use crate::proxy::lookups::Lookups;
 use auth_mesh::{
     Published, Registry, Snapshot,
     policy::{Policies, api},
@@ -21,6 +22,8 @@ pub struct Sink {
     pub registry: Arc<Registry>,
     /// Policies. `None` for users that do not need them.
     pub policies: Option<Arc<Published<Policies>>>,
+    /// What connections ask for, where discovery tells of nothing else. `None`: everything there is.
+    pub lookups: Option<Arc<Lookups>>,
     /// Number of objects that stay in force although the API server lists no object of their kind any more.
     pub unconfirmed: Arc<AtomicUsize>,
 }

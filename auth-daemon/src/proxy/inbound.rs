@@ -355,6 +355,11 @@ async fn admit(
             format!("the certificate of {identity} has expired since the tunnel began"),
         ));
     }
+    if let Some(lookups) = &node.lookups {
+        // Whose address it is.
+        let found = lookups.look_up(from.ip()).await;
+        found.map_err(|unknown| (ResetCode::Unreachable, unknown.to_string()))?;
+    }
     let snapshot = node.registry.snapshot();
     // The connection is registered by now, so a revocation after this check cuts it.
     let revoked = &node.certificates.trust().current().revoked;

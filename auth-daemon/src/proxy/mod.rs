@@ -6,6 +6,7 @@ pub(crate) mod caller;
 mod detect;
 pub(crate) mod inbound;
 pub(crate) mod local_pods;
+pub mod lookups;
 pub(crate) mod outbound;
 mod path;
 mod plaintext;
@@ -27,6 +28,7 @@ use tokio::sync::watch;
 pub use pod::{Pod, PodStatus};
 pub use same_node::SameNode;
 
+use lookups::Lookups;
 use rules::Rules;
 use shares::Capacity;
 
@@ -46,6 +48,8 @@ pub struct Node {
     pub config: Config,
     /// The model of the mesh.
     pub registry: Arc<Registry>,
+    /// Names on demand: what the registry must ask for. `None` if it knows everything.
+    pub(crate) lookups: Option<Arc<Lookups>>,
     /// The policies in force.
     pub policies: Arc<Published<Policies>>,
     /// Number of objects that stay in force although the API server lists no object of their kind any more.
@@ -81,6 +85,7 @@ impl Node {
     pub fn new(
         config: Config,
         registry: Arc<Registry>,
+        lookups: Option<Arc<Lookups>>,
         policies: Arc<Published<Policies>>,
         unconfirmed: Arc<AtomicUsize>,
         kernel: Kernel,
@@ -92,6 +97,7 @@ impl Node {
             config,
             connections: OpenConnections::new(registry.clone(), istio),
             registry,
+            lookups,
             policies,
             unconfirmed,
             rules: Rules::default(),

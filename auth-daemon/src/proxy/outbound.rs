@@ -16,12 +16,13 @@ use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::{AsyncWriteExt, Interest},
     net::TcpStream,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use super::{
     Node, Pod,
     local_pods::{Forbidden, LocalPod},
+    lookups::{Found, NotFound},
     path::{ChosenPath, NoPath, View, choose_path},
     plaintext as plain, unclaimed,
 };
@@ -45,6 +46,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long an address that no object claims may take to become known. A pod may be dialled a moment before the watch tells
 /// of it.
 const LEARN: Duration = Duration::from_secs(1);
+/// How soon istiod is asked again meanwhile.
+const ASK_AGAIN: Duration = Duration::from_millis(250);
 /// Timeout for sending a RESET.
 const SEND_RESET: Duration = Duration::from_secs(1);
 /// Maximum number of endpoints tried for one connection.
@@ -249,6 +252,8 @@ enum Refusal {
     Unreachable(#[from] Unreachable),
     #[error(transparent)]
     Unclaimed(#[from] unclaimed::Refused),
+    #[error(transparent)]
+    NotFound(#[from] NotFound),
     #[error("no valid certificate for {0}; see the daemon's log for why the CA gives none")]
     NoCertificate(auth_mesh::Identity),
     #[error("{endpoint}: {why}")]
@@ -362,8 +367,45 @@ impl Call<'_> {
         Err(last.unwrap_or(Refusal::Late))
     }
 
-    /// Resolves the dialled address. Waits for a moment if no object claims it yet.
+    /// Resolves the dialled address, with names on demand once it is known what has it.
     async fn resolve(&self) -> Result<Destination, Refusal> {
+        let Some(lookups) = &self.node.lookups else {
+            return self.resolve_known().await;
+        };
+        let (registry, dialled) = (&self.node.registry, self.connect.dialled);
+        // It may be an exposed port of a service, which is known by its own address alone.
+        let known = registry.snapshot().resolve(dialled).ok();
+        let own_address = known.and_then(|known| known.own_address);
+        let asked = own_address.unwrap_or(dialled).ip();
+        if registry.snapshot().node_at(asked).is_some() {
+            return self.resolve_known().await;
+        }
+        let deadline = Instant::now() + LEARN;
+        let mut is_doubted = false;
+        loop {
+            let found = lookups.look_up(asked).await?;
+            if registry.snapshot().kind(asked).is_some() {
+                break;
+            }
+            // What had the address is gone since.
+            if found == Found::Known && !std::mem::replace(&mut is_doubted, true) {
+                lookups.doubt(asked);
+                continue;
+            }
+            if self.node.unclaimed.refuse(asked).is_none() {
+                return Ok(Destination::outside(dialled));
+            }
+            // An address of the mesh's networks, which a pod may be about to get.
+            if Instant::now() >= deadline {
+                break;
+            }
+            sleep(ASK_AGAIN).await;
+        }
+        self.resolve_known().await
+    }
+
+    /// Resolves the dialled address. Waits for a moment if no object claims it yet.
+    async fn resolve_known(&self) -> Result<Destination, Refusal> {
         let (registry, dialled) = (&self.node.registry, self.connect.dialled);
         let deadline = Instant::now() + LEARN;
         let mut changes = registry.changes();

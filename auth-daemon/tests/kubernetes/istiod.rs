@@ -6,6 +6,7 @@ use auth_daemon::{
     config::CaServer,
     discovery::{Sink, istiod},
     issuer::{CaClient, Issuer as _, Link},
+    proxy::lookups::Lookups,
 };
 use auth_mesh::{
     AddressKind, Hbone, Identity, Published, Registry, TrustDomain,
@@ -34,7 +35,7 @@ pub(crate) struct Stage {
 /// What the daemon has learned.
 pub(crate) struct Learned {
     pub(crate) registry: Arc<Registry>,
-    policies: Arc<Published<Policies>>,
+    pub(crate) policies: Arc<Published<Policies>>,
 }
 
 impl Stage {
@@ -93,6 +94,11 @@ impl Stage {
 
     /// Follows istiod and the API server as the daemon of `NODE`, in PERMISSIVE mode, until everything is read once.
     pub(crate) async fn follow(&self) -> Learned {
+        self.follow_with(None).await
+    }
+
+    /// Like the above. With `lookups`, subscribes only to what is asked for there.
+    pub(crate) async fn follow_with(&self, lookups: Option<Arc<Lookups>>) -> Learned {
         let settings = istiod::Settings {
             mesh: Mesh {
                 trust_domain: "cluster.local".parse().unwrap(),
@@ -115,6 +121,7 @@ impl Stage {
         )));
         let sink = Sink {
             policies: Some(in_force.clone()),
+            lookups,
             ..Sink::default()
         };
         let registry = sink.registry.clone();
@@ -205,7 +212,11 @@ pub(crate) fn endpoints(registry: &Registry, address: &str) -> Vec<String> {
 }
 
 /// Whether pod `web` of this node admits `client`, or plaintext.
-fn admits(registry: &Registry, policies: &Published<Policies>, client: Option<&str>) -> bool {
+pub(crate) fn admits(
+    registry: &Registry,
+    policies: &Published<Policies>,
+    client: Option<&str>,
+) -> bool {
     let snapshot = registry.snapshot();
     let Some(web) = snapshot.on_node(NODE).find(|pod| pod.name.name == "web") else {
         return false;

@@ -1,7 +1,8 @@
 //! Istio's own objects, and what keeps pods out of the mesh, as a real istiod tells of them.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use auth_daemon::proxy::lookups::{Found, Lookups};
 use mesh_tests::IstiodOptions;
 use serde_json::{Value, json};
 
@@ -90,9 +91,17 @@ async fn istios_own_objects_and_opt_outs_are_followed() {
     stage.pod("proxy", "node-b", "10.1.0.4");
     let services = "/api/v1/namespaces/shop/services";
     let behind = json!({"istio.io/use-waypoint": "proxy"});
-    stage
-        .create(services, service("api", "10.96.7.7", &behind))
-        .await;
+    let mut api = service("api", "10.96.7.7", &behind);
+    api["spec"]["type"] = "NodePort".into();
+    api["spec"]["ports"][0]["nodePort"] = 30080.into();
+    api["spec"]["externalIPs"] = json!(["198.51.100.1"]);
+    stage.create(services, api).await;
+    let node = json!({"metadata": {"name": "node-b"}});
+    stage.create("/api/v1/nodes", node).await;
+    let address = json!({"type": "InternalIP", "address": "192.0.2.9"});
+    let status = json!({"status": {"addresses": [address]}});
+    let path = "/api/v1/nodes/node-b/status";
+    stage.cluster.merge(path, &status).unwrap();
     let mut proxy = service("proxy", "10.96.7.8", &json!({}));
     proxy["spec"]["ports"] = json!([{"port": 15008, "targetPort": 15008}]);
     stage.create(services, proxy).await;
@@ -159,6 +168,37 @@ async fn istios_own_objects_and_opt_outs_are_followed() {
     .await;
     assert_eq!(waypoint.endpoints[0].address.to_string(), "10.1.0.4:15008");
     assert_eq!(*waypoint.identities, [identity("proxy")].into());
+
+    // The same, if only what is asked for is known.
+    let lookups = Arc::new(Lookups::new(Duration::from_secs(600)));
+    let asked = stage.follow_with(Some(lookups.clone())).await.registry;
+    for address in ["10.200.0.1", "10.96.7.7", "10.96.7.9"] {
+        let found = lookups.look_up(address.parse().unwrap()).await.unwrap();
+        let expected = match address {
+            "10.96.7.9" => Found::Absent,
+            _ => Found::Known,
+        };
+        assert_eq!(found, expected, "{address}");
+    }
+    assert_eq!(endpoints(&asked, "10.200.0.1:5432"), ["10.1.0.7:5432 vm"]);
+    assert_eq!(asked.snapshot().kind("10.200.0.2".parse().unwrap()), None);
+    let api: SocketAddr = "10.96.7.7:80".parse().unwrap();
+    let snapshot = asked.snapshot();
+    let behind = snapshot.resolve(api).unwrap().waypoint.unwrap();
+    let found = snapshot.waypoint(&behind, api.ip()).unwrap();
+    assert_eq!(*found.identities, *waypoint.identities);
+
+    // Where the service is exposed, it is behind its waypoint all the same.
+    for exposed in ["192.0.2.9:30080", "198.51.100.1:80"] {
+        for registry in [&registry, &asked] {
+            eventually(exposed, async || {
+                let exposed = registry.snapshot().resolve(exposed.parse().unwrap()).ok()?;
+                let own = exposed.own_address?.to_string();
+                (exposed.waypoint.is_some() && own == "10.96.7.7:80").then_some(())
+            })
+            .await;
+        }
+    }
 
     let snapshot = registry.snapshot();
     let own: Vec<_> = snapshot.on_node(NODE).map(|pod| &pod.name.name).collect();

@@ -5,6 +5,7 @@ mod attestation;
 mod discovery;
 mod istiod;
 mod istiod_objects;
+mod istiod_on_demand;
 mod istiod_roots;
 mod leader;
 mod state;

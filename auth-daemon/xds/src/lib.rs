@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod authorization;
+mod demand;
 mod read;
 mod service;
 mod session;
@@ -34,6 +35,7 @@ pub mod workload_api;
 #[path = "generated/istio.security.rs"]
 pub mod security_api;
 
+pub use demand::Answer;
 pub use read::Mesh;
 pub use session::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Caller, Change, Session, Taken};
 pub use state::State;

@@ -1,7 +1,12 @@
-//! Delta ADS (<https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol>): subscribes to all resources of two types,
-//! and remembers their versions, so that the next stream sends only what has changed.
+//! Delta ADS (<https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol>): subscribes to all policies, and to all
+//! workloads and services or those that are asked for. Remembers the versions, so that the next stream sends only what has
+//! changed.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use auth_mesh::{Service, WaypointAt, policy::api::Object};
 use prost::Message;
@@ -9,6 +14,7 @@ use prost_types::{Struct, Value, value::Kind};
 
 use crate::{
     authorization::policy,
+    demand::{Answer, Demand, Links, Names},
     discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status},
     read::{Mesh, name},
     service::service,
@@ -46,6 +52,8 @@ pub struct Session {
     caller: Caller,
     addresses: Kept,
     authorizations: Kept,
+    /// `None` if all workloads and services are subscribed to.
+    demand: Option<Demand>,
 }
 
 /// What is known of one type.
@@ -64,6 +72,8 @@ struct Held {
     version: String,
     /// Whether it could be read, now or in an earlier version.
     is_good: bool,
+    /// Of names on demand alone.
+    links: Option<Box<Links>>,
 }
 
 /// A change of a resource.
@@ -90,21 +100,71 @@ pub struct Taken {
     pub answer: DeltaDiscoveryRequest,
     /// Why resources were rejected.
     pub rejected: Vec<String>,
+    /// What the addresses are that were asked for. They count together with the changes.
+    pub answered: Vec<(IpAddr, Answer)>,
 }
 
 impl Session {
-    /// Creates a session that has no resources yet.
+    /// Creates a session that has no resources yet, and subscribes to all.
     pub fn new(mesh: Mesh, caller: Caller) -> Self {
         Self {
             mesh,
             caller,
             addresses: Kept::default(),
             authorizations: Kept::default(),
+            demand: None,
         }
     }
 
+    /// Creates a session that subscribes to all policies, but to workloads and services only as [`Session::ask`] needs them.
+    pub fn on_demand(mesh: Mesh, caller: Caller) -> Self {
+        Self {
+            demand: Some(Demand::default()),
+            ..Self::new(mesh, caller)
+        }
+    }
+
+    /// Asks what has these addresses. For a session on demand; [`Session::requests`] returns what to send.
+    pub fn ask(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        if let Some(demand) = &mut self.demand {
+            demand.ask(addresses);
+        }
+    }
+
+    /// Reports whether istiod has been asked for addresses, and has not answered yet.
+    pub fn is_waiting(&self) -> bool {
+        self.demand.as_ref().is_some_and(Demand::is_waiting)
+    }
+
+    /// Returns what to send because of [`Session::ask`] or a response, in order.
+    pub fn requests(&mut self) -> Vec<DeltaDiscoveryRequest> {
+        let Some(demand) = &mut self.demand else {
+            return Vec::new();
+        };
+        let requests = demand.requests(&self.mesh).into_iter();
+        requests.map(subscription).collect()
+    }
+
+    /// Forgets what none of the `used` addresses needs. Returns the changes, and what to send.
+    pub fn release(
+        &mut self,
+        used: &HashSet<IpAddr>,
+    ) -> (Vec<Change>, Option<DeltaDiscoveryRequest>) {
+        let Some(demand) = &mut self.demand else {
+            return (Vec::new(), None);
+        };
+        let linked = self.addresses.held.iter();
+        let links = linked.filter_map(|(name, held)| Some((name, held.links.as_deref()?)));
+        let (released, request) = demand.release(used, &links.collect(), &self.mesh);
+        for name in &released {
+            self.addresses.held.remove(name);
+        }
+        let changes = released.into_iter().map(Change::NoAddress).collect();
+        (changes, request.map(subscription))
+    }
+
     /// Returns the requests that begin a stream.
-    pub fn open(&self) -> [DeltaDiscoveryRequest; 2] {
+    pub fn open(&mut self) -> [DeltaDiscoveryRequest; 2] {
         // Policies first, because workloads refer to them.
         let kinds = [
             (AUTHORIZATION_TYPE, &self.authorizations),
@@ -116,7 +176,24 @@ impl Session {
             initial_resource_versions: kept.versions(),
             ..Default::default()
         });
-        let [first, second] = requests;
+        let [first, mut second] = requests;
+        if let Some(demand) = &mut self.demand {
+            let held = &self.addresses.held;
+            let names = demand.open(held.keys());
+            second.resource_names_subscribe.extend(names);
+            // istiod's way of subscribing to nothing else.
+            second.resource_names_unsubscribe = vec!["*".into()];
+            // What answers the batch is to be sent whether it has changed or not.
+            let waits_for = |name: &String| {
+                let links = held.get(name).and_then(|held| held.links.as_deref());
+                demand.waits_for(name, links)
+            };
+            let resumed = std::mem::take(&mut second.initial_resource_versions).into_iter();
+            let (anew, resumed): (BTreeMap<_, _>, _) =
+                resumed.partition(|(name, _)| waits_for(name));
+            second.resource_names_subscribe.extend(anew.into_keys());
+            second.initial_resource_versions = resumed;
+        }
         let first = DeltaDiscoveryRequest {
             node: Some(self.node()),
             ..first
@@ -141,7 +218,7 @@ impl Session {
             response_nonce: response.nonce,
             ..Default::default()
         };
-        let (mut changes, mut rejected) = (Vec::new(), Vec::new());
+        let (mut changes, mut rejected, mut answered) = (Vec::new(), Vec::new(), Vec::new());
         let is_policy = response.type_url == AUTHORIZATION_TYPE;
         let kept = match response.type_url.as_str() {
             ADDRESS_TYPE => Some(&mut self.addresses),
@@ -149,7 +226,11 @@ impl Session {
             _ => None,
         };
         if let Some(kept) = kept {
+            let mut demand = self.demand.as_mut().filter(|_| !is_policy);
             for removed in response.removed_resources {
+                if let Some(demand) = &mut demand {
+                    demand.note([&removed].into_iter(), &Answer::Absent, None);
+                }
                 if kept.held.remove(&removed).is_some() {
                     changes.push(match is_policy {
                         true => Change::NoPolicy(removed),
@@ -157,28 +238,52 @@ impl Session {
                     });
                 }
             }
-            for resource in response.resources {
+            for mut resource in response.resources {
                 let (own_name, version) = (resource.name.clone(), resource.version.clone());
+                let aliases = std::mem::take(&mut resource.aliases);
                 let before = kept.held.get(&own_name);
                 if before.is_none() && kept.held.len() >= MAX_RESOURCES {
                     rejected.push(format!("more than {MAX_RESOURCES} resources"));
                     break;
                 }
-                let has_good = before.is_some_and(|before| before.is_good);
+                let (is_known, has_good) = (
+                    before.is_some(),
+                    before.is_some_and(|before| before.is_good),
+                );
+                let links = demand.as_mut().map(|demand| {
+                    demand.received(&own_name);
+                    Box::new(links(&resource, aliases, &self.caller.node))
+                });
                 let read = match is_policy {
                     true => read_policy(resource, has_good, &self.mesh),
                     false => read_address(resource, &self.mesh),
                 };
+                if let (Some(demand), Some(links)) = (&mut demand, &links) {
+                    let answer = match &read {
+                        Ok(_) => Answer::Known,
+                        // The last good version stays in force.
+                        Err(_) if is_known => Answer::Known,
+                        Err(error) => Answer::Rejected(error.clone()),
+                    };
+                    let names = links.aliases.iter().chain([&own_name]);
+                    demand.note(names, &answer, Some(links));
+                }
                 match read {
                     Ok((change, error)) => {
                         let is_good = error.is_none();
                         rejected.extend(error);
-                        kept.held.insert(own_name, Held { version, is_good });
+                        let held = Held {
+                            version,
+                            is_good,
+                            links,
+                        };
+                        kept.held.insert(own_name, held);
                         changes.push(change);
                     }
                     Err(error) => rejected.push(error),
                 }
             }
+            answered = demand.map_or_else(Vec::new, Demand::answered);
             kept.complete = true;
         } else {
             rejected.push("the type is not subscribed to".into());
@@ -194,6 +299,7 @@ impl Session {
             changes,
             answer,
             rejected,
+            answered,
         }
     }
 
@@ -227,11 +333,27 @@ impl Session {
 }
 
 impl Kept {
-    fn versions(&self) -> std::collections::BTreeMap<String, String> {
+    fn versions(&self) -> BTreeMap<String, String> {
         let held = self.held.iter();
         held.map(|(name, held)| (name.clone(), held.version.clone()))
             .collect()
     }
+}
+
+fn subscription((subscribe, unsubscribe): Names) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: ADDRESS_TYPE.into(),
+        resource_names_subscribe: subscribe,
+        resource_names_unsubscribe: unsubscribe,
+        ..Default::default()
+    }
+}
+
+/// Reads what connects the resource with others, as far as it can be read.
+fn links(resource: &Resource, aliases: Vec<String>, node: &str) -> Links {
+    let bytes = value(resource, ADDRESS_TYPE).unwrap_or_default();
+    let found = Address::decode(bytes).unwrap_or_default();
+    Links::of(&found, aliases, node)
 }
 
 /// A change, and why a policy or waypoint is not followed as it is.

@@ -2,9 +2,10 @@
 //! policies.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Instant;
 
-use mesh_tests::cluster::apps::{MARKER, account, idle_pod, server};
+use mesh_tests::cluster::apps::{MARKER, PORT, account, idle_pod, server};
 use mesh_tests::cluster::meshed::{APPS, MeshedCluster, PATIENCE, SYSTEM};
 use mesh_tests::{Cluster, Context, Error, Istiod, ProxyMode, Result, eventually_ok};
 use serde_json::{Value, json};
@@ -16,6 +17,8 @@ struct Stage {
     // First: it runs beside the cluster's API server.
     istiod: Istiod,
     meshed: MeshedCluster,
+    /// The chart's values.
+    values: PathBuf,
 }
 
 type Step = fn(&mut Stage) -> Result<()>;
@@ -36,8 +39,20 @@ const STEPS: &[(&str, Step)] = &[
         policies_are_enforced,
     ),
     (
+        "istio-service-entry: a service of Istio's own leads to pods",
+        service_entry_is_reached,
+    ),
+    (
+        "istio-opt-out: a pod's label takes it out of the mesh, and back in",
+        pod_opts_out,
+    ),
+    (
         "istio-outage: traffic continues without istiod",
         without_istiod,
+    ),
+    (
+        "istio-on-demand: daemons ask for what their pods dial",
+        names_on_demand,
     ),
 ];
 
@@ -90,7 +105,11 @@ fn set() -> Result<Stage> {
     let file = roots.with_file_name("istio-values.json");
     fs::write(&file, values.to_string())?;
     meshed.install(&["--values", &file.display().to_string()])?;
-    Ok(Stage { istiod, meshed })
+    Ok(Stage {
+        istiod,
+        meshed,
+        values: file,
+    })
 }
 
 fn daemons_serve(stage: &mut Stage) -> Result<()> {
@@ -112,7 +131,12 @@ fn who(stage: &Stage, name: &str) -> Result<String> {
 
 /// Fails unless `client` gets an answer of `web`.
 fn answers(stage: &Stage, client: &str, web: &str) -> Result<()> {
-    let answer = stage.meshed.curl(client, &who(stage, web)?)?;
+    answers_at(stage, client, &who(stage, web)?, web)
+}
+
+/// Fails unless `client` gets an answer of `web` from this URL.
+fn answers_at(stage: &Stage, client: &str, url: &str, web: &str) -> Result<()> {
+    let answer = stage.meshed.curl(client, url)?;
     let expected = answer.contains(MARKER) && answer.contains(web);
     expected
         .then_some(())
@@ -132,16 +156,21 @@ fn is_refused(stage: &Stage, client: &str, web: &str) -> Result<()> {
 /// Waits until the access log of a node has a line that says what `wanted` says.
 fn log_has(stage: &Stage, node: &str, wanted: &[(&str, &str)]) -> Result<()> {
     eventually_ok(PATIENCE, "a line of the access log", || {
-        let log = stage.meshed.daemon_log(node)?;
-        let lines = log
-            .lines()
-            .filter_map(|line| serde_json::from_str(line).ok());
-        let mut lines = lines.filter(|line: &Value| line["target"] == "access");
-        let found = lines.any(|line| wanted.iter().all(|(field, value)| line[field] == *value));
+        let found = count(stage, node, wanted)? > 0;
         found
             .then_some(())
             .with_context(|| format!("{node} has no line of {wanted:?}"))
     })
+}
+
+/// Counts the lines of a node's access log that say what `wanted` says.
+fn count(stage: &Stage, node: &str, wanted: &[(&str, &str)]) -> Result<usize> {
+    let log = stage.meshed.daemon_log(node)?;
+    let lines = log.lines();
+    let lines = lines.filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let lines = lines.filter(|line| line["target"] == "access");
+    let says = |line: &Value| wanted.iter().all(|(field, value)| line[field] == *value);
+    Ok(lines.filter(says).count())
 }
 
 fn identity(account: &str) -> String {
@@ -180,16 +209,120 @@ fn pods_talk(stage: &mut Stage) -> Result<()> {
 }
 
 fn pods_are_announced(stage: &mut Stage) -> Result<()> {
-    for label in ["app=web-1", "app=web-2", "app=client-1"] {
-        eventually_ok(PATIENCE, "the annotation of a pod", || {
-            let pod = stage.meshed.pod(APPS, label)?;
-            let found = &pod["metadata"]["annotations"]["ambient.istio.io/redirection"];
-            (found == "enabled")
-                .then_some(())
-                .with_context(|| format!("{label}: {found}"))
-        })?;
+    let labels = ["app=web-1", "app=web-2", "app=client-1"];
+    labels
+        .into_iter()
+        .try_for_each(|label| is_announced(stage, label, true))
+}
+
+/// Waits until a pod has the annotation by which its peers choose HBONE, or has lost it.
+fn is_announced(stage: &Stage, label: &str, announced: bool) -> Result<()> {
+    eventually_ok(PATIENCE, "the annotation of a pod", || {
+        let pod = stage.meshed.pod(APPS, label)?;
+        let found = &pod["metadata"]["annotations"]["ambient.istio.io/redirection"];
+        ((found == "enabled") == announced)
+            .then_some(())
+            .with_context(|| format!("{label}: {found}"))
+    })
+}
+
+/// An address that only a ServiceEntry gives to a service.
+const ENTRY: &str = "10.200.0.1";
+
+fn service_entry_is_reached(stage: &mut Stage) -> Result<()> {
+    stage.meshed.apply(&[json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry",
+        "metadata": {"name": "entry", "namespace": APPS},
+        "spec": {
+            "hosts": ["entry.example.com"], "addresses": [ENTRY], "location": "MESH_INTERNAL",
+            "resolution": "STATIC", "workloadSelector": {"labels": {"app": "web-2"}},
+            "ports": [{"number": 80, "name": "tcp", "protocol": "TCP", "targetPort": PORT}],
+        },
+    })])?;
+    entry_is_reached(stage)
+}
+
+/// Waits until a connection to the ServiceEntry reaches its pod by mutual TLS.
+fn entry_is_reached(stage: &Stage) -> Result<()> {
+    let url = format!("http://{ENTRY}/cgi-bin/who");
+    eventually_ok(PATIENCE, "an answer", || {
+        answers_at(stage, "client-1", &url, "web-2")
+    })?;
+    let (destination, web) = (format!("{ENTRY}:80"), identity("web-2"));
+    let line = [
+        ("path", "tunnel"),
+        ("destination", destination.as_str()),
+        ("server_identity", web.as_str()),
+    ];
+    log_has(stage, "node1", &line)
+}
+
+fn pod_opts_out(stage: &mut Stage) -> Result<()> {
+    let label = |value: &str| {
+        let command = format!("label pod -n {APPS} -l app=web-2 istio.io/dataplane-mode{value}");
+        stage.meshed.kubectl(&command).map(drop)
+    };
+    label("=none")?;
+    is_announced(stage, "app=web-2", false)?;
+    // Nobody logs a connection that the kernel carries in plaintext.
+    let web = identity("web-2");
+    let tunnelled = || count(stage, "node2", &[("server_identity", web.as_str())]);
+    eventually_ok(PATIENCE, "an answer in plaintext", || {
+        let before = tunnelled()?;
+        answers(stage, "client-1", "web-2")?;
+        (tunnelled()? == before)
+            .then_some(())
+            .context("it is tunnelled")
+    })?;
+    label("-")?;
+    is_announced(stage, "app=web-2", true)?;
+    eventually_ok(PATIENCE, "a tunnelled answer", || {
+        let before = tunnelled()?;
+        answers(stage, "client-1", "web-2")?;
+        (tunnelled()? > before)
+            .then_some(())
+            .context("it is not tunnelled")
+    })
+}
+
+/// Lets the daemons subscribe only to what is asked for, and repeats what matters.
+fn names_on_demand(stage: &mut Stage) -> Result<()> {
+    let values = stage.values.display().to_string();
+    let options = [
+        "--reuse-values",
+        "--values",
+        values.as_str(),
+        "--set",
+        "daemon.config.discovery.istiod.subscribe=onDemand",
+    ];
+    stage.meshed.helm("upgrade", &options)?;
+    daemons_serve(stage)?;
+    for web in ["web-1", "web-2"] {
+        answers(stage, "client-1", web)?;
     }
-    Ok(())
+    entry_is_reached(stage)?;
+    policies_are_enforced(stage)?;
+    // Nothing has this address: it is outside the mesh, and nothing listens there.
+    let outside = "198.51.100.9:80";
+    let unreachable = stage.meshed.curl("client-1", &format!("http://{outside}"));
+    (unreachable.is_err()).then_some(()).context("an answer")?;
+    log_has(
+        stage,
+        "node1",
+        &[("path", "plaintext"), ("destination", outside)],
+    )?;
+    // What is known goes on without istiod, and what it would have to be asked for is refused.
+    stage.istiod.stop()?;
+    answers(stage, "client-1", "web-2")?;
+    let unknown = "198.51.100.10:80";
+    let refused = stage.meshed.curl("client-1", &format!("http://{unknown}"));
+    (refused.is_err()).then_some(()).context("an answer")?;
+    log_has(
+        stage,
+        "node1",
+        &[("result", "refused"), ("destination", unknown)],
+    )?;
+    stage.istiod.run(stage.meshed.cluster.api())
 }
 
 /// A policy of Istio that denies `client` at the servers of `web`.

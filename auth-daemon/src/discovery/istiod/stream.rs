@@ -1,17 +1,20 @@
 //! The subscription to istiod, over all connections that carry it.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, interval, sleep, sleep_until, timeout_at},
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::issuer::{Link, explain_status};
+use crate::{
+    issuer::{Link, explain_status},
+    proxy::lookups::Lookups,
+};
 use auth_support::backoff;
 use auth_xds::{
-    Change, Session,
+    Answer, Change, Session,
     discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 
@@ -26,6 +29,10 @@ const RETRY: Duration = Duration::from_millis(250);
 const MAX_RETRY: Duration = Duration::from_secs(10);
 /// How often the same failure is logged, at most.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Until istiod has answered what it was asked for. Connections do not wait that long.
+const ANSWER: Duration = Duration::from_secs(30);
+/// How often what is not used any more is looked for.
+const RELEASE: Duration = Duration::from_secs(5);
 /// Answers that wait to be sent.
 const WAITING: usize = 16;
 
@@ -35,16 +42,30 @@ pub(super) struct Update {
     pub(super) changes: Vec<Change>,
     /// Whether all resources were received once.
     pub(super) complete: bool,
+    /// What has the addresses that were asked for, now that the changes are known.
+    pub(super) answered: Vec<(IpAddr, Answer)>,
 }
 
 /// Keeps the subscription until nobody wants the updates any more. After a failure, the next stream resumes with what the
-/// session holds.
-pub(super) async fn keep(link: Arc<Link>, mut session: Session, updates: mpsc::Sender<Update>) {
+/// session holds. A session on demand asks for what is queued in `lookups`.
+pub(super) async fn keep(
+    link: Arc<Link>,
+    mut session: Session,
+    lookups: Option<Arc<Lookups>>,
+    updates: mpsc::Sender<Update>,
+) {
     let mut failures = 0;
     let mut logged: Option<(Instant, String)> = None;
     while !updates.is_closed() {
         let mut received = false;
-        let why = follow(&link, &mut session, &updates, &mut received).await;
+        let why = follow(
+            &link,
+            &mut session,
+            lookups.as_deref(),
+            &updates,
+            &mut received,
+        )
+        .await;
         if received {
             failures = 0;
         }
@@ -67,6 +88,7 @@ pub(super) async fn keep(link: Arc<Link>, mut session: Session, updates: mpsc::S
 async fn follow(
     link: &Arc<Link>,
     session: &mut Session,
+    lookups: Option<&Lookups>,
     updates: &mpsc::Sender<Update>,
     received: &mut bool,
 ) -> String {
@@ -96,36 +118,76 @@ async fn follow(
         Ok(Err(status)) => return explain_status(&status),
         Err(_) => return late(),
     };
+    let mut release = interval(RELEASE);
     let mut responses = 0;
+    let mut asked = None;
     loop {
-        let message = match responses {
-            // One of each type.
-            0 | 1 => match timeout_at(deadline, stream.message()).await {
-                Ok(message) => message,
-                Err(_) => return late(),
-            },
-            _ => stream.message().await,
-        };
-        let response = match message {
-            Ok(Some(response)) => response,
-            Ok(None) => return "istiod has ended the stream".into(),
-            Err(status) => return explain_status(&status),
-        };
-        responses = (responses + 1).min(2);
-        let taken = session.take(response);
-        for why in &taken.rejected {
-            tracing::error!(%why, "resource of istiod rejected; its last good version stays in force");
+        // One of each type.
+        let is_first = responses < 2;
+        if session.is_waiting() {
+            asked.get_or_insert_with(Instant::now);
+        } else {
+            asked = None;
         }
+        let unanswered = asked.map_or(deadline, |asked| asked + ANSWER).max(deadline);
+        let update = tokio::select! {
+            message = stream.message() => {
+                let response = match message {
+                    Ok(Some(response)) => response,
+                    Ok(None) => return "istiod has ended the stream".into(),
+                    Err(status) => return explain_status(&status),
+                };
+                responses = (responses + 1).min(2);
+                let taken = session.take(response);
+                for why in &taken.rejected {
+                    tracing::error!(%why, "resource of istiod rejected; its last good version stays in force");
+                }
+                *received = true;
+                if answers.send(taken.answer).await.is_err() {
+                    return "istiod takes no answers any more".into();
+                }
+                Some((taken.changes, taken.answered))
+            }
+            addresses = queued(lookups) => {
+                session.ask(addresses);
+                None
+            }
+            _ = release.tick(), if lookups.is_some() => {
+                let used = lookups.map(Lookups::in_use).unwrap_or_default();
+                let (changes, request) = session.release(&used);
+                if let Some(request) = request && answers.send(request).await.is_err() {
+                    return "istiod takes no requests any more".into();
+                }
+                (!changes.is_empty()).then_some((changes, Vec::new()))
+            }
+            () = sleep_until(deadline), if is_first => return late(),
+            () = sleep_until(unanswered), if asked.is_some() => {
+                return format!("it does not answer what it was asked for within {ANSWER:?}");
+            }
+        };
+        for request in session.requests() {
+            if answers.send(request).await.is_err() {
+                return "istiod takes no requests any more".into();
+            }
+        }
+        let Some((changes, answered)) = update else {
+            continue;
+        };
         let update = Update {
-            changes: taken.changes,
+            changes,
             complete: session.is_complete(),
+            answered,
         };
         if updates.send(update).await.is_err() {
             return "it is not wanted any more".into();
         }
-        *received = true;
-        if answers.send(taken.answer).await.is_err() {
-            return "istiod takes no answers any more".into();
-        }
+    }
+}
+
+/// Waits for addresses to ask for.
+async fn queued(lookups: Option<&Lookups>) -> Vec<IpAddr> {
+    match lookups {
+        Some(lookups) => lookups.queued().await,
+        None => std::future::pending().await,
     }
 }

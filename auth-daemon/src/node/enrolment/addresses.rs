@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
     time::Instant,
 };
@@ -54,7 +54,11 @@ impl Enrolment {
         let networks = self.networks(snapshot);
         if networks != self.told.networks {
             // Before the kernel captures anything in them.
-            node.unclaimed.set_networks(networks.clone());
+            let refused = networks.iter().filter(|(_, kind)| {
+                matches!(kind, MeshKind::PodNetwork | MeshKind::ServiceNetwork)
+            });
+            let refused = refused.map(|(net, kind)| (*net, *kind)).collect();
+            node.unclaimed.set_networks(refused);
         }
         let sources = Sources {
             snapshot,
@@ -137,17 +141,46 @@ impl Enrolment {
         of_its_own.or_else(|| containing().map(|(_, kind)| *kind))
     }
 
-    /// Returns the networks of pods and services: the configured ones, and those that discovery finds.
+    /// Returns the networks of pods and services: the configured ones, and those that discovery finds. With names on demand,
+    /// any other address may be the mesh's, too.
     fn networks(&self, snapshot: &Snapshot) -> HashMap<IpNet, MeshKind> {
         let (config, found) = (&self.node.config, snapshot.networks());
         let services = config.service_networks.iter().chain(&found.services);
         let pods = config.pod_networks.iter().chain(&found.pods);
         let services = services.map(|net| (net.trunc(), MeshKind::ServiceNetwork));
         // Of a network that is given as both, pods are the safe reading: they may call.
-        services
+        let asked = self.node.lookups.iter().flat_map(|_| asked_networks());
+        asked
+            .chain(services)
             .chain(pods.map(|net| (net.trunc(), MeshKind::PodNetwork)))
             .collect()
     }
+}
+
+/// Returns all addresses as those that are asked for, and the networks of which none can be a pod's or service's: this host,
+/// links, multicast, and whatever stands for no address.
+fn asked_networks() -> impl Iterator<Item = (IpNet, MeshKind)> {
+    let asked = [
+        IpNet::new(Ipv4Addr::UNSPECIFIED.into(), 0),
+        IpNet::new(Ipv6Addr::UNSPECIFIED.into(), 0),
+    ];
+    let outside = [
+        (IpAddr::from([0, 0, 0, 0]), 8),
+        (IpAddr::from([127, 0, 0, 0]), 8),
+        (IpAddr::from([169, 254, 0, 0]), 16),
+        (IpAddr::from([224, 0, 0, 0]), 4),
+        (Ipv4Addr::BROADCAST.into(), 32),
+        (Ipv6Addr::UNSPECIFIED.into(), 128),
+        (Ipv6Addr::LOCALHOST.into(), 128),
+        (Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0).into(), 10),
+        (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0).into(), 8),
+    ]
+    .map(|(address, length)| IpNet::new(address, length));
+    let asked = asked.into_iter().map(|net| (net, MeshKind::Asked));
+    let outside = outside.into_iter().map(|net| (net, MeshKind::Outside));
+    asked
+        .chain(outside)
+        .filter_map(|(net, kind)| Some((net.ok()?, kind)))
 }
 
 /// Everything that decides what an address is to the kernel.
@@ -344,6 +377,38 @@ mod tests {
         let net = IpNet::from(ip(address));
         assert_eq!(all.get(&net).copied(), sources.entry(net), "{address}");
         sources.kind(ip(address))
+    }
+
+    #[test]
+    fn with_names_on_demand_every_address_that_a_pod_or_service_can_have_is_asked_for() {
+        let kind = |address: &str| {
+            let address = ip(address);
+            let networks = asked_networks().filter(|(net, _)| net.contains(&address));
+            let longest = networks.max_by_key(|(net, _)| net.prefix_len());
+            longest.map(|(_, kind)| kind)
+        };
+        for asked in [
+            "192.0.2.1",
+            "10.1.0.1",
+            "240.240.0.1",
+            "fd00::1",
+            "2001:2::1",
+        ] {
+            assert_eq!(kind(asked), Some(MeshKind::Asked), "{asked}");
+        }
+        for outside in [
+            "0.0.0.0",
+            "127.0.0.53",
+            "169.254.169.254",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "fe80::1",
+            "ff02::1",
+        ] {
+            assert_eq!(kind(outside), Some(MeshKind::Outside), "{outside}");
+        }
     }
 
     #[test]

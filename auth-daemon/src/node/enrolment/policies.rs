@@ -124,7 +124,12 @@ impl Enrolment {
                 let kind = self.caller_kind(snapshot, source);
                 let may_be_passed = matches!(
                     kind,
-                    None | Some(MeshKind::Outside | MeshKind::Exposed | MeshKind::ServiceNetwork)
+                    None | Some(
+                        MeshKind::Outside
+                            | MeshKind::Exposed
+                            | MeshKind::ServiceNetwork
+                            | MeshKind::Asked
+                    )
                 );
                 if connection.is_half_open && !unchecked.is_new && !may_be_passed {
                     return false;

@@ -266,6 +266,10 @@ async fn deliver(
     let dialled = asked.map_err(malformed)?;
     access.learn(|details| details.destination = Some(dialled));
     let is_own = |ip| ip == local || pod.enrolled.addresses().contains(&ip);
+    if let Some(lookups) = node.lookups.as_ref().filter(|_| !is_own(dialled.ip())) {
+        let found = lookups.look_up(dialled.ip()).await;
+        found.map_err(|unknown| (ResetCode::Unreachable, unknown.to_string()))?;
+    }
     let server = serves(&node.registry.snapshot(), dialled, is_own).map_err(malformed)?;
     if server.is_ipv4() != local.is_ipv4() {
         // The app would not see the client's address.

@@ -47,6 +47,8 @@ pub struct Resource {
     pub resource: ::core::option::Option<::prost_types::Any>,
     #[prost(string, tag = "3")]
     pub name: ::prost::alloc::string::String,
+    #[prost(string, repeated, tag = "4")]
+    pub aliases: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// envoy.config.core.v3.Node
 #[derive(Clone, PartialEq, ::prost::Message)]

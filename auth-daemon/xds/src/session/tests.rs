@@ -22,6 +22,7 @@ fn resource(name: &str, type_url: &str, value: Vec<u8>) -> Resource {
     Resource {
         name: name.into(),
         version: "v1".into(),
+        aliases: Vec::new(),
         resource: Some(Any {
             type_url: type_url.into(),
             value,
