@@ -1,10 +1,14 @@
-//! The daemon's HTTP endpoints: status, metrics and readiness.
+//! The daemon's HTTP endpoints: status, metrics and readiness, and the page that shows the mesh.
 
 mod health;
+mod live;
 mod metrics;
+mod page;
 mod status;
 
 pub use health::{HEALTH_SOCKET, Health, LIVE, READY};
+pub(crate) use live::{Missing, Nodes, Reachable};
+pub(crate) use page::with_page;
 pub use status::Identification;
 
 use std::{
@@ -105,12 +109,16 @@ pub async fn serve(node: Arc<Node>, health: Arc<Health>, listeners: Listeners) {
         .route("/policy/pods", get(policy_pods))
         .route("/flows/{after}", get(flows))
         .route("/pairs", get(pairs))
+        .route("/nodes", get(live::nodes))
+        .route("/live/{after}/{since}", get(live::live))
+        .route("/mesh", get(live::mesh))
+        .route("/policy/pod/{namespace}/{name}", get(live::policies_of))
         .with_state(node.clone());
     let metrics_routes = Router::new()
         .route("/metrics", get(metrics::metrics))
         .with_state(node);
     tokio::join!(
-        answer(listeners.admin, status_routes),
+        answer(listeners.admin, with_page(status_routes)),
         answer(listeners.readiness, health::routes(health)),
         answer(listeners.metrics, metrics_routes)
     );

@@ -121,12 +121,21 @@ impl Daemons {
 
     /// Finds the daemons again: nodes may have joined, and pods have been replaced.
     pub(super) fn refresh(&mut self) -> anyhow::Result<()> {
-        let selection = &self.selection;
-        (self.list, self.missing) = match &self.cluster {
-            Some(client) => self.runtime.block_on(in_cluster(client, selection))?,
-            None => self.runtime.block_on(at_addresses(selection)),
-        };
+        (self.list, self.missing) = self.runtime.block_on(self.look())?;
         Ok(())
+    }
+
+    /// Returns the daemons that can be asked now, and the nodes whose daemons cannot. Does not change what `self` knows.
+    pub(super) async fn look(&self) -> anyhow::Result<(Vec<Daemon>, Vec<Unanswered>)> {
+        match &self.cluster {
+            Some(client) => in_cluster(client, &self.selection).await,
+            None => Ok(at_addresses(&self.selection).await),
+        }
+    }
+
+    /// Runs `work` on the runtime that the daemons are asked on.
+    pub(super) fn run<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
     }
 
     /// The daemons that can be asked, by name.
@@ -228,7 +237,7 @@ impl Daemons {
 
 impl Daemon {
     /// Requests `path`, with `body` if there is one, and reads the answer as JSON.
-    async fn request<T: DeserializeOwned>(
+    pub(super) async fn request<T: DeserializeOwned>(
         &self,
         path: &str,
         body: Option<Vec<u8>>,

@@ -16,6 +16,7 @@ mod standby;
 mod status;
 mod strict_readiness;
 mod top;
+mod ui;
 mod uninstall;
 mod unload;
 
@@ -48,6 +49,9 @@ enum Command {
     Observe(observe::Arguments),
     /// Show a live table of who talks to whom: connections, bytes, how they are encrypted, and refusals.
     Top(top::Arguments),
+    /// Show the mesh in a browser: a map of who calls whom, how it is encrypted, what was refused and why. Serves a page on
+    /// this machine's loopback, and prints its address.
+    Ui(ui::Arguments),
     /// Say who would be cut off if ports accepted mutual TLS only. Exit code 0: nobody, 1: somebody, 2: unknown.
     StrictReadiness(strict_readiness::Arguments),
     /// Explain which calls the policies allow, compare policies, and suggest some.
@@ -69,6 +73,7 @@ impl Cli {
             Command::Status(arguments) => return Ok(status::status(&arguments)),
             Command::Observe(arguments) => return observe::observe(&arguments),
             Command::Top(arguments) => top::top(&arguments),
+            Command::Ui(arguments) => ui::ui(&arguments),
             Command::StrictReadiness(arguments) => {
                 return Ok(strict_readiness::strict_readiness(&arguments));
             }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use auth_mesh::{Snapshot, Workload};
+use auth_mesh::{Snapshot, Workload, policy::suggest::workload_name};
 use auth_tunnel::tls::rfc3339;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,9 @@ pub struct Flow {
     pub client: SocketAddr,
     /// The pod with that address, as `namespace/name`.
     pub client_pod: Option<String>,
+    /// The workload that the pod belongs to, as `namespace/name`.
+    #[serde(default)]
+    pub client_workload: Option<String>,
     /// The client's SPIFFE ID.
     pub client_identity: Option<String>,
     /// The address and port that the client dialled.
@@ -46,6 +49,9 @@ pub struct Flow {
     pub endpoint: Option<SocketAddr>,
     /// The pod with that address, as `namespace/name`.
     pub server_pod: Option<String>,
+    /// The workload that the pod belongs to, as `namespace/name`.
+    #[serde(default)]
+    pub server_workload: Option<String>,
     /// The server's SPIFFE ID.
     pub server_identity: Option<String>,
     /// Bytes that the client's app sent.
@@ -170,6 +176,8 @@ impl Ended {
         let finished = &self.finished;
         let identity = |identity: &auth_mesh::Identity| identity.to_string();
         let pod = |pod: &Arc<Workload>| pod.name.to_string();
+        let workload =
+            |pod: &Arc<Workload>| format!("{}/{}", pod.name.namespace, workload_name(pod));
         Flow {
             time: format_time(self.at),
             node: node.to_owned(),
@@ -181,11 +189,13 @@ impl Ended {
             path: finished.path.name().to_owned(),
             client: finished.client,
             client_pod: self.client_pod.as_ref().map(pod),
+            client_workload: self.client_pod.as_ref().map(workload),
             client_identity: finished.client_identity.as_ref().map(identity),
             destination: finished.destination,
             service: finished.service.as_ref().map(ToString::to_string),
             endpoint: finished.endpoint,
             server_pod: self.server_pod.as_ref().map(pod),
+            server_workload: self.server_pod.as_ref().map(workload),
             server_identity: finished.server_identity.as_ref().map(identity),
             bytes_to_server: finished.bytes_to_server,
             bytes_to_client: finished.bytes_to_client,

@@ -1,6 +1,7 @@
 //! Code that the scenarios share: their initial pods, and the peers and applications in them.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod admin_port;
 pub(crate) mod authority;
 pub(crate) mod by_uid;
 pub(crate) mod early;

@@ -90,7 +90,7 @@ const FOR_MACHINES: [Program; 4] = [
     },
 ];
 
-const PROGRAMS: [Program; 14] = [
+const PROGRAMS: [Program; 15] = [
     Program {
         command: "ip",
         package: "iproute2",
@@ -146,5 +146,9 @@ const PROGRAMS: [Program; 14] = [
     Program {
         command: "ps",
         package: "procps",
+    },
+    Program {
+        command: "chromium",
+        package: "chromium",
     },
 ];

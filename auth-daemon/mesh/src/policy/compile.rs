@@ -130,7 +130,7 @@ pub struct WorkloadPolicy {
     dry_deny: Group,
     dry_allow: Group,
     mode: PeerMode,
-    ports: BTreeMap<u16, PeerMode>,
+    pub(super) ports: BTreeMap<u16, PeerMode>,
     /// Names of all ALLOW policies, and of those together with the dry-run ones.
     allowing: Arc<[Arc<ObjectName>]>,
     dry_allowing: Arc<[Arc<ObjectName>]>,

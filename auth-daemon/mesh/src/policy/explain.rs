@@ -94,7 +94,7 @@ pub fn explain(
 }
 
 /// Returns a policy's action or mode, and whether it is a dry run.
-fn does(object: &Object) -> String {
+pub(super) fn does(object: &Object) -> String {
     match object {
         Object::Authorization(policy) => {
             let dry = if policy.dry_run { ", dry run" } else { "" };

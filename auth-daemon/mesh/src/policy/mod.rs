@@ -19,6 +19,7 @@ mod naive;
 pub mod question;
 mod reading;
 mod rules;
+pub mod selecting;
 pub mod suggest;
 mod trust_domain;
 mod warnings;

@@ -250,7 +250,7 @@ impl Known {
         }
     }
 
-    fn endpoints(
+    pub(super) fn endpoints(
         &self,
         service: &Service,
         port: Option<u16>,
@@ -301,11 +301,11 @@ impl Known {
         Ok(routes.next().unwrap_or((address, *first)))
     }
 
-    fn pod(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
+    pub(super) fn pod(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
         self.pods.iter().find(|pod| pod.name == *name)
     }
 
-    fn missing(&self, what: &str, name: &ObjectName) -> String {
+    pub(super) fn missing(&self, what: &str, name: &ObjectName) -> String {
         format!(
             "{} has no {what} {name} that is part of the mesh (a pod needs status.podIP, a service a clusterIP)",
             self.source
