@@ -95,19 +95,19 @@ impl MadeUp {
             let (namespace, nth) = (number / 20, number % 20);
             let own = namespace * 20 + nth * 2 + 1;
             let next = (namespace / 5 + 1) * 100 + number * 7 % 100;
-            let calls_next = nth % 3 == 0 && next < 500;
+            let calls_next = nth.is_multiple_of(3) && next < 500;
             let own = (nth < 10).then_some(own);
             let called = own.into_iter().chain(calls_next.then_some(next));
             called.map(move |to| Call {
                 from: name(number),
                 to: name(to),
                 port: 8080,
-                path: if to == next && number % 31 == 0 {
+                path: if to == next && number.is_multiple_of(31) {
                     "plaintext"
                 } else {
                     paths[nth % 5]
                 },
-                is_refused: to == next && number % 47 == 0,
+                is_refused: to == next && number.is_multiple_of(47),
                 per_second: 0.2 + (number % 17) as f64,
             })
         });
