@@ -92,7 +92,11 @@ pub const WORKLOAD_API_PORT: u16 = 15082;
 /// Opens the listener of the workload API in a pod. It accepts only what arrives on the loopback interface, so its callers are
 /// in the pod's netns.
 pub fn open_workload_api(kernel: &Kernel, netns: &Netns) -> io::Result<TcpListener> {
-    netns.enter(|| listener(kernel, WORKLOAD_API))?
+    netns.enter(|| {
+        listen(kernel, WORKLOAD_API, |socket| {
+            socket.bind_device(Some(LOOPBACK))
+        })
+    })?
 }
 
 const WORKLOAD_API: SocketAddr =
@@ -113,7 +117,17 @@ fn lacks_ipv6(error: &io::Error) -> bool {
         || error.raw_os_error() == Some(libc::EAFNOSUPPORT)
 }
 
+/// Opens a listener of the proxy.
 fn listener(kernel: &Kernel, address: SocketAddr) -> io::Result<TcpListener> {
+    listen(kernel, address, |socket| end_with_reset(socket.into()))
+}
+
+/// Opens a listener after `prepare` has set what is particular to its socket, which accepted sockets inherit.
+fn listen(
+    kernel: &Kernel,
+    address: SocketAddr,
+    prepare: impl FnOnce(&Socket) -> io::Result<()>,
+) -> io::Result<TcpListener> {
     let named = |error: io::Error| {
         io::Error::new(
             error.kind(),
@@ -136,11 +150,7 @@ fn listener(kernel: &Kernel, address: SocketAddr) -> io::Result<TcpListener> {
         setsockopt(&socket, sockopt::IpTransparent, &true)?;
     }
     // Accepted sockets inherit these options.
-    if address == WORKLOAD_API {
-        socket.bind_device(Some(LOOPBACK))?;
-    } else {
-        end_with_reset(SockRef::from(&socket))?;
-    }
+    prepare(&socket)?;
     socket.set_tcp_keepalive(&KEEPALIVE)?;
     socket.set_tcp_nodelay(true)?;
     // Before there are connections, which inherit the mark.
