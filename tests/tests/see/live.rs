@@ -8,7 +8,7 @@ use serde_json::json;
 use super::chromium::Chromium;
 use crate::common::{
     admin_port::forward_admin_port,
-    lifecycle_pair::{SERVICES, call, daemons, echoes, pair},
+    lifecycle_pair::{Echoing, SERVICES, call, echoes},
 };
 
 /// A pod's name that would run, if it became markup.
@@ -38,19 +38,13 @@ pub(crate) fn with_text(selector: &str, text: &str) -> String {
 
 #[test]
 fn the_mesh_is_seen_in_a_browser() {
-    let mesh = pair();
-    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let stage = Echoing::start();
+    let (client, web, mesh) = (&stage.client, &stage.web, &stage.mesh);
     let (here, there) = (mesh.node("a"), mesh.node("b"));
     let started = Chromium::start("the_mesh_is_seen_in_a_browser", here.place()).unwrap();
     let Some(mut browser) = started else {
         return;
     };
-    let _echo = web
-        .app("echo-server --port 8080")
-        .unwrap()
-        .listening()
-        .unwrap();
-    let (a, b) = daemons(&mesh);
     let hostile = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": HOSTILE, "namespace": "default", "uid": "hostile"},
@@ -83,7 +77,7 @@ fn the_mesh_is_seen_in_a_browser() {
         .click("document.getElementById('show-table')")
         .unwrap();
     appears(&mut browser, "mtls", || {
-        echoes(&client, SERVICES[0].parse().unwrap())
+        echoes(client, SERVICES[0].parse().unwrap())
     });
     appears(&mut browser, "refused", || {
         assert_eq!(call(mesh.outside(), web.at(8080))["event"], "failed");
@@ -136,7 +130,7 @@ fn the_mesh_is_seen_in_a_browser() {
     });
     mesh.manifests().apply(&policy).unwrap();
     eventually(TIMEOUT, "the policy to be enforced", || {
-        (call(&client, web.at(8080))["event"] == "failed").then_some(())
+        (call(client, web.at(8080))["event"] == "failed").then_some(())
     })
     .unwrap();
     let row = with_text("tr.refused", "AuthorizationPolicy default/nobody rules[0]");
@@ -188,7 +182,7 @@ fn the_mesh_is_seen_in_a_browser() {
     assert_eq!(browser.complaints().unwrap(), [""; 0]);
 
     // A daemon that ends is named, and what was seen stays.
-    a.kill().unwrap();
+    stage.a.kill().unwrap();
     let notice = with_text("#notices p", "Node a cannot be asked");
     browser.wait("notice", &notice).unwrap();
     browser.open(&url).unwrap();
@@ -203,7 +197,7 @@ fn the_mesh_is_seen_in_a_browser() {
             "document.querySelector('.edge')",
         )
         .unwrap();
-    b.kill().unwrap();
+    stage.b.kill().unwrap();
     browser.open(&url).unwrap();
     let advice = with_text("#empty h2", "No daemon can be asked");
     browser.wait("advice", &advice).unwrap();
