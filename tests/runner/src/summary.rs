@@ -1,6 +1,6 @@
 //! The results of tests, counted from libtest's output.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// The results of a run.
 #[derive(Debug, Default)]
@@ -8,7 +8,8 @@ pub struct Summary {
     passed: usize,
     failed: usize,
     ignored: usize,
-    failures: BTreeSet<String>,
+    /// The failed tests, and what they failed with, where that is known.
+    failures: BTreeMap<String, Option<String>>,
     skipped: BTreeMap<String, String>,
 }
 
@@ -20,7 +21,7 @@ impl Summary {
             self.passed += 1;
         } else {
             self.failed += 1;
-            self.failures.insert(test.to_owned());
+            self.failures.insert(test.to_owned(), panic_message(output));
         }
     }
 
@@ -39,7 +40,7 @@ impl Summary {
             .strip_prefix("test ")
             .and_then(|line| line.strip_suffix(" ... FAILED"))
         {
-            self.failures.insert(test.to_owned());
+            self.failures.insert(test.to_owned(), None);
         } else {
             self.skipped(line);
         }
@@ -62,8 +63,9 @@ impl Summary {
         for (test, reason) in &self.skipped {
             text += &format!("SKIPPED {test}: {reason}\n");
         }
-        for test in &self.failures {
-            text += &format!("FAILED {test}\n");
+        for (test, message) in &self.failures {
+            let message = message.as_ref().map(|message| format!(": {message}"));
+            text += &format!("FAILED {test}{}\n", message.unwrap_or_default());
         }
         let passed = self.passed();
         let (failed, skipped, ignored) = (self.failed, self.skipped.len(), self.ignored);
@@ -79,7 +81,7 @@ impl Summary {
 
     /// The names of the tests that failed.
     pub fn failed_tests(&self) -> Vec<String> {
-        self.failures.iter().cloned().collect()
+        self.failures.keys().cloned().collect()
     }
 
     /// The tests that were skipped, and why.
@@ -89,6 +91,13 @@ impl Summary {
             .map(|(test, reason)| format!("{test}: {reason}"))
             .collect()
     }
+}
+
+/// The first line of the message of the first panic.
+fn panic_message(output: &str) -> Option<String> {
+    let mut lines = output.lines();
+    lines.find(|line| line.starts_with("thread '") && line.contains(" panicked at "))?;
+    lines.next().map(str::to_owned)
 }
 
 /// The number before a word in `ok. 3 passed; 0 failed; 1 ignored; …`.
@@ -160,7 +169,9 @@ test result: ok. 1 passed; 0 failed; 4 ignored; 0 measured; 0 filtered out; fini
         let mut summary = Summary::default();
         summary.add("a::good", true, "test good ... ok\n");
         summary.add("a::absent", true, "SKIPPED absent: no kTLS here\n");
-        summary.add("a::bad", false, "it went wrong\n");
+        let output = "---- bad stdout ----\n\nthread 'bad' (7) panicked at tests/a.rs:9:5:\nit went wrong\nsince\n";
+        summary.add("a::bad", false, output);
+        summary.add("a::killed", false, "test killed ...");
         summary.add_ignored(2);
         assert_eq!(
             summary.describe(),
