@@ -12,8 +12,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
     cargo xtask build-ebpf \
     && cargo install --locked cargo-auditable@0.7.7 \
-    && cargo auditable build --release --locked --package auth-daemon --bin auth-daemon \
-    && strip --strip-debug -o /auth-daemon target/release/auth-daemon
+    && cargo auditable build --profile dist --locked --package auth-daemon --bin auth-daemon \
+    && strip --strip-debug -o /auth-daemon target/dist/auth-daemon
 
 FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /auth-daemon /usr/bin/auth-daemon

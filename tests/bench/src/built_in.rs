@@ -4,6 +4,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use xtask_support::build::DIST_PROFILE;
 use xtask_support::step::{self, cargo, step};
 
 /// Builds and runs the benchmark `name`, and returns its measurements.
@@ -14,7 +15,8 @@ pub(super) fn built_in(name: &str, what: &str) -> Result<Value> {
     step(what, || {
         let mut command = cargo();
         command
-            .args(["bench", "--workspace", "--bench", name])
+            .args(["bench", "--profile", DIST_PROFILE])
+            .args(["--workspace", "--bench", name])
             .stderr(Stdio::inherit());
         let output = command
             .output()

