@@ -60,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// The options that select the scenario tests, which live in `tests/tests`.
-pub const SCENARIOS: [&str; 4] = ["--package", "mesh-tests", "--test", "*"];
+const SCENARIOS: [&str; 4] = ["--package", "mesh-tests", "--test", "*"];
 
 /// Runs those tests of the binaries that cargo's options select whose name contains one of these, or all, and sums up.
 /// Returns false when there are none.

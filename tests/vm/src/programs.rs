@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use test_runner::SCENARIOS;
 use test_runner::binaries::{self, Binary};
 
 /// The folder of our own programs in a machine.
@@ -28,7 +27,9 @@ pub(super) fn build(
     wanted: impl Fn(&str) -> bool,
     filters: &[String],
 ) -> Result<(Vec<Binary>, Vec<Tests>)> {
-    let mut binaries = binaries::build(&SCENARIOS)?;
+    // With the features that the whole workspace asks for, so that a run of all tests has built the same.
+    let mut binaries = binaries::build(&["--workspace", "--test", "*"])?;
+    binaries.retain(|binary| binary.package.ends_with("tests"));
     let mut modules: BTreeMap<String, Tests> = BTreeMap::new();
     for binary in &binaries {
         for test in binary.tests()? {
