@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::{Node, Process, TIMEOUT, eventually_ok, http_get};
 use serde_json::{Value, json};
 
@@ -120,7 +120,15 @@ fn each_panel_has_data_and_the_rules_are_loaded() {
     };
     let panels = panels();
     assert!(panels.len() > 12, "{}", panels.len());
-    // Counters grow for as long as Prometheus has not seen each of them twice.
+    let value = |query: &str| {
+        let series = prometheus.query(query)?;
+        let [series] = &series[..] else {
+            bail!("{query}: {series:?}")
+        };
+        let value = series["value"][1].as_str().context("no value")?;
+        Ok(value.parse::<f64>()?)
+    };
+    // Counters grow for as long as Prometheus has not seen each of them twice. Rules are evaluated later than that.
     eventually_ok(TIMEOUT, "data in every panel", || {
         echoes(client, web.at(8080));
         echoes(mesh.outside(), web.at(8080));
@@ -145,43 +153,37 @@ fn each_panel_has_data_and_the_rules_are_loaded() {
                 }
             }
         }
+        // What the panels show is the mesh's: both daemons, connections by TLS and in plaintext, and the alert that fires.
+        let daemons = value("sum(up)")?;
+        ensure!(daemons == 2.0, "{daemons} daemons");
+        let ratio = value("auth_daemon:plaintext:ratio5m")?;
+        ensure!(ratio > 0.0 && ratio < 1.0, "plaintext: {ratio}");
+        let firing = value(
+            "count(ALERTS{alertname=\"AuthDaemonPlaintextRefused\", alertstate=\"firing\", namespace=\"default\"})",
+        )?;
+        ensure!(firing == 1.0, "{firing} alerts");
         Ok(())
     })
     .unwrap();
 
-    // What the panels show is the mesh's: both daemons, connections by TLS and in plaintext, and the alert that fires.
-    let value = |query: &str| {
-        let series = prometheus.query(query).unwrap();
-        let [series] = &series[..] else {
-            panic!("{query}: {series:?}")
-        };
-        series["value"][1].as_str().unwrap().parse::<f64>().unwrap()
-    };
-    assert_eq!(value("sum(up)"), 2.0);
-    let ratio = value("auth_daemon:plaintext:ratio5m");
-    assert!(ratio > 0.0 && ratio < 1.0, "{ratio}");
-    assert_eq!(
-        value(
-            "count(ALERTS{alertname=\"AuthDaemonPlaintextRefused\", alertstate=\"firing\", namespace=\"default\"})"
-        ),
-        1.0
-    );
-
-    let loaded = prometheus.ask("rules").unwrap();
-    let rules: Vec<&Value> = loaded["groups"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .flat_map(|group| group["rules"].as_array().unwrap())
-        .collect();
     let text = fs::read_to_string(Path::new(DEPLOY).join("prometheus/rules.yaml")).unwrap();
     let declared = text.lines().map(str::trim);
     let declared =
         declared.filter(|line| line.starts_with("- alert: ") || line.starts_with("- record: "));
-    assert_eq!(rules.len(), declared.count());
-    for rule in rules {
-        assert_eq!(rule["health"], "ok", "{rule}");
-    }
+    let declared = declared.count();
+    // A rule's health is unknown until its first evaluation.
+    eventually_ok(TIMEOUT, "healthy rules", || {
+        let loaded = prometheus.ask("rules")?;
+        let groups = loaded["groups"].as_array().context("no groups")?;
+        let rules = groups.iter().filter_map(|group| group["rules"].as_array());
+        let rules: Vec<_> = rules.flatten().collect();
+        ensure!(rules.len() == declared, "{} rules", rules.len());
+        for rule in rules {
+            ensure!(rule["health"] == "ok", "{rule}");
+        }
+        Ok(())
+    })
+    .unwrap();
 }
 
 #[test]
