@@ -197,24 +197,36 @@ impl Judge<'_> {
         !states.iter().all(private)
     }
 
-    /// No server reads anything that no caller sent, except while its pod joins or leaves the mesh: then its peer's
-    /// daemon may still speak TLS to it. It also does to what is nested in a pod that forwards: nothing of the caller's
-    /// is in that, and the handshake fails.
+    /// No server reads anything that no caller sent, except while its pod or the caller's joins or leaves the mesh: then
+    /// the caller's daemon may still speak TLS to it. It also does to what is nested in a pod that forwards: nothing of the
+    /// caller's is in that, and the handshake fails.
     fn foreign(&mut self) {
+        let Outcome { world, history, .. } = self.outcome;
         for (site, event) in &self.outcome.foreign {
             if matches!(site, Site::Nested(_)) {
                 continue;
             }
             let at = event["at"].as_u64().unwrap_or_default();
-            let states = self.outcome.history.in_force(at, at);
-            let members: BTreeSet<bool> = states
-                .iter()
-                .map(|state| matches!(site, Site::Pod(pod) | Site::Nested(pod) if state.pods[*pod].member))
-                .collect();
-            if members.len() == 1 {
-                let site = self.outcome.world.describe(*site);
-                self.violations
-                    .push(format!("{site} read what nobody sent: {event}"));
+            let states = history.in_force(at, at);
+            let server = match site {
+                Site::Pod(pod) => Some(*pod),
+                _ => None,
+            };
+            let peer = event["ends"]["peer"].as_str();
+            let peer = peer.and_then(|peer| peer.parse::<SocketAddr>().ok());
+            let caller = peer.and_then(|peer| world.pod_at(peer.ip()));
+            let settled = [server, caller].into_iter().flatten().all(|pod| {
+                let is_member = |state: &State| state.pods[pod].member;
+                states
+                    .iter()
+                    .all(|state| is_member(state) == is_member(states[0]))
+            });
+            if settled {
+                let site = world.describe(*site);
+                // The kind of violation comes first, as in the others.
+                self.violations.push(format!(
+                    "foreign bytes: {site} read what nobody sent: {event}"
+                ));
             }
         }
     }
