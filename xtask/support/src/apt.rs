@@ -1,6 +1,7 @@
 //! Debian packages, for the parts of this project's tools that are not Rust crates.
 
-use std::fs;
+use std::env;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -25,6 +26,7 @@ pub fn present() -> bool {
 /// # Errors
 /// If the archive cannot be reached.
 pub fn update() -> Result<()> {
+    let _turn = turn()?;
     step("read the package archive's index (apt-get update)", || {
         run(apt_get().args(["--quiet", "update"]))
     })
@@ -54,6 +56,7 @@ fn has_candidate(policy: &str) -> bool {
 /// # Errors
 /// If apt-get fails; its own messages are on stderr.
 pub fn install(packages: &[String]) -> Result<()> {
+    let _turn = turn()?;
     let _guard = NoServices::new()?;
     step(&format!("install {}", packages.join(" ")), || {
         let mut apt = apt_get();
@@ -61,6 +64,15 @@ pub fn install(packages: &[String]) -> Result<()> {
             .args(packages);
         run(&mut apt)
     })
+}
+
+/// Waits until no other command of this project runs apt, and keeps others waiting while the file is open. apt waits for
+/// another process's packages, but not for its index, and [`NoServices`] must outlast all that install.
+fn turn() -> Result<File> {
+    let path = env::temp_dir().join("auth-daemon-apt.lock");
+    let file = File::options().create(true).append(true).open(&path);
+    let lock = file.and_then(|file| file.lock().map(|()| file));
+    lock.with_context(|| format!("cannot lock {}", path.display()))
 }
 
 fn apt_get() -> Command {
