@@ -175,8 +175,8 @@ test result: ok. 1 passed; 0 failed; 4 ignored; 0 measured; 0 filtered out; fini
         summary.add_ignored(2);
         assert_eq!(
             summary.describe(),
-            "SKIPPED absent: no kTLS here\nFAILED a::bad\n\
-             tests: 1 passed, 1 failed, 1 skipped, 2 ignored\n"
+            "SKIPPED absent: no kTLS here\nFAILED a::bad: it went wrong\nFAILED a::killed\n\
+             tests: 1 passed, 2 failed, 1 skipped, 2 ignored\n"
         );
     }
 }
