@@ -12,7 +12,7 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::known;
+use super::{Unobserved, known, observed};
 use crate::{
     observe::{
         flows::{Page, format_time},
@@ -113,18 +113,18 @@ pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Json<Nodes> {
 pub(super) async fn live(
     State(node): State<Arc<Node>>,
     Path((after, since)): Path<(u64, String)>,
-) -> Json<Live> {
+) -> Result<Json<Live>, Unobserved> {
     let name = &node.config.node_name;
-    let connections = &node.connections;
+    let connections = observed(&node)?;
     connections.settle_pairs();
     let mut pairs = connections.pairs.answer(name, node.with_unseen_callers());
     // Times in this format sort as text.
     pairs.pairs.retain(|pair| pair.last >= since);
-    Json(Live {
+    Ok(Json(Live {
         time: format_time(SystemTime::now()),
         flows: connections.flows.after(after, name),
         pairs,
-    })
+    }))
 }
 
 /// Returns the workloads and Services of the mesh.
@@ -151,7 +151,7 @@ impl Mesh {
         }
         let mut left_out = 0;
         for pod in snapshot.workloads().filter(|pod| !pod.finished) {
-            let name = workload_name(pod);
+            let name = workload_name(pod).to_owned();
             let key = (pod.name.namespace.clone(), name.clone());
             if !workloads.contains_key(&key) && workloads.len() == MAX_OBJECTS {
                 left_out += 1;

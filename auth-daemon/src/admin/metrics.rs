@@ -38,7 +38,7 @@ pub(super) async fn metrics(State(node): State<Arc<Node>>) -> impl IntoResponse 
 
 fn collect(node: &Node) -> Registry {
     let mut root = Registry::default();
-    node.connections.settle_pairs();
+    node.connections.settle_metrics();
     let registry = root.sub_registry_with_prefix("auth_daemon");
     registry.register(
         "build",

@@ -21,6 +21,7 @@ use std::{
 use axum::{
     Json, Router,
     extract::{self, State},
+    http::StatusCode,
     routing::{get, post},
 };
 use tokio::{
@@ -29,7 +30,8 @@ use tokio::{
 };
 
 use crate::{
-    observe::{flows::Page, pairs},
+    config::Observe,
+    observe::{connections::OpenConnections, flows::Page, pairs},
     proxy::Node,
 };
 use auth_mesh::policy::{
@@ -149,19 +151,31 @@ async fn policy_pods(State(node): State<Arc<Node>>) -> Json<Inventory> {
 async fn flows(
     State(node): State<Arc<Node>>,
     extract::Path(after): extract::Path<u64>,
-) -> Json<Page> {
-    Json(node.connections.flows.after(after, &node.config.node_name))
+) -> Result<Json<Page>, Unobserved> {
+    let connections = observed(&node)?;
+    Ok(Json(connections.flows.after(after, &node.config.node_name)))
 }
 
 /// Returns which workloads call each other.
-async fn pairs(State(node): State<Arc<Node>>) -> Json<pairs::Answer> {
-    node.connections.settle_pairs();
+async fn pairs(State(node): State<Arc<Node>>) -> Result<Json<pairs::Answer>, Unobserved> {
+    let connections = observed(&node)?;
+    connections.settle_pairs();
     let unseen = node.with_unseen_callers();
-    Json(
-        node.connections
-            .pairs
-            .answer(&node.config.node_name, unseen),
-    )
+    let answer = connections.pairs.answer(&node.config.node_name, unseen);
+    Ok(Json(answer))
+}
+
+/// The answer of a daemon that observes nothing to a question about connections.
+type Unobserved = (StatusCode, &'static str);
+
+fn observed(node: &Node) -> Result<&OpenConnections, Unobserved> {
+    match node.config.observe {
+        Observe::Connections => Ok(&node.connections),
+        Observe::Nothing => Err((
+            StatusCode::NOT_FOUND,
+            "this daemon keeps nothing of connections: its configuration has observe: nothing",
+        )),
+    }
 }
 
 fn known(node: &Node) -> Known {

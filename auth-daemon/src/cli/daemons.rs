@@ -33,6 +33,8 @@ use auth_support::http_client;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Largest answer, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
+/// How much of a daemon's error is shown, in bytes.
+const MAX_SAID: usize = 500;
 /// Number of daemons that are asked at the same time.
 const AT_ONCE: usize = 16;
 
@@ -266,14 +268,19 @@ impl Daemon {
                     http_client::post(pod, &uri, body, MAX_ANSWER).await
                 }
             };
-            let (status, body) = answer.map_err(|error| anyhow!(error))?;
-            anyhow::ensure!(status == 200, "the daemon answers HTTP {status} to {path}");
-            Ok(serde_json::from_slice(&body)?)
+            answer.map_err(|error| anyhow!(error))
         };
-        timeout(DEADLINE, asked)
+        let (status, body) = timeout(DEADLINE, asked)
             .await
             .unwrap_or_else(|_| Err(anyhow!("no answer within {DEADLINE:?}")))
-            .with_context(|| self.way.to_string())
+            .with_context(|| self.way.to_string())?;
+        if status != 200 {
+            let said = String::from_utf8_lossy(&body[..body.len().min(MAX_SAID)]);
+            let said = said.replace(char::is_control, " ");
+            bail!("it answers HTTP {status} to {path}: {said}");
+        }
+        serde_json::from_slice(&body)
+            .with_context(|| format!("its answer to {path} is not as expected"))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The daemon's configuration file: YAML, checked as a whole, so that one run shows every error.
 
+mod access_log;
 mod discovery;
 mod workload_api;
 
@@ -11,6 +12,7 @@ use std::{
 
 use ipnet::IpNet;
 
+pub use access_log::{AccessFields, AccessLog, Sample};
 pub use discovery::{Discovery, NodeTaint};
 
 use auth_support::config::{self as section, Section, absolute, duration, node_name, server_name};
@@ -56,6 +58,16 @@ pub enum Metrics {
     Daemon,
     /// Also Istio's standard metrics for TCP.
     Istio,
+}
+
+/// What the daemon keeps of connections, for the commands that show them and the page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Observe {
+    /// Those that ended in the last minutes, and which workloads call each other.
+    #[default]
+    Connections,
+    /// Nothing.
+    Nothing,
 }
 
 /// Source of certificates.
@@ -114,6 +126,8 @@ pub struct Config {
     pub non_tcp: NonTcp,
     /// Defaults to the daemon's own.
     pub metrics: Metrics,
+    /// Defaults to connections.
+    pub observe: Observe,
     /// How long SIGTERM waits for connections to end. Defaults to 5 seconds.
     pub drain: Duration,
     /// The container runtime's NRI socket. Without it, the runtime starts pods without waiting for the daemon.
@@ -122,6 +136,8 @@ pub struct Config {
     pub workload_api: WorkloadApi,
     /// What is logged, and how.
     pub log: Log,
+    /// How connections are logged.
+    pub access_log: AccessLog,
     /// Where the programs attach. Defaults to the cgroup v2 mount.
     pub cgroup: Option<PathBuf>,
     /// Where links and maps are pinned. Defaults to `/sys/fs/bpf/auth-daemon`.
@@ -173,6 +189,11 @@ impl Config {
             "istio" => Ok(Metrics::Istio),
             _ => Err("is neither daemon nor istio"),
         });
+        let observe = root.parsed("observe", &mut errors, |s| match s {
+            "connections" => Ok(Observe::Connections),
+            "nothing" => Ok(Observe::Nothing),
+            _ => Err("is neither connections nor nothing"),
+        });
         let mut policies = root.section("policy", &mut errors);
         let root_namespace = policies.parsed("rootNamespace", &mut errors, kubernetes_namespace);
         let drain = root.parsed("drain", &mut errors, |s| {
@@ -192,6 +213,7 @@ impl Config {
         });
         let workload_api = WorkloadApi::read(&mut root, &mut errors);
         let log = Log::read(&mut root, &mut errors);
+        let access_log = AccessLog::read(&mut root, &mut errors);
         let mut kernel = root.section("kernel", &mut errors);
         let cgroup = kernel.parsed("cgroup", &mut errors, absolute);
         let pins = kernel.parsed("pins", &mut errors, absolute);
@@ -207,6 +229,10 @@ impl Config {
         if is_on_demand && non_tcp == Some(NonTcp::Deny) {
             let why = "nonTcp: deny needs to know what is outside the mesh";
             errors.push(format!("{why}: discovery.istiod.subscribe must be all"));
+        }
+        if metrics == Some(Metrics::Istio) && observe == Some(Observe::Nothing) {
+            errors
+                .push("metrics: istio counts what is observed: observe must be connections".into());
         }
         let (Some(node_name), Some(discovery), Some(ca), []) =
             (node_name, discovery, ca_source, errors.as_slice())
@@ -235,10 +261,12 @@ impl Config {
             same_node: same_node.unwrap_or(SameNode::Kernel),
             non_tcp: non_tcp.unwrap_or(NonTcp::Allow),
             metrics: metrics.unwrap_or(Metrics::Daemon),
+            observe: observe.unwrap_or_default(),
             drain: drain.unwrap_or(Duration::from_secs(5)),
             nri,
             workload_api,
             log,
+            access_log,
             cgroup,
             pins: pins.unwrap_or_else(|| DEFAULT_PINS.into()),
         })
@@ -357,6 +385,20 @@ mod tests {
         assert_eq!(config.drain, Duration::from_secs(5));
         assert_eq!(config.pins, Path::new(DEFAULT_PINS));
         assert_eq!(config.same_node, SameNode::Kernel);
+        assert_eq!(config.access_log, AccessLog::default());
+        assert_eq!(config.observe, Observe::Connections);
+    }
+
+    #[test]
+    fn istios_metrics_count_what_is_observed() {
+        let with = |fields: &str| Config::parse(&format!("{SMALL}{fields}"));
+        let config = with("observe: nothing\n").unwrap();
+        assert_eq!(config.observe, Observe::Nothing);
+        let errors = with("observe: nothing\nmetrics: istio\n").unwrap_err();
+        assert!(
+            errors[0].contains("observe must be connections"),
+            "{errors:?}"
+        );
     }
 
     #[test]
@@ -373,6 +415,7 @@ mod tests {
              sameNode: tunnel\n\
              nonTcp: deny\n\
              metrics: istio\n\
+             accessLog: {fields: opentelemetry, sample: 2.5%}\n\
              drain: 0s\n\
              workloadApi: {accounts: [shop/web]}\n\
              log: {format: json, level: debug}\n\
@@ -387,6 +430,8 @@ mod tests {
         assert_eq!(config.certificate_lifetime, Duration::from_secs(20));
         assert_eq!(config.same_node, SameNode::Tunnel);
         assert_eq!(config.metrics, Metrics::Istio);
+        assert_eq!(config.access_log.fields, AccessFields::OpenTelemetry);
+        assert_eq!(config.access_log.sample, "2.5%".parse().unwrap());
         assert_eq!(config.drain, Duration::ZERO);
         assert_eq!(config.workload_api.accounts.len(), 1);
         assert_eq!(config.log.format, LogFormat::Json);
@@ -399,9 +444,10 @@ mod tests {
     #[test]
     fn shows_all_faults_at_once() {
         let errors = Config::parse(
-            "nodeName: ''\nsameNode: both\nnonTcp: never\nmetrics: all\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
+            "nodeName: ''\nsameNode: both\nnonTcp: never\nmetrics: all\nobserve: some\nmode: strict\nmood: good\npodNetworks: [10.0.0.0/33]\n\
              trustDomainAliases: [Old]\n\
-             drain: 5\nworkloadApi: {accounts: [web]}\nlog: {format: xml, colour: red}\nca: here\n",
+             drain: 5\nworkloadApi: {accounts: [web]}\nlog: {format: xml, colour: red}\n\
+             accessLog: {fields: ecs, sample: 0.1}\nca: here\n",
         )
         .unwrap_err();
         let text = errors.join("\n");
@@ -411,6 +457,7 @@ mod tests {
             "sameNode: \"both\": is neither kernel nor tunnel",
             "nonTcp: \"never\": is neither allow nor deny",
             "metrics: \"all\": is neither daemon nor istio",
+            "observe: \"some\": is neither connections nor nothing",
             "mood: there is no such field",
             "podNetworks[0]: \"10.0.0.0/33\"",
             "trustDomainAliases[0]: \"Old\"",
@@ -421,6 +468,8 @@ mod tests {
             "ca: has neither directory",
             "log.format: \"xml\": is neither text nor json",
             "log.colour: there is no such field",
+            "accessLog.fields: \"ecs\": is neither daemon nor opentelemetry",
+            "accessLog.sample: 0.1 is not a string",
         ] {
             assert!(text.contains(expected), "{expected:?} is not in:\n{text}");
         }

@@ -18,6 +18,7 @@ use super::{Workers, connection_tasks::ConnectionTasks};
 use crate::{
     observe::{
         access_log::{Direction, Finished, Outcome, Path},
+        judgement::Judgement,
         line_limit::LineLimit,
         refusals::Refusal,
     },
@@ -232,7 +233,7 @@ impl Acceptor {
             duration: Duration::ZERO,
             outcome: Outcome::Refused,
             reason: refusal.advice().to_owned(),
-            policy: None,
+            judgement: Judgement::default(),
         });
     }
 

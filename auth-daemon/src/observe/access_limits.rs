@@ -109,25 +109,14 @@ fn words(reason: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observe::{access_log::Path, line_limit::INTERVAL};
+    use crate::observe::line_limit::INTERVAL;
 
     fn finished(pod: u64, outcome: Outcome, reason: String) -> Finished {
         Finished {
             pod,
-            direction: Direction::Inbound,
-            path: Path::Tunnel,
-            client: ([10, 0, 0, 1], 1).into(),
-            destination: None,
-            endpoint: None,
-            service: None,
-            client_identity: None,
-            server_identity: None,
-            bytes_to_server: 0,
-            bytes_to_client: 0,
-            duration: std::time::Duration::ZERO,
             outcome,
             reason,
-            policy: None,
+            ..Finished::example()
         }
     }
 

@@ -1,9 +1,14 @@
 //! The access log: one line for each connection, written when it ends, within the limits of `access_limits`.
 
+mod opentelemetry;
+
 use std::{fmt, net::SocketAddr, time::Duration};
 
 use auth_mesh::{Identity, ObjectName};
 use serde::{Deserialize, Serialize};
+
+use super::{judgement::Judgement, log_writer};
+use crate::config::{AccessFields, AccessLog};
 
 /// Whether a pod of this node is the client or the server of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -91,26 +96,35 @@ pub(crate) struct Finished {
     pub(crate) outcome: Outcome,
     /// Empty for [`Outcome::Ok`].
     pub(crate) reason: String,
-    /// The policies that decided, or that audited it.
-    pub(crate) policy: Option<String>,
+    pub(crate) judgement: Judgement,
 }
-
-/// How [`Finished::policy`] begins to tell that dry-run policies would deny a connection.
-pub(crate) const DRY_RUN: &str = "dry run: ";
 
 impl Finished {
     /// Whether it was allowed, and would not be if all dry-run policies were enforced.
     pub(crate) fn would_be_denied(&self) -> bool {
-        let told = self
-            .policy
-            .as_deref()
-            .and_then(|told| told.rsplit_once(DRY_RUN));
-        self.outcome != Outcome::Refused
-            && told.is_some_and(|(_, decision)| decision.starts_with("denied"))
+        self.outcome != Outcome::Refused && self.judgement.would_be_denied
     }
 
-    /// Writes the line.
-    pub(super) fn write(&self) {
+    /// Writes the line, unless `settings` leave it out.
+    pub(super) fn write(&self, settings: AccessLog) {
+        let write = || match settings.fields {
+            AccessFields::Daemon => self.write_own(),
+            AccessFields::OpenTelemetry => self.write_opentelemetry(),
+        };
+        if self.is_wanted() {
+            write();
+        } else if settings.sample.draw() {
+            log_writer::yielding(write);
+        }
+    }
+
+    /// Whether its line is wanted whatever the sample is.
+    fn is_wanted(&self) -> bool {
+        self.outcome != Outcome::Ok || self.judgement.is_audited || self.judgement.would_be_denied
+    }
+
+    /// Writes the line with the daemon's own names.
+    fn write_own(&self) {
         tracing::info!(
             target: "access",
             direction = self.direction.name(),
@@ -126,7 +140,7 @@ impl Finished {
             duration_ms = self.duration.as_millis() as u64,
             result = self.outcome.name(),
             reason = %self.reason,
-            policy = self.policy.as_deref(),
+            policy = self.judgement.told.as_deref(),
             "connection"
         );
     }
@@ -141,6 +155,30 @@ impl<T: fmt::Display> fmt::Display for Shown<'_, T> {
         match self.0 {
             Some(value) => f.write_str(&value.to_string()),
             None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Finished {
+    /// A connection from 10.0.0.1 that ended in order.
+    pub(super) fn example() -> Self {
+        Self {
+            pod: 1,
+            direction: Direction::Inbound,
+            path: Path::Tunnel,
+            client: ([10, 0, 0, 1], 4000).into(),
+            destination: None,
+            endpoint: None,
+            service: None,
+            client_identity: None,
+            server_identity: None,
+            bytes_to_server: 3,
+            bytes_to_client: 4,
+            duration: Duration::from_millis(5),
+            outcome: Outcome::Ok,
+            reason: String::new(),
+            judgement: Judgement::default(),
         }
     }
 }

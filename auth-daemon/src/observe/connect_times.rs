@@ -4,24 +4,22 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use super::size::{BLOCK, HeapSize};
+
 /// Ranges between two powers of two: a percentile is at most an eighth too high.
 const RANGES: u64 = 8;
 
 /// Numbers of connections by the time that they took. The JSON form is a list of ranges: the longest time in the range, in
 /// microseconds, and the number of connections.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "Vec<(u64, u64)>", into = "Vec<(u64, u64)>")]
-pub struct ConnectTimes(BTreeMap<u64, u64>);
+#[serde(from = "Vec<(u64, u64)>")]
+pub struct ConnectTimes(Vec<(u64, u64)>);
 
+/// Takes ranges in any order.
 impl From<Vec<(u64, u64)>> for ConnectTimes {
     fn from(ranges: Vec<(u64, u64)>) -> Self {
-        Self(ranges.into_iter().collect())
-    }
-}
-
-impl From<ConnectTimes> for Vec<(u64, u64)> {
-    fn from(times: ConnectTimes) -> Self {
-        times.0.into_iter().collect()
+        let sorted: BTreeMap<_, _> = ranges.into_iter().collect();
+        Self(sorted.into_iter().collect())
     }
 }
 
@@ -29,14 +27,28 @@ impl ConnectTimes {
     /// Counts a connection.
     pub(crate) fn count(&mut self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        *self.0.entry(end_of_range(micros)).or_default() += 1;
+        self.add_range(end_of_range(micros), 1);
     }
 
     /// Adds the connections that `other` has counted.
     pub(crate) fn add(&mut self, other: &Self) {
         for (end, count) in &other.0 {
-            *self.0.entry(*end).or_default() += count;
+            self.add_range(*end, *count);
         }
+    }
+
+    /// Adds connections to the range that ends at `end`.
+    fn add_range(&mut self, end: u64, more: u64) {
+        match self.0.binary_search_by_key(&end, |(end, _)| *end) {
+            Ok(at) => self.0[at].1 = self.0[at].1.saturating_add(more),
+            Err(at) => self.0.insert(at, (end, more)),
+        }
+    }
+
+    /// How many are in the range that ends at `end`.
+    fn in_range(&self, end: u64) -> u64 {
+        let found = self.0.binary_search_by_key(&end, |(end, _)| *end);
+        found.map_or(0, |at| self.0[at].1)
     }
 
     /// Returns the connections that were counted since `before`. All, if `before` counted some that are not counted here.
@@ -44,12 +56,12 @@ impl ConnectTimes {
         let is_later = before
             .0
             .iter()
-            .all(|(end, count)| self.0.get(end).is_some_and(|now| now >= count));
+            .all(|(end, count)| self.in_range(*end) >= *count);
         if !is_later {
             return self.clone();
         }
         let added = self.0.iter().filter_map(|(end, count)| {
-            let added = count - before.0.get(end).copied().unwrap_or_default();
+            let added = count - before.in_range(*end);
             (added > 0).then_some((*end, added))
         });
         Self(added.collect())
@@ -57,13 +69,22 @@ impl ConnectTimes {
 
     /// Returns a time that `percent` of 100 connections did not exceed. `None` if none was counted.
     pub(crate) fn percentile(&self, percent: u64) -> Option<Duration> {
-        let total: u64 = self.0.values().sum();
+        let total: u64 = self.0.iter().map(|(_, count)| count).sum();
         let wanted = (total * percent).div_ceil(100).max(1);
         let mut sum = 0;
         self.0.iter().find_map(|(end, count)| {
             sum += count;
             (sum >= wanted).then(|| Duration::from_micros(*end))
         })
+    }
+}
+
+impl HeapSize for ConnectTimes {
+    fn heap_size(&self) -> usize {
+        match self.0.capacity() {
+            0 => 0,
+            capacity => capacity * size_of::<(u64, u64)>() + BLOCK,
+        }
     }
 }
 

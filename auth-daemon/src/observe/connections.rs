@@ -20,14 +20,13 @@ use super::{
     access_log::{Direction, Finished, Outcome, Path},
     flows::Flows,
     istio::IstioMetrics,
-    pairs::{Counts, Entry, Pairs, Progress},
+    judgement::Judgement,
+    pairs::{Counts, Entry, MAX_OPEN_ENTRIES, Pairs, Progress},
     sharded::Sharded,
     totals::Totals,
 };
-use auth_mesh::{
-    Identity, ObjectName, Registry,
-    policy::{Decision, Verdict},
-};
+use crate::config::{AccessLog, Observe};
+use auth_mesh::{Identity, ObjectName, Registry, policy::Verdict};
 use auth_tunnel::{Counters, tls::svid::Svid};
 
 /// An open connection.
@@ -74,8 +73,8 @@ pub struct Details {
     pub key_exchange: Option<NamedGroup>,
     /// How it reaches the server.
     pub path: Path,
-    /// The policies that decided, or that audited it.
-    pub policy: Option<String>,
+    /// What policies said about it.
+    pub judgement: Judgement,
 }
 
 /// The open connections of this node.
@@ -86,6 +85,8 @@ pub struct OpenConnections {
     connections: Sharded<HashMap<u64, Arc<Connection>>>,
     next: AtomicU64,
     limits: AccessLimits,
+    access_log: AccessLog,
+    observe: Observe,
     /// Counters of connections that have ended.
     pub totals: Totals,
     /// Those that ended last.
@@ -98,12 +99,19 @@ pub struct OpenConnections {
 
 impl OpenConnections {
     /// There are none yet. `registry` names the pods at their ends.
-    pub(crate) fn new(registry: Arc<Registry>, istio: Option<IstioMetrics>) -> Self {
+    pub(crate) fn new(
+        registry: Arc<Registry>,
+        access_log: AccessLog,
+        observe: Observe,
+        istio: Option<IstioMetrics>,
+    ) -> Self {
         Self {
             registry,
             connections: Sharded::default(),
             next: AtomicU64::default(),
             limits: AccessLimits::default(),
+            access_log,
+            observe,
             totals: Totals::default(),
             flows: Flows::default(),
             pairs: Pairs::default(),
@@ -138,7 +146,7 @@ impl OpenConnections {
                 peer: None,
                 key_exchange: None,
                 path: Path::Tunnel,
-                policy: None,
+                judgement: Judgement::default(),
             }),
             progress: Mutex::new(Some(Progress::default())),
             cut,
@@ -166,10 +174,15 @@ impl OpenConnections {
 
     fn end(&self, finished: Finished, mut progress: Progress) {
         self.totals.count(&finished);
-        self.pairs.count(&finished, &mut progress);
+        let is_observed = self.observe == Observe::Connections;
+        if is_observed {
+            self.pairs.count(&finished, &mut progress);
+        }
         if self.limits.pass(&finished, Instant::now()) {
-            finished.write();
-            self.flows.add(finished, &self.registry.snapshot());
+            finished.write(self.access_log);
+            if is_observed {
+                self.flows.add(finished, &self.registry.snapshot());
+            }
         }
     }
 
@@ -189,6 +202,7 @@ impl OpenConnections {
     pub(crate) fn settle_pairs(&self) {
         self.settle_ended();
         let mut open: HashMap<Entry, (u64, Counts)> = HashMap::new();
+        let mut anonymous = 0;
         for connection in self.all() {
             let mut progress = connection.progress();
             let Some(progress) = progress.as_mut().filter(|open| open.is_established()) else {
@@ -196,6 +210,16 @@ impl OpenConnections {
             };
             let details = connection.lock();
             let entry = Entry::of_open(connection.pod, connection.direction, &details);
+            if !open.contains_key(&entry) {
+                let is_anonymous = entry.identity.is_none();
+                let is_full = open.len() >= MAX_OPEN_ENTRIES
+                    || is_anonymous && anonymous >= MAX_OPEN_ENTRIES / 4;
+                // The others count when they end.
+                if is_full {
+                    continue;
+                }
+                anonymous += usize::from(is_anonymous);
+            }
             let (number, counts) = open.entry(entry).or_default();
             *number += 1;
             let (to_server, to_client) = connection.bytes();
@@ -208,6 +232,14 @@ impl OpenConnections {
         let istio = self.istio.as_deref();
         self.pairs
             .settle_open(open, &snapshot, SystemTime::now(), istio);
+    }
+
+    /// Makes what metrics tell current. Only Istio's have open connections.
+    pub(crate) fn settle_metrics(&self) {
+        match self.istio {
+            Some(_) => self.settle_pairs(),
+            None => self.settle_ended(),
+        }
     }
 
     /// Resets the connections for which `condition` returns a reason, at both ends. The reason goes to the access log.
@@ -357,16 +389,10 @@ impl<'a> Guard<'a> {
         }
     }
 
-    /// Counts a denial by policies.
-    pub(crate) fn count_denied(&self, decision: &Decision) {
-        self.open.totals.count_denied(decision);
-    }
-
-    /// Counts a connection that dry-run policies would deny.
-    pub(crate) fn count_dry_run(&self, verdict: &Verdict) {
-        if let Some(decision) = verdict.dry_run.as_ref().filter(|dry| !dry.allowed()) {
-            self.open.totals.count_dry_run(decision);
-        }
+    /// Records what policies said about the connection, and counts what they deny or would deny.
+    pub(crate) fn judged(&self, verdict: &Verdict) {
+        self.learn(|details| details.judgement = verdict.into());
+        self.open.totals.count_verdict(verdict);
     }
 
     /// The byte counters.
@@ -406,7 +432,7 @@ impl<'a> Guard<'a> {
             duration: connection.started.elapsed(),
             outcome,
             reason: reason.to_string(),
-            policy: details.policy.take(),
+            judgement: std::mem::take(&mut details.judgement),
         };
         drop(details);
         self.open.end(finished, progress.unwrap_or_default());
@@ -436,7 +462,12 @@ mod tests {
 
     #[test]
     fn an_open_connection_is_counted_once_it_is_established_and_each_byte_once() {
-        let open = OpenConnections::new(Arc::default(), None);
+        let open = OpenConnections::new(
+            Arc::default(),
+            AccessLog::default(),
+            Observe::default(),
+            None,
+        );
         let (cut, _) = AbortHandle::new_pair();
         let access = open.open(Direction::Outbound, 1, ([10, 0, 0, 1], 4000).into(), cut);
         access.learn(|details| details.endpoint = Some(([10, 0, 0, 2], 8080).into()));

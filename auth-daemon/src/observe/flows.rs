@@ -11,10 +11,15 @@ use auth_mesh::{Snapshot, Workload, policy::suggest::workload_name};
 use auth_tunnel::tls::rfc3339;
 use serde::{Deserialize, Serialize};
 
-use super::access_log::{Direction, Finished, Outcome};
+use super::{
+    access_log::{Direction, Finished, Outcome},
+    size::{BLOCK, HeapSize},
+};
 
-/// The number of connections that are kept. One takes some 400 bytes.
+/// The number of connections that are kept, if they take no more than [`MAX_BYTES`].
 const KEPT: usize = 8192;
+/// The most bytes that they take. One takes some 500.
+const MAX_BYTES: usize = 3328 * 1024;
 /// The most connections in one answer.
 pub const PAGE: usize = 1000;
 
@@ -104,6 +109,8 @@ pub struct Flows {
 #[derive(Debug, Default)]
 struct Kept {
     flows: VecDeque<Arc<Ended>>,
+    /// How much memory they take, in bytes.
+    bytes: usize,
     /// The number of connections that have ended.
     count: u64,
 }
@@ -113,8 +120,15 @@ struct Ended {
     at: SystemTime,
     finished: Finished,
     /// As the registry had them then: a pod may be gone when somebody asks.
-    client_pod: Option<Arc<Workload>>,
-    server_pod: Option<Arc<Workload>>,
+    client_pod: Option<PodName>,
+    server_pod: Option<PodName>,
+}
+
+/// The name of a pod, `namespace/name`, which begins with that of its workload.
+#[derive(Debug)]
+struct PodName {
+    pod: Box<str>,
+    workload_length: usize,
 }
 
 impl Default for Flows {
@@ -129,22 +143,27 @@ impl Default for Flows {
 impl Flows {
     /// Adds a connection that has ended now.
     pub(crate) fn add(&self, finished: Finished, snapshot: &Snapshot) {
-        let pod = |address: SocketAddr| snapshot.pod(address.ip()).cloned();
+        let pod = |address: SocketAddr| Some(PodName::of(snapshot.pod(address.ip())?));
         let ended = Arc::new(Ended {
             at: SystemTime::now(),
             client_pod: pod(finished.client),
             server_pod: finished.endpoint.or(finished.destination).and_then(pod),
             finished,
         });
+        let size = ended.size();
+        // All threads that end connections share the lock, so memory is freed without it.
+        let mut oldest = Vec::new();
         let mut kept = self.lock();
-        let oldest = if kept.flows.len() == KEPT {
-            kept.flows.pop_front()
-        } else {
-            None
-        };
+        kept.bytes += size;
+        while kept.flows.len() == KEPT || kept.bytes > MAX_BYTES {
+            let Some(first) = kept.flows.pop_front() else {
+                break;
+            };
+            kept.bytes -= first.size();
+            oldest.push(first);
+        }
         kept.flows.push_back(ended);
         kept.count += 1;
-        // All threads that end connections share the lock, so the memory is freed without it.
         drop(kept);
         drop(oldest);
     }
@@ -171,13 +190,56 @@ impl Flows {
     }
 }
 
+impl PodName {
+    fn of(pod: &Workload) -> Self {
+        let of_workload = workload_name(pod).len();
+        Self {
+            workload_length: pod.name.namespace.len() + "/".len() + of_workload,
+            pod: pod.name.to_string().into(),
+        }
+    }
+
+    fn workload(&self) -> &str {
+        // A part of the text, whose length was taken from it.
+        &self.pod[..self.workload_length]
+    }
+}
+
+impl HeapSize for PodName {
+    fn heap_size(&self) -> usize {
+        self.pod.heap_size()
+    }
+}
+
 impl Ended {
+    /// The memory that it takes, in bytes. Identities that others share count, too.
+    fn size(&self) -> usize {
+        let Finished {
+            service,
+            client_identity,
+            server_identity,
+            reason,
+            judgement,
+            ..
+        } = &self.finished;
+        // Two counters precede it, and the ring has a pointer to it.
+        size_of::<Self>()
+            + 3 * size_of::<usize>()
+            + BLOCK
+            + service.heap_size()
+            + client_identity.heap_size()
+            + server_identity.heap_size()
+            + reason.heap_size()
+            + judgement.told.heap_size()
+            + self.client_pod.heap_size()
+            + self.server_pod.heap_size()
+    }
+
     fn flow(&self, node: &str) -> Flow {
         let finished = &self.finished;
         let identity = |identity: &auth_mesh::Identity| identity.to_string();
-        let pod = |pod: &Arc<Workload>| pod.name.to_string();
-        let workload =
-            |pod: &Arc<Workload>| format!("{}/{}", pod.name.namespace, workload_name(pod));
+        let pod = |name: &PodName| name.pod.to_string();
+        let workload = |name: &PodName| name.workload().to_owned();
         Flow {
             time: format_time(self.at),
             node: node.to_owned(),
@@ -202,7 +264,7 @@ impl Ended {
             duration_ms: finished.duration.as_millis() as u64,
             result: finished.outcome.name().to_owned(),
             reason: finished.reason.clone(),
-            policy: finished.policy.clone(),
+            policy: finished.judgement.told.clone(),
             would_be_denied: finished.would_be_denied(),
         }
     }
@@ -223,25 +285,14 @@ fn since_epoch(time: SystemTime) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observe::access_log::Path;
 
     fn finished(port: u16, outcome: Outcome) -> Finished {
         Finished {
-            pod: 1,
             direction: Direction::Outbound,
-            path: Path::Tunnel,
             client: ([10, 0, 0, 1], port).into(),
             destination: Some(([10, 96, 0, 1], 80).into()),
-            endpoint: None,
-            service: None,
-            client_identity: None,
-            server_identity: None,
-            bytes_to_server: 3,
-            bytes_to_client: 4,
-            duration: Duration::from_millis(5),
             outcome,
-            reason: String::new(),
-            policy: None,
+            ..Finished::example()
         }
     }
 

@@ -18,12 +18,16 @@ use prometheus_client::{
 
 use super::{
     access_log::{Direction, Path},
-    bounded::drop_oldest,
+    bounded::{Limit, drop_oldest},
     pairs::{Counts, Ending, Entry},
+    size::{BLOCK, HeapSize, in_table},
 };
 
 /// The most sets of labels that are kept. One takes some 1.5 KiB, and four or more lines of some 1 KiB each in an answer.
-const MAX_SETS: usize = 1024;
+const MAX_SETS: Limit = Limit {
+    entries: 1024,
+    bytes: 1536 * 1024,
+};
 /// What Istio writes for a label that is not known.
 const UNKNOWN: &str = "unknown";
 /// The domain of Services' names. Istio's own default; neither pods nor Services tell it.
@@ -38,7 +42,7 @@ pub(crate) struct IstioMetrics {
 
 #[derive(Debug, Default)]
 struct Known {
-    sets: HashMap<Labels, Totals>,
+    sets: HashMap<Box<Labels>, Totals>,
     dropped: u64,
 }
 
@@ -108,13 +112,19 @@ impl IstioMetrics {
             let labels = Labels::of(entry, counts, snapshot, &services, &self.cluster);
             let totals = known
                 .sets
-                .entry(labels)
+                .entry(Box::new(labels))
                 .or_insert_with(|| Totals::since(now));
             totals.add(entry, counts);
             totals.last = now;
         }
         let Known { sets, dropped } = &mut *known;
-        *dropped += drop_oldest(sets, MAX_SETS, |_| true, |totals| totals.last);
+        *dropped += drop_oldest(
+            sets,
+            MAX_SETS,
+            |_| true,
+            |totals| totals.last,
+            |labels, _| labels.size(),
+        );
     }
 
     /// Returns the number of sets of labels that were dropped, because there were too many.
@@ -140,7 +150,7 @@ impl Collector for IstioMetrics {
                     if flag > 0 && count == 0 {
                         continue;
                     }
-                    let labels = (labels.clone(), [("response_flags", FLAGS[flag])]);
+                    let labels = (Labels::clone(labels), [("response_flags", FLAGS[flag])]);
                     let mut counter = encoder.encode_family(&labels)?;
                     counter.encode_counter::<NoLabelSet, _, u64>(&count, None)?;
                 }
@@ -199,6 +209,34 @@ impl Totals {
 }
 
 impl Labels {
+    /// The memory that a set of labels and its totals take, in bytes.
+    fn size(&self) -> usize {
+        let texts = [
+            &self.source_workload,
+            &self.source_workload_namespace,
+            &self.source_principal,
+            &self.source_app,
+            &self.source_version,
+            &self.source_canonical_service,
+            &self.source_canonical_revision,
+            &self.source_cluster,
+            &self.destination_workload,
+            &self.destination_workload_namespace,
+            &self.destination_principal,
+            &self.destination_app,
+            &self.destination_version,
+            &self.destination_canonical_service,
+            &self.destination_canonical_revision,
+            &self.destination_cluster,
+            &self.destination_service,
+            &self.destination_service_name,
+            &self.destination_service_namespace,
+        ];
+        let texts: usize = texts.into_iter().map(String::heap_size).sum();
+        let table = in_table(size_of::<usize>() + size_of::<Totals>());
+        table + size_of::<Self>() + BLOCK + texts
+    }
+
     fn of(
         entry: &Entry,
         counts: &Counts,
@@ -291,7 +329,7 @@ impl Party {
             let labels = pod.map(|pod| &pod.labels)?;
             keys.iter().find_map(|key| labels.get(*key)).cloned()
         };
-        let workload = pod.map_or_else(unknown, suggest::workload_name);
+        let workload = pod.map_or(UNKNOWN, suggest::workload_name).to_owned();
         Self {
             namespace: match (pod, &identity) {
                 (Some(pod), _) => pod.name.namespace.clone(),
@@ -351,6 +389,7 @@ mod tests {
     use super::*;
     use crate::observe::{
         access_log::{Finished, Outcome},
+        judgement::Judgement,
         pairs::{Pairs, Progress},
     };
 
@@ -398,21 +437,14 @@ mod tests {
 
     fn finished(direction: Direction) -> Finished {
         Finished {
-            pod: 1,
             direction,
-            path: Path::Tunnel,
-            client: ([10, 0, 0, 1], 4000).into(),
             destination: Some(([10, 96, 0, 1], 80).into()),
             endpoint: Some(([10, 0, 1, 1], 8080).into()),
             service: (direction == Direction::Outbound).then(|| name("pay")),
             client_identity: Some(identity("cart")),
             server_identity: Some(identity("pay")),
-            bytes_to_server: 3,
             bytes_to_client: 40,
-            duration: Duration::ZERO,
-            outcome: Outcome::Ok,
-            reason: String::new(),
-            policy: None,
+            ..Finished::example()
         }
     }
 
@@ -468,13 +500,17 @@ mod tests {
         let denied = Finished {
             path: Path::Plaintext,
             outcome: Outcome::Refused,
-            reason: "denied: plaintext".into(),
+            judgement: Judgement {
+                is_denied: true,
+                ..Judgement::default()
+            },
             client_identity: None,
             ..finished(Direction::Inbound)
         };
         let failed = Finished {
             outcome: Outcome::Refused,
-            reason: "cannot connect".into(),
+            // Peers write parts of reasons.
+            reason: "denied: cannot connect".into(),
             server_identity: None,
             ..finished(Direction::Outbound)
         };
@@ -528,7 +564,7 @@ mod tests {
         );
 
         let (pairs, istio) = (Pairs::default(), IstioMetrics::new("c1"));
-        for number in 0..MAX_SETS as u64 + 10 {
+        for number in 0..MAX_SETS.entries as u64 + 10 {
             let caller = Finished {
                 client_identity: Some(identity(&format!("n{number}"))),
                 ..finished(Direction::Inbound)
@@ -539,7 +575,7 @@ mod tests {
         }
         assert_eq!(istio.dropped(), 10);
         let known = istio.lock();
-        assert_eq!(known.sets.len(), MAX_SETS);
+        assert_eq!(known.sets.len(), MAX_SETS.entries);
         let has = |number: usize| {
             let identity = identity(&format!("n{number}")).to_string();
             known
@@ -547,6 +583,6 @@ mod tests {
                 .keys()
                 .any(|labels| labels.source_principal == identity)
         };
-        assert!(!has(9) && has(10) && has(MAX_SETS + 9));
+        assert!(!has(9) && has(10) && has(MAX_SETS.entries + 9));
     }
 }

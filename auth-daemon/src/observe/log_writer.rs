@@ -2,6 +2,7 @@
 //! gather for some milliseconds: to wake a thread for each line costs more than the line.
 
 use std::{
+    cell::Cell,
     io::{self, Write},
     mem,
     sync::{
@@ -16,6 +17,8 @@ use tracing_subscriber::fmt::MakeWriter;
 
 /// Maximum size of the lines that wait for the reader, in bytes. Further lines are lost, of whatever kind, and counted.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
+/// Maximum size at which lines about connections that are in order are taken. What is left is for lines that matter more.
+const MAX_YIELDING: usize = MAX_WAITING / 4 * 3;
 /// Time for which lines gather.
 const GATHER: Duration = Duration::from_millis(5);
 /// Size of a buffer that is kept for the next lines, in bytes.
@@ -24,6 +27,11 @@ const KEPT: usize = 64 * 1024;
 const LAST: Duration = Duration::from_secs(1);
 
 static LOST: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    /// Maximum size of the lines that wait when this thread adds one.
+    static ROOM: Cell<usize> = const { Cell::new(MAX_WAITING) };
+}
 
 /// Takes lines of the log.
 #[derive(Clone, Debug, Default)]
@@ -56,6 +64,13 @@ pub(crate) fn to_stderr() -> io::Result<(Lines, Last)> {
 /// Number of lines that were lost since the start.
 pub(crate) fn lost_lines() -> u64 {
     LOST.load(Ordering::Relaxed)
+}
+
+/// Writes lines that are lost before others if the log's reader stalls.
+pub(crate) fn yielding(write: impl FnOnce()) {
+    ROOM.set(MAX_YIELDING);
+    write();
+    ROOM.set(MAX_WAITING);
 }
 
 fn start(to: impl Write + Send + 'static) -> io::Result<(Lines, Last)> {
@@ -111,7 +126,7 @@ impl Write for &Lines {
     /// Takes a whole line: each event of the log is written at once.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut waiting = self.0.lock();
-        if waiting.bytes.len() + line.len() > MAX_WAITING {
+        if waiting.bytes.len() + line.len() > ROOM.get() {
             LOST.fetch_add(1, Ordering::Relaxed);
             return Ok(line.len());
         }
@@ -187,6 +202,22 @@ mod tests {
             (&lines).write_all(&line).unwrap();
         }
         assert!(lost_lines() > lost);
+        drop(read);
+    }
+
+    #[test]
+    fn lines_that_yield_leave_room_for_others() {
+        let (sender, read) = mpsc::sync_channel(0);
+        let (lines, _last) = start(Reader(sender)).unwrap();
+        let line = [b'x'; 1024];
+        let fill = || {
+            for _ in 0..3 * MAX_WAITING / line.len() {
+                (&lines).write_all(&line).unwrap();
+            }
+            lines.0.lock().bytes.len()
+        };
+        yielding(|| assert_eq!(fill(), MAX_YIELDING));
+        assert_eq!(fill(), MAX_WAITING);
         drop(read);
     }
 }

@@ -7,9 +7,13 @@ pub(crate) mod connect_times;
 pub mod connections;
 pub mod flows;
 pub(crate) mod istio;
+pub mod judgement;
 pub(crate) mod line_limit;
 pub(crate) mod log_writer;
+#[cfg(test)]
+mod memory;
 pub mod pairs;
 pub(crate) mod refusals;
 mod sharded;
+mod size;
 pub mod totals;

@@ -9,27 +9,39 @@ mod entry;
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::SystemTime,
 };
 
 use auth_mesh::{Identity, Snapshot, Workload, policy::suggest};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::entry::{Ending, Entry, Progress};
+pub(crate) use self::entry::{Ending, Entry, MAX_OPEN_ENTRIES, Progress};
 use self::entry::{SHARDS, Shard, shard_of_thread};
 use super::{
     access_log::{Direction, Finished, Path},
-    bounded::drop_oldest,
+    bounded::{Limit, drop_oldest},
     connect_times::ConnectTimes,
     flows::{Verdict, format_time},
     istio::IstioMetrics,
+    size::{BLOCK, HeapSize, in_table},
 };
 
-/// The most pairs that are kept. One takes some 600 bytes.
-const MAX_PAIRS: usize = 4096;
+/// The most pairs that are kept. One takes some 1.5 KiB.
+const MAX_PAIRS: Limit = Limit {
+    entries: 4096,
+    bytes: 2 * 1024 * 1024,
+};
 /// How many of them may have a client without an identity.
-const MAX_ANONYMOUS_PAIRS: usize = 1024;
+const MAX_ANONYMOUS_PAIRS: Limit = Limit {
+    entries: 1024,
+    bytes: MAX_PAIRS.bytes / 3,
+};
+/// The most namespaces whose plaintext connections are told apart. Those of further ones count under an empty name.
+const MAX_NAMESPACES: usize = 1024;
 
 /// The pairs of one node, in answer to `GET /pairs`. Its JSON form is stable: later versions only add fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,12 +149,14 @@ pub struct Party {
 pub struct Pairs {
     since: SystemTime,
     shards: [Mutex<Shard>; SHARDS],
+    /// How much memory the shards take, in bytes.
+    used: AtomicUsize,
     known: Mutex<Known>,
 }
 
 #[derive(Debug, Default)]
 struct Known {
-    pairs: HashMap<Key, Seen>,
+    pairs: HashMap<Box<Key>, Box<Seen>>,
     /// Plaintext connections to servers in each namespace, by whether they were refused.
     plaintext: BTreeMap<(String, bool), u64>,
     uncounted: u64,
@@ -172,6 +186,7 @@ impl Default for Pairs {
         Self {
             since: SystemTime::now(),
             shards: Default::default(),
+            used: AtomicUsize::new(0),
             known: Mutex::default(),
         }
     }
@@ -180,7 +195,7 @@ impl Default for Pairs {
 impl Pairs {
     /// Counts a connection that has ended, except for what was counted while it was open.
     pub(crate) fn count(&self, finished: &Finished, progress: &mut Progress) {
-        lock(&self.shards[shard_of_thread()]).count(finished, progress);
+        lock(&self.shards[shard_of_thread()]).count(finished, progress, &self.used);
     }
 
     /// Moves the counts from the shards to the pairs, with the names of workloads from `snapshot`, and to `istio`.
@@ -192,6 +207,9 @@ impl Pairs {
     ) {
         for shard in &self.shards {
             let shard = std::mem::take(&mut *lock(shard));
+            if shard.entries.is_empty() && shard.uncounted == 0 {
+                continue;
+            }
             let mut known = lock(&self.known);
             known.uncounted += shard.uncounted;
             if let Some(istio) = istio {
@@ -201,6 +219,7 @@ impl Pairs {
                 known.add(entry.key(snapshot), counts, now);
             }
             known.shrink();
+            self.used.fetch_sub(shard.bytes, Ordering::Relaxed);
         }
     }
 
@@ -288,7 +307,7 @@ impl Party {
         };
         Self {
             namespace,
-            workload: pod.map(suggest::workload_name),
+            workload: pod.map(|pod| suggest::workload_name(pod).to_owned()),
             address: identity.is_none().then_some(address),
             identity: identity.map(|identity| identity.to_string()),
             labels: pod
@@ -302,14 +321,20 @@ impl Known {
     fn add(&mut self, key: Key, counts: Counts, now: SystemTime) -> &mut Seen {
         let is_plaintext = key.path == Path::Plaintext && key.direction == Direction::Inbound;
         if let Some(namespace) = key.server.namespace.as_ref().filter(|_| is_plaintext) {
-            let plaintext = (namespace.clone(), key.refused);
+            let mut plaintext = (namespace.clone(), key.refused);
+            let is_full = self.plaintext.len() >= 2 * MAX_NAMESPACES;
+            if is_full && !self.plaintext.contains_key(&plaintext) {
+                plaintext.0 = String::new();
+            }
             *self.plaintext.entry(plaintext).or_default() += counts.connections;
         }
-        let seen = self.pairs.entry(key).or_insert_with(|| Seen {
-            counts: Counts::default(),
-            open: 0,
-            first: now,
-            last: now,
+        let seen = self.pairs.entry(Box::new(key)).or_insert_with(|| {
+            Box::new(Seen {
+                counts: Counts::default(),
+                open: 0,
+                first: now,
+                last: now,
+            })
         });
         seen.last = now;
         seen.counts.add(counts);
@@ -319,10 +344,18 @@ impl Known {
     /// Drops the pairs that called longest ago, beyond the limits. Callers from outside cannot displace pairs with
     /// identities.
     fn shrink(&mut self) {
-        let anonymous = |key: &Key| key.client.identity.is_none();
-        let last = |seen: &Seen| seen.last;
-        self.dropped += drop_oldest(&mut self.pairs, MAX_ANONYMOUS_PAIRS, anonymous, last);
-        self.dropped += drop_oldest(&mut self.pairs, MAX_PAIRS, |_| true, last);
+        for (limit, of) in [
+            (MAX_ANONYMOUS_PAIRS, Key::is_anonymous as fn(&Key) -> bool),
+            (MAX_PAIRS, |_| true),
+        ] {
+            self.dropped += drop_oldest(
+                &mut self.pairs,
+                limit,
+                |key| of(key),
+                |seen| seen.last,
+                |key, seen| size(key, seen),
+            );
+        }
     }
 }
 
@@ -345,7 +378,38 @@ impl Counts {
     }
 }
 
+/// The memory that a pair takes, in bytes.
+fn size(key: &Key, seen: &Seen) -> usize {
+    let table = in_table(2 * size_of::<usize>());
+    let inline = size_of::<Key>() + size_of::<Seen>() + 2 * BLOCK;
+    let texts = key.client.heap_size() + key.server.heap_size();
+    table + inline + texts + seen.counts.heap_size()
+}
+
+impl HeapSize for Party {
+    fn heap_size(&self) -> usize {
+        self.namespace.heap_size()
+            + self.workload.heap_size()
+            + self.identity.heap_size()
+            + self.labels.heap_size()
+    }
+}
+
+impl HeapSize for Counts {
+    fn heap_size(&self) -> usize {
+        self.connect_times.heap_size()
+            + self.reason.heap_size()
+            + self.policy.heap_size()
+            + self.service.heap_size()
+            + self.key_exchange.heap_size()
+    }
+}
+
 impl Key {
+    fn is_anonymous(&self) -> bool {
+        self.client.identity.is_none()
+    }
+
     fn pair(&self, seen: &Seen) -> Pair {
         Pair {
             direction: self.direction,
@@ -370,25 +434,13 @@ mod tests {
     use std::time::Duration;
 
     use super::{entry::MAX_ANONYMOUS_ENTRIES, *};
-    use crate::observe::access_log::Outcome;
 
     fn finished(client: IpAddr, identity: bool) -> Finished {
         Finished {
-            pod: 1,
-            direction: Direction::Inbound,
-            path: Path::Tunnel,
             client: (client, 4000).into(),
-            destination: None,
             endpoint: Some(([10, 0, 0, 2], 8080).into()),
-            service: None,
             client_identity: identity.then(|| "spiffe://cluster.local/ns/a/sa/b".parse().unwrap()),
-            server_identity: None,
-            bytes_to_server: 3,
-            bytes_to_client: 4,
-            duration: Duration::ZERO,
-            outcome: Outcome::Ok,
-            reason: String::new(),
-            policy: None,
+            ..Finished::example()
         }
     }
 
@@ -443,15 +495,15 @@ mod tests {
             .pairs
             .iter()
             .filter(|pair| pair.client.identity.is_none());
-        assert_eq!(anonymous.count(), MAX_ANONYMOUS_PAIRS);
+        assert_eq!(anonymous.count(), MAX_ANONYMOUS_PAIRS.entries);
         assert_eq!(
             answer.pairs.len(),
-            MAX_ANONYMOUS_PAIRS + 1,
+            MAX_ANONYMOUS_PAIRS.entries + 1,
             "the pair with an identity stays"
         );
         let counted = 100 * MAX_ANONYMOUS_ENTRIES as u64;
         assert_eq!(answer.uncounted, sent - counted);
-        assert_eq!(answer.dropped, counted - MAX_ANONYMOUS_PAIRS as u64);
+        assert_eq!(answer.dropped, counted - MAX_ANONYMOUS_PAIRS.entries as u64);
         let oldest = answer
             .pairs
             .iter()

@@ -1,5 +1,10 @@
 //! Counters of connections that have ended, for Prometheus.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
@@ -7,15 +12,26 @@ use prometheus_client::{
 };
 
 use super::access_log::Finished;
-use auth_mesh::policy::Decision;
+
+/// The most policies, in each of the metrics, that are told apart. Further ones count under an empty name.
+const MAX_POLICIES: usize = 1024;
+use auth_mesh::policy::{Decision, Verdict};
 
 /// Counters of connections that have ended since the daemon started.
 #[derive(Clone, Debug, Default)]
 pub struct Totals {
     connections: Family<Ended, Counter>,
     bytes: Family<Carried, Counter>,
-    denied: Family<Denied, Counter>,
-    would_be_denied: Family<Denied, Counter>,
+    denied: ByPolicy,
+    would_be_denied: ByPolicy,
+}
+
+/// Denials by the policies behind them.
+#[derive(Clone, Debug, Default)]
+struct ByPolicy {
+    counters: Family<Denied, Counter>,
+    /// How many policies have a counter.
+    known: Arc<AtomicUsize>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -54,22 +70,24 @@ impl Totals {
         registry.register(
             "policy_denials",
             "Connections that were denied, by the policies behind it",
-            self.denied.clone(),
+            self.denied.counters.clone(),
         );
         registry.register(
             "dry_run_denials",
             "Connections that were allowed, and would be denied if all dry-run policies were enforced, by the policies \
              behind it",
-            self.would_be_denied.clone(),
+            self.would_be_denied.counters.clone(),
         );
     }
 
-    pub(super) fn count_denied(&self, decision: &Decision) {
-        count_policies(&self.denied, decision);
-    }
-
-    pub(super) fn count_dry_run(&self, decision: &Decision) {
-        count_policies(&self.would_be_denied, decision);
+    /// Counts what policies deny, or would deny.
+    pub(super) fn count_verdict(&self, verdict: &Verdict) {
+        let dry_run = verdict.dry_run.as_ref();
+        if !verdict.allowed() {
+            self.denied.count(&verdict.decision);
+        } else if let Some(decision) = dry_run.filter(|decision| !decision.allowed()) {
+            self.would_be_denied.count(decision);
+        }
     }
 
     pub(super) fn count(&self, finished: &Finished) {
@@ -96,12 +114,56 @@ impl Totals {
     }
 }
 
-fn count_policies(counters: &Family<Denied, Counter>, decision: &Decision) {
-    for (kind, policy) in decision.policies() {
-        let denied = Denied {
-            kind: kind.as_str(),
-            policy: policy.to_string(),
+impl ByPolicy {
+    fn count(&self, decision: &Decision) {
+        for (kind, policy) in decision.policies() {
+            let mut denied = Denied {
+                kind: kind.as_str(),
+                policy: policy.to_string(),
+            };
+            if self.counters.get(&denied).is_none() {
+                // Two threads may both find a policy new, and count it twice: the number is then an upper bound.
+                if self.known.fetch_add(1, Ordering::Relaxed) >= MAX_POLICIES {
+                    denied.policy.clear();
+                }
+            }
+            self.counters.get_or_create(&denied).inc();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use auth_mesh::{ObjectName, policy::Hit};
+
+    use super::*;
+
+    #[test]
+    fn policies_that_come_and_go_take_no_endless_room() {
+        let denied = ByPolicy::default();
+        let by = |number: usize| {
+            let policy = ObjectName {
+                namespace: "shop".into(),
+                name: format!("p{number}"),
+            };
+            Decision::Denied(Hit {
+                policy: policy.into(),
+                rule: None,
+            })
         };
-        counters.get_or_create(&denied).inc();
+        for _ in 0..2 {
+            for number in 0..MAX_POLICIES + 10 {
+                denied.count(&by(number));
+            }
+        }
+        let of = |policy: String| {
+            let kind = "AuthorizationPolicy";
+            let counter = denied.counters.get(&Denied { kind, policy });
+            counter.map(|counter| counter.get())
+        };
+        assert_eq!(of("shop/p0".into()), Some(2));
+        assert_eq!(of(format!("shop/p{}", MAX_POLICIES - 1)), Some(2));
+        assert_eq!(of(format!("shop/p{MAX_POLICIES}")), None);
+        assert_eq!(of(String::new()), Some(20));
     }
 }

@@ -93,9 +93,11 @@ impl Node {
     ) -> Self {
         let istio =
             (config.metrics == Metrics::Istio).then(|| IstioMetrics::new(config.cluster_id()));
+        let connections =
+            OpenConnections::new(registry.clone(), config.access_log, config.observe, istio);
         Self {
             config,
-            connections: OpenConnections::new(registry.clone(), istio),
+            connections,
             registry,
             lookups,
             policies,

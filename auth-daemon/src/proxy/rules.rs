@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use auth_common::Inbound;
 
 use crate::observe::{
-    access_log::{DRY_RUN, Direction, Path},
+    access_log::{Direction, Path},
     connections::{Details, Guard},
 };
 use auth_mesh::{
@@ -71,15 +71,11 @@ impl Rules {
     ) -> Result<(), Refused> {
         let rules = self.current.load();
         let verdict = rules.verdict(cookie, connection)?;
-        if let Some(told) = told(&verdict) {
-            access.learn(|details| details.policy = Some(told));
+        access.judged(&verdict);
+        match verdict.allowed() {
+            true => Ok(()),
+            false => Err(Refused(verdict.decision.to_string())),
         }
-        if verdict.allowed() {
-            access.count_dry_run(&verdict);
-            return Ok(());
-        }
-        access.count_denied(&verdict.decision);
-        Err(Refused(verdict.decision.to_string()))
     }
 }
 
@@ -183,23 +179,4 @@ pub(crate) fn inbound(policy: &WorkloadPolicy) -> Inbound {
     } else {
         Inbound::Strict
     }
-}
-
-/// Formats the policies that contributed to a verdict, for the access log.
-fn told(verdict: &Verdict) -> Option<String> {
-    let mut told: Vec<_> = verdict
-        .decision
-        .policies()
-        .next()
-        .map(|_| verdict.decision.to_string())
-        .into_iter()
-        .collect();
-    told.extend(verdict.audits.iter().map(|hit| format!("audited by {hit}")));
-    told.extend(
-        verdict
-            .dry_run
-            .iter()
-            .map(|decision| format!("{DRY_RUN}{decision}")),
-    );
-    (!told.is_empty()).then(|| told.join("; "))
 }

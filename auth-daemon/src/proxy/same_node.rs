@@ -18,7 +18,10 @@ use super::{
 };
 use crate::{
     config,
-    observe::access_log::{Direction, Finished, Outcome, Path},
+    observe::{
+        access_log::{Direction, Finished, Outcome, Path},
+        judgement::Judgement,
+    },
 };
 use auth_datapath::{Closing, Ending, Grant, Side};
 
@@ -394,6 +397,6 @@ fn line(closing: &Closing, facts: Facts) -> Finished {
         duration: closing.duration,
         outcome,
         reason: reason.to_owned(),
-        policy: None,
+        judgement: Judgement::default(),
     }
 }

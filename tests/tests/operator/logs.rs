@@ -3,7 +3,9 @@
 use mesh_tests::{Daemon, DaemonOptions, PodSpec, ServiceSpec, TIMEOUT};
 use serde_json::{Value, json};
 
-use crate::common::lifecycle_pair::{MARKER, SERVICES, call, daemons, daemons_with, echoes, pair};
+use crate::common::lifecycle_pair::{
+    Echoing, MARKER, SERVICES, call, daemons, daemons_with, echoes, pair,
+};
 
 #[test]
 fn both_sides_log_exact_byte_counts() {
@@ -291,6 +293,94 @@ fn text_log_is_readable() {
     assert!(!text.contains('\u{1b}'), "no colours in a file: {text}");
     assert!(serde_json::from_str::<Value>(text.lines().next().unwrap()).is_err());
     assert!(text.contains("pod enrolled pod=default/client"), "{text}");
+}
+
+#[test]
+fn log_has_opentelemetrys_names() {
+    let options = DaemonOptions::default().setting("accessLog", json!({"fields": "opentelemetry"}));
+    let stage = Echoing::on(pair(), &options);
+    let service = SERVICES[0];
+    echoes(&stage.client, service.parse().unwrap());
+    let server = stage.web.at(8080);
+    assert_eq!(call(stage.mesh.outside(), server)["event"], "failed");
+
+    let bytes = MARKER.len();
+    let outbound = line_with(&stage.a, "auth_daemon.direction", &"outbound".into());
+    let client = &outbound["network.local.port"];
+    expect(
+        &outbound,
+        &json!({
+            "client.address": stage.client.ipv4().to_string(), "client.port": client,
+            "server.address": "10.96.0.7", "server.port": 80,
+            "network.transport": "tcp", "network.type": "ipv4",
+            "network.peer.address": server.ip().to_string(), "network.peer.port": server.port(),
+            "tls.established": true, "tls.protocol.name": "tls", "tls.protocol.version": "1.3",
+            "error.type": null,
+            "auth_daemon.path": "tunnel", "auth_daemon.result": "ok", "auth_daemon.service": "default/web",
+            "auth_daemon.client.identity": identity("client"), "auth_daemon.server.identity": identity("web"),
+            "auth_daemon.bytes_to_server": bytes, "auth_daemon.bytes_to_client": bytes,
+        }),
+    );
+    let inbound = line_with(&stage.b, "client.port", client);
+    expect(
+        &inbound,
+        &json!({
+            "auth_daemon.direction": "inbound", "server.address": "10.96.0.7",
+            "network.local.address": server.ip().to_string(), "network.peer.port": client,
+        }),
+    );
+    let denied = line_with(&stage.b, "error.type", &"denied".into());
+    expect(
+        &denied,
+        &json!({
+            "client.address": "192.0.2.10", "tls.established": false, "tls.protocol.name": null,
+            "auth_daemon.path": "plaintext", "auth_daemon.result": "refused",
+            "auth_daemon.client.identity": null,
+        }),
+    );
+    let message = denied["error.message"].as_str().unwrap_or_default();
+    assert!(message.contains("plaintext"), "{denied}");
+    let own = ["client", "client_identity", "bytes_to_server", "reason"];
+    assert!(own.iter().all(|name| denied[name].is_null()), "{denied}");
+}
+
+#[test]
+fn log_leaves_out_what_the_sample_does_not_have() {
+    let options = DaemonOptions::default().setting("accessLog", json!({"sample": "0%"}));
+    let stage = Echoing::on(pair(), &options);
+    let (client, server) = (&stage.client, stage.web.at(8080));
+    echoes(client, server);
+    mesh_tests::eventually(TIMEOUT, "the connection in what is observed", || {
+        let flows = stage.mesh.node("b").auth(&["observe"]).ok()?.json_lines();
+        (flows.first()?["result"] == "ok").then_some(())
+    })
+    .unwrap();
+    assert_eq!(stage.b.access_log(), Vec::<Value>::new());
+
+    // Refusals have their line, and so have connections that an AUDIT policy selects.
+    assert_eq!(call(client, stage.web.at(9999))["event"], "failed");
+    line_with(&stage.a, "result", &"refused".into());
+    line_with(&stage.b, "result", &"refused".into());
+    let audit = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "watch", "namespace": "default"},
+        "spec": {"action": "AUDIT", "rules": [{}]},
+    });
+    stage.mesh.manifests().apply(&audit).unwrap();
+    mesh_tests::eventually(TIMEOUT, "the line of an audited connection", || {
+        echoes(client, server);
+        let log = stage.b.access_log();
+        log.into_iter().find(|line| line["result"] == "ok")
+    })
+    .map(|line| {
+        assert!(
+            line["policy"].as_str().unwrap().contains("audited by"),
+            "{line}"
+        )
+    })
+    .unwrap();
+    let log = stage.a.access_log();
+    assert!(log.iter().all(|line| line["result"] != "ok"), "{log:?}");
 }
 
 #[test]

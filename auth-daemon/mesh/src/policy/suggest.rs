@@ -136,8 +136,8 @@ pub fn selecting_labels(labels: &BTreeMap<String, String>) -> BTreeMap<String, S
     }
 }
 
-/// Returns the name of a pod's workload: the pod's own, without the parts that controllers generate.
-pub fn workload_name(pod: &Workload) -> String {
+/// Returns the name of a pod's workload: the beginning of the pod's own, without the parts that controllers generate.
+pub fn workload_name(pod: &Workload) -> &str {
     let label = |key: &str| pod.labels.get(key).map(String::as_str);
     let name = pod.name.name.as_str();
     // A ReplicaSet's pods: NAME-HASH-SUFFIX.
@@ -145,15 +145,15 @@ pub fn workload_name(pod: &Workload) -> String {
         .and_then(|hash| name.rsplit_once(&format!("-{hash}-")))
         .filter(|(start, _)| !start.is_empty())
     {
-        return start.to_owned();
+        return start;
     }
     let is_generated = ["pod-template-generation", "batch.kubernetes.io/job-name"]
         .iter()
         .any(|key| label(key).is_some())
         || label("statefulset.kubernetes.io/pod-name").is_some();
     match name.rsplit_once('-') {
-        Some((start, _)) if is_generated && !start.is_empty() => start.to_owned(),
-        _ => name.to_owned(),
+        Some((start, _)) if is_generated && !start.is_empty() => start,
+        _ => name,
     }
 }
 

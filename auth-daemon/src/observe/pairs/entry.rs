@@ -15,19 +15,26 @@ use super::Counts;
 use crate::observe::{
     access_log::{Direction, Finished, Outcome, Path},
     connections::Details,
+    size::{HeapSize, in_table},
 };
 
 /// Threads that carry connections share the shards, in turns.
 pub(super) const SHARDS: usize = 16;
-/// The most different entries of a shard in a second. One takes some 250 bytes.
+/// The most different entries of a shard in a second.
 const MAX_ENTRIES: usize = 256;
-/// How many of them may be of clients without an identity, which may be anybody outside.
+/// The most bytes that all shards take. An entry takes some 1.2 KiB.
+pub(super) const MAX_BYTES: usize = 640 * 1024;
+/// The most different entries of open connections, and a quarter of that of clients without an identity.
+pub(crate) const MAX_OPEN_ENTRIES: usize = 1024;
+/// How many of a shard's may be of clients without an identity, which may be anybody outside.
 pub(super) const MAX_ANONYMOUS_ENTRIES: usize = 64;
 
 /// The connections that ended on some threads since the counts were last moved.
 #[derive(Debug, Default)]
 pub(super) struct Shard {
     pub(super) entries: HashMap<Entry, Counts>,
+    /// How much memory they take, in bytes.
+    pub(super) bytes: usize,
     anonymous: usize,
     pub(super) uncounted: u64,
 }
@@ -70,33 +77,55 @@ pub(crate) struct Progress {
 }
 
 impl Shard {
-    /// Counts a connection that has ended.
-    pub(super) fn count(&mut self, finished: &Finished, progress: &mut Progress) {
+    /// Counts a connection that has ended. `used` is how much memory all shards take, in bytes.
+    pub(super) fn count(
+        &mut self,
+        finished: &Finished,
+        progress: &mut Progress,
+        used: &AtomicUsize,
+    ) {
         let entry = Entry::of_ended(finished);
-        if !self.entries.contains_key(&entry) {
+        let is_new = !self.entries.contains_key(&entry);
+        let has_room = used.load(Ordering::Relaxed) < MAX_BYTES;
+        if is_new {
             let is_anonymous = entry.identity.is_none();
             let is_full = self.entries.len() >= MAX_ENTRIES
                 || is_anonymous && self.anonymous >= MAX_ANONYMOUS_ENTRIES;
-            if is_full {
+            if is_full || !has_room {
                 self.uncounted += 1;
                 return;
             }
             self.anonymous += usize::from(is_anonymous);
         }
+        let own = in_table(size_of::<(Entry, Counts)>()) + entry.heap_size();
         let counts = self.entries.entry(entry).or_default();
-        counts.advance(progress, finished.bytes_to_server, finished.bytes_to_client);
+        let before = if is_new { 0 } else { own + counts.heap_size() };
         counts.connections += 1;
         counts.resets += u64::from(finished.outcome == Outcome::Reset);
         counts.would_be_denied += u64::from(finished.would_be_denied());
-        // The first of a second stands for the others.
-        if counts.reason.is_empty() {
-            counts.reason.clone_from(&finished.reason);
+        if has_room {
+            counts.describe(finished);
+        } else {
+            progress.forget_details();
         }
-        if counts.policy.is_none() {
-            counts.policy.clone_from(&finished.policy);
+        counts.advance(progress, finished.bytes_to_server, finished.bytes_to_client);
+        let grown = (own + counts.heap_size()).saturating_sub(before);
+        self.bytes += grown;
+        used.fetch_add(grown, Ordering::Relaxed);
+    }
+}
+
+impl Counts {
+    /// Adds what is known of one of the connections, if nothing is yet: the first of a second stands for the others.
+    fn describe(&mut self, finished: &Finished) {
+        if self.reason.is_empty() {
+            self.reason.clone_from(&finished.reason);
         }
-        if counts.service.is_none() {
-            counts.service = finished.service.as_ref().map(ToString::to_string);
+        if self.policy.is_none() {
+            self.policy.clone_from(&finished.judgement.told);
+        }
+        if self.service.is_none() {
+            self.service = finished.service.as_ref().map(ToString::to_string);
         }
     }
 }
@@ -116,8 +145,6 @@ pub(super) fn shard_of_thread() -> usize {
 
 impl Entry {
     fn of_ended(finished: &Finished) -> Self {
-        let denied = |text: &str| text.starts_with("denied");
-        let is_denied = denied(&finished.reason) || finished.policy.as_deref().is_some_and(denied);
         Self {
             pod: finished.pod,
             direction: finished.direction,
@@ -128,7 +155,7 @@ impl Entry {
             endpoint: finished.endpoint.or(finished.destination),
             path: finished.path,
             ending: match finished.outcome {
-                Outcome::Refused if is_denied => Ending::Denied,
+                Outcome::Refused if finished.judgement.is_denied => Ending::Denied,
                 Outcome::Refused => Ending::Failed,
                 Outcome::Ok | Outcome::Reset => Ending::Established,
             },
@@ -162,11 +189,22 @@ impl Ending {
     }
 }
 
+impl HeapSize for Entry {
+    fn heap_size(&self) -> usize {
+        self.identity.heap_size() + self.server_identity.heap_size()
+    }
+}
+
 impl Progress {
     /// Records that the connection is established, `after` its start, over a tunnel with this key exchange if there is one.
     pub(crate) fn establish(&mut self, after: Duration, key_exchange: Option<NamedGroup>) {
         self.connect_time = Some(after);
         self.key_exchange = key_exchange;
+    }
+
+    /// Leaves what takes room uncounted.
+    fn forget_details(&mut self) {
+        (self.connect_time, self.key_exchange) = (None, None);
     }
 
     /// Whether the connection was established.
