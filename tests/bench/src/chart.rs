@@ -215,6 +215,7 @@ fn color(system: System) -> RGBColor {
         System::Ztunnel => RGBColor(0x8a, 0xa8, 0x6f),
         System::Ours => RGBColor(0x1f, 0x6f, 0xb4),
         System::Hbone => RGBColor(0x7f, 0xb2, 0xdd),
+        System::Unobserved => RGBColor(0xb5, 0xcf, 0xe8),
     }
 }
 

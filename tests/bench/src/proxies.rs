@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::peers::ztunnel::{ZtunnelOptions, named};
-use mesh_tests::{Ca, CaOptions, Daemon, Mesh, TIMEOUT, Ztunnel, eventually_ok};
+use mesh_tests::{Ca, CaOptions, Daemon, DaemonOptions, Mesh, TIMEOUT, Ztunnel, eventually_ok};
 
 use super::counters::{Counters, Moved};
 use super::envoy::{Authority, Server, Sidecar};
@@ -41,8 +41,12 @@ impl Proxies {
             System::Direct => Ok(Self::None),
             System::Envoy => sidecars(mesh).map(Self::Sidecars),
             System::Ztunnel => ztunnels(mesh),
-            System::Ours | System::Hbone => {
-                let daemons = mesh.start_daemons()?.into_iter();
+            System::Ours | System::Hbone | System::Unobserved => {
+                let mut options = DaemonOptions::default();
+                if system == System::Unobserved {
+                    options = options.setting("observe", "nothing".into());
+                }
+                let daemons = mesh.start_daemons_with(&options)?.into_iter();
                 let named = daemons.map(|daemon| {
                     let on_a = daemon.node() == NODE_A;
                     (if on_a { NODE_A } else { NODE_B }, daemon)

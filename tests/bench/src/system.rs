@@ -17,6 +17,8 @@ pub(super) enum System {
     Ours,
     /// auth-daemon on each node, as peers that speak only HBONE
     Hbone,
+    /// auth-daemon on each node, which observes nothing
+    Unobserved,
 }
 
 impl System {
@@ -28,6 +30,7 @@ impl System {
             Self::Ztunnel => "ztunnel",
             Self::Ours => "ours",
             Self::Hbone => "hbone",
+            Self::Unobserved => "unobserved",
         }
     }
 
@@ -39,6 +42,7 @@ impl System {
             Self::Ztunnel => "ztunnel",
             Self::Ours => "auth-daemon",
             Self::Hbone => "auth-daemon, HBONE",
+            Self::Unobserved => "auth-daemon, observe: nothing",
         }
     }
 
@@ -56,6 +60,7 @@ impl System {
             }
             Self::Ours => "auth-daemon on each node with its default settings, access log included",
             Self::Hbone => "the same, but by HBONE instead of auth-daemon's own framing",
+            Self::Unobserved => "the same, but with observe: nothing",
         }
     }
 

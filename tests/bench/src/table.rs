@@ -32,6 +32,7 @@ pub(super) fn markdown(results: &Results, loads: &[&Load], systems: &[System]) -
     let compared = ratios.iter().map(|(_, to)| match to {
         System::Envoy => "to Envoy".to_owned(),
         System::Hbone => "to HBONE".to_owned(),
+        System::Unobserved => "to unobserved".to_owned(),
         other => format!("to {other}"),
     });
     let cells: Vec<String> = titles.chain(compared).collect();
