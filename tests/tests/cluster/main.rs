@@ -19,6 +19,8 @@ mod starts;
 mod traffic;
 mod workloads;
 
+#[path = "../common/terminal.rs"]
+mod terminal;
 #[path = "../common/lifecycle_traces.rs"]
 mod traces;
 
@@ -58,6 +60,10 @@ const STEPS: &[(&str, Step)] = &[
     (
         "status and observe show the whole cluster through the API server alone",
         observability::through_the_api_server,
+    ),
+    (
+        "ui and top show the whole cluster through the API server alone",
+        observability::page_and_table,
     ),
     (
         "pods outside the mesh are refused",

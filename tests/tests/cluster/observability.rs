@@ -1,9 +1,10 @@
 //! Steps about what a user sees of the cluster from a machine outside it, through the API server alone.
 
-use mesh_tests::{Context, Finished, Process, Result, auth_daemon, eventually_ok};
+use mesh_tests::{Context, Finished, Process, Result, auth_daemon, eventually_ok, http_get};
 use serde_json::{Value, json};
 
 use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, account, ensure};
+use crate::terminal::Terminal;
 use crate::traffic::who;
 
 /// Runs a command of the daemon's program outside the cluster, with the API server's credentials of an administrator.
@@ -72,4 +73,65 @@ pub(crate) fn through_the_api_server(stage: &Stage) -> Result<()> {
         let status: Value = serde_json::from_str(&shown.stdout).context(shown.stderr)?;
         ensure(status["node"] == expected[0], || status.to_string())
     })
+}
+
+/// The page in a browser and the table in a terminal, of all nodes.
+pub(crate) fn page_and_table(stage: &Stage) -> Result<()> {
+    let outside = stage.cluster.mesh().outside();
+    let administrator = stage.cluster.api().kubeconfig();
+    let kubeconfig = administrator.display();
+    let mut command = outside.command(auth_daemon()?)?;
+    command.args(["ui", "--kubeconfig"]).arg(&administrator);
+    let mut ui = Process::spawn(command)?;
+    let server = ui.wait_for_line("the page's address", PATIENCE, |line| {
+        let address = line.strip_prefix("http://")?.strip_suffix('/')?;
+        address.parse().ok()
+    })?;
+    let get = |path: &str| http_get(outside.netns(), server, path);
+    let page = get("/")?;
+    ensure(page.body.contains("<title>"), || page.body.clone())?;
+    let nodes: Value = serde_json::from_str(&get("/nodes")?.body)?;
+    let names: Vec<_> = (nodes["nodes"].as_array().into_iter().flatten())
+        .filter_map(|node| node["name"].as_str())
+        .collect();
+    let expected = stage.cluster.nodes().iter().map(|node| node.name());
+    ensure(names == expected.collect::<Vec<_>>(), || nodes.to_string())?;
+
+    stage.curl("client-1", &who(stage, "web-2")?)?;
+    let live = |name: &str| -> Result<Value> {
+        // All connections and all pairs.
+        let answer = get(&format!("/node/{name}/live/0/0"))?;
+        serde_json::from_str(&answer.body).context(answer.body)
+    };
+    let is_between_apps = |pair: &Value| {
+        let of = |side: &str| pair[side]["namespace"] == APPS;
+        of("client") && of("server") && pair["path"] == "tunnel" && pair["verdict"] == "allowed"
+    };
+    for name in names {
+        eventually_ok(PATIENCE, "a connection between apps on the page", || {
+            let live = live(name)?;
+            let pairs = live["pairs"]["pairs"].as_array().context("no pairs")?;
+            ensure(pairs.iter().any(is_between_apps), || live.to_string())?;
+            let flows = live["flows"]["flows"].as_array();
+            ensure(flows.is_some_and(|flows| !flows.is_empty()), || {
+                live.to_string()
+            })
+        })?;
+    }
+
+    let folder = administrator.parent().context("a file in a folder")?;
+    let Some(terminal) =
+        Terminal::start(outside, folder, &format!("top --kubeconfig {kubeconfig}"))
+    else {
+        println!("SKIPPED top: tmux is not installed (Debian package tmux)");
+        return Ok(());
+    };
+    let server = format!("{APPS}/web-2");
+    let screen = terminal.shows("the pairs of both nodes", |screen| {
+        screen.contains("2 nodes, ") && screen.contains(&server) && screen.contains("TLS 1.3")
+    });
+    println!("{screen}");
+    terminal.press(&["q"]);
+    terminal.shows("the end", |screen| screen.contains("it ended with 0"));
+    Ok(())
 }

@@ -13,5 +13,6 @@ pub(crate) mod pair;
 pub(crate) mod resumption;
 pub(crate) mod servers;
 pub(crate) mod stage;
+pub(crate) mod terminal;
 pub(crate) mod two_endpoints;
 pub(crate) mod with_ca;
