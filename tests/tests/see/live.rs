@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use mesh_tests::{Node, Process, TIMEOUT, eventually};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::chromium::Chromium;
 use crate::common::{
@@ -13,6 +13,18 @@ use crate::common::{
 
 /// A pod's name that would run, if it became markup.
 const HOSTILE: &str = "<script>window.pwned=1<!--\u{202e}";
+
+/// A policy that denies what `client` asks of `web`.
+fn policy(name: &str) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {
+            "action": "DENY", "selector": {"matchLabels": {"app": "web"}},
+            "rules": [{"from": [{"source": {"serviceAccounts": ["client"]}}]}],
+        },
+    })
+}
 
 /// Starts `auth-daemon ui`, and returns the address that it prints.
 pub(crate) fn ui(node: &Node, options: &[&str]) -> (Process, String) {
@@ -119,25 +131,30 @@ fn the_mesh_is_seen_in_a_browser() {
     shows(&mut browser, "no identity was proven");
     shows(&mut browser, "refused");
 
+    // What a policy would refuse, if it were not a dry run.
+    let mut trial = policy("trial");
+    trial["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
+    mesh.manifests().apply(&trial).unwrap();
+    browser
+        .click("document.querySelector('.sign.mtls circle')")
+        .unwrap();
+    let told = with_text("#details", "A dry-run policy would refuse");
+    shows_while(&mut browser, &told, || echoes(client, web.at(8080)));
+    shows(
+        &mut browser,
+        "dry run: denied by AuthorizationPolicy default/trial rules[0]",
+    );
+
     // A policy that selects the workload, and what it decides.
-    let policy = json!({
-        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
-        "metadata": {"name": "nobody", "namespace": "default"},
-        "spec": {
-            "action": "DENY", "selector": {"matchLabels": {"app": "web"}},
-            "rules": [{"from": [{"source": {"serviceAccounts": ["client"]}}]}],
-        },
-    });
-    mesh.manifests().apply(&policy).unwrap();
-    eventually(TIMEOUT, "the policy to be enforced", || {
-        (call(client, web.at(8080))["event"] == "failed").then_some(())
-    })
-    .unwrap();
-    let row = with_text("tr.refused", "AuthorizationPolicy default/nobody rules[0]");
+    mesh.manifests().apply(&policy("nobody")).unwrap();
     browser
         .click("document.getElementById('show-table')")
         .unwrap();
-    browser.wait("refusal with its rule", &row).unwrap();
+    // A connection that is open when the policy comes into force is ended, not denied: try until one is denied.
+    let row = with_text("tr.refused", "AuthorizationPolicy default/nobody rules[0]");
+    shows_while(&mut browser, &row, || {
+        call(client, web.at(8080));
+    });
     browser
         .click("document.getElementById('show-map')")
         .unwrap();
@@ -238,4 +255,14 @@ fn appears(browser: &mut Chromium, kind: &str, connect: impl Fn()) {
 fn shows(browser: &mut Chromium, text: &str) {
     let panel = with_text("#details:not([hidden])", text);
     browser.wait(text, &panel).unwrap();
+}
+
+/// Connects until the page has an element.
+fn shows_while(browser: &mut Chromium, element: &str, connect: impl Fn()) {
+    eventually(TIMEOUT, element, || {
+        connect();
+        let is_there = browser.value(&format!("Boolean({element})")).unwrap();
+        (is_there == true).then_some(())
+    })
+    .unwrap();
 }

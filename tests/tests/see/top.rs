@@ -1,78 +1,9 @@
-//! `auth-daemon top` in a real terminal: tmux holds the screen and presses the keys.
+//! `auth-daemon top` in a real terminal.
 
-use std::path::PathBuf;
-
-use mesh_tests::{Node, TIMEOUT, auth_daemon, eventually};
-
-use crate::common::lifecycle_pair::{Echoing, MARKER, SERVICES, call, echoes};
-
-/// A terminal on a node. Dropping it ends the programs in it.
-struct Terminal<'a> {
-    node: &'a Node,
-    socket: PathBuf,
-}
-
-impl<'a> Terminal<'a> {
-    /// Starts `auth-daemon` with these arguments in a terminal, whose screen says afterwards how it ended. `None` if tmux is not
-    /// installed.
-    fn start(node: &'a Node, arguments: &str) -> Option<Self> {
-        let socket = node.folder().join("tmux");
-        let terminal = Self { node, socket };
-        let program = auth_daemon().unwrap();
-        let shell = format!(
-            "{} {arguments}; echo it ended with $?; exec cat",
-            program.display()
-        );
-        let start = ["new-session", "-d", "-x", "150", "-y", "20", &shell];
-        terminal
-            .node
-            .command("tmux")
-            .unwrap()
-            .arg("-V")
-            .output()
-            .ok()?;
-        terminal.tmux(&start);
-        Some(terminal)
-    }
-
-    /// Runs tmux, and returns what it prints.
-    fn tmux(&self, arguments: &[&str]) -> String {
-        let mut command = self.node.command("tmux").unwrap();
-        command
-            .args(["-u", "-f", "/dev/null", "-S"])
-            .arg(&self.socket);
-        let output = command.args(arguments).output().unwrap();
-        assert!(output.status.success(), "tmux {arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    fn press(&self, keys: &[&str]) {
-        self.tmux(&[&["send-keys"], keys].concat());
-    }
-
-    /// Waits until the screen, with runs of spaces as one, is as `is_so` wants it, and returns it.
-    fn shows(&self, what: &str, is_so: impl Fn(&str) -> bool) -> String {
-        let mut last = String::new();
-        let found = eventually(TIMEOUT, what, || {
-            let screen = self.tmux(&["capture-pane", "-p"]);
-            let lines = screen.lines().map(|line| {
-                let words: Vec<_> = line.split_whitespace().collect();
-                words.join(" ") + "\n"
-            });
-            last = lines.collect();
-            is_so(&last).then(|| last.clone())
-        });
-        found.unwrap_or_else(|error| panic!("{error:#}, on\n{last}"))
-    }
-}
-
-impl Drop for Terminal<'_> {
-    fn drop(&mut self) {
-        if let Ok(mut tmux) = self.node.command("tmux") {
-            let _ = tmux.arg("-S").arg(&self.socket).arg("kill-server").output();
-        }
-    }
-}
+use crate::common::{
+    lifecycle_pair::{Echoing, MARKER, SERVICES, call, echoes},
+    terminal::Terminal,
+};
 
 #[test]
 fn top_shows_pairs_live_and_takes_keys() {
@@ -81,7 +12,7 @@ fn top_shows_pairs_live_and_takes_keys() {
     let (client, web, mesh) = (&stage.client, &stage.web, &stage.mesh);
     let node = mesh.node("b");
     echoes(client, SERVICES[0].parse().unwrap());
-    let Some(terminal) = Terminal::start(node, "top") else {
+    let Some(terminal) = Terminal::start(node.place(), node.folder(), "top") else {
         println!("SKIPPED {test}: tmux is not installed (Debian package tmux)");
         return;
     };

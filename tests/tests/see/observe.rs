@@ -1,11 +1,11 @@
 //! `auth-daemon observe`, and `status` of several daemons.
 
-use mesh_tests::{Finished, Node, Process, TIMEOUT, eventually};
+use mesh_tests::{DaemonOptions, Finished, Node, Process, TIMEOUT, eventually};
 use serde_json::Value;
 
 use crate::common::{
     admin_port::forward_admin_port,
-    lifecycle_pair::{Echoing, SERVICES, call, echoes},
+    lifecycle_pair::{Echoing, SERVICES, call, echoes, pair},
 };
 
 /// What `observe` prints without a terminal.
@@ -175,4 +175,35 @@ fn several_daemons_are_shown_as_one_mesh() {
     assert!(observed.stderr.contains(&named), "{}", observed.stderr);
     let nobody = here.auth(&["status", "--address", &of_b]).unwrap();
     assert_eq!(nobody.code(), Some(2));
+}
+
+#[test]
+fn a_daemon_that_observes_nothing_says_so() {
+    let options = DaemonOptions::default().setting("observe", "nothing".into());
+    let stage = Echoing::on(pair(), &options);
+    echoes(&stage.client, stage.web.at(8080));
+    // What is logged and counted stays.
+    let ended =
+        "auth_daemon_connections_total{direction=\"inbound\",path=\"tunnel\",result=\"ok\"} 1\n";
+    eventually(TIMEOUT, "the connection in the metrics", || {
+        stage.b.metrics().ok()?.contains(ended).then_some(())
+    })
+    .unwrap();
+    let logged = stage
+        .b
+        .wait_for_access("its line", TIMEOUT, |line| line["result"] == "ok");
+    logged.unwrap();
+
+    let node = stage.mesh.node("b");
+    for command in [
+        &["observe"][..],
+        &["strict-readiness"],
+        &["policy", "suggest"],
+    ] {
+        let answer = node.auth(command).unwrap();
+        assert!(![Some(0), None].contains(&answer.code()), "{answer:?}");
+        let said = answer.stderr + &answer.stdout;
+        assert!(said.contains("keeps nothing of connections"), "{said}");
+        assert!(!said.contains("safe:"), "{said}");
+    }
 }
