@@ -15,15 +15,18 @@
 mod first_socket;
 mod same_node;
 mod share;
+mod unread;
 
 pub use first_socket::{
-    FIRST_SOCKET_BYTES, FirstSocket, MAX_REPORTED, REPORT_INTERVAL_NANOSECONDS, SocketOrigin,
+    FIRST_SOCKET_BYTES, FirstSocket, MAX_REPORTED, REPORT_INTERVAL_NANOSECONDS,
+    REPORTS_PER_INTERVAL, SocketOrigin,
 };
 pub use same_node::{
     Admitted, Closed, EVENT_BYTES, FLOW_CLIENT, FLOW_CLOSED, FLOW_DIALLED, FLOW_SERVER, Flow,
     LEASE_NANOSECONDS, MAX_VERDICTS, Verdict, WITHDRAWN, closed,
 };
 pub use share::{MAX_PENDING, SHARE, SHARES, Share, Usage};
+pub use unread::Unread;
 
 /// Version of the maps' layout, and the name of the folder that holds their pins. A daemon never adopts maps of another
 /// layout.
@@ -266,6 +269,8 @@ mod user {
     unsafe impl aya::Pod for super::FourTuple {}
     // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::Share {}
+    // SAFETY: as for `Pod`.
+    unsafe impl aya::Pod for super::Unread {}
     // SAFETY: as for `Pod`.
     unsafe impl aya::Pod for super::Node {}
     // SAFETY: as for `Pod`.

@@ -3,9 +3,10 @@
 //! [`crate::gate`]. In those that are enrolled, refuses what [`crate::non_tcp`] says.
 //!
 //! This program runs for every IPv4 and IPv6 socket on the node. A socket of an enrolled pod costs one map lookup, one of the
-//! node's own netns or of a pod outside the mesh two; any other origin is reported at most once a second.
+//! node's own netns or of a pod outside the mesh two; any other origin is reported at most once a second, and those of one
+//! container together [`REPORTS_PER_INTERVAL`] times.
 
-use auth_common::{FirstSocket, REPORT_INTERVAL_NANOSECONDS, SocketOrigin};
+use auth_common::{FirstSocket, REPORT_INTERVAL_NANOSECONDS, REPORTS_PER_INTERVAL, SocketOrigin};
 use aya_ebpf::{
     helpers::{bpf_get_current_cgroup_id, bpf_get_netns_cookie},
     macros::cgroup_sock,
@@ -57,19 +58,37 @@ fn report(cookie: u64) {
         cgroup: unsafe { bpf_get_current_cgroup_id() },
     };
     let now = now();
-    // SAFETY: a single word. If the kernel reuses the entry meanwhile, one report is sent too many or too few.
-    if let Some(last) = unsafe { REPORTED.get(origin) }
-        && now.wrapping_sub(*last) < REPORT_INTERVAL_NANOSECONDS
-    {
+    if last(&origin).is_some_and(|last| now.wrapping_sub(last) < REPORT_INTERVAL_NANOSECONDS) {
+        return;
+    }
+    let of_pod = NODE.get(0).is_some_and(is_in_a_pod);
+    let of_cgroup = SocketOrigin {
+        netns_cookie: 0,
+        ..origin
+    };
+    let due = last(&of_cgroup).map_or(now, |due| due.max(now));
+    if of_pod && due >= now + REPORT_INTERVAL_NANOSECONDS {
         return;
     }
     let event = FirstSocket {
         netns_cookie: cookie,
         at_nanoseconds: now,
-        of_pod: NODE.get(0).is_some_and(is_in_a_pod).into(),
+        of_pod: of_pod.into(),
     };
     // If the ring is full, the daemon has events to read already, and the origin's next socket retries.
-    if FIRST_SOCKETS.output(event, 0).is_ok() {
-        let _ = REPORTED.insert(origin, now, 0);
+    if FIRST_SOCKETS.output(event, 0).is_err() {
+        return;
     }
+    let _ = REPORTED.insert(origin, now, 0);
+    if of_pod {
+        let due = due + REPORT_INTERVAL_NANOSECONDS / REPORTS_PER_INTERVAL;
+        let _ = REPORTED.insert(of_cgroup, due, 0);
+    }
+}
+
+/// The time in an entry of REPORTED.
+#[inline(always)]
+fn last(origin: &SocketOrigin) -> Option<u64> {
+    // SAFETY: a single word. If the kernel reuses the entry meanwhile, one report is sent too many or too few.
+    unsafe { REPORTED.get(origin) }.copied()
 }

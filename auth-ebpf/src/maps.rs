@@ -1,14 +1,14 @@
 //! The maps. The daemon pins them, and the next daemon adopts them.
 //!
 //! The maps allocate memory as they fill, except for the bucket arrays of the hashes (4 MiB each for PENDING, DELIVERIES
-//! and ADMITTED, 2 MiB for VERDICTS), the ring buffer EVENTS (1 MiB) and REPORTED (1 MiB).
+//! and ADMITTED, 2 MiB for VERDICTS), the ring buffer EVENTS (1 MiB), REPORTED (1 MiB) and UNREAD (0.5 MiB).
 
 use core::ffi::c_void;
 
 use auth_common::{
     Closed, Dialled, EVENT_BYTES, Exposed, FIRST_SOCKET_BYTES, FLOW_CLOSED, FirstSocket, Flow,
     MAX_EXPOSED, MAX_OUTSIDE, MAX_PENDING, MAX_PODS, MAX_PROVEN_NODES, MAX_REPORTED, MAX_VERDICTS,
-    NEIGHBOUR, NODE_CONNECT, Node, Pod, Share, SocketKey, SocketOrigin, Verdict,
+    NEIGHBOUR, NODE_CONNECT, Node, Pod, Share, SocketKey, SocketOrigin, Unread, Verdict,
 };
 use aya_ebpf::{
     bindings::{
@@ -110,6 +110,10 @@ pub static FLOWS: SkStorage<Flow> = SkStorage::new();
 /// Events of closed ends, for the daemon's access log.
 #[btf_map]
 pub static EVENTS: RingBuf<Closed, { EVENT_BYTES as usize }> = RingBuf::new();
+
+/// Each pod's share of EVENTS, by netns cookie: see [`crate::shares::admits_event`].
+#[btf_map]
+pub static UNREAD: LruHashMap<u64, Unread, { MAX_PODS as usize }> = LruHashMap::new();
 
 /// Number of closed ends without an event, because the ring buffer was full or memory was short.
 #[btf_map]

@@ -258,6 +258,9 @@ fn closed(ctx: &SockOpsContext, flow: &Flow, from: u32) {
     if !is_server && shares::remove(|| shares::connects(client), &ADMITTED, &connection) {
         flags |= flag::UNCLAIMED;
     }
+    if !shares::admits_event(client) {
+        return lost();
+    }
     let Some(mut room) = EVENTS.reserve(0) else {
         return lost();
     };

@@ -1,18 +1,22 @@
-//! Keeps one netns from filling the maps that record connections under way for all: each may have `SHARE` entries in each
-//! direction, and no more.
+//! Keeps one netns from filling what all use: the maps that record connections under way, in which each may have `SHARE` entries
+//! in each direction, and the ring buffer EVENTS.
 //!
 //! Only the programs insert and remove these entries. Of several that remove an entry, one succeeds, and that one reduces the
 //! count, so the counts are exact.
 
-use core::{arch::asm, ptr::read_volatile};
-
-use auth_common::{SHARE, Usage};
-use aya_ebpf::{
-    bindings::{BPF_EXIST, BPF_NOEXIST},
-    btf_maps::HashMap,
+use core::{
+    arch::asm,
+    ptr::{read_volatile, write_volatile},
 };
 
-use crate::maps::SHARES;
+use auth_common::{Closed, EVENT_BYTES, SHARE, Unread, Usage};
+use aya_ebpf::{
+    bindings::{BPF_EXIST, BPF_NOEXIST, BPF_RB_AVAIL_DATA, BPF_RB_CONS_POS, BPF_RB_PROD_POS},
+    btf_maps::HashMap,
+    helpers::generated::bpf_ringbuf_query,
+};
+
+use crate::maps::{EVENTS, SHARES, UNREAD};
 
 /// What the netns uses of its share of PENDING and ADMITTED. `None` if it is not enrolled.
 #[inline(always)]
@@ -84,6 +88,46 @@ pub fn remove<K, V, const MAX: usize, const FLAGS: usize>(
         unsafe { add(&raw mut (*usage).entries, -1) };
     }
     true
+}
+
+/// Whether the client in the netns with `cookie` may have another event in EVENTS: its unread ones must take less room than is
+/// free, so one pod leaves half of the ring to the others, and two a third. Counts the event that is left out if not.
+#[inline(always)]
+pub fn admits_event(cookie: u64) -> bool {
+    let Some(unread) = UNREAD.get_ptr_mut(cookie) else {
+        let first = Unread {
+            events: 1,
+            until: ring(BPF_RB_PROD_POS) + 1,
+            lost: 0,
+        };
+        return UNREAD.insert(cookie, first, 0).is_ok();
+    };
+    let free = u64::from(EVENT_BYTES).saturating_sub(ring(BPF_RB_AVAIL_DATA));
+    // SAFETY: the pointer is to an entry of the map. Programs on other CPUs may count events of the same pod at the same time:
+    // then the count is off by some until the daemon has read all of them.
+    unsafe {
+        let until = read_volatile(&raw const (*unread).until);
+        if ring(BPF_RB_CONS_POS) >= until {
+            write_volatile(&raw mut (*unread).events, 0);
+        }
+        let events = read_volatile(&raw const (*unread).events) as u64;
+        if events * size_of::<Closed>() as u64 >= free {
+            add((&raw mut (*unread).lost).cast(), 1);
+            return false;
+        }
+        add(&raw mut (*unread).events, 1);
+        // The event begins here or, if other programs write at the same time, behind.
+        write_volatile(&raw mut (*unread).until, ring(BPF_RB_PROD_POS) + 1);
+    }
+    true
+}
+
+/// What EVENTS holds, or a position in it, by the helper's flag.
+#[inline(always)]
+fn ring(what: u32) -> u64 {
+    let map = core::ptr::from_ref(&EVENTS).cast_mut();
+    // SAFETY: the helper only reads the ring's counters.
+    unsafe { bpf_ringbuf_query(map.cast(), what.into()) }
 }
 
 /// Adds to a number that programs on other CPUs change too. This is BPF_ATOMIC with BPF_ADD (RFC 9669 §5.3), which every

@@ -14,6 +14,9 @@ pub(crate) fn create(path: &Path) -> Result<()> {
     fs::create_dir_all(path).with_context(|| format!("making the cgroup {}", path.display()))
 }
 
+/// Weight of a mesh that is limited, as a multiple of the usual one.
+const WEIGHT: u32 = 8;
+
 /// The controllers that a kubelet limits pods by. Version 2 has all of them where no hierarchy of version 1 does.
 const KUBELET: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
@@ -39,6 +42,40 @@ pub(crate) fn enable_controllers(mount: &Path, below: &Path) -> Result<()> {
             .with_context(|| format!("writing {enabled} to {}", control.display()))?;
     }
     Ok(())
+}
+
+/// Gives what runs in a cgroup an equal share of its parent's CPU time, the outermost cgroup more than what else runs on the
+/// machine, and limits the number of its processes. `mount` is that of cgroup v2. Returns the cgroups that a process must join beside `path`: those of the
+/// hierarchies of version 1 that have the controllers, if version 2 has not.
+pub(crate) fn limit(mount: &Path, path: &Path, processes: u32) -> Result<Vec<PathBuf>> {
+    let set = |file: PathBuf, value: u32| {
+        fs::write(&file, value.to_string()).with_context(|| format!("writing {}", file.display()))
+    };
+    let below = path.strip_prefix(mount).context("a cgroup of version 2")?;
+    let outermost = below.iter().next().context("a cgroup below the root")?;
+    if has_controllers(mount)? {
+        enable_controllers(mount, path)?;
+        set(mount.join(outermost).join("cpu.weight"), WEIGHT * 100)?;
+        set(path.join("pids.max"), processes)?;
+        return Ok(Vec::new());
+    }
+    let mut joined = Vec::new();
+    for hierarchy in Hierarchy::all()? {
+        let has = |name| hierarchy.options.split(',').any(|option| option == name);
+        if !has("cpu") && !has("pids") {
+            continue;
+        }
+        let folder = hierarchy.create(below)?;
+        if has("cpu") {
+            let outermost = hierarchy.mount.join(outermost);
+            set(outermost.join("cpu.shares"), WEIGHT * 1024)?;
+        }
+        if has("pids") {
+            set(folder.join("pids.max"), processes)?;
+        }
+        joined.push(folder);
+    }
+    Ok(joined)
 }
 
 /// Kills every process in the cgroup and below it, and waits until all have exited.

@@ -198,6 +198,16 @@ impl Mesh {
         plumbing::node(netns, node.number(), &others)
     }
 
+    /// Gives each pod and each node's daemon an equal share of its node's CPU time, and each node an equal share of the
+    /// machine's, as if it were a machine, and limits the number of their processes. It applies to what is started there from
+    /// now on. The kubelet does the same for pods.
+    pub fn limit(&self) -> Result<()> {
+        let pods = self.pods();
+        let pods = pods.iter().map(Pod::place);
+        pods.chain(self.nodes().map(Node::daemon_place))
+            .try_for_each(Place::limit)
+    }
+
     /// Starts a CA on the host outside, which issues what each node's pods need. Pass it to the daemons with
     /// [`DaemonOptions::ca`]. Only one runs at a time; the next one continues with its state.
     pub fn start_ca(&self, options: &CaOptions) -> Result<Ca> {

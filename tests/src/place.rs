@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
@@ -24,6 +25,8 @@ pub struct Place {
     netns: Netns,
     cgroup: PathBuf,
     folder: PathBuf,
+    /// Cgroups that its processes join beside its own.
+    limits: Arc<OnceLock<Vec<PathBuf>>>,
 }
 
 impl Place {
@@ -35,7 +38,15 @@ impl Place {
             netns,
             cgroup,
             folder,
+            limits: Arc::default(),
         })
+    }
+
+    /// Limits what starts here from now on: see [`Mesh::limit`](crate::Mesh::limit).
+    pub(crate) fn limit(&self) -> Result<()> {
+        let limits = crate::cgroup::limit(&crate::mounts::cgroup2()?, &self.cgroup, PROCESSES)?;
+        self.limits.set(limits).ok();
+        Ok(())
     }
 
     /// Its name, for messages.
@@ -62,11 +73,16 @@ impl Place {
     /// [`Process::spawn`] so that it is killed when the test ends.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         let netns = self.netns.file();
-        let path = self.cgroup.join("cgroup.procs");
-        let procs = OpenOptions::new()
-            .write(true)
-            .open(&path)
-            .with_context(|| format!("opening {}", path.display()))?;
+        let open = |cgroup: &PathBuf| {
+            let path = cgroup.join("cgroup.procs");
+            let procs = OpenOptions::new().write(true).open(&path);
+            procs.with_context(|| format!("opening {}", path.display()))
+        };
+        let cgroups = self.limits.get().into_iter().flatten();
+        let joined: Vec<_> = cgroups
+            .chain([&self.cgroup])
+            .map(open)
+            .collect::<Result<_>>()?;
         let mut command = Command::new(program);
         command.current_dir(&self.folder);
         // SAFETY: between fork and exec only write(2) and setns(2) are called, both async-signal-safe, on files that
@@ -76,7 +92,9 @@ impl Place {
                 // Enter the namespace first: a program that finds pods by their cgroups must not find this process in
                 // ours.
                 setns(&*netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
-                nix::unistd::write(&procs, b"0").map_err(io::Error::from)?;
+                for procs in &joined {
+                    nix::unistd::write(procs, b"0").map_err(io::Error::from)?;
+                }
                 Ok(())
             });
         }
@@ -154,3 +172,6 @@ impl Place {
         )
     }
 }
+
+/// The most processes that a limited place may have.
+const PROCESSES: u32 = 512;

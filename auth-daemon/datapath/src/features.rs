@@ -22,7 +22,7 @@ pub struct Finding {
 const OLDEST: (u32, u32) = (5, 17);
 
 /// Capabilities that the daemon uses, by number (capability.h).
-const CAPABILITIES: [(u32, &str, &str); 4] = [
+const CAPABILITIES: [(u32, &str, &str); 5] = [
     (12, "CAP_NET_ADMIN", "routes in pods, transparent sockets"),
     (
         10,
@@ -34,6 +34,7 @@ const CAPABILITIES: [(u32, &str, &str); 4] = [
         "CAP_SYS_ADMIN",
         "loading and attaching programs, entering pods' namespaces",
     ),
+    (23, "CAP_SYS_NICE", "precedence of threads for quiet pods"),
     (
         19,
         "CAP_SYS_PTRACE",

@@ -47,7 +47,7 @@ pub(super) use pins::{layouts, pinned_pods, remove_layout, replace_pin};
 pub(super) use programs::program;
 pub use programs::try_load;
 
-const MAPS: [&str; 21] = [
+const MAPS: [&str; 22] = [
     "PODS",
     "MESH",
     "PENDING",
@@ -69,6 +69,7 @@ const MAPS: [&str; 21] = [
     proven_nodes::MAP,
     exposed::MAP,
     shares::MAP,
+    shares::UNREAD,
 ];
 /// The loaded programs and their maps.
 pub struct Kernel {

@@ -30,6 +30,7 @@ mod proven_nodes;
 mod same_node;
 mod shares;
 pub mod sockets;
+pub mod threads;
 pub mod unload;
 
 pub use census::{Census, PodNetns};

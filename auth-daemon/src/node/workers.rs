@@ -1,4 +1,5 @@
-//! The data path's threads: two per core, one for busy listeners and one for the others (`proxy::work`). A connection stays
+//! The data path's threads: two per core, one for busy listeners and one for the others (`proxy::work`), which the kernel
+//! prefers. A connection stays
 //! on one thread from its first byte to its last: its events wake only that thread, and its data does not move between
 //! cores.
 
@@ -18,6 +19,7 @@ use tokio::{
 };
 
 use super::pulse::{BEAT, Beats, Pulse};
+use auth_datapath::threads;
 
 /// Number of tasks that a worker runs before it looks for new events.
 const TURNS_BETWEEN_EVENTS: u32 = 8;
@@ -46,11 +48,11 @@ pub(super) struct Worker {
 }
 
 impl Workers {
-    /// Starts `count` threads, and as many for busy listeners. They end, with all their tasks, when this is dropped.
+    /// Starts `count` threads that the kernel prefers, and as many for busy listeners. They end, with all their tasks, when this is dropped.
     pub fn start(count: usize) -> io::Result<Self> {
         let (stop, stopped) = watch::channel(());
         let count = count.max(1);
-        let start = |number| Worker::start(number, stopped.clone());
+        let start = |number| Worker::start(number, number < count, stopped.clone());
         Ok(Self {
             calm: (0..count).map(start).collect::<io::Result<_>>()?,
             busy: (count..2 * count).map(start).collect::<io::Result<_>>()?,
@@ -86,7 +88,11 @@ impl Workers {
 }
 
 impl Worker {
-    fn start(number: usize, mut stopped: watch::Receiver<()>) -> io::Result<Self> {
+    fn start(
+        number: usize,
+        is_preferred: bool,
+        mut stopped: watch::Receiver<()>,
+    ) -> io::Result<Self> {
         // A listener with much to do always has a task that is ready. What arrives meanwhile, from the sockets or from other
         // threads, waits for a few turns.
         let runtime = Builder::new_current_thread()
@@ -100,6 +106,12 @@ impl Worker {
         let thread = thread::Builder::new()
             .name(format!("data-path-{number}"))
             .spawn(move || {
+                if is_preferred && let Err(error) = threads::prefer() {
+                    tracing::warn!(
+                        number, %error,
+                        "a thread for quiet pods has no precedence over those for busy pods; grant CAP_SYS_NICE"
+                    );
+                }
                 runtime.block_on(async {
                     let mut ticks = interval(BEAT);
                     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

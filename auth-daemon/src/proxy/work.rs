@@ -2,8 +2,8 @@
 //!
 //! The data path has two threads for each core. One of them serves listeners that have little to do, the other one those
 //! that are busy. So a pod whose connections keep a thread busy, be it a flood or a legitimate load, competes with other
-//! pods' connections as threads do: the kernel's scheduler runs a thread that was asleep before one that has been running.
-//! In one thread, each of a connection's steps would wait for a turn of the busy listener, and for the thread.
+//! pods' connections as threads do, and the kernel prefers the threads of quiet listeners. In one thread, each of a
+//! connection's steps would wait for a turn of the busy listener, and for the thread.
 //!
 //! A listener moves as a whole when it becomes busy or calm: the thread that accepts a connection is of the same kind as the
 //! one that serves it. A connection stays on the thread on which it began, and so does a tunnel with all the connections

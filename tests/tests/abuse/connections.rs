@@ -14,7 +14,13 @@ fn a_pod_that_floods_with_connects_does_not_make_its_neighbours_fail() -> Result
         let to = stage.echo(target);
         stage.attacker.app(&format!("flood --to {to}"))
     };
-    stage.compare_with(|stage| flood(stage, &stage.outside))?;
+    stage.compare_with("the attacker only burns CPU time", |stage| {
+        let burn = || stage.attacker.spawn("sh", ["-c", "while :; do :; done"]);
+        Ok([burn()?, burn()?])
+    })?;
+    stage.compare_with("the same load outside the mesh", |stage| {
+        flood(stage, &stage.outside)
+    })?;
     stage.attack(
         "flood of connects",
         |stage| flood(stage, &stage.target),

@@ -62,6 +62,7 @@ fn peers_in_bad_faith_do_not_make_a_pods_neighbours_fail() -> Result<()> {
         let rounds = attack.stop()?;
         println!("{name}: {rounds} rounds");
         attacked.print_ratio("quiet", &quiet);
+        attacked.ensure_fair(&quiet)?;
         ensure!(rounds > 0, "{name}: no round was complete");
     }
     stage.assert_recovered(&before)?;

@@ -14,6 +14,9 @@ pub(crate) const DESCRIPTORS: u64 = 8000;
 const MEASURE: u64 = 4;
 /// How long a daemon may take to return what an attack took: longer than timeouts of connections and idle tunnels.
 const RECOVERY: Duration = Duration::from_secs(100);
+/// The most that an attack may lengthen the neighbour's median. It is some two times as long; it was forty times where the
+/// threads of the attacker's connections served the neighbour's, too.
+const MOST: f64 = 15.0;
 /// Memory that the allocator may keep of what an attack took, in KiB.
 const MEMORY_KIB: u64 = 48 * 1024;
 /// Descriptors and sockets that may differ after an attack: pools keep up to 64 idle tunnels to one endpoint.
@@ -35,24 +38,37 @@ pub(crate) struct Stage {
     pub(crate) web: Pod,
     /// A server outside the mesh, on the same node as the others.
     pub(crate) outside: Pod,
-    /// What the neighbour sees of a comparable load that does not reach the daemons.
-    unmeshed: Option<Measured>,
+    /// What the neighbour sees of loads that do not reach the daemons.
+    unmeshed: Vec<(&'static str, Measured)>,
     pub(crate) mesh: Mesh,
 }
 
 /// What the neighbour saw during one measurement.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Measured {
-    /// 99th percentile of the time to connect and exchange a few bytes, in milliseconds.
+    /// Median of the time to connect and exchange a few bytes, in milliseconds.
+    median: f64,
+    /// Its 99th percentile.
     p99: f64,
     /// Connections per second.
     per_second: f64,
 }
 
 impl Measured {
+    /// Fails if connections take far longer than before.
+    pub(crate) fn ensure_fair(&self, before: &Self) -> Result<()> {
+        let ratio = self.median / before.median;
+        ensure!(
+            ratio < MOST,
+            "the neighbour's median is {ratio:.1} times as long"
+        );
+        Ok(())
+    }
+
     pub(crate) fn print_ratio(&self, what: &str, before: &Self) {
         println!(
-            "neighbour: p99 ÷ {what} = {:.1}, throughput ÷ = {:.2}",
+            "neighbour ÷ {what}: median {:.1}, p99 {:.1}, throughput {:.2}",
+            self.median / before.median,
             self.p99 / before.p99,
             self.per_second / before.per_second
         );
@@ -83,6 +99,7 @@ impl Stage {
             .pod(pod("web", "b"))
             .pod(pod("outside", "b").annotation("auth-daemon.io/mesh", "disabled"));
         let mesh = more(builder).start()?;
+        mesh.limit()?;
         let mut daemons = mesh.start_daemons_with(&options.clone())?;
         let (far, near) = (daemons.remove(1), daemons.remove(0));
         let echo = |pod: &str| {
@@ -101,7 +118,7 @@ impl Stage {
             target: mesh.pod("target"),
             web: mesh.pod("web"),
             outside: mesh.pod("outside"),
-            unmeshed: None,
+            unmeshed: Vec::new(),
             mesh,
         })
     }
@@ -113,9 +130,13 @@ impl Stage {
 
     /// Measures the neighbour during a load that does not reach the daemons. What it costs is the attacker's own use of the
     /// machine, and no mesh can prevent it.
-    pub(crate) fn compare_with<L>(&mut self, load: impl FnOnce(&Self) -> Result<L>) -> Result<()> {
+    pub(crate) fn compare_with<L>(
+        &mut self,
+        what: &'static str,
+        load: impl FnOnce(&Self) -> Result<L>,
+    ) -> Result<()> {
         let running = load(self)?;
-        self.unmeshed = Some(self.measure()?);
+        self.unmeshed.push((what, self.measure()?));
         drop(running);
         Ok(())
     }
@@ -137,9 +158,11 @@ impl Stage {
         let attacked = self.measure()?;
         println!("{name}: quiet {quiet:?}, attacked {attacked:?}");
         attacked.print_ratio("quiet", &quiet);
-        if let Some(unmeshed) = &self.unmeshed {
-            attacked.print_ratio("the same load outside the mesh", unmeshed);
+        for (what, unmeshed) in &self.unmeshed {
+            print!("{what}: ");
+            unmeshed.print_ratio("quiet", &quiet);
         }
+        attacked.ensure_fair(&quiet)?;
         check(self, &mut attack)?;
         drop(attack);
         self.assert_recovered(&before)?;
@@ -156,6 +179,7 @@ impl Stage {
         let paced = format!("paced --to {to} --seconds {seconds}");
         let said = self.neighbour.app(&paced)?.success(RECOVERY)?;
         Ok(Measured {
+            median: said["p50"].as_f64().unwrap_or(f64::NAN),
             p99: said["p99"].as_f64().unwrap_or(f64::NAN),
             per_second: said["perSecond"].as_f64().unwrap_or(f64::NAN),
         })

@@ -56,7 +56,7 @@ pub(crate) fn daemon_reports_what_it_lacks(stage: &Stage) -> Result<()> {
     spec["restartPolicy"] = json!("Never");
     spec["nodeSelector"] = json!({"kubernetes.io/hostname": "node1"});
     let capabilities = &mut spec["containers"][0]["securityContext"]["capabilities"];
-    capabilities["add"] = json!(["NET_BIND_SERVICE", "SYS_PTRACE"]);
+    capabilities["add"] = json!(["NET_BIND_SERVICE", "SYS_NICE", "SYS_PTRACE"]);
     let lacking = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": "lacking", "namespace": SYSTEM}, "spec": spec,

@@ -32,6 +32,11 @@ fn daemon_works_with_the_capabilities_of_the_chart() {
     // Found through the namespaces of processes that have other rights than the daemon (SYS_PTRACE).
     a.wait_enrolled(&["default/client"]).unwrap();
     b.wait_enrolled(&["default/web"]).unwrap();
+    // Its threads for quiet pods have precedence (SYS_NICE).
+    for daemon in [&a, &b] {
+        let preferred = nice_values(daemon.pid()).filter(|nice| *nice == -10);
+        assert!(preferred.count() > 0);
+    }
     // Delivered from the client's own address and port (NET_ADMIN, and NET_BIND_SERVICE for the port).
     for (to, port) in ways(&web).into_iter().zip(700_u64..) {
         let dial = format!("connect --to {to} --source-port {port} --send {MARKER} --read");
@@ -42,6 +47,17 @@ fn daemon_works_with_the_capabilities_of_the_chart() {
         let finished = dial.event("finished", TIMEOUT).unwrap();
         assert_eq!(finished["text"], MARKER, "{to}: {finished}");
     }
+}
+
+/// The nice value of each thread of a process.
+fn nice_values(pid: u32) -> impl Iterator<Item = i64> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks.map(|task| {
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+        // Field 19 of proc_pid_stat(5); the name, field 2, is in parentheses.
+        let (_, fields) = stat.rsplit_once(") ").unwrap();
+        fields.split(' ').nth(16).unwrap().parse().unwrap()
+    })
 }
 
 #[test]

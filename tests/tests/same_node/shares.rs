@@ -16,6 +16,10 @@ use crate::common::neighbours::{Neighbours, builder, echo};
 const SHARE: u64 = 2048;
 /// More than a share and the queue of a listener.
 const MANY: u64 = 3000;
+/// Connections whose closing would fill the ring buffer of events, which has room for 8,192: two for each.
+const RING: u64 = 4600;
+/// Connections of a neighbour.
+const FEW: u64 = 30;
 /// Time in which all connections of a client that has ended are gone. Where the listener's queue was full, the kernel repeats
 /// their FIN at intervals that double, so the last may take a minute.
 const ENDED: Duration = Duration::from_secs(120);
@@ -151,6 +155,64 @@ fn captured_connects_beyond_a_pods_share_are_refused() -> Result<()> {
     assert_refused(&stage, start, &begun)?;
     wait_for_none_under_way(&stage)?;
     echoes(&stage.client, to)
+}
+
+#[test]
+fn a_pod_that_closes_connections_faster_than_they_are_logged_costs_its_neighbours_no_line()
+-> Result<()> {
+    let stage = Neighbours::start()?;
+    let _sink = stage.web.app("sink --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    let hoard = |from: &Pod, connections| {
+        let mut hoard = from.app(&format!("hoard --to {to} --connections {connections}"))?;
+        hoard.event("opened", TIMEOUT)?;
+        Ok::<_, anyhow::Error>(hoard)
+    };
+    drop((hoard(&stage.client, 1)?, hoard(&stage.other, 1)?));
+    eventually_ok(TIMEOUT, "verdicts", || {
+        ensure!(stage.verdicts()? == 2, "{} verdicts", stage.verdicts()?);
+        Ok(())
+    })?;
+    let hoards = [
+        (&stage.client, hoard(&stage.client, RING)?),
+        (&stage.other, hoard(&stage.other, FEW)?),
+    ];
+    let start = stage.daemon.log_position();
+    let daemon = Pid::from_raw(stage.daemon.pid().cast_signed());
+    // Nobody reads the events.
+    kill(daemon, Signal::SIGSTOP)?;
+    let closed = hoards.into_iter().try_for_each(|(pod, hoard)| {
+        drop(hoard);
+        eventually_ok(TIMEOUT, "the connections to close", || {
+            let live = pod.sockets()?.live();
+            ensure!(live < FEW as usize, "{live} sockets");
+            Ok(())
+        })
+    });
+    kill(daemon, Signal::SIGCONT)?;
+    closed?;
+    let address = stage.other.ipv4().to_string();
+    let mut lines = 0;
+    stage
+        .daemon
+        .wait_for_log_after(start, "the neighbour's lines", TIMEOUT, |line| {
+            let client = line["client"].as_str().unwrap_or_default();
+            if line["path"] == "same-node" && client.starts_with(&address) {
+                lines += 1;
+            }
+            // Both ends log a connection. The first few are the daemon's, until there is a verdict.
+            lines >= 2 * (FEW - 5)
+        })?;
+    stage
+        .daemon
+        .wait_for_log_after(start, "the warning", TIMEOUT, |line| {
+            line["pod"] == "default/client"
+                && line["lost"].as_u64() > Some(RING / 2)
+                && line["message"]
+                    .as_str()
+                    .is_some_and(|text| text.starts_with("access log lines left out"))
+        })?;
+    Ok(())
 }
 
 #[test]

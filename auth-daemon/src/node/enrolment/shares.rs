@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, time::Instant};
 
-use auth_common::{SHARE, Usage};
+use auth_common::SHARE;
 use auth_datapath::Kernel;
 
 use super::Serving;
@@ -16,9 +16,10 @@ pub(super) struct ExceededShares(HashMap<u64, Exceeded>);
 struct Exceeded {
     connects: Refused,
     deliveries: Refused,
+    events: Refused,
 }
 
-/// Connections refused in one direction since the pod was enrolled.
+/// What was refused or left out since the pod was enrolled.
 #[derive(Debug, Default)]
 struct Refused {
     count: u64,
@@ -35,17 +36,23 @@ impl ExceededShares {
             };
             let pod = &serving.pod.workload.name;
             let exceeded = self.0.entry(*cookie).or_default();
-            if let Some(refused) = exceeded.connects.note(share.connects) {
+            if let Some(refused) = exceeded.connects.note(share.connects.refused) {
                 tracing::warn!(
                     %pod, refused, limit = SHARE,
                     "connects refused: the pod has as many connections under way as its share; do the servers that it dials \
                      accept them?"
                 );
             }
-            if let Some(refused) = exceeded.deliveries.note(share.deliveries) {
+            if let Some(refused) = exceeded.deliveries.note(share.deliveries.refused) {
                 tracing::warn!(
                     %pod, refused, limit = SHARE,
                     "deliveries refused: as many connections as the pod's share wait for apps to accept them"
+                );
+            }
+            if let Some(lost) = exceeded.events.note(kernel.shares.lost_events(*cookie)) {
+                tracing::warn!(
+                    %pod, lost,
+                    "access log lines left out: the pod's connections to pods of this node close faster than they can be logged"
                 );
             }
         }
@@ -61,9 +68,9 @@ impl ExceededShares {
 
 impl Refused {
     /// Takes note of the count. Returns how much it has grown since the last warning, if it is time for one.
-    fn note(&mut self, usage: Usage) -> Option<u64> {
-        let more = usage.refused.saturating_sub(self.count);
-        self.count = usage.refused;
+    fn note(&mut self, count: u64) -> Option<u64> {
+        let more = count.saturating_sub(self.count);
+        self.count = count;
         self.limit.note(more, 1, Instant::now())
     }
 }

@@ -18,6 +18,7 @@ mod half_close;
 mod half_open;
 mod many;
 mod markers;
+mod namespaces;
 mod paced;
 mod pattern;
 mod peer;
@@ -68,6 +69,7 @@ enum Behaviour {
     Paced(paced::Paced),
     Flood(flood::Flood),
     Hoard(flood::Hoard),
+    Namespaces(namespaces::Namespaces),
     SetUp(set_up::SetUp),
     UdpEcho(udp::UdpEcho),
     UdpSend(udp::UdpSend),
@@ -98,6 +100,7 @@ fn main() -> ExitCode {
         Behaviour::Paced(it) => it.run(),
         Behaviour::Flood(it) => it.run(),
         Behaviour::Hoard(it) => it.run(),
+        Behaviour::Namespaces(it) => it.run(),
         Behaviour::SetUp(it) => it.run(),
         Behaviour::UdpEcho(it) => it.run(),
         Behaviour::UdpSend(it) => it.run(),
