@@ -1,6 +1,7 @@
 //! `cargo xtask fuzz`: searches for input that breaks a parser, with libFuzzer.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use xtask_support::step::{self, other_toolchain, output, step, which, workspace};
@@ -15,6 +16,9 @@ pub(crate) struct Arguments {
     /// Seconds for each target
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+    /// Add those of the found inputs to the seeds that reach code which no seed reaches
+    #[arg(long)]
+    keep: bool,
 }
 
 /// Runs the targets one after the other.
@@ -46,23 +50,39 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     for target in targets {
         let corpus = folder.join("corpus").join(&target);
         fs::create_dir_all(&corpus).with_context(|| format!("making {}", corpus.display()))?;
-        step(
-            &format!("fuzz {target} for {} s", arguments.seconds),
-            || {
-                step::run(
-                    other_toolchain("cargo")
-                        .env("TARGET", &target)
-                        .args(["+nightly", "fuzz", "run", "--fuzz-dir"])
-                        .arg(&folder)
-                        .arg("parsers")
-                        .args([&corpus, &seeds.join(&target)])
-                        .arg("--")
-                        .arg(format!("-max_total_time={}", arguments.seconds)),
-                )
-            },
-        )?;
+        let fuzz = |folders: [&Path; 2], option: &str| {
+            step::run(
+                other_toolchain("cargo")
+                    .env("TARGET", &target)
+                    // The parsers are safe Rust, and a sanitizer would halve the speed.
+                    .args([
+                        "+nightly",
+                        "fuzz",
+                        "run",
+                        "--sanitizer",
+                        "none",
+                        "--fuzz-dir",
+                    ])
+                    .arg(&folder)
+                    .arg("parsers")
+                    .args(folders)
+                    .args(["--", option, LONGEST_INPUT]),
+            )
+        };
+        let seeds = seeds.join(&target);
+        let seconds = arguments.seconds;
+        step(&format!("fuzz {target} for {seconds} s"), || {
+            fuzz([&corpus, &seeds], &format!("-max_total_time={seconds}"))
+        })?;
+        if arguments.keep {
+            step(&format!("keep what was found of {target}"), || {
+                fuzz([&seeds, &corpus], "-merge=1")
+            })?;
+        }
     }
     Ok(())
 }
 
 const CARGO_FUZZ_VERSION: &str = "0.13.1";
+/// Longer inputs are slower, and find nothing in parsers whose limits are tested by hand.
+const LONGEST_INPUT: &str = "-max_len=4096";

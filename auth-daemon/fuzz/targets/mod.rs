@@ -10,14 +10,18 @@ mod hello;
 mod identity;
 mod istiod;
 mod manifest;
+mod nri;
 mod record;
 mod svid;
+mod token;
+mod tunnel;
+mod workload_api;
 
 /// Runs one target on an input. Panics if the target's promise is broken.
 pub(crate) type Target = fn(&[u8]);
 
 /// The targets, by name. Their seeds are in `seeds/<name>`.
-pub(crate) const TARGETS: [(&str, Target); 11] = [
+pub(crate) const TARGETS: [(&str, Target); 15] = [
     ("authority", authority::run),
     ("config", config::run),
     ("crl", crl::run),
@@ -27,6 +31,10 @@ pub(crate) const TARGETS: [(&str, Target); 11] = [
     ("identity", identity::run),
     ("istiod", istiod::run),
     ("manifest", manifest::run),
+    ("nri", nri::run),
     ("record", record::run),
     ("svid", svid::run),
+    ("token", token::run),
+    ("tunnel", tunnel::run),
+    ("workload_api", workload_api::run),
 ];

@@ -121,7 +121,17 @@ impl Binary {
 
     /// A command that runs the binary as `cargo test` does.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(&self.path);
+        self.prepared(Command::new(&self.path))
+    }
+
+    /// As [`Self::command`], for a program that uses the CPU time that others leave (chrt(1)).
+    pub(crate) fn command_for_spare_time(&self) -> Command {
+        let mut command = Command::new("chrt");
+        command.args(["--idle", "0"]).arg(&self.path);
+        self.prepared(command)
+    }
+
+    fn prepared(&self, mut command: Command) -> Command {
         command
             .current_dir(&self.package)
             .env("CARGO_MANIFEST_DIR", &self.package)

@@ -39,6 +39,8 @@ pub(crate) enum Group {
     ApiServer,
     /// Tests that run a cluster, which take minutes and wait for most of them: one at a time, beside the groups above.
     Cluster,
+    /// Tests that take the longer the more they find, in the CPU time that others leave: one at a time, beside the groups above.
+    Spare,
     /// Tests that measure time or resources: one at a time, with nothing in parallel.
     Alone,
 }
@@ -49,6 +51,8 @@ impl Group {
         let name = test.full_name();
         if ALONE.iter().any(|prefix| name.starts_with(prefix)) {
             Self::Alone
+        } else if SPARE.iter().any(|prefix| name.starts_with(prefix)) {
+            Self::Spare
         } else if CLUSTER.iter().any(|prefix| name.starts_with(prefix)) {
             Self::Cluster
         } else if API_SERVER.iter().any(|prefix| name.starts_with(prefix)) {
@@ -65,7 +69,7 @@ impl Group {
         match self {
             Self::Unit | Self::ApiServer => cores,
             Self::Mesh => 2 * cores,
-            Self::Cluster | Self::Alone => 1,
+            Self::Cluster | Self::Spare | Self::Alone => 1,
         }
     }
 }
@@ -74,6 +78,9 @@ impl Group {
 const API_SERVER: [&str; 2] = ["kubernetes::", "kubernetes_ca::"];
 /// Tests that run a cluster of two nodes.
 const CLUSTER: [&str; 2] = ["cluster::", "istio::"];
+/// Tests that search for as long as they are told, and for how long.
+const SPARE: [&str; 1] = ["fuzz_seeds::"];
+const SPARE_SECONDS: (&str, &str) = ("FUZZ_SECONDS", "60");
 /// Tests that need the machine for themselves.
 const ALONE: [&str; 6] = [
     "abuse::",
@@ -93,7 +100,7 @@ const POLL: Duration = Duration::from_millis(20);
 /// # Errors
 /// If a test cannot be started or the log cannot be written.
 pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -> Result<()> {
-    let run = Run {
+    let run = &Run {
         tests,
         results: Mutex::new(Results {
             log,
@@ -102,11 +109,14 @@ pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -
         }),
     };
     thread::scope(|scope| {
-        let clusters = scope.spawn(|| run.group(Group::Cluster));
+        let spawn = |group| scope.spawn(move || run.group(group));
+        let beside = [Group::Cluster, Group::Spare].map(spawn);
         for group in [Group::Unit, Group::Mesh, Group::ApiServer] {
             run.group(group)?;
         }
-        clusters.join().expect("no worker panics")
+        beside
+            .into_iter()
+            .try_for_each(|group| group.join().expect("no worker panics"))
     })?;
     run.group(Group::Alone)
 }
@@ -189,9 +199,13 @@ fn execute(test: &Test<'_>) -> Result<Ended> {
     let mut file = temporary_file()?;
     let writer = || file.try_clone().context("cannot share a file");
     let start = Instant::now();
-    let mut child = test
-        .binary
-        .command()
+    let mut command = match Group::of(test) {
+        Group::Spare => test.binary.command_for_spare_time(),
+        _ => test.binary.command(),
+    };
+    let (variable, seconds) = SPARE_SECONDS;
+    let mut child = command
+        .env(variable, seconds)
         .args(["--exact", &test.name, "--show-output"])
         .env("AUTH_DAEMON", programs()?.join("auth-daemon"))
         .stdout(writer()?)

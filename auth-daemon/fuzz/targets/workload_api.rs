@@ -1,0 +1,62 @@
+//! What an app sends to the SPIFFE Workload API, HTTP/2 and all: never a panic, and an end for everything.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr, TcpStream},
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
+
+use auth_mesh::TrustDomain;
+use auth_tunnel::tls::trust::{Trust, TrustBundle, TrustStore};
+use auth_workload_api::Served;
+use tokio::{net::TcpListener, runtime::Runtime, sync::watch};
+
+/// A run that takes longer hangs.
+const LONG: Duration = Duration::from_secs(10);
+/// How an HTTP/2 connection begins (RFC 9113 §3.4), and an empty frame of settings.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+struct Server {
+    address: SocketAddr,
+    _runtime: Runtime,
+}
+
+static SERVER: LazyLock<Server> = LazyLock::new(|| {
+    let runtime = Runtime::new().expect("a runtime");
+    let listener = runtime
+        .block_on(TcpListener::bind("127.0.0.1:0"))
+        .expect("a listener");
+    let address = listener.local_addr().expect("bound");
+    let (_, svid) = watch::channel(None);
+    runtime.spawn(auth_workload_api::serve(
+        listener,
+        Served {
+            identity: "spiffe://cluster.local/ns/default/sa/web"
+                .parse()
+                .expect("an identity"),
+            svid,
+            wanted: Arc::default(),
+            trust: Arc::new(TrustStore::new(Trust::fixed(TrustBundle {
+                trust_domain: TrustDomain::default(),
+                roots: Vec::new(),
+            }))),
+        },
+    ));
+    Server {
+        address,
+        _runtime: runtime,
+    }
+});
+
+pub(super) fn run(bytes: &[u8]) {
+    let mut app = TcpStream::connect(SERVER.address).expect("a connection");
+    app.set_read_timeout(Some(LONG)).expect("a timeout");
+    // The server may have closed the connection already.
+    let _ = app.write_all(&[PREFACE, bytes].concat());
+    let _ = app.shutdown(Shutdown::Write);
+    let mut answer = Vec::new();
+    if let Err(error) = app.read_to_end(&mut answer) {
+        assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "no end");
+    }
+}
