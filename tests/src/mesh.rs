@@ -199,13 +199,12 @@ impl Mesh {
     }
 
     /// Gives each pod and each node's daemon an equal share of its node's CPU time, and each node an equal share of the
-    /// machine's, as if it were a machine, and limits the number of their processes. It applies to what is started there from
-    /// now on. The kubelet does the same for pods.
-    pub fn limit(&self) -> Result<()> {
+    /// machine's, as if it were a machine. It applies to what is started there from now on. The kubelet does the same for pods.
+    pub fn share_cpu(&self) -> Result<()> {
         let pods = self.pods();
         let pods = pods.iter().map(Pod::place);
         pods.chain(self.nodes().map(Node::daemon_place))
-            .try_for_each(Place::limit)
+            .try_for_each(|place| place.limit(PROCESSES))
     }
 
     /// Starts a CA on the host outside, which issues what each node's pods need. Pass it to the daemons with
@@ -339,3 +338,5 @@ fn full_name(name: &str) -> String {
 }
 
 const LINES_OF_LOG: usize = 60;
+/// Processes and threads of a place: servers in pods have a thread for each connection.
+const PROCESSES: u32 = 30_000;

@@ -42,9 +42,11 @@ impl Place {
         })
     }
 
-    /// Limits what starts here from now on: see [`Mesh::limit`](crate::Mesh::limit).
-    pub(crate) fn limit(&self) -> Result<()> {
-        let limits = crate::cgroup::limit(&crate::mounts::cgroup2()?, &self.cgroup, PROCESSES)?;
+    /// Gives what starts here from now on an equal share of the CPU time of the cgroup above, and limits the number of its
+    /// processes and threads. See [`Mesh::share_cpu`](crate::Mesh::share_cpu).
+    pub fn limit(&self, processes: u32) -> Result<()> {
+        let limits = crate::cgroup::limit(&crate::mounts::cgroup2()?, &self.cgroup, processes)?;
+        // Those of an earlier call are the same.
         self.limits.set(limits).ok();
         Ok(())
     }
@@ -172,6 +174,3 @@ impl Place {
         )
     }
 }
-
-/// The most processes that a limited place may have.
-const PROCESSES: u32 = 512;

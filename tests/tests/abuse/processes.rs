@@ -12,7 +12,9 @@ use serde_json::Value;
 use crate::common::by_uid::pause;
 use crate::stage::Stage;
 
-/// Processes that a bomb has at least: it hovers below the limit of its pod, of 512.
+/// Limit of the processes of a pod with a bomb.
+const MOST: u32 = 512;
+/// Processes that the bomb has at least: it hovers below the limit.
 const PROCESSES: usize = 400;
 /// More than the kernel's ring buffer of reports has room for, which is 2,048.
 const NAMESPACES: u64 = 3000;
@@ -31,7 +33,7 @@ fn stage() -> Result<(Stage, Pod, Process)> {
     let bomber = stage.mesh.add_pod(bomber)?;
     let first = pause(&bomber);
     stage.near.wait_enrolled(&[bomber.full_name()])?;
-    stage.mesh.limit()?;
+    bomber.place().limit(MOST)?;
     Ok((stage, bomber, first))
 }
 

@@ -99,7 +99,7 @@ impl Stage {
             .pod(pod("web", "b"))
             .pod(pod("outside", "b").annotation("auth-daemon.io/mesh", "disabled"));
         let mesh = more(builder).start()?;
-        mesh.limit()?;
+        mesh.share_cpu()?;
         let mut daemons = mesh.start_daemons_with(&options.clone())?;
         let (far, near) = (daemons.remove(1), daemons.remove(0));
         let echo = |pod: &str| {
