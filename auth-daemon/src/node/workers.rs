@@ -1,7 +1,6 @@
 //! The data path's threads: two per core, one for busy listeners and one for the others (`proxy::work`), which the kernel
-//! prefers. A connection stays
-//! on one thread from its first byte to its last: its events wake only that thread, and its data does not move between
-//! cores.
+//! prefers. A connection stays on one thread from its first byte to its last: its events wake only that thread, and its
+//! data does not move between cores.
 
 use std::{
     io,
@@ -48,7 +47,8 @@ pub(super) struct Worker {
 }
 
 impl Workers {
-    /// Starts `count` threads that the kernel prefers, and as many for busy listeners. They end, with all their tasks, when this is dropped.
+    /// Starts `count` threads that the kernel prefers, and as many for busy listeners. They end, with all their tasks, when
+    /// this is dropped.
     pub fn start(count: usize) -> io::Result<Self> {
         let (stop, stopped) = watch::channel(());
         let count = count.max(1);
