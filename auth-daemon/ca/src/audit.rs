@@ -42,7 +42,7 @@ pub(crate) fn refused(
         event = "refused",
         %peer,
         caller = caller.map(ToString::to_string).unwrap_or_default(),
-        node = caller.map(Caller::node).unwrap_or_default(),
+        node = caller.and_then(Caller::node).unwrap_or_default(),
         asked = asked.map(short).unwrap_or_default(),
         kind,
         why,

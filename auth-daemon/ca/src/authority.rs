@@ -28,7 +28,7 @@ use crate::{
     store::{Store, StoreError, Stored},
     view::CaView,
 };
-pub use crate::{state::Serial, view::Published};
+pub use crate::{signer::Holder, state::Serial, view::Published};
 
 /// The authority, while this replica is the leader.
 pub type Leader = watch::Receiver<Option<Arc<Authority>>>;
@@ -198,14 +198,14 @@ impl Authority {
     }
 
     /// Signs the key of `csr` (PKCS #10, DER; everything else in it is ignored) for `identity`. The certificate names
-    /// `node`, and is valid for `lifetime`, at most for the maximum; zero asks for the maximum, and less than ten seconds
+    /// `holder`, and is valid for `lifetime`, at most for the maximum; zero asks for the maximum, and less than ten seconds
     /// is refused.
     pub fn issue(
         &self,
         identity: &Identity,
         csr: &[u8],
         lifetime: Duration,
-        node: Option<&str>,
+        holder: Holder<'_>,
     ) -> Result<Issued, Refusal> {
         self.check_trust_domain(identity)?;
         let lifetime = self.lifetime(lifetime)?;
@@ -213,7 +213,10 @@ impl Authority {
         let check = |view: &CaView| {
             let revoked = &view.published.revoked;
             revoked.check_identity(identity)?;
-            node.map_or(Ok(()), |node| revoked.check_node(node))
+            match holder {
+                Holder::Node(node) => revoked.check_node(node),
+                Holder::Person(_) => Ok(()),
+            }
         };
         check(&view)?;
         let key =
@@ -225,8 +228,7 @@ impl Authority {
         }
         let now = self.clock.now();
         let signer = &view.signing;
-        let node = Some(node.unwrap_or_default());
-        let leaf = signer.svid(identity, &key, node, lifetime, now)?;
+        let leaf = signer.svid(identity, &key, Some(holder), lifetime, now)?;
         // The state may have changed meanwhile. A root that stopped signing is only needed for what it signed before.
         let current = self.view.load();
         check(&current)?;

@@ -1,19 +1,25 @@
 //! The CA's configuration file, and what follows from it.
 
+mod attestation;
+
 use std::{
-    collections::HashSet,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
 };
 
-use auth_mesh::{ObjectName, TrustDomain};
+use auth_mesh::TrustDomain;
 use auth_support::{
-    config::{InvalidConfig, Section, absolute, duration, load, node_name, server_name},
+    config::{InvalidConfig, Section, absolute, duration, load, server_name},
     log::Log,
 };
-use tonic::codegen::http::Uri;
+
+use attestation::service_account;
+pub use attestation::{
+    Attestation, JwksAttestation, JwksSource, KubernetesAttestation, NodeToken, OidcIssuer,
+    PeopleAttestation, PersonAccount,
+};
 
 /// Longest lifetime of a certificate.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
@@ -46,12 +52,8 @@ pub struct CaConfig {
     pub root: Root,
     /// Longest lifetime of a certificate, between 10 seconds and 24 hours. Defaults to 24 hours.
     pub certificate_lifetime: Duration,
-    /// Nodes with a token of their own.
-    pub tokens: Vec<NodeToken>,
-    /// An OIDC issuer whose tokens are accepted.
-    pub jwks: Option<JwksAttestation>,
-    /// Whether the API server reviews tokens.
-    pub kubernetes: Option<KubernetesAttestation>,
+    /// How callers are identified.
+    pub attestation: Attestation,
     /// Directory of Kubernetes manifests that tell which pods run where, instead of the API server.
     pub manifests: Option<PathBuf>,
     /// Namespaces in which each service account gets a Secret with key and certificate.
@@ -136,51 +138,6 @@ pub struct KubernetesState {
     pub root_config_map: Option<String>,
 }
 
-/// A node with a token of its own.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeToken {
-    /// The node's name.
-    pub node: String,
-    /// File with the token: at least 32 characters. Read again when it changes.
-    pub token_file: PathBuf,
-}
-
-/// Tokens of an OIDC issuer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JwksAttestation {
-    /// Must be in the token's `iss`, exactly.
-    pub issuer: String,
-    /// Must be in the token's `aud`.
-    pub audience: String,
-    /// Where the issuer's keys come from.
-    pub source: JwksSource,
-    /// The service account of the node daemons.
-    pub node_service_account: Option<ObjectName>,
-}
-
-/// Where an issuer's keys are (RFC 7517 §5).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum JwksSource {
-    /// A file, read again when it changes.
-    File(PathBuf),
-    /// A server.
-    Url {
-        /// `https`, or `http` on the loopback.
-        url: String,
-        /// PEM file with the roots to verify the server with, instead of the system's.
-        root_file: Option<PathBuf>,
-    },
-}
-
-/// Tokens that the API server reviews (TokenReview).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KubernetesAttestation {
-    /// The audience that a token must be issued for.
-    pub audience: String,
-    /// The service account of the node daemons.
-    pub node_service_account: Option<ObjectName>,
-}
-
 impl CaConfig {
     /// Reads and checks `file`.
     pub fn load(file: &Path) -> Result<Self, InvalidConfig> {
@@ -202,19 +159,7 @@ impl CaConfig {
         let certificate_lifetime = top.parsed("certificateLifetime", errors, |s| {
             duration(s, MIN_LIFETIME, MAX_LIFETIME)
         });
-        let mut attestation = top.section("attestation", errors);
-        let tokens = tokens(&mut attestation, errors);
-        let jwks = attestation
-            .has("jwks")
-            .then(|| jwks(attestation.section("jwks", errors), errors));
-        let kubernetes = attestation
-            .has("kubernetes")
-            .then(|| kubernetes(attestation.section("kubernetes", errors), errors));
-        if tokens.is_empty() && jwks.is_none() && kubernetes.is_none() {
-            errors.push(
-                "attestation: has none of tokens, jwks and kubernetes: nobody can ask for a certificate".into(),
-            );
-        }
+        let attestation = Attestation::read(&mut top, errors);
         let mut discovery = top.section("discovery", errors);
         let manifests = discovery.parsed("files", errors, absolute);
         if manifests.is_none() && !matches!(state, Some(State::Kubernetes(_))) {
@@ -232,17 +177,12 @@ impl CaConfig {
             errors.push("secrets.namespaces: needs kubernetes instead of directory: Secrets belong to a cluster".into());
         }
         let log = Log::read(&mut top, errors);
-        for section in [attestation, discovery, secrets, top] {
+        for section in [discovery, secrets, top] {
             section.refuse_the_rest(errors);
         }
-        let (Some(server_names), Some(state), Some(root), Some(jwks), Some(kubernetes), []) = (
-            server_names,
-            state,
-            root,
-            all_or_none(jwks),
-            all_or_none(kubernetes),
-            errors.as_slice(),
-        ) else {
+        let (Some(server_names), Some(state), Some(root), Some(attestation), []) =
+            (server_names, state, root, attestation, errors.as_slice())
+        else {
             return Err(std::mem::take(errors));
         };
         Ok(Self {
@@ -254,9 +194,7 @@ impl CaConfig {
             state,
             root,
             certificate_lifetime: certificate_lifetime.unwrap_or(MAX_LIFETIME),
-            tokens,
-            jwks,
-            kubernetes,
+            attestation,
             manifests,
             secret_namespaces: secret_namespaces.unwrap_or_default(),
             log,
@@ -270,14 +208,6 @@ impl CaConfig {
             root: self.root.clone(),
             max_lifetime: self.certificate_lifetime,
         }
-    }
-}
-
-/// `None` if a section exists but could not be read.
-fn all_or_none<T>(section: Option<Option<T>>) -> Option<Option<T>> {
-    match section {
-        None => Some(None),
-        Some(read) => read.map(Some),
     }
 }
 
@@ -371,114 +301,6 @@ fn signing_key(top: &mut Section, errors: &mut Vec<String>) -> Option<Root> {
     }))
 }
 
-fn tokens(attestation: &mut Section, errors: &mut Vec<String>) -> Vec<NodeToken> {
-    let mut tokens = Vec::new();
-    let mut nodes = HashSet::new();
-    for (index, mut section) in attestation
-        .sections("tokens", errors)
-        .into_iter()
-        .enumerate()
-    {
-        let node = section.required("node", errors, node_name);
-        let token_file = section.required("tokenFile", errors, absolute);
-        section.refuse_the_rest(errors);
-        let (Some(node), Some(token_file)) = (node, token_file) else {
-            continue;
-        };
-        if !nodes.insert(node.clone()) {
-            errors.push(format!(
-                "attestation.tokens[{index}].node: {node:?} has a token already"
-            ));
-        }
-        tokens.push(NodeToken { node, token_file });
-    }
-    tokens
-}
-
-fn jwks(mut section: Section, errors: &mut Vec<String>) -> Option<JwksAttestation> {
-    let issuer = section.required("issuer", errors, not_empty);
-    let audience = section.required("audience", errors, not_empty);
-    let root_file = section.parsed("rootFile", errors, absolute);
-    let source = match (section.has("jwksFile"), section.has("jwksUrl")) {
-        (true, false) => section
-            .parsed("jwksFile", errors, absolute)
-            .map(JwksSource::File),
-        (false, true) => section
-            .parsed("jwksUrl", errors, jwks_url)
-            .map(|url| JwksSource::Url {
-                url,
-                root_file: root_file.clone(),
-            }),
-        _ => {
-            section.skip("jwksFile");
-            section.skip("jwksUrl");
-            errors.push(
-                "attestation.jwks: needs one of jwksFile and jwksUrl: the issuer's keys".into(),
-            );
-            None
-        }
-    };
-    if root_file.is_some() && !matches!(source, Some(JwksSource::Url { .. }) | None) {
-        errors.push("attestation.jwks.rootFile: belongs to jwksUrl".into());
-    }
-    let node_service_account = section.parsed("nodeServiceAccount", errors, service_account);
-    section.refuse_the_rest(errors);
-    Some(JwksAttestation {
-        issuer: issuer?,
-        audience: audience?,
-        source: source?,
-        node_service_account,
-    })
-}
-
-fn kubernetes(mut section: Section, errors: &mut Vec<String>) -> Option<KubernetesAttestation> {
-    let audience = section.required("audience", errors, not_empty);
-    let node_service_account = section.parsed("nodeServiceAccount", errors, service_account);
-    section.refuse_the_rest(errors);
-    Some(KubernetesAttestation {
-        audience: audience?,
-        node_service_account,
-    })
-}
-
-fn not_empty(text: &str) -> Result<String, &'static str> {
-    if text.is_empty() {
-        Err("is empty")
-    } else {
-        Ok(text.to_owned())
-    }
-}
-
-/// Keys fetched without TLS could be anybody's.
-fn jwks_url(text: &str) -> Result<String, &'static str> {
-    let uri: Uri = text.parse().map_err(|_| "is not a URL")?;
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-    let loopback = host == "localhost"
-        || host
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback());
-    match uri.scheme_str() {
-        Some("https") if !host.is_empty() => Ok(text.to_owned()),
-        Some("http") if loopback => Ok(text.to_owned()),
-        Some("http") => Err("is http, and not on the loopback: use https"),
-        _ => Err("is neither an https URL nor an http URL on the loopback"),
-    }
-}
-
-/// `namespace/name`.
-fn service_account(text: &str) -> Result<ObjectName, String> {
-    let (namespace, name) = text
-        .split_once('/')
-        .ok_or("is not namespace/name of a service account")?;
-    TrustDomain::default()
-        .identity(namespace, name)
-        .map_err(|error| format!("is not namespace/name of a service account: {error}"))?;
-    Ok(ObjectName {
-        namespace: namespace.to_owned(),
-        name: name.to_owned(),
-    })
-}
-
 fn kubernetes_namespace(name: &str) -> Result<String, String> {
     service_account(&format!("{name}/x"))
         .map(|account| account.namespace)
@@ -520,7 +342,7 @@ mod tests {
     fn the_example_is_a_configuration() {
         let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/example/ca.yaml");
         let config = CaConfig::load(Path::new(example)).unwrap();
-        assert_eq!(config.tokens.len(), 2);
+        assert_eq!(config.attestation.tokens.len(), 2);
         assert!(config.readiness.is_some());
     }
 
@@ -540,7 +362,9 @@ mod tests {
              attestation:\n\
              \x20 tokens: [{node: a, tokenFile: /a}, {node: b, tokenFile: /b}]\n\
              \x20 jwks: {issuer: i, audience: u, jwksUrl: 'https://x/keys', rootFile: /r, nodeServiceAccount: mesh/daemon}\n\
-             \x20 kubernetes: {audience: v, nodeServiceAccount: mesh/daemon}\n\
+             \x20 people: {issuer: p, audience: u, jwksFile: /k, nameClaim: email, accounts: [\
+             {account: default/support, groups: [oncall]}, {account: default/admin, names: [alice@example.com]}]}\n\
+             \x20 kubernetes: {audience: v, nodeServiceAccount: mesh/daemon, people: allow}\n\
              secrets: {namespaces: [default, shop]}\n\
              log: {format: json}\n",
         )
@@ -557,10 +381,10 @@ mod tests {
         );
         assert_eq!(config.settings().max_lifetime, Duration::from_secs(10));
         assert_eq!(config.manifests, None);
-        assert_eq!(config.tokens[1].node, "b");
-        let jwks = config.jwks.unwrap();
+        assert_eq!(config.attestation.tokens[1].node, "b");
+        let jwks = config.attestation.jwks.unwrap();
         assert!(matches!(
-            &jwks.source,
+            &jwks.issuer.source,
             JwksSource::Url {
                 root_file: Some(_),
                 ..
@@ -570,7 +394,20 @@ mod tests {
             jwks.node_service_account.unwrap().to_string(),
             "mesh/daemon"
         );
-        assert_eq!(config.kubernetes.unwrap().audience, "v");
+        let people = config.attestation.people.unwrap();
+        assert_eq!(
+            (&*people.name_claim, &*people.groups_claim),
+            ("email", "groups")
+        );
+        let accounts: Vec<_> = people
+            .accounts
+            .iter()
+            .map(|one| one.account.to_string())
+            .collect();
+        assert_eq!(accounts, ["default/support", "default/admin"]);
+        assert_eq!(people.accounts[0].groups, ["oncall"]);
+        let kubernetes = config.attestation.kubernetes.unwrap();
+        assert_eq!((&*kubernetes.audience, kubernetes.people), ("v", true));
         assert_eq!(config.secret_namespaces, ["default", "shop"]);
         let intermediate = CaConfig::parse(&format!("{SMALL}pluggedIn: /etc/cacerts\n")).unwrap();
         assert_eq!(intermediate.root, Root::Intermediate("/etc/cacerts".into()));
@@ -584,7 +421,8 @@ mod tests {
              attestation:\n\
              \x20 tokens: [{node: a}, {node: b, tokenFile: /b, colour: red}, {node: b, tokenFile: /c}, x]\n\
              \x20 jwks: {issuer: '', jwksUrl: 'http://example.org/keys', nodeServiceAccount: daemon}\n\
-             \x20 kubernetes: {}\n",
+             \x20 people: {issuer: i, audience: u, accounts: [{account: a}, {account: a/b, names: ['']}]}\n\
+             \x20 kubernetes: {people: all}\n",
         )
         .unwrap_err();
         let text = errors.join("\n");
@@ -605,7 +443,12 @@ mod tests {
             "attestation.jwks.audience: is missing",
             "attestation.jwks.jwksUrl: \"http://example.org/keys\": is http, and not on the loopback",
             "attestation.jwks.nodeServiceAccount: \"daemon\": is not namespace/name",
+            "attestation.people: needs one of jwksFile and jwksUrl",
+            "attestation.people.accounts[0].account: \"a\": is not namespace/name",
+            "attestation.people.accounts[0]: has neither names nor groups",
+            "attestation.people.accounts[1].names[0]: \"\": is empty",
             "attestation.kubernetes.audience: is missing",
+            "attestation.kubernetes.people: \"all\": is neither allow nor refuse",
             "discovery.files: is missing",
         ] {
             assert!(text.contains(expected), "{expected:?} is not in:\n{text}");

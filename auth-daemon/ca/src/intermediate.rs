@@ -14,7 +14,7 @@ use x509_parser::certificate::X509Certificate;
 use crate::{
     csr::RequestedKey,
     files::{self, Readers},
-    signer::{self, Life, Signer},
+    signer::{self, Holder, Life, Signer},
 };
 
 const CERTIFICATE: &str = "ca-cert.pem";
@@ -217,7 +217,7 @@ impl Files<'_> {
         let csr = CertificateParams::default().serialize_request(&key)?;
         let key = RequestedKey::from_csr(csr.der())?;
         Ok(signer
-            .svid(&identity, &key, Some(""), 3600, self.now)?
+            .svid(&identity, &key, Some(Holder::Node("")), 3600, self.now)?
             .certificate)
     }
 

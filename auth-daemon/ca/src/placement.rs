@@ -1,4 +1,4 @@
-//! What an attested caller may have: its own identity, or those of the pods on its node.
+//! What an attested caller may have: its own identity, those of the pods on its node, or those that a person may act as.
 
 use std::time::Duration;
 
@@ -17,20 +17,30 @@ const MAX_PODS: usize = 8;
 pub struct Grant {
     /// The identity of the certificate.
     pub identity: Identity,
-    /// The node where it runs.
+    /// The node where it runs. Empty for a person.
     pub node: String,
-    /// Pods of the identity on that node, for the audit log: at most eight.
+    /// Pods of the identity on that node, for the audit log: at most eight. None for a person.
     pub pods: Vec<ObjectName>,
 }
 
 /// Why a caller is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
-    /// A node that names no identity.
+    /// A node, or a person with more than one identity, that names none.
     #[error(
-        "node {0} does not name an identity: metadata.ImpersonatedIdentity must contain a SPIFFE ID"
+        "{0} does not name an identity: metadata.ImpersonatedIdentity must contain a SPIFFE ID"
     )]
     Unnamed(String),
+    /// A person who asks for an identity that no configuration or token allows.
+    #[error("{person} may not act as {asked}: {}", allowed(.identities))]
+    NotAllowed {
+        /// The person.
+        person: String,
+        /// The identity that is asked for.
+        asked: Identity,
+        /// The identities that the person may act as.
+        identities: Vec<Identity>,
+    },
     /// An identity of another trust domain.
     #[error("{identity} is of another trust domain: this CA signs for {ours}")]
     TrustDomain {
@@ -57,6 +67,14 @@ pub enum Denied {
     },
 }
 
+fn allowed(identities: &[Identity]) -> String {
+    if identities.is_empty() {
+        return "attestation.people.accounts maps neither the name nor a group of the token".into();
+    }
+    let identities: Vec<_> = identities.iter().map(Identity::as_str).collect();
+    format!("only as {}", identities.join(", "))
+}
+
 /// Decides on a request of `caller` for `asked`, or for itself if that is `None`, by the pods in `snapshot`.
 pub fn decide(
     caller: &Caller,
@@ -65,15 +83,32 @@ pub fn decide(
     snapshot: &Snapshot,
 ) -> Result<Grant, Denied> {
     let (identity, node) = match (caller, asked) {
-        (Caller::Node { node }, Some(asked)) => (asked, node),
-        (Caller::Node { node }, None) => return Err(Denied::Unnamed(node.clone())),
+        (Caller::Node { node }, Some(asked)) => (asked, Some(node)),
+        (Caller::Node { .. }, None) => return Err(Denied::Unnamed(caller.to_string())),
         (Caller::Workload { identity, .. }, Some(asked)) if asked != identity => {
             return Err(Denied::NotItself {
                 caller: identity.clone(),
                 asked: asked.clone(),
             });
         }
-        (Caller::Workload { identity, node }, _) => (identity, node),
+        (Caller::Workload { identity, node }, _) => (identity, Some(node)),
+        (
+            Caller::Person {
+                person, identities, ..
+            },
+            asked,
+        ) => match (asked, &identities[..]) {
+            (Some(asked), _) if identities.contains(asked) => (asked, None),
+            (None, [only]) => (only, None),
+            (None, _) => return Err(Denied::Unnamed(caller.to_string())),
+            (Some(asked), _) => {
+                return Err(Denied::NotAllowed {
+                    person: person.clone(),
+                    asked: asked.clone(),
+                    identities: identities.clone(),
+                });
+            }
+        },
     };
     if identity.trust_domain() != trust_domain.as_str() {
         return Err(Denied::TrustDomain {
@@ -81,6 +116,13 @@ pub fn decide(
             ours: trust_domain.clone(),
         });
     }
+    let Some(node) = node else {
+        return Ok(Grant {
+            identity: identity.clone(),
+            node: String::new(),
+            pods: Vec::new(),
+        });
+    };
     let pods = snapshot.running(node, identity).take(MAX_PODS);
     let pods: Vec<_> = pods.map(|pod| pod.name.clone()).collect();
     if pods.is_empty() {
@@ -180,6 +222,45 @@ mod tests {
                 }
                 (Err(denied), Err(why)) => assert!(denied.to_string().contains(why), "{denied}"),
                 (decided, expected) => panic!("{caller}: {decided:?}, not {expected:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn people_get_what_they_may_act_as() {
+        let person = |identities: &[&str]| Caller::Person {
+            person: "oidc:alice".into(),
+            identities: identities.iter().map(|uri| uri.parse().unwrap()).collect(),
+            counts_for: "oidc:alice".into(),
+        };
+        for (identities, asked, expected) in [
+            (&[WEB][..], None, Ok(WEB)),
+            (&[WEB, API], Some(API), Ok(API)),
+            (&[WEB, API], None, Err("person oidc:alice does not name")),
+            (
+                &[WEB],
+                Some(API),
+                Err("may not act as spiffe://cluster.local/ns/default/sa/api"),
+            ),
+            (&[], Some(WEB), Err("maps neither the name nor a group")),
+            (&[FOREIGN], None, Err("another trust domain")),
+        ] {
+            let asked = asked.map(|uri| uri.parse().unwrap());
+            let domain = TrustDomain::default();
+            // No pod of the account runs anywhere.
+            let decided = decide(
+                &person(identities),
+                asked.as_ref(),
+                &domain,
+                &Snapshot::default(),
+            );
+            match (decided, expected) {
+                (Ok(grant), Ok(uri)) => {
+                    assert_eq!(grant.identity.as_str(), uri);
+                    assert!(grant.node.is_empty() && grant.pods.is_empty());
+                }
+                (Err(denied), Err(why)) => assert!(denied.to_string().contains(why), "{denied}"),
+                (decided, expected) => panic!("{decided:?}, not {expected:?}"),
             }
         }
     }

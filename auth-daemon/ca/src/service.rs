@@ -26,7 +26,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use crate::{
     attest::{Attestor, Caller, Credentials, Unattested},
     audit,
-    authority::{Authority, Issued, Leader, Published, Refusal},
+    authority::{Authority, Holder, Issued, Leader, Published, Refusal},
     connection::{Peer, WatchGuard},
     counters::{Counters, Kind},
     fair_queue::FairQueue,
@@ -36,6 +36,8 @@ use crate::{
 
 /// Longest bearer token, in bytes.
 const MAX_TOKEN: usize = 12 << 10;
+/// Longest lifetime of a person's certificate: a person who may no longer act as an account is out after this time.
+const PERSON_LIFETIME: Duration = Duration::from_secs(15 * 60);
 /// How long an answer is held back from a caller that is over a quota, at least. At most twice as long, so that the
 /// caller's next requests do not come all at once.
 const HELD_BACK: Duration = Duration::from_secs(1);
@@ -61,7 +63,7 @@ pub(crate) struct CaService {
 /// A refusal, and what is logged of it.
 struct Refused {
     kind: Kind,
-    caller: Option<Caller>,
+    caller: Option<Box<Caller>>,
     asked: Option<String>,
     why: String,
     /// Of what the caller, or its address, has used up a quota.
@@ -88,7 +90,7 @@ impl Refused {
 
     fn by(self, caller: &Caller) -> Self {
         Self {
-            caller: Some(caller.clone()),
+            caller: Some(Box::new(caller.clone())),
             ..self
         }
     }
@@ -268,7 +270,7 @@ impl CaService {
         if let Caller::Workload { identity, node } = caller {
             self.quotas.certificate(node, identity)?;
         }
-        let _in_progress = self.quotas.request(caller.node())?;
+        let _in_progress = self.quotas.request(caller.counts_for())?;
         let grant = self.place(caller, asked.as_ref()).await.map_err(|denied| {
             let kind = match denied {
                 Denied::Unnamed(_) => Kind::Malformed,
@@ -276,15 +278,21 @@ impl CaService {
             };
             Refused::new(kind, denied.to_string())
         })?;
-        if let Caller::Node { node } = caller {
-            self.quotas.certificate(node, &grant.identity)?;
+        if let Caller::Node { .. } | Caller::Person { .. } = caller {
+            self.quotas
+                .certificate(caller.counts_for(), &grant.identity)?;
         }
-        let lifetime = match u64::try_from(request.validity_duration) {
-            Ok(seconds @ 1..) => Duration::from_secs(seconds).min(self.lifetime),
-            _ => self.lifetime,
+        let (most, holder) = match caller {
+            Caller::Person { person, .. } => {
+                (self.lifetime.min(PERSON_LIFETIME), Holder::Person(person))
+            }
+            _ => (self.lifetime, Holder::Node(&grant.node)),
         };
-        let node = Some(&*grant.node);
-        let issued = authority.issue(&grant.identity, &csr, lifetime, node)?;
+        let lifetime = match u64::try_from(request.validity_duration) {
+            Ok(seconds @ 1..) => Duration::from_secs(seconds).min(most),
+            _ => most,
+        };
+        let issued = authority.issue(&grant.identity, &csr, lifetime, holder)?;
         Ok((issued, grant))
     }
 
@@ -296,7 +304,7 @@ impl CaService {
     ) -> Result<(Arc<Authority>, Caller, WatchGuard), Refused> {
         let authority = self.authority()?;
         let caller = self.attest(peer, metadata).await?;
-        let counted = self.quotas.request(caller.node());
+        let counted = self.quotas.request(caller.counts_for());
         counted.map_err(|exceeded| Refused::from(exceeded).by(&caller))?;
         let guard = peer.watch().ok_or_else(|| {
             let why = "this connection has too many watches already";
@@ -309,14 +317,14 @@ impl CaService {
     /// caller that does not heed the retry time costs little.
     async fn refuse(&self, peer: &Peer, refused: Refused) -> Status {
         self.counters.refused(refused.kind);
-        let caller = refused.caller.as_ref();
+        let caller = refused.caller.as_deref();
         let logged = match refused.over.as_deref() {
             None => true,
             Some(Over::Failures(source)) => self.quotas.report(source),
             Some(Over::Quota(exceeded)) => {
                 self.counters.over_quota(exceeded.quota);
-                let node = caller.map(Caller::node).unwrap_or_default();
-                self.quotas.report(node)
+                self.quotas
+                    .report(caller.map(Caller::counts_for).unwrap_or_default())
             }
         };
         if logged {

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
 use auth_mesh::{Identity, TrustDomain};
-use auth_tunnel::tls::svid::{NODE_EXTENSION, encode_node};
+use auth_tunnel::tls::svid::{NODE_EXTENSION, PERSON_EXTENSION, encode_node, encode_person};
 use rcgen::{
     BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
@@ -54,6 +54,15 @@ pub(crate) struct Life {
     pub(crate) end: u64,
 }
 
+/// Whom a certificate is issued to, besides its identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder<'a> {
+    /// The pods of the identity on the node with this name. An empty name means that the node is not known.
+    Node(&'a str),
+    /// The person with this name, who acts as the identity and only as a client.
+    Person(&'a str),
+}
+
 /// A newly signed certificate.
 #[derive(Clone, Debug)]
 pub(crate) struct Leaf {
@@ -80,6 +89,9 @@ pub(crate) enum SignError {
     /// rcgen's draft does not have RFC 5280's form.
     #[error("signing failed: the draft cannot be parsed")]
     Draft,
+    /// The name of a person cannot be in a certificate.
+    #[error("the person's name is empty, longer than 256 bytes, or has control characters")]
+    Person,
     #[error("time {0} is out of range")]
     Time(u64),
     #[error("the new root cannot be used: {0}")]
@@ -185,27 +197,39 @@ impl Signer {
         }
     }
 
-    /// Signs an X.509-SVID of `identity` for `key`: the URI is its only name (SPIFFE X509-SVID §2 and §4). With `node`,
-    /// it carries that node's name; an empty name means that the node is not known.
+    /// Signs an X.509-SVID of `identity` for `key`: the URI is its only name (SPIFFE X509-SVID §2 and §4). With `holder`,
+    /// an extension names that.
     ///
     /// It is valid for `lifetime` seconds from `now`, or as long as the chain above it.
     pub(crate) fn svid(
         &self,
         identity: &Identity,
         key: &RequestedKey,
-        node: Option<&str>,
+        holder: Option<Holder<'_>>,
         lifetime: u64,
         now: u64,
     ) -> Result<Leaf, SignError> {
-        let node =
-            node.map(|node| CustomExtension::from_oid_content(&NODE_EXTENSION, encode_node(node)));
+        let purposes = match holder {
+            // A person must not be able to answer for the account's services.
+            Some(Holder::Person(_)) => vec![ExtendedKeyUsagePurpose::ClientAuth],
+            _ => vec![
+                ExtendedKeyUsagePurpose::ServerAuth,
+                ExtendedKeyUsagePurpose::ClientAuth,
+            ],
+        };
+        let extension = match holder {
+            None => None,
+            Some(Holder::Node(node)) => Some((NODE_EXTENSION, encode_node(node))),
+            Some(Holder::Person(person)) => {
+                let content = encode_person(person).ok_or(SignError::Person)?;
+                Some((PERSON_EXTENSION, content))
+            }
+        };
+        let extension = extension
+            .map(|(identifier, content)| CustomExtension::from_oid_content(&identifier, content));
         let uri = Ia5String::try_from(identity.as_str())?;
-        let purposes = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
         let mut params = leaf_params(vec![SanType::URI(uri)], purposes);
-        params.custom_extensions.extend(node);
+        params.custom_extensions.extend(extension);
         self.leaf(key, params, lifetime, now)
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use auth_ca::{
     attest::{Attestor, Caller, Credentials, jwks::Jwks},
-    config::{JwksAttestation, JwksSource},
+    config::{JwksAttestation, JwksSource, OidcIssuer},
 };
 use auth_mesh::{Inventory, ObjectName, Registry, Snapshot, TrustDomain, Workload};
 use futures_util::FutureExt;
@@ -49,9 +49,11 @@ static ISSUER: LazyLock<Issuer> = LazyLock::new(|| {
         services: vec![],
     }));
     let config = JwksAttestation {
-        issuer: "https://issuer.example".into(),
-        audience: "ca".into(),
-        source: JwksSource::File(path),
+        issuer: OidcIssuer {
+            issuer: "https://issuer.example".into(),
+            audience: "ca".into(),
+            source: JwksSource::File(path),
+        },
         node_service_account: Some(web("daemon")),
     };
     Issuer {
@@ -81,6 +83,7 @@ pub(super) fn run(input: &[u8]) {
         Some(Caller::Workload { identity, node }) => {
             assert!(!node.is_empty() && identity.trust_domain() == "cluster.local");
         }
+        Some(caller @ Caller::Person { .. }) => panic!("{caller} by a workload's token"),
         None => {}
     }
 }

@@ -14,6 +14,7 @@ use auth_ca::{
         Attestor,
         jwks::Jwks,
         kubernetes::{Settings as ReviewSettings, TokenReviewer},
+        people::People,
         static_token::StaticTokens,
     },
     authority::Authority,
@@ -70,7 +71,7 @@ fn run(file: &std::path::Path) -> anyhow::Result<()> {
 
 async fn serve(config: CaConfig) -> anyhow::Result<()> {
     let registry = Arc::new(Registry::new());
-    let in_cluster = config.kubernetes.is_some()
+    let in_cluster = config.attestation.kubernetes.is_some()
         || config.manifests.is_none()
         || matches!(config.state, State::Kubernetes(_));
     let cluster = if in_cluster {
@@ -183,22 +184,30 @@ fn attestors(
 ) -> anyhow::Result<Vec<Arc<dyn Attestor>>> {
     let mut errors = Vec::new();
     let mut attestors: Vec<Arc<dyn Attestor>> = Vec::new();
-    match StaticTokens::open(&config.tokens) {
-        Ok(tokens) if !config.tokens.is_empty() => attestors.push(Arc::new(tokens)),
+    let attestation = &config.attestation;
+    match StaticTokens::open(&attestation.tokens) {
+        Ok(tokens) if !attestation.tokens.is_empty() => attestors.push(Arc::new(tokens)),
         Ok(_) => {}
         Err(tokens) => errors.extend(tokens),
     }
-    if let Some(jwks) = &config.jwks {
+    if let Some(jwks) = &attestation.jwks {
         match Jwks::open(jwks.clone(), config.trust_domain.clone(), registry.clone()) {
             Ok(jwks) => attestors.push(Arc::new(jwks)),
             Err(error) => errors.push(error),
         }
     }
-    if let (Some(reviews), Some(cluster)) = (&config.kubernetes, cluster) {
+    if let Some(people) = &attestation.people {
+        match People::open(people.clone(), config.trust_domain.clone()) {
+            Ok(people) => attestors.push(Arc::new(people)),
+            Err(error) => errors.push(error),
+        }
+    }
+    if let (Some(reviews), Some(cluster)) = (&attestation.kubernetes, cluster) {
         let settings = ReviewSettings {
             trust_domain: config.trust_domain.clone(),
             audience: reviews.audience.clone(),
             node_service_account: reviews.node_service_account.clone(),
+            people: reviews.people,
         };
         attestors.push(Arc::new(TokenReviewer::new(cluster.clone(), settings)));
     }

@@ -269,6 +269,7 @@ mod tests {
             reason: String::new(),
             policy: None,
             would_be_denied: false,
+            client_person: None,
         }
     }
 

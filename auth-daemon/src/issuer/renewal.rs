@@ -111,6 +111,7 @@ mod tests {
             identity: "spiffe://a/ns/b/sa/c".parse().unwrap(),
             serial: "1".into(),
             node: None,
+            person: None,
             not_before: START,
             not_after,
         }

@@ -234,6 +234,7 @@ impl Acceptor {
             outcome: Outcome::Refused,
             reason: refusal.advice().to_owned(),
             judgement: Judgement::default(),
+            client_person: None,
         });
     }
 

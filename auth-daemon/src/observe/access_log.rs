@@ -2,7 +2,7 @@
 
 mod opentelemetry;
 
-use std::{fmt, net::SocketAddr, time::Duration};
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use auth_mesh::{Identity, ObjectName};
 use serde::{Deserialize, Serialize};
@@ -97,6 +97,8 @@ pub(crate) struct Finished {
     /// Empty for [`Outcome::Ok`].
     pub(crate) reason: String,
     pub(crate) judgement: Judgement,
+    /// The person who acts as the client, from its certificate.
+    pub(crate) client_person: Option<Arc<str>>,
 }
 
 impl Finished {
@@ -141,6 +143,7 @@ impl Finished {
             result = self.outcome.name(),
             reason = %self.reason,
             policy = self.judgement.told.as_deref(),
+            client_person = self.client_person.as_deref(),
             "connection"
         );
     }
@@ -179,6 +182,7 @@ impl Finished {
             outcome: Outcome::Ok,
             reason: String::new(),
             judgement: Judgement::default(),
+            client_person: None,
         }
     }
 }

@@ -433,6 +433,7 @@ impl<'a> Guard<'a> {
             outcome,
             reason: reason.to_string(),
             judgement: std::mem::take(&mut details.judgement),
+            client_person: details.peer.take().and_then(|peer| peer.person),
         };
         drop(details);
         self.open.end(finished, progress.unwrap_or_default());

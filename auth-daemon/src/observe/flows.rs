@@ -74,6 +74,9 @@ pub struct Flow {
     /// Whether it was allowed, and would not be if all dry-run policies were enforced.
     #[serde(default)]
     pub would_be_denied: bool,
+    /// The person who acts as the client, from its certificate.
+    #[serde(default)]
+    pub client_person: Option<String>,
 }
 
 /// Whether a connection was established.
@@ -220,6 +223,7 @@ impl Ended {
             server_identity,
             reason,
             judgement,
+            client_person,
             ..
         } = &self.finished;
         // Two counters precede it, and the ring has a pointer to it.
@@ -231,6 +235,10 @@ impl Ended {
             + server_identity.heap_size()
             + reason.heap_size()
             + judgement.told.heap_size()
+            // Two counters precede it.
+            + client_person
+                .as_deref()
+                .map_or(0, |name| BLOCK + 2 * size_of::<usize>() + name.len())
             + self.client_pod.heap_size()
             + self.server_pod.heap_size()
     }
@@ -266,6 +274,7 @@ impl Ended {
             reason: finished.reason.clone(),
             policy: finished.judgement.told.clone(),
             would_be_denied: finished.would_be_denied(),
+            client_person: finished.client_person.as_deref().map(str::to_owned),
         }
     }
 }

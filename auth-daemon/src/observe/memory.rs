@@ -120,6 +120,7 @@ fn worst(number: usize, pods: usize) -> Finished {
             told: Some(name(number, 1500)),
             ..Judgement::default()
         },
+        client_person: Some(name(number, 256).into()),
         ..Finished::example()
     }
 }

@@ -141,6 +141,7 @@ mod tests {
             identity: web.clone(),
             serial: "0a".into(),
             node: None,
+            person: None,
             not_before: std::time::UNIX_EPOCH,
             not_after: std::time::UNIX_EPOCH,
         };

@@ -398,5 +398,6 @@ fn line(closing: &Closing, facts: Facts) -> Finished {
         outcome,
         reason: reason.to_owned(),
         judgement: Judgement::default(),
+        client_person: None,
     }
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use auth_ca::{
-    attest::{Attestor, jwks::Jwks, static_token::StaticTokens},
+    attest::{Attestor, jwks::Jwks, people::People, static_token::StaticTokens},
     authority::Authority,
     config::CaConfig,
     quotas::{Limits, Rate},
@@ -51,6 +51,7 @@ use tonic::{
 pub(crate) const DOMAIN: &str = "cluster.local";
 pub(crate) const NAME: &str = "ca.test";
 pub(crate) const ISSUER: &str = "https://issuer.example";
+pub(crate) const LOGIN: &str = "https://login.example";
 pub(crate) const AUDIENCE: &str = "auth-daemon-ca";
 
 /// Held by tests that keep all processors busy for seconds, so that they do not measure one another.
@@ -97,14 +98,27 @@ impl Issuer {
         }
     }
 
-    /// Publishes the issuer's key in `folder`. Returns the lines by which [`write_config`] makes the CA trust it.
+    /// Publishes the issuer's key in `folder`. Returns the lines by which [`write_config`] makes the CA trust it, for
+    /// service accounts as [`ISSUER`] and for people as [`LOGIN`].
     pub(crate) fn trusted(&self, folder: &Path) -> String {
         let jwks = folder.join("jwks");
         fs::write(&jwks, json!({ "keys": [self.jwk] }).to_string()).unwrap();
         format!(
-            "  jwks: {{issuer: '{ISSUER}', audience: {AUDIENCE}, jwksFile: {}}}\n",
-            jwks.display()
+            "  jwks: {{issuer: '{ISSUER}', audience: {AUDIENCE}, jwksFile: {jwks}}}\n\
+             \x20 people: {{issuer: '{LOGIN}', audience: {AUDIENCE}, jwksFile: {jwks}, nameClaim: email, \
+             accounts: [{{account: default/web, groups: [oncall]}}]}}\n",
+            jwks = jwks.display(),
         )
+    }
+
+    /// A token of a person in the group `oncall`, who may act as `web`.
+    pub(crate) fn person(&self, email: &str) -> String {
+        self.token("", "", |claims| {
+            *claims = json!({
+                "iss": LOGIN, "aud": AUDIENCE, "exp": claims["exp"], "sub": "u1", "email": email,
+                "groups": ["oncall"],
+            });
+        })
     }
 
     /// A token of a pod of `account` on `node`, changed.
@@ -197,9 +211,12 @@ impl Ca {
         let config = CaConfig::load(&write_config(folder.path(), listen, &more)).unwrap();
         let registry = Arc::new(Registry::new());
         registry.publish(snapshot([pod("web", "a"), pod("api", "b")]));
+        let attestation = &config.attestation;
+        let (jwks, people) = (attestation.jwks.clone(), attestation.people.clone());
         let attestors: Vec<Arc<dyn Attestor>> = vec![
-            Arc::new(StaticTokens::open(&config.tokens).unwrap()),
-            Arc::new(Jwks::open(config.jwks.clone().unwrap(), domain(), registry.clone()).unwrap()),
+            Arc::new(StaticTokens::open(&attestation.tokens).unwrap()),
+            Arc::new(Jwks::open(jwks.unwrap(), domain(), registry.clone()).unwrap()),
+            Arc::new(People::open(people.unwrap(), domain()).unwrap()),
         ];
         let store = Arc::new(DirectoryStore::open(&folder.path().join("state")).unwrap());
         let authority = Authority::open(store, config.settings()).await.unwrap();

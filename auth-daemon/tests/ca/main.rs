@@ -101,6 +101,43 @@ async fn a_pod_gets_its_identity_by_token_and_renews_by_certificate() {
     assert!(refused.message().contains("keyCompromise"), "{refused}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_acts_as_an_account_by_token_alone_and_as_a_client_only() {
+    let ca = Ca::start().await;
+    // No pod of the account runs.
+    ca.run_pods([]);
+    let (key, csr) = csr(|_| {});
+    let alice = |account: &str| Ask {
+        csr: csr.clone(),
+        bearer: Some(ca.issuer.person("alice@example.com")),
+        identity: Some(identity(account).to_string()),
+        seconds: 24 * 3600,
+    };
+    let caller = ca.caller().await;
+    let mut chain = alice("web").send(&caller).await.unwrap();
+    let roots = vec![chain.pop().unwrap()];
+    let svid = Svid::parse(&chain[0], &domain()).unwrap();
+    assert_eq!(svid.identity, identity("web"));
+    assert_eq!(svid.person.as_deref(), Some("oidc:alice@example.com"));
+    assert_eq!(svid.node, None);
+    let life = svid.not_after.duration_since(std::time::SystemTime::now());
+    assert!(life.unwrap() <= Duration::from_secs(15 * 60), "{svid:?}");
+    assert!(accepts(&roots, &chain), "as a client");
+    let (_, leaf) = X509Certificate::from_der(&chain[0]).unwrap();
+    let usage = leaf.extended_key_usage().unwrap().unwrap().value;
+    assert!(usage.client_auth && !usage.server_auth, "{usage:?}");
+
+    let refused = alice("api").send(&caller).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    assert!(refused.message().contains("may not act as"), "{refused}");
+    // Each renewal needs a token.
+    let certified = Some((chain.clone(), private_key(&key)));
+    let holder = connect(ca.address, ca.roots(), certified).await.unwrap();
+    let refused = Ask::for_itself(None).send(&holder).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    assert!(refused.message().contains("use a token"), "{refused}");
+}
+
 /// A chain, and the roots that came with it.
 type Received = (Vec<CertificateDer<'static>>, Vec<CertificateDer<'static>>);
 

@@ -17,6 +17,10 @@ use crate::{as_ca, cluster};
 const AUDIENCE: &str = "auth-daemon-ca";
 
 fn reviewer(client: kube::Client, namespace: &str) -> TokenReviewer {
+    reviewer_for(client, namespace, false)
+}
+
+fn reviewer_for(client: kube::Client, namespace: &str, people: bool) -> TokenReviewer {
     TokenReviewer::new(
         client,
         Settings {
@@ -26,6 +30,7 @@ fn reviewer(client: kube::Client, namespace: &str) -> TokenReviewer {
                 namespace: namespace.into(),
                 name: "daemon".into(),
             }),
+            people,
         },
     )
 }
@@ -55,6 +60,12 @@ fn token(cluster: &Kubernetes, namespace: &str, account: &str, pod: &Value) -> S
     cluster.token(namespace, account, &options).unwrap()
 }
 
+/// The ID in a token (RFC 7519 §4.1.7).
+fn token_id(token: &str) -> String {
+    let claims: Value = jsonwebtoken::dangerous::insecure_decode_claims(token).unwrap();
+    claims["jti"].as_str().unwrap().to_owned()
+}
+
 /// A token that the API server itself might have made.
 fn forged(cluster: &Kubernetes, claims: &Value) -> String {
     let key = fs::read(cluster.accounts_key()).unwrap();
@@ -81,7 +92,7 @@ async fn the_review_says_who_calls_from_which_node() {
     let daemon_a = make("daemon-a", "daemon", "node-a");
     let daemon_b = make("daemon-on-b", "daemon", "node-b");
     let web = make("web", "web", "node-a");
-    let reviewer = reviewer(client, "callers");
+    let reviewer = reviewer(client.clone(), "callers");
 
     let caller = |pod: &Value, account: &str| {
         let token = token(&cluster, "callers", account, pod);
@@ -115,6 +126,28 @@ async fn the_review_says_who_calls_from_which_node() {
     let unbound = cluster.token("callers", "daemon", &options).unwrap();
     let error = refusal(&reviewer, &unbound).await;
     assert!(error.contains("bound to no pod"), "{error}");
+    // Unless people may act as accounts; nobody may act as a node.
+    let for_people = reviewer_for(client, "callers", true);
+    let error = refusal(&for_people, &unbound).await;
+    assert!(
+        error.contains("nobody may act as callers/daemon"),
+        "{error}"
+    );
+    let own = cluster.token("callers", "web", &options).unwrap();
+    let web_account = "spiffe://cluster.local/ns/callers/sa/web";
+    match attest(&for_people, &own).await.unwrap().unwrap() {
+        Caller::Person {
+            person,
+            identities,
+            counts_for,
+        } => {
+            // The ID of the token, as in the API server's audit log.
+            assert_eq!(person, format!("kubernetes-token:{}", token_id(&own)));
+            assert_eq!(identities, [web_account.parse().unwrap()]);
+            assert_eq!(counts_for, web_account);
+        }
+        caller => panic!("{caller}"),
+    }
     // Not signed by the API server.
     let good = token(&cluster, "callers", "web", &web);
     let (unsigned, signature) = good.rsplit_once('.').unwrap();

@@ -1,40 +1,20 @@
-//! Tokens of an OIDC issuer, such as a cluster's service account tokens, verified with the issuer's published keys.
+//! Workloads and nodes, identified by service account tokens that an OIDC issuer, such as a cluster, has signed.
 
 use std::sync::Arc;
 
 use auth_mesh::{Identity, ObjectName, Registry, Snapshot, TrustDomain};
-use jsonwebtoken::{
-    Algorithm, Validation, dangerous,
-    errors::{Error, ErrorKind},
-};
 use serde::Deserialize;
 
-use super::{Attestor, Caller, Credentials, Unattested, keys::Keys, service_account};
+use super::{Attestor, Caller, Credentials, Unattested, oidc::Tokens, service_account};
 use crate::{config::JwksAttestation, placement::settle};
-
-/// Signature algorithms that are accepted: none with a shared secret.
-const ALGORITHMS: [Algorithm; 4] = [
-    Algorithm::RS256,
-    Algorithm::ES256,
-    Algorithm::ES384,
-    Algorithm::EdDSA,
-];
-/// Tolerated difference of the issuer's clock, in seconds.
-const LEEWAY: u64 = 300;
 
 /// Identifies the holders of one issuer's tokens.
 #[derive(Debug)]
 pub struct Jwks {
-    config: JwksAttestation,
+    tokens: Tokens,
+    node_service_account: Option<ObjectName>,
     trust_domain: TrustDomain,
     registry: Arc<Registry>,
-    keys: Keys,
-}
-
-/// The only claim that is read before the signature is verified.
-#[derive(Deserialize)]
-struct Unverified {
-    iss: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -68,49 +48,14 @@ impl Jwks {
         trust_domain: TrustDomain,
         registry: Arc<Registry>,
     ) -> Result<Self, String> {
-        let keys = Keys::open(config.source.clone())
+        let tokens = Tokens::open(config.issuer)
             .map_err(|error| format!("attestation.jwks.jwksFile: {error}"))?;
         Ok(Self {
-            config,
+            tokens,
+            node_service_account: config.node_service_account,
             trust_domain,
             registry,
-            keys,
         })
-    }
-
-    async fn caller(&self, token: &str) -> Result<Caller, Unattested> {
-        let refused = |why: String| Unattested(why);
-        let header = jsonwebtoken::decode_header(token)
-            .ok()
-            .filter(|header| ALGORITHMS.contains(&header.alg))
-            .ok_or_else(|| {
-                refused("the token is not signed with RS256, ES256, ES384 or EdDSA".into())
-            })?;
-        // None of the extensions that could be listed here is supported (RFC 7515 §4.1.11).
-        if header.crit.is_some() {
-            return Err(refused(
-                "the token has an unsupported critical header".into(),
-            ));
-        }
-        let key = self
-            .keys
-            .find(header.kid.as_deref(), header.alg)
-            .await
-            .ok_or_else(|| {
-                refused(format!(
-                    "the token is signed with a key that {} does not publish",
-                    self.config.issuer
-                ))
-            })?;
-        let mut validation = Validation::new(header.alg);
-        validation.set_issuer(&[&self.config.issuer]);
-        validation.set_audience(&[&self.config.audience]);
-        validation.set_required_spec_claims(&["aud", "exp", "iss"]);
-        validation.validate_nbf = true;
-        validation.leeway = LEEWAY;
-        let token = jsonwebtoken::decode::<Claims>(token, &key, &validation)
-            .map_err(|error| refused(self.explain(&error)))?;
-        self.caller_of(&token.claims).await
     }
 
     /// The caller that verified claims identify.
@@ -120,7 +65,7 @@ impl Jwks {
             .trust_domain
             .identity(&account.namespace, &account.name)
             .map_err(|error| Unattested(format!("the token's service account: {error}")))?;
-        let is_node = self.config.node_service_account.as_ref() == Some(&account);
+        let is_node = self.node_service_account.as_ref() == Some(&account);
         let kubernetes = claims.kubernetes.as_ref();
         let node = settle(
             &self.registry,
@@ -133,29 +78,6 @@ impl Jwks {
             true => Caller::Node { node },
             false => Caller::Workload { identity, node },
         })
-    }
-
-    /// Explains `error` without any part of the token.
-    fn explain(&self, error: &Error) -> String {
-        match error.kind() {
-            ErrorKind::ExpiredSignature => "the token has expired".into(),
-            ErrorKind::ImmatureSignature => {
-                "the token is not valid yet: check the clocks of the issuer and the CA (NTP)".into()
-            }
-            ErrorKind::InvalidAudience => format!(
-                "the token is for another audience than {}",
-                self.config.audience
-            ),
-            ErrorKind::InvalidIssuer => {
-                format!("the token's issuer is not {}", self.config.issuer)
-            }
-            ErrorKind::InvalidSignature => format!(
-                "the token's signature is not that of {}",
-                self.config.issuer
-            ),
-            ErrorKind::MissingRequiredClaim(claim) => format!("the token has no {claim}"),
-            _ => "the token cannot be read".into(),
-        }
     }
 }
 
@@ -224,12 +146,10 @@ fn node_of(
 #[tonic::async_trait]
 impl Attestor for Jwks {
     async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>> {
-        let token = credentials.bearer?;
-        let unverified: Unverified = dangerous::insecure_decode_claims(token).ok()?;
-        if unverified.iss != self.config.issuer {
-            return None;
+        match self.tokens.verify(credentials.bearer?).await? {
+            Ok(claims) => Some(self.caller_of(&claims).await),
+            Err(unattested) => Some(Err(unattested)),
         }
-        Some(self.caller(token).await)
     }
 }
 
@@ -238,11 +158,11 @@ mod tests {
     use std::{fs, path::Path};
 
     use auth_mesh::{Inventory, Workload};
-    use jsonwebtoken::{EncodingKey, Header, jwk::Jwk};
+    use jsonwebtoken::{Algorithm, EncodingKey, Header, jwk::Jwk};
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::config::JwksSource;
+    use crate::config::{JwksSource, OidcIssuer};
 
     const ISSUER: &str = "https://issuer.example";
     const K8S: &str = "kubernetes.io";
@@ -283,9 +203,11 @@ mod tests {
         let registry = Registry::new();
         registry.publish(pods());
         let config = JwksAttestation {
-            issuer: ISSUER.into(),
-            audience: "ca".into(),
-            source: JwksSource::File(path.into()),
+            issuer: OidcIssuer {
+                issuer: ISSUER.into(),
+                audience: "ca".into(),
+                source: JwksSource::File(path.into()),
+            },
             node_service_account: Some(ObjectName {
                 namespace: "mesh".into(),
                 name: "daemon".into(),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use auth_kubernetes::{Objects, objects::Pod, printable};
-use auth_mesh::{ObjectName, TrustDomain};
+use auth_mesh::{Identity, ObjectName, TrustDomain};
 use aws_lc_rs::digest::{SHA256, digest};
 use k8s_openapi::api::authentication::v1::{
     TokenReview, TokenReviewSpec, TokenReviewStatus, UserInfo,
@@ -34,6 +34,8 @@ const MAX_REVIEWS: usize = 32;
 
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
+/// The ID of the token, which the API server's audit log also has where it issued the token (Kubernetes 1.32).
+const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 /// Since Kubernetes 1.30.
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 
@@ -46,6 +48,8 @@ pub struct Settings {
     pub audience: String,
     /// The node daemons' service account. All others are workloads'.
     pub node_service_account: Option<ObjectName>,
+    /// Whether tokens are accepted that are bound to no pod: whoever may create them acts as their account.
+    pub people: bool,
 }
 
 /// Identifies callers by TokenReview.
@@ -71,6 +75,17 @@ struct Claims {
 }
 
 /// What a review tells about the caller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Judged {
+    Pod(Reviewed),
+    /// The token is bound to nothing.
+    Unbound {
+        account: ObjectName,
+        credential: Option<String>,
+    },
+}
+
+/// The pod that a token is bound to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Reviewed {
     account: ObjectName,
@@ -171,22 +186,63 @@ impl TokenReviewer {
                 without(&error.to_string(), token)
             ))
         })?;
-        let reviewed = judge(answer.status.unwrap_or_default(), &self.settings.audience)
+        let judged = judge(answer.status.unwrap_or_default(), &self.settings.audience)
             .map_err(|error| Unattested(without(&error, token)))?;
+        let reviewed = match judged {
+            Judged::Pod(reviewed) => reviewed,
+            Judged::Unbound {
+                account,
+                credential,
+            } => return self.person(&account, credential),
+        };
         let node = match &reviewed.node {
             Some(node) => node.clone(),
             None => self.node_of(&reviewed).await?,
         };
-        let ObjectName { namespace, name } = &reviewed.account;
         if self.settings.node_service_account.as_ref() == Some(&reviewed.account) {
             return Ok(Caller::Node { node });
         }
-        let identity = self
-            .settings
+        let identity = self.identity(&reviewed.account)?;
+        Ok(Caller::Workload { identity, node })
+    }
+
+    /// The holder of a token of `account` that is bound to no pod. Who that is, only the API server's audit log tells.
+    fn person(
+        &self,
+        account: &ObjectName,
+        credential: Option<String>,
+    ) -> Result<Caller, Unattested> {
+        if !self.settings.people {
+            return refuse(
+                "the token is bound to no pod: use a projected service account token, or let people act as service \
+                 accounts (attestation.kubernetes.people)"
+                    .into(),
+            );
+        }
+        if self.settings.node_service_account.as_ref() == Some(account) {
+            return refuse(format!(
+                "nobody may act as {account}, the node daemons' account"
+            ));
+        }
+        let identity = self.identity(account)?;
+        let person = match credential {
+            Some(id) => format!("kubernetes-token:{id}"),
+            None => "kubernetes-token".to_owned(),
+        };
+        Ok(Caller::Person {
+            person,
+            // Anybody who may create tokens of the account can have as many as they like.
+            counts_for: identity.to_string(),
+            identities: vec![identity],
+        })
+    }
+
+    fn identity(&self, account: &ObjectName) -> Result<Identity, Unattested> {
+        let ObjectName { namespace, name } = account;
+        self.settings
             .trust_domain
             .identity(namespace, name)
-            .map_err(|error| Unattested(format!("service account {namespace}/{name}: {error}")))?;
-        Ok(Caller::Workload { identity, node })
+            .map_err(|error| Unattested(format!("service account {account}: {error}")))
     }
 
     async fn node_of(&self, reviewed: &Reviewed) -> Result<String, Unattested> {
@@ -235,7 +291,7 @@ fn without(text: &str, token: &str) -> String {
 }
 
 /// The caller, if the API server accepted the token for `audience`.
-fn judge(status: TokenReviewStatus, audience: &str) -> Result<Reviewed, String> {
+fn judge(status: TokenReviewStatus, audience: &str) -> Result<Judged, String> {
     if status.authenticated != Some(true) {
         let why = status.error.filter(|why| !why.is_empty());
         return Err(format!(
@@ -260,15 +316,36 @@ fn judge(status: TokenReviewStatus, audience: &str) -> Result<Reviewed, String> 
         None | Some([]) => Ok(None),
         Some(_) => Err(format!("the review's {key} is no name")),
     };
-    let (Some(pod), Some(pod_uid)) = (one(POD_NAME)?, one(POD_UID)?) else {
-        return Err("the token is bound to no pod: use a projected service account token".into());
+    let node = one(NODE_NAME)?;
+    match (one(POD_NAME)?, one(POD_UID)?) {
+        (Some(pod), Some(pod_uid)) => Ok(Judged::Pod(Reviewed {
+            account,
+            pod,
+            pod_uid,
+            node,
+        })),
+        (None, None) if node.is_none() => Ok(Judged::Unbound {
+            account,
+            credential: credential(extra.get(CREDENTIAL_ID).map(Vec::as_slice))?,
+        }),
+        _ => Err(
+            "the token is bound to a node, or half to a pod: use a projected service account token"
+                .into(),
+        ),
+    }
+}
+
+/// The token's ID, of the form `JTI=5c2f…`.
+fn credential(extra: Option<&[String]>) -> Result<Option<String>, String> {
+    let Some([id]) = extra else {
+        return Ok(None);
     };
-    Ok(Reviewed {
-        account,
-        pod,
-        pod_uid,
-        node: one(NODE_NAME)?,
-    })
+    let id = id.strip_prefix("JTI=").unwrap_or(id);
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    match (1..=128).contains(&id.len()) && id.bytes().all(allowed) {
+        true => Ok(Some(id.to_owned())),
+        false => Err(format!("the review's {CREDENTIAL_ID} is no ID")),
+    }
 }
 
 /// Whether `name` can be a Kubernetes object's name. Another one could lead to another URL.
@@ -335,7 +412,14 @@ mod tests {
     }
 
     fn reviewed() -> Reviewed {
-        judge(status(), "ca").unwrap()
+        pod_of(status())
+    }
+
+    fn pod_of(status: TokenReviewStatus) -> Reviewed {
+        match judge(status, "ca").unwrap() {
+            Judged::Pod(reviewed) => reviewed,
+            judged => panic!("{judged:?}"),
+        }
     }
 
     #[test]
@@ -345,13 +429,49 @@ mod tests {
         let mut says_node = status();
         says_node.user.as_mut().unwrap().extra =
             extra(&[(POD_NAME, "web-1"), (POD_UID, "u-1"), (NODE_NAME, "a")]);
-        assert_eq!(judge(says_node, "ca").unwrap().node.as_deref(), Some("a"));
+        assert_eq!(pod_of(says_node).node.as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn tells_tokens_that_are_bound_to_nothing() {
+        let with = |values: Option<&[(&str, &str)]>| {
+            let mut status = status();
+            status.user.as_mut().unwrap().extra = values.and_then(extra);
+            judge(status, "ca")
+        };
+        for (values, id) in [
+            (None, None),
+            (Some(&[][..]), None),
+            (Some(&[(CREDENTIAL_ID, "JTI=5c2f-1")]), Some("5c2f-1")),
+            (Some(&[(CREDENTIAL_ID, "5c2f")]), Some("5c2f")),
+        ] {
+            let Ok(Judged::Unbound {
+                account,
+                credential,
+            }) = with(values)
+            else {
+                panic!("{values:?}");
+            };
+            assert_eq!(
+                (&*account.to_string(), credential.as_deref()),
+                ("shop/web", id)
+            );
+        }
+        for (values, why) in [
+            (&[(CREDENTIAL_ID, "JTI=a b")][..], "is no ID"),
+            (&[(CREDENTIAL_ID, "JTI=")], "is no ID"),
+            (&[(NODE_NAME, "a")], "bound to a node"),
+            (&[(POD_NAME, "web-1")], "half to a pod"),
+        ] {
+            let error = with(Some(values)).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
     }
 
     #[test]
     fn refuses_tokens_that_the_api_server_does_not_accept() {
         type Change = fn(&mut TokenReviewStatus);
-        let cases: [(Change, &str); 8] = [
+        let cases: [(Change, &str); 7] = [
             (
                 |s| s.authenticated = Some(false),
                 "does not accept the token",
@@ -367,7 +487,6 @@ mod tests {
                 |s| s.user.as_mut().unwrap().username = Some("system:node:a".into()),
                 "\"system:node:a\" is no service account",
             ),
-            (|s| s.user.as_mut().unwrap().extra = None, "bound to no pod"),
             (
                 |s| {
                     s.user.as_mut().unwrap().extra =

@@ -5,6 +5,8 @@ mod fetch;
 pub mod jwks;
 mod keys;
 pub mod kubernetes;
+mod oidc;
+pub mod people;
 pub mod static_token;
 
 use std::fmt;
@@ -37,6 +39,16 @@ pub enum Caller {
         /// The node where it must be running.
         node: String,
     },
+    /// The holder of a token that belongs to no pod, who acts as a service account.
+    Person {
+        /// Who it is, and after which check: `oidc:NAME` for a name in a verified token, `kubernetes-token:ID` for a
+        /// service account token of which only the ID is known.
+        person: String,
+        /// What the holder may act as.
+        identities: Vec<Identity>,
+        /// Whose quotas its requests use up.
+        counts_for: String,
+    },
 }
 
 impl fmt::Display for Caller {
@@ -44,6 +56,7 @@ impl fmt::Display for Caller {
         match self {
             Self::Node { node } => write!(f, "node {node}"),
             Self::Workload { identity, node } => write!(f, "{identity} on node {node}"),
+            Self::Person { person, .. } => write!(f, "person {person}"),
         }
     }
 }
@@ -54,10 +67,19 @@ impl fmt::Display for Caller {
 pub struct Unattested(pub String);
 
 impl Caller {
-    /// The node that the caller is, or runs on.
-    pub fn node(&self) -> &str {
+    /// The node that the caller is, or runs on. `None` for a person.
+    pub fn node(&self) -> Option<&str> {
+        match self {
+            Self::Node { node } | Self::Workload { node, .. } => Some(node),
+            Self::Person { .. } => None,
+        }
+    }
+
+    /// Whose quotas its requests use up: those of its node, or of a person, whose name is never that of a node.
+    pub fn counts_for(&self) -> &str {
         match self {
             Self::Node { node } | Self::Workload { node, .. } => node,
+            Self::Person { counts_for, .. } => counts_for,
         }
     }
 }

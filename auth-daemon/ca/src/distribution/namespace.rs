@@ -28,7 +28,7 @@ use super::verdict::{
     CHAIN, DISTRIBUTED_LABEL, KEY, ROOTS, SECRET_TYPE, Verdict, is_ours, verdict,
 };
 use crate::{
-    authority::{Authority, Refusal},
+    authority::{Authority, Holder, Refusal},
     control::{RETRY, reconcile_all, touched},
 };
 
@@ -234,7 +234,7 @@ impl Namespace<'_> {
         let csr = params.serialize_request(&key).map_err(failed)?;
         let lifetime = self.issuing.lifetime;
         let authority = self.issuing.authority;
-        let issued = authority.issue(identity, csr.der(), lifetime, None)?;
+        let issued = authority.issue(identity, csr.der(), lifetime, Holder::Node(""))?;
         Ok((pem::certificates(&issued.chain), key.serialize_pem()))
     }
 }

@@ -39,6 +39,7 @@ impl Finished {
                 auth_daemon.path = self.path.name(),
                 auth_daemon.result = self.outcome.name(),
                 auth_daemon.client.identity = self.client_identity.as_ref().map(|id| id.as_str()),
+                auth_daemon.client.person = self.client_person.as_deref(),
                 auth_daemon.server.identity = self.server_identity.as_ref().map(|id| id.as_str()),
                 auth_daemon.service = self.service.as_ref().map(ToString::to_string),
                 auth_daemon.policy = self.judgement.told.as_deref(),

@@ -26,6 +26,15 @@ pub fn encode_node(node: &str) -> Vec<u8> {
     node.to_der_vec().unwrap_or_default()
 }
 
+/// Object identifier of the certificate extension that names the person to whom the certificate was issued: a
+/// non-critical UTF8String. Servers write it to their access log. Arc 2.25 needs no registration (X.667).
+pub const PERSON_EXTENSION: [u64; 3] = [2, 25, 3_713_620_917_452_836_175];
+
+/// Encodes the content of the extension for `person` as DER. `None` if a certificate that names `person` would be refused.
+pub fn encode_person(person: &str) -> Option<Vec<u8>> {
+    is_person(person).then(|| person.to_der_vec().ok())?
+}
+
 /// A leaf certificate with exactly one SPIFFE identity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Svid {
@@ -36,6 +45,9 @@ pub struct Svid {
     /// The node that it was issued to, from [`NODE_EXTENSION`]. Empty if the CA did not know the node, `None` if the
     /// certificate has no such extension.
     pub node: Option<Arc<str>>,
+    /// The person who acts as the workload, and who has verified the name, from [`PERSON_EXTENSION`]. `None` if the
+    /// certificate is a workload's own.
+    pub person: Option<Arc<str>>,
     /// Start of the validity period.
     pub not_before: SystemTime,
     /// End of the validity period.
@@ -44,6 +56,8 @@ pub struct Svid {
 
 /// Maximum length of a node name (a DNS subdomain, RFC 1123), in bytes.
 const MAX_NODE: usize = 253;
+/// Maximum length of a person's name, in bytes.
+const MAX_PERSON: usize = 256;
 
 /// Why a certificate is not an SVID of a workload.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -84,13 +98,12 @@ impl Svid {
         }
         let mut uris = Vec::new();
         let mut signs = None;
-        let mut node = None;
+        let (mut node, mut person) = (None, None);
         for extension in certificate.extensions() {
-            if is_node(extension) {
-                let name = node_name(extension.value).ok_or(InvalidSvid::Malformed)?;
-                if node.replace(name).is_some() {
-                    return Err(InvalidSvid::Malformed);
-                }
+            if is(extension, NODE_EXTENSION) {
+                take(extension, &mut node, |name| name.len() <= MAX_NODE)?;
+            } else if is(extension, PERSON_EXTENSION) {
+                take(extension, &mut person, is_person)?;
             }
             match extension.parsed_extension() {
                 ParsedExtension::SubjectAlternativeName(names) => {
@@ -134,24 +147,37 @@ impl Svid {
                 .collect::<String>()
                 .into(),
             node,
+            person,
             not_before: at(validity.not_before.timestamp()),
             not_after: at(validity.not_after.timestamp()),
         })
     }
 }
 
-fn is_node(extension: &X509Extension<'_>) -> bool {
-    extension
-        .oid
-        .iter()
-        .is_some_and(|arcs| arcs.eq(NODE_EXTENSION))
+fn is(extension: &X509Extension<'_>, identifier: [u64; 3]) -> bool {
+    let arcs = extension.oid.iter();
+    arcs.is_some_and(|arcs| arcs.eq(identifier))
 }
 
-fn node_name(value: &[u8]) -> Option<Arc<str>> {
-    match Utf8String::from_der(value) {
-        Ok(([], name)) if name.as_ref().len() <= MAX_NODE => Some(name.as_ref().into()),
-        _ => None,
+/// Puts the UTF8String in `extension` into `name`. Fails if it is not one, is not `valid`, or is the second.
+fn take(
+    extension: &X509Extension<'_>,
+    name: &mut Option<Arc<str>>,
+    valid: impl FnOnce(&str) -> bool,
+) -> Result<(), InvalidSvid> {
+    let found = match Utf8String::from_der(extension.value) {
+        Ok(([], found)) if valid(found.as_ref()) => found.as_ref().into(),
+        _ => return Err(InvalidSvid::Malformed),
+    };
+    match name.replace(found) {
+        None => Ok(()),
+        Some(_) => Err(InvalidSvid::Malformed),
     }
+}
+
+/// Whether `name` may be written to a log as it is.
+fn is_person(name: &str) -> bool {
+    (1..=MAX_PERSON).contains(&name.len()) && !name.chars().any(char::is_control)
 }
 
 fn at(unix_seconds: i64) -> SystemTime {
@@ -221,6 +247,30 @@ mod tests {
         }
         let long = with(encode_node(&"a".repeat(MAX_NODE + 1)));
         assert_eq!(long, Err(InvalidSvid::Malformed));
+    }
+
+    #[test]
+    fn reads_the_person() {
+        let with = |contents: Vec<Vec<u8>>| {
+            let extensions = contents
+                .into_iter()
+                .map(|content| CustomExtension::from_oid_content(&PERSON_EXTENSION, content));
+            parse(&certificate(|p| p.custom_extensions = extensions.collect()))
+        };
+        assert_eq!(with(vec![]).unwrap().person, None);
+        let alice = encode_person("oidc:alice@example.com").unwrap();
+        let svid = with(vec![alice.clone()]).unwrap();
+        assert_eq!(svid.person.as_deref(), Some("oidc:alice@example.com"));
+        for bad in ["", "a\nb", "a\u{85}b", &"a".repeat(MAX_PERSON + 1)] {
+            assert_eq!(encode_person(bad), None);
+            let bad = bad.to_der_vec().unwrap();
+            assert_eq!(with(vec![bad]), Err(InvalidSvid::Malformed));
+        }
+        assert_eq!(
+            with(vec![alice.clone(), alice]),
+            Err(InvalidSvid::Malformed)
+        );
+        assert_eq!(with(vec![vec![]]), Err(InvalidSvid::Malformed));
     }
 
     #[test]

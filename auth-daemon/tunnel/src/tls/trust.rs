@@ -241,6 +241,7 @@ mod tests {
             identity: "spiffe://a/ns/b/sa/c".parse().unwrap(),
             serial: "01".into(),
             node: node.map(Into::into),
+            person: None,
             not_before: std::time::UNIX_EPOCH,
             not_after: std::time::UNIX_EPOCH,
         };

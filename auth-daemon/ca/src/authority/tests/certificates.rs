@@ -29,7 +29,7 @@ async fn issues_certificates_that_openssl_and_lints_accept() {
         let csr = params.serialize_request(&key).unwrap();
         let hour = Duration::from_secs(3600);
         let chain = ca
-            .issue(&identity(WEB), csr.der(), hour, Some("node-a"))
+            .issue(&identity(WEB), csr.der(), hour, Holder::Node("node-a"))
             .unwrap()
             .chain;
         assert_eq!(chain.len(), 1, "without the root");
@@ -79,7 +79,9 @@ async fn limits_lifetimes() {
     let (_folder, clock, ca) = fresh().await;
     let lifetime = |seconds| {
         let wanted = Duration::from_secs(seconds);
-        let chain = ca.issue(&identity(WEB), &csr(), wanted, None)?.chain;
+        let chain = ca
+            .issue(&identity(WEB), &csr(), wanted, Holder::Node(""))?
+            .chain;
         Ok::<_, Refusal>(unix_seconds(svid(&chain).not_after) - clock.now())
     };
     assert_eq!(lifetime(10).unwrap(), 10);
@@ -106,7 +108,8 @@ async fn refuses_bad_requests() {
     let (folder, _, ca) = fresh().await;
     let issue = |identity: &str, csr: &[u8]| {
         let identity = identity.parse().unwrap();
-        ca.issue(&identity, csr, Duration::ZERO, None).unwrap_err()
+        ca.issue(&identity, csr, Duration::ZERO, Holder::Node(""))
+            .unwrap_err()
     };
     let error = issue("spiffe://example.org/ns/default/sa/web", &csr());
     assert!(matches!(error, Refusal::Request(_)));
@@ -157,7 +160,7 @@ async fn verifies_only_its_own_certificates() {
     let error = ca.verify(&foreign[0]).unwrap_err();
     assert!(error.contains("not issued by this CA"), "{error}");
     let unbound = ca
-        .issue(&identity(WEB), &csr(), Duration::ZERO, None)
+        .issue(&identity(WEB), &csr(), Duration::ZERO, Holder::Node(""))
         .unwrap();
     let node = ca.verify(&unbound.chain[0]).unwrap().node;
     assert_eq!(node.as_deref(), Some(""), "the node is not known");

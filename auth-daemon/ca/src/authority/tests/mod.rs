@@ -112,7 +112,7 @@ fn issue(
     node: &str,
 ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
     let identity = identity(&format!("spiffe://cluster.local/ns/default/sa/{account}"));
-    let issued = ca.issue(&identity, &csr(), Duration::ZERO, Some(node))?;
+    let issued = ca.issue(&identity, &csr(), Duration::ZERO, Holder::Node(node))?;
     Ok(issued.chain)
 }
 
