@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::eventually::{TIMEOUT, eventually_ok};
 use crate::locate::auth_daemon;
 use crate::mesh::Mesh;
+use crate::oidc::OidcIssuer;
 use crate::place::Place;
 use crate::process::{Finished, Process, json_lines};
 
@@ -21,12 +22,23 @@ use crate::process::{Finished, Process, json_lines};
 #[derive(Debug, Clone, Default)]
 pub struct CaOptions {
     settings: Map<String, Value>,
+    people: Option<(Value, Value)>,
 }
 
 impl CaOptions {
     /// Sets any top-level setting; overrides all others.
     pub fn setting(mut self, name: &str, value: Value) -> Self {
         self.settings.insert(name.to_owned(), value);
+        self
+    }
+
+    /// Accepts tokens of people that `issuer` signs for the audience `mesh`. `accounts` says who may act as which account, as
+    /// in the CA's configuration; names are their e-mail addresses.
+    pub fn people(mut self, issuer: &OidcIssuer, accounts: Value) -> Self {
+        let people = json!({
+            "issuer": issuer.name, "audience": "mesh", "nameClaim": "email", "accounts": accounts,
+        });
+        self.people = Some((people, issuer.keys()));
         self
     }
 }
@@ -88,6 +100,13 @@ impl Ca {
         for (name, value) in &options.settings {
             config[name] = value.clone();
         }
+        if let Some((people, keys)) = &options.people {
+            let file = folder.join(KEYS_OF_PEOPLE);
+            fs::write(&file, keys.to_string())
+                .with_context(|| format!("writing {}", file.display()))?;
+            config["attestation"]["people"] = people.clone();
+            config["attestation"]["people"]["jwksFile"] = json!(file);
+        }
         let path = folder.join(CONFIG);
         fs::write(&path, format!("{config:#}\n"))
             .with_context(|| format!("writing {}", path.display()))?;
@@ -142,6 +161,25 @@ impl Ca {
             .arg("--config")
             .arg(self.folder.join(CONFIG));
         Process::spawn(command)?.finish(TIMEOUT)
+    }
+
+    /// Runs `auth-daemon connect` for a person with `token` on the host outside of the mesh, without any capability.
+    /// `arguments` follow the options that name the CA and the mesh's manifests.
+    pub fn connect(&self, mesh: &Mesh, token: &str, arguments: &[&str]) -> Result<Process> {
+        let file = self.folder.join(PERSON);
+        fs::write(&file, token).with_context(|| format!("writing {}", file.display()))?;
+        let mut command = self.place.command("setpriv")?;
+        command
+            .args(["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"])
+            .arg(auth_daemon()?)
+            .args(["connect", "--ca", &self.address, "--root-file"])
+            .arg(self.roots())
+            .arg("--token-file")
+            .arg(file)
+            .arg("--files")
+            .arg(mesh.manifests().folder())
+            .args(arguments);
+        Process::spawn(command)
     }
 
     /// The output of `auth-daemon ca status --json`.
@@ -212,6 +250,8 @@ fn random() -> Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+const KEYS_OF_PEOPLE: &str = "people.jwks";
+const PERSON: &str = "person.token";
 const STATE: &str = "state";
 const ROOTS: &str = "root-cert.pem";
 const TOKENS: &str = "tokens";

@@ -226,6 +226,11 @@ impl Kubernetes {
                     "level": "Metadata",
                     "userGroups": [format!("system:serviceaccounts:{}", chart::SYSTEM_NAMESPACE)],
                 },
+                // Who requested which token of a service account.
+                {
+                    "level": "Metadata",
+                    "resources": [{"group": "", "resources": ["serviceaccounts/token"]}],
+                },
                 {"level": "None"},
             ],
         });
@@ -233,6 +238,11 @@ impl Kubernetes {
         let server = self.site.spawn(program("kube-apiserver"), |command| {
             command
                 .arg(format!("--etcd-servers={}", self.etcd))
+                .arg(format!(
+                    "--audit-policy-file={}",
+                    file(AUDIT_POLICY).display()
+                ))
+                .arg(format!("--audit-log-path={}", file(AUDIT_LOG).display()))
                 .arg(format!("--bind-address={}", self.address.ip()))
                 .arg(format!("--secure-port={}", self.address.port()))
                 .arg(format!("--service-cluster-ip-range={}", self.services))
@@ -253,11 +263,6 @@ impl Kubernetes {
                     .arg("--enable-admission-plugins=NodeRestriction")
                     .arg("--allow-privileged=true")
                     .arg("--kubelet-preferred-address-types=InternalIP")
-                    .arg(format!(
-                        "--audit-policy-file={}",
-                        file(AUDIT_POLICY).display()
-                    ))
-                    .arg(format!("--audit-log-path={}", file(AUDIT_LOG).display()))
                     .arg(format!(
                         "--kubelet-certificate-authority={}",
                         file("ca.crt").display()
@@ -312,6 +317,24 @@ impl Kubernetes {
 
     /// The requests of the chart's service accounts to a cluster's API server, from its audit log.
     pub fn audited(&self) -> Result<Vec<Value>> {
+        let user = format!("system:serviceaccount:{}:", chart::SYSTEM_NAMESPACE);
+        let is_charts = |event: &Value| {
+            let name = event["user"]["username"].as_str();
+            name.is_some_and(|name| name.starts_with(&user))
+        };
+        let mut events = self.audit_log()?;
+        events.retain(is_charts);
+        Ok(events)
+    }
+
+    /// The requests for tokens of service accounts, from the API server's audit log.
+    pub fn token_requests(&self) -> Result<Vec<Value>> {
+        let mut events = self.audit_log()?;
+        events.retain(|event| event["objectRef"]["subresource"] == "token");
+        Ok(events)
+    }
+
+    fn audit_log(&self) -> Result<Vec<Value>> {
         let path = self.folder().join(AUDIT_LOG);
         let log =
             fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;

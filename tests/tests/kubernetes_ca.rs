@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 const NAMESPACE: &str = "auth-system";
+/// The ConfigMap with the CA's roots.
+const ROOTS: &str = "auth-ca-root";
 const LABEL: &str = "auth-daemon.io/ca-leader";
 /// A lease and a half.
 const HAND_OVER: Duration = Duration::from_secs(60);
@@ -65,6 +68,19 @@ impl Ca {
             .arg("--socket")
             .arg(self.folder.join("run/operator.sock"));
         Process::spawn(command)?.finish(TIMEOUT)
+    }
+
+    /// The port that it listens on.
+    fn port(&self) -> Result<u16> {
+        let log = self.process.stderr();
+        let lines = log
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let started = { lines }
+            .find(|line| line["message"] == "CA started")
+            .with_context(|| format!("not started: {log}"))?;
+        let address: SocketAddr = started["address"].as_str().context("no address")?.parse()?;
+        Ok(address.port())
     }
 
     fn status(&self) -> Result<Value> {
@@ -345,12 +361,143 @@ fn secrets_with_certificates_follow_their_service_accounts() -> Result<()> {
     Ok(())
 }
 
+/// What a person may do in `namespace`: act as `support`, and find the service.
+fn rights(namespace: &str) -> [Value; 2] {
+    let rbac = "rbac.authorization.k8s.io";
+    let role = json!({
+        "apiVersion": format!("{rbac}/v1"), "kind": "Role", "metadata": {"name": "connect"},
+        "rules": [
+            {"apiGroups": [""], "resources": ["serviceaccounts/token"], "resourceNames": ["support"], "verbs": ["create"]},
+            {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [ROOTS], "verbs": ["get"]},
+            {"apiGroups": [""], "resources": ["services", "pods"], "verbs": ["get", "list"]},
+        ],
+    });
+    let binding = json!({
+        "apiVersion": format!("{rbac}/v1"), "kind": "RoleBinding", "metadata": {"name": "connect"},
+        "roleRef": {"apiGroup": rbac, "kind": "Role", "name": "connect"},
+        "subjects": [{"kind": "ServiceAccount", "name": "alice", "namespace": namespace}],
+    });
+    [role, binding]
+}
+
+#[test]
+fn a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create() -> Result<()> {
+    let test = "a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create";
+    let Some(cluster) = cluster(test) else {
+        return Ok(());
+    };
+    const SHOP: &str = "connect-shop";
+    cluster.namespace(SHOP)?;
+    for account in ["alice", "support", "web"] {
+        cluster.service_account(SHOP, account)?;
+    }
+    for (plural, object) in ["roles", "rolebindings"].iter().zip(rights(SHOP)) {
+        let path = format!("/apis/rbac.authorization.k8s.io/v1/namespaces/{SHOP}/{plural}");
+        cluster.create(&path, &object)?;
+    }
+    cluster.pod(SHOP, "web", "web", "node-a", "10.50.0.1")?;
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]},
+    });
+    cluster.create(&format!("/api/v1/namespaces/{SHOP}/services"), &service)?;
+
+    let start = |state: &str, people: &str| {
+        let attestation = json!({"kubernetes": {"audience": "auth-ca", "people": people}});
+        let state = json!({"namespace": NAMESPACE, "stateSecret": state, "lease": state, "rootConfigMap": ROOTS});
+        let ca = Ca::start(
+            &cluster,
+            people,
+            "",
+            &json!({"kubernetes": state, "attestation": attestation}),
+        )?;
+        ca.leads()?;
+        Ok::<_, mesh_tests::Error>(ca)
+    };
+    // As alice, by her kubeconfig. The command runs once there is a certificate.
+    let alice = cluster.kubeconfig_of(SHOP, "alice")?;
+    let connect = |ca: &Ca, account: &str| {
+        let port = ca.port()?;
+        let mut command = Command::new(auth_daemon()?);
+        command
+            .env("KUBECONFIG", &alice)
+            .args([
+                "connect",
+                &format!("{SHOP}/web:80"),
+                "--as",
+                &format!("{SHOP}/{account}"),
+            ])
+            .args([
+                "--ca",
+                &format!("127.0.0.1:{port}"),
+                "--port-forward",
+                "never",
+            ])
+            .args(["--", "sh", "-c", "echo at $AUTH_DAEMON_ADDRESS"]);
+        Process::spawn(command)?.finish(TIMEOUT)
+    };
+    let ca = start("connect", "allow")?;
+    let connected = eventually_ok(HAND_OVER, "the CA's roots in the namespace", || {
+        connect(&ca, "support")?.ok()
+    })
+    .with_context(|| ca.process.stderr())?;
+    assert!(
+        connected.stdout.starts_with("at 127.0.0.1:"),
+        "{connected:?}"
+    );
+
+    // Whose tokens she may not create.
+    let refused = connect(&ca, "web")?;
+    let advice = "allows create on serviceaccounts/token (resourceNames: [web])";
+    assert!(
+        !refused.status.success() && refused.stderr.contains(advice),
+        "{refused:?}"
+    );
+
+    // Both audit logs have the token's ID.
+    let log = ca.process.stderr();
+    let lines = log
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let issued = { lines }
+        .find(|line| line["event"] == "issued")
+        .context("no certificate is audited")?;
+    assert_eq!(
+        issued["identity"],
+        format!("spiffe://cluster.local/ns/{SHOP}/sa/support")
+    );
+    let caller = issued["caller"].as_str().context("no caller")?;
+    let id = caller
+        .strip_prefix("person kubernetes-token:")
+        .context(caller.to_owned())?;
+    let requested = eventually_ok(TIMEOUT, "the request in the API server's audit log", || {
+        let audited = cluster.token_requests()?.into_iter();
+        let key = "authentication.kubernetes.io/issued-credential-id";
+        { audited }
+            .find(|event| event["annotations"][key] == format!("JTI={id}"))
+            .context("not yet")
+    })?;
+    let user = format!("system:serviceaccount:{SHOP}:alice");
+    assert_eq!(requested["user"]["username"], user, "{requested}");
+    drop(ca);
+
+    // Without the configuration, nobody may.
+    let ca = start("connect", "refuse")?;
+    let refused = connect(&ca, "support")?;
+    let why = "attestation.kubernetes.people";
+    assert!(
+        !refused.status.success() && refused.stderr.contains(why),
+        "{refused:?}"
+    );
+    Ok(())
+}
+
 #[test]
 fn the_roots_are_in_every_namespace() -> Result<()> {
     let Some(cluster) = cluster("the_roots_are_in_every_namespace") else {
         return Ok(());
     };
-    const MAP: &str = "auth-ca-root";
+    const MAP: &str = ROOTS;
     let state = json!({"namespace": NAMESPACE, "stateSecret": "roots", "lease": "roots", "rootConfigMap": MAP});
     let more = json!({"kubernetes": state, "rotationSpread": "1s"});
     let ca = Ca::start(&cluster, "roots", "", &more)?;

@@ -5,6 +5,7 @@
 
 pub mod objects;
 mod port_forward;
+mod token;
 
 use std::{env, error::Error, fmt::Debug, marker::PhantomData, path::Path, time::Duration};
 
@@ -26,6 +27,7 @@ use serde_json::Value;
 use auth_support::backoff;
 
 pub use port_forward::{Forwarded, port_forward};
+pub use token::request_token;
 
 /// Maximum duration of one call, including its response.
 pub const DEADLINE: Duration = Duration::from_secs(5);

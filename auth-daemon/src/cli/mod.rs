@@ -2,6 +2,7 @@
 
 mod ca;
 mod check;
+mod connect;
 mod daemons;
 mod embedded_ca;
 mod manifests;
@@ -52,6 +53,9 @@ enum Command {
     /// Show the mesh in a browser: a map of who calls whom, how it is encrypted, what was refused and why. Serves a page on
     /// this machine's loopback, and prints its address.
     Ui(ui::Arguments),
+    /// Reach a service of the mesh from this machine, as a service account: forwards a local port to it, or runs a program
+    /// that uses it.
+    Connect(Box<connect::Arguments>),
     /// Say who would be cut off if ports accepted mutual TLS only. Exit code 0: nobody, 1: somebody, 2: unknown.
     StrictReadiness(strict_readiness::Arguments),
     /// Explain which calls the policies allow, compare policies, and suggest some.
@@ -74,6 +78,7 @@ impl Cli {
             Command::Observe(arguments) => return observe::observe(&arguments),
             Command::Top(arguments) => top::top(&arguments),
             Command::Ui(arguments) => ui::ui(&arguments),
+            Command::Connect(arguments) => return connect::connect(&arguments),
             Command::StrictReadiness(arguments) => {
                 return Ok(strict_readiness::strict_readiness(&arguments));
             }

@@ -305,7 +305,7 @@ fn static_pod(pod: &objects::Pod) -> Option<String> {
 }
 
 /// Parses a pod. A pod without an identity is outside the mesh, whatever its labels say.
-pub(super) fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
+pub(crate) fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Object>, String> {
     let why = without_identity(&pod);
     let static_pod = static_pod(&pod);
     let mut read = readable(pod, trust_domain)?;

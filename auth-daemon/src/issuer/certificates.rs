@@ -12,7 +12,7 @@ use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
 use tokio::{sync::Notify, task::AbortHandle};
 
 use super::{
-    CaHealth, Issuer,
+    CaHealth, IssueError, Issuer,
     keeper::{Holder, Keeper, certified_key},
 };
 use auth_mesh::Identity;
@@ -76,6 +76,14 @@ impl Current {
 }
 
 impl Certificate {
+    fn none_of(identity: &Identity) -> Self {
+        Self {
+            identity: identity.clone(),
+            current: ArcSwapOption::empty(),
+            issued: Notify::new(),
+        }
+    }
+
     /// The certificate, if there is a valid one.
     pub fn current(&self) -> Option<Arc<Current>> {
         self.current
@@ -160,22 +168,32 @@ impl Certificates {
             held.users += 1;
             return held.certificate.clone();
         }
-        let certificate = Arc::new(Certificate {
-            identity: identity.clone(),
-            current: ArcSwapOption::empty(),
-            issued: Notify::new(),
-        });
-        let keeper = self.keeper.clone();
-        let renewal = tokio::spawn(keeper.keep_current(certificate.clone()));
+        let certificate = Arc::new(Certificate::none_of(identity));
+        self.keep(&mut held, &certificate);
+        certificate
+    }
+
+    /// Requests a certificate of `identity`, and renews it until [`Certificates::release`]. Unlike
+    /// [`Certificates::acquire`], fails if the first request does. Must be called within a tokio runtime.
+    pub async fn request(&self, identity: &Identity) -> Result<Arc<Certificate>, IssueError> {
+        let issued = self.keeper.request(identity, Duration::MAX).await?;
+        let certificate = Arc::new(Certificate::none_of(identity));
+        let held = certificate.hold(issued, self.trust());
+        held.map_err(|error| IssueError::from(error.to_string()))?;
+        self.keep(&mut self.lock(), &certificate);
+        Ok(certificate)
+    }
+
+    fn keep(&self, held: &mut HashMap<Identity, Held>, certificate: &Arc<Certificate>) {
+        let renewal = tokio::spawn(self.keeper.clone().keep_current(certificate.clone()));
         held.insert(
-            identity.clone(),
+            certificate.identity.clone(),
             Held {
                 users: 1,
                 certificate: certificate.clone(),
                 renewal: renewal.abort_handle(),
             },
         );
-        certificate
     }
 
     /// Ends one [`Certificates::acquire`]. The last one drops key and certificate.

@@ -26,14 +26,15 @@ use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use super::{
     CaHealth, IssueError, IssueFuture, Issued, Issuer,
-    link::{Link, explain_status, read_roots, read_token},
+    access::Access,
+    link::{Link, ServerNames, explain_status, read_token},
     trust_watch,
 };
 use crate::config::CaServer;
 use auth_mesh::{Identity, TrustDomain};
 use auth_tunnel::tls::{
     svid::Svid,
-    trust::{Trust, TrustBundle, TrustStore},
+    trust::{TrustBundle, TrustStore},
 };
 
 /// One request, with all attempts.
@@ -69,17 +70,23 @@ impl CaClient {
         trust_domain: TrustDomain,
         lifetime: Duration,
     ) -> Result<Self, UnusableServer> {
-        let roots = read_roots(&server).map_err(UnusableServer)?;
         read_token(&server).map_err(UnusableServer)?;
-        let trust = TrustStore::new(Trust::fixed(TrustBundle {
+        Self::start_through((&server).into(), Arc::new(server), trust_domain, lifetime)
+    }
+
+    /// The same with another way to reach the CA.
+    pub fn start_through(
+        names: ServerNames,
+        access: Arc<dyn Access>,
+        trust_domain: TrustDomain,
+        lifetime: Duration,
+    ) -> Result<Self, UnusableServer> {
+        let roots = access.roots().map_err(UnusableServer)?;
+        let known = TrustBundle {
             trust_domain,
             roots,
-        }));
-        let link = Arc::new(Link {
-            server,
-            trust: Arc::new(trust),
-            health: Arc::default(),
-        });
+        };
+        let link = Arc::new(Link::new(names, access, known));
         let (contacted, contact) = watch::channel(false);
         let watcher = tokio::spawn(trust_watch::keep_current(link.clone(), contacted));
         Ok(Self {
@@ -124,7 +131,8 @@ impl CaClient {
                 csr: pem::encode("CERTIFICATE REQUEST", csr),
                 validity_duration: i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX),
                 metadata: Some(impersonating(identity)),
-            })?;
+            });
+            let request = request.await?;
             let (number, channel) = self.channel()?;
             let mut client =
                 IstioCertificateServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
@@ -177,7 +185,7 @@ impl Issuer for CaClient {
     ) -> IssueFuture<'a> {
         Box::pin(async move {
             let failed = |error: IssueError| IssueError {
-                why: format!("the CA at {}: {}", self.link.server.address, error.why),
+                why: format!("the CA at {}: {}", self.link.address(), error.why),
                 ..error
             };
             let asked = timeout(DEADLINE, self.ask(identity, csr, lifetime)).await;

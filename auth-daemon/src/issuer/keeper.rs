@@ -72,6 +72,9 @@ impl Keeper {
         let mut schedule = Schedule::new(SystemTime::now());
         let mut trust = store.changes();
         let identity = holder.identity();
+        if let Some(held) = holder.held() {
+            schedule.issued(&held, SystemTime::now(), rand::random());
+        }
         loop {
             if trust.has_changed().unwrap_or(false) {
                 trust.borrow_and_update();
@@ -127,7 +130,7 @@ impl Keeper {
     }
 
     /// Requests a certificate of `identity` with a new key.
-    async fn request(
+    pub(super) async fn request(
         &self,
         identity: &Identity,
         lifetime: Duration,

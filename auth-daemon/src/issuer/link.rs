@@ -1,4 +1,4 @@
-//! The connection to the CA or istiod: TLS with roots that are read at each connection, and a token that is read at each use.
+//! The connection to the CA or istiod: TLS with roots that are looked up at each connection, and a token at each request.
 
 use std::{
     fs::File,
@@ -15,16 +15,19 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, pem::PemObject},
     version::TLS13,
 };
-use tokio::{net::TcpStream, time::timeout};
+use tokio::time::timeout;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
     Request, Status,
     codegen::http::Uri,
-    metadata::{Ascii, MetadataValue},
+    metadata::MetadataValue,
     transport::{Channel, Endpoint},
 };
 
-use super::{CaHealth, UnusableServer};
+use super::{
+    CaHealth, UnusableServer,
+    access::{Access, Bearer, Stream},
+};
 use crate::config::CaServer;
 use auth_mesh::TrustDomain;
 use auth_tunnel::tls::{
@@ -43,9 +46,34 @@ const WINDOW: u32 = 1 << 20;
 /// How to reach the CA or istiod, and the trust bundle that it sends.
 #[derive(Debug)]
 pub struct Link {
-    pub(crate) server: CaServer,
+    names: ServerNames,
+    pub(super) access: Arc<dyn Access>,
     pub(super) trust: Arc<TrustStore>,
     pub(super) health: Arc<CaHealth>,
+}
+
+/// What the CA or istiod is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerNames {
+    /// What says so, for errors: a section of the configuration.
+    pub section: &'static str,
+    /// Host and port.
+    pub address: String,
+    /// The name in its certificate.
+    pub server_name: String,
+    /// The cluster that issues the token.
+    pub cluster_id: String,
+}
+
+impl From<&CaServer> for ServerNames {
+    fn from(server: &CaServer) -> Self {
+        Self {
+            section: server.section,
+            address: server.address.clone(),
+            server_name: server.server_name.clone(),
+            cluster_id: server.cluster_id.clone(),
+        }
+    }
 }
 
 impl Link {
@@ -57,12 +85,22 @@ impl Link {
             trust_domain: TrustDomain::default(),
             roots: Vec::new(),
         };
-        let trust = Arc::new(TrustStore::new(Trust::fixed(none)));
-        Ok(Self {
-            server,
-            trust,
+        Ok(Self::new((&server).into(), Arc::new(server), none))
+    }
+
+    /// Creates a link whose trust bundle is `known` until the server has sent one.
+    pub(super) fn new(names: ServerNames, access: Arc<dyn Access>, known: TrustBundle) -> Self {
+        Self {
+            names,
+            access,
+            trust: Arc::new(TrustStore::new(Trust::fixed(known))),
             health: Arc::default(),
-        })
+        }
+    }
+
+    /// The server's host and port.
+    pub(crate) fn address(&self) -> &str {
+        &self.names.address
     }
 
     /// A channel that connects when it is used, and reconnects after its connection has ended.
@@ -70,9 +108,9 @@ impl Link {
         self: &Arc<Self>,
         shape: impl FnOnce(Endpoint) -> Endpoint,
     ) -> Result<Channel, String> {
-        let uri: Uri = format!("https://{}", self.server.address)
+        let uri: Uri = format!("https://{}", self.names.address)
             .parse()
-            .map_err(|error| format!("{}.address: {error}", self.server.section))?;
+            .map_err(|error| format!("{}.address: {error}", self.names.section))?;
         let endpoint = Endpoint::from(uri)
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
@@ -92,14 +130,13 @@ impl Link {
         Ok(shape(endpoint).connect_with_connector_lazy(connector))
     }
 
-    async fn connect(&self) -> io::Result<TlsStream<TcpStream>> {
-        let tcp = TcpStream::connect(&self.server.address).await?;
-        tcp.set_nodelay(true)?;
+    async fn connect(&self) -> io::Result<TlsStream<Box<dyn Stream>>> {
+        let stream = self.access.dial().await?;
         let config = self.tls().map_err(io::Error::other)?;
         let name =
-            ServerName::try_from(self.server.server_name.clone()).map_err(io::Error::other)?;
+            ServerName::try_from(self.names.server_name.clone()).map_err(io::Error::other)?;
         TlsConnector::from(Arc::new(config))
-            .connect(name, tcp)
+            .connect(name, stream)
             .await
             .map_err(|error| {
                 let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
@@ -113,10 +150,10 @@ impl Link {
     /// Trusts the roots in the file, and those of the CA's trust bundle.
     fn tls(&self) -> Result<ClientConfig, String> {
         let mut store = RootCertStore::empty();
-        match read_roots(&self.server) {
+        match self.access.roots() {
             Ok(roots) => store.add_parsable_certificates(roots),
             Err(error) => {
-                tracing::warn!(%error, "root file cannot be read; using the roots that the CA sent");
+                tracing::warn!(%error, "roots cannot be read; using those that the CA sent");
                 (0, 0)
             }
         };
@@ -131,12 +168,12 @@ impl Link {
         Ok(config)
     }
 
-    /// `message` with the token of this node, and the cluster that issued it.
-    pub(crate) fn request<T>(&self, message: T) -> Result<Request<T>, String> {
+    /// `message` with the token that says who asks, and the cluster that issued it.
+    pub(crate) async fn request<T>(&self, message: T) -> Result<Request<T>, String> {
         let mut request = Request::new(message);
-        let token = read_token(&self.server)?;
-        let cluster = MetadataValue::try_from(&self.server.cluster_id)
-            .map_err(|error| format!("{}.clusterId: {error}", self.server.section))?;
+        let token = self.access.token().await?;
+        let cluster = MetadataValue::try_from(&self.names.cluster_id)
+            .map_err(|error| format!("{}.clusterId: {error}", self.names.section))?;
         request.metadata_mut().insert("authorization", token);
         request.metadata_mut().insert(CLUSTER_ID, cluster);
         Ok(request)
@@ -158,36 +195,54 @@ fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 
 /// The root certificates in the root file (PEM): at least one.
 pub(super) fn read_roots(server: &CaServer) -> Result<Vec<CertificateDer<'static>>, String> {
-    let path = &server.root_file;
-    let failed = |why: String| format!("{}.rootFile: {}: {why}", server.section, path.display());
+    roots_in(&server.root_file).map_err(|why| format!("{}.rootFile: {why}", server.section))
+}
+
+/// The root certificates in the file at `path` (PEM): at least one.
+pub(crate) fn roots_in(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let failed = |why: String| format!("{}: {why}", path.display());
     let pem = read_at_most(path, MAX_ROOT_FILE).map_err(|error| failed(error.to_string()))?;
-    let roots: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+    roots(&pem).map_err(failed)
+}
+
+/// The root certificates in `pem`: at least one.
+pub(crate) fn roots(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let roots: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
-        .map_err(|error| failed(format!("is not PEM: {error}")))?;
+        .map_err(|error| format!("is not PEM: {error}"))?;
     let (usable, _) = RootCertStore::empty().add_parsable_certificates(roots.iter().cloned());
     if usable == 0 || usable < roots.len() {
-        return Err(failed(format!(
+        return Err(format!(
             "{usable} of {} certificates can be used; all must, and there must be one",
             roots.len()
-        )));
+        ));
     }
     Ok(roots)
 }
 
 /// The value of `authorization`. Errors contain no part of the token.
-pub(super) fn read_token(server: &CaServer) -> Result<MetadataValue<Ascii>, String> {
-    let path = &server.token_file;
-    let failed = |why: String| format!("{}.tokenFile: {}: {why}", server.section, path.display());
+pub(super) fn read_token(server: &CaServer) -> Result<Bearer, String> {
+    token_in(&server.token_file).map_err(|why| format!("{}.tokenFile: {why}", server.section))
+}
+
+/// The value of `authorization` with the token in the file at `path`.
+pub(crate) fn token_in(path: &Path) -> Result<Bearer, String> {
+    let failed = |why: String| format!("{}: {why}", path.display());
     let content = read_at_most(path, MAX_TOKEN).map_err(|error| failed(error.to_string()))?;
-    let token = content.trim_ascii();
+    bearer(&content).map_err(|why| failed(why.into()))
+}
+
+/// The value of `authorization` with `token`.
+pub(crate) fn bearer(token: &[u8]) -> Result<Bearer, &'static str> {
+    let token = token.trim_ascii();
     if token.is_empty() {
-        return Err(failed("is empty".into()));
+        return Err("is empty");
     }
     let value = [b"Bearer ", token].concat();
     let mut value = std::str::from_utf8(&value)
         .ok()
         .and_then(|value| MetadataValue::try_from(value).ok())
-        .ok_or_else(|| failed("contains characters that no token has".into()))?;
+        .ok_or("contains characters that no token has")?;
     value.set_sensitive(true);
     Ok(value)
 }

@@ -1,5 +1,6 @@
 //! Where this node's certificates come from: the CA's client, and the certificates that it keeps current.
 
+mod access;
 mod app;
 mod certificates;
 mod client;
@@ -13,12 +14,13 @@ use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use rustls::pki_types::CertificateDer;
 
+pub use access::{Access, Bearer, Stream};
 pub use app::AppCertificate;
 pub use certificates::{Certificate, Certificates, Current};
 pub use client::{CaClient, UnusableServer};
 pub use health::{CaHealth, CaStatus};
-pub use link::Link;
-pub(crate) use link::explain_status;
+pub use link::{Link, ServerNames};
+pub(crate) use link::{bearer, explain_status, roots, roots_in, token_in};
 
 use auth_mesh::Identity;
 use auth_tunnel::tls::trust::TrustStore;

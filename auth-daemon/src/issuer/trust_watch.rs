@@ -13,7 +13,7 @@ use tokio::{
 use tonic::{Code, Streaming};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer, time::ASN1Time};
 
-use super::link::{Link, explain_status, read_roots};
+use super::link::{Link, explain_status};
 use auth_mesh::{Identity, TrustDomain};
 use auth_support::backoff;
 use auth_tunnel::tls::{
@@ -66,7 +66,7 @@ pub(super) async fn keep_current(link: Arc<Link>, contact: watch::Sender<bool>) 
             End::Unimplemented => {
                 link.health.has_no_watch();
                 tracing::info!(
-                    address = link.server.address,
+                    address = link.address(),
                     "CA has no trust watch: roots come from ca.rootFile"
                 );
                 contact.send_replace(true);
@@ -82,7 +82,7 @@ pub(super) async fn keep_current(link: Arc<Link>, contact: watch::Sender<bool>) 
                     .is_some_and(|(at, before)| *before == why && at.elapsed() < LOG_INTERVAL);
                 if !told {
                     tracing::error!(
-                        address = link.server.address, %why,
+                        address = link.address(), %why,
                         "trust watch failed; keeping the known trust bundle"
                     );
                     logged = Some((Instant::now(), why));
@@ -130,7 +130,7 @@ async fn open(link: &Arc<Link>) -> Result<Streaming<Message>, End> {
                 .keep_alive_while_idle(true)
         })
         .map_err(End::Failed)?;
-    let request = link.request(WatchRequest {}).map_err(End::Failed)?;
+    let request = link.request(WatchRequest {}).await.map_err(End::Failed)?;
     let mut client = TrustServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
     match client.watch(request).await {
         Ok(response) => Ok(response.into_inner()),
@@ -276,7 +276,7 @@ fn check_roots(roots: &[CertificateDer<'_>]) -> Result<(), String> {
 /// Takes the roots of the file.
 fn take_root_file(link: &Link) {
     let known = link.trust.current();
-    match read_roots(&link.server) {
+    match link.access.roots() {
         Err(error) => tracing::error!(%error, "root file cannot be read; keeping the known roots"),
         Ok(roots) if roots == known.bundle.roots => {}
         Ok(roots) => {

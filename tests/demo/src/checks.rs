@@ -5,8 +5,8 @@ use anyhow::Result;
 use super::evidence::Evidence;
 use super::stage::Stage;
 use super::{
-    addresses, bulk, ca, claims, entrances, failure, identity, lives, outside, policy, same_node,
-    seen, wire, workload_api,
+    addresses, bulk, ca, claims, entrances, failure, identity, lives, outside, person, policy,
+    same_node, seen, wire, workload_api,
 };
 
 /// A single check of the demo.
@@ -23,7 +23,7 @@ pub(super) const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-pub(super) const AFTER: [Check; 32] = [
+pub(super) const AFTER: [Check; 33] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -128,6 +128,11 @@ pub(super) const AFTER: [Check; 32] = [
         name: "workload-api",
         claim: "an app of a listed account gets a certificate and key of its own, and no other app does",
         run: workload_api::workload_api,
+    },
+    Check {
+        name: "person-connects",
+        claim: "a person outside the mesh reaches a STRICT service as an account, and the log says who it was",
+        run: person::person_connects,
     },
     Check {
         name: "policy-deny",

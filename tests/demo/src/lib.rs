@@ -16,6 +16,7 @@ mod identity;
 mod kubernetes;
 mod lives;
 mod outside;
+mod person;
 mod policy;
 mod report;
 mod same_node;

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use mesh_tests::{
-    Ca, CaOptions, Daemon, DaemonOptions, Mesh, Nginx, NginxRequest, Place, PodSpec, ServiceSpec,
-    eventually,
+    Ca, CaOptions, Daemon, DaemonOptions, Mesh, Nginx, NginxRequest, OidcIssuer, Place, PodSpec,
+    ServiceSpec, eventually,
 };
 
 use serde_json::json;
 
 use super::evidence::Evidence;
+use super::person;
 
 /// Fields are dropped from top to bottom: the programs first.
 pub(super) struct Stage {
@@ -21,6 +22,8 @@ pub(super) struct Stage {
     ca: Option<Ca>,
     /// A pod in the network of the servers' node (`hostNetwork`).
     pub(super) host_network: Place,
+    /// The issuer of people's tokens, which the CA trusts.
+    pub(super) login: OidcIssuer,
     /// A marker in every request's path and every response; nothing else on the wire contains it.
     pub(super) marker: String,
     pub(super) mesh: Mesh,
@@ -57,6 +60,7 @@ impl Stage {
             .host_network_pod("a6e27b64-0000-4000-8000-000000000001")?;
         let mut stage = Self {
             host_network,
+            login: person::login()?,
             nginx: BTreeMap::new(),
             daemons: BTreeMap::new(),
             ca: None,
@@ -108,7 +112,8 @@ impl Stage {
         let options = CaOptions::default()
             .setting("certificateLifetime", life.into())
             .setting("rotationSpread", "2s".into())
-            .setting("discovery", json!({"files": manifests}));
+            .setting("discovery", json!({"files": manifests}))
+            .people(&self.login, person::accounts());
         let ca = self.ca.insert(self.mesh.start_ca(&options)?);
         evidence.saw(format!("CA at {}", ca.address()));
         for daemon in self.mesh.start_daemons_with(&self.options()?)? {

@@ -8,6 +8,7 @@ mod ca_revocation;
 mod ca_rotation;
 mod certificates;
 mod clock;
+mod connect;
 mod naming;
 mod renewal;
 mod workload_api;

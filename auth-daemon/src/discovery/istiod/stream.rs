@@ -74,7 +74,7 @@ pub(super) async fn keep(
             .is_some_and(|(at, before)| *before == why && at.elapsed() < LOG_INTERVAL);
         if !told {
             tracing::warn!(
-                address = link.server.address, resources = session.count(), %why,
+                address = link.address(), resources = session.count(), %why,
                 "subscription to istiod ended; keeping the known state and resuming"
             );
             logged = Some((Instant::now(), why));
@@ -107,7 +107,7 @@ async fn follow(
         // There is room.
         let _ = answers.try_send(request);
     }
-    let request = match link.request(ReceiverStream::new(requests)) {
+    let request = match link.request(ReceiverStream::new(requests)).await {
         Ok(request) => request,
         Err(why) => return why,
     };

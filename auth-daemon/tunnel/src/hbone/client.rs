@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -16,8 +16,11 @@ use h2::{
 };
 use http::{Method, Request, StatusCode, Uri, Version, uri::Authority};
 use rustls::{ClientConfig, NamedGroup, pki_types::ServerName};
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
     MAX_FRAME, MAX_HEADERS, MAX_STREAMS_OPENED, STREAM_WINDOW, Stream, keep_alive::KeepAlive, tls,
@@ -58,15 +61,50 @@ pub async fn connect(
     trust_domain: &TrustDomain,
     window: u32,
 ) -> Result<(Client, impl Future<Output = ()> + Send + use<>), HandshakeError> {
-    let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
-    let tls = TlsConnector::from(config)
-        .connect(name, tcp)
-        .await
-        .map_err(tls::explain)?;
-    let peer = Arc::new(tls::peer(tls.get_ref().1, trust_domain)?);
-    let key_exchange = key_exchange(tls.get_ref().1);
+    let server = tcp.peer_addr()?.ip();
+    let tls = shake_hands(tcp, server, config).await?;
     // From here on, an end is told by frames. A RST could overtake them.
     socket2::SockRef::from(tls.get_ref().0).set_linger(None)?;
+    begin(tls, trust_domain, window).await
+}
+
+/// The same over any `stream` that leads to the server, whose address is `server`.
+pub async fn connect_over<S>(
+    stream: S,
+    server: IpAddr,
+    config: Arc<ClientConfig>,
+    trust_domain: &TrustDomain,
+    window: u32,
+) -> Result<(Client, impl Future<Output = ()> + Send + use<S>), HandshakeError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let tls = shake_hands(stream, server, config).await?;
+    begin(tls, trust_domain, window).await
+}
+
+/// The TLS handshake. The address is not what is verified: the caller checks the identity.
+async fn shake_hands<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    server: IpAddr,
+    config: Arc<ClientConfig>,
+) -> Result<TlsStream<S>, HandshakeError> {
+    TlsConnector::from(config)
+        .connect(ServerName::IpAddress(server.into()), stream)
+        .await
+        .map_err(tls::explain)
+}
+
+async fn begin<S>(
+    tls: TlsStream<S>,
+    trust_domain: &TrustDomain,
+    window: u32,
+) -> Result<(Client, impl Future<Output = ()> + Send + use<S>), HandshakeError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let peer = Arc::new(tls::peer(tls.get_ref().1, trust_domain)?);
+    let key_exchange = key_exchange(tls.get_ref().1);
     let (requests, mut connection) = client::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(window)

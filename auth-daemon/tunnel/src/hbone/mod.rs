@@ -17,7 +17,7 @@ use std::time::Duration;
 pub use http::StatusCode;
 
 pub use authority::{InvalidAuthority, parse as parse_authority};
-pub use client::{Client, OpenError, connect};
+pub use client::{Client, OpenError, connect, connect_over};
 pub use pool::{Connections, Place, Pool};
 pub use server::{Request, Server, accept};
 pub use stream::{Ended, Stream, relay};
