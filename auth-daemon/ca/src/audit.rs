@@ -22,6 +22,7 @@ pub(crate) fn issued(peer: SocketAddr, caller: &Caller, grant: &Grant, leaf: Opt
         node = grant.node,
         pods = pods.join(","),
         identity = %grant.identity,
+        person = leaf.and_then(|leaf| leaf.person.as_deref()),
         serial = leaf.map_or("", |leaf| &*leaf.serial),
         not_after = leaf.map_or_else(String::new, |leaf| rfc3339(unix_seconds(leaf.not_after))),
         "certificate issued"

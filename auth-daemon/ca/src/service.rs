@@ -12,7 +12,10 @@ use auth_ca_api::{
     pem,
 };
 use auth_mesh::{Identity, Registry, TrustDomain};
-use auth_tunnel::tls::{svid::Svid, trust::Reason};
+use auth_tunnel::tls::{
+    svid::{Svid, is_person},
+    trust::Reason,
+};
 use futures_util::{Stream, stream};
 use prost_types::value::Kind as FieldKind;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, pem::PemObject};
@@ -208,6 +211,17 @@ impl CaService {
         Err(Unattested(why.into()))
     }
 
+    /// Who a person is by what else the holder of the CSR's key has proved, if a certificate can name that.
+    async fn proved(&self, caller: &Caller, csr: &[u8]) -> Option<String> {
+        for attestor in &self.attestors {
+            let proved = attestor.proved(caller, csr).await;
+            if proved.as_deref().is_some_and(is_person) {
+                return proved;
+            }
+        }
+        None
+    }
+
     /// Decides what the caller may have. Waits a little for a pod that is not known yet.
     async fn place(&self, caller: &Caller, asked: Option<&Identity>) -> Result<Grant, Denied> {
         placement::settle(
@@ -282,10 +296,12 @@ impl CaService {
             self.quotas
                 .certificate(caller.counts_for(), &grant.identity)?;
         }
+        let proved = self.proved(caller, &csr).await;
         let (most, holder) = match caller {
-            Caller::Person { person, .. } => {
-                (self.lifetime.min(PERSON_LIFETIME), Holder::Person(person))
-            }
+            Caller::Person { person, .. } => (
+                self.lifetime.min(PERSON_LIFETIME),
+                Holder::Person(proved.as_deref().unwrap_or(person)),
+            ),
             _ => (self.lifetime, Holder::Node(&grant.node)),
         };
         let lifetime = match u64::try_from(request.validity_duration) {

@@ -5,6 +5,7 @@
 
 pub mod objects;
 mod port_forward;
+mod signing_request;
 mod token;
 
 use std::{env, error::Error, fmt::Debug, marker::PhantomData, path::Path, time::Duration};
@@ -27,6 +28,7 @@ use serde_json::Value;
 use auth_support::backoff;
 
 pub use port_forward::{Forwarded, port_forward};
+pub use signing_request::{post_signing_request, poster_of};
 pub use token::request_token;
 
 /// Maximum duration of one call, including its response.

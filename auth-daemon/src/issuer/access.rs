@@ -27,6 +27,10 @@ pub trait Access: fmt::Debug + Send + Sync {
     fn roots(&self) -> Result<Vec<CertificateDer<'static>>, String>;
     /// Returns the token that says who asks. Called for each request.
     fn token(&self) -> BoxFuture<'_, Result<Bearer, String>>;
+    /// Proves more to the CA about the holder of the key of `csr` (PKCS #10, PEM), before that is sent. By default nothing.
+    fn prove<'a>(&'a self, _csr: &'a str) -> BoxFuture<'a, ()> {
+        ready(()).boxed()
+    }
     /// Connects to the server.
     fn dial(&self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>>;
 }

@@ -125,10 +125,12 @@ impl CaClient {
         lifetime: Duration,
     ) -> Result<Issued, IssueError> {
         let lifetime = lifetime.min(self.lifetime);
+        let csr = pem::encode("CERTIFICATE REQUEST", csr);
+        self.link.access.prove(&csr).await;
         let mut attempt = 1;
         let answer = loop {
             let request = self.link.request(IstioCertificateRequest {
-                csr: pem::encode("CERTIFICATE REQUEST", csr),
+                csr: csr.clone(),
                 validity_duration: i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX),
                 metadata: Some(impersonating(identity)),
             });

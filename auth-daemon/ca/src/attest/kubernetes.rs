@@ -6,7 +6,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use auth_kubernetes::{Objects, objects::Pod, printable};
+use auth_ca_api::pem;
+use auth_kubernetes::{Objects, objects::Pod, poster_of, printable};
 use auth_mesh::{Identity, ObjectName, TrustDomain};
 use aws_lc_rs::digest::{SHA256, digest};
 use k8s_openapi::api::authentication::v1::{
@@ -32,6 +33,8 @@ const MAX_CACHED: usize = 4096;
 /// Most reviews in progress.
 const MAX_REVIEWS: usize = 32;
 
+/// How the name of a person begins who is known by a token's ID only.
+const TOKEN_PREFIX: &str = "kubernetes-token";
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 /// The ID of the token, which the API server's audit log also has where it issued the token (Kubernetes 1.32).
@@ -226,8 +229,8 @@ impl TokenReviewer {
         }
         let identity = self.identity(account)?;
         let person = match credential {
-            Some(id) => format!("kubernetes-token:{id}"),
-            None => "kubernetes-token".to_owned(),
+            Some(id) => format!("{TOKEN_PREFIX}:{id}"),
+            None => TOKEN_PREFIX.to_owned(),
         };
         Ok(Caller::Person {
             person,
@@ -266,6 +269,23 @@ impl TokenReviewer {
 impl Attestor for TokenReviewer {
     async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>> {
         self.attest_token(credentials.bearer?).await
+    }
+
+    /// The user who posted the CSR to the API server.
+    async fn proved(&self, caller: &Caller, csr: &[u8]) -> Option<String> {
+        match caller {
+            Caller::Person { person, .. } if person.starts_with(TOKEN_PREFIX) => {}
+            _ => return None,
+        }
+        let csr = pem::encode("CERTIFICATE REQUEST", csr);
+        match timeout(DEADLINE, poster_of(&self.client, &csr)).await {
+            Ok(Ok(user)) => user.map(|user| format!("kubernetes:{user}")),
+            Ok(Err(error)) => {
+                tracing::warn!(%caller, %error, "signing request cannot be looked up");
+                None
+            }
+            Err(_) => None,
+        }
     }
 }
 

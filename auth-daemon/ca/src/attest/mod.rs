@@ -41,8 +41,8 @@ pub enum Caller {
     },
     /// The holder of a token that belongs to no pod, who acts as a service account.
     Person {
-        /// Who it is, and after which check: `oidc:NAME` for a name in a verified token, `kubernetes-token:ID` for a
-        /// service account token of which only the ID is known.
+        /// Who it is, and after which check: `oidc:NAME` for a name in a verified token, `kubernetes:NAME` for a user of the
+        /// API server, `kubernetes-token:ID` for a service account token of which only the ID is known.
         person: String,
         /// What the holder may act as.
         identities: Vec<Identity>,
@@ -100,4 +100,9 @@ fn service_account(user: &str) -> Option<ObjectName> {
 pub trait Attestor: Send + Sync {
     /// Identifies the caller that presents `credentials`. Returns `None` if they are of another kind.
     async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>>;
+
+    /// Returns who `caller` is, if the holder of the key of `csr` (PKCS #10, DER) has proved more than by the credentials.
+    async fn proved(&self, _caller: &Caller, _csr: &[u8]) -> Option<String> {
+        None
+    }
 }

@@ -3,6 +3,7 @@
 use std::{
     fmt, io,
     path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -16,7 +17,9 @@ use tokio::{net::TcpStream, sync::Mutex};
 use super::CA_PORT;
 use crate::issuer::{self, Access, Bearer, Stream};
 use auth_ca::leader::LEADER_LABEL;
-use auth_kubernetes::{ApiError, Objects, objects::Pod, port_forward, request_token};
+use auth_kubernetes::{
+    ApiError, Objects, objects::Pod, port_forward, post_signing_request, request_token,
+};
 use auth_mesh::ObjectName;
 
 /// Lifetime of tokens: the shortest that an API server issues.
@@ -49,6 +52,8 @@ pub(super) enum Token {
         audience: String,
         /// The last token, and when it was requested.
         last: Mutex<Option<(Bearer, Instant)>>,
+        /// Whether the user was told that the name cannot be proved.
+        told: AtomicBool,
     },
 }
 
@@ -120,6 +125,23 @@ impl Token {
             account,
             audience: audience.to_owned(),
             last: Mutex::default(),
+            told: AtomicBool::new(false),
+        }
+    }
+
+    /// Has the API server write the user's name into an object with the CSR, which the CA looks up.
+    async fn prove(&self, csr: &str) {
+        let Self::Account { client, told, .. } = self else {
+            return;
+        };
+        let Err(error) = post_signing_request(client, csr).await else {
+            return;
+        };
+        if !told.swap(true, Ordering::Relaxed) {
+            eprintln!(
+                "auth-daemon: access logs name the token instead of you: {error}; with the right to create \
+                 certificatesigningrequests (certificates.k8s.io) they name you"
+            );
         }
     }
 
@@ -131,6 +153,7 @@ impl Token {
                 account,
                 audience,
                 last,
+                ..
             } => (client, account, audience, last),
         };
         let mut last = last.lock().await;
@@ -197,6 +220,10 @@ impl Access for CaAccess {
 
     fn token(&self) -> BoxFuture<'_, Result<Bearer, String>> {
         self.token.current().boxed()
+    }
+
+    fn prove<'a>(&'a self, csr: &'a str) -> BoxFuture<'a, ()> {
+        self.token.prove(csr).boxed()
     }
 
     fn dial(&self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {

@@ -175,8 +175,9 @@ fn take(
     }
 }
 
-/// Whether `name` may be written to a log as it is.
-fn is_person(name: &str) -> bool {
+/// Whether a certificate can name a person like this: not empty, at most 256 bytes, and no control characters, so that logs can
+/// contain it as it is.
+pub fn is_person(name: &str) -> bool {
     (1..=MAX_PERSON).contains(&name.len()) && !name.chars().any(char::is_control)
 }
 
