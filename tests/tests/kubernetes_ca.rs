@@ -380,6 +380,21 @@ fn rights(namespace: &str) -> [Value; 2] {
     [role, binding]
 }
 
+/// A ClusterRole and its binding that give an account a right to CertificateSigningRequests.
+fn signing_requests(name: &str, verb: &str, (namespace, account): (&str, &str)) -> [Value; 2] {
+    let rbac = "rbac.authorization.k8s.io";
+    let role = json!({
+        "apiVersion": format!("{rbac}/v1"), "kind": "ClusterRole", "metadata": {"name": name},
+        "rules": [{"apiGroups": ["certificates.k8s.io"], "resources": ["certificatesigningrequests"], "verbs": [verb]}],
+    });
+    let binding = json!({
+        "apiVersion": format!("{rbac}/v1"), "kind": "ClusterRoleBinding", "metadata": {"name": name},
+        "roleRef": {"apiGroup": rbac, "kind": "ClusterRole", "name": name},
+        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": namespace}],
+    });
+    [role, binding]
+}
+
 #[test]
 fn a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create() -> Result<()> {
     let test = "a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create";
@@ -446,6 +461,35 @@ fn a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create() -> Result<()
         "{connected:?}"
     );
 
+    // Her name is proved once she may post her key. The chart lets the CA look it up where people are allowed.
+    let user = format!("system:serviceaccount:{SHOP}:alice");
+    assert!(
+        connected.stderr.contains("access logs name the token"),
+        "{connected:?}"
+    );
+    for (name, verb, account) in [
+        ("connect-post", "create", (SHOP, "alice")),
+        ("connect-look-up", "get", (NAMESPACE, "auth-ca")),
+    ] {
+        for (plural, object) in ["clusterroles", "clusterrolebindings"]
+            .iter()
+            .zip(signing_requests(name, verb, account))
+        {
+            cluster.create(
+                &format!("/apis/rbac.authorization.k8s.io/v1/{plural}"),
+                &object,
+            )?;
+        }
+    }
+    eventually_ok(TIMEOUT, "her name", || {
+        connect(&ca, "support")?.ok()?;
+        let log = ca.process.stderr();
+        ensure(
+            log.contains(&format!("\"person\":\"kubernetes:{user}\"")),
+            &log,
+        )
+    })?;
+
     // Whose tokens she may not create.
     let refused = connect(&ca, "web")?;
     let advice = "allows create on serviceaccounts/token (resourceNames: [web])";
@@ -477,7 +521,6 @@ fn a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create() -> Result<()
             .find(|event| event["annotations"][key] == format!("JTI={id}"))
             .context("not yet")
     })?;
-    let user = format!("system:serviceaccount:{SHOP}:alice");
     assert_eq!(requested["user"]["username"], user, "{requested}");
     drop(ca);
 
