@@ -46,22 +46,25 @@ pub(super) enum Roots {
 /// Where tokens come from.
 pub(super) enum Token {
     File(PathBuf),
-    Account {
-        client: Client,
-        account: ObjectName,
-        audience: String,
-        /// The last token, and when it was requested.
-        last: Mutex<Option<(Bearer, Instant)>>,
-        /// Whether the user was told that the name cannot be proved.
-        told: AtomicBool,
-    },
+    Account(Box<AccountTokens>),
+}
+
+/// Tokens of a service account, which the API server issues.
+pub(super) struct AccountTokens {
+    client: Client,
+    account: ObjectName,
+    audience: String,
+    /// The last token, and when it was requested.
+    last: Mutex<Option<(Bearer, Instant)>>,
+    /// Whether the user was told that the name cannot be proved.
+    told: AtomicBool,
 }
 
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "Token({})", path.display()),
-            Self::Account { account, .. } => write!(f, "Token({account})"),
+            Self::Account(tokens) => write!(f, "Token({})", tokens.account),
         }
     }
 }
@@ -120,24 +123,36 @@ pub(super) fn refused(error: ApiError, right: &str, namespace: &str) -> String {
 impl Token {
     /// Tokens of `account`, which the API server issues.
     pub(super) fn of_account(client: Client, account: ObjectName, audience: &str) -> Self {
-        Self::Account {
+        Self::Account(Box::new(AccountTokens {
             client,
             account,
             audience: audience.to_owned(),
             last: Mutex::default(),
             told: AtomicBool::new(false),
+        }))
+    }
+
+    async fn current(&self) -> Result<Bearer, String> {
+        match self {
+            Self::File(path) => issuer::token_in(path),
+            Self::Account(tokens) => tokens.current().await,
         }
     }
 
+    async fn prove(&self, csr: &str) {
+        if let Self::Account(tokens) = self {
+            tokens.prove(csr).await;
+        }
+    }
+}
+
+impl AccountTokens {
     /// Has the API server write the user's name into an object with the CSR, which the CA looks up.
     async fn prove(&self, csr: &str) {
-        let Self::Account { client, told, .. } = self else {
+        let Err(error) = post_signing_request(&self.client, csr).await else {
             return;
         };
-        let Err(error) = post_signing_request(client, csr).await else {
-            return;
-        };
-        if !told.swap(true, Ordering::Relaxed) {
+        if !self.told.swap(true, Ordering::Relaxed) {
             eprintln!(
                 "auth-daemon: access logs name the token instead of you: {error}; with the right to create \
                  certificatesigningrequests (certificates.k8s.io) they name you"
@@ -146,31 +161,28 @@ impl Token {
     }
 
     async fn current(&self) -> Result<Bearer, String> {
-        let (client, account, audience, last) = match self {
-            Self::File(path) => return issuer::token_in(path),
-            Self::Account {
-                client,
-                account,
-                audience,
-                last,
-                ..
-            } => (client, account, audience, last),
-        };
-        let mut last = last.lock().await;
+        let mut last = self.last.lock().await;
         if let Some((token, at)) = &*last
             && at.elapsed() < TOKEN_USE
         {
             return Ok(token.clone());
         }
+        let account = &self.account;
         let ObjectName { namespace, name } = account;
         let requested = Instant::now();
-        let token = request_token(client, namespace, name, audience, TOKEN_LIFETIME)
-            .await
-            .map_err(|error| {
-                let right = format!("create on serviceaccounts/token (resourceNames: [{name}])");
-                let why = refused(error, &right, namespace);
-                format!("no token of service account {account}: {why}")
-            })?;
+        let token = request_token(
+            &self.client,
+            namespace,
+            name,
+            &self.audience,
+            TOKEN_LIFETIME,
+        )
+        .await
+        .map_err(|error| {
+            let right = format!("create on serviceaccounts/token (resourceNames: [{name}])");
+            let why = refused(error, &right, namespace);
+            format!("no token of service account {account}: {why}")
+        })?;
         let token = issuer::bearer(token.as_bytes())
             .map_err(|why| format!("the token of service account {account} {why}"))?;
         *last = Some((token.clone(), requested));
