@@ -76,11 +76,9 @@ const WITH_BOTH: [&str; 4] = [
     "lifecycle::unload",
 ];
 /// The modules in the short run.
-const SHORT: [&str; 7] = [
+const SHORT: [&str; 5] = [
     "traffic::redirection",
     "lifecycle::fail_closed",
-    "hostile::certificates",
-    "hostile::frames",
     "hostile::oddities",
     "lifecycle::unload",
     "same_node::hostile",
