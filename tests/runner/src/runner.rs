@@ -35,7 +35,7 @@ pub(crate) enum Group {
     Unit,
     /// Tests that build meshes, which wait most of the time.
     Mesh,
-    /// Tests that start an API server, which needs a core until it serves: one per core.
+    /// Tests that start an API server, which needs a core until it serves: one at a time, beside the groups above.
     ApiServer,
     /// Tests that run a cluster, which take minutes and wait for most of them: one at a time, beside the groups above.
     Cluster,
@@ -67,9 +67,9 @@ impl Group {
     fn width(self) -> usize {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         match self {
-            Self::Unit | Self::ApiServer => cores,
+            Self::Unit => cores,
             Self::Mesh => 2 * cores,
-            Self::Cluster | Self::Spare | Self::Alone => 1,
+            Self::ApiServer | Self::Cluster | Self::Spare | Self::Alone => 1,
         }
     }
 }
@@ -110,8 +110,8 @@ pub(crate) fn run(tests: Vec<Test<'_>>, log: &mut File, summary: &mut Summary) -
     };
     thread::scope(|scope| {
         let spawn = |group| scope.spawn(move || run.group(group));
-        let beside = [Group::Cluster, Group::Spare].map(spawn);
-        for group in [Group::Unit, Group::Mesh, Group::ApiServer] {
+        let beside = [Group::ApiServer, Group::Cluster, Group::Spare].map(spawn);
+        for group in [Group::Unit, Group::Mesh] {
             run.group(group)?;
         }
         beside
