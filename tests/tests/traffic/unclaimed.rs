@@ -49,6 +49,18 @@ fn lines_for(daemon: &Daemon, to: SocketAddr) -> Vec<Value> {
     lines
 }
 
+/// Waits for the line of the only connection to `to`, which may be written after the app has read everything.
+fn only_line_for(daemon: &Daemon, to: SocketAddr) -> Result<Value> {
+    eventually_ok(
+        TIMEOUT,
+        "the line of one connection",
+        || match <[Value; 1]>::try_from(lines_for(daemon, to)) {
+            Ok([line]) => Ok(line),
+            Err(lines) => anyhow::bail!("{lines:?}"),
+        },
+    )
+}
+
 #[test]
 fn a_removed_pod_is_refused_while_its_server_runs_and_after_a_restart() -> Result<()> {
     let mut pair = Pair::start()?;
@@ -160,12 +172,11 @@ fn a_pod_that_becomes_known_while_it_is_dialled_is_reached() -> Result<()> {
     dialling.event("connected", TIMEOUT)?;
     pair.mesh.manifests().apply(&manifest)?;
     assert_eq!(dialling.success(TIMEOUT)?["text"], "x");
-    let lines = lines_for(&pair.near, late.at(8080));
-    assert_eq!(lines.len(), 1, "{lines:?}");
+    let line = only_line_for(&pair.near, late.at(8080))?;
     assert_eq!(
-        (&lines[0]["result"], &lines[0]["path"]),
+        (&line["result"], &line["path"]),
         (&"ok".into(), &"plaintext".into()),
-        "{lines:?}"
+        "{line}"
     );
     Ok(())
 }
@@ -218,9 +229,8 @@ fn a_service_whose_address_the_node_has_too_is_reached_through_the_tunnel() -> R
     let own: SocketAddr = (node.ipv4(), 80).into();
     assert_eq!(ask(&pair.client, own).as_deref(), Ok("the node"));
     let to = SocketAddr::new(addresses[0], 80);
-    let lines = lines_for(&pair.near, to);
-    assert_eq!(lines.len(), 1, "{lines:?}");
-    assert_eq!(lines[0]["path"], "tunnel", "{lines:?}");
+    let line = only_line_for(&pair.near, to)?;
+    assert_eq!(line["path"], "tunnel", "{line}");
 
     // Without the service, the node might still forward what is sent there.
     pair.mesh.manifests().remove("Service", "default", "web")?;
