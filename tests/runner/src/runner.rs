@@ -200,12 +200,15 @@ fn execute(test: &Test<'_>) -> Result<Ended> {
     let writer = || file.try_clone().context("cannot share a file");
     let start = Instant::now();
     let mut command = match Group::of(test) {
-        Group::Spare => test.binary.command_for_spare_time(),
+        Group::Spare => {
+            let (variable, seconds) = SPARE_SECONDS;
+            let mut command = test.binary.command_for_spare_time();
+            command.env(variable, seconds);
+            command
+        }
         _ => test.binary.command(),
     };
-    let (variable, seconds) = SPARE_SECONDS;
     let mut child = command
-        .env(variable, seconds)
         .args(["--exact", &test.name, "--show-output"])
         .env("AUTH_DAEMON", programs()?.join("auth-daemon"))
         .stdout(writer()?)
