@@ -139,6 +139,16 @@ impl Daemon {
         &mut self.process
     }
 
+    /// Suspends it, and waits until it is.
+    pub fn suspend(&self) -> Result<()> {
+        self.process.suspend()
+    }
+
+    /// Resumes it after [`Daemon::suspend`].
+    pub fn resume(&self) -> Result<()> {
+        self.process.resume()
+    }
+
     /// Waits until the readiness endpoint returns 200. Fails at once if the daemon exits instead.
     pub fn wait_ready(&mut self) -> Result<()> {
         let what = format!("the daemon on {} to be ready", self.node());

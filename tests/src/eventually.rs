@@ -1,11 +1,12 @@
 //! Waiting for a condition, never for a fixed time.
 
+use std::env;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
-use crate::vm::slowdown;
+use crate::vm::EMULATED;
 
 /// Default timeout of the library's own waits.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
@@ -41,4 +42,24 @@ pub fn eventually_ok<T>(
     }
 }
 
+/// An environment variable that the test runner sets for tests that run beside others.
+const BESIDE_OTHERS: &str = "MESH_BESIDE_OTHERS";
+
+/// How many times longer anything may take here than on a machine of its own: 6 if the processor is emulated, 3 beside
+/// other tests. All waits of this library allow for it, and so should a test's own time limits.
+#[must_use]
+pub fn slowdown() -> u32 {
+    if env::var_os(EMULATED).is_some() {
+        EMULATED_SLOWDOWN
+    } else if env::var_os(BESIDE_OTHERS).is_some() {
+        BESIDE_SLOWDOWN
+    } else {
+        1
+    }
+}
+
+/// The programs of a cluster start about ten times slower on an emulated processor, and the time limits for them allow
+/// for a busy machine as they are.
+const EMULATED_SLOWDOWN: u32 = 6;
+const BESIDE_SLOWDOWN: u32 = 3;
 const POLL: Duration = Duration::from_millis(10);

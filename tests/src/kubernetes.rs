@@ -17,7 +17,6 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::eventually::{TIMEOUT, eventually_ok};
@@ -353,13 +352,9 @@ impl Kubernetes {
 
     /// Suspends the API server (SIGSTOP) or resumes it: connections stay open, but get no answers.
     pub fn freeze(&self, frozen: bool) -> Result<()> {
-        let signal = if frozen {
-            Signal::SIGSTOP
-        } else {
-            Signal::SIGCONT
-        };
         match self.server().as_ref() {
-            Some(server) => server.signal(signal),
+            Some(server) if frozen => server.suspend(),
+            Some(server) => server.resume(),
             None => bail!("the API server is not running"),
         }
     }

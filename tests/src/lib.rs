@@ -103,7 +103,7 @@ pub use cluster::{
 };
 pub use daemon::Daemon;
 pub use daemon_options::DaemonOptions;
-pub use eventually::{TIMEOUT, eventually, eventually_ok};
+pub use eventually::{TIMEOUT, eventually, eventually_ok, slowdown};
 pub use firewall::Firewall;
 pub use http::{Response, http_get};
 pub use id::MeshId;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -145,6 +146,23 @@ impl Process {
     pub fn signal(&self, signal: Signal) -> Result<()> {
         nix::sys::signal::kill(self.as_pid(), signal)
             .with_context(|| format!("sending {signal} to `{}`", self.what))
+    }
+
+    /// Suspends it (SIGSTOP), and waits until it is: other threads go on until the one that gets the signal is scheduled.
+    pub fn suspend(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)?;
+        let stopped = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        match waitid(Id::Pid(self.as_pid()), stopped)
+            .with_context(|| format!("waiting for `{}` to stop", self.what))?
+        {
+            WaitStatus::Stopped(..) => Ok(()),
+            other => bail!("`{}` did not stop: {other:?}", self.what),
+        }
+    }
+
+    /// Resumes it (SIGCONT).
+    pub fn resume(&self) -> Result<()> {
+        self.signal(Signal::SIGCONT)
     }
 
     /// Kills it and its process group with SIGKILL and waits until it has exited.

@@ -23,19 +23,6 @@ pub fn skipped_when_emulated(test: &str) -> bool {
     emulated
 }
 
-/// How many times longer than elsewhere anything may take on this machine: 6 if its processor is
-/// emulated. All waits of this library allow for it, and so should a test's own time limits.
-pub fn slowdown() -> u32 {
-    match env::var_os(EMULATED) {
-        Some(_) => EMULATED_SLOWDOWN,
-        None => 1,
-    }
-}
-
-/// How many times longer than elsewhere anything may take on an emulated processor. The programs of a cluster start about
-/// ten times slower there, and the time limits for them allow for a busy machine as they are.
-const EMULATED_SLOWDOWN: u32 = 6;
-
 /// What a guest does, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {

@@ -172,10 +172,10 @@ fn replicas_hand_the_ca_over_and_nothing_is_lost() -> Result<()> {
     // Stopped, it does not know that it is replaced; woken, it must not write.
     drop(a);
     let a = Ca::start(&cluster, "handed", "ca-a", &none)?;
-    b.process.signal(Signal::SIGSTOP)?;
+    b.process.suspend()?;
     let back = a.leads()?;
     assert_eq!(&back["roots"][0]["sha256"], root);
-    b.process.signal(Signal::SIGCONT)?;
+    b.process.resume()?;
     let late = b.ask(&["revoke", "--node", "node-late"])?;
     assert!(!late.status.success(), "{late:?}");
     a.ask(&["revoke", "--node", "node-x"])?.ok()?;

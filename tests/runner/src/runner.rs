@@ -90,8 +90,10 @@ const ALONE: [&str; 6] = [
     "same_node::changes::",
     "traffic::load::",
 ];
+/// Tells the waits of mesh-tests that other tests run at the same time.
+const BESIDE_OTHERS: &str = "MESH_BESIDE_OTHERS";
 /// Time limit, after which a test is killed and counts as failed.
-const LONGEST: Duration = Duration::from_secs(900);
+const LONGEST: Duration = Duration::from_secs(1800);
 const POLL: Duration = Duration::from_millis(20);
 
 /// Runs the tests, group by group, and adds their results to the summary. Prints the output of failed tests; the log
@@ -208,6 +210,9 @@ fn execute(test: &Test<'_>) -> Result<Ended> {
         }
         _ => test.binary.command(),
     };
+    if Group::of(test) != Group::Alone {
+        command.env(BESIDE_OTHERS, "1");
+    }
     let mut child = command
         .args(["--exact", &test.name, "--show-output"])
         .env("AUTH_DAEMON", programs()?.join("auth-daemon"))

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 
 use super::{Cluster, ClusterNode, ClusterOptions, auth_daemon_image};
 use crate::chart;
+use crate::eventually::slowdown;
 use crate::locate::auth_daemon;
 use crate::process::Finished;
-use crate::vm::slowdown;
 
 /// The namespace of everything in the chart.
 pub const SYSTEM: &str = chart::SYSTEM_NAMESPACE;

@@ -5,8 +5,6 @@ use std::time::Instant;
 
 use anyhow::ensure;
 use mesh_tests::{DaemonOptions, Pod, PodSpec, Process, Result, TIMEOUT, eventually_ok};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::common::by_uid::pause;
@@ -77,9 +75,8 @@ fn start(stage: &Stage, name: &str) -> Result<Process> {
 #[test]
 fn namespaces_that_a_pod_makes_do_not_hide_a_new_pods_first_socket() -> Result<()> {
     let (stage, bomber, _first) = stage()?;
-    let daemon = Pid::from_raw(stage.near.pid().cast_signed());
     // Nobody reads the reports.
-    kill(daemon, Signal::SIGSTOP)?;
+    stage.near.suspend()?;
     let reported = (|| {
         let made = format!("namespaces --count {NAMESPACES}");
         bomber.app(&made)?.success(TIMEOUT)?;
@@ -89,7 +86,7 @@ fn namespaces_that_a_pod_makes_do_not_hide_a_new_pods_first_socket() -> Result<(
         stage.mesh.pod("late").app(socket)?.finish(TIMEOUT)?;
         Ok::<_, anyhow::Error>(late)
     })();
-    kill(daemon, Signal::SIGCONT)?;
+    stage.near.resume()?;
     let _late = reported?;
     let enrolled =
         |line: &Value| line["message"] == "pod enrolled" && line["pod"] == "default/late";

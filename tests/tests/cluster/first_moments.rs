@@ -1,6 +1,6 @@
 //! The step about a pod that starts while its node has no daemon.
 
-use mesh_tests::{Cluster, Result, eventually_ok, vm::slowdown};
+use mesh_tests::{Cluster, Result, eventually_ok, slowdown};
 use serde_json::json;
 
 use crate::stage::{APPS, DAEMON, PATIENCE, SYSTEM, Stage, account, address, ensure};

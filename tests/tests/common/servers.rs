@@ -6,7 +6,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use mesh_tests::{App, Daemon, InProcess, Mesh, PodSpec, Result, Snapshot, eventually_ok};
+use mesh_tests::{
+    App, Daemon, InProcess, Mesh, PodSpec, Result, Snapshot, eventually_ok, slowdown,
+};
 
 use super::hostile::{Authority, Faults, PATIENCE, spiffe};
 
@@ -90,7 +92,7 @@ pub(crate) fn run(
         .collect::<Result<_>>()?;
     for ((port, what, (result, reason)), app) in apps {
         let finished = app.finish(BOUND).map_err(|error| error.context(what))?;
-        faults.check(start.elapsed() < BOUND, || {
+        faults.check(start.elapsed() < BOUND * slowdown(), || {
             format!("{what}: the app knows after {:?}", start.elapsed())
         });
         // An END frame is a clean end by the server; everything else is an error to the application.

@@ -14,7 +14,6 @@ use mesh_tests::{
 };
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::signal::Signal;
 use serde_json::Value;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -284,7 +283,7 @@ fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
         .netns()
         .set_parameters(&[("net/core/somaxconn", "1")])?;
     let mut echo = echo_server(&pair.web)?;
-    echo.process().signal(Signal::SIGSTOP)?;
+    echo.process().suspend()?;
     let to = SocketAddrV4::new(pair.web.ipv4(), PORT);
     let begin = |connections: u32, options: &str| {
         pair.client.app(&format!(
@@ -322,7 +321,7 @@ fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
         }
     }
     assert_refused(&pair, &echo, source)?;
-    echo.process().signal(Signal::SIGCONT)?;
+    echo.process().resume()?;
     for _ in 0..3 {
         echo.event("accepted", TIMEOUT)?;
     }

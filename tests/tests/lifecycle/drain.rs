@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use mesh_tests::{DaemonOptions, TIMEOUT, http_get};
+use mesh_tests::{DaemonOptions, TIMEOUT, http_get, slowdown};
 use nix::sys::signal::Signal;
 
 use crate::common::lifecycle_pair::{
@@ -52,7 +52,7 @@ fn ends_cleanly(stopped: &str) {
     let status = stopped.process().wait(Duration::from_secs(10)).unwrap();
     assert_eq!(status.code(), Some(0));
     assert!(
-        since.elapsed() < Duration::from_secs(5),
+        since.elapsed() < Duration::from_secs(5) * slowdown(),
         "{:?}",
         since.elapsed()
     );
@@ -85,7 +85,7 @@ fn a_connection_that_does_not_is_reset_at_the_deadline() {
     let took = since.elapsed();
     assert_reset(&failed);
     assert!(
-        took >= drain && took < drain + Duration::from_secs(2),
+        took >= drain && took < drain + Duration::from_secs(2) * slowdown(),
         "{took:?}"
     );
     assert!(
@@ -198,7 +198,7 @@ fn a_drain_of_nothing_cuts_at_once() {
     a.process().signal(Signal::SIGTERM).unwrap();
     assert_eq!(a.process().wait(TIMEOUT).unwrap().code(), Some(0));
     let took = since.elapsed();
-    assert!(took < Duration::from_millis(1500), "{took:?}");
+    assert!(took < Duration::from_millis(1500) * slowdown(), "{took:?}");
     assert_reset(&chat.failure(TIMEOUT).unwrap());
     assert_reset(&echo.event("closed", TIMEOUT).unwrap());
 }
@@ -218,7 +218,7 @@ fn an_idle_daemon_stops_at_once_and_the_next_one_goes_on() {
     assert_eq!(a.terminate(TIMEOUT).unwrap().code(), Some(0));
     let took = since.elapsed();
     assert!(
-        took < Duration::from_secs(3),
+        took < Duration::from_secs(3) * slowdown(),
         "nothing was under way: {took:?}"
     );
     let _a = mesh.node("a").start_daemon().unwrap();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use mesh_tests::{DaemonOptions, Mesh, PodSpec, TIMEOUT, eventually};
+use mesh_tests::{DaemonOptions, Mesh, PodSpec, TIMEOUT, eventually, slowdown};
 use serde_json::Value;
 
 use crate::common::lifecycle_pair::{
@@ -37,7 +37,7 @@ fn captured_connects_are_refused_at_once_and_nothing_crosses_the_wire() {
             assert_refused(&client.app(&arguments).unwrap().failure(TIMEOUT).unwrap());
             let took = start.elapsed();
             assert!(
-                took < Duration::from_secs(2),
+                took < Duration::from_secs(2) * slowdown(),
                 "{to} {how}: refused after {took:?}"
             );
         }

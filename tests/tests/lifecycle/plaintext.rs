@@ -5,7 +5,9 @@ use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use mesh_tests::{App, Daemon, DaemonOptions, Mesh, Place, Pod, PodSpec, TIMEOUT, eventually};
+use mesh_tests::{
+    App, Daemon, DaemonOptions, Mesh, Place, Pod, PodSpec, TIMEOUT, eventually, slowdown,
+};
 use serde_json::{Value, json};
 
 use crate::common::lifecycle_pair::{MARKER, assert_reset, daemons_with, pair};
@@ -42,7 +44,7 @@ fn assert_ended<const N: usize>(chats: [App; N], since: Instant, daemon: &Daemon
         assert_reset(&chat.failure(TIMEOUT).unwrap());
     }
     let took = since.elapsed();
-    assert!(took < LIMIT, "{took:?}");
+    assert!(took < LIMIT * slowdown(), "{took:?}");
     let is_line = |line: &Value| {
         let message = line["message"].as_str().unwrap_or_default();
         message.starts_with("plaintext connections ended")
@@ -266,7 +268,7 @@ fn plaintext_through_the_daemon_to_an_unlisted_address_is_reset_when_policies_de
             .unwrap();
         assert_reset(&chat.failure(TIMEOUT).unwrap());
         let took = since.elapsed();
-        assert!(took < LIMIT, "{to}: {took:?}");
+        assert!(took < LIMIT * slowdown(), "{to}: {took:?}");
         b.wait_for_access("the end", TIMEOUT, |line| {
             let reason = line["reason"].as_str().unwrap_or_default();
             line["destination"] == to.to_string()

@@ -6,8 +6,6 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use mesh_tests::{App, DaemonOptions, Place, Pod, Result, TIMEOUT, eventually_ok};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::common::neighbours::{Neighbours, builder, echo};
@@ -117,7 +115,7 @@ fn connects_to_a_neighbour_beyond_a_pods_share_are_refused() -> Result<()> {
     let (to, elsewhere) = (stage.web.at(8080), stage.web.at(8081));
     stage.decide(to)?;
     wait_for_none_under_way(&stage)?;
-    stopped.process().signal(Signal::SIGSTOP)?;
+    stopped.process().suspend()?;
 
     let start = stage.daemon.log_position();
     let (flood, begun) = half_open(&stage.client, to)?;
@@ -142,12 +140,11 @@ fn captured_connects_beyond_a_pods_share_are_refused() -> Result<()> {
     let to = stage.web.at(8080);
     wait_for_none_under_way(&stage)?;
     let start = stage.daemon.log_position();
-    let daemon = Pid::from_raw(stage.daemon.pid().cast_signed());
     // Nobody accepts captured connections.
-    kill(daemon, Signal::SIGSTOP)?;
+    stage.daemon.suspend()?;
     let flooded = half_open(&stage.client, to);
     let neighbour = stage.other.app(&format!("dial --to {to} --send hello"));
-    kill(daemon, Signal::SIGCONT)?;
+    stage.daemon.resume()?;
     let (flood, begun) = flooded?;
     let answer = neighbour?.success(TIMEOUT)?;
     assert_eq!(answer["text"], "hello", "{answer}");
@@ -178,9 +175,8 @@ fn a_pod_that_closes_connections_faster_than_they_are_logged_costs_its_neighbour
         (&stage.other, hoard(&stage.other, FEW)?),
     ];
     let start = stage.daemon.log_position();
-    let daemon = Pid::from_raw(stage.daemon.pid().cast_signed());
     // Nobody reads the events.
-    kill(daemon, Signal::SIGSTOP)?;
+    stage.daemon.suspend()?;
     let closed = hoards.into_iter().try_for_each(|(pod, hoard)| {
         drop(hoard);
         eventually_ok(TIMEOUT, "the connections to close", || {
@@ -189,7 +185,7 @@ fn a_pod_that_closes_connections_faster_than_they_are_logged_costs_its_neighbour
             Ok(())
         })
     });
-    kill(daemon, Signal::SIGCONT)?;
+    stage.daemon.resume()?;
     closed?;
     let address = stage.other.ipv4().to_string();
     let mut lines = 0;
@@ -220,7 +216,7 @@ fn connects_of_the_node_beyond_its_share_are_not_recorded() -> Result<()> {
     let (stage, [mut stopped, _server]) = stage()?;
     let (to, elsewhere) = (stage.web.at(8080), stage.web.at(8081));
     wait_for_none_under_way(&stage)?;
-    stopped.process().signal(Signal::SIGSTOP)?;
+    stopped.process().suspend()?;
     let (flood, begun) = half_open(stage.mesh.node("a").place(), to)?;
     assert_eq!(begun["refused"], 0, "{begun}");
     assert_eq!(under_way(&stage)?, SHARE);

@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use mesh_tests::{Context, Firewall, InProcess, PodSpec, Result, TIMEOUT, eventually};
+use mesh_tests::{Context, Firewall, InProcess, PodSpec, Result, TIMEOUT, eventually, slowdown};
 use serde_json::Value;
 use socket2::SockRef;
 
@@ -230,7 +230,10 @@ fn refused_port_is_an_error() -> Result<()> {
                 .app(&format!("connect --to {to} --send hello --read {how}"))?
                 .failure(TIMEOUT)?;
             assert_reset(&failed);
-            assert!(start.elapsed() < Duration::from_secs(5), "{failed}");
+            assert!(
+                start.elapsed() < Duration::from_secs(5) * slowdown(),
+                "{failed}"
+            );
         }
         let line = pair.near.wait_for_access("the refusal", TIMEOUT, |line| {
             line["destination"] == to.to_string()
