@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use mesh_tests::{CertificateStatus, Pod, TIMEOUT, eventually, eventually_ok};
+use mesh_tests::{CertificateStatus, Pod, TIMEOUT, eventually, eventually_ok, slowdown};
 use serde_json::Value;
 
 use super::evidence::Evidence;
@@ -150,7 +150,7 @@ pub(super) fn revoked(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
         ended["errno"],
         took.as_millis()
     ));
-    ensure!(took < LEARNT, "it took too long");
+    ensure!(took < LEARNT * slowdown(), "it took too long");
     // The node that learns of it first cuts the connection, and the other one sees it broken.
     let said = eventually(LOGGED, "a line that says why it ended", || {
         let nodes = [NODE_A, NODE_B].into_iter().zip(starts);

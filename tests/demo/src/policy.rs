@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use mesh_tests::{TIMEOUT, eventually, eventually_ok};
+use mesh_tests::{TIMEOUT, eventually, eventually_ok, slowdown};
 use serde_json::{Value, json};
 
 use super::evidence::Evidence;
@@ -89,7 +89,7 @@ pub(super) fn policy_live(stage: &mut Stage, evidence: &Evidence) -> Result<()> 
         ended["errno"],
         took.as_millis()
     ));
-    ensure!(took < LIVE, "it took too long");
+    ensure!(took < LIVE * slowdown(), "it took too long");
     let rounds = allowed.events_of("round").len();
     eventually(LOGGED, "the neighbour's chat to go on", || {
         (allowed.events_of("round").len() > rounds + 3).then_some(())

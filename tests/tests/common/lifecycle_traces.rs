@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use mesh_tests::{Daemon, Node, Place};
+use mesh_tests::{Daemon, Node, Place, TIMEOUT, eventually_ok};
 use nix::libc;
 
 /// Rules, routes and the sysctl of a namespace, for comparison with a later state.
@@ -90,6 +90,17 @@ pub(crate) fn attached_to_node(node: &Node) -> BTreeMap<&'static str, u32> {
         .into_iter()
         .map(|(name, hook)| (name, attached(&cgroup, hook)))
         .collect()
+}
+
+/// Waits until `count` sk_lookup programs are attached to a pod's network namespace: the kernel detaches a program soon
+/// after its link's pin is removed.
+pub(crate) fn wait_attached_to_netns(place: &Place, count: u32) {
+    eventually_ok(TIMEOUT, "the programs of a netns", || {
+        let attached = attached_to_netns(place);
+        anyhow::ensure!(attached == count, "{attached} are attached, not {count}");
+        Ok(())
+    })
+    .unwrap();
 }
 
 /// The number of sk_lookup programs attached to a pod's network namespace.

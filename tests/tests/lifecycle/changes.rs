@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::common::lifecycle_pair::{
     self, MARKER, assert_reset, call, daemons, echoes, pair, pod_status, ways,
 };
-use crate::common::lifecycle_traces::{Routing, attached_to_netns};
+use crate::common::lifecycle_traces::{Routing, wait_attached_to_netns};
 
 #[test]
 fn another_service_account_is_another_identity() {
@@ -48,7 +48,8 @@ fn another_service_account_is_another_identity() {
         .map(|held| held.identity.as_str())
         .collect();
     assert_eq!(held, [other]);
-    assert_eq!((status.kernel.pods, attached_to_netns(&client)), (1, 1));
+    assert_eq!(status.kernel.pods, 1);
+    wait_attached_to_netns(&client, 1);
     assert!(Routing::of(&client).is_prepared());
     let errors: Vec<_> = a
         .logs()

@@ -9,7 +9,7 @@ use crate::common::by_uid;
 use crate::common::lifecycle_pair::{
     MARKER, assert_reset, call, daemons, echoes, pair, pod_status, ways,
 };
-use crate::common::lifecycle_traces::attached_to_netns;
+use crate::common::lifecycle_traces::wait_attached_to_netns;
 
 const SOON: Duration = Duration::from_secs(5);
 const WEB: &str = "default/web";
@@ -45,7 +45,7 @@ fn wait_released(daemon: &Daemon, pod: &Pod) {
         pod_status(daemon, WEB).is_none().then_some(())
     })
     .unwrap();
-    assert_eq!(attached_to_netns(pod), 0);
+    wait_attached_to_netns(pod, 0);
     assert_eq!(daemon.status().unwrap().kernel.pods, 0);
 }
 
@@ -263,7 +263,7 @@ fn the_next_daemon_refuses_a_netns_that_no_object_names_until_its_processes_end(
         (status.kernel.pods == 0 && status.pods.is_empty()).then_some(())
     })
     .unwrap();
-    assert_eq!(attached_to_netns(&web), 0);
+    wait_attached_to_netns(&web, 0);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use mesh_tests::{Daemon, DaemonOptions, Nginx, PodSpec, Status, TIMEOUT, eventually};
 
 use crate::common::lifecycle_pair::{MARKER, daemons, echoes, pair, ways};
-use crate::common::lifecycle_traces::{Routing, attached_to_netns, attached_to_node, files};
+use crate::common::lifecycle_traces::{Routing, attached_to_node, files, wait_attached_to_netns};
 
 #[test]
 fn it_adopts_the_pins_and_serves_at_once() {
@@ -48,7 +48,7 @@ fn it_adopts_the_pins_and_serves_at_once() {
             programs,
             "one program a hook, not two"
         );
-        assert_eq!(attached_to_netns(pod), 1);
+        wait_attached_to_netns(pod, 1);
         assert_eq!(Routing::of(pod), routing);
     }
 }
@@ -148,7 +148,7 @@ fn pods_that_left_while_it_was_dead_are_cleaned_up() {
     assert_eq!([Routing::of(&left), Routing::of(&disabled)], clean);
     let _echo = echo(&left);
     for pod in [&left, &disabled] {
-        assert_eq!(attached_to_netns(pod), 0);
+        wait_attached_to_netns(pod, 0);
         // They are of the world outside now.
         echoes(mesh.outside(), pod.at(8080));
         echoes(mesh.outside(), pod.at6(8080));
@@ -256,7 +256,7 @@ fn rounds_of_death_and_start_leave_nothing() {
         echoes(&client, web.at(8080));
         assert_eq!(files(node.pins()), pins, "round {round}");
         assert_eq!(attached_to_node(node), programs, "round {round}");
-        assert_eq!(attached_to_netns(&client), 1, "round {round}");
+        wait_attached_to_netns(&client, 1);
         assert_eq!(a.status().unwrap().kernel, kernel, "round {round}");
     }
     a.kill().unwrap();

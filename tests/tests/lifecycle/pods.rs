@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::common::lifecycle_pair::{
     MARKER, assert_reset, call, daemons, echoes, pair, pod_status, ways,
 };
-use crate::common::lifecycle_traces::{Routing, attached_to_netns, files};
+use crate::common::lifecycle_traces::{Routing, files, wait_attached_to_netns};
 
 #[test]
 fn a_label_takes_a_running_pod_out() {
@@ -62,7 +62,7 @@ fn leaves_the_mesh(leave: impl Fn(&Mesh)) {
     assert_reset(&echo.event("closed", Duration::from_secs(5)).unwrap());
     released(&b, "default/web");
     assert_eq!(Routing::of(&web), clean);
-    assert_eq!(attached_to_netns(&web), 0);
+    wait_attached_to_netns(&web, 0);
     let node = mesh.node("b");
     assert_eq!(files(&node.pins().join("v2/pods")).len(), 0);
     assert_eq!(b.status().unwrap().kernel.pods, 0);
@@ -147,7 +147,7 @@ fn a_pod_made_anew_is_enrolled_within_about_a_second() {
     let node = mesh.node("b");
     assert_eq!(b.status().unwrap().kernel.pods, before.kernel.pods);
     assert_eq!(files(&node.pins().join("v2/pods")).len(), 1);
-    assert_eq!(attached_to_netns(&web), 1);
+    wait_attached_to_netns(&web, 1);
     eventually_ok(
         Duration::from_secs(10),
         "the old namespace to be let go",

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use mesh_tests::{PodSpec, TIMEOUT, eventually};
+use mesh_tests::{PodSpec, TIMEOUT, eventually, eventually_ok};
 
 use crate::common::lifecycle_pair::{MARKER, assert_refused, call, daemons, echoes, pair, ways};
-use crate::common::lifecycle_traces::{Held, Routing, attached_to_netns, attached_to_node, files};
+use crate::common::lifecycle_traces::{
+    Held, Routing, attached_to_netns, attached_to_node, files, wait_attached_to_netns,
+};
 
 #[test]
 fn it_refuses_while_a_daemon_runs() {
@@ -152,12 +154,16 @@ fn unloading_twice_or_nothing_is_fine_and_a_daemon_starts_again() {
     }
     let a = node.start_daemon().unwrap();
     a.wait_enrolled(&["default/client"]).unwrap();
-    let after = (
-        files(node.pins()),
-        attached_to_node(node),
-        a.status().unwrap().kernel,
-    );
-    assert_eq!(after, before);
+    eventually_ok(TIMEOUT, "the programs and pins of before", || {
+        let after = (
+            files(node.pins()),
+            attached_to_node(node),
+            a.status()?.kernel,
+        );
+        anyhow::ensure!(after == before, "{after:?}, not {before:?}");
+        Ok(())
+    })
+    .unwrap();
     for to in ways(&web) {
         echoes(&client, to);
     }
@@ -184,7 +190,11 @@ fn it_manages_when_pods_are_gone() {
     let unloaded = node.unload().unwrap().ok().unwrap();
     assert!(unloaded.stdout.contains("3 pods"), "{}", unloaded.stdout);
     assert!(!node.pins().exists(), "{:?}", files(node.pins()));
-    assert!(attached_to_node(node).values().all(|count| *count == 0));
+    eventually(TIMEOUT, "no program to be attached", || {
+        let attached = attached_to_node(node);
+        attached.values().all(|count| *count == 0).then_some(())
+    })
+    .unwrap();
     assert_eq!(
         [Routing::of(&mesh.pod("web")), Routing::of(&nameless)],
         clean
@@ -204,7 +214,8 @@ fn it_finishes_what_another_has_begun() {
     std::fs::remove_dir_all(node.pins().join("v2/links")).unwrap();
     node.unload().unwrap().ok().unwrap();
     assert!(!node.pins().exists(), "{:?}", files(node.pins()));
-    assert_eq!((Routing::of(&web), attached_to_netns(&web)), (clean, 0));
+    assert_eq!(Routing::of(&web), clean);
+    wait_attached_to_netns(&web, 0);
 }
 
 #[test]
