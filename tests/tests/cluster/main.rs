@@ -9,6 +9,7 @@ mod measurements;
 mod network_policy;
 mod observability;
 mod outages;
+mod people;
 mod reboot;
 mod removal;
 mod rights;
@@ -64,6 +65,10 @@ const STEPS: &[(&str, Step)] = &[
     (
         "ui and top show the whole cluster through the API server alone",
         observability::page_and_table,
+    ),
+    (
+        "a person outside the cluster reaches a STRICT service through the API server alone",
+        people::connects_through_the_api_server,
     ),
     (
         "pods outside the mesh are refused",

@@ -35,7 +35,9 @@ pub(crate) fn set() -> Result<Stage> {
     // As nodes that register with it.
     stage.kubectl(&format!("taint nodes --all {TAINT}=:NoSchedule"))?;
     // A later step installs the CRDs of policies, as Istio may do at any time.
-    stage.install(&["--skip-crds", "--set", "daemon.nodeTaint=true"])?;
+    let people = "ca.config.attestation.kubernetes.people=allow";
+    let options = ["--set", "daemon.nodeTaint=true", "--set", people];
+    stage.install(&[&["--skip-crds"], options.as_slice()].concat())?;
     Ok(stage)
 }
 

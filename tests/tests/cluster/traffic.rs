@@ -124,7 +124,7 @@ pub(crate) fn pods_talk_tls(stage: &Stage) -> Result<()> {
 }
 
 /// The access log lines of a daemon's log.
-fn access(log: &str) -> impl Iterator<Item = Value> + '_ {
+pub(crate) fn access(log: &str) -> impl Iterator<Item = Value> + '_ {
     log.lines()
         .filter_map(|line| serde_json::from_str(line).ok())
         .filter(|line: &Value| line["target"] == "access")

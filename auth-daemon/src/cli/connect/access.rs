@@ -217,7 +217,7 @@ impl Way {
             })?;
         let forwarded = port_forward(client, namespace, &leader, CA_PORT)
             .await
-            .map_err(|error| failed(error, "create on pods/portforward"))?;
+            .map_err(|error| failed(error, "get and create on pods/portforward"))?;
         Ok(Box::new(forwarded))
     }
 }

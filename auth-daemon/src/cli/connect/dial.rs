@@ -126,7 +126,7 @@ impl Dialer {
                 Ok(Box::new(forwarded))
             }
             Err(error) => {
-                let right = "create on pods/portforward";
+                let right = "get and create on pods/portforward";
                 let why = super::access::refused(error, right, &name.namespace);
                 let direct = direct
                     .map(|direct| format!("{direct}; "))
