@@ -62,7 +62,9 @@ impl Chromium {
             ])
             .arg(format!("--user-data-dir={}", profile.display()))
             .args(["--remote-debugging-port=0", "about:blank"])
-            .env("HOME", place.folder());
+            .env("HOME", place.folder())
+            // It is killed, and leaves its temporary files.
+            .env("TMPDIR", place.folder());
         let process = Process::spawn(command)?;
         let port_file = profile.join("DevToolsActivePort");
         let (port, path): (u16, String) = eventually(TIMEOUT, "the browser's port", || {
