@@ -22,9 +22,12 @@ const PROGRAMS: [&str; 26] = [
 ];
 
 /// Settings and data of those programs.
-const FILES: [&str; 6] = [
+const FILES: [&str; 8] = [
     "/etc/passwd",
     "/etc/group",
+    // containerd gives each pod a copy of these two.
+    "/etc/hosts",
+    "/etc/resolv.conf",
     "/etc/protocols",
     "/etc/ssl/openssl.cnf",
     "/usr/lib/ssl/openssl.cnf",
