@@ -187,7 +187,10 @@ impl PartialEq for Claims {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, SocketAddr};
+    use std::{
+        net::{IpAddr, SocketAddr},
+        sync::Arc,
+    };
 
     use crate::{
         AddressKind, Inventory, Membership, ObjectName, Port, Service, Snapshot, TargetPort,
@@ -279,7 +282,7 @@ mod tests {
         let identity = pod("old", true).identity;
         let finished = mesh(vec![pod("old", true)], vec![service(SERVICE)]);
         let refused = finished.resolve(at(SERVICE)).unwrap_err();
-        assert_eq!(refused, Unreachable::NoEndpoint(name("web"), 80));
+        assert_eq!(refused, Unreachable::NoEndpoint(Arc::new(name("web")), 80));
         assert_eq!(finished.running("a", &identity).count(), 0);
         assert_eq!(finished.on_node("a").count(), 1);
         let running = mesh(vec![pod("old", false)], vec![service(SERVICE)]);

@@ -7,6 +7,7 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use imbl::{OrdMap, OrdSet, ordset::DiffItem};
@@ -163,13 +164,13 @@ impl Snapshot {
         let namespace = self.namespaces.get(&name.namespace);
         let state = namespace.and_then(|namespace| namespace.services.get(&name.name));
         let addresses = state.map_or(&[][..], |state| &state.service.addresses);
-        let none = || Unreachable::NoEndpoint(name.clone(), port);
+        let none = || Unreachable::NoEndpoint(Arc::new(name.clone()), port);
         let same_family = addresses.iter().find(|ip| ip.is_ipv4() == like.is_ipv4());
         let address = *same_family.ok_or_else(none)?;
         let claims = self.addresses.get(&address);
         let mut claims = claims.map_or(&[][..], Claims::all).iter();
         let resolved = claims.find_map(|claim| match claim {
-            Claim::Service(resolved) if resolved.name == *name => Some(resolved),
+            Claim::Service(resolved) if *resolved.name == *name => Some(resolved),
             _ => None,
         });
         let resolved = resolved.ok_or_else(none)?;
@@ -424,7 +425,7 @@ mod tests {
     fn resolve(snapshot: &Snapshot, dialled: &str) -> Result<String, Unreachable> {
         let found = snapshot.resolve(dialled.parse().unwrap())?;
         assert!(!found.local, "internalTrafficPolicy");
-        let service = found.service.map_or("-".into(), |name| name.name);
+        let service = found.service.map_or("-".into(), |name| name.name.clone());
         Ok(format!("{service} {}", found.endpoints[0].address))
     }
 
@@ -570,6 +571,6 @@ mod tests {
         let found = |dialled: &str| snapshot.resolve(dialled.parse().unwrap()).unwrap();
         assert_eq!(found("10.1.0.1:80").service, None);
         assert!(!found("10.1.0.8:80").endpoints[0].meshed);
-        assert_eq!(found("10.96.0.2:80").service, Some(name("other")));
+        assert_eq!(found("10.96.0.2:80").service, Some(Arc::new(name("other"))));
     }
 }

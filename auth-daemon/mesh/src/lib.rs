@@ -27,4 +27,4 @@ pub use service::{Port, Service, TargetPort};
 pub use slice::{Slice, SliceEndpoint};
 pub use snapshot::{Inventory, Snapshot, Unreachable};
 pub use waypoint::{NoWaypoint, Waypoint, WaypointAt};
-pub use workload::{Hbone, ObjectName, Workload};
+pub use workload::{Cached, FullName, Hbone, ObjectName, Workload};

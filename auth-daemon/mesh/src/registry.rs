@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 
 use super::Snapshot;
@@ -29,6 +29,12 @@ impl<T> Published<T> {
     /// Returns the current value.
     pub fn current(&self) -> Arc<T> {
         self.current.load_full()
+    }
+
+    /// Returns the current value without counting the reader, which costs less than [`Published::current`] where many
+    /// threads read it. Only for a moment: do not hold it across an await.
+    pub fn load(&self) -> Guard<Arc<T>> {
+        self.current.load()
     }
 
     /// Replaces the value and wakes tasks that wait for a change.

@@ -23,7 +23,7 @@ const MAX_SLICED_PORTS: usize = 100;
 /// A service, resolved for one of its addresses.
 #[derive(Debug)]
 pub(super) struct Resolved {
-    pub(super) name: ObjectName,
+    pub(super) name: Arc<ObjectName>,
     pub(super) ports: HashMap<u16, ServicePort>,
     pub(super) waypoint: Option<Arc<Waypoint>>,
     pub(super) sticky: bool,
@@ -40,7 +40,7 @@ pub(super) struct ServicePort {
 #[derive(Clone, Debug)]
 pub struct Destination {
     /// The service that was dialled. `None` if a pod was dialled by its own address.
-    pub service: Option<ObjectName>,
+    pub service: Option<Arc<ObjectName>>,
     /// Endpoints that may be used. The identity of each may run the service.
     pub endpoints: Arc<[Endpoint]>,
     /// Identities that may answer (secure naming).
@@ -354,7 +354,7 @@ impl Resolved {
             })
             .collect();
         Self {
-            name: service.name.clone(),
+            name: Arc::new(service.name.clone()),
             ports,
             waypoint: service.waypoint.clone(),
             sticky: service.sticky,

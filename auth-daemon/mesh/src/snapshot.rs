@@ -105,15 +105,15 @@ pub enum Unreachable {
     DisputedPort(SocketAddr, String),
     /// The service has no such TCP port.
     #[error("service {0} has no TCP port {1}")]
-    NoPort(ObjectName, u16),
+    NoPort(Arc<ObjectName>, u16),
     /// No pod of the service is ready, or none of the ready pods may run it.
     #[error("service {0} has no ready endpoint for port {1} that may run it")]
-    NoEndpoint(ObjectName, u16),
+    NoEndpoint(Arc<ObjectName>, u16),
 }
 
 impl Unreachable {
     /// Returns the service that was dialled, if it is known.
-    pub fn service(&self) -> Option<&ObjectName> {
+    pub fn service(&self) -> Option<&Arc<ObjectName>> {
         match self {
             Self::NoPort(service, _) | Self::NoEndpoint(service, _) => Some(service),
             Self::Unknown(_) | Self::Disputed(_) | Self::DisputedPort(..) => None,
@@ -327,7 +327,7 @@ impl Snapshot {
             Claim::Pod(pod) => Ok(Destination::at(address, Some(pod), true)),
             Claim::OutsidePod(pod) => Ok(Destination::at(address, Some(pod), false)),
             Claim::OutsideService(service) => Ok(Destination {
-                service: Some(service.name.clone()),
+                service: Some(Arc::new(service.name.clone())),
                 ..Destination::at(address, None, false)
             }),
             Claim::Service(service) => service.destination(address.port()),

@@ -71,14 +71,14 @@ impl Snapshot {
     /// because a waypoint speaks HBONE itself. Addresses of the same family as `like` are preferred.
     pub fn waypoint(&self, waypoint: &Waypoint, like: IpAddr) -> Result<Destination, NoWaypoint> {
         let unknown = || NoWaypoint::Unknown(waypoint.clone());
-        let name = match &waypoint.at {
-            WaypointAt::Service(name) => name.clone(),
+        let name: &ObjectName = match &waypoint.at {
+            WaypointAt::Service(name) => name,
             WaypointAt::Unusable(_) => return Err(NoWaypoint::Unusable(waypoint.clone())),
             WaypointAt::Address(address) => {
                 let claims = self.addresses.get(address).ok_or_else(unknown)?;
                 match claims.owner() {
-                    Some(Claim::Service(service)) => service.name.clone(),
-                    Some(Claim::OutsideService(service)) => service.name.clone(),
+                    Some(Claim::Service(service)) => &service.name,
+                    Some(Claim::OutsideService(service)) => &service.name,
                     Some(Claim::Pod(pod) | Claim::OutsidePod(pod)) => {
                         let address = SocketAddr::new(*address, waypoint.port);
                         let found = Destination::at(address, Some(pod), true);
@@ -94,7 +94,7 @@ impl Snapshot {
         let state = self.namespaces.get(&name.namespace);
         let state = state.and_then(|namespace| namespace.services.get(&name.name));
         let state = state.ok_or_else(unknown)?;
-        let slices: Vec<_> = self.slices_of(&name).cloned().collect();
+        let slices: Vec<_> = self.slices_of(name).cloned().collect();
         let backends = self.backends(state, &slices);
         let other: IpAddr = match like {
             IpAddr::V4(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -112,7 +112,7 @@ impl Snapshot {
             let endpoints: Arc<[_]> = port.endpoints.iter().filter(known).cloned().collect();
             if !endpoints.is_empty() {
                 found = Ok(proxy(Destination {
-                    service: Some(name),
+                    service: Some(resolved.name),
                     endpoints,
                     identities: Arc::default(),
                     waypoint: None,

@@ -1,8 +1,14 @@
 //! Pods in the model of the mesh.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
 
-use super::{HostPort, Identity, Membership, Waypoint};
+use super::{HostPort, Identity, Membership, Waypoint, policy::suggest::workload_name};
 
 /// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -68,6 +74,53 @@ pub struct Workload {
     pub netns: Option<PathBuf>,
     /// The waypoint that connections to the pod's own address go through.
     pub waypoint: Option<Arc<Waypoint>>,
+    /// See [`Workload::full_name`].
+    pub full_name: Cached<Arc<FullName>>,
+}
+
+/// The names of a pod and of the workload that it belongs to, each as `namespace/name`.
+#[derive(Debug)]
+pub struct FullName {
+    /// The pod's, which begins with the workload's.
+    pod: Box<str>,
+    workload_length: usize,
+}
+
+/// What follows from the other fields of a value, computed when it is first needed. It is no part of what the value is: a
+/// copy, which may be changed, computes its own.
+#[derive(Debug)]
+pub struct Cached<T>(OnceLock<T>);
+
+impl<T> Default for Cached<T> {
+    fn default() -> Self {
+        Self(OnceLock::new())
+    }
+}
+
+impl<T> Clone for Cached<T> {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl<T> PartialEq for Cached<T> {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl<T> Eq for Cached<T> {}
+
+impl FullName {
+    /// Returns the pod's name.
+    pub fn pod(&self) -> &str {
+        &self.pod
+    }
+
+    /// Returns the workload's name.
+    pub fn workload(&self) -> &str {
+        &self.pod[..self.workload_length]
+    }
 }
 
 impl Workload {
@@ -90,12 +143,49 @@ impl Workload {
             hbone: Hbone::No,
             netns: None,
             waypoint: None,
+            full_name: Cached::default(),
         }
+    }
+
+    /// Returns the names of the pod and of its workload, which are made once.
+    pub fn full_name(&self) -> &Arc<FullName> {
+        self.full_name.0.get_or_init(|| {
+            let workload = workload_name(self).len();
+            Arc::new(FullName {
+                workload_length: self.name.namespace.len() + "/".len() + workload,
+                pod: self.name.to_string().into(),
+            })
+        })
     }
 
     /// Returns the pod's first address of the same family as `like`.
     pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
         let mut addresses = self.addresses.iter();
         addresses.find(|ip| ip.is_ipv4() == like.is_ipv4()).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_is_changed_has_names_of_its_own() {
+        let name = ObjectName {
+            namespace: "shop".into(),
+            name: "cart-6d-x2".into(),
+        };
+        let identity = "spiffe://cluster.local/ns/shop/sa/cart";
+        let pod = Workload::new(name, identity.parse().unwrap());
+        let names = |pod: &Workload| {
+            let names = pod.full_name();
+            (names.pod().to_owned(), names.workload().to_owned())
+        };
+        let expected = |workload: &str| ("shop/cart-6d-x2".to_owned(), workload.to_owned());
+        assert_eq!(names(&pod), expected("shop/cart-6d-x2"));
+        let mut copy = pod.clone();
+        assert_eq!(copy, pod);
+        copy.labels.insert("pod-template-hash".into(), "6d".into());
+        assert_eq!(names(&copy), expected("shop/cart"));
     }
 }

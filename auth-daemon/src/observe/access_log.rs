@@ -87,7 +87,7 @@ pub(crate) struct Finished {
     pub(crate) client: SocketAddr,
     pub(crate) destination: Option<SocketAddr>,
     pub(crate) endpoint: Option<SocketAddr>,
-    pub(crate) service: Option<ObjectName>,
+    pub(crate) service: Option<Arc<ObjectName>>,
     pub(crate) client_identity: Option<Identity>,
     pub(crate) server_identity: Option<Identity>,
     pub(crate) bytes_to_server: u64,

@@ -57,7 +57,7 @@ pub struct Details {
     /// The address that the client dialled.
     pub destination: Option<SocketAddr>,
     /// The service that the destination belongs to.
-    pub service: Option<ObjectName>,
+    pub service: Option<Arc<ObjectName>>,
     /// The endpoint that was chosen.
     pub endpoint: Option<SocketAddr>,
     /// Cookie of the netns that the server is in, if it is a pod of this node. Its policies judge the connection, whatever
@@ -181,7 +181,7 @@ impl OpenConnections {
         if self.limits.pass(&finished, Instant::now()) {
             finished.write(self.access_log);
             if is_observed {
-                self.flows.add(finished, &self.registry.snapshot());
+                self.flows.add(finished, &self.registry.load());
             }
         }
     }

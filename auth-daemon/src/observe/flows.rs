@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use auth_mesh::{Snapshot, Workload, policy::suggest::workload_name};
+use auth_mesh::{FullName, Snapshot};
 use auth_tunnel::tls::rfc3339;
 use serde::{Deserialize, Serialize};
 
@@ -111,8 +111,9 @@ pub struct Flows {
 
 #[derive(Debug, Default)]
 struct Kept {
-    flows: VecDeque<Arc<Ended>>,
-    /// How much memory they take, in bytes.
+    /// With the memory that each takes, in bytes.
+    flows: VecDeque<(Arc<Ended>, usize)>,
+    /// How much memory they take together, in bytes.
     bytes: usize,
     /// The number of connections that have ended.
     count: u64,
@@ -123,15 +124,8 @@ struct Ended {
     at: SystemTime,
     finished: Finished,
     /// As the registry had them then: a pod may be gone when somebody asks.
-    client_pod: Option<PodName>,
-    server_pod: Option<PodName>,
-}
-
-/// The name of a pod, `namespace/name`, which begins with that of its workload.
-#[derive(Debug)]
-struct PodName {
-    pod: Box<str>,
-    workload_length: usize,
+    client_pod: Option<Arc<FullName>>,
+    server_pod: Option<Arc<FullName>>,
 }
 
 impl Default for Flows {
@@ -146,7 +140,7 @@ impl Default for Flows {
 impl Flows {
     /// Adds a connection that has ended now.
     pub(crate) fn add(&self, finished: Finished, snapshot: &Snapshot) {
-        let pod = |address: SocketAddr| Some(PodName::of(snapshot.pod(address.ip())?));
+        let pod = |address: SocketAddr| Some(snapshot.pod(address.ip())?.full_name().clone());
         let ended = Arc::new(Ended {
             at: SystemTime::now(),
             client_pod: pod(finished.client),
@@ -154,18 +148,18 @@ impl Flows {
             finished,
         });
         let size = ended.size();
-        // All threads that end connections share the lock, so memory is freed without it.
+        // All threads that end connections share the lock, so what is old is neither read nor freed under it.
         let mut oldest = Vec::new();
         let mut kept = self.lock();
         kept.bytes += size;
         while kept.flows.len() == KEPT || kept.bytes > MAX_BYTES {
-            let Some(first) = kept.flows.pop_front() else {
+            let Some((first, size)) = kept.flows.pop_front() else {
                 break;
             };
-            kept.bytes -= first.size();
+            kept.bytes -= size;
             oldest.push(first);
         }
-        kept.flows.push_back(ended);
+        kept.flows.push_back((ended, size));
         kept.count += 1;
         drop(kept);
         drop(oldest);
@@ -177,7 +171,8 @@ impl Flows {
         let oldest = kept.count - kept.flows.len() as u64;
         let first = after.clamp(oldest, kept.count);
         let skipped = (first - oldest) as usize;
-        let page: Vec<_> = kept.flows.range(skipped..).take(PAGE).cloned().collect();
+        let page = kept.flows.range(skipped..).take(PAGE);
+        let page: Vec<_> = page.map(|(ended, _)| ended.clone()).collect();
         drop(kept);
         let flows: Vec<_> = page.iter().map(|ended| ended.flow(node)).collect();
         Page {
@@ -193,27 +188,6 @@ impl Flows {
     }
 }
 
-impl PodName {
-    fn of(pod: &Workload) -> Self {
-        let of_workload = workload_name(pod).len();
-        Self {
-            workload_length: pod.name.namespace.len() + "/".len() + of_workload,
-            pod: pod.name.to_string().into(),
-        }
-    }
-
-    fn workload(&self) -> &str {
-        // A part of the text, whose length was taken from it.
-        &self.pod[..self.workload_length]
-    }
-}
-
-impl HeapSize for PodName {
-    fn heap_size(&self) -> usize {
-        self.pod.heap_size()
-    }
-}
-
 impl Ended {
     /// The memory that it takes, in bytes. Identities that others share count, too.
     fn size(&self) -> usize {
@@ -226,19 +200,16 @@ impl Ended {
             client_person,
             ..
         } = &self.finished;
-        // Two counters precede it, and the ring has a pointer to it.
+        // Two counters precede it, and the ring has a pointer to it, and this number.
         size_of::<Self>()
-            + 3 * size_of::<usize>()
+            + 4 * size_of::<usize>()
             + BLOCK
             + service.heap_size()
             + client_identity.heap_size()
             + server_identity.heap_size()
             + reason.heap_size()
             + judgement.told.heap_size()
-            // Two counters precede it.
-            + client_person
-                .as_deref()
-                .map_or(0, |name| BLOCK + 2 * size_of::<usize>() + name.len())
+            + client_person.heap_size()
             + self.client_pod.heap_size()
             + self.server_pod.heap_size()
     }
@@ -246,8 +217,8 @@ impl Ended {
     fn flow(&self, node: &str) -> Flow {
         let finished = &self.finished;
         let identity = |identity: &auth_mesh::Identity| identity.to_string();
-        let pod = |name: &PodName| name.pod.to_string();
-        let workload = |name: &PodName| name.workload().to_owned();
+        let pod = |name: &Arc<FullName>| name.pod().to_owned();
+        let workload = |name: &Arc<FullName>| name.workload().to_owned();
         Flow {
             time: format_time(self.at),
             node: node.to_owned(),

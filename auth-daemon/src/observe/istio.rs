@@ -381,7 +381,7 @@ impl<'a> ByNamespace<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::SocketAddr, time::Duration};
+    use std::{net::SocketAddr, sync::Arc, time::Duration};
 
     use auth_mesh::{Inventory, Port, TargetPort};
     use prometheus_client::{encoding::text::encode, registry::Registry};
@@ -440,7 +440,7 @@ mod tests {
             direction,
             destination: Some(([10, 96, 0, 1], 80).into()),
             endpoint: Some(([10, 0, 1, 1], 8080).into()),
-            service: (direction == Direction::Outbound).then(|| name("pay")),
+            service: (direction == Direction::Outbound).then(|| Arc::new(name("pay"))),
             client_identity: Some(identity("cart")),
             server_identity: Some(identity("pay")),
             bytes_to_client: 40,

@@ -4,6 +4,7 @@ use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
     net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -108,10 +109,10 @@ fn worst(number: usize, pods: usize) -> Finished {
         client: address(number % pods),
         destination: Some(address(number)),
         endpoint: Some(address(other)),
-        service: Some(ObjectName {
+        service: Some(Arc::new(ObjectName {
             namespace: name(number, 63),
             name: name(number, 63),
-        }),
+        })),
         client_identity: Some(identity(number)),
         server_identity: Some(identity(other)),
         outcome: Outcome::Reset,

@@ -1,11 +1,13 @@
 //! How much memory values take on the heap: upper bounds, for what is kept within a number of bytes.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
-use auth_mesh::{Identity, ObjectName};
+use auth_mesh::{FullName, Identity, ObjectName};
 
 /// What an allocator adds to a block at most, in bytes.
 pub(super) const BLOCK: usize = 16;
+/// Size of the counters that precede what an [`Arc`] points to, in bytes.
+const COUNTERS: usize = 2 * size_of::<usize>();
 /// Size of a node in a map from strings to strings, in bytes, and the fewest entries in one that is not the only one.
 const NODE: usize = 11 * 2 * size_of::<String>() + 12 * size_of::<usize>() + 16;
 const FEWEST: usize = 5;
@@ -25,9 +27,15 @@ impl HeapSize for String {
     }
 }
 
-impl HeapSize for Box<str> {
+impl HeapSize for Arc<str> {
     fn heap_size(&self) -> usize {
-        self.len() + BLOCK
+        self.len() + COUNTERS + BLOCK
+    }
+}
+
+impl HeapSize for Arc<FullName> {
+    fn heap_size(&self) -> usize {
+        size_of::<FullName>() + COUNTERS + self.pod().len() + 2 * BLOCK
     }
 }
 
@@ -39,14 +47,14 @@ impl<T: HeapSize> HeapSize for Option<T> {
 
 impl HeapSize for Identity {
     fn heap_size(&self) -> usize {
-        // Two counters precede the text.
-        self.as_str().len() + 2 * size_of::<usize>() + BLOCK
+        self.as_str().len() + COUNTERS + BLOCK
     }
 }
 
-impl HeapSize for ObjectName {
+impl HeapSize for Arc<ObjectName> {
     fn heap_size(&self) -> usize {
-        self.namespace.heap_size() + self.name.heap_size()
+        let texts = self.namespace.heap_size() + self.name.heap_size();
+        size_of::<ObjectName>() + COUNTERS + BLOCK + texts
     }
 }
 

@@ -488,7 +488,7 @@ impl Call<'_> {
         let node = self.node;
         let local_pods =
             (node.config.same_node == SameNode::Kernel).then(|| node.same_node.local_pods());
-        let snapshot = node.registry.snapshot();
+        let snapshot = node.registry.load();
         choose_path(
             endpoint,
             &View {

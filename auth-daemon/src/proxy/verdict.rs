@@ -26,7 +26,7 @@ pub(super) struct Decision {
 /// Details of a connection for the access log, besides its counters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Facts {
-    pub(super) service: Option<ObjectName>,
+    pub(super) service: Option<Arc<ObjectName>>,
     pub(super) client_cookie: u64,
     pub(super) client: Option<Identity>,
     pub(super) server_cookie: u64,
@@ -305,7 +305,7 @@ mod tests {
         assert_eq!(by_address.facts.service, None);
         let by_service = decided(&pods, &pods, "10.96.0.7:80").unwrap();
         assert_eq!(by_service.endpoint, "10.1.0.2:8080".parse().unwrap());
-        assert_eq!(by_service.facts.service, Some(name("web")));
+        assert_eq!(by_service.facts.service, Some(Arc::new(name("web"))));
         assert_eq!(by_service.facts.server, Some(pods[1].identity.clone()));
         assert_eq!(by_service.facts.client, Some(pods[0].identity.clone()));
     }

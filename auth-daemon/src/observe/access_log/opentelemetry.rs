@@ -125,9 +125,11 @@ mod tests {
             direction,
             destination: Some(([10, 96, 0, 1], 80).into()),
             endpoint: Some(([10, 0, 1, 1], 8080).into()),
-            service: (direction == Direction::Outbound).then(|| ObjectName {
-                namespace: "shop".into(),
-                name: "pay".into(),
+            service: (direction == Direction::Outbound).then(|| {
+                Arc::new(ObjectName {
+                    namespace: "shop".into(),
+                    name: "pay".into(),
+                })
             }),
             client_identity: identity("cart"),
             server_identity: identity("pay"),

@@ -2,7 +2,8 @@
 
 use std::{
     cell::Cell,
-    collections::HashMap,
+    collections::{HashMap, hash_map},
+    hash::{Hash, Hasher},
     net::{IpAddr, SocketAddr},
     sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
@@ -40,7 +41,7 @@ pub(super) struct Shard {
 }
 
 /// What connections have in common that are counted together, as far as it is at hand while they are open.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pod: u64,
     pub(crate) direction: Direction,
@@ -85,21 +86,26 @@ impl Shard {
         used: &AtomicUsize,
     ) {
         let entry = Entry::of_ended(finished);
-        let is_new = !self.entries.contains_key(&entry);
         let has_room = used.load(Ordering::Relaxed) < MAX_BYTES;
-        if is_new {
-            let is_anonymous = entry.identity.is_none();
-            let is_full = self.entries.len() >= MAX_ENTRIES
-                || is_anonymous && self.anonymous >= MAX_ANONYMOUS_ENTRIES;
-            if is_full || !has_room {
+        let own = in_table(size_of::<(Entry, Counts)>()) + entry.heap_size();
+        let is_anonymous = entry.identity.is_none();
+        let is_full = self.entries.len() >= MAX_ENTRIES
+            || is_anonymous && self.anonymous >= MAX_ANONYMOUS_ENTRIES;
+        let (counts, before) = match self.entries.entry(entry) {
+            hash_map::Entry::Occupied(known) => {
+                let counts = known.into_mut();
+                let before = own + counts.heap_size();
+                (counts, before)
+            }
+            hash_map::Entry::Vacant(_) if is_full || !has_room => {
                 self.uncounted += 1;
                 return;
             }
-            self.anonymous += usize::from(is_anonymous);
-        }
-        let own = in_table(size_of::<(Entry, Counts)>()) + entry.heap_size();
-        let counts = self.entries.entry(entry).or_default();
-        let before = if is_new { 0 } else { own + counts.heap_size() };
+            hash_map::Entry::Vacant(new) => {
+                self.anonymous += usize::from(is_anonymous);
+                (new.insert(Counts::default()), 0)
+            }
+        };
         counts.connections += 1;
         counts.resets += u64::from(finished.outcome == Outcome::Reset);
         counts.would_be_denied += u64::from(finished.would_be_denied());
@@ -110,8 +116,11 @@ impl Shard {
         }
         counts.advance(progress, finished.bytes_to_server, finished.bytes_to_client);
         let grown = (own + counts.heap_size()).saturating_sub(before);
-        self.bytes += grown;
-        used.fetch_add(grown, Ordering::Relaxed);
+        // All threads share `used`, so most connections only read it.
+        if grown > 0 {
+            self.bytes += grown;
+            used.fetch_add(grown, Ordering::Relaxed);
+        }
     }
 }
 
@@ -175,6 +184,20 @@ impl Entry {
             path: details.path,
             ending: Ending::Established,
         }
+    }
+}
+
+impl Hash for Entry {
+    /// Hashes what differs between most entries: the identities are long, and follow from the addresses nearly always.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self {
+            pod,
+            client,
+            dialled,
+            endpoint,
+            ..
+        } = self;
+        (pod, client, dialled, endpoint).hash(state);
     }
 }
 

@@ -188,7 +188,7 @@ impl Call<'_> {
         self.access
             .learn(|details| details.peer = Some(peer.clone()));
         let revoked = &self.node.certificates.trust().current().revoked;
-        check_revoked(&self.node.registry.snapshot(), revoked, peer, address.ip())
+        check_revoked(&self.node.registry.load(), revoked, peer, address.ip())
     }
 
     /// Connects to the app of a pod on this node, in the same way as the client's pod would.
