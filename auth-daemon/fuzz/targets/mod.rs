@@ -2,6 +2,7 @@
 //! files.
 
 mod authority;
+mod bundle;
 mod config;
 mod crl;
 mod csr;
@@ -21,8 +22,9 @@ mod workload_api;
 pub(crate) type Target = fn(&[u8]);
 
 /// The targets, by name. Their seeds are in `seeds/<name>`.
-pub(crate) const TARGETS: [(&str, Target); 15] = [
+pub(crate) const TARGETS: [(&str, Target); 16] = [
     ("authority", authority::run),
+    ("bundle", bundle::run),
     ("config", config::run),
     ("crl", crl::run),
     ("csr", csr::run),

@@ -68,12 +68,6 @@ impl Listener for UnixListener {
 /// Serves `routes` indefinitely, with one request per connection.
 pub async fn answer(listener: impl Listener, routes: Router) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
-    let mut http = Builder::new(TokioExecutor::new());
-    http.http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADERS)
-        .keep_alive(false);
-    let http = http.http1_only();
     loop {
         let stream = match poll_fn(|context| listener.poll_accept(context)).await {
             Ok(stream) => stream,
@@ -86,17 +80,28 @@ pub async fn answer(listener: impl Listener, routes: Router) {
         let Ok(place) = places.clone().try_acquire_owned() else {
             continue;
         };
-        let (http, service) = (http.clone(), TowerToHyperService::new(routes.clone()));
+        let routes = routes.clone();
         tokio::spawn(async move {
-            // A client with a malformed or slow request gets no response.
-            let _ = timeout(
-                CONNECTION,
-                http.serve_connection(TokioIo::new(stream), service),
-            )
-            .await;
+            answer_one(stream, routes).await;
             drop(place);
         });
     }
+}
+
+/// Answers one request on `stream`. A client with a malformed or slow request gets no response.
+pub async fn answer_one(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    routes: Router,
+) {
+    let mut http = Builder::new(TokioExecutor::new());
+    http.http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADERS)
+        .keep_alive(false);
+    let http = http.http1_only();
+    let service = TowerToHyperService::new(routes);
+    let served = http.serve_connection(TokioIo::new(stream), service);
+    let _ = timeout(CONNECTION, served).await;
 }
 
 #[cfg(test)]

@@ -5,4 +5,5 @@ pub mod config;
 pub mod connection_limit;
 pub mod http_client;
 pub mod http_server;
+pub mod https_client;
 pub mod log;

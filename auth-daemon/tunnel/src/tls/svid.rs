@@ -91,6 +91,51 @@ impl Svid {
     /// Parses a leaf certificate of `trust_domain`. Its identity is under the trust domain's own name, even if that in the
     /// certificate is under an alias. Does not verify the chain, the signature or the validity period.
     pub fn parse(der: &[u8], trust_domain: &TrustDomain) -> Result<Self, InvalidSvid> {
+        let svid = Self::parse_of_any(der, trust_domain)?;
+        match svid.identity.trust_domain() == trust_domain.as_str() {
+            true => Ok(svid),
+            false => Err(InvalidSvid::TrustDomain(svid.identity)),
+        }
+    }
+
+    /// Parses a leaf certificate of any trust domain; `own` is the mesh's. Otherwise like [`Svid::parse`]. What a
+    /// certificate of another trust domain says of a node and a person is left out: those names are not this mesh's.
+    pub fn parse_of_any(der: &[u8], own: &TrustDomain) -> Result<Self, InvalidSvid> {
+        let leaf = Leaf::parse(der)?;
+        let identity: Identity = leaf.uri.parse().map_err(|why| InvalidSvid::Identity {
+            uri: leaf.uri.chars().take(256).collect(),
+            why,
+        })?;
+        let resolved = own.resolve(&identity);
+        let is_own = resolved.is_some();
+        Ok(Self {
+            identity: resolved.unwrap_or(identity),
+            serial: leaf.serial,
+            node: leaf.node.filter(|_| is_own),
+            person: leaf.person.filter(|_| is_own),
+            not_before: leaf.not_before,
+            not_after: leaf.not_after,
+        })
+    }
+}
+
+/// Returns the SPIFFE ID in a leaf certificate, of whatever path. Otherwise like [`Svid::parse_of_any`].
+pub fn spiffe_id(der: &[u8]) -> Result<String, InvalidSvid> {
+    Ok(Leaf::parse(der)?.uri)
+}
+
+/// A leaf certificate of the form of an SVID, with whatever URI.
+struct Leaf {
+    uri: String,
+    serial: Arc<str>,
+    node: Option<Arc<str>>,
+    person: Option<Arc<str>>,
+    not_before: SystemTime,
+    not_after: SystemTime,
+}
+
+impl Leaf {
+    fn parse(der: &[u8]) -> Result<Self, InvalidSvid> {
         let (rest, certificate) =
             X509Certificate::from_der(der).map_err(|_| InvalidSvid::Malformed)?;
         if !rest.is_empty() {
@@ -127,19 +172,12 @@ impl Svid {
         let [uri] = uris[..] else {
             return Err(InvalidSvid::UriSans(uris.len()));
         };
-        let identity: Identity = uri.parse().map_err(|why| InvalidSvid::Identity {
-            uri: uri.chars().take(256).collect(),
-            why,
-        })?;
-        let Some(identity) = trust_domain.resolve(&identity) else {
-            return Err(InvalidSvid::TrustDomain(identity));
-        };
         if signs != Some(true) {
             return Err(InvalidSvid::KeyUsage);
         }
         let validity = certificate.validity();
         Ok(Self {
-            identity,
+            uri: uri.to_owned(),
             serial: certificate
                 .raw_serial()
                 .iter()
