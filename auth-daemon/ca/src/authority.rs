@@ -7,6 +7,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use auth_federation::EndpointId;
 use auth_mesh::Identity;
 use auth_tunnel::tls::{
     rfc3339,
@@ -22,7 +23,7 @@ use crate::{
     csr::RequestedKey,
     intermediate::Intermediate,
     rotation::{self, Phase, Rotation},
-    signer::{self, SignError},
+    signer::{self, Leaf, SignError},
     state::{CaState, Revocation, StoredSigner, Text},
     status::{AuthorityStatus, RootStatus},
     store::{Store, StoreError, Stored},
@@ -253,8 +254,17 @@ impl Authority {
         let lifetime = self.settings.max_lifetime.as_secs();
         let view = self.view.load();
         let (key, leaf) = view.signing.server_certificate(names, lifetime, now)?;
-        let half = now + (leaf.not_after - now) / 2;
-        Ok((key, UNIX_EPOCH + Duration::from_secs(half)))
+        Ok((key, half_life(&leaf, now)))
+    }
+
+    /// Key and X.509-SVID for a server of the CA's own, with the SPIFFE ID `id`. Otherwise like
+    /// [`Authority::server_certificate`].
+    pub fn server_svid(&self, id: &EndpointId) -> Result<(Arc<CertifiedKey>, SystemTime), Refusal> {
+        let now = self.clock.now();
+        let lifetime = self.settings.max_lifetime.as_secs();
+        let view = self.view.load();
+        let (key, leaf) = view.signing.server_svid(id.as_str(), lifetime, now)?;
+        Ok((key, half_life(&leaf, now)))
     }
 
     /// The content of `certificate` (DER), if this CA issued it to a workload, and it is neither expired nor revoked.
@@ -555,6 +565,11 @@ fn check_settings(settings: &Settings) -> Result<(), UnusableCa> {
         return Ok(());
     }
     Err(UnusableCa(errors.join("\n")))
+}
+
+/// When half of the life of a certificate that is issued `now` is over.
+fn half_life(leaf: &Leaf, now: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(now + (leaf.not_after - now) / 2)
 }
 
 fn new_state(settings: &Settings, keys: &KeySource, now: u64) -> Result<CaState, UnusableCa> {

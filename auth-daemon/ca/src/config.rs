@@ -1,6 +1,7 @@
 //! The CA's configuration file, and what follows from it.
 
 mod attestation;
+mod bundle_endpoint;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -20,6 +21,7 @@ pub use attestation::{
     Attestation, JwksAttestation, JwksSource, KubernetesAttestation, NodeToken, OidcIssuer,
     PeopleAttestation, PersonAccount,
 };
+pub use bundle_endpoint::{BundleEndpoint, EndpointCertificate};
 
 /// Longest lifetime of a certificate.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
@@ -44,6 +46,8 @@ pub struct CaConfig {
     pub server_names: Vec<String>,
     /// Where it answers `GET /healthz/ready` and `GET /metrics`.
     pub readiness: Option<SocketAddr>,
+    /// Where other trust domains fetch this one's bundle, if anywhere.
+    pub bundle_endpoint: Option<BundleEndpoint>,
     /// The operator's socket. Defaults to [`DEFAULT_OPERATOR_SOCKET`].
     pub operator_socket: PathBuf,
     /// Where it keeps its state.
@@ -153,6 +157,7 @@ impl CaConfig {
         let listen = top.parsed("listen", errors, socket_address);
         let server_names = server_names(&mut top, errors);
         let readiness = top.parsed("readiness", errors, socket_address);
+        let bundle_endpoint = BundleEndpoint::read(&mut top, errors);
         let operator_socket = top.parsed("operatorSocket", errors, absolute);
         let state = state(&mut top, errors);
         let root = signing_key(&mut top, errors);
@@ -190,6 +195,7 @@ impl CaConfig {
             listen: listen.unwrap_or_else(|| (Ipv4Addr::UNSPECIFIED, DEFAULT_PORT).into()),
             server_names,
             readiness,
+            bundle_endpoint,
             operator_socket: operator_socket.unwrap_or_else(|| DEFAULT_OPERATOR_SOCKET.into()),
             state,
             root,
@@ -327,7 +333,7 @@ mod tests {
         assert_eq!(config.listen.to_string(), "0.0.0.0:15012");
         assert_eq!(config.operator_socket, Path::new(DEFAULT_OPERATOR_SOCKET));
         assert_eq!(config.certificate_lifetime, Duration::from_secs(86400));
-        assert_eq!(config.readiness, None);
+        assert_eq!((config.readiness, config.bundle_endpoint), (None, None));
         assert_eq!(
             config.root,
             Root::SelfSigned(RootSettings {

@@ -10,6 +10,7 @@
 pub mod attest;
 mod audit;
 pub mod authority;
+pub mod bundle_endpoint;
 pub mod config;
 mod connection;
 mod control;

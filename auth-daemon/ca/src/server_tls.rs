@@ -56,12 +56,23 @@ fn config(
     Ok(config)
 }
 
-/// Renews `current` when this replica becomes the leader, when the roots change, and when the certificate is due, for ever.
+/// Keeps `current` the configuration for callers, with a certificate for `names`, for ever.
 pub(crate) async fn keep_current(
-    mut authority: Leader,
+    authority: Leader,
     names: &[String],
     trust_domain: &TrustDomain,
     current: &CurrentTls,
+) -> Infallible {
+    let make = |leader: &Authority, roots: &[_]| make(leader, roots, names, trust_domain);
+    renew(authority, current, make).await
+}
+
+/// Renews `current` when this replica becomes the leader, when the roots change, and when the certificate is due, for ever.
+/// `make` returns a configuration with a new certificate, and when to renew it.
+pub(crate) async fn renew(
+    mut authority: Leader,
+    current: &CurrentTls,
+    make: impl Fn(&Authority, &[CertificateDer<'static>]) -> Result<(ServerConfig, SystemTime), String>,
 ) -> Infallible {
     loop {
         // A former leader keeps its last certificate, to tell callers that it is not the leader any more.
@@ -74,7 +85,7 @@ pub(crate) async fn keep_current(
         };
         let mut published = leader.published();
         let roots = published.borrow_and_update().roots.clone();
-        let wait = match make(&leader, &roots, names, trust_domain) {
+        let wait = match make(&leader, &roots) {
             Ok((config, due)) => {
                 current.store(Some(Arc::new(config)));
                 let wait = due.duration_since(SystemTime::now()).unwrap_or_default();

@@ -247,6 +247,26 @@ impl Signer {
         if names.is_empty() {
             return Err(SignError::NoName);
         }
+        self.server(names, lifetime, now)
+    }
+
+    /// Makes a P-256 key and an X.509-SVID for a server of the CA's own, with the SPIFFE ID `id`.
+    pub(crate) fn server_svid(
+        &self,
+        id: &str,
+        lifetime: u64,
+        now: u64,
+    ) -> Result<(Arc<CertifiedKey>, Leaf), SignError> {
+        let uri = SanType::URI(Ia5String::try_from(id)?);
+        self.server(vec![uri], lifetime, now)
+    }
+
+    fn server(
+        &self,
+        names: Vec<SanType>,
+        lifetime: u64,
+        now: u64,
+    ) -> Result<(Arc<CertifiedKey>, Leaf), SignError> {
         let key = KeyPair::generate()?;
         let purposes = vec![ExtendedKeyUsagePurpose::ServerAuth];
         let leaf = self.leaf(&key, leaf_params(names, purposes), lifetime, now)?;

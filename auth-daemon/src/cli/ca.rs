@@ -18,6 +18,7 @@ use auth_ca::{
         static_token::StaticTokens,
     },
     authority::Authority,
+    bundle_endpoint::BundleServer,
     config::{CaConfig, KubernetesState, State},
     distribution::Distribution,
     leader::{Candidate, Term, election::Timing},
@@ -118,6 +119,10 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
         Limits::default(),
     )
     .await?;
+    if let Some(endpoint) = &config.bundle_endpoint {
+        let server = BundleServer::bind(endpoint, &config.trust_domain, leader.clone()).await?;
+        tokio::spawn(server.run());
+    }
     let leading: Pin<Box<dyn Future<Output = ()>>> = match (&config.state, cluster) {
         (State::Directory(directory), _) => {
             let store = Arc::new(DirectoryStore::open(directory)?);
