@@ -449,7 +449,7 @@ async fn another_trust_domain_is_refused_by_both_ends() {
     );
     let refused = near.unwrap_err().to_string();
     assert!(
-        refused.contains("not issued by this trust domain's CA"),
+        refused.contains("not issued by its trust domain's CA"),
         "{refused}"
     );
     let told = far.unwrap_err().to_string();

@@ -199,14 +199,15 @@ pub(crate) fn key_exchange(session: &CommonState) -> Option<NamedGroup> {
         .map(|group| group.name())
 }
 
-/// The certificate that the peer has presented, in this session or in the one that it resumes.
+/// The certificate that the peer has presented, in this session or in the one that it resumes. The configuration's verifier
+/// has checked it against the bundle of its trust domain; `trust_domain` is the mesh's own.
 pub(crate) fn peer(session: &CommonState, trust_domain: &TrustDomain) -> Result<Svid, Error> {
     let leaf = session
         .peer_certificates()
         .and_then(|chain| chain.first())
         .ok_or(Error::NoCertificatesPresented)?;
-    let peer =
-        Svid::parse(leaf, trust_domain).map_err(|error| Error::General(error.to_string()))?;
+    let peer = Svid::parse_of_any(leaf, trust_domain)
+        .map_err(|error| Error::General(error.to_string()))?;
     // A resumed session presents no certificate, so rustls verifies none.
     tls::check_not_expired(peer.not_after)?;
     Ok(peer)

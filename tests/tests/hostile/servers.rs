@@ -123,13 +123,13 @@ fn server_with_another_certificate_receives_nothing() -> Result<()> {
         ),
         presenting(
             "another root",
-            "not issued by this trust domain's CA",
+            "not issued by its trust domain's CA",
             another.mint("web")?,
             ours,
         ),
         presenting(
             "self-signed",
-            "not issued by this trust domain's CA",
+            "not issued by its trust domain's CA",
             self_signed("web")?,
             ours,
         ),

@@ -25,7 +25,7 @@ pub fn explain(error: &Error) -> String {
         // A root with the same name but another key shows as an invalid signature.
         Error::InvalidCertificate(
             CertificateError::UnknownIssuer | CertificateError::BadSignature,
-        ) => "the peer's certificate is not issued by this trust domain's CA".into(),
+        ) => "the peer's certificate is not issued by its trust domain's CA".into(),
         Error::InvalidCertificate(
             CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. },
         ) => "the peer's certificate lacks the extended key usage for its side: servers need serverAuth, clients \

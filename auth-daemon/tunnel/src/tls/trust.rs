@@ -1,6 +1,10 @@
 //! Trust received from the CA: root certificates and revocations.
 
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use rustls::pki_types::CertificateDer;
@@ -40,6 +44,42 @@ impl Trust {
             revoked: Revocations::default(),
             phase: String::new(),
         }
+    }
+}
+
+/// Roots of foreign trust domains, by the trust domain's name. Bundles are never merged: the roots of a trust domain verify
+/// its own names alone (SPIFFE Federation §4.2).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ForeignBundles(BTreeMap<String, Vec<CertificateDer<'static>>>);
+
+/// The identity's trust domain is foreign, and none of its roots is trusted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0} is of another trust domain, of which no root is trusted; is there a federation entry for it, and a bundle?"
+)]
+pub struct NotFederated(pub Identity);
+
+impl ForeignBundles {
+    /// Adds the bundle of a trust domain, or replaces it. A bundle without roots says that nothing of the trust domain is to
+    /// be trusted (SPIFFE Trust Domain and Bundle §4.1.3), as if there were none.
+    pub fn insert(&mut self, bundle: TrustBundle) {
+        let name = bundle.trust_domain.to_string();
+        match bundle.roots.is_empty() {
+            true => drop(self.0.remove(&name)),
+            false => drop(self.0.insert(name, bundle.roots)),
+        }
+    }
+
+    /// Returns the roots of a trust domain. `None` if the trust domain is not trusted.
+    pub fn roots(&self, trust_domain: &str) -> Option<&[CertificateDer<'static>]> {
+        self.0.get(trust_domain).map(Vec::as_slice)
+    }
+
+    /// Returns all trust domains with their roots, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[CertificateDer<'static>])> {
+        self.0
+            .iter()
+            .map(|(name, roots)| (name.as_str(), roots.as_slice()))
     }
 }
 
@@ -153,6 +193,17 @@ pub enum Revoked {
     },
 }
 
+/// Why a verified certificate is not accepted (any more).
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Untrusted {
+    /// It, its identity or its node is revoked.
+    #[error(transparent)]
+    Revoked(#[from] Revoked),
+    /// It is of a foreign trust domain that is not trusted.
+    #[error(transparent)]
+    NotFederated(#[from] NotFederated),
+}
+
 impl Revocations {
     /// Whether nothing is revoked.
     pub fn is_empty(&self) -> bool {
@@ -198,30 +249,65 @@ impl Revocations {
     }
 }
 
-/// The current [`Trust`]. Set by the CA client, read by all connections.
+/// The current [`Trust`], set by the CA client, and the bundles of foreign trust domains. Read by all connections.
 #[derive(Debug)]
 pub struct TrustStore {
     current: ArcSwap<Trust>,
+    foreign: ArcSwap<ForeignBundles>,
     changed: watch::Sender<u64>,
 }
 
 impl TrustStore {
-    /// Creates a store that holds `trust`.
+    /// Creates a store that holds `trust`, and no foreign bundle.
     pub fn new(trust: Trust) -> Self {
         Self {
             current: ArcSwap::from_pointee(trust),
+            foreign: ArcSwap::default(),
             changed: watch::Sender::new(0),
         }
     }
 
-    /// Returns the current trust.
+    /// Returns the current trust in the mesh's own trust domain.
     pub fn current(&self) -> Arc<Trust> {
         self.current.load_full()
+    }
+
+    /// Returns the current bundles of foreign trust domains.
+    pub fn foreign(&self) -> Arc<ForeignBundles> {
+        self.foreign.load_full()
+    }
+
+    /// Returns the roots of the trust domain of that name. `None` if it is neither the mesh's own nor trusted.
+    pub fn roots(&self, trust_domain: &str) -> Option<Vec<CertificateDer<'static>>> {
+        let own = self.current();
+        match own.bundle.trust_domain.is_named(trust_domain) {
+            true => Some(own.bundle.roots.clone()),
+            false => self.foreign().roots(trust_domain).map(<[_]>::to_vec),
+        }
+    }
+
+    /// Fails if `svid` is revoked, or of a foreign trust domain that is not trusted (any more).
+    pub fn check(&self, svid: &Svid) -> Result<(), Untrusted> {
+        let own = self.current();
+        let name = svid.identity.trust_domain();
+        if name == own.bundle.trust_domain.as_str() {
+            return Ok(own.revoked.check(svid)?);
+        }
+        match self.foreign.load().roots(name) {
+            Some(_) => Ok(()),
+            None => Err(NotFederated(svid.identity.clone()).into()),
+        }
     }
 
     /// Replaces the trust and notifies the subscribers of [`TrustStore::changes`].
     pub fn publish(&self, trust: Trust) {
         self.current.store(Arc::new(trust));
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Replaces the bundles of foreign trust domains and notifies the subscribers of [`TrustStore::changes`].
+    pub fn publish_foreign(&self, bundles: ForeignBundles) {
+        self.foreign.store(Arc::new(bundles));
         self.changed.send_modify(|count| *count += 1);
     }
 

@@ -1,6 +1,6 @@
-//! Verification of a peer's certificate: the chain to a root of the trust domain, the SVID, and revocations.
+//! Verification of a peer's certificate: the SVID, the chain to a root of its trust domain, and revocations.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
@@ -19,7 +19,10 @@ use rustls::{
 
 use auth_mesh::TrustDomain;
 
-use super::{svid::Svid, trust::TrustStore};
+use super::{
+    svid::Svid,
+    trust::{NotFederated, TrustStore},
+};
 
 /// Maximum number of certificates between a workload's certificate and the root. A client's chain is part of every
 /// session ticket that it receives.
@@ -32,35 +35,57 @@ const MAX_INTERMEDIATES: usize = 8;
 )]
 struct ChainTooLarge(usize);
 
-/// Verifies workload certificates of one trust domain: the chain to one of its roots, and the SVID. The caller
-/// authorizes the identity after the handshake.
+/// Verifies workload certificates of the mesh's trust domain and of those that it federates with: the SVID, and the chain to
+/// a root of the SVID's own trust domain. The caller authorizes the identity after the handshake.
 #[derive(Debug)]
 pub struct Verifier {
     trust: Arc<TrustStore>,
     trust_domain: TrustDomain,
-    roots: Arc<RootCertStore>,
-    clients: Arc<dyn ClientCertVerifier>,
+    own: Roots,
+    /// By the name of the trust domain.
+    foreign: HashMap<String, Roots>,
     clients_may_be_anonymous: bool,
     provider: Arc<CryptoProvider>,
 }
 
-impl Verifier {
-    /// Trusts the roots that `trust` has now, and refuses what it says is revoked at the time of a handshake.
-    pub fn new(trust: Arc<TrustStore>, provider: Arc<CryptoProvider>) -> Result<Self, Error> {
-        let bundle = &trust.current().bundle;
+/// The roots of one trust domain.
+#[derive(Debug)]
+struct Roots {
+    roots: Arc<RootCertStore>,
+    clients: Arc<dyn ClientCertVerifier>,
+}
+
+impl Roots {
+    fn new(
+        certificates: &[CertificateDer<'static>],
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Self, Error> {
         let mut roots = RootCertStore::empty();
-        for root in &bundle.roots {
-            roots.add(root.clone())?;
+        for certificate in certificates {
+            roots.add(certificate.clone())?;
         }
         let roots = Arc::new(roots);
         let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
             .build()
             .map_err(|error| Error::General(error.to_string()))?;
+        Ok(Self { roots, clients })
+    }
+}
+
+impl Verifier {
+    /// Trusts the roots that `trust` has now, those of each trust domain for its own names alone, and refuses what it says is
+    /// revoked at the time of a handshake.
+    pub fn new(trust: Arc<TrustStore>, provider: Arc<CryptoProvider>) -> Result<Self, Error> {
+        let bundle = &trust.current().bundle;
+        let foreign = trust.foreign();
+        let foreign = foreign
+            .iter()
+            .map(|(name, roots)| Ok((name.to_owned(), Roots::new(roots, &provider)?)));
         Ok(Self {
             trust_domain: bundle.trust_domain.clone(),
+            own: Roots::new(&bundle.roots, &provider)?,
+            foreign: foreign.collect::<Result<_, Error>>()?,
             trust,
-            roots,
-            clients,
             clients_may_be_anonymous: false,
             provider,
         })
@@ -74,23 +99,28 @@ impl Verifier {
         }
     }
 
+    /// Checks the SVID, and returns the roots of its trust domain.
     fn check_svid(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-    ) -> Result<(), Error> {
+    ) -> Result<&Roots, Error> {
         if intermediates.len() > MAX_INTERMEDIATES {
-            let error = ChainTooLarge(intermediates.len());
-            return Err(CertificateError::Other(OtherError(Arc::new(error))).into());
+            return Err(refused(ChainTooLarge(intermediates.len())));
         }
-        let svid = Svid::parse(leaf, &self.trust_domain)
-            .map_err(|error| CertificateError::Other(OtherError(Arc::new(error))))?;
-        self.trust
-            .current()
-            .revoked
-            .check(&svid)
-            .map_err(|revoked| CertificateError::Other(OtherError(Arc::new(revoked))).into())
+        let svid = Svid::parse_of_any(leaf, &self.trust_domain).map_err(refused)?;
+        self.trust.check(&svid).map_err(refused)?;
+        let name = svid.identity.trust_domain();
+        if name == self.trust_domain.as_str() {
+            return Ok(&self.own);
+        }
+        let foreign = self.foreign.get(name);
+        foreign.ok_or_else(|| refused(NotFederated(svid.identity.clone())))
     }
+}
+
+fn refused(why: impl std::error::Error + Send + Sync + 'static) -> Error {
+    CertificateError::Other(OtherError(Arc::new(why))).into()
 }
 
 impl ServerCertVerifier for Verifier {
@@ -103,10 +133,10 @@ impl ServerCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         // Check the certificate's content first, because that gives a more specific error than an invalid chain.
-        self.check_svid(end_entity, intermediates)?;
+        let Roots { roots, .. } = self.check_svid(end_entity, intermediates)?;
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,
-            &self.roots,
+            roots,
             intermediates,
             now,
             self.provider.signature_verification_algorithms.all,
@@ -130,7 +160,9 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.clients
+        // Signatures are verified in the same way for all trust domains.
+        self.own
+            .clients
             .verify_tls13_signature(message, certificate, signature)
             .map_err(|error| match error {
                 Error::InvalidCertificate(CertificateError::BadSignature) => {
@@ -141,7 +173,7 @@ impl ServerCertVerifier for Verifier {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.clients.supported_verify_schemes()
+        self.own.clients.supported_verify_schemes()
     }
 }
 
@@ -162,8 +194,8 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.check_svid(end_entity, intermediates)?;
-        self.clients
+        let Roots { clients, .. } = self.check_svid(end_entity, intermediates)?;
+        clients
             .verify_client_cert(end_entity, intermediates, now)
             .map_err(chain_error)
     }
@@ -187,7 +219,7 @@ impl ClientCertVerifier for Verifier {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.clients.supported_verify_schemes()
+        self.own.clients.supported_verify_schemes()
     }
 }
 
@@ -204,5 +236,142 @@ fn chain_error(error: Error) -> Error {
             CertificateError::UnknownIssuer.into()
         }
         error => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{
+        BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    };
+
+    use super::*;
+    use crate::tls::{
+        provider,
+        trust::{ForeignBundles, Trust, TrustBundle},
+    };
+
+    const OWN: &str = "own.example";
+    const FOREIGN: &str = "foreign.example";
+    const SECOND: &str = "second.example";
+    const STRANGER: &str = "stranger.example";
+
+    /// The CA of one trust domain. All have the same subject.
+    struct Authority {
+        issuer: Issuer<'static, KeyPair>,
+        root: CertificateDer<'static>,
+    }
+
+    impl Authority {
+        fn new() -> Self {
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+            let key = KeyPair::generate().unwrap();
+            let root = params.self_signed(&key).unwrap().der().clone();
+            let issuer = Issuer::new(params, key);
+            Self { issuer, root }
+        }
+
+        fn bundle(&self, trust_domain: &str) -> TrustBundle {
+            TrustBundle {
+                trust_domain: trust_domain.parse().unwrap(),
+                roots: vec![self.root.clone()],
+            }
+        }
+
+        /// Signs a certificate of the service account `web`, in whatever trust domain.
+        fn sign(&self, trust_domain: &str) -> CertificateDer<'static> {
+            let mut params = CertificateParams::default();
+            let uri = format!("spiffe://{trust_domain}/ns/default/sa/web");
+            params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().unwrap())];
+            params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+            let key = KeyPair::generate().unwrap();
+            params.signed_by(&key, &self.issuer).unwrap().der().clone()
+        }
+    }
+
+    fn trust(own: &Authority) -> Arc<TrustStore> {
+        Arc::new(TrustStore::new(Trust::fixed(own.bundle(OWN))))
+    }
+
+    /// Whether `verifier` accepts a client, and a server, with this certificate.
+    fn accepts(verifier: &Verifier, certificate: &CertificateDer<'_>) -> bool {
+        let client = verifier.verify_client_cert(certificate, &[], UnixTime::now());
+        let name = ServerName::try_from("10.0.0.1").unwrap();
+        let server = verifier.verify_server_cert(certificate, &[], &name, &[], UnixTime::now());
+        assert_eq!(client.is_ok(), server.is_ok(), "{client:?} {server:?}");
+        client.is_ok()
+    }
+
+    #[test]
+    fn each_trust_domains_roots_verify_its_own_names_alone() {
+        let authorities = [OWN, FOREIGN, SECOND, STRANGER].map(|name| (name, Authority::new()));
+        let [(_, own), (_, foreign), (_, second), _] = &authorities;
+        let trust = trust(own);
+        let mut bundles = ForeignBundles::default();
+        bundles.insert(foreign.bundle(FOREIGN));
+        bundles.insert(second.bundle(SECOND));
+        trust.publish_foreign(bundles);
+        let verifier = Verifier::new(trust, Arc::new(provider())).unwrap();
+        for (issuer, authority) in &authorities {
+            for (name, _) in &authorities {
+                let expected = issuer == name && *name != STRANGER;
+                let accepted = accepts(&verifier, &authority.sign(name));
+                assert_eq!(accepted, expected, "{issuer} issues a name of {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_foreign_trust_domain_is_trusted_as_long_as_its_bundle_is_there() {
+        let (own, foreign) = (Authority::new(), Authority::new());
+        let trust = trust(&own);
+        let certificate = foreign.sign(FOREIGN);
+        let verifier = || Verifier::new(trust.clone(), Arc::new(provider())).unwrap();
+        assert!(!accepts(&verifier(), &certificate), "no bundle");
+        let mut bundles = ForeignBundles::default();
+        bundles.insert(foreign.bundle(FOREIGN));
+        trust.publish_foreign(bundles.clone());
+        let trusting = verifier();
+        assert!(accepts(&trusting, &certificate));
+        assert!(accepts(&trusting, &own.sign(OWN)));
+        // A bundle without roots withdraws all that were published before (Trust Domain and Bundle §4.1.3).
+        bundles.insert(TrustBundle {
+            roots: vec![],
+            ..foreign.bundle(FOREIGN)
+        });
+        trust.publish_foreign(bundles);
+        assert!(!accepts(&trusting, &certificate), "at once");
+        assert!(!accepts(&verifier(), &certificate));
+        assert!(accepts(&trusting, &own.sign(OWN)));
+    }
+
+    #[test]
+    fn nodes_and_persons_in_foreign_certificates_mean_nothing_here() {
+        use crate::tls::svid::{NODE_EXTENSION, PERSON_EXTENSION, encode_node, encode_person};
+        let authority = Authority::new();
+        let sign = |trust_domain: &str| {
+            let mut params = CertificateParams::default();
+            let uri = format!("spiffe://{trust_domain}/ns/default/sa/web");
+            params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().unwrap())];
+            params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+            let extension =
+                |identifier, content| rcgen::CustomExtension::from_oid_content(identifier, content);
+            params.custom_extensions = vec![
+                extension(&NODE_EXTENSION, encode_node("node-a")),
+                extension(&PERSON_EXTENSION, encode_person("oidc:alice").unwrap()),
+            ];
+            let key = KeyPair::generate().unwrap();
+            let certificate = params.signed_by(&key, &authority.issuer).unwrap();
+            Svid::parse_of_any(certificate.der(), &OWN.parse().unwrap()).unwrap()
+        };
+        let own = sign(OWN);
+        assert_eq!(
+            (own.node.as_deref(), own.person.as_deref()),
+            (Some("node-a"), Some("oidc:alice"))
+        );
+        let foreign = sign(FOREIGN);
+        assert_eq!((foreign.node, foreign.person), (None, None));
     }
 }
