@@ -11,7 +11,7 @@ use auth_daemon::issuer::{AppCertificate, Certificates};
 use auth_mesh::{Identity, TrustDomain};
 use auth_tunnel::tls::{
     svid::Svid,
-    trust::{Reason, Trust},
+    trust::{ForeignBundles, Reason, Trust, TrustBundle},
 };
 use auth_workload_api::{
     api::{
@@ -175,6 +175,49 @@ async fn streams_follow_new_roots() {
     assert_eq!(second.serial, first.serial);
     let bundles = next(&mut bundles).await.unwrap().bundles;
     assert_eq!(bundles["spiffe://cluster.local"], both);
+}
+
+#[tokio::test]
+async fn streams_follow_the_bundles_of_foreign_trust_domains() {
+    let stage = Stage::set(LIFETIME).await;
+    let mut client = stage.client().await;
+    let mut answers = open(&mut client).await.unwrap();
+    assert!(
+        next(&mut answers)
+            .await
+            .unwrap()
+            .federated_bundles
+            .is_empty()
+    );
+    let bundles = client.fetch_x509_bundles(with_metadata(X509BundlesRequest {}));
+    let mut bundles = bundles.await.unwrap().into_inner();
+    assert_eq!(next(&mut bundles).await.unwrap().bundles.len(), 1);
+    let own = stage.ca.trust().current().bundle.roots[0].to_vec();
+    let root = CertificateDer::from(vec![1, 2, 3]);
+    let mut foreign = ForeignBundles::default();
+    foreign.insert(TrustBundle {
+        trust_domain: "far.example".parse().unwrap(),
+        roots: vec![root.clone(), root],
+    });
+    stage.ca.trust().publish_foreign(foreign);
+    let far = ("spiffe://far.example".to_owned(), vec![1, 2, 3, 1, 2, 3]);
+    let answer = next(&mut answers).await.unwrap();
+    assert_eq!(answer.federated_bundles, [far.clone()].into());
+    assert_eq!(answer.svids[0].bundle, own);
+    let all = next(&mut bundles).await.unwrap().bundles;
+    assert_eq!(
+        all,
+        [far, ("spiffe://cluster.local".to_owned(), own)].into()
+    );
+    stage.ca.trust().publish_foreign(ForeignBundles::default());
+    assert!(
+        next(&mut answers)
+            .await
+            .unwrap()
+            .federated_bundles
+            .is_empty()
+    );
+    assert_eq!(next(&mut bundles).await.unwrap().bundles.len(), 1);
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use std::{
 use auth_mesh::Identity;
 use auth_tunnel::tls::{
     svid::Svid,
-    trust::{Trust, TrustStore},
+    trust::{ForeignBundles, Trust, TrustStore},
 };
 use futures_util::{Stream, stream};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
@@ -182,6 +182,17 @@ fn concat(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
     ders.concat()
 }
 
+/// The SPIFFE ID of a trust domain, by which the API names bundles.
+fn id(trust_domain: &str) -> String {
+    format!("spiffe://{trust_domain}")
+}
+
+fn by_trust_domain(bundles: &ForeignBundles) -> impl Iterator<Item = (String, Vec<u8>)> {
+    bundles
+        .iter()
+        .map(|(name, roots)| (id(name), concat(roots)))
+}
+
 fn ended() -> Status {
     Status::unavailable("the node daemon serves this workload no more")
 }
@@ -192,8 +203,8 @@ struct Following {
     trust_changes: watch::Receiver<u64>,
     /// The serial number of the last certificate sent.
     sent_serial: Option<Arc<str>>,
-    /// The last roots sent.
-    sent_roots: Option<Vec<CertificateDer<'static>>>,
+    /// The last bundles sent: the mesh's own, and the foreign ones.
+    sent_bundles: Option<(Vec<CertificateDer<'static>>, Arc<ForeignBundles>)>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -203,7 +214,7 @@ impl Following {
             trust_changes: served.trust.changes(),
             served,
             sent_serial: None,
-            sent_roots: None,
+            sent_bundles: None,
             _permit: permit,
         }
     }
@@ -217,13 +228,13 @@ impl Following {
             if let Err(revoked) = trust.revoked.check_identity(&self.served.identity) {
                 return Some(Err(Status::permission_denied(revoked.to_string())));
             }
-            let roots = &trust.bundle.roots;
+            let bundles = (trust.bundle.roots.clone(), self.served.trust.foreign());
             if let Some(current) = self.served.current(&trust)
                 && (self.sent_serial.as_ref() != Some(&current.svid.serial)
-                    || self.sent_roots.as_ref() != Some(roots))
+                    || self.sent_bundles.as_ref() != Some(&bundles))
             {
+                let (roots, foreign) = &*self.sent_bundles.insert(bundles);
                 self.sent_serial = Some(current.svid.serial.clone());
-                self.sent_roots = Some(roots.clone());
                 return Some(Ok(X509svidResponse {
                     svids: vec![crate::api::X509svid {
                         spiffe_id: current.svid.identity.to_string(),
@@ -231,6 +242,7 @@ impl Following {
                         x509_svid_key: current.key.secret_pkcs8_der().to_vec(),
                         bundle: concat(roots),
                     }],
+                    federated_bundles: by_trust_domain(foreign).collect(),
                 }));
             }
             self.changed().await?;
@@ -242,12 +254,13 @@ impl Following {
         loop {
             self.trust_changes.borrow_and_update();
             let trust = self.served.trust.current();
-            let roots = &trust.bundle.roots;
-            if self.sent_roots.as_ref() != Some(roots) {
-                self.sent_roots = Some(roots.clone());
-                let trust_domain = format!("spiffe://{}", trust.bundle.trust_domain);
+            let bundles = (trust.bundle.roots.clone(), self.served.trust.foreign());
+            if self.sent_bundles.as_ref() != Some(&bundles) {
+                let (roots, foreign) = &*self.sent_bundles.insert(bundles);
+                let own = id(trust.bundle.trust_domain.as_str());
+                let all = by_trust_domain(foreign).chain([(own, concat(roots))]);
                 return Some(Ok(X509BundlesResponse {
-                    bundles: [(trust_domain, concat(roots))].into(),
+                    bundles: all.collect(),
                 }));
             }
             self.changed().await?;

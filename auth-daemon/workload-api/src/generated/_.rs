@@ -5,6 +5,12 @@ pub struct X509svidRequest {}
 pub struct X509svidResponse {
     #[prost(message, repeated, tag = "1")]
     pub svids: ::prost::alloc::vec::Vec<X509svid>,
+    /// By a foreign trust domain's SPIFFE ID: its roots in DER, one after the other.
+    #[prost(btree_map = "string, bytes", tag = "3")]
+    pub federated_bundles: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::vec::Vec<u8>,
+    >,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct X509svid {
