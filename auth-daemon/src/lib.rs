@@ -7,6 +7,7 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod discovery;
+pub mod federation;
 pub mod issuer;
 pub mod node;
 pub mod observe;

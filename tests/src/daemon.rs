@@ -337,6 +337,19 @@ impl Daemon {
         self.wait_for_log(what, deadline, |line| is_access(line) && accept(line))
     }
 
+    /// Changes its configuration file, as an operator would. The daemon applies what can change while it runs.
+    pub fn edit_config(&self, change: impl FnOnce(&mut Value)) -> Result<()> {
+        let path = self.node.folder().join(CONFIG);
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let mut config = serde_json::from_str(&text).context("parsing the configuration")?;
+        change(&mut config);
+        let new = path.with_extension("new");
+        fs::write(&new, format!("{config:#}\n"))
+            .with_context(|| format!("writing {}", new.display()))?;
+        fs::rename(&new, &path).with_context(|| format!("renaming {}", new.display()))
+    }
+
     /// Kills it with SIGKILL, as a crash would.
     pub fn kill(mut self) -> Result<()> {
         self.process.kill().map(drop)

@@ -87,6 +87,7 @@ mod spec;
 mod status;
 mod tls_records;
 mod tree;
+pub mod two_domains;
 pub mod vm;
 mod wire;
 

@@ -71,6 +71,7 @@ impl Destination {
                 workload: pod.cloned(),
                 address,
                 meshed,
+                foreign: false,
                 node: None,
             }]),
             identities: Arc::new(identity.into_iter().collect()),
@@ -97,6 +98,9 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Whether the endpoint is in the mesh. A service may have endpoints that are not.
     pub meshed: bool,
+    /// Whether the endpoint is of another trust domain: no known pod has the address, and the service's pinned identities name
+    /// another trust domain. It proves its identity in the tunnel, and is never reached without.
+    pub foreign: bool,
     /// The node of the endpoint, according to an endpoint slice.
     pub node: Option<Arc<str>>,
 }
@@ -174,6 +178,7 @@ impl Backends<'_> {
                             workload: Some(Arc::clone(pod)),
                             address: SocketAddr::new(ip, port.target.on(pod)?),
                             meshed: *meshed,
+                            foreign: false,
                             node: None,
                         },
                         ready: service.publish_not_ready || (pod.ready && !pod.terminating),
@@ -225,6 +230,7 @@ impl Backends<'_> {
                                 workload: workload.cloned(),
                                 address,
                                 meshed,
+                                foreign: service.federated && matches!(server, Server::Outside),
                                 node: endpoint.node.clone(),
                             },
                             ready,
@@ -313,12 +319,13 @@ impl Resolved {
         address: IpAddr,
         room: &mut Option<usize>,
     ) -> Self {
-        // An endpoint outside the mesh cannot prove its identity.
+        // An endpoint outside the mesh cannot prove its identity, unless it is of a trust domain that the service names.
         let may_run = |endpoint: &Endpoint| {
             let pinned = service.pinned_identities.as_ref();
             pinned.is_none_or(|pinned| {
                 let pod = endpoint.workload.as_ref();
-                endpoint.meshed && pod.is_some_and(|pod| pinned.contains(&pod.identity))
+                let is_pinned = |pod: &Arc<Workload>| pinned.contains(&pod.identity);
+                endpoint.foreign || endpoint.meshed && pod.is_some_and(is_pinned)
             })
         };
         let most = match backends {

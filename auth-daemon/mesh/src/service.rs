@@ -25,6 +25,9 @@ pub struct Service {
     pub selector: BTreeMap<String, String>,
     /// The only identities that may run the service, if an annotation pins them.
     pub pinned_identities: Option<BTreeSet<Identity>>,
+    /// Whether the pinned identities name another trust domain: an endpoint that is no known pod is then one of its
+    /// workloads.
+    pub federated: bool,
     /// Whether pods that are not ready are endpoints too.
     pub publish_not_ready: bool,
     /// The waypoint that connections to the service go through.
@@ -66,6 +69,7 @@ impl Service {
             external_addresses: Vec::new(),
             selector: BTreeMap::new(),
             pinned_identities: None,
+            federated: false,
             publish_not_ready: false,
             waypoint: None,
             sticky: false,

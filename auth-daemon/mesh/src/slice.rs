@@ -306,6 +306,29 @@ mod tests {
     }
 
     #[test]
+    fn a_service_of_another_trust_domain_has_foreign_endpoints() {
+        let snapshot = known(|edit| {
+            let pinned = ["spiffe://far.example/ns/shop/sa/web".parse().unwrap()];
+            edit.service(Service {
+                pinned_identities: Some(pinned.into()),
+                federated: true,
+                ..service()
+            });
+            // The second is a pod of this mesh, which is not of that trust domain.
+            let endpoints = vec![endpoint("192.0.2.1"), endpoint("10.1.0.1")];
+            edit.slice(slice("s", endpoints));
+        });
+        assert!(!is_outside(&snapshot), "captured");
+        let found = resolve(&snapshot).unwrap();
+        let [foreign] = &*found.endpoints else {
+            panic!("{found:?}");
+        };
+        assert_eq!(foreign.address.to_string(), "192.0.2.1:8080");
+        assert!(foreign.foreign && !foreign.meshed);
+        assert_eq!(found.allowed(), "spiffe://far.example/ns/shop/sa/web");
+    }
+
+    #[test]
     fn only_those_on_the_clients_node_are_local() {
         let snapshot = known(|edit| {
             let on = |node: &str, address| SliceEndpoint {

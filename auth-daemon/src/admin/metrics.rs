@@ -28,6 +28,11 @@ struct Plaintext {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Foreign {
+    trust_domain: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Whose {
     identity: String,
 }
@@ -174,6 +179,7 @@ fn collect(node: &Node) -> Registry {
         "When the certificate of each identity on this node expires; 0 where there is none",
         ends,
     );
+    register_federation(registry, node);
     if let Some(istio) = &node.connections.istio {
         let dropped = Counter::<u64>::default();
         dropped.inc_by(istio.dropped());
@@ -186,4 +192,41 @@ fn collect(node: &Node) -> Registry {
             .register_collector(Box::new(istio.clone()));
     }
     root
+}
+
+/// The foreign trust domains.
+fn register_federation(registry: &mut Registry, node: &Node) {
+    let (refreshed, roots) = (
+        Family::<Foreign, Gauge>::default(),
+        Family::<Foreign, Gauge>::default(),
+    );
+    let failures = Family::<Foreign, Counter>::default();
+    for domain in node.federation.list() {
+        let foreign = Foreign {
+            trust_domain: domain.trust_domain,
+        };
+        let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        refreshed
+            .get_or_create(&foreign)
+            .set(number(domain.refreshed_at));
+        roots
+            .get_or_create(&foreign)
+            .set(number(domain.roots as u64));
+        failures.get_or_create(&foreign).inc_by(domain.failures);
+    }
+    registry.register(
+        "foreign_bundle_refreshed_timestamp_seconds",
+        "When the bundle of each foreign trust domain was last known to be current; 0 if never",
+        refreshed,
+    );
+    registry.register(
+        "foreign_bundle_roots",
+        "Roots of each foreign trust domain that are trusted",
+        roots,
+    );
+    registry.register(
+        "foreign_bundle_failures",
+        "How often the bundle of each foreign trust domain could not be read or fetched",
+        failures,
+    );
 }

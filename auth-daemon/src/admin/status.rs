@@ -59,6 +59,7 @@ fn without_connections(node: &Node) -> Value {
         "certificates": certificates(node),
         "ca": node.certificates.health().status(),
         "trust": trust(node),
+        "federation": node.federation.list(),
         "policies": policies(node),
         "openConnections": node.connections.count(),
         "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "underWay": node.kernel.shares.under_way(), "pods": pods},

@@ -34,6 +34,9 @@ pub(super) struct Manifests {
     /// Another name of the trust domain (trustDomainAliases). May be repeated.
     #[arg(long = "trust-domain-alias")]
     pub(super) trust_domain_aliases: Vec<String>,
+    /// A foreign trust domain (federation). May be repeated.
+    #[arg(long = "foreign-trust-domain")]
+    pub(super) foreign_trust_domains: Vec<String>,
     /// Namespace whose policies apply to all namespaces.
     #[arg(long, default_value = "istio-system")]
     pub(super) root_namespace: String,
@@ -67,6 +70,10 @@ impl Manifests {
                 .with_context(|| format!("--trust-domain-alias {alias:?}"))
         });
         let trust_domain = trust_domain.with_aliases(aliases.collect::<anyhow::Result<Vec<_>>>()?);
+        let foreign = self.foreign_trust_domains.iter().map(|name| {
+            name.parse::<TrustDomain>()
+                .with_context(|| format!("--foreign-trust-domain {name:?}"))
+        });
         Ok(Settings {
             root_namespace: self.root_namespace.clone(),
             mode: match self.mode {
@@ -74,6 +81,7 @@ impl Manifests {
                 DefaultMode::Permissive => Mode::Permissive,
             },
             trust_domain,
+            foreign_trust_domains: foreign.collect::<anyhow::Result<_>>()?,
         })
     }
 }

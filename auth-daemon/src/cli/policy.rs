@@ -167,6 +167,7 @@ spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{source: {serviceAcc
                 files: Some(self.0.path().to_owned()),
                 trust_domain: "cluster.local".into(),
                 trust_domain_aliases: Vec::new(),
+                foreign_trust_domains: Vec::new(),
                 root_namespace: "istio-system".into(),
                 mode: DefaultMode::Strict,
             }

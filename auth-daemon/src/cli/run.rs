@@ -21,6 +21,7 @@ use crate::{
     admin::{self, Health},
     config::{self, CaSource, Config, Discovery, Log, LogFormat, NonTcp},
     discovery::{self, Sink, removal::Removal, taint::NodeTaint},
+    federation::{self, Federated},
     issuer::{CaClient, Certificates, Issuer, Link},
     node::{Enrolment, Workers, redirection},
     observe::log_writer,
@@ -82,6 +83,12 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             true => None,
         };
         let certificates = Certificates::new(issuer(&config)?);
+        let federated = Arc::new(Federated::new(certificates.trust().clone()));
+        federated.apply(&config.federation);
+        tokio::spawn(federation::follow(
+            federated.clone(),
+            arguments.config.clone(),
+        ));
         let registry = Arc::new(Registry::new());
         let policies = Arc::new(Published::holding(Policies::compile(
             config.policy.clone(),
@@ -148,7 +155,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             kernel,
             certificates,
         );
-        let node = Arc::new(node);
+        let node = Arc::new(node.with_federation(federated));
         health.serve(node.clone());
         if matches!(node.config.discovery, Discovery::Istiod { .. }) {
             let client = auth_kubernetes::connect().await?;

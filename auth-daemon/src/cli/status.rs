@@ -85,6 +85,18 @@ fn table(status: &Value) -> String {
             revoked("nodes"),
         ));
     }
+    for domain in items(&status["federation"]) {
+        out.push_str(&format!(
+            "federation: {}, {} roots, {} from {}\n",
+            text(&domain["trustDomain"]),
+            text(&domain["roots"]),
+            match domain["refreshed"].as_str() {
+                Some(time) => format!("current at {time},"),
+                None => "never read".to_owned(),
+            },
+            text(&domain["source"]),
+        ));
+    }
     section(
         &mut out,
         "PODS",
@@ -231,6 +243,10 @@ mod tests {
                 "roots": 2, "phase": "retiring 5d0f",
                 "revoked": {"certificates": 3, "identities": [{"identity": "spiffe://y"}], "nodes": []},
             },
+            "federation": [
+                {"trustDomain": "partner.example", "roots": 1, "refreshed": "2026-01-02T03:04:05Z", "source": "/p.json"},
+                {"trustDomain": "other.example", "roots": 0, "refreshed": null, "source": "https://o.example/"},
+            ],
             "connections": [],
         }));
         assert!(
@@ -246,6 +262,12 @@ mod tests {
         let trust =
             "trust: 2 roots (retiring 5d0f); revoked: 3 certificates, 1 identities, 0 nodes\n";
         assert!(table.contains(trust), "{table}");
+        for line in [
+            "federation: partner.example, 1 roots, current at 2026-01-02T03:04:05Z, from /p.json\n",
+            "federation: other.example, 0 roots, never read from https://o.example/\n",
+        ] {
+            assert!(table.contains(line), "{table}");
+        }
         assert!(table.contains("no netns"), "{table}");
         assert!(
             table.contains("enrolled; 7 connections over its share refused"),

@@ -2,6 +2,7 @@
 
 mod access_log;
 mod discovery;
+mod federation;
 mod workload_api;
 
 use std::{
@@ -14,6 +15,7 @@ use ipnet::IpNet;
 
 pub use access_log::{AccessFields, AccessLog, Sample};
 pub use discovery::{Discovery, NodeTaint};
+pub use federation::{BundleSource, Federation, ForeignDomain};
 
 use auth_support::config::{self as section, Section, absolute, duration, node_name, server_name};
 pub use auth_support::{
@@ -104,6 +106,8 @@ pub struct Config {
     pub node_name: String,
     /// The mesh's trust domain, with its aliases. Defaults to `cluster.local`, without aliases.
     pub trust_domain: TrustDomain,
+    /// The foreign trust domains whose workloads are trusted under their own names. Defaults to none.
+    pub federation: Federation,
     /// Defaults to STRICT.
     pub mode: Mode,
     /// Location of mesh-wide policies, and the defaults where no policy applies.
@@ -167,6 +171,9 @@ impl Config {
             .or_else(default_node_name);
         let trust_domain = root.parsed("trustDomain", &mut errors, TrustDomain::from_str);
         let aliases = root.list("trustDomainAliases", &mut errors, TrustDomain::from_str);
+        let trust_domain: TrustDomain = trust_domain.unwrap_or_default();
+        let trust_domain = trust_domain.with_aliases(aliases.unwrap_or_default());
+        let federation = Federation::read(&mut root, &trust_domain, &mut errors);
         let mode = root.parsed("mode", &mut errors, |s| match s {
             "STRICT" => Ok(Mode::Strict),
             "PERMISSIVE" => Ok(Mode::Permissive),
@@ -239,8 +246,6 @@ impl Config {
         else {
             return Err(errors);
         };
-        let trust_domain: TrustDomain = trust_domain.unwrap_or_default();
-        let trust_domain = trust_domain.with_aliases(aliases.unwrap_or_default());
         Ok(Self {
             node_name,
             trust_domain: trust_domain.clone(),
@@ -252,7 +257,12 @@ impl Config {
                     Some(Mode::Permissive) => policy::api::Mode::Permissive,
                 },
                 trust_domain,
+                foreign_trust_domains: {
+                    let domains = federation.domains().iter();
+                    domains.map(|domain| domain.trust_domain.clone()).collect()
+                },
             },
+            federation,
             discovery,
             ca,
             certificate_lifetime: certificate_lifetime.unwrap_or(MAX_LIFETIME),

@@ -19,7 +19,7 @@ use auth_mesh::Identity;
 use auth_tunnel::tls::{
     Configs,
     svid::Svid,
-    trust::{Trust, TrustStore},
+    trust::{ForeignBundles, Trust, TrustStore},
 };
 use auth_workload_api::X509Svid;
 
@@ -56,6 +56,8 @@ pub struct Current {
     key: Arc<CertifiedKey>,
     /// The roots that the configurations trust.
     roots: Vec<CertificateDer<'static>>,
+    /// The bundles of foreign trust domains that they trust.
+    foreign: Arc<ForeignBundles>,
 }
 
 impl Current {
@@ -64,13 +66,16 @@ impl Current {
         key: Arc<CertifiedKey>,
         trust: &Arc<TrustStore>,
     ) -> Result<Self, rustls::Error> {
+        // Before the verifier reads both: a change in between is then applied once more.
         let roots = trust.current().bundle.roots.clone();
+        let foreign = trust.foreign();
         let configs = Configs::new(key.clone(), trust.clone())?;
         Ok(Self {
             svid,
             configs,
             key,
             roots,
+            foreign,
         })
     }
 }
@@ -123,12 +128,12 @@ impl Holder for Certificate {
         Ok(())
     }
 
-    /// Trusts the bundle's roots.
+    /// Trusts the roots of the bundles.
     fn trust_changed(&self, now: &Trust, trust: &Arc<TrustStore>) {
         let Some(current) = self.current.load_full() else {
             return;
         };
-        if now.bundle.roots == current.roots {
+        if now.bundle.roots == current.roots && trust.foreign() == current.foreign {
             return;
         }
         // Sessions and tickets are dropped, so that none is resumed under a removed root.

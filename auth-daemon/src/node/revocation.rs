@@ -8,35 +8,36 @@ use crate::{
     proxy::Node,
 };
 use auth_mesh::Snapshot;
-use auth_tunnel::tls::trust::{Revocations, Revoked};
+use auth_tunnel::tls::trust::{TrustStore, Untrusted};
 
-/// Cuts open connections whose client or server the CA revokes.
+/// Cuts open connections whose client or server the CA revokes, or is of a trust domain that is not trusted any more.
 pub(super) async fn keep(node: Arc<Node>) {
     let trust = node.certificates.trust();
     let mut changes = trust.changes();
     // The sender lives as long as the node.
     while changes.changed().await.is_ok() {
-        let (snapshot, trust) = (node.registry.snapshot(), trust.current());
+        let snapshot = node.registry.snapshot();
         node.connections.cut(|direction, details| {
-            check(&snapshot, &trust.revoked, direction, details)
+            check(&snapshot, trust, direction, details)
                 .err()
-                .map(|revoked| revoked.to_string())
+                .map(|untrusted| untrusted.to_string())
         });
         node.same_node.revise(&node);
         node.same_node.end_forbidden(&node, &[]);
     }
 }
 
-/// Repeats, for an open connection, the revocation checks of a new one.
+/// Repeats, for an open connection, the checks of a new one that depend on trust.
 fn check(
     snapshot: &Snapshot,
-    revoked: &Revocations,
+    trust: &TrustStore,
     direction: Direction,
     details: &Details,
-) -> Result<(), Revoked> {
+) -> Result<(), Untrusted> {
     if let Some(peer) = &details.peer {
-        revoked.check(peer)?;
+        trust.check(peer)?;
     }
+    let revoked = &trust.current().revoked;
     for identity in [&details.client_identity, &details.server_identity] {
         identity
             .as_ref()
@@ -46,7 +47,8 @@ fn check(
         Direction::Outbound => details.endpoint,
         Direction::Inbound => Some(details.client),
     };
-    address.map_or(Ok(()), |address| {
+    let checked = address.map_or(Ok(()), |address| {
         check_revoked_node(snapshot, revoked, address.ip())
-    })
+    });
+    Ok(checked?)
 }

@@ -113,6 +113,7 @@ mod tests {
                 ))),
                 address: SocketAddr::from(([10, 0, 0, number], 80)),
                 meshed: true,
+                foreign: false,
                 node: None,
             })
             .collect()

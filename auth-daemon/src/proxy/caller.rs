@@ -1,11 +1,12 @@
-//! Checks that a caller is who it claims to be: its certificate, its address, and the CA's revocations.
+//! Checks that a caller is who it claims to be: its certificate, its address, the CA's revocations, and that its trust
+//! domain is trusted.
 
 use std::net::IpAddr;
 
 use auth_mesh::{Identity, ObjectName, Snapshot};
 use auth_tunnel::tls::{
     svid::Svid,
-    trust::{Revocations, Revoked},
+    trust::{Revocations, Revoked, TrustStore, Untrusted},
 };
 
 /// Why a caller is not admitted.
@@ -36,15 +37,20 @@ pub(crate) enum Denied {
     },
 }
 
-/// Checks that neither `svid`, nor its identity, nor the node of the pod at `address` is revoked.
-pub(crate) fn check_revoked(
+/// Checks that neither `svid`, nor its identity, nor the node of the pod at `address` is revoked, and that the trust domain of
+/// `svid` is (still) trusted.
+pub(crate) fn check_trusted(
     snapshot: &Snapshot,
-    revoked: &Revocations,
+    trust: &TrustStore,
     svid: &Svid,
     address: IpAddr,
-) -> Result<(), Revoked> {
-    revoked.check(svid)?;
-    check_revoked_node(snapshot, revoked, address)
+) -> Result<(), Untrusted> {
+    trust.check(svid)?;
+    Ok(check_revoked_node(
+        snapshot,
+        &trust.current().revoked,
+        address,
+    )?)
 }
 
 /// Checks that the node of the pod at `address` is not revoked.
@@ -89,7 +95,7 @@ pub(crate) fn admit_source(
 mod tests {
     use super::*;
     use auth_mesh::{Inventory, Workload};
-    use auth_tunnel::tls::trust::Reason;
+    use auth_tunnel::tls::trust::{Reason, Trust, TrustBundle};
 
     /// Pods on node `a` that all claim `address`.
     fn pods_at(pods: &[(&str, &Identity)], address: IpAddr) -> Snapshot {
@@ -146,8 +152,15 @@ mod tests {
             not_after: std::time::UNIX_EPOCH,
         };
         let check = |revoked: &Revocations, address: &str| {
+            let trust = TrustStore::new(Trust {
+                revoked: revoked.clone(),
+                ..Trust::fixed(TrustBundle {
+                    trust_domain: auth_mesh::TrustDomain::default(),
+                    roots: vec![],
+                })
+            });
             let address = address.parse().unwrap();
-            check_revoked(&snapshot, revoked, &svid, address).map_err(|why| why.to_string())
+            check_trusted(&snapshot, &trust, &svid, address).map_err(|why| why.to_string())
         };
         let mut revoked = Revocations::default();
         assert_eq!(check(&revoked, "10.0.0.1"), Ok(()));

@@ -25,7 +25,7 @@ use crate::observe::{
     access_log::{Direction, Outcome, Path},
     connections::Guard,
 };
-use crate::proxy::caller::{admit_source, check_revoked};
+use crate::proxy::caller::{admit_source, check_trusted};
 use auth_datapath::sockets::{self, end_in_good_order};
 use auth_mesh::policy::Connection;
 use auth_support::connection_limit::ConnectionPermit;
@@ -361,11 +361,15 @@ async fn admit(
         found.map_err(|unknown| (ResetCode::Unreachable, unknown.to_string()))?;
     }
     let snapshot = node.registry.snapshot();
-    // The connection is registered by now, so a revocation after this check cuts it.
-    let revoked = &node.certificates.trust().current().revoked;
-    check_revoked(&snapshot, revoked, peer, from.ip())
-        .and_then(|()| revoked.check_identity(&pod.workload.identity))
-        .map_err(|revoked| (ResetCode::Forbidden, revoked.to_string()))?;
+    // The connection is registered by now, so a change of trust after this check cuts it.
+    let trust = node.certificates.trust();
+    check_trusted(&snapshot, trust, peer, from.ip())
+        .map_err(|untrusted| (ResetCode::Forbidden, untrusted.to_string()))?;
+    let own = trust
+        .current()
+        .revoked
+        .check_identity(&pod.workload.identity);
+    own.map_err(|revoked| (ResetCode::Forbidden, revoked.to_string()))?;
     let claimed = connect.client.ip();
     admit_source(&snapshot, identity, from.ip(), claimed)
         .map_err(|denied| (ResetCode::Forbidden, denied.to_string()))?;

@@ -34,6 +34,7 @@ use shares::Capacity;
 
 use crate::{
     config::{Config, Metrics},
+    federation::Federated,
     issuer::Certificates,
     observe::{connections::OpenConnections, istio::IstioMetrics, refusals::Refusals},
 };
@@ -60,6 +61,8 @@ pub struct Node {
     pub kernel: Kernel,
     /// The certificates of this node's pods.
     pub certificates: Certificates,
+    /// The foreign trust domains.
+    pub federation: Arc<Federated>,
     /// The open connections.
     pub connections: OpenConnections,
     /// What the pods' connections share.
@@ -104,6 +107,7 @@ impl Node {
             unconfirmed,
             rules: Rules::default(),
             kernel,
+            federation: Arc::new(Federated::new(certificates.trust().clone())),
             certificates,
             capacity: Arc::new(Capacity::of_process()),
             refusals: Refusals::default(),
@@ -115,6 +119,11 @@ impl Node {
             draining: watch::Sender::new(false),
             listening: watch::Sender::new(()),
         }
+    }
+
+    /// Uses `federation`, which runs already, for the foreign trust domains.
+    pub fn with_federation(self, federation: Arc<Federated>) -> Self {
+        Self { federation, ..self }
     }
 
     /// The pods of this node whose plaintext callers from outside the networks of pods stay in the kernel.

@@ -38,7 +38,7 @@ use auth_tunnel::{
     frame::{Connect, Reset, ResetCode},
     hbone::OpenError,
     relay,
-    tls::trust::Revoked,
+    tls::trust::{Revoked, Untrusted},
 };
 
 /// Maximum time until the app's connection is established or refused.
@@ -288,7 +288,7 @@ enum Failure {
     #[error("secure naming: it presents {presented}, but may only be {allowed}")]
     Naming { presented: String, allowed: String },
     #[error("{0}")]
-    Revoked(#[from] Revoked),
+    Untrusted(#[from] Untrusted),
     #[error("{0}")]
     Channel(#[from] ChannelError),
     #[error("{0}")]

@@ -111,6 +111,10 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
     if let Some(local_pod) = local_pod {
         return Ok(ChosenPath::SameNode(local_pod.clone()));
     }
+    // A peer of another trust domain runs this daemon too. What it is shows in the handshake.
+    if endpoint.foreign {
+        return Ok(ChosenPath::Tunnel);
+    }
     let (true, Some(server)) = (endpoint.meshed, &endpoint.workload) else {
         // Whatever an endpoint slice says: an address that is the mesh's by now is not reached without TLS, nor one that
         // may be because nothing explains it.
@@ -206,6 +210,7 @@ mod tests {
             workload,
             address: SocketAddr::new(address.parse().unwrap(), 8080),
             meshed,
+            foreign: false,
             node: None,
         }
     }
@@ -398,6 +403,20 @@ mod tests {
         for address in [GONE, "10.1.0.77"] {
             let chosen = at(address);
             assert!(matches!(chosen, Err(NoPath::Unclaimed(_))), "{chosen:?}");
+        }
+    }
+
+    #[test]
+    fn reaches_an_endpoint_of_another_trust_domain_by_the_tunnel_alone() {
+        for address in [OUTSIDE, KNOWN_OUTSIDE, GONE, SERVER, "10.1.0.77"] {
+            let foreign = Endpoint {
+                foreign: true,
+                ..endpoint(None, address, false)
+            };
+            for daemon in [Daemon::Never, Daemon::Ready, Daemon::Disabled] {
+                let chosen = choose(&foreign, daemon, Mode::Permissive);
+                assert_eq!(chosen, Ok(ChosenPath::Tunnel), "{address} {daemon:?}");
+            }
         }
     }
 

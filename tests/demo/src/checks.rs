@@ -5,8 +5,8 @@ use anyhow::Result;
 use super::evidence::Evidence;
 use super::stage::Stage;
 use super::{
-    addresses, bulk, ca, claims, entrances, failure, identity, lives, outside, person, policy,
-    same_node, seen, wire, workload_api,
+    addresses, bulk, ca, claims, entrances, failure, federated, identity, lives, outside, person,
+    policy, same_node, seen, wire, workload_api,
 };
 
 /// A single check of the demo.
@@ -23,7 +23,7 @@ pub(super) const BEFORE: [Check; 1] = [Check {
     run: wire::plaintext_before,
 }];
 
-pub(super) const AFTER: [Check; 33] = [
+pub(super) const AFTER: [Check; 34] = [
     Check {
         name: "ca-issued",
         claim: "the certificates of both nodes come from one CA, on a third host",
@@ -128,6 +128,11 @@ pub(super) const AFTER: [Check; 33] = [
         name: "workload-api",
         claim: "an app of a listed account gets a certificate and key of its own, and no other app does",
         run: workload_api::workload_api,
+    },
+    Check {
+        name: "federated",
+        claim: "workloads of two trust domains reach each other while both sides' entries say so",
+        run: federated::federated,
     },
     Check {
         name: "person-connects",

@@ -12,6 +12,7 @@ mod claims;
 mod entrances;
 mod evidence;
 mod failure;
+mod federated;
 mod identity;
 mod kubernetes;
 mod lives;

@@ -40,6 +40,16 @@ impl Authority {
         Ok(Self(Issuer::new(params, KeyPair::generate()?)))
     }
 
+    /// A CA of a foreign trust domain, with the same subject as the daemons' CA, and its root in PEM.
+    pub(crate) fn foreign() -> Result<(Self, String)> {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let key = KeyPair::generate()?;
+        let root = params.self_signed(&key)?.pem();
+        Ok((Self(Issuer::new(params, key)), root))
+    }
+
     /// A workload with a valid certificate that signs other certificates with it. Also returns the certificate.
     pub(crate) fn below(&self) -> Result<(Self, CertificateDer<'static>)> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;

@@ -5,10 +5,11 @@ use crate::common::hostile::{
     lines_of, self_signed, spiffe, uri,
 };
 use crate::common::stage::{HTTP, Stage, WITNESS};
-use mesh_tests::{DaemonOptions, Result};
+use mesh_tests::{DaemonOptions, Result, TIMEOUT, eventually_ok};
 use rcgen::{
     BasicConstraints, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType, date_time_ymd,
 };
+use serde_json::json;
 
 /// The code of a RESET.
 const FORBIDDEN: u8 = 4;
@@ -38,6 +39,57 @@ fn only_valid_certificates_are_admitted() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn foreign_ca_issues_only_its_own_trust_domains_names() -> Result<()> {
+    let mut stage = Stage::set()?;
+    let (far, second) = (Authority::foreign()?, Authority::foreign()?);
+    let mut entries = Vec::new();
+    for (name, (_, root)) in [("far.example", &far), ("second.example", &second)] {
+        let file = stage.mesh.node("b").place().folder().join(name);
+        std::fs::write(&file, root)?;
+        entries.push(json!({"trustDomain": name, "bundleFile": file}));
+    }
+    stage
+        .daemon
+        .edit_config(|config| config["federation"] = entries.into())?;
+    let own_name = spiffe("web");
+    let [far_name, second_name] =
+        ["far", "second"].map(|name| format!("spiffe://{name}.example/ns/default/sa/web"));
+    let call = |issuer: &Authority, name: &str| -> Result<_> {
+        let certificate = issuer.mint_with(&[name], |_| {})?;
+        let mut peer = stage.outsider_as(HTTP, Some(&certificate))?;
+        let client = peer.local();
+        let _ = peer.send(&connect_frame(stage.web().at(HTTP), client));
+        Ok((peer, client))
+    };
+    for (issuer, name) in [(&far.0, &far_name), (&second.0, &second_name)] {
+        eventually_ok(TIMEOUT, &format!("{name} to be admitted"), || {
+            let answer = call(issuer, name)?.0.frame();
+            anyhow::ensure!(matches!(answer, Ok(Some((CONNECTED, _)))), "{answer:?}");
+            Ok(())
+        })?;
+    }
+    let before = stage.snapshot()?;
+    let mut faults = Faults::default();
+    for (what, issuer, name) in [
+        ("a foreign CA issues our name", &far.0, &own_name),
+        ("a foreign CA issues another's name", &far.0, &second_name),
+        ("another foreign CA issues its name", &second.0, &far_name),
+        ("our CA issues a foreign name", &stage.authority, &far_name),
+    ] {
+        let (peer, client) = call(issuer, name)?;
+        let ended = peer.end();
+        faults.check(ended.frames.is_empty() && ended.error.is_some(), || {
+            format!("{what}: the daemon answers: {ended:?}")
+        });
+        let reason = "not issued by its trust domain's CA";
+        faults.expect_line(what, &stage.daemon, client, ("refused", reason));
+    }
+    faults.finish();
+    stage.assert_unharmed(&before, 16 * 1024);
+    Ok(())
+}
+
 type Case = (&'static str, Option<Presented>, &'static str);
 
 fn cases(stolen: &Authority) -> Result<Vec<Case>> {
@@ -49,12 +101,12 @@ fn cases(stolen: &Authority) -> Result<Vec<Case>> {
         (
             "another root",
             Some(other_root.mint("web")?),
-            "not issued by this trust domain's CA",
+            "not issued by its trust domain's CA",
         ),
         (
             "self-signed",
             Some(self_signed("web")?),
-            "not issued by this trust domain's CA",
+            "not issued by its trust domain's CA",
         ),
         (
             "another trust domain",

@@ -9,6 +9,7 @@ mod ca_rotation;
 mod certificates;
 mod clock;
 mod connect;
+mod federation;
 mod naming;
 mod renewal;
 mod workload_api;

@@ -24,6 +24,8 @@ pub struct Settings {
     pub mode: Mode,
     /// The mesh's own trust domain. `cluster.local` and its aliases in a policy stand for it, too.
     pub trust_domain: TrustDomain,
+    /// The foreign trust domains whose workloads may call. A policy that names another one gets a warning.
+    pub foreign_trust_domains: Vec<TrustDomain>,
 }
 
 impl Default for Settings {
@@ -33,6 +35,7 @@ impl Default for Settings {
             root_namespace: "istio-system".into(),
             mode: Mode::Strict,
             trust_domain: TrustDomain::default(),
+            foreign_trust_domains: Vec::new(),
         }
     }
 }

@@ -51,6 +51,9 @@ pub struct Inventory {
     /// Its aliases.
     #[serde(default)]
     pub trust_domain_aliases: Vec<String>,
+    /// See [`Settings::foreign_trust_domains`].
+    #[serde(default)]
+    pub foreign_trust_domains: Vec<String>,
     /// The pods.
     pub pods: Vec<Pod>,
 }
@@ -125,6 +128,10 @@ impl Inventory {
                 let aliases = settings.trust_domain.aliases().iter();
                 aliases.map(ToString::to_string).collect()
             },
+            foreign_trust_domains: {
+                let foreign = settings.foreign_trust_domains.iter();
+                foreign.map(ToString::to_string).collect()
+            },
             pods: pods.collect(),
         }
     }
@@ -144,6 +151,10 @@ impl Inventory {
                     .collect::<Result<_, _>>()?;
                 let own: TrustDomain = self.trust_domain.parse()?;
                 own.with_aliases(aliases)
+            },
+            foreign_trust_domains: {
+                let foreign = self.foreign_trust_domains.iter();
+                foreign.map(|name| name.parse()).collect::<Result<_, _>>()?
             },
         })
     }

@@ -265,6 +265,7 @@ fn check(
         root_namespace: ROOT.into(),
         mode,
         trust_domain: TRUST_DOMAIN.parse().unwrap(),
+        foreign_trust_domains: Vec::new(),
     };
     let policies = Policies::compile(settings, objects);
     for _ in 0..connections {

@@ -131,7 +131,7 @@ pub(super) fn read(
             let mut warnings: Vec<_> = object.warnings().cloned().collect();
             let effect = match &**object {
                 Object::Authorization(policy) => {
-                    warnings.extend(trust_domain::warnings(policy, &settings.trust_domain));
+                    warnings.extend(trust_domain::warnings(policy, settings));
                     authorization(policy, settings)
                 }
                 Object::Peer(policy) => {

@@ -4,7 +4,10 @@
 
 use std::sync::Arc;
 
-use super::api::{AuthorizationPolicy, FieldWarning, Pattern, Requirement, Rule, Values};
+use super::{
+    Settings,
+    api::{AuthorizationPolicy, FieldWarning, Pattern, Requirement, Rule, Values},
+};
 use crate::TrustDomain;
 
 /// The trust domain that stands for the mesh's own.
@@ -33,11 +36,15 @@ pub(super) fn resolve(policy: &AuthorizationPolicy, own: &TrustDomain) -> Arc<[R
     rules.into()
 }
 
-/// Returns a warning for each principal of a trust domain other than the mesh's own: no client has such an identity.
-pub(super) fn warnings(policy: &AuthorizationPolicy, own: &TrustDomain) -> Vec<FieldWarning> {
+/// Returns a warning for each principal of a trust domain that is neither the mesh's own nor one that it federates with: no
+/// client has such an identity.
+pub(super) fn warnings(policy: &AuthorizationPolicy, settings: &Settings) -> Vec<FieldWarning> {
+    let own = &settings.trust_domain;
+    let foreign = &settings.foreign_trust_domains;
     let mut warnings = Vec::new();
     for (requirement, principal) in principals(policy) {
-        let is_unknown = |name: &&str| *name != OWN && !own.is_named(name);
+        let is_foreign = |name: &str| foreign.iter().any(|domain| domain.as_str() == name);
+        let is_unknown = |name: &&str| *name != OWN && !own.is_named(name) && !is_foreign(name);
         let Some(domain) = domain(principal).filter(is_unknown) else {
             continue;
         };
@@ -45,7 +52,7 @@ pub(super) fn warnings(policy: &AuthorizationPolicy, own: &TrustDomain) -> Vec<F
             field: requirement.field.to_string(),
             text: format!(
                 "principal {principal} matches no client, because its trust domain {domain} is neither the \
-                 mesh's nor one of trustDomainAliases; use cluster.local, which stands for the mesh's own ({own})"
+                 mesh's, nor one of trustDomainAliases, nor one of federation; use cluster.local, which stands for the mesh's own ({own})"
             ),
         };
         if !warnings.contains(&warning) {
@@ -213,6 +220,30 @@ mod tests {
             ),
             "{warnings:?}"
         );
+    }
+
+    #[test]
+    fn a_principal_of_a_foreign_trust_domain_is_that_one_alone() {
+        let rule = json!({"from": [{"source": {"principals": ["other.example/ns/shop/sa/web"]}}]});
+        let document = json!({
+            "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"action": "ALLOW", "rules": [rule]},
+        });
+        let settings = Settings {
+            foreign_trust_domains: vec!["other.example".parse().unwrap()],
+            ..Settings::default()
+        };
+        let policies = Policies::compile(settings, [Arc::new(Object::read(&document).unwrap())]);
+        assert_eq!(policies.warnings(), []);
+        for (client, expected) in [
+            ("other.example/ns/shop/sa/web", true),
+            ("other.example/ns/shop/sa/api", false),
+            ("cluster.local/ns/shop/sa/web", false),
+            ("third.example/ns/shop/sa/web", false),
+        ] {
+            assert_eq!(allows(&policies, client), expected, "{client}");
+        }
     }
 
     #[test]

@@ -35,6 +35,15 @@ pub(super) fn problems(status: &Value) -> Vec<String> {
             text(&ca["lastError"])
         ));
     }
+    for domain in items(&status["federation"]) {
+        if let Some(error) = domain["error"].as_str() {
+            problems.push(format!(
+                "the bundle of {} is not current: {}",
+                text(&domain["trustDomain"]),
+                error.replace(char::is_control, " ")
+            ));
+        }
+    }
     for policy in items(&status["policies"]) {
         if let Some(error) = policy["error"].as_str() {
             let (kind, name) = (text(&policy["kind"]), text(&policy["name"]));
@@ -60,6 +69,7 @@ mod tests {
             "pods": [{"pod": "a/b", "enrolled": true, "reason": ""}],
             "certificates": [{"identity": "spiffe://x", "notAfter": "2026-01-02T03:04:05Z"}],
             "ca": {"reachable": true, "answered": null, "lastError": "once"},
+            "federation": [{"trustDomain": "partner.example", "error": null}],
             "policies": [{"kind": "AuthorizationPolicy", "name": "a/p", "error": null}],
         });
         assert!(problems(&status).is_empty());
@@ -67,6 +77,7 @@ mod tests {
         status["pods"][0]["tampered"] = "route".into();
         status["certificates"][0]["notAfter"] = "2026-01-02T03:04:04Z".into();
         status["ca"]["reachable"] = false.into();
+        status["federation"][0]["error"] = "no answer".into();
         status["policies"][0]["error"] = "spec: bad".into();
         assert_eq!(
             problems(&status),
@@ -75,6 +86,7 @@ mod tests {
                 "pod a/b: enrolled; TAMPERED: route",
                 "the certificate of spiffe://x expired at 2026-01-02T03:04:04Z",
                 "the CA does not answer since -: once",
+                "the bundle of partner.example is not current: no answer",
                 "AuthorizationPolicy a/p: spec: bad",
             ]
         );

@@ -14,7 +14,8 @@ use auth_mesh::{
     Identity, ObjectName, Port, Service, TargetPort, TrustDomain, Waypoint, WaypointAt,
 };
 
-/// Annotation that pins the service accounts that may run a service: names, or namespace/name, separated by commas.
+/// Annotation that pins the service accounts that may run a service: names, namespace/name, or whole SPIFFE IDs, which may be
+/// of another trust domain, separated by commas.
 pub const ACCOUNTS_ANNOTATION: &str = "auth-daemon.io/service-accounts";
 /// Istio's label of a service whose connections go through a waypoint, which has a service of that name; `none` for no
 /// waypoint.
@@ -94,6 +95,10 @@ pub fn service(
         node_ports,
         external_addresses,
         selector: spec.selector,
+        federated: pinned_identities
+            .iter()
+            .flatten()
+            .any(|identity| identity.trust_domain() != trust_domain.as_str()),
         pinned_identities,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         waypoint,
@@ -126,6 +131,12 @@ fn pinned(
         .split(',')
         .map(|account| {
             let account = account.trim();
+            if account.starts_with("spiffe://") {
+                let identity = account
+                    .parse()
+                    .map_err(|error| format!("{account:?}: {error}"))?;
+                return Ok(trust_domain.resolve(&identity).unwrap_or(identity));
+            }
             let (namespace, account) = account.split_once('/').unwrap_or((namespace, account));
             trust_domain
                 .identity(namespace, account)
@@ -223,6 +234,34 @@ mod tests {
             let found = service.waypoint.as_ref().map(|found| found.to_string());
             assert_eq!(found.as_deref(), expected, "{labels}");
         }
+    }
+
+    #[test]
+    fn pins_identities_of_other_trust_domains() {
+        let of = |accounts: &str| {
+            let object = json!({
+                "apiVersion": "v1", "kind": "Service",
+                "metadata": {"name": "web", "annotations": {ACCOUNTS_ANNOTATION: accounts}},
+                "spec": {"clusterIP": "10.96.0.7", "ports": [{"port": 80}]},
+            });
+            let (_, object) = read(object, &domain())?.pop().unwrap();
+            let Object::Service(service) = object else {
+                panic!("no service");
+            };
+            let pinned = service.pinned_identities.iter().flatten();
+            let pinned: Vec<_> = pinned.map(ToString::to_string).collect();
+            Ok((pinned, service.federated))
+        };
+        let own = "spiffe://cluster.local/ns/shop/sa/web".to_owned();
+        let foreign = "spiffe://far.example/ns/shop/sa/web".to_owned();
+        assert_eq!(of(&foreign), Ok((vec![foreign.clone()], true)));
+        assert_eq!(of(&own), Ok((vec![own.clone()], false)));
+        assert_eq!(
+            of(&format!("shop/web, {foreign}")),
+            Ok((vec![own, foreign], true))
+        );
+        let error: Result<_, String> = of("spiffe://far.example/web");
+        assert!(error.unwrap_err().contains("path is not"));
     }
 
     #[test]

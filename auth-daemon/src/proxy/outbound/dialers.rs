@@ -16,7 +16,7 @@ use crate::{
     issuer::Current,
     proxy::{
         Node,
-        caller::check_revoked,
+        caller::check_trusted,
         local_pods::{Forbidden, LocalPod, permit},
     },
 };
@@ -25,7 +25,7 @@ use auth_mesh::{Destination, Identity, policy::Connection};
 use auth_tunnel::{
     self, Channel, ChannelError, Made, Taken,
     frame::{Event, Reset, ResetCode},
-    tls::{svid::Svid, trust::Revoked},
+    tls::{svid::Svid, trust::Untrusted},
 };
 
 /// How long to wait for a certificate that is being issued. Less than [`PATIENCE`], so that the access log names the
@@ -138,7 +138,7 @@ impl Call<'_> {
             .await
             .map_err(failed)?;
         self.verify(channel.peer(), address)
-            .map_err(|revoked| failed(revoked.into()))?;
+            .map_err(|untrusted| failed(untrusted.into()))?;
         let made = Made::now(&certificate.svid, channel.peer());
         match within(attempt.limit(ANSWER), self.establish(&mut channel, true)).await {
             Ok(()) => {}
@@ -182,13 +182,13 @@ impl Call<'_> {
         .map_err(Failure::Dial)
     }
 
-    /// Checks that the peer of a tunnel is not revoked, before anything is sent over it. The open connection names the peer by
-    /// then, so a later revocation cuts it.
-    pub(super) fn verify(&self, peer: &Svid, address: SocketAddr) -> Result<(), Revoked> {
+    /// Checks that the peer of a tunnel is not revoked, and that its trust domain is trusted, before anything is sent over it.
+    /// The open connection names the peer by then, so a later change of trust cuts it.
+    pub(super) fn verify(&self, peer: &Svid, address: SocketAddr) -> Result<(), Untrusted> {
         self.access
             .learn(|details| details.peer = Some(peer.clone()));
-        let revoked = &self.node.certificates.trust().current().revoked;
-        check_revoked(&self.node.registry.load(), revoked, peer, address.ip())
+        let (snapshot, trust) = (self.node.registry.load(), self.node.certificates.trust());
+        check_trusted(&snapshot, trust, peer, address.ip())
     }
 
     /// Connects to the app of a pod on this node, in the same way as the client's pod would.

@@ -46,7 +46,7 @@ impl Call<'_> {
         while let Some((client, place)) = pooled.take(identities) {
             match self.open_stream(&client, attempt, to).await {
                 Ok(stream) => return Ok(opened(stream, attempt, Some(place))),
-                Err(Failure::Hbone(OpenError::Broken(_)) | Failure::Revoked(_)) => {
+                Err(Failure::Hbone(OpenError::Broken(_)) | Failure::Untrusted(_)) => {
                     pooled.forget(&place);
                 }
                 Err(why) => return Err(attempt.failed(why)),

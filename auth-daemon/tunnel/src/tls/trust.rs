@@ -288,7 +288,7 @@ impl TrustStore {
 
     /// Fails if `svid` is revoked, or of a foreign trust domain that is not trusted (any more).
     pub fn check(&self, svid: &Svid) -> Result<(), Untrusted> {
-        let own = self.current();
+        let own = self.current.load();
         let name = svid.identity.trust_domain();
         if name == own.bundle.trust_domain.as_str() {
             return Ok(own.revoked.check(svid)?);
