@@ -3,8 +3,8 @@
 //!
 //! From the bottom up: [`config`]; [`csr`], `signer`, `intermediate` and `crl` make certificates and lists; `rotation` and
 //! `state` are pure, and [`store`] keeps the state; [`authority`] does what it is asked; [`attest`] and [`placement`] decide
-//! who may ask for what, and [`quotas`] and `fair_queue` how much; `connection`, `service`, `operator` and [`server`]
-//! answer, and `audit` logs it. [`leader`] elects the replica that does so, `control`, [`roots`] and [`distribution`] write
+//! who may ask for what, and [`quotas`] how much; `connection`, `service`, `operator` and [`server`] answer, and `audit`
+//! logs it. [`leader`] elects the replica that does so, `control`, [`roots`] and [`distribution`] write
 //! to the cluster, and [`embedded`] is a CA without a server.
 
 pub mod attest;
@@ -19,7 +19,6 @@ mod crl;
 pub mod csr;
 pub mod distribution;
 pub mod embedded;
-mod fair_queue;
 mod files;
 mod intermediate;
 pub mod leader;

@@ -17,6 +17,7 @@ use auth_ca_api::{
 use auth_mesh::Registry;
 use auth_support::{
     connection_limit::ConnectionLimit,
+    fair_queue::FairQueue,
     http_server::{answer as answer_http, open_metrics},
 };
 use auth_tunnel::tls::explain;
@@ -42,7 +43,6 @@ use crate::{
     config::CaConfig,
     connection::{Connection, Peer, Source},
     counters::Kind,
-    fair_queue::FairQueue,
     operator,
     quotas::{Limits, Quotas},
     server_tls::{self, CurrentTls},
@@ -208,7 +208,7 @@ fn metrics(service: &CaService) -> impl IntoResponse + use<> {
 /// Runs the tasks of a connection in the turns of its source.
 #[derive(Clone)]
 struct InTurns {
-    turns: Arc<FairQueue>,
+    turns: Arc<FairQueue<Arc<str>>>,
     source: Arc<Source>,
 }
 

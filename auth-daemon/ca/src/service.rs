@@ -12,6 +12,7 @@ use auth_ca_api::{
     pem,
 };
 use auth_mesh::{Identity, Registry, TrustDomain};
+use auth_support::fair_queue::FairQueue;
 use auth_tunnel::tls::{
     svid::{Svid, is_person},
     trust::Reason,
@@ -32,7 +33,6 @@ use crate::{
     authority::{Authority, Holder, Issued, Leader, Published, Refusal},
     connection::{Peer, WatchGuard},
     counters::{Counters, Kind},
-    fair_queue::FairQueue,
     placement::{self, Denied, Grant},
     quotas::{Exceeded, Quotas},
 };
@@ -56,9 +56,9 @@ pub(crate) struct CaService {
     pub(crate) counters: Arc<Counters>,
     pub(crate) quotas: Arc<Quotas>,
     /// Turns of sources on the processors.
-    pub(crate) turns: Arc<FairQueue>,
+    pub(crate) turns: Arc<FairQueue<Arc<str>>>,
     /// Turns of sources at attestation: more than processors, because reviews of tokens wait for the API server.
-    pub(crate) attestations: Arc<FairQueue>,
+    pub(crate) attestations: Arc<FairQueue<Arc<str>>>,
     /// Longest lifetime of a certificate.
     pub(crate) lifetime: Duration,
 }

@@ -14,7 +14,7 @@ use tokio::{
     task::{AbortHandle, JoinSet},
 };
 
-use super::{Workers, connection_tasks::ConnectionTasks};
+use super::{Workers, connection_tasks::ConnectionTasks, workers::Worker};
 use crate::{
     observe::{
         access_log::{Direction, Finished, Outcome, Path},
@@ -22,10 +22,15 @@ use crate::{
         line_limit::LineLimit,
         refusals::Refusal,
     },
-    proxy::{Node, Pod, inbound, outbound, shares::Permit, work::Work},
+    proxy::{
+        Node, Pod,
+        handshakes::{Place, Source},
+        inbound, outbound,
+        shares::Permit,
+        work::Work,
+    },
 };
 use auth_datapath::sockets::canonical;
-use auth_support::connection_limit::ConnectionPermit;
 
 /// Interval at which a drain checks whether all connections have ended.
 pub(super) const DRAIN_POLL: Duration = Duration::from_millis(20);
@@ -173,14 +178,14 @@ impl Acceptor {
     /// Gives a connection to the worker that has the fewest connections. Resets it if the pod or the peer holds its share.
     fn take(&self, tcp: TcpStream, from: SocketAddr, of_busy: bool) -> io::Result<()> {
         let from = canonical(from);
-        let Admitted { permit, place } = match self.admit(from.ip()) {
+        let worker = self.workers.idlest(of_busy);
+        let Admitted { permit, place } = match self.admit(from.ip(), worker) {
             Ok(admitted) => admitted,
             Err(refusal) => {
                 self.refuse(&tcp, from, refusal);
                 return Ok(());
             }
         };
-        let worker = self.workers.idlest(of_busy);
         let load = worker.count();
         let (node, pod) = (self.node.clone(), self.pod.clone());
         if worker.is_current() {
@@ -238,8 +243,8 @@ impl Acceptor {
         });
     }
 
-    /// Charges a connection from `peer` to the pod's shares.
-    fn admit(&self, peer: IpAddr) -> Result<Admitted, Refusal> {
+    /// Charges a connection from `peer`, which `worker` will serve, to the pod's shares.
+    fn admit(&self, peer: IpAddr, worker: &Worker) -> Result<Admitted, Refusal> {
         match self.side {
             Side::Outbound => {
                 let permit = self.pod.outbound.connection(None);
@@ -249,10 +254,15 @@ impl Acceptor {
                 })
             }
             Side::Inbound => {
-                let permit = self.pod.inbound.connection(Some(peer));
+                let source = Source::of(peer, &self.node.registry.snapshot());
+                let permit = self.pod.inbound.connection(Some(source));
                 let permit = permit.map_err(Refusal::from)?;
-                let place = self.pod.handshakes.admit(peer);
-                let place = Some(place.ok_or(Refusal::Handshakes)?);
+                let handshake = self.pod.handshakes.admit(source.address());
+                let place = Some(Place {
+                    source,
+                    turns: worker.turns.clone(),
+                    _permit: handshake.ok_or(Refusal::Handshakes)?,
+                });
                 Ok(Admitted { permit, place })
             }
         }
@@ -262,18 +272,12 @@ impl Acceptor {
 /// What a connection is charged until it ends. Inbound, it also has a place among the handshakes until its own is complete.
 struct Admitted {
     permit: Permit,
-    place: Option<ConnectionPermit>,
+    place: Option<Place>,
 }
 
 /// Serves one connection: outbound, or inbound if there is a `place` among the handshakes. Each future is boxed by
 /// itself, so that neither takes as much memory as the larger one.
-async fn serve(
-    node: &Node,
-    pod: &Pod,
-    tcp: TcpStream,
-    from: SocketAddr,
-    place: Option<ConnectionPermit>,
-) {
+async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Option<Place>) {
     match place {
         None => Box::pin(outbound::serve(node, pod, tcp, from)).await,
         Some(place) => Box::pin(inbound::serve(node, pod, tcp, from, place)).await,

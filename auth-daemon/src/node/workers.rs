@@ -18,6 +18,7 @@ use tokio::{
 };
 
 use super::pulse::{BEAT, Beats, Pulse};
+use crate::proxy::handshakes::{self, Turns};
 use auth_datapath::threads;
 
 /// Number of tasks that a worker runs before it looks for new events.
@@ -40,6 +41,8 @@ pub struct Workers {
 pub(super) struct Worker {
     pub(super) number: usize,
     pub(super) runtime: Handle,
+    /// For the handshakes of its inbound connections.
+    pub(super) turns: Turns,
     thread: ThreadId,
     /// Number of the worker's connections.
     load: Arc<AtomicUsize>,
@@ -128,6 +131,7 @@ impl Worker {
         Ok(Self {
             number,
             runtime: handle,
+            turns: handshakes::turns_of_worker(),
             thread: thread.thread().id(),
             load: Arc::default(),
             beats,

@@ -49,8 +49,8 @@ impl Refusal {
                  limit of open files or memory"
             }
             Self::Peer => {
-                "this client holds its share of the connections to the pod: let it close some, or raise the daemon's limit \
-                 of open files or memory"
+                "this client holds its share of the connections to the pod, or to all pods of this node: let it close some, \
+                 or raise the daemon's limit of open files or memory"
             }
             Self::Handshakes => {
                 "too many handshakes with the pod are incomplete: find out whether the client means harm"

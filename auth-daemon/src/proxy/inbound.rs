@@ -25,10 +25,12 @@ use crate::observe::{
     access_log::{Direction, Outcome, Path},
     connections::Guard,
 };
-use crate::proxy::caller::{admit_source, check_trusted};
+use crate::proxy::{
+    caller::{admit_source, check_trusted},
+    handshakes::Place,
+};
 use auth_datapath::sockets::{self, end_in_good_order};
 use auth_mesh::policy::Connection;
-use auth_support::connection_limit::ConnectionPermit;
 use auth_tunnel::{
     self, Channel, ChannelError, Ending,
     frame::{Connect, Event, ResetCode},
@@ -46,14 +48,8 @@ const APP_ANSWER: Duration = Duration::from_secs(2);
 /// Serves one accepted connection. Returns when the connection has ended or was cut. If the future is dropped earlier,
 /// its sockets are reset.
 ///
-/// `place` is the connection's permit among those that are still in their handshake.
-pub(crate) async fn serve(
-    node: &Node,
-    pod: &Pod,
-    tcp: TcpStream,
-    from: SocketAddr,
-    place: ConnectionPermit,
-) {
+/// `place` is the connection's place among those that are still in their handshake.
+pub(crate) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Place) {
     let (cut, registration) = AbortHandle::new_pair();
     let _ = Abortable::new(take(node, pod, tcp, from, place, cut), registration).await;
 }
@@ -63,7 +59,7 @@ async fn take(
     pod: &Pod,
     tcp: TcpStream,
     from: SocketAddr,
-    place: ConnectionPermit,
+    place: Place,
     cut: AbortHandle,
 ) {
     let cookie = pod.enrolled.netns.cookie();
@@ -117,7 +113,7 @@ async fn take(
             let first = First {
                 access,
                 deadline,
-                _place: place,
+                place,
             };
             // Boxed so that connections of other protocols do not take as much memory.
             return Box::pin(hbone::serve(node, pod, tcp, from, local, first)).await;
@@ -135,7 +131,8 @@ async fn take(
     }
     let _note = pod.note_tunnel(from, local.port());
     // Boxed so that its memory is freed after the handshake: the future is far larger than what the relay needs.
-    let channel = match timeout_at(deadline, Box::pin(handshake(node, pod, tcp))).await {
+    let handshake = place.in_turns(Box::pin(handshake(node, pod, tcp)));
+    let channel = match timeout_at(deadline, handshake).await {
         Ok(Ok(channel)) => channel,
         Ok(Err(reason)) => return access.finish(Outcome::Refused, reason),
         Err(_) => return access.finish(Outcome::Refused, late()),
@@ -143,7 +140,7 @@ async fn take(
     let first = First {
         access,
         deadline,
-        _place: place,
+        place,
     };
     carry(node, pod, channel, from, local, first, cut).await;
 }
@@ -152,7 +149,7 @@ async fn take(
 struct First<'a> {
     access: Guard<'a>,
     deadline: Instant,
-    _place: ConnectionPermit,
+    place: Place,
 }
 
 /// Why a connection is refused that the pod would forward to `local`.

@@ -4,6 +4,7 @@
 mod balance;
 pub(crate) mod caller;
 mod detect;
+pub(crate) mod handshakes;
 pub(crate) mod inbound;
 pub(crate) mod local_pods;
 pub mod lookups;

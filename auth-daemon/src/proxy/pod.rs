@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    handshakes,
     outbound::hbone::Charged,
     shares::{Capacity, Permit, Share},
     work::Work,
@@ -18,11 +19,6 @@ use auth_datapath::{Enrolled, sockets::SourcePorts};
 use auth_mesh::Workload;
 use auth_support::connection_limit::ConnectionLimit;
 use auth_tunnel::{Pool, hbone};
-
-/// Maximum number of a pod's inbound connections that are in their handshake at once.
-const MAX_HANDSHAKES: usize = 8192;
-/// Maximum number of such connections from one source address.
-const MAX_HANDSHAKES_PER_SOURCE: usize = 1024;
 
 /// An enrolled pod.
 #[derive(Debug)]
@@ -67,8 +63,8 @@ impl Pod {
             outbound: Share::of(capacity),
             inbound: Share::of(capacity),
             handshakes: Arc::new(ConnectionLimit::new(
-                MAX_HANDSHAKES,
-                MAX_HANDSHAKES_PER_SOURCE,
+                handshakes::MAX,
+                handshakes::MAX_PER_SOURCE,
             )),
             outbound_work: Arc::default(),
             inbound_work: Arc::default(),

@@ -4,18 +4,19 @@
 //! one task, and its memory is bounded, so this one limit bounds all three.
 //!
 //! The rule: **whoever asks may hold less than what is still free.** One greedy pod gets half of the node's capacity, two get
-//! a third each, and n leave 1/(n+1) of it to the rest. Within a pod, the same rule holds for each peer that connects to it.
+//! a third each, and n leave 1/(n+1) of it to the rest. Within a pod, the same rule holds for each source of connections to it,
+//! and within the node, for what a source holds with all pods together.
 //! Both directions of a pod are counted separately, so that its callers cannot keep it from connecting itself.
 
 use std::{
     collections::HashMap,
     fs,
-    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use nix::sys::resource::{Resource, getrlimit};
 
+use super::handshakes::Source;
 use crate::observe::refusals::Refusal;
 
 /// Descriptors of one connection: its socket on either side.
@@ -36,7 +37,7 @@ const MAX_RESERVE: usize = 8192;
 pub(crate) struct Capacity {
     /// In descriptors.
     total: usize,
-    taken: Mutex<usize>,
+    taken: Mutex<Held>,
 }
 
 impl Capacity {
@@ -64,7 +65,7 @@ impl Capacity {
 
     /// Descriptors that connections and idle tunnels hold.
     pub(crate) fn taken(&self) -> usize {
-        *lock(&self.taken)
+        lock(&self.taken).total
     }
 }
 
@@ -104,7 +105,7 @@ const CONTAINER_LIMITS: [&str; 2] = [
 pub(crate) enum Exceeded {
     /// The pod holds its share.
     Pod,
-    /// The peer holds its share of the pod's.
+    /// The source of the connection holds its share of the pod's, or of the node's.
     Peer,
 }
 
@@ -118,17 +119,44 @@ impl From<Exceeded> for Refusal {
     }
 }
 
+/// What connections hold, in descriptors.
+#[derive(Debug, Default)]
+struct Held {
+    total: usize,
+    /// Of connections to pods, by where they come from.
+    by_source: HashMap<Source, usize>,
+}
+
+impl Held {
+    fn of(&self, source: Source) -> usize {
+        self.by_source.get(&source).copied().unwrap_or(0)
+    }
+
+    fn add(&mut self, cost: usize, source: Option<Source>) {
+        self.total += cost;
+        if let Some(source) = source {
+            *self.by_source.entry(source).or_default() += cost;
+        }
+    }
+
+    fn remove(&mut self, cost: usize, source: Option<Source>) {
+        self.total -= cost;
+        if let Some(source) = source
+            && let Some(held) = self.by_source.get_mut(&source)
+        {
+            *held -= cost;
+            if *held == 0 {
+                self.by_source.remove(&source);
+            }
+        }
+    }
+}
+
 /// What one pod holds in one direction.
 #[derive(Debug)]
 pub(crate) struct Share {
     capacity: Arc<Capacity>,
     held: Mutex<Held>,
-}
-
-#[derive(Debug, Default)]
-struct Held {
-    total: usize,
-    by_peer: HashMap<IpAddr, usize>,
 }
 
 impl Share {
@@ -139,9 +167,9 @@ impl Share {
         })
     }
 
-    /// Charges a connection, until the permit is dropped. Inbound, `peer` is the address that it comes from.
-    pub(crate) fn connection(self: &Arc<Self>, peer: Option<IpAddr>) -> Result<Permit, Exceeded> {
-        self.charge(CONNECTION, peer, 1)
+    /// Charges a connection, until the permit is dropped. Inbound, it comes from `source`.
+    pub(crate) fn connection(self: &Arc<Self>, source: Option<Source>) -> Result<Permit, Exceeded> {
+        self.charge(CONNECTION, source, 1)
     }
 
     /// Charges an idle tunnel, until the permit is dropped. Idle tunnels take at most half of a share, because a connection
@@ -152,36 +180,34 @@ impl Share {
 
     /// Charges the large window of an HBONE connection, until the permit is dropped. Large windows take at most a ninth of the
     /// capacity, because connections are worth more. `None` if there is no room: the connection then gets a small window.
-    pub(crate) fn large_window(self: &Arc<Self>, peer: Option<IpAddr>) -> Option<Permit> {
-        self.charge(LARGE_WINDOW, peer, 8).ok()
+    pub(crate) fn large_window(self: &Arc<Self>, source: Option<Source>) -> Option<Permit> {
+        self.charge(LARGE_WINDOW, source, 8).ok()
     }
 
     /// Charges `cost` if what is held, `weight` times, is less than what is free.
     fn charge(
         self: &Arc<Self>,
         cost: usize,
-        peer: Option<IpAddr>,
+        source: Option<Source>,
         weight: usize,
     ) -> Result<Permit, Exceeded> {
         let mut held = lock(&self.held);
         let mut taken = lock(&self.capacity.taken);
-        let free = self.capacity.total - *taken;
+        let free = self.capacity.total - taken.total;
         if held.total * weight >= free || free < cost {
             return Err(Exceeded::Pod);
         }
-        if let Some(peer) = peer {
-            let by_peer = held.by_peer.get(&peer).copied().unwrap_or(0);
-            if by_peer >= free - held.total {
-                return Err(Exceeded::Peer);
-            }
-            held.by_peer.insert(peer, by_peer + cost);
+        if let Some(source) = source
+            && (held.of(source) >= free - held.total || taken.of(source) >= free)
+        {
+            return Err(Exceeded::Peer);
         }
-        *taken += cost;
-        held.total += cost;
+        taken.add(cost, source);
+        held.add(cost, source);
         Ok(Permit {
             share: self.clone(),
             cost,
-            peer,
+            source,
         })
     }
 }
@@ -191,23 +217,13 @@ impl Share {
 pub(crate) struct Permit {
     share: Arc<Share>,
     cost: usize,
-    peer: Option<IpAddr>,
+    source: Option<Source>,
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut held = lock(&self.share.held);
-        held.total -= self.cost;
-        if let Some(peer) = self.peer
-            && let Some(by_peer) = held.by_peer.get_mut(&peer)
-        {
-            *by_peer -= self.cost;
-            if *by_peer == 0 {
-                held.by_peer.remove(&peer);
-            }
-        }
-        drop(held);
-        *lock(&self.share.capacity.taken) -= self.cost;
+        lock(&self.share.held).remove(self.cost, self.source);
+        lock(&self.share.capacity.taken).remove(self.cost, self.source);
     }
 }
 
@@ -219,10 +235,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    fn fill(share: &Arc<Share>, peer: Option<IpAddr>) -> (Vec<Permit>, Exceeded) {
+    fn fill(share: &Arc<Share>, source: Option<Source>) -> (Vec<Permit>, Exceeded) {
         let mut permits = Vec::new();
         loop {
-            match share.connection(peer) {
+            match share.connection(source) {
                 Ok(permit) => permits.push(permit),
                 Err(exceeded) => return (permits, exceeded),
             }
@@ -243,17 +259,34 @@ mod tests {
     }
 
     #[test]
-    fn a_greedy_peer_leaves_room_to_the_pods_others() {
+    fn a_greedy_source_leaves_room_to_the_pods_others() {
         let capacity = Arc::new(Capacity::new(6000));
         let share = Share::of(&capacity);
-        let peer = |last: u8| Some(IpAddr::from([10, 0, 0, last]));
-        let (first, exceeded) = fill(&share, peer(1));
+        let source = |last: u8| Some(Source::from([10, 0, 0, last]));
+        let (first, exceeded) = fill(&share, source(1));
         assert_eq!((first.len(), exceeded), (1000, Exceeded::Peer));
-        let (second, exceeded) = fill(&share, peer(2));
+        let (second, exceeded) = fill(&share, source(2));
         assert!(second.len() > 300 && exceeded == Exceeded::Peer);
-        assert!(share.connection(peer(3)).is_ok());
+        assert!(share.connection(source(3)).is_ok());
         drop((first, second));
-        assert!(lock(&share.held).by_peer.is_empty() && capacity.taken() == 0);
+        assert!(lock(&share.held).by_source.is_empty() && capacity.taken() == 0);
+    }
+
+    #[test]
+    fn a_source_that_connects_to_all_pods_leaves_room_to_others() {
+        let capacity = Arc::new(Capacity::new(6000));
+        let shares: Vec<_> = (0..20).map(|_| Share::of(&capacity)).collect();
+        let source = |last: u8| Some(Source::from([10, 0, 0, last]));
+        let held: Vec<_> = shares.iter().map(|share| fill(share, source(1))).collect();
+        assert_eq!(capacity.taken(), 3000);
+        assert!(held.iter().all(|(_, exceeded)| *exceeded == Exceeded::Peer));
+        assert!(
+            shares
+                .iter()
+                .all(|share| share.connection(source(2)).is_ok())
+        );
+        drop(held);
+        assert!(lock(&capacity.taken).by_source.is_empty());
     }
 
     #[test]

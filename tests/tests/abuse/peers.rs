@@ -34,10 +34,11 @@ const STALLED: usize = 300;
 /// What each attack does again and again, with the connections that it holds. Fails if it did not come to what it attempts.
 type Round = fn(&Attacker, &mut Vec<TcpStream>) -> Result<()>;
 
-const ATTACKS: [(&str, Round); 9] = [
+const ATTACKS: [(&str, Round); 10] = [
     ("SYNs from many addresses", syns),
     ("connections that end at once", ends_at_once),
     ("handshakes that stall at each message", stalls),
+    ("ClientHellos that cost nothing", hellos),
     ("records of one byte", small_records),
     ("key updates", key_updates),
     ("empty records", empty_records),
@@ -56,7 +57,7 @@ fn peers_in_bad_faith_do_not_make_a_pods_neighbours_fail() -> Result<()> {
     let attacker = Arc::new(Attacker::new(&stage)?);
     let quiet = stage.measure()?;
     let before = stage.snapshots()?;
-    for (name, round) in ATTACKS {
+    let measure = |name, round| {
         let attack = Attack::start(&attacker, round);
         let attacked = stage.measure_for(SECONDS)?;
         let rounds = attack.stop()?;
@@ -64,6 +65,12 @@ fn peers_in_bad_faith_do_not_make_a_pods_neighbours_fail() -> Result<()> {
         attacked.print_ratio("quiet", &quiet);
         attacked.ensure_fair(&quiet)?;
         ensure!(rounds > 0, "{name}: no round was complete");
+        Ok(attacked)
+    };
+    // On this machine, the attacker takes the daemons' processors, too.
+    let computing = measure("an attacker that only computes", computes)?;
+    for (name, round) in ATTACKS {
+        measure(name, round)?.print_ratio("computing", &computing);
     }
     stage.assert_recovered(&before)?;
     stage.measure().map(drop)
@@ -77,6 +84,8 @@ struct Attacker {
     to: SocketAddr,
     config: ClientConfig,
     with_long_chain: ClientConfig,
+    /// A ClientHello.
+    hello: Vec<u8>,
     raw: Socket,
     next: AtomicU16,
 }
@@ -96,12 +105,14 @@ impl Attacker {
             config.enable_secret_extraction = true;
             Ok::<_, anyhow::Error>(config)
         };
+        let to = stage.target.at(SINK);
         let place = stage.mesh.outside().clone();
         let raw = place
             .enter(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(IPPROTO_RAW))))??;
         Ok(Self {
             address: stage.mesh.outside_ipv4(),
-            to: stage.target.at(SINK),
+            to,
+            hello: client_hello(config(&own)?, to)?,
             config: config(&own)?,
             with_long_chain: config(&long)?,
             place,
@@ -138,14 +149,15 @@ impl Attacker {
             other => bail!("{other:?} instead of CONNECTED"),
         }
     }
+}
 
-    fn hello(&self) -> Result<Vec<u8>> {
-        let name = ServerName::IpAddress(self.to.ip().into());
-        let mut tls = ClientConnection::new(Arc::new(self.config.clone()), name)?;
-        let mut hello = Vec::new();
-        tls.write_tls(&mut hello)?;
-        Ok(hello)
-    }
+/// Returns the first message of a handshake with the server at `to`.
+fn client_hello(config: ClientConfig, to: SocketAddr) -> Result<Vec<u8>> {
+    let name = ServerName::IpAddress(to.ip().into());
+    let mut tls = ClientConnection::new(Arc::new(config), name)?;
+    let mut hello = Vec::new();
+    tls.write_tls(&mut hello)?;
+    Ok(hello)
 }
 
 /// An attack that goes on until it is stopped.
@@ -190,6 +202,11 @@ impl Attack {
     }
 }
 
+/// Computes as for handshakes, but sends nothing.
+fn computes(attacker: &Attacker, _: &mut Vec<TcpStream>) -> Result<()> {
+    client_hello(attacker.config.clone(), attacker.to).map(drop)
+}
+
 /// A thousand SYNs from addresses of the attacker's network, most of which nobody has.
 fn syns(attacker: &Attacker, _: &mut Vec<TcpStream>) -> Result<()> {
     let SocketAddr::V4(to) = attacker.to else {
@@ -219,13 +236,26 @@ fn stalls(attacker: &Attacker, held: &mut Vec<TcpStream>) -> Result<()> {
     if held.len() >= STALLED {
         held.drain(..4);
     }
-    let hello = attacker.hello()?;
-    for bytes in [&[][..], &hello[..hello.len() / 2], &hello] {
+    let hello = &attacker.hello;
+    for bytes in [&[][..], &hello[..hello.len() / 2], hello] {
         let mut tcp = attacker.dial()?;
         tcp.write_all(bytes)?;
         held.push(tcp);
     }
     held.push(attacker.tunnel()?.tcp);
+    Ok(())
+}
+
+/// The same ClientHello on many connections, so that only the daemon computes. The oldest are replaced.
+fn hellos(attacker: &Attacker, held: &mut Vec<TcpStream>) -> Result<()> {
+    if held.len() >= STALLED {
+        held.drain(..50);
+    }
+    for _ in 0..50 {
+        let mut tcp = attacker.dial()?;
+        tcp.write_all(&attacker.hello)?;
+        held.push(tcp);
+    }
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Callers that never complete a handshake: other protocols and versions, noise, silence, and floods.
 
-use std::io::{Read, Write};
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ use crate::common::hostile::{
 use crate::common::stage::{HTTP, Stage};
 use mesh_tests::{Context, Result, TcpState, eventually_ok, slowdown};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rustls::ClientConnection;
 use rustls::pki_types::ServerName;
 use socket2::SockRef;
@@ -327,7 +330,7 @@ fn truncated_hello_uses_no_cpu_time() -> Result<()> {
 
 /// User and system time of a process.
 fn processor_time(pid: u32) -> Result<Duration> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // Behind the name in parentheses: state is field 3, utime and stime are 14 and 15, in hundredths of a second.
     let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
     let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
@@ -391,6 +394,62 @@ fn serves_callers_beside_a_thousand_stalled_handshakes() -> Result<()> {
     }
     stage.assert_unharmed(&before, 64 * 1024);
     Ok(())
+}
+
+/// The daemon stands still until all ClientHellos are there, that of the other address last.
+#[test]
+fn a_flood_of_handshakes_does_not_come_before_those_of_other_addresses() -> Result<()> {
+    const FLOOD: usize = 900;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    let mut stage = Stage::set()?;
+    let before = stage.snapshot()?;
+    let (web, other) = (stage.web().at(HTTP), stage.mesh.pod("other"));
+    let hello = client_hello(&stage)?;
+    let daemon = Pid::from_raw(stage.daemon.pid().try_into()?);
+    // Descriptors of the daemon: one for each caller that it has accepted.
+    let held = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{daemon}/fd"))?.count()) };
+    let idle = held()?;
+    let wait_for = |what: &str, is_so: &dyn Fn(usize) -> bool| {
+        eventually_ok(PATIENCE, what, || {
+            let held = held()?;
+            anyhow::ensure!(is_so(held), "{held} descriptors, {idle} before");
+            Ok(())
+        })
+    };
+    // Again if the machine runs the daemon's threads, but not this one, for a while after the answer.
+    eventually_ok(PATIENCE, "a caller to be answered before a flood", || {
+        wait_for("none to be left", &|held| held < idle + FLOOD / 10)?;
+        let caller = dial(other.place(), web)?;
+        let flood: Vec<TcpStream> = (0..FLOOD)
+            .map(|_| dial(stage.mesh.outside(), web))
+            .collect::<Result<_>>()?;
+        wait_for("most to be accepted", &|held| held > idle + FLOOD * 9 / 10)?;
+        kill(daemon, Signal::SIGSTOP)?;
+        for mut tcp in flood.iter().chain([&caller]) {
+            tcp.write_all(&hello)?;
+        }
+        kill(daemon, Signal::SIGCONT)?;
+        let count = caller.peek(&mut [0])?;
+        let answered: Vec<bool> = flood.iter().map(is_answered).collect::<Result<_>>()?;
+        let answered = answered.into_iter().filter(|answered| *answered).count();
+        println!("{answered} of {FLOOD} were answered before the caller");
+        anyhow::ensure!(count == 1, "the caller is refused");
+        // Each of the daemon's threads would come to the caller's behind its part of the flood's.
+        anyhow::ensure!(answered < FLOOD / 10, "{answered} of {FLOOD} came before");
+        Ok(())
+    })?;
+    stage.assert_unharmed(&before, 64 * 1024);
+    Ok(())
+}
+
+/// Whether bytes, or the end, have arrived.
+fn is_answered(tcp: &TcpStream) -> Result<bool> {
+    tcp.set_nonblocking(true)?;
+    match tcp.peek(&mut [0]) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        _ => Ok(true),
+    }
 }
 
 /// Returns the durations of the slowest ten of a hundred requests, each on its own connection, slowest first.

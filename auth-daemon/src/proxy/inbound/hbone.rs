@@ -24,6 +24,7 @@ use crate::observe::{
     connections::Guard,
     refusals::Refusal,
 };
+use crate::proxy::handshakes::Source;
 use auth_datapath::sockets::{self, end_in_good_order};
 use auth_mesh::Snapshot;
 use auth_tunnel::{
@@ -48,12 +49,14 @@ pub(super) async fn serve(
     local: SocketAddr,
     first: First<'_>,
 ) {
+    let source = first.place.source;
     let mut large = None;
     let window = || {
-        large = pod.inbound.large_window(Some(from.ip()));
+        large = pod.inbound.large_window(Some(source));
         large.as_ref().map_or(SMALL_WINDOW, |_| LARGE_WINDOW)
     };
     let handshake = Box::pin(handshake(node, pod, tcp, window));
+    let handshake = first.place.in_turns(handshake);
     let (mut server, made) = match timeout_at(first.deadline, handshake).await {
         Ok(Ok(made)) => made,
         Ok(Err(reason)) => return first.access.finish(Outcome::Refused, reason),
@@ -84,7 +87,7 @@ pub(super) async fn serve(
                         request.turn_away();
                         continue;
                     }
-                    streams.push(stream(node, pod, &peer, from, local, request));
+                    streams.push(stream(node, pod, &peer, from, source, local, request));
                 }
                 Some(Err(error)) => break Err(error),
                 None => break Ok(()),
@@ -162,10 +165,11 @@ async fn stream(
     pod: &Pod,
     (peer, key_exchange): &(Svid, Option<NamedGroup>),
     from: SocketAddr,
+    source: Source,
     local: SocketAddr,
     request: Request,
 ) -> Answered {
-    let permit = match pod.inbound.connection(Some(from.ip())) {
+    let permit = match pod.inbound.connection(Some(source)) {
         Ok(permit) => permit,
         Err(exceeded) => {
             let refusal = Refusal::from(exceeded);

@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     future::poll_fn,
+    hash::Hash,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Poll, Waker},
@@ -12,39 +13,44 @@ use tokio::sync::oneshot;
 
 /// Gives turns to keys in rotation. Requests of one key have theirs in order.
 #[derive(Debug)]
-pub(crate) struct FairQueue {
+pub struct FairQueue<K: Key> {
     /// Most turns of one key at the same time.
     most_of_key: usize,
-    state: Mutex<State>,
+    state: Mutex<State<K>>,
 }
 
+/// What turns are given to: a caller's address or name.
+pub trait Key: Clone + Eq + Hash {}
+
+impl<K: Clone + Eq + Hash> Key for K {}
+
 #[derive(Debug)]
-struct State {
+struct State<K: Key> {
     /// Turns that nobody has.
     free: usize,
-    keys: HashMap<Arc<str>, Entry>,
+    keys: HashMap<K, Entry<K>>,
     /// Keys that wait and may have another turn, the next one first.
-    rotation: VecDeque<Arc<str>>,
+    rotation: VecDeque<K>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Entry<K: Key> {
     /// Turns in progress.
     taken: usize,
-    waiting: VecDeque<oneshot::Sender<Turn>>,
+    waiting: VecDeque<oneshot::Sender<Turn<K>>>,
     in_rotation: bool,
 }
 
 /// A turn, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Turn {
-    queue: Arc<FairQueue>,
-    key: Arc<str>,
+pub struct Turn<K: Key> {
+    queue: Arc<FairQueue<K>>,
+    key: K,
 }
 
-impl FairQueue {
+impl<K: Key> FairQueue<K> {
     /// A queue with `turns` at the same time, of which one key has at most `most_of_key`.
-    pub(crate) fn new(turns: usize, most_of_key: usize) -> Arc<Self> {
+    pub fn new(turns: usize, most_of_key: usize) -> Arc<Self> {
         Arc::new(Self {
             most_of_key,
             state: Mutex::new(State {
@@ -56,13 +62,13 @@ impl FairQueue {
     }
 
     /// A queue with as many turns at the same time as there are processors.
-    pub(crate) fn of_processors() -> Arc<Self> {
+    pub fn of_processors() -> Arc<Self> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self::new(processors, processors)
     }
 
     /// Waits for a turn of `key`. A caller that stops waiting leaves the queue.
-    pub(crate) async fn turn(self: &Arc<Self>, key: &Arc<str>) -> Turn {
+    pub async fn turn(self: &Arc<Self>, key: &K) -> Turn<K> {
         loop {
             // The sender is dropped only with the queue, which `self` keeps.
             if let Ok(turn) = self.enter(key).await {
@@ -72,11 +78,7 @@ impl FairQueue {
     }
 
     /// Runs `work` with a turn of what `key` returns for each of its polls: between two of them, others have theirs.
-    pub(crate) async fn run<F: Future>(
-        self: Arc<Self>,
-        key: impl Fn() -> Arc<str>,
-        work: F,
-    ) -> F::Output {
+    pub async fn run<F: Future>(self: Arc<Self>, key: impl Fn() -> K, work: F) -> F::Output {
         let mut work = pin!(work);
         loop {
             let given = self.enter(&key());
@@ -94,7 +96,7 @@ impl FairQueue {
         }
     }
 
-    fn enter(self: &Arc<Self>, key: &Arc<str>) -> oneshot::Receiver<Turn> {
+    fn enter(self: &Arc<Self>, key: &K) -> oneshot::Receiver<Turn<K>> {
         let (give, given) = oneshot::channel();
         let mut state = self.lock();
         let entry = state.keys.entry(key.clone()).or_insert_with(Entry::new);
@@ -108,7 +110,7 @@ impl FairQueue {
     }
 
     /// Gives free turns to those that wait. Returns turns that nobody waits for any more.
-    fn give(self: &Arc<Self>, state: &mut State) -> Vec<Turn> {
+    fn give(self: &Arc<Self>, state: &mut State<K>) -> Vec<Turn<K>> {
         let mut unclaimed = Vec::new();
         while state.free > 0 {
             let Some(key) = state.rotation.pop_front() else {
@@ -139,7 +141,7 @@ impl FairQueue {
         unclaimed
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State<K>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -158,9 +160,9 @@ async fn suspend(wake: impl Fn(&Waker)) {
     .await;
 }
 
-impl State {
+impl<K: Key> State<K> {
     /// Puts `key` at the end of the rotation if it waits and may have another turn; forgets it if it has no request.
-    fn rotate(&mut self, key: &Arc<str>, most_of_key: usize) {
+    fn rotate(&mut self, key: &K, most_of_key: usize) {
         let Some(entry) = self.keys.get_mut(key) else {
             return;
         };
@@ -175,7 +177,7 @@ impl State {
     }
 }
 
-impl Entry {
+impl<K: Key> Entry<K> {
     fn new() -> Self {
         Self {
             taken: 0,
@@ -185,7 +187,7 @@ impl Entry {
     }
 }
 
-impl Drop for Turn {
+impl<K: Key> Drop for Turn<K> {
     fn drop(&mut self) {
         let mut state = self.queue.lock();
         state.free += 1;
@@ -212,10 +214,10 @@ mod tests {
 
     use super::*;
 
-    type Waiting = std::pin::Pin<Box<dyn Future<Output = Turn>>>;
+    type Waiting = std::pin::Pin<Box<dyn Future<Output = Turn<u8>>>>;
 
-    fn wait(queue: &Arc<FairQueue>, key: u8) -> Waiting {
-        let (queue, key) = (queue.clone(), Arc::from(key.to_string()));
+    fn wait(queue: &Arc<FairQueue<u8>>, key: u8) -> Waiting {
+        let queue = queue.clone();
         let mut waiting: Waiting = Box::pin(async move { queue.turn(&key).await });
         // Enters the queue.
         let entered = pin!(&mut waiting).poll(&mut Context::from_waker(noop_waker_ref()));
@@ -261,7 +263,7 @@ mod tests {
                         suspend(Waker::wake_by_ref).await;
                     }
                 };
-                tokio::spawn(queue.run(|| "flood".into(), busy))
+                tokio::spawn(queue.run(|| "flood", busy))
             })
             .collect();
         while polls.load(Ordering::SeqCst) < 5000 {
@@ -277,7 +279,7 @@ mod tests {
             }
             between
         };
-        let neighbour = tokio::spawn(queue.run(|| "neighbour".into(), neighbour));
+        let neighbour = tokio::spawn(queue.run(|| "neighbour", neighbour));
         let between = neighbour.await.unwrap();
         assert!(between.iter().all(|polls| *polls <= 4), "{between:?}");
         flood.iter().for_each(JoinHandle::abort);
@@ -291,7 +293,7 @@ mod tests {
             let (turns, most_of_key) = (3, 2);
             let queue = FairQueue::new(turns, most_of_key);
             let mut waiting: Vec<Waiting> = Vec::new();
-            let mut held: Vec<Turn> = Vec::new();
+            let mut held: Vec<Turn<u8>> = Vec::new();
             for (key, step) in steps {
                 match step {
                     0 => waiting.push(wait(&queue, key)),
@@ -305,7 +307,7 @@ mod tests {
                 });
                 prop_assert!(held.len() <= turns);
                 for key in 0..4 {
-                    let of_key = held.iter().filter(|turn| *turn.key == *key.to_string()).count();
+                    let of_key = held.iter().filter(|turn| turn.key == key).count();
                     prop_assert!(of_key <= most_of_key);
                 }
             }
