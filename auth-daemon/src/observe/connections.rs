@@ -99,12 +99,7 @@ pub struct OpenConnections {
 
 impl OpenConnections {
     /// There are none yet. `registry` names the pods at their ends.
-    pub(crate) fn new(
-        registry: Arc<Registry>,
-        access_log: AccessLog,
-        observe: Observe,
-        istio: Option<IstioMetrics>,
-    ) -> Self {
+    pub fn new(registry: Arc<Registry>, access_log: AccessLog, observe: Observe) -> Self {
         Self {
             registry,
             connections: Sharded::default(),
@@ -115,7 +110,7 @@ impl OpenConnections {
             totals: Totals::default(),
             flows: Flows::default(),
             pairs: Pairs::default(),
-            istio: istio.map(Arc::new),
+            istio: None,
         }
     }
 
@@ -382,7 +377,7 @@ impl<'a> Guard<'a> {
     }
 
     /// Records that the server's app has accepted the connection. From then on, its ends and its path stay as they are.
-    pub(crate) fn established(&self) {
+    pub fn established(&self) {
         if let Some(progress) = self.connection.progress().as_mut() {
             let key_exchange = self.connection.lock().key_exchange;
             progress.establish(self.connection.started.elapsed(), key_exchange);
@@ -463,12 +458,7 @@ mod tests {
 
     #[test]
     fn an_open_connection_is_counted_once_it_is_established_and_each_byte_once() {
-        let open = OpenConnections::new(
-            Arc::default(),
-            AccessLog::default(),
-            Observe::default(),
-            None,
-        );
+        let open = OpenConnections::new(Arc::default(), AccessLog::default(), Observe::default());
         let (cut, _) = AbortHandle::new_pair();
         let access = open.open(Direction::Outbound, 1, ([10, 0, 0, 1], 4000).into(), cut);
         access.learn(|details| details.endpoint = Some(([10, 0, 0, 2], 8080).into()));

@@ -95,10 +95,12 @@ impl Node {
         kernel: Kernel,
         certificates: Certificates,
     ) -> Self {
-        let istio =
-            (config.metrics == Metrics::Istio).then(|| IstioMetrics::new(config.cluster_id()));
-        let connections =
-            OpenConnections::new(registry.clone(), config.access_log, config.observe, istio);
+        let mut connections =
+            OpenConnections::new(registry.clone(), config.access_log, config.observe);
+        if config.metrics == Metrics::Istio {
+            let istio = IstioMetrics::new(config.cluster_id());
+            connections.istio = Some(Arc::new(istio));
+        }
         Self {
             config,
             connections,
