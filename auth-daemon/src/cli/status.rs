@@ -87,9 +87,12 @@ fn table(status: &Value) -> String {
     }
     for domain in items(&status["federation"]) {
         out.push_str(&format!(
-            "federation: {}, {} roots, {} from {}\n",
+            "federation: {}, {}, {} from {}\n",
             text(&domain["trustDomain"]),
-            text(&domain["roots"]),
+            match &domain["roots"] {
+                one if *one == 1 => "1 root".to_owned(),
+                roots => format!("{} roots", text(roots)),
+            },
             match domain["refreshed"].as_str() {
                 Some(time) => format!("current at {time},"),
                 None => "never read".to_owned(),
@@ -263,7 +266,7 @@ mod tests {
             "trust: 2 roots (retiring 5d0f); revoked: 3 certificates, 1 identities, 0 nodes\n";
         assert!(table.contains(trust), "{table}");
         for line in [
-            "federation: partner.example, 1 roots, current at 2026-01-02T03:04:05Z, from /p.json\n",
+            "federation: partner.example, 1 root, current at 2026-01-02T03:04:05Z, from /p.json\n",
             "federation: other.example, 0 roots, never read from https://o.example/\n",
         ] {
             assert!(table.contains(line), "{table}");

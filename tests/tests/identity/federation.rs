@@ -175,7 +175,7 @@ fn documented_commands_show_the_federation() -> Result<()> {
     let [status, bundle] = &said[..] else {
         panic!("{commands:?}");
     };
-    assert!(status.contains("1 roots, current at"), "{status}");
+    assert!(status.contains("1 root, current at"), "{status}");
     let bundle: Value = serde_json::from_str(bundle)?;
     let [key] = bundle["keys"].as_array().context("no keys")?.as_slice() else {
         panic!("{bundle}");
