@@ -75,14 +75,14 @@ pub struct Workload {
     /// The waypoint that connections to the pod's own address go through.
     pub waypoint: Option<Arc<Waypoint>>,
     /// See [`Workload::full_name`].
-    pub full_name: Cached<Arc<FullName>>,
+    pub full_name: Cached<FullName>,
 }
 
-/// The names of a pod and of the workload that it belongs to, each as `namespace/name`.
-#[derive(Debug)]
+/// The names of a pod and of the workload that it belongs to, each as `namespace/name`. Cloning is cheap.
+#[derive(Clone, Debug)]
 pub struct FullName {
     /// The pod's, which begins with the workload's.
-    pod: Box<str>,
+    pod: Arc<str>,
     workload_length: usize,
 }
 
@@ -113,7 +113,7 @@ impl<T> Eq for Cached<T> {}
 
 impl FullName {
     /// Returns the pod's name.
-    pub fn pod(&self) -> &str {
+    pub fn pod(&self) -> &Arc<str> {
         &self.pod
     }
 
@@ -148,13 +148,13 @@ impl Workload {
     }
 
     /// Returns the names of the pod and of its workload, which are made once.
-    pub fn full_name(&self) -> &Arc<FullName> {
+    pub fn full_name(&self) -> &FullName {
         self.full_name.0.get_or_init(|| {
             let workload = workload_name(self).len();
-            Arc::new(FullName {
+            FullName {
                 workload_length: self.name.namespace.len() + "/".len() + workload,
                 pod: self.name.to_string().into(),
-            })
+            }
         })
     }
 
@@ -179,7 +179,7 @@ mod tests {
         let pod = Workload::new(name, identity.parse().unwrap());
         let names = |pod: &Workload| {
             let names = pod.full_name();
-            (names.pod().to_owned(), names.workload().to_owned())
+            (names.pod().to_string(), names.workload().to_owned())
         };
         let expected = |workload: &str| ("shop/cart-6d-x2".to_owned(), workload.to_owned());
         assert_eq!(names(&pod), expected("shop/cart-6d-x2"));

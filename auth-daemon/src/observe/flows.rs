@@ -124,8 +124,8 @@ struct Ended {
     at: SystemTime,
     finished: Finished,
     /// As the registry had them then: a pod may be gone when somebody asks.
-    client_pod: Option<Arc<FullName>>,
-    server_pod: Option<Arc<FullName>>,
+    client_pod: Option<FullName>,
+    server_pod: Option<FullName>,
 }
 
 impl Default for Flows {
@@ -217,8 +217,8 @@ impl Ended {
     fn flow(&self, node: &str) -> Flow {
         let finished = &self.finished;
         let identity = |identity: &auth_mesh::Identity| identity.to_string();
-        let pod = |name: &Arc<FullName>| name.pod().to_owned();
-        let workload = |name: &Arc<FullName>| name.workload().to_owned();
+        let pod = |name: &FullName| name.pod().to_string();
+        let workload = |name: &FullName| name.workload().to_owned();
         Flow {
             time: format_time(self.at),
             node: node.to_owned(),

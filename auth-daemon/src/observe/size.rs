@@ -33,9 +33,9 @@ impl HeapSize for Arc<str> {
     }
 }
 
-impl HeapSize for Arc<FullName> {
+impl HeapSize for FullName {
     fn heap_size(&self) -> usize {
-        size_of::<FullName>() + COUNTERS + self.pod().len() + 2 * BLOCK
+        self.pod().heap_size()
     }
 }
 
