@@ -82,6 +82,8 @@ fn mesh(pods: usize) -> Snapshot {
         for key in ["app", "version"] {
             pod.labels.insert(key.to_owned(), name(number, 63));
         }
+        // It is the pod's, whatever is kept of connections.
+        pod.full_name();
         let mut service = Service::new(object(63));
         service.selector = [("app".to_owned(), name(number, 63))].into();
         service.ports = vec![Port {
