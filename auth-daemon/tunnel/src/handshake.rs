@@ -228,11 +228,13 @@ fn encode<D>(mut data: EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(
 
 /// Sends the alert that tells the peer why its handshake failed, if the socket accepts it without waiting.
 ///
-/// `rest` is the remainder of the bytes that failed. rustls may hold positions of messages in them, and reads them
-/// again before it reports that there is nothing more to send.
+/// `rest` is the remainder of the bytes that failed, in which rustls may hold positions of messages. It must not process
+/// them again, because that may fail again, with a second alert.
 async fn send_alert<S: Side>(tcp: &mut TcpStream, side: &mut S, rest: &mut [u8]) {
     let mut outgoing = Vec::new();
-    while let Ok(ConnectionState::EncodeTlsData(data)) = side.process(rest).state {
+    while side.common().wants_write()
+        && let Ok(ConnectionState::EncodeTlsData(data)) = side.process(rest).state
+    {
         if encode(data, &mut outgoing).is_err() {
             break;
         }
