@@ -50,7 +50,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     for target in targets {
         let corpus = folder.join("corpus").join(&target);
         fs::create_dir_all(&corpus).with_context(|| format!("making {}", corpus.display()))?;
-        let fuzz = |folders: [&Path; 2], option: &str| {
+        let fuzz = |folders: [&Path; 2], options: &[&str]| {
             step::run(
                 other_toolchain("cargo")
                     .env("TARGET", &target)
@@ -66,17 +66,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
                     .arg(&folder)
                     .arg("parsers")
                     .args(folders)
-                    .args(["--", option, LONGEST_INPUT]),
+                    .args(["--", LONGEST_INPUT])
+                    .args(options),
             )
         };
         let seeds = seeds.join(&target);
         let seconds = arguments.seconds;
         step(&format!("fuzz {target} for {seconds} s"), || {
-            fuzz([&corpus, &seeds], &format!("-max_total_time={seconds}"))
+            fuzz([&corpus, &seeds], &[&format!("-max_total_time={seconds}")])
         })?;
         if arguments.keep {
             step(&format!("keep what was found of {target}"), || {
-                fuzz([&seeds, &corpus], "-merge=1")
+                // Without counters: that an input runs the same code more often makes it no seed.
+                fuzz(
+                    [&seeds, &corpus],
+                    &["-set_cover_merge=1", "-use_counters=0"],
+                )
             })?;
         }
     }
