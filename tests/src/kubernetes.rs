@@ -199,6 +199,8 @@ impl Kubernetes {
                 .args(["--initial-cluster", &format!("default={peer}")])
                 // On a busy machine, shorter timeouts cause elections, although there is one member.
                 .args(["--heartbeat-interval", "500", "--election-timeout", "5000"])
+                // Its data need not survive this machine, and a busy disk keeps it waiting for more than its deadlines.
+                .arg("--unsafe-no-fsync")
                 .args(["--log-level", "error"]);
         })?;
         let kubernetes = Self {

@@ -171,11 +171,15 @@ fn connections_to_a_service_go_through_its_waypoint_or_nowhere() -> Result<()> {
         line["client_identity"] == spiffe("waypoint").as_str() && line["result"] == "ok"
     })?;
     ensure!(line["path"] == "hbone", "{line}");
-    let log = fs::read_to_string(waypoint.folder().join("access.log"))?;
-    ensure!(
-        log.contains(SERVICE) && log.contains(&spiffe("client")),
-        "{log}"
-    );
+    // Envoy writes its lines in batches.
+    eventually_ok(TIMEOUT, "the service in the waypoint's log", || {
+        let log = fs::read_to_string(waypoint.folder().join("access.log"))?;
+        ensure!(
+            log.contains(SERVICE) && log.contains(&spiffe("client")),
+            "{log}"
+        );
+        Ok(())
+    })?;
     let connections = recording.stop()?.connections();
     let around = |(from, to): &&(std::net::IpAddr, std::net::SocketAddr)| {
         let client = [pair.client.at(0).ip(), pair.client.at6(0).ip()];
