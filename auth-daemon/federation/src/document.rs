@@ -37,16 +37,9 @@ pub struct Bundle {
 }
 
 /// Why a document is no bundle.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is not a SPIFFE bundle: {0}")]
 pub struct InvalidBundle(String);
-
-impl std::fmt::Display for InvalidBundle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "is not a SPIFFE bundle: {}", self.0)
-    }
-}
-
-impl std::error::Error for InvalidBundle {}
 
 /// Fields that other specifications add are ignored. A field that is there twice is an error: readers would disagree.
 #[derive(Deserialize)]

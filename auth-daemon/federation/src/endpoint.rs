@@ -3,15 +3,11 @@
 use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use auth_mesh::TrustDomain;
-use auth_support::https_client::{GetError, get, web_pki};
-use auth_tunnel::tls::{
-    self, explain,
-    svid::{self, InvalidSvid},
-};
+use auth_support::https_client::{get, web_pki};
+use auth_tunnel::tls::{self, explain, svid};
 use axum::http::Uri;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore,
-    SignatureScheme,
+    ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
     client::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_cert_signed_by_trust_anchor,
@@ -150,11 +146,7 @@ pub async fn fetch(
             spiffe(id, roots).map_err(|error| error.to_string())
         }
     };
-    let body = get(&endpoint.url.0, config, MAX_BYTES, DEADLINE).await;
-    let body = body.map_err(|error| match error {
-        GetError::Tls(error) => explain(&error),
-        GetError::Other(what) => what,
-    })?;
+    let body = get(&endpoint.url.0, config, explain, MAX_BYTES, DEADLINE).await?;
     Bundle::parse(&body).map_err(|error| format!("the answer {error}"))
 }
 
@@ -191,26 +183,13 @@ struct IsServer {
     provider: Arc<CryptoProvider>,
 }
 
-/// Why a server is not the one that is expected.
-#[derive(Debug)]
-enum NotServer {
-    Invalid(InvalidSvid),
-    Other { presented: String, expected: String },
+/// The server is not the one that is expected.
+#[derive(Debug, thiserror::Error)]
+#[error("it is of {presented}, not of {expected}")]
+struct OtherServer {
+    presented: String,
+    expected: String,
 }
-
-impl fmt::Display for NotServer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Invalid(why) => why.fmt(f),
-            Self::Other {
-                presented,
-                expected,
-            } => write!(f, "it is of {presented}, not of {expected}"),
-        }
-    }
-}
-
-impl std::error::Error for NotServer {}
 
 impl ServerCertVerifier for IsServer {
     fn verify_server_cert(
@@ -221,17 +200,12 @@ impl ServerCertVerifier for IsServer {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let refused = |why| CertificateError::Other(OtherError(Arc::new(why)));
-        let presented =
-            svid::spiffe_id(end_entity).map_err(|why| refused(NotServer::Invalid(why)))?;
+        let presented = svid::spiffe_id(end_entity).map_err(tls::refused)?;
         if presented != self.id.uri {
-            let presented = presented.chars().take(256).collect();
-            let expected = self.id.uri.clone();
-            return Err(refused(NotServer::Other {
-                presented,
-                expected,
-            })
-            .into());
+            return Err(tls::refused(OtherServer {
+                presented: presented.chars().take(256).collect(),
+                expected: self.id.uri.clone(),
+            }));
         }
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,

@@ -13,69 +13,44 @@ use tokio_rustls::TlsConnector;
 
 use crate::http_client;
 
-/// Why there is no body.
-#[derive(Debug)]
-pub enum GetError {
-    /// The TLS handshake failed.
-    Tls(rustls::Error),
-    /// Anything else.
-    Other(String),
-}
-
-impl fmt::Display for GetError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tls(error) => error.fmt(f),
-            Self::Other(what) => f.write_str(what),
-        }
-    }
-}
-
-impl From<String> for GetError {
-    fn from(what: String) -> Self {
-        Self::Other(what)
-    }
-}
-
 /// Returns the body of `uri`, of at most `limit` bytes, within `deadline`. `tls` is for a URI with the scheme `https`; with any
-/// other, there is no TLS. Redirects are not followed: they could lead anywhere, and out of TLS.
+/// other, there is no TLS. `explain` says why a TLS handshake failed. Redirects are not followed: they could lead anywhere, and out of TLS.
 pub async fn get(
     uri: &Uri,
     tls: impl FnOnce() -> Result<ClientConfig, String>,
+    explain: fn(&rustls::Error) -> String,
     limit: usize,
     deadline: Duration,
-) -> Result<Vec<u8>, GetError> {
-    let answer = timeout(deadline, request(uri, tls, limit)).await;
-    let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {deadline:?}").into()));
+) -> Result<Vec<u8>, String> {
+    let answer = timeout(deadline, request(uri, tls, explain, limit)).await;
+    let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {deadline:?}")));
     match answer? {
         (200, body) => Ok(body),
-        (status, _) => Err(format!("the server answers {status}").into()),
+        (status, _) => Err(format!("the server answers {status}")),
     }
 }
 
 async fn request(
     uri: &Uri,
     tls: impl FnOnce() -> Result<ClientConfig, String>,
+    explain: fn(&rustls::Error) -> String,
     limit: usize,
-) -> Result<(u16, Vec<u8>), GetError> {
+) -> Result<(u16, Vec<u8>), String> {
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
     let is_https = uri.scheme_str() == Some("https");
     let port = uri.port_u16().unwrap_or(if is_https { 443 } else { 80 });
     let tcp = TcpStream::connect((host, port)).await;
     let tcp = tcp.map_err(|error| error.to_string())?;
     if !is_https {
-        return Ok(http_client::get(tcp, uri, limit).await?);
+        return http_client::get(tcp, uri, limit).await;
     }
     let name = ServerName::try_from(host.to_owned()).map_err(|error| error.to_string())?;
     let connector = TlsConnector::from(Arc::new(tls()?));
     let stream = connector.connect(name, tcp).await.map_err(|error| {
         let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
-        match inner {
-            Some(error) => GetError::Tls(rustls::Error::clone(error)),
-            None => error.to_string().into(),
-        }
+        inner.map_or_else(|| error.to_string(), explain)
     })?;
-    Ok(http_client::get(stream, uri, limit).await?)
+    http_client::get(stream, uri, limit).await
 }
 
 /// Returns a TLS configuration that verifies servers by their names, with the roots in `root_file` (PEM) or with the system's.

@@ -13,8 +13,6 @@ use crate::common::hostile::{
 use crate::common::stage::{HTTP, Stage};
 use mesh_tests::{Context, Result, TcpState, eventually_ok, slowdown};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use rustls::ClientConnection;
 use rustls::pki_types::ServerName;
 use socket2::SockRef;
@@ -406,7 +404,7 @@ fn a_flood_of_handshakes_does_not_come_before_those_of_other_addresses() -> Resu
     let before = stage.snapshot()?;
     let (web, other) = (stage.web().at(HTTP), stage.mesh.pod("other"));
     let hello = client_hello(&stage)?;
-    let daemon = Pid::from_raw(stage.daemon.pid().try_into()?);
+    let daemon = stage.daemon.pid();
     // Descriptors of the daemon: one for each caller that it has accepted.
     let held = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{daemon}/fd"))?.count()) };
     let idle = held()?;
@@ -425,11 +423,11 @@ fn a_flood_of_handshakes_does_not_come_before_those_of_other_addresses() -> Resu
             .map(|_| dial(stage.mesh.outside(), web))
             .collect::<Result<_>>()?;
         wait_for("most to be accepted", &|held| held > idle + FLOOD * 9 / 10)?;
-        kill(daemon, Signal::SIGSTOP)?;
+        stage.daemon.suspend()?;
         for mut tcp in flood.iter().chain([&caller]) {
             tcp.write_all(&hello)?;
         }
-        kill(daemon, Signal::SIGCONT)?;
+        stage.daemon.resume()?;
         let count = caller.peek(&mut [0])?;
         let answered: Vec<bool> = flood.iter().map(is_answered).collect::<Result<_>>()?;
         let answered = answered.into_iter().filter(|answered| *answered).count();

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use auth_support::https_client::{GetError, get, web_pki};
+use auth_support::https_client::{get, web_pki};
 use auth_tunnel::tls::explain;
 
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -15,9 +15,5 @@ pub(super) async fn fetch(
     limit: usize,
 ) -> Result<Vec<u8>, String> {
     let uri = url.parse().map_err(|_| "not a URL".to_owned())?;
-    let body = get(&uri, || web_pki(root_file), limit, DEADLINE).await;
-    body.map_err(|error| match error {
-        GetError::Tls(error) => explain(&error),
-        GetError::Other(what) => what,
-    })
+    get(&uri, || web_pki(root_file), explain, limit, DEADLINE).await
 }

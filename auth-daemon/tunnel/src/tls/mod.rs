@@ -14,7 +14,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 pub use configs::{ALPN, Configs, provider};
 pub use explain::{explain, explain_alert};
-pub use verifier::Verifier;
+pub use verifier::{Verifier, refused};
 
 /// Checks by the local clock that a certificate with the expiry `not_after` has not expired. Session resumption does
 /// not check it.

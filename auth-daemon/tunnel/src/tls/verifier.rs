@@ -119,7 +119,8 @@ impl Verifier {
     }
 }
 
-fn refused(why: impl std::error::Error + Send + Sync + 'static) -> Error {
+/// The error of a verifier that refuses a certificate for a reason that rustls does not have.
+pub fn refused(why: impl std::error::Error + Send + Sync + 'static) -> Error {
     CertificateError::Other(OtherError(Arc::new(why))).into()
 }
 
@@ -165,9 +166,7 @@ impl ServerCertVerifier for Verifier {
             .clients
             .verify_tls13_signature(message, certificate, signature)
             .map_err(|error| match error {
-                Error::InvalidCertificate(CertificateError::BadSignature) => {
-                    CertificateError::Other(OtherError(Arc::new(NotTheHolder))).into()
-                }
+                Error::InvalidCertificate(CertificateError::BadSignature) => refused(NotTheHolder),
                 error => error,
             })
     }
