@@ -106,3 +106,23 @@ pub fn pod_running(name: &str, node: &str, account: &str, script: &str) -> Value
         },
     })
 }
+
+/// A role, and its binding to a service account of the apps, whose name both have: in a namespace, or everywhere.
+pub fn role(namespace: Option<&str>, account: &str, rules: &Value) -> [Value; 2] {
+    let group = "rbac.authorization.k8s.io";
+    let version = format!("{group}/v1");
+    let kind = if namespace.is_some() {
+        "Role"
+    } else {
+        "ClusterRole"
+    };
+    let metadata = json!({"name": account, "namespace": namespace});
+    [
+        json!({"apiVersion": version, "kind": kind, "metadata": metadata, "rules": rules}),
+        json!({
+            "apiVersion": version, "kind": format!("{kind}Binding"), "metadata": metadata,
+            "roleRef": {"apiGroup": group, "kind": kind, "name": account},
+            "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": APPS}],
+        }),
+    ]
+}

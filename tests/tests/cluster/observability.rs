@@ -3,7 +3,7 @@
 use mesh_tests::{Context, Finished, Process, Result, auth_daemon, eventually_ok, http_get};
 use serde_json::{Value, json};
 
-use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, account, ensure};
+use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, account, ensure, role};
 use crate::terminal::Terminal;
 use crate::traffic::who;
 
@@ -45,28 +45,18 @@ pub(crate) fn through_the_api_server(stage: &Stage) -> Result<()> {
     ensure(times.is_sorted(), || format!("{times:?}"))?;
 
     // Who may list the daemons' pods but not forward their ports learns why nothing is shown.
-    let subject = json!([{"kind": "ServiceAccount", "name": "viewer", "namespace": APPS}]);
-    let metadata = json!({"name": "viewer", "namespace": SYSTEM});
-    let role = |rules: Value| json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": metadata, "rules": rules});
     let list = json!({"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]});
     let forward =
         json!({"apiGroups": [""], "resources": ["pods/portforward"], "verbs": ["get", "create"]});
-    stage.apply(&[
-        account("viewer"),
-        role(json!([list])),
-        json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": metadata,
-            "subjects": subject,
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "viewer"},
-        }),
-    ])?;
+    let viewer_may = |rules: Value| role(Some(SYSTEM), "viewer", &rules);
+    stage.apply(&[&[account("viewer")], viewer_may(json!([list])).as_slice()].concat())?;
     let viewer = stage.cluster.api().kubeconfig_of(APPS, "viewer")?;
     let refused = auth(stage, "status", &viewer)?;
     ensure(
         refused.code() == Some(2) && refused.stderr.contains("pods/portforward"),
         || format!("{refused:?}"),
     )?;
-    stage.apply(&[role(json!([list, forward]))])?;
+    stage.apply(&viewer_may(json!([list, forward])))?;
     eventually_ok(PATIENCE, "the right to forward ports", || {
         let node = format!("status --json --node {}", expected[0]);
         let shown = auth(stage, &node, &viewer)?;

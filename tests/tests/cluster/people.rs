@@ -1,31 +1,15 @@
 //! The step about a person outside the cluster who reaches a service of the mesh.
 
 use mesh_tests::{Process, Result, auth_daemon, eventually_ok};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, account, ensure};
+use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, account, ensure, role};
 use crate::traffic::access;
 
 /// The service account by whose kubeconfig the person reaches the API server.
 const PERSON: &str = "alice";
 /// The service account that the person acts as.
 const ACTS_AS: &str = "support";
-const RBAC: &str = "rbac.authorization.k8s.io";
-
-/// A role in a namespace, or everywhere, that the person has.
-fn role(namespace: Option<&str>, rules: &Value) -> [Value; 2] {
-    let prefix = if namespace.is_some() { "" } else { "Cluster" };
-    let metadata = json!({"name": "connect", "namespace": namespace});
-    let kind = format!("{prefix}Role");
-    [
-        json!({"apiVersion": format!("{RBAC}/v1"), "kind": kind, "metadata": metadata, "rules": rules}),
-        json!({
-            "apiVersion": format!("{RBAC}/v1"), "kind": format!("{prefix}RoleBinding"), "metadata": metadata,
-            "roleRef": {"apiGroup": RBAC, "kind": kind, "name": "connect"},
-            "subjects": [{"kind": "ServiceAccount", "name": PERSON, "namespace": APPS}],
-        }),
-    ]
-}
 
 /// With the rights that docs/CONNECT.md lists, and no route to pods or to the CA: everything goes through the API server.
 pub(crate) fn connects_through_the_api_server(stage: &Stage) -> Result<()> {
@@ -41,9 +25,9 @@ pub(crate) fn connects_through_the_api_server(stage: &Stage) -> Result<()> {
     let signing = "certificatesigningrequests";
     let posts = json!([{"apiGroups": ["certificates.k8s.io"], "resources": [signing], "verbs": ["create"]}]);
     let roles = [
-        role(Some(APPS), &rules),
-        role(Some(SYSTEM), &at_the_ca),
-        role(None, &posts),
+        role(Some(APPS), PERSON, &rules),
+        role(Some(SYSTEM), PERSON, &at_the_ca),
+        role(None, PERSON, &posts),
     ];
     stage.apply(&[&[account(PERSON), account(ACTS_AS)], roles.as_flattened()].concat())?;
 

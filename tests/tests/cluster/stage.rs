@@ -3,7 +3,7 @@
 use std::env;
 use std::time::Instant;
 
-pub(crate) use mesh_tests::cluster::apps::{account, container, idle_pod, pod_running};
+pub(crate) use mesh_tests::cluster::apps::{account, container, idle_pod, pod_running, role};
 pub(crate) use mesh_tests::cluster::meshed::{
     APPS, CA, DAEMON, MeshedCluster as Stage, PATIENCE, SYSTEM, address, addresses, is_ready, name,
 };
