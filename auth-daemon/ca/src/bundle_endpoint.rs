@@ -225,8 +225,8 @@ impl Files {
             }
             match read.and_then(|now| Ok((now.config()?, now))) {
                 Ok((config, now)) => {
-                    tracing::info!("certificate of the bundle endpoint replaced");
                     current.store(Some(Arc::new(config)));
+                    tracing::info!("certificate of the bundle endpoint replaced");
                     self = now;
                 }
                 // A certificate and its key are replaced one after the other.

@@ -137,9 +137,10 @@ impl Source {
             for error in snapshot.errors() {
                 tracing::error!("{error}");
             }
-            tracing::info!(pods, services, "manifests read");
             sink.registry.publish(snapshot);
             self.published = Some(objects);
+            // Last, so that they are in force for whoever reads this line.
+            tracing::info!(pods, services, "manifests read");
         }
     }
 

@@ -60,7 +60,9 @@ impl Sink {
         {
             tracing::warn!("{warning}");
         }
-        tracing::info!(policies = next.objects().len(), "policies changed");
+        let count = next.objects().len();
         policies.publish(next);
+        // Last, so that they are in force for whoever reads this line.
+        tracing::info!(policies = count, "policies changed");
     }
 }

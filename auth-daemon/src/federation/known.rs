@@ -91,12 +91,13 @@ impl Federated {
     pub fn apply(self: &Arc<Self>, wanted: &Federation) {
         let mut state = self.lock();
         let State { domains, entries } = &mut *state;
+        let mut removed = Vec::new();
         domains.retain(|name, known| {
             let stays = wanted.domains().iter().any(|domain| {
                 domain.trust_domain == known.trust_domain && domain.source == known.source
             });
             if !stays {
-                tracing::info!(trust_domain = name, "federation entry removed");
+                removed.push(name.clone());
             }
             stays
         });
@@ -120,6 +121,9 @@ impl Federated {
             });
         }
         self.publish(&state);
+        for trust_domain in removed {
+            tracing::info!(trust_domain, "federation entry removed");
+        }
     }
 
     /// Takes the bundle of a trust domain from its source, if `entry` is still in the list. An older bundle than the one that is
@@ -132,18 +136,20 @@ impl Federated {
         if let Some(known) = &domain.bundle {
             check_order(known, &bundle)?;
         }
-        if domain.bundle.as_ref().map(|known| &known.roots) != Some(&bundle.roots) {
-            tracing::info!(
-                trust_domain = name,
-                roots = bundle.roots.len(),
-                sequence = bundle.sequence,
-                "bundle of a foreign trust domain updated"
-            );
-        }
+        let is_new = domain.bundle.as_ref().map(|known| &known.roots) != Some(&bundle.roots);
+        let (roots, sequence) = (bundle.roots.len(), bundle.sequence);
         domain.bundle = Some(bundle);
         domain.refreshed = Some(SystemTime::now());
         domain.error = None;
         self.publish(&state);
+        if is_new {
+            tracing::info!(
+                trust_domain = name,
+                roots,
+                sequence,
+                "bundle of a foreign trust domain updated"
+            );
+        }
         Ok(())
     }
 

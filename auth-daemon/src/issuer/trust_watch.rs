@@ -280,7 +280,7 @@ fn take_root_file(link: &Link) {
         Err(error) => tracing::error!(%error, "root file cannot be read; keeping the known roots"),
         Ok(roots) if roots == known.bundle.roots => {}
         Ok(roots) => {
-            tracing::info!(roots = roots.len(), "roots updated from the root file");
+            let count = roots.len();
             link.trust.publish(Trust {
                 bundle: TrustBundle {
                     trust_domain: known.bundle.trust_domain.clone(),
@@ -288,6 +288,7 @@ fn take_root_file(link: &Link) {
                 },
                 ..(*known).clone()
             });
+            tracing::info!(roots = count, "roots updated from the root file");
         }
     }
 }

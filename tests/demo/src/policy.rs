@@ -25,14 +25,17 @@ fn deny() -> Value {
     })
 }
 
-fn remove(stage: &Stage, kind: &str) -> Result<()> {
+/// Runs a part of a check, then removes the check's policy in any case, so that a failure does not spread to later checks.
+fn until_removed(stage: &Stage, kind: &str, part: impl FnOnce() -> Result<()>) -> Result<()> {
+    let shown = part();
     stage.mesh.manifests().remove(kind, "default", NAME)?;
     let web = stage.mesh.pod("web-1");
-    eventually_ok(TIMEOUT, "the client to be served again", || {
+    let served = eventually_ok(TIMEOUT, "the client to be served again", || {
         stage
             .ask(web.at(PORT), &stage.path("allowed-again"))
             .map(drop)
-    })
+    });
+    shown.and(served)
 }
 
 pub(super) fn policy_deny(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
@@ -41,29 +44,31 @@ pub(super) fn policy_deny(stage: &mut Stage, evidence: &Evidence) -> Result<()> 
     let daemon = stage.daemon(NODE_B)?;
     let start = daemon.log_position();
     stage.mesh.manifests().apply(&deny())?;
-    daemon.wait_for_log_after(start, "the policy", LOGGED, |line| {
-        line["message"] == "policies changed"
-    })?;
-    evidence.saw(format!("applied: {}", deny()["spec"]));
-    let why = eventually_ok(TIMEOUT, "the client's refusal", || {
-        stage.ask_in_vain(&client, web, &stage.path("denied"))
-    })?;
-    evidence.saw(format!("curl from {CLIENT} to http://{web}: {why}"));
-    let line = daemon.wait_for_log_after(start, "the refusal", LOGGED, |line| {
-        line["target"] == "access" && line["result"] == "refused"
-    })?;
-    evidence.saw(format!(
-        "{NODE_B} logged: client_identity={} reason={}",
-        line["client_identity"], line["reason"]
-    ));
-    ensure!(
-        line["reason"] == "denied by AuthorizationPolicy default/web rules[0]",
-        "another reason: {line}"
-    );
-    let path = stage.path("not-denied");
-    stage.ask_from(&neighbour, web, &path)?;
-    evidence.saw(format!("curl from {NEIGHBOUR} to http://{web}: answered"));
-    remove(stage, "AuthorizationPolicy")
+    until_removed(stage, "AuthorizationPolicy", || {
+        daemon.wait_for_log_after(start, "the policy", LOGGED, |line| {
+            line["message"] == "policies changed"
+        })?;
+        evidence.saw(format!("applied: {}", deny()["spec"]));
+        let why = eventually_ok(TIMEOUT, "the client's refusal", || {
+            stage.ask_in_vain(&client, web, &stage.path("denied"))
+        })?;
+        evidence.saw(format!("curl from {CLIENT} to http://{web}: {why}"));
+        let line = daemon.wait_for_log_after(start, "the refusal", LOGGED, |line| {
+            line["target"] == "access" && line["result"] == "refused"
+        })?;
+        evidence.saw(format!(
+            "{NODE_B} logged: client_identity={} reason={}",
+            line["client_identity"], line["reason"]
+        ));
+        ensure!(
+            line["reason"] == "denied by AuthorizationPolicy default/web rules[0]",
+            "another reason: {line}"
+        );
+        let path = stage.path("not-denied");
+        stage.ask_from(&neighbour, web, &path)?;
+        evidence.saw(format!("curl from {NEIGHBOUR} to http://{web}: answered"));
+        Ok(())
+    })
 }
 
 pub(super) fn policy_live(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
@@ -82,24 +87,26 @@ pub(super) fn policy_live(stage: &mut Stage, evidence: &Evidence) -> Result<()> 
     let (denied, allowed) = (chat(&client)?, chat(&neighbour)?);
     let since = Instant::now();
     stage.mesh.manifests().apply(&deny())?;
-    let ended = denied.failure(TIMEOUT)?;
-    let took = since.elapsed();
-    evidence.saw(format!(
-        "the policy was written: {CLIENT}'s open connection ended with {} after {} ms",
-        ended["errno"],
-        took.as_millis()
-    ));
-    ensure!(took < LIVE * slowdown(), "it took too long");
-    let rounds = allowed.events_of("round").len();
-    eventually(LOGGED, "the neighbour's chat to go on", || {
-        (allowed.events_of("round").len() > rounds + 3).then_some(())
-    })?;
-    evidence.saw(format!(
-        "{NEIGHBOUR}'s goes on: {} rounds",
-        allowed.events_of("round").len()
-    ));
-    drop(allowed);
-    remove(stage, "AuthorizationPolicy")
+    until_removed(stage, "AuthorizationPolicy", || {
+        let ended = denied.failure(TIMEOUT)?;
+        let took = since.elapsed();
+        evidence.saw(format!(
+            "the policy was written: {CLIENT}'s open connection ended with {} after {} ms",
+            ended["errno"],
+            took.as_millis()
+        ));
+        ensure!(took < LIVE * slowdown(), "it took too long");
+        let rounds = allowed.events_of("round").len();
+        eventually(LOGGED, "the neighbour's chat to go on", || {
+            (allowed.events_of("round").len() > rounds + 3).then_some(())
+        })?;
+        evidence.saw(format!(
+            "{NEIGHBOUR}'s goes on: {} rounds",
+            allowed.events_of("round").len()
+        ));
+        drop(allowed);
+        Ok(())
+    })
 }
 
 pub(super) fn strict_refuses_plaintext(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
@@ -116,18 +123,20 @@ pub(super) fn strict_refuses_plaintext(stage: &mut Stage, evidence: &Evidence) -
         "by default, curl from outside to http://{web}: {why}"
     ));
     stage.mesh.manifests().apply(&peer("PERMISSIVE"))?;
-    eventually_ok(TIMEOUT, "an answer in plaintext", || {
-        stage
-            .ask_from(outside, web, &stage.path("permissive"))
-            .map(drop)
-    })?;
-    evidence.saw("with PeerAuthentication PERMISSIVE: answered");
-    stage.mesh.manifests().apply(&peer("STRICT"))?;
-    let why = eventually_ok(TIMEOUT, "the refusal", || {
-        stage.ask_in_vain(outside, web, &stage.path("strict-again"))
-    })?;
-    evidence.saw(format!("with STRICT again: {why}"));
-    stage.ask(web, &stage.path("strict-and-mutual"))?;
-    evidence.saw(format!("and from {CLIENT}, of the mesh: answered"));
-    remove(stage, "PeerAuthentication")
+    until_removed(stage, "PeerAuthentication", || {
+        eventually_ok(TIMEOUT, "an answer in plaintext", || {
+            stage
+                .ask_from(outside, web, &stage.path("permissive"))
+                .map(drop)
+        })?;
+        evidence.saw("with PeerAuthentication PERMISSIVE: answered");
+        stage.mesh.manifests().apply(&peer("STRICT"))?;
+        let why = eventually_ok(TIMEOUT, "the refusal", || {
+            stage.ask_in_vain(outside, web, &stage.path("strict-again"))
+        })?;
+        evidence.saw(format!("with STRICT again: {why}"));
+        stage.ask(web, &stage.path("strict-and-mutual"))?;
+        evidence.saw(format!("and from {CLIENT}, of the mesh: answered"));
+        Ok(())
+    })
 }
