@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use mesh_tests::{Recording, TcpState};
 
 use super::evidence::Evidence;
-use super::stage::{CLIENT, NODE_A, NODE_B, PORT, Stage, WEB};
+use super::stage::{CLIENT, NODE_A, NODE_B, PORT, Stage, WEB, soon};
 
 pub(super) fn fail_closed(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     client_daemon(stage, evidence)?;
@@ -20,6 +20,14 @@ fn client_daemon(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     let client = stage.mesh.pod(CLIENT);
     stage.take_daemon(NODE_A)?.kill()?;
     evidence.saw(format!("kill -9 of the daemon on {NODE_A}"));
+    // The kernel ends its tunnels in order, which takes some packets.
+    soon("the killed daemon's tunnels to end", || {
+        let sockets = client.endpoints().ok()?;
+        let mut open = sockets
+            .iter()
+            .filter(|socket| socket.remote.port() != 0 && socket.state != TcpState::TimeWait);
+        open.next().is_none().then_some(())
+    })?;
     let capture = stage.mesh.wire().capture()?;
     let pod = stage.mesh.pod("web-1").at(PORT);
     for server in [pod, SocketAddr::new(WEB.parse()?, 80)] {
