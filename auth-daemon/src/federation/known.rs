@@ -153,6 +153,14 @@ impl Federated {
         Ok(())
     }
 
+    /// Notes that the source still has the bundle that was taken from it.
+    pub(super) fn confirm(&self, name: &str, entry: u64) {
+        let mut state = self.lock();
+        if let Some(domain) = find(&mut state, name, entry) {
+            domain.refreshed = Some(SystemTime::now());
+        }
+    }
+
     /// Notes why the source has no bundle. Returns whether the reason is another one than before.
     pub(super) fn failed(&self, name: &str, entry: u64, why: &str) -> bool {
         let mut state = self.lock();
@@ -192,6 +200,11 @@ impl Federated {
             }
         });
         shown.collect()
+    }
+
+    #[cfg(test)]
+    pub(super) fn refreshed(&self, name: &str) -> Option<SystemTime> {
+        self.lock().domains[name].refreshed
     }
 
     fn publish(&self, state: &State) {

@@ -46,13 +46,34 @@ struct Follower<'a> {
 
 impl Follower<'_> {
     async fn file(&self, file: &Path) {
+        let mut before = None;
         loop {
-            let bundle = of_file(file);
-            if matches!(&bundle, Err(error) if error.kind() == io::ErrorKind::NotFound) {
-                self.federated.withdraw(self.name, self.entry);
-            }
-            self.take(named(bundle, file));
+            before = self.read_again(file, before);
             sleep(READ_INTERVAL).await;
+        }
+    }
+
+    /// Reads `file`, and takes its bundle unless it holds what it held `before`. Returns what to pass the next time.
+    fn read_again(&self, file: &Path, before: Option<Seen>) -> Option<Seen> {
+        let content = read(file, MAX_BYTES as u64);
+        match (content, before) {
+            (Ok(content), Some(before)) if content == before.content => {
+                if before.is_taken {
+                    self.federated.confirm(self.name, self.entry);
+                }
+                Some(before)
+            }
+            (Ok(content), _) => {
+                let is_taken = self.take(named(parse(&content), file));
+                Some(Seen { content, is_taken })
+            }
+            (Err(error), _) => {
+                if error.kind() == io::ErrorKind::NotFound {
+                    self.federated.withdraw(self.name, self.entry);
+                }
+                self.take(named(Err(error), file));
+                None
+            }
         }
     }
 
@@ -98,11 +119,86 @@ impl Follower<'_> {
     }
 }
 
+/// What a file held when it was last read.
+struct Seen {
+    content: Vec<u8>,
+    /// Whether that is a bundle, and not older than the known one.
+    is_taken: bool,
+}
+
 fn named(bundle: io::Result<Bundle>, file: &Path) -> Result<Bundle, String> {
     bundle.map_err(|error| format!("{}: {error}", file.display()))
 }
 
 fn of_file(file: &Path) -> io::Result<Bundle> {
-    let content = read(file, MAX_BYTES as u64)?;
-    Bundle::of_file(&content).map_err(io::Error::other)
+    parse(&read(file, MAX_BYTES as u64)?)
+}
+
+fn parse(content: &[u8]) -> io::Result<Bundle> {
+    Bundle::of_file(content).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, time::SystemTime};
+
+    use auth_tunnel::tls::trust::{Trust, TrustBundle, TrustStore};
+
+    use super::*;
+    use crate::{
+        config::{Federation, ForeignDomain},
+        federation::DomainStatus,
+    };
+
+    #[tokio::test]
+    async fn an_unchanged_file_is_not_taken_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("far.json");
+        let federated = Arc::new(Federated::new(Arc::new(TrustStore::new(Trust::fixed(
+            TrustBundle {
+                trust_domain: "own.example".parse().unwrap(),
+                roots: vec![],
+            },
+        )))));
+        // Its own follower has no turn in this test.
+        federated.apply(&Federation::new(vec![ForeignDomain {
+            trust_domain: "far.example".parse().unwrap(),
+            source: BundleSource::File(file.clone()),
+        }]));
+        let follower = Follower {
+            federated: &federated,
+            name: "far.example",
+            entry: 1,
+        };
+        let status = || -> DomainStatus { federated.list().remove(0) };
+        let document = |sequence: u64| {
+            format!(r#"{{"keys": [], "spiffe_sequence": {sequence}, "spiffe_refresh_hint": 60}}"#)
+        };
+
+        fs::write(&file, "neither").unwrap();
+        let seen = follower.read_again(&file, None);
+        let seen = follower.read_again(&file, seen);
+        assert_eq!((status().failures, status().refreshed_at), (1, 0));
+
+        fs::write(&file, document(4)).unwrap();
+        let start = SystemTime::now();
+        let seen = follower.read_again(&file, seen);
+        let seen = follower.read_again(&file, seen);
+        assert_eq!((status().sequence, status().error), (Some(4), None));
+        let refreshed = federated.refreshed("far.example");
+        assert!(refreshed.is_some_and(|at| at >= start));
+        let seen = follower.read_again(&file, seen);
+        assert!(
+            federated.refreshed("far.example") > refreshed,
+            "still current"
+        );
+
+        // After it was away, the same content is a bundle again.
+        fs::remove_file(&file).unwrap();
+        let seen = follower.read_again(&file, seen);
+        assert_eq!((status().sequence, status().failures), (None, 2));
+        fs::write(&file, document(4)).unwrap();
+        follower.read_again(&file, seen);
+        assert_eq!(status().sequence, Some(4));
+    }
 }

@@ -1,12 +1,12 @@
 //! Checks that a caller is who it claims to be: its certificate, its address, the CA's revocations, and that its trust
 //! domain is trusted.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use auth_mesh::{Identity, ObjectName, Snapshot};
 use auth_tunnel::tls::{
     svid::Svid,
-    trust::{Revocations, Revoked, TrustStore, Untrusted},
+    trust::{Revocations, Revoked, Trust, TrustStore, Untrusted},
 };
 
 /// Why a caller is not admitted.
@@ -38,19 +38,16 @@ pub(crate) enum Denied {
 }
 
 /// Checks that neither `svid`, nor its identity, nor the node of the pod at `address` is revoked, and that the trust domain of
-/// `svid` is (still) trusted.
+/// `svid` is (still) trusted. Returns the trust that this was checked against.
 pub(crate) fn check_trusted(
     snapshot: &Snapshot,
     trust: &TrustStore,
     svid: &Svid,
     address: IpAddr,
-) -> Result<(), Untrusted> {
-    trust.check(svid)?;
-    Ok(check_revoked_node(
-        snapshot,
-        &trust.current().revoked,
-        address,
-    )?)
+) -> Result<Arc<Trust>, Untrusted> {
+    let trust = trust.check(svid)?;
+    check_revoked_node(snapshot, &trust.revoked, address)?;
+    Ok(trust)
 }
 
 /// Checks that the node of the pod at `address` is not revoked.
@@ -95,7 +92,7 @@ pub(crate) fn admit_source(
 mod tests {
     use super::*;
     use auth_mesh::{Inventory, Workload};
-    use auth_tunnel::tls::trust::{Reason, Trust, TrustBundle};
+    use auth_tunnel::tls::trust::{Reason, TrustBundle};
 
     /// Pods on node `a` that all claim `address`.
     fn pods_at(pods: &[(&str, &Identity)], address: IpAddr) -> Snapshot {
@@ -160,7 +157,8 @@ mod tests {
                 })
             });
             let address = address.parse().unwrap();
-            check_trusted(&snapshot, &trust, &svid, address).map_err(|why| why.to_string())
+            let checked = check_trusted(&snapshot, &trust, &svid, address);
+            checked.map(drop).map_err(|why| why.to_string())
         };
         let mut revoked = Revocations::default();
         assert_eq!(check(&revoked, "10.0.0.1"), Ok(()));

@@ -359,13 +359,9 @@ async fn admit(
     }
     let snapshot = node.registry.snapshot();
     // The connection is registered by now, so a change of trust after this check cuts it.
-    let trust = node.certificates.trust();
-    check_trusted(&snapshot, trust, peer, from.ip())
+    let trust = check_trusted(&snapshot, node.certificates.trust(), peer, from.ip())
         .map_err(|untrusted| (ResetCode::Forbidden, untrusted.to_string()))?;
-    let own = trust
-        .current()
-        .revoked
-        .check_identity(&pod.workload.identity);
+    let own = trust.revoked.check_identity(&pod.workload.identity);
     own.map_err(|revoked| (ResetCode::Forbidden, revoked.to_string()))?;
     let claimed = connect.client.ip();
     admit_source(&snapshot, identity, from.ip(), claimed)

@@ -188,7 +188,7 @@ impl Call<'_> {
         self.access
             .learn(|details| details.peer = Some(peer.clone()));
         let (snapshot, trust) = (self.node.registry.load(), self.node.certificates.trust());
-        check_trusted(&snapshot, trust, peer, address.ip())
+        check_trusted(&snapshot, trust, peer, address.ip()).map(drop)
     }
 
     /// Connects to the app of a pod on this node, in the same way as the client's pod would.

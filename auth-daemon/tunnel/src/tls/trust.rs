@@ -286,17 +286,17 @@ impl TrustStore {
         }
     }
 
-    /// Fails if `svid` is revoked, or of a foreign trust domain that is not trusted (any more).
-    pub fn check(&self, svid: &Svid) -> Result<(), Untrusted> {
-        let own = self.current.load();
+    /// Fails if `svid` is revoked, or of a foreign trust domain that is not trusted (any more). Returns the trust in the mesh's
+    /// own trust domain that this was checked against.
+    pub fn check(&self, svid: &Svid) -> Result<Arc<Trust>, Untrusted> {
+        let own = self.current();
         let name = svid.identity.trust_domain();
         if name == own.bundle.trust_domain.as_str() {
-            return Ok(own.revoked.check(svid)?);
+            own.revoked.check(svid)?;
+        } else if self.foreign.load().roots(name).is_none() {
+            return Err(NotFederated(svid.identity.clone()).into());
         }
-        match self.foreign.load().roots(name) {
-            Some(_) => Ok(()),
-            None => Err(NotFederated(svid.identity.clone()).into()),
-        }
+        Ok(own)
     }
 
     /// Replaces the trust and notifies the subscribers of [`TrustStore::changes`].
