@@ -97,6 +97,11 @@ impl Claim {
         matches!(self, Self::Pod(pod) | Self::OutsidePod(pod) if pod.finished)
     }
 
+    /// Reports whether this is a pod of a remote cluster.
+    fn is_remote(&self) -> bool {
+        self.name().cluster().is_some()
+    }
+
     fn is_same(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Pod(one), Self::Pod(other))
@@ -133,6 +138,12 @@ impl Claims {
         self.owner().is_none() && !self.all().iter().all(Claim::is_of_finished)
     }
 
+    /// Reports whether the own cluster has the address, and a remote cluster claims it, too.
+    pub(super) fn are_overruled(&self) -> bool {
+        let mut standing = self.all().iter().filter(|claim| !claim.is_of_finished());
+        self.owner().is_some_and(|owner| !owner.is_remote()) && standing.any(Claim::is_remote)
+    }
+
     /// Returns the mesh pod that owns the address, regardless of claims by services, or `None` if no mesh pod claims it.
     pub(super) fn pod(&self) -> Option<Result<&Arc<Workload>, Disputed>> {
         let pods = self
@@ -155,12 +166,15 @@ impl Claims {
     }
 }
 
-/// Returns the owner among `claims`. Finished pods count only if there is no other claim.
+/// Returns the owner among `claims`. Pods of remote clusters count only if the own cluster has no claim, so that no remote
+/// cluster takes an address from it. Finished pods count only if there is no other claim.
 fn owner<'a>(claims: impl Iterator<Item = &'a Claim> + Clone) -> Option<&'a Claim> {
     let standing = claims.clone().filter(|claim| !claim.is_of_finished());
-    match standing.clone().next() {
-        Some(_) => owner_of_all(standing),
-        None => owner_of_all(claims),
+    let own = standing.clone().filter(|claim| !claim.is_remote());
+    match (own.clone().next(), standing.clone().next()) {
+        (Some(_), _) => owner_of_all(own),
+        (None, Some(_)) => owner_of_all(standing),
+        (None, None) => owner_of_all(claims),
     }
 }
 

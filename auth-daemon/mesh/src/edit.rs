@@ -89,6 +89,8 @@ impl Edit {
         if let Some(label) = index_label(&state.service) {
             forget(&mut namespace.by_label, &label, &name.name);
         }
+        // A service of a remote cluster adds its pods to that of this one.
+        self.dirty.insert(name.clone());
         self.next.crowded.remove(name);
         self.hide_service(&state.service);
         for address in &state.service.addresses {
@@ -201,11 +203,25 @@ impl Edit {
 
     /// Returns the snapshot with all changes applied.
     pub fn finish(mut self) -> Snapshot {
-        for name in std::mem::take(&mut self.dirty) {
+        self.apply();
+        self.next
+    }
+
+    /// Returns the snapshot with all changes applied, of which this is the next one under construction.
+    pub fn snapshot(&mut self) -> Snapshot {
+        self.apply();
+        self.next.clone()
+    }
+
+    fn apply(&mut self) {
+        let dirty: BTreeSet<_> = std::mem::take(&mut self.dirty)
+            .into_iter()
+            .map(ObjectName::in_own_cluster)
+            .collect();
+        for name in dirty {
             self.work_out(&name);
         }
         self.collect_networks();
-        self.next
     }
 
     fn namespace_of(&mut self, name: &ObjectName) -> &mut Namespace {
@@ -237,6 +253,10 @@ impl Edit {
         let is_member = self.next.is_member(pod);
         self.expose_pod(pod, is_member);
         if !is_member {
+            // A remote cluster cannot say that an address is outside the mesh.
+            if pod.name.cluster().is_some() {
+                return;
+            }
             for address in &pod.addresses {
                 self.claim(*address, Claim::OutsidePod(pod.clone()));
             }
@@ -315,7 +335,12 @@ impl Edit {
         };
         let service = &*state.service;
         let slices: Vec<_> = self.next.slices_of(name).cloned().collect();
+        let remote: Vec<_> = self.next.remote_services(name).cloned().collect();
         let backends = self.next.backends(&state, &slices);
+        let remote: Vec<_> = remote
+            .iter()
+            .map(|state| (&*state.service, self.next.backends(state, &[])))
+            .collect();
         // A service whose backends are all outside the mesh is not a mesh service, unless its owner pins the identities
         // that may run it, its connections go through a waypoint, or nothing but the mesh leads them to it. One without a backend is the mesh's if its next one
         // would be: until then, connections to it are refused.
@@ -323,6 +348,7 @@ impl Edit {
             || service.waypoint.is_some()
             || slices.iter().any(|slice| slice.mesh_only)
             || backends.any_meshed()
+            || remote.iter().any(|(_, backends)| backends.any_meshed())
             || (backends.is_empty()
                 && self.next.default_of(&name.namespace) == Membership::Enabled);
         let mut room = Some(MAX_SLICED);
@@ -331,7 +357,7 @@ impl Edit {
             .iter()
             .map(|address| {
                 let claim = if ours {
-                    let resolved = Resolved::new(service, &backends, *address, &mut room);
+                    let resolved = Resolved::new(service, &backends, &remote, *address, &mut room);
                     Claim::Service(Arc::new(resolved))
                 } else {
                     Claim::OutsideService(state.service.clone())
@@ -380,15 +406,21 @@ impl Edit {
             0 => {
                 self.next.addresses.remove(&address);
                 self.next.disputed.remove(&address);
+                self.next.overruled.remove(&address);
                 return;
             }
             1 => Claims::One(claims.remove(0)),
             _ => Claims::Several(claims.into()),
         };
-        if claims.are_disputed() {
-            self.next.disputed.insert(address);
-        } else {
-            self.next.disputed.remove(&address);
+        for (set, contains) in [
+            (&mut self.next.disputed, claims.are_disputed()),
+            (&mut self.next.overruled, claims.are_overruled()),
+        ] {
+            if contains {
+                set.insert(address);
+            } else {
+                set.remove(&address);
+            }
         }
         self.next.addresses.insert(address, claims);
     }
@@ -426,7 +458,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{HostPort, Inventory, Port, SliceEndpoint, TargetPort};
+    use crate::{ClusterName, HostPort, Inventory, Port, SliceEndpoint, TargetPort};
 
     #[derive(Clone, Debug)]
     enum Change {
@@ -441,6 +473,11 @@ mod tests {
 
     fn name() -> impl Strategy<Value = ObjectName> {
         ("[xy]", "[abc]").prop_map(|(namespace, name)| ObjectName { namespace, name })
+    }
+
+    /// The cluster that an object is of: mostly this one.
+    fn cluster() -> impl Strategy<Value = Option<ClusterName>> {
+        prop::option::weighted(0.2, "[ef]".prop_map(|name| name.parse().unwrap()))
     }
 
     fn membership() -> impl Strategy<Value = Option<Membership>> {
@@ -460,8 +497,9 @@ mod tests {
     fn change() -> impl Strategy<Value = Change> {
         let flags = (any::<bool>(), any::<[bool; 2]>(), any::<bool>());
         let exposed = (address(), prop::option::of(node_address()));
-        let pod = (name(), exposed, "[mn]?", "[pq]", membership(), flags).prop_map(
-            |(name, (addresses, host), node, app, membership, flags)| {
+        let names = (name(), cluster());
+        let pod = (names, exposed, "[mn]?", "[pq]", membership(), flags).prop_map(
+            |((name, cluster), (addresses, host), node, app, membership, flags)| {
                 let (ready, [terminating, finished], host_network) = flags;
                 let host_port = host.map(|address| HostPort {
                     addresses: vec![address],
@@ -469,7 +507,7 @@ mod tests {
                     target: 8080,
                 });
                 let account = format!("spiffe://c/ns/{}/sa/{app}", name.namespace);
-                Change::Pod(Workload {
+                let pod = Workload {
                     addresses,
                     node,
                     ready,
@@ -480,35 +518,54 @@ mod tests {
                     host_ports: host_port.into_iter().collect(),
                     labels: [("app".to_owned(), app), ("x".to_owned(), "y".to_owned())].into(),
                     ..Workload::new(name, account.parse().unwrap())
+                };
+                Change::Pod(match cluster {
+                    Some(cluster) => cluster.pod(pod),
+                    None => pod,
                 })
             },
         );
         let exposed = (prop::option::of(node_address()), any::<bool>());
-        let service = (name(), address(), "[pq]?", exposed);
-        let service = service.prop_map(|(name, addresses, app, (external, has_node_port))| {
-            let selector = (!app.is_empty()).then(|| ("app".to_owned(), app));
-            Change::Service(Service {
-                addresses,
-                ports: vec![Port {
-                    name: String::new(),
-                    port: 80,
-                    target: TargetPort::Number(8080),
-                }],
-                selector: selector.into_iter().collect(),
-                external_addresses: external.into_iter().collect(),
-                node_ports: has_node_port.then_some((80, 80)).into_iter().collect(),
-                ..Service::new(name)
-            })
-        });
+        let service = ((name(), cluster()), address(), "[pq]?", exposed);
+        let service = service.prop_map(
+            |((name, cluster), addresses, app, (external, has_node_port))| {
+                let selector = (!app.is_empty()).then(|| ("app".to_owned(), app));
+                let service = Service {
+                    addresses,
+                    ports: vec![Port {
+                        name: String::new(),
+                        port: 80,
+                        target: TargetPort::Number(8080),
+                    }],
+                    selector: selector.into_iter().collect(),
+                    external_addresses: external.into_iter().collect(),
+                    node_ports: has_node_port.then_some((80, 80)).into_iter().collect(),
+                    ..Service::new(name)
+                };
+                Change::Service(match cluster {
+                    Some(cluster) => cluster.service(service),
+                    None => service,
+                })
+            },
+        );
         prop_oneof![
             4 => pod,
             2 => service,
             2 => slice(),
-            1 => name().prop_map(Change::NoPod),
+            1 => any_name().prop_map(Change::NoPod),
             1 => name().prop_map(Change::NoSlice),
-            1 => name().prop_map(Change::NoService),
-            1 => ("[xy]", membership()).prop_map(|(name, membership)| Change::Namespace(name, membership)),
+            1 => any_name().prop_map(Change::NoService),
+            1 => ("[xy](@[ef])?", membership()).prop_map(|(name, membership)| Change::Namespace(name, membership)),
         ]
+    }
+
+    fn any_name() -> impl Strategy<Value = ObjectName> {
+        (name(), cluster()).prop_map(|(mut name, cluster)| {
+            if let Some(cluster) = cluster {
+                name.namespace = cluster.qualify(&name.namespace);
+            }
+            name
+        })
     }
 
     fn node_address() -> impl Strategy<Value = IpAddr> {
@@ -566,7 +623,7 @@ mod tests {
         }
         seen.extend(snapshot.exposed().map(|at| format!("{at:?}")));
         seen.extend(snapshot.exposed_errors());
-        seen.push(format!("{:?}", snapshot.disputed));
+        seen.push(format!("{:?} {:?}", snapshot.disputed, snapshot.overruled));
         seen
     }
 
@@ -604,7 +661,10 @@ mod tests {
                 }
                 prop_assert!(exposed.into_iter().eq(next.exposed()), "of exposed ports, too");
                 let namespaces = || next.namespaces.values();
-                let pods = namespaces().flat_map(|ns| ns.pods.values()).flat_map(|pod| &pod.addresses);
+                let pods = namespaces().flat_map(|ns| ns.pods.values());
+                // Of remote clusters, only pods of the mesh claim anything.
+                let pods = pods.filter(|pod| pod.name.cluster().is_none() || next.is_member(pod));
+                let pods = pods.flat_map(|pod| &pod.addresses);
                 let services = namespaces().flat_map(|ns| ns.services.values());
                 let services = services.flat_map(|state| &state.service.addresses);
                 let claimed: BTreeSet<_> = pods.chain(services).copied().collect();

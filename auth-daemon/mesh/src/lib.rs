@@ -1,6 +1,7 @@
 //! The model of the mesh: identities, pods, services, policies. No I/O, no clock, no kernel.
 
 mod claims;
+mod cluster;
 mod edit;
 mod exposed;
 mod identity;
@@ -16,6 +17,7 @@ mod waypoint;
 mod workload;
 
 pub use claims::AddressKind;
+pub use cluster::ClusterName;
 pub use edit::Edit;
 pub use exposed::{ExposedAt, HostPort};
 pub use identity::{Identity, InvalidIdentity, TrustDomain};

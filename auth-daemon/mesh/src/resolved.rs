@@ -290,6 +290,9 @@ struct Candidate {
     serves_last: bool,
 }
 
+/// The service of the same name and namespace in a remote cluster, and its backends there.
+pub(super) type Remote<'a> = (&'a Service, Backends<'a>);
+
 impl Resolved {
     /// Returns where a connection to `port` may go.
     pub(super) fn destination(&self, port: u16) -> Result<Destination, Unreachable> {
@@ -311,23 +314,16 @@ impl Resolved {
         })
     }
 
-    /// Resolves `service` with `backends` for `address`. Each endpoint from a slice takes one from `room`. If there is
-    /// no room left, `room` becomes `None` and further endpoints are left out.
+    /// Resolves `service` with `backends` for `address`. Endpoints of remote clusters are pods of the mesh alone, and are used
+    /// if this cluster has none that is ready. Each endpoint from a slice takes one from `room`. If there is no room left,
+    /// `room` becomes `None` and further endpoints are left out.
     pub(super) fn new(
         service: &Service,
         backends: &Backends<'_>,
+        remote: &[Remote<'_>],
         address: IpAddr,
         room: &mut Option<usize>,
     ) -> Self {
-        // An endpoint outside the mesh cannot prove its identity, unless it is of a trust domain that the service names.
-        let may_run = |endpoint: &Endpoint| {
-            let pinned = service.pinned_identities.as_ref();
-            pinned.is_none_or(|pinned| {
-                let pod = endpoint.workload.as_ref();
-                let is_pinned = |pod: &Arc<Workload>| pinned.contains(&pod.identity);
-                endpoint.foreign || endpoint.meshed && pod.is_some_and(is_pinned)
-            })
-        };
         let most = match backends {
             Backends::Pods(_) => usize::MAX,
             Backends::Slices(_) => MAX_SLICED_PORTS,
@@ -337,17 +333,20 @@ impl Resolved {
             .iter()
             .take(most)
             .map(|port| {
-                let mut all = backends.on(service, port, address, room);
-                all.retain(|candidate| may_run(&candidate.endpoint));
-                let any_ready = all.iter().any(|candidate| candidate.ready);
-                let endpoints: Arc<[Endpoint]> = all
-                    .into_iter()
-                    .filter(|candidate| match any_ready {
-                        true => candidate.ready,
-                        false => candidate.serves_last,
-                    })
-                    .map(|candidate| candidate.endpoint)
-                    .collect();
+                let mut own = backends.on(service, port, address, room);
+                own.retain(|candidate| service.may_be_run_by(&candidate.endpoint));
+                let mut theirs = Vec::new();
+                for (there, backends) in remote {
+                    // Their pods may have the port under another number.
+                    let same = there.ports.iter().find(|other| other.name == port.name);
+                    let found = same.map(|same| backends.on(there, same, address, room));
+                    theirs.extend(found.into_iter().flatten().filter(|candidate| {
+                        let endpoint = &candidate.endpoint;
+                        let may_run = |of: &Service| of.may_be_run_by(endpoint);
+                        endpoint.meshed && may_run(there) && may_run(service)
+                    }));
+                }
+                let endpoints = preferred(&own, &theirs);
                 let identities = service.pinned_identities.clone().unwrap_or_else(|| {
                     let meshed = endpoints.iter().filter(|endpoint| endpoint.meshed);
                     let pods = meshed.filter_map(|endpoint| endpoint.workload.as_ref());
@@ -368,4 +367,37 @@ impl Resolved {
             local: service.local,
         }
     }
+}
+
+impl Service {
+    /// Reports whether `endpoint` may run the service. If identities are pinned, an endpoint outside the mesh may not, because
+    /// it cannot prove its own, unless it is of a trust domain that the service names.
+    fn may_be_run_by(&self, endpoint: &Endpoint) -> bool {
+        let pinned = self.pinned_identities.as_ref();
+        pinned.is_none_or(|pinned| {
+            let pod = endpoint.workload.as_ref();
+            let is_pinned = |pod: &Arc<Workload>| pinned.contains(&pod.identity);
+            endpoint.foreign || endpoint.meshed && pod.is_some_and(is_pinned)
+        })
+    }
+}
+
+/// Returns the endpoints that a connection may use: the ready ones of this cluster, else those of remote clusters, else the ones
+/// that serve last.
+fn preferred(own: &[Candidate], theirs: &[Candidate]) -> Arc<[Endpoint]> {
+    let ready = |candidate: &&Candidate| candidate.ready;
+    let serves_last = |candidate: &&Candidate| candidate.serves_last;
+    let choices: [(&[Candidate], &dyn Fn(&&Candidate) -> bool); 4] = [
+        (own, &ready),
+        (theirs, &ready),
+        (own, &serves_last),
+        (theirs, &serves_last),
+    ];
+    for (candidates, may_serve) in choices {
+        if candidates.iter().any(|candidate| may_serve(&candidate)) {
+            let chosen = candidates.iter().filter(may_serve);
+            return chosen.map(|candidate| candidate.endpoint.clone()).collect();
+        }
+    }
+    Arc::new([])
 }

@@ -14,6 +14,7 @@ use imbl::{HashMap, OrdMap, OrdSet, ordmap::DiffItem};
 use super::{
     Destination, Edit, Identity, Membership, MeshDefault, ObjectName, Service, Slice, Workload,
     claims::{AddressKind, Claim, Claims},
+    cluster,
     exposed::Exposed,
     node::Cluster,
     resolved::MAX_SLICED,
@@ -37,6 +38,8 @@ pub struct Snapshot {
     pub(super) nodes: HashMap<String, OrdMap<ObjectName, Arc<Workload>>>,
     pub(super) addresses: OrdMap<IpAddr, Claims>,
     pub(super) disputed: OrdSet<IpAddr>,
+    /// Addresses of this cluster that a remote cluster claims, too.
+    pub(super) overruled: OrdSet<IpAddr>,
     /// Slices, indexed by the address and pod of their endpoints, either of which may determine the pod at an endpoint.
     pub(super) slices: SlicesBy,
     /// Services with more endpoints in slices than the limit.
@@ -148,11 +151,13 @@ impl Snapshot {
         pods.filter(|pod| self.is_member(pod))
     }
 
-    /// Returns the names of the namespaces whose label puts their pods into the mesh.
+    /// Returns the names of this cluster's namespaces whose label puts their pods into the mesh.
     pub fn enabled_namespaces(&self) -> impl Iterator<Item = &str> {
         let namespaces = self.namespaces.iter();
         namespaces
-            .filter(|(_, namespace)| namespace.membership == Some(Membership::Enabled))
+            .filter(|(name, namespace)| {
+                namespace.membership == Some(Membership::Enabled) && !cluster::is_remote(name)
+            })
             .map(|(name, _)| name.as_str())
     }
 
@@ -249,7 +254,7 @@ impl Snapshot {
         let claims = self.addresses.get(&address)?;
         Some(match claims.owner() {
             Some(owner) => owner.describe(),
-            None => describe_all(claims, " and "),
+            None => describe_all(claims.meshed(), " and "),
         })
     }
 
@@ -280,7 +285,14 @@ impl Snapshot {
     pub fn errors(&self) -> impl Iterator<Item = String> {
         let disputed = self.disputed.iter().map(|address| self.error(*address));
         let crowded = self.crowded.iter().map(too_many_endpoints);
-        disputed.chain(crowded).chain(self.exposed_errors())
+        let overruled = self
+            .overruled
+            .iter()
+            .map(|address| self.overruled_at(*address));
+        disputed
+            .chain(overruled)
+            .chain(crowded)
+            .chain(self.exposed_errors())
     }
 
     /// Returns the conflicts that `before` did not have. The cost depends on the number of changes.
@@ -290,19 +302,35 @@ impl Snapshot {
             imbl::ordset::DiffItem::Add(address) => Some(self.error(*address)),
             imbl::ordset::DiffItem::Remove(_) => None,
         });
+        let changes = before.overruled.diff(&self.overruled);
+        let overruled = changes.filter_map(|change| match change {
+            imbl::ordset::DiffItem::Add(address) => Some(self.overruled_at(*address)),
+            imbl::ordset::DiffItem::Remove(_) => None,
+        });
         let changes = before.crowded.diff(&self.crowded);
         let crowded = changes.filter_map(|change| match change {
             imbl::ordset::DiffItem::Add(service) => Some(too_many_endpoints(service)),
             imbl::ordset::DiffItem::Remove(_) => None,
         });
         let exposed = self.exposed_errors_since(before);
-        disputed.chain(crowded).chain(exposed)
+        disputed.chain(overruled).chain(crowded).chain(exposed)
     }
 
     fn error(&self, address: IpAddr) -> String {
         let claims = self.addresses.get(&address);
-        let who = claims.map_or_else(String::new, |claims| describe_all(claims, " and by "));
+        let who = claims.map_or_else(String::new, |claims| {
+            describe_all(claims.meshed(), " and by ")
+        });
         format!("address {address} is claimed by {who}: connections to it are refused")
+    }
+
+    fn overruled_at(&self, address: IpAddr) -> String {
+        let claims = self.addresses.get(&address);
+        let who = claims.map_or_else(String::new, |claims| describe_all(claims.all(), " and by "));
+        format!(
+            "address {address} is claimed by {who}: this cluster's own object has it, and the pod of the remote cluster is \
+             not reached; clusters of one network need different pod networks"
+        )
     }
 
     /// Resolves `address` to the endpoints that a connection may use and the identities that may answer. The address of a
@@ -364,12 +392,12 @@ impl Snapshot {
         let known = self.namespaces.get(namespace);
         known
             .and_then(|namespace| namespace.membership)
-            .unwrap_or_else(|| self.defaults.of(namespace))
+            .unwrap_or_else(|| self.defaults.of(cluster::namespace_of(namespace)))
     }
 }
 
-fn describe_all(claims: &Claims, separator: &str) -> String {
-    let all: Vec<_> = claims.meshed().map(Claim::describe).collect();
+fn describe_all<'a>(claims: impl IntoIterator<Item = &'a Claim>, separator: &str) -> String {
+    let all: Vec<_> = claims.into_iter().map(Claim::describe).collect();
     all.join(separator)
 }
 

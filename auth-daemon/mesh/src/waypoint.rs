@@ -103,7 +103,7 @@ impl Snapshot {
         let mut found = Err(NoWaypoint::NotReady(waypoint.clone()));
         for family in [like, other] {
             let mut room = Some(MAX_SLICED);
-            let resolved = Resolved::new(&state.service, &backends, family, &mut room);
+            let resolved = Resolved::new(&state.service, &backends, &[], family, &mut room);
             let Some(port) = resolved.ports.get(&waypoint.port) else {
                 return Err(NoWaypoint::NoPort(waypoint.clone()));
             };

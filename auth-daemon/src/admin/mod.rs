@@ -182,8 +182,15 @@ fn known(node: &Node) -> Known {
     let snapshot = node.registry.snapshot();
     Known {
         source: format!("what node {} knows", node.config.node_name),
-        pods: snapshot.workloads().cloned().collect(),
-        services: snapshot.services().cloned().collect(),
+        // Policies are about the pods of this cluster.
+        pods: { snapshot.workloads() }
+            .filter(|pod| pod.name.cluster().is_none())
+            .cloned()
+            .collect(),
+        services: { snapshot.services() }
+            .filter(|service| service.name.cluster().is_none())
+            .cloned()
+            .collect(),
         policies: node.policies.current(),
         enabled_namespaces: snapshot
             .enabled_namespaces()

@@ -111,8 +111,9 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
     if let Some(local_pod) = local_pod {
         return Ok(ChosenPath::SameNode(local_pod.clone()));
     }
-    // A peer of another trust domain runs this daemon too. What it is shows in the handshake.
-    if endpoint.foreign {
+    // A peer of another trust domain or cluster runs this daemon too. What it is shows in the handshake.
+    let pod = endpoint.workload.as_ref();
+    if endpoint.foreign || pod.is_some_and(|pod| pod.name.cluster().is_some()) {
         return Ok(ChosenPath::Tunnel);
     }
     let (true, Some(server)) = (endpoint.meshed, &endpoint.workload) else {
@@ -320,6 +321,18 @@ mod tests {
             node: "b".into(),
             why,
         })
+    }
+
+    #[test]
+    fn reaches_a_pod_of_a_remote_cluster_by_the_tunnel_alone() {
+        let east: auth_mesh::ClusterName = "east".parse().unwrap();
+        // Its node has the name of this one.
+        let remote = east.pod((*pod("server", SERVER, "a")).clone());
+        let remote = endpoint(Some(Arc::new(remote)), SERVER, true);
+        for daemon in [Daemon::Never, Daemon::Disabled, Daemon::Untracked] {
+            let chosen = choose(&remote, daemon, Mode::Permissive);
+            assert_eq!(chosen, Ok(ChosenPath::Tunnel));
+        }
     }
 
     #[test]
