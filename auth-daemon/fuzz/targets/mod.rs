@@ -10,6 +10,7 @@ mod frame;
 mod hello;
 mod identity;
 mod istiod;
+mod kubeconfig;
 mod manifest;
 mod nri;
 mod record;
@@ -22,7 +23,7 @@ mod workload_api;
 pub(crate) type Target = fn(&[u8]);
 
 /// The targets, by name. Their seeds are in `seeds/<name>`.
-pub(crate) const TARGETS: [(&str, Target); 16] = [
+pub(crate) const TARGETS: [(&str, Target); 17] = [
     ("authority", authority::run),
     ("bundle", bundle::run),
     ("config", config::run),
@@ -32,6 +33,7 @@ pub(crate) const TARGETS: [(&str, Target); 16] = [
     ("hello", hello::run),
     ("identity", identity::run),
     ("istiod", istiod::run),
+    ("kubeconfig", kubeconfig::run),
     ("manifest", manifest::run),
     ("nri", nri::run),
     ("record", record::run),

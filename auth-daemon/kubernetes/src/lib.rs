@@ -3,6 +3,7 @@
 //! Calls do not use [`kube::Api`], because it reads a response of any length, has no deadline, and logs the whole of a
 //! response that it cannot parse, including tokens and keys.
 
+mod kubeconfig;
 pub mod objects;
 mod port_forward;
 mod signing_request;
@@ -11,7 +12,7 @@ mod token;
 use std::{env, error::Error, fmt::Debug, marker::PhantomData, path::Path, time::Duration};
 
 use axum::body::{Body, to_bytes};
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, stream};
 use k8s_openapi::NamespaceResourceScope;
 use kube::{
     Api, Client, Config, Resource,
@@ -27,6 +28,7 @@ use serde_json::Value;
 
 use auth_support::backoff;
 
+pub use kubeconfig::{MAX_KUBECONFIG_BYTES, WATCH_SECONDS, connect_by};
 pub use port_forward::{Forwarded, port_forward};
 pub use signing_request::{post_signing_request, poster_of};
 pub use token::request_token;
@@ -375,6 +377,39 @@ where
             );
         });
         std::future::ready(event.ok())
+    })
+}
+
+/// As [`follow`], but tells why the API server cannot be asked, and lists the objects again after that, so that the end of the
+/// list tells that it can.
+pub fn follow_or_fail<K>(
+    api: Api<K>,
+    config: watcher::Config,
+) -> impl Stream<Item = Result<watcher::Event<K>, String>> + Send
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let watch = move || Box::pin(watcher(api.clone(), config.clone()));
+    let first = (watch(), Pauses::default(), Duration::ZERO);
+    stream::unfold(first, move |(mut events, mut pauses, pause)| {
+        let watch = watch.clone();
+        async move {
+            tokio::time::sleep(pause).await;
+            let event = events.next().await?;
+            let pause = match &event {
+                Ok(watcher::Event::Init) => Duration::ZERO,
+                Ok(_) => {
+                    pauses.reset();
+                    Duration::ZERO
+                }
+                Err(_) => {
+                    events = watch();
+                    pauses.next()?
+                }
+            };
+            let event = event.map_err(|error| with_causes(&error));
+            Some((event, (events, pauses, pause)))
+        }
     })
 }
 
