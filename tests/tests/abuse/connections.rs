@@ -75,7 +75,7 @@ fn hoard(stage: &Stage) -> Result<App> {
 }
 
 /// The number of connections that an attacker still holds, once no more of them are refused.
-fn settled(hoard: &mut App) -> Result<u64> {
+pub(crate) fn settled(hoard: &mut App) -> Result<u64> {
     let mut last = u64::MAX;
     eventually_ok(LONG, "the hoard to settle", || {
         let now = hoard.event("holding", TIMEOUT)?["connections"].as_u64();
