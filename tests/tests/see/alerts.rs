@@ -3,10 +3,10 @@
 use std::{collections::BTreeSet, path::Path, process::Command};
 
 use anyhow::ensure;
-use mesh_tests::{Process, TIMEOUT, eventually_ok};
+use mesh_tests::{DaemonOptions, Process, TIMEOUT, eventually_ok};
 use serde_json::json;
 
-use crate::common::lifecycle_pair::{Echoing, call, echoes};
+use crate::common::lifecycle_pair::{Echoing, call, echoes, pair};
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/prometheus");
 
@@ -54,7 +54,13 @@ fn rules_use_metrics_that_a_daemon_has() {
         web,
         mesh,
         ..
-    } = &Echoing::start();
+    } = &Echoing::on(
+        pair(),
+        &DaemonOptions::default().setting(
+            "federation",
+            json!([{"trustDomain": "far.example", "bundleFile": "/nowhere"}]),
+        ),
+    );
     // Counters appear once they count: a connection, one refused for plaintext, one by a policy.
     echoes(client, web.at(8080));
     assert_eq!(call(mesh.outside(), web.at(8080))["event"], "failed");
