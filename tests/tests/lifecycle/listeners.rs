@@ -1,9 +1,10 @@
 //! A listener of the daemon that dies under it: a pod with CAP_NET_ADMIN can destroy sockets of its own netns. The kernel finds
-//! the one for tunnels only, because the inbound program leads there whatever is looked for.
+//! the one for tunnels only, because the inbound program leads there whatever is looked for. With a container's default
+//! capabilities, a pod reaches no socket of the daemon.
 
 use std::net::SocketAddr;
 
-use mesh_tests::{App, Place, Pod, TIMEOUT, eventually, eventually_ok};
+use mesh_tests::{App, Place, Pod, TIMEOUT, eventually, eventually_ok, pod_app};
 use serde_json::Value;
 
 use crate::common::lifecycle_pair::{MARKER, daemons, pair, pod_status};
@@ -53,6 +54,49 @@ fn a_listener_that_is_destroyed_is_opened_again() {
     assert_eq!((status.enrolled, reason), (true, String::new()));
     chat.event("round", TIMEOUT).unwrap();
     chat.event("round", TIMEOUT).unwrap();
+}
+
+/// What containerd and CRI-O give a container (as `setpriv` names them).
+const DEFAULT_CAPABILITIES: &str = "-all,+audit_write,+chown,+dac_override,+fowner,+fsetid,+kill,+mknod,+net_bind_service,\
+                                    +net_raw,+setfcap,+setgid,+setpcap,+setuid,+sys_chroot";
+
+/// The pod shares the daemon's pid namespace, as one with `hostPID` does. Others cannot even name the daemon's process.
+#[test]
+fn a_pod_with_default_capabilities_reaches_no_descriptor_of_the_daemon() {
+    let mesh = pair();
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let (_a, b) = daemons(&mesh);
+    let _echo = web.app("echo-server --port 8080").unwrap();
+    let answered = || is_answered(&client, web.at(8080)).then_some(());
+    eventually(TIMEOUT, "an answer", answered).unwrap();
+    let (program, pid) = (pod_app().unwrap(), b.pid().to_string());
+    let steal = [program.to_str().unwrap(), "steal", "--pid", &pid];
+    let limited = ["--bounding-set", DEFAULT_CAPABILITIES];
+
+    let refused = web.run("setpriv", [&limited[..], &steal[..]].concat());
+    let refused = refused.unwrap().ok().unwrap().json_lines().pop().unwrap();
+    for (way, errno) in [
+        ("link", "EACCES"),
+        ("memory", "EACCES"),
+        ("duplicate", "EPERM"),
+    ] {
+        assert_eq!(refused[way], errno, "{way}: {refused}");
+    }
+    // What it takes: the capabilities of root on the node.
+    let root = web.run(steal[0], &steal[1..]).unwrap().ok().unwrap();
+    let root = root.json_lines().pop().unwrap();
+    for way in ["link", "memory", "duplicate"] {
+        assert_eq!(root[way], "done", "{way}: {root}");
+    }
+
+    // Nor does it destroy the daemon's sockets in its own netns.
+    let filter = format!("sport = :{PORT}");
+    let destroy = [&limited[..], &["ss", "-HKltn", &filter][..]].concat();
+    let destroyed = web.run("setpriv", destroy).unwrap();
+    assert!(destroyed.stdout.trim().is_empty(), "{destroyed:?}");
+    assert!(is_answered(&client, web.at(8080)));
+    let opened = |line: &Value| line["message"] == "a listener is open again";
+    assert!(!b.logs().iter().any(opened));
 }
 
 #[test]

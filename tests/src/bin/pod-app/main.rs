@@ -27,6 +27,7 @@ mod reset;
 mod script;
 mod server;
 mod set_up;
+mod steal;
 mod steps;
 mod transfer;
 mod udp;
@@ -71,6 +72,7 @@ enum Behaviour {
     Hoard(flood::Hoard),
     Namespaces(namespaces::Namespaces),
     SetUp(set_up::SetUp),
+    Steal(steal::Steal),
     UdpEcho(udp::UdpEcho),
     UdpSend(udp::UdpSend),
 }
@@ -102,6 +104,7 @@ fn main() -> ExitCode {
         Behaviour::Hoard(it) => it.run(),
         Behaviour::Namespaces(it) => it.run(),
         Behaviour::SetUp(it) => it.run(),
+        Behaviour::Steal(it) => it.run(),
         Behaviour::UdpEcho(it) => it.run(),
         Behaviour::UdpSend(it) => it.run(),
     };
