@@ -461,14 +461,17 @@ impl Kubernetes {
         object(path, self.call("DELETE", path, None)?)
     }
 
-    /// Applies a file of manifests with `kubectl apply`.
+    /// Applies a file of manifests with `kubectl apply`. Again if it fails: on an emulated machine, an API server that starts
+    /// pods takes longer for a TLS handshake than kubectl waits.
     pub fn apply(&self, file: &Path) -> Result<()> {
         // If two tests created the same object at once, one of them would fail.
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        self.kubectl([OsStr::new("apply"), OsStr::new("-f"), file.as_os_str()])?
-            .ok()
-            .map(drop)
+        eventually_ok(TIMEOUT, "kubectl apply", || {
+            self.kubectl([OsStr::new("apply"), OsStr::new("-f"), file.as_os_str()])?
+                .ok()
+                .map(drop)
+        })
     }
 
     /// Runs `kubectl` as the cluster's administrator, for at most two minutes. A failure of kubectl is not an error here:
