@@ -7,6 +7,7 @@ mod istio_ca;
 mod istiod;
 mod pki;
 mod programs;
+mod remote;
 
 use std::ffi::OsStr;
 use std::fs;

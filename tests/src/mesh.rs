@@ -220,6 +220,13 @@ impl Mesh {
         Kubernetes::start_for_cluster(&self.outside, ip, network.services())
     }
 
+    /// Starts an API server of a cluster of its own on `node`, as [`Mesh::start_api_server`] does
+    /// on the host outside.
+    pub fn start_api_server_on(&self, node: &Node) -> Result<Kubernetes> {
+        let (ip, network) = (IpAddr::V4(node.ipv4()), PodNetwork::default());
+        Kubernetes::start_for_cluster(node.place(), ip, network.services())
+    }
+
     /// Starts a daemon with default options on every node, and waits until each is ready and has enrolled its pods.
     pub fn start_daemons(&self) -> Result<Vec<Daemon>> {
         self.start_daemons_with(&DaemonOptions::default())

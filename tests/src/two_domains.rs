@@ -179,7 +179,7 @@ fn introduce(mesh: &Mesh, node: &str, address: &str, pod: &str, trust_domain: &s
 }
 
 /// Writes the root certificate of the daemons that sign with the folder `ca` to `file`, without its key.
-fn write_root(ca: &Path, file: &Path) -> Result<()> {
+pub fn write_root(ca: &Path, file: &Path) -> Result<()> {
     const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
     const END: &str = "-----END CERTIFICATE-----";
     let pem = fs::read_to_string(ca.join("root.pem")).context("reading the root")?;

@@ -25,6 +25,10 @@ fn values() -> [(&'static str, Value); 4] {
             "clients": ["10.0.0.0/8", "fd00::/8"], "resources": {"limits": {"memory": "1Gi"}},
         },
         "priorityQuota": true,
+        "remoteClusters": {
+            "namespace": "auth-clusters",
+            "trustDomains": [{"cluster": "east", "trustDomain": "east.example"}],
+        },
     });
     let elsewhere = json!({
         "ca": {
@@ -256,6 +260,14 @@ fn values_that_the_schema_does_not_know_are_refused() -> Result<()> {
             "additional properties 'drain' not allowed",
         ),
         (json!({"mode": "strict"}), "/mode"),
+        (
+            json!({"remoteClusters": {"namespace": chart::SYSTEM_NAMESPACE}}),
+            "reads the CA's keys",
+        ),
+        (
+            json!({"remoteClusters": {"namespace": "x"}, "istio": {"enabled": true}}),
+            "/remoteClusters/namespace",
+        ),
         (json!({"podNetworks": ["10.0.0.1"]}), "/podNetworks/0"),
         (json!({"ca": {"enabled": false}}), "/ca/address"),
         (json!({"ca": {"address": "elsewhere:15012"}}), "/ca/address"),
@@ -278,9 +290,13 @@ fn api_server_accepts_every_object_without_warning() -> Result<()> {
     let Some(cluster) = Kubernetes::shared(test) else {
         return Ok(());
     };
-    // A dry run creates nothing, so the objects' namespace must exist.
+    // A dry run creates nothing, so the objects' namespaces must exist.
     cluster.apply(&chart::rendered_file())?;
     let file = std::env::temp_dir().join(format!("chart-{}.yaml", std::process::id()));
+    let namespace =
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "auth-clusters"}});
+    fs::write(&file, namespace.to_string())?;
+    cluster.apply(&file)?;
     for (what, values) in values() {
         let objects = rendered(&values)?;
         fs::write(&file, &objects)?;

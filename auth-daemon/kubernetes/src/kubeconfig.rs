@@ -123,6 +123,27 @@ mod tests {
     }
 
     #[test]
+    fn the_documented_kubeconfig_is_one() {
+        let page = include_str!("../../../docs/MULTICLUSTER.md");
+        let (_, rest) = page.split_once("  east: |\n").unwrap();
+        let (text, _) = rest.split_once("END\n").unwrap();
+        let text = [
+            ("$SERVER", "https://east.example:6443"),
+            ("$(field 'ca\\.crt')", "LS0tLS1+/w=="),
+            ("$(field token | base64 --decode)", "a-b.c_d.e"),
+        ]
+        .iter()
+        .fold(text.to_owned(), |text, (field, value)| {
+            text.replace(field, value)
+        });
+        assert!(!text.contains('$'), "{text}");
+        let read = checked(text.as_bytes()).unwrap();
+        let cluster = read.clusters[0].cluster.as_ref().unwrap();
+        let authority = cluster.certificate_authority_data.as_deref();
+        assert_eq!(authority, Some("LS0tLS1+/w=="));
+    }
+
+    #[test]
     fn programs_files_and_other_things_are_refused_in_every_entry() {
         for (list, section, field, value) in [
             ("users", "user", "exec", json!({"command": "/bin/sh"})),

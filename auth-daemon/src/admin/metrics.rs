@@ -28,6 +28,11 @@ struct Plaintext {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Remote {
+    cluster: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Foreign {
     trust_domain: String,
 }
@@ -180,6 +185,7 @@ fn collect(node: &Node) -> Registry {
         ends,
     );
     register_federation(registry, node);
+    register_remote_clusters(registry, node);
     if let Some(istio) = &node.connections.istio {
         let dropped = Counter::<u64>::default();
         dropped.inc_by(istio.dropped());
@@ -228,5 +234,22 @@ fn register_federation(registry: &mut Registry, node: &Node) {
         "foreign_bundle_failures",
         "How often the bundle of each foreign trust domain could not be read or fetched",
         failures,
+    );
+}
+
+/// The remote clusters.
+fn register_remote_clusters(registry: &mut Registry, node: &Node) {
+    let readable = Family::<Remote, Gauge>::default();
+    for known in node.remote.load().iter() {
+        let cluster = Remote {
+            cluster: known.name.clone(),
+        };
+        let is_readable = known.error.is_none();
+        readable.get_or_create(&cluster).set(is_readable.into());
+    }
+    registry.register(
+        "remote_cluster_readable",
+        "Whether each remote cluster can be read: 0 while only its last known state is",
+        readable,
     );
 }

@@ -60,6 +60,7 @@ fn without_connections(node: &Node) -> Value {
         "ca": node.certificates.health().status(),
         "trust": trust(node),
         "federation": node.federation.list(),
+        "remoteClusters": &**node.remote.load(),
         "policies": policies(node),
         "openConnections": node.connections.count(),
         "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "underWay": node.kernel.shares.under_way(), "pods": pods},

@@ -101,6 +101,7 @@ async fn serve(config: CaConfig) -> anyhow::Result<()> {
                     defaults: MeshDefault::default(),
                     services: false,
                     daemons: None,
+                    remote: None,
                 },
                 sink,
                 synced,

@@ -108,7 +108,9 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             policies: Some(policies.clone()),
             lookups: lookups.clone(),
             unconfirmed: unconfirmed.clone(),
+            ..Sink::default()
         };
+        let remote = sink.remote.clone();
         let Followed {
             follow,
             removal,
@@ -155,7 +157,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             kernel,
             certificates,
         );
-        let node = Arc::new(node.with_federation(federated));
+        let node = Arc::new(node.with_federation(federated).with_remote_clusters(remote));
         health.serve(node.clone());
         if matches!(node.config.discovery, Discovery::Istiod { .. }) {
             let client = auth_kubernetes::connect().await?;
@@ -300,12 +302,14 @@ async fn follow(config: &Config, sink: Sink) -> anyhow::Result<Followed> {
             defaults,
             own_namespace,
             node_taint,
+            remote,
         } => {
             let settings = discovery::kubernetes::Settings {
                 trust_domain,
                 defaults: defaults.clone(),
                 services: true,
                 daemons: Some(own_namespace.clone()),
+                remote: remote.clone(),
             };
             let (synced, _) = watch::channel(false);
             let client = auth_kubernetes::connect().await?;

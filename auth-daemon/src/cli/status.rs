@@ -100,6 +100,20 @@ fn table(status: &Value) -> String {
             text(&domain["source"]),
         ));
     }
+    for cluster in items(&status["remoteClusters"]) {
+        out.push_str(&format!(
+            "remote cluster: {}, {} pods and {} services of {}, from Secret {}{}\n",
+            text(&cluster["name"]),
+            text(&cluster["pods"]),
+            text(&cluster["services"]),
+            text(&cluster["trustDomain"]),
+            text(&cluster["secret"]),
+            match cluster["since"].as_str() {
+                Some(since) => format!("; NOT READABLE since {since}, last known state"),
+                None => String::new(),
+            },
+        ));
+    }
     section(
         &mut out,
         "PODS",
@@ -250,6 +264,13 @@ mod tests {
                 {"trustDomain": "partner.example", "roots": 1, "refreshed": "2026-01-02T03:04:05Z", "source": "/p.json"},
                 {"trustDomain": "other.example", "roots": 0, "refreshed": null, "source": "https://o.example/"},
             ],
+            "remoteClusters": [
+                {"name": "east", "secret": "east-1", "trustDomain": "b", "pods": 3, "services": 2, "error": null, "since": null},
+                {
+                    "name": "west", "secret": "west-1", "trustDomain": "c", "pods": 1, "services": 0,
+                    "error": "no route", "since": "2026-01-02T03:04:05Z",
+                },
+            ],
             "connections": [],
         }));
         assert!(
@@ -268,6 +289,9 @@ mod tests {
         for line in [
             "federation: partner.example, 1 root, current at 2026-01-02T03:04:05Z, from /p.json\n",
             "federation: other.example, 0 roots, never read from https://o.example/\n",
+            "remote cluster: east, 3 pods and 2 services of b, from Secret east-1\n",
+            "remote cluster: west, 1 pods and 0 services of c, from Secret west-1; NOT READABLE since 2026-01-02T03:04:05Z, \
+             last known state\n",
         ] {
             assert!(table.contains(line), "{table}");
         }

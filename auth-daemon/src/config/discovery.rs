@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf, str::FromStr};
 
-use super::{CaServer, cluster_id, kubernetes_namespace, server};
+use super::{CaServer, RemoteClusters, cluster_id, kubernetes_namespace, server};
 use auth_mesh::{Membership, MeshDefault};
 use auth_support::config::{Section, absolute};
 
@@ -19,6 +19,8 @@ pub enum Discovery {
         own_namespace: String,
         /// Defaults to ignore.
         node_taint: NodeTaint,
+        /// Remote clusters. Defaults to none.
+        remote: Option<RemoteClusters>,
     },
     /// istiod, the control plane of an Istio mesh, and for the pods of this node the API of the cluster.
     Istiod {
@@ -43,6 +45,14 @@ impl Discovery {
                 ..
             }
         )
+    }
+
+    /// The remote clusters, if there may be any.
+    pub(super) fn remote_clusters(&self) -> Option<&RemoteClusters> {
+        match self {
+            Self::Kubernetes { remote, .. } => remote.as_ref(),
+            Self::Files(_) | Self::Istiod { .. } => None,
+        }
     }
 
     /// The daemon's own namespace. `None` outside a cluster.
@@ -116,8 +126,15 @@ pub(super) fn read(
                 "ignore" => Ok(NodeTaint::Ignore),
                 _ => Err("is neither manage nor ignore"),
             });
+            let own_namespace = own_namespace("kubernetes", errors);
+            let remote = cluster.has("remoteClusters").then(|| {
+                let mut remote = cluster.section("remoteClusters", errors);
+                let read = RemoteClusters::read(&mut remote, own_namespace.as_deref(), errors);
+                remote.refuse_the_rest(errors);
+                read
+            });
             cluster.refuse_the_rest(errors);
-            let own_namespace = own_namespace("kubernetes", errors)?;
+            let own_namespace = own_namespace?;
             let mut excluded: BTreeSet<_> = excluded
                 .unwrap_or_else(|| vec!["kube-system".into()])
                 .into_iter()
@@ -130,6 +147,7 @@ pub(super) fn read(
                 },
                 own_namespace,
                 node_taint: node_taint.unwrap_or(NodeTaint::Ignore),
+                remote: remote.flatten(),
             })
         }
         [] => {

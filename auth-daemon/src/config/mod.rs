@@ -3,6 +3,7 @@
 mod access_log;
 mod discovery;
 mod federation;
+mod remote_clusters;
 mod workload_api;
 
 use std::{
@@ -16,6 +17,7 @@ use ipnet::IpNet;
 pub use access_log::{AccessFields, AccessLog, Sample};
 pub use discovery::{Discovery, NodeTaint};
 pub use federation::{BundleSource, Federation, ForeignDomain};
+pub use remote_clusters::RemoteClusters;
 
 use auth_support::config::{self as section, Section, absolute, duration, node_name, server_name};
 pub use auth_support::{
@@ -236,6 +238,10 @@ impl Config {
         if is_on_demand && non_tcp == Some(NonTcp::Deny) {
             let why = "nonTcp: deny needs to know what is outside the mesh";
             errors.push(format!("{why}: discovery.istiod.subscribe must be all"));
+        }
+        let remote = discovery.as_ref().and_then(Discovery::remote_clusters);
+        if let Some(remote) = remote {
+            remote.check_trust_domains(&trust_domain, &federation, &mut errors);
         }
         if metrics == Some(Metrics::Istio) && observe == Some(Observe::Nothing) {
             errors
@@ -506,6 +512,7 @@ mod tests {
                 },
                 own_namespace: "auth-system".into(),
                 node_taint,
+                remote: None,
             })
         };
         let own = Some("auth-system");

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::issuer::Link;
 use auth_kubernetes::objects;
-use auth_mesh::{Membership, MeshDefault, ObjectName, Service, Snapshot, Workload};
+use auth_mesh::{Membership, MeshDefault, ObjectName, Service, Workload};
 use auth_xds::{Caller, Mesh, Session, State};
 
 /// Responses that wait to be applied.
@@ -66,11 +66,12 @@ pub async fn run(
             defaults: defaults(),
             services: true,
             daemons: Some(own.namespace),
+            remote: None,
         },
         &KINDS,
-        State::new(mesh, own.node, defaults()),
     );
-    known.model().edit().know_daemons();
+    let mut state = State::new(mesh, own.node, defaults());
+    state.edit().know_daemons();
     let mut is_subscribed = false;
     let mut answered = Vec::new();
     // Of services that are exposed at addresses which istiod does not know.
@@ -81,9 +82,9 @@ pub async fn run(
         let changed = tokio::select! {
             event = events.next() => {
                 let Some((kind, event)) = event else { return };
-                let changed = known.take(kind, event);
+                let changed = known.take(kind, event, &mut state);
                 if let Some(lookups) = &sink.lookups && kind == Kind::Service && changed {
-                    pinned = known.model().exposed_addresses().collect();
+                    pinned = state.exposed_addresses().collect();
                     lookups.pin(&pinned);
                 }
                 sink.unconfirmed.store(known.unconfirmed(), Ordering::Relaxed);
@@ -94,7 +95,7 @@ pub async fn run(
                 let news = !update.changes.is_empty() || is_subscribed != update.complete;
                 is_subscribed = update.complete;
                 for change in update.changes {
-                    known.model().take(change);
+                    state.take(change);
                 }
                 answered.extend(update.answered);
                 news || !answered.is_empty()
@@ -102,7 +103,7 @@ pub async fn run(
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
                 is_published = true;
-                sink.publish(known.model().policies(), known.snapshot());
+                sink.publish(state.policies(), state.snapshot());
                 if let Some(lookups) = &sink.lookups {
                     lookups.answer(answered.drain(..));
                 }
@@ -203,9 +204,5 @@ impl kubernetes::Model for State {
 
     fn remove_service(&mut self, name: &ObjectName) {
         self.remove_exposed_service(name);
-    }
-
-    fn snapshot(&mut self) -> Snapshot {
-        Self::snapshot(self)
     }
 }

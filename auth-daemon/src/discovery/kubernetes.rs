@@ -1,6 +1,7 @@
 //! Discovery from the Kubernetes API: watches objects, and keeps the last known state while the API is unavailable.
 
 mod known;
+mod remote;
 
 use std::{
     pin::Pin,
@@ -20,13 +21,15 @@ use tokio_stream::wrappers::ReceiverStream;
 use known::Seen;
 pub use known::{DAEMON_NAME, NAME_LABEL};
 pub(super) use known::{Event, Known, Model};
+use remote::Remote;
 
 use super::{
     Sink,
     manifest::{self, Object},
 };
+use crate::config::RemoteClusters;
 use auth_kubernetes::{follow, is_defined, objects, served};
-use auth_mesh::{Membership, MeshDefault, ObjectName, TrustDomain, policy::api};
+use auth_mesh::{Edit, Membership, MeshDefault, ObjectName, Snapshot, TrustDomain, policy::api};
 use auth_support::backoff;
 
 /// Time to wait for more changes after the first.
@@ -49,26 +52,38 @@ pub struct Settings {
     /// Namespace of the node daemons' own pods. A node without a ready one does not serve the tunnel protocol. `None`:
     /// every node is assumed to have a daemon.
     pub daemons: Option<String>,
+    /// The remote clusters whose pods and services are merged into this cluster's. `None`: no Secret is read.
+    pub remote: Option<RemoteClusters>,
 }
 
 /// Watches the cluster and publishes to `sink`, without end. `synced` becomes true once everything has been read for
 /// the first time; nothing is published before that.
 pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::Sender<bool>) {
     let mut events = select_all(watches(&client, &settings, sink.policies.is_some()));
+    let mut edit = Edit::from(Snapshot::with_defaults(settings.defaults.clone()));
+    if settings.daemons.is_some() {
+        edit.know_daemons();
+    }
+    let mut remote = Remote::follow(&client, &settings, sink.remote.clone());
     let mut known = Known::new(settings, sink.policies.is_some());
     let mut publish_at = None;
     loop {
         tokio::select! {
             event = events.next() => {
                 let Some((kind, event)) = event else { return };
-                if known.take(kind, event) && known.is_complete() {
+                if known.take(kind, event, &mut edit) && known.is_complete() {
                     publish_at.get_or_insert_with(|| Instant::now() + SETTLE);
                 }
                 sink.unconfirmed.store(known.unconfirmed(), Ordering::Relaxed);
             }
+            change = remote.next() => {
+                if remote.take(change, &mut edit).await && known.is_complete() {
+                    publish_at.get_or_insert_with(|| Instant::now() + SETTLE);
+                }
+            }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
                 publish_at = None;
-                sink.publish(known.policies(), known.snapshot());
+                sink.publish(known.policies(), edit.snapshot());
                 if synced.send_if_modified(|synced| !std::mem::replace(synced, true)) {
                     tracing::info!(objects = known.count(), "the cluster's objects are read");
                 }
@@ -365,24 +380,29 @@ pub(super) fn watched_by<K>(
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
-    let seen = move |object: K| Seen {
+    let events = follow(api, config, kind.plural());
+    events
+        .map(move |event| (kind, parsed(event, &parse)))
+        .boxed()
+}
+
+/// Returns the event with its object parsed.
+fn parsed<K: Resource>(
+    event: watcher::Event<K>,
+    parse: impl Fn(K) -> Result<Option<Object>, String>,
+) -> Event {
+    let seen = |object: K| Seen {
         name: name(&object),
         uid: object.uid().unwrap_or_default(),
         object: parse(object),
     };
-    let events = follow(api, config, kind.plural());
-    events
-        .map(move |event| {
-            let event = match event {
-                watcher::Event::Apply(object) => Event::Apply(seen(object)),
-                watcher::Event::Delete(object) => Event::Delete(name(&object)),
-                watcher::Event::Init => Event::Init,
-                watcher::Event::InitApply(object) => Event::InitApply(seen(object)),
-                watcher::Event::InitDone => Event::InitDone,
-            };
-            (kind, event)
-        })
-        .boxed()
+    match event {
+        watcher::Event::Apply(object) => Event::Apply(seen(object)),
+        watcher::Event::Delete(object) => Event::Delete(name(&object)),
+        watcher::Event::Init => Event::Init,
+        watcher::Event::InitApply(object) => Event::InitApply(seen(object)),
+        watcher::Event::InitDone => Event::InitDone,
+    }
 }
 
 fn name(object: &impl Resource) -> ObjectName {

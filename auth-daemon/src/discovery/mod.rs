@@ -9,7 +9,7 @@ pub mod taint;
 
 use std::sync::{Arc, atomic::AtomicUsize};
 
-use crate::proxy::lookups::Lookups;
+use crate::{observe::remote_clusters::RemoteStatus, proxy::lookups::Lookups};
 use auth_mesh::{
     Published, Registry, Snapshot,
     policy::{Policies, api},
@@ -26,6 +26,8 @@ pub struct Sink {
     pub lookups: Option<Arc<Lookups>>,
     /// Number of objects that stay in force although the API server lists no object of their kind any more.
     pub unconfirmed: Arc<AtomicUsize>,
+    /// The remote clusters that are followed.
+    pub remote: Arc<Published<Vec<RemoteStatus>>>,
 }
 
 impl Sink {

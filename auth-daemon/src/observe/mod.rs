@@ -14,6 +14,7 @@ pub(crate) mod log_writer;
 mod memory;
 pub mod pairs;
 pub(crate) mod refusals;
+pub mod remote_clusters;
 mod sharded;
 mod size;
 pub mod totals;

@@ -37,7 +37,10 @@ use crate::{
     config::{Config, Metrics},
     federation::Federated,
     issuer::Certificates,
-    observe::{connections::OpenConnections, istio::IstioMetrics, refusals::Refusals},
+    observe::{
+        connections::OpenConnections, istio::IstioMetrics, refusals::Refusals,
+        remote_clusters::RemoteStatus,
+    },
 };
 use auth_common::Inbound;
 use auth_datapath::Kernel;
@@ -64,6 +67,8 @@ pub struct Node {
     pub certificates: Certificates,
     /// The foreign trust domains.
     pub federation: Arc<Federated>,
+    /// The remote clusters that discovery follows.
+    pub remote: Arc<Published<Vec<RemoteStatus>>>,
     /// The open connections.
     pub connections: OpenConnections,
     /// What the pods' connections share.
@@ -111,6 +116,7 @@ impl Node {
             rules: Rules::default(),
             kernel,
             federation: Arc::new(Federated::new(certificates.trust().clone())),
+            remote: Arc::default(),
             certificates,
             capacity: Arc::new(Capacity::of_process()),
             refusals: Refusals::default(),
@@ -127,6 +133,11 @@ impl Node {
     /// Uses `federation`, which runs already, for the foreign trust domains.
     pub fn with_federation(self, federation: Arc<Federated>) -> Self {
         Self { federation, ..self }
+    }
+
+    /// Uses `remote`, which discovery publishes, for the remote clusters.
+    pub fn with_remote_clusters(self, remote: Arc<Published<Vec<RemoteStatus>>>) -> Self {
+        Self { remote, ..self }
     }
 
     /// The pods of this node whose plaintext callers from outside the networks of pods stay in the kernel.

@@ -33,6 +33,7 @@ fn discover(client: kube::Client, services: bool, sink: Sink) -> watch::Receiver
         defaults: MeshDefault::default(),
         services,
         daemons: None,
+        remote: None,
     };
     tokio::spawn(kubernetes::run(client, settings, sink, synced));
     is_synced

@@ -15,7 +15,13 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   "address" (.Values.ca.enabled | ternary (printf "auth-ca.%s.svc:15012" .Release.Namespace) .Values.ca.address)
   "rootFile" "/var/run/auth-ca/root-cert.pem"
   "tokenFile" "/var/run/secrets/auth-ca/token" -}}
-{{- $discovery := dict "kubernetes" (.Values.daemon.nodeTaint | ternary (dict "nodeTaint" "manage") dict) -}}
+{{- $kubernetes := .Values.daemon.nodeTaint | ternary (dict "nodeTaint" "manage") dict -}}
+{{- if .Values.remoteClusters.namespace }}
+{{- $remote := dict "namespace" .Values.remoteClusters.namespace -}}
+{{- with .Values.remoteClusters.trustDomains }}{{ $_ := set $remote "trustDomains" . }}{{ end -}}
+{{- $_ := set $kubernetes "remoteClusters" $remote -}}
+{{- end -}}
+{{- $discovery := dict "kubernetes" $kubernetes -}}
 {{- with .Values.istio }}{{ if .enabled -}}
 {{- $istiod := dict
   "address" .address

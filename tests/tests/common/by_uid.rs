@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use mesh_tests::{Daemon, Mesh, Place, Pod, PodSpec, Process, ServiceSpec};
-use serde_json::Value;
+use mesh_tests::{Daemon, Kubernetes, Mesh, Place, Pod, PodSpec, Process, ServiceSpec};
+use serde_json::{Value, json};
 
 /// A mesh with `client` on node a and `web` on node b, each with its own service account and without a process, and a
 /// service in front of `web`.
@@ -39,6 +39,22 @@ pub(crate) fn pause(pod: &Pod) -> Process {
 /// Starts a process that does nothing and creates no socket.
 pub(crate) fn sleep(place: &Place) -> Process {
     place.spawn("sleep", ["1000"]).unwrap()
+}
+
+/// Creates the object of a pod, and a process by which it is found.
+pub(crate) fn publish(api: &Kubernetes, pod: &Pod) -> Process {
+    let pods = format!("/api/v1/namespaces/{}/pods", pod.namespace());
+    let mut manifest = pod.manifest();
+    let status = json!({"status": manifest["status"].take()});
+    for container in manifest["spec"]["containers"].as_array_mut().unwrap() {
+        container["image"] = "app".into();
+    }
+    let created = api.create(&pods, &manifest).unwrap();
+    let uid = created["metadata"]["uid"].as_str().unwrap();
+    let process = sleep(&pod.container_of(uid).unwrap());
+    let path = format!("{pods}/{}/status", pod.name());
+    api.merge(&path, &status).unwrap();
+    process
 }
 
 /// The network namespace of a place, as the daemon's status shows an unnamed namespace.

@@ -1,32 +1,15 @@
 //! The daemon of the server's node is not ready for a while, as a real API server tells it.
 
 use mesh_tests::{
-    Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, Pod, Process, TIMEOUT, eventually,
-    eventually_ok,
+    Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, TIMEOUT, eventually, eventually_ok,
 };
 use serde_json::{Value, json};
 
-use crate::common::by_uid::sleep;
+use crate::common::by_uid::publish;
 use crate::common::lifecycle_pair::{MARKER, pair};
 
 const SYSTEM: &str = "auth-system";
-const PODS: &str = "/api/v1/namespaces/default/pods";
 const DAEMON: &str = "/api/v1/namespaces/auth-system/pods/daemon-b";
-
-/// Creates the object of a pod, and a process by which it is found.
-fn publish(api: &Kubernetes, pod: &Pod) -> Process {
-    let mut manifest = pod.manifest();
-    let status = json!({"status": manifest["status"].take()});
-    for container in manifest["spec"]["containers"].as_array_mut().unwrap() {
-        container["image"] = "app".into();
-    }
-    let created = api.create(PODS, &manifest).unwrap();
-    let uid = created["metadata"]["uid"].as_str().unwrap();
-    let process = sleep(&pod.container_of(uid).unwrap());
-    let path = format!("{PODS}/{}/status", pod.name());
-    api.merge(&path, &status).unwrap();
-    process
-}
 
 /// Says that the daemon of node b is ready, or not. It does not exist: node b speaks plaintext alone.
 fn say_ready(api: &Kubernetes, is_ready: bool) {

@@ -18,5 +18,6 @@ mod gate;
 mod listeners;
 mod plaintext;
 mod pods;
+mod remote_clusters;
 mod takeover;
 mod unload;

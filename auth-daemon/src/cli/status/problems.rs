@@ -44,6 +44,16 @@ pub(super) fn problems(status: &Value) -> Vec<String> {
             ));
         }
     }
+    for cluster in items(&status["remoteClusters"]) {
+        if let Some(error) = cluster["error"].as_str() {
+            problems.push(format!(
+                "remote cluster {} cannot be read since {}: {}",
+                text(&cluster["name"]),
+                text(&cluster["since"]),
+                error.replace(char::is_control, " ")
+            ));
+        }
+    }
     for policy in items(&status["policies"]) {
         if let Some(error) = policy["error"].as_str() {
             let (kind, name) = (text(&policy["kind"]), text(&policy["name"]));
@@ -70,6 +80,7 @@ mod tests {
             "certificates": [{"identity": "spiffe://x", "notAfter": "2026-01-02T03:04:05Z"}],
             "ca": {"reachable": true, "answered": null, "lastError": "once"},
             "federation": [{"trustDomain": "partner.example", "error": null}],
+            "remoteClusters": [{"name": "east", "error": null, "since": null}],
             "policies": [{"kind": "AuthorizationPolicy", "name": "a/p", "error": null}],
         });
         assert!(problems(&status).is_empty());
@@ -78,6 +89,8 @@ mod tests {
         status["certificates"][0]["notAfter"] = "2026-01-02T03:04:04Z".into();
         status["ca"]["reachable"] = false.into();
         status["federation"][0]["error"] = "no answer".into();
+        status["remoteClusters"][0] =
+            json!({"name": "east", "error": "no route", "since": "2026-01-02T03:04:05Z"});
         status["policies"][0]["error"] = "spec: bad".into();
         assert_eq!(
             problems(&status),
@@ -87,6 +100,7 @@ mod tests {
                 "the certificate of spiffe://x expired at 2026-01-02T03:04:04Z",
                 "the CA does not answer since -: once",
                 "the bundle of partner.example is not current: no answer",
+                "remote cluster east cannot be read since 2026-01-02T03:04:05Z: no route",
                 "AuthorizationPolicy a/p: spec: bad",
             ]
         );

@@ -7,7 +7,7 @@ use std::{
 
 use super::{Kind, POLICIES, Settings};
 use crate::discovery::manifest::{self, Object};
-use auth_mesh::{Edit, ObjectName, Service, Snapshot, Workload, policy::api};
+use auth_mesh::{Edit, ObjectName, Service, Workload, policy::api};
 
 /// Name of the daemons' DaemonSet, and value of [`NAME_LABEL`] of its pods.
 pub const DAEMON_NAME: &str = "auth-daemon";
@@ -47,9 +47,6 @@ pub(in crate::discovery) trait Model {
 
     /// Removes the service.
     fn remove_service(&mut self, name: &ObjectName);
-
-    /// Returns the snapshot with all changes applied.
-    fn snapshot(&mut self) -> Snapshot;
 }
 
 /// Pods and services are what the API server says.
@@ -73,20 +70,12 @@ impl Model for Edit {
     fn remove_service(&mut self, name: &ObjectName) {
         Self::remove_service(self, name);
     }
-
-    fn snapshot(&mut self) -> Snapshot {
-        let edit = std::mem::replace(self, Self::from(Snapshot::default()));
-        let snapshot = edit.finish();
-        *self = Self::from(snapshot.clone());
-        snapshot
-    }
 }
 
-/// The known state of the cluster.
-pub(in crate::discovery) struct Known<M = Edit> {
+/// The known state of one cluster.
+pub(in crate::discovery) struct Known {
     settings: Settings,
     kinds: BTreeMap<Kind, Objects>,
-    model: M,
     /// Whether policies have changed since they were last published.
     policies_changed: bool,
 }
@@ -112,10 +101,6 @@ struct Kept {
 
 impl Known {
     pub(super) fn new(settings: Settings, policies: bool) -> Self {
-        let mut edit = Edit::from(Snapshot::with_defaults(settings.defaults.clone()));
-        if settings.daemons.is_some() {
-            edit.know_daemons();
-        }
         let mut kinds = vec![Kind::Pod];
         if settings.services {
             kinds.extend(Kind::OF_SERVICES);
@@ -123,27 +108,19 @@ impl Known {
         if policies {
             kinds.extend(POLICIES.map(Kind::Policy));
         }
-        Self::of(settings, &kinds, edit)
+        Self::of(settings, &kinds)
     }
-}
 
-impl<M: Model> Known<M> {
     /// Creates the state of a cluster of which only these kinds are watched.
-    pub(in crate::discovery) fn of(settings: Settings, kinds: &[Kind], model: M) -> Self {
+    pub(in crate::discovery) fn of(settings: Settings, kinds: &[Kind]) -> Self {
         Self {
             settings,
             kinds: kinds
                 .iter()
                 .map(|kind| (*kind, Objects::default()))
                 .collect(),
-            model,
             policies_changed: false,
         }
-    }
-
-    /// Returns the model, for what the API server does not say.
-    pub(in crate::discovery) fn model(&mut self) -> &mut M {
-        &mut self.model
     }
 
     /// Reports whether each kind has been read completely once.
@@ -164,15 +141,26 @@ impl<M: Model> Known<M> {
             .sum()
     }
 
-    /// Applies an event. Returns whether it changed anything.
-    pub(in crate::discovery) fn take(&mut self, kind: Kind, event: Event) -> bool {
+    /// Returns the number of objects of a kind.
+    pub(super) fn count_of(&self, kind: Kind) -> usize {
+        let objects = self.kinds.get(&kind);
+        objects.map_or(0, |objects| objects.current.len())
+    }
+
+    /// Applies an event, also to `model`. Returns whether it changed anything.
+    pub(in crate::discovery) fn take(
+        &mut self,
+        kind: Kind,
+        event: Event,
+        model: &mut impl Model,
+    ) -> bool {
         let objects = self.kinds.entry(kind).or_default();
         match event {
             Event::Apply(seen) => {
                 let (name, kept) = read(seen, &objects.current);
-                self.keep(kind, name, Some(kept))
+                self.keep(kind, name, Some(kept), model)
             }
-            Event::Delete(name) => self.keep(kind, name, None),
+            Event::Delete(name) => self.keep(kind, name, None, model),
             Event::Init => {
                 objects.listed = Some(HashMap::new());
                 false
@@ -207,18 +195,35 @@ impl<M: Model> Known<M> {
                     .cloned()
                     .collect();
                 for name in gone {
-                    changed |= self.keep(kind, name, None);
+                    changed |= self.keep(kind, name, None, model);
                 }
                 for (name, kept) in listed {
-                    changed |= self.keep(kind, name, Some(kept));
+                    changed |= self.keep(kind, name, Some(kept), model);
                 }
                 changed
             }
         }
     }
 
+    /// Forgets all objects, also in `model`.
+    pub(super) fn clear(&mut self, model: &mut impl Model) {
+        let mut all = Vec::new();
+        for (kind, objects) in &self.kinds {
+            all.extend(objects.current.keys().map(|name| (*kind, name.clone())));
+        }
+        for (kind, name) in all {
+            self.keep(kind, name, None, model);
+        }
+    }
+
     /// Stores the state of an object. Returns whether it changed for the mesh.
-    fn keep(&mut self, kind: Kind, name: ObjectName, kept: Option<Kept>) -> bool {
+    fn keep(
+        &mut self,
+        kind: Kind,
+        name: ObjectName,
+        kept: Option<Kept>,
+        model: &mut impl Model,
+    ) -> bool {
         let objects = &mut self.kinds.entry(kind).or_default().current;
         let object = kept.as_ref().and_then(|kept| kept.object.clone());
         let before = match kept {
@@ -231,7 +236,7 @@ impl<M: Model> Known<M> {
         // Daemons may be watched apart from the other pods.
         let tells_of_daemons = self.settings.daemons.is_some()
             && (kind == Kind::Daemon || !self.kinds.contains_key(&Kind::Daemon));
-        let edit = self.model.edit();
+        let edit = model.edit();
         match (kind, object) {
             (_, Some(Object::Pod(pod))) => {
                 if tells_of_daemons {
@@ -239,10 +244,10 @@ impl<M: Model> Known<M> {
                     edit.daemon(&name, is_ready.then_some(pod.node.as_str()));
                 }
                 if kind == Kind::Pod {
-                    self.model.pod(pod);
+                    model.pod(pod);
                 }
             }
-            (_, Some(Object::Service(service))) => self.model.service(service),
+            (_, Some(Object::Service(service))) => model.service(service),
             (_, Some(Object::Slice(slice))) => edit.slice(slice),
             (_, Some(Object::Policy(_))) | (Kind::Policy(_), None) => self.policies_changed = true,
             (_, Some(Object::Namespace(membership))) => edit.namespace(&name.name, membership),
@@ -255,10 +260,10 @@ impl<M: Model> Known<M> {
                     edit.daemon(&name, None);
                 }
                 if kind == Kind::Pod {
-                    self.model.remove_pod(&name);
+                    model.remove_pod(&name);
                 }
             }
-            (Kind::Service, None) => self.model.remove_service(&name),
+            (Kind::Service, None) => model.remove_service(&name),
             (Kind::Slice, None) => edit.remove_slice(&name),
             (Kind::Namespace, None) => edit.namespace(&name.name, None),
             (Kind::Node, None) => edit.remove_node(&name.name),
@@ -281,11 +286,6 @@ impl<M: Model> Known<M> {
             _ => None,
         });
         Some(policies.collect())
-    }
-
-    /// Returns a snapshot of everything else.
-    pub(in crate::discovery) fn snapshot(&mut self) -> Snapshot {
-        self.model.snapshot()
     }
 }
 
@@ -330,7 +330,7 @@ mod tests {
         *,
     };
     use auth_kubernetes::objects;
-    use auth_mesh::MeshDefault;
+    use auth_mesh::{MeshDefault, Snapshot};
 
     fn seen(name: &str, uid: &str, address: &str) -> Seen {
         let read: objects::Pod = serde_json::from_value(json!({
@@ -347,16 +347,32 @@ mod tests {
         }
     }
 
-    fn known() -> Known {
-        let mut known = Known::new(
-            Settings {
-                trust_domain: "cluster.local".parse().unwrap(),
-                defaults: MeshDefault::default(),
-                services: true,
-                daemons: Some("auth-system".into()),
-            },
-            true,
-        );
+    /// A cluster, and the snapshot under construction.
+    struct Tested {
+        known: Known,
+        edit: Edit,
+    }
+
+    impl Tested {
+        fn take(&mut self, kind: Kind, event: Event) -> bool {
+            self.known.take(kind, event, &mut self.edit)
+        }
+    }
+
+    fn known() -> Tested {
+        let mut known = Tested {
+            edit: Edit::from(Snapshot::default()),
+            known: Known::new(
+                Settings {
+                    trust_domain: "cluster.local".parse().unwrap(),
+                    defaults: MeshDefault::default(),
+                    services: true,
+                    daemons: Some("auth-system".into()),
+                    remote: None,
+                },
+                true,
+            ),
+        };
         for kind in Kind::OF_SERVICES
             .into_iter()
             .chain(POLICIES.map(Kind::Policy))
@@ -367,14 +383,14 @@ mod tests {
         known
     }
 
-    fn pods(known: &mut Known) -> Vec<String> {
-        let snapshot = known.snapshot();
+    fn pods(known: &mut Tested) -> Vec<String> {
+        let snapshot = known.edit.snapshot();
         let pods = snapshot.workloads();
         pods.map(|pod| format!("{} {:?}", pod.name.name, pod.addresses))
             .collect()
     }
 
-    fn take(known: &mut Known, event: Event) -> bool {
+    fn take(known: &mut Tested, event: Event) -> bool {
         known.take(Kind::Pod, event)
     }
 
@@ -386,9 +402,9 @@ mod tests {
             &mut known,
             Event::InitApply(seen("one", "1", "10.0.0.1"))
         ));
-        assert!(!known.is_complete());
+        assert!(!known.known.is_complete());
         assert!(take(&mut known, Event::InitDone));
-        assert!(known.is_complete());
+        assert!(known.known.is_complete());
         assert_eq!(pods(&mut known), ["one [10.0.0.1]"]);
     }
 
@@ -417,7 +433,7 @@ mod tests {
             let (name, uid) = (name_of(&read), "1".to_owned());
             let object = pod(read, &"cluster.local".parse().unwrap());
             take(&mut known, Event::Apply(Seen { name, uid, object }));
-            let snapshot = known.snapshot();
+            let snapshot = known.edit.snapshot();
             let running = |account: &str| {
                 let identity = format!("spiffe://cluster.local/ns/default/sa/{account}");
                 snapshot.running("a", &identity.parse().unwrap()).count()
@@ -432,7 +448,7 @@ mod tests {
         let mut known = known();
         take(&mut known, Event::Init);
         assert!(take(&mut known, Event::InitDone), "worth publishing");
-        assert!(known.is_complete());
+        assert!(known.known.is_complete());
     }
 
     #[test]
@@ -468,14 +484,14 @@ mod tests {
         take(&mut known, Event::Init);
         assert!(!take(&mut known, Event::InitDone));
         assert_eq!(pods(&mut known).len(), 2);
-        assert_eq!(known.unconfirmed(), 2);
+        assert_eq!(known.known.unconfirmed(), 2);
         let name = |name: &str| ObjectName {
             namespace: "default".into(),
             name: name.into(),
         };
         assert!(take(&mut known, Event::Delete(name("one"))));
         assert_eq!(pods(&mut known), ["two [10.0.0.2]"]);
-        assert_eq!(known.unconfirmed(), 1);
+        assert_eq!(known.known.unconfirmed(), 1);
         take(&mut known, Event::Init);
         take(
             &mut known,
@@ -483,7 +499,7 @@ mod tests {
         );
         assert!(take(&mut known, Event::InitDone));
         assert_eq!(pods(&mut known), ["three [10.0.0.3]"]);
-        assert_eq!(known.unconfirmed(), 0);
+        assert_eq!(known.known.unconfirmed(), 0);
     }
 
     #[test]
@@ -587,7 +603,7 @@ mod tests {
             (Event::Delete(name), false),
         ] {
             take(&mut known, event);
-            assert_eq!(known.snapshot().has_daemon("a"), expected);
+            assert_eq!(known.edit.snapshot().has_daemon("a"), expected);
         }
     }
 
@@ -608,17 +624,17 @@ mod tests {
         };
         let kind = Kind::Policy(api::Kind::Authorization);
         assert!(known.take(kind, seen("1", "ALLOW")));
-        assert_eq!(known.policies().unwrap().len(), 1);
-        assert!(known.policies().is_none(), "told once");
+        assert_eq!(known.known.policies().unwrap().len(), 1);
+        assert!(known.known.policies().is_none(), "told once");
         assert!(known.take(kind, seen("1", "ALOW")), "its error is news");
-        let policies = known.policies().unwrap();
+        let policies = known.known.policies().unwrap();
         assert!(matches!(*policies[0], api::Object::Authorization(_)));
         assert!(policies[0].error().is_some());
         assert!(
             known.take(kind, seen("2", "ALOW")),
             "another object of that name"
         );
-        let policies = known.policies().unwrap();
+        let policies = known.known.policies().unwrap();
         assert!(matches!(*policies[0], api::Object::Unreadable(_)));
     }
 }

@@ -1,0 +1,388 @@
+//! One remote cluster: what is read of it, and whether it can be read.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use futures_util::{
+    StreamExt,
+    stream::{BoxStream, select_all},
+};
+use kube::{Api, Client, Resource, runtime::watcher};
+use serde::de::DeserializeOwned;
+
+use super::super::{Event, Kind, Known, Seen, Settings, manifest, parsed, pod};
+use crate::{discovery::manifest::Object, observe::remote_clusters::RemoteStatus};
+use auth_kubernetes::{WATCH_SECONDS, follow_or_fail, objects};
+use auth_mesh::{ClusterName, Edit, ObjectName, TrustDomain};
+use auth_tunnel::tls::{rfc3339, unix_seconds};
+
+/// What is read of a remote cluster.
+const KINDS: [Kind; 3] = [Kind::Namespace, Kind::Pod, Kind::Service];
+
+/// What a remote cluster says.
+pub(in crate::discovery::kubernetes) enum Update {
+    Event(Kind, Event),
+    /// Objects of this kind cannot be read.
+    Failed(Kind, String),
+}
+
+/// A remote cluster.
+pub(super) struct Cluster {
+    pub(super) secret: String,
+    pub(super) trust_domain: TrustDomain,
+    /// The last one in the secret, usable or not.
+    pub(super) kubeconfig: Option<Vec<u8>>,
+    pub(super) known: Known,
+    /// What it has said so far, until everything has been read once. Before, a namespace that leaves the mesh may be missing.
+    first: Option<First>,
+    pub(super) health: Health,
+}
+
+struct First {
+    events: Vec<(Kind, Event)>,
+    unread: BTreeSet<Kind>,
+}
+
+/// Whether a remote cluster can be read.
+#[derive(Default)]
+pub(super) struct Health {
+    refused: Option<String>,
+    errors: BTreeMap<Kind, String>,
+    since: Option<SystemTime>,
+}
+
+impl Cluster {
+    pub(super) fn new(settings: Settings) -> Self {
+        Self {
+            secret: String::new(),
+            trust_domain: settings.trust_domain.clone(),
+            kubeconfig: None,
+            known: Known::of(settings, &KINDS),
+            first: Some(First {
+                events: Vec::new(),
+                unread: KINDS.into(),
+            }),
+            health: Health::default(),
+        }
+    }
+
+    /// Applies what the cluster `name` says. Returns whether the snapshot has changed.
+    pub(super) fn take(&mut self, name: &ClusterName, update: Update, edit: &mut Edit) -> bool {
+        let (kind, event) = match update {
+            Update::Event(kind, event) => (kind, event),
+            Update::Failed(kind, error) => {
+                if self.health.fails(kind, &error) {
+                    tracing::warn!(
+                        cluster = %name, error, pods = self.known.count_of(Kind::Pod),
+                        "remote cluster cannot be read; what is known of it stays in force"
+                    );
+                }
+                return false;
+            }
+        };
+        if matches!(event, Event::InitDone) && self.health.works(kind) {
+            tracing::info!(cluster = %name, "remote cluster can be read again");
+        }
+        let Some(first) = &mut self.first else {
+            return self.known.take(kind, event, edit);
+        };
+        first.take(kind, event);
+        if !first.unread.is_empty() {
+            return false;
+        }
+        for (kind, event) in self.first.take().into_iter().flat_map(|first| first.events) {
+            self.known.take(kind, event, edit);
+        }
+        tracing::info!(
+            cluster = %name, pods = self.known.count_of(Kind::Pod), services = self.known.count_of(Kind::Service),
+            "remote cluster is read"
+        );
+        true
+    }
+
+    pub(super) fn status(&self, name: &ClusterName) -> RemoteStatus {
+        let health = &self.health;
+        RemoteStatus {
+            name: name.to_string(),
+            secret: self.secret.clone(),
+            trust_domain: self.trust_domain.to_string(),
+            pods: self.known.count_of(Kind::Pod),
+            services: self.known.count_of(Kind::Service),
+            error: health.error().cloned(),
+            since: health.since.map(|since| rfc3339(unix_seconds(since))),
+        }
+    }
+}
+
+impl First {
+    fn take(&mut self, kind: Kind, event: Event) {
+        match event {
+            // What an interrupted list has said is said again.
+            Event::Init => {
+                self.events.retain(|(of, _)| *of != kind);
+                self.unread.insert(kind);
+            }
+            Event::InitDone => {
+                self.unread.remove(&kind);
+            }
+            _ => {}
+        }
+        self.events.push((kind, event));
+    }
+}
+
+impl Health {
+    fn error(&self) -> Option<&String> {
+        let errors = || self.errors.values().next();
+        self.refused.as_ref().or_else(errors)
+    }
+
+    pub(super) fn refused(&mut self, why: String) {
+        self.refused = Some(why);
+        self.since.get_or_insert_with(SystemTime::now);
+    }
+
+    /// Notes that a kind cannot be read. Returns whether everything could before.
+    fn fails(&mut self, kind: Kind, error: &str) -> bool {
+        let worked = self.errors.is_empty();
+        self.errors.insert(kind, error.to_owned());
+        self.since.get_or_insert_with(SystemTime::now);
+        worked
+    }
+
+    /// Notes that a kind has been read. Returns whether everything can be read now that could not before.
+    fn works(&mut self, kind: Kind) -> bool {
+        let is_last = self.errors.remove(&kind).is_some() && self.errors.is_empty();
+        if is_last && self.refused.is_none() {
+            self.since = None;
+        }
+        is_last
+    }
+}
+
+/// Watches a remote cluster.
+pub(super) fn watch(
+    client: &Client,
+    cluster: &ClusterName,
+    trust_domain: &TrustDomain,
+) -> BoxStream<'static, Update> {
+    let [pods, services] = [0; 2].map(|_| trust_domain.clone());
+    let watches = [
+        updates(
+            Api::all(client.clone()),
+            Kind::Namespace,
+            cluster,
+            |read: objects::Namespace| manifest::namespace(&read),
+        ),
+        updates(
+            Api::all(client.clone()),
+            Kind::Pod,
+            cluster,
+            move |read: objects::Pod| pod(read, &pods),
+        ),
+        updates(
+            Api::all(client.clone()),
+            Kind::Service,
+            cluster,
+            move |read: objects::Service| manifest::service(read, &services),
+        ),
+    ];
+    select_all(watches).boxed()
+}
+
+fn updates<K>(
+    api: Api<K>,
+    kind: Kind,
+    cluster: &ClusterName,
+    parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
+) -> BoxStream<'static, Update>
+where
+    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+{
+    let cluster = cluster.clone();
+    let config = watcher::Config::default().timeout(WATCH_SECONDS);
+    follow_or_fail(api, config)
+        .map(move |event| match event {
+            Ok(event) => Update::Event(kind, of_cluster(&cluster, kind, parsed(event, &parse))),
+            Err(error) => Update::Failed(kind, error),
+        })
+        .boxed()
+}
+
+/// Returns what an event of `cluster` says, as the snapshot names its objects.
+fn of_cluster(cluster: &ClusterName, kind: Kind, event: Event) -> Event {
+    let qualified = |mut name: ObjectName| {
+        let part = match kind {
+            Kind::Namespace => &mut name.name,
+            _ => &mut name.namespace,
+        };
+        *part = cluster.qualify(part);
+        name
+    };
+    let seen = |seen: Seen| Seen {
+        name: qualified(seen.name),
+        object: seen.object.map(|object| {
+            object.map(|object| match object {
+                Object::Pod(pod) => Object::Pod(cluster.pod(Arc::unwrap_or_clone(pod)).into()),
+                Object::Service(service) => {
+                    Object::Service(cluster.service(Arc::unwrap_or_clone(service)).into())
+                }
+                other => other,
+            })
+        }),
+        ..seen
+    };
+    match event {
+        Event::Apply(object) => Event::Apply(seen(object)),
+        Event::Delete(name) => Event::Delete(qualified(name)),
+        Event::Init => Event::Init,
+        Event::InitApply(object) => Event::InitApply(seen(object)),
+        Event::InitDone => Event::InitDone,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use auth_mesh::{Membership, MeshDefault, Snapshot, Workload};
+
+    use super::*;
+
+    fn east() -> ClusterName {
+        "east".parse().unwrap()
+    }
+
+    fn cluster() -> Cluster {
+        Cluster::new(Settings {
+            trust_domain: "east.example".parse().unwrap(),
+            defaults: MeshDefault::default(),
+            services: true,
+            daemons: None,
+            remote: None,
+        })
+    }
+
+    fn pod(name: &str, address: &str) -> Event {
+        let name = ObjectName {
+            namespace: "shop".into(),
+            name: name.into(),
+        };
+        let identity = "spiffe://east.example/ns/shop/sa/web".parse().unwrap();
+        let pod = Workload {
+            addresses: vec![address.parse().unwrap()],
+            node: "a".into(),
+            ..Workload::new(name.clone(), identity)
+        };
+        Event::InitApply(Seen {
+            name,
+            uid: address.into(),
+            object: Ok(Some(Object::Pod(pod.into()))),
+        })
+    }
+
+    fn namespace(membership: Membership) -> Event {
+        Event::InitApply(Seen {
+            name: ObjectName {
+                namespace: String::new(),
+                name: "shop".into(),
+            },
+            uid: "n".into(),
+            object: Ok(Some(Object::Namespace(Some(membership)))),
+        })
+    }
+
+    /// Tells a cluster's events, all of one kind. Returns whether the snapshot has changed.
+    fn tell(cluster: &mut Cluster, edit: &mut Edit, kind: Kind, events: Vec<Event>) -> bool {
+        let mut has_changed = false;
+        for event in events {
+            let event = of_cluster(&east(), kind, event);
+            has_changed |= cluster.take(&east(), Update::Event(kind, event), edit);
+        }
+        has_changed
+    }
+
+    fn pods(edit: &mut Edit) -> Vec<String> {
+        let snapshot = edit.snapshot();
+        let pods = snapshot.workloads();
+        pods.map(|pod| format!("{} {}", pod.name, pod.node))
+            .collect()
+    }
+
+    #[test]
+    fn a_cluster_counts_once_everything_was_read() {
+        use Event::{Init, InitDone};
+        let (mut cluster, mut edit) = (cluster(), Edit::from(Snapshot::default()));
+        let of_pods = |address| vec![Init, pod("web-0", address), InitDone];
+        assert!(!tell(
+            &mut cluster,
+            &mut edit,
+            Kind::Pod,
+            vec![Init, pod("old", "10.2.0.9")]
+        ));
+        assert!(!tell(
+            &mut cluster,
+            &mut edit,
+            Kind::Pod,
+            of_pods("10.2.0.1")
+        ));
+        assert!(!tell(
+            &mut cluster,
+            &mut edit,
+            Kind::Service,
+            vec![Init, InitDone]
+        ));
+        assert_eq!(
+            pods(&mut edit),
+            [""; 0],
+            "the namespace may be outside the mesh"
+        );
+        let namespaces = vec![Init, namespace(Membership::Enabled), InitDone];
+        assert!(tell(&mut cluster, &mut edit, Kind::Namespace, namespaces));
+        assert_eq!(pods(&mut edit), ["shop@east/web-0 a@east"]);
+        // From here on, each change counts.
+        assert!(tell(
+            &mut cluster,
+            &mut edit,
+            Kind::Pod,
+            of_pods("10.2.0.2")
+        ));
+        let status = cluster.status(&east());
+        assert_eq!((status.pods, status.services, status.error), (1, 0, None));
+        cluster.known.clear(&mut edit);
+        assert_eq!(edit.snapshot().addresses().count(), 0);
+        assert_eq!(pods(&mut edit), [""; 0]);
+    }
+
+    #[test]
+    fn a_cluster_is_readable_again_once_each_kind_is() {
+        let (mut cluster, mut edit) = (cluster(), Edit::from(Snapshot::default()));
+        let whole = || vec![Event::Init, Event::InitDone];
+        for kind in KINDS {
+            tell(&mut cluster, &mut edit, kind, whole());
+        }
+        for kind in [Kind::Pod, Kind::Service] {
+            let lost = Update::Failed(kind, "no route".into());
+            assert!(!cluster.take(&east(), lost, &mut edit));
+        }
+        let is_lost = |cluster: &Cluster| {
+            let status = cluster.status(&east());
+            assert_eq!(status.error.is_some(), status.since.is_some());
+            status.error.is_some()
+        };
+        tell(&mut cluster, &mut edit, Kind::Pod, whole());
+        assert!(is_lost(&cluster), "services cannot be read");
+        tell(&mut cluster, &mut edit, Kind::Service, vec![Event::Init]);
+        assert!(is_lost(&cluster), "the list may still fail");
+        tell(
+            &mut cluster,
+            &mut edit,
+            Kind::Service,
+            vec![Event::InitDone],
+        );
+        assert!(!is_lost(&cluster));
+        cluster.health.refused("exec".into());
+        assert!(is_lost(&cluster));
+    }
+}

@@ -1,0 +1,290 @@
+//! Two clusters on one network, each with an API server, a trust domain and a CA of its own.
+
+use std::fs;
+
+use mesh_tests::{
+    Context, Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, PodSpec, Process, Result, TIMEOUT,
+    eventually, eventually_ok, two_domains::write_root,
+};
+use serde_json::{Value, json};
+
+use crate::common::by_uid::publish;
+
+const WEST: &str = "west.example";
+const EAST: &str = "east.example";
+const SYSTEM: &str = "auth-system";
+const SECRETS: &str = "/api/v1/namespaces/auth-clusters/secrets";
+const PODS: &str = "/api/v1/namespaces/default/pods";
+const SERVICE: &str = "http://10.96.0.7/";
+const FROM_WEST: &str = "the-answer-of-the-own-cluster";
+const FROM_EAST: &str = "the-answer-of-the-remote-cluster";
+
+/// The cluster west with node a and its pods `client` and `web-west`, and the cluster east with node b and its pod `web-east`.
+/// Both have a service `web`, on different ports of their pods. Nothing says yet that `web-west` exists.
+///
+/// Fields are dropped in this order.
+struct Stage {
+    _servers: [Nginx; 2],
+    _processes: [Process; 2],
+    a: Daemon,
+    b: Daemon,
+    west: Kubernetes,
+    east: Kubernetes,
+    mesh: Mesh,
+}
+
+fn service(own: &Value, target: u16) -> Value {
+    let mut service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": target}]},
+    });
+    for (name, value) in own.as_object().into_iter().flatten() {
+        service["spec"][name] = value.clone();
+    }
+    service
+}
+
+impl Stage {
+    fn start() -> Result<Self> {
+        let pod = |name: &str| PodSpec::new(name).service_account(name);
+        let mesh = Mesh::builder()
+            .node("a")
+            .node("b")
+            .node("c")
+            .pod(pod("client").on("a"))
+            .pod(pod("web-west").on("a").label("app", "web"))
+            .pod(pod("web-east").on("b").label("app", "web"))
+            .start()?;
+        let west = mesh.start_api_server()?;
+        let east = mesh.start_api_server_on(mesh.node("c"))?;
+        for namespace in [SYSTEM, "auth-clusters"] {
+            west.namespace(namespace)?;
+        }
+        let services = "/api/v1/namespaces/default/services";
+        west.create(services, &service(&json!({"clusterIP": "10.96.0.7"}), 8080))?;
+        east.create(services, &service(&json!({}), 9090))?;
+        for (api, account) in [(&west, "client"), (&west, "web-west"), (&east, "web-east")] {
+            api.service_account("default", account)?;
+        }
+        let processes = [
+            publish(&west, &mesh.pod("client")),
+            publish(&east, &mesh.pod("web-east")),
+        ];
+        // The same name of a node, and the same address of a pod, as in west.
+        east.pod("default", "ghost", "web-east", "a", "10.77.9.9")?;
+        let taken = mesh.pod("web-west").ipv4().to_string();
+        east.pod("default", "thief", "web-east", "b", &taken)?;
+
+        let bundle = |name: &str| mesh.outside().folder().join(name);
+        let options = |api: &Kubernetes, own: &str, foreign: &str, discovery: Value| {
+            let entry = json!({"trustDomain": foreign, "bundleFile": bundle(foreign)});
+            DaemonOptions::default()
+                .trust_domain(own)
+                .ca_folder(bundle(&format!("{own}.ca")))
+                .setting("discovery", json!({"kubernetes": discovery}))
+                .setting("federation", json!([entry]))
+                .environment("KUBECONFIG", &api.kubeconfig().display().to_string())
+                .environment("POD_NAMESPACE", SYSTEM)
+        };
+        let remote = json!({
+            "namespace": "auth-clusters", "trustDomains": [{"cluster": "east", "trustDomain": EAST}],
+        });
+        let remote = json!({"remoteClusters": remote});
+        let a = options(&west, WEST, EAST, remote);
+        let b = options(&east, EAST, WEST, json!({}));
+        let a = mesh.node("a").start_daemon_with(a)?;
+        let b = mesh.node("b").start_daemon_with(b)?;
+        a.wait_enrolled(&["default/client"])?;
+        b.wait_enrolled(&["default/web-east"])?;
+        for own in [WEST, EAST] {
+            write_root(&bundle(&format!("{own}.ca")), &bundle(own))?;
+        }
+        let servers = [
+            Nginx::start(&mesh.pod("web-west"), 8080, FROM_WEST)?,
+            Nginx::start(&mesh.pod("web-east"), 9090, FROM_EAST)?,
+        ];
+        Ok(Self {
+            _servers: servers,
+            _processes: processes,
+            a,
+            b,
+            west,
+            east,
+            mesh,
+        })
+    }
+
+    fn ask(&self, url: &str) -> Result<Option<String>> {
+        let curl = ["-sS", "-m", "10", "--noproxy", "*", url];
+        let finished = self.mesh.pod("client").run("curl", curl)?;
+        Ok((finished.code() == Some(0)).then_some(finished.stdout))
+    }
+
+    /// Waits until the service's answer is this one. `None`: until the connection is refused.
+    fn wait_for(&self, answer: Option<&str>) -> Result<()> {
+        eventually_ok(TIMEOUT, &format!("the answer {answer:?}"), || {
+            let said = self.ask(SERVICE)?;
+            anyhow::ensure!(said.as_deref() == answer, "{said:?}");
+            Ok(())
+        })
+    }
+
+    fn status(&self) -> Result<Value> {
+        let status = self.a.status_json()?;
+        let cluster = status["remoteClusters"].get(0);
+        Ok(cluster.context("no remote cluster")?.clone())
+    }
+
+    fn wait_for_message(&self, message: &str) -> Result<Value> {
+        self.a.wait_for_log(message, TIMEOUT, |line| {
+            { line["message"].as_str() }.is_some_and(|text| text.starts_with(message))
+        })
+    }
+}
+
+#[test]
+fn a_service_of_two_clusters_is_the_own_ones_first_and_outlives_the_remote_api_server() -> Result<()>
+{
+    let test = "a_service_of_two_clusters_is_the_own_ones_first_and_outlives_the_remote_api_server";
+    if let Some(why) = Kubernetes::missing() {
+        println!("SKIPPED {test}: {why}");
+        return Ok(());
+    }
+    let stage = Stage::start()?;
+    let capture = stage.mesh.wire().capture()?;
+    stage.wait_for(None)?;
+
+    // Its only endpoint is in the remote cluster, on a port of its own.
+    let secret = stage.east.remote_secret("east")?;
+    stage.west.create(SECRETS, &secret)?;
+    stage.wait_for(Some(FROM_EAST))?;
+    let id = |domain: &str, account: &str| format!("spiffe://{domain}/ns/default/sa/{account}");
+    let (client, server) = (id(WEST, "client"), id(EAST, "web-east"));
+    for daemon in [&stage.a, &stage.b] {
+        let line = daemon.wait_for_access("the connection", TIMEOUT, |line| {
+            line["result"] == "ok" && line["server_identity"] == server
+        })?;
+        assert_eq!(line["client_identity"], client, "{line:#}");
+        assert_eq!(line["path"], "tunnel", "{line:#}");
+    }
+    let own_address = format!("http://{}/", stage.mesh.pod("web-east").at(9090));
+    assert_eq!(stage.ask(&own_address)?.as_deref(), Some(FROM_EAST));
+    let status = stage.status()?;
+    assert_eq!(
+        (&status["name"], &status["trustDomain"], &status["error"]),
+        (&json!("east"), &json!(EAST), &Value::Null),
+        "{status}"
+    );
+    assert_eq!(
+        (&status["pods"], &status["services"]),
+        (&json!(3), &json!(2)),
+        "{status}"
+    );
+
+    // A node's name means this cluster's own.
+    let pods: Vec<_> = stage
+        .a
+        .status()?
+        .pods
+        .into_iter()
+        .map(|pod| pod.pod)
+        .collect();
+    assert_eq!(pods, ["default/client"]);
+
+    // The own cluster's endpoint comes first, while it is ready.
+    let _web = publish(&stage.west, &stage.mesh.pod("web-west"));
+    stage.a.wait_enrolled(&["default/web-west"])?;
+    stage.wait_for(Some(FROM_WEST))?;
+    // So does its address, which a remote pod claims, too.
+    stage.a.wait_for_log("the two claims", TIMEOUT, |line| {
+        { line["message"].as_str() }.is_some_and(|text| {
+            text.contains("pod default/web-west") && text.contains("pod default@east/thief")
+        })
+    })?;
+    for _ in 0..5 {
+        assert_eq!(stage.ask(SERVICE)?.as_deref(), Some(FROM_WEST));
+    }
+    let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+    stage
+        .west
+        .merge(&format!("{PODS}/web-west/status"), &unready)?;
+    stage.wait_for(Some(FROM_EAST))?;
+
+    // What is known holds while the remote API server is away.
+    stage.east.stop_server()?;
+    stage.wait_for_message("remote cluster cannot be read")?;
+    assert_eq!(stage.ask(SERVICE)?.as_deref(), Some(FROM_EAST));
+    assert!(stage.status()?["error"].is_string());
+    let shown = stage.mesh.node("a").auth(&["status"])?.stdout;
+    assert!(shown.contains("NOT READABLE since"), "{shown}");
+    stage.east.start_server()?;
+    stage.wait_for_message("remote cluster can be read again")?;
+    assert_eq!(stage.status()?["error"], Value::Null);
+    assert_eq!(stage.ask(SERVICE)?.as_deref(), Some(FROM_EAST));
+
+    // Without its Secret, nothing of it is left.
+    stage
+        .west
+        .delete(&format!("{SECRETS}/istio-remote-secret-east"))?;
+    stage.wait_for_message("remote cluster removed")?;
+    stage.wait_for(None)?;
+    assert_eq!(
+        stage.ask(&own_address)?,
+        None,
+        "an address that was of the mesh"
+    );
+    let wire = capture.stop()?;
+    for answer in [FROM_WEST, FROM_EAST] {
+        assert!(
+            !wire.contains(answer.as_bytes()),
+            "{answer} is readable on the wire"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_kubeconfig_that_runs_programs_or_reads_files_is_refused() -> Result<()> {
+    let test = "a_kubeconfig_that_runs_programs_or_reads_files_is_refused";
+    if let Some(why) = Kubernetes::missing() {
+        println!("SKIPPED {test}: {why}");
+        return Ok(());
+    }
+    let stage = Stage::start()?;
+    let ran = stage.mesh.outside().folder().join("ran");
+    let mut secret = stage.east.remote_secret("east")?;
+    let kubeconfig = secret["stringData"]["east"]
+        .as_str()
+        .context("no kubeconfig")?;
+    let good: Value = serde_json::from_str(kubeconfig)?;
+    let mut bad = good.clone();
+    bad["users"][0]["user"]["exec"] = json!({
+        "apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never",
+        "command": "touch", "args": [ran],
+    });
+    secret["stringData"]["east"] = bad.to_string().into();
+    stage.west.create(SECRETS, &secret)?;
+    let refused = eventually(TIMEOUT, "the refusal", || {
+        let status = stage.status().ok()?;
+        status["error"].as_str().map(str::to_owned)
+    })?;
+    assert!(
+        refused.contains("users[].user.exec is not allowed"),
+        "{refused}"
+    );
+    stage.wait_for(None)?;
+    assert!(!fs::exists(&ran)?, "it ran the program");
+
+    // A good one is followed, and stays in use if the next one is bad.
+    let path = format!("{SECRETS}/istio-remote-secret-east");
+    let with = |config: &Value| json!({"stringData": {"east": config.to_string()}});
+    stage.west.merge(&path, &with(&good))?;
+    stage.wait_for(Some(FROM_EAST))?;
+    stage.west.merge(&path, &with(&bad))?;
+    eventually(TIMEOUT, "the refusal", || {
+        stage.status().ok()?["error"].as_str().map(drop)
+    })?;
+    assert_eq!(stage.ask(SERVICE)?.as_deref(), Some(FROM_EAST));
+    assert!(!fs::exists(&ran)?, "it ran the program");
+    Ok(())
+}
