@@ -21,7 +21,7 @@ pub use cluster::ClusterName;
 pub use edit::Edit;
 pub use exposed::{ExposedAt, HostPort};
 pub use identity::{Identity, InvalidIdentity, TrustDomain};
-pub use membership::{Membership, MeshDefault};
+pub use membership::{Membership, Memberships, MeshDefault};
 pub use node::{Networks, Node};
 pub use registry::{Published, Registry};
 pub use resolved::{Destination, Endpoint};

@@ -1,9 +1,17 @@
 //! Which pods are in the mesh.
 
-use std::{collections::BTreeSet, str::FromStr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    str::FromStr,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::cluster;
 
 /// Membership as set on a pod or namespace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Membership {
     /// The pods are in the mesh.
     Enabled,
@@ -24,7 +32,8 @@ impl FromStr for Membership {
 }
 
 /// Default for pods whose membership is set neither on the pod nor on its namespace.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct MeshDefault {
     /// Membership in all namespaces that are not excluded.
     pub membership: Membership,
@@ -50,5 +59,25 @@ impl Default for MeshDefault {
             membership: Membership::Enabled,
             excluded: BTreeSet::new(),
         }
+    }
+}
+
+/// What decides whether a pod is in the mesh, apart from the pod itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Memberships {
+    /// What namespaces set for their pods.
+    pub namespaces: BTreeMap<String, Membership>,
+    /// What applies where the namespace sets nothing.
+    pub defaults: MeshDefault,
+}
+
+impl Memberships {
+    /// Reports whether a pod of `namespace` that sets `own` itself is in the mesh.
+    pub fn include(&self, namespace: &str, own: Option<Membership>) -> bool {
+        let membership = own
+            .or_else(|| self.namespaces.get(namespace).copied())
+            .unwrap_or_else(|| self.defaults.of(cluster::namespace_of(namespace)));
+        membership == Membership::Enabled
     }
 }

@@ -12,7 +12,8 @@ use std::{
 use imbl::{HashMap, OrdMap, OrdSet, ordmap::DiffItem};
 
 use super::{
-    Destination, Edit, Identity, Membership, MeshDefault, ObjectName, Service, Slice, Workload,
+    Destination, Edit, Identity, Membership, Memberships, MeshDefault, ObjectName, Service, Slice,
+    Workload,
     claims::{AddressKind, Claim, Claims},
     cluster,
     exposed::Exposed,
@@ -149,6 +150,22 @@ impl Snapshot {
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
         let pods = self.namespaces.values().flat_map(|ns| ns.pods.values());
         pods.filter(|pod| self.is_member(pod))
+    }
+
+    /// Returns the pods outside the mesh, by namespace and name, except those in the network namespace of their node.
+    pub fn outside(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        let pods = self.namespaces.values().flat_map(|ns| ns.pods.values());
+        pods.filter(|pod| !pod.host_network && !self.is_member(pod))
+    }
+
+    /// Returns what decides which pods are in the mesh, apart from the pods themselves.
+    pub fn memberships(&self) -> Memberships {
+        let namespaces = self.namespaces.iter();
+        let set = namespaces.filter_map(|(name, of)| Some((name.clone(), of.membership?)));
+        Memberships {
+            namespaces: set.collect(),
+            defaults: (*self.defaults).clone(),
+        }
     }
 
     /// Returns the names of this cluster's namespaces whose label puts their pods into the mesh.

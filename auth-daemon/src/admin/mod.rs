@@ -35,7 +35,7 @@ use crate::{
     proxy::Node,
 };
 use auth_mesh::policy::{
-    diff::{Inventory, Pod},
+    diff::Inventory,
     question::{Answer, EnabledNamespace, KUBE_SYSTEM, Known, Question},
 };
 use auth_support::http_server::answer;
@@ -143,8 +143,7 @@ async fn list_policies(State(node): State<Arc<Node>>) -> Json<Result<Answer, Str
 async fn policy_pods(State(node): State<Arc<Node>>) -> Json<Inventory> {
     let policies = node.policies.current();
     let snapshot = node.registry.snapshot();
-    let pods = snapshot.workloads().map(|pod| Pod::from(&**pod));
-    Json(Inventory::new(policies.settings(), pods))
+    Json(Inventory::new(policies.settings(), &snapshot))
 }
 
 /// Returns the connections that ended as number `after` or later.
@@ -192,6 +191,7 @@ fn known(node: &Node) -> Known {
             .cloned()
             .collect(),
         policies: node.policies.current(),
+        memberships: snapshot.memberships(),
         enabled_namespaces: snapshot
             .enabled_namespaces()
             .map(|name| EnabledNamespace {

@@ -1,6 +1,9 @@
 //! `auth-daemon check`: checks the daemon's requirements, and reports what is missing and how to provide it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::bail;
 
@@ -11,10 +14,9 @@ use super::{
 use crate::config::{Config, DEFAULT_PINS, Discovery, NonTcp};
 use auth_datapath::features;
 use auth_mesh::{
-    Membership,
+    Membership, MeshDefault,
     policy::{
-        Settings,
-        diff::{Observed, Side, compare},
+        diff::{Inventory, Observed, Side, compare},
         question::{KUBE_SYSTEM, Known},
     },
 };
@@ -88,6 +90,7 @@ fn warnings(config: &Config) -> Vec<String> {
                         .to_owned(),
                 );
             }
+            warnings.extend(leaving(defaults));
         }
     }
     warnings
@@ -96,17 +99,39 @@ fn warnings(config: &Config) -> Vec<String> {
 /// Returns the open connections of this node that would end with this configuration, where `then` is what it makes of the
 /// manifests in `folder`. Without a running daemon, there are none.
 fn ending(folder: &Path, then: Known) -> Vec<String> {
-    let Ok((settings, observed)) = running() else {
+    let Ok((inventory, observed)) = running() else {
         return Vec::new();
     };
-    let Ok(now) = manifests::read(folder, settings) else {
+    let now = inventory.settings().map(|now| manifests::read(folder, now));
+    let Ok(Ok(now)) = now else {
         return Vec::new();
     };
     let side = |known: Known| Side {
         pods: known.pods.iter().map(|pod| (&**pod).into()).collect(),
         policies: known.policies,
+        memberships: known.memberships,
     };
-    let ending = compare(&side(now), &side(then), Some(&observed)).ending;
+    ends(&side(now), &side(then), &observed)
+}
+
+/// Returns the open connections of this node that would end because their pods leave the mesh when `defaults` apply. Without a
+/// running daemon, there are none.
+fn leaving(defaults: &MeshDefault) -> Vec<String> {
+    let Ok((inventory, observed)) = running() else {
+        return Vec::new();
+    };
+    let now = Side {
+        policies: Arc::default(),
+        pods: inventory.pods,
+        memberships: inventory.memberships,
+    };
+    let mut then = now.clone();
+    then.memberships.defaults = defaults.clone();
+    ends(&now, &then, &observed)
+}
+
+fn ends(now: &Side, then: &Side, observed: &[Observed]) -> Vec<String> {
+    let ending = compare(now, then, Some(observed)).ending;
     let ending = ending.iter().map(|change| {
         format!(
             "open connections that would end: {} from {} to {}, port {}: {}",
@@ -116,9 +141,9 @@ fn ending(folder: &Path, then: Known) -> Vec<String> {
     ending.collect()
 }
 
-/// Returns the settings of this node's daemon, and its open connections. Fails if none runs.
-fn running() -> anyhow::Result<(Settings, Vec<Observed>)> {
+/// Returns what this node's daemon knows, and its open connections. Fails if none runs.
+fn running() -> anyhow::Result<(Inventory, Vec<Observed>)> {
     let daemons = Daemons::find(&Selection::of_this_node())?;
-    let settings = policy_diff::inventory(&daemons)?.settings()?;
-    Ok((settings, policy_diff::open_connections(&daemons)?))
+    let inventory = policy_diff::inventory(&daemons)?;
+    Ok((inventory, policy_diff::open_connections(&daemons)?))
 }

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 
 use crate::discovery::{files, manifest};
 use auth_mesh::{
-    Membership, TrustDomain,
+    Membership, Memberships, TrustDomain,
     policy::{
         Policies, Settings,
         api::Mode,
@@ -91,7 +91,7 @@ pub(super) fn read(path: &Path, settings: Settings) -> anyhow::Result<Known> {
     let mut errors = Vec::new();
     let (mut pods, mut services, mut policies) = (Vec::new(), Vec::new(), Vec::new());
     let (mut named, mut files_of) = (BTreeSet::new(), HashMap::new());
-    let mut enabled_namespaces = Vec::new();
+    let (mut memberships, mut enabled_namespaces) = (Memberships::default(), Vec::new());
     let paths = if path.is_dir() {
         files::manifests(path)
             .with_context(|| format!("cannot read the folder {}", path.display()))?
@@ -118,14 +118,17 @@ pub(super) fn read(path: &Path, settings: Settings) -> anyhow::Result<Known> {
                     files_of.insert((policy.kind(), name), file.clone());
                     policies.push(policy);
                 }
-                manifest::Object::Namespace(Some(Membership::Enabled)) => {
-                    enabled_namespaces.push(EnabledNamespace {
-                        name: name.name,
-                        file: Some(file.clone()),
-                    });
+                manifest::Object::Namespace(membership) => {
+                    if membership == Some(Membership::Enabled) {
+                        enabled_namespaces.push(EnabledNamespace {
+                            name: name.name.clone(),
+                            file: Some(file.clone()),
+                        });
+                    }
+                    let namespaces = &mut memberships.namespaces;
+                    namespaces.extend(membership.map(|set| (name.name, set)));
                 }
-                manifest::Object::Namespace(_)
-                | manifest::Object::Slice(_)
+                manifest::Object::Slice(_)
                 | manifest::Object::Node(_)
                 | manifest::Object::ServiceNetworks(_) => {}
             }
@@ -137,6 +140,7 @@ pub(super) fn read(path: &Path, settings: Settings) -> anyhow::Result<Known> {
         pods,
         services,
         policies: Arc::new(Policies::compile(settings, policies)),
+        memberships,
         enabled_namespaces,
         system_namespaces: vec![KUBE_SYSTEM.to_owned(), DAEMON_NAMESPACE.to_owned()],
         files: files_of,

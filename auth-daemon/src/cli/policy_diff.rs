@@ -1,6 +1,7 @@
 //! `auth-daemon policy check --diff`: says in advance which connections a change of policies would end, refuse or allow.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -14,10 +15,13 @@ use super::{
     daemons::{Daemons, Selection},
     manifests::{self, Manifests},
 };
-use auth_mesh::policy::{
-    Policies, Settings,
-    diff::{Change, Differences, Inventory, Observed, Pod, Side, compare},
-    question::{Answer, Known, table},
+use auth_mesh::{
+    Membership, Memberships,
+    policy::{
+        Policies, Settings,
+        diff::{Change, Differences, Inventory, Observed, Pod, Side, compare},
+        question::{Answer, Known, table},
+    },
 };
 
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -68,9 +72,13 @@ impl Arguments {
         let pods = if is_of_daemon {
             let inventory = inventory(&Daemons::find(daemons)?)?;
             let settings = inventory.settings()?;
+            let given = [&old, &new].map(|known| known.memberships.namespaces.clone());
             old = recompiled(old, &settings);
             new = recompiled(new, &settings);
-            [inventory.pods.clone(), inventory.pods]
+            old.memberships = inventory.memberships.clone();
+            new.memberships = changed(inventory.memberships, given);
+            let pods = [inventory.pods, inventory.outside].concat();
+            [pods.clone(), pods]
         } else {
             [pods(&old, &new), pods(&new, &old)]
         };
@@ -84,6 +92,7 @@ impl Arguments {
         let side = |known: Known, pods| Side {
             policies: known.policies,
             pods,
+            memberships: known.memberships,
         };
         let differences = compare(
             &side(old, old_pods),
@@ -99,6 +108,17 @@ impl Arguments {
             warnings,
         })
     }
+}
+
+/// Returns which pods are in the mesh after the labels of namespaces change from the first of `given` to the second.
+fn changed(
+    mut memberships: Memberships,
+    [old, new]: [BTreeMap<String, Membership>; 2],
+) -> Memberships {
+    let namespaces = &mut memberships.namespaces;
+    namespaces.retain(|name, _| !old.contains_key(name));
+    namespaces.extend(new);
+    memberships
 }
 
 /// Returns the pods of a side, or, if it consists of policies alone, those of the other.

@@ -166,3 +166,94 @@ fn a_check_names_the_open_connections_that_a_configuration_would_end() -> Result
     assert!(said.contains(ending), "{said}");
     Ok(())
 }
+
+/// A namespace with the label that puts its pods into the mesh, or takes them out.
+fn labelled(namespace: &str, label: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": {"name": namespace, "labels": {"auth-daemon.io/mesh": label}},
+    })
+}
+
+#[test]
+fn a_diff_names_the_open_connections_of_pods_that_leave_the_mesh() -> Result<()> {
+    let mut scene = Scene::start()?;
+    let leaves = labelled("default", "disabled");
+
+    let finished = scene.diff(&leaves, &["-o", "json"])?;
+    assert_eq!(finished.code(), Some(1), "{}", finished.stderr);
+    let differences = parsed(&finished)?;
+    let ending = &differences["ending"];
+    assert_eq!(ending.as_array().map(Vec::len), Some(1), "{differences}");
+    assert_eq!(
+        (
+            &ending[0]["client"],
+            &ending[0]["server"],
+            &ending[0]["after"]
+        ),
+        (
+            &"default/client".into(),
+            &"default/web".into(),
+            &"default/client leaves the mesh".into()
+        )
+    );
+
+    let manifests = scene.pair.mesh.manifests();
+    manifests.write("namespace.json", &leaves.to_string())?;
+    let ended = scene.connection.event("failed", TIMEOUT)?;
+    assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
+    Ok(())
+}
+
+/// Under STRICT, a pod of `kube-system` loses its callers in plaintext.
+#[test]
+fn a_diff_names_the_callers_that_a_namespace_loses_when_it_joins_the_mesh() -> Result<()> {
+    let dns = PodSpec::new("dns").namespace("kube-system").on("b");
+    let pair = Pair::start_with(&Default::default(), |builder| builder.pod(dns))?;
+    let outside = labelled("kube-system", "disabled");
+    let manifests = pair.mesh.manifests();
+    manifests.write("namespace.json", &outside.to_string())?;
+    let dns = pair.mesh.pod("kube-system/dns");
+    let _echo = dns.app("echo-server --port 53")?.listening()?;
+    let to = dns.at(53);
+    let mut connection = eventually(TIMEOUT, "an answer in plaintext", || {
+        let dial = format!("chat --to {to}");
+        let mut chat = pair.mesh.outside().app(&dial).ok()?;
+        chat.event("round", TIMEOUT).ok()?;
+        Some(chat)
+    })?;
+
+    let node = pair.mesh.node("b");
+    let joins = labelled("kube-system", "enabled");
+    let [old, new] = [("old.json", &outside), ("new.json", &joins)].map(|(name, manifest)| {
+        let path = node.folder().join(name);
+        fs::write(&path, manifest.to_string()).map(|()| path.display().to_string())
+    });
+    let finished = node.auth(&["policy", "check", "-o", "json", "--diff", &old?, &new?])?;
+    assert_eq!(finished.code(), Some(1), "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("Namespace kube-system"),
+        "{}",
+        finished.stderr
+    );
+    let differences = parsed(&finished)?;
+    let refused = &differences["refused"];
+    assert_eq!(refused.as_array().map(Vec::len), Some(1), "{differences}");
+    assert_eq!(
+        (
+            &refused[0]["client"],
+            &refused[0]["server"],
+            &refused[0]["before"]
+        ),
+        (
+            &"plaintext".into(),
+            &"kube-system/dns".into(),
+            &"not in the mesh".into()
+        )
+    );
+
+    manifests.write("namespace.json", &joins.to_string())?;
+    let ended = connection.event("failed", TIMEOUT)?;
+    assert_eq!(ended["errno"], "ECONNRESET", "{ended}");
+    Ok(())
+}

@@ -1,5 +1,7 @@
 //! Compares two sets of policies: which connections would end or be refused, and which would newly be allowed.
 
+mod observed;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -9,18 +11,23 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Connection, Policies, Settings, Verdict, WorkloadPolicy,
+    Connection, Policies, Settings, WorkloadPolicy,
     api::{Mode, Object, Rule, Values},
     reading::Selection,
 };
-use crate::{Identity, TrustDomain, Workload};
+use crate::{Identity, Membership, Memberships, Snapshot, TrustDomain, Workload};
+
+pub use observed::Observed;
+use observed::judge_observed;
 
 /// Maximum number of pods that a text names.
 const MAX_NAMED: usize = 3;
 /// Name of callers without an identity.
 const PLAINTEXT: &str = "plaintext";
+/// The verdict of a server that judges nobody.
+const OUTSIDE: &str = "not in the mesh";
 
-/// A pod, as far as policies depend on it.
+/// A pod, as far as the mesh and its policies depend on it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Pod {
@@ -36,6 +43,9 @@ pub struct Pod {
     pub labels: BTreeMap<String, String>,
     /// Ports that its containers name.
     pub ports: BTreeSet<u16>,
+    /// Whether the pod is in the mesh, if it says so itself.
+    #[serde(default)]
+    pub membership: Option<Membership>,
 }
 
 /// The pods that a daemon knows, and the settings of its mesh.
@@ -54,8 +64,14 @@ pub struct Inventory {
     /// See [`Settings::foreign_trust_domains`].
     #[serde(default)]
     pub foreign_trust_domains: Vec<String>,
-    /// The pods.
+    /// The pods in the mesh.
     pub pods: Vec<Pod>,
+    /// Other pods that could be in it.
+    #[serde(default)]
+    pub outside: Vec<Pod>,
+    /// What decides which pods are in the mesh.
+    #[serde(default)]
+    pub memberships: Memberships,
 }
 
 /// A set of policies, and the pods that they apply to.
@@ -63,24 +79,10 @@ pub struct Inventory {
 pub struct Side {
     /// The policies.
     pub policies: Arc<Policies>,
-    /// The pods.
+    /// The pods, in the mesh or not.
     pub pods: Vec<Pod>,
-}
-
-/// An open connection, as `auth-daemon status --json` prints it.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Observed {
-    /// The client's address.
-    pub client: SocketAddr,
-    /// The address that the client dialled.
-    pub destination: Option<SocketAddr>,
-    /// The server's own address and port.
-    pub endpoint: Option<SocketAddr>,
-    /// The client's SPIFFE ID.
-    pub client_identity: Option<String>,
-    /// How the connection reaches the server: `tunnel`, `same-node`, `plaintext` or `self`.
-    pub path: String,
+    /// What decides which of them are in the mesh.
+    pub memberships: Memberships,
 }
 
 /// The differences between two sets of policies.
@@ -119,7 +121,8 @@ pub struct Change {
 
 impl Inventory {
     /// Creates the inventory of a mesh with these settings.
-    pub fn new(settings: &Settings, pods: impl Iterator<Item = Pod>) -> Self {
+    pub fn new(settings: &Settings, snapshot: &Snapshot) -> Self {
+        let pod = |pod: &Arc<Workload>| Pod::from(&**pod);
         Self {
             root_namespace: settings.root_namespace.clone(),
             strict: settings.mode == Mode::Strict,
@@ -132,7 +135,9 @@ impl Inventory {
                 let foreign = settings.foreign_trust_domains.iter();
                 foreign.map(ToString::to_string).collect()
             },
-            pods: pods.collect(),
+            pods: snapshot.workloads().map(pod).collect(),
+            outside: snapshot.outside().map(pod).collect(),
+            memberships: snapshot.memberships(),
         }
     }
 
@@ -169,6 +174,7 @@ impl From<&Workload> for Pod {
             addresses: pod.addresses.clone(),
             labels: pod.labels.clone(),
             ports: pod.named_ports.values().copied().collect(),
+            membership: pod.membership,
         }
     }
 }
@@ -179,6 +185,44 @@ impl Pod {
     }
 }
 
+impl Side {
+    fn is_member(&self, pod: &Pod) -> bool {
+        self.memberships.include(&pod.namespace, pod.membership)
+    }
+
+    /// Returns the policies of `pod`. `None` if it is not in the mesh.
+    fn view(&self, pod: &Pod) -> Option<Arc<WorkloadPolicy>> {
+        let is_member = self.is_member(pod);
+        is_member.then(|| self.policies.workload(&pod.namespace, &pod.labels))
+    }
+
+    fn by_address(&self) -> HashMap<IpAddr, &Pod> {
+        let pods = self.pods.iter().flat_map(|pod| {
+            let addresses = pod.addresses.iter();
+            addresses.map(move |address| (address.to_canonical(), pod))
+        });
+        pods.collect()
+    }
+
+    /// Returns the identity as which `pod` calls others. `None` if it is not in the mesh.
+    fn identity(&self, pod: &Pod) -> Option<Identity> {
+        self.is_member(pod)
+            .then(|| pod.identity.parse().ok())
+            .flatten()
+    }
+}
+
+/// Returns whether a pod with these policies admits a connection, and why. A pod that is not in the mesh admits all.
+fn judge(view: Option<&WorkloadPolicy>, connection: &Connection<'_>) -> (bool, String) {
+    view.map_or_else(
+        || (true, OUTSIDE.to_owned()),
+        |view| {
+            let verdict = view.evaluate(connection);
+            (verdict.allowed(), verdict.decision.to_string())
+        },
+    )
+}
+
 impl Differences {
     /// Reports whether anything that works would end or be refused.
     pub fn breaks_something(&self) -> bool {
@@ -187,7 +231,7 @@ impl Differences {
 }
 
 /// Compares `old` with `new`, for all pairs of pods that are in both, and for the `observed` connections, if there are
-/// any.
+/// any. A pod that is in the mesh on one side only calls others in plaintext on the other, where nothing refuses its callers.
 pub fn compare(old: &Side, new: &Side, observed: Option<&[Observed]>) -> Differences {
     let mut differences = pairs(old, new);
     if let Some(observed) = observed {
@@ -200,14 +244,15 @@ pub fn compare(old: &Side, new: &Side, observed: Option<&[Observed]>) -> Differe
 struct Clients {
     names: Vec<String>,
     /// Identity by the old and the new side. `None` is plaintext.
-    identities: Option<(Identity, Identity)>,
+    identities: [Option<Identity>; 2],
     addresses: Vec<IpAddr>,
 }
 
 /// Pods that are called alike.
 struct Servers {
     names: Vec<String>,
-    views: [Arc<WorkloadPolicy>; 2],
+    /// By the old and the new side. `None` is not in the mesh.
+    views: [Option<Arc<WorkloadPolicy>>; 2],
     addresses: Vec<IpAddr>,
     /// Ports that can differ from others.
     ports: BTreeSet<u16>,
@@ -223,6 +268,7 @@ fn pairs(old: &Side, new: &Side) -> Differences {
         .pods
         .iter()
         .filter_map(|pod| Some((pod, *by_name.get(&(&pod.namespace, &pod.name))?)))
+        .filter(|(before, after)| old.is_member(before) || new.is_member(after))
         .collect();
     let (clients, servers) = (clients(old, new, &in_both), servers(old, new, &in_both));
     let mut differences = Differences::default();
@@ -242,10 +288,9 @@ fn pairs(old: &Side, new: &Side) -> Differences {
             let ports = server.ports.iter().copied().map(Some).chain([None]);
             for port in ports {
                 let number = port.unwrap_or_else(|| unlisted(&server.ports));
-                let (before, after) = client.call(server, number);
-                if before.allowed() != after.allowed() {
-                    let texts = (before.decision.to_string(), after.decision.to_string());
-                    let key = (after.allowed(), texts.0, texts.1);
+                let [(was_allowed, before), (is_allowed, after)] = client.call(server, number);
+                if was_allowed != is_allowed {
+                    let key = (is_allowed, before, after);
                     changes.entry(key).or_default().push(port);
                 }
             }
@@ -278,25 +323,28 @@ fn clients(old: &Side, new: &Side, pods: &[(&Pod, &Pod)]) -> Vec<Clients> {
         .any(|policies| policies.compares(|v| matches!(v, Values::Sources(_))));
     let mut clients: BTreeMap<_, Clients> = BTreeMap::new();
     for (before, after) in pods {
-        let (Ok(old), Ok(new)) = (before.identity.parse(), after.identity.parse()) else {
-            continue;
-        };
+        let identities = [old.identity(before), new.identity(after)];
         let addresses = if by_address {
             after.addresses.clone()
         } else {
             vec![]
         };
-        let key = (&before.identity, &after.identity, addresses);
+        let key = (
+            identities
+                .each_ref()
+                .map(|of| of.as_ref().map(ToString::to_string)),
+            addresses,
+        );
         let group = clients.entry(key).or_insert_with(|| Clients {
             names: Vec::new(),
-            identities: Some((old, new)),
+            identities,
             addresses: after.addresses.clone(),
         });
         group.names.push(after.full_name());
     }
     let plaintext = Clients {
         names: vec![PLAINTEXT.to_owned()],
-        identities: None,
+        identities: [None, None],
         addresses: Vec::new(),
     };
     clients.into_values().chain([plaintext]).collect()
@@ -311,12 +359,10 @@ fn servers(old: &Side, new: &Side, pods: &[(&Pod, &Pod)]) -> Vec<Servers> {
     let mut servers: Vec<Servers> = Vec::new();
     let mut index: HashMap<_, usize> = HashMap::new();
     for (before, after) in pods {
-        let views = [
-            old.policies.workload(&before.namespace, &before.labels),
-            new.policies.workload(&after.namespace, &after.labels),
-        ];
+        let views = [old.view(before), new.view(after)];
         let addresses = by_address.then(|| after.addresses.clone());
-        let key = (views.each_ref().map(Arc::as_ptr), addresses);
+        let pointers = views.each_ref().map(|view| view.as_ref().map(Arc::as_ptr));
+        let key = (pointers, addresses);
         let group = *index.entry(key).or_insert_with(|| {
             let mut ports = BTreeSet::new();
             ports.extend(old.policies.ports_of(&before.namespace, &before.labels));
@@ -338,8 +384,8 @@ fn servers(old: &Side, new: &Side, pods: &[(&Pod, &Pod)]) -> Vec<Servers> {
 }
 
 impl Clients {
-    /// Returns the old and the new verdict on a call of one of these pods.
-    fn call(&self, server: &Servers, port: u16) -> (Verdict, Verdict) {
+    /// Returns the old and the new verdict on a call of one of these pods: whether it is allowed, and why.
+    fn call(&self, server: &Servers, port: u16) -> [(bool, String); 2] {
         let unspecified = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
         let same_family = self.addresses.iter().find_map(|source| {
             let mut servers = server.addresses.iter();
@@ -350,88 +396,15 @@ impl Clients {
             let first = |addresses: &[IpAddr]| addresses.first().copied().unwrap_or(unspecified);
             (first(&self.addresses), first(&server.addresses))
         });
-        let call = |client, view: &WorkloadPolicy| {
-            view.evaluate(&Connection {
-                client,
+        [0, 1].map(|side: usize| {
+            let connection = Connection {
+                client: self.identities[side].as_ref(),
                 source,
                 destination: SocketAddr::new(address, port),
-            })
-        };
-        let [old, new] = &server.views;
-        let identities = self.identities.as_ref();
-        (
-            call(identities.map(|(old, _)| old), old),
-            call(identities.map(|(_, new)| new), new),
-        )
+            };
+            judge(server.views[side].as_deref(), &connection)
+        })
     }
-}
-
-fn judge_observed(old: &Side, new: &Side, observed: &[Observed], differences: &mut Differences) {
-    let by_address = |side: &Side| -> HashMap<IpAddr, Pod> {
-        let pods = side.pods.iter().flat_map(|pod| {
-            let addresses = pod.addresses.iter();
-            addresses.map(|address| (address.to_canonical(), pod.clone()))
-        });
-        pods.collect()
-    };
-    let (old_pods, new_pods) = (by_address(old), by_address(new));
-    // A connection within a node is listed for both pods.
-    let mut seen = BTreeSet::new();
-    let mut changes: BTreeMap<(String, String, u16, String, String), usize> = BTreeMap::new();
-    for connection in observed {
-        let Some(endpoint) = connection.endpoint else {
-            continue;
-        };
-        if connection.path == "self" || !seen.insert((connection.client, endpoint)) {
-            continue;
-        }
-        let address = endpoint.ip().to_canonical();
-        let (Some(before), Some(after)) = (old_pods.get(&address), new_pods.get(&address)) else {
-            let unknown = format!("{} to {endpoint}", connection.client);
-            differences.unknown.push(unknown);
-            continue;
-        };
-        let source = connection.client.ip().to_canonical();
-        let identity = connection.client_identity.as_ref();
-        let identity: Option<Identity> = match connection.path.as_str() {
-            "plaintext" => None,
-            _ => identity.and_then(|identity| identity.parse().ok()),
-        };
-        let verdict = |side: &Side, pod: &Pod| {
-            let view = side.policies.workload(&pod.namespace, &pod.labels);
-            view.evaluate(&Connection {
-                client: identity.as_ref(),
-                source,
-                destination: SocketAddr::new(address, endpoint.port()),
-            })
-        };
-        let (before, after_verdict) = (verdict(old, before), verdict(new, after));
-        if after_verdict.allowed() {
-            continue;
-        }
-        let client = match (&identity, new_pods.get(&source)) {
-            (None, _) => format!("{PLAINTEXT} from {source}"),
-            (Some(identity), Some(pod)) if pod.identity == identity.as_str() => pod.full_name(),
-            (Some(identity), _) => format!("{identity} at {source}"),
-        };
-        let texts = (
-            before.decision.to_string(),
-            after_verdict.decision.to_string(),
-        );
-        let key = (client, after.full_name(), endpoint.port(), texts.0, texts.1);
-        *changes.entry(key).or_default() += 1;
-    }
-    differences.observed = Some(seen.len());
-    let changes = changes.into_iter();
-    let changes = changes.map(|((client, server, port, before, after), count)| Change {
-        client,
-        server,
-        ports: port.to_string(),
-        count,
-        before,
-        after,
-    });
-    differences.ending.extend(changes);
 }
 
 impl Policies {
@@ -505,11 +478,13 @@ mod tests {
                 addresses: vec![IpAddr::V4(Ipv4Addr::new(10, 0, 0, number))],
                 labels: BTreeMap::from([("app".to_owned(), app.to_owned())]),
                 ports: BTreeSet::from([8080]),
+                membership: None,
             }
         });
         Side {
             policies: policies(specs),
             pods: pods.to_vec(),
+            memberships: Memberships::default(),
         }
     }
 
@@ -627,6 +602,79 @@ mod tests {
         assert_eq!(
             lines(&differences.refused),
             ["shop/web-2 shop/web-1, shop/web-2 all 1"]
+        );
+    }
+
+    /// As [`side`], with what the pods' namespace sets.
+    fn with_label(specs: &[Value], membership: Membership) -> Side {
+        let mut side = side(specs);
+        let namespaces = &mut side.memberships.namespaces;
+        namespaces.insert("shop".into(), membership);
+        side
+    }
+
+    #[test]
+    fn a_namespace_that_leaves_the_mesh_loses_its_connections() {
+        let member = Pod {
+            namespace: "other".into(),
+            name: "api".into(),
+            identity: "spiffe://cluster.local/ns/other/sa/api".into(),
+            addresses: vec!["10.0.0.9".parse().unwrap()],
+            ..Pod::clone(&side(&[]).pods[0])
+        };
+        let [mut old, mut new] =
+            [Membership::Enabled, Membership::Disabled].map(|label| with_label(&[], label));
+        // What a pod says itself comes first.
+        old.pods[1].membership = Some(Membership::Enabled);
+        new.pods[1].membership = Some(Membership::Enabled);
+        for side in [&mut old, &mut new] {
+            side.pods.push(member.clone());
+        }
+        let connections = [
+            observed("10.0.0.3:4000", Some("front"), "10.0.0.1:8080", "tunnel"),
+            observed("10.0.0.3:4001", Some("front"), "10.0.0.9:8080", "same-node"),
+            observed("10.0.0.3:4002", Some("front"), "192.0.2.7:8080", "tunnel"),
+        ];
+        let differences = compare(&old, &new, Some(&connections));
+        assert_eq!(
+            lines(&differences.ending),
+            [
+                "shop/front 192.0.2.7:8080 8080 1",
+                "shop/front other/api 8080 1",
+                "shop/front shop/web-1 8080 1",
+            ]
+        );
+        assert_eq!(differences.ending[0].after, "shop/front leaves the mesh");
+        // Those that leave call those that stay in plaintext, which STRICT refuses, and admit everybody.
+        assert_eq!(
+            lines(&differences.refused),
+            [
+                "shop/db shop/web-2, other/api all 2",
+                "shop/front shop/web-2, other/api all 2",
+                "shop/web-1 shop/web-2, other/api all 2",
+            ]
+        );
+        assert_eq!(
+            lines(&differences.allowed),
+            ["plaintext shop/web-1, shop/front, shop/db all 3"]
+        );
+    }
+
+    #[test]
+    fn a_namespace_that_joins_the_mesh_refuses_plaintext() {
+        let old = with_label(&[], Membership::Disabled);
+        let new = with_label(&[], Membership::Enabled);
+        let differences = compare(&old, &new, Some(&[]));
+        assert_eq!(
+            lines(&differences.refused),
+            ["plaintext shop/web-1, shop/web-2, shop/front and 1 more all 4"]
+        );
+        assert_eq!(differences.refused[0].before, OUTSIDE);
+        assert!(differences.allowed.is_empty() && differences.ending.is_empty());
+        assert_eq!(
+            compare(&old, &old, Some(&[])).refused,
+            [],
+            "outside before and after"
         );
     }
 }

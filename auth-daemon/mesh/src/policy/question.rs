@@ -15,7 +15,7 @@ use super::{
     explain,
     reading::Policy,
 };
-use crate::{Identity, ObjectName, Service, Workload};
+use crate::{Identity, Memberships, ObjectName, Service, Workload};
 
 /// The known pods, services and policies, and where they come from.
 #[derive(Clone, Debug)]
@@ -28,6 +28,8 @@ pub struct Known {
     pub services: Vec<Arc<Service>>,
     /// All policies.
     pub policies: Arc<Policies>,
+    /// What decides which pods are in the mesh.
+    pub memberships: Memberships,
     /// Namespaces whose label puts their pods into the mesh.
     pub enabled_namespaces: Vec<EnabledNamespace>,
     /// Namespaces that the cluster or the daemon itself runs in.

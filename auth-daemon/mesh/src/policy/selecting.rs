@@ -140,7 +140,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        Port, TargetPort,
+        Memberships, Port, TargetPort,
         policy::{Policies, Settings},
     };
 
@@ -193,6 +193,7 @@ mod tests {
             pods: pods.into(),
             services: services.into(),
             policies: Arc::new(Policies::compile(Settings::default(), objects)),
+            memberships: Memberships::default(),
             enabled_namespaces: Vec::new(),
             system_namespaces: Vec::new(),
             files: HashMap::new(),

@@ -103,7 +103,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use crate::{
-        ObjectName, TrustDomain, Workload,
+        Memberships, ObjectName, TrustDomain, Workload,
         policy::{
             Policies, Settings,
             api::Object,
@@ -143,6 +143,7 @@ mod tests {
             services: Vec::new(),
             files: files.collect(),
             policies: Arc::new(Policies::compile(Settings::default(), objects)),
+            memberships: Memberships::default(),
             enabled_namespaces: Vec::new(),
             system_namespaces: vec!["kube-system".into()],
         }
