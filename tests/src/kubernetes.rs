@@ -35,6 +35,8 @@ use pki::Pki;
 
 /// Time limit for the start of etcd and API server. Generous, because the machine may be compiling meanwhile.
 const START: Duration = Duration::from_secs(120);
+/// How often kubectl runs again after a TLS handshake with the API server that took too long.
+const MAX_RETRIES: usize = 5;
 
 /// A running API server. Dropping it stops it and its etcd, and removes their files.
 #[derive(Debug)]
@@ -462,28 +464,39 @@ impl Kubernetes {
         object(path, self.call("DELETE", path, None)?)
     }
 
-    /// Applies a file of manifests with `kubectl apply`. Again if it fails: on an emulated machine, an API server that starts
-    /// pods takes longer for a TLS handshake than kubectl waits.
+    /// Applies a file of manifests with `kubectl apply`.
     pub fn apply(&self, file: &Path) -> Result<()> {
         // If two tests created the same object at once, one of them would fail.
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        eventually_ok(TIMEOUT, "kubectl apply", || {
-            self.kubectl([OsStr::new("apply"), OsStr::new("-f"), file.as_os_str()])?
-                .ok()
-                .map(drop)
-        })
+        self.kubectl([OsStr::new("apply"), OsStr::new("-f"), file.as_os_str()])?
+            .ok()
+            .map(drop)
     }
 
     /// Runs `kubectl` as the cluster's administrator, for at most two minutes. A failure of kubectl is not an error here:
     /// see [`Finished::ok`].
+    ///
+    /// Runs it again after a TLS handshake that took too long, because nothing was sent then: on an emulated machine, an API
+    /// server beside pods that start takes longer than the ten seconds that kubectl waits.
     pub fn kubectl<A: AsRef<OsStr>>(
         &self,
         arguments: impl IntoIterator<Item = A>,
     ) -> Result<Finished> {
-        let mut command = self.client("kubectl")?;
-        command.args(arguments);
-        Process::spawn(command)?.finish(START)
+        let arguments: Vec<A> = arguments.into_iter().collect();
+        let run = || {
+            let mut command = self.client("kubectl")?;
+            command.args(&arguments);
+            Process::spawn(command)?.finish(START)
+        };
+        let mut finished = run()?;
+        for _ in 0..MAX_RETRIES {
+            if finished.status.success() || !finished.stderr.contains("TLS handshake timeout") {
+                break;
+            }
+            finished = run()?;
+        }
+        Ok(finished)
     }
 
     /// A command that runs where it reaches the API server, with the administrator's kubeconfig in `$KUBECONFIG`.
