@@ -385,19 +385,16 @@ impl Service {
 /// Returns the endpoints that a connection may use: the ready ones of this cluster, else those of remote clusters, else the ones
 /// that serve last.
 fn preferred(own: &[Candidate], theirs: &[Candidate]) -> Arc<[Endpoint]> {
-    let ready = |candidate: &&Candidate| candidate.ready;
-    let serves_last = |candidate: &&Candidate| candidate.serves_last;
-    let choices: [(&[Candidate], &dyn Fn(&&Candidate) -> bool); 4] = [
-        (own, &ready),
-        (theirs, &ready),
-        (own, &serves_last),
-        (theirs, &serves_last),
-    ];
-    for (candidates, may_serve) in choices {
-        if candidates.iter().any(|candidate| may_serve(&candidate)) {
-            let chosen = candidates.iter().filter(may_serve);
-            return chosen.map(|candidate| candidate.endpoint.clone()).collect();
-        }
-    }
-    Arc::new([])
+    let of = |candidates: &[Candidate], may_serve: fn(&Candidate) -> bool| {
+        let serving = candidates.iter().filter(|candidate| may_serve(candidate));
+        let endpoints: Arc<[_]> = serving
+            .map(|candidate| candidate.endpoint.clone())
+            .collect();
+        (!endpoints.is_empty()).then_some(endpoints)
+    };
+    of(own, |candidate| candidate.ready)
+        .or_else(|| of(theirs, |candidate| candidate.ready))
+        .or_else(|| of(own, |candidate| candidate.serves_last))
+        .or_else(|| of(theirs, |candidate| candidate.serves_last))
+        .unwrap_or_default()
 }
