@@ -1,4 +1,4 @@
-//! Two clusters on one network, each with an API server, a trust domain and a CA of its own.
+//! Two clusters on one network, each with an API server of its own.
 
 use std::fs;
 
@@ -45,7 +45,8 @@ fn service(own: &Value, target: u16) -> Value {
 }
 
 impl Stage {
-    fn start() -> Result<Self> {
+    /// Starts the clusters. With another trust domain than [`WEST`], east has a CA of its own, and each trusts the other.
+    fn start(east_domain: &str) -> Result<Self> {
         let pod = |name: &str| PodSpec::new(name).service_account(name);
         let mesh = Mesh::builder()
             .node("a")
@@ -78,25 +79,31 @@ impl Stage {
         let bundle = |name: &str| mesh.outside().folder().join(name);
         let options = |api: &Kubernetes, own: &str, foreign: &str, discovery: Value| {
             let entry = json!({"trustDomain": foreign, "bundleFile": bundle(foreign)});
+            let federation = if own == foreign {
+                json!([])
+            } else {
+                json!([entry])
+            };
             DaemonOptions::default()
                 .trust_domain(own)
                 .ca_folder(bundle(&format!("{own}.ca")))
                 .setting("discovery", json!({"kubernetes": discovery}))
-                .setting("federation", json!([entry]))
+                .setting("federation", federation)
                 .environment("KUBECONFIG", &api.kubeconfig().display().to_string())
                 .environment("POD_NAMESPACE", SYSTEM)
         };
-        let remote = json!({
-            "namespace": "auth-clusters", "trustDomains": [{"cluster": "east", "trustDomain": EAST}],
-        });
+        let mut remote = json!({"namespace": "auth-clusters"});
+        if east_domain != WEST {
+            remote["trustDomains"] = json!([{"cluster": "east", "trustDomain": east_domain}]);
+        }
         let remote = json!({"remoteClusters": remote});
-        let a = options(&west, WEST, EAST, remote);
-        let b = options(&east, EAST, WEST, json!({}));
+        let a = options(&west, WEST, east_domain, remote);
+        let b = options(&east, east_domain, WEST, json!({}));
         let a = mesh.node("a").start_daemon_with(a)?;
         let b = mesh.node("b").start_daemon_with(b)?;
         a.wait_enrolled(&["default/client"])?;
         b.wait_enrolled(&["default/web-east"])?;
-        for own in [WEST, EAST] {
+        for own in [WEST, east_domain] {
             write_root(&bundle(&format!("{own}.ca")), &bundle(own))?;
         }
         let servers = [
@@ -150,7 +157,7 @@ fn a_service_of_two_clusters_is_the_own_ones_first_and_outlives_the_remote_api_s
         println!("SKIPPED {test}: {why}");
         return Ok(());
     }
-    let stage = Stage::start()?;
+    let stage = Stage::start(EAST)?;
     let capture = stage.mesh.wire().capture()?;
     stage.wait_for(None)?;
 
@@ -250,7 +257,7 @@ fn a_kubeconfig_that_runs_programs_or_reads_files_is_refused() -> Result<()> {
         println!("SKIPPED {test}: {why}");
         return Ok(());
     }
-    let stage = Stage::start()?;
+    let stage = Stage::start(WEST)?;
     let ran = stage.mesh.outside().folder().join("ran");
     let mut secret = stage.east.remote_secret("east")?;
     let kubeconfig = secret["stringData"]["east"]
@@ -280,6 +287,7 @@ fn a_kubeconfig_that_runs_programs_or_reads_files_is_refused() -> Result<()> {
     let with = |config: &Value| json!({"stringData": {"east": config.to_string()}});
     stage.west.merge(&path, &with(&good))?;
     stage.wait_for(Some(FROM_EAST))?;
+    assert_eq!(stage.status()?["trustDomain"], WEST, "by default");
     stage.west.merge(&path, &with(&bad))?;
     eventually(TIMEOUT, "the refusal", || {
         stage.status().ok()?["error"].as_str().map(drop)
