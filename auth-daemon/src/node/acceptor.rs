@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{oneshot, watch},
@@ -276,10 +277,11 @@ struct Admitted {
 }
 
 /// Serves one connection: outbound, or inbound if there is a `place` among the handshakes. Each future is boxed by
-/// itself, so that neither takes as much memory as the larger one.
+/// itself, so that neither takes as much memory as the larger one. Without their types, the compiler need not look through
+/// all of both to know that the caller's task can change threads.
 async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Option<Place>) {
     match place {
-        None => Box::pin(outbound::serve(node, pod, tcp, from)).await,
-        Some(place) => Box::pin(inbound::serve(node, pod, tcp, from, place)).await,
+        None => outbound::serve(node, pod, tcp, from).boxed().await,
+        Some(place) => inbound::serve(node, pod, tcp, from, place).boxed().await,
     }
 }

@@ -9,7 +9,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::future::{AbortHandle, Abortable};
+use futures_util::{
+    FutureExt,
+    future::{AbortHandle, Abortable},
+};
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
@@ -116,7 +119,9 @@ async fn take(
                 place,
             };
             // Boxed so that connections of other protocols do not take as much memory.
-            return Box::pin(hbone::serve(node, pod, tcp, from, local, first)).await;
+            return hbone::serve(node, pod, tcp, from, local, first)
+                .boxed()
+                .await;
         }
         Ok(Detected::Plaintext(app)) => {
             access.learn(|details| details.path = Path::Plaintext);
@@ -131,7 +136,7 @@ async fn take(
     }
     let _note = pod.note_tunnel(from, local.port());
     // Boxed so that its memory is freed after the handshake: the future is far larger than what the relay needs.
-    let handshake = place.in_turns(Box::pin(handshake(node, pod, tcp)));
+    let handshake = place.in_turns(handshake(node, pod, tcp).boxed());
     let channel = match timeout_at(deadline, handshake).await {
         Ok(Ok(channel)) => channel,
         Ok(Err(reason)) => return access.finish(Outcome::Refused, reason),
