@@ -4,15 +4,29 @@ use std::io;
 
 /// Nice value of a preferred thread: the kernel gives it some ten times the CPU time of one with the usual value, and runs it
 /// sooner when it wakes up (sched(7)).
-const PREFERRED: libc::c_int = -10;
+const NICE: i32 = -10;
+/// Time slice of a preferred thread, in nanoseconds: the shortest that there is. From Linux 6.12 on, a thread that wakes up
+/// interrupts one with a longer slice, and others only at the end of theirs, up to a timer tick later. Before, it is ignored.
+const SLICE: u64 = 100_000;
 
 /// Has the kernel prefer the calling thread to the others of the same cgroup.
 ///
 /// # Errors
 /// If the process may not: it lacks CAP_SYS_NICE.
 pub fn prefer() -> io::Result<()> {
-    // SAFETY: no memory is passed. On Linux, 0 is the calling thread, and the call changes no other (setpriority(2)).
-    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, PREFERRED) } {
+    let attributes = libc::sched_attr {
+        size: size_of::<libc::sched_attr>() as u32,
+        sched_policy: libc::SCHED_OTHER as u32,
+        sched_flags: 0,
+        sched_nice: NICE,
+        sched_priority: 0,
+        sched_runtime: SLICE,
+        sched_deadline: 0,
+        sched_period: 0,
+    };
+    // SAFETY: the kernel reads the attributes, which are valid during the call. 0 is the calling thread
+    // (sched_setattr(2)).
+    match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
