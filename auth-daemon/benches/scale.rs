@@ -125,6 +125,7 @@ fn sync() -> Value {
             defaults: MeshDefault::default(),
             services: true,
             daemons: Some("auth-system".into()),
+            remote: None,
         };
         let sink = Sink {
             registry: registry.clone(),

@@ -47,7 +47,7 @@ type Kubeconfigs = BTreeMap<ClusterName, Vec<u8>>;
 
 /// What happened.
 pub(super) enum Change {
-    Secret(watcher::Event<Secret>),
+    Secret(Box<watcher::Event<Secret>>),
     Cluster(ClusterName, Update),
 }
 
@@ -99,7 +99,7 @@ impl Remote {
 impl Follow {
     async fn next(&mut self) -> Change {
         tokio::select! {
-            Some(event) = self.events.next() => Change::Secret(event),
+            Some(event) = self.events.next() => Change::Secret(Box::new(event)),
             Some((name, update)) = self.updates.next() => Change::Cluster(name, update),
             else => pending().await,
         }
@@ -107,7 +107,7 @@ impl Follow {
 
     async fn take(&mut self, change: Change, edit: &mut Edit) -> bool {
         let has_changed = match change {
-            Change::Secret(event) => self.take_secret(event, edit).await,
+            Change::Secret(event) => self.take_secret(*event, edit).await,
             Change::Cluster(name, update) => match self.clusters.get_mut(&name) {
                 Some(cluster) => cluster.take(&name, update, edit),
                 None => false,
