@@ -2,12 +2,9 @@
 
 use auth_tunnel::{
     record::ContentType, record::HEADER_BYTES, record::MAX_PLAIN_BYTES, record::MAX_RECORD_BYTES,
-    record::Opener, record::Sealer, record::complete,
+    record::Opener, record::Sealer, record::complete, secrets::TrafficSecret, tls,
 };
-use rustls::{
-    ConnectionTrafficSecrets,
-    crypto::cipher::{AeadKey, Iv},
-};
+use rustls::crypto::tls13::OkmBlock;
 
 pub(super) fn run(input: &[u8]) {
     let Some((&[suite, ref change @ ..], bytes)) = input.split_first_chunk::<5>() else {
@@ -23,13 +20,11 @@ pub(super) fn run(input: &[u8]) {
     ][usize::from(suite / 3 % 3)];
     let mut room = vec![0; MAX_RECORD_BYTES];
     room[HEADER_BYTES..HEADER_BYTES + plain.len()].copy_from_slice(plain);
-    let length = Sealer::new(7, &secrets(suite))
-        .expect("a suite of TLS 1.3")
-        .seal(&mut room, plain.len(), kind);
+    let length = Sealer::new(7, secret(suite)).seal(&mut room, plain.len(), kind);
     let record = &mut room[..length];
     assert_eq!(complete(record), Ok(Some(length)));
     assert_eq!(complete(&record[..length - 1]), Ok(None));
-    let opener = || Opener::new(7, &secrets(suite)).expect("a suite of TLS 1.3");
+    let opener = || Opener::new(7, secret(suite));
 
     let mut changed = record.to_vec();
     let bit = change as usize % (length * 8);
@@ -48,7 +43,7 @@ pub(super) fn run(input: &[u8]) {
 fn noise(suite: u8, bytes: &[u8]) {
     let mut bytes = bytes.to_vec();
     let mut rest = bytes.as_mut_slice();
-    let mut opener = Opener::new(0, &secrets(suite)).expect("a suite of TLS 1.3");
+    let mut opener = Opener::new(0, secret(suite));
     while let Ok(Some(length)) = complete(rest) {
         assert!(length <= rest.len());
         if opener.open(&mut rest[..length]).is_err() {
@@ -60,10 +55,9 @@ fn noise(suite: u8, bytes: &[u8]) {
     let _ = opener.open(&mut bytes);
 }
 
-fn secrets(suite: u8) -> ConnectionTrafficSecrets {
-    let (key, iv) = (AeadKey::from([7; 32]), Iv::from([9; 12]));
-    match suite % 2 {
-        0 => ConnectionTrafficSecrets::Aes256Gcm { key, iv },
-        _ => ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv },
-    }
+fn secret(suite: u8) -> TrafficSecret {
+    let suites = tls::provider().cipher_suites;
+    let suite = suites[usize::from(suite) % suites.len()];
+    let suite = suite.tls13().expect("a suite of TLS 1.3");
+    TrafficSecret::new(suite, OkmBlock::new(&[7; 32])).expect("one of ours")
 }

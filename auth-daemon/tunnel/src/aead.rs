@@ -6,8 +6,6 @@
 
 use aws_lc_rs::aead as aws_lc;
 use ring::aead as ring;
-use rustls::{ConnectionTrafficSecrets, crypto::cipher::Iv};
-
 /// Size of a record's header, in bytes: type, version and length (RFC 8446 §5.1).
 pub(super) const HEADER_BYTES: usize = 5;
 
@@ -29,8 +27,9 @@ enum Library {
     Ring,
 }
 
+/// A cipher of TLS 1.3.
 #[derive(Clone, Copy, Debug)]
-enum Cipher {
+pub(super) enum Cipher {
     Aes128Gcm,
     Aes256Gcm,
     Chacha20Poly1305,
@@ -49,22 +48,12 @@ macro_rules! key {
 }
 
 impl AeadKey {
-    /// Extracts the key and the IV from the secrets that rustls derived. `None` if the cipher suite is not one of TLS
-    /// 1.3.
-    pub(super) fn from_secrets(secrets: &ConnectionTrafficSecrets) -> Option<(Self, Iv)> {
-        use ConnectionTrafficSecrets as Secrets;
-        let (cipher, key, iv) = match secrets {
-            Secrets::Aes128Gcm { key, iv } => (Cipher::Aes128Gcm, key, iv),
-            Secrets::Aes256Gcm { key, iv } => (Cipher::Aes256Gcm, key, iv),
-            Secrets::Chacha20Poly1305 { key, iv } => (Cipher::Chacha20Poly1305, key, iv),
-            _ => return None,
-        };
-        let iv = <[u8; 12]>::try_from(iv.as_ref()).ok()?;
-        let key = Self::new(Library::fastest(), cipher, key.as_ref())?;
-        Some((key, iv.into()))
+    /// `None` if `bytes` do not have the length that `cipher` requires.
+    pub(super) fn new(cipher: Cipher, bytes: &[u8]) -> Option<Self> {
+        Self::of(Library::fastest(), cipher, bytes)
     }
 
-    fn new(library: Library, cipher: Cipher, bytes: &[u8]) -> Option<Self> {
+    fn of(library: Library, cipher: Cipher, bytes: &[u8]) -> Option<Self> {
         Some(match library {
             Library::AwsLc => Self::AwsLc(key!(aws_lc, cipher, bytes)),
             Library::Ring => Self::Ring(Box::new(key!(ring, cipher, bytes))),
@@ -148,8 +137,8 @@ mod tests {
             Cipher::Aes256Gcm | Cipher::Chacha20Poly1305 => 32,
         };
         LIBRARIES.map(|library| {
-            assert!(AeadKey::new(library, cipher, &bytes[..length - 1]).is_none());
-            AeadKey::new(library, cipher, &bytes[..length]).unwrap()
+            assert!(AeadKey::of(library, cipher, &bytes[..length - 1]).is_none());
+            AeadKey::of(library, cipher, &bytes[..length]).unwrap()
         })
     }
 

@@ -10,10 +10,7 @@ use std::{
     ops::Range,
     os::fd::AsRawFd,
     pin::Pin,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     task::Poll,
     thread::{self, ThreadId},
 };
@@ -22,10 +19,7 @@ use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, recv},
 };
-use rustls::{
-    ConnectionTrafficSecrets, Error, NamedGroup, client::ClientConnectionData,
-    kernel::KernelConnection, server::ServerConnectionData,
-};
+use rustls::{Error, NamedGroup, client::ClientConnectionData, kernel::KernelConnection};
 use tokio::{
     io::{AsyncRead, AsyncWriteExt, ReadBuf},
     net::{
@@ -59,7 +53,7 @@ pub struct Channel {
     home: ThreadId,
     sender: Sender,
     receiver: Receiver,
-    keys: SharedKeys,
+    update_requested: UpdateRequested,
     peer: Svid,
     key_exchange: Option<NamedGroup>,
 }
@@ -94,45 +88,26 @@ pub enum ChannelError {
     /// Too many records in a row that are empty or only change keys. They cost the receiver more than the sender.
     #[error("the peer sent more than {MAX_FUTILE} records in a row without a frame")]
     Futile,
-    /// The traffic keys could not be updated.
-    #[error("the tunnel's keys cannot be changed: {0}")]
-    Keys(Error),
 }
 
-/// The state that rustls keeps for the connection: the key schedule.
-pub(super) enum Keys {
-    Client(KernelConnection<ClientConnectionData>),
-    Server(KernelConnection<ServerConnectionData>),
+/// Whether the peer has requested an update of our sending key too (RFC 8446 §4.6.3). The receiving half tells the sending
+/// half by it.
+pub(super) type UpdateRequested = AtomicBool;
+
+/// What becomes of session tickets that the peer sends (RFC 8446 §4.6.1).
+pub(super) enum Tickets {
+    /// A client stores them until the server's first frame. Daemons send them before it.
+    Store(Box<KernelConnection<ClientConnectionData>>),
+    /// From then on, it ignores them, and keeps no state for them.
+    Ignore,
+    /// A server gets none.
+    Refuse,
 }
 
-impl Keys {
-    fn next_sending(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
-        match self {
-            Self::Client(keys) => keys.update_tx_secret(),
-            Self::Server(keys) => keys.update_tx_secret(),
-        }
-    }
-
-    fn next_receiving(&mut self) -> Result<(u64, ConnectionTrafficSecrets), Error> {
-        match self {
-            Self::Client(keys) => keys.update_rx_secret(),
-            Self::Server(keys) => keys.update_rx_secret(),
-        }
-    }
-}
-
-impl std::fmt::Debug for Keys {
+impl std::fmt::Debug for Tickets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Keys(..)")
+        f.write_str("Tickets(..)")
     }
-}
-
-/// The key schedule. Both halves use it, but rarely.
-#[derive(Debug)]
-pub(super) struct SharedKeys {
-    keys: Mutex<Keys>,
-    /// Whether the peer requested an update of our sending key too.
-    update_requested: AtomicBool,
 }
 
 impl Channel {
@@ -140,7 +115,7 @@ impl Channel {
         tcp: TcpStream,
         sealer: Sealer,
         opener: Opener,
-        keys: Keys,
+        tickets: Tickets,
         incoming: Buffer,
         (peer, key_exchange): (Svid, Option<NamedGroup>),
     ) -> Self {
@@ -155,16 +130,14 @@ impl Channel {
             },
             receiver: Receiver {
                 opener,
+                tickets,
                 incoming,
                 plain: 0..0,
                 record_end: 0,
                 decoder: Decoder::new(),
                 futile: 0,
             },
-            keys: SharedKeys {
-                keys: Mutex::new(keys),
-                update_requested: AtomicBool::new(false),
-            },
+            update_requested: UpdateRequested::new(false),
             peer,
             key_exchange,
         }
@@ -213,13 +186,13 @@ impl Channel {
     ) -> (
         (WriteHalf<'_>, &mut Sender),
         (ReadHalf<'_>, &mut Receiver),
-        &SharedKeys,
+        &UpdateRequested,
     ) {
         let (read, write) = self.tcp.split();
         (
             (write, &mut self.sender),
             (read, &mut self.receiver),
-            &self.keys,
+            &self.update_requested,
         )
     }
 
@@ -279,8 +252,10 @@ impl Channel {
     async fn send(&mut self, encode: impl FnOnce(&mut Vec<u8>)) -> Result<(), ChannelError> {
         let (mut write, sender) = (self.tcp.split().1, &mut self.sender);
         sender.flush(&mut write).await?;
-        if sender.is_key_change_due(&self.keys) {
-            sender.change_key(&self.keys, &mut write).await?;
+        if sender.is_key_change_due(&self.update_requested) {
+            sender
+                .change_key(&self.update_requested, &mut write)
+                .await?;
         }
         sender.push_frames(encode);
         sender.flush(&mut write).await?;
@@ -293,9 +268,14 @@ impl Channel {
     pub async fn receive_control(&mut self) -> Result<Option<Event>, ChannelError> {
         let mut read = self.tcp.split().0;
         loop {
-            match self.receiver.next_event(&self.keys)? {
+            match self.receiver.next_event(&self.update_requested)? {
                 Next::Event(Event::Data(_)) => return Err(ChannelError::OutOfTurn("DATA")),
-                Next::Event(event) => return Ok(Some(event)),
+                Next::Event(event) => {
+                    if let Tickets::Store(_) = self.receiver.tickets {
+                        self.receiver.tickets = Tickets::Ignore;
+                    }
+                    return Ok(Some(event));
+                }
                 Next::Closed => return Ok(None),
                 Next::Starved => {
                     if !self.receiver.fill(&mut read).await? {
@@ -384,27 +364,25 @@ impl Sender {
 
     /// Whether the sending key must be updated before the next app byte: the key is close to its limit, or the peer
     /// requested an update (RFC 8446 §4.6.3).
-    pub(super) fn is_key_change_due(&self, shared: &SharedKeys) -> bool {
-        shared.update_requested.load(Ordering::Relaxed) || self.sealer.wants_new_key()
+    pub(super) fn is_key_change_due(&self, requested: &UpdateRequested) -> bool {
+        requested.load(Ordering::Relaxed) || self.sealer.wants_new_key()
     }
 
     /// Updates the sending key, after writing the records sealed with the old one.
     pub(super) async fn change_key(
         &mut self,
-        shared: &SharedKeys,
+        requested: &UpdateRequested,
         write: &mut WriteHalf<'_>,
     ) -> Result<(), ChannelError> {
         const UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
         self.flush(write).await?;
-        shared.update_requested.store(false, Ordering::Relaxed);
+        requested.store(false, Ordering::Relaxed);
         let mut record = [0; HEADER_BYTES + UPDATE.len() + TRAILER_BYTES];
         record[HEADER_BYTES..HEADER_BYTES + UPDATE.len()].copy_from_slice(&UPDATE);
         self.sealer
             .seal(&mut record, UPDATE.len(), ContentType::Handshake);
         write.write_all(&record).await?;
-        let (sequence, secrets) = shared.lock().next_sending().map_err(ChannelError::Keys)?;
-        self.sealer = Sealer::new(sequence, &secrets)
-            .ok_or_else(|| ChannelError::Keys(Error::General("no TLS 1.3 suite".into())))?;
+        self.sealer.update();
         Ok(())
     }
 }
@@ -413,6 +391,7 @@ impl Sender {
 #[derive(Debug)]
 pub(super) struct Receiver {
     opener: Opener,
+    tickets: Tickets,
     /// Bytes from the wire. The first record may already be decrypted.
     incoming: Buffer,
     /// Plaintext of the decrypted record that is not decoded yet, relative to the start of `incoming`.
@@ -436,7 +415,10 @@ pub(super) enum Next {
 
 impl Receiver {
     /// Decrypts and decodes up to the next event, without I/O. DATA stays in place until [`Receiver::discard`].
-    pub(super) fn next_event(&mut self, keys: &SharedKeys) -> Result<Next, ChannelError> {
+    pub(super) fn next_event(
+        &mut self,
+        update_requested: &UpdateRequested,
+    ) -> Result<Next, ChannelError> {
         loop {
             if !self.plain.is_empty() {
                 let base = self.plain.start;
@@ -480,7 +462,7 @@ impl Receiver {
                         _ => Err(ChannelError::Alert(0)),
                     };
                 }
-                ContentType::Handshake => self.post_handshake(range, keys)?,
+                ContentType::Handshake => self.post_handshake(range, update_requested)?,
             }
         }
     }
@@ -488,17 +470,18 @@ impl Receiver {
     fn post_handshake(
         &mut self,
         range: Range<usize>,
-        keys: &SharedKeys,
+        update_requested: &UpdateRequested,
     ) -> Result<(), ChannelError> {
         let mut messages = &self.incoming.filled()[range];
         while let [NEW_SESSION_TICKET, a, b, c, rest @ ..] = messages
-            && let Keys::Client(client) = &mut *keys.lock()
+            && !matches!(self.tickets, Tickets::Refuse)
             && let Some((ticket, rest)) =
                 rest.split_at_checked(u32::from_be_bytes([0, *a, *b, *c]) as usize)
         {
-            client
-                .handle_new_session_ticket(ticket)
-                .map_err(ChannelError::Ticket)?;
+            if let Tickets::Store(store) = &mut self.tickets {
+                let stored = store.handle_new_session_ticket(ticket);
+                stored.map_err(ChannelError::Ticket)?;
+            }
             if rest.is_empty() {
                 return Ok(());
             }
@@ -510,11 +493,9 @@ impl Receiver {
             ));
         };
         if requested == 1 {
-            keys.update_requested.store(true, Ordering::Relaxed);
+            update_requested.store(true, Ordering::Relaxed);
         }
-        let (sequence, secrets) = keys.lock().next_receiving().map_err(ChannelError::Keys)?;
-        self.opener = Opener::new(sequence, &secrets)
-            .ok_or_else(|| ChannelError::Keys(Error::General("no TLS 1.3 suite".into())))?;
+        self.opener.update();
         Ok(())
     }
 
@@ -556,12 +537,6 @@ impl Receiver {
         self.incoming
             .note_stream(count >= SMALL_BYTES || count == room);
         Ok(count > 0)
-    }
-}
-
-impl SharedKeys {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Keys> {
-        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

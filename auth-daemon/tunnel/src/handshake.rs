@@ -6,7 +6,6 @@ use std::{io, sync::Arc};
 use rustls::{
     ClientConfig, CommonState, Error, ExtractedSecrets, NamedGroup, ServerConfig,
     client::{ClientConnectionData, UnbufferedClientConnection},
-    kernel::KernelConnection,
     pki_types::ServerName,
     server::{ServerConnectionData, UnbufferedServerConnection},
     unbuffered::{
@@ -21,8 +20,9 @@ use tokio::{
 use super::{
     ALPN,
     buffer::Buffer,
-    channel::{Channel, Keys},
+    channel::{Channel, Tickets},
     record::{HEADER_BYTES, MAX_RECORD_BYTES, Opener, Sealer},
+    secrets::{FirstSecrets, TrafficSecret},
     tls,
     tls::svid::Svid,
 };
@@ -75,7 +75,12 @@ trait Side {
     fn common(&mut self) -> &mut UnbufferedConnectionCommon<Self::Data>;
     fn process<'c, 'i>(&'c mut self, records: &'i mut [u8])
     -> UnbufferedStatus<'c, 'i, Self::Data>;
-    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), Error>;
+    /// Drops the state of the handshake, and continues with the secrets of both sides.
+    fn finish(
+        self,
+        client: TrafficSecret,
+        server: TrafficSecret,
+    ) -> Result<(Sealer, Opener, Tickets), Error>;
 }
 
 struct Client(UnbufferedClientConnection);
@@ -95,10 +100,16 @@ impl Side for Client {
         self.0.process_tls_records(records)
     }
 
-    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), Error> {
-        let (secrets, keys): (_, KernelConnection<_>) =
+    fn finish(
+        self,
+        client: TrafficSecret,
+        server: TrafficSecret,
+    ) -> Result<(Sealer, Opener, Tickets), Error> {
+        // Tickets that were received in the handshake are records, too.
+        let (ExtractedSecrets { tx, rx }, connection) =
             self.0.dangerous_into_kernel_connection()?;
-        Ok((secrets, Keys::Client(keys)))
+        let (sealer, opener) = (Sealer::new(tx.0, client), Opener::new(rx.0, server));
+        Ok((sealer, opener, Tickets::Store(Box::new(connection))))
     }
 }
 
@@ -116,10 +127,15 @@ impl Side for Server {
         self.0.process_tls_records(records)
     }
 
-    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), Error> {
-        let (secrets, keys): (_, KernelConnection<_>) =
-            self.0.dangerous_into_kernel_connection()?;
-        Ok((secrets, Keys::Server(keys)))
+    fn finish(
+        self,
+        client: TrafficSecret,
+        server: TrafficSecret,
+    ) -> Result<(Sealer, Opener, Tickets), Error> {
+        // Tickets that were sent are records, too.
+        let (ExtractedSecrets { tx, rx }, _) = self.0.dangerous_into_kernel_connection()?;
+        let (sealer, opener) = (Sealer::new(tx.0, server), Opener::new(rx.0, client));
+        Ok((sealer, opener, Tickets::Refuse))
     }
 }
 
@@ -140,8 +156,10 @@ async fn drive<S: Side>(
     // Number of bytes of `incoming` that are shown to rustls. Always ends at a record boundary.
     let mut visible = 0;
     let mut outgoing = Vec::new();
+    let mut secrets = FirstSecrets::default();
     while side.common().is_handshaking() || side.common().wants_write() || !outgoing.is_empty() {
-        let status = side.process(&mut incoming.filled_mut()[..visible]);
+        let records = &mut incoming.filled_mut()[..visible];
+        let status = secrets.take_from(|| side.process(records));
         let step = match status.state {
             Ok(ConnectionState::EncodeTlsData(data)) => {
                 encode(data, &mut outgoing)?;
@@ -184,12 +202,13 @@ async fn drive<S: Side>(
     }
     let peer = peer(connection, trust_domain)?;
     let key_exchange = key_exchange(connection);
-    let (secrets, keys) = side.into_keys()?;
-    let unknown = || Error::General("cipher suite is not of TLS 1.3".into());
-    let sealer = Sealer::new(secrets.tx.0, &secrets.tx.1).ok_or_else(unknown)?;
-    let opener = Opener::new(secrets.rx.0, &secrets.rx.1).ok_or_else(unknown)?;
+    let suite = connection.negotiated_cipher_suite();
+    let secrets = suite.and_then(|suite| secrets.of_suite(suite.tls13()?));
+    let unknown = || Error::General("no traffic secrets of a known cipher suite".into());
+    let (client, server) = secrets.ok_or_else(unknown)?;
+    let (sealer, opener, tickets) = side.finish(client, server)?;
     let peer = (peer, key_exchange);
-    Ok(Channel::new(tcp, sealer, opener, keys, incoming, peer))
+    Ok(Channel::new(tcp, sealer, opener, tickets, incoming, peer))
 }
 
 /// The key exchange of the handshake.

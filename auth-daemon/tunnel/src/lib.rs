@@ -13,6 +13,7 @@ pub mod hello;
 mod pool;
 pub mod record;
 mod relay;
+pub mod secrets;
 pub mod tls;
 
 pub use channel::{Channel, ChannelError, MAX_EARLY_BYTES};

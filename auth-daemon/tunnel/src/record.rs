@@ -1,15 +1,14 @@
 //! The TLS 1.3 record layer after the handshake (RFC 8446 §5). It works in place, without a copy between the socket and
 //! the cipher.
 //!
-//! rustls performs the handshake and derives every key. This module only applies the keys, as the kernel does with
-//! kTLS.
+//! rustls performs the handshake. This module applies the keys, as the kernel does with kTLS, and updates them.
 
-use rustls::{
-    ConnectionTrafficSecrets,
-    crypto::cipher::{Iv, Nonce},
+use rustls::crypto::cipher::{Iv, Nonce};
+
+use super::{
+    aead::{self, AeadKey, TAG_BYTES},
+    secrets::TrafficSecret,
 };
-
-use super::aead::{self, AeadKey, TAG_BYTES};
 
 /// Size of a record's header, in bytes.
 pub const HEADER_BYTES: usize = aead::HEADER_BYTES;
@@ -74,12 +73,24 @@ struct Keyed {
     key: AeadKey,
     iv: Iv,
     sequence: u64,
+    secret: TrafficSecret,
 }
 
 impl Keyed {
-    fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Option<Self> {
-        let (key, iv) = AeadKey::from_secrets(secrets)?;
-        Some(Self { key, iv, sequence })
+    fn new(sequence: u64, secret: TrafficSecret) -> Self {
+        let (key, iv) = secret.keys();
+        Self {
+            key,
+            iv,
+            sequence,
+            secret,
+        }
+    }
+
+    fn update(&mut self) {
+        self.secret.update();
+        (self.key, self.iv) = self.secret.keys();
+        self.sequence = 0;
     }
 
     fn next_nonce(&mut self) -> [u8; 12] {
@@ -94,9 +105,14 @@ impl Keyed {
 pub struct Sealer(Keyed);
 
 impl Sealer {
-    /// Creates a sealer from the secrets that rustls derived. `None` if the cipher suite is not one of TLS 1.3.
-    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Option<Self> {
-        Keyed::new(sequence, secrets).map(Self)
+    /// Creates a sealer whose next record has the number `sequence`.
+    pub fn new(sequence: u64, secret: TrafficSecret) -> Self {
+        Self(Keyed::new(sequence, secret))
+    }
+
+    /// Replaces the key by the next one. The peer must have been told with the last record (RFC 8446 §4.6.3).
+    pub fn update(&mut self) {
+        self.0.update();
     }
 
     /// Whether the key has sealed enough records to be updated.
@@ -132,9 +148,14 @@ impl Sealer {
 pub struct Opener(Keyed);
 
 impl Opener {
-    /// Creates an opener from the secrets that rustls derived. `None` if the cipher suite is not one of TLS 1.3.
-    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Option<Self> {
-        Keyed::new(sequence, secrets).map(Self)
+    /// Creates an opener whose next record has the number `sequence`.
+    pub fn new(sequence: u64, secret: TrafficSecret) -> Self {
+        Self(Keyed::new(sequence, secret))
+    }
+
+    /// Replaces the key by the next one, as the peer has told (RFC 8446 §4.6.3).
+    pub fn update(&mut self) {
+        self.0.update();
     }
 
     /// Decrypts `record`, one complete record as found by [`complete`], in place. The plaintext starts at
@@ -181,22 +202,17 @@ impl std::fmt::Debug for Opener {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use rustls::crypto::cipher::AeadKey;
+    use rustls::crypto::{aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384, tls13::OkmBlock};
 
     use super::*;
 
-    fn secrets() -> ConnectionTrafficSecrets {
-        ConnectionTrafficSecrets::Aes256Gcm {
-            key: AeadKey::from([7; 32]),
-            iv: Iv::from([9; 12]),
-        }
+    fn secret() -> TrafficSecret {
+        let suite = TLS13_AES_256_GCM_SHA384.tls13().unwrap();
+        TrafficSecret::new(suite, OkmBlock::new(&[7; 48])).unwrap()
     }
 
     fn pair() -> (Sealer, Opener) {
-        (
-            Sealer::new(0, &secrets()).unwrap(),
-            Opener::new(0, &secrets()).unwrap(),
-        )
+        (Sealer::new(0, secret()), Opener::new(0, secret()))
     }
 
     fn sealed(sealer: &mut Sealer, plain: &[u8]) -> Vec<u8> {

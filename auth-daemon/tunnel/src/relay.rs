@@ -26,7 +26,7 @@ use tokio::{
 
 use super::{
     buffer::{Buffer, RECORDS, SMALL_BYTES},
-    channel::{Channel, ChannelError, Next, Receiver, Sender, SharedKeys},
+    channel::{Channel, ChannelError, Next, Receiver, Sender, UpdateRequested},
     frame::{self, Event, Reset},
     record::{ContentType, HEADER_BYTES, TRAILER_BYTES},
 };
@@ -66,10 +66,18 @@ pub enum Ending {
 /// connections.
 pub async fn relay(app: &mut TcpStream, channel: &mut Channel, counters: &Counters) -> Ending {
     let (mut app_read, mut app_write) = app.split();
-    let ((mut tunnel_write, sender), (mut tunnel_read, receiver), keys) = channel.split();
+    let ((mut tunnel_write, sender), (mut tunnel_read, receiver), update_requested) =
+        channel.split();
     let (up_ended, down_ended) = (Flag::default(), Flag::default());
     let up = async {
-        up(&mut app_read, &mut tunnel_write, sender, keys, &counters.up).await?;
+        up(
+            &mut app_read,
+            &mut tunnel_write,
+            sender,
+            update_requested,
+            &counters.up,
+        )
+        .await?;
         up_ended.raise();
         // The app may still reset its reading direction, which would otherwise go unnoticed until the next byte for it.
         tokio::select! {
@@ -83,14 +91,14 @@ pub async fn relay(app: &mut TcpStream, channel: &mut Channel, counters: &Counte
         down(
             &mut tunnel_read,
             receiver,
-            keys,
+            update_requested,
             &mut app_write,
             &counters.down,
             &up_ended,
         )
         .await?;
         down_ended.raise();
-        await_reset(&mut tunnel_read, receiver, keys, &up_ended).await
+        await_reset(&mut tunnel_read, receiver, update_requested, &up_ended).await
     };
     match tokio::try_join!(up, down) {
         Ok(_) => Ending::Clean,
@@ -102,7 +110,7 @@ async fn up(
     app: &mut ReadHalf<'_>,
     tunnel: &mut WriteHalf<'_>,
     sender: &mut Sender,
-    keys: &SharedKeys,
+    update_requested: &UpdateRequested,
     count: &AtomicU64,
 ) -> Result<(), Ending> {
     let slot = sender.slot_bytes;
@@ -129,11 +137,11 @@ async fn up(
             read += read_more(app, room, slot).map_err(Ending::App)?;
         }
         count.fetch_add(read as u64, Ordering::Relaxed);
-        if sender.is_key_change_due(keys) {
+        if sender.is_key_change_due(update_requested) {
             // Rare. Records sealed with the old key are sent first, from the same buffer.
             let unsealed = sender.outgoing.spare().to_vec();
             sender
-                .change_key(keys, tunnel)
+                .change_key(update_requested, tunnel)
                 .await
                 .map_err(Ending::Tunnel)?;
             sender.outgoing.spare()[..unsealed.len()].copy_from_slice(&unsealed);
@@ -224,7 +232,7 @@ fn read_more(app: &ReadHalf<'_>, room: &mut [u8], slot: usize) -> io::Result<usi
 async fn down(
     tunnel: &mut ReadHalf<'_>,
     receiver: &mut Receiver,
-    keys: &SharedKeys,
+    update_requested: &UpdateRequested,
     app: &mut WriteHalf<'_>,
     count: &AtomicU64,
     up_ended: &Flag,
@@ -233,7 +241,10 @@ async fn down(
         let mut ranges = [const { 0..0 }; MAX_SLICES];
         let mut gathered = 0;
         let behind = loop {
-            match receiver.next_event(keys).map_err(Ending::Tunnel)? {
+            match receiver
+                .next_event(update_requested)
+                .map_err(Ending::Tunnel)?
+            {
                 Next::Event(Event::Data(range)) => {
                     ranges[gathered] = range;
                     gathered += 1;
@@ -288,7 +299,7 @@ async fn down(
 async fn await_reset(
     tunnel: &mut ReadHalf<'_>,
     receiver: &mut Receiver,
-    keys: &SharedKeys,
+    update_requested: &UpdateRequested,
     up_ended: &Flag,
 ) -> Result<(), Ending> {
     loop {
@@ -296,7 +307,10 @@ async fn await_reset(
         if up_ended.is_raised() {
             return Ok(());
         }
-        match receiver.next_event(keys).map_err(Ending::Tunnel)? {
+        match receiver
+            .next_event(update_requested)
+            .map_err(Ending::Tunnel)?
+        {
             Next::Starved => tokio::select! {
                 biased;
                 () = up_ended.raised() => return Ok(()),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rustls::{
-    ClientConfig, Error, ServerConfig,
+    ClientConfig, Error, NoKeyLog, ServerConfig,
     client::{ResolvesClientCert, Resumption, Tls12Resumption},
     crypto::{CryptoProvider, aws_lc_rs},
     server::NoServerSessionStorage,
@@ -12,7 +12,7 @@ use rustls::{
 };
 
 use super::{trust::TrustStore, verifier::Verifier};
-use crate::hbone;
+use crate::{hbone, secrets::TakeSecrets};
 
 /// The ALPN protocol of the project's own framing (docs/WIRE.md).
 pub const ALPN: &[u8] = b"auth-daemon/1";
@@ -52,8 +52,9 @@ impl Configs {
         // each server.
         client.resumption = Resumption::in_memory_sessions(MAX_SESSIONS)
             .tls12_resumption(Tls12Resumption::Disabled);
-        // The keys are extracted for our own record layer after the handshake.
+        // For our own record layer after the handshake.
         client.enable_secret_extraction = true;
+        client.key_log = Arc::new(TakeSecrets);
 
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])?
@@ -66,16 +67,19 @@ impl Configs {
         // More than one, so that a burst of new tunnels soon has enough tickets.
         server.send_tls13_tickets = 2;
         server.enable_secret_extraction = true;
+        server.key_log = Arc::new(TakeSecrets);
 
         let mut hbone_client = client.clone();
         hbone_client.alpn_protocols = vec![hbone::ALPN.to_vec()];
         // One connection carries many streams, so sessions are not worth their memory. rustls keeps the records.
         hbone_client.resumption = Resumption::disabled();
         hbone_client.enable_secret_extraction = false;
+        hbone_client.key_log = Arc::new(NoKeyLog);
         let mut hbone_server = server.clone();
         hbone_server.alpn_protocols = vec![hbone::ALPN.to_vec()];
         hbone_server.send_tls13_tickets = 0;
         hbone_server.enable_secret_extraction = false;
+        hbone_server.key_log = Arc::new(NoKeyLog);
 
         Ok(Self {
             client: Arc::new(client),
