@@ -97,12 +97,14 @@ pub enum InvalidFrame {
     Reset,
 }
 
-/// Incremental decoder. Buffers at most one control frame.
-#[derive(Debug)]
+/// Incremental decoder. Buffers at most one control frame, and only if it arrives in pieces.
+#[derive(Debug, Default)]
 pub struct Decoder {
-    /// Received bytes of an incomplete header or control frame.
-    held: [u8; HEADER_BYTES + MAX_CONTROL_BYTES],
-    held_bytes: usize,
+    /// Received bytes of the current header.
+    header: [u8; HEADER_BYTES],
+    header_bytes: usize,
+    /// Received bytes of an incomplete control frame.
+    control: Vec<u8>,
     /// Remaining bytes of the current DATA frame.
     data_left: u32,
 }
@@ -110,16 +112,12 @@ pub struct Decoder {
 impl Decoder {
     /// Creates a decoder at a frame boundary.
     pub fn new() -> Self {
-        Self {
-            held: [0; HEADER_BYTES + MAX_CONTROL_BYTES],
-            held_bytes: 0,
-            data_left: 0,
-        }
+        Self::default()
     }
 
     /// Whether the last decoded byte ended a frame.
     pub fn at_boundary(&self) -> bool {
-        self.held_bytes == 0 && self.data_left == 0
+        self.header_bytes == 0 && self.data_left == 0
     }
 
     /// Consumes bytes from the front of `input` up to the next event. Returns the number of consumed bytes, and the
@@ -136,42 +134,42 @@ impl Decoder {
                 let range = taken..taken + available;
                 return Ok((range.end, Some(Event::Data(range))));
             }
-            let wanted = if self.held_bytes < HEADER_BYTES {
-                HEADER_BYTES
-            } else {
-                HEADER_BYTES + self.held_length() as usize
-            };
-            let piece = (wanted - self.held_bytes).min(input.len() - taken);
-            self.held[self.held_bytes..self.held_bytes + piece]
+            let piece = (HEADER_BYTES - self.header_bytes).min(input.len() - taken);
+            self.header[self.header_bytes..self.header_bytes + piece]
                 .copy_from_slice(&input[taken..taken + piece]);
-            self.held_bytes += piece;
+            self.header_bytes += piece;
             taken += piece;
-            if self.held_bytes < wanted {
+            if self.header_bytes < HEADER_BYTES {
                 return Ok((taken, None));
             }
-            if wanted == HEADER_BYTES {
-                self.check_header()?;
-                if self.held[0] == DATA {
-                    self.data_left = self.held_length();
-                    self.held_bytes = 0;
-                    continue;
-                }
-                if self.held_length() > 0 {
-                    continue;
-                }
+            let (kind, length) = self.check_header()?;
+            if kind == DATA {
+                self.data_left = length;
+                self.header_bytes = 0;
+                continue;
             }
-            let event = parse_control(self.held[0], &self.held[HEADER_BYTES..self.held_bytes])?;
-            self.held_bytes = 0;
+            let missing = length as usize - self.control.len();
+            let piece = &input[taken..input.len().min(taken + missing)];
+            taken += piece.len();
+            if piece.len() < missing {
+                self.control.extend_from_slice(piece);
+                return Ok((taken, None));
+            }
+            self.header_bytes = 0;
+            let event = if self.control.is_empty() {
+                parse_control(kind, piece)?
+            } else {
+                self.control.extend_from_slice(piece);
+                parse_control(kind, &std::mem::take(&mut self.control))?
+            };
             return Ok((taken, Some(event)));
         }
     }
 
-    fn held_length(&self) -> u32 {
-        u32::from_be_bytes([self.held[1], self.held[2], self.held[3], self.held[4]])
-    }
-
-    fn check_header(&self) -> Result<(), InvalidFrame> {
-        let (kind, length) = (self.held[0], self.held_length());
+    /// Type and length of the current frame.
+    fn check_header(&self) -> Result<(u8, u32), InvalidFrame> {
+        let [kind, length @ ..] = self.header;
+        let length = u32::from_be_bytes(length);
         let allowed = match kind {
             DATA => 1..=MAX_DATA_BYTES,
             CONNECT | RESET => 1..=MAX_CONTROL_BYTES as u32,
@@ -179,16 +177,10 @@ impl Decoder {
             _ => return Err(InvalidFrame::Type(kind)),
         };
         if allowed.contains(&length) {
-            Ok(())
+            Ok((kind, length))
         } else {
             Err(InvalidFrame::Length(kind, length))
         }
-    }
-}
-
-impl Default for Decoder {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

@@ -7,6 +7,7 @@
 use std::{
     future::poll_fn,
     io::{self, IoSlice, IoSliceMut},
+    ops::Range,
     os::fd::AsRawFd,
     pin::Pin,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -66,15 +67,14 @@ pub enum Ending {
 /// connections.
 pub async fn relay(app: &mut TcpStream, channel: &mut Channel, counters: &Counters) -> Ending {
     let (mut app_read, mut app_write) = app.split();
-    let ((mut tunnel_write, sender), (mut tunnel_read, receiver), update_requested) =
-        channel.split();
+    let ((mut tunnel_write, sender), (mut tunnel_read, receiver), updates) = channel.split();
     let (up_ended, down_ended) = (Flag::default(), Flag::default());
     let up = async {
         up(
             &mut app_read,
             &mut tunnel_write,
             sender,
-            update_requested,
+            updates,
             &counters.up,
         )
         .await?;
@@ -91,14 +91,14 @@ pub async fn relay(app: &mut TcpStream, channel: &mut Channel, counters: &Counte
         down(
             &mut tunnel_read,
             receiver,
-            update_requested,
+            updates,
             &mut app_write,
             &counters.down,
             &up_ended,
         )
         .await?;
         down_ended.raise();
-        await_reset(&mut tunnel_read, receiver, update_requested, &up_ended).await
+        await_reset(&mut tunnel_read, receiver, updates, &up_ended).await
     };
     match tokio::try_join!(up, down) {
         Ok(_) => Ending::Clean,
@@ -110,7 +110,7 @@ async fn up(
     app: &mut ReadHalf<'_>,
     tunnel: &mut WriteHalf<'_>,
     sender: &mut Sender,
-    update_requested: &UpdateRequested,
+    updates: &UpdateRequested,
     count: &AtomicU64,
 ) -> Result<(), Ending> {
     let slot = sender.slot_bytes;
@@ -137,11 +137,11 @@ async fn up(
             read += read_more(app, room, slot).map_err(Ending::App)?;
         }
         count.fetch_add(read as u64, Ordering::Relaxed);
-        if sender.is_key_change_due(update_requested) {
+        if sender.is_key_change_due(updates) {
             // Rare. Records sealed with the old key are sent first, from the same buffer.
             let unsealed = sender.outgoing.spare().to_vec();
             sender
-                .change_key(update_requested, tunnel)
+                .change_key(updates, tunnel)
                 .await
                 .map_err(Ending::Tunnel)?;
             sender.outgoing.spare()[..unsealed.len()].copy_from_slice(&unsealed);
@@ -232,39 +232,36 @@ fn read_more(app: &ReadHalf<'_>, room: &mut [u8], slot: usize) -> io::Result<usi
 async fn down(
     tunnel: &mut ReadHalf<'_>,
     receiver: &mut Receiver,
-    update_requested: &UpdateRequested,
+    updates: &UpdateRequested,
     app: &mut WriteHalf<'_>,
     count: &AtomicU64,
     up_ended: &Flag,
 ) -> Result<(), Ending> {
     loop {
-        let mut ranges = [const { 0..0 }; MAX_SLICES];
-        let mut gathered = 0;
-        let behind = loop {
-            match receiver
-                .next_event(update_requested)
-                .map_err(Ending::Tunnel)?
-            {
-                Next::Event(Event::Data(range)) => {
-                    ranges[gathered] = range;
-                    gathered += 1;
-                    if gathered == MAX_SLICES {
-                        break None;
+        let (behind, mut unwritten) = {
+            let mut ranges = [const { 0..0 }; MAX_SLICES];
+            let mut gathered = 0;
+            let behind = loop {
+                match receiver.next_event(updates).map_err(Ending::Tunnel)? {
+                    Next::Event(Event::Data(range)) => {
+                        ranges[gathered] = range;
+                        gathered += 1;
+                        if gathered == MAX_SLICES {
+                            break None;
+                        }
                     }
+                    other => break Some(other),
                 }
-                other => break Some(other),
-            }
+            };
+            let ranges = &mut ranges[..gathered];
+            let unwritten = write_now(app, receiver, ranges, count).map_err(Ending::App)?;
+            // In memory of its own, and only if the app does not keep up: an idle connection's future has no room for it.
+            (behind, unwritten.to_vec())
         };
-        if gathered > 0 {
-            let mut slices = [IoSlice::new(&[]); MAX_SLICES];
-            for (slice, range) in slices.iter_mut().zip(&ranges[..gathered]) {
-                *slice = IoSlice::new(receiver.bytes(range));
-            }
-            let total: usize = slices.iter().map(|slice| slice.len()).sum();
-            write_all(app, &mut slices[..gathered])
-                .await
-                .map_err(Ending::App)?;
-            count.fetch_add(total as u64, Ordering::Relaxed);
+        let mut unwritten = &mut unwritten[..];
+        while !unwritten.is_empty() {
+            app.writable().await.map_err(Ending::App)?;
+            unwritten = write_now(app, receiver, unwritten, count).map_err(Ending::App)?;
         }
         match behind {
             None => receiver.discard(),
@@ -299,7 +296,7 @@ async fn down(
 async fn await_reset(
     tunnel: &mut ReadHalf<'_>,
     receiver: &mut Receiver,
-    update_requested: &UpdateRequested,
+    updates: &UpdateRequested,
     up_ended: &Flag,
 ) -> Result<(), Ending> {
     loop {
@@ -307,10 +304,7 @@ async fn await_reset(
         if up_ended.is_raised() {
             return Ok(());
         }
-        match receiver
-            .next_event(update_requested)
-            .map_err(Ending::Tunnel)?
-        {
+        match receiver.next_event(updates).map_err(Ending::Tunnel)? {
             Next::Starved => tokio::select! {
                 biased;
                 () = up_ended.raised() => return Ok(()),
@@ -351,18 +345,40 @@ impl Flag {
     }
 }
 
-async fn write_all(app: &mut WriteHalf<'_>, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
-    while !slices.is_empty() {
-        let written = match slices {
-            [slice] => app.write(slice).await?,
-            _ => app.write_vectored(slices).await?,
-        };
-        if written == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
+/// Writes what the app accepts at once of the received bytes in `ranges`, at most [`MAX_SLICES`]. Returns the rest of them.
+fn write_now<'a>(
+    app: &WriteHalf<'_>,
+    receiver: &Receiver,
+    mut ranges: &'a mut [Range<usize>],
+    count: &AtomicU64,
+) -> io::Result<&'a mut [Range<usize>]> {
+    while !ranges.is_empty() {
+        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+        for (slice, range) in slices.iter_mut().zip(&*ranges) {
+            *slice = IoSlice::new(receiver.bytes(range));
         }
-        IoSlice::advance_slices(&mut slices, written);
+        let written = match &slices[..ranges.len()] {
+            [slice] => app.try_write(slice),
+            slices => app.try_write_vectored(slices),
+        };
+        let mut written = match written {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            result => result?,
+        };
+        count.fetch_add(written as u64, Ordering::Relaxed);
+        let partial = ranges.iter().position(|range| {
+            let behind = written.checked_sub(range.len());
+            written = behind.unwrap_or(written);
+            behind.is_none()
+        });
+        let whole = partial.unwrap_or(ranges.len());
+        ranges = &mut std::mem::take(&mut ranges)[whole..];
+        if let [first, ..] = ranges {
+            first.start += written;
+        }
     }
-    Ok(())
+    Ok(ranges)
 }
 
 fn broken_tunnel(error: io::Error) -> Ending {
