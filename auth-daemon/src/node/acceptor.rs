@@ -8,7 +8,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::FutureExt;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{oneshot, watch},
@@ -187,27 +186,26 @@ impl Acceptor {
                 return Ok(());
             }
         };
-        let load = worker.count();
-        let (node, pod) = (self.node.clone(), self.pod.clone());
-        if worker.is_current() {
-            self.connections.spawn(worker, async move {
-                serve(&node, &pod, tcp, from, place).await;
-                drop((load, permit));
-            });
-            return Ok(());
-        }
-        // Register the socket with the worker's runtime, so that it wakes the worker's thread.
-        let tcp = tcp.into_std()?;
-        let elsewhere = async move {
-            match TcpStream::from_std(tcp) {
-                Ok(tcp) => serve(&node, &pod, tcp, from, place).await,
-                Err(error) => tracing::warn!(
-                    pod = %pod.workload.name, client = %from, %error, "cannot serve a connection"
-                ),
-            }
-            drop((load, permit));
+        let tcp = if worker.is_current() {
+            tcp
+        } else {
+            // Register the socket with the worker's runtime, so that it wakes the worker's thread.
+            let tcp = tcp.into_std()?;
+            let _entered = worker.runtime.enter();
+            TcpStream::from_std(tcp)?
         };
-        self.connections.spawn(worker, elsewhere);
+        let charged = (worker.count(), permit);
+        let (node, pod) = (self.node.clone(), self.pod.clone());
+        match place {
+            None => {
+                let outbound = outbound::serve(node, pod, tcp, from);
+                self.connections.spawn(worker, charged, outbound);
+            }
+            Some(place) => {
+                let inbound = inbound::serve(node, pod, tcp, from, place);
+                self.connections.spawn(worker, charged, inbound);
+            }
+        }
         Ok(())
     }
 
@@ -274,14 +272,4 @@ impl Acceptor {
 struct Admitted {
     permit: Permit,
     place: Option<Place>,
-}
-
-/// Serves one connection: outbound, or inbound if there is a `place` among the handshakes. Each future is boxed by
-/// itself, so that neither takes as much memory as the larger one. Without their types, the compiler need not look through
-/// all of both to know that the caller's task can change threads.
-async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Option<Place>) {
-    match place {
-        None => outbound::serve(node, pod, tcp, from).boxed().await,
-        Some(place) => inbound::serve(node, pod, tcp, from, place).boxed().await,
-    }
 }

@@ -49,14 +49,15 @@ impl ConnectionTasks {
         }
     }
 
-    /// Runs `connection` on `worker`.
+    /// Runs `connection` on `worker`, and drops `charged` when it has ended.
     pub(super) fn spawn(
         &self,
         worker: &Worker,
+        charged: impl Send + 'static,
         connection: impl Future<Output = ()> + Send + 'static,
     ) {
         self.open.fetch_add(1, Ordering::Relaxed);
-        let connection = leaving(connection, Open(self.open.clone()));
+        let connection = leaving(connection, (charged, Open(self.open.clone())));
         // A panic is logged where it happens, and ends this connection alone.
         let connection = AssertUnwindSafe(connection).catch_unwind().map(drop);
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
@@ -140,13 +141,12 @@ fn is_turn_over() -> bool {
         .is_some_and(|began| began.elapsed() >= TURN)
 }
 
-/// Runs `connection`, then counts it as ended. Not an `async fn`, whose future would hold `connection` twice: it is most
-/// of an idle connection's memory.
+/// Runs `connection`, then drops `held`. Not an `async fn`, whose future would hold both twice.
 fn leaving(
     connection: impl Future<Output = ()> + Send,
-    open: Open,
+    held: impl Send,
 ) -> impl Future<Output = ()> + Send {
-    connection.map(move |()| drop(open))
+    connection.map(move |()| drop(held))
 }
 
 struct Open(Arc<AtomicUsize>);
@@ -171,10 +171,10 @@ mod tests {
         let workers = Workers::start(2).unwrap();
         let connections = ConnectionTasks::new(Arc::default());
         let (end, ended) = oneshot::channel();
-        connections.spawn(workers.next(false), async {
+        connections.spawn(workers.next(false), (), async {
             let _ = ended.await;
         });
-        connections.spawn(workers.next(false), async { panic!("on purpose") });
+        connections.spawn(workers.next(false), (), async { panic!("on purpose") });
         assert!(!connections.is_empty());
         end.send(()).unwrap();
         while !connections.is_empty() {
@@ -203,7 +203,7 @@ mod tests {
         for _ in 0..1000 {
             let (held, ended) = oneshot::channel::<()>();
             waiting.push(ended);
-            connections.spawn(workers.next(false), async {
+            connections.spawn(workers.next(false), (), async {
                 let _held = held;
                 std::future::pending().await
             });
@@ -229,7 +229,7 @@ mod tests {
         let polls = Arc::new(AtomicUsize::new(0));
         for _ in 0..GREEDY {
             let polls = polls.clone();
-            greedy.spawn(worker, async move {
+            greedy.spawn(worker, (), async move {
                 loop {
                     let start = Instant::now();
                     while start.elapsed() < TURN / 10 {}
@@ -242,7 +242,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         let (done, waited) = oneshot::channel();
-        neighbour.spawn(worker, async move {
+        neighbour.spawn(worker, (), async move {
             let before = polls.load(Ordering::Relaxed);
             for _ in 0..ROUNDS {
                 yield_now().await;

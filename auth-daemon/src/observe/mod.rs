@@ -11,7 +11,7 @@ pub mod judgement;
 pub(crate) mod line_limit;
 pub(crate) mod log_writer;
 #[cfg(test)]
-mod memory;
+pub(crate) mod memory;
 pub mod pairs;
 pub(crate) mod refusals;
 pub mod remote_clusters;

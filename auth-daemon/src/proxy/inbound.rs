@@ -4,8 +4,10 @@
 mod hbone;
 
 use std::{
+    fmt::Display,
     io,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -31,6 +33,7 @@ use crate::observe::{
 use crate::proxy::{
     caller::{admit_source, check_trusted},
     handshakes::Place,
+    pod::TunnelNote,
 };
 use auth_datapath::sockets::{self, end_in_good_order};
 use auth_mesh::policy::Connection;
@@ -48,29 +51,94 @@ const IDLE: Duration = Duration::from_secs(60);
 /// Timeout for the app to accept a connection.
 const APP_ANSWER: Duration = Duration::from_secs(2);
 
-/// Serves one accepted connection. Returns when the connection has ended or was cut. If the future is dropped earlier,
+/// Serves one accepted connection. Completes when the connection has ended or was cut. If the future is dropped earlier,
 /// its sockets are reset.
 ///
 /// `place` is the connection's place among those that are still in their handshake.
-pub(crate) async fn serve(node: &Node, pod: &Pod, tcp: TcpStream, from: SocketAddr, place: Place) {
+///
+/// The future is a large part of an idle connection's memory: an `async fn` would hold each argument twice, and all that is
+/// awaited here without a box of its own takes its room for as long as the connection lasts.
+pub(crate) fn serve(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    tcp: TcpStream,
+    from: SocketAddr,
+    place: Place,
+) -> impl Future<Output = ()> + Send {
     let (cut, registration) = AbortHandle::new_pair();
-    let _ = Abortable::new(take(node, pod, tcp, from, place, cut), registration).await;
+    let serving = async move {
+        let (node, pod) = (&*node, &*pod);
+        let Some(Tunnel {
+            mut channel,
+            local,
+            _note,
+            mut connect,
+            mut access,
+        }) = begin(node, pod, tcp, from, place, cut.clone())
+            .boxed()
+            .await
+        else {
+            return;
+        };
+        // One app connection after another.
+        loop {
+            let admitted = admit(node, pod, channel.peer(), from, local, connect, &access);
+            let mut app = match Box::pin(admitted).await {
+                Ok(app) => app,
+                Err((code, reason)) => {
+                    send_reset(&mut channel, code, &reason).await;
+                    return access.finish(Outcome::Refused, reason);
+                }
+            };
+            if let Err(error) = channel.answer_connected().await {
+                return access.finish(Outcome::Reset, error);
+            }
+            access.established();
+            let ending = relay(&mut app, &mut channel, access.counters()).await;
+            if !finish(app, &mut channel, ending, access).await {
+                return;
+            }
+            let Some(event) = idle(node, &mut channel).await else {
+                return channel.close();
+            };
+            let open = &node.connections;
+            let cookie = pod.enrolled.netns.cookie();
+            let next = open.open(Direction::Inbound, cookie, from, cut.clone());
+            match accept(pod, &mut channel, local, connect_of(event), next).await {
+                Some(next) => (connect, access) = next,
+                None => return,
+            }
+        }
+    };
+    Abortable::new(serving, registration).map(drop)
 }
 
-async fn take(
-    node: &Node,
-    pod: &Pod,
+/// A tunnel with its first app connection.
+struct Tunnel<'a> {
+    channel: Box<Channel>,
+    /// The app's address.
+    local: SocketAddr,
+    _note: TunnelNote<'a>,
+    connect: Connect,
+    access: Guard<'a>,
+}
+
+/// Waits for a tunnel's first CONNECT. Returns `None` if the connection is refused, or when it has ended and was no tunnel of
+/// the project's own framing.
+async fn begin<'a>(
+    node: &'a Node,
+    pod: &'a Pod,
     tcp: TcpStream,
     from: SocketAddr,
     place: Place,
     cut: AbortHandle,
-) {
+) -> Option<Tunnel<'a>> {
     let cookie = pod.enrolled.netns.cookie();
     let open = &node.connections;
-    let access = open.open(Direction::Inbound, cookie, from, cut.clone());
+    let access = open.open(Direction::Inbound, cookie, from, cut);
     let local = match tcp.local_addr() {
         Ok(local) => sockets::canonical(local),
-        Err(error) => return access.finish(Outcome::Refused, error),
+        Err(error) => return refused(access, error),
     };
     access.learn(|details| {
         details.destination = Some(local);
@@ -81,7 +149,7 @@ async fn take(
     if !pod.enrolled.is_local(local.ip()) {
         let dialled = sockets::original_destination((&tcp).into());
         access.learn(|details| details.destination = dialled.or(Some(local)));
-        return access.finish(Outcome::Refused, forwarded(local));
+        return refused(access, forwarded(local));
     }
     let mut deadline = Instant::now() + HANDSHAKE;
     let in_plaintext = Connection {
@@ -119,38 +187,112 @@ async fn take(
                 place,
             };
             // Boxed so that connections of other protocols do not take as much memory.
-            return hbone::serve(node, pod, tcp, from, local, first)
+            hbone::serve(node, pod, tcp, from, local, first)
                 .boxed()
                 .await;
+            return None;
         }
         Ok(Detected::Plaintext(app)) => {
             access.learn(|details| details.path = Path::Plaintext);
             // Judge again for the log, now that the connection is known to be plaintext.
-            if let Err(refused) = node.rules.judge(cookie, &in_plaintext, &access) {
-                return access.finish(Outcome::Refused, refused);
+            if let Err(denied) = node.rules.judge(cookie, &in_plaintext, &access) {
+                return refused(access, denied);
             }
             drop(place);
-            return plaintext(node, pod, tcp, app, from, local, access).await;
+            Box::pin(plaintext(node, pod, tcp, app, from, local, access)).await;
+            return None;
         }
-        Err(error) => return access.finish(Outcome::Refused, error),
+        Err(error) => return refused(access, error),
     }
     let _note = pod.note_tunnel(from, local.port());
-    // Boxed so that its memory is freed after the handshake: the future is far larger than what the relay needs.
     let handshake = place.in_turns(handshake(node, pod, tcp).boxed());
-    let channel = match timeout_at(deadline, handshake).await {
+    let mut channel = match timeout_at(deadline, handshake).await {
         Ok(Ok(channel)) => channel,
-        Ok(Err(reason)) => return access.finish(Outcome::Refused, reason),
-        Err(_) => return access.finish(Outcome::Refused, late()),
+        Ok(Err(reason)) => return refused(access, reason),
+        Err(_) => return refused(access, late()),
     };
-    let first = First {
+    // Until it arrives, the tunnel counts as a handshake.
+    let Ok(event) = timeout_at(deadline, channel.receive_control()).await else {
+        return refused(access, late());
+    };
+    let connect = match event {
+        Ok(None) | Err(ChannelError::Closed) => {
+            Err("closed the tunnel without a CONNECT".to_owned())
+        }
+        event => connect_of(event),
+    };
+    let (connect, access) = accept(pod, &mut channel, local, connect, access).await?;
+    Some(Tunnel {
+        channel,
+        local,
+        _note,
+        connect,
         access,
-        deadline,
-        place,
-    };
-    carry(node, pod, channel, from, local, first, cut).await;
+    })
 }
 
-/// A tunnel whose first CONNECT is due. Until it arrives, the tunnel counts as a handshake.
+/// Refuses a connection that is not a tunnel's yet.
+fn refused<'a>(access: Guard<'_>, reason: impl Display) -> Option<Tunnel<'a>> {
+    access.finish(Outcome::Refused, reason);
+    None
+}
+
+/// Waits until something arrives on an idle tunnel. Returns `None` if it is to be closed: then no connection ends, and nothing
+/// is logged.
+async fn idle(node: &Node, channel: &mut Channel) -> Option<Result<Option<Event>, ChannelError>> {
+    let mut draining = node.draining.subscribe();
+    let event = tokio::select! {
+        event = timeout(IDLE, channel.receive_control()) => event.ok()?,
+        // The client's side then dials again, and the kernel refuses it.
+        _ = draining.wait_for(|draining| *draining) => return None,
+    };
+    let has_ended = matches!(
+        event,
+        Ok(None) | Err(ChannelError::Io(_) | ChannelError::Closed)
+    );
+    (!has_ended).then_some(event)
+}
+
+/// The CONNECT that has arrived, or why what has arrived is none.
+fn connect_of(event: Result<Option<Event>, ChannelError>) -> Result<Connect, String> {
+    match event {
+        Ok(Some(Event::Connect(connect))) => Ok(connect),
+        Ok(_) => Err(ChannelError::OutOfTurn("a frame other than CONNECT").to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Begins an app connection with what is known of it, unless there is no `connect`: then the tunnel ends.
+async fn accept<'a>(
+    pod: &Pod,
+    channel: &mut Channel,
+    local: SocketAddr,
+    connect: Result<Connect, String>,
+    access: Guard<'a>,
+) -> Option<(Connect, Guard<'a>)> {
+    access.learn(|details| {
+        details.client_identity = Some(channel.peer().identity.clone());
+        details.peer = Some(channel.peer().clone());
+        details.key_exchange = channel.key_exchange();
+        details.server_identity = Some(pod.workload.identity.clone());
+        details.destination = Some(local);
+        details.endpoint = Some(local);
+        details.server_netns = Some(pod.enrolled.netns.cookie());
+    });
+    match connect {
+        Ok(connect) => {
+            access.learn(|details| details.destination = Some(connect.dialled));
+            Some((connect, access))
+        }
+        Err(reason) => {
+            send_reset(channel, ResetCode::Protocol, &reason).await;
+            access.finish(Outcome::Refused, reason);
+            None
+        }
+    }
+}
+
+/// An HBONE connection whose first CONNECT is due. Until it arrives, the connection counts as a handshake.
 struct First<'a> {
     access: Guard<'a>,
     deadline: Instant,
@@ -182,110 +324,9 @@ async fn handshake(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Box<Channel
         .map_err(|error| error.to_string())
 }
 
-/// Carries one app connection after another, until the client's side closes the tunnel or a connection does not end
-/// cleanly.
-async fn carry(
-    node: &Node,
-    pod: &Pod,
-    mut channel: Box<Channel>,
-    from: SocketAddr,
-    local: SocketAddr,
-    first: First<'_>,
-    cut: AbortHandle,
-) {
-    let mut deadline = first.deadline;
-    let mut first = Some(first);
-    let mut draining = node.draining.subscribe();
-    loop {
-        let event = tokio::select! {
-            event = timeout_at(deadline, channel.receive_control()) => event,
-            // The client's side then dials again, and the kernel refuses it.
-            _ = draining.wait_for(|draining| *draining), if first.is_none() => return channel.close(),
-        };
-        let Ok(event) = event else {
-            return match first {
-                Some(first) => first.access.finish(Outcome::Refused, late()),
-                None => channel.close(),
-            };
-        };
-        let connect = match event {
-            Ok(Some(Event::Connect(connect))) => Ok(connect),
-            // Between two app connections the end of the tunnel ends no connection, so nothing is logged.
-            Ok(None) | Err(ChannelError::Io(_) | ChannelError::Closed) if first.is_none() => {
-                return channel.close();
-            }
-            Ok(None) | Err(ChannelError::Closed) => {
-                Err("closed the tunnel without a CONNECT".to_owned())
-            }
-            Ok(Some(_)) => Err(ChannelError::OutOfTurn("a frame other than CONNECT").to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        let access = match first.take() {
-            Some(first) => first.access,
-            None => {
-                let cookie = pod.enrolled.netns.cookie();
-                let open = &node.connections;
-                open.open(Direction::Inbound, cookie, from, cut.clone())
-            }
-        };
-        access.learn(|details| {
-            details.client_identity = Some(channel.peer().identity.clone());
-            details.peer = Some(channel.peer().clone());
-            details.key_exchange = channel.key_exchange();
-            details.server_identity = Some(pod.workload.identity.clone());
-            details.destination = Some(local);
-            details.endpoint = Some(local);
-            details.server_netns = Some(pod.enrolled.netns.cookie());
-        });
-        let clean = match connect {
-            Ok(connect) => one(node, pod, &mut channel, from, local, connect, access).await,
-            Err(reason) => {
-                send_reset(&mut channel, ResetCode::Protocol, &reason).await;
-                return access.finish(Outcome::Refused, reason);
-            }
-        };
-        if !clean {
-            return;
-        }
-        deadline = Instant::now() + IDLE;
-    }
-}
-
-/// Serves one app connection. Returns whether the tunnel can carry another one.
-async fn one(
-    node: &Node,
-    pod: &Pod,
-    channel: &mut Channel,
-    from: SocketAddr,
-    local: SocketAddr,
-    connect: Connect,
-    access: Guard<'_>,
-) -> bool {
-    access.learn(|details| details.destination = Some(connect.dialled));
-    let admitted = Box::pin(admit(
-        node,
-        pod,
-        channel.peer(),
-        from,
-        local,
-        connect,
-        &access,
-    ))
-    .await;
-    let mut app = match admitted {
-        Ok(app) => app,
-        Err((code, reason)) => {
-            send_reset(channel, code, &reason).await;
-            access.finish(Outcome::Refused, reason);
-            return false;
-        }
-    };
-    if let Err(error) = channel.answer_connected().await {
-        access.finish(Outcome::Reset, error);
-        return false;
-    }
-    access.established();
-    match relay(&mut app, channel, access.counters()).await {
+/// Closes or resets the app's side according to `ending`. Returns whether the tunnel can carry another connection.
+async fn finish(app: TcpStream, channel: &mut Channel, ending: Ending, access: Guard<'_>) -> bool {
+    match ending {
         Ending::Clean => match end_in_good_order((&app).into()) {
             Ok(()) => {
                 access.finish(Outcome::Ok, "");

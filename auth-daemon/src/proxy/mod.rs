@@ -8,6 +8,8 @@ pub(crate) mod handshakes;
 pub(crate) mod inbound;
 pub(crate) mod local_pods;
 pub mod lookups;
+#[cfg(test)]
+mod memory;
 pub(crate) mod outbound;
 mod path;
 mod plaintext;

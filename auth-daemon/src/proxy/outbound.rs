@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::{AbortHandle, Abortable};
+use futures_util::{
+    FutureExt,
+    future::{AbortHandle, Abortable},
+};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::{AsyncWriteExt, Interest},
@@ -53,104 +56,112 @@ const SEND_RESET: Duration = Duration::from_secs(1);
 /// Maximum number of endpoints tried for one connection.
 const MAX_ATTEMPTS: usize = 3;
 
-/// Serves one accepted connection. Returns when the connection has ended or was cut. If the future is dropped earlier,
+/// Serves one accepted connection. Completes when the connection has ended or was cut. If the future is dropped earlier,
 /// `app` is reset.
-pub(crate) async fn serve(node: &Node, pod: &Pod, app: TcpStream, from: SocketAddr) {
+///
+/// The future is a large part of an idle connection's memory: an `async fn` would hold each argument twice, and all that is
+/// awaited here without a box of its own takes its room for as long as the connection lasts.
+pub(crate) fn serve(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    mut app: TcpStream,
+    from: SocketAddr,
+) -> impl Future<Output = ()> + Send {
     let (cut, registration) = AbortHandle::new_pair();
-    let _ = Abortable::new(take(node, pod, app, from, cut), registration).await;
-}
-
-async fn take(node: &Node, pod: &Pod, mut app: TcpStream, from: SocketAddr, cut: AbortHandle) {
-    let cookie = pod.enrolled.netns.cookie();
-    let dialled = node.kernel.dialled(&app);
-    let client = own_address(pod, from, dialled);
-    let access = node
-        .connections
-        .open(Direction::Outbound, cookie, client, cut);
-    access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));
-    let Some(dialled) = dialled else {
-        return access.finish(
-            Outcome::Refused,
-            "not a captured connection: the app dialled the daemon's own port",
-        );
-    };
-    access.learn(|details| details.destination = Some(dialled));
-    let reserved = pod.source_ports.reserve(from.port());
-    if reserved.is_some() {
-        // The server's app could not see this source port if an idle tunnel used it.
-        pod.pool.forget_source(from.port());
-    }
-    let mut call = Call {
-        node,
-        pod,
-        app: &app,
-        connect: Connect { dialled, client },
-        access: &access,
-        early: Early::default(),
-    };
-    // Boxed so that its memory is freed once the connection is established: the future is far larger than what the
-    // relay needs.
-    let opened = Box::pin(call.open()).await;
-    if opened.is_ok() {
-        access.established();
-    }
-    match opened {
-        Ok(Opened::Tunnel(mut tunnel)) => {
-            let early = call.early.bytes.len() as u64;
-            drop(call);
-            access.counters().up.fetch_add(early, Ordering::Relaxed);
-            let _load = node.balance.count(tunnel.endpoint);
-            let ending = relay(&mut app, &mut tunnel.channel, access.counters()).await;
-            finish(pod, app, tunnel, ending, access).await;
+    let serving = async move {
+        let (node, pod) = (&*node, &*pod);
+        let cookie = pod.enrolled.netns.cookie();
+        let dialled = node.kernel.dialled(&app);
+        let client = own_address(pod, from, dialled);
+        let open = &node.connections;
+        let access = open.open(Direction::Outbound, cookie, client, cut);
+        access.learn(|details| details.client_identity = Some(pod.workload.identity.clone()));
+        let Some(dialled) = dialled else {
+            return access.finish(
+                Outcome::Refused,
+                "not a captured connection: the app dialled the daemon's own port",
+            );
+        };
+        access.learn(|details| details.destination = Some(dialled));
+        let reserved = pod.source_ports.reserve(from.port());
+        if reserved.is_some() {
+            // The server's app could not see this source port if an idle tunnel used it.
+            pod.pool.forget_source(from.port());
         }
-        Ok(Opened::Hbone(stream)) => {
-            let early = call.early.bytes.len() as u64;
-            drop(call);
-            access.counters().up.fetch_add(early, Ordering::Relaxed);
-            let _load = node.balance.count(stream.endpoint);
-            Box::pin(hbone::carry(app, stream, access)).await;
-        }
-        Ok(Opened::Plainly(mut server)) => {
-            let early = std::mem::take(&mut call.early.bytes);
-            drop(call);
-            match carry_plainly(&mut app, &mut server, &early, &access).await {
-                Ok(()) => access.finish(Outcome::Ok, ""),
-                Err(error) => access.finish(Outcome::Reset, error),
+        let call = Call {
+            node,
+            pod,
+            app: &app,
+            connect: Connect { dialled, client },
+            access: &access,
+            early: Early::default(),
+        };
+        let mut tunnel = match call.begin().boxed().await {
+            Ok((Opened::Tunnel(tunnel), _)) => tunnel,
+            Ok((Opened::Hbone(stream), _)) => {
+                let _load = node.balance.count(stream.endpoint);
+                return Box::pin(hbone::carry(app, stream, access)).await;
             }
-        }
-        Ok(Opened::SameNode(mut neighbour)) => {
-            let early = std::mem::take(&mut call.early.bytes);
-            drop(call);
-            node.same_node.remember(node, cookie, dialled);
-            let _load = node.balance.count(neighbour.endpoint);
-            let servers_side = access.servers_side(neighbour.local_pod.cookie);
-            let carried = carry_plainly(&mut app, &mut neighbour.tcp, &early, &access);
-            let ended = tokio::select! {
-                ended = carried => ended,
-                () = node.same_node.gone(&neighbour.local_pod) => return,
-            };
-            for access in [access, servers_side] {
-                match &ended {
-                    Ok(()) => access.finish(Outcome::Ok, ""),
-                    Err(error) => access.finish(Outcome::Reset, error),
-                }
+            Ok((Opened::Plainly(server), early)) => {
+                return Box::pin(carry_plainly(app, server, early, access)).await;
             }
-        }
-        Err(gone @ Refusal::App(_)) => access.finish(Outcome::Reset, gone),
-        Err(refusal) => access.finish(Outcome::Refused, refusal),
-    }
+            Ok((Opened::SameNode(neighbour), early)) => {
+                node.same_node.remember(node, cookie, dialled);
+                return Box::pin(carry_same_node(node, app, neighbour, early, access)).await;
+            }
+            Err(gone @ Refusal::App(_)) => return access.finish(Outcome::Reset, gone),
+            Err(refusal) => return access.finish(Outcome::Refused, refusal),
+        };
+        let _load = node.balance.count(tunnel.endpoint);
+        let ending = relay(&mut app, &mut tunnel.channel, access.counters()).await;
+        finish(pod, app, tunnel, ending, access).await;
+    };
+    Abortable::new(serving, registration).map(drop)
 }
 
 /// Relays without TLS. `early` holds bytes that were read from the app for an endpoint that refused the connection.
 async fn carry_plainly(
+    mut app: TcpStream,
+    mut server: TcpStream,
+    early: Vec<u8>,
+    access: Guard<'_>,
+) {
+    match relay_plainly(&mut app, &mut server, &early, &access).await {
+        Ok(()) => access.finish(Outcome::Ok, ""),
+        Err(error) => access.finish(Outcome::Reset, error),
+    }
+}
+
+/// Like [`carry_plainly`], to another pod of this node, until one of the two is gone.
+async fn carry_same_node(
+    node: &Node,
+    mut app: TcpStream,
+    mut neighbour: Neighbour,
+    early: Vec<u8>,
+    access: Guard<'_>,
+) {
+    let _load = node.balance.count(neighbour.endpoint);
+    let servers_side = access.servers_side(neighbour.local_pod.cookie);
+    let relayed = relay_plainly(&mut app, &mut neighbour.tcp, &early, &access);
+    let ended = tokio::select! {
+        ended = relayed => ended,
+        () = node.same_node.gone(&neighbour.local_pod) => return,
+    };
+    for access in [access, servers_side] {
+        match &ended {
+            Ok(()) => access.finish(Outcome::Ok, ""),
+            Err(error) => access.finish(Outcome::Reset, error),
+        }
+    }
+}
+
+async fn relay_plainly(
     app: &mut TcpStream,
     server: &mut TcpStream,
     early: &[u8],
     access: &Guard<'_>,
 ) -> io::Result<()> {
     server.write_all(early).await?;
-    let count = early.len() as u64;
-    access.counters().up.fetch_add(count, Ordering::Relaxed);
     plain::relay(app, server, access.counters()).await
 }
 
@@ -314,6 +325,16 @@ fn refused_by(code: ResetCode) -> &'static str {
 }
 
 impl Call<'_> {
+    /// Establishes the connection. Returns it, and the bytes that the app has sent so far and that were counted.
+    async fn begin(mut self) -> Result<(Opened, Vec<u8>), Refusal> {
+        let opened = self.open().await?;
+        self.access.established();
+        let Early { bytes, .. } = self.early;
+        let counters = self.access.counters();
+        counters.up.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok((opened, bytes))
+    }
+
     /// Tries endpoints until one accepts the connection. Sends none of the app's bytes to an endpoint that may not
     /// serve the destination.
     async fn open(&mut self) -> Result<Opened, Refusal> {
@@ -545,7 +566,9 @@ pub(crate) async fn send_reset(channel: &mut Channel, code: ResetCode, reason: &
         reason: reason.to_owned(),
     };
     // If the RESET cannot be sent, the tunnel ends with a RST, which means the same.
-    if let Ok(Ok(())) = timeout(SEND_RESET, channel.send_reset(&reset)).await {
+    // In a box, because it takes more room than the relay before it.
+    let sending = Box::pin(channel.send_reset(&reset));
+    if let Ok(Ok(())) = timeout(SEND_RESET, sending).await {
         let _ = end_in_good_order(channel.socket());
     }
 }
