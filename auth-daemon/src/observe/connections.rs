@@ -68,7 +68,7 @@ pub struct Details {
     /// The server's SPIFFE ID.
     pub server_identity: Option<Identity>,
     /// The certificate that the tunnel's peer presented.
-    pub peer: Option<Svid>,
+    pub peer: Option<Arc<Svid>>,
     /// The TLS key exchange of the tunnel.
     pub key_exchange: Option<NamedGroup>,
     /// How it reaches the server.
@@ -428,7 +428,7 @@ impl<'a> Guard<'a> {
             outcome,
             reason: reason.to_string(),
             judgement: std::mem::take(&mut details.judgement),
-            client_person: details.peer.take().and_then(|peer| peer.person),
+            client_person: details.peer.take().and_then(|peer| peer.person.clone()),
         };
         drop(details);
         self.open.end(finished, progress.unwrap_or_default());

@@ -10,7 +10,10 @@ use std::{
     ops::Range,
     os::fd::AsRawFd,
     pin::Pin,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::Poll,
     thread::{self, ThreadId},
 };
@@ -54,7 +57,7 @@ pub struct Channel {
     sender: Sender,
     receiver: Receiver,
     update_requested: UpdateRequested,
-    peer: Svid,
+    peer: Arc<Svid>,
     key_exchange: Option<NamedGroup>,
 }
 
@@ -117,7 +120,7 @@ impl Channel {
         opener: Opener,
         tickets: Tickets,
         incoming: Buffer,
-        (peer, key_exchange): (Svid, Option<NamedGroup>),
+        (peer, key_exchange): (Arc<Svid>, Option<NamedGroup>),
     ) -> Self {
         let slot_bytes = slot_bytes(socket2::SockRef::from(&tcp).tcp_mss().ok());
         Self {
@@ -144,7 +147,7 @@ impl Channel {
     }
 
     /// Identity and certificate of the peer.
-    pub fn peer(&self) -> &Svid {
+    pub fn peer(&self) -> &Arc<Svid> {
         &self.peer
     }
 

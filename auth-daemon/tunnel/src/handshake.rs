@@ -220,7 +220,7 @@ pub(crate) fn key_exchange(session: &CommonState) -> Option<NamedGroup> {
 
 /// The certificate that the peer has presented, in this session or in the one that it resumes. The configuration's verifier
 /// has checked it against the bundle of its trust domain; `trust_domain` is the mesh's own.
-pub(crate) fn peer(session: &CommonState, trust_domain: &TrustDomain) -> Result<Svid, Error> {
+pub(crate) fn peer(session: &CommonState, trust_domain: &TrustDomain) -> Result<Arc<Svid>, Error> {
     let leaf = session
         .peer_certificates()
         .and_then(|chain| chain.first())
@@ -229,7 +229,7 @@ pub(crate) fn peer(session: &CommonState, trust_domain: &TrustDomain) -> Result<
         .map_err(|error| Error::General(error.to_string()))?;
     // A resumed session presents no certificate, so rustls verifies none.
     tls::check_not_expired(peer.not_after)?;
-    Ok(peer)
+    Ok(Arc::new(peer))
 }
 
 fn encode<D>(mut data: EncodeTlsData<'_, D>, outgoing: &mut Vec<u8>) -> Result<(), Error> {

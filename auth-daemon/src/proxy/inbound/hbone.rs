@@ -4,6 +4,7 @@
 use std::{
     future::poll_fn,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -163,7 +164,7 @@ enum Answered {
 async fn stream(
     node: &Node,
     pod: &Pod,
-    (peer, key_exchange): &(Svid, Option<NamedGroup>),
+    (peer, key_exchange): &(Arc<Svid>, Option<NamedGroup>),
     from: SocketAddr,
     source: Source,
     local: SocketAddr,

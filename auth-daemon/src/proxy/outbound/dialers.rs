@@ -184,7 +184,7 @@ impl Call<'_> {
 
     /// Checks that the peer of a tunnel is not revoked, and that its trust domain is trusted, before anything is sent over it.
     /// The open connection names the peer by then, so a later change of trust cuts it.
-    pub(super) fn verify(&self, peer: &Svid, address: SocketAddr) -> Result<(), Untrusted> {
+    pub(super) fn verify(&self, peer: &Arc<Svid>, address: SocketAddr) -> Result<(), Untrusted> {
         self.access
             .learn(|details| details.peer = Some(peer.clone()));
         let (snapshot, trust) = (self.node.registry.load(), self.node.certificates.trust());

@@ -103,7 +103,7 @@ async fn begin<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let peer = Arc::new(tls::peer(tls.get_ref().1, trust_domain)?);
+    let peer = tls::peer(tls.get_ref().1, trust_domain)?;
     let key_exchange = key_exchange(tls.get_ref().1);
     let (requests, mut connection) = client::Builder::new()
         .initial_window_size(STREAM_WINDOW)
@@ -137,7 +137,7 @@ where
 
 impl Client {
     /// Identity and certificate of the server.
-    pub fn peer(&self) -> &Svid {
+    pub fn peer(&self) -> &Arc<Svid> {
         &self.peer
     }
 

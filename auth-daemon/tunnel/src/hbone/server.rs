@@ -28,7 +28,7 @@ use auth_mesh::TrustDomain;
 pub struct Server {
     connection: server::Connection<TlsStream<TcpStream>, Bytes>,
     keep_alive: KeepAlive,
-    peer: Svid,
+    peer: Arc<Svid>,
     key_exchange: Option<NamedGroup>,
 }
 
@@ -77,7 +77,7 @@ pub async fn accept(
 
 impl Server {
     /// Identity and certificate of the peer.
-    pub fn peer(&self) -> &Svid {
+    pub fn peer(&self) -> &Arc<Svid> {
         &self.peer
     }
 

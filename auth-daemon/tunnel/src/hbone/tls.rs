@@ -1,6 +1,6 @@
 //! The TLS handshake. Unlike our own framing, HTTP/2 leaves the records to rustls.
 
-use std::io;
+use std::{io, sync::Arc};
 
 use rustls::{CommonState, Error};
 
@@ -12,7 +12,7 @@ use auth_mesh::TrustDomain;
 pub(super) fn peer(
     session: &CommonState,
     trust_domain: &TrustDomain,
-) -> Result<Svid, HandshakeError> {
+) -> Result<Arc<Svid>, HandshakeError> {
     if session.alpn_protocol() != Some(ALPN) {
         return Err(HandshakeError::NotHbone);
     }
