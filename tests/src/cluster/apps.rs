@@ -33,7 +33,12 @@ exec httpd -f -p '[::]:{PORT}' -h /tmp/www"#
 /// The spec of a pod with that server.
 pub fn server_pod(account: &str, node: Option<&str>) -> Value {
     let mut server = container(&server_script());
-    let probe = json!({"httpGet": {"path": "/cgi-bin/who", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5});
+    // The container restarts after 12 seconds of probes that are refused, and after a minute of probes without an answer: a
+    // busy machine may give none for some seconds.
+    let probe = json!({
+        "httpGet": {"path": "/cgi-bin/who", "port": PORT},
+        "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 12,
+    });
     server["ports"] = json!([{"name": "http", "containerPort": PORT}]);
     server["readinessProbe"] = probe.clone();
     server["livenessProbe"] = probe;
