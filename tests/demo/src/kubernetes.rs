@@ -270,7 +270,9 @@ fn policy_deny(cluster: &MeshedCluster, evidence: &Evidence) -> Result<()> {
     });
     cluster.apply(std::slice::from_ref(&policy))?;
     evidence.saw(format!("applied: {}", policy["spec"]));
-    let why = eventually_ok(PATIENCE, "the refusal", || ask_in_vain(cluster, CLIENT))?;
+    eventually_ok(PATIENCE, "the refusal", || ask_in_vain(cluster, CLIENT))?;
+    // Once more: one that was open when the policy came into force was reset, and not refused.
+    let why = ask_in_vain(cluster, CLIENT)?;
     evidence.saw(format!("curl from {CLIENT}: {why}"));
     let line = logged(cluster, NODES[1], |line| {
         line["result"] == "refused" && text(line, "reason").contains("AuthorizationPolicy")

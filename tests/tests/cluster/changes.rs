@@ -100,6 +100,10 @@ pub(crate) fn policies_take_effect(stage: &Stage) -> Result<()> {
             "still answered".to_owned()
         })
     })?;
+    // Once more: one that was open when the policy came into force was reset, and not refused.
+    ensure(stage.curl("client-1", &url).is_err(), || {
+        "answered again".to_owned()
+    })?;
     log_has(stage, "node2", |line| {
         let reason = line["reason"].as_str().unwrap_or_default();
         line["result"] == "refused" && reason.contains("AuthorizationPolicy shop/nobody")

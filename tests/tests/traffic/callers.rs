@@ -62,6 +62,8 @@ fn becomes_refused(
     eventually_ok(TIMEOUT, &format!("a refusal at {to}"), || {
         (!is_answered(from, to)?).then_some(()).context("answered")
     })?;
+    // Once more: one that was open when the policy came into force was reset, and not refused.
+    assert!(!is_answered(from, to)?, "{to}");
     pair.far.wait_for_access("the refusal", TIMEOUT, |line| {
         let caller = line["client"].as_str().and_then(|text| text.parse().ok());
         line["result"] == "refused"
