@@ -15,6 +15,7 @@ use imbl::{OrdMap, OrdSet, ordset::DiffItem};
 use super::{
     Destination, Edit, ObjectName, Service, Snapshot, Unreachable, Workload,
     claims::{AddressKind, Claim, Claimant, Claims},
+    snapshot::added,
 };
 
 /// Maximum number of external addresses of a service, times its ports. The limit keeps a user who may write services from
@@ -196,16 +197,11 @@ impl Snapshot {
         &'a self,
         before: &'a Self,
     ) -> impl Iterator<Item = String> {
-        let changes = before.exposed.disputed.diff(&self.exposed.disputed);
-        let disputed = changes.filter_map(|change| match change {
-            DiffItem::Add(at) => Some(self.disputed_port(at)),
-            DiffItem::Remove(_) => None,
-        });
-        let changes = before.exposed.crowded.diff(&self.exposed.crowded);
-        disputed.chain(changes.filter_map(|change| match change {
-            DiffItem::Add(name) => Some(too_many_external_ports(name)),
-            DiffItem::Remove(_) => None,
-        }))
+        let disputed = added(&before.exposed.disputed, &self.exposed.disputed);
+        let crowded = added(&before.exposed.crowded, &self.exposed.crowded);
+        disputed
+            .map(|at| self.disputed_port(at))
+            .chain(crowded.map(too_many_external_ports))
     }
 
     fn disputed_port(&self, at: &ExposedAt) -> String {

@@ -42,13 +42,14 @@ pub struct MeshDefault {
 }
 
 impl MeshDefault {
-    /// Returns the default for a pod of `namespace`.
-    pub fn of(&self, namespace: &str) -> Membership {
-        if self.excluded.contains(namespace) {
-            Membership::Disabled
-        } else {
-            self.membership
-        }
+    /// Returns what holds for a pod of `namespace` that sets nothing itself: what its namespace sets, else the default.
+    pub fn of(&self, namespace: &str, set: Option<Membership>) -> Membership {
+        set.unwrap_or_else(
+            || match self.excluded.contains(cluster::namespace_of(namespace)) {
+                true => Membership::Disabled,
+                false => self.membership,
+            },
+        )
     }
 }
 
@@ -75,9 +76,8 @@ pub struct Memberships {
 impl Memberships {
     /// Reports whether a pod of `namespace` that sets `own` itself is in the mesh.
     pub fn include(&self, namespace: &str, own: Option<Membership>) -> bool {
-        let membership = own
-            .or_else(|| self.namespaces.get(namespace).copied())
-            .unwrap_or_else(|| self.defaults.of(cluster::namespace_of(namespace)));
+        let set = self.namespaces.get(namespace).copied();
+        let membership = own.unwrap_or_else(|| self.defaults.of(namespace, set));
         membership == Membership::Enabled
     }
 }

@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-use imbl::{HashMap, OrdMap, OrdSet, ordmap::DiffItem};
+use imbl::{HashMap, OrdMap, OrdSet, ordmap::DiffItem, ordset};
 
 use super::{
     Destination, Edit, Identity, Membership, Memberships, MeshDefault, ObjectName, Service, Slice,
@@ -242,11 +242,7 @@ impl Snapshot {
     /// Returns the nodes for which [`Snapshot::had_daemon`] has become true since `before`. The cost depends on the
     /// number of changes.
     pub fn proven_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a str> {
-        let changes = before.proven.diff(&self.proven);
-        changes.filter_map(|change| match change {
-            imbl::ordset::DiffItem::Add(node) => Some(node.as_str()),
-            imbl::ordset::DiffItem::Remove(_) => None,
-        })
+        added(&before.proven, &self.proven).map(String::as_str)
     }
 
     /// Returns the nodes whose tunnel an administrator has disabled.
@@ -314,21 +310,10 @@ impl Snapshot {
 
     /// Returns the conflicts that `before` did not have. The cost depends on the number of changes.
     pub fn errors_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = String> {
-        let changes = before.disputed.diff(&self.disputed);
-        let disputed = changes.filter_map(|change| match change {
-            imbl::ordset::DiffItem::Add(address) => Some(self.error(*address)),
-            imbl::ordset::DiffItem::Remove(_) => None,
-        });
-        let changes = before.overruled.diff(&self.overruled);
-        let overruled = changes.filter_map(|change| match change {
-            imbl::ordset::DiffItem::Add(address) => Some(self.overruled_at(*address)),
-            imbl::ordset::DiffItem::Remove(_) => None,
-        });
-        let changes = before.crowded.diff(&self.crowded);
-        let crowded = changes.filter_map(|change| match change {
-            imbl::ordset::DiffItem::Add(service) => Some(too_many_endpoints(service)),
-            imbl::ordset::DiffItem::Remove(_) => None,
-        });
+        let disputed = added(&before.disputed, &self.disputed).map(|address| self.error(*address));
+        let overruled = added(&before.overruled, &self.overruled);
+        let overruled = overruled.map(|address| self.overruled_at(*address));
+        let crowded = added(&before.crowded, &self.crowded).map(too_many_endpoints);
         let exposed = self.exposed_errors_since(before);
         disputed.chain(overruled).chain(crowded).chain(exposed)
     }
@@ -407,10 +392,20 @@ impl Snapshot {
     /// Returns the membership of a pod in `namespace` that does not set its own.
     pub(super) fn default_of(&self, namespace: &str) -> Membership {
         let known = self.namespaces.get(namespace);
-        known
-            .and_then(|namespace| namespace.membership)
-            .unwrap_or_else(|| self.defaults.of(cluster::namespace_of(namespace)))
+        self.defaults
+            .of(namespace, known.and_then(|namespace| namespace.membership))
     }
+}
+
+/// Returns what `now` has and `before` did not. The cost depends on the number of changes.
+pub(super) fn added<'a, T: Ord>(
+    before: &'a OrdSet<T>,
+    now: &'a OrdSet<T>,
+) -> impl Iterator<Item = &'a T> {
+    before.diff(now).filter_map(|change| match change {
+        ordset::DiffItem::Add(item) => Some(item),
+        ordset::DiffItem::Remove(_) => None,
+    })
 }
 
 fn describe_all<'a>(claims: impl IntoIterator<Item = &'a Claim>, separator: &str) -> String {

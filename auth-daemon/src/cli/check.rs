@@ -83,7 +83,7 @@ fn warnings(config: &Config) -> Vec<String> {
         // Istio's labels say which pods are in the mesh, and none is without one.
         Discovery::Istiod { .. } => {}
         Discovery::Kubernetes { defaults, .. } => {
-            if defaults.of(KUBE_SYSTEM) == Membership::Enabled {
+            if defaults.of(KUBE_SYSTEM, None) == Membership::Enabled {
                 warnings.push(
                     "discovery.kubernetes.excludedNamespaces: lacks kube-system, so pods that the cluster itself depends \
                      on are in the mesh, and under STRICT refuse plaintext from outside the mesh; add kube-system"
