@@ -31,6 +31,9 @@ use auth_xds::{Caller, Mesh, Session, State};
 
 /// Responses that wait to be applied.
 const WAITING: usize = 16;
+/// How long a workload that names a new policy waits for that policy. istiod sends it right after the workload; published
+/// between the two, the workload would refuse everything for that moment, and end its open connections.
+const POLICY_WAIT: Duration = Duration::from_secs(2);
 
 /// Whose state is followed, and for whom.
 #[derive(Clone, Debug)]
@@ -77,7 +80,9 @@ pub async fn run(
     // Of services that are exposed at addresses which istiod does not know.
     let mut pinned = HashSet::new();
     let mut is_published = false;
+    let mut changed_at = None;
     let mut publish_at = None;
+    let mut policies_by = None;
     loop {
         let changed = tokio::select! {
             event = events.next() => {
@@ -101,7 +106,7 @@ pub async fn run(
                 news || !answered.is_empty()
             }
             () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
-                publish_at = None;
+                (changed_at, publish_at) = (None, None);
                 is_published = true;
                 sink.publish(state.policies(), state.snapshot());
                 if let Some(lookups) = &sink.lookups {
@@ -118,13 +123,18 @@ pub async fn run(
             pinned.is_subset(&told)
         };
         if changed && is_subscribed && known.is_complete() && (is_published || is_pinned()) {
+            let now = Instant::now();
+            let changed_at = *changed_at.get_or_insert(now);
             // Connections wait for answers.
-            let settle = if answered.is_empty() {
-                SETTLE
+            let settled = if answered.is_empty() {
+                changed_at + SETTLE
             } else {
-                Duration::ZERO
+                now
             };
-            publish_at.get_or_insert_with(|| Instant::now() + settle);
+            policies_by = state
+                .lacks_policies()
+                .then(|| policies_by.unwrap_or(now + POLICY_WAIT));
+            publish_at = Some(policies_by.map_or(settled, |by| settled.max(by)));
         }
     }
 }

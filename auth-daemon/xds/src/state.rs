@@ -132,6 +132,12 @@ impl State {
         &mut self.edit
     }
 
+    /// Reports whether istiod says that a policy selects a pod of this node, and has not sent that policy.
+    pub fn lacks_policies(&self) -> bool {
+        let mut found = self.local.keys().filter_map(|name| self.found(name));
+        found.any(|found| self.known_policies(found).is_none())
+    }
+
     /// Returns all policies, if they have changed since the last call.
     pub fn policies(&mut self) -> Option<Vec<Arc<Object>>> {
         if !std::mem::take(&mut self.policies_changed) {
@@ -204,13 +210,7 @@ impl State {
 
     /// Makes the model's pod of that name what both sources say.
     fn settle(&mut self, name: &ObjectName) {
-        // A workload that is no pod is named by its UID.
-        let found = self
-            .workloads
-            .get(&pod_uid(&self.mesh, name))
-            .or_else(|| self.workloads.get(&name.name))
-            .filter(|found| found.workload.name == *name);
-        match (self.local.get(name), found) {
+        match (self.local.get(name), self.found(name)) {
             (Some(local), found) => {
                 let mut pod = Workload::clone(local);
                 let known = found.map(|found| self.known_policies(found));
@@ -231,6 +231,13 @@ impl State {
             }
             (None, _) => self.edit.remove_pod(name),
         }
+    }
+
+    /// Returns what istiod says of a workload. One that is no pod is named by its UID.
+    fn found(&self, name: &ObjectName) -> Option<&FoundWorkload> {
+        let pod = self.workloads.get(&pod_uid(&self.mesh, name));
+        let found = pod.or_else(|| self.workloads.get(&name.name));
+        found.filter(|found| found.workload.name == *name)
     }
 
     /// Returns the labels by which the policies of a workload select it. `None` if one of them is not known.

@@ -198,6 +198,7 @@ fn a_pod_admits_nothing_until_all_its_policies_are_known() {
     let mut state = state();
     state.local_pod(local("web-1", "a"));
     assert!(!admits(&mut state), "istiod has not told of the pod");
+    assert!(!state.lacks_policies(), "nor named a policy of it");
     let found = |policies: &[&str]| api::Workload {
         node: "a".into(),
         authorization_policies: policies.iter().map(|name| (*name).to_owned()).collect(),
@@ -207,6 +208,7 @@ fn a_pod_admits_nothing_until_all_its_policies_are_known() {
     assert!(admits(&mut state));
     remote(&mut state, found(&["shop/some"]));
     assert!(!admits(&mut state), "the policy has not arrived");
+    assert!(state.lacks_policies());
     let put = |state: &mut State, resource: &str, groups| {
         let found = Authorization {
             scope: Scope::WorkloadSelector as i32,
@@ -219,6 +221,7 @@ fn a_pod_admits_nothing_until_all_its_policies_are_known() {
     };
     put(&mut state, "shop/some", vec![]);
     assert!(admits(&mut state), "a policy that denies nothing");
+    assert!(!state.lacks_policies());
     put(&mut state, "shop/other", vec![Default::default()]);
     assert!(admits(&mut state), "a policy that does not select the pod");
     put(&mut state, "shop/some", vec![Default::default()]);
