@@ -106,6 +106,7 @@ impl Follow {
     }
 
     async fn take(&mut self, change: Change, edit: &mut Edit) -> bool {
+        let is_listing = matches!(&change, Change::Cluster(_, update) if update.is_listing());
         let has_changed = match change {
             Change::Secret(event) => self.take_secret(*event, edit).await,
             Change::Cluster(name, update) => match self.clusters.get_mut(&name) {
@@ -113,7 +114,10 @@ impl Follow {
                 None => false,
             },
         };
-        self.publish();
+        // Within a list the status stays as it was, and with many clusters it costs more than the object.
+        if !is_listing {
+            self.publish();
+        }
         has_changed
     }
 

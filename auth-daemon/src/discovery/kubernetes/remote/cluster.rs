@@ -29,6 +29,13 @@ pub(in crate::discovery::kubernetes) enum Update {
     Failed(Kind, String),
 }
 
+impl Update {
+    /// Reports whether more of a list follows. Nothing is known from it before its end.
+    pub(super) fn is_listing(&self) -> bool {
+        matches!(self, Self::Event(_, Event::Init | Event::InitApply(_)))
+    }
+}
+
 /// A remote cluster.
 pub(super) struct Cluster {
     pub(super) secret: String,
