@@ -6,6 +6,7 @@
 
 use aws_lc_rs::aead as aws_lc;
 use ring::aead as ring;
+
 /// Size of a record's header, in bytes: type, version and length (RFC 8446 §5.1).
 pub(super) const HEADER_BYTES: usize = 5;
 
