@@ -7,6 +7,7 @@ mod istio_ca;
 mod istiod;
 mod pki;
 mod programs;
+mod rbac;
 mod remote;
 
 use std::ffi::OsStr;
@@ -30,6 +31,7 @@ pub use istio_ca::{IstioCa, IstioSvid};
 pub use istiod::{Istiod, IstiodOptions};
 pub use programs::{GoModule, folder as programs_folder};
 pub(crate) use programs::{first_missing, path_variable, program};
+pub(crate) use rbac::role;
 
 use pki::Pki;
 

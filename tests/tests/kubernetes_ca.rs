@@ -361,40 +361,6 @@ fn secrets_with_certificates_follow_their_service_accounts() -> Result<()> {
     Ok(())
 }
 
-/// What a person may do in `namespace`: act as `support`, and find the service.
-fn rights(namespace: &str) -> [Value; 2] {
-    let rbac = "rbac.authorization.k8s.io";
-    let role = json!({
-        "apiVersion": format!("{rbac}/v1"), "kind": "Role", "metadata": {"name": "connect"},
-        "rules": [
-            {"apiGroups": [""], "resources": ["serviceaccounts/token"], "resourceNames": ["support"], "verbs": ["create"]},
-            {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [ROOTS], "verbs": ["get"]},
-            {"apiGroups": [""], "resources": ["services", "pods"], "verbs": ["get", "list"]},
-        ],
-    });
-    let binding = json!({
-        "apiVersion": format!("{rbac}/v1"), "kind": "RoleBinding", "metadata": {"name": "connect"},
-        "roleRef": {"apiGroup": rbac, "kind": "Role", "name": "connect"},
-        "subjects": [{"kind": "ServiceAccount", "name": "alice", "namespace": namespace}],
-    });
-    [role, binding]
-}
-
-/// A ClusterRole and its binding that give an account a right to CertificateSigningRequests.
-fn signing_requests(name: &str, verb: &str, (namespace, account): (&str, &str)) -> [Value; 2] {
-    let rbac = "rbac.authorization.k8s.io";
-    let role = json!({
-        "apiVersion": format!("{rbac}/v1"), "kind": "ClusterRole", "metadata": {"name": name},
-        "rules": [{"apiGroups": ["certificates.k8s.io"], "resources": ["certificatesigningrequests"], "verbs": [verb]}],
-    });
-    let binding = json!({
-        "apiVersion": format!("{rbac}/v1"), "kind": "ClusterRoleBinding", "metadata": {"name": name},
-        "roleRef": {"apiGroup": rbac, "kind": "ClusterRole", "name": name},
-        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": namespace}],
-    });
-    [role, binding]
-}
-
 #[test]
 fn a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create() -> Result<()> {
     let test = "a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create";
@@ -406,10 +372,13 @@ fn a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create() -> Result<()
     for account in ["alice", "support", "web"] {
         cluster.service_account(SHOP, account)?;
     }
-    for (plural, object) in ["roles", "rolebindings"].iter().zip(rights(SHOP)) {
-        let path = format!("/apis/rbac.authorization.k8s.io/v1/namespaces/{SHOP}/{plural}");
-        cluster.create(&path, &object)?;
-    }
+    // She may act as `support`, and find the service.
+    let rights = json!([
+        {"apiGroups": [""], "resources": ["serviceaccounts/token"], "resourceNames": ["support"], "verbs": ["create"]},
+        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [ROOTS], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["services", "pods"], "verbs": ["get", "list"]},
+    ]);
+    cluster.grant(Some(SHOP), "connect", (SHOP, "alice"), &rights)?;
     cluster.pod(SHOP, "web", "web", "node-a", "10.50.0.1")?;
     let service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
@@ -471,15 +440,10 @@ fn a_person_acts_as_the_account_whose_tokens_rbac_lets_her_create() -> Result<()
         ("connect-post", "create", (SHOP, "alice")),
         ("connect-look-up", "get", (NAMESPACE, "auth-ca")),
     ] {
-        for (plural, object) in ["clusterroles", "clusterrolebindings"]
-            .iter()
-            .zip(signing_requests(name, verb, account))
-        {
-            cluster.create(
-                &format!("/apis/rbac.authorization.k8s.io/v1/{plural}"),
-                &object,
-            )?;
-        }
+        let rules = json!([{
+            "apiGroups": ["certificates.k8s.io"], "resources": ["certificatesigningrequests"], "verbs": [verb],
+        }]);
+        cluster.grant(None, name, account, &rules)?;
     }
     eventually_ok(TIMEOUT, "her name", || {
         connect(&ca, "support")?.ok()?;

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::TOOLS;
 use super::meshed::APPS;
+use crate::kubernetes;
 
 /// A string in every answer, and in nothing else on the wire.
 pub const MARKER: &str = "marker-6b1d0c52";
@@ -114,20 +115,5 @@ pub fn pod_running(name: &str, node: &str, account: &str, script: &str) -> Value
 
 /// A role, and its binding to a service account of the apps, whose name both have: in a namespace, or everywhere.
 pub fn role(namespace: Option<&str>, account: &str, rules: &Value) -> [Value; 2] {
-    let group = "rbac.authorization.k8s.io";
-    let version = format!("{group}/v1");
-    let kind = if namespace.is_some() {
-        "Role"
-    } else {
-        "ClusterRole"
-    };
-    let metadata = json!({"name": account, "namespace": namespace});
-    [
-        json!({"apiVersion": version, "kind": kind, "metadata": metadata, "rules": rules}),
-        json!({
-            "apiVersion": version, "kind": format!("{kind}Binding"), "metadata": metadata,
-            "roleRef": {"apiGroup": group, "kind": kind, "name": account},
-            "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": APPS}],
-        }),
-    ]
+    kubernetes::role(namespace, account, (APPS, account), rules)
 }

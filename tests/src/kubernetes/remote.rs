@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use super::{Kubernetes, TokenOptions};
 
-const RBAC: &str = "rbac.authorization.k8s.io";
 const READER: &str = "remote-reader";
 
 impl Kubernetes {
@@ -16,20 +15,10 @@ impl Kubernetes {
     /// Returns a remote secret with its kubeconfig, for another cluster to create: this one's name there is `cluster`.
     pub fn remote_secret(&self, cluster: &str) -> Result<Value> {
         self.service_account("default", READER)?;
-        let role = json!({
-            "apiVersion": format!("{RBAC}/v1"), "kind": "ClusterRole", "metadata": {"name": READER},
-            "rules": [{
-                "apiGroups": [""], "resources": ["namespaces", "pods", "services"], "verbs": ["list", "watch"],
-            }],
-        });
-        let binding = json!({
-            "apiVersion": format!("{RBAC}/v1"), "kind": "ClusterRoleBinding", "metadata": {"name": READER},
-            "roleRef": {"apiGroup": RBAC, "kind": "ClusterRole", "name": READER},
-            "subjects": [{"kind": "ServiceAccount", "name": READER, "namespace": "default"}],
-        });
-        for (plural, object) in [("clusterroles", role), ("clusterrolebindings", binding)] {
-            self.create(&format!("/apis/{RBAC}/v1/{plural}"), &object)?;
-        }
+        let rules = json!([{
+            "apiGroups": [""], "resources": ["namespaces", "pods", "services"], "verbs": ["list", "watch"],
+        }]);
+        self.grant(None, READER, ("default", READER), &rules)?;
         let authority = fs::read(self.certificate_authority()).context("reading the CA")?;
         let kubeconfig = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": cluster,
