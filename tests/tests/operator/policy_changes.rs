@@ -71,6 +71,14 @@ fn parsed(finished: &Finished) -> Result<Value> {
     serde_json::from_str(&finished.stdout).with_context(|| finished.stderr.clone())
 }
 
+/// The one change in a list of `differences`.
+fn only<'a>(differences: &'a Value, list: &str) -> Result<&'a Value> {
+    match differences[list].as_array().map(Vec::as_slice) {
+        Some([change]) => Ok(change),
+        _ => anyhow::bail!("not one change in {list}: {differences}"),
+    }
+}
+
 #[test]
 fn a_diff_names_the_open_connections_that_then_end() -> Result<()> {
     let mut scene = Scene::start()?;
@@ -79,18 +87,13 @@ fn a_diff_names_the_open_connections_that_then_end() -> Result<()> {
     let finished = scene.diff(&denies, &["-o", "json"])?;
     assert_eq!(finished.code(), Some(1), "{}", finished.stderr);
     let differences = parsed(&finished)?;
-    let ending = &differences["ending"];
-    assert_eq!(ending.as_array().map(Vec::len), Some(1), "{differences}");
-    assert_eq!(
-        (&ending[0]["client"], &ending[0]["server"]),
-        (&"default/client".into(), &"default/web".into())
-    );
-    assert_eq!(
-        (&ending[0]["ports"], &ending[0]["count"]),
-        (&"8080".into(), &1.into())
-    );
+    let ending = only(&differences, "ending")?;
+    assert_eq!(ending["client"], "default/client");
+    assert_eq!(ending["server"], "default/web");
+    assert_eq!(ending["ports"], "8080");
+    assert_eq!(ending["count"], 1);
     let after = "denied by AuthorizationPolicy default/web rules[0]";
-    assert_eq!(ending[0]["after"], after);
+    assert_eq!(ending["after"], after);
     assert_eq!(differences["observed"], 1, "{differences}");
 
     let table = scene.diff(&denies, &[])?.stdout;
@@ -112,9 +115,8 @@ fn a_diff_reports_refused_calls_when_open_connections_stay() -> Result<()> {
     assert_eq!(finished.code(), Some(1), "{}", finished.stderr);
     let differences = parsed(&finished)?;
     assert_eq!(differences["ending"], json!([]), "{differences}");
-    let refused = &differences["refused"];
-    assert_eq!(refused.as_array().map(Vec::len), Some(1), "{differences}");
-    assert_eq!(refused[0]["client"], "default/other");
+    let refused = only(&differences, "refused")?;
+    assert_eq!(refused["client"], "default/other");
 
     let finished = scene.diff(&authorization("AUDIT", "client"), &["-o", "json"])?;
     assert_eq!(finished.code(), Some(0), "{}", finished.stdout);
@@ -183,20 +185,10 @@ fn a_diff_names_the_open_connections_of_pods_that_leave_the_mesh() -> Result<()>
     let finished = scene.diff(&leaves, &["-o", "json"])?;
     assert_eq!(finished.code(), Some(1), "{}", finished.stderr);
     let differences = parsed(&finished)?;
-    let ending = &differences["ending"];
-    assert_eq!(ending.as_array().map(Vec::len), Some(1), "{differences}");
-    assert_eq!(
-        (
-            &ending[0]["client"],
-            &ending[0]["server"],
-            &ending[0]["after"]
-        ),
-        (
-            &"default/client".into(),
-            &"default/web".into(),
-            &"default/client leaves the mesh".into()
-        )
-    );
+    let ending = only(&differences, "ending")?;
+    assert_eq!(ending["client"], "default/client");
+    assert_eq!(ending["server"], "default/web");
+    assert_eq!(ending["after"], "default/client leaves the mesh");
 
     let manifests = scene.pair.mesh.manifests();
     manifests.write("namespace.json", &leaves.to_string())?;
@@ -237,20 +229,10 @@ fn a_diff_names_the_callers_that_a_namespace_loses_when_it_joins_the_mesh() -> R
         finished.stderr
     );
     let differences = parsed(&finished)?;
-    let refused = &differences["refused"];
-    assert_eq!(refused.as_array().map(Vec::len), Some(1), "{differences}");
-    assert_eq!(
-        (
-            &refused[0]["client"],
-            &refused[0]["server"],
-            &refused[0]["before"]
-        ),
-        (
-            &"plaintext".into(),
-            &"kube-system/dns".into(),
-            &"not in the mesh".into()
-        )
-    );
+    let refused = only(&differences, "refused")?;
+    assert_eq!(refused["client"], "plaintext");
+    assert_eq!(refused["server"], "kube-system/dns");
+    assert_eq!(refused["before"], "not in the mesh");
 
     manifests.write("namespace.json", &joins.to_string())?;
     let ended = connection.event("failed", TIMEOUT)?;
