@@ -32,7 +32,8 @@ pub(crate) fn role(
 }
 
 impl Kubernetes {
-    /// Creates what [`role`] describes.
+    /// Creates a role with `rules`, and its binding to a service account (namespace and name). The name of both is `name`. They
+    /// hold in `namespace`, or everywhere.
     pub fn grant(
         &self,
         namespace: Option<&str>,
