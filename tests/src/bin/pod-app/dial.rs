@@ -4,8 +4,6 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::thread;
-use std::time::Duration;
 
 use clap::Args;
 use nix::errno::Errno;
@@ -15,6 +13,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::given;
 use crate::report::{At, Failure, Outcome, event};
+use crate::wait::wait_for_file;
 
 /// Connects, sends, shuts down its sending direction and reads to the end of the stream. Reports addresses as
 /// getsockname(2) and getpeername(2) return them: the IPv4 address of an IPv6 socket is reported mapped.
@@ -70,9 +69,7 @@ impl Dial {
         };
         if let Some(path) = &self.after {
             event("socket", json!({}));
-            while !path.exists() {
-                thread::sleep(Duration::from_millis(10));
-            }
+            wait_for_file(path);
         }
         let mut fields = json!({});
         if let Some(first) = self.first {

@@ -31,6 +31,7 @@ mod steal;
 mod steps;
 mod transfer;
 mod udp;
+mod wait;
 
 use std::process::ExitCode;
 

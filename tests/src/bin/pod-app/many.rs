@@ -1,6 +1,7 @@
 //! Many connections at the same time.
 
 use std::io;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use crate::chat::exchange;
 use crate::peer::Target;
 use crate::report::{At, Failure, Outcome, event};
 use crate::server::STACK;
+use crate::wait::wait_for_file;
 
 /// Opens many connections to an `echo-server` at once and exchanges a few bytes on each. When all are open, prints
 /// `open`, holds them, exchanges again on each, and closes them.
@@ -24,6 +26,9 @@ pub(crate) struct Many {
     /// Milliseconds to hold the connections open
     #[arg(long, default_value_t = 0)]
     hold: u64,
+    /// Hold them open until there is a file at this path
+    #[arg(long)]
+    until: Option<PathBuf>,
 }
 
 impl Many {
@@ -63,6 +68,9 @@ impl Many {
             json!({"connections": streams.len(), "failed": failures, "seconds": seconds}),
         );
         thread::sleep(Duration::from_millis(self.hold));
+        if let Some(path) = &self.until {
+            wait_for_file(path);
+        }
         for (number, stream) in (0..).zip(&mut streams) {
             if let Err(failure) = exchange(stream, number) {
                 failures += 1;
