@@ -134,12 +134,13 @@ impl Source {
             }
             sink.publish_policies(policies);
             let snapshot = edit.finish();
-            for error in snapshot.errors() {
-                tracing::error!("{error}");
-            }
+            let errors: Vec<_> = snapshot.errors().collect();
             sink.registry.publish(snapshot);
             self.published = Some(objects);
-            // Last, so that they are in force for whoever reads this line.
+            // Last, so that they are in force for whoever reads these lines.
+            for error in errors {
+                tracing::error!("{error}");
+            }
             tracing::info!(pods, services, "manifests read");
         }
     }

@@ -37,10 +37,12 @@ impl Sink {
         if let Some(policies) = policies {
             self.publish_policies(policies);
         }
-        for error in snapshot.errors_since(&self.registry.snapshot()) {
+        let errors: Vec<_> = snapshot.errors_since(&self.registry.snapshot()).collect();
+        self.registry.publish(snapshot);
+        // Last, so that they are in force for whoever reads these lines.
+        for error in errors {
             tracing::error!("{error}");
         }
-        self.registry.publish(snapshot);
     }
 
     /// Publishes `objects` as the complete set of policies. Does nothing if they are unchanged.
