@@ -59,7 +59,7 @@ const MAX_PAUSE: Duration = Duration::from_millis(100);
 /// Timeout for connections to end after they are cut.
 const ABORT: Duration = Duration::from_secs(1);
 /// Timeout for listeners to close.
-const CLOSE: Duration = Duration::from_secs(1);
+const CLOSE: Duration = Duration::from_secs(5);
 /// Time for which a pod may have no process before that is logged.
 const LATE: Duration = Duration::from_secs(60);
 
@@ -291,6 +291,13 @@ impl Enrolment {
             .flat_map(|serving| serving.tasks().cloned().collect::<Vec<_>>())
             .collect();
         let started = tokio::time::Instant::now();
+        // Whoever reads that it drains is refused, and the next daemon cannot open its listeners while these are open.
+        if timeout(CLOSE, self.node.listening.closed()).await.is_err() {
+            tracing::warn!(
+                "listeners are still open after {CLOSE:?}: the data path's threads are busy; callers are accepted, and \
+                 another daemon may have to try again"
+            );
+        }
         tracing::info!(connections = self.node.connections.count(), "draining");
         if self.node.kernel.is_awaited() {
             release(&self.node, self.keepers).await;
@@ -646,12 +653,6 @@ impl Enrolment {
 
 /// Releases the pods and the kernel's maps to the standby daemon. Open connections need neither.
 async fn release(node: &Node, keepers: Vec<JoinHandle<()>>) {
-    // The next daemon cannot open its listeners while these are open.
-    if timeout(CLOSE, node.listening.closed()).await.is_err() {
-        tracing::warn!(
-            "listeners are still open after {CLOSE:?}; the next daemon may have to try again"
-        );
-    }
     for keeper in keepers {
         keeper.abort();
         let _ = keeper.await;
