@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::eventually::slowdown;
 use crate::netns::Netns;
 
 /// A response: the status code and the body.
@@ -17,13 +18,15 @@ pub struct Response {
     pub body: String,
 }
 
-/// Sends a GET request for `path` from inside a namespace, with HTTP/1.0 and a timeout of 5 seconds for each step.
+/// Sends a GET request for `path` from inside a namespace, with HTTP/1.0 and a timeout of 5 seconds, multiplied by
+/// [`slowdown`], for each step.
 pub fn http_get(netns: &Netns, server: SocketAddr, path: &str) -> Result<Response> {
     netns
         .enter(|| {
-            let mut stream = TcpStream::connect_timeout(&server, STEP)?;
-            stream.set_read_timeout(Some(STEP))?;
-            stream.set_write_timeout(Some(STEP))?;
+            let step = STEP * slowdown();
+            let mut stream = TcpStream::connect_timeout(&server, step)?;
+            stream.set_read_timeout(Some(step))?;
+            stream.set_write_timeout(Some(step))?;
             write!(stream, "GET {path} HTTP/1.0\r\nHost: {server}\r\n\r\n")?;
             let mut answer = Vec::new();
             stream.read_to_end(&mut answer)?;
