@@ -75,7 +75,12 @@ impl Group {
 }
 
 /// Tests that start an API server.
-const API_SERVER: [&str; 2] = ["kubernetes::", "kubernetes_ca::"];
+const API_SERVER: [&str; 4] = [
+    "kubernetes::",
+    "kubernetes_ca::",
+    "lifecycle::flap::",
+    "lifecycle::remote_clusters::",
+];
 /// Tests that run a cluster of two nodes.
 const CLUSTER: [&str; 2] = ["cluster::", "istio::"];
 /// Tests that search for as long as they are told, and for how long.
