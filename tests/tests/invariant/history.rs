@@ -6,42 +6,57 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::world::State;
 
-/// The states of a run, each with the time at which its event began.
+/// The states of a run.
 #[derive(Debug, Default)]
-pub(crate) struct History(Vec<(u64, State)>);
+pub(crate) struct History(Vec<Entry>);
+
+#[derive(Debug)]
+struct Entry {
+    /// When its event began.
+    begins: u64,
+    /// When the daemons knew of it.
+    known: u64,
+    state: State,
+}
 
 impl History {
     /// Adds a state that begins to take effect now.
     pub(crate) fn push(&mut self, state: State) {
-        self.0.push((now(), state));
+        let begins = now();
+        self.0.push(Entry {
+            begins,
+            known: begins,
+            state,
+        });
+    }
+
+    /// Notes that the daemons know of the last state now.
+    pub(crate) fn note_known(&mut self) {
+        if let Some(last) = self.0.last_mut() {
+            last.known = now();
+        }
     }
 
     /// When the first state began.
     pub(crate) fn start(&self) -> u64 {
-        self.0.first().map_or(0, |(start, _)| *start)
+        self.0.first().map_or(0, |first| first.begins)
     }
 
     pub(crate) fn last(&self) -> &State {
-        let (_, state) = self
-            .0
-            .last()
-            .expect("the first state is there from the start");
-        state
+        let last = self.0.last();
+        &last.expect("the first state is there from the start").state
     }
 
     /// The states that may have been in force at some time from `start` to `end`: a state is until the next one has had
     /// the time to take effect.
     pub(crate) fn in_force(&self, start: u64, end: u64) -> Vec<&State> {
-        let ends = self
-            .0
-            .iter()
-            .skip(1)
-            .map(|(next, _)| next + GRACE.as_nanos() as u64);
+        let next = self.0.iter().skip(1);
+        let ends = next.map(|next| next.known + GRACE.as_nanos() as u64);
         self.0
             .iter()
             .zip(ends.chain([u64::MAX]))
-            .filter(|((begins, _), ends)| *begins <= end && start <= *ends)
-            .map(|((_, state), _)| state)
+            .filter(|(entry, ends)| entry.begins <= end && start <= *ends)
+            .map(|(entry, _)| &entry.state)
             .collect()
     }
 }
@@ -52,5 +67,5 @@ pub(crate) fn now() -> u64 {
     Duration::from(time).as_nanos() as u64
 }
 
-/// The time in which a change takes effect, also on connections that are open.
+/// The time in which a change that the daemons know takes effect, also on connections that are open.
 pub(crate) const GRACE: Duration = Duration::from_secs(2);

@@ -98,11 +98,8 @@ impl Judge<'_> {
                 source(world, state, call, read.server, read.local) == read.peer.ip()
             };
             // One that was open keeps its addresses.
-            let known = was_open
-                && history
-                    .in_force(report.start, report.start)
-                    .iter()
-                    .any(from);
+            let (start, opened) = report.opening();
+            let known = was_open && history.in_force(start, opened).iter().any(from);
             if call.from != read.server && !states.iter().any(from) && !known {
                 let what = format!("from another address: {read:?}");
                 self.violation(&what, call, report, &states);
@@ -160,7 +157,8 @@ impl Judge<'_> {
             let stays = world
                 .pod_at(sighting.server.ip())
                 .is_some_and(|server| world.machine(Site::Pod(server)) == world.machine(call.from));
-            let at_start = self.outcome.history.in_force(report.start, report.start);
+            let (opening, opened) = report.opening();
+            let at_start = self.outcome.history.in_force(opening, opened);
             let goes_on = |server: Site, local: SocketAddr| {
                 let admits = |state: &&State| admits_plaintext(world, state, call, server, local);
                 self.was_open(call, report, server) && states.iter().any(admits)
@@ -192,7 +190,8 @@ impl Judge<'_> {
 
     /// Whether a connection may have been open in plaintext before one of its pods joined the mesh.
     fn was_open(&self, call: &Call, report: &Report, server: Site) -> bool {
-        let states = self.outcome.history.in_force(report.start, report.start);
+        let (start, opened) = report.opening();
+        let states = self.outcome.history.in_force(start, opened);
         let private = |state: &&State| is_private(state, call.from, server);
         !states.iter().all(private)
     }

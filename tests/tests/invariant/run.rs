@@ -5,7 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_tests::{App, Context, Daemon, DaemonOptions, Mesh, Place, Result, TIMEOUT};
+use mesh_tests::{App, Context, Daemon, DaemonOptions, Mesh, Place, Result, ServiceSpec, TIMEOUT};
 use serde_json::Value;
 
 use crate::events::Event;
@@ -58,6 +58,12 @@ pub(crate) struct Read {
 }
 
 impl Report {
+    /// The time in which the connection was opened.
+    pub(crate) fn opening(&self) -> (u64, u64) {
+        let opened = self.sent.first().copied().unwrap_or(self.end);
+        (self.start, opened)
+    }
+
     /// The time in which the marker of this round was under way.
     pub(crate) fn window(&self, round: usize) -> (u64, u64) {
         let start = self.sent.get(round).copied().unwrap_or(self.start);
@@ -117,6 +123,8 @@ struct Run<'a> {
     servers: Vec<(Site, App)>,
     host_pods: Vec<Place>,
     daemons: [Option<Daemon>; 2],
+    /// Whether the Service of [`Run::wait_for_reading`] is there.
+    is_told: bool,
     history: History,
     events: Vec<(u64, String)>,
     calls: BTreeMap<u32, (Call, Report)>,
@@ -139,6 +147,7 @@ impl<'a> Run<'a> {
             servers: Vec::new(),
             host_pods: host_pods.collect::<Result<_>>()?,
             daemons: [None, None],
+            is_told: false,
             history: History::default(),
             events: Vec::new(),
             calls: BTreeMap::new(),
@@ -171,6 +180,9 @@ impl<'a> Run<'a> {
             .with_context(|| format!("{event}"))?;
         if event.has_an_end() {
             self.history.push(state);
+        } else {
+            self.wait_for_reading()?;
+            self.history.note_known();
         }
         self.finish(during)?;
         let after = self.begin(step.after)?;
@@ -231,6 +243,31 @@ impl<'a> Run<'a> {
             }
             Event::Recreate { pod } => self.recreate(*pod, state.pods[*pod].member),
         }
+    }
+
+    /// Waits until the daemons have read the manifests as they are now, which may take long on a busy machine. A Service
+    /// without addresses and pods, which comes and goes, tells.
+    fn wait_for_reading(&mut self) -> Result<()> {
+        let daemons: Vec<(&Daemon, u64)> = self
+            .daemons
+            .iter()
+            .flatten()
+            .map(|daemon| (daemon, daemon.log_position()))
+            .collect();
+        self.is_told = !self.is_told;
+        let manifests = self.mesh.manifests();
+        if self.is_told {
+            manifests.apply(&ServiceSpec::new(TELLING).manifest())?;
+        } else {
+            manifests.remove("Service", "default", TELLING)?;
+        }
+        let services = self.world.services.len() + usize::from(self.is_told);
+        for (daemon, position) in daemons {
+            daemon.wait_for_log_after(position, "the reading", TIMEOUT, |line| {
+                line["message"] == "manifests read" && line["services"] == services
+            })?;
+        }
+        Ok(())
     }
 
     fn recreate(&mut self, number: usize, member: bool) -> Result<()> {
@@ -435,5 +472,7 @@ fn report(event: &Value) -> Result<Report> {
 
 /// How long a daemon that is stopped lets connections continue.
 const DRAIN: Duration = Duration::from_millis(500);
+/// The name of a Service that tells which manifests the daemons have read.
+const TELLING: &str = "telling";
 /// The daemon's listener in a pod that is enrolled.
 const TUNNEL_PORT: u16 = 15008;
