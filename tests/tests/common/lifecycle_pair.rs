@@ -1,8 +1,12 @@
 //! Two nodes, a client on one and a server on the other.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
-use mesh_tests::{App, Daemon, DaemonOptions, Mesh, Pod, PodSpec, PodStatus, ServiceSpec, TIMEOUT};
+use mesh_tests::{
+    App, Daemon, DaemonOptions, Mesh, Pod, PodSpec, PodStatus, ServiceSpec, TIMEOUT, eventually_ok,
+    slowdown,
+};
 use serde_json::Value;
 
 /// A marker that must not be readable on the wire.
@@ -113,6 +117,30 @@ pub(crate) fn echoes(from: &mesh_tests::Place, to: SocketAddr) {
         "{} to {to}: {answer}",
         from.name()
     );
+}
+
+/// Waits until a call succeeds and receives the marker. Each node reads the manifests on its own: until both know a change,
+/// a call may be refused.
+pub(crate) fn becomes_reachable(from: &mesh_tests::Place, to: SocketAddr) {
+    eventually_ok(TIMEOUT, &format!("{} to reach {to}", from.name()), || {
+        let answer = call(from, to);
+        anyhow::ensure!(answer["text"] == MARKER, "{answer}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Asserts that what was tried several times takes no longer than `limit`: half of the tries, and the slowest no more than
+/// three times as long. On a busy machine a single one may be held up.
+pub(crate) fn assert_soon(mut took: Vec<Duration>, limit: Duration) {
+    took.sort_unstable();
+    let (median, slowest) = (took[took.len() / 2], took[took.len() - 1]);
+    println!(
+        "{} tries took {median:?}, the slowest {slowest:?}",
+        took.len()
+    );
+    let limit = limit * slowdown();
+    assert!(median < limit && slowest < 3 * limit, "{took:?}");
 }
 
 /// Asserts that the event reports a connection that was reset, not closed cleanly.

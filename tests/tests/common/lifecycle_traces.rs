@@ -92,6 +92,17 @@ pub(crate) fn attached_to_node(node: &Node) -> BTreeMap<&'static str, u32> {
         .collect()
 }
 
+/// Waits until these programs, and no others, are attached to a node's cgroup: the kernel detaches a program soon after its
+/// link's pin is replaced.
+pub(crate) fn wait_attached_to_node(node: &Node, programs: &BTreeMap<&'static str, u32>) {
+    eventually_ok(TIMEOUT, "the programs of a node", || {
+        let attached = attached_to_node(node);
+        anyhow::ensure!(attached == *programs, "{attached:?}, not {programs:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
 /// Waits until `count` sk_lookup programs are attached to a pod's network namespace: the kernel detaches a program soon
 /// after its link's pin is removed.
 pub(crate) fn wait_attached_to_netns(place: &Place, count: u32) {

@@ -6,7 +6,7 @@ use mesh_tests::{Mesh, Nginx, Pod, PodSpec, TIMEOUT, eventually, eventually_ok};
 use serde_json::{Value, json};
 
 use crate::common::lifecycle_pair::{
-    self, MARKER, assert_reset, call, daemons, echoes, pair, pod_status, ways,
+    self, MARKER, assert_reset, becomes_reachable, call, daemons, echoes, pair, pod_status, ways,
 };
 use crate::common::lifecycle_traces::{Routing, wait_attached_to_netns};
 
@@ -34,6 +34,7 @@ fn another_service_account_is_another_identity() {
         pod_status(&a, "default/client").filter(|pod| pod.identity == other && pod.enrolled)
     })
     .unwrap();
+    becomes_reachable(&client, web.at(8080));
     for to in ways(&web) {
         echoes(&client, to);
     }

@@ -29,7 +29,7 @@ fn reason_of(daemon: &Daemon, pod: &str) -> String {
 /// The mesh reaches `web`, and a stranger does not.
 fn assert_guarded(mesh: &Mesh, client: &Pod, web: &Pod) {
     let url = format!("http://{}/", web.at(8080));
-    let curl = |place: &mesh_tests::Place| place.run("curl", ["-sS", "-m", "10", &url]).unwrap();
+    let curl = |place: &mesh_tests::Place| place.run("curl", ["-sS", "-m", "30", &url]).unwrap();
     let answer = curl(client.place());
     assert!(answer.stdout.contains(MARKER), "{answer:?}");
     let stranger = curl(mesh.outside());
@@ -86,7 +86,7 @@ fn an_address_stays_with_the_pod_that_was_first_and_is_served_after_the_dispute(
         .outside()
         .run(
             "curl",
-            ["-sS", "-m", "5", &format!("http://{}/", web.at(8080))],
+            ["-sS", "-m", "30", &format!("http://{}/", web.at(8080))],
         )
         .unwrap();
     assert_eq!(stranger.status.code(), Some(56), "{stranger:?}");

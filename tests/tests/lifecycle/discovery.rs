@@ -6,14 +6,16 @@ use std::time::{Duration, Instant};
 use mesh_tests::{Daemon, PodSpec, ServiceSpec, TIMEOUT, eventually, eventually_ok, slowdown};
 use serde_json::{Value, json};
 
-use crate::common::lifecycle_pair::{MARKER, SERVICES, call, daemons, echoes, pair, ways};
+use crate::common::lifecycle_pair::{
+    MARKER, SERVICES, assert_soon, call, daemons, echoes, pair, ways,
+};
 
 #[test]
 fn an_edit_takes_effect_within_a_second() {
     let mesh = pair();
     let (a, _b) = daemons(&mesh);
     let start = addresses(&a);
-    let mut slowest = Duration::ZERO;
+    let mut took = Vec::new();
     for round in 1..=8 {
         let service = ServiceSpec::new("edited")
             .selector("app", "web")
@@ -25,20 +27,15 @@ fn an_edit_takes_effect_within_a_second() {
         mesh.manifests().apply(&service.manifest()).unwrap();
         let since = Instant::now();
         until(&a, start + round);
-        slowest = slowest.max(since.elapsed());
+        took.push(since.elapsed());
     }
-    println!("the slowest of eight edits took effect after {slowest:?}");
-    assert!(slowest < Duration::from_secs(1) * slowdown(), "{slowest:?}");
     mesh.manifests()
         .remove("Service", "default", "edited")
         .unwrap();
     let since = Instant::now();
     until(&a, start);
-    assert!(
-        since.elapsed() < Duration::from_secs(1) * slowdown(),
-        "{:?}",
-        since.elapsed()
-    );
+    took.push(since.elapsed());
+    assert_soon(took, Duration::from_secs(1));
 }
 
 #[test]
@@ -51,26 +48,24 @@ fn a_service_can_be_called_within_a_second() {
         .listening()
         .unwrap();
     let (_a, _b) = daemons(&mesh);
-    let service = ServiceSpec::new("new")
-        .selector("app", "web")
-        .address("10.96.0.99");
-    mesh.manifests()
-        .apply(&service.port(1000, 8080).manifest())
+    let mut took = Vec::new();
+    for number in 97..=99 {
+        let service = ServiceSpec::new(&format!("new-{number}"))
+            .selector("app", "web")
+            .address(&format!("10.96.0.{number}"));
+        mesh.manifests()
+            .apply(&service.port(1000, 8080).manifest())
+            .unwrap();
+        let since = Instant::now();
+        // An address that nobody has yet is silent: many short tries.
+        let call = format!("connect --to 10.96.0.{number}:1000 --timeout 100");
+        eventually(TIMEOUT, "the service to answer", || {
+            client.app(&call).unwrap().success(TIMEOUT).ok()
+        })
         .unwrap();
-    let since = Instant::now();
-    // An address that nobody has yet is silent: many short tries.
-    let mut tries = 0;
-    eventually(TIMEOUT, "the service to answer", || {
-        tries += 1;
-        let app = client.app("connect --to 10.96.0.99:1000 --timeout 100");
-        app.unwrap().success(TIMEOUT).ok()
-    })
-    .unwrap();
-    let took = since.elapsed();
-    assert!(
-        took < Duration::from_millis(1200) * slowdown(),
-        "the {tries}th try went through after {took:?}"
-    );
+        took.push(since.elapsed());
+    }
+    assert_soon(took, Duration::from_millis(1200));
 }
 
 #[test]
@@ -476,7 +471,7 @@ fn two_thousand_pods_take_effect_in_a_few_seconds() {
     let since = Instant::now();
     until(&a, before + 4001);
     assert!(
-        since.elapsed() < Duration::from_secs(2) * slowdown(),
+        since.elapsed() < Duration::from_secs(3) * slowdown(),
         "{:?}",
         since.elapsed()
     );

@@ -1,17 +1,14 @@
 //! Pods that have finished, or whose objects are gone, while their processes run.
 
-use std::time::Duration;
-
 use mesh_tests::{Daemon, Mesh, Pod, PodSpec, TIMEOUT, eventually, eventually_ok};
 use serde_json::Value;
 
 use crate::common::by_uid;
 use crate::common::lifecycle_pair::{
-    MARKER, assert_reset, call, daemons, echoes, pair, pod_status, ways,
+    MARKER, assert_reset, becomes_reachable, call, daemons, echoes, pair, pod_status, ways,
 };
 use crate::common::lifecycle_traces::wait_attached_to_netns;
 
-const SOON: Duration = Duration::from_secs(5);
 const WEB: &str = "default/web";
 
 /// Sets the phase of a pod's object, as the kubelet does when it evicts the pod or the node shuts down.
@@ -24,7 +21,7 @@ fn set_phase(mesh: &Mesh, pod: &str, phase: &str) {
 
 /// Waits until the status says that the pod is served only because of its processes, and for which reason.
 fn wait_ended(daemon: &Daemon, why: &str) {
-    eventually_ok(SOON, "the reason in the status", || {
+    eventually_ok(TIMEOUT, "the reason in the status", || {
         let status = pod_status(daemon, WEB);
         let reason = status.as_ref().and_then(|status| status.reason.clone());
         let reason = reason.unwrap_or_default();
@@ -36,12 +33,12 @@ fn wait_ended(daemon: &Daemon, why: &str) {
     })
     .unwrap();
     let said = |line: &Value| line["message"].as_str().unwrap_or_default().contains(why);
-    let line = daemon.wait_for_log("why it stays", SOON, said).unwrap();
+    let line = daemon.wait_for_log("why it stays", TIMEOUT, said).unwrap();
     assert_eq!(line["pod"], WEB, "{line}");
 }
 
 fn wait_released(daemon: &Daemon, pod: &Pod) {
-    eventually(SOON, "the pod's release", || {
+    eventually(TIMEOUT, "the pod's release", || {
         pod_status(daemon, WEB).is_none().then_some(())
     })
     .unwrap();
@@ -93,7 +90,7 @@ fn a_finished_pod_is_served_while_its_processes_run() {
             echoes(&client, to);
         }
         for service in services {
-            eventually_ok(SOON, "the service to have no endpoint", || {
+            eventually_ok(TIMEOUT, "the service to have no endpoint", || {
                 let answer = call(&client, service);
                 anyhow::ensure!(answer["event"] == "failed", "{answer}");
                 Ok(())
@@ -133,7 +130,7 @@ fn a_pod_whose_manifest_is_removed_is_served_while_its_processes_run() {
     mesh.manifests().remove("Pod", "default", "web").unwrap();
     wait_ended(&b, "object is gone");
     let capture = mesh.wire().capture().unwrap();
-    eventually_ok(SOON, "the client's node to know that it is gone", || {
+    eventually_ok(TIMEOUT, "the client's node to know that it is gone", || {
         let answer = call(&client, web.at(8080));
         anyhow::ensure!(answer["event"] == "failed", "{answer}");
         Ok(())
@@ -144,13 +141,13 @@ fn a_pod_whose_manifest_is_removed_is_served_while_its_processes_run() {
     chat.event("round", TIMEOUT).unwrap();
     // The object comes back: nothing has happened.
     mesh.manifests().apply(&web.manifest()).unwrap();
-    eventually(SOON, "the pod to be an ordinary one", || {
+    eventually(TIMEOUT, "the pod to be an ordinary one", || {
         let status = pod_status(&b, WEB)?;
         (status.enrolled && status.reason.unwrap_or_default().is_empty()).then_some(())
     })
     .unwrap();
     chat.event("round", TIMEOUT).unwrap();
-    echoes(&client, web.at(8080));
+    becomes_reachable(&client, web.at(8080));
     mesh.manifests().remove("Pod", "default", "web").unwrap();
     wait_ended(&b, "object is gone");
     drop((chat, echo));
@@ -220,7 +217,7 @@ fn the_next_daemon_refuses_a_netns_that_no_object_names_until_its_processes_end(
     b.kill().unwrap();
     mesh.manifests().remove("Pod", "default", "web").unwrap();
     let b = start("b");
-    let reason = eventually(SOON, "the netns in the status", || {
+    let reason = eventually(TIMEOUT, "the netns in the status", || {
         let status = pod_status(&b, "unknown")?;
         status
             .reason
@@ -242,10 +239,11 @@ fn the_next_daemon_refuses_a_netns_that_no_object_names_until_its_processes_end(
     let mut manifest = web.manifest();
     manifest["metadata"]["labels"]["auth-daemon.io/mesh"] = "disabled".into();
     mesh.manifests().apply(&manifest).unwrap();
-    eventually(SOON, "the release", || {
+    eventually(TIMEOUT, "the release", || {
         (b.status().ok()?.kernel.pods == 0).then_some(())
     })
     .unwrap();
+    wait_attached_to_netns(&web, 0);
     echoes(mesh.outside(), web.at(8080));
 
     mesh.manifests().apply(&web.manifest()).unwrap();
@@ -253,12 +251,12 @@ fn the_next_daemon_refuses_a_netns_that_no_object_names_until_its_processes_end(
     b.kill().unwrap();
     mesh.manifests().remove("Pod", "default", "web").unwrap();
     let b = start("b");
-    eventually(SOON, "the netns in the status", || {
+    eventually(TIMEOUT, "the netns in the status", || {
         pod_status(&b, "unknown")
     })
     .unwrap();
     drop(echo);
-    eventually(SOON, "the release", || {
+    eventually(TIMEOUT, "the release", || {
         let status = b.status().ok()?;
         (status.kernel.pods == 0 && status.pods.is_empty()).then_some(())
     })
@@ -294,7 +292,7 @@ fn a_finished_pods_address_is_the_new_pods() {
         .listening()
         .unwrap();
     b.wait_enrolled(&["default/new"]).unwrap();
-    eventually_ok(SOON, "the address to be the new pod's", || {
+    eventually_ok(TIMEOUT, "the address to be the new pod's", || {
         let answer = call(&client, new.at(8080));
         anyhow::ensure!(answer["event"] == "finished", "{answer}");
         Ok(())

@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use mesh_tests::{Daemon, DaemonOptions, Nginx, PodSpec, Status, TIMEOUT, eventually};
 
-use crate::common::lifecycle_pair::{MARKER, daemons, echoes, pair, ways};
-use crate::common::lifecycle_traces::{Routing, attached_to_node, files, wait_attached_to_netns};
+use crate::common::lifecycle_pair::{MARKER, becomes_reachable, daemons, echoes, pair, ways};
+use crate::common::lifecycle_traces::{
+    Routing, attached_to_node, files, wait_attached_to_netns, wait_attached_to_node,
+};
 
 #[test]
 fn it_adopts_the_pins_and_serves_at_once() {
@@ -43,11 +45,8 @@ fn it_adopts_the_pins_and_serves_at_once() {
             "{after:?}, before: {before:?}"
         );
         assert_eq!(files(node.pins()), pins);
-        assert_eq!(
-            attached_to_node(node),
-            programs,
-            "one program a hook, not two"
-        );
+        // One program a hook, not two.
+        wait_attached_to_node(node, &programs);
         wait_attached_to_netns(pod, 1);
         assert_eq!(Routing::of(pod), routing);
     }
@@ -154,7 +153,7 @@ fn pods_that_left_while_it_was_dead_are_cleaned_up() {
         echoes(mesh.outside(), pod.at6(8080));
     }
     for pod in [&web, &new] {
-        echoes(&mesh.pod("client"), pod.at(8080));
+        becomes_reachable(&mesh.pod("client"), pod.at(8080));
         echoes(&mesh.pod("client"), pod.at6(8080));
     }
     drop(deleted);
@@ -214,7 +213,7 @@ fn an_address_that_moved_while_it_was_dead_belongs_to_the_new_pod() {
         .unwrap();
     let b = mesh.node("b").start_daemon().unwrap();
     b.wait_enrolled(&["default/heir"]).unwrap();
-    echoes(&client, heir.at(8080));
+    becomes_reachable(&client, heir.at(8080));
     echoes(&client, heir.at6(8080));
     echo.event("accepted", TIMEOUT).unwrap();
     let line = b
@@ -255,7 +254,7 @@ fn rounds_of_death_and_start_leave_nothing() {
         a.wait_enrolled(&["default/client"]).unwrap();
         echoes(&client, web.at(8080));
         assert_eq!(files(node.pins()), pins, "round {round}");
-        assert_eq!(attached_to_node(node), programs, "round {round}");
+        wait_attached_to_node(node, &programs);
         wait_attached_to_netns(&client, 1);
         assert_eq!(a.status().unwrap().kernel, kernel, "round {round}");
     }

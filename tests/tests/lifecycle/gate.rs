@@ -1,7 +1,7 @@
 //! A new pod is closed until there is a verdict on it, with or without a daemon: until it is enrolled, or known as outside the
 //! mesh. The pods here are found by their UID, as the kubelet's are.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,11 +12,13 @@ use mesh_tests::{
 use serde_json::Value;
 
 use crate::common::by_uid::{daemons, pair, pause};
-use crate::common::lifecycle_pair::MARKER;
+use crate::common::lifecycle_pair::{MARKER, assert_soon};
 
 const PORT: u16 = 8080;
 /// How long a caller waits that must not get an answer: longer than until its second SYN.
 const SILENCE: Duration = Duration::from_millis(1500);
+/// How long a caller waits that must get an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How soon a pod outside the mesh must be open when the daemon runs again: a start of the daemon, and a repeated SYN.
 const SOON: Duration = Duration::from_secs(8);
 
@@ -57,33 +59,53 @@ fn becomes_answered(from: &Place, to: SocketAddr) -> Result<()> {
     })
 }
 
+fn of_outside(mesh: &Mesh) -> [IpAddr; 2] {
+    [mesh.outside_ipv4().into(), mesh.outside_ipv6().into()]
+}
+
+/// The connections that a server has accepted from these addresses. What it accepted from others just before may not be
+/// among its events yet.
+fn accepted_from(app: &App, addresses: &[IpAddr]) -> Vec<Value> {
+    let is_from = |event: &Value| {
+        let peer = event["peer"].as_str().unwrap_or_default();
+        peer.parse::<SocketAddr>()
+            .is_ok_and(|peer| addresses.contains(&peer.ip()))
+    };
+    let mut accepted = app.events_of("accepted");
+    accepted.retain(is_from);
+    accepted
+}
+
 /// Asserts that a new pod of node b, whose server is `app`, is closed: to callers beyond its node, and to the mesh.
 fn assert_closed(mesh: &Mesh, pod: &Pod, app: &App) -> Result<()> {
-    let accepted = app.events_of("accepted").len();
+    let node = mesh.node("a");
+    let others = [of_outside(mesh), [node.ipv4().into(), node.ipv6().into()]].concat();
+    let accepted = accepted_from(app, &others);
     for to in [pod.at(PORT), pod.at6(PORT)] {
-        for from in [mesh.outside(), mesh.node("a").place()] {
+        for from in [mesh.outside(), node.place()] {
             let last = call(from, to, SILENCE)?;
             assert_eq!(last["event"], "failed", "{to} from {}: {last}", from.name());
         }
     }
-    assert_eq!(app.events_of("accepted").len(), accepted, "nothing arrived");
+    let now = accepted_from(app, &others);
+    assert_eq!(now, accepted, "nothing arrived");
     // The node itself, such as the kubelet's probes, and the pod itself.
     for to in [pod.at(PORT), pod.at6(PORT)] {
         assert!(
-            is_answered(mesh.node("b"), to, SILENCE)?,
+            is_answered(mesh.node("b"), to, PATIENCE)?,
             "{to} from the node"
         );
     }
     let itself = pod.container("itself")?;
     let local = SocketAddr::from(([127, 0, 0, 1], PORT));
-    assert!(is_answered(&itself, local, SILENCE)?, "its loopback");
+    assert!(is_answered(&itself, local, PATIENCE)?, "its loopback");
     let web = mesh.pod("web");
     for to in [web.at(PORT), web.at6(PORT), "10.96.0.7:80".parse()?] {
         let last = call(&itself, to, SILENCE)?;
         assert_eq!(last["event"], "failed", "{to} from the pod: {last}");
     }
     let beyond = SocketAddr::from((mesh.outside_ipv4(), PORT));
-    assert!(is_answered(&itself, beyond, SILENCE)?, "not to the mesh");
+    assert!(is_answered(&itself, beyond, PATIENCE)?, "not to the mesh");
     Ok(())
 }
 
@@ -125,11 +147,11 @@ fn becomes_enrolled(stage_mesh: &Mesh, client: &Place, pod: &Pod, app: &App) -> 
     }
     let own = pod.container("client")?;
     becomes_answered(&own, stage_mesh.pod("client").at(PORT))?;
-    let accepted = app.events_of("accepted").len();
+    let accepted = accepted_from(app, &of_outside(stage_mesh));
     for to in [pod.at(PORT), pod.at6(PORT)] {
         assert!(!is_answered(stage_mesh.outside(), to, SILENCE)?, "{to}");
     }
-    assert_eq!(app.events_of("accepted").len(), accepted);
+    assert_eq!(accepted_from(app, &of_outside(stage_mesh)), accepted);
     // What the caller beyond the mesh has sent is readable, but only that.
     let outside = stage_mesh.outside_ipv4();
     let others = capture
@@ -187,7 +209,7 @@ fn a_pod_outside_the_mesh_waits_for_the_daemon() -> Result<()> {
     assert_closed(mesh, &pod, &app)?;
     // A connect from before does not fail, but waits.
     let waiting = format!(
-        "connect --to {} --timeout 20000 --send {MARKER} --shutdown --read",
+        "connect --to {} --timeout 60000 --send {MARKER} --shutdown --read",
         pod.at(PORT)
     );
     let waiting = mesh.outside().app(&waiting)?;
@@ -206,7 +228,7 @@ fn a_pod_outside_the_mesh_waits_for_the_daemon() -> Result<()> {
     );
     assert!(since.elapsed() < SOON * slowdown(), "{:?}", since.elapsed());
     for to in [pod.at(PORT), pod.at6(PORT)] {
-        assert!(is_answered(mesh.outside(), to, SILENCE)?);
+        assert!(is_answered(mesh.outside(), to, PATIENCE)?);
     }
     // It dials the mesh as ever: a STRICT pod refuses it, and the kernel of its own node does not.
     let last = call(
@@ -219,7 +241,7 @@ fn a_pod_outside_the_mesh_waits_for_the_daemon() -> Result<()> {
     b.process().suspend()?;
     let again = pod.container("again")?;
     let mut server = again.app("echo-server --port 8081")?.listening()?;
-    assert!(is_answered(mesh.outside(), pod.at(8081), SILENCE)?);
+    assert!(is_answered(mesh.outside(), pod.at(8081), PATIENCE)?);
     server.event("accepted", TIMEOUT)?;
     b.process().resume()?;
     Ok(())
@@ -229,7 +251,7 @@ fn a_pod_outside_the_mesh_waits_for_the_daemon() -> Result<()> {
 fn a_new_pod_outside_the_mesh_is_open_at_once_while_the_daemon_runs() -> Result<()> {
     const PODS: usize = 20;
     let stage = Stage::start()?;
-    let mut slowest = Duration::ZERO;
+    let mut took = Vec::new();
     for number in 0..PODS {
         let pod = stage
             .mesh
@@ -244,10 +266,9 @@ fn a_new_pod_outside_the_mesh_is_open_at_once_while_the_daemon_runs() -> Result<
             let is_answered = is_answered(stage.mesh.outside(), pod.at(PORT), timeout)?;
             is_answered.then_some(()).context("none")
         })?;
-        slowest = slowest.max(since.elapsed().saturating_sub(before));
+        took.push(since.elapsed().saturating_sub(before));
     }
-    eprintln!("the slowest of {PODS} was reached {slowest:?} after it listened");
-    assert!(slowest < Duration::from_secs(2) * slowdown(), "{slowest:?}");
+    assert_soon(took, Duration::from_secs(2));
     Ok(())
 }
 
@@ -289,10 +310,18 @@ fn a_pod_that_leaves_the_mesh_or_joins_it_stays_as_open_as_it_may_be() -> Result
     let _pause = pause(&pod);
     let app = serve(&pod)?;
     becomes_answered(stage.mesh.outside(), pod.at(PORT))?;
+    let addresses = || anyhow::Ok(stage.a.status()?.kernel.mesh_addresses);
+    let before = addresses()?;
     let mut manifest = pod.manifest();
     manifest["metadata"]["annotations"]["auth-daemon.io/mesh"] = "enabled".into();
     stage.mesh.manifests().apply(&manifest)?;
     stage.b.wait_enrolled(&["default/stranger"])?;
+    // Until the client's node knows, too, the client sends it plaintext.
+    eventually_ok(TIMEOUT, "node a to know the pod's addresses", || {
+        let now = addresses()?;
+        anyhow::ensure!(now == before + 2, "{now} addresses, {before} before");
+        Ok(())
+    })?;
     becomes_enrolled(&stage.mesh, &stage.client, &pod, &app)?;
     stage.mesh.manifests().apply(&pod.manifest())?;
     becomes_answered(stage.mesh.outside(), pod.at(PORT))?;
@@ -453,6 +482,7 @@ fn unload_opens_new_pods() -> Result<()> {
     let app = serve(&pod)?;
     assert_closed(&mesh, &pod, &app)?;
     mesh.node("b").unload()?.ok()?;
-    assert!(is_answered(mesh.outside(), pod.at(PORT), SILENCE)?);
+    // The kernel detaches a program soon after its link's pin is removed.
+    becomes_answered(mesh.outside(), pod.at(PORT))?;
     Ok(())
 }
