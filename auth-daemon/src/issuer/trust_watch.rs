@@ -146,6 +146,8 @@ fn apply(link: &Link, message: Message) -> Result<(), String> {
     if !is_news(&known, &trust)? {
         return Ok(());
     }
+    link.trust.publish(trust);
+    let trust = link.trust.current();
     tracing::info!(
         version = trust.version,
         roots = trust.bundle.roots.len(),
@@ -155,7 +157,6 @@ fn apply(link: &Link, message: Message) -> Result<(), String> {
         phase = trust.phase,
         "trust bundle updated"
     );
-    link.trust.publish(trust);
     Ok(())
 }
 
