@@ -1,10 +1,10 @@
 //! Captures packets on the wire, or on the links of a node's pods.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use nix::libc;
@@ -22,8 +22,18 @@ use crate::recording::Recording;
 pub struct Capture {
     socket: Arc<OwnedFd>,
     packets: Arc<Mutex<Vec<Packet>>>,
-    stop: Arc<AtomicBool>,
+    orders: Arc<Orders>,
     reader: Option<JoinHandle<()>>,
+}
+
+/// What the reader is told, and how far it has come.
+#[derive(Debug, Default)]
+struct Orders {
+    stop: AtomicBool,
+    /// How often somebody has asked for all packets from before.
+    asked: AtomicU64,
+    /// Of these, how many the reader has heard before it last read all packets.
+    answered: AtomicU64,
 }
 
 impl Capture {
@@ -52,25 +62,32 @@ impl Capture {
         let (socket, without) = netns.enter(|| open(without, prepare))??;
         let socket = Arc::new(socket);
         let packets = Arc::new(Mutex::new(Vec::new()));
-        let stop = Arc::new(AtomicBool::new(false));
+        let orders = Arc::<Orders>::default();
         let reader = thread::Builder::new()
             .name("capture".to_owned())
             .spawn({
-                let (socket, packets, stop) =
-                    (Arc::clone(&socket), Arc::clone(&packets), Arc::clone(&stop));
-                move || read(&socket, &without, kept, &packets, &stop)
+                let (socket, packets, orders) = (
+                    Arc::clone(&socket),
+                    Arc::clone(&packets),
+                    Arc::clone(&orders),
+                );
+                move || read(&socket, &without, kept, &packets, &orders)
             })
             .context("starting the thread of the capture")?;
         Ok(Self {
             socket,
             packets,
-            stop,
+            orders,
             reader: Some(reader),
         })
     }
 
-    /// Returns what has been captured so far; the capture continues.
+    /// Returns all packets captured before; the capture continues.
     pub fn so_far(&self) -> Recording {
+        let asked = self.orders.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        while self.orders.answered.load(Ordering::Acquire) < asked {
+            thread::sleep(Duration::from_millis(u64::from(STOP_LATENCY)));
+        }
         Recording::new(
             self.packets
                 .lock()
@@ -94,7 +111,7 @@ impl Capture {
     }
 
     fn end(&mut self) {
-        self.stop.store(true, Ordering::Release);
+        self.orders.stop.store(true, Ordering::Release);
         if let Some(reader) = self.reader.take() {
             reader.join().expect("the reader does not panic");
         }
@@ -138,14 +155,15 @@ fn read(
     without: &[usize],
     kept: usize,
     packets: &Mutex<Vec<Packet>>,
-    stop: &AtomicBool,
+    orders: &Orders,
 ) {
     let start = Instant::now();
     // Bytes that are not kept are not copied: recvfrom(2) truncates a packet at the end of its buffer.
     let mut frame = vec![0; kept.saturating_add(LONGEST_HEADERS).min(LONGEST_FRAME)];
     loop {
-        // Read this flag before the socket is drained, so that all packets from before the stop are read.
-        let last = stop.load(Ordering::Acquire);
+        // Read these before the socket is drained, so that all packets from before the stop, or the question, are read.
+        let last = orders.stop.load(Ordering::Acquire);
+        let asked = orders.asked.load(Ordering::Acquire);
         while let Ok((length, Some(from))) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut frame) {
             if without.contains(&from.ifindex()) {
                 continue;
@@ -157,6 +175,7 @@ fn read(
                     .push(packet);
             }
         }
+        orders.answered.store(asked, Ordering::Release);
         if last {
             return;
         }
