@@ -2,6 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -91,7 +92,7 @@ impl Ca {
             "listen": address,
             "serverNames": [mesh.outside_ipv4().to_string()],
             "readiness": format!("{}:15013", mesh.outside_ipv4()),
-            "operatorSocket": folder.join("operator").join("operator.sock"),
+            "operatorSocket": folder.join(OPERATOR),
             "directory": folder.join(STATE),
             "attestation": {"tokens": nodes},
             "discovery": {"files": mesh.manifests().folder()},
@@ -131,7 +132,7 @@ impl Ca {
         Ok(ca)
     }
 
-    /// Waits until the CA accepts connections. Fails at once if its process exits instead.
+    /// Waits until the CA accepts connections, its operator's too. Fails at once if its process exits instead.
     fn wait_ready(&mut self) -> Result<()> {
         let port = 15012;
         let ready = eventually_ok(TIMEOUT, "the CA to be ready", || {
@@ -144,6 +145,9 @@ impl Ca {
                 .iter()
                 .any(|socket| socket.remote.port() == 0 && socket.local.port() == port);
             anyhow::ensure!(listens && self.roots().exists(), "nothing listens yet");
+            // The socket of a CA before this one may still be there.
+            UnixStream::connect(self.folder.join(OPERATOR))
+                .with_context(|| format!("connecting to {OPERATOR}"))?;
             Ok(Ok(()))
         });
         match ready.with_context(|| format!("its log: {}", self.log_text()))? {
@@ -250,6 +254,7 @@ fn random() -> Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+const OPERATOR: &str = "operator/operator.sock";
 const KEYS_OF_PEOPLE: &str = "people.jwks";
 const PERSON: &str = "person.token";
 const STATE: &str = "state";
