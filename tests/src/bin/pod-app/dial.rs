@@ -88,7 +88,7 @@ impl Dial {
         let mut stream = TcpStream::from(socket);
         stream.write_all(&bytes[sent..]).at("write")?;
         fields["local"] = json!(stream.local_addr().at("getsockname")?);
-        fields["peer"] = json!(stream.peer_addr().at("getpeername")?);
+        fields["peer"] = json!(crate::server::peer(&stream).at("getpeername")?);
         crate::report::end_sending(&stream).at("shutdown")?;
         let mut answer = Vec::new();
         match stream.read_to_end(&mut answer) {

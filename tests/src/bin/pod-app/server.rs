@@ -115,7 +115,7 @@ pub(crate) fn ends(stream: &TcpStream) -> Result<Value, Failure> {
 }
 
 /// Returns the peer's address. A connection that was reset meanwhile has no peer any more; the error is then the reset.
-fn peer(stream: &TcpStream) -> io::Result<SocketAddr> {
+pub(crate) fn peer(stream: &TcpStream) -> io::Result<SocketAddr> {
     stream
         .peer_addr()
         .map_err(|error| match stream.take_error() {
