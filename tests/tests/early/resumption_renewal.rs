@@ -4,16 +4,18 @@ use std::time::{Duration, Instant};
 
 use crate::common::pair::Pair;
 use crate::common::resumption::{handshakes, held};
-use mesh_tests::{Context, Daemon, DaemonOptions, Result, TIMEOUT, eventually_ok};
+use crate::common::with_ca::short_lifetime;
+use mesh_tests::{Context, Daemon, DaemonOptions, Result, TIMEOUT, eventually_ok, slowdown};
 
-/// The shortest lifetime that a daemon accepts: it renews every four to six seconds.
-const LIFETIME: Duration = Duration::from_secs(10);
+/// More than two renewals with the shortest lifetime.
 const RUN: Duration = Duration::from_secs(16);
+/// Between two connections.
+const PAUSE: Duration = Duration::from_millis(150);
 const PORT: u16 = 7000;
 
 #[test]
 fn renewed_certificate_is_sent_to_each_peer_once() -> Result<()> {
-    let options = DaemonOptions::default().certificate_lifetime(LIFETIME);
+    let options = DaemonOptions::default().certificate_lifetime(short_lifetime());
     let pair = Pair::start_with(&options, |builder| builder)?;
     let _echo = pair
         .web
@@ -23,13 +25,13 @@ fn renewed_certificate_is_sent_to_each_peer_once() -> Result<()> {
     let capture = pair.mesh.wire().capture()?;
     let (mut connections, mut epochs) = (Vec::new(), Vec::new());
     let start = Instant::now();
-    while start.elapsed() < RUN {
+    while start.elapsed() < RUN * slowdown() {
         let before = epoch(&pair)?;
         connections.push(held(&pair.client, to)?);
         // None if a renewal came in between.
         epochs
             .push(Some(before.clone()).filter(|before| epoch(&pair).ok().as_ref() == Some(before)));
-        std::thread::sleep(Duration::from_millis(150));
+        std::thread::sleep(PAUSE * slowdown());
     }
     let seen = handshakes(&capture.stop()?, to);
     assert_eq!(seen.len(), epochs.len(), "a handshake each");

@@ -13,12 +13,15 @@ use crate::common::pair::Pair;
 use crate::common::resumption::handshakes;
 use mesh_tests::{
     Capture, Context, Daemon, InProcess, Mesh, Pod, PodSpec, Result, TIMEOUT, eventually_ok,
+    slowdown,
 };
 use rcgen::{CertificateParams, date_time_ymd};
 use rustls::server::ServerSessionMemoryCache;
 use rustls::{Connection, HandshakeKind};
 
 const PORT: u16 = 7000;
+/// Life of a certificate in seconds, in which a few connections are made with it.
+const LIFE: u64 = 8;
 
 /// A server that accepts its old session, although the client's node knows that the pod has another account now.
 #[test]
@@ -65,8 +68,9 @@ fn resumed_server_must_still_pass_secure_naming() -> Result<()> {
 
 #[test]
 fn rejects_resumed_server_whose_certificate_expired() -> Result<()> {
-    let until = in_seconds(8);
+    let mut until = SystemTime::UNIX_EPOCH;
     let scene = Resuming::start(|stolen| {
+        until = in_seconds(LIFE * u64::from(slowdown()));
         stolen.mint_with(&[&spiffe("web")], |params| expire(params, until))
     })?;
     scene.call("one", true)?;
@@ -97,7 +101,7 @@ fn rejects_resumed_client_that_expired_or_calls_another_server() -> Result<()> {
     ];
     let mut faults = Faults::default();
     let stolen = Authority::stolen(&pair.mesh.node("a").ca_folder())?;
-    let until = in_seconds(6);
+    let until = in_seconds(LIFE * u64::from(slowdown()));
     let presented = stolen.mint_with(&[&spiffe("outsider")], |params| expire(params, until))?;
     // One session store for all callers.
     let config = client_config(Some(&presented), &[ALPN])?;

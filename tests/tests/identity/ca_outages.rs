@@ -11,27 +11,31 @@ use mesh_tests::{
     CaOptions, Context, DaemonOptions, Mesh, PodSpec, Result, TIMEOUT, eventually, eventually_ok,
 };
 
-use crate::common::with_ca::{WithCa, serial, spiffe, wait_certified};
+use crate::common::with_ca::{WithCa, serial, short_lifetime, spiffe, wait_certified};
 
 #[test]
 fn nodes_get_certificates_from_the_ca_that_openssl_verifies() -> Result<()> {
     let stage = WithCa::start()?;
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     assert!(stage.reaches(&stage.client, stage.web.at(7))?);
-    let issued: BTreeSet<_> = stage
-        .ca
-        .logs()
-        .iter()
-        .filter_map(|line| Some(line["serial"].as_str()?.to_owned()))
-        .collect();
+    let mut used = BTreeSet::new();
     for (daemon, account) in [
         (&stage.near, "client"),
         (&stage.near, "other"),
         (&stage.far, "web"),
     ] {
-        let serial = serial(daemon, account)?;
-        assert!(issued.contains(&serial), "{serial} is not in {issued:?}");
+        used.insert(serial(daemon, account)?);
     }
+    // A thread of its own writes the log.
+    let issued = eventually_ok(TIMEOUT, "each in the CA's log", || {
+        let lines = stage.ca.logs();
+        let serials = lines
+            .iter()
+            .filter_map(|line| Some(line["serial"].as_str()?.to_owned()));
+        let issued: BTreeSet<_> = serials.collect();
+        anyhow::ensure!(used.is_subset(&issued), "{used:?} are not in {issued:?}");
+        Ok(issued)
+    })?;
     let roots = stage.ca.roots();
     let text = Command::new("openssl")
         .args(["x509", "-noout", "-text", "-in"])
@@ -109,11 +113,10 @@ fn ca_keeps_its_root_when_killed_repeatedly_while_issuing() -> Result<()> {
     let options = CaOptions::default();
     let mut ca = mesh.start_ca(&options)?;
     let root = fs::read(ca.roots())?;
-    // The daemons renew every four to six seconds.
     let daemons = mesh.start_daemons_with(
         &DaemonOptions::default()
             .ca(&ca)
-            .certificate_lifetime(Duration::from_secs(10)),
+            .certificate_lifetime(short_lifetime()),
     )?;
     for daemon in &daemons {
         wait_certified(daemon)?;
