@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use mesh_tests::{App, CaOptions, DaemonOptions, Result, TIMEOUT, eventually_ok, slowdown};
+use mesh_tests::{App, CaOptions, Daemon, DaemonOptions, Result, TIMEOUT, eventually_ok, slowdown};
+use serde_json::Value;
 
 use crate::common::with_ca::{LEARNT, WithCa, serial, spiffe};
 
@@ -13,6 +14,17 @@ fn ends(chat: App, since: Instant) -> Result<()> {
     assert_eq!(failed["errno"], "ECONNRESET", "{failed}");
     assert!(took < LEARNT * slowdown(), "it took {took:?}");
     Ok(())
+}
+
+/// Waits until a daemon knows that `name` is revoked, and so refuses it itself.
+fn knows(daemon: &Daemon, kind: &str, name: &str) -> Result<()> {
+    eventually_ok(TIMEOUT, &format!("{} to know of it", daemon.node()), || {
+        let listed = daemon.status_json()?["trust"]["revoked"][kind].clone();
+        let mut listed_names = listed.as_array().into_iter().flatten();
+        let is_it = |entry: &Value| entry["identity"] == name || entry["node"] == name;
+        anyhow::ensure!(listed_names.any(is_it), "{listed}");
+        Ok(())
+    })
 }
 
 /// Checks that the conversation continues.
@@ -34,11 +46,11 @@ fn revoked_identity_is_refused_until_reinstated() -> Result<()> {
     let (near, far) = (stage.near.log_position(), stage.far.log_position());
 
     let client = spiffe("client");
-    let since = Instant::now();
     stage
         .ca
         .operate(&["revoke", "--identity", &client, "--reason", "keyCompromise"])?
         .ok()?;
+    let since = Instant::now();
     ends(chat, since)?;
     // The node that learns of the revocation first resets the connection; the other one sees the reset.
     let revoked = format!("{client} is revoked (keyCompromise)");
@@ -51,11 +63,11 @@ fn revoked_identity_is_refused_until_reinstated() -> Result<()> {
         anyhow::ensure!(said, "{lines:#?}");
         Ok(())
     })?;
+    // The client's node may be the other one.
+    knows(&stage.near, "identities", &client)?;
     assert!(!stage.reaches(&stage.client, to)?, "a new connection");
     stage.reason(&stage.near, near, &revoked, "refused")?;
     goes_on(&bystander)?;
-    let listed = stage.near.status_json()?["trust"]["revoked"]["identities"].clone();
-    assert_eq!(listed[0]["identity"], client);
 
     stage
         .ca
@@ -71,12 +83,14 @@ fn clients_refuse_revoked_server() -> Result<()> {
     let _echo = stage.web.app("echo-server --port 7")?.listening()?;
     let to = stage.web.at(7);
     let chat = stage.chat(&stage.client, to)?;
-    let since = Instant::now();
     stage
         .ca
         .operate(&["revoke", "--identity", &spiffe("web")])?
         .ok()?;
+    let since = Instant::now();
     ends(chat, since)?;
+    // Perhaps by the server's node, which has learnt of it first.
+    knows(&stage.near, "identities", &spiffe("web"))?;
     let start = stage.near.log_position();
     assert!(!stage.reaches(&stage.client, to)?);
     let revoked = format!("{} is revoked (unspecified)", spiffe("web"));
@@ -93,11 +107,11 @@ fn revoked_certificate_is_refused_and_its_successor_accepted() -> Result<()> {
     let bystander = stage.chat(&stage.other, to)?;
     let stolen = serial(&stage.near, "client")?;
     let start = stage.far.log_position();
-    let since = Instant::now();
     let answer = stage
         .ca
         .operate(&["revoke", "--serial", &stolen, "--reason", "superseded"])?
         .ok()?;
+    let since = Instant::now();
     assert!(answer.stdout.contains(&stolen), "{}", answer.stdout);
     ends(chat, since)?;
     let revoked = format!(
@@ -126,11 +140,13 @@ fn revoked_node_is_refused_by_all_others() -> Result<()> {
         stage.chat(&stage.other, to)?,
     ];
     let near = stage.near.log_position();
-    let since = Instant::now();
     stage.ca.operate(&["revoke", "--node", "b"])?.ok()?;
+    let since = Instant::now();
     for chat in chats {
         ends(chat, since)?;
     }
+    // Perhaps by the revoked node itself.
+    knows(&stage.near, "nodes", "b")?;
     assert!(!stage.reaches(&stage.client, to)?);
     stage.reason(&stage.near, near, "is revoked", "refused")?;
     // The CA issues nothing to it any more.
@@ -168,22 +184,24 @@ fn revocation_ends_same_node_connections() -> Result<()> {
         anyhow::ensure!(verdicts == 1, "{verdicts}");
         Ok(())
     })?;
-    let second = stage.chat(&stage.client, to)?;
-    assert!(
-        !stage
-            .near
-            .status()?
-            .connections
-            .iter()
-            .any(|connection| connection.client.to_string() == local(&second)),
-        "the kernel carries it"
-    );
+    // Without a verdict for a moment, if the daemon cannot renew its lease in time.
+    let second = eventually_ok(TIMEOUT, "the kernel to carry a connection", || {
+        let mut chat = stage.chat(&stage.client, to)?;
+        chat.event("round", TIMEOUT)?;
+        let connections = stage.near.status()?.connections;
+        let mut clients = connections.iter().map(|open| open.client.to_string());
+        anyhow::ensure!(
+            !clients.any(|client| client == local(&chat)),
+            "the daemon does"
+        );
+        Ok(chat)
+    })?;
     let start = stage.near.log_position();
-    let since = Instant::now();
     stage
         .ca
         .operate(&["revoke", "--identity", &spiffe("client")])?
         .ok()?;
+    let since = Instant::now();
     ends(first, since)?;
     ends(second, since)?;
     let revoked = format!("{} is revoked", spiffe("client"));
