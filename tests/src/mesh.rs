@@ -162,6 +162,11 @@ impl Mesh {
         self.unplug(&pod)
     }
 
+    /// Removes a pod's processes, link, namespace name and cgroup, and leaves its manifests as they are.
+    pub fn remove_pod_quietly(&self, name: &str) -> Result<()> {
+        self.unplug(&self.pod(name))
+    }
+
     /// Removes a pod's processes and network and creates a new namespace with the same name and addresses. The manifest
     /// stays correct, but the namespace's cookie changes. Returns the new pod.
     pub fn recreate_pod(&self, name: &str) -> Result<Pod> {
