@@ -10,7 +10,7 @@ use mesh_tests::{App, Daemon, InProcess, Place, Result, eventually, eventually_o
 use serde_json::Value;
 
 /// Time limit for a script.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The bytes that one server received on one connection.
 #[derive(Debug, Clone)]

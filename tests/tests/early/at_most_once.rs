@@ -1,10 +1,10 @@
 //! Early bytes are sent with CONNECT. If the server then ends the tunnel without refusing them, the app gets
 //! an error, and no endpoint receives the bytes a second time.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use crate::common::early::{Ledger, Spoke, Taken, line_of, spoken};
@@ -36,8 +36,9 @@ const BREAKS: [&str; 14] = [
 fn early_bytes_accepted_by_a_new_tunnel_are_not_sent_again() -> Result<()> {
     let scene = TwoEndpoints::start(&[("hostile", breaks_off)])?;
     let mut faults = Faults::default();
-    let mut apps = Vec::new();
+    let mut accepted = BTreeSet::new();
     for broken in BREAKS {
+        let mut apps = Vec::new();
         // The second is longer than the early bytes can be.
         for (number, size) in [100, 100_000].into_iter().enumerate() {
             let steps = format!("send:{size},end,rest");
@@ -45,12 +46,17 @@ fn early_bytes_accepted_by_a_new_tunnel_are_not_sent_again() -> Result<()> {
         }
         // Sent long after CONNECT and before its answer.
         apps.push(scene.script(&format!("{broken}-late"), "pause:150,send:100,end,rest")?);
-    }
-    for app in apps {
-        for spoke in spoken(app)? {
-            check_broken(&scene, &spoke, &mut faults)?;
+        for app in apps {
+            for spoke in spoken(app)? {
+                if check_once(&scene, &spoke, &mut faults)? {
+                    accepted.insert(broken);
+                }
+            }
         }
     }
+    faults.check(accepted.len() == BREAKS.len(), || {
+        format!("the hostile endpoint has only accepted {accepted:?}")
+    });
     faults.finish();
     Ok(())
 }
@@ -74,11 +80,7 @@ fn early_bytes_accepted_by_a_pooled_tunnel_are_not_sent_again() -> Result<()> {
             };
             faults.check(ok.was_echoed(), || format!("{first}: {}", ok.0));
             // On a tunnel that was idle for longer, CONNECT is sent without early bytes, and is refused.
-            if scene.ledger.takers(&second) == ["honest"] {
-                faults.check(spoke.was_echoed(), || format!("{second}: {}", spoke.0));
-            } else {
-                check_broken(&scene, spoke, &mut faults)?;
-            }
+            check_once(&scene, spoke, &mut faults)?;
             if POOLED.load(Ordering::Relaxed) > before {
                 pooled += 1;
                 break;
@@ -140,6 +142,19 @@ fn race_of_early_bytes_and_end_is_decided_once() -> Result<()> {
     Ok(())
 }
 
+/// Checks that one endpoint alone has the bytes, and that the app got an error if it is the hostile one. Returns whether it is:
+/// if the bytes come late, on a busy machine or to a tunnel that was idle, it has refused, and the honest one serves.
+fn check_once(scene: &TwoEndpoints, spoke: &Spoke, faults: &mut Faults) -> Result<bool> {
+    let name = spoke.name();
+    let honest = scene.ledger.takers(name) == ["honest"];
+    if honest {
+        faults.check(spoke.was_echoed(), || format!("{name}: {}", spoke.0));
+    } else {
+        check_broken(scene, spoke, faults)?;
+    }
+    Ok(!honest)
+}
+
 /// Checks that only the hostile endpoint has the bytes, and that the app got an error.
 fn check_broken(scene: &TwoEndpoints, spoke: &Spoke, faults: &mut Faults) -> Result<()> {
     let name = spoke.name();
@@ -152,7 +167,11 @@ fn check_broken(scene: &TwoEndpoints, spoke: &Spoke, faults: &mut Faults) -> Res
     });
     let line = line_of(&scene.near, spoke)?;
     println!("{name}: {} {}", line["result"], line["reason"]);
-    let stood = name.starts_with("connected");
+    // Unless its answer came too late, on a busy machine.
+    let late = line["reason"]
+        .as_str()
+        .is_some_and(|reason| reason.contains("does not answer"));
+    let stood = name.starts_with("connected") && !late;
     let result = if stood { "reset" } else { "refused" };
     faults.check(line["result"] == result, || format!("{name}: {line}"));
     let endpoint = scene.at("hostile").to_string();
@@ -214,8 +233,8 @@ fn breaks_off(
         }
         "connectedrst" => {
             peer.send(&connected)?;
-            // The bytes must arrive before the tunnel ends.
-            thread::sleep(Duration::from_millis(50));
+            // It must arrive before the tunnel ends. The app's other bytes and its end wait for it.
+            peer.frame()?;
             return rst(&peer.tcp);
         }
         _ => {}
