@@ -115,7 +115,7 @@ impl Stage {
         let answer = self
             .mesh
             .pod("client")
-            .run("curl", ["-sS", "-m", "10", &url])
+            .run("curl", ["-sS", "-m", "30", &url])
             .and_then(mesh_tests::Finished::ok)
             .unwrap_or_else(|error| panic!("real traffic: {error:#}"));
         assert_eq!(answer.stdout, MARKER);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::hostile::{
     self, ALPN, CONNECTED, Faults, PATIENCE, Presented, client_config, connect_frame, dial,
-    frame_of_length, lines_of,
+    dial_many, frame_of_length, lines_of,
 };
 use crate::common::stage::{HTTP, Stage};
 use mesh_tests::{Context, Result, TcpState, eventually_ok, slowdown};
@@ -116,7 +116,7 @@ fn refuses_bytes_that_are_not_a_tunnel() -> Result<()> {
             format!("{what}: answered {answer:?}")
         });
         faults.expect_line(what, &stage.daemon, client, ("refused", reason));
-        faults.check(start.elapsed() < DEADLINE / 2, || {
+        faults.check(start.elapsed() < DEADLINE / 2 * slowdown(), || {
             format!("{what}: refused after {:?} only", start.elapsed())
         });
     }
@@ -281,12 +281,13 @@ fn stalled_handshake_ends_at_the_deadline() -> Result<()> {
         running.into_iter().map(join).collect()
     });
     let mut faults = Faults::default();
+    let latest = 10_000 + 3_000 * u64::from(slowdown());
     for (what, client) in ended {
         let client = client.expect("no stalling panics").context(what)?;
         faults.expect_line(what, &stage.daemon, client, ("refused", "within 10s"));
         let took = lines_of(&stage.daemon, client)?[0]["duration_ms"].as_u64();
         faults.check(
-            took.is_some_and(|took| (9_500..13_000).contains(&took)),
+            took.is_some_and(|took| (9_500..latest).contains(&took)),
             || format!("{what}: took {took:?} ms"),
         );
     }
@@ -345,31 +346,39 @@ fn serves_callers_beside_a_thousand_stalled_handshakes() -> Result<()> {
     let before = stage.snapshot()?;
     let web = stage.web();
     let hello = client_hello(&stage)?;
-    let callers: Vec<TcpStream> = (0..CALLERS)
-        .map(|number| {
-            let mut tcp = dial(stage.mesh.outside(), web.at(HTTP))?;
-            // In turn: silent, in the middle of a ClientHello, and waiting for an answer.
-            tcp.write_all(&hello[..[0, hello.len() / 2, hello.len()][number % 3]])?;
-            Ok(tcp)
-        })
-        .collect::<Result<_>>()?;
+    let quiet = latencies(&stage, 100)?;
+    let mut callers = dial_many(stage.mesh.outside(), web.at(HTTP), CALLERS)?;
+    for (number, tcp) in callers.iter_mut().enumerate() {
+        // In turn: silent, in the middle of a ClientHello, and waiting for an answer.
+        tcp.write_all(&hello[..[0, hello.len() / 2, hello.len()][number % 3]])?;
+    }
     let held = || -> Result<usize> { Ok(web.sockets()?.of(TcpState::Established)) };
     eventually_ok(PATIENCE, "all callers to be held", || {
         let held = held()?;
         anyhow::ensure!(held >= CALLERS, "{held} are held");
         Ok(())
     })?;
-    let during = stage.snapshot()?;
-    let slowest = latencies(&stage)?;
-    let held = held()?;
-    println!("slowest of 100 with {held} callers held: {slowest:?}; {during:?}");
+    // Until the first caller is refused at the deadline, which a busy machine may reach before all requests are answered.
+    let mut times = Vec::new();
+    while times.len() < 100 {
+        let answered = latencies(&stage, 10)?;
+        if held()? < CALLERS {
+            break;
+        }
+        times.extend(answered);
+    }
     assert!(
-        held >= CALLERS,
-        "only {held} are held while traffic goes on"
+        !times.is_empty(),
+        "traffic does not go on while all are held"
     );
+    times.sort();
+    let slow = |times: &[Duration]| times[times.len() - 2];
+    println!("{} with {CALLERS} callers held: {times:?}", times.len());
+    // Or as slow as without them, on a busy machine.
+    let most = (Duration::from_millis(500) * slowdown()).max(5 * slow(&quiet));
     assert!(
-        slowest[1] < Duration::from_millis(500) * slowdown(),
-        "real traffic is slow: {slowest:?}"
+        slow(&times) < most,
+        "real traffic is slow: {times:?}, and before {quiet:?}"
     );
     for caller in callers {
         drain(caller);
@@ -419,15 +428,13 @@ fn a_flood_of_handshakes_does_not_come_before_those_of_other_addresses() -> Resu
     eventually_ok(PATIENCE, "a caller to be answered before a flood", || {
         wait_for("none to be left", &|held| held < idle + FLOOD / 10)?;
         let caller = dial(other.place(), web)?;
-        let flood: Vec<TcpStream> = (0..FLOOD)
-            .map(|_| dial(stage.mesh.outside(), web))
-            .collect::<Result<_>>()?;
+        let flood = dial_many(stage.mesh.outside(), web, FLOOD)?;
         wait_for("most to be accepted", &|held| held > idle + FLOOD * 9 / 10)?;
         stage.daemon.suspend()?;
-        for mut tcp in flood.iter().chain([&caller]) {
-            tcp.write_all(&hello)?;
-        }
+        let mut callers = flood.iter().chain([&caller]);
+        let written = callers.try_for_each(|mut tcp| tcp.write_all(&hello));
         stage.daemon.resume()?;
+        written?;
         let count = caller.peek(&mut [0])?;
         let answered: Vec<bool> = flood.iter().map(is_answered).collect::<Result<_>>()?;
         let answered = answered.into_iter().filter(|answered| *answered).count();
@@ -450,13 +457,13 @@ fn is_answered(tcp: &TcpStream) -> Result<bool> {
     }
 }
 
-/// Returns the durations of the slowest ten of a hundred requests, each on its own connection, slowest first.
-fn latencies(stage: &Stage) -> Result<Vec<Duration>> {
-    let url = format!("http://{}/[1-100]", stage.web().at(HTTP));
+/// Returns the durations of this number of requests, each on its own connection, in ascending order.
+fn latencies(stage: &Stage, requests: usize) -> Result<Vec<Duration>> {
+    let url = format!("http://{}/[1-{requests}]", stage.web().at(HTTP));
     let arguments = [
         "-sS",
         "-m",
-        "10",
+        "30",
         "-o",
         "/dev/null",
         "-H",
@@ -476,7 +483,7 @@ fn latencies(stage: &Stage) -> Result<Vec<Duration>> {
         let time = line.strip_prefix("200 ").with_context(|| answers.clone())?;
         times.push(Duration::from_secs_f64(time.parse()?));
     }
-    assert_eq!(times.len(), 100, "{answers}");
+    assert_eq!(times.len(), requests, "{answers}");
     times.sort();
-    Ok(times.into_iter().rev().take(10).collect())
+    Ok(times)
 }

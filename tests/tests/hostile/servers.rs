@@ -245,7 +245,8 @@ fn hostile_endpoints_of_a_service_are_skipped() -> Result<()> {
     // The kernel establishes connections, and no app answers.
     let _frozen = mesh.pod("frozen").listen(mesh.pod("frozen").at(8080))?;
     let _nginx = mesh_tests::Nginx::start(&mesh.pod("honest"), 8080, "honest")?;
-    let curl = "-sS -m 10 --parallel --parallel-max 40 -w \\n http://10.96.0.7/[1-40]";
+    // The daemon itself gives up after ten seconds.
+    let curl = "-sS -m 60 --parallel --parallel-max 40 -w \\n http://10.96.0.7/[1-40]";
     let answers = mesh
         .pod("client")
         .run("curl", curl.split(' '))?
