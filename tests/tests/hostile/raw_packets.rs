@@ -10,7 +10,7 @@ use anyhow::ensure;
 use etherparse::{PacketBuilder, PacketBuilderStep, SlicedPacket, TcpHeader, TransportSlice};
 use mesh_tests::{
     App, Context, DaemonOptions, Endpoint, Place, Pod, PodSpec, Result, TIMEOUT, TcpState,
-    eventually, eventually_ok,
+    eventually_ok,
 };
 use nix::errno::Errno;
 use nix::libc;
@@ -20,6 +20,8 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use crate::common::pair::{Pair, builder};
 
 const PORT: u16 = 7;
+/// Longer than the daemon waits for an app.
+const SOON: Duration = Duration::from_secs(3);
 const MARKER: &[u8] = b"marker-in-a-forged-segment";
 /// As a client and as a server, data in a SYN without a cookie, for all listeners: see ip-sysctl.rst, tcp_fastopen.
 const FAST_OPEN_FOR_ALL: &str = "1539";
@@ -194,8 +196,14 @@ fn echo_server(place: &Place) -> Result<App> {
 }
 
 /// Waits until the daemon of `web` has logged that it refused plaintext from `client`, and asserts that the app has not heard
-/// of it and that nothing of the app was sent to the client.
+/// of it.
 fn assert_refused(pair: &Pair, echo: &App, client: SocketAddrV4) -> Result<()> {
+    assert_logged(pair, client)?;
+    assert_eq!(echo.events_of("accepted"), Vec::<Value>::new());
+    Ok(())
+}
+
+fn assert_logged(pair: &Pair, client: SocketAddrV4) -> Result<()> {
     let line = pair.far.wait_for_access("the refusal", TIMEOUT, |line| {
         line["client"] == client.to_string()
     })?;
@@ -211,7 +219,6 @@ fn assert_refused(pair: &Pair, echo: &App, client: SocketAddrV4) -> Result<()> {
         "{line}"
     );
     assert_eq!(line["client_identity"], "", "{line}");
-    assert_eq!(echo.events_of("accepted"), Vec::<Value>::new());
     Ok(())
 }
 
@@ -274,6 +281,7 @@ fn refuses_forged_syn_with_data() -> Result<()> {
 /// the client.
 #[test]
 fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
+    /// The client's first source port.
     const WAITING: u16 = 43_001;
     /// The first source port of tunnels.
     const TUNNELS: u16 = 61_000;
@@ -283,14 +291,13 @@ fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
         .netns()
         .set_parameters(&[("net/core/somaxconn", "1")])?;
     let mut echo = echo_server(&pair.web)?;
-    echo.process().suspend()?;
     let to = SocketAddrV4::new(pair.web.ipv4(), PORT);
     let begin = |connections: u32, options: &str| {
         pair.client.app(&format!(
             "half-open --to {to} --connections {connections} {options}"
         ))
     };
-    let fillers = begin(2, "")?;
+    // Counts those from before, which the app has accepted, too.
     let in_the_queue = |count| {
         let sockets = pair.web.endpoints()?;
         let is_queued = |socket: &&Endpoint| {
@@ -300,14 +307,43 @@ fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
         ensure!(found >= count, "{found}: {sockets:?}");
         Ok(())
     };
-    eventually_ok(TIMEOUT, "the queue to be full", || in_the_queue(2))?;
-    let waiting = begin(1, &format!("--source-port {WAITING}"))?;
-    eventually(TIMEOUT, "the delivery to wait", || {
-        (pair.web.sockets().ok()?.of(TcpState::SynSent) == 1).then_some(())
-    })?;
+    let a_delivery_waits = || -> Result<()> {
+        let waiting = pair.web.sockets()?.of(TcpState::SynSent);
+        ensure!(waiting == 1, "{waiting} deliveries wait");
+        Ok(())
+    };
+    let mut fillers = Vec::new();
+    let mut ports = WAITING..;
+    // The daemon gives a delivery up after two seconds, and the kernel repeats its SYN once in this time. Again, from another
+    // port, if something here takes longer.
+    eventually_ok(TIMEOUT, "a delivery that outlasts a forged SYN", || {
+        let port = ports.next().context("a port")?;
+        let source = SocketAddrV4::new(pair.client.ipv4(), port);
+        let client = Client::new(&pair, With::Packets, source, pair.web.ipv4())?;
+        echo.process().suspend()?;
+        let forged = (|| -> Result<App> {
+            fillers.push(begin(2, "")?);
+            let queued = 2 * fillers.len();
+            eventually_ok(TIMEOUT, "the queue to be full", || in_the_queue(queued))?;
+            let waiting = begin(1, &format!("--source-port {port}"))?;
+            eventually_ok(SOON, "the delivery to wait", a_delivery_waits)?;
+            forge(&client)?;
+            a_delivery_waits()?;
+            assert_logged(&pair, source)?;
+            let accepted = echo.events_of("accepted").into_iter();
+            let own = { accepted }.find(|event| event["peer"] == source.to_string());
+            assert_eq!(own, None);
+            Ok(waiting)
+        })();
+        echo.process().resume()?;
+        let _waiting = forged?;
+        while echo.event("accepted", SOON)?["peer"] != source.to_string() {}
+        Ok(())
+    })
+}
 
-    let source = SocketAddrV4::new(pair.client.ipv4(), WAITING);
-    let client = Client::new(&pair, With::Packets, source, pair.web.ipv4())?;
+/// Forges a connection, and sends data on it until the other side resets it.
+fn forge(client: &Client<'_>) -> Result<()> {
     client.send(1000, None, b"")?;
     let (header, _) = client.receive()?;
     // By the daemon: the app's listener is full, and answers nobody.
@@ -317,14 +353,7 @@ fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
         let (header, payload) = client.receive()?;
         assert!(payload.is_empty(), "{}", payload.escape_ascii());
         if header.rst {
-            break;
+            return Ok(());
         }
     }
-    assert_refused(&pair, &echo, source)?;
-    echo.process().resume()?;
-    for _ in 0..3 {
-        echo.event("accepted", TIMEOUT)?;
-    }
-    drop((fillers, waiting));
-    Ok(())
 }
