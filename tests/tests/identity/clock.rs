@@ -65,12 +65,9 @@ fn clock_off(test: &str, offset: &str) -> Result<()> {
         for reason in [&client, &server] {
             assert!(reason.contains("clock"), "{from} to {to}: {reason}");
         }
-        // The side whose clock is before the certificate's validity can report the difference.
-        let says = |reason: &str| {
-            ["54 minutes", "55 minutes"]
-                .iter()
-                .any(|m| reason.contains(m))
-        };
+        // The side whose clock is before the certificate's validity can report the difference. The certificate is valid from
+        // five minutes before it was issued, and may be a few minutes old by now.
+        let says = |reason: &str| (50..=55).any(|m| reason.contains(&format!("{m} minutes")));
         assert!(
             says(&client) || says(&server),
             "{from} to {to}: {client} / {server}"

@@ -8,6 +8,8 @@ use mesh_tests::{
 };
 use serde_json::{Value, json};
 
+use crate::common::with_ca::wait_certified;
+
 const SECRET: &str = "what-no-wire-may-show";
 
 /// Waits until the conversation is reset.
@@ -35,6 +37,10 @@ fn refusal(daemon: &Daemon, start: u64, what: &str) -> Result<Value> {
 #[test]
 fn pods_of_two_trust_domains_reach_each_other_while_entries_say_so() -> Result<()> {
     let stage = TwoDomains::start()?;
+    for daemon in [&stage.near, &stage.far] {
+        // Without one, a connection is refused for that reason.
+        wait_certified(daemon)?;
+    }
     let capture = stage.mesh.wire().capture()?;
     assert_eq!(stage.both_echo(SECRET)?, [false, false], "no entry");
     refusal(&stage.near, 0, "of which no root is trusted")?;
