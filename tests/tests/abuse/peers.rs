@@ -27,7 +27,7 @@ const SECONDS: u64 = 2;
 /// Threads of an attack.
 const THREADS: usize = 2;
 /// Timeout of an attacker's step, so that an attack ends soon.
-const STEP: Duration = Duration::from_secs(2);
+const STEP: Duration = Duration::from_secs(10);
 /// Connections that a thread of the stalling attack holds.
 const STALLED: usize = 300;
 
