@@ -17,19 +17,25 @@ fn flows(node: &Node, options: &str) -> Vec<Value> {
     node.auth(&words).unwrap().ok().unwrap().json_lines()
 }
 
+/// Waits until `observe` shows so many connections, and returns them.
+fn shown(node: &Node, count: usize) -> Vec<Value> {
+    eventually(TIMEOUT, "the connections", || {
+        Some(flows(node, "")).filter(|flows| flows.len() == count)
+    })
+    .unwrap()
+}
+
 #[test]
 fn observe_shows_who_called_whom_and_what_was_refused() {
     let stage = Echoing::start();
     let (mesh, client, web) = (&stage.mesh, &stage.client, &stage.web);
-    echoes(client, SERVICES[0].parse().unwrap());
-    assert_eq!(call(mesh.outside(), web.at(8080))["event"], "failed");
-
     let node = mesh.node("b");
-    // A connection is shown once it has ended on its node.
-    let [allowed, denied] = eventually(TIMEOUT, "both connections", || {
-        <[Value; 2]>::try_from(flows(node, "")).ok()
-    })
-    .unwrap();
+    // A connection is shown once it has ended on its node: the first one before the second begins.
+    echoes(client, SERVICES[0].parse().unwrap());
+    let client_side = shown(mesh.node("a"), 1);
+    shown(node, 1);
+    assert_eq!(call(mesh.outside(), web.at(8080))["event"], "failed");
+    let [allowed, denied] = <[Value; 2]>::try_from(shown(node, 2)).unwrap();
     assert_eq!(
         [
             &allowed["verdict"],
@@ -60,21 +66,20 @@ fn observe_shows_who_called_whom_and_what_was_refused() {
     assert_eq!(flows(node, "--to default").len(), 2);
     assert_eq!(flows(node, "--plaintext"), [denied]);
     assert!(flows(node, "--plaintext --verdict allowed").is_empty());
-    let client_side = flows(mesh.node("a"), "--to default/web");
-    assert_eq!(client_side.len(), 1, "{client_side:?}");
     assert_eq!(client_side[0]["service"], "default/web");
+    assert_eq!(flows(mesh.node("a"), "--to default/web"), client_side);
 
     // A follower shows what ends later, also after a restart of the daemon.
     let follower = node.spawn_auth(&["observe", "--follow"]).unwrap();
-    let shows = |follower: &Process, count: usize| {
+    let follows = |follower: &Process, count: usize| {
         eventually(TIMEOUT, "the follower's lines", || {
             (follower.stdout().lines().count() == count).then_some(())
         })
         .unwrap();
     };
-    shows(&follower, 2);
+    follows(&follower, 2);
     echoes(client, SERVICES[1].parse().unwrap());
-    shows(&follower, 3);
+    follows(&follower, 3);
     stage.b.kill().unwrap();
     let _b = node.start_daemon().unwrap();
     eventually(TIMEOUT, "the next daemon to serve", || {

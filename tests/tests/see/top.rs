@@ -22,19 +22,19 @@ fn top_shows_pairs_live_and_takes_keys() {
         web.at(8080)
     );
     let _open = client.app(&connect).unwrap();
-    let screen = terminal.shows("the open connection", |screen| {
-        screen.contains("default/client default/web 8080 TLS 1.3 1 ")
+    // All in one look: the terminal may show a part of what is being drawn. On a busy machine, a connection takes seconds.
+    terminal.shows("the open connection", |screen| {
+        let parts = [
+            "1 node, 1 pair, 1 open,",
+            "CLIENT SERVER PORT ENCRYPTED OPEN NEW/S▼ UP/S DOWN/S P50 P99 REFUSED",
+            "default/client default/web 8080 TLS 1.3 1 ",
+            "client default/client spiffe://cluster.local/ns/default/sa/client",
+            "TLS 1.3, key exchange X25519MLKEM768;",
+            "none was refused or reset",
+        ];
+        let has_times = [" ms ", " s "].iter().any(|unit| screen.contains(unit));
+        has_times && parts.iter().all(|part| screen.contains(part))
     });
-    for part in [
-        "1 node, 1 pair, 1 open,",
-        "CLIENT SERVER PORT ENCRYPTED OPEN NEW/S▼ UP/S DOWN/S P50 P99 REFUSED",
-        " ms ",
-        "client default/client spiffe://cluster.local/ns/default/sa/client",
-        "TLS 1.3, key exchange X25519MLKEM768;",
-        "none was refused or reset",
-    ] {
-        assert!(screen.contains(part), "{part:?} is not in\n{screen}");
-    }
     assert_eq!(call(mesh.outside(), web.at(8080))["event"], "failed");
     terminal.shows("the refused caller", |screen| {
         screen.contains("2 pairs") && screen.contains(" default/web 8080 plaintext 0 ")
@@ -45,10 +45,10 @@ fn top_shows_pairs_live_and_takes_keys() {
         screen.contains("1 pair, 0 open") && screen.contains("/plain_")
     });
     terminal.press(&["Enter"]);
-    let refused = terminal.shows("the reason", |screen| {
+    terminal.shows("the reason", |screen| {
         screen.contains("was refused or reset: denied: plaintext")
+            && screen.contains("without an identity")
     });
-    assert!(refused.contains("without an identity"), "{refused}");
     terminal.press(&["Escape"]);
     terminal.shows("both pairs again", |screen| screen.contains("2 pairs"));
     terminal.press(&["Right", "Right", "Right", "r"]);
