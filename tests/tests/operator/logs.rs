@@ -1,5 +1,7 @@
 //! The log in both formats, and the access log line of each connection.
 
+use std::time::Instant;
+
 use mesh_tests::{Daemon, DaemonOptions, PodSpec, ServiceSpec, TIMEOUT};
 use serde_json::{Value, json};
 
@@ -68,6 +70,7 @@ fn log_has_the_duration_of_the_connection() {
         .listening()
         .unwrap();
     let (a, b) = daemons(&mesh);
+    let start = Instant::now();
     // The second uses the first one's tunnel.
     for _ in 0..2 {
         let source = client
@@ -83,9 +86,10 @@ fn log_has_the_duration_of_the_connection() {
                 durations.len() == 2
             })
             .unwrap();
+        let elapsed = start.elapsed().as_millis() as u64;
         assert!(
-            durations.iter().all(|ms| (700..5000).contains(ms)),
-            "{durations:?}"
+            durations.iter().all(|ms| (700..=elapsed).contains(ms)),
+            "{durations:?} in {elapsed}"
         );
     }
 }
@@ -273,10 +277,12 @@ fn text_log_is_readable() {
     let (a, _b) = daemons_with(&mesh, &options);
     echoes(&client, web.at(8080));
     let line = mesh_tests::eventually(TIMEOUT, "the line of the connection", || {
-        a.log_text()
-            .lines()
-            .find(|line| line.contains("result=\"ok\""))
-            .map(str::to_owned)
+        let text = a.log_text();
+        // The last line may be incomplete.
+        let (whole, _) = text.rsplit_once('\n')?;
+        let mut lines = whole.lines();
+        let line = lines.find(|line| line.contains("result=\"ok\""))?;
+        Some(line.to_owned())
     })
     .unwrap();
     let identity = identity("client");

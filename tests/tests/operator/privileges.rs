@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use mesh_tests::{DaemonOptions, Finished, Node, Process, TIMEOUT, auth_daemon, chart};
+use mesh_tests::{DaemonOptions, Finished, Node, Process, TIMEOUT, auth_daemon, chart, eventually};
 
 use crate::common::by_uid;
 use crate::common::lifecycle_pair::{MARKER, echoes, pair, ways};
@@ -34,8 +34,11 @@ fn daemon_works_with_the_capabilities_of_the_chart() {
     b.wait_enrolled(&["default/web"]).unwrap();
     // Its threads for quiet pods have precedence (SYS_NICE).
     for daemon in [&a, &b] {
-        let preferred = nice_values(daemon.pid()).filter(|nice| *nice == -10);
-        assert!(preferred.count() > 0);
+        eventually(TIMEOUT, "a preferred thread", || {
+            let preferred = nice_values(daemon.pid()).any(|nice| nice == -10);
+            preferred.then_some(())
+        })
+        .unwrap();
     }
     // Delivered from the client's own address and port (NET_ADMIN, and NET_BIND_SERVICE for the port).
     for (to, port) in ways(&web).into_iter().zip(700_u64..) {
@@ -52,11 +55,12 @@ fn daemon_works_with_the_capabilities_of_the_chart() {
 /// The nice value of each thread of a process.
 fn nice_values(pid: u32) -> impl Iterator<Item = i64> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    tasks.map(|task| {
-        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+    tasks.filter_map(|task| {
+        // The thread may have ended meanwhile.
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).ok()?;
         // Field 19 of proc_pid_stat(5); the name, field 2, is in parentheses.
         let (_, fields) = stat.rsplit_once(") ").unwrap();
-        fields.split(' ').nth(16).unwrap().parse().unwrap()
+        Some(fields.split(' ').nth(16).unwrap().parse().unwrap())
     })
 }
 
