@@ -26,7 +26,7 @@ class Connection:
         context.load_verify_locations(f"{FOLDER}/root.pem")
         context.load_cert_chain(f"{FOLDER}/certificate.pem", f"{FOLDER}/key.pem")
         context.set_alpn_protocols(["h2"])
-        tcp = socket.create_connection((ADDRESS, PORT), timeout=20)
+        tcp = socket.create_connection((ADDRESS, PORT), timeout=120)
         self.tls = context.wrap_socket(tcp)
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration())
         self.h2.initiate_connection()

@@ -26,7 +26,7 @@ def debug(kind, text):
 curl = pycurl.Curl()
 for option, value in {
     pycurl.URL: URL,
-    pycurl.TIMEOUT: 20,
+    pycurl.TIMEOUT: 120,
     pycurl.WRITEDATA: body,
     pycurl.VERBOSE: 1,
     pycurl.DEBUGFUNCTION: debug,
