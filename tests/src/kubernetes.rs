@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
-use crate::eventually::{TIMEOUT, eventually_ok};
+use crate::eventually::eventually_ok;
 use crate::id::MeshId;
 use crate::place::Place;
 use crate::process::{Finished, Process};
@@ -37,6 +37,8 @@ use pki::Pki;
 
 /// Time limit for the start of etcd and API server. Generous, because the machine may be compiling meanwhile.
 const START: Duration = Duration::from_secs(120);
+/// Time limit for a call, as long as the API server itself takes at most for one.
+const CALL: Duration = Duration::from_secs(60);
 /// How often kubectl runs again after a TLS handshake with the API server that took too long.
 const MAX_RETRIES: usize = 5;
 
@@ -587,7 +589,7 @@ impl Kubernetes {
             .args([
                 "-sS",
                 "--max-time",
-                "20",
+                &CALL.as_secs().to_string(),
                 "-X",
                 method,
                 "-w",
@@ -613,7 +615,7 @@ impl Kubernetes {
                 &body.to_string(),
             ]);
         }
-        let said = Process::spawn(command)?.finish(TIMEOUT)?.ok()?.stdout;
+        let said = Process::spawn(command)?.finish(START)?.ok()?.stdout;
         let (body, status) = said.rsplit_once('\n').unwrap_or(("", &said));
         let status = status.trim().parse().context("curl printed no status")?;
         Ok((status, body.to_owned()))
