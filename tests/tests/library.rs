@@ -1,5 +1,6 @@
 //! The library itself, without any daemon: what it builds works, shows itself on the wire, and goes away.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
@@ -54,7 +55,14 @@ fn plaintext_between_nodes_is_seen_on_the_wire() -> Result<()> {
             recording.connections().into_iter().collect::<Vec<_>>(),
             [(from, (to, 8080).into())]
         );
-        assert_eq!(recording.syns().packets().len(), 1);
+        // On a busy machine, a SYN may be sent again.
+        let syns = recording.syns();
+        let ends: BTreeSet<_> = syns
+            .packets()
+            .iter()
+            .map(|syn| (syn.source, syn.destination))
+            .collect();
+        assert_eq!(ends.len(), 1, "{ends:?}");
         let streams = recording.tcp_between(from, to).streams();
         assert_eq!(streams.len(), 1);
         assert!(streams[0].to_server.starts_with(b"GET /"));
@@ -419,7 +427,8 @@ fn a_node_that_is_reset_is_a_new_one_at_the_same_addresses() -> Result<()> {
     let mut of_node = node.spawn("sleep", ["1000"])?;
     let mut of_pod = mesh.pod("web").spawn("sleep", ["1000"])?;
     mesh.reset(node)?;
-    assert!(of_node.ended()?.is_some() && of_pod.ended()?.is_some());
+    of_node.wait(TIMEOUT)?;
+    of_pod.wait(TIMEOUT)?;
     assert_ne!(namespace()?, before);
     let _server = node.app("echo-server --port 7")?.listening()?;
     for address in [IpAddr::from(node.ipv4()), node.ipv6().into()] {
@@ -441,7 +450,7 @@ fn nothing_is_left_after_the_end() -> Result<()> {
     drop(mesh);
     assert_eq!(traces(id)?, Vec::<std::path::PathBuf>::new());
     let mut sleeper = sleeper;
-    assert!(sleeper.ended()?.is_some());
+    sleeper.wait(TIMEOUT)?;
     drop(nginx);
     Ok(())
 }
