@@ -1,5 +1,6 @@
 //! HBONE between two daemons of ours: the manifest of the server's pod says that it is reached by HBONE.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -36,7 +37,7 @@ fn pair() -> Result<Pair> {
 #[test]
 fn carries_bytes_both_ways_and_names_both_identities() -> Result<()> {
     let pair = pair()?;
-    let recording = pair.mesh.wire().capture()?;
+    let recording = pair.mesh.wire().capture_start_of_packets(0)?;
     let _server = pair.web.app("bidi --port 14 --quiet")?.listening()?;
     let each = 64_u64 << 20;
     for to in [pair.web.at(14), pair.web.at6(14)] {
@@ -95,9 +96,11 @@ fn endings_arrive_as_they_were() -> Result<()> {
 fn a_thousand_streams_are_open_at_once() -> Result<()> {
     let pair = pair()?;
     let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
+    let done = pair.client.folder().join("seen");
     let many = format!(
-        "many --to {} --connections 1000 --hold 1000",
-        pair.web.at(7)
+        "many --to {} --connections 1000 --until {}",
+        pair.web.at(7),
+        done.display()
     );
     let mut many = pair.client.app(&many)?;
     let open = many.event("open", LONG)?;
@@ -105,6 +108,7 @@ fn a_thousand_streams_are_open_at_once() -> Result<()> {
     let tunnels = pair.web.sockets()?;
     println!("{tunnels:?}");
     ensure!(pair.far.status()?.connections.len() == 1000);
+    fs::write(done, "")?;
     ensure!(many.success(LONG)?["failed"] == 0);
     Ok(())
 }

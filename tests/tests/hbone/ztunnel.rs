@@ -255,9 +255,16 @@ fn ztunnel_refuses_and_is_refused() -> Result<()> {
         // Nothing listens on port 9.
         for (port, code) in [(DENIED, "401"), (9, "503")] {
             let to = server.at(port);
+            // A connection that is open when the policy comes into force is reset, not refused: try until one is refused.
             eventually_ok(TIMEOUT, "the refusal", || {
                 let connect = format!("connect --to {to} --send x --shutdown --read");
-                client.app(&connect)?.failure(TIMEOUT).map(drop)
+                client.app(&connect)?.failure(TIMEOUT)?;
+                let log = stage.daemon.access_log();
+                let mut refused = log.iter().filter(|line| line["result"] == "refused");
+                let destination = to.to_string();
+                let found = refused.any(|line| line["destination"] == destination.as_str());
+                ensure!(found, "none is refused: {log:#?}");
+                Ok(())
             })?;
             let line = stage.wait_for_access(way, to, "refused")?;
             let reason = line["reason"].as_str().unwrap_or_default();
@@ -280,7 +287,12 @@ fn ztunnel_and_we_have_a_thousand_streams_open() -> Result<()> {
     for way in BOTH {
         let (client, server) = stage.pods(way);
         let _echo = server.app("echo-server --port 7 --quiet")?.listening()?;
-        let many = format!("many --to {} --connections 1000 --hold 1000", server.at(7));
+        let done = client.folder().join("seen");
+        let many = format!(
+            "many --to {} --connections 1000 --until {}",
+            server.at(7),
+            done.display()
+        );
         let mut many = client.app(&many)?;
         let open = many.event("open", LONG)?;
         ensure!(open["failed"] == 0, "{way:?}: {open}");
@@ -290,6 +302,7 @@ fn ztunnel_and_we_have_a_thousand_streams_open() -> Result<()> {
             .iter()
             .filter(|socket| socket.remote.port() == 15008);
         println!("{way:?}: {} HBONE connections", tunnels.count());
+        fs::write(done, "")?;
         ensure!(many.success(LONG)?["failed"] == 0, "{way:?}");
     }
     Ok(())
