@@ -4,14 +4,15 @@
 //! While either is away, the last known state holds.
 
 mod ambient;
+mod due;
 mod stream;
 
 use std::{
     collections::HashSet,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
 };
 
+use due::Due;
 use futures_util::{StreamExt, stream::select_all};
 use kube::{Api, Client, runtime::watcher};
 use tokio::{
@@ -21,7 +22,7 @@ use tokio::{
 
 use super::{
     Sink,
-    kubernetes::{self, Kind, Known, SETTLE, Watch, watched, watched_by},
+    kubernetes::{self, Kind, Known, Watch, watched, watched_by},
     manifest,
 };
 use crate::issuer::Link;
@@ -31,9 +32,6 @@ use auth_xds::{Caller, Mesh, Session, State};
 
 /// Responses that wait to be applied.
 const WAITING: usize = 16;
-/// How long a workload that names a new policy waits for that policy. istiod sends it right after the workload; published
-/// between the two, the workload would refuse everything for that moment, and end its open connections.
-const POLICY_WAIT: Duration = Duration::from_secs(2);
 
 /// Whose state is followed, and for whom.
 #[derive(Clone, Debug)]
@@ -80,9 +78,7 @@ pub async fn run(
     // Of services that are exposed at addresses which istiod does not know.
     let mut pinned = HashSet::new();
     let mut is_published = false;
-    let mut changed_at = None;
-    let mut publish_at = None;
-    let mut policies_by = None;
+    let mut due = Due::default();
     loop {
         let changed = tokio::select! {
             event = events.next() => {
@@ -105,8 +101,8 @@ pub async fn run(
                 answered.extend(update.answered);
                 news || !answered.is_empty()
             }
-            () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
-                (changed_at, publish_at) = (None, None);
+            () = sleep_until(due.at().unwrap_or_else(Instant::now)), if due.at().is_some() => {
+                due.published();
                 is_published = true;
                 sink.publish(state.policies(), state.snapshot());
                 if let Some(lookups) = &sink.lookups {
@@ -123,18 +119,9 @@ pub async fn run(
             pinned.is_subset(&told)
         };
         if changed && is_subscribed && known.is_complete() && (is_published || is_pinned()) {
-            let now = Instant::now();
-            let changed_at = *changed_at.get_or_insert(now);
             // Connections wait for answers.
-            let settled = if answered.is_empty() {
-                changed_at + SETTLE
-            } else {
-                now
-            };
-            policies_by = state
-                .lacks_policies()
-                .then(|| policies_by.unwrap_or(now + POLICY_WAIT));
-            publish_at = Some(policies_by.map_or(settled, |by| settled.max(by)));
+            let is_awaited = !answered.is_empty();
+            due.changed(Instant::now(), is_awaited, state.lacks_policies());
         }
     }
 }
