@@ -106,6 +106,8 @@ impl BundleServer {
                     Ok((config, due))
                 });
                 tokio::select! {
+                    // First, so that the first caller finds a certificate.
+                    biased;
                     never = renewal => match never {},
                     () = serve => {}
                 }
