@@ -210,6 +210,11 @@ mod tests {
         let (sender, read) = mpsc::sync_channel(0);
         let (lines, _last) = start(Reader(sender)).unwrap();
         let line = [b'x'; 1024];
+        // Once the thread has taken a line, it waits for a reader, and takes no more.
+        (&lines).write_all(&line).unwrap();
+        while !lines.0.lock().bytes.is_empty() {
+            thread::yield_now();
+        }
         let fill = || {
             for _ in 0..3 * MAX_WAITING / line.len() {
                 (&lines).write_all(&line).unwrap();
