@@ -39,6 +39,9 @@ use crate::harness::*;
 
 const LIFETIME: Duration = Duration::from_secs(3600);
 const CLUSTER: &str = "network-1/cluster-1";
+/// Until a daemon knows a revocation. It is two seconds at most, and more only on a busy machine. A daemon that reads instead
+/// of watching takes ten seconds.
+const SOON: Duration = Duration::from_secs(8);
 
 fn issuer(ca: &Ca, node: &str) -> CaClient {
     CaClient::start(ca.server(node), domain(), LIFETIME).unwrap()
@@ -74,7 +77,7 @@ async fn certificates_come_with_their_trust() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn learns_revocations_within_two_seconds() {
+async fn learns_revocations_soon() {
     let ca = Ca::start().await;
     let issuer = issuer(&ca, "a");
     let issued = issuer.issue(&identity("web"), &request()).await.unwrap();
@@ -100,11 +103,7 @@ async fn learns_revocations_within_two_seconds() {
             .await
             .unwrap();
         eventually("revoked", || know().then_some(())).await;
-        assert!(
-            start.elapsed() < Duration::from_secs(2),
-            "{:?}",
-            start.elapsed()
-        );
+        assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
         ca.authority.unrevoke(target).await.unwrap();
         eventually("not revoked", || (!know()).then_some(())).await;
     }
@@ -139,11 +138,7 @@ async fn reconnects_to_a_restarted_ca_that_withdraws_nothing() {
             .is_err()
     };
     eventually("learned", || known().then_some(())).await;
-    assert!(
-        start.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
     assert!(revoked());
     issuer.issue(&identity("web"), &request()).await.unwrap();
 }

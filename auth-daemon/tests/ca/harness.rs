@@ -15,11 +15,14 @@ use auth_ca::{
     config::CaConfig,
     quotas::{Limits, Rate},
     server::Server,
+    status::CaStatus,
     store::directory::DirectoryStore,
 };
 use auth_ca_api::{
     IMPERSONATED_IDENTITY,
-    auth::trust_service_client::TrustServiceClient,
+    auth::{
+        StatusRequest, operator_client::OperatorClient, trust_service_client::TrustServiceClient,
+    },
     istio::{
         IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
     },
@@ -37,9 +40,10 @@ use rustls::{
 };
 use serde_json::{Value, json};
 use tokio::{
-    net::TcpSocket,
+    net::{TcpSocket, UnixStream},
     sync::{Mutex, watch},
     task::JoinHandle,
+    time::timeout,
 };
 use tokio_rustls::TlsConnector;
 use tonic::{
@@ -69,6 +73,8 @@ pub(crate) fn identity(account: &str) -> Identity {
 pub(crate) fn token(node: &str) -> String {
     format!("token-of-node-{node}-{}", "x".repeat(32))
 }
+
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits until `condition` holds, and fails after half a minute.
 pub(crate) async fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
@@ -257,6 +263,29 @@ impl Ca {
 
     pub(crate) fn roots(&self) -> Vec<CertificateDer<'static>> {
         self.authority.published().borrow().roots.clone()
+    }
+
+    /// Waits until the first request of `node` has been counted: it is in progress, or has been answered.
+    pub(crate) async fn until_asked(&self, node: &str) {
+        let socket = self.config.operator_socket.clone();
+        let channel = Endpoint::from_static("http://operator")
+            .connect_with_connector(tower::service_fn(move |_: Uri| {
+                let stream = UnixStream::connect(socket.clone());
+                async move { stream.await.map(TokioIo::new) }
+            }))
+            .await;
+        let mut operator = OperatorClient::new(channel.unwrap());
+        let asked = async {
+            loop {
+                let answer = operator.status(StatusRequest {}).await.unwrap();
+                let status: CaStatus = serde_json::from_str(&answer.into_inner().json).unwrap();
+                if status.server.nodes.iter().any(|found| found.node == node) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, asked).await.expect("no request");
     }
 
     /// A daemon's configuration for this CA.

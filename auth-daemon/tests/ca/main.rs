@@ -240,8 +240,7 @@ async fn waits_a_moment_for_a_pod_that_is_not_known_yet() {
             .send(&caller)
             .await
     });
-    // Time for the request to arrive and wait.
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    ca.until_asked("a").await;
     ca.run_pods([pod("new", "a")]);
     asked.await.unwrap().unwrap();
 }
@@ -349,7 +348,7 @@ async fn stopping_answers_requests_in_progress() {
             .send(&caller)
             .await
     });
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    ca.until_asked("a").await;
     let socket = ca.config.operator_socket.clone();
     let (_folder, _, address) = ca.stop().await;
     let refused = asked.await.unwrap().unwrap_err();
