@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::{
     eventually,
     istiod::{NODE, Stage, endpoints, identity},
+    istiod_on_demand::answer,
 };
 
 /// Excludes the namespaces with that label. istiod publishes its roots in the others alone, so the daemon's must be one of
@@ -173,7 +174,7 @@ async fn istios_own_objects_and_opt_outs_are_followed() {
     let lookups = Arc::new(Lookups::new(Duration::from_secs(600)));
     let asked = stage.follow_with(Some(lookups.clone())).await.registry;
     for address in ["10.200.0.1", "10.96.7.7", "10.96.7.9"] {
-        let found = lookups.look_up(address.parse().unwrap()).await.unwrap();
+        let found = answer(&lookups, address).await;
         let expected = match address {
             "10.96.7.9" => Found::Absent,
             _ => Found::Known,

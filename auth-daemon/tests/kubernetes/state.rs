@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 use kube::Client;
 use mesh_tests::Kubernetes;
 use serde_json::json;
+use tokio::sync::watch;
 
 use crate::{NAMESPACE, as_ca, cluster};
 
@@ -86,24 +87,27 @@ async fn nothing_of_a_replaced_writer_is_kept() {
     let mut number = 0;
     for _ in 0..4 {
         let (old, _) = load(&client, "fence").await;
+        let (sender, mut confirmed) = watch::channel(number);
+        let some_writes = number + 3;
         let old_writes = async {
-            let mut confirmed = 0;
+            let confirms = sender;
             loop {
                 number += 1;
-                match old.replace(number.to_string().as_bytes()).await {
-                    Ok(()) => confirmed = number,
-                    Err(error) => return (confirmed, error.0),
+                if let Err(error) = old.replace(number.to_string().as_bytes()).await {
+                    return (*confirms.borrow(), error.0);
                 }
-                tokio::time::sleep(Duration::from_millis(10)).await;
+                confirms.send_replace(number);
+                // The new writer needs a moment without another write.
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
         let new_loads = async {
-            tokio::time::sleep(Duration::from_millis(150)).await;
+            // Fails if the old writer has.
+            let _ = confirmed.wait_for(|last| *last >= some_writes).await;
             load(&client, "fence").await
         };
         let ((confirmed, why), (_new, state)) = tokio::join!(old_writes, new_loads);
         assert!(why.contains("another CA is active"), "{why}");
-        assert!(confirmed > 0);
         assert_eq!(state, confirmed.to_string().as_bytes());
     }
 }
