@@ -5,10 +5,7 @@ use std::{
     io::{Read, Write},
     net::SocketAddr,
     path::Path,
-    sync::{
-        Arc, LazyLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, LazyLock, atomic::Ordering},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -513,7 +510,6 @@ async fn the_pool_gives_back_what_is_alive_and_allowed() {
 #[tokio::test]
 async fn certificates_are_shared_renewed_and_forgotten() {
     let folder = tempfile::tempdir().unwrap();
-    let issues = AtomicU64::new(0);
     let ca = EmbeddedCa::open(
         folder.path(),
         &DOMAIN.parse().unwrap(),
@@ -529,17 +525,11 @@ async fn certificates_are_shared_renewed_and_forgotten() {
         certificates.acquire(&identity),
     );
     assert!(Arc::ptr_eq(&one, &two));
-    let first = one
-        .obtain(Duration::from_secs(10))
-        .await
-        .unwrap()
-        .svid
-        .serial
-        .clone();
+    // On a busy machine, one may expire before it is seen here.
+    let mut serials = BTreeSet::new();
     wait_until(|| {
-        issues.fetch_add(1, Ordering::Relaxed);
-        one.current()
-            .is_some_and(|current| current.svid.serial != first)
+        serials.extend(one.current().map(|current| current.svid.serial.clone()));
+        serials.len() > 1
     })
     .await;
     certificates.release(&identity);
