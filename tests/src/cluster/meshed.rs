@@ -127,8 +127,9 @@ impl MeshedCluster {
         Ok(pod.clone())
     }
 
-    /// The node of a pod, and containerd's ID of one of its containers or of its sandbox.
-    pub fn container(&self, pod: &Value, kind: &str) -> Result<(&ClusterNode, String)> {
+    /// The node of a pod, and containerd's ID and the process ID of its container, or of its sandbox, that runs. The runtime
+    /// keeps one that has exited beside the one that replaced it.
+    fn running(&self, pod: &Value, kind: &str) -> Result<(&ClusterNode, String, String)> {
         let node = pod["spec"]["nodeName"]
             .as_str()
             .context("a pod on no node")?;
@@ -141,28 +142,36 @@ impl MeshedCluster {
         );
         let list = node.run("ctr", ["-n", "k8s.io", "containers", "ls", "-q", &filter])?;
         let list = list.ok()?.stdout;
-        let container = list.lines().next().context("no such container")?;
-        Ok((node, container.to_owned()))
-    }
-
-    /// The process ID of one of a pod's containers or of its sandbox.
-    pub fn process(&self, pod: &Value, kind: &str) -> Result<String> {
-        let (node, container) = self.container(pod, kind)?;
+        let containers: Vec<_> = list.lines().collect();
         let tasks = node
             .run("ctr", ["-n", "k8s.io", "tasks", "ls"])?
             .ok()?
             .stdout;
-        let mut rows = tasks.lines().map(|row| row.split_whitespace());
-        let process = rows.find_map(|mut row| {
-            (row.next() == Some(&container)).then(|| row.next().map(str::to_owned))?
+        let running = tasks.lines().find_map(|row| {
+            let mut fields = row.split_whitespace();
+            let (id, process, state) = (fields.next()?, fields.next()?, fields.next()?);
+            (state == "RUNNING" && containers.contains(&id))
+                .then(|| (node, id.to_owned(), process.to_owned()))
         });
-        process.with_context(|| format!("no process of {}'s {kind}", name(pod)))
+        running.with_context(|| format!("{}'s {kind} does not run", name(pod)))
+    }
+
+    /// The node of a pod, and containerd's ID of its container or of its sandbox.
+    pub fn container(&self, pod: &Value, kind: &str) -> Result<(&ClusterNode, String)> {
+        let (node, container, _) = self.running(pod, kind)?;
+        Ok((node, container))
+    }
+
+    /// The process ID of a pod's container or of its sandbox.
+    pub fn process(&self, pod: &Value, kind: &str) -> Result<String> {
+        let (_, _, process) = self.running(pod, kind)?;
+        Ok(process)
     }
 
     /// Runs a program of the node in a pod's network namespace, and returns its output.
     pub fn in_netns(&self, pod: &Value, command: &str) -> Result<String> {
-        let (node, _) = self.container(pod, "sandbox")?;
-        let target = format!("--target={}", self.process(pod, "sandbox")?);
+        let (node, _, process) = self.running(pod, "sandbox")?;
+        let target = format!("--target={process}");
         let enter = [target.as_str(), "--net"];
         // The exit code is ignored: some versions of ip fail on an empty routing table.
         let said = node.run("nsenter", enter.into_iter().chain(command.split(' ')))?;
