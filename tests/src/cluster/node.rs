@@ -275,6 +275,10 @@ impl ClusterNode {
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = ["{}"]
     conf_dir = "{}"
+[plugins."io.containerd.nri.v1.nri"]
+  # By default it drops a plugin that has not answered for two seconds, as happens on a busy machine.
+  plugin_registration_timeout = "60s"
+  plugin_request_timeout = "60s"
 "#,
             kubernetes::programs_folder().display(),
             networks.display()
