@@ -43,10 +43,10 @@ pub fn server_pod(account: &str, node: Option<&str>) -> Value {
     server["ports"] = json!([{"name": "http", "containerPort": PORT}]);
     server["readinessProbe"] = probe.clone();
     server["livenessProbe"] = probe;
-    // Callers must learn of its end before it stops listening.
-    server["lifecycle"] = json!({"preStop": {"exec": {"command": ["sleep", "3"]}}});
+    // Callers must learn of its end before it stops listening, on a busy machine too.
+    server["lifecycle"] = json!({"preStop": {"exec": {"command": ["sleep", "8"]}}});
     let mut spec = json!({
-        "serviceAccountName": account, "terminationGracePeriodSeconds": 5, "containers": [server],
+        "serviceAccountName": account, "terminationGracePeriodSeconds": 10, "containers": [server],
     });
     if let Some(node) = node {
         spec["nodeSelector"] = json!({"kubernetes.io/hostname": node});

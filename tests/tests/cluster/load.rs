@@ -1,6 +1,6 @@
 //! Requests in sequence, and their outcomes while pods and daemons start and stop.
 
-use mesh_tests::{Context, Process, Result, eventually_ok};
+use mesh_tests::{Context, Process, Result, eventually_ok, slowdown};
 use serde_json::Value;
 
 use crate::stage::{
@@ -20,8 +20,9 @@ const REPORT: &str = "%{http_code} %{exitcode} %{errormsg}\\n";
 impl Load {
     /// Starts it and waits for the first answer.
     pub(crate) fn start(stage: &Stage, pod: &'static str, node: &str, url: &str) -> Result<Self> {
+        let seconds = 20 * slowdown();
         let script = format!(
-            "while :; do curl -s -o /dev/null --max-time 20 -w '{REPORT}' {url}; sleep 0.05; done"
+            "while :; do curl -s -o /dev/null --max-time {seconds} -w '{REPORT}' {url}; sleep 0.05; done"
         );
         stage.apply(&[pod_running(pod, node, "client", &script)])?;
         let load = Self { pod };
@@ -121,6 +122,16 @@ pub(crate) fn scaling_loses_no_request(stage: &Stage) -> Result<()> {
     let lost = load.failures(stage, start)?;
     ensure(lost.is_empty(), || format!("while it grew: {lost:?}"))?;
 
+    scale(1)?;
+    eventually_ok(PATIENCE, "one pod alone", || {
+        let list = stage.get(&format!("pods -n {APPS} -l app=scaled"))?;
+        let left = list["items"].as_array().map_or(0, Vec::len);
+        ensure(left == 1, || format!("{left} are left"))
+    })?;
+    load.goes_on(stage, 20)?;
+    let lost = load.failures(stage, start)?;
+    ensure(lost.is_empty(), || format!("while it shrank: {lost:?}"))?;
+
     scale(0)?;
     pods_are_gone(stage, APPS, "app=scaled")?;
     let outcomes = load.outcomes(stage)?;
@@ -132,8 +143,8 @@ pub(crate) fn scaling_loses_no_request(stage: &Stage) -> Result<()> {
         .iter()
         .filter(|one| *one != ANSWERED)
         .collect();
-    // Requests are sequential, so the end of a pod can cut only one.
-    ensure(lost.len() <= 1, || format!("while it shrank: {lost:?}"))?;
+    // Requests are sequential, so the end of the last pod can cut only one.
+    ensure(lost.len() <= 1, || format!("while it ended: {lost:?}"))?;
     println!(
         "    {} requests, {} cut while there were pods to answer",
         last + 1 - start,
@@ -170,7 +181,7 @@ pub(crate) fn restart_affects_one_node(stage: &Stage) -> Result<()> {
     })?;
     let (mark, mark_far) = (near.mark(stage)?, far.mark(stage)?);
 
-    let before = stage.daemon_on("node2")?;
+    let before = eventually_ok(PATIENCE, "the daemon of node2", || stage.daemon_on("node2"))?;
     stage.kubectl(&format!("delete pod -n {SYSTEM} {}", name(&before)))?;
     eventually_ok(PATIENCE, "the next daemon of node2", || {
         stage.daemon_on("node2")
@@ -345,9 +356,12 @@ pub(crate) fn failed_upgrade(stage: &Stage) -> Result<()> {
     stage.helm("rollback", &[])?;
     daemons_are_ready(stage)?;
     stage.rolled_out(SYSTEM, "deployment/auth-ca")?;
-    let after = stage.pods(SYSTEM, DAEMON)?;
-    ensure(names(&after) == names(&before), || {
-        format!("{:?} became {:?}", names(&before), names(&after))
+    // The controller may not have deleted the pod without its image yet.
+    eventually_ok(PATIENCE, "the daemons from before alone", || {
+        let after = stage.pods(SYSTEM, DAEMON)?;
+        ensure(names(&after) == names(&before), || {
+            format!("{:?} became {:?}", names(&before), names(&after))
+        })
     })?;
     let lost = load.failures(stage, start)?;
     ensure(lost.is_empty(), || format!("{lost:?}"))?;
