@@ -96,31 +96,37 @@ pub(crate) fn revocation_is_stored(stage: &Stage) -> Result<()> {
         let secret = stage.get(&format!("secret -n {SYSTEM} auth-daemon-ca"))?;
         Ok::<_, mesh_tests::Error>(secret["metadata"]["resourceVersion"].clone())
     };
-    let leader = leader(stage)?;
     let before = revision()?;
-    for command in ["revoke", "unrevoke"] {
-        stage.kubectl(&format!(
-            "exec -n {SYSTEM} {} -- auth-daemon ca {command} --node gone",
-            name(&leader)
-        ))?;
-    }
+    // On a slow machine, the leader may lose its lease in between.
+    eventually_ok(PATIENCE, "a leader that does both", || {
+        let leader = leader(stage)?;
+        ["revoke", "unrevoke"].into_iter().try_for_each(|command| {
+            let command = format!("auth-daemon ca {command} --node gone");
+            let exec = format!("exec -n {SYSTEM} {} -- {command}", name(&leader));
+            stage.kubectl(&exec).map(drop)
+        })
+    })?;
     ensure(revision()? != before, || {
         "the Secret has not changed".to_owned()
     })
 }
 
 pub(crate) fn the_leader_is_replaced(stage: &Stage) -> Result<()> {
-    let before = leader(stage)?;
-    let root_before = root(stage, &before)?;
+    let leader_and_root = || {
+        let leader = leader(stage)?;
+        let root = root(stage, &leader)?;
+        Ok::<_, mesh_tests::Error>((leader, root))
+    };
+    let (before, root_before) = eventually_ok(PATIENCE, "a leader", leader_and_root)?;
     stage.kubectl(&format!(
         "delete pod -n {SYSTEM} {} --grace-period=0 --force",
         name(&before)
     ))?;
-    let after = eventually_ok(PATIENCE, "another leader", || {
-        let after = leader(stage)?;
+    let root_after = eventually_ok(PATIENCE, "another leader", || {
+        let (after, root_after) = leader_and_root()?;
         ensure(name(&after) != name(&before), || "not yet".to_owned())?;
-        Ok(after)
+        Ok(root_after)
     })?;
-    assert_eq!(root(stage, &after)?, root_before);
+    assert_eq!(root_after, root_before);
     stage.rolled_out(SYSTEM, "deployment/auth-ca")
 }

@@ -4,7 +4,7 @@ use mesh_tests::{AUTH_DAEMON_IMAGE, Result, chart, eventually_ok};
 use serde_json::json;
 
 use crate::stage::{APPS, PATIENCE, SYSTEM, Stage, address, ensure, idle_pod, name};
-use crate::traffic::{MARKER, PORT, log_has, who};
+use crate::traffic::{MARKER, PORT, logged, who};
 
 /// Whether a request of `client-1` to `web-2` is readable between the nodes. Fails if there is no answer.
 fn is_plaintext(stage: &Stage) -> Result<bool> {
@@ -86,27 +86,28 @@ pub(crate) fn daemon_reports_what_it_lacks(stage: &Stage) -> Result<()> {
 pub(crate) fn policies_take_effect(stage: &Stage) -> Result<()> {
     let crds = chart::folder().join("crds");
     stage.kubectl(&format!("apply -f {}", crds.display()))?;
-    stage
-        .kubectl("wait --for=condition=Established crd/authorizationpolicies.security.istio.io")?;
     let deny = json!({
         "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
         "metadata": {"name": "nobody", "namespace": APPS},
         "spec": {"selector": {"matchLabels": {"app": "web-2"}}},
     });
-    stage.apply(&[deny])?;
+    // The API server serves a new kind a moment after it has its definition.
+    eventually_ok(PATIENCE, "the new kind", || {
+        stage.apply(std::slice::from_ref(&deny))
+    })?;
     let url = who(stage, "web-2")?;
+    // Again until there is a line: a request that was open when the policy came into force was reset, and not refused.
     eventually_ok(PATIENCE, "a refusal", || {
         ensure(stage.curl("client-1", &url).is_err(), || {
             "still answered".to_owned()
+        })?;
+        logged(stage, "node2", |line| {
+            let reason = line["reason"].as_str().unwrap_or_default();
+            line["result"] == "refused" && reason.contains("AuthorizationPolicy shop/nobody")
         })
     })?;
-    // Once more: one that was open when the policy came into force was reset, and not refused.
     ensure(stage.curl("client-1", &url).is_err(), || {
         "answered again".to_owned()
-    })?;
-    log_has(stage, "node2", |line| {
-        let reason = line["reason"].as_str().unwrap_or_default();
-        line["result"] == "refused" && reason.contains("AuthorizationPolicy shop/nobody")
     })?;
     stage.kubectl(&format!("delete authorizationpolicy -n {APPS} nobody"))?;
     eventually_ok(PATIENCE, "an answer", || stage.curl("client-1", &url)).map(drop)

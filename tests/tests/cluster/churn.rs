@@ -7,7 +7,7 @@ use mesh_tests::{Context, KernelStatus, Result, Status, eventually_ok};
 use serde_json::{Value, json};
 
 use crate::stage::{
-    APPS, NODES, PATIENCE, SYSTEM, Stage, account, container, ensure, name, pods_are_gone,
+    APPS, NODES, PATIENCE, Stage, account, container, ensure, pods_are_gone, status_of,
 };
 
 /// The environment variable with the number of pods, by default [`DEFAULT_PODS`].
@@ -25,6 +25,8 @@ pub(crate) struct Footprint {
     /// The daemon's own count of its entries in kernel maps.
     kernel: KernelStatus,
     certificates: usize,
+    /// Whether its connection to the CA is open, which is one of the files.
+    watches_ca: bool,
     /// Resident memory in KiB.
     memory: u64,
 }
@@ -32,11 +34,9 @@ pub(crate) struct Footprint {
 impl Footprint {
     pub(crate) fn of(stage: &Stage, node: &str) -> Result<Self> {
         let daemon = stage.daemon_on(node)?;
-        let status = stage.kubectl(&format!(
-            "exec -n {SYSTEM} {} -- auth-daemon status --json",
-            name(&daemon)
-        ))?;
-        let status: Status = serde_json::from_str(&status).context("the daemon's status")?;
+        let status = status_of(stage, node)?;
+        let watches_ca = status["ca"]["reachable"] == true;
+        let status: Status = serde_json::from_value(status).context("the daemon's status")?;
         let process = format!("/proc/{}", stage.process(&daemon, "container")?);
         let memory = fs::read_to_string(format!("{process}/status"))?;
         let memory = memory
@@ -46,15 +46,19 @@ impl Footprint {
             files: fs::read_dir(format!("{process}/fd"))?.count(),
             kernel: status.kernel,
             certificates: status.certificates.len(),
+            watches_ca,
             memory: memory.context("no VmRSS")?.parse()?,
         })
     }
 
-    /// That of a daemon that has released the pods of earlier steps: `client-N` and `web-N` are left.
+    /// That of a daemon that has released the pods of earlier steps: `client-N` and `web-N` are left. An earlier step may have
+    /// replaced the CA's leader.
     pub(crate) fn at_rest(stage: &Stage, node: &str) -> Result<Self> {
         eventually_ok(PATIENCE, "a daemon with two pods", || {
             let found = Self::of(stage, node)?;
-            ensure(found.kernel.pods == 2, || format!("{node}: {found:?}"))?;
+            ensure(found.kernel.pods == 2 && found.watches_ca, || {
+                format!("{node}: {found:?}")
+            })?;
             Ok(found)
         })
     }

@@ -19,16 +19,19 @@ fn auth(stage: &Stage, words: &str, kubeconfig: &std::path::Path) -> Result<Fini
 /// The status and the connections of all nodes, merged; and not without the right to forward ports.
 pub(crate) fn through_the_api_server(stage: &Stage) -> Result<()> {
     let administrator = stage.cluster.api().kubeconfig();
-    let status = auth(stage, "status --json", &administrator)?;
-    let cluster: Value = serde_json::from_str(&status.stdout)
-        .with_context(|| format!("{}{}", status.stdout, status.stderr))?;
-    let names: Vec<_> = (cluster["nodes"].as_array().into_iter().flatten())
-        .map(|node| node["node"].as_str().unwrap_or_default())
-        .collect();
     let expected: Vec<_> = (stage.cluster.nodes().iter())
         .map(|node| node.name())
         .collect();
-    ensure(names == expected, || format!("{names:?}: {cluster}"))?;
+    // The command leaves out a daemon that does not answer within its time limit.
+    eventually_ok(PATIENCE, "the status of both nodes", || {
+        let status = auth(stage, "status --json", &administrator)?;
+        let cluster: Value = serde_json::from_str(&status.stdout)
+            .with_context(|| format!("{}{}", status.stdout, status.stderr))?;
+        let names: Vec<_> = (cluster["nodes"].as_array().into_iter().flatten())
+            .map(|node| node["node"].as_str().unwrap_or_default())
+            .collect();
+        ensure(names == expected, || format!("{names:?}: {cluster}"))
+    })?;
     println!("{}", auth(stage, "status", &administrator)?.stdout);
 
     stage.curl("client-1", &who(stage, "web-2")?)?;
@@ -51,11 +54,14 @@ pub(crate) fn through_the_api_server(stage: &Stage) -> Result<()> {
     let viewer_may = |rules: Value| role(Some(SYSTEM), "viewer", &rules);
     stage.apply(&[&[account("viewer")], viewer_may(json!([list])).as_slice()].concat())?;
     let viewer = stage.cluster.api().kubeconfig_of(APPS, "viewer")?;
-    let refused = auth(stage, "status", &viewer)?;
-    ensure(
-        refused.code() == Some(2) && refused.stderr.contains("pods/portforward"),
-        || format!("{refused:?}"),
-    )?;
+    // Rights take effect a moment after they are granted: until then, it may not list the pods either.
+    eventually_ok(PATIENCE, "the right to list pods", || {
+        let refused = auth(stage, "status", &viewer)?;
+        ensure(
+            refused.code() == Some(2) && refused.stderr.contains("pods/portforward"),
+            || format!("{refused:?}"),
+        )
+    })?;
     stage.apply(&viewer_may(json!([list, forward])))?;
     eventually_ok(PATIENCE, "the right to forward ports", || {
         let node = format!("status --json --node {}", expected[0]);

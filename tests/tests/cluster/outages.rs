@@ -7,7 +7,9 @@ use mesh_tests::{Result, eventually_ok};
 use serde_json::Value;
 
 use crate::load::Load;
-use crate::stage::{APPS, CA, PATIENCE, SYSTEM, Stage, account, address, ensure, idle_pod, name};
+use crate::stage::{
+    APPS, CA, PATIENCE, SYSTEM, Stage, account, address, ensure, idle_pod, name, pods_are_gone,
+};
 use crate::traffic::{log_has_tunnel, server, who};
 
 pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
@@ -18,9 +20,15 @@ pub(crate) fn without_the_ca(stage: &Stage) -> Result<()> {
     stage.kubectl(&format!(
         "scale -n {SYSTEM} deployment/auth-ca --replicas=0"
     ))?;
+    // Killed before the controller knows that none is wanted, a pod would be replaced.
+    eventually_ok(PATIENCE, "the deletion of the CA's pods", || {
+        let living = stage.pods(SYSTEM, CA)?;
+        ensure(living.is_empty(), || format!("{} live", living.len()))
+    })?;
     stage.kubectl(&format!(
         "delete pods -n {SYSTEM} -l {CA} --grace-period=0 --force"
     ))?;
+    pods_are_gone(stage, SYSTEM, CA)?;
     // The API no longer has the pods; their processes run until the kubelets learn of it.
     for replica in &replicas {
         eventually_ok(PATIENCE, "the exit of the CA", || {
@@ -68,7 +76,8 @@ pub(crate) fn without_the_api_server(stage: &Stage) -> Result<()> {
     let before = stage.pod(APPS, "app=moved")?;
     let restarted = stage.pod(APPS, "app=web-1")?;
     let (moved, web_1) = (who(stage, "moved")?, who(stage, "web-1")?);
-    stage.curl("client-1", &moved)?;
+    // The client's daemon may not know the new service yet.
+    eventually_ok(PATIENCE, "an answer", || stage.curl("client-1", &moved))?;
     let load = Load::start(stage, "load-no-api", "node1", &who(stage, "web-2")?)?;
     let start = load.mark(stage)?;
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::churn::Footprint;
 use crate::load::Load;
-use crate::stage::{APPS, DAEMON, PATIENCE, SYSTEM, Stage, ensure, is_ready, name};
+use crate::stage::{APPS, DAEMON, PATIENCE, SYSTEM, Stage, ensure, is_ready, name, status_of};
 use crate::traffic::{MARKER, who};
 
 const NODE: &str = "node2";
@@ -32,8 +32,11 @@ pub(crate) fn node_comes_back(stage: &Stage) -> Result<()> {
     })?;
     load.goes_on(stage, 20)?;
     for (client, web) in [("client-2", "web-1"), ("client-1", "web-2")] {
-        let answer = stage.curl(client, &who(stage, web)?)?;
-        ensure(answer.contains(MARKER), || answer.clone())?;
+        // A container may be ready before the daemon has enrolled its pod.
+        eventually_ok(PATIENCE, "an answer", || {
+            let answer = stage.curl(client, &who(stage, web)?)?;
+            ensure(answer.contains(MARKER), || answer.clone())
+        })?;
     }
     load.end(stage)?;
     ensure(!capture.stop()?.contains(MARKER.as_bytes()), || {
@@ -81,12 +84,7 @@ fn containers(stage: &Stage) -> Result<BTreeMap<String, String>> {
 /// The node's daemon serves the pods that run there, and has nothing of those before the reboot.
 fn only_its_pods(stage: &Stage) -> Result<()> {
     eventually_ok(PATIENCE, "the status of the node's pods", || {
-        let daemon = stage.daemon_on(NODE)?;
-        let status = stage.kubectl(&format!(
-            "exec -n {SYSTEM} {} -- auth-daemon status --json",
-            name(&daemon)
-        ))?;
-        let status: Status = serde_json::from_str(&status).context("the daemon's status")?;
+        let status: Status = serde_json::from_value(status_of(stage, NODE)?)?;
         let apps = apps(stage)?;
         let mut expected: Vec<(String, Vec<String>)> = apps.iter().map(in_the_api).collect();
         let mut served: Vec<(String, Vec<String>)> = status

@@ -43,7 +43,7 @@ fn pods_have_traces(stage: &Stage, expected: bool) -> Result<()> {
 /// The logs of all daemons from now on. They disappear with their pods.
 fn logs(stage: &Stage) -> Result<Vec<Process>> {
     let follow = |node: &str| {
-        let daemon = stage.daemon_on(node)?;
+        let daemon = eventually_ok(PATIENCE, "a ready daemon", || stage.daemon_on(node))?;
         let command = ["logs", "-n", SYSTEM, "--follow", "--tail=0", name(&daemon)];
         stage.cluster.start_kubectl(command)
     };

@@ -128,19 +128,16 @@ pub(crate) fn static_pod_starts(stage: &Stage) -> Result<()> {
     let node = stage.cluster.node("node2");
     let file = node.static_pods().join("static.json");
     fs::write(&file, manifest.to_string())?;
-    let pod = eventually_ok(PATIENCE, "the static pod", || {
-        let pod = stage.get(&format!("pod -n {APPS} static-node2"))?;
-        ensure(pod["status"]["phase"] == "Running", || pod.to_string())?;
-        Ok(pod)
-    })?;
     // Probes reach it from its node, and whoever dials it does so in plaintext.
-    eventually_ok(PATIENCE, "a ready static pod", || {
+    let pod = eventually_ok(PATIENCE, "a ready static pod", || {
         let pod = stage.get(&format!("pod -n {APPS} static-node2"))?;
-        ensure(is_ready(&pod), || pod["status"].to_string())
+        ensure(is_ready(&pod), || pod["status"].to_string())?;
+        Ok(pod)
     })?;
     let capture = stage.cluster.wire().capture()?;
     let url = format!("http://{}:{PORT}/cgi-bin/who", address(&pod));
-    stage.curl("client-1", &url)?;
+    // The other node's daemon may not know it yet.
+    eventually_ok(PATIENCE, "an answer", || stage.curl("client-1", &url))?;
     ensure(capture.stop()?.contains(MARKER.as_bytes()), || {
         "a static pod has an identity".to_owned()
     })?;

@@ -8,6 +8,7 @@ pub(crate) use mesh_tests::cluster::meshed::{
     APPS, CA, DAEMON, MeshedCluster as Stage, PATIENCE, SYSTEM, address, addresses, is_ready, name,
 };
 use mesh_tests::{ClusterOptions, Context, PodNetwork, ProxyMode, Result, eventually_ok};
+use serde_json::Value;
 
 /// The environment variable that chooses kube-proxy's mode: `nftables`, the default, or `iptables`.
 const PROXY_MODE: &str = "KUBE_PROXY_MODE";
@@ -39,6 +40,16 @@ pub(crate) fn set() -> Result<Stage> {
     let options = ["--set", "daemon.nodeTaint=true", "--set", people];
     stage.install(&[&["--skip-crds"], options.as_slice()].concat())?;
     Ok(stage)
+}
+
+/// What a node's daemon says of itself.
+pub(crate) fn status_of(stage: &Stage, node: &str) -> Result<Value> {
+    let daemon = stage.daemon_on(node)?;
+    let status = stage.kubectl(&format!(
+        "exec -n {SYSTEM} {} -- auth-daemon status --json",
+        name(&daemon)
+    ))?;
+    serde_json::from_str(&status).context("the daemon's status")
 }
 
 /// Fails with `evidence` unless the condition holds.

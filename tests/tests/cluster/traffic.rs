@@ -7,7 +7,7 @@ use mesh_tests::{Context, Recording, Result, Stream, eventually_ok};
 use serde_json::{Value, json};
 
 use crate::stage::{
-    APPS, NODES, PATIENCE, Stage, account, address, addresses, ensure, idle_pod, name,
+    APPS, NODES, PATIENCE, Stage, account, address, addresses, ensure, idle_pod, name, status_of,
 };
 use crate::workloads::evicted_pod;
 
@@ -82,7 +82,30 @@ fn hides_all(stream: &Stream) -> Result<()> {
     Ok(())
 }
 
+/// Waits until the daemons know the services and have the certificates of the pods. None of this opens a tunnel between a
+/// client and its server.
+fn daemons_know_the_apps(stage: &Stage) -> Result<()> {
+    for (node, (neighbour, web)) in NODES
+        .into_iter()
+        .zip([("web-1", "web-2"), ("web-2", "web-1")])
+    {
+        let neighbour = stage.pod(APPS, &format!("app={neighbour}"))?;
+        eventually_ok(PATIENCE, "an answer", || {
+            stage.curl(name(&neighbour), &who(stage, web)?)
+        })?;
+        eventually_ok(PATIENCE, "the client's certificate", || {
+            let status = status_of(stage, node)?;
+            let held = status["certificates"].as_array().into_iter().flatten();
+            let mut of_client = held.filter(|one| one["identity"] == identity("client"));
+            let is_issued = of_client.any(|one| one["serial"].is_string());
+            ensure(is_issued, || status["certificates"].to_string())
+        })?;
+    }
+    Ok(())
+}
+
 pub(crate) fn pods_talk_tls(stage: &Stage) -> Result<()> {
+    daemons_know_the_apps(stage)?;
     for (client, web) in [("client-1", "web-2"), ("client-2", "web-1")] {
         let client_addresses = addresses(&stage.get(&format!("pod -n {APPS} {client}"))?)?;
         let web_addresses = addresses(&stage.pod(APPS, &format!("app={web}"))?)?;
@@ -138,12 +161,17 @@ pub(crate) fn identity(account: &str) -> String {
 /// Waits until the access log of a node has such a line.
 pub(crate) fn log_has(stage: &Stage, node: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
     eventually_ok(PATIENCE, "a line of the access log", || {
-        let log = stage.daemon_log(node)?;
-        ensure(access(&log).any(|line| wanted(&line)), || {
-            let lines: Vec<_> = access(&log).map(|line| line.to_string()).collect();
-            let last = &lines[lines.len().saturating_sub(20)..];
-            format!("{node}: {}", last.join("\n"))
-        })
+        logged(stage, node, &wanted)
+    })
+}
+
+/// Fails unless the access log of a node has such a line by now.
+pub(crate) fn logged(stage: &Stage, node: &str, wanted: impl Fn(&Value) -> bool) -> Result<()> {
+    let log = stage.daemon_log(node)?;
+    ensure(access(&log).any(|line| wanted(&line)), || {
+        let lines: Vec<_> = access(&log).map(|line| line.to_string()).collect();
+        let last = &lines[lines.len().saturating_sub(20)..];
+        format!("{node}: {}", last.join("\n"))
     })
 }
 
@@ -174,13 +202,12 @@ pub(crate) fn log_names_callers(stage: &Stage) -> Result<()> {
     }
     // The server's node logs the client pod's own address.
     let client_address = address(&stage.get(&format!("pod -n {APPS} client-1"))?).to_owned();
-    let log = stage.daemon_log("node2")?;
     let client = format!("{client_address}:");
-    let found = access(&log).any(|line| {
+    log_has(stage, "node2", |line| {
         let at = line["client"].as_str().unwrap_or_default();
         line["direction"] == "inbound" && at.starts_with(&client) && line["result"] == "ok"
-    });
-    ensure(found, || format!("no connection from {client_address}"))
+    })
+    .with_context(|| format!("no connection from {client_address}"))
 }
 
 pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
@@ -190,16 +217,18 @@ pub(crate) fn outsiders_are_refused(stage: &Stage) -> Result<()> {
     stage.becomes("pod/outsider", "Ready")?;
     // By the pod's address, and by the service's, which kube-proxy translates.
     let web = address(&stage.pod(APPS, "app=web-2")?).to_owned();
-    for url in [
+    let urls = [
         format!("http://{web}:{PORT}/cgi-bin/who"),
         who(stage, "web-2")?,
-    ] {
-        let answer = stage.curl("outsider", &url);
-        ensure(answer.is_err(), || format!("it was answered: {answer:?}"))?;
-    }
+    ];
     let outsider = stage.get(&format!("pod -n {APPS} outsider"))?;
     let outsider_address: IpAddr = address(&outsider).parse()?;
+    // Its own node refuses it, too, until the daemon knows that it is outside the mesh.
     eventually_ok(PATIENCE, "a line with the reason", || {
+        for url in &urls {
+            let answer = stage.curl("outsider", url);
+            assert!(answer.is_err(), "it was answered: {answer:?}");
+        }
         ensure(
             has_refused_plaintext(stage, "node2", &[outsider_address])?,
             || format!("none from {outsider_address}"),
@@ -224,13 +253,13 @@ pub(crate) fn has_refused_plaintext(stage: &Stage, node: &str, clients: &[IpAddr
 
 pub(crate) fn probes_have_passed(stage: &Stage) -> Result<()> {
     for web in ["web-1", "web-2"] {
+        stage.rolled_out(APPS, &format!("deployment/{web}"))?;
         let pod = stage.pod(APPS, &format!("app={web}"))?;
         let status = &pod["status"]["containerStatuses"][0];
         // An earlier step killed one of them. A failing probe would restart it again and again.
-        ensure(
-            status["ready"] == true && status["restartCount"].as_u64() <= Some(1),
-            || format!("{}: {status}", name(&pod)),
-        )?;
+        ensure(status["restartCount"].as_u64() <= Some(1), || {
+            format!("{}: {status}", name(&pod))
+        })?;
     }
     Ok(())
 }

@@ -2,12 +2,13 @@
 
 use std::net::Ipv4Addr;
 
-use mesh_tests::{Context, Result, Status, TOOLS, eventually_ok};
+use mesh_tests::{Context, Result, Status, TOOLS, eventually_ok, slowdown};
 use serde_json::{Value, json};
 
 use crate::load::Load;
 use crate::stage::{
-    APPS, CA, PATIENCE, SYSTEM, Stage, address, container, ensure, idle_pod, name, pod_running,
+    APPS, CA, PATIENCE, SYSTEM, Stage, address, container, ensure, idle_pod, is_ready, pod_running,
+    status_of,
 };
 use crate::traffic::{MARKER, PORT, identity, log_has, server, who};
 
@@ -28,14 +29,12 @@ pub(crate) fn containers_of_every_kind(stage: &Stage) -> Result<()> {
     pod["spec"]["initContainers"] = json!([sidecar]);
     pod["spec"]["containers"][0] = asking("app", &url, "exec sleep 3600");
     let mut once = idle_pod("", "node1", "client")["spec"].take();
-    once["restartPolicy"] = json!("Never");
+    // The runtime holds a pod for a second at most, and a slow machine may take longer to enrol it.
+    once["restartPolicy"] = json!("OnFailure");
     once["containers"][0] = asking("once", &url, "exit 0");
     let job = json!({
         "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "once", "namespace": APPS},
-        "spec": {
-            "backoffLimit": 0,
-            "template": {"metadata": {"labels": {"app": "once"}}, "spec": once},
-        },
+        "spec": {"template": {"metadata": {"labels": {"app": "once"}}, "spec": once}},
     });
     let capture = stage.cluster.wire().capture()?;
     stage.apply(&[pod, job])?;
@@ -111,12 +110,7 @@ pub(crate) fn evicted_pod_is_released(stage: &Stage) -> Result<()> {
         })
     })?;
     eventually_ok(PATIENCE, "its release", || {
-        let daemon = stage.daemon_on("node2")?;
-        let status = stage.kubectl(&format!(
-            "exec -n {SYSTEM} {} -- auth-daemon status --json",
-            name(&daemon)
-        ))?;
-        let status: Status = serde_json::from_str(&status).context("the daemon's status")?;
+        let status: Status = serde_json::from_value(status_of(stage, "node2")?)?;
         let pods: Vec<&str> = status.pods.iter().map(|pod| pod.pod.as_str()).collect();
         let evicted = format!("{APPS}/evicted");
         ensure(!pods.contains(&evicted.as_str()), || format!("{pods:?}"))
@@ -163,15 +157,19 @@ pub(crate) fn node_is_drained(stage: &Stage) -> Result<()> {
             "--ignore-daemonsets",
             "--delete-emptydir-data",
             "--pod-selector=app notin (client-2,web-2)",
-            "--timeout=110s",
+            &format!("--timeout={}s", (PATIENCE * slowdown()).as_secs()),
         ])?
         .ok()?;
-    stage.rolled_out(APPS, "deployment/drained")?;
-    stage.rolled_out(SYSTEM, "deployment/auth-ca")?;
+    // The controllers may not have replaced all evicted pods yet, nor written so into a Deployment's status.
     for (namespace, label) in [(APPS, "app=drained"), (SYSTEM, CA)] {
-        for pod in stage.pods(namespace, label)? {
-            assert_eq!(pod["spec"]["nodeName"], "node1", "{label}");
-        }
+        eventually_ok(PATIENCE, "the pods on the other node", || {
+            let pods = stage.pods(namespace, label)?;
+            let moved = |pod: &Value| pod["spec"]["nodeName"] == "node1" && is_ready(pod);
+            ensure(pods.len() == 2 && pods.iter().all(moved), || {
+                let status = pods.iter().map(|pod| pod["status"].to_string());
+                format!("{label}: {:?}", status.collect::<Vec<_>>())
+            })
+        })?;
     }
     load.goes_on(stage, 20)?;
     let lost = load.failures(stage, start)?;
@@ -182,9 +180,11 @@ pub(crate) fn node_is_drained(stage: &Stage) -> Result<()> {
         load.mark(stage)? - start,
         lost.len()
     );
-    // Pods that stay on a cordoned node are served as before.
-    let answer = stage.curl("client-2", &who(stage, "drained")?)?;
-    ensure(answer.contains(MARKER), || answer.clone())?;
+    // Pods that stay on a cordoned node are served as before, once its daemon knows the new endpoints.
+    eventually_ok(PATIENCE, "an answer on the drained node", || {
+        let answer = stage.curl("client-2", &who(stage, "drained")?)?;
+        ensure(answer.contains(MARKER), || answer.clone())
+    })?;
     stage.kubectl("uncordon node2")?;
     load.end(stage)?;
     stage
