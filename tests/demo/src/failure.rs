@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use mesh_tests::{Recording, TcpState};
+use mesh_tests::{Pod, Recording, TcpState};
 
 use super::evidence::Evidence;
 use super::stage::{CLIENT, NODE_A, NODE_B, PORT, Stage, WEB, soon};
@@ -20,14 +20,7 @@ fn client_daemon(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     let client = stage.mesh.pod(CLIENT);
     stage.take_daemon(NODE_A)?.kill()?;
     evidence.saw(format!("kill -9 of the daemon on {NODE_A}"));
-    // The kernel ends its tunnels in order, which takes some packets.
-    soon("the killed daemon's tunnels to end", || {
-        let sockets = client.endpoints().ok()?;
-        let mut open = sockets
-            .iter()
-            .filter(|socket| socket.remote.port() != 0 && socket.state != TcpState::TimeWait);
-        open.next().is_none().then_some(())
-    })?;
+    tunnels_have_ended(&client)?;
     let capture = stage.mesh.wire().capture()?;
     let pod = stage.mesh.pod("web-1").at(PORT);
     for server in [pod, SocketAddr::new(WEB.parse()?, 80)] {
@@ -48,10 +41,24 @@ fn client_daemon(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     come_back(stage, NODE_A, evidence)
 }
 
+/// Waits until a pod has no connections: the kernel ends a killed daemon's tunnels in order, which takes some packets.
+fn tunnels_have_ended(pod: &Pod) -> Result<()> {
+    soon("the killed daemon's tunnels to end", || {
+        let sockets = pod.endpoints().ok()?;
+        let mut open = sockets
+            .iter()
+            .filter(|socket| socket.remote.port() != 0 && socket.state != TcpState::TimeWait);
+        open.next().is_none().then_some(())
+    })
+}
+
 fn server_daemon(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     let (client, web) = (stage.mesh.pod(CLIENT), stage.mesh.pod("web-1"));
     stage.take_daemon(NODE_B)?.kill()?;
     evidence.saw(format!("kill -9 of the daemon on {NODE_B}"));
+    // The client's daemon ends its side of them with a TLS alert.
+    tunnels_have_ended(&web)?;
+    tunnels_have_ended(&client)?;
     let capture = stage.mesh.wire().capture()?;
     let path = stage.path("killed");
     let why = stage.ask_in_vain(&client, web.at(PORT), &path)?;
