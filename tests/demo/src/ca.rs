@@ -10,7 +10,7 @@ use mesh_tests::{CertificateStatus, Pod, TIMEOUT, eventually, eventually_ok, slo
 use serde_json::Value;
 
 use super::evidence::Evidence;
-use super::stage::{CERTIFICATE_LIFE, CLIENT, LOGGED, NODE_A, NODE_B, PORT, Stage, soon};
+use super::stage::{CLIENT, LOGGED, NODE_A, NODE_B, PORT, Stage, soon};
 
 pub(super) fn ca_issued(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     for node in [NODE_A, NODE_B] {
@@ -65,7 +65,7 @@ pub(super) fn rotation_live(stage: &mut Stage, evidence: &Evidence) -> Result<()
     let before = serials(stage)?;
     let requests = under_load(stage, || {
         let mut seen: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-        eventually_ok(CERTIFICATE_LIFE * 3, "renewals", || {
+        eventually_ok(RENEWALS, "renewals", || {
             for (identity, serial) in serials(stage)? {
                 seen.entry(identity).or_default().insert(serial);
             }
@@ -217,17 +217,21 @@ fn under_load(stage: &Stage, work: impl FnOnce() -> Result<()>) -> Result<usize>
 
 fn ask_many(stage: &Stage, client: &Pod, web: &Pod) -> Result<usize> {
     let url = format!("http://{}/load-[1-{AT_ONCE}]", web.at(PORT));
-    let arguments = ["-sS", "-m", "10", "-H", "Connection: close", &url];
+    // Longer than a daemon takes to refuse a connection.
+    let seconds = (20 * slowdown()).to_string();
+    let arguments = ["-sS", "-m", &seconds, "-H", "Connection: close", &url];
     let answers = client.run("curl", arguments)?.ok()?.stdout;
     let right = answers.matches(&stage.marker).count();
     ensure!(right == AT_ONCE, "{right} of {AT_ONCE} were answered");
     Ok(right)
 }
 
-/// Number of requests per curl process.
-const AT_ONCE: usize = 50;
+/// Number of requests per curl process, which has [`TIMEOUT`] for all of them.
+const AT_ONCE: usize = 20;
 /// Number of certificates of one identity to wait for.
 const GENERATIONS: usize = 3;
+/// Time limit for them.
+const RENEWALS: Duration = Duration::from_secs(30);
 /// Time limit for a rotation of the root.
 const ROTATION: Duration = Duration::from_secs(50);
 /// Time limit for daemons to learn of a revocation.

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use mesh_tests::{Daemon, TIMEOUT, eventually_ok};
+use mesh_tests::{CertificateStatus, Daemon, TIMEOUT, eventually_ok};
 use serde_json::Value;
 
 use super::evidence::Evidence;
@@ -78,7 +78,9 @@ pub(super) fn secure_naming(stage: &mut Stage, evidence: &Evidence) -> Result<()
     let why = stage.ask_in_vain(&client, service, &stolen)?;
     evidence.saw(format!("curl http://{service}: {why}"));
     let line = a.wait_for_log_after(start, "the refusal", LOGGED, |line| {
-        line["target"] == "access" && line["result"] == "refused"
+        line["target"] == "access"
+            && line["destination"] == service.to_string()
+            && line["result"] == "refused"
     })?;
     let reason = text(&line["reason"]);
     evidence.saw(format!("{NODE_A} logged: {reason}"));
@@ -100,7 +102,7 @@ pub(super) fn secure_naming(stage: &mut Stage, evidence: &Evidence) -> Result<()
     Ok(())
 }
 
-/// Changes the identity that the server's node assigns to pod shop, and waits until the node uses it.
+/// Changes the identity that the server's node assigns to pod shop, and waits until the node has its certificate.
 fn become_account(stage: &Stage, daemon: &Daemon, account: &str) -> Result<()> {
     let manifests = stage.mesh.node(NODE_B).manifests();
     manifests.edit("Pod", "default", "shop", |pod| {
@@ -114,6 +116,10 @@ fn become_account(stage: &Stage, daemon: &Daemon, account: &str) -> Result<()> {
         if pod.identity != wanted || !pod.enrolled {
             return Err(anyhow!("it is {} ({:?})", pod.identity, pod.reason));
         }
+        let mut certificates = status.certificates.iter();
+        let is_issued =
+            |held: &CertificateStatus| held.identity == wanted && !held.serial.is_empty();
+        ensure!(certificates.any(is_issued), "it has no certificate yet");
         Ok(())
     })
 }

@@ -225,7 +225,8 @@ fn mtls_on_wire(cluster: &MeshedCluster, evidence: &Evidence) -> Result<()> {
     // The connection of the request above may be used again, so another client adds one of its own.
     cluster.apply(&[idle_pod(SECOND, NODES[0], "client")])?;
     ready(cluster, SECOND)?;
-    ask(cluster, evidence, SECOND)?;
+    // The daemon may not have enrolled it yet.
+    eventually_ok(PATIENCE, "an answer", || ask(cluster, evidence, SECOND))?;
     let second = pod_address(cluster, SECOND)?;
     let recording = capture.stop()?;
     wire::only_tls(&recording, second, web, MARKER, evidence)?;
@@ -244,14 +245,22 @@ fn outsider_is_refused(cluster: &MeshedCluster, evidence: &Evidence) -> Result<(
     outsider["metadata"]["labels"]["auth-daemon.io/mesh"] = json!("disabled");
     cluster.apply(&[outsider])?;
     ready(cluster, OUTSIDER)?;
-    let why = ask_in_vain(cluster, OUTSIDER)?;
+    let address = pod_address(cluster, OUTSIDER)?;
+    // Its own node refuses it, too, until the daemon knows that it is outside the mesh. No attempt may be answered.
+    let refused = eventually_ok(PATIENCE, "the refusal by the server's node", || {
+        let why = match ask_in_vain(cluster, OUTSIDER) {
+            Ok(why) => why,
+            Err(answered) => return Ok(Err(answered)),
+        };
+        let line = logged_so_far(cluster, NODES[1], |line| {
+            line["result"] == "refused" && text(line, "client").starts_with(&format!("{address}:"))
+        })?;
+        Ok(Ok((why, line)))
+    })?;
+    let (why, line) = refused?;
     evidence.saw(format!(
         "curl from {OUTSIDER}, which has the label auth-daemon.io/mesh=disabled: {why}"
     ));
-    let address = pod_address(cluster, OUTSIDER)?;
-    let line = logged(cluster, NODES[1], |line| {
-        line["result"] == "refused" && text(line, "client").starts_with(&format!("{address}:"))
-    })?;
     evidence.saw(format!(
         "the daemon of {} logged: client={} reason={}",
         NODES[1], line["client"], line["reason"]
@@ -270,13 +279,15 @@ fn policy_deny(cluster: &MeshedCluster, evidence: &Evidence) -> Result<()> {
     });
     cluster.apply(std::slice::from_ref(&policy))?;
     evidence.saw(format!("applied: {}", policy["spec"]));
-    eventually_ok(PATIENCE, "the refusal", || ask_in_vain(cluster, CLIENT))?;
-    // Once more: one that was open when the policy came into force was reset, and not refused.
-    let why = ask_in_vain(cluster, CLIENT)?;
-    evidence.saw(format!("curl from {CLIENT}: {why}"));
-    let line = logged(cluster, NODES[1], |line| {
-        line["result"] == "refused" && text(line, "reason").contains("AuthorizationPolicy")
+    // Again until there is a line: a request that was open when the policy came into force was reset, and not refused.
+    let (why, line) = eventually_ok(PATIENCE, "the refusal", || {
+        let why = ask_in_vain(cluster, CLIENT)?;
+        let line = logged_so_far(cluster, NODES[1], |line| {
+            line["result"] == "refused" && text(line, "reason").contains("AuthorizationPolicy")
+        })?;
+        Ok((why, line))
     })?;
+    evidence.saw(format!("curl from {CLIENT}: {why}"));
     evidence.saw(format!(
         "the daemon of {} logged: client_identity={} reason={}",
         NODES[1], line["client_identity"], line["reason"]

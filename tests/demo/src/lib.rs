@@ -33,7 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
-use mesh_tests::{MeshId, traces};
+use mesh_tests::{MeshId, slowdown, traces};
 use xtask_support::step::root;
 use xtask_support::supervise::supervise;
 use xtask_support::{build, setup};
@@ -107,7 +107,7 @@ fn show(
         perform(&Evidence(events), stop);
         Ok(())
     };
-    supervise(LONGEST, work, |event| {
+    supervise(LONGEST * slowdown(), work, |event| {
         match event {
             Event::Begins(name, claim) => report.begins(name, claim),
             Event::Saw(what) => report.saw(what),

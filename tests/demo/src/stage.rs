@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use mesh_tests::{
     Ca, CaOptions, Daemon, DaemonOptions, Mesh, Nginx, NginxRequest, OidcIssuer, Place, PodSpec,
-    ServiceSpec, eventually,
+    ServiceSpec, eventually, slowdown,
 };
 
 use serde_json::json;
@@ -107,11 +107,12 @@ impl Stage {
     pub(super) fn start_daemons(&mut self, evidence: &Evidence) -> Result<()> {
         // Short lifetimes, so that certificates expire during the demo. The CA trusts the server's node about which
         // pods run there.
-        let life = format!("{}s", CERTIFICATE_LIFE.as_secs());
+        let life = format!("{}s", certificate_life().as_secs());
+        let spread = format!("{}s", ROOT_SPREAD.as_secs() * u64::from(slowdown()));
         let manifests = self.mesh.node(NODE_B).manifests().folder();
         let options = CaOptions::default()
             .setting("certificateLifetime", life.into())
-            .setting("rotationSpread", "2s".into())
+            .setting("rotationSpread", spread.into())
             .setting("discovery", json!({"files": manifests}))
             .people(&self.login, person::accounts());
         let ca = self.ca.insert(self.mesh.start_ca(&options)?);
@@ -158,7 +159,7 @@ impl Stage {
     fn options(&self) -> Result<DaemonOptions> {
         Ok(DaemonOptions::default()
             .ca(self.ca()?)
-            .certificate_lifetime(CERTIFICATE_LIFE)
+            .certificate_lifetime(certificate_life())
             .setting("workloadApi", json!({"accounts": ["default/client"]})))
     }
 
@@ -291,13 +292,14 @@ impl std::fmt::Display for Asked {
     }
 }
 
-fn curl(from: &Place, server: SocketAddr, path: &str, seconds: &str) -> Result<Asked> {
+fn curl(from: &Place, server: SocketAddr, path: &str, seconds: u32) -> Result<Asked> {
     let url = format!("http://{server}{path}");
+    let seconds = (seconds * slowdown()).to_string();
     let addresses = "\n%{local_ip} %{local_port} %{remote_ip} %{remote_port}";
     let arguments = [
         "-gsS",
         "-m",
-        seconds,
+        &seconds,
         "--noproxy",
         "*",
         "-w",
@@ -358,11 +360,17 @@ const EMPTY_ANSWER: i32 = 52;
 /// curl's exit code for `Operation timed out`.
 const TIMEOUT: i32 = 28;
 /// curl's timeout for a response, in seconds.
-const PATIENCE: &str = "15";
+const PATIENCE: u32 = 15;
 /// curl's timeout where no response can arrive, in seconds.
-const LITTLE_PATIENCE: &str = "2";
+const LITTLE_PATIENCE: u32 = 2;
 /// Time limit for a log line.
 pub(super) const LOGGED: Duration = Duration::from_secs(10);
 const LINES_OF_LOG: usize = 8;
-/// Lifetime of a certificate.
-pub(super) const CERTIFICATE_LIFE: Duration = Duration::from_secs(10);
+/// How long the daemons have to learn of a new root before it signs.
+const ROOT_SPREAD: Duration = Duration::from_secs(2);
+
+/// Lifetime of a certificate. It is renewed when about half of that has passed, and must be before it expires. Not longer than
+/// the demo has time for.
+pub(super) fn certificate_life() -> Duration {
+    Duration::from_secs(10) * slowdown().min(3)
+}
