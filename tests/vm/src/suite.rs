@@ -319,7 +319,7 @@ fn demo(title: &'static str, cgroups: Cgroups) -> Run {
         cgroups,
         command: vec![ours("xtask"), "demo".to_owned(), "--no-build".to_owned()],
         environment: environment(),
-        seconds: 600,
+        seconds: 1800,
     };
     Run {
         title,
