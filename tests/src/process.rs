@@ -1,13 +1,17 @@
 //! Child processes: collects their output, waits until they exit, and kills them.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
@@ -39,8 +43,12 @@ impl Process {
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot start `{what}`"))?;
-        let stdout = child.stdout.take().map(Collected::from).unwrap_or_default();
-        let stderr = child.stderr.take().map(Collected::from).unwrap_or_default();
+        let collect = |pipe: Option<OwnedFd>| match pipe {
+            Some(pipe) => Collected::from(pipe),
+            None => Ok(Collected::default()),
+        };
+        let stdout = collect(child.stdout.take().map(OwnedFd::from))?;
+        let stderr = collect(child.stderr.take().map(OwnedFd::from))?;
         Ok(Self {
             what,
             child,
@@ -88,7 +96,7 @@ impl Process {
     /// Waits until it exits and returns all of its output. At the deadline, kills it and returns an error.
     pub fn finish(mut self, deadline: Duration) -> Result<Finished> {
         let status = self.wait(deadline)?;
-        // A grandchild may hold the pipe open; its later output is not collected.
+        // All of its own output is in the pipe by now. A grandchild may hold that open; its later output is not collected.
         let _ = eventually(Duration::from_secs(1), "the end of its output", || {
             (self.stdout.at_end() && self.stderr.at_end()).then_some(())
         });
@@ -243,42 +251,66 @@ struct Collected(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     bytes: Vec<u8>,
-    open: bool,
+    /// `None` after its end.
+    pipe: Option<File>,
 }
 
 impl Collected {
-    fn from(mut pipe: impl Read + Send + 'static) -> Self {
+    /// Reads from the pipe on a thread, so that the program never waits for a reader.
+    fn from(pipe: OwnedFd) -> Result<Self> {
+        let pipe = File::from(pipe);
+        // Of this end only: the program's end is another open file.
+        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let awaited = pipe.try_clone()?;
         let collected = Self(Arc::new(Mutex::new(State {
             bytes: Vec::new(),
-            open: true,
+            pipe: Some(pipe),
         })));
-        let state = Arc::clone(&collected.0);
+        let reader = collected.clone();
         thread::spawn(move || {
-            let mut buffer = [0; 64 * 1024];
-            loop {
-                let read = pipe.read(&mut buffer).unwrap_or(0);
-                let mut state = state.lock().expect("no holder of this lock panics");
-                state.bytes.extend_from_slice(&buffer[..read]);
-                if read == 0 {
-                    state.open = false;
-                    return;
-                }
+            while !reader.at_end() {
+                let _ = poll(
+                    &mut [PollFd::new(awaited.as_fd(), PollFlags::POLLIN)],
+                    PollTimeout::NONE,
+                );
             }
         });
-        collected
+        Ok(collected)
     }
 
+    /// All that the program has written, also what the thread has not read yet.
     fn text(&self) -> String {
         self.text_from(0)
     }
 
     fn text_from(&self, start: usize) -> String {
-        let state = self.0.lock().expect("no holder of this lock panics");
-        String::from_utf8_lossy(&state.bytes[start..]).into_owned()
+        String::from_utf8_lossy(&self.up_to_date().bytes[start..]).into_owned()
     }
 
     fn at_end(&self) -> bool {
-        !self.0.lock().expect("no holder of this lock panics").open
+        self.up_to_date().pipe.is_none()
+    }
+
+    fn up_to_date(&self) -> MutexGuard<'_, State> {
+        let mut state = self.0.lock().expect("no holder of this lock panics");
+        state.read();
+        state
+    }
+}
+
+impl State {
+    /// Reads what the pipe holds.
+    fn read(&mut self) {
+        let mut buffer = [0; 64 * 1024];
+        while let Some(pipe) = &mut self.pipe {
+            match pipe.read(&mut buffer) {
+                Ok(0) => self.pipe = None,
+                Ok(count) => self.bytes.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(_) => self.pipe = None,
+            }
+        }
     }
 }
 
