@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 
 use crate::app::App;
-use crate::eventually::{TIMEOUT, eventually};
+use crate::eventually::{TIMEOUT, eventually_ok};
 use crate::netns::Netns;
 use crate::process::{Finished, Process};
 use crate::sockets::{Endpoint, SocketCount, TcpState, sockets};
@@ -161,16 +161,19 @@ impl Place {
 
     /// Waits until something listens on the port.
     pub fn wait_listening(&self, port: u16) -> Result<()> {
-        eventually(
-            TIMEOUT,
-            &format!("a listener on port {port} in {}", self.name),
-            || {
-                self.endpoints()
-                    .ok()?
-                    .iter()
-                    .any(|socket| socket.state == TcpState::Listen && socket.local.port() == port)
-                    .then_some(())
-            },
-        )
+        self.wait_listeners(port, |count| count > 0)
+    }
+
+    /// Waits until the number of sockets that listen on the port is as `is_so` wants it.
+    pub(crate) fn wait_listeners(&self, port: u16, is_so: impl Fn(usize) -> bool) -> Result<()> {
+        let what = format!("the listeners on port {port} in {}", self.name);
+        eventually_ok(TIMEOUT, &what, || {
+            let sockets = self.endpoints()?.into_iter();
+            let listeners = sockets
+                .filter(|socket| socket.state == TcpState::Listen && socket.local.port() == port);
+            let count = listeners.count();
+            ensure!(is_so(count), "there are {count}");
+            Ok(())
+        })
     }
 }

@@ -17,6 +17,16 @@ use crate::process::{Process, json_lines};
 pub struct Nginx {
     process: Process,
     prefix: PathBuf,
+    place: Place,
+    port: u16,
+}
+
+impl Drop for Nginx {
+    /// Waits until it listens no more: its workers may outlive the first process for a moment.
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.place.wait_listeners(self.port, |count| count == 0);
+    }
 }
 
 /// A request as nginx logged it.
@@ -73,10 +83,16 @@ impl Nginx {
             "nginx",
             ["-p", &prefix_text, "-c", "nginx.conf", "-e", "stderr"],
         )?;
+        // One for each address family.
         place
-            .wait_listening(port)
+            .wait_listeners(port, |count| count == 2)
             .with_context(|| format!("nginx said: {}", process.stderr()))?;
-        Ok(Self { process, prefix })
+        Ok(Self {
+            process,
+            prefix,
+            place: place.clone(),
+            port,
+        })
     }
 
     /// The requests logged so far.
