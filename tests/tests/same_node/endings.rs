@@ -1,6 +1,8 @@
 //! Connections that the kernel carries between two pods of one node end in every order that TCP knows, and both ends'
 //! access log lines have each app's exact byte counts.
 
+use std::fs;
+
 use mesh_tests::{DaemonOptions, Result, TIMEOUT};
 use serde_json::Value;
 
@@ -70,7 +72,7 @@ const CASES: &[Case] = &[
     // The client shuts down, reads a part and closes: the client ended in order, and the server gets a reset.
     case(
         "send:10,end,read:20",
-        "drain,send:20,wait:300,send:5,wait:100,send:5",
+        "drain,send:20,file:client-has-closed,send:5,wait:100,send:5",
         (10, 20, "ok"),
         (10, 20, "reset"),
     ),
@@ -95,11 +97,11 @@ const CASES: &[Case] = &[
     ),
     // The app closes with unread bytes.
     both(
-        "send:10,wait:200",
+        "send:10,peek:20",
         "read:10,send:20,drain",
         (10, 20, "reset"),
     ),
-    both("send:10,wait:400,drain", "wait:200", (10, 0, "reset")),
+    both("send:10,drain", "peek:10", (10, 0, "reset")),
 ];
 
 #[test]
@@ -116,15 +118,20 @@ fn both_access_log_lines_count_bytes_however_the_connection_ends() -> Result<()>
         } else {
             stage.web.at6(port)
         };
-        // The daemon carries the first; other tests check its lines.
-        let start = stage.daemon.log_position();
         let script = format!("steps --to {to} --steps {}", case.client);
-        stage.client.app(&script)?.finish(TIMEOUT)?;
-        stage.lines(start, to, 2)?;
-        for _ in 0..2 {
+        let has_closed = stage.web.folder().join("client-has-closed");
+        let talk = || -> Result<_> {
             let start = stage.daemon.log_position();
             let said = stage.client.app(&script)?.finish(TIMEOUT)?;
+            fs::write(&has_closed, "")?;
             let lines = stage.lines(start, to, 2)?;
+            fs::remove_file(&has_closed)?;
+            Ok((said, lines))
+        };
+        // The daemon carries the first; other tests check its lines.
+        talk()?;
+        for _ in 0..2 {
+            let (said, lines) = talk()?;
             let of = |line: &Value| {
                 (
                     line["bytes_to_server"].as_u64().unwrap_or(u64::MAX),
@@ -262,25 +269,27 @@ fn thousands_of_connections_are_all_logged() -> Result<()> {
         .app(&format!("many --to {to} --connections 2000"))?
         .success(TIMEOUT)?;
     stage.lines(start, to, 4000)?;
-    // Sequentially.
-    let start = stage.daemon.log_position();
-    let churn = stage
-        .client
-        .app(&format!(
-            "churn --to {to} --connections 5000 --concurrency 64"
-        ))?
-        .success(TIMEOUT)?;
-    println!("{churn}");
-    for line in stage.lines(start, to, 10_000)? {
-        assert_eq!(
-            (
-                &line["bytes_to_server"],
-                &line["bytes_to_client"],
-                &line["result"]
-            ),
-            (&8.into(), &8.into(), &"ok".into()),
-            "{line}"
-        );
+    // Sequentially. The kernel keeps the ends of so many connections, even if the daemon reads none of them meanwhile.
+    for _ in 0..3 {
+        let start = stage.daemon.log_position();
+        let churn = stage
+            .client
+            .app(&format!(
+                "churn --to {to} --connections 2000 --concurrency 64"
+            ))?
+            .success(TIMEOUT)?;
+        println!("{churn}");
+        for line in stage.lines(start, to, 4000)? {
+            assert_eq!(
+                (
+                    &line["bytes_to_server"],
+                    &line["bytes_to_client"],
+                    &line["result"]
+                ),
+                (&8.into(), &8.into(), &"ok".into()),
+                "{line}"
+            );
+        }
     }
     assert_eq!(stage.daemon.status_json()?["sameNode"]["unlogged"], 0);
     Ok(())

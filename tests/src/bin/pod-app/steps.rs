@@ -2,7 +2,9 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::thread;
 use std::time::Duration;
 
 use clap::Args;
@@ -11,26 +13,29 @@ use socket2::SockRef;
 
 use crate::peer::Peer;
 use crate::report::{At, Failure, Outcome, event};
+use crate::wait::{POLL, wait_for_file};
 
 /// Performs the steps in order and closes the connection. Both sides may have steps.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Steps {
     #[command(flatten)]
     peer: Peer,
-    /// Steps separated by commas: `send:N` and `read:N` bytes, `end` (shut down the sending direction), `drain` (read
-    /// to the end of the stream; a reset counts as its end), `wait:MS`, `abort` (close with RST). Without any, the
-    /// connection is only closed
+    /// Steps separated by commas: `send:N` and `read:N` bytes, `peek:N` (wait until so many bytes can be read), `end` (shut
+    /// down the sending direction), `drain` (read to the end of the stream; a reset counts as its end), `wait:MS`,
+    /// `file:PATH` (wait until there is such a file), `abort` (close with RST). Without any, the connection is only closed
     #[arg(long, value_delimiter = ',')]
     steps: Vec<Step>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Step {
     Send(usize),
     Read(usize),
+    Peek(usize),
     End,
     Drain,
     Wait(u64),
+    File(PathBuf),
     Abort,
 }
 
@@ -38,11 +43,15 @@ impl FromStr for Step {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (word, number) = text.split_once(':').unwrap_or((text, ""));
-        let number = number.parse::<usize>().ok();
+        let (word, rest) = text.split_once(':').unwrap_or((text, ""));
+        if word == "file" {
+            return Ok(Self::File(rest.into()));
+        }
+        let number = rest.parse::<usize>().ok();
         match (word, number) {
             ("send", Some(bytes)) => Ok(Self::Send(bytes)),
             ("read", Some(bytes)) => Ok(Self::Read(bytes)),
+            ("peek", Some(bytes)) => Ok(Self::Peek(bytes)),
             ("wait", Some(milliseconds)) => Ok(Self::Wait(milliseconds as u64)),
             ("end", None) => Ok(Self::End),
             ("drain", None) => Ok(Self::Drain),
@@ -58,7 +67,7 @@ impl Steps {
         self.peer.run(move |stream, _| {
             let (mut sent, mut received) = (0, 0);
             for step in &steps {
-                take(*step, stream, &mut sent, &mut received)
+                take(step, stream, &mut sent, &mut received)
                     .map_err(|failure| failure.with(json!({"sent": sent, "received": received})))?;
             }
             Ok(json!({"sent": sent, "received": received}))
@@ -67,12 +76,12 @@ impl Steps {
 }
 
 fn take(
-    step: Step,
+    step: &Step,
     stream: &mut TcpStream,
     sent: &mut usize,
     received: &mut usize,
 ) -> Result<(), Failure> {
-    match step {
+    match *step {
         Step::Send(bytes) => {
             let chunk = vec![b's'; CHUNK.min(bytes)];
             let mut left = bytes;
@@ -93,6 +102,16 @@ fn take(
                 left -= part;
             }
         }
+        Step::Peek(bytes) => {
+            let mut chunk = vec![0; bytes];
+            loop {
+                match stream.peek(&mut chunk).at("peek")? {
+                    0 => return Err(Failure::new("peek", io::ErrorKind::UnexpectedEof)),
+                    count if count < bytes => thread::sleep(POLL),
+                    _ => break,
+                }
+            }
+        }
         Step::Drain => {
             let mut chunk = vec![0; CHUNK];
             loop {
@@ -105,7 +124,8 @@ fn take(
             }
         }
         Step::End => crate::report::end_sending(stream).at("shutdown")?,
-        Step::Wait(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds)),
+        Step::Wait(milliseconds) => thread::sleep(Duration::from_millis(milliseconds)),
+        Step::File(ref path) => wait_for_file(path),
         Step::Abort => SockRef::from(&*stream)
             .set_linger(Some(Duration::ZERO))
             .at("set SO_LINGER")?,
