@@ -167,10 +167,12 @@ fn the_kernel_carries_a_gigabyte_that_the_daemon_does_not_see() -> Result<()> {
     let stage = Neighbours::start()?;
     let _sink = stage.web.app("sink --port 9")?.listening()?;
     let to = stage.web.at(9);
+    let start = stage.daemon.log_position();
     stage
         .client
         .app(&format!("source --to {to} --bytes 1"))?
         .success(TIMEOUT)?;
+    stage.lines(start, to, 2)?;
     let (start, before) = (stage.daemon.log_position(), cpu_ticks(stage.daemon.pid())?);
     stage
         .client
