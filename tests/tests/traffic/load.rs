@@ -1,9 +1,10 @@
 //! Load: nothing is lost, connections do not delay each other, and no resources leak.
 
+use std::fs;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use mesh_tests::{Context, Daemon, Place, Result, Snapshot, TIMEOUT, eventually_ok};
+use mesh_tests::{Context, Daemon, Place, Result, Snapshot, TIMEOUT, eventually_ok, slowdown};
 
 use crate::common::pair::Pair;
 
@@ -48,18 +49,26 @@ fn relays_a_gibibyte_each_way_over_eight_streams() -> Result<()> {
 fn serves_a_thousand_concurrent_connections() -> Result<()> {
     let pair = Pair::start()?;
     let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
+    let counted = pair.client.folder().join("counted");
+    let until = counted.display();
     for to in [pair.web.at(7), pair.web.at6(7)] {
-        let mut many = pair
-            .client
-            .app(&format!("many --to {to} --connections 1000 --hold 1000"))?;
+        let mut many = pair.client.app(&format!(
+            "many --to {to} --connections 1000 --until {until}"
+        ))?;
         let open = many.event("open", LONG)?;
         println!("{open}");
         assert_eq!(open["failed"], 0, "{open}");
-        let status = pair.near.status()?;
-        assert_eq!(status.connections.len(), 1000);
-        assert_eq!(pair.far.status()?.connections.len(), 1000);
-        assert_eq!(status.kernel.originals, 0);
+        for daemon in [&pair.near, &pair.far] {
+            // Those of the other family may be ending.
+            eventually_ok(TIMEOUT, "a thousand connections", || {
+                let count = daemon.status()?.connections.len();
+                fail_when(count != 1000, || format!("{count} on {}", daemon.node()))
+            })?;
+        }
+        assert_eq!(pair.near.status()?.kernel.originals, 0);
+        fs::write(&counted, "")?;
         assert_eq!(many.success(LONG)?["failed"], 0);
+        fs::remove_file(&counted)?;
     }
     Ok(())
 }
@@ -137,7 +146,7 @@ fn stalled_readers_do_not_delay_other_connections() -> Result<()> {
     let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
     let before = [snapshot(&pair.near, &pair)?, snapshot(&pair.far, &pair)?];
     let mut stall = pair.client.app(&format!(
-        "stall --to {} --seconds 30 --streams {STALLED}",
+        "stall --to {} --seconds 600 --streams {STALLED}",
         pair.web.at(13)
     ))?;
     for _ in 0..STALLED {
@@ -152,11 +161,12 @@ fn stalled_readers_do_not_delay_other_connections() -> Result<()> {
     times.sort_by(f64::total_cmp);
     assert_eq!(times.len(), 100);
     println!("median {} ms, worst {} ms", times[50], times[99]);
-    assert!(times[50] < 20.0, "median of {} ms", times[50]);
+    let most = 20.0 * f64::from(slowdown());
+    assert!(times[50] < most, "median of {} ms", times[50]);
     // Bytes that the stalled readers do not read stay with the senders, not in the daemons.
-    assert!(stall.events_of("resumed").is_empty(), "too late to look");
     for (daemon, before) in [&pair.near, &pair.far].into_iter().zip(&before) {
-        let grown = snapshot(daemon, &pair)?.resident_kib - before.resident_kib;
+        let now = snapshot(daemon, &pair)?.resident_kib;
+        let grown = now.saturating_sub(before.resident_kib);
         println!("{} grew by {grown} KiB", daemon.node());
         assert!(
             grown < STALLED * 512,
