@@ -28,9 +28,9 @@ pub fn load_rules(pod: &Place, rules: &str) -> Result<()> {
 /// Requests a response from a server on a place's loopback address.
 ///
 /// # Errors
-/// If there is no response within 5 s, or its status is not a success.
+/// If there is no response within 30 s, or its status is not a success.
 fn ask(place: &Place, port: u16, path: &str) -> Result<String> {
     let url = format!("http://127.0.0.1:{port}{path}");
-    let arguments = ["-sS", "--fail", "--max-time", "5", &url];
+    let arguments = ["-sS", "--fail", "--max-time", "30", &url];
     Ok(place.run("curl", arguments)?.ok()?.stdout)
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mesh_tests::{
-    App, Daemon, InProcess, Mesh, PodSpec, Result, Snapshot, eventually_ok, slowdown,
+    App, Daemon, InProcess, Mesh, PodSpec, Result, Snapshot, TIMEOUT, eventually_ok, slowdown,
 };
 
 use super::hostile::{Authority, Faults, PATIENCE, spiffe};
@@ -158,7 +158,7 @@ pub(crate) fn unharmed(mesh: &Mesh, mut daemon: Daemon, before: &Snapshot) {
         "{}",
         daemon.log_text()
     );
-    eventually_ok(Duration::from_secs(15), "nothing to be left", || {
+    eventually_ok(TIMEOUT, "nothing to be left", || {
         let now = Snapshot::take(&daemon, &[mesh.pod("client").place()])?;
         let growth = now.growth_since(before, 16 * 1024, 2);
         anyhow::ensure!(growth.is_empty(), "{growth:?}");

@@ -2,11 +2,10 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use mesh_tests::{
-    App, Daemon, DaemonOptions, InProcess, Mesh, Nginx, Pod, PodSpec, Result, Snapshot,
-    eventually_ok,
+    App, Daemon, DaemonOptions, InProcess, Mesh, Nginx, Pod, PodSpec, Result, Snapshot, TIMEOUT,
+    eventually, eventually_ok,
 };
 
 use super::hostile::{Authority, Peer, Presented, client_config, dial};
@@ -95,7 +94,7 @@ impl Stage {
     /// What the witness saw at the end of the connection from `client`.
     pub(crate) fn witnessed(&self, client: SocketAddr) -> Result<String> {
         let what = format!("the end of {client} at the app");
-        mesh_tests::eventually(Duration::from_secs(10), &what, || {
+        eventually(TIMEOUT, &what, || {
             let ends = self.ends.lock().expect("no holder panics");
             let mut ends = ends.iter();
             ends.find(|(peer, _)| *peer == client)
@@ -134,7 +133,7 @@ impl Stage {
             let log = daemon.log_text();
             assert!(!log.contains("panicked"), "a daemon panicked: {log}");
         }
-        eventually_ok(Duration::from_secs(15), "nothing to be left", || {
+        eventually_ok(TIMEOUT, "nothing to be left", || {
             let growth = self.snapshot()?.growth_since(before, memory_kib, 4);
             anyhow::ensure!(growth.is_empty(), "{growth:?}");
             Ok(())

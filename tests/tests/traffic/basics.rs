@@ -45,7 +45,7 @@ fn curl_reaches_nginx_through_tls() {
         let answer = client
             .run(
                 "curl",
-                ["-sS", "-m", "10", "-w", "\n%{remote_ip} %{local_ip}", &url],
+                ["-sS", "-m", "30", "-w", "\n%{remote_ip} %{local_ip}", &url],
             )
             .unwrap()
             .ok()

@@ -248,7 +248,7 @@ fn refused_port_is_an_error() -> Result<()> {
     }
     let curl = pair.client.run(
         "curl",
-        ["-sS", "-m", "10", &format!("http://{}/", pair.web.at(9))],
+        ["-sS", "-m", "30", &format!("http://{}/", pair.web.at(9))],
     )?;
     assert_ne!(curl.code(), Some(0), "{}", curl.stdout);
     assert_ne!(curl.code(), Some(52), "an empty answer: {}", curl.stderr);

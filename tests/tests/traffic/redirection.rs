@@ -135,7 +135,7 @@ fn unix_sockets_are_not_touched() -> Result<()> {
         write!(stream, "HTTP/1.0 200 OK\r\n\r\n{MARKER}")
     });
     let path = path.display().to_string();
-    let curl = ["-sS", "-m", "10", "--unix-socket", &path, "http://web/"];
+    let curl = ["-sS", "-m", "30", "--unix-socket", &path, "http://web/"];
     let answer = pair.client.run("curl", curl)?.ok()?;
     assert_eq!(answer.stdout, MARKER);
     server.join().expect("the server does not panic")?;
@@ -180,7 +180,7 @@ fn strict_admits_probes_of_its_own_node() -> Result<()> {
         let path = format!("/probe-{number}");
         let url = format!("http://{to}{path}");
         let write = "\n%{local_ip}";
-        let curl = ["-sS", "-m", "10", "-w", write, &url];
+        let curl = ["-sS", "-m", "30", "-w", write, &url];
         let answer = node.run("curl", curl)?.ok()?;
         let (body, local) = answer.stdout.split_once('\n').context("two lines")?;
         assert_eq!(body, "alive");
@@ -208,7 +208,7 @@ fn strict_refuses_plaintext_from_outside_the_mesh() -> Result<()> {
     for caller in callers {
         for to in [pair.web.at(8080), pair.web.at6(8080)] {
             let url = format!("http://{to}/");
-            let refused = caller.run("curl", ["-sS", "-m", "15", &url])?;
+            let refused = caller.run("curl", ["-sS", "-m", "30", &url])?;
             assert_eq!(
                 refused.code(),
                 Some(RECEIVE_ERROR),
@@ -219,7 +219,7 @@ fn strict_refuses_plaintext_from_outside_the_mesh() -> Result<()> {
             assert_eq!(refused.stdout, "");
         }
         let url = format!("https://{}/", pair.web.at(8443));
-        let refused = caller.run("curl", ["-sSk", "-m", "15", &url])?;
+        let refused = caller.run("curl", ["-sSk", "-m", "30", &url])?;
         assert_ne!(refused.code(), Some(0), "{}", caller.name());
         assert_eq!(refused.stdout, "");
     }

@@ -121,7 +121,7 @@ fn a_port_may_be_named_differently_by_each_pod() -> Result<()> {
     let mut answers = BTreeMap::new();
     for _ in 0..40 {
         let url = "http://10.96.0.7:81/";
-        let curl = pair.client.run("curl", ["-sS", "-m", "10", url])?.ok()?;
+        let curl = pair.client.run("curl", ["-sS", "-m", "30", url])?.ok()?;
         *answers.entry(curl.stdout).or_insert(0) += 1;
     }
     assert_eq!(answers.keys().collect::<Vec<_>>(), ["other", "web"]);
@@ -135,7 +135,7 @@ fn a_pod_reaches_itself_through_its_own_service() -> Result<()> {
     let capture = pair.mesh.wire().capture()?;
     for to in ["10.96.0.7:80", "[fd96::7]:80"] {
         let url = format!("http://{to}/");
-        let curl = pair.web.run("curl", ["-sS", "-m", "10", &url])?.ok()?;
+        let curl = pair.web.run("curl", ["-sS", "-m", "30", &url])?.ok()?;
         assert_eq!(curl.stdout, "myself");
         let line = pair
             .far

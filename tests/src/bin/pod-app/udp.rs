@@ -53,7 +53,7 @@ pub(crate) struct UdpSend {
     #[arg(long, default_value_t = 1)]
     count: u64,
     /// Milliseconds to wait for a reply
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 10_000)]
     timeout: u64,
     /// Name the destination with each datagram instead of connecting the socket
     #[arg(long)]
