@@ -87,13 +87,14 @@ const CLUSTER: [&str; 2] = ["cluster::", "istio::"];
 const SPARE: [&str; 1] = ["fuzz_seeds::"];
 const SPARE_SECONDS: (&str, &str) = ("FUZZ_SECONDS", "60");
 /// Tests that need the machine for themselves.
-const ALONE: [&str; 6] = [
+const ALONE: [&str; 7] = [
     "abuse::",
     "invariant::",
     "lifecycle::enrolment_churn::",
     "operator::footprint::",
     "same_node::changes::",
     "traffic::load::",
+    "traffic::redirection_permissive::concurrent_tunnels_",
 ];
 /// Tells the waits of mesh-tests that other tests run at the same time.
 const BESIDE_OTHERS: &str = "MESH_BESIDE_OTHERS";
