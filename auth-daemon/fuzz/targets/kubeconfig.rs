@@ -1,4 +1,5 @@
-//! Kubeconfigs in remote secrets: never a panic, and no client for one that names a program or a file.
+//! Kubeconfigs in remote secrets: never a panic, and no client for one that names a program or a file, or knows only servers
+//! without TLS.
 
 use serde_json::{Map, Value};
 use tokio::runtime::Builder;
@@ -18,6 +19,13 @@ pub(super) fn run(input: &[u8]) {
     let fields = users.filter_map(|user| user["user"].as_object());
     let mut names = fields.flat_map(Map::keys);
     if names.any(|name| REFUSED.contains(&name.as_str())) {
+        assert!(client.is_err());
+    }
+    let clusters = read["clusters"].as_array().into_iter().flatten();
+    let mut servers = clusters.map(|cluster| cluster["cluster"]["server"].as_str());
+    let is_plain =
+        |server: Option<&str>| server.is_some_and(|server| server.starts_with("http://"));
+    if servers.next().is_some_and(is_plain) && servers.all(is_plain) {
         assert!(client.is_err());
     }
 }

@@ -73,6 +73,14 @@ fn checked(kubeconfig: &[u8]) -> Result<Kubeconfig, String> {
         .ok_or("the current context names no cluster")?;
     let user = named(&root, "users", "user", &current["user"])
         .ok_or("the current context names no user")?;
+    let server = cluster["server"].as_str().unwrap_or_default();
+    if !server.starts_with("https://") {
+        return Err(
+            "the cluster's server does not begin with https://; only TLS keeps the token and what is read secret: give it \
+             the API server's https:// URL"
+                .into(),
+        );
+    }
     if !cluster["certificate-authority-data"].is_string() {
         return Err("the cluster has no certificate-authority-data".into());
     }
@@ -225,6 +233,17 @@ mod tests {
                     Value::Null,
                 ),
                 "no certificate-authority-data",
+            ),
+            (
+                without(
+                    &["clusters", "0", "cluster", "server"],
+                    json!("http://s3cret:80"),
+                ),
+                "give it the API server's https:// URL",
+            ),
+            (
+                without(&["clusters", "0", "cluster", "server"], Value::Null),
+                "does not begin with https://",
             ),
             ("[]".into(), "no context"),
             ("s3cret: [".into(), "not YAML (line"),
