@@ -4,7 +4,7 @@ use std::fs;
 
 use mesh_tests::{
     Context, Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, PodSpec, Process, Result, TIMEOUT,
-    eventually, eventually_ok, two_domains::write_root,
+    auth_daemon, eventually, eventually_ok, two_domains::write_root,
 };
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ use crate::common::by_uid::publish;
 const WEST: &str = "west.example";
 const EAST: &str = "east.example";
 const SYSTEM: &str = "auth-system";
-const SECRETS: &str = "/api/v1/namespaces/auth-clusters/secrets";
+const SECRET: &str = "/api/v1/namespaces/auth-clusters/secrets/istio-remote-secret-east";
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const SERVICE: &str = "http://10.96.0.7/";
 const FROM_WEST: &str = "the-answer-of-the-own-cluster";
@@ -36,7 +36,10 @@ struct Stage {
 fn service(own: &Value, target: u16) -> Value {
     let mut service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
-        "spec": {"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": target}]},
+        "spec": {
+            "selector": {"app": "web"},
+            "ports": [{"name": "http", "port": 80, "targetPort": target}],
+        },
     });
     for (name, value) in own.as_object().into_iter().flatten() {
         service["spec"][name] = value.clone();
@@ -58,8 +61,10 @@ impl Stage {
             .start()?;
         let west = mesh.start_api_server()?;
         let east = mesh.start_api_server_on(mesh.node("c"))?;
-        for namespace in [SYSTEM, "auth-clusters"] {
-            west.namespace(namespace)?;
+        for api in [&west, &east] {
+            for namespace in [SYSTEM, "auth-clusters"] {
+                api.namespace(namespace)?;
+            }
         }
         let services = "/api/v1/namespaces/default/services";
         west.create(services, &service(&json!({"clusterIP": "10.96.0.7"}), 8080))?;
@@ -77,28 +82,24 @@ impl Stage {
         east.pod("default", "thief", "web-east", "b", &taken)?;
 
         let bundle = |name: &str| mesh.outside().folder().join(name);
-        let options = |api: &Kubernetes, own: &str, foreign: &str, discovery: Value| {
-            let entry = json!({"trustDomain": foreign, "bundleFile": bundle(foreign)});
-            let federation = if own == foreign {
-                json!([])
-            } else {
-                json!([entry])
-            };
+        let options = |api: &Kubernetes, own: &str, other: &str, foreign: &str| {
+            let mut remote = json!({"namespace": "auth-clusters"});
+            let mut federation = json!([]);
+            if own != foreign {
+                remote["trustDomains"] = json!([{"cluster": other, "trustDomain": foreign}]);
+                federation = json!([{"trustDomain": foreign, "bundleFile": bundle(foreign)}]);
+            }
+            let discovery = json!({"kubernetes": {"remoteClusters": remote}});
             DaemonOptions::default()
                 .trust_domain(own)
                 .ca_folder(bundle(&format!("{own}.ca")))
-                .setting("discovery", json!({"kubernetes": discovery}))
+                .setting("discovery", discovery)
                 .setting("federation", federation)
                 .environment("KUBECONFIG", &api.kubeconfig().display().to_string())
                 .environment("POD_NAMESPACE", SYSTEM)
         };
-        let mut remote = json!({"namespace": "auth-clusters"});
-        if east_domain != WEST {
-            remote["trustDomains"] = json!([{"cluster": "east", "trustDomain": east_domain}]);
-        }
-        let remote = json!({"remoteClusters": remote});
-        let a = options(&west, WEST, east_domain, remote);
-        let b = options(&east, east_domain, WEST, json!({}));
+        let a = options(&west, WEST, "east", east_domain);
+        let b = options(&east, east_domain, "west", WEST);
         let a = mesh.node("a").start_daemon_with(a)?;
         let b = mesh.node("b").start_daemon_with(b)?;
         a.wait_enrolled(&["default/client"])?;
@@ -162,8 +163,7 @@ fn a_service_of_two_clusters_is_the_own_ones_first_and_outlives_the_remote_api_s
     stage.wait_for(None)?;
 
     // Its only endpoint is in the remote cluster, on a port of its own.
-    let secret = stage.east.remote_secret("east")?;
-    stage.west.create(SECRETS, &secret)?;
+    stage.west.apply(&stage.east.remote_secret("east")?)?;
     stage.wait_for(Some(FROM_EAST))?;
     let id = |domain: &str, account: &str| format!("spiffe://{domain}/ns/default/sa/{account}");
     let (client, server) = (id(WEST, "client"), id(EAST, "web-east"));
@@ -222,17 +222,26 @@ fn a_service_of_two_clusters_is_the_own_ones_first_and_outlives_the_remote_api_s
     stage.wait_for_message("remote cluster cannot be read")?;
     assert_eq!(stage.ask(SERVICE)?.as_deref(), Some(FROM_EAST));
     assert!(stage.status()?["error"].is_string());
-    let shown = stage.mesh.node("a").auth(&["status"])?.stdout;
+    let page = include_str!("../../../docs/MULTICLUSTER.md");
+    let (_, command) = page.rsplit_once("```sh\n").context("no command")?;
+    let (command, _) = command.split_once("```").context("no end")?;
+    let programs = auth_daemon()?;
+    let programs = programs.parent().context("no folder")?.display();
+    let mut shell = stage.mesh.node("a").place().command("sh")?;
+    shell.env("PATH", format!("{programs}:{}", std::env::var("PATH")?));
+    shell.args(["-c", command]);
+    let shown = Process::spawn(shell)?.finish(TIMEOUT)?.ok()?.stdout;
     assert!(shown.contains("NOT READABLE since"), "{shown}");
+    let metrics = stage.a.metrics()?;
+    let readable = "auth_daemon_remote_cluster_readable{cluster=\"east\"} 0\n";
+    assert!(metrics.contains(readable), "{metrics}");
     stage.east.start_server()?;
     stage.wait_for_message("remote cluster can be read again")?;
     assert_eq!(stage.status()?["error"], Value::Null);
     assert_eq!(stage.ask(SERVICE)?.as_deref(), Some(FROM_EAST));
 
     // Without its Secret, nothing of it is left.
-    stage
-        .west
-        .delete(&format!("{SECRETS}/istio-remote-secret-east"))?;
+    stage.west.delete(SECRET)?;
     stage.wait_for_message("remote cluster removed")?;
     stage.wait_for(None)?;
     assert_eq!(
@@ -259,18 +268,19 @@ fn a_kubeconfig_that_runs_programs_or_reads_files_is_refused() -> Result<()> {
     }
     let stage = Stage::start(WEST)?;
     let ran = stage.mesh.outside().folder().join("ran");
-    let mut secret = stage.east.remote_secret("east")?;
-    let kubeconfig = secret["stringData"]["east"]
-        .as_str()
-        .context("no kubeconfig")?;
-    let good: Value = serde_json::from_str(kubeconfig)?;
-    let mut bad = good.clone();
-    bad["users"][0]["user"]["exec"] = json!({
+    let file = stage.east.remote_secret("east")?;
+    let good = fs::read_to_string(&file)?;
+    let exec = json!({
         "apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never",
         "command": "touch", "args": [ran],
     });
-    secret["stringData"]["east"] = bad.to_string().into();
-    stage.west.create(SECRETS, &secret)?;
+    let bad = good.replace("user: {token: ", &format!("user: {{exec: {exec}, token: "));
+    assert_ne!(good, bad);
+    let apply = |secret: &str| -> Result<()> {
+        fs::write(&file, secret)?;
+        stage.west.apply(&file)
+    };
+    apply(&bad)?;
     let refused = eventually(TIMEOUT, "the refusal", || {
         let status = stage.status().ok()?;
         status["error"].as_str().map(str::to_owned)
@@ -283,12 +293,10 @@ fn a_kubeconfig_that_runs_programs_or_reads_files_is_refused() -> Result<()> {
     assert!(!fs::exists(&ran)?, "it ran the program");
 
     // A good one is followed, and stays in use if the next one is bad.
-    let path = format!("{SECRETS}/istio-remote-secret-east");
-    let with = |config: &Value| json!({"stringData": {"east": config.to_string()}});
-    stage.west.merge(&path, &with(&good))?;
+    apply(&good)?;
     stage.wait_for(Some(FROM_EAST))?;
     assert_eq!(stage.status()?["trustDomain"], WEST, "by default");
-    stage.west.merge(&path, &with(&bad))?;
+    apply(&bad)?;
     eventually(TIMEOUT, "the refusal", || {
         stage.status().ok()?["error"].as_str().map(drop)
     })?;
