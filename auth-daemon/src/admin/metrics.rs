@@ -239,17 +239,24 @@ fn register_federation(registry: &mut Registry, node: &Node) {
 
 /// The remote clusters.
 fn register_remote_clusters(registry: &mut Registry, node: &Node) {
-    let readable = Family::<Remote, Gauge>::default();
+    let [readable, trusted] = [(); 2].map(|()| Family::<Remote, Gauge>::default());
     for known in node.remote.load().iter() {
         let cluster = Remote {
             cluster: known.name.clone(),
         };
         let is_readable = known.error.is_none();
         readable.get_or_create(&cluster).set(is_readable.into());
+        let is_trusted = node.trusts(&known.trust_domain);
+        trusted.get_or_create(&cluster).set(is_trusted.into());
     }
     registry.register(
         "remote_cluster_readable",
         "Whether each remote cluster can be read: 0 while only its last known state is",
         readable,
+    );
+    registry.register(
+        "remote_cluster_trusted",
+        "Whether each remote cluster is of the mesh's own trust domain, or of one with a federation entry",
+        trusted,
     );
 }

@@ -60,7 +60,7 @@ fn without_connections(node: &Node) -> Value {
         "ca": node.certificates.health().status(),
         "trust": trust(node),
         "federation": node.federation.list(),
-        "remoteClusters": &**node.remote.load(),
+        "remoteClusters": remote_clusters(node),
         "policies": policies(node),
         "openConnections": node.connections.count(),
         "kernel": {"meshAddresses": mesh_addresses, "originals": originals, "underWay": node.kernel.shares.under_way(), "pods": pods},
@@ -102,6 +102,16 @@ fn trust(node: &Node) -> Value {
             }).collect::<Vec<_>>(),
         },
     })
+}
+
+fn remote_clusters(node: &Node) -> Vec<Value> {
+    let clusters = node.remote.load();
+    let shown = clusters.iter().map(|cluster| {
+        let mut shown = json!(cluster);
+        shown["trusted"] = node.trusts(&cluster.trust_domain).into();
+        shown
+    });
+    shown.collect()
 }
 
 fn policies(node: &Node) -> Vec<Value> {

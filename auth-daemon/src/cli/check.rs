@@ -82,7 +82,19 @@ fn warnings(config: &Config) -> Vec<String> {
         },
         // Istio's labels say which pods are in the mesh, and none is without one.
         Discovery::Istiod { .. } => {}
-        Discovery::Kubernetes { defaults, .. } => {
+        Discovery::Kubernetes {
+            defaults, remote, ..
+        } => {
+            for (cluster, domain) in remote.iter().flat_map(|remote| &remote.trust_domains) {
+                let mut foreign = config.federation.domains().iter();
+                let is_own = config.trust_domain.is_named(domain.as_str());
+                if !is_own && !foreign.any(|entry| entry.trust_domain == *domain) {
+                    warnings.push(format!(
+                        "discovery.kubernetes.remoteClusters: cluster {cluster} is of trust domain {domain}, which has no \
+                         entry in federation: connections to and from its pods are refused"
+                    ));
+                }
+            }
             if defaults.of(KUBE_SYSTEM, None) == Membership::Enabled {
                 warnings.push(
                     "discovery.kubernetes.excludedNamespaces: lacks kube-system, so pods that the cluster itself depends \

@@ -102,7 +102,7 @@ fn table(status: &Value) -> String {
     }
     for cluster in items(&status["remoteClusters"]) {
         out.push_str(&format!(
-            "remote cluster: {}, {} pods and {} services of {}, from Secret {}{}\n",
+            "remote cluster: {}, {} pods and {} services of {}, from Secret {}{}{}\n",
             text(&cluster["name"]),
             text(&cluster["pods"]),
             text(&cluster["services"]),
@@ -111,6 +111,10 @@ fn table(status: &Value) -> String {
             match cluster["since"].as_str() {
                 Some(since) => format!("; NOT READABLE since {since}, last known state"),
                 None => String::new(),
+            },
+            match cluster["trusted"] == false {
+                true => "; NOT TRUSTED",
+                false => "",
             },
         ));
     }
@@ -268,7 +272,7 @@ mod tests {
                 {"name": "east", "secret": "east-1", "trustDomain": "b", "pods": 3, "services": 2, "error": null, "since": null},
                 {
                     "name": "west", "secret": "west-1", "trustDomain": "c", "pods": 1, "services": 0,
-                    "error": "no route", "since": "2026-01-02T03:04:05Z",
+                    "error": "no route", "since": "2026-01-02T03:04:05Z", "trusted": false,
                 },
             ],
             "connections": [],
@@ -291,7 +295,7 @@ mod tests {
             "federation: other.example, 0 roots, never read from https://o.example/\n",
             "remote cluster: east, 3 pods and 2 services of b, from Secret east-1\n",
             "remote cluster: west, 1 pods and 0 services of c, from Secret west-1; NOT READABLE since 2026-01-02T03:04:05Z, \
-             last known state\n",
+             last known state; NOT TRUSTED\n",
         ] {
             assert!(table.contains(line), "{table}");
         }

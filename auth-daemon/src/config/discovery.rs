@@ -47,14 +47,6 @@ impl Discovery {
         )
     }
 
-    /// The remote clusters, if there may be any.
-    pub(super) fn remote_clusters(&self) -> Option<&RemoteClusters> {
-        match self {
-            Self::Kubernetes { remote, .. } => remote.as_ref(),
-            Self::Files(_) | Self::Istiod { .. } => None,
-        }
-    }
-
     /// The daemon's own namespace. `None` outside a cluster.
     pub fn own_namespace(&self) -> Option<&str> {
         match self {

@@ -239,10 +239,6 @@ impl Config {
             let why = "nonTcp: deny needs to know what is outside the mesh";
             errors.push(format!("{why}: discovery.istiod.subscribe must be all"));
         }
-        let remote = discovery.as_ref().and_then(Discovery::remote_clusters);
-        if let Some(remote) = remote {
-            remote.check_trust_domains(&trust_domain, &federation, &mut errors);
-        }
         if metrics == Some(Metrics::Istio) && observe == Some(Observe::Nothing) {
             errors
                 .push("metrics: istio counts what is observed: observe must be connections".into());

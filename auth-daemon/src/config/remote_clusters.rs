@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, str::FromStr};
 
-use super::{Federation, kubernetes_namespace};
+use super::kubernetes_namespace;
 use auth_mesh::{ClusterName, TrustDomain};
 use auth_support::config::Section;
 
@@ -51,46 +51,19 @@ impl RemoteClusters {
             trust_domains,
         })
     }
-
-    /// Checks that the mesh trusts the trust domain of each cluster.
-    pub(super) fn check_trust_domains(
-        &self,
-        own: &TrustDomain,
-        federation: &Federation,
-        errors: &mut Vec<String>,
-    ) {
-        for (cluster, domain) in &self.trust_domains {
-            let mut foreign = federation.domains().iter();
-            let is_trusted =
-                own.is_named(domain.as_str()) || foreign.any(|entry| entry.trust_domain == *domain);
-            if !is_trusted {
-                errors.push(format!(
-                    "discovery.kubernetes.remoteClusters: cluster {cluster} is of trust domain {domain}, which needs an entry \
-                     in federation"
-                ));
-            }
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The section, in a mesh of trust domain `own.example` that trusts `far.example`, too.
     fn read(text: &str) -> Result<RemoteClusters, String> {
         let mut errors = Vec::new();
-        let federation = "federation: [{trustDomain: far.example, bundleFile: /f.json}]";
-        let text = format!("{federation}\nremoteClusters: {text}\n");
+        let text = format!("remoteClusters: {text}\n");
         let mut root = Section::of_yaml(&text, &mut errors).unwrap();
-        let own: TrustDomain = "own.example".parse().unwrap();
-        let federation = Federation::read(&mut root, &own, &mut errors);
         let mut section = root.section("remoteClusters", &mut errors);
         let read = RemoteClusters::read(&mut section, Some("auth-system"), &mut errors);
         section.refuse_the_rest(&mut errors);
-        if let Some(read) = &read {
-            read.check_trust_domains(&own, &federation, &mut errors);
-        }
         match errors.is_empty() {
             true => Ok(read.unwrap()),
             false => Err(errors.join("\n")),
@@ -128,10 +101,6 @@ mod tests {
             (
                 "{namespace: x, trustDomains: [{cluster: a, trustDomain: far.example}, {cluster: a}]}",
                 "trustDomains[1].cluster: \"a\": is in another entry",
-            ),
-            (
-                "{namespace: x, trustDomains: [{cluster: a, trustDomain: new.example}]}",
-                "cluster a is of trust domain new.example, which needs an entry in federation",
             ),
         ] {
             let errors = read(text).unwrap_err();

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde::Serialize;
-use tokio::task::AbortHandle;
+use tokio::{sync::watch, task::AbortHandle};
 
 use super::sources;
 use crate::config::{BundleSource, Federation};
@@ -24,6 +24,7 @@ use auth_tunnel::tls::{
 pub struct Federated {
     pub(super) trust: Arc<TrustStore>,
     state: Mutex<State>,
+    changed: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -83,6 +84,7 @@ impl Federated {
         Self {
             trust,
             state: Mutex::default(),
+            changed: watch::Sender::default(),
         }
     }
 
@@ -124,6 +126,17 @@ impl Federated {
         for trust_domain in removed {
             tracing::info!(trust_domain, "federation entry removed");
         }
+        self.changed.send_replace(());
+    }
+
+    /// Returns a receiver that sees each [`Self::apply`].
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Reports whether the list has an entry for a trust domain.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.lock().domains.contains_key(name)
     }
 
     /// Takes the bundle of a trust domain from its source, if `entry` is still in the list. An older bundle than the one that is
@@ -293,6 +306,7 @@ mod tests {
         let federated = federated();
         federated.apply(&list(&[("a", "/a"), ("b", "/b")]));
         assert_eq!(trusted(&federated), [], "no bundle yet");
+        assert!(federated.has("b") && !federated.has("c"));
         federated.take("a", 1, bundle(1, 7)).unwrap();
         federated.take("b", 2, bundle(1, 8)).unwrap();
         federated.take("c", 3, bundle(1, 9)).unwrap();
@@ -311,8 +325,10 @@ mod tests {
         federated.withdraw("a", 1);
         assert_eq!(trusted(&federated), []);
         federated.take("a", 1, bundle(2, 7)).unwrap();
+        let changes = federated.changes();
         federated.apply(&list(&[]));
         assert_eq!((trusted(&federated), federated.list()), (vec![], vec![]));
+        assert!(changes.has_changed().unwrap() && !federated.has("a"));
     }
 
     #[tokio::test]

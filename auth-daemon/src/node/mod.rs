@@ -6,6 +6,7 @@ mod connection_tasks;
 mod enrolment;
 mod pulse;
 pub mod redirection;
+mod remote_clusters;
 mod revocation;
 mod workers;
 

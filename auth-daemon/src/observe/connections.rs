@@ -26,7 +26,7 @@ use super::{
     totals::Totals,
 };
 use crate::config::{AccessLog, Observe};
-use auth_mesh::{Identity, ObjectName, Registry, policy::Verdict};
+use auth_mesh::{Identity, ObjectName, Registry, Workload, policy::Verdict};
 use auth_tunnel::{Counters, tls::svid::Svid};
 
 /// An open connection.
@@ -60,6 +60,8 @@ pub struct Details {
     pub service: Option<Arc<ObjectName>>,
     /// The endpoint that was chosen.
     pub endpoint: Option<SocketAddr>,
+    /// The pod at the endpoint, if it was one of a remote cluster when it was chosen.
+    pub remote_server: Option<Arc<Workload>>,
     /// Cookie of the netns that the server is in, if it is a pod of this node. Its policies judge the connection, whatever
     /// address of the pod the endpoint is.
     pub server_netns: Option<u64>,
@@ -135,6 +137,7 @@ impl OpenConnections {
                 destination: None,
                 service: None,
                 endpoint: None,
+                remote_server: None,
                 server_netns: None,
                 client_identity: None,
                 server_identity: None,

@@ -142,6 +142,17 @@ impl Node {
         Self { remote, ..self }
     }
 
+    /// Reports whether `name` is a remote cluster.
+    pub(crate) fn has_remote_cluster(&self, name: &str) -> bool {
+        let clusters = self.remote.load();
+        clusters.iter().any(|cluster| cluster.name == name)
+    }
+
+    /// Reports whether workloads of the trust domain `name` may be trusted: it is the mesh's own, or has a federation entry.
+    pub(crate) fn trusts(&self, name: &str) -> bool {
+        self.config.trust_domain.is_named(name) || self.federation.has(name)
+    }
+
     /// The pods of this node whose plaintext callers from outside the networks of pods stay in the kernel.
     pub(crate) fn with_unseen_callers(&self) -> Vec<String> {
         let (pods, rules) = (self.same_node.local_pods(), self.rules.current());

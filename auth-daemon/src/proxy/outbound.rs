@@ -292,6 +292,8 @@ enum Failure {
     Silent,
     #[error(transparent)]
     NoPath(#[from] NoPath),
+    #[error("the remote cluster {0} was removed")]
+    ClusterRemoved(String),
     #[error("{0}")]
     Forbidden(#[from] Forbidden),
     #[error("{0}")]
@@ -365,8 +367,11 @@ impl Call<'_> {
         {
             let address = endpoint.address;
             tried.push(address);
+            let pod = endpoint.workload.as_ref();
+            let remote_server = pod.filter(|pod| pod.name.cluster().is_some()).cloned();
             self.access.learn(|details| {
                 details.endpoint = Some(address);
+                details.remote_server = remote_server;
                 // Of the endpoint before, which refused.
                 details.server_identity = None;
             });
@@ -470,6 +475,16 @@ impl Call<'_> {
         others: bool,
     ) -> Result<Opened, Refusal> {
         let address = endpoint.address;
+        let pod = endpoint.workload.as_ref();
+        // The open connection names the pod by now, so a later removal of its cluster cuts it.
+        if let Some(cluster) = pod.and_then(|pod| pod.name.cluster())
+            && !self.node.has_remote_cluster(cluster)
+        {
+            return Err(Refusal::Endpoint {
+                endpoint: address,
+                why: Failure::ClusterRemoved(cluster.to_owned()),
+            });
+        }
         let source = self.source(address).map_err(|error| Refusal::Endpoint {
             endpoint: address,
             why: Failure::Dial(error),

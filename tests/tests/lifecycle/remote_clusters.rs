@@ -1,10 +1,10 @@
 //! Two clusters on one network, each with an API server of its own.
 
-use std::fs;
+use std::{fs, net::SocketAddr};
 
 use mesh_tests::{
-    Context, Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, PodSpec, Process, Result, TIMEOUT,
-    auth_daemon, eventually, eventually_ok, two_domains::write_root,
+    App, Context, Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, PodSpec, Process, Result,
+    TIMEOUT, auth_daemon, eventually, eventually_ok, two_domains::write_root,
 };
 use serde_json::{Value, json};
 
@@ -16,6 +16,8 @@ const SYSTEM: &str = "auth-system";
 const SECRET: &str = "/api/v1/namespaces/auth-clusters/secrets/istio-remote-secret-east";
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const SERVICE: &str = "http://10.96.0.7/";
+/// The service's port that leads to an `echo-server`, if its pods have one.
+const ECHO_SERVICE: &str = "10.96.0.7:7";
 const FROM_WEST: &str = "the-answer-of-the-own-cluster";
 const FROM_EAST: &str = "the-answer-of-the-remote-cluster";
 
@@ -38,7 +40,7 @@ fn service(own: &Value, target: u16) -> Value {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
         "spec": {
             "selector": {"app": "web"},
-            "ports": [{"name": "http", "port": 80, "targetPort": target}],
+            "ports": [{"name": "http", "port": 80, "targetPort": target}, {"name": "echo", "port": 7, "targetPort": 7}],
         },
     });
     for (name, value) in own.as_object().into_iter().flatten() {
@@ -135,6 +137,31 @@ impl Stage {
             anyhow::ensure!(said.as_deref() == answer, "{said:?}");
             Ok(())
         })
+    }
+
+    /// Starts an `echo-server` on port 7 of a pod.
+    fn echo_server(&self, pod: &str) -> Result<App> {
+        let pod = self.mesh.pod(pod);
+        pod.app("echo-server --port 7")?.listening()
+    }
+
+    /// Whether what a pod sends to `to` comes back on a new connection.
+    fn echoes(&self, from: &str, to: &str) -> Result<bool> {
+        let command = format!("connect --to {to} --send hello --shutdown --read");
+        let ended = self.mesh.pod(from).app(&command)?.finish(TIMEOUT)?;
+        let events = ended.json_lines();
+        Ok(events.last().is_some_and(|last| last["text"] == "hello"))
+    }
+
+    /// Starts an exchange between a pod and `to` that continues until it is interrupted, as soon as there can be one.
+    fn chat(&self, from: &str, to: &str) -> Result<App> {
+        eventually_ok(TIMEOUT, &format!("an echo from {to}"), || {
+            anyhow::ensure!(self.echoes(from, to)?);
+            Ok(())
+        })?;
+        let mut chat = self.mesh.pod(from).app(&format!("chat --to {to}"))?;
+        chat.event("connected", TIMEOUT)?;
+        Ok(chat)
     }
 
     fn status(&self) -> Result<Value> {
@@ -303,4 +330,82 @@ fn a_kubeconfig_that_runs_programs_or_reads_files_is_refused() -> Result<()> {
     assert_eq!(stage.ask(SERVICE)?.as_deref(), Some(FROM_EAST));
     assert!(!fs::exists(&ran)?, "it ran the program");
     Ok(())
+}
+
+/// Waits until an exchange is reset.
+fn ends(chat: App) -> Result<()> {
+    let failed = chat.failure(TIMEOUT)?;
+    assert_eq!(failed["errno"], "ECONNRESET", "{failed}");
+    Ok(())
+}
+
+#[test]
+fn connections_stay_only_if_they_would_be_made_now() -> Result<()> {
+    let test = "connections_stay_only_if_they_would_be_made_now";
+    if let Some(why) = Kubernetes::missing() {
+        println!("SKIPPED {test}: {why}");
+        return Ok(());
+    }
+    let stage = Stage::start(EAST)?;
+    let _servers = [stage.echo_server("client")?, stage.echo_server("web-east")?];
+    let at = |pod: &str| -> SocketAddr { stage.mesh.pod(pod).at(7) };
+    let (client, server) = (at("client").to_string(), at("web-east").to_string());
+    let east = stage.east.remote_secret("east")?;
+    stage.west.apply(&east)?;
+    stage.east.apply(&stage.west.remote_secret("west")?)?;
+
+    // Of a cluster that is removed, those to its pods end: there is no way to them now.
+    let to_pod = stage.chat("client", &server)?;
+    let to_service = stage.chat("client", ECHO_SERVICE)?;
+    let from_east = stage.chat("web-east", &client)?;
+    stage.west.delete(SECRET)?;
+    ends(to_pod)?;
+    ends(to_service)?;
+    for destination in [server.as_str(), ECHO_SERVICE] {
+        stage.a.wait_for_access("the end", TIMEOUT, |line| {
+            line["destination"] == destination
+                && line["result"] == "reset"
+                && line["reason"] == "the remote cluster east was removed"
+        })?;
+    }
+    // Those from its pods stay, because a new one is admitted, too: by its certificate.
+    assert!(stage.echoes("web-east", &client)?);
+    let rounds = || from_east.events_of("round").len();
+    let before = rounds();
+    eventually(TIMEOUT, "the exchange to go on", || {
+        (rounds() > before + 1).then_some(())
+    })?;
+
+    // Without its trust domain's federation entry, none would be. `remoteClusters` may name the trust domain still.
+    let federate = |entries: &Value| {
+        stage
+            .a
+            .edit_config(|config| config["federation"] = entries.clone())
+    };
+    federate(&json!([]))?;
+    ends(from_east)?;
+    assert!(!stage.echoes("web-east", &client)?);
+
+    // The daemon names a remote cluster without such an entry, until it has one.
+    stage.west.apply(&east)?;
+    stage.wait_for_message("remote cluster's trust domain is not trusted")?;
+    assert_eq!(stage.status()?["trusted"], false);
+    let metrics = stage.a.metrics()?;
+    let trusted = "auth_daemon_remote_cluster_trusted{cluster=\"east\"} 0\n";
+    assert!(metrics.contains(trusted), "{metrics}");
+    let bundle = stage.mesh.outside().folder().join(EAST);
+    federate(&json!([{"trustDomain": EAST, "bundleFile": bundle}]))?;
+    stage.wait_for_message("remote cluster's trust domain is trusted again")?;
+    assert_eq!(stage.status()?["trusted"], true);
+    stage.wait_for(Some(FROM_EAST))?;
+    // The entry is removed while the cluster is one.
+    let start = stage.a.log_position();
+    federate(&json!([]))?;
+    let message = "remote cluster's trust domain is not trusted";
+    stage
+        .a
+        .wait_for_log_after(start, message, TIMEOUT, |line| {
+            { line["message"].as_str() }.is_some_and(|text| text.starts_with(message))
+        })?;
+    stage.wait_for(None)
 }

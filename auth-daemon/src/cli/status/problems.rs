@@ -53,6 +53,13 @@ pub(super) fn problems(status: &Value) -> Vec<String> {
                 error.replace(char::is_control, " ")
             ));
         }
+        if cluster["trusted"] == false {
+            problems.push(format!(
+                "remote cluster {} is of trust domain {}, which has no federation entry",
+                text(&cluster["name"]),
+                text(&cluster["trustDomain"])
+            ));
+        }
     }
     for policy in items(&status["policies"]) {
         if let Some(error) = policy["error"].as_str() {
@@ -80,7 +87,7 @@ mod tests {
             "certificates": [{"identity": "spiffe://x", "notAfter": "2026-01-02T03:04:05Z"}],
             "ca": {"reachable": true, "answered": null, "lastError": "once"},
             "federation": [{"trustDomain": "partner.example", "error": null}],
-            "remoteClusters": [{"name": "east", "error": null, "since": null}],
+            "remoteClusters": [{"name": "east", "error": null, "since": null, "trusted": true}],
             "policies": [{"kind": "AuthorizationPolicy", "name": "a/p", "error": null}],
         });
         assert!(problems(&status).is_empty());
@@ -89,8 +96,10 @@ mod tests {
         status["certificates"][0]["notAfter"] = "2026-01-02T03:04:04Z".into();
         status["ca"]["reachable"] = false.into();
         status["federation"][0]["error"] = "no answer".into();
-        status["remoteClusters"][0] =
-            json!({"name": "east", "error": "no route", "since": "2026-01-02T03:04:05Z"});
+        status["remoteClusters"][0] = json!({
+            "name": "east", "trustDomain": "east.example", "error": "no route", "since": "2026-01-02T03:04:05Z",
+            "trusted": false,
+        });
         status["policies"][0]["error"] = "spec: bad".into();
         assert_eq!(
             problems(&status),
@@ -101,6 +110,7 @@ mod tests {
                 "the CA does not answer since -: once",
                 "the bundle of partner.example is not current: no answer",
                 "remote cluster east cannot be read since 2026-01-02T03:04:05Z: no route",
+                "remote cluster east is of trust domain east.example, which has no federation entry",
                 "AuthorizationPolicy a/p: spec: bad",
             ]
         );

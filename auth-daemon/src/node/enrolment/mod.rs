@@ -30,7 +30,7 @@ use tokio::{
 use super::{
     Workers,
     acceptor::{Accepting, DRAIN_POLL, Side, accept},
-    revocation,
+    remote_clusters, revocation,
 };
 use crate::proxy::{
     Node, Pod, PodStatus,
@@ -236,6 +236,7 @@ impl Enrolment {
                 self.node.same_node.adopt(&self.node);
                 let keep = tokio::spawn(same_node::keep(self.node.clone()));
                 tokio::spawn(revocation::keep(self.node.clone()));
+                tokio::spawn(remote_clusters::keep(self.node.clone()));
                 let worker = self.workers.next(false);
                 let log = worker
                     .runtime
