@@ -246,7 +246,7 @@ impl<'a> Run<'a> {
     }
 
     /// Waits until the daemons have read the manifests as they are now, which may take long on a busy machine. A Service
-    /// without addresses and pods, which comes and goes, tells.
+    /// without pods, which comes and goes, tells.
     fn wait_for_reading(&mut self) -> Result<()> {
         let daemons: Vec<(&Daemon, u64)> = self
             .daemons
@@ -257,7 +257,8 @@ impl<'a> Run<'a> {
         self.is_told = !self.is_told;
         let manifests = self.mesh.manifests();
         if self.is_told {
-            manifests.apply(&ServiceSpec::new(TELLING).manifest())?;
+            let service = ServiceSpec::new(TELLING).address("10.96.255.254");
+            manifests.apply(&service.manifest())?;
         } else {
             manifests.remove("Service", "default", TELLING)?;
         }
