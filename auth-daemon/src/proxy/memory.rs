@@ -19,8 +19,11 @@ use crate::{
 
 /// The most that the future of a connection takes, in bytes.
 const MOST_OF_FUTURE: usize = 1536;
-/// The most that an idle tunnel takes, without its ciphers, which the library in C allocates.
+/// The most that an idle tunnel takes, without its keys.
 const MOST_OF_TUNNEL: usize = 1280;
+/// The most that its keys take, one a direction, where ring has the faster cipher. Those of aws-lc-rs are not counted: the
+/// library in C allocates them.
+const MOST_OF_KEYS: usize = 2 * 512;
 
 #[test]
 fn a_connections_future_has_no_room_for_its_establishment() {
@@ -64,7 +67,7 @@ async fn an_idle_tunnel_keeps_nothing_of_its_handshake() {
     assert_eq!(pool.idle(), 2 * TUNNELS);
     let each = (held() - before) / TUNNELS;
     println!("tunnel {each} bytes");
-    assert!(each <= MOST_OF_TUNNEL, "{each} bytes");
+    assert!(each <= MOST_OF_TUNNEL + MOST_OF_KEYS, "{each} bytes");
 }
 
 /// Both ends of a tunnel that carries a connection.
