@@ -342,7 +342,7 @@ fn tested(tests: &Tests, cgroups: Cgroups) -> Option<Run> {
         cgroups,
         command,
         environment: environment(),
-        seconds: 600,
+        seconds: 1800,
     };
     Some(Run {
         title: match cgroups {
