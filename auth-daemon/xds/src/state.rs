@@ -135,7 +135,10 @@ impl State {
     /// Reports whether istiod says that a policy selects a pod of this node, and has not sent that policy.
     pub fn lacks_policies(&self) -> bool {
         let mut found = self.local.keys().filter_map(|name| self.found(name));
-        found.any(|found| self.known_policies(found).is_none())
+        found.any(|found| {
+            let mut policies = found.policies.iter();
+            policies.any(|policy| !self.is_known(found, policy))
+        })
     }
 
     /// Returns all policies, if they have changed since the last call.
@@ -242,16 +245,17 @@ impl State {
 
     /// Returns the labels by which the policies of a workload select it. `None` if one of them is not known.
     fn known_policies(&self, found: &FoundWorkload) -> Option<Vec<(String, String)>> {
-        let namespaces = [&found.workload.name.namespace, &self.mesh.root_namespace];
         let policies = found.policies.iter();
         policies
-            .map(|name| {
-                // The model applies no other.
-                let applies = namespaces.contains(&&name.namespace);
-                let is_known = self.policies.contains_key(&name.to_string());
-                (applies && is_known).then(|| marker(name))
-            })
+            .map(|policy| self.is_known(found, policy).then(|| marker(policy)))
             .collect()
+    }
+
+    /// Reports whether a policy that selects the workload has arrived, and is of its namespace or the root's: the model applies
+    /// no other.
+    fn is_known(&self, found: &FoundWorkload, policy: &ObjectName) -> bool {
+        let namespaces = [&found.workload.name.namespace, &self.mesh.root_namespace];
+        namespaces.contains(&&policy.namespace) && self.policies.contains_key(&policy.to_string())
     }
 }
 
