@@ -20,6 +20,7 @@ const SERVICE: &str = "http://10.96.0.7/";
 const ECHO_SERVICE: &str = "10.96.0.7:7";
 const FROM_WEST: &str = "the-answer-of-the-own-cluster";
 const FROM_EAST: &str = "the-answer-of-the-remote-cluster";
+const NOT_TRUSTED: &str = "remote cluster's trust domain is not trusted";
 
 /// The cluster west with node a and its pods `client` and `web-west`, and the cluster east with node b and its pod `web-east`.
 /// Both have a service `web`, on different ports of their pods. Nothing says yet that `web-west` exists.
@@ -171,10 +172,13 @@ impl Stage {
     }
 
     fn wait_for_message(&self, message: &str) -> Result<Value> {
-        self.a.wait_for_log(message, TIMEOUT, |line| {
-            { line["message"].as_str() }.is_some_and(|text| text.starts_with(message))
-        })
+        self.a.wait_for_log(message, TIMEOUT, says(message))
     }
+}
+
+/// Whether a line's message begins with these words.
+fn says(message: &str) -> impl Fn(&Value) -> bool {
+    move |line| { line["message"].as_str() }.is_some_and(|text| text.starts_with(message))
 }
 
 #[test]
@@ -388,7 +392,7 @@ fn connections_stay_only_if_they_would_be_made_now() -> Result<()> {
 
     // The daemon names a remote cluster without such an entry, until it has one.
     stage.west.apply(&east)?;
-    stage.wait_for_message("remote cluster's trust domain is not trusted")?;
+    stage.wait_for_message(NOT_TRUSTED)?;
     assert_eq!(stage.status()?["trusted"], false);
     let metrics = stage.a.metrics()?;
     let trusted = "auth_daemon_remote_cluster_trusted{cluster=\"east\"} 0\n";
@@ -401,11 +405,8 @@ fn connections_stay_only_if_they_would_be_made_now() -> Result<()> {
     // The entry is removed while the cluster is one.
     let start = stage.a.log_position();
     federate(&json!([]))?;
-    let message = "remote cluster's trust domain is not trusted";
     stage
         .a
-        .wait_for_log_after(start, message, TIMEOUT, |line| {
-            { line["message"].as_str() }.is_some_and(|text| text.starts_with(message))
-        })?;
+        .wait_for_log_after(start, NOT_TRUSTED, TIMEOUT, says(NOT_TRUSTED))?;
     stage.wait_for(None)
 }
