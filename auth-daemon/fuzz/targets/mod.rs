@@ -19,6 +19,11 @@ mod token;
 mod tunnel;
 mod workload_api;
 
+use std::time::Duration;
+
+/// A run that takes longer hangs. Not less, as the tests run the targets in the CPU time that emulators leave.
+const LONG: Duration = Duration::from_secs(300);
+
 /// Runs one target on an input. Panics if the target's promise is broken.
 pub(crate) type Target = fn(&[u8]);
 

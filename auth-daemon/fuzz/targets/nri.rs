@@ -10,8 +10,7 @@ use tokio::{
     time::timeout,
 };
 
-/// A run that takes longer hangs.
-const LONG: Duration = Duration::from_secs(10);
+use super::LONG;
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("a runtime"));
 static FOLDER: LazyLock<tempfile::TempDir> =

@@ -21,8 +21,7 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-/// A run that takes longer hangs.
-const LONG: Duration = Duration::from_secs(10);
+use super::LONG;
 
 struct Stage {
     runtime: Runtime,

@@ -4,7 +4,6 @@ use std::{
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     sync::{Arc, LazyLock},
-    time::Duration,
 };
 
 use auth_mesh::TrustDomain;
@@ -12,8 +11,8 @@ use auth_tunnel::tls::trust::{Trust, TrustBundle, TrustStore};
 use auth_workload_api::Served;
 use tokio::{net::TcpListener, runtime::Runtime, sync::watch};
 
-/// A run that takes longer hangs.
-const LONG: Duration = Duration::from_secs(10);
+use super::LONG;
+
 /// How an HTTP/2 connection begins (RFC 9113 §3.4), and an empty frame of settings.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
