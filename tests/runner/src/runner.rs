@@ -143,25 +143,10 @@ struct Results<'a> {
 impl Run<'_> {
     /// Runs the tests of a group, as many in parallel as the group allows.
     fn group(&self, group: Group) -> Result<()> {
-        let mut queue: Vec<_> = self
-            .tests
-            .iter()
-            .filter(|test| Group::of(test) == group)
-            .collect();
-        queue.reverse();
-        let queue = Mutex::new(queue);
-        let work = || -> Result<()> {
-            while let Some(test) = lock(&queue).pop() {
-                let ended = execute(test)?;
-                self.report(test, &ended)?;
-            }
-            Ok(())
-        };
-        thread::scope(|scope| {
-            let threads: Vec<_> = (0..group.width()).map(|_| scope.spawn(work)).collect();
-            threads
-                .into_iter()
-                .try_for_each(|thread| thread.join().expect("no worker panics"))
+        let tests = self.tests.iter().filter(|test| Group::of(test) == group);
+        in_parallel(group.width(), tests, |test| {
+            let ended = execute(test)?;
+            self.report(test, &ended)
         })
     }
 
@@ -247,6 +232,48 @@ fn execute(test: &Test<'_>) -> Result<Ended> {
     })
 }
 
+/// Works on all items, in their order and on `width` of them at a time.
+fn in_parallel<T>(
+    width: usize,
+    items: impl Iterator<Item = T> + Send,
+    work: impl Fn(T) -> Result<()> + Sync,
+) -> Result<()> {
+    let items = &Mutex::new(items);
+    let work = || {
+        loop {
+            // A statement of its own, so that the lock is released before the work.
+            let item = lock(items).next();
+            let Some(item) = item else { return Ok(()) };
+            work(item)?;
+        }
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..width).map(|_| scope.spawn(work)).collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().expect("no worker panics"))
+    })
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no worker panics")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn works_on_as_many_items_at_a_time_as_told() {
+        let (first, second) = (mpsc::channel(), mpsc::channel());
+        // Each tells the other that it has begun, and waits to hear the same.
+        let ends = [(first.0, second.1), (second.0, first.1)];
+        in_parallel(2, ends.into_iter(), |(begun, other)| {
+            begun.send(())?;
+            Ok(other.recv_timeout(Duration::from_secs(60))?)
+        })
+        .expect("both began before either ended");
+    }
 }
