@@ -5,12 +5,19 @@
 //! rotation by source, across all pods: a source waits for one step of each other source, however many another one has.
 
 use std::{
+    future::{pending, poll_fn},
     net::{IpAddr, Ipv6Addr},
+    panic::resume_unwind,
+    pin::pin,
     sync::Arc,
+    time::Instant,
 };
 
 use auth_mesh::Snapshot;
 use auth_support::{connection_limit::ConnectionPermit, fair_queue::FairQueue};
+use tokio::task::JoinSet;
+
+use super::work::Work;
 
 /// Maximum number of a pod's inbound connections that are in their handshake at once.
 pub(super) const MAX: usize = 8192;
@@ -57,15 +64,43 @@ pub(crate) fn turns_of_worker() -> Turns {
 pub(crate) struct Place {
     pub(crate) source: Source,
     pub(crate) turns: Turns,
+    /// The pod's, to which the handshake is added.
+    pub(crate) work: Arc<Work>,
     pub(crate) _permit: ConnectionPermit,
 }
 
 impl Place {
-    /// Runs `handshake` in the turns of its source: each of its polls computes a step.
-    pub(crate) async fn in_turns<F: Future>(&self, handshake: F) -> F::Output {
+    /// Runs `handshake` in the turns of its source: each of its polls computes a step. Cancel-safe: it ends with this future.
+    ///
+    /// It is a task of its own on the worker. If the task that polls all connections of the pod polled it, it would hold its
+    /// turn until all those that are ready were polled, and other pods' handshakes would wait for them.
+    pub(crate) async fn in_turns<F>(&self, handshake: F) -> F::Output
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
         let source = self.source;
-        self.turns.clone().run(move || source, handshake).await
+        let handshake = added_to(self.work.clone(), handshake);
+        let mut task = JoinSet::new();
+        task.spawn(self.turns.clone().run(move || source, handshake));
+        match task.join_next().await {
+            Some(Ok(output)) => output,
+            Some(Err(error)) if error.is_panic() => resume_unwind(error.into_panic()),
+            // The worker ends, and this future with it.
+            _ => pending().await,
+        }
     }
+}
+
+/// Runs `handshake`, and adds the time of its polls to `work`.
+async fn added_to<F: Future>(work: Arc<Work>, handshake: F) -> F::Output {
+    let mut handshake = pin!(handshake);
+    poll_fn(|context| {
+        let began = Instant::now();
+        let polled = handshake.as_mut().poll(context);
+        work.add_since(began);
+        polled
+    })
+    .await
 }
 
 #[cfg(test)]
