@@ -12,7 +12,7 @@ use super::{
     keeper::{Holder, certified_key},
 };
 use auth_mesh::Identity;
-use auth_tunnel::tls::{svid::Svid, trust::TrustStore};
+use auth_tunnel::tls::svid::Svid;
 use auth_workload_api::{Served, X509Svid};
 
 /// A certificate for an app, with a key of its own. Requested when the app first asks for it, then renewed until this is
@@ -82,7 +82,7 @@ impl Holder for HandedOver {
         held.as_ref().map(|held| held.svid.clone())
     }
 
-    fn hold(&self, issued: X509Svid, _: &Arc<TrustStore>) -> Result<(), rustls::Error> {
+    fn hold(&self, issued: X509Svid) -> Result<(), rustls::Error> {
         certified_key(&issued)?;
         self.sender.send_replace(Some(Arc::new(issued)));
         Ok(())

@@ -19,7 +19,7 @@ use auth_mesh::Identity;
 use auth_tunnel::tls::{
     Configs,
     svid::Svid,
-    trust::{ForeignBundles, Trust, TrustStore},
+    trust::{ForeignBundles, TrustStore},
 };
 use auth_workload_api::X509Svid;
 
@@ -42,6 +42,7 @@ struct Held {
 pub struct Certificate {
     /// The identity.
     pub identity: Identity,
+    trust: Arc<TrustStore>,
     current: ArcSwapOption<Current>,
     issued: Notify,
 }
@@ -54,9 +55,9 @@ pub struct Current {
     /// TLS configurations with it.
     pub configs: Configs,
     key: Arc<CertifiedKey>,
-    /// The roots that the configurations trust.
+    /// The roots when the configurations were made.
     roots: Vec<CertificateDer<'static>>,
-    /// The bundles of foreign trust domains that they trust.
+    /// The bundles of foreign trust domains at that time.
     foreign: Arc<ForeignBundles>,
 }
 
@@ -66,7 +67,7 @@ impl Current {
         key: Arc<CertifiedKey>,
         trust: &Arc<TrustStore>,
     ) -> Result<Self, rustls::Error> {
-        // Before the verifier reads both: a change in between is then applied once more.
+        // Before the configurations are made: a change in between is then applied once more.
         let roots = trust.current().bundle.roots.clone();
         let foreign = trust.foreign();
         let configs = Configs::new(key.clone(), trust.clone())?;
@@ -78,22 +79,34 @@ impl Current {
             foreign,
         })
     }
+
+    /// Whether the roots are still those of `trust`.
+    fn is_of(&self, trust: &TrustStore) -> bool {
+        trust.current().bundle.roots == self.roots && trust.foreign() == self.foreign
+    }
 }
 
 impl Certificate {
-    fn none_of(identity: &Identity) -> Self {
+    fn none_of(identity: &Identity, trust: &Arc<TrustStore>) -> Self {
         Self {
             identity: identity.clone(),
+            trust: trust.clone(),
             current: ArcSwapOption::empty(),
             issued: Notify::new(),
         }
     }
 
-    /// The certificate, if there is a valid one.
+    /// The certificate, if there is a valid one. A handshake with its configurations resumes no session from before the last
+    /// change of the roots.
     pub fn current(&self) -> Option<Arc<Current>> {
-        self.current
-            .load_full()
-            .filter(|current| current.svid.not_after > SystemTime::now())
+        let current = self.current.load_full()?;
+        if current.svid.not_after <= SystemTime::now() {
+            return None;
+        }
+        match current.is_of(&self.trust) {
+            true => Some(current),
+            false => Some(self.with_current_roots(current)),
+        }
     }
 
     /// The same, but waits up to `patience` for one that is being requested: a pod's first connection may be that early.
@@ -104,6 +117,26 @@ impl Certificate {
         }
         let _ = tokio::time::timeout(patience, issued).await;
         self.current()
+    }
+
+    /// Replaces the configurations of `held`, and with them the sessions and tickets of peers whose root may be removed: TLS does
+    /// not verify them again. Here and not in the keeper, which may be waiting for the CA.
+    fn with_current_roots(&self, held: Arc<Current>) -> Arc<Current> {
+        match Current::new(held.svid.clone(), held.key.clone(), &self.trust) {
+            Ok(new) => {
+                let new = Arc::new(new);
+                // Unless another thread was faster, or another certificate was issued.
+                self.current.compare_and_swap(&held, Some(new.clone()));
+                new
+            }
+            Err(error) => {
+                tracing::error!(
+                    identity = %self.identity, %error,
+                    "new roots cannot be used; handshakes with peers of that trust domain fail"
+                );
+                held
+            }
+        }
     }
 }
 
@@ -120,29 +153,12 @@ impl Holder for Certificate {
         current.as_ref().map(|current| current.svid.clone())
     }
 
-    fn hold(&self, issued: X509Svid, trust: &Arc<TrustStore>) -> Result<(), rustls::Error> {
+    fn hold(&self, issued: X509Svid) -> Result<(), rustls::Error> {
         let key = Arc::new(certified_key(&issued)?);
-        let current = Current::new(issued.svid, key, trust)?;
+        let current = Current::new(issued.svid, key, &self.trust)?;
         self.current.store(Some(Arc::new(current)));
         self.issued.notify_waiters();
         Ok(())
-    }
-
-    /// Trusts the roots of the bundles.
-    fn trust_changed(&self, now: &Trust, trust: &Arc<TrustStore>) {
-        let Some(current) = self.current.load_full() else {
-            return;
-        };
-        if now.bundle.roots == current.roots && trust.foreign() == current.foreign {
-            return;
-        }
-        // Sessions and tickets are dropped, so that none is resumed under a removed root.
-        match Current::new(current.svid.clone(), current.key.clone(), trust) {
-            Ok(current) => self.current.store(Some(Arc::new(current))),
-            Err(error) => tracing::error!(
-                identity = %self.identity, %error, "new roots cannot be used; keeping the earlier ones"
-            ),
-        }
     }
 }
 
@@ -173,7 +189,7 @@ impl Certificates {
             held.users += 1;
             return held.certificate.clone();
         }
-        let certificate = Arc::new(Certificate::none_of(identity));
+        let certificate = Arc::new(Certificate::none_of(identity, self.trust()));
         self.keep(&mut held, &certificate);
         certificate
     }
@@ -182,8 +198,8 @@ impl Certificates {
     /// [`Certificates::acquire`], fails if the first request does. Must be called within a tokio runtime.
     pub async fn request(&self, identity: &Identity) -> Result<Arc<Certificate>, IssueError> {
         let issued = self.keeper.request(identity, Duration::MAX).await?;
-        let certificate = Arc::new(Certificate::none_of(identity));
-        let held = certificate.hold(issued, self.trust());
+        let certificate = Arc::new(Certificate::none_of(identity, self.trust()));
+        let held = certificate.hold(issued);
         held.map_err(|error| IssueError::from(error.to_string()))?;
         self.keep(&mut self.lock(), &certificate);
         Ok(certificate)
@@ -237,13 +253,16 @@ impl Certificates {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::{
+        future::pending,
+        sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    };
 
     use super::*;
     use crate::issuer::{IssueFuture, keeper::MAX_REQUESTS};
     use auth_ca::embedded::EmbeddedCa;
     use auth_mesh::TrustDomain;
-    use auth_tunnel::{tls::trust::Reason, tls::trust::TrustBundle};
+    use auth_tunnel::tls::trust::{Reason, Trust, TrustBundle};
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -251,7 +270,7 @@ mod tests {
         "cluster.local".parse().unwrap()
     }
 
-    /// Signs after a moment, counts requests, and fails as often as it is told to.
+    /// Signs after a moment, counts requests, and fails as often as it is told to, or does not answer at all.
     #[derive(Debug)]
     struct TestCa {
         _folder: tempfile::TempDir,
@@ -260,6 +279,7 @@ mod tests {
         under_way: AtomicUsize,
         most: AtomicUsize,
         failures: AtomicUsize,
+        hangs: AtomicBool,
     }
 
     impl TestCa {
@@ -273,6 +293,7 @@ mod tests {
                 under_way: AtomicUsize::new(0),
                 most: AtomicUsize::new(0),
                 failures: AtomicUsize::new(failures),
+                hangs: AtomicBool::new(false),
             })
         }
 
@@ -296,6 +317,9 @@ mod tests {
         ) -> IssueFuture<'a> {
             Box::pin(async move {
                 self.asked.fetch_add(1, Ordering::Relaxed);
+                if self.hangs.load(Ordering::Relaxed) {
+                    pending::<()>().await;
+                }
                 let now = self.under_way.fetch_add(1, Ordering::Relaxed) + 1;
                 self.most.fetch_max(now, Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -399,10 +423,54 @@ mod tests {
         let first = certificate.obtain(PATIENCE).await.unwrap();
         let TrustBundle { roots, .. } = other.trust().current().bundle.clone();
         ca.change(|trust| trust.bundle.roots.extend(roots));
-        let next = until(|| certificate.current().filter(|c| !Arc::ptr_eq(c, &first))).await;
+        let next = certificate.current().unwrap();
         assert_eq!(next.svid, first.svid);
         assert_eq!(next.roots.len(), 2);
         assert!(!Arc::ptr_eq(&next.configs.server, &first.configs.server));
+        assert!(Arc::ptr_eq(&next, &certificate.current().unwrap()), "once");
         assert_eq!(ca.asked(), 1);
+    }
+
+    #[tokio::test]
+    async fn no_session_outlives_its_root_while_the_ca_hangs() {
+        let ca = TestCa::new(0);
+        let certificates = Certificates::new(ca.clone());
+        let identity = domain().identity("default", "web").unwrap();
+        let certificate = certificates.acquire(&identity);
+        let first = certificate.obtain(PATIENCE).await.unwrap();
+        ca.hangs.store(true, Ordering::Relaxed);
+        ca.change(|trust| {
+            let serials = &mut trust.revoked.serials;
+            serials.insert((*first.svid.serial).into(), Reason::Superseded);
+        });
+        until(|| (ca.asked() == 2).then_some(())).await;
+        let servers = || certificate.current().unwrap().configs.server.clone();
+        let mut before = servers();
+        let mut change = |what: &str, change: &dyn Fn()| {
+            change();
+            let now = servers();
+            assert!(!Arc::ptr_eq(&now, &before), "{what}");
+            before = now;
+        };
+        let foreign = TestCa::new(0).trust().current().bundle.clone();
+        let mut bundles = ForeignBundles::default();
+        bundles.insert(TrustBundle {
+            trust_domain: "far.example".parse().unwrap(),
+            ..foreign.clone()
+        });
+        let trust = ca.trust();
+        change("a foreign root comes", &|| {
+            trust.publish_foreign(bundles.clone())
+        });
+        change("and goes", &|| {
+            trust.publish_foreign(ForeignBundles::default())
+        });
+        change("an own root comes", &|| {
+            ca.change(|trust| trust.bundle.roots.extend(foreign.roots.clone()));
+        });
+        change("and goes", &|| {
+            ca.change(|trust| drop(trust.bundle.roots.pop()))
+        });
+        assert_eq!(ca.asked(), 2, "the keeper still waits");
     }
 }

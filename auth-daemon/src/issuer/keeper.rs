@@ -16,10 +16,7 @@ use tokio::sync::Semaphore;
 
 use super::{CaHealth, IssueError, Issuer, renewal::Schedule};
 use auth_mesh::Identity;
-use auth_tunnel::tls::{
-    svid::Svid,
-    trust::{Trust, TrustStore},
-};
+use auth_tunnel::tls::svid::Svid;
 use auth_workload_api::X509Svid;
 
 /// How long one request to the CA may take.
@@ -52,9 +49,7 @@ pub(super) trait Holder: Send + Sync {
     /// The content of the certificate held.
     fn held(&self) -> Option<Svid>;
     /// Replaces the certificate.
-    fn hold(&self, issued: X509Svid, trust: &Arc<TrustStore>) -> Result<(), rustls::Error>;
-    /// Notes that `trust` has another bundle or other revocations, of which `now` is the current state.
-    fn trust_changed(&self, _now: &Trust, _trust: &Arc<TrustStore>) {}
+    fn hold(&self, issued: X509Svid) -> Result<(), rustls::Error>;
 }
 
 impl Keeper {
@@ -66,7 +61,7 @@ impl Keeper {
         }
     }
 
-    /// Requests and renews the certificate of `holder`, and applies changes of the trust bundle, until the task is aborted.
+    /// Requests and renews the certificate of `holder`, also when it is revoked, until the task is aborted.
     pub(super) async fn keep_current<H: Holder>(self: Arc<Self>, holder: Arc<H>) {
         let store = self.issuer.trust();
         let mut schedule = Schedule::new(SystemTime::now());
@@ -78,15 +73,14 @@ impl Keeper {
         loop {
             if trust.has_changed().unwrap_or(false) {
                 trust.borrow_and_update();
-                let now = store.current();
+                let revoked = &store.current().revoked;
                 schedule.trust_changed(SystemTime::now(), rand::random());
                 if holder
                     .held()
-                    .is_some_and(|held| now.revoked.check(&held).is_err())
+                    .is_some_and(|held| revoked.check(&held).is_err())
                 {
                     schedule.revoked(SystemTime::now());
                 }
-                holder.trust_changed(&now, store);
             }
             let sleep = schedule.sleep(SystemTime::now());
             if !sleep.is_zero() {
@@ -102,7 +96,7 @@ impl Keeper {
                 .await
                 .and_then(|issued| {
                     let svid = issued.svid.clone();
-                    let held = holder.hold(issued, store);
+                    let held = holder.hold(issued);
                     held.map_err(|error| error.to_string())?;
                     Ok(svid)
                 });

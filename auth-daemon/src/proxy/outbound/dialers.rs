@@ -155,13 +155,13 @@ impl Call<'_> {
         address: SocketAddr,
     ) -> Result<(Arc<Current>, TcpStream), Refusal> {
         let pod = self.pod;
-        let certificate = pod
-            .certificate
-            .obtain(CERTIFICATE)
-            .await
-            .ok_or_else(|| Refusal::NoCertificate(pod.workload.identity.clone()))?;
+        let none = || Refusal::NoCertificate(pod.workload.identity.clone());
+        let certificate = pod.certificate.obtain(CERTIFICATE).await;
+        certificate.ok_or_else(none)?;
         let dial = within(attempt.limit(DIAL), self.dial(attempt, address)).await;
-        Ok((certificate, dial.map_err(|why| attempt.failed(why))?))
+        let tcp = dial.map_err(|why| attempt.failed(why))?;
+        // The handshake begins now: the roots may have changed meanwhile.
+        Ok((pod.certificate.current().ok_or_else(none)?, tcp))
     }
 
     /// Connects to `address`, the endpoint's or its node's on the endpoint's address, from the pod's netns.

@@ -34,8 +34,8 @@ pub struct Configs {
 }
 
 impl Configs {
-    /// Builds configurations that present `key` and verify peers against `trust`: its current roots, and its
-    /// revocations at the time of each handshake.
+    /// Builds configurations that present `key` and verify peers against `trust`: its roots and its revocations at the time
+    /// of each handshake. A resumed session is not verified again, so build others when the roots change.
     pub fn new(key: Arc<CertifiedKey>, trust: Arc<TrustStore>) -> Result<Self, Error> {
         let provider = Arc::new(provider());
         let verifier = Arc::new(Verifier::new(trust, provider.clone())?);

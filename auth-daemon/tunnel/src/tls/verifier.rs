@@ -41,9 +41,9 @@ struct ChainTooLarge(usize);
 pub struct Verifier {
     trust: Arc<TrustStore>,
     trust_domain: TrustDomain,
-    own: Roots,
+    own: Arc<Roots>,
     /// By the name of the trust domain.
-    foreign: HashMap<String, Roots>,
+    foreign: HashMap<String, Arc<Roots>>,
     clients_may_be_anonymous: bool,
     provider: Arc<CryptoProvider>,
 }
@@ -51,6 +51,7 @@ pub struct Verifier {
 /// The roots of one trust domain.
 #[derive(Debug)]
 struct Roots {
+    certificates: Vec<CertificateDer<'static>>,
     roots: Arc<RootCertStore>,
     clients: Arc<dyn ClientCertVerifier>,
 }
@@ -59,7 +60,7 @@ impl Roots {
     fn new(
         certificates: &[CertificateDer<'static>],
         provider: &Arc<CryptoProvider>,
-    ) -> Result<Self, Error> {
+    ) -> Result<Arc<Self>, Error> {
         let mut roots = RootCertStore::empty();
         for certificate in certificates {
             roots.add(certificate.clone())?;
@@ -68,13 +69,17 @@ impl Roots {
         let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
             .build()
             .map_err(|error| Error::General(error.to_string()))?;
-        Ok(Self { roots, clients })
+        Ok(Arc::new(Self {
+            certificates: certificates.to_vec(),
+            roots,
+            clients,
+        }))
     }
 }
 
 impl Verifier {
-    /// Trusts the roots that `trust` has now, those of each trust domain for its own names alone, and refuses what it says is
-    /// revoked at the time of a handshake.
+    /// Trusts the roots that `trust` has at the time of a handshake, those of each trust domain for its own names alone, and
+    /// refuses what it says is revoked at that time. Those that it has now are prepared, so that they cost a handshake nothing.
     pub fn new(trust: Arc<TrustStore>, provider: Arc<CryptoProvider>) -> Result<Self, Error> {
         let bundle = &trust.current().bundle;
         let foreign = trust.foreign();
@@ -99,23 +104,38 @@ impl Verifier {
         }
     }
 
-    /// Checks the SVID, and returns the roots of its trust domain.
+    /// Checks the SVID, and returns the current roots of its trust domain.
     fn check_svid(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-    ) -> Result<&Roots, Error> {
+    ) -> Result<Arc<Roots>, Error> {
         if intermediates.len() > MAX_INTERMEDIATES {
             return Err(refused(ChainTooLarge(intermediates.len())));
         }
         let svid = Svid::parse_of_any(leaf, &self.trust_domain).map_err(refused)?;
-        self.trust.check(&svid).map_err(refused)?;
+        let own = self.trust.check(&svid).map_err(refused)?;
         let name = svid.identity.trust_domain();
         if name == self.trust_domain.as_str() {
-            return Ok(&self.own);
+            return self.current(Some(&self.own), &own.bundle.roots);
         }
-        let foreign = self.foreign.get(name);
-        foreign.ok_or_else(|| refused(NotFederated(svid.identity.clone())))
+        let foreign = self.trust.foreign();
+        let Some(roots) = foreign.roots(name) else {
+            return Err(refused(NotFederated(svid.identity.clone())));
+        };
+        self.current(self.foreign.get(name), roots)
+    }
+
+    /// Returns the prepared roots if they are those of `current`, else others: roots may have been added or removed since.
+    fn current(
+        &self,
+        prepared: Option<&Arc<Roots>>,
+        current: &[CertificateDer<'static>],
+    ) -> Result<Arc<Roots>, Error> {
+        match prepared {
+            Some(prepared) if prepared.certificates == current => Ok(prepared.clone()),
+            _ => Roots::new(current, &self.provider),
+        }
     }
 }
 
@@ -134,7 +154,7 @@ impl ServerCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         // Check the certificate's content first, because that gives a more specific error than an invalid chain.
-        let Roots { roots, .. } = self.check_svid(end_entity, intermediates)?;
+        let Roots { roots, .. } = &*self.check_svid(end_entity, intermediates)?;
         verify_server_cert_signed_by_trust_anchor(
             &ParsedCertificate::try_from(end_entity)?,
             roots,
@@ -193,8 +213,8 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let Roots { clients, .. } = self.check_svid(end_entity, intermediates)?;
-        clients
+        self.check_svid(end_entity, intermediates)?
+            .clients
             .verify_client_cert(end_entity, intermediates, now)
             .map_err(chain_error)
     }
@@ -344,6 +364,36 @@ mod tests {
         assert!(!accepts(&trusting, &certificate), "at once");
         assert!(!accepts(&verifier(), &certificate));
         assert!(accepts(&trusting, &own.sign(OWN)));
+    }
+
+    #[test]
+    fn a_rotation_counts_at_once_and_refuses_nothing_that_is_still_trusted() {
+        let own = Authority::new();
+        let [old, new] = [Authority::new(), Authority::new()];
+        let trust = trust(&own);
+        let publish = |trust_domain: &str, authorities: &[&Authority]| {
+            let bundle = TrustBundle {
+                trust_domain: trust_domain.parse().unwrap(),
+                roots: authorities.iter().map(|one| one.root.clone()).collect(),
+            };
+            if trust_domain == OWN {
+                return trust.publish(Trust::fixed(bundle));
+            }
+            let mut bundles = ForeignBundles::default();
+            bundles.insert(bundle);
+            trust.publish_foreign(bundles);
+        };
+        for trust_domain in [FOREIGN, OWN] {
+            publish(trust_domain, &[&old]);
+            // One that handshakes under way still have, however often the roots change.
+            let verifier = Verifier::new(trust.clone(), Arc::new(provider())).unwrap();
+            let trusted = || [&old, &new].map(|one| accepts(&verifier, &one.sign(trust_domain)));
+            assert_eq!(trusted(), [true, false]);
+            publish(trust_domain, &[&old, &new]);
+            assert_eq!(trusted(), [true, true], "a root is added");
+            publish(trust_domain, &[&new]);
+            assert_eq!(trusted(), [false, true], "a root is removed");
+        }
     }
 
     #[test]
