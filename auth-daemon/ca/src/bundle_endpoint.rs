@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -11,7 +12,10 @@ use std::{
 use anyhow::Context;
 use auth_federation::{Bundle, EndpointId};
 use auth_mesh::TrustDomain;
-use auth_support::{connection_limit::ConnectionLimit, http_server::answer_one};
+use auth_support::{
+    connection_limit::{ConnectionLimit, ConnectionPermit, source_of},
+    http_server::answer_one,
+};
 use axum::{
     Router,
     http::{StatusCode, header::CONTENT_TYPE},
@@ -145,7 +149,7 @@ fn bundle(leader: &Leader, refresh_hint: Duration) -> Response {
     }
 }
 
-/// Answers callers, for ever. Connections are limited in total and for each address, and so are their times.
+/// Answers callers, for ever. Connections are limited in total and for each source, and so are their times.
 async fn accept(listener: TcpListener, tls: &CurrentTls, routes: &Router) {
     let connections = ConnectionLimit::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE);
     let connections = Arc::new(connections);
@@ -158,7 +162,7 @@ async fn accept(listener: TcpListener, tls: &CurrentTls, routes: &Router) {
                 continue;
             }
         };
-        let permit = connections.admit(address.ip().to_canonical());
+        let permit = admit(&connections, address);
         // A replica that was never the leader has no certificate.
         let (Some(permit), Some(tls)) = (permit, tls.load_full()) else {
             tracing::debug!(peer = %address, "caller of the bundle endpoint refused");
@@ -170,6 +174,10 @@ async fn accept(listener: TcpListener, tls: &CurrentTls, routes: &Router) {
             drop(permit);
         });
     }
+}
+
+fn admit(connections: &Arc<ConnectionLimit>, caller: SocketAddr) -> Option<ConnectionPermit> {
+    connections.admit(source_of(caller.ip()))
 }
 
 async fn answer(tcp: TcpStream, tls: Arc<ServerConfig>, routes: Router) {
@@ -255,8 +263,6 @@ fn config(key: Arc<CertifiedKey>) -> Result<ServerConfig, rustls::Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use auth_ca_api::pem;
     use auth_federation::{Endpoint, Profile, fetch};
     use rcgen::{CertificateParams, KeyPair};
@@ -320,6 +326,17 @@ mod tests {
         Profile::Spiffe {
             id: id.parse().unwrap(),
         }
+    }
+
+    #[test]
+    fn one_ipv6_network_cannot_take_all_connections() {
+        let limit = ConnectionLimit::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE);
+        let limit = Arc::new(limit);
+        let admit = |address: &str| admit(&limit, format!("[{address}]:1").parse().unwrap());
+        let held = (0..MAX_CONNECTIONS).map_while(|n| admit(&format!("2001:db8::{n:x}")));
+        let held: Vec<_> = held.collect();
+        assert_eq!(held.len(), MAX_CONNECTIONS_PER_SOURCE);
+        assert!(admit("2001:db8:0:1::1").is_some(), "another network");
     }
 
     #[tokio::test]

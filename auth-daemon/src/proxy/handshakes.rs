@@ -6,7 +6,7 @@
 
 use std::{
     future::{pending, poll_fn},
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     panic::resume_unwind,
     pin::pin,
     sync::Arc,
@@ -14,7 +14,10 @@ use std::{
 };
 
 use auth_mesh::Snapshot;
-use auth_support::{connection_limit::ConnectionPermit, fair_queue::FairQueue};
+use auth_support::{
+    connection_limit::{ConnectionPermit, source_of},
+    fair_queue::FairQueue,
+};
 use tokio::task::JoinSet;
 
 use super::work::Work;
@@ -31,19 +34,15 @@ pub(super) const MAX_PER_SOURCE: usize = 1024;
 pub(crate) struct Source(IpAddr);
 
 impl Source {
-    /// The source of connections from `address`: the address itself if it is IPv4, or if a known object has it. Of unknown
-    /// IPv6 addresses, all of a /64 network are one source, because one host can use them all (RFC 4291, section 2.5.1).
+    /// The source of connections from `address`: the address itself if a known object has it, else as [`source_of`] says.
     pub(crate) fn of(address: IpAddr, snapshot: &Snapshot) -> Self {
         Self::new(address, || snapshot.kind(address).is_some())
     }
 
     fn new(address: IpAddr, is_known: impl FnOnce() -> bool) -> Self {
         match address {
-            IpAddr::V6(v6) if !is_known() => {
-                let network = v6.to_bits() & !u128::from(u64::MAX);
-                Self(Ipv6Addr::from_bits(network).into())
-            }
-            known => Self(known),
+            IpAddr::V6(_) if !is_known() => Self(source_of(address)),
+            address => Self(address),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -56,6 +56,15 @@ impl ConnectionLimit {
     }
 }
 
+/// The source that connections from `address` count for, if nothing else is known of it: the address itself if it is IPv4
+/// (also mapped to IPv6), otherwise its /64 network, because one host can use all addresses of it (RFC 4291, section 2.5.1).
+pub fn source_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
+        v4 => v4,
+    }
+}
+
 /// Permit for one connection. See [`ConnectionLimit::admit`].
 #[derive(Debug)]
 pub struct ConnectionPermit {
@@ -79,6 +88,16 @@ impl Drop for ConnectionPermit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ipv6_addresses_of_a_network_are_one_source() {
+        let source = |text: &str| source_of(text.parse().unwrap());
+        assert_eq!(source("2001:db8:0:1::5"), source("2001:db8:0:1:ffff::6"));
+        assert_ne!(source("2001:db8:0:1::5"), source("2001:db8:0:2::5"));
+        assert_ne!(source("10.0.0.1"), source("10.0.0.2"));
+        assert_ne!(source("::ffff:10.0.0.1"), source("::ffff:10.0.0.2"));
+        assert_eq!(source("::ffff:10.0.0.1"), source("10.0.0.1"));
+    }
 
     #[test]
     fn one_source_cannot_take_all() {
