@@ -121,7 +121,7 @@ pub async fn run(
         if changed && is_subscribed && known.is_complete() && (is_published || is_pinned()) {
             // Connections wait for answers.
             let is_awaited = !answered.is_empty();
-            due.changed(Instant::now(), is_awaited, state.lacks_policies());
+            due.changed(Instant::now(), is_awaited, state.missing_policies());
         }
     }
 }

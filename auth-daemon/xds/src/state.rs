@@ -132,12 +132,13 @@ impl State {
         &mut self.edit
     }
 
-    /// Reports whether istiod says that a policy selects a pod of this node, and has not sent that policy.
-    pub fn lacks_policies(&self) -> bool {
-        let mut found = self.local.keys().filter_map(|name| self.found(name));
-        found.any(|found| {
-            let mut policies = found.policies.iter();
-            policies.any(|policy| !self.is_known(found, policy))
+    /// Returns the policies that istiod says select a pod of this node, and has not sent: the pod, and the policy.
+    pub fn missing_policies(&self) -> impl Iterator<Item = (&ObjectName, &ObjectName)> {
+        let found = self.local.keys().filter_map(|name| self.found(name));
+        found.flat_map(|found| {
+            let policies = found.policies.iter();
+            let missing = policies.filter(|policy| !self.is_known(found, policy));
+            missing.map(|policy| (&found.workload.name, policy))
         })
     }
 

@@ -193,12 +193,22 @@ fn admits(state: &mut State) -> bool {
     .allowed()
 }
 
+/// What is missing: pods, and policies that they wait for.
+fn missing(state: &State) -> Vec<String> {
+    let missing = state.missing_policies();
+    let mut missing: Vec<_> = missing
+        .map(|(pod, policy)| format!("{pod} {policy}"))
+        .collect();
+    missing.sort();
+    missing
+}
+
 #[test]
 fn a_pod_admits_nothing_until_all_its_policies_are_known() {
     let mut state = state();
     state.local_pod(local("web-1", "a"));
     assert!(!admits(&mut state), "istiod has not told of the pod");
-    assert!(!state.lacks_policies(), "nor named a policy of it");
+    assert_eq!(missing(&state), [""; 0], "nor named a policy of it");
     let found = |policies: &[&str]| api::Workload {
         node: "a".into(),
         authorization_policies: policies.iter().map(|name| (*name).to_owned()).collect(),
@@ -208,7 +218,7 @@ fn a_pod_admits_nothing_until_all_its_policies_are_known() {
     assert!(admits(&mut state));
     remote(&mut state, found(&["shop/some"]));
     assert!(!admits(&mut state), "the policy has not arrived");
-    assert!(state.lacks_policies());
+    assert_eq!(missing(&state), ["shop/web-1 shop/some"]);
     let put = |state: &mut State, resource: &str, groups| {
         let found = Authorization {
             scope: Scope::WorkloadSelector as i32,
@@ -221,13 +231,19 @@ fn a_pod_admits_nothing_until_all_its_policies_are_known() {
     };
     put(&mut state, "shop/some", vec![]);
     assert!(admits(&mut state), "a policy that denies nothing");
-    assert!(!state.lacks_policies());
+    assert_eq!(missing(&state), [""; 0]);
     put(&mut state, "shop/other", vec![Default::default()]);
     assert!(admits(&mut state), "a policy that does not select the pod");
     put(&mut state, "shop/some", vec![Default::default()]);
     assert!(!admits(&mut state), "a policy that denies everything");
     state.take(Change::NoPolicy("shop/some".into()));
     assert!(!admits(&mut state), "the workload names it still");
+    remote(
+        &mut state,
+        found(&["shop/other", "shop/some", "shop/third"]),
+    );
+    let expected = ["shop/web-1 shop/some", "shop/web-1 shop/third"];
+    assert_eq!(missing(&state), expected, "each by itself");
     remote(&mut state, found(&["third/some"]));
     put(&mut state, "third/some", vec![]);
     assert!(!admits(&mut state), "the model cannot apply it");
