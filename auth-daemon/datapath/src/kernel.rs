@@ -43,7 +43,7 @@ use programs::{OBJECT, attach_to_cgroup, cgroup_programs, load_program, loader, 
 
 pub use error::KernelError;
 pub(super) use error::{link_error, map_error, program_error};
-pub(super) use pins::{layouts, pinned_pods, remove_layout, replace_pin};
+pub(super) use pins::{attached_programs, layouts, pinned_pods, remove_layout, replace_pin};
 pub(super) use programs::program;
 pub use programs::try_load;
 

@@ -92,14 +92,10 @@ fn it_leaves_nothing_and_pods_talk_plainly() {
         assert!(!node.pins().exists(), "{:?}", files(node.pins()));
     }
     assert_eq!([Routing::of(&client), Routing::of(&web)], clean);
-    // The kernel detaches a program soon after its link's pin is removed.
-    eventually(TIMEOUT, "no program to be attached", || {
-        let nodes: [u32; 2] =
-            ["a", "b"].map(|name| attached_to_node(mesh.node(name)).values().sum());
-        let netns = [&client, &web].map(|pod| attached_to_netns(pod));
-        (nodes == [0, 0] && netns == [0, 0]).then_some(())
-    })
-    .unwrap();
+    // The kernel detaches a program soon after its link's pin is removed, and `unload` waits for that.
+    let nodes: [u32; 2] = ["a", "b"].map(|name| attached_to_node(mesh.node(name)).values().sum());
+    let netns = [&client, &web].map(|pod| attached_to_netns(pod));
+    assert_eq!((nodes, netns), ([0, 0], [0, 0]));
     for held in &held {
         // The kernel frees them when nobody can be using them any more.
         let what = "programs and maps to be gone";
@@ -190,11 +186,8 @@ fn it_manages_when_pods_are_gone() {
     let unloaded = node.unload().unwrap().ok().unwrap();
     assert!(unloaded.stdout.contains("3 pods"), "{}", unloaded.stdout);
     assert!(!node.pins().exists(), "{:?}", files(node.pins()));
-    eventually(TIMEOUT, "no program to be attached", || {
-        let attached = attached_to_node(node);
-        attached.values().all(|count| *count == 0).then_some(())
-    })
-    .unwrap();
+    let attached = attached_to_node(node);
+    assert!(attached.values().all(|count| *count == 0), "{attached:?}");
     assert_eq!(
         [Routing::of(&mesh.pod("web")), Routing::of(&nameless)],
         clean

@@ -1,6 +1,7 @@
 //! What is pinned: a folder for each layout of the maps, with the maps, and the links of the programs.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -13,6 +14,8 @@ use aya::{
 
 use super::KernelError;
 
+/// The folders of a layout in which links are pinned.
+const LINKS: [&str; 3] = ["links", "pods", "interfaces"];
 /// Suffix of a new link's pin while the old link is still pinned. A link's pin has the name of its program.
 const NEW: &str = "new";
 
@@ -38,13 +41,25 @@ pub(super) fn other_layouts(pins: &Path) -> Vec<PathBuf> {
 /// Removes the pins of a layout. The links come first: without them connections are not captured at all, so none is
 /// captured halfway.
 pub(crate) fn remove_layout(layout: &Path) -> io::Result<()> {
-    for kind in ["links", "pods", "interfaces", "maps"] {
+    for kind in LINKS.into_iter().chain(["maps"]) {
         match fs::remove_dir_all(layout.join(kind)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
     }
     fs::remove_dir(layout)
+}
+
+/// IDs of the programs that the links of a layout attach.
+pub(crate) fn attached_programs(layout: &Path) -> BTreeSet<u32> {
+    let pins = LINKS
+        .iter()
+        .flat_map(|kind| fs::read_dir(layout.join(kind)));
+    let links = pins.flatten().flatten().filter_map(|pin| {
+        let link = PinnedLink::from_pin(pin.path()).ok()?;
+        FdLink::from(link).info().ok()
+    });
+    links.map(|link| link.program_id()).collect()
 }
 
 /// Pins `link` as `name` in `folder`. The link that was pinned there stays attached until it is replaced.
