@@ -78,6 +78,8 @@ pub(in crate::discovery) struct Known {
     kinds: BTreeMap<Kind, Objects>,
     /// Whether policies have changed since they were last published.
     policies_changed: bool,
+    /// Whether it is not in force yet, so that no model is told of it.
+    is_draft: bool,
 }
 
 /// The objects of one kind.
@@ -120,6 +122,27 @@ impl Known {
                 .map(|kind| (*kind, Objects::default()))
                 .collect(),
             policies_changed: false,
+            is_draft: false,
+        }
+    }
+
+    /// Creates the state of a cluster that is not in force, and of which no model is told, until [`Self::replace`] has it.
+    pub(super) fn draft(settings: Settings, kinds: &[Kind]) -> Self {
+        Self {
+            is_draft: true,
+            ..Self::of(settings, kinds)
+        }
+    }
+
+    /// Replaces all objects with those of `draft`, also in `model`.
+    pub(super) fn replace(&mut self, draft: Self, model: &mut impl Model) {
+        for (kind, objects) in draft.kinds {
+            self.keep_all(kind, objects.current, model);
+            let known = self.kinds.entry(kind).or_default();
+            // A list may be in progress again.
+            known.listed = objects.listed;
+            known.complete = objects.complete;
+            known.doubted = objects.doubted;
         }
     }
 
@@ -189,20 +212,32 @@ impl Known {
                 if doubted {
                     return changed;
                 }
-                let known = objects.current.keys();
-                let gone: Vec<_> = known
-                    .filter(|name| !listed.contains_key(*name))
-                    .cloned()
-                    .collect();
-                for name in gone {
-                    changed |= self.keep(kind, name, None, model);
-                }
-                for (name, kept) in listed {
-                    changed |= self.keep(kind, name, Some(kept), model);
-                }
+                changed |= self.keep_all(kind, listed, model);
                 changed
             }
         }
+    }
+
+    /// Stores the state of all objects of a kind. Returns whether any changed for the mesh.
+    fn keep_all(
+        &mut self,
+        kind: Kind,
+        all: HashMap<ObjectName, Kept>,
+        model: &mut impl Model,
+    ) -> bool {
+        let known = self.kinds.entry(kind).or_default().current.keys();
+        let gone: Vec<_> = known
+            .filter(|name| !all.contains_key(*name))
+            .cloned()
+            .collect();
+        let mut changed = false;
+        for name in gone {
+            changed |= self.keep(kind, name, None, model);
+        }
+        for (name, kept) in all {
+            changed |= self.keep(kind, name, Some(kept), model);
+        }
+        changed
     }
 
     /// Forgets all objects, also in `model`.
@@ -232,6 +267,9 @@ impl Known {
         };
         if before.and_then(|before| before.object) == object {
             return false;
+        }
+        if self.is_draft {
+            return true;
         }
         // Daemons may be watched apart from the other pods.
         let tells_of_daemons = self.settings.daemons.is_some()

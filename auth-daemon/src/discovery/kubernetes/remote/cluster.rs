@@ -1,10 +1,6 @@
 //! One remote cluster: what is read of it, and whether it can be read.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::SystemTime,
-};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use futures_util::{
     StreamExt,
@@ -42,15 +38,12 @@ pub(super) struct Cluster {
     pub(super) trust_domain: TrustDomain,
     /// The last one in the secret, usable or not.
     pub(super) kubeconfig: Option<Vec<u8>>,
+    /// What is in force of it.
     pub(super) known: Known,
-    /// What it has said so far, until everything has been read once. Before, a namespace that leaves the mesh may be missing.
-    first: Option<First>,
+    /// What has been read of it so far, until everything has been read once. Before, a namespace that leaves the mesh may be
+    /// missing.
+    draft: Option<Known>,
     pub(super) health: Health,
-}
-
-struct First {
-    events: Vec<(Kind, Event)>,
-    unread: BTreeSet<Kind>,
 }
 
 /// Whether a remote cluster can be read.
@@ -67,11 +60,8 @@ impl Cluster {
             secret: String::new(),
             trust_domain: settings.trust_domain.clone(),
             kubeconfig: None,
-            known: Known::of(settings, &KINDS),
-            first: Some(First {
-                events: Vec::new(),
-                unread: KINDS.into(),
-            }),
+            known: Known::of(settings.clone(), &KINDS),
+            draft: Some(Known::draft(settings, &KINDS)),
             health: Health::default(),
         }
     }
@@ -93,16 +83,15 @@ impl Cluster {
         if matches!(event, Event::InitDone) && self.health.works(kind) {
             tracing::info!(cluster = %name, "remote cluster can be read again");
         }
-        let Some(first) = &mut self.first else {
+        let Some(mut draft) = self.draft.take() else {
             return self.known.take(kind, event, edit);
         };
-        first.take(kind, event);
-        if !first.unread.is_empty() {
+        draft.take(kind, event, edit);
+        if !draft.is_complete() {
+            self.draft = Some(draft);
             return false;
         }
-        for (kind, event) in self.first.take().into_iter().flat_map(|first| first.events) {
-            self.known.take(kind, event, edit);
-        }
+        self.known.replace(draft, edit);
         tracing::info!(
             cluster = %name, pods = self.known.count_of(Kind::Pod), services = self.known.count_of(Kind::Service),
             "remote cluster is read"
@@ -121,23 +110,6 @@ impl Cluster {
             error: health.error().cloned(),
             since: health.since.map(|since| rfc3339(unix_seconds(since))),
         }
-    }
-}
-
-impl First {
-    fn take(&mut self, kind: Kind, event: Event) {
-        match event {
-            // What an interrupted list has said is said again.
-            Event::Init => {
-                self.events.retain(|(of, _)| *of != kind);
-                self.unread.insert(kind);
-            }
-            Event::InitDone => {
-                self.unread.remove(&kind);
-            }
-            _ => {}
-        }
-        self.events.push((kind, event));
     }
 }
 
@@ -360,6 +332,43 @@ mod tests {
         cluster.known.clear(&mut edit);
         assert_eq!(edit.snapshot().addresses().count(), 0);
         assert_eq!(pods(&mut edit), [""; 0]);
+    }
+
+    #[test]
+    fn what_changes_before_everything_was_read_is_kept_once() {
+        use Event::{Apply, Delete, Init, InitDone};
+        let (mut cluster, mut edit) = (cluster(), Edit::from(Snapshot::default()));
+        for kind in [Kind::Pod, Kind::Service] {
+            tell(&mut cluster, &mut edit, kind, vec![Init, InitDone]);
+        }
+        let seen = |name: &str, last: u8| match pod(name, &format!("10.2.0.{last}")) {
+            Event::InitApply(seen) => seen,
+            _ => unreachable!(),
+        };
+        // The cluster's namespaces may never be readable, while its pods change for ever.
+        for round in 0..=u8::MAX {
+            let gone = seen(&format!("gone-{round}"), 1);
+            let name = gone.name.clone();
+            let events = vec![Apply(seen("web-0", round)), Apply(gone), Delete(name)];
+            assert!(!tell(&mut cluster, &mut edit, Kind::Pod, events));
+        }
+        let draft = cluster.draft.as_ref().unwrap();
+        assert_eq!((draft.count(), pods(&mut edit)), (1, Vec::new()));
+        // A list that is in progress when the last kind is read ends later.
+        tell(
+            &mut cluster,
+            &mut edit,
+            Kind::Pod,
+            vec![Init, pod("web-1", "10.2.0.7")],
+        );
+        let namespaces = vec![Init, namespace(Membership::Enabled), InitDone];
+        assert!(tell(&mut cluster, &mut edit, Kind::Namespace, namespaces));
+        assert_eq!(pods(&mut edit), ["shop@east/web-0 a@east"]);
+        let snapshot = edit.snapshot();
+        let addresses = snapshot.addresses().map(|(address, _)| address.to_string());
+        assert_eq!(addresses.collect::<Vec<_>>(), ["10.2.0.255"]);
+        assert!(tell(&mut cluster, &mut edit, Kind::Pod, vec![InitDone]));
+        assert_eq!(pods(&mut edit), ["shop@east/web-1 a@east"]);
     }
 
     #[test]
