@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use kube::{
     Client, Config,
+    client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde_json::{Map, Value, json};
+use tower::layer::layer_fn;
 
-use super::{NoCluster, client, printable, with_causes};
+use super::{NoCluster, limits::Limited, printable, verifying, with_causes};
 
 /// Maximum size of a kubeconfig, in bytes.
 pub const MAX_KUBECONFIG_BYTES: usize = 64 << 10;
@@ -24,7 +26,7 @@ const OF_CLUSTER: [&str; 3] = ["server", "certificate-authority-data", "tls-serv
 const OF_USER: [&str; 3] = ["token", "client-certificate-data", "client-key-data"];
 
 /// Creates a client for the current context of `kubeconfig`, which somebody else wrote. Sends nothing yet. Errors name
-/// fields, and quote no value.
+/// fields, and quote no value. Responses have a limit of 16 MiB, and those of watches one of 4 MiB for each line.
 pub async fn connect_by(kubeconfig: &[u8]) -> Result<Client, NoCluster> {
     let checked = checked(kubeconfig)
         .map_err(|why| NoCluster(format!("the kubeconfig cannot be used: {why}")))?;
@@ -33,7 +35,9 @@ pub async fn connect_by(kubeconfig: &[u8]) -> Result<Client, NoCluster> {
     config.read_timeout = Some(SILENCE);
     config.reset_reader_on_write = true;
     config.proxy_url = None;
-    client(config)
+    let builder = ClientBuilder::try_from(verifying(config)?);
+    let builder = builder.map_err(|error| NoCluster(with_causes(&error)))?;
+    Ok(builder.with_layer(&layer_fn(Limited)).build())
 }
 
 /// Returns what `kubeconfig` says of its current context, if it says nothing that is not allowed.
@@ -102,7 +106,67 @@ fn named<'a>(root: &'a Value, list: &str, section: &str, name: &Value) -> Option
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use futures_util::StreamExt;
+    use k8s_openapi::ByteString;
+    use kube::{Api, runtime::watcher};
+    use rcgen::CertifiedKey;
+    use rustls::{ServerConfig, crypto::aws_lc_rs, pki_types::PrivateKeyDer};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+    use tokio_rustls::TlsAcceptor;
+
     use super::*;
+    use crate::{follow_or_fail, objects};
+
+    /// Starts an API server that answers with 64 MiB of nothing. Returns a kubeconfig for it.
+    async fn talkative() -> String {
+        let CertifiedKey { cert, signing_key } =
+            rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        let key = PrivateKeyDer::Pkcs8(signing_key.serialize_der().into());
+        let tls = ServerConfig::builder_with_provider(aws_lc_rs::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.der().clone()], key)
+            .unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = format!("https://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            let acceptor = TlsAcceptor::from(Arc::new(tls));
+            while let Ok((tcp, _)) = listener.accept().await {
+                let mut stream = acceptor.accept(tcp).await.unwrap();
+                let _ = stream.read(&mut [0; 4096]).await;
+                let mut next = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
+                for _ in 0..1024 {
+                    if next.is_err() {
+                        break;
+                    }
+                    next = stream.write_all(&[b' '; 64 << 10]).await;
+                }
+                let _ = stream.shutdown().await;
+            }
+        });
+        let mut config = kubeconfig();
+        let authority = ByteString(cert.pem().into_bytes());
+        config["clusters"][0]["cluster"] =
+            json!({"server": server, "certificate-authority-data": authority});
+        config.to_string()
+    }
+
+    #[tokio::test]
+    async fn a_response_of_any_length_is_not_read() {
+        let client = connect_by(talkative().await.as_bytes()).await.unwrap();
+        let pods: Api<objects::Pod> = Api::all(client);
+        let config = watcher::Config::default();
+        let mut events = Box::pin(follow_or_fail(pods, config, |_| Ok(())));
+        assert_eq!(events.next().await, Some(Ok(())), "a list begins");
+        let error = events.next().await.unwrap().unwrap_err();
+        assert!(error.contains("longer than 16777216 bytes"), "{error}");
+    }
 
     fn kubeconfig() -> Value {
         json!({

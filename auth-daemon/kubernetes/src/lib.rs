@@ -4,6 +4,7 @@
 //! response that it cannot parse, including tokens and keys.
 
 mod kubeconfig;
+mod limits;
 pub mod objects;
 mod port_forward;
 mod signing_request;
@@ -12,7 +13,10 @@ mod token;
 use std::{env, error::Error, fmt::Debug, marker::PhantomData, path::Path, time::Duration};
 
 use axum::body::{Body, to_bytes};
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{
+    Stream, StreamExt,
+    stream::{self, BoxStream},
+};
 use k8s_openapi::NamespaceResourceScope;
 use kube::{
     Api, Client, Config, Resource,
@@ -25,6 +29,7 @@ use kube::{
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use tokio::time::{Instant, timeout_at};
 
 use auth_support::backoff;
 
@@ -45,6 +50,10 @@ const PAGE: u32 = 20;
 /// receives at most 1,000 requests per second.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Time for one list, with all its pages. After about as long, an API server does not continue a list any more.
+const LIST: Duration = Duration::from_secs(300);
+/// Pause after what was read has been refused: it is probably the same the next time.
+const REFUSED_PAUSE: Duration = Duration::from_secs(300);
 
 /// Why the cluster's API cannot be used at all. The message names the setting to change.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +115,14 @@ pub fn is_pod() -> bool {
 }
 
 /// Creates a client for the API server in `config`. Fails if the server's certificate would not be verified.
-pub fn client(mut config: Config) -> Result<Client, NoCluster> {
+pub fn client(config: Config) -> Result<Client, NoCluster> {
+    let builder = ClientBuilder::try_from(verifying(config)?);
+    let builder = builder.map_err(|error| NoCluster(with_causes(&error)))?;
+    Ok(builder.build())
+}
+
+/// Completes `config`, if the server's certificate will be verified.
+fn verifying(mut config: Config) -> Result<Config, NoCluster> {
     // kube takes its TLS implementation from the process-wide default. Only the first provider that is installed
     // counts, so it must be this one.
     if CryptoProvider::get_default().is_none() {
@@ -122,9 +138,7 @@ pub fn client(mut config: Config) -> Result<Client, NoCluster> {
     config.connect_timeout = Some(DEADLINE);
     // The caller knows better whether a call may be retried.
     config.default_retry = false;
-    let builder =
-        ClientBuilder::try_from(config).map_err(|error| NoCluster(with_causes(&error)))?;
-    Ok(builder.build())
+    Ok(config)
 }
 
 /// Why a call failed.
@@ -380,37 +394,110 @@ where
     })
 }
 
-/// As [`follow`], but tells why the API server cannot be asked, and lists the objects again after that, so that the end of the
-/// list tells that it can.
-pub fn follow_or_fail<K>(
+/// As [`follow`], but for an API server that others choose (see [`connect_by`]): tells why it cannot be asked, and lists the
+/// objects again after that, so that the end of the list tells that it can. `read` takes each event. What it refuses counts as
+/// a failure, and is asked for again after five minutes.
+pub fn follow_or_fail<K, T, R>(
     api: Api<K>,
     config: watcher::Config,
-) -> impl Stream<Item = Result<watcher::Event<K>, String>> + Send
+    read: R,
+) -> impl Stream<Item = Result<T, String>> + Send
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    R: FnMut(watcher::Event<K>) -> Result<T, String> + Send,
+    T: Send,
+{
+    let reading = Reading::new(api, config.page_size(limits::PAGE), read);
+    stream::unfold(reading, |mut reading| async move {
+        let event = reading.next().await?;
+        Some((event, reading))
+    })
+}
+
+/// The watch of [`follow_or_fail`].
+struct Reading<K, R> {
+    api: Api<K>,
+    config: watcher::Config,
+    read: R,
+    events: BoxStream<'static, Result<watcher::Event<K>, watcher::Error>>,
+    pauses: Pauses,
+    /// How long to wait before the next event.
+    pause: Duration,
+    /// Time for one list.
+    list: Duration,
+    /// When the list in progress must have ended.
+    list_ends: Option<Instant>,
+}
+
+impl<K, R> Reading<K, R>
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    let watch = move || Box::pin(watcher(api.clone(), config.clone()));
-    let first = (watch(), Pauses::default(), Duration::ZERO);
-    stream::unfold(first, move |(mut events, mut pauses, pause)| {
-        let watch = watch.clone();
-        async move {
-            tokio::time::sleep(pause).await;
-            let event = events.next().await?;
-            let pause = match &event {
-                Ok(watcher::Event::Init) => Duration::ZERO,
-                Ok(_) => {
-                    pauses.reset();
-                    Duration::ZERO
-                }
-                Err(_) => {
-                    events = watch();
-                    pauses.next()?
-                }
-            };
-            let event = event.map_err(|error| with_causes(&error));
-            Some((event, (events, pauses, pause)))
+    fn new(api: Api<K>, config: watcher::Config, read: R) -> Self {
+        Self {
+            events: watcher(api.clone(), config.clone()).boxed(),
+            api,
+            config,
+            read,
+            pauses: Pauses::default(),
+            pause: Duration::ZERO,
+            list: LIST,
+            list_ends: None,
         }
-    })
+    }
+
+    async fn next<T>(&mut self) -> Option<Result<T, String>>
+    where
+        R: FnMut(watcher::Event<K>) -> Result<T, String>,
+    {
+        tokio::time::sleep(std::mem::take(&mut self.pause)).await;
+        let event = match self.next_event().await? {
+            Ok(event) => event,
+            Err(error) => {
+                let pause = self.pauses.next()?;
+                self.begin_again(pause);
+                return Some(Err(error));
+            }
+        };
+        match &event {
+            watcher::Event::Init => self.list_ends = Some(Instant::now() + self.list),
+            watcher::Event::InitApply(_) => {}
+            _ => {
+                self.list_ends = None;
+                self.pauses.reset();
+            }
+        }
+        let read = (self.read)(event);
+        if read.is_err() {
+            self.begin_again(REFUSED_PAUSE);
+        }
+        Some(read)
+    }
+
+    /// Waits for the next event, if it is of a list as long as the list may take.
+    async fn next_event(&mut self) -> Option<Result<watcher::Event<K>, String>> {
+        let next = self.events.next();
+        let event = match self.list_ends {
+            Some(end) => match timeout_at(end, next).await {
+                Ok(event) => event,
+                Err(_) => {
+                    let list = self.list;
+                    return Some(Err(format!(
+                        "the API server has not sent the whole list within {list:?}"
+                    )));
+                }
+            },
+            None => next.await,
+        };
+        Some(event?.map_err(|error| with_causes(&error)))
+    }
+
+    /// Lists the objects again after `pause`.
+    fn begin_again(&mut self, pause: Duration) {
+        self.events = watcher(self.api.clone(), self.config.clone()).boxed();
+        self.pause = pause;
+        self.list_ends = None;
+    }
 }
 
 async fn exchange<T: DeserializeOwned>(
@@ -472,6 +559,11 @@ pub fn with_causes(error: &dyn Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
+    use axum::http::Response;
+    use tower::service_fn;
+
     use super::*;
 
     #[test]
@@ -502,6 +594,59 @@ mod tests {
         );
         pauses.reset();
         assert!(pauses.next().unwrap() <= FIRST_PAUSE);
+    }
+
+    /// Pods of an API server whose lists never end: each page has `pods` pods, and says that there is one more page.
+    fn endless_list(pods: &str) -> Api<objects::Pod> {
+        let page = format!(
+            r#"{{"kind": "PodList", "apiVersion": "v1", "metadata": {{"resourceVersion": "1", "continue": "x"}}, "items": [{pods}]}}"#
+        );
+        let answer = move |_| {
+            let page = page.clone();
+            async { Ok::<_, Infallible>(Response::new(Body::from(page))) }
+        };
+        Api::all(Client::new(service_fn(answer), "default"))
+    }
+
+    #[tokio::test]
+    async fn a_list_without_end_is_left() {
+        for pods in ["", r#"{"metadata": {"name": "web"}}"#] {
+            let mut reading = Reading::new(endless_list(pods), watcher::Config::default(), Ok);
+            reading.list = Duration::from_millis(50);
+            let error = loop {
+                if let Err(error) = reading.next().await.unwrap() {
+                    break error;
+                }
+            };
+            assert!(
+                error.contains("has not sent the whole list within 50ms"),
+                "{error}"
+            );
+            // The next one begins soon, with its own time.
+            assert!(reading.pause <= FIRST_PAUSE && reading.list_ends.is_none());
+            assert!(matches!(
+                reading.next().await,
+                Some(Ok(watcher::Event::Init))
+            ));
+            assert!(reading.list_ends.is_some());
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_refused_ends_the_list_for_some_minutes() {
+        let mut left = 3;
+        let read = |_| {
+            left -= 1;
+            (left > 0)
+                .then_some(())
+                .ok_or_else(|| "too many".to_owned())
+        };
+        let pods = endless_list(r#"{"metadata": {"name": "web"}}"#);
+        let mut reading = Reading::new(pods, watcher::Config::default(), read);
+        for expected in [Ok(()), Ok(()), Err("too many".to_owned())] {
+            assert_eq!(reading.next().await, Some(expected));
+        }
+        assert_eq!(reading.pause, REFUSED_PAUSE);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! holds; without its Secret, nothing of it does.
 
 mod cluster;
+mod tally;
 
 use std::{collections::BTreeMap, future::pending, sync::Arc};
 

@@ -9,7 +9,10 @@ use futures_util::{
 use kube::{Api, Client, Resource, runtime::watcher};
 use serde::de::DeserializeOwned;
 
-use super::super::{Event, Kind, Known, Seen, Settings, manifest, parsed, pod};
+use super::{
+    super::{Event, Kind, Known, Seen, Settings, manifest, parsed, pod},
+    tally::Tally,
+};
 use crate::{discovery::manifest::Object, observe::remote_clusters::RemoteStatus};
 use auth_kubernetes::{WATCH_SECONDS, follow_or_fail, objects};
 use auth_mesh::{ClusterName, Edit, ObjectName, TrustDomain};
@@ -181,11 +184,16 @@ fn updates<K>(
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
-    let cluster = cluster.clone();
+    let (cluster, mut tally) = (cluster.clone(), Tally::new(kind));
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
-    follow_or_fail(api, config)
+    let read = move |event| {
+        let event = of_cluster(&cluster, kind, parsed(event, &parse));
+        tally.take(&event)?;
+        Ok(event)
+    };
+    follow_or_fail(api, config, read)
         .map(move |event| match event {
-            Ok(event) => Update::Event(kind, of_cluster(&cluster, kind, parsed(event, &parse))),
+            Ok(event) => Update::Event(kind, event),
             Err(error) => Update::Failed(kind, error),
         })
         .boxed()

@@ -1,0 +1,227 @@
+//! How much is kept of the objects of one kind of a remote cluster, whose API server others choose, and the limits.
+
+use std::{
+    collections::{HashMap, hash_map::RandomState},
+    hash::BuildHasher,
+};
+
+use super::super::{Event, Kind, Seen};
+use crate::discovery::manifest::Object;
+use auth_mesh::ObjectName;
+
+/// Maximum number of objects of one kind.
+const MAX_OBJECTS: usize = 100_000;
+/// Maximum size of all objects of one kind in memory, in bytes. 100,000 pods with ten labels each are some 240 MB.
+const MAX_BYTES: usize = 256 << 20;
+/// Size of an object without its texts, and of a text without its characters, in bytes; roughly.
+const OBJECT: usize = 512;
+const TEXT: usize = 64;
+
+/// What is kept of the objects of one kind. No more than was read since the last list has begun.
+pub(super) struct Tally {
+    kind: Kind,
+    names: RandomState,
+    current: Sizes,
+    /// What a list in progress has had so far.
+    listed: Option<Sizes>,
+}
+
+/// The size of each object in bytes, by the hash of its name.
+#[derive(Default)]
+struct Sizes {
+    by_name: HashMap<u64, usize>,
+    bytes: usize,
+}
+
+impl Tally {
+    pub(super) fn new(kind: Kind) -> Self {
+        Self {
+            kind,
+            names: RandomState::new(),
+            current: Sizes::default(),
+            listed: None,
+        }
+    }
+
+    /// Counts an event. Fails if there would be too much. Then the event must not be applied, and the next one is of a new
+    /// list.
+    pub(super) fn take(&mut self, event: &Event) -> Result<(), String> {
+        match event {
+            Event::Init => self.listed = Some(Sizes::default()),
+            Event::InitApply(seen) => {
+                let (name, size) = self.measure(seen);
+                self.listed.get_or_insert_default().set(name, size);
+            }
+            Event::InitDone => {
+                let listed = self.listed.take().unwrap_or_default();
+                // An empty list deletes nothing.
+                if !listed.by_name.is_empty() {
+                    self.current = listed;
+                }
+            }
+            Event::Apply(seen) => {
+                let (name, size) = self.measure(seen);
+                self.current.set(name, size);
+            }
+            Event::Delete(name) => {
+                let name = self.hash(name);
+                self.current.remove(name);
+            }
+        }
+        let sizes = self.listed.as_ref().unwrap_or(&self.current);
+        self.check(sizes)
+    }
+
+    fn check(&self, sizes: &Sizes) -> Result<(), String> {
+        let kind = self.kind.plural();
+        if sizes.by_name.len() > MAX_OBJECTS {
+            return Err(format!(
+                "it has more than {MAX_OBJECTS} {kind}, the limit of a remote cluster"
+            ));
+        }
+        if sizes.bytes > MAX_BYTES {
+            let limit = MAX_BYTES >> 20;
+            return Err(format!(
+                "its {kind} take more than {limit} MiB of memory, the limit of a remote cluster"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Returns the hash of an object's name, and the object's size. One that cannot be read keeps the state that it had.
+    fn measure(&self, seen: &Seen) -> (u64, usize) {
+        let name = self.hash(&seen.name);
+        let size = match &seen.object {
+            Ok(object) => size(seen, object.as_ref()),
+            Err(_) => {
+                let before = self.current.by_name.get(&name).copied();
+                before.unwrap_or_default().max(size(seen, None))
+            }
+        };
+        (name, size)
+    }
+
+    fn hash(&self, name: &ObjectName) -> u64 {
+        self.names.hash_one(name)
+    }
+}
+
+impl Sizes {
+    fn set(&mut self, name: u64, size: usize) {
+        self.remove(name);
+        self.by_name.insert(name, size);
+        self.bytes += size;
+    }
+
+    fn remove(&mut self, name: u64) {
+        self.bytes -= self.by_name.remove(&name).unwrap_or_default();
+    }
+}
+
+/// Returns roughly what an object takes in memory, in bytes.
+fn size(seen: &Seen, object: Option<&Object>) -> usize {
+    let text = |text: &str| TEXT + text.len();
+    let named = text(&seen.name.namespace) + text(&seen.name.name) + text(&seen.uid);
+    let of_kind = match object {
+        Some(Object::Pod(pod)) => {
+            let labels = pod
+                .labels
+                .iter()
+                .map(|(key, value)| text(key) + text(value));
+            let ports = pod.named_ports.keys().map(|name| text(name));
+            let addresses = pod.addresses.iter().map(|_| TEXT);
+            let texts = text(&pod.node) + text(pod.identity.as_str());
+            texts + labels.chain(ports).chain(addresses).sum::<usize>()
+        }
+        Some(Object::Service(service)) => {
+            let selector = service.selector.iter();
+            let selector = selector.map(|(key, value)| text(key) + text(value));
+            let ports = service.ports.iter().map(|port| 2 * TEXT + text(&port.name));
+            let identities = service.pinned_identities.iter().flatten();
+            let identities = identities.map(|identity| text(identity.as_str()));
+            selector.chain(ports).chain(identities).sum()
+        }
+        _ => 0,
+    };
+    OBJECT + named + of_kind
+}
+
+#[cfg(test)]
+mod tests {
+    use auth_mesh::Workload;
+
+    use super::*;
+
+    fn name(name: &str) -> ObjectName {
+        ObjectName {
+            namespace: "shop@east".into(),
+            name: name.into(),
+        }
+    }
+
+    /// A pod with a label of this length.
+    fn pod(pod: &str, label: usize) -> Seen {
+        let identity = "spiffe://east.example/ns/shop/sa/web".parse().unwrap();
+        let workload = Workload {
+            labels: [("app".to_owned(), "x".repeat(label))].into(),
+            ..Workload::new(name(pod), identity)
+        };
+        Seen {
+            name: name(pod),
+            uid: pod.into(),
+            object: Ok(Some(Object::Pod(workload.into()))),
+        }
+    }
+
+    fn unreadable(name: &str) -> Seen {
+        Seen {
+            object: Err("no address".into()),
+            ..pod(name, 0)
+        }
+    }
+
+    #[test]
+    fn a_list_of_too_many_objects_is_refused() {
+        let mut tally = Tally::new(Kind::Pod);
+        tally.take(&Event::Init).unwrap();
+        for number in 0..MAX_OBJECTS {
+            // Twice, which is no more than once.
+            for _ in 0..2 {
+                let pod = unreadable(&number.to_string());
+                tally.take(&Event::InitApply(pod)).unwrap();
+            }
+        }
+        let error = tally
+            .take(&Event::InitApply(unreadable("last")))
+            .unwrap_err();
+        assert!(error.contains("more than 100000 pods"), "{error}");
+        // The next list has fewer.
+        tally.take(&Event::Init).unwrap();
+        tally.take(&Event::InitApply(pod("one", 1))).unwrap();
+        tally.take(&Event::InitDone).unwrap();
+        assert_eq!(tally.current.by_name.len(), 1);
+    }
+
+    #[test]
+    fn objects_that_are_added_one_by_one_are_counted_until_they_are_deleted() {
+        const LONG: usize = 32 << 20;
+        let mut tally = Tally::new(Kind::Pod);
+        for event in [Event::Init, Event::InitDone] {
+            tally.take(&event).unwrap();
+        }
+        let fitting = MAX_BYTES / LONG - 1;
+        for number in 0..20 {
+            let number = (number % fitting).to_string();
+            tally.take(&Event::Apply(pod(&number, LONG))).unwrap();
+            // It is kept as it was.
+            tally.take(&Event::Apply(unreadable(&number))).unwrap();
+        }
+        for event in [Event::Init, Event::InitDone] {
+            tally.take(&event).unwrap();
+        }
+        tally.take(&Event::Delete(name("0"))).unwrap();
+        tally.take(&Event::Apply(pod("other", LONG))).unwrap();
+        let error = tally.take(&Event::Apply(pod("0", LONG))).unwrap_err();
+        assert!(error.contains("its pods take more than 256 MiB"), "{error}");
+    }
+}
