@@ -1,5 +1,6 @@
 //! Discovery from the Kubernetes API: watches objects, and keeps the last known state while the API is unavailable.
 
+mod due;
 mod known;
 mod remote;
 
@@ -18,6 +19,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
+use due::Due;
 use known::Seen;
 pub use known::{DAEMON_NAME, NAME_LABEL};
 pub(super) use known::{Event, Known, Model};
@@ -57,7 +59,7 @@ pub struct Settings {
 }
 
 /// Watches the cluster and publishes to `sink`, without end. `synced` becomes true once everything has been read for
-/// the first time; nothing is published before that.
+/// the first time; nothing is published before that. Remote clusters are waited for, but for some seconds only.
 pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::Sender<bool>) {
     let mut events = select_all(watches(&client, &settings, sink.policies.is_some()));
     let mut edit = Edit::from(Snapshot::with_defaults(settings.defaults.clone()));
@@ -66,29 +68,29 @@ pub async fn run(client: Client, settings: Settings, sink: Sink, synced: watch::
     }
     let mut remote = Remote::follow(&client, &settings, sink.remote.clone());
     let mut known = Known::new(settings, sink.policies.is_some());
-    let mut publish_at = None;
+    let mut due = Due::default();
     loop {
-        tokio::select! {
+        let has_changed = tokio::select! {
             event = events.next() => {
                 let Some((kind, event)) = event else { return };
-                if known.take(kind, event, &mut edit) && known.is_complete() {
-                    publish_at.get_or_insert_with(|| Instant::now() + SETTLE);
-                }
+                let has_changed = known.take(kind, event, &mut edit);
                 sink.unconfirmed.store(known.unconfirmed(), Ordering::Relaxed);
+                has_changed
             }
-            change = remote.next() => {
-                if remote.take(change, &mut edit).await && known.is_complete() {
-                    publish_at.get_or_insert_with(|| Instant::now() + SETTLE);
-                }
-            }
-            () = sleep_until(publish_at.unwrap_or_else(Instant::now)), if publish_at.is_some() => {
-                publish_at = None;
+            change = remote.next() => remote.take(change, &mut edit).await,
+            () = sleep_until(due.at().unwrap_or_else(Instant::now)), if due.at().is_some() => {
                 sink.publish(known.policies(), edit.snapshot());
+                if due.published() {
+                    remote.warn_of_unread();
+                }
                 if synced.send_if_modified(|synced| !std::mem::replace(synced, true)) {
                     tracing::info!(objects = known.count(), "the cluster's objects are read");
                 }
+                false
             }
-        }
+        };
+        let is_read = known.is_complete();
+        due.update(Instant::now(), has_changed, is_read, || remote.is_settled());
     }
 }
 
@@ -414,9 +416,67 @@ fn name(object: &impl Resource) -> ObjectName {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use std::convert::Infallible;
+
+    use axum::{body::Body, http};
+    use serde_json::{Value, json};
+    use tower::service_fn;
 
     use super::*;
+
+    /// An API server without pods, which lists `secrets` once `is_open`.
+    fn api_server(secrets: Value, is_open: watch::Receiver<bool>) -> Client {
+        let answer = move |request: http::Request<kube::client::Body>| {
+            let (secrets, mut is_open) = (secrets.clone(), is_open.clone());
+            async move {
+                let uri = request.uri();
+                if uri.query().unwrap_or_default().contains("watch=true") {
+                    std::future::pending::<()>().await;
+                }
+                let mut items = json!([]);
+                if uri.path().ends_with("/secrets") {
+                    is_open.wait_for(|is_open| *is_open).await.unwrap();
+                    items = secrets;
+                }
+                let list = json!({"metadata": {"resourceVersion": "1"}, "items": items});
+                Ok::<_, Infallible>(http::Response::new(Body::from(list.to_string())))
+            }
+        };
+        Client::new(service_fn(answer), "default")
+    }
+
+    #[tokio::test]
+    async fn nothing_is_published_before_remote_clusters_are_known() {
+        const SOON: Duration = Duration::from_millis(300);
+        let settings = Settings {
+            trust_domain: "cluster.local".parse().unwrap(),
+            defaults: MeshDefault::default(),
+            services: false,
+            daemons: None,
+            remote: Some(RemoteClusters {
+                namespace: "auth-clusters".to_owned(),
+                trust_domains: std::collections::BTreeMap::new(),
+            }),
+        };
+        // A kubeconfig that cannot be used, so that the cluster need not be waited for.
+        let kubeconfig = k8s_openapi::ByteString(b"{}".to_vec());
+        let secret = json!({"metadata": {"name": "east"}, "data": {"east": kubeconfig}});
+        let (open, is_open) = watch::channel(false);
+        let client = api_server(json!([secret]), is_open);
+        let (synced, mut is_synced) = watch::channel(false);
+        let sink = Sink::default();
+        let status = sink.remote.clone();
+        tokio::spawn(run(client, settings, sink, synced));
+        let mut is_synced_within = async |time| {
+            let synced = is_synced.wait_for(|synced| *synced);
+            tokio::time::timeout(time, synced).await.is_ok()
+        };
+        assert!(!is_synced_within(SOON).await, "no secret is listed");
+        open.send_replace(true);
+        let time = due::REMOTE_WAIT / 2;
+        assert!(is_synced_within(time).await, "the cluster cannot be read");
+        assert!(status.current()[0].error.is_some());
+    }
 
     #[test]
     fn mirror_pods_are_known_by_the_hash_of_their_static_pods() {

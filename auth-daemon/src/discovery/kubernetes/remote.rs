@@ -37,6 +37,8 @@ struct Follow {
     events: BoxStream<'static, watcher::Event<Secret>>,
     /// The kubeconfigs in each remote secret, by the secret's name.
     secrets: BTreeMap<String, Kubeconfigs>,
+    /// Whether the secrets have been listed once.
+    is_listed: bool,
     /// Those received so far from a list in progress.
     listed: BTreeMap<String, Kubeconfigs>,
     clusters: BTreeMap<ClusterName, Cluster>,
@@ -71,6 +73,7 @@ impl Remote {
                 remote,
                 events: follow(secrets, config, "remote secrets").boxed(),
                 secrets: BTreeMap::new(),
+                is_listed: false,
                 listed: BTreeMap::new(),
                 clusters: BTreeMap::new(),
                 updates: StreamMap::new(),
@@ -93,6 +96,35 @@ impl Remote {
         match &mut self.follow {
             Some(follow) => follow.take(change, edit).await,
             None => false,
+        }
+    }
+
+    /// Reports whether nothing more is to be expected soon: each remote cluster has been read once, or cannot be.
+    pub(super) fn is_settled(&self) -> bool {
+        let follow = self.follow.as_ref();
+        follow.is_none_or(|follow| {
+            follow.is_listed && follow.clusters.values().all(Cluster::is_settled)
+        })
+    }
+
+    /// Logs which clusters are not known although the mesh's state is about to be used.
+    pub(super) fn warn_of_unread(&self) {
+        let Some(follow) = &self.follow else { return };
+        if !follow.is_listed {
+            tracing::warn!(
+                namespace = follow.remote.namespace,
+                "remote secrets are not read yet: until they are, connections to pods of remote clusters are not known to be \
+                 the mesh's, and leave in plaintext unless podNetworks contains their addresses"
+            );
+        }
+        for (name, cluster) in &follow.clusters {
+            if !cluster.is_read() {
+                tracing::warn!(
+                    cluster = %name, error = cluster.error(),
+                    "remote cluster is not read yet: until it is, connections to its pods are not known to be the mesh's, \
+                     and leave in plaintext unless podNetworks contains their addresses"
+                );
+            }
         }
     }
 }
@@ -134,6 +166,7 @@ impl Follow {
             }
             watcher::Event::InitDone => {
                 let listed = std::mem::take(&mut self.listed);
+                self.is_listed = true;
                 // As for all other kinds, an empty list deletes nothing.
                 if listed.is_empty() && !self.secrets.is_empty() {
                     tracing::warn!(

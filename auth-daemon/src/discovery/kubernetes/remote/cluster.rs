@@ -102,6 +102,21 @@ impl Cluster {
         true
     }
 
+    /// Reports whether everything has been read once.
+    pub(super) fn is_read(&self) -> bool {
+        self.draft.is_none()
+    }
+
+    /// Reports whether it has been read once, or cannot be read.
+    pub(super) fn is_settled(&self) -> bool {
+        self.is_read() || self.error().is_some()
+    }
+
+    /// Returns why it cannot be read, if it cannot.
+    pub(super) fn error(&self) -> Option<&String> {
+        self.health.error()
+    }
+
     pub(super) fn status(&self, name: &ClusterName) -> RemoteStatus {
         let health = &self.health;
         RemoteStatus {
@@ -383,9 +398,15 @@ mod tests {
     fn a_cluster_is_readable_again_once_each_kind_is() {
         let (mut cluster, mut edit) = (cluster(), Edit::from(Snapshot::default()));
         let whole = || vec![Event::Init, Event::InitDone];
+        assert!(!cluster.is_settled());
+        let refused = Update::Failed(Kind::Pod, "forbidden".into());
+        cluster.take(&east(), refused, &mut edit);
+        assert!(cluster.is_settled() && !cluster.is_read());
         for kind in KINDS {
+            assert!(!cluster.is_read());
             tell(&mut cluster, &mut edit, kind, whole());
         }
+        assert!(cluster.is_settled() && cluster.is_read());
         for kind in [Kind::Pod, Kind::Service] {
             let lost = Update::Failed(kind, "no route".into());
             assert!(!cluster.take(&east(), lost, &mut edit));
