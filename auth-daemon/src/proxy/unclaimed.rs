@@ -14,7 +14,7 @@ use ipnet::IpNet;
 
 /// How long an address stays refused after its last claim. A server may outlive its object, but not for that long.
 const LIFE: Duration = Duration::from_secs(24 * 60 * 60);
-/// Maximum number of addresses that stay refused after their last claim.
+/// Maximum number of addresses that stay refused after their last claim, besides those of a previous daemon.
 const MAX_GONE: usize = 16_384;
 
 /// Why an address that no known object claims is refused.
@@ -101,6 +101,8 @@ pub(crate) struct Gone {
 pub(crate) struct GoneAddresses {
     by_address: HashMap<IpAddr, Gone>,
     oldest_first: BTreeSet<(Instant, IpAddr)>,
+    /// How many a previous daemon has left.
+    adopted: usize,
     /// How many were dropped because there were too many.
     dropped: u64,
 }
@@ -123,12 +125,23 @@ impl GoneAddresses {
         self.dropped
     }
 
-    /// Adds `address`. If there are too many, returns the oldest, which is dropped.
-    pub(crate) fn add(&mut self, address: IpAddr, gone: Gone) -> Option<IpAddr> {
+    /// Adds an address that a previous daemon has left in the kernel's map. None is dropped to make room for others: after a
+    /// start these may be the addresses of a whole cluster that cannot be read yet, and the map limits their number.
+    pub(crate) fn adopt(&mut self, address: IpAddr, gone: Gone) {
+        self.insert(address, gone);
+        self.adopted += 1;
+    }
+
+    fn insert(&mut self, address: IpAddr, gone: Gone) {
         self.claim(address);
         self.oldest_first.insert((gone.since, address));
         self.by_address.insert(address, gone);
-        if self.by_address.len() <= MAX_GONE {
+    }
+
+    /// Adds `address`. If there are too many, returns the oldest, which is dropped.
+    pub(crate) fn add(&mut self, address: IpAddr, gone: Gone) -> Option<IpAddr> {
+        self.insert(address, gone);
+        if self.by_address.len() <= self.adopted + MAX_GONE {
             return None;
         }
         let (_, oldest) = self.oldest_first.pop_first()?;
@@ -225,5 +238,22 @@ mod tests {
         assert_eq!(all.add(ip(1 << 24), last), Some(ip(0)));
         assert_eq!((all.len(), all.dropped()), (MAX_GONE, 1));
         assert!(all.get(ip(5)).is_some());
+    }
+
+    #[test]
+    fn all_that_a_previous_daemon_has_left_stay() {
+        let mut all = GoneAddresses::default();
+        let start = Instant::now();
+        let left = 2 * MAX_GONE as u32;
+        for number in 0..left {
+            all.adopt(ip(number), gone(start));
+        }
+        let later = start + Duration::from_secs(1);
+        for number in left..left + MAX_GONE as u32 {
+            assert_eq!(all.add(ip(number), gone(later)), None);
+        }
+        assert_eq!((all.len(), all.dropped()), (3 * MAX_GONE, 0));
+        assert!(all.add(ip(1 << 24), gone(later)).is_some());
+        assert_eq!(all.expire(start + LIFE).len(), 2 * MAX_GONE - 1);
     }
 }

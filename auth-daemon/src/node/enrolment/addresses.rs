@@ -298,7 +298,7 @@ fn adopt(
                 MeshKind::Gone => node_addresses.binary_search(&address).is_ok(),
                 _ => false,
             };
-            gone.add(
+            gone.adopt(
                 address,
                 Gone {
                     was: None,
