@@ -45,6 +45,9 @@ pub struct Workload {
     pub uid: String,
     /// Identity of the pod's service account.
     pub identity: Identity,
+    /// In which reading of its remote cluster the pod was found: a number that grows, because another cluster may get the
+    /// name of a former one. 0 for a pod of the snapshot's own cluster.
+    pub generation: u64,
     /// The pod's addresses, most preferred first. IPv4 addresses are never IPv4-mapped.
     pub addresses: Vec<IpAddr>,
     /// The node that runs the pod.
@@ -130,6 +133,7 @@ impl Workload {
             name,
             uid: String::new(),
             identity,
+            generation: 0,
             addresses: Vec::new(),
             node: String::new(),
             ready: true,

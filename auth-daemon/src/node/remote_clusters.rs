@@ -1,10 +1,13 @@
 //! Applies changes of remote clusters to open connections, and tells of those that cannot be reached.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
-use crate::proxy::Node;
+use crate::{observe::remote_clusters::check_cluster, proxy::Node};
 
-/// Cuts the open connections to pods of remote clusters that are removed. Logs which remote clusters are of a trust domain
+/// Cuts the open connections to pods of remote clusters that are removed, or replaced by others of the same name. Logs which remote clusters are of a trust domain
 /// without a federation entry.
 ///
 /// Connections *from* pods of a removed cluster stay: what admits them is their certificate, trust and policies, and changes of
@@ -14,15 +17,14 @@ pub(super) async fn keep(node: Arc<Node>) {
     let (mut known, mut untrusted) = (None, BTreeSet::new());
     loop {
         let clusters = node.remote.current();
-        let names: BTreeSet<_> = clusters
+        let generations: BTreeMap<_, _> = clusters
             .iter()
-            .map(|cluster| cluster.name.clone())
+            .map(|cluster| (cluster.name.clone(), cluster.generation))
             .collect();
-        if known.as_ref() != Some(&names) {
+        if known.as_ref() != Some(&generations) {
             node.connections.cut(|_, details| {
-                let cluster = details.remote_server.as_ref()?.name.cluster()?;
-                let is_gone = !names.contains(cluster);
-                is_gone.then(|| format!("the remote cluster {cluster} was removed"))
+                let gone = check_cluster(&clusters, details.remote_server.as_ref()?).err()?;
+                Some(gone.to_string())
             });
         }
         for cluster in clusters.iter() {
@@ -44,8 +46,8 @@ pub(super) async fn keep(node: Arc<Node>) {
                 );
             }
         }
-        untrusted.retain(|name| names.contains(name));
-        known = Some(names);
+        untrusted.retain(|name| generations.contains_key(name));
+        known = Some(generations);
         // The senders live as long as the node.
         tokio::select! {
             _ = changes.changed() => {}

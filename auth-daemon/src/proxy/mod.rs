@@ -40,13 +40,15 @@ use crate::{
     federation::Federated,
     issuer::Certificates,
     observe::{
-        connections::OpenConnections, istio::IstioMetrics, refusals::Refusals,
-        remote_clusters::RemoteStatus,
+        connections::OpenConnections,
+        istio::IstioMetrics,
+        refusals::Refusals,
+        remote_clusters::{ClusterGone, RemoteStatus, check_cluster},
     },
 };
 use auth_common::Inbound;
 use auth_datapath::Kernel;
-use auth_mesh::{Published, Registry, policy::Policies};
+use auth_mesh::{Published, Registry, Workload, policy::Policies};
 
 /// State shared by all connections on this node.
 #[derive(Debug)]
@@ -142,10 +144,9 @@ impl Node {
         Self { remote, ..self }
     }
 
-    /// Reports whether `name` is a remote cluster.
-    pub(crate) fn has_remote_cluster(&self, name: &str) -> bool {
-        let clusters = self.remote.load();
-        clusters.iter().any(|cluster| cluster.name == name)
+    /// Fails if `pod` is of a remote cluster that is removed or replaced.
+    pub(crate) fn check_cluster(&self, pod: &Workload) -> Result<(), ClusterGone> {
+        check_cluster(&self.remote.load(), pod)
     }
 
     /// Reports whether workloads of the trust domain `name` may be trusted: it is the mesh's own, or has a federation entry.

@@ -33,6 +33,7 @@ use crate::config::SameNode;
 use crate::observe::{
     access_log::{Direction, Outcome},
     connections::Guard,
+    remote_clusters::ClusterGone,
 };
 use auth_datapath::sockets::{self, end_in_good_order};
 use auth_mesh::{Destination, Endpoint, NoWaypoint, Unreachable};
@@ -292,8 +293,8 @@ enum Failure {
     Silent,
     #[error(transparent)]
     NoPath(#[from] NoPath),
-    #[error("the remote cluster {0} was removed")]
-    ClusterRemoved(String),
+    #[error(transparent)]
+    ClusterGone(#[from] ClusterGone),
     #[error("{0}")]
     Forbidden(#[from] Forbidden),
     #[error("{0}")]
@@ -477,12 +478,10 @@ impl Call<'_> {
         let address = endpoint.address;
         let pod = endpoint.workload.as_ref();
         // The open connection names the pod by now, so a later removal of its cluster cuts it.
-        if let Some(cluster) = pod.and_then(|pod| pod.name.cluster())
-            && !self.node.has_remote_cluster(cluster)
-        {
+        if let Some(Err(gone)) = pod.map(|pod| self.node.check_cluster(pod)) {
             return Err(Refusal::Endpoint {
                 endpoint: address,
-                why: Failure::ClusterRemoved(cluster.to_owned()),
+                why: gone.into(),
             });
         }
         let source = self.source(address).map_err(|error| Refusal::Endpoint {

@@ -126,11 +126,13 @@ impl Known {
         }
     }
 
-    /// Creates the state of a cluster that is not in force, and of which no model is told, until [`Self::replace`] has it.
-    pub(super) fn draft(settings: Settings, kinds: &[Kind]) -> Self {
+    /// Creates an empty state of the same cluster that is not in force, and of which no model is told, until
+    /// [`Self::replace`] has it.
+    pub(super) fn draft(&self) -> Self {
+        let kinds: Vec<_> = self.kinds.keys().copied().collect();
         Self {
             is_draft: true,
-            ..Self::of(settings, kinds)
+            ..Self::of(self.settings.clone(), &kinds)
         }
     }
 
@@ -162,6 +164,12 @@ impl Known {
             .values()
             .map(|objects| objects.current.len())
             .sum()
+    }
+
+    /// Returns the UID of an object, if it is known.
+    pub(super) fn uid_of(&self, kind: Kind, name: &ObjectName) -> Option<&str> {
+        let kept = self.kinds.get(&kind)?.current.get(name)?;
+        Some(kept.uid.as_str()).filter(|uid| !uid.is_empty())
     }
 
     /// Returns the number of objects of a kind.

@@ -17,7 +17,7 @@ use super::Settings;
 use crate::{config::RemoteClusters, observe::remote_clusters::RemoteStatus};
 use auth_kubernetes::{MAX_KUBECONFIG_BYTES, connect_by, follow};
 use auth_mesh::{ClusterName, Edit, Published};
-use cluster::{Cluster, Health, Update, watch};
+use cluster::{Cluster, Update, watch};
 
 /// Label of a remote secret. Each key of its data is the name of a cluster, and the value is a kubeconfig for it
 /// (<https://istio.io/latest/docs/setup/install/multicluster/>).
@@ -42,6 +42,8 @@ struct Follow {
     /// Those received so far from a list in progress.
     listed: BTreeMap<String, Kubeconfigs>,
     clusters: BTreeMap<ClusterName, Cluster>,
+    /// Number of the last reading of a cluster.
+    generation: u64,
     updates: StreamMap<ClusterName, BoxStream<'static, Update>>,
     status: Arc<Published<Vec<RemoteStatus>>>,
 }
@@ -76,6 +78,7 @@ impl Remote {
                 is_listed: false,
                 listed: BTreeMap::new(),
                 clusters: BTreeMap::new(),
+                generation: 0,
                 updates: StreamMap::new(),
                 status,
             }
@@ -205,20 +208,21 @@ impl Follow {
         }
         for (name, (secret, kubeconfig)) in wanted {
             let settings = self.settings_of(name);
+            let generation = self.generation + 1;
             let cluster = self.clusters.entry(name.clone());
-            let cluster = cluster.or_insert_with(|| Cluster::new(settings));
+            let cluster = cluster.or_insert_with(|| Cluster::new(settings, generation));
             secret.clone_into(&mut cluster.secret);
             if cluster.kubeconfig.as_deref() == Some(kubeconfig) {
                 continue;
             }
+            self.generation = generation;
             cluster.kubeconfig = Some(kubeconfig.to_owned());
             match connect_by(kubeconfig).await {
                 Ok(client) => {
                     tracing::info!(cluster = %name, secret, "remote cluster is followed");
-                    cluster.health = Health::default();
-                    let trust_domain = cluster.trust_domain.clone();
-                    self.updates
-                        .insert(name.clone(), watch(&client, name, &trust_domain));
+                    cluster.read_anew(generation);
+                    let updates = watch(&client, name, generation, &cluster.trust_domain);
+                    self.updates.insert(name.clone(), updates);
                 }
                 // An older kubeconfig stays in use.
                 Err(error) => {

@@ -43,10 +43,18 @@ pub(super) struct Cluster {
     pub(super) kubeconfig: Option<Vec<u8>>,
     /// What is in force of it.
     pub(super) known: Known,
-    /// What has been read of it so far, until everything has been read once. Before, a namespace that leaves the mesh may be
-    /// missing.
-    draft: Option<Known>,
+    /// The first reading that was of this cluster.
+    generation: u64,
+    /// What has been read by the last kubeconfig, until everything has been read once. Before, a namespace that leaves the mesh
+    /// may be missing.
+    draft: Option<Draft>,
     pub(super) health: Health,
+}
+
+/// What has been read of a cluster that is not in force yet.
+struct Draft {
+    known: Known,
+    generation: u64,
 }
 
 /// Whether a remote cluster can be read.
@@ -58,15 +66,26 @@ pub(super) struct Health {
 }
 
 impl Cluster {
-    pub(super) fn new(settings: Settings) -> Self {
+    /// A cluster of which nothing is read yet. Its readings begin with `generation`.
+    pub(super) fn new(settings: Settings, generation: u64) -> Self {
         Self {
             secret: String::new(),
             trust_domain: settings.trust_domain.clone(),
             kubeconfig: None,
-            known: Known::of(settings.clone(), &KINDS),
-            draft: Some(Known::draft(settings, &KINDS)),
+            known: Known::of(settings, &KINDS),
+            generation,
+            draft: None,
             health: Health::default(),
         }
+    }
+
+    /// Begins to read the cluster by another kubeconfig. What is in force stays until everything has been read once.
+    pub(super) fn read_anew(&mut self, generation: u64) {
+        self.health = Health::default();
+        self.draft = Some(Draft {
+            known: self.known.draft(),
+            generation,
+        });
     }
 
     /// Applies what the cluster `name` says. Returns whether the snapshot has changed.
@@ -89,12 +108,12 @@ impl Cluster {
         let Some(mut draft) = self.draft.take() else {
             return self.known.take(kind, event, edit);
         };
-        draft.take(kind, event, edit);
-        if !draft.is_complete() {
+        draft.known.take(kind, event, edit);
+        if !draft.known.is_complete() {
             self.draft = Some(draft);
             return false;
         }
-        self.known.replace(draft, edit);
+        self.put_in_force(name, draft, edit);
         tracing::info!(
             cluster = %name, pods = self.known.count_of(Kind::Pod), services = self.known.count_of(Kind::Service),
             "remote cluster is read"
@@ -102,9 +121,18 @@ impl Cluster {
         true
     }
 
+    /// Replaces what is in force. A kubeconfig with another token leads to the same cluster, and its pods are the same.
+    fn put_in_force(&mut self, name: &ClusterName, draft: Draft, edit: &mut Edit) {
+        let before = identity(name, &self.known);
+        if before.is_none() || before != identity(name, &draft.known) {
+            self.generation = draft.generation;
+        }
+        self.known.replace(draft.known, edit);
+    }
+
     /// Reports whether everything has been read once.
     pub(super) fn is_read(&self) -> bool {
-        self.draft.is_none()
+        self.known.is_complete()
     }
 
     /// Reports whether it has been read once, or cannot be read.
@@ -121,6 +149,7 @@ impl Cluster {
         let health = &self.health;
         RemoteStatus {
             name: name.to_string(),
+            generation: self.generation,
             secret: self.secret.clone(),
             trust_domain: self.trust_domain.to_string(),
             pods: self.known.count_of(Kind::Pod),
@@ -160,10 +189,20 @@ impl Health {
     }
 }
 
-/// Watches a remote cluster.
+/// Returns what tells a cluster from all others: the UID of a namespace that each has, and that is never deleted.
+fn identity<'a>(cluster: &ClusterName, known: &'a Known) -> Option<&'a str> {
+    let namespace = ObjectName {
+        namespace: String::new(),
+        name: cluster.qualify("kube-system"),
+    };
+    known.uid_of(Kind::Namespace, &namespace)
+}
+
+/// Watches a remote cluster. Its pods are of the reading `generation`.
 pub(super) fn watch(
     client: &Client,
     cluster: &ClusterName,
+    generation: u64,
     trust_domain: &TrustDomain,
 ) -> BoxStream<'static, Update> {
     let [pods, services] = [0; 2].map(|_| trust_domain.clone());
@@ -171,19 +210,19 @@ pub(super) fn watch(
         updates(
             Api::all(client.clone()),
             Kind::Namespace,
-            cluster,
+            (cluster, generation),
             |read: objects::Namespace| manifest::namespace(&read),
         ),
         updates(
             Api::all(client.clone()),
             Kind::Pod,
-            cluster,
+            (cluster, generation),
             move |read: objects::Pod| pod(read, &pods),
         ),
         updates(
             Api::all(client.clone()),
             Kind::Service,
-            cluster,
+            (cluster, generation),
             move |read: objects::Service| manifest::service(read, &services),
         ),
     ];
@@ -193,7 +232,7 @@ pub(super) fn watch(
 fn updates<K>(
     api: Api<K>,
     kind: Kind,
-    cluster: &ClusterName,
+    (cluster, generation): (&ClusterName, u64),
     parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
 ) -> BoxStream<'static, Update>
 where
@@ -202,7 +241,7 @@ where
     let (cluster, mut tally) = (cluster.clone(), Tally::new(kind));
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let read = move |event| {
-        let event = of_cluster(&cluster, kind, parsed(event, &parse));
+        let event = of_cluster(&cluster, generation, kind, parsed(event, &parse));
         tally.take(&event)?;
         Ok(event)
     };
@@ -215,7 +254,7 @@ where
 }
 
 /// Returns what an event of `cluster` says, as the snapshot names its objects.
-fn of_cluster(cluster: &ClusterName, kind: Kind, event: Event) -> Event {
+fn of_cluster(cluster: &ClusterName, generation: u64, kind: Kind, event: Event) -> Event {
     let qualified = |mut name: ObjectName| {
         let part = match kind {
             Kind::Namespace => &mut name.name,
@@ -228,7 +267,11 @@ fn of_cluster(cluster: &ClusterName, kind: Kind, event: Event) -> Event {
         name: qualified(seen.name),
         object: seen.object.map(|object| {
             object.map(|object| match object {
-                Object::Pod(pod) => Object::Pod(cluster.pod(Arc::unwrap_or_clone(pod)).into()),
+                Object::Pod(pod) => {
+                    let mut pod = cluster.pod(Arc::unwrap_or_clone(pod));
+                    pod.generation = generation;
+                    Object::Pod(pod.into())
+                }
                 Object::Service(service) => {
                     Object::Service(cluster.service(Arc::unwrap_or_clone(service)).into())
                 }
@@ -256,14 +299,18 @@ mod tests {
         "east".parse().unwrap()
     }
 
+    /// A cluster of which the first reading has begun.
     fn cluster() -> Cluster {
-        Cluster::new(Settings {
+        let settings = Settings {
             trust_domain: "east.example".parse().unwrap(),
             defaults: MeshDefault::default(),
             services: true,
             daemons: None,
             remote: None,
-        })
+        };
+        let mut cluster = Cluster::new(settings, 1);
+        cluster.read_anew(1);
+        cluster
     }
 
     fn pod(name: &str, address: &str) -> Event {
@@ -299,7 +346,8 @@ mod tests {
     fn tell(cluster: &mut Cluster, edit: &mut Edit, kind: Kind, events: Vec<Event>) -> bool {
         let mut has_changed = false;
         for event in events {
-            let event = of_cluster(&east(), kind, event);
+            let generation = cluster.draft.as_ref().map_or(1, |draft| draft.generation);
+            let event = of_cluster(&east(), generation, kind, event);
             has_changed |= cluster.take(&east(), Update::Event(kind, event), edit);
         }
         has_changed
@@ -375,7 +423,7 @@ mod tests {
             let events = vec![Apply(seen("web-0", round)), Apply(gone), Delete(name)];
             assert!(!tell(&mut cluster, &mut edit, Kind::Pod, events));
         }
-        let draft = cluster.draft.as_ref().unwrap();
+        let draft = &cluster.draft.as_ref().unwrap().known;
         assert_eq!((draft.count(), pods(&mut edit)), (1, Vec::new()));
         // A list that is in progress when the last kind is read ends later.
         tell(
@@ -392,6 +440,51 @@ mod tests {
         assert_eq!(addresses.collect::<Vec<_>>(), ["10.2.0.255"]);
         assert!(tell(&mut cluster, &mut edit, Kind::Pod, vec![InitDone]));
         assert_eq!(pods(&mut edit), ["shop@east/web-1 a@east"]);
+    }
+
+    #[test]
+    fn another_kubeconfig_is_of_another_cluster_unless_its_system_namespace_is_the_same() {
+        use Event::{Init, InitApply, InitDone};
+        let system = |uid: &str| {
+            InitApply(Seen {
+                name: ObjectName {
+                    namespace: String::new(),
+                    name: "kube-system".into(),
+                },
+                uid: uid.into(),
+                object: Ok(None),
+            })
+        };
+        let (mut cluster, mut edit) = (cluster(), Edit::from(Snapshot::default()));
+        let read = |cluster: &mut Cluster, edit: &mut Edit, uid: &str, address: &str| {
+            for (kind, events) in [
+                (Kind::Namespace, vec![Init, system(uid), InitDone]),
+                (Kind::Service, vec![Init, InitDone]),
+                (Kind::Pod, vec![Init, pod("web-0", address), InitDone]),
+            ] {
+                tell(cluster, edit, kind, events);
+            }
+            let pod = edit.snapshot().pod(address.parse().unwrap()).cloned();
+            (
+                cluster.status(&east()).generation,
+                pod.map(|pod| pod.generation),
+            )
+        };
+        let first = read(&mut cluster, &mut edit, "a", "10.2.0.1");
+        assert_eq!(first, (1, Some(1)));
+        // Another token.
+        cluster.read_anew(2);
+        assert_eq!(pods(&mut edit).len(), 1, "what is known holds until then");
+        let same = read(&mut cluster, &mut edit, "a", "10.2.0.1");
+        assert_eq!(same, (1, Some(2)));
+        for (generation, uid) in [(3, "b"), (4, ""), (5, "")] {
+            cluster.read_anew(generation);
+            let address = format!("10.3.0.{generation}");
+            let other = read(&mut cluster, &mut edit, uid, &address);
+            assert_eq!(other, (generation, Some(generation)), "{uid:?}");
+            let addresses = edit.snapshot().addresses().count();
+            assert_eq!(addresses, 1, "nothing of the former cluster is left");
+        }
     }
 
     #[test]
