@@ -1,6 +1,6 @@
 //! One remote cluster: what is read of it, and whether it can be read.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::SystemTime};
 
 use futures_util::{
     StreamExt,
@@ -270,6 +270,7 @@ fn of_cluster(cluster: &ClusterName, generation: u64, kind: Kind, event: Event) 
                 Object::Pod(pod) => {
                     let mut pod = cluster.pod(Arc::unwrap_or_clone(pod));
                     pod.generation = generation;
+                    keep_one_of_each_family(&mut pod.addresses);
                     Object::Pod(pod.into())
                 }
                 Object::Service(service) => {
@@ -287,6 +288,16 @@ fn of_cluster(cluster: &ClusterName, generation: u64, kind: Kind, event: Event) 
         Event::InitApply(object) => Event::InitApply(seen(object)),
         Event::InitDone => Event::InitDone,
     }
+}
+
+/// Leaves the first address of each family: Kubernetes gives a pod no more. Each has an entry in the kernel's map of the mesh's
+/// addresses, which others must not fill.
+fn keep_one_of_each_family(addresses: &mut Vec<IpAddr>) {
+    let first = [true, false].map(|is_ipv4| {
+        let mut all = addresses.iter().copied();
+        all.find(|address| address.is_ipv4() == is_ipv4)
+    });
+    addresses.retain(|address| first.contains(&Some(*address)));
 }
 
 #[cfg(test)]
@@ -485,6 +496,26 @@ mod tests {
             let addresses = edit.snapshot().addresses().count();
             assert_eq!(addresses, 1, "nothing of the former cluster is left");
         }
+    }
+
+    #[test]
+    fn a_pod_has_one_address_of_each_family() {
+        let Event::InitApply(mut seen) = pod("web-0", "10.2.0.1") else {
+            unreachable!()
+        };
+        let Ok(Some(Object::Pod(workload))) = &mut seen.object else {
+            unreachable!()
+        };
+        let all = ["10.2.0.1", "10.2.0.2", "fd00::1", "10.2.0.3", "fd00::2"];
+        Arc::make_mut(workload).addresses = all.map(|address| address.parse().unwrap()).into();
+        let Event::Apply(seen) = of_cluster(&east(), 1, Kind::Pod, Event::Apply(seen)) else {
+            unreachable!()
+        };
+        let Ok(Some(Object::Pod(workload))) = seen.object else {
+            unreachable!()
+        };
+        let left = workload.addresses.iter().map(ToString::to_string);
+        assert_eq!(left.collect::<Vec<_>>(), ["10.2.0.1", "fd00::1"]);
     }
 
     #[test]
