@@ -221,8 +221,9 @@ mod tests {
     const GREEDY: usize = 1000;
     const ROUNDS: usize = 20;
 
-    /// Adds connections that always have something to do, and waits until each has been polled. Counts their polls.
-    async fn busy(connections: &ConnectionTasks, worker: &Worker) -> Arc<AtomicUsize> {
+    /// Returns connections that always have something to do, each of which has been polled, and the number of their polls.
+    async fn busy(worker: &Worker) -> (ConnectionTasks, Arc<AtomicUsize>) {
+        let connections = ConnectionTasks::new(Arc::default());
         let polls = Arc::new(AtomicUsize::new(0));
         for _ in 0..GREEDY {
             let polls = polls.clone();
@@ -238,7 +239,7 @@ mod tests {
         while polls.load(Ordering::Relaxed) < GREEDY {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        polls
+        (connections, polls)
     }
 
     /// Counts polls instead of time: between two polls of the neighbour there are a few of the thousand others, not a
@@ -247,11 +248,8 @@ mod tests {
     async fn a_neighbour_waits_for_a_turn_and_not_for_every_connection() {
         let workers = Workers::start(1).unwrap();
         let worker = workers.next(false);
-        let (greedy, neighbour) = (
-            ConnectionTasks::new(Arc::default()),
-            ConnectionTasks::new(Arc::default()),
-        );
-        let polls = busy(&greedy, worker).await;
+        let (_greedy, polls) = busy(worker).await;
+        let neighbour = ConnectionTasks::new(Arc::default());
         let (done, waited) = oneshot::channel();
         neighbour.spawn(worker, (), async move {
             let before = polls.load(Ordering::Relaxed);
@@ -269,11 +267,8 @@ mod tests {
     async fn a_neighbours_handshake_does_not_wait_for_every_connection_of_a_pod_with_another() {
         let workers = Workers::start(1).unwrap();
         let worker = workers.next(false);
-        let (greedy, neighbour) = (
-            ConnectionTasks::new(Arc::default()),
-            ConnectionTasks::new(Arc::default()),
-        );
-        let polls = busy(&greedy, worker).await;
+        let (greedy, polls) = busy(worker).await;
+        let neighbour = ConnectionTasks::new(Arc::default());
         let (limit, turns) = (Arc::new(ConnectionLimit::new(2, 1)), turns_of_worker());
         let place = |host| {
             let address = Ipv4Addr::new(10, 0, 0, host);
