@@ -7,7 +7,10 @@ pub mod manifest;
 pub mod removal;
 pub mod taint;
 
-use std::sync::{Arc, atomic::AtomicUsize};
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::AtomicUsize},
+};
 
 use crate::{observe::remote_clusters::RemoteStatus, proxy::lookups::Lookups};
 use auth_mesh::{
@@ -56,11 +59,11 @@ impl Sink {
             return;
         }
         let next = Policies::compile(before.settings().clone(), objects);
-        let known = before.warnings();
+        let known: HashSet<_> = before.warnings().into_iter().collect();
         for warning in next
             .warnings()
             .iter()
-            .filter(|warning| !known.contains(warning))
+            .filter(|warning| !known.contains(*warning))
         {
             tracing::warn!("{warning}");
         }

@@ -6,8 +6,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use auth_mesh::{
     ObjectName,
     policy::api::{
-        Account, Action, AuthorizationPolicy, Instead, Kind, Object, Pattern, Requirement, Rule,
-        Selector, Unreadable, Values,
+        Account, Action, AuthorizationPolicy, Instead, Kind, MAX_VALUES, Object, Pattern,
+        Requirement, Rule, Selector, Unreadable, Values, limit_values,
     },
 };
 use ipnet::IpNet;
@@ -172,6 +172,7 @@ fn rules(groups: &[api::Group]) -> Result<Vec<Rule>, FieldError> {
         let field = format!("groups[{index}]");
         converted.extend(group_rules(&field, group, MAX_RULES - converted.len())?);
     }
+    limit_values(&converted).map_err(|reason| ("groups".to_owned(), reason))?;
     Ok(converted)
 }
 
@@ -210,6 +211,14 @@ fn group_rules(field: &str, group: &api::Group, room: usize) -> Result<Vec<Rule>
     for alternatives in others {
         if converted.len().saturating_mul(alternatives.len()) > room {
             return Err((field.to_owned(), format!("is more than {MAX_RULES} rules")));
+        }
+        // Each of them is copied for each alternative.
+        let values: usize = converted.iter().map(Rule::values).sum();
+        if values.saturating_mul(alternatives.len()) > MAX_VALUES {
+            return Err((
+                field.to_owned(),
+                format!("is more than {MAX_VALUES} values"),
+            ));
         }
         let combined = |rule: &Rule, all: &All| {
             let mut rule = rule.clone();

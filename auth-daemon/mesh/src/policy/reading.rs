@@ -85,7 +85,7 @@ pub(super) enum Selection {
 }
 
 /// A warning for the author of a policy.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Warning {
     /// Kind of the policy.
     pub kind: Kind,

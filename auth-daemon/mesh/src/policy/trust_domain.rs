@@ -2,7 +2,7 @@
 //! Istio (`istio.io/istio/pilot/pkg/security/trustdomain`). A policy that is copied from one mesh to another so keeps its
 //! meaning. The same holds for the trust domain's aliases.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use super::{
     Settings,
@@ -12,6 +12,8 @@ use crate::TrustDomain;
 
 /// The trust domain that stands for the mesh's own.
 const OWN: &str = "cluster.local";
+/// Maximum number of principals of a policy that are warned of by name. A policy may list 200,000.
+const MAX_NAMED: usize = 20;
 
 /// Returns the rules of `policy`, with the mesh's own trust domain in place of `cluster.local` and of its aliases.
 pub(super) fn resolve(policy: &AuthorizationPolicy, own: &TrustDomain) -> Arc<[Rule]> {
@@ -37,27 +39,35 @@ pub(super) fn resolve(policy: &AuthorizationPolicy, own: &TrustDomain) -> Arc<[R
 }
 
 /// Returns a warning for each principal of a trust domain that is neither the mesh's own nor one that it federates with: no
-/// client has such an identity.
+/// client has such an identity. The last one counts those that are not named.
 pub(super) fn warnings(policy: &AuthorizationPolicy, settings: &Settings) -> Vec<FieldWarning> {
     let own = &settings.trust_domain;
     let foreign = &settings.foreign_trust_domains;
     let mut warnings = Vec::new();
+    let mut found = HashSet::new();
     for (requirement, principal) in principals(policy) {
         let is_foreign = |name: &str| foreign.iter().any(|domain| domain.as_str() == name);
         let is_unknown = |name: &&str| *name != OWN && !own.is_named(name) && !is_foreign(name);
         let Some(domain) = domain(principal).filter(is_unknown) else {
             continue;
         };
-        let warning = FieldWarning {
+        if !found.insert((&*requirement.field, principal)) || found.len() > MAX_NAMED {
+            continue;
+        }
+        warnings.push(FieldWarning {
             field: requirement.field.to_string(),
             text: format!(
                 "principal {principal} matches no client, because its trust domain {domain} is neither the \
                  mesh's, nor one of trustDomainAliases, nor one of federation; use cluster.local, which stands for the mesh's own ({own})"
             ),
-        };
-        if !warnings.contains(&warning) {
-            warnings.push(warning);
-        }
+        });
+    }
+    let unnamed = found.len() - warnings.len();
+    if unnamed > 0 {
+        warnings.push(FieldWarning {
+            field: "spec.rules".into(),
+            text: format!("{unnamed} more principals match no client for the same reason"),
+        });
     }
     warnings
 }
@@ -244,6 +254,18 @@ mod tests {
         ] {
             assert_eq!(allows(&policies, client), expected, "{client}");
         }
+    }
+
+    #[test]
+    fn very_many_unknown_principals_are_counted() {
+        let principals: Vec<_> = (0..100_000).map(|number| format!("a/{number}")).collect();
+        let source = json!({"source": {"principals": principals}});
+        let policies = policies("prod.example", "DENY", &json!({"from": [source]}));
+        let warnings = policies.warnings();
+        assert_eq!(warnings.len(), MAX_NAMED + 1);
+        assert!(warnings[0].text.contains("principal a/0 matches no client"));
+        let last = &warnings[MAX_NAMED].text;
+        assert!(last.starts_with("99980 more principals"), "{last}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::{
     Account, FieldWarning, Pattern, Requirement, Rule, Selector, Values,
     pattern::{block, port},
     read::{FieldError, Node, quoted},
+    rule::limit_values,
     targets,
 };
 use crate::ObjectName;
@@ -89,10 +90,12 @@ impl AuthorizationPolicy {
             namespace: &name.namespace,
             action,
         };
-        let rules = limited(&spec.field("rules"), MAX_RULES)?
+        let field = spec.field("rules");
+        let rules: Arc<[Rule]> = limited(&field, MAX_RULES)?
             .iter()
             .map(|rule| reader.rule(rule, &mut warnings))
             .collect::<Result<_, _>>()?;
+        limit_values(&rules).map_err(|reason| field.error(reason))?;
         Ok(Self {
             action,
             dry_run: dry_run && action != Action::Audit,

@@ -17,7 +17,7 @@ pub use authorization::{Action, AuthorizationPolicy};
 pub use pattern::{Account, Pattern};
 pub use peer::{Mode, PeerAuthentication};
 use read::{FieldError, Node, exceeds, quoted};
-pub use rule::{Requirement, Rule, Values};
+pub use rule::{MAX_VALUES, Requirement, Rule, Values, limit_values};
 pub use selector::Selector;
 
 use crate::ObjectName;
@@ -531,6 +531,33 @@ mod tests {
         );
         assert_eq!(refused.instead, Instead::DenyAll);
         assert_eq!(refused.selector.to_string(), "app=web");
+    }
+
+    #[test]
+    fn conditions_count_once_for_each_source() {
+        let policy = |sources: usize, values: usize| {
+            let values: Vec<_> = (0..values).map(|number| number.to_string()).collect();
+            let source = json!({"source": {"namespaces": ["a"]}});
+            let document = json!({
+                "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+                "metadata": {"name": "web"},
+                "spec": {"action": "DENY", "rules": [{
+                    "from": vec![source; sources],
+                    "when": [{"key": "source.namespace", "values": values}],
+                }]},
+            });
+            Object::read(&document).unwrap()
+        };
+        assert!(matches!(policy(512, 511), Object::Authorization(_)));
+        assert!(matches!(policy(1, 100_000), Object::Authorization(_)));
+        let Object::Unreadable(refused) = policy(512, 512) else {
+            panic!("accepted");
+        };
+        assert_eq!(
+            refused.to_string(),
+            "AuthorizationPolicy default/web: spec.rules: has 262656 values, of which 262144 are allowed: those of operations \
+             and conditions count once for each source; split the policy"
+        );
     }
 
     #[test]

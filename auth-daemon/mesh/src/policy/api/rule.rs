@@ -6,6 +6,9 @@ use ipnet::IpNet;
 
 use super::{Account, Pattern};
 
+/// Maximum number of values in the rules of a policy, as [`Rule::values`] counts them.
+pub const MAX_VALUES: usize = 1 << 18;
+
 /// A rule, which matches a connection if it meets all requirements of at least one source, of at least one operation, and
 /// of all conditions. An empty list of sources or operations matches every connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,6 +52,17 @@ pub enum Values {
 }
 
 impl Rule {
+    /// Number of values that the rule compares attributes with. Those of operations and conditions count once for each source,
+    /// together with which they are looked up.
+    pub fn values(&self) -> usize {
+        let all = |requirements: &[Requirement]| requirements.iter().map(Requirement::count).sum();
+        let of_any = |alternatives: &[Vec<Requirement>]| -> usize {
+            alternatives.iter().map(|one| -> usize { all(one) }).sum()
+        };
+        let for_each_source = of_any(&self.to) + all(&self.when);
+        of_any(&self.from) + self.from.len().max(1).saturating_mul(for_each_source)
+    }
+
     /// Returns all requirements.
     pub fn requirements(&self) -> impl Iterator<Item = &Requirement> {
         let alternatives = self.from.iter().chain(&self.to);
@@ -60,4 +74,31 @@ impl Rule {
         let alternatives = self.from.iter_mut().chain(&mut self.to);
         alternatives.flatten().chain(&mut self.when)
     }
+}
+
+impl Requirement {
+    fn count(&self) -> usize {
+        match &self.values {
+            Values::Principals(values) | Values::Namespaces(values) => values.len(),
+            Values::Accounts(values) => values.len(),
+            Values::Sources(values) | Values::Destinations(values) => values.len(),
+            Values::Ports(values) => values.len(),
+        }
+    }
+}
+
+/// Returns an error if the rules of one policy compare attributes with more than [`MAX_VALUES`] values, which would take too
+/// much of all nodes' time and memory.
+pub fn limit_values(rules: &[Rule]) -> Result<(), String> {
+    let values = rules
+        .iter()
+        .map(Rule::values)
+        .fold(0, usize::saturating_add);
+    if values <= MAX_VALUES {
+        return Ok(());
+    }
+    Err(format!(
+        "has {values} values, of which {MAX_VALUES} are allowed: those of operations and conditions count once for each \
+         source; split the policy"
+    ))
 }
