@@ -8,6 +8,9 @@ use serde::Deserialize;
 use super::{Attestor, Caller, Credentials, Unattested, oidc::Tokens, service_account};
 use crate::{config::JwksAttestation, placement::settle};
 
+/// Tolerated difference of the issuer's clock, in seconds.
+const LEEWAY: u64 = 300;
+
 /// Identifies the holders of one issuer's tokens.
 #[derive(Debug)]
 pub struct Jwks {
@@ -48,7 +51,7 @@ impl Jwks {
         trust_domain: TrustDomain,
         registry: Arc<Registry>,
     ) -> Result<Self, String> {
-        let tokens = Tokens::open(config.issuer)
+        let tokens = Tokens::open(config.issuer, LEEWAY)
             .map_err(|error| format!("attestation.jwks.jwksFile: {error}"))?;
         Ok(Self {
             tokens,

@@ -16,14 +16,13 @@ const ALGORITHMS: [Algorithm; 4] = [
     Algorithm::ES384,
     Algorithm::EdDSA,
 ];
-/// Tolerated difference of the issuer's clock, in seconds.
-const LEEWAY: u64 = 300;
-
 /// Verifies the tokens of one issuer.
 #[derive(Debug)]
 pub(super) struct Tokens {
     issuer: OidcIssuer,
     keys: Keys,
+    /// Tolerated difference of the issuer's clock, in seconds.
+    leeway: u64,
 }
 
 /// The only claim that is read before the signature is verified.
@@ -33,10 +32,15 @@ struct Unverified {
 }
 
 impl Tokens {
-    /// Accepts tokens of `issuer`. Fails if the file with the issuer's keys cannot be used.
-    pub(super) fn open(issuer: OidcIssuer) -> Result<Self, String> {
+    /// Accepts tokens of `issuer`, whose clock may differ by `leeway` seconds. Fails if the file with the issuer's keys cannot
+    /// be used.
+    pub(super) fn open(issuer: OidcIssuer, leeway: u64) -> Result<Self, String> {
         let keys = Keys::open(issuer.source.clone())?;
-        Ok(Self { issuer, keys })
+        Ok(Self {
+            issuer,
+            keys,
+            leeway,
+        })
     }
 
     /// Returns the claims of `token`, or `None` if it is not of this issuer.
@@ -80,7 +84,7 @@ impl Tokens {
         validation.set_audience(&[&self.issuer.audience]);
         validation.set_required_spec_claims(&["aud", "exp", "iss"]);
         validation.validate_nbf = true;
-        validation.leeway = LEEWAY;
+        validation.leeway = self.leeway;
         jsonwebtoken::decode::<C>(token, &key, &validation)
             .map(|token| token.claims)
             .map_err(|error| refused(self.explain(&error)))

@@ -6,6 +6,8 @@ use serde_json::{Map, Value};
 use super::{Attestor, Caller, Credentials, Unattested, oidc::Tokens};
 use crate::config::PeopleAttestation;
 
+/// Tolerated difference of the issuer's clock, in seconds. Short, so that a stolen token is worth nothing soon after its end.
+const LEEWAY: u64 = 30;
 /// Maximum length of a person's name in a token, in bytes.
 const MAX_NAME: usize = 200;
 
@@ -20,7 +22,7 @@ pub struct People {
 impl People {
     /// Accepts tokens of the issuer of `config`. Fails if the file with the issuer's keys cannot be used.
     pub fn open(config: PeopleAttestation, trust_domain: TrustDomain) -> Result<Self, String> {
-        let tokens = Tokens::open(config.issuer.clone())
+        let tokens = Tokens::open(config.issuer.clone(), LEEWAY)
             .map_err(|error| format!("attestation.people.jwksFile: {error}"))?;
         Ok(Self {
             config,
