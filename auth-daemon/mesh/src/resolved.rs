@@ -167,10 +167,13 @@ impl Backends<'_> {
         family: IpAddr,
         room: &mut Option<usize>,
     ) -> Vec<Candidate> {
+        // Otherwise a node could receive a part of what is meant for pods of other nodes, in plaintext.
+        let needs_identity = self.any_meshed();
+        let may_serve = |pod: &Workload| !pod.finished && !(needs_identity && pod.without_identity);
         match self {
             Self::Pods(pods) => pods
                 .iter()
-                .filter(|(pod, _)| !pod.finished)
+                .filter(|(pod, _)| may_serve(pod))
                 .filter_map(|(pod, meshed)| {
                     let ip = pod.address_like(family)?;
                     Some(Candidate {
@@ -200,7 +203,7 @@ impl Backends<'_> {
                 } in endpoints
                 {
                     let (workload, meshed) = match server {
-                        Server::Pod((pod, _)) if pod.finished => continue,
+                        Server::Pod((pod, _)) if !may_serve(pod) => continue,
                         Server::Pod((pod, meshed)) => (Some(*pod), *meshed),
                         Server::Outside => (None, false),
                         Server::Disputed => continue,

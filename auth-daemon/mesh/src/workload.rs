@@ -63,6 +63,9 @@ pub struct Workload {
     pub finished: bool,
     /// Whether the pod uses the node's network namespace. Such a pod cannot be distinguished from its node.
     pub host_network: bool,
+    /// Whether the pod has no service account, or is a mirror pod: a kubelet alone may have written it. Such a pod is outside
+    /// the mesh, and no endpoint of a service that has pods of the mesh.
+    pub without_identity: bool,
     /// The pod's own setting of its membership. `None`: the namespace's setting or the mesh's default applies.
     pub membership: Option<Membership>,
     /// `metadata.labels`, for selectors.
@@ -134,6 +137,7 @@ impl Workload {
             uid: String::new(),
             identity,
             generation: 0,
+            without_identity: false,
             addresses: Vec::new(),
             node: String::new(),
             ready: true,

@@ -329,6 +329,7 @@ pub(crate) fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Optio
     if let (Some(why), Some(Object::Pod(pod))) = (why, &mut read) {
         let pod = Arc::make_mut(pod);
         pod.membership = Some(Membership::Disabled);
+        pod.without_identity = true;
         if let Some(identifier) = static_pod {
             pod.uid = identifier;
         }

@@ -247,6 +247,25 @@ fn a_service_has_pods_outside_the_mesh_too_unless_it_is_pinned() {
 }
 
 #[test]
+fn what_a_kubelet_alone_has_written_takes_no_connections_from_pods_of_the_mesh() {
+    let written = Workload {
+        without_identity: true,
+        membership: Some(Membership::Disabled),
+        ..pod("two", "api", "10.1.0.2", true)
+    };
+    let endpoints = |pods: &[&Workload]| -> Vec<_> {
+        let pods = pods.iter().copied().cloned().collect();
+        let found = resolve(pods, service(TargetPort::Number(80)));
+        let found = found.iter().flat_map(|found| found.endpoints.iter());
+        found.map(|one| one.address.ip().to_string()).collect()
+    };
+    let [ready, unready] = [true, false].map(|ready| pod("one", "web", "10.1.0.1", ready));
+    assert_eq!(endpoints(&[&ready, &written]), ["10.1.0.1"]);
+    assert!(!endpoints(&[&unready, &written]).contains(&"10.1.0.2".into()));
+    assert_eq!(endpoints(&[&written]), ["10.1.0.2"], "none is in the mesh");
+}
+
+#[test]
 fn assumes_a_daemon_on_each_node_until_daemons_are_known() {
     let snapshot = Snapshot::default();
     assert!(snapshot.has_daemon("a"));
