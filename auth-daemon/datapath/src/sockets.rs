@@ -224,19 +224,19 @@ impl SourcePorts {
         })
     }
 
-    fn next(&self) -> u16 {
+    /// The next port that no app of the pod uses, if there is one.
+    fn next(&self) -> Option<u16> {
         let (high, low) = (HIGH.len() as u32, LOW.len() as u32);
-        loop {
+        let taken = self.lock();
+        (0..high + low).find_map(|_| {
             let index = self.next.fetch_add(1, Ordering::Relaxed) % (high + low);
             let port = if index < high {
                 *HIGH.start() + index as u16
             } else {
                 *LOW.start() + (index - high) as u16
             };
-            if !self.lock().contains(&port) {
-                return port;
-            }
-        }
+            (!taken.contains(&port)).then_some(port)
+        })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashSet<u16>> {
@@ -267,7 +267,8 @@ pub async fn dial_endpoint(
 ) -> io::Result<TcpStream> {
     for _ in 0..ATTEMPTS {
         let socket = socket_in(kernel, netns, endpoint, DIAL)?;
-        let from = SocketAddr::new(source, ports.next());
+        let Some(port) = ports.next() else { break };
+        let from = SocketAddr::new(source, port);
         if let Some(connected) = connect_from(socket, from, endpoint).await? {
             return Ok(connected);
         }
@@ -432,14 +433,16 @@ mod tests {
     #[test]
     fn source_ports_go_round_and_avoid_apps() {
         let ports = SourcePorts::default();
-        assert_eq!(ports.next(), 61000);
+        assert_eq!(ports.next(), Some(61000));
         let reserved = ports.reserve(61001).unwrap();
-        assert_eq!(ports.next(), 61002);
+        assert_eq!(ports.next(), Some(61002));
         drop(reserved);
         let all = HIGH.len() + LOW.len();
-        let round: HashSet<u16> = (0..all).map(|_| ports.next()).collect();
+        let round: HashSet<u16> = (0..all).map(|_| ports.next().unwrap()).collect();
         assert_eq!(round.len(), all);
         assert!(round.iter().all(|port| SourcePorts::contain(*port)));
+        let _all: Vec<_> = round.iter().map(|port| ports.reserve(*port)).collect();
+        assert_eq!(ports.next(), None, "an app may take them all");
         assert!(ports.reserve(40000).is_none());
         assert!(!SourcePorts::contain(TUNNEL_PORT) && !SourcePorts::contain(OUTBOUND_PORT));
     }
