@@ -260,7 +260,6 @@ impl Acceptor {
                 let place = Some(Place {
                     source,
                     turns: worker.turns.clone(),
-                    work: self.work.clone(),
                     _permit: handshake.ok_or(Refusal::Handshakes)?,
                 });
                 Ok(Admitted { permit, place })

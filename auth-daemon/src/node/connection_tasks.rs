@@ -159,16 +159,12 @@ impl Drop for Open {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::Ipv4Addr, time::Duration};
+    use std::time::Duration;
 
-    use auth_support::connection_limit::ConnectionLimit;
     use tokio::sync::oneshot;
 
     use super::*;
-    use crate::{
-        node::Workers,
-        proxy::handshakes::{Place, turns_of_worker},
-    };
+    use crate::node::Workers;
 
     #[tokio::test]
     async fn what_ends_is_forgotten() {
@@ -218,16 +214,22 @@ mod tests {
         }
     }
 
-    const GREEDY: usize = 1000;
-    const ROUNDS: usize = 20;
-
-    /// Returns connections that always have something to do, each of which has been polled, and the number of their polls.
-    async fn busy(worker: &Worker) -> (ConnectionTasks, Arc<AtomicUsize>) {
-        let connections = ConnectionTasks::new(Arc::default());
+    /// Counts polls instead of time: between two polls of the neighbour there are a few of the thousand others, not a
+    /// thousand.
+    #[tokio::test]
+    async fn a_neighbour_waits_for_a_turn_and_not_for_every_connection() {
+        const GREEDY: usize = 1000;
+        const ROUNDS: usize = 20;
+        let workers = Workers::start(1).unwrap();
+        let worker = workers.next(false);
+        let (greedy, neighbour) = (
+            ConnectionTasks::new(Arc::default()),
+            ConnectionTasks::new(Arc::default()),
+        );
         let polls = Arc::new(AtomicUsize::new(0));
         for _ in 0..GREEDY {
             let polls = polls.clone();
-            connections.spawn(worker, (), async move {
+            greedy.spawn(worker, (), async move {
                 loop {
                     let start = Instant::now();
                     while start.elapsed() < TURN / 10 {}
@@ -239,17 +241,6 @@ mod tests {
         while polls.load(Ordering::Relaxed) < GREEDY {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        (connections, polls)
-    }
-
-    /// Counts polls instead of time: between two polls of the neighbour there are a few of the thousand others, not a
-    /// thousand.
-    #[tokio::test]
-    async fn a_neighbour_waits_for_a_turn_and_not_for_every_connection() {
-        let workers = Workers::start(1).unwrap();
-        let worker = workers.next(false);
-        let (_greedy, polls) = busy(worker).await;
-        let neighbour = ConnectionTasks::new(Arc::default());
         let (done, waited) = oneshot::channel();
         neighbour.spawn(worker, (), async move {
             let before = polls.load(Ordering::Relaxed);
@@ -260,47 +251,5 @@ mod tests {
         });
         let between = waited.await.unwrap() / ROUNDS;
         assert!(between < GREEDY / 10, "{between} polls between two");
-    }
-
-    /// The same of two steps of a handshake, while the busy pod has a handshake, too, whose turns alternate with them.
-    #[tokio::test]
-    async fn a_neighbours_handshake_does_not_wait_for_every_connection_of_a_pod_with_another() {
-        let workers = Workers::start(1).unwrap();
-        let worker = workers.next(false);
-        let (greedy, polls) = busy(worker).await;
-        let neighbour = ConnectionTasks::new(Arc::default());
-        let (limit, turns) = (Arc::new(ConnectionLimit::new(2, 1)), turns_of_worker());
-        let place = |host| {
-            let address = Ipv4Addr::new(10, 0, 0, host);
-            Place {
-                source: address.into(),
-                turns: turns.clone(),
-                work: Arc::default(),
-                _permit: limit.admit(address.into()).unwrap(),
-            }
-        };
-        let (endless, counted) = (place(1), place(2));
-        greedy.spawn(worker, (), async move {
-            endless
-                .in_turns(async {
-                    loop {
-                        yield_now().await;
-                    }
-                })
-                .await
-        });
-        let (done, waited) = oneshot::channel();
-        neighbour.spawn(worker, (), async move {
-            let before = polls.load(Ordering::Relaxed);
-            let steps = async {
-                for _ in 0..ROUNDS {
-                    yield_now().await;
-                }
-            };
-            counted.in_turns(steps).await;
-            let _ = done.send(polls.load(Ordering::Relaxed) - before);
-        });
-        let between = waited.await.unwrap() / ROUNDS;
-        assert!(between < GREEDY / 10, "{between} polls between two steps");
     }
 }

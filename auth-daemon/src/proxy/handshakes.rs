@@ -4,23 +4,13 @@
 //! source has a share of the handshakes in progress, and on each worker, the steps of handshakes that are ready run in
 //! rotation by source, across all pods: a source waits for one step of each other source, however many another one has.
 
-use std::{
-    future::{pending, poll_fn},
-    net::IpAddr,
-    panic::resume_unwind,
-    pin::pin,
-    sync::Arc,
-    time::Instant,
-};
+use std::{net::IpAddr, sync::Arc};
 
 use auth_mesh::Snapshot;
 use auth_support::{
     connection_limit::{ConnectionPermit, source_of},
     fair_queue::FairQueue,
 };
-use tokio::task::JoinSet;
-
-use super::work::Work;
 
 /// Maximum number of a pod's inbound connections that are in their handshake at once.
 pub(super) const MAX: usize = 8192;
@@ -63,43 +53,15 @@ pub(crate) fn turns_of_worker() -> Turns {
 pub(crate) struct Place {
     pub(crate) source: Source,
     pub(crate) turns: Turns,
-    /// The pod's, to which the handshake is added.
-    pub(crate) work: Arc<Work>,
     pub(crate) _permit: ConnectionPermit,
 }
 
 impl Place {
-    /// Runs `handshake` in the turns of its source: each of its polls computes a step. Cancel-safe: it ends with this future.
-    ///
-    /// It is a task of its own on the worker. If the task that polls all connections of the pod polled it, it would hold its
-    /// turn until all those that are ready were polled, and other pods' handshakes would wait for them.
-    pub(crate) async fn in_turns<F>(&self, handshake: F) -> F::Output
-    where
-        F: Future<Output: Send> + Send + 'static,
-    {
+    /// Runs `handshake` in the turns of its source: each of its polls computes a step.
+    pub(crate) async fn in_turns<F: Future>(&self, handshake: F) -> F::Output {
         let source = self.source;
-        let handshake = added_to(self.work.clone(), handshake);
-        let mut task = JoinSet::new();
-        task.spawn(self.turns.clone().run(move || source, handshake));
-        match task.join_next().await {
-            Some(Ok(output)) => output,
-            Some(Err(error)) if error.is_panic() => resume_unwind(error.into_panic()),
-            // The worker ends, and this future with it.
-            _ => pending().await,
-        }
+        self.turns.clone().run(move || source, handshake).await
     }
-}
-
-/// Runs `handshake`, and adds the time of its polls to `work`.
-async fn added_to<F: Future>(work: Arc<Work>, handshake: F) -> F::Output {
-    let mut handshake = pin!(handshake);
-    poll_fn(|context| {
-        let began = Instant::now();
-        let polled = handshake.as_mut().poll(context);
-        work.add_since(began);
-        polled
-    })
-    .await
 }
 
 #[cfg(test)]

@@ -67,7 +67,7 @@ pub(crate) fn serve(
 ) -> impl Future<Output = ()> + Send {
     let (cut, registration) = AbortHandle::new_pair();
     let serving = async move {
-        let (node, pod) = (&node, &pod);
+        let (node, pod) = (&*node, &*pod);
         let Some(Tunnel {
             mut channel,
             local,
@@ -126,8 +126,8 @@ struct Tunnel<'a> {
 /// Waits for a tunnel's first CONNECT. Returns `None` if the connection is refused, or when it has ended and was no tunnel of
 /// the project's own framing.
 async fn begin<'a>(
-    node: &'a Arc<Node>,
-    pod: &'a Arc<Pod>,
+    node: &'a Node,
+    pod: &'a Pod,
     tcp: TcpStream,
     from: SocketAddr,
     place: Place,
@@ -205,7 +205,7 @@ async fn begin<'a>(
         Err(error) => return refused(access, error),
     }
     let _note = pod.note_tunnel(from, local.port());
-    let handshake = place.in_turns(handshake(node.clone(), pod.clone(), tcp));
+    let handshake = place.in_turns(handshake(node, pod, tcp).boxed());
     let mut channel = match timeout_at(deadline, handshake).await {
         Ok(Ok(channel)) => channel,
         Ok(Err(reason)) => return refused(access, reason),
@@ -311,7 +311,7 @@ fn late() -> String {
     format!("no handshake within {HANDSHAKE:?}")
 }
 
-async fn handshake(node: Arc<Node>, pod: Arc<Pod>, tcp: TcpStream) -> Result<Box<Channel>, String> {
+async fn handshake(node: &Node, pod: &Pod, tcp: TcpStream) -> Result<Box<Channel>, String> {
     let certificate = pod
         .certificate
         .obtain(HANDSHAKE)

@@ -25,7 +25,7 @@ use crate::observe::{
     connections::Guard,
     refusals::Refusal,
 };
-use crate::proxy::{handshakes::Source, shares::Permit};
+use crate::proxy::handshakes::Source;
 use auth_datapath::sockets::{self, end_in_good_order};
 use auth_mesh::Snapshot;
 use auth_tunnel::{
@@ -43,17 +43,22 @@ const MAX_ABANDONED: usize = 200;
 
 /// Serves a connection, from its handshake to the end of its last stream.
 pub(super) async fn serve(
-    node: &Arc<Node>,
-    pod: &Arc<Pod>,
+    node: &Node,
+    pod: &Pod,
     tcp: TcpStream,
     from: SocketAddr,
     local: SocketAddr,
     first: First<'_>,
 ) {
     let source = first.place.source;
-    let handshake = handshake(node.clone(), pod.clone(), tcp, source);
+    let mut large = None;
+    let window = || {
+        large = pod.inbound.large_window(Some(source));
+        large.as_ref().map_or(SMALL_WINDOW, |_| LARGE_WINDOW)
+    };
+    let handshake = Box::pin(handshake(node, pod, tcp, window));
     let handshake = first.place.in_turns(handshake);
-    let (mut server, made, _large_window) = match timeout_at(first.deadline, handshake).await {
+    let (mut server, made) = match timeout_at(first.deadline, handshake).await {
         Ok(Ok(made)) => made,
         Ok(Err(reason)) => return first.access.finish(Outcome::Refused, reason),
         Err(_) => return first.access.finish(Outcome::Refused, late()),
@@ -129,29 +134,23 @@ pub(super) async fn serve(
     while streams.next().await.is_some() {}
 }
 
-/// Returns the connection, what it was made with, and what its window is charged if it is a large one.
 async fn handshake(
-    node: Arc<Node>,
-    pod: Arc<Pod>,
+    node: &Node,
+    pod: &Pod,
     tcp: TcpStream,
-    source: Source,
-) -> Result<(Server, Made, Option<Permit>), String> {
+    window: impl FnOnce() -> u32,
+) -> Result<(Server, Made), String> {
     let certificate = pod
         .certificate
         .obtain(HANDSHAKE)
         .await
         .ok_or_else(|| format!("no valid certificate for {}", pod.workload.identity))?;
     let config = certificate.configs.hbone_server.clone();
-    let mut large = None;
-    let window = || {
-        large = pod.inbound.large_window(Some(source));
-        large.as_ref().map_or(SMALL_WINDOW, |_| LARGE_WINDOW)
-    };
     let server = hbone::accept(tcp, config, &node.config.trust_domain, window)
         .await
         .map_err(|error| error.to_string())?;
     let made = Made::now(&certificate.svid, server.peer());
-    Ok((server, made, large))
+    Ok((server, made))
 }
 
 /// What became of a request.
