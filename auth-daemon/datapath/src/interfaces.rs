@@ -15,7 +15,11 @@ use netlink_packet_route::{
 };
 use nix::net::if_::InterfaceFlags;
 
-use super::netlink::Netlink;
+use super::netlink::{self, Netlink};
+
+/// Maximum number of interfaces of a netns. It is far more than a pod needs; a pod with CAP_NET_ADMIN can add tens of thousands,
+/// and the daemon lists them at each change.
+const MAX_INTERFACES: usize = 1024;
 
 /// An address of an interface.
 pub(super) struct InterfaceAddress {
@@ -92,10 +96,9 @@ pub(super) struct Interfaces {
 impl Interfaces {
     /// Lists the interfaces of the current netns. `nodes` are the node's netns, and `pod` the pod's addresses.
     pub(super) fn list(nodes: &[File], pod: &[IpAddr]) -> io::Result<Self> {
-        let mut netlink = Netlink::open()?;
-        let links = netlink.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+        let links = links()?;
         // The kernel assigns numbers to other namespaces when it lists the links.
-        let of_the_node = numbers(&mut netlink, nodes)?;
+        let of_the_node = numbers(nodes)?;
         let mut holders: HashMap<String, Vec<IpAddr>> = HashMap::new();
         for held in addresses()? {
             let of_interface = holders.entry(held.interface).or_default();
@@ -105,33 +108,16 @@ impl Interfaces {
             leading_out: Vec::new(),
             has_nested: false,
         };
-        for message in links {
-            let RouteNetlinkMessage::NewLink(link) = message else {
-                continue;
-            };
-            if link.header.flags.contains(LinkFlags::Loopback) {
+        for link in links {
+            if link.flags.contains(LinkFlags::Loopback) {
                 continue;
             }
-            let (mut name, mut is_virtual, mut other) = (None, false, None);
-            for attribute in link.attributes {
-                match attribute {
-                    LinkAttribute::IfName(text) => name = Some(text),
-                    LinkAttribute::LinkNetNsId(id) => other = Some(id),
-                    LinkAttribute::LinkInfo(info) => {
-                        is_virtual = info.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
-                    }
-                    _ => {}
-                }
-            }
-            let Some(name) = name else {
-                continue;
-            };
-            let holds = holders.get(&name);
-            let leads_out = !is_virtual
-                || other.is_some_and(|other| of_the_node.contains(&other))
+            let holds = holders.get(&link.name);
+            let leads_out = !link.is_virtual
+                || link.other.is_some_and(|other| of_the_node.contains(&other))
                 || holds.is_some_and(|held| held.iter().any(|held| pod.contains(held)));
             if leads_out {
-                let index = link.header.index;
+                let (index, name) = (link.index, link.name);
                 interfaces.leading_out.push(Interface { index, name });
             } else {
                 interfaces.has_nested = true;
@@ -141,8 +127,49 @@ impl Interfaces {
     }
 }
 
+/// What the kernel tells of an interface.
+struct Link {
+    index: u32,
+    name: String,
+    flags: LinkFlags,
+    is_virtual: bool,
+    /// The number of the netns that its other end, or lower device, is in, if that is not this one.
+    other: Option<i32>,
+}
+
+/// Lists the interfaces of the current netns.
+fn links() -> io::Result<Vec<Link>> {
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    netlink::list(request, MAX_INTERFACES, "interfaces", link)
+}
+
+fn link(message: RouteNetlinkMessage) -> Option<Link> {
+    let RouteNetlinkMessage::NewLink(message) = message else {
+        return None;
+    };
+    let (mut name, mut is_virtual, mut other) = (None, false, None);
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(text) => name = Some(text),
+            LinkAttribute::LinkNetNsId(id) => other = Some(id),
+            LinkAttribute::LinkInfo(info) => {
+                is_virtual = info.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
+            }
+            _ => {}
+        }
+    }
+    Some(Link {
+        index: message.header.index,
+        name: name?,
+        flags: message.header.flags,
+        is_virtual,
+        other,
+    })
+}
+
 /// Returns the numbers by which the current netns knows others (`ip netns list-id`).
-fn numbers(netlink: &mut Netlink, others: &[File]) -> io::Result<HashSet<i32>> {
+fn numbers(others: &[File]) -> io::Result<HashSet<i32>> {
+    let mut netlink = Netlink::open()?;
     let mut numbers = HashSet::new();
     for other in others {
         let mut message = NsidMessage::default();
@@ -165,7 +192,39 @@ fn numbers(netlink: &mut Netlink, others: &[File]) -> io::Result<HashSet<i32>> {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+    use netlink_packet_route::link::InfoKind;
+
     use super::*;
+    use crate::Netns;
+
+    /// Adds `pairs` of interfaces to the current netns.
+    fn add_interfaces(pairs: usize) -> io::Result<()> {
+        let mut netlink = Netlink::open()?;
+        for _ in 0..pairs {
+            let mut message = LinkMessage::default();
+            let kind = LinkInfo::Kind(InfoKind::Veth);
+            message.attributes = vec![LinkAttribute::LinkInfo(vec![kind])];
+            let message = RouteNetlinkMessage::NewLink(message);
+            netlink.request(message, NLM_F_CREATE | NLM_F_EXCL)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn more_interfaces_than_the_limit_are_an_error_that_names_it() {
+        let netns = Netns::create().unwrap();
+        let list = |pairs| {
+            netns
+                .enter(|| add_interfaces(pairs).and_then(|()| Interfaces::list(&[], &[])))
+                .flatten()
+        };
+        let few = list(1).unwrap();
+        assert!(few.leading_out.is_empty() && few.has_nested);
+        let error = list(549).err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::QuotaExceeded);
+        assert_eq!(error.to_string(), "there are more than 1024 interfaces");
+    }
 
     #[test]
     fn addresses_of_the_node_are_sorted_and_without_the_loopback() {

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::IpAddr,
+    ops::ControlFlow,
     os::fd::{AsRawFd, RawFd},
 };
 
@@ -112,30 +113,6 @@ impl Netlink {
         })
     }
 
-    /// Sends a request for a list, and returns the list.
-    pub(super) fn dump(
-        &mut self,
-        message: RouteNetlinkMessage,
-    ) -> io::Result<Vec<RouteNetlinkMessage>> {
-        self.send(message, NLM_F_DUMP)?;
-        let mut messages = Vec::new();
-        loop {
-            let (part, _) = self.socket.recv_from_full()?;
-            let mut rest = part.as_slice();
-            while !rest.is_empty() {
-                let message = parse(rest)?;
-                let length = (message.header.length as usize).next_multiple_of(4);
-                rest = rest.get(length..).unwrap_or_default();
-                match message.payload {
-                    NetlinkPayload::InnerMessage(message) => messages.push(message),
-                    NetlinkPayload::Done(_) => return Ok(messages),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    _ => {}
-                }
-            }
-        }
-    }
-
     /// Sends a request that is answered with an acknowledgement.
     pub(super) fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         self.send(message, NLM_F_ACK | flags)?;
@@ -162,6 +139,65 @@ impl Netlink {
 impl AsRawFd for Netlink {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
+    }
+}
+
+/// Requests a list of the current netns, and shows its messages to `visit` until it breaks, which it must do in time: a pod
+/// decides how long the lists of its netns are. What is left of the list would be taken for the answer to another request, so
+/// the socket is used for this one only.
+pub(super) fn dump<T>(
+    message: RouteNetlinkMessage,
+    mut visit: impl FnMut(RouteNetlinkMessage) -> ControlFlow<T>,
+) -> io::Result<ControlFlow<T>> {
+    let mut netlink = Netlink::open()?;
+    netlink.send(message, NLM_F_DUMP)?;
+    loop {
+        let (part, _) = netlink.socket.recv_from_full()?;
+        let mut rest = part.as_slice();
+        while !rest.is_empty() {
+            let message = parse(rest)?;
+            let length = (message.header.length as usize).next_multiple_of(4);
+            rest = rest.get(length..).unwrap_or_default();
+            match message.payload {
+                NetlinkPayload::InnerMessage(message) => {
+                    let visited = visit(message);
+                    if visited.is_break() {
+                        return Ok(visited);
+                    }
+                }
+                NetlinkPayload::Done(_) => return Ok(ControlFlow::Continue(())),
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Requests a list of the current netns, and returns what `pick` picks of its messages.
+///
+/// # Errors
+/// [`io::ErrorKind::QuotaExceeded`] if there are more messages than `limit`. `what` names them.
+pub(super) fn list<T>(
+    message: RouteNetlinkMessage,
+    limit: usize,
+    what: &str,
+    pick: impl Fn(RouteNetlinkMessage) -> Option<T>,
+) -> io::Result<Vec<T>> {
+    let (mut seen, mut picked) = (0, Vec::new());
+    let visited = dump(message, |message| {
+        if seen == limit {
+            return ControlFlow::Break(());
+        }
+        seen += 1;
+        picked.extend(pick(message));
+        ControlFlow::Continue(())
+    })?;
+    match visited {
+        ControlFlow::Continue(()) => Ok(picked),
+        ControlFlow::Break(()) => Err(io::Error::new(
+            io::ErrorKind::QuotaExceeded,
+            format!("there are more than {limit} {what}"),
+        )),
     }
 }
 

@@ -76,6 +76,17 @@ impl Netns {
         }
     }
 
+    /// Creates a netns. Needs root.
+    #[cfg(test)]
+    pub(crate) fn create() -> io::Result<Self> {
+        // On a thread of its own, because it enters what it creates.
+        let creating = std::thread::spawn(|| {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET)?;
+            Self::nameless(File::open("/proc/thread-self/ns/net")?)
+        });
+        creating.join().unwrap()
+    }
+
     /// The kernel's number for the netns, as seen by the eBPF programs (SO_NETNS_COOKIE, Linux 5.14). Never reused.
     pub fn cookie(&self) -> u64 {
         self.cookie

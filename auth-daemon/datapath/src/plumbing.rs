@@ -11,7 +11,7 @@
 //! own, which the pod would forward, are routed to the loopback, too: the `inbound` program judges them. A socket that they
 //! reach inherits the mark: another rule exempts what sockets send.
 
-use std::{fs, io};
+use std::{fs, io, ops::ControlFlow};
 
 use auth_common::{FORWARD_MARK, ORIGINAL_SOURCE_MARK, ORIGINAL_SOURCE_TABLE};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
@@ -21,7 +21,10 @@ use netlink_packet_route::{
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 
-use super::{Netns, forwarding, netlink::Netlink};
+use super::{
+    Netns, forwarding,
+    netlink::{self, Netlink},
+};
 
 /// Sysctls switched on in each pod's netns. Their order is stored in pinned maps: only append.
 const SYSCTLS: [&str; 3] = [
@@ -32,6 +35,9 @@ const SYSCTLS: [&str; 3] = [
 const RULE_PREFERENCE: u32 = 100;
 const FORWARD_PREFERENCE: u32 = 99;
 const FORWARD_EXEMPTION_PREFERENCE: u32 = 98;
+/// Maximum number of rules that may precede those of [`set_up`] although none of them leads packets elsewhere. The kernel
+/// and the daemon have three. A pod can add a million more, and nobody reads them all.
+const MAX_PRECEDING: usize = 64;
 const LOOPBACK: &str = "lo";
 const LOOPBACK_INDEX: u32 = 1;
 
@@ -102,38 +108,56 @@ pub(super) fn set_up(netns: &Netns) -> io::Result<SetUp> {
 /// Whether a rule in `netns` precedes those of [`set_up`]: it may lead packets elsewhere. The pod has made it.
 pub(super) fn is_preceded(netns: &Netns) -> io::Result<bool> {
     netns.enter(|| {
-        let mut netlink = Netlink::open()?;
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let mut message = RuleMessage::default();
-            message.header.family = family;
-            let rules = match netlink.dump(RouteNetlinkMessage::GetRule(message)) {
-                Err(error) if family == AddressFamily::Inet6 && lacks_ipv6(&error) => continue,
-                rules => rules?,
-            };
-            let mut rules = rules.iter();
-            if rules
-                .any(|rule| matches!(rule, RouteNetlinkMessage::NewRule(rule) if precedes(rule)))
-            {
-                return Ok(true);
-            }
+        if has_preceding(AddressFamily::Inet)? {
+            return Ok(true);
         }
-        Ok(false)
+        match has_preceding(AddressFamily::Inet6) {
+            Err(error) if lacks_ipv6(&error) => Ok(false),
+            found => found,
+        }
     })?
 }
 
+/// [`is_preceded`] for one family, in the current netns.
+fn has_preceding(family: AddressFamily) -> io::Result<bool> {
+    let mut message = RuleMessage::default();
+    message.header.family = family;
+    let mut seen = 0;
+    let decided = netlink::dump(RouteNetlinkMessage::GetRule(message), |answer| {
+        let RouteNetlinkMessage::NewRule(rule) = answer else {
+            return ControlFlow::Continue(());
+        };
+        // The kernel lists them by their preference.
+        if preference(&rule) >= RULE_PREFERENCE {
+            return ControlFlow::Break(false);
+        }
+        seen += 1;
+        if precedes(&rule) || seen > MAX_PRECEDING {
+            return ControlFlow::Break(true);
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(decided == ControlFlow::Break(true))
+}
+
 fn precedes(rule: &RuleMessage) -> bool {
-    let attributes = rule.attributes.iter();
-    let preference = attributes.clone().find_map(|attribute| match attribute {
+    let is_marked = |mark| rule.attributes.contains(&RuleAttribute::FwMark(mark));
+    match preference(rule) {
+        // The kernel's own, for the local table.
+        0 => rule.header.table != libc::RT_TABLE_LOCAL,
+        FORWARD_PREFERENCE | FORWARD_EXEMPTION_PREFERENCE => !is_marked(FORWARD_MARK),
+        preference => preference < RULE_PREFERENCE,
+    }
+}
+
+fn preference(rule: &RuleMessage) -> u32 {
+    let mut attributes = rule.attributes.iter();
+    let preference = attributes.find_map(|attribute| match attribute {
         RuleAttribute::Priority(preference) => Some(*preference),
         _ => None,
     });
-    let is_marked = |mark| rule.attributes.contains(&RuleAttribute::FwMark(mark));
-    match preference {
-        // The kernel's own, for the local table.
-        None | Some(0) => rule.header.table != libc::RT_TABLE_LOCAL,
-        Some(FORWARD_PREFERENCE | FORWARD_EXEMPTION_PREFERENCE) => !is_marked(FORWARD_MARK),
-        Some(preference) => preference < RULE_PREFERENCE,
-    }
+    // The kernel leaves it out if it is 0.
+    preference.unwrap_or_default()
 }
 
 /// Undoes [`set_up`] in `netns`. It is not an error if it is already undone.
@@ -263,4 +287,54 @@ fn rule(family: AddressFamily, preference: u32, mark: u32) -> RuleMessage {
         RuleAttribute::FwMask(u32::MAX),
     ];
     message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More than a few parts of a list.
+    const MANY: usize = 2000;
+
+    /// Adds [`MANY`] rules with `preference` that lead to `table`.
+    fn add_rules(netns: &Netns, preference: u32, table: u8) {
+        let added = netns.enter(|| {
+            let mut netlink = Netlink::open()?;
+            for mark in 1..=MANY as u32 {
+                let mut message = rule(AddressFamily::Inet, preference, mark);
+                message.header.action = RuleAction::ToTable;
+                message.header.table = table;
+                netlink.request(RouteNetlinkMessage::NewRule(message), NLM_F_CREATE)?;
+            }
+            io::Result::Ok(())
+        });
+        added.unwrap().unwrap();
+    }
+
+    #[test]
+    fn rules_that_follow_are_not_in_the_way_however_many() {
+        let netns = Netns::create().unwrap();
+        set_up(&netns).unwrap();
+        assert!(!is_preceded(&netns).unwrap());
+        add_rules(&netns, RULE_PREFERENCE + 1, libc::RT_TABLE_MAIN);
+        assert!(!is_preceded(&netns).unwrap());
+    }
+
+    #[test]
+    fn one_of_many_rules_that_precede_is_enough() {
+        let netns = Netns::create().unwrap();
+        set_up(&netns).unwrap();
+        add_rules(&netns, RULE_PREFERENCE - 50, libc::RT_TABLE_MAIN);
+        assert!(is_preceded(&netns).unwrap());
+        assert!(set_up(&netns).unwrap().missing.is_empty());
+    }
+
+    #[test]
+    fn rules_that_hide_others_precede() {
+        let netns = Netns::create().unwrap();
+        set_up(&netns).unwrap();
+        // Each is like the kernel's own.
+        add_rules(&netns, 0, libc::RT_TABLE_LOCAL);
+        assert!(is_preceded(&netns).unwrap());
+    }
 }
