@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, TcpListener},
     path::{Path, PathBuf},
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -19,7 +19,7 @@ use super::{
     flows::{self, Accepted},
     forwarding::Forwarding,
     inbound::InboundProgram,
-    kernel::{SocketMaps, wire_address},
+    kernel::{SocketMaps, lock, wire_address},
     netlink::Netlink,
     plumbing,
     sockets::Listeners,
@@ -156,6 +156,8 @@ pub struct Enrolled {
     pub(super) forwarding: Arc<Forwarding>,
     /// Whether the pod is refused in both directions.
     is_refused: Arc<AtomicBool>,
+    /// Whether [`Enrolled::remove`] was called. Locked while the daemon's set-up in the netns is changed.
+    is_removed: Arc<Mutex<bool>>,
     /// Bit mask of the sysctls that [`plumbing`] switched on.
     switched_on: u32,
     /// Whether the netns was enrolled before, by this daemon or a previous one.
@@ -206,6 +208,7 @@ impl Enrolled {
             inbound: Arc::new(inbound),
             forwarding: Arc::new(forwarding),
             is_refused: Arc::new(AtomicBool::new(listeners.is_err())),
+            is_removed: Arc::default(),
             switched_on,
             was_enrolled: before.is_some(),
         };
@@ -330,17 +333,28 @@ impl Enrolled {
     }
 
     /// Puts back the sysctls, routes and rules of the daemon that are missing in the netns, and reports them. A pod with
-    /// CAP_NET_ADMIN can remove them.
+    /// CAP_NET_ADMIN can remove them. Takes as long as the pod likes: up to seconds if it has a million rules.
     pub fn repair(&self) -> io::Result<Tampered> {
         Ok(Tampered {
-            missing: plumbing::set_up(&self.netns)?.missing,
+            missing: self.put_back()?,
             is_preceded: plumbing::is_preceded(&self.netns)?,
         })
+    }
+
+    /// Sets up the netns again, unless the pod has been removed meanwhile. Returns what was missing.
+    fn put_back(&self) -> io::Result<Vec<&'static str>> {
+        let is_removed = lock(&self.is_removed);
+        if *is_removed {
+            return Ok(Vec::new());
+        }
+        Ok(plumbing::set_up(&self.netns)?.missing)
     }
 
     /// Removes the pod from the mesh. The owner of its listeners closes them. Errors are logged, because the pod may
     /// already be gone.
     pub fn remove(&self, kernel: &Kernel) {
+        let mut is_removed = lock(&self.is_removed);
+        *is_removed = true;
         remove(kernel, &self.netns, self.switched_on);
         // It may be attaching its program at this moment.
         let _ = self.forwarding.set(&[], false);

@@ -2,22 +2,36 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    io,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use tokio::{
+    sync::oneshot::{self, error::TryRecvError},
+    task::spawn_blocking,
+};
+
 use super::Serving;
+use crate::proxy::Pod;
 use auth_datapath::Tampered;
 
-/// Interval at which the pods' namespaces are checked. A check takes some 0.3 ms for each pod.
+/// Time between two checks of the pods' namespaces. A check takes some 0.3 ms for each pod.
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// What pods have tampered with.
 #[derive(Debug, Default)]
 pub(super) struct Tampering {
+    /// When the last check ended.
     checked: Option<Instant>,
+    /// Receives the results of the check that is under way.
+    under_way: Option<oneshot::Receiver<Vec<Checked>>>,
     /// By the cookie of the pod's netns.
     found: HashMap<u64, Found>,
 }
+
+/// A pod, and what it has tampered with.
+type Checked = (Arc<Pod>, io::Result<Tampered>);
 
 #[derive(Debug, Default)]
 struct Found {
@@ -27,52 +41,85 @@ struct Found {
 }
 
 impl Tampering {
-    /// Checks the namespaces of the pods that are served, if it is time to.
+    /// Takes note of a check that has ended. Starts one of the namespaces of the pods that are served, if it is time to, on
+    /// another thread: a pod can make its own check slow. Must be called within the control runtime.
     pub(super) fn check(&mut self, serving: &HashMap<u64, Serving>) {
-        if self.checked.is_some_and(|at| at.elapsed() < INTERVAL) {
+        if self.is_under_way() || self.checked.is_some_and(|at| at.elapsed() < INTERVAL) {
             return;
         }
-        self.checked = Some(Instant::now());
         self.found.retain(|cookie, _| serving.contains_key(cookie));
-        for (cookie, serving) in serving {
-            let pod = &serving.pod.workload.name;
-            let Tampered {
-                missing,
-                is_preceded,
-            } = match serving.pod.enrolled.repair() {
-                Ok(tampered) => tampered,
-                // The namespace may be on its way out; the next check retries.
-                Err(error) => {
-                    tracing::debug!(%pod, %error, "cannot check a pod's routes");
-                    continue;
+        let pods: Vec<_> = serving
+            .values()
+            .map(|serving| serving.pod.clone())
+            .collect();
+        let (done, under_way) = oneshot::channel();
+        spawn_blocking(move || {
+            // It is read by nobody only if the daemon ends.
+            let _ = done.send(repair(pods));
+        });
+        self.under_way = Some(under_way);
+    }
+
+    /// Whether a check is under way. Takes note of what it has found if it has ended.
+    fn is_under_way(&mut self) -> bool {
+        let Some(under_way) = &mut self.under_way else {
+            return false;
+        };
+        match under_way.try_recv() {
+            Err(TryRecvError::Empty) => return true,
+            Ok(checked) => {
+                for (pod, tampered) in checked {
+                    self.note(&pod, tampered);
                 }
-            };
-            if missing.is_empty() && !is_preceded && !self.found.contains_key(cookie) {
-                continue;
             }
-            let found = self.found.entry(*cookie).or_default();
-            if is_preceded && !found.is_preceded {
-                tracing::warn!(
-                    %pod,
-                    "routing rules of a pod precede the daemon's in its network namespace: connections to the pod may \
-                     fail. Give them a preference above 100. Does the pod need CAP_NET_ADMIN?"
-                );
+            Err(TryRecvError::Closed) => {
+                tracing::error!("the check of the pods' routes has failed")
             }
-            found.is_preceded = is_preceded;
-            if missing.is_empty() {
-                continue;
+        }
+        self.under_way = None;
+        self.checked = Some(Instant::now());
+        false
+    }
+
+    fn note(&mut self, pod: &Pod, tampered: io::Result<Tampered>) {
+        let cookie = pod.enrolled.netns.cookie();
+        let pod = &pod.workload.name;
+        let Tampered {
+            missing,
+            is_preceded,
+        } = match tampered {
+            Ok(tampered) => tampered,
+            // The namespace may be on its way out; the next check retries.
+            Err(error) => {
+                tracing::debug!(%pod, %error, "cannot check a pod's routes");
+                return;
             }
-            found.times += 1;
-            let known = found.missing.len();
-            found.missing.extend(missing.iter().copied());
-            let is_new = found.missing.len() > known;
-            if is_new {
-                tracing::warn!(
-                    %pod, ?missing,
-                    "a pod has removed what the daemon set up in its network namespace; it is put back. Connections to \
-                     the pod failed meanwhile. Does the pod need CAP_NET_ADMIN?"
-                );
-            }
+        };
+        if missing.is_empty() && !is_preceded && !self.found.contains_key(&cookie) {
+            return;
+        }
+        let found = self.found.entry(cookie).or_default();
+        if is_preceded && !found.is_preceded {
+            tracing::warn!(
+                %pod,
+                "routing rules of a pod precede the daemon's in its network namespace: connections to the pod may \
+                 fail. Give them a preference above 100. Does the pod need CAP_NET_ADMIN?"
+            );
+        }
+        found.is_preceded = is_preceded;
+        if missing.is_empty() {
+            return;
+        }
+        found.times += 1;
+        let known = found.missing.len();
+        found.missing.extend(missing.iter().copied());
+        let is_new = found.missing.len() > known;
+        if is_new {
+            tracing::warn!(
+                %pod, ?missing,
+                "a pod has removed what the daemon set up in its network namespace; it is put back. Connections to \
+                 the pod failed meanwhile. Does the pod need CAP_NET_ADMIN?"
+            );
         }
     }
 
@@ -92,4 +139,13 @@ impl Tampering {
         }
         told.join("; ")
     }
+}
+
+/// Repairs the namespaces of `pods`, one after the other.
+fn repair(pods: Vec<Arc<Pod>>) -> Vec<Checked> {
+    let checked = pods.into_iter().map(|pod| {
+        let tampered = pod.enrolled.repair();
+        (pod, tampered)
+    });
+    checked.collect()
 }
