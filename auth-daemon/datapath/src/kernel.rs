@@ -372,13 +372,17 @@ impl Kernel {
         (dialled.port != 0).then(|| socket_address(dialled.address, dialled.port))
     }
 
+    /// The cookie of the node's own netns, which has a share as each pod's. 0 if it cannot be read.
+    pub fn node_cookie(&self) -> u64 {
+        let node = lock(&self.node).get(&0, 0);
+        node.map_or(0, |node| node.netns_cookie)
+    }
+
     /// Takes back the shares of netns that are not enrolled any more.
     pub fn sweep_shares(&self) {
         // Locked so that no pod is enrolled meanwhile.
         let pods = lock(&self.pods);
-        let node = lock(&self.node)
-            .get(&0, 0)
-            .map_or(0, |node| node.netns_cookie);
+        let node = self.node_cookie();
         self.shares
             .remove_unused(|cookie| cookie == node || pods.get(&cookie, 0).is_ok());
     }

@@ -1,4 +1,5 @@
-//! Tells which pods exceed their shares of the kernel's maps, and are refused connections for it.
+//! Tells which pods exceed their shares of the kernel's maps, and are refused connections for it, and whether the node itself
+//! does.
 
 use std::{collections::HashMap, time::Instant};
 
@@ -8,9 +9,14 @@ use auth_datapath::Kernel;
 use super::Serving;
 use crate::observe::line_limit::LineLimit;
 
-/// What the log has said of the pods, by the cookie of their netns.
+/// What the log has said of the pods and the node.
 #[derive(Debug, Default)]
-pub(super) struct ExceededShares(HashMap<u64, Exceeded>);
+pub(super) struct ExceededShares {
+    /// By the cookie of their netns.
+    pods: HashMap<u64, Exceeded>,
+    /// The node's own connections to pods.
+    node: Refused,
+}
 
 #[derive(Debug, Default)]
 struct Exceeded {
@@ -27,15 +33,16 @@ struct Refused {
 }
 
 impl ExceededShares {
-    /// Reads the counts of the pods that are served, and warns of those that have grown.
+    /// Reads the counts of the node and the pods that are served, and warns of those that have grown.
     pub(super) fn check(&mut self, kernel: &Kernel, serving: &HashMap<u64, Serving>) {
-        self.0.retain(|cookie, _| serving.contains_key(cookie));
+        self.check_node(kernel);
+        self.pods.retain(|cookie, _| serving.contains_key(cookie));
         for (cookie, serving) in serving {
             let Some(share) = kernel.shares.of(*cookie) else {
                 continue;
             };
             let pod = &serving.pod.workload.name;
-            let exceeded = self.0.entry(*cookie).or_default();
+            let exceeded = self.pods.entry(*cookie).or_default();
             if let Some(refused) = exceeded.connects.note(share.connects.refused) {
                 tracing::warn!(
                     %pod, refused, limit = SHARE,
@@ -58,9 +65,23 @@ impl ExceededShares {
         }
     }
 
+    fn check_node(&mut self, kernel: &Kernel) {
+        let Some(share) = kernel.shares.of(kernel.node_cookie()) else {
+            return;
+        };
+        if let Some(refused) = self.node.note(share.deliveries.refused) {
+            tracing::warn!(
+                refused,
+                limit = SHARE,
+                "connections of the node to pods refused, which may be probes by the kubelet: as many as the node's share wait \
+                 for pods to accept them"
+            );
+        }
+    }
+
     /// Number of connections of the pod whose netns has `cookie` that were refused.
     pub(super) fn of(&self, cookie: u64) -> u64 {
-        self.0.get(&cookie).map_or(0, |exceeded| {
+        self.pods.get(&cookie).map_or(0, |exceeded| {
             exceeded.connects.count + exceeded.deliveries.count
         })
     }
