@@ -1,47 +1,40 @@
 //! Interfaces of network namespaces, and their addresses.
 
-use std::{
-    collections::{HashMap, HashSet},
-    fs::File,
-    io,
-    net::IpAddr,
-    os::fd::AsRawFd,
-};
+use std::{collections::HashSet, fs::File, io, net::IpAddr, os::fd::AsRawFd};
 
 use netlink_packet_route::{
     RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
     link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     nsid::{NsidAttribute, NsidMessage},
 };
-use nix::net::if_::InterfaceFlags;
 
 use super::netlink::{self, Netlink};
 
 /// Maximum number of interfaces of a netns. It is far more than a pod needs; a pod with CAP_NET_ADMIN can add tens of thousands,
 /// and the daemon lists them at each change.
 const MAX_INTERFACES: usize = 1024;
+/// Maximum number of addresses of a pod's netns, for the same reason.
+const MAX_ADDRESSES: usize = 16_384;
 
-/// An address of an interface.
-pub(super) struct InterfaceAddress {
-    /// The interface's name.
-    pub(super) interface: String,
-    pub(super) is_up: bool,
-    pub(super) address: IpAddr,
-}
-
-/// Lists the addresses of the interfaces in the current netns.
-pub(super) fn addresses() -> io::Result<impl Iterator<Item = InterfaceAddress>> {
+/// Lists the addresses of the interfaces in the daemon's netns, however many.
+fn node_addresses() -> io::Result<impl Iterator<Item = IpAddr>> {
     let interfaces = nix::ifaddrs::getifaddrs()?;
     Ok(interfaces.filter_map(|interface| {
         let storage = interface.address?;
         let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
         let v6 = storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip()));
-        Some(InterfaceAddress {
-            interface: interface.interface_name,
-            is_up: interface.flags.contains(InterfaceFlags::IFF_UP),
-            address: v4.or(v6)?,
-        })
+        v4.or(v6)
     }))
+}
+
+/// Lists the addresses of the interfaces in the current netns that are up.
+pub(super) fn addresses_up() -> io::Result<impl Iterator<Item = IpAddr>> {
+    let links = links()?.into_iter();
+    let up = links.filter(|link| link.flags.contains(LinkFlags::Up));
+    let up: HashSet<u32> = up.map(|link| link.index).collect();
+    let held = held()?.into_iter();
+    Ok(held.filter_map(move |(index, address)| up.contains(&index).then_some(address)))
 }
 
 /// The addresses of the node, which its probes come from: those of the daemon's netns, without the loopback's.
@@ -62,9 +55,8 @@ impl NodeAddresses {
             // Before the addresses are listed, so that no change is missed.
             None => self.changes = Netlink::watch_addresses().ok(),
         }
-        match addresses() {
+        match node_addresses() {
             Ok(addresses) => {
-                let addresses = addresses.map(|held| held.address);
                 self.known = addresses.filter(|address| !address.is_loopback()).collect();
                 self.known.sort();
                 self.known.dedup();
@@ -99,11 +91,7 @@ impl Interfaces {
         let links = links()?;
         // The kernel assigns numbers to other namespaces when it lists the links.
         let of_the_node = numbers(nodes)?;
-        let mut holders: HashMap<String, Vec<IpAddr>> = HashMap::new();
-        for held in addresses()? {
-            let of_interface = holders.entry(held.interface).or_default();
-            of_interface.push(held.address);
-        }
+        let holders = holders(pod)?;
         let mut interfaces = Self {
             leading_out: Vec::new(),
             has_nested: false,
@@ -112,10 +100,9 @@ impl Interfaces {
             if link.flags.contains(LinkFlags::Loopback) {
                 continue;
             }
-            let holds = holders.get(&link.name);
             let leads_out = !link.is_virtual
                 || link.other.is_some_and(|other| of_the_node.contains(&other))
-                || holds.is_some_and(|held| held.iter().any(|held| pod.contains(held)));
+                || holders.contains(&link.index);
             if leads_out {
                 let (index, name) = (link.index, link.name);
                 interfaces.leading_out.push(Interface { index, name });
@@ -167,6 +154,38 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
     })
 }
 
+/// Returns the indices of the interfaces of the current netns that have one of `addresses`.
+fn holders(addresses: &[IpAddr]) -> io::Result<HashSet<u32>> {
+    if addresses.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let held = held()?.into_iter();
+    let held = held.filter(|(_, address)| addresses.contains(address));
+    Ok(held.map(|(index, _)| index).collect())
+}
+
+/// Lists the addresses of the current netns, each with the index of its interface.
+fn held() -> io::Result<Vec<(u32, IpAddr)>> {
+    let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    netlink::list(request, MAX_ADDRESSES, "addresses", held_address)
+}
+
+fn held_address(message: RouteNetlinkMessage) -> Option<(u32, IpAddr)> {
+    let RouteNetlinkMessage::NewAddress(message) = message else {
+        return None;
+    };
+    let (mut local, mut address) = (None, None);
+    for attribute in message.attributes {
+        match attribute {
+            AddressAttribute::Local(held) => local = Some(held),
+            // The peer's, if the interface has one.
+            AddressAttribute::Address(held) => address = Some(held),
+            _ => {}
+        }
+    }
+    Some((message.header.index, local.or(address)?))
+}
+
 /// Returns the numbers by which the current netns knows others (`ip netns list-id`).
 fn numbers(others: &[File]) -> io::Result<HashSet<i32>> {
     let mut netlink = Netlink::open()?;
@@ -196,7 +215,7 @@ mod tests {
     use netlink_packet_route::link::InfoKind;
 
     use super::*;
-    use crate::Netns;
+    use crate::{Netns, plumbing};
 
     /// Adds `pairs` of interfaces to the current netns.
     fn add_interfaces(pairs: usize) -> io::Result<()> {
@@ -224,6 +243,19 @@ mod tests {
         let error = list(549).err().unwrap();
         assert_eq!(error.kind(), io::ErrorKind::QuotaExceeded);
         assert_eq!(error.to_string(), "there are more than 1024 interfaces");
+    }
+
+    #[test]
+    fn addresses_count_of_interfaces_that_are_up() {
+        let netns = Netns::create().unwrap();
+        let loopback = IpAddr::from([127, 0, 0, 1]);
+        let has_loopback = || {
+            let addresses = netns.enter(addresses_up).unwrap().unwrap();
+            addresses.collect::<Vec<_>>().contains(&loopback)
+        };
+        assert!(!has_loopback());
+        plumbing::set_up(&netns).unwrap();
+        assert!(has_loopback());
     }
 
     #[test]

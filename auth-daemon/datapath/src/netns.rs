@@ -119,9 +119,7 @@ impl Netns {
     /// capability can set its own addresses, so they do not identify it.
     pub fn own_addresses(&self) -> io::Result<Vec<IpAddr>> {
         let addresses = self
-            .enter(interfaces::addresses)??
-            .filter(|held| held.is_up)
-            .map(|held| held.address)
+            .enter(interfaces::addresses_up)??
             .filter(|address| match address {
                 IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
                 IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
