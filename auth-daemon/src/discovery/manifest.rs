@@ -281,6 +281,15 @@ fn addresses(texts: impl IntoIterator<Item = String>) -> Result<Vec<IpAddr>, Str
     Ok(addresses)
 }
 
+/// Leaves the first address of each family: Kubernetes gives pods, and their nodes, no more.
+pub(super) fn keep_one_of_each_family(addresses: &mut Vec<IpAddr>) {
+    let first = [true, false].map(|is_ipv4| {
+        let mut all = addresses.iter().copied();
+        all.find(|address| address.is_ipv4() == is_ipv4)
+    });
+    addresses.retain(|address| first.contains(&Some(*address)));
+}
+
 fn port_number(number: i32) -> Result<u16, String> {
     u16::try_from(number)
         .ok()

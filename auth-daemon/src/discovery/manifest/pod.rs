@@ -47,8 +47,10 @@ pub fn pod(pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<Objec
     let mut named_ports = BTreeMap::new();
     let mut host_ports = Vec::new();
     let host_ips = status.host_ips.into_iter().map(|ip| ip.ip);
-    let host_addresses = super::addresses(status.host_ip.into_iter().chain(host_ips))
+    let mut host_addresses = super::addresses(status.host_ip.into_iter().chain(host_ips))
         .map_err(|error| invalid("status.hostIP", error))?;
+    // Each port below has a copy of them.
+    super::keep_one_of_each_family(&mut host_addresses);
     // A sidecar is an init container (Kubernetes 1.29). Of two ports with the same name, the first is used.
     let containers = spec.containers.into_iter().chain(spec.init_containers);
     for port in containers.flat_map(|container| container.ports) {
@@ -214,6 +216,26 @@ pub(super) mod tests {
         };
         assert_eq!(sidecar.host_ports.len(), 1, "TCP only");
         assert_eq!(sidecar.host_ports[0].port, 81);
+    }
+
+    #[test]
+    fn a_node_exposes_ports_at_one_address_of_each_family() {
+        let mut pod = pod_object();
+        let all = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "192.0.2.3"];
+        pod["status"]["hostIPs"] = all.map(|ip| json!({"ip": ip})).to_vec().into();
+        pod["spec"]["containers"][0]["ports"] = json!([
+            {"containerPort": 8080, "hostPort": 80},
+            {"containerPort": 8080, "hostPort": 81, "hostIP": "0.0.0.0"},
+        ]);
+        let (_, Object::Pod(pod)) = read(pod, &domain()).unwrap().pop().unwrap() else {
+            panic!("no pod");
+        };
+        let exposed = pod.host_ports.iter().map(|port| {
+            let addresses = port.addresses.iter();
+            addresses.map(ToString::to_string).collect::<Vec<_>>()
+        });
+        let expected = [vec!["192.0.2.1", "2001:db8::1"], vec!["192.0.2.1"]];
+        assert_eq!(exposed.collect::<Vec<_>>(), expected);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One remote cluster: what is read of it, and whether it can be read.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use futures_util::{
     StreamExt,
@@ -270,7 +270,8 @@ fn of_cluster(cluster: &ClusterName, generation: u64, kind: Kind, event: Event) 
                 Object::Pod(pod) => {
                     let mut pod = cluster.pod(Arc::unwrap_or_clone(pod));
                     pod.generation = generation;
-                    keep_one_of_each_family(&mut pod.addresses);
+                    // Each has an entry in the kernel's map of the mesh's addresses, which others must not fill.
+                    manifest::keep_one_of_each_family(&mut pod.addresses);
                     Object::Pod(pod.into())
                 }
                 Object::Service(service) => {
@@ -288,16 +289,6 @@ fn of_cluster(cluster: &ClusterName, generation: u64, kind: Kind, event: Event) 
         Event::InitApply(object) => Event::InitApply(seen(object)),
         Event::InitDone => Event::InitDone,
     }
-}
-
-/// Leaves the first address of each family: Kubernetes gives a pod no more. Each has an entry in the kernel's map of the mesh's
-/// addresses, which others must not fill.
-fn keep_one_of_each_family(addresses: &mut Vec<IpAddr>) {
-    let first = [true, false].map(|is_ipv4| {
-        let mut all = addresses.iter().copied();
-        all.find(|address| address.is_ipv4() == is_ipv4)
-    });
-    addresses.retain(|address| first.contains(&Some(*address)));
 }
 
 #[cfg(test)]
