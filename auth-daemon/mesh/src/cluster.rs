@@ -48,7 +48,7 @@ impl ClusterName {
         if !pod.node.is_empty() {
             pod.node = self.qualify(&pod.node);
         }
-        pod.host_ports.clear();
+        pod.host_ports = Vec::new();
         pod
     }
 
@@ -56,9 +56,9 @@ impl ClusterName {
     /// name and namespace of the snapshot's own cluster. Its addresses mean nothing here, where they may be another service's.
     pub fn service(&self, mut service: Service) -> Service {
         service.name.namespace = self.qualify(&service.name.namespace);
-        service.addresses.clear();
-        service.external_addresses.clear();
-        service.node_ports.clear();
+        service.addresses = Vec::new();
+        service.external_addresses = Vec::new();
+        service.node_ports = Vec::new();
         service.waypoint = None;
         service
     }
@@ -288,6 +288,31 @@ mod tests {
         let there = snapshot.pod("10.2.0.1".parse().unwrap()).unwrap();
         assert_eq!(there.name.to_string(), "shop@east/web-0");
         assert_eq!(there.name.cluster(), Some("east"));
+    }
+
+    #[test]
+    fn what_means_nothing_here_takes_no_memory() {
+        const MANY: usize = 1000;
+        let ip = "192.0.2.1".parse().unwrap();
+        let exposed = HostPort {
+            addresses: vec![ip],
+            port: 80,
+            target: 8080,
+        };
+        let pod = east().pod(Workload {
+            host_ports: vec![exposed; MANY],
+            ..pod("far", "there", "10.2.0.1")
+        });
+        assert_eq!(pod.host_ports.capacity(), 0);
+        let service = east().service(Service {
+            addresses: vec![ip; MANY],
+            external_addresses: vec![ip; MANY],
+            node_ports: vec![(30080, 80); MANY],
+            ..service(9090)
+        });
+        assert_eq!(service.addresses.capacity(), 0);
+        assert_eq!(service.external_addresses.capacity(), 0);
+        assert_eq!(service.node_ports.capacity(), 0);
     }
 
     #[test]

@@ -288,6 +288,7 @@ pub(super) fn keep_one_of_each_family(addresses: &mut Vec<IpAddr>) {
         all.find(|address| address.is_ipv4() == is_ipv4)
     });
     addresses.retain(|address| first.contains(&Some(*address)));
+    addresses.shrink_to_fit();
 }
 
 fn port_number(number: i32) -> Result<u16, String> {

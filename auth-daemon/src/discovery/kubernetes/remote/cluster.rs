@@ -498,7 +498,9 @@ mod tests {
             unreachable!()
         };
         let all = ["10.2.0.1", "10.2.0.2", "fd00::1", "10.2.0.3", "fd00::2"];
-        Arc::make_mut(workload).addresses = all.map(|address| address.parse().unwrap()).into();
+        let all = all.map(|address| address.parse().unwrap()).into_iter();
+        let more = (0..=u8::MAX).map(|last| [10, 3, 0, last].into());
+        Arc::make_mut(workload).addresses = all.chain(more).collect();
         let Event::Apply(seen) = of_cluster(&east(), 1, Kind::Pod, Event::Apply(seen)) else {
             unreachable!()
         };
@@ -507,6 +509,7 @@ mod tests {
         };
         let left = workload.addresses.iter().map(ToString::to_string);
         assert_eq!(left.collect::<Vec<_>>(), ["10.2.0.1", "fd00::1"]);
+        assert!(workload.addresses.capacity() < 10);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 
 use super::super::{Event, Kind, Seen};
 use crate::discovery::manifest::Object;
-use auth_mesh::ObjectName;
+use auth_mesh::{ObjectName, TargetPort};
 
 /// Maximum number of objects of one kind.
 const MAX_OBJECTS: usize = 100_000;
@@ -121,7 +121,9 @@ impl Sizes {
 /// Returns roughly what an object takes in memory, in bytes.
 fn size(seen: &Seen, object: Option<&Object>) -> usize {
     let text = |text: &str| TEXT + text.len();
-    let named = text(&seen.name.namespace) + text(&seen.name.name) + text(&seen.uid);
+    // The object has them, too.
+    let names = [&seen.name.namespace, &seen.name.name, &seen.uid];
+    let named: usize = names.map(|name| text(name) + name.len()).iter().sum();
     let of_kind = match object {
         Some(Object::Pod(pod)) => {
             let labels = pod
@@ -136,7 +138,13 @@ fn size(seen: &Seen, object: Option<&Object>) -> usize {
         Some(Object::Service(service)) => {
             let selector = service.selector.iter();
             let selector = selector.map(|(key, value)| text(key) + text(value));
-            let ports = service.ports.iter().map(|port| 2 * TEXT + text(&port.name));
+            let ports = service.ports.iter().map(|port| {
+                let target = match &port.target {
+                    TargetPort::Name(name) => text(name),
+                    TargetPort::Number(_) => 0,
+                };
+                2 * TEXT + text(&port.name) + target
+            });
             let identities = service.pinned_identities.iter().flatten();
             let identities = identities.map(|identity| text(identity.as_str()));
             selector.chain(ports).chain(identities).sum()
@@ -148,7 +156,7 @@ fn size(seen: &Seen, object: Option<&Object>) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use auth_mesh::Workload;
+    use auth_mesh::{Port, Service, Workload};
 
     use super::*;
 
@@ -223,5 +231,29 @@ mod tests {
         tally.take(&Event::Apply(pod("other", LONG))).unwrap();
         let error = tally.take(&Event::Apply(pod("0", LONG))).unwrap_err();
         assert!(error.contains("its pods take more than 256 MiB"), "{error}");
+    }
+
+    #[test]
+    fn all_texts_of_an_object_are_counted() {
+        const LONG: usize = 1 << 20;
+        let counted = |seen: Seen| size(&seen, seen.object.as_ref().unwrap().as_ref());
+        let service = Service {
+            ports: vec![Port {
+                name: "http".into(),
+                port: 80,
+                target: TargetPort::Name("x".repeat(LONG)),
+            }],
+            ..Service::new(name("web"))
+        };
+        let of_service = Seen {
+            object: Ok(Some(Object::Service(service.into()))),
+            ..pod("web", 0)
+        };
+        assert!(counted(of_service) > LONG, "a port's name");
+        let long_uid = Seen {
+            uid: "x".repeat(LONG),
+            ..pod("web", 0)
+        };
+        assert!(counted(long_uid) > 2 * LONG, "it is kept twice");
     }
 }
