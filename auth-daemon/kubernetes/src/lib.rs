@@ -50,8 +50,8 @@ const PAGE: u32 = 20;
 /// receives at most 1,000 requests per second.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Time for one list, with all its pages. After about as long, an API server does not continue a list any more.
-const LIST: Duration = Duration::from_secs(300);
+/// Time for one list, with all its pages. A slow API server takes seconds for each of some hundred.
+const LIST: Duration = Duration::from_secs(30 * 60);
 /// Pause after what was read has been refused: it is probably the same the next time.
 const REFUSED_PAUSE: Duration = Duration::from_secs(300);
 
@@ -396,7 +396,7 @@ where
 
 /// As [`follow`], but for an API server that others choose (see [`connect_by`]): tells why it cannot be asked, and lists the
 /// objects again after that, so that the end of the list tells that it can. `read` takes each event. What it refuses counts as
-/// a failure, and is asked for again after five minutes.
+/// a failure, and is asked for again after five minutes. Lists come in shorter pages once a response was too long.
 pub fn follow_or_fail<K, T, R>(
     api: Api<K>,
     config: watcher::Config,
@@ -489,7 +489,12 @@ where
             },
             None => next.await,
         };
-        Some(event?.map_err(|error| with_causes(&error)))
+        Some(event?.map_err(|error| {
+            if limits::is_too_long(&error) {
+                self.config.page_size = Some(limits::SHORT_PAGE);
+            }
+            with_causes(&error)
+        }))
     }
 
     /// Lists the objects again after `pause`.
@@ -630,6 +635,37 @@ mod tests {
             ));
             assert!(reading.list_ends.is_some());
         }
+    }
+
+    #[tokio::test]
+    async fn after_a_page_that_is_too_long_pages_are_short() {
+        let answer = |request: axum::http::Request<ClientBody>| async move {
+            let query = request.uri().query().unwrap_or_default();
+            let body = match query.contains("limit=500") {
+                true => " ".repeat(17 << 20),
+                false => {
+                    assert!(query.contains("limit=50"), "{query}");
+                    r#"{"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": []}"#.to_owned()
+                }
+            };
+            Ok::<_, Infallible>(Response::new(Body::from(body)))
+        };
+        let client = Client::new(limits::Limited(service_fn(answer)), "default");
+        let pods: Api<objects::Pod> = Api::all(client);
+        let events = follow_or_fail(pods, watcher::Config::default(), Ok);
+        let first: Vec<_> = events.take(4).collect().await;
+        assert!(
+            matches!(
+                first.as_slice(),
+                [
+                    Ok(watcher::Event::Init),
+                    Err(_),
+                    Ok(watcher::Event::Init),
+                    Ok(watcher::Event::InitDone)
+                ]
+            ),
+            "{first:?}"
+        );
     }
 
     #[tokio::test]

@@ -2,7 +2,10 @@
 //!
 //! kube collects the whole of a response, and of a watch each line, before it reads any of it.
 
-use std::task::{Context, Poll};
+use std::{
+    error::Error,
+    task::{Context, Poll},
+};
 
 use axum::{
     BoxError,
@@ -13,9 +16,10 @@ use futures_util::{FutureExt, StreamExt, future::BoxFuture};
 use kube::client::Body as ClientBody;
 use tower::Service;
 
-/// Number of objects in one page of a list. The limit of a page fits them with the most annotations that Kubernetes allows,
-/// 256 KiB each.
-pub(crate) const PAGE: u32 = 50;
+/// Number of objects in one page of a list, and after a response was too long. The limit of a page fits the latter with the
+/// most annotations that Kubernetes allows, 256 KiB each.
+pub(crate) const PAGE: u32 = 500;
+pub(crate) const SHORT_PAGE: u32 = 50;
 /// Maximum size of a response that is no watch, in bytes.
 const MAX_PAGE_BYTES: usize = 16 << 20;
 /// Maximum size of one line of a watch, in bytes: one event. An API server accepts no object of more than 3 MiB.
@@ -95,6 +99,12 @@ enum TooLong {
     Line,
 }
 
+/// Reports whether a call failed because the response is too long.
+pub(crate) fn is_too_long(error: &(dyn Error + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(TooLong::Response))
+        || error.source().is_some_and(is_too_long)
+}
+
 impl Limit {
     /// Counts more bytes.
     fn take(&mut self, bytes: &[u8]) -> Result<(), TooLong> {
@@ -154,6 +164,7 @@ mod tests {
             let part = part.repeat(4096);
             let pods = pods(200, &part, MAX_PAGE_BYTES + part.len());
             let error = pods.list(&ListParams::default()).await.err().unwrap();
+            assert!(is_too_long(&error));
             let error = with_causes(&error);
             assert!(error.contains("longer than 16777216 bytes"), "{error}");
         }
