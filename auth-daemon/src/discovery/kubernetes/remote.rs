@@ -102,7 +102,8 @@ impl Remote {
         }
     }
 
-    /// Reports whether nothing more is to be expected soon: each remote cluster has been read once, or cannot be.
+    /// Reports whether nothing more is to be expected soon: each remote cluster has been read once, or is not likely
+    /// to be.
     pub(super) fn is_settled(&self) -> bool {
         let follow = self.follow.as_ref();
         follow.is_none_or(|follow| {

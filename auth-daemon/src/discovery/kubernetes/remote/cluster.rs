@@ -61,8 +61,15 @@ struct Draft {
 #[derive(Default)]
 pub(super) struct Health {
     refused: Option<String>,
-    errors: BTreeMap<Kind, String>,
+    failures: BTreeMap<Kind, Failure>,
     since: Option<SystemTime>,
+}
+
+/// That a kind could not be read the last time.
+struct Failure {
+    error: String,
+    /// Whether it could the time before.
+    is_first: bool,
 }
 
 impl Cluster {
@@ -135,9 +142,9 @@ impl Cluster {
         self.known.is_complete()
     }
 
-    /// Reports whether it has been read once, or cannot be read.
+    /// Reports whether it has been read once, or is not likely to be read soon.
     pub(super) fn is_settled(&self) -> bool {
-        self.is_read() || self.error().is_some()
+        self.is_read() || self.health.is_lasting()
     }
 
     /// Returns why it cannot be read, if it cannot.
@@ -162,8 +169,15 @@ impl Cluster {
 
 impl Health {
     fn error(&self) -> Option<&String> {
-        let errors = || self.errors.values().next();
-        self.refused.as_ref().or_else(errors)
+        let first = || Some(&self.failures.values().next()?.error);
+        self.refused.as_ref().or_else(first)
+    }
+
+    /// Reports whether the cluster cannot be read, probably for some time. After a single failure, the next attempt, a second
+    /// later, may well succeed.
+    fn is_lasting(&self) -> bool {
+        let mut failures = self.failures.values();
+        self.refused.is_some() || failures.any(|failure| !failure.is_first)
     }
 
     pub(super) fn refused(&mut self, why: String) {
@@ -173,15 +187,19 @@ impl Health {
 
     /// Notes that a kind cannot be read. Returns whether everything could before.
     fn fails(&mut self, kind: Kind, error: &str) -> bool {
-        let worked = self.errors.is_empty();
-        self.errors.insert(kind, error.to_owned());
+        let worked = self.failures.is_empty();
+        let failure = Failure {
+            error: error.to_owned(),
+            is_first: !self.failures.contains_key(&kind),
+        };
+        self.failures.insert(kind, failure);
         self.since.get_or_insert_with(SystemTime::now);
         worked
     }
 
     /// Notes that a kind has been read. Returns whether everything can be read now that could not before.
     fn works(&mut self, kind: Kind) -> bool {
-        let is_last = self.errors.remove(&kind).is_some() && self.errors.is_empty();
+        let is_last = self.failures.remove(&kind).is_some() && self.failures.is_empty();
         if is_last && self.refused.is_none() {
             self.since = None;
         }
@@ -513,13 +531,33 @@ mod tests {
     }
 
     #[test]
+    fn a_single_failure_does_not_settle_a_cluster() {
+        let (mut cluster, mut edit) = (cluster(), Edit::from(Snapshot::default()));
+        let mut fail = |cluster: &mut Cluster, kind| {
+            let failed = Update::Failed(kind, "connection reset".into());
+            cluster.take(&east(), failed, &mut edit);
+            assert!(cluster.error().is_some());
+            cluster.is_settled()
+        };
+        assert!(!fail(&mut cluster, Kind::Pod));
+        assert!(!fail(&mut cluster, Kind::Service), "the first of its kind");
+        cluster.health.works(Kind::Pod);
+        assert!(!fail(&mut cluster, Kind::Pod), "not in a row");
+        assert!(fail(&mut cluster, Kind::Pod));
+        cluster.read_anew(2);
+        assert!(!cluster.is_settled());
+        cluster.health.refused("exec".into());
+        assert!(cluster.is_settled(), "the kubeconfig cannot be used");
+    }
+
+    #[test]
     fn a_cluster_is_readable_again_once_each_kind_is() {
         let (mut cluster, mut edit) = (cluster(), Edit::from(Snapshot::default()));
         let whole = || vec![Event::Init, Event::InitDone];
         assert!(!cluster.is_settled());
         let refused = Update::Failed(Kind::Pod, "forbidden".into());
         cluster.take(&east(), refused, &mut edit);
-        assert!(cluster.is_settled() && !cluster.is_read());
+        assert!(!cluster.is_read());
         for kind in KINDS {
             assert!(!cluster.is_read());
             tell(&mut cluster, &mut edit, kind, whole());
