@@ -226,6 +226,13 @@ impl Known {
         }
     }
 
+    /// Forgets what a list in progress, which will not go on, has had so far.
+    pub(super) fn forget_listed(&mut self, kind: Kind) {
+        if let Some(objects) = self.kinds.get_mut(&kind) {
+            objects.listed = None;
+        }
+    }
+
     /// Stores the state of all objects of a kind. Returns whether any changed for the mesh.
     fn keep_all(
         &mut self,

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use super::{
     super::{Event, Kind, Known, Seen, Settings, manifest, parsed, pod},
-    tally::Tally,
+    tally::{Tally, Total},
 };
 use crate::{discovery::manifest::Object, observe::remote_clusters::RemoteStatus};
 use auth_kubernetes::{WATCH_SECONDS, follow_or_fail, objects};
@@ -89,6 +89,9 @@ impl Cluster {
     /// Begins to read the cluster by another kubeconfig. What is in force stays until everything has been read once.
     pub(super) fn read_anew(&mut self, generation: u64) {
         self.health = Health::default();
+        for kind in KINDS {
+            self.known.forget_listed(kind);
+        }
         self.draft = Some(Draft {
             known: self.known.draft(),
             generation,
@@ -100,6 +103,8 @@ impl Cluster {
         let (kind, event) = match update {
             Update::Event(kind, event) => (kind, event),
             Update::Failed(kind, error) => {
+                let draft = self.draft.as_mut().map(|draft| &mut draft.known);
+                draft.unwrap_or(&mut self.known).forget_listed(kind);
                 if self.health.fails(kind, &error) {
                     tracing::warn!(
                         cluster = %name, error, pods = self.known.count_of(Kind::Pod),
@@ -224,22 +229,24 @@ pub(super) fn watch(
     trust_domain: &TrustDomain,
 ) -> BoxStream<'static, Update> {
     let [pods, services] = [0; 2].map(|_| trust_domain.clone());
+    let total = Total::default();
+    let tally = |kind| Tally::new(kind, &total);
     let watches = [
         updates(
             Api::all(client.clone()),
-            Kind::Namespace,
+            (Kind::Namespace, tally(Kind::Namespace)),
             (cluster, generation),
             |read: objects::Namespace| manifest::namespace(&read),
         ),
         updates(
             Api::all(client.clone()),
-            Kind::Pod,
+            (Kind::Pod, tally(Kind::Pod)),
             (cluster, generation),
             move |read: objects::Pod| pod(read, &pods),
         ),
         updates(
             Api::all(client.clone()),
-            Kind::Service,
+            (Kind::Service, tally(Kind::Service)),
             (cluster, generation),
             move |read: objects::Service| manifest::service(read, &services),
         ),
@@ -249,14 +256,14 @@ pub(super) fn watch(
 
 fn updates<K>(
     api: Api<K>,
-    kind: Kind,
+    (kind, mut tally): (Kind, Tally),
     (cluster, generation): (&ClusterName, u64),
     parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
 ) -> BoxStream<'static, Update>
 where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
-    let (cluster, mut tally) = (cluster.clone(), Tally::new(kind));
+    let cluster = cluster.clone();
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let read = move |event| {
         let event = of_cluster(&cluster, generation, kind, parsed(event, &parse));
@@ -460,6 +467,37 @@ mod tests {
         assert_eq!(addresses.collect::<Vec<_>>(), ["10.2.0.255"]);
         assert!(tell(&mut cluster, &mut edit, Kind::Pod, vec![InitDone]));
         assert_eq!(pods(&mut edit), ["shop@east/web-1 a@east"]);
+    }
+
+    #[test]
+    fn nothing_is_kept_of_a_list_that_failed_or_is_of_a_former_kubeconfig() {
+        use Event::{Init, InitDone};
+        let (mut cluster, mut edit) = (cluster(), Edit::from(Snapshot::default()));
+        let begin = |cluster: &mut Cluster, edit: &mut Edit| {
+            let events = vec![Init, pod("web-0", "10.2.0.1")];
+            tell(cluster, edit, Kind::Pod, events);
+        };
+        let fail = |cluster: &mut Cluster, edit: &mut Edit| {
+            let failed = Update::Failed(Kind::Pod, "too many".into());
+            cluster.take(&east(), failed, edit);
+        };
+        begin(&mut cluster, &mut edit);
+        fail(&mut cluster, &mut edit);
+        for kind in KINDS {
+            // An end without a beginning shows what was kept.
+            tell(&mut cluster, &mut edit, kind, vec![InitDone]);
+        }
+        assert!(cluster.is_read());
+        assert_eq!(cluster.known.count_of(Kind::Pod), 0);
+        begin(&mut cluster, &mut edit);
+        fail(&mut cluster, &mut edit);
+        tell(&mut cluster, &mut edit, Kind::Pod, vec![InitDone]);
+        assert_eq!(cluster.known.count_of(Kind::Pod), 0);
+        begin(&mut cluster, &mut edit);
+        cluster.read_anew(2);
+        cluster.draft = None;
+        tell(&mut cluster, &mut edit, Kind::Pod, vec![InitDone]);
+        assert_eq!(cluster.known.count_of(Kind::Pod), 0);
     }
 
     #[test]

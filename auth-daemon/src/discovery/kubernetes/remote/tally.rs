@@ -1,8 +1,12 @@
-//! How much is kept of the objects of one kind of a remote cluster, whose API server others choose, and the limits.
+//! How much is kept of the objects of a remote cluster, whose API server others choose, and the limits.
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
     hash::BuildHasher,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use super::super::{Event, Kind, Seen};
@@ -11,19 +15,27 @@ use auth_mesh::{ObjectName, TargetPort};
 
 /// Maximum number of objects of one kind.
 const MAX_OBJECTS: usize = 100_000;
-/// Maximum size of all objects of one kind in memory, in bytes. 100,000 pods with ten labels each are some 240 MB.
-const MAX_BYTES: usize = 256 << 20;
+/// Maximum size of all objects of a cluster in memory, in bytes: some 45,000 pods with ten labels each.
+const MAX_BYTES: usize = 128 << 20;
 /// Size of an object without its texts, and of a text without its characters, in bytes; roughly.
 const OBJECT: usize = 512;
 const TEXT: usize = 64;
 
-/// What is kept of the objects of one kind. No more than was read since the last list has begun.
+/// The size of all objects of a cluster in bytes.
+#[derive(Clone, Default)]
+pub(super) struct Total(Arc<AtomicUsize>);
+
+/// What is kept of the objects of one kind.
 pub(super) struct Tally {
     kind: Kind,
     names: RandomState,
     current: Sizes,
     /// What a list in progress has had so far.
     listed: Option<Sizes>,
+    /// What this kind adds to the total: the larger of the two, so that neither all that is current nor all that is listed
+    /// exceeds the limit.
+    counted: usize,
+    total: Total,
 }
 
 /// The size of each object in bytes, by the hash of its name.
@@ -34,18 +46,22 @@ struct Sizes {
 }
 
 impl Tally {
-    pub(super) fn new(kind: Kind) -> Self {
+    /// Counts nothing yet of a kind of the cluster that `total` is of.
+    pub(super) fn new(kind: Kind, total: &Total) -> Self {
         Self {
             kind,
             names: RandomState::new(),
             current: Sizes::default(),
             listed: None,
+            counted: 0,
+            total: total.clone(),
         }
     }
 
-    /// Counts an event. Fails if there would be too much. Then the event must not be applied, and the next one is of a new
-    /// list.
+    /// Counts an event. Fails if there would be too much. Then the event must not be applied, nothing that was listed may be
+    /// kept, and the next event is of a new list.
     pub(super) fn take(&mut self, event: &Event) -> Result<(), String> {
+        let mut before = None;
         match event {
             Event::Init => self.listed = Some(Sizes::default()),
             Event::InitApply(seen) => {
@@ -61,31 +77,50 @@ impl Tally {
             }
             Event::Apply(seen) => {
                 let (name, size) = self.measure(seen);
-                self.current.set(name, size);
+                before = Some((name, self.current.set(name, size)));
             }
             Event::Delete(name) => {
                 let name = self.hash(name);
                 self.current.remove(name);
             }
         }
-        let sizes = self.listed.as_ref().unwrap_or(&self.current);
-        self.check(sizes)
+        let fits = self.check();
+        if fits.is_err() {
+            self.listed = None;
+            if let Some((name, size)) = before {
+                self.current.restore(name, size);
+            }
+            self.count();
+        }
+        fits
     }
 
-    fn check(&self, sizes: &Sizes) -> Result<(), String> {
-        let kind = self.kind.plural();
+    fn check(&mut self) -> Result<(), String> {
+        let bytes = self.count();
+        let sizes = self.listed.as_ref().unwrap_or(&self.current);
         if sizes.by_name.len() > MAX_OBJECTS {
+            let kind = self.kind.plural();
             return Err(format!(
                 "it has more than {MAX_OBJECTS} {kind}, the limit of a remote cluster"
             ));
         }
-        if sizes.bytes > MAX_BYTES {
+        if bytes > MAX_BYTES {
             let limit = MAX_BYTES >> 20;
             return Err(format!(
-                "its {kind} take more than {limit} MiB of memory, the limit of a remote cluster"
+                "its objects take more than {limit} MiB of memory, the limit of a remote cluster"
             ));
         }
         Ok(())
+    }
+
+    /// Brings the total up to date. Returns it.
+    fn count(&mut self) -> usize {
+        let listed = self.listed.as_ref().map_or(0, |listed| listed.bytes);
+        let now = self.current.bytes.max(listed);
+        let before = std::mem::replace(&mut self.counted, now);
+        let Total(total) = &self.total;
+        total.fetch_add(now, Relaxed);
+        total.fetch_sub(before, Relaxed) - before
     }
 
     /// Returns the hash of an object's name, and the object's size. One that cannot be read keeps the state that it had.
@@ -107,14 +142,26 @@ impl Tally {
 }
 
 impl Sizes {
-    fn set(&mut self, name: u64, size: usize) {
-        self.remove(name);
+    /// Sets the size of an object. Returns the one that it had.
+    fn set(&mut self, name: u64, size: usize) -> Option<usize> {
+        let before = self.remove(name);
         self.by_name.insert(name, size);
         self.bytes += size;
+        before
     }
 
-    fn remove(&mut self, name: u64) {
-        self.bytes -= self.by_name.remove(&name).unwrap_or_default();
+    fn remove(&mut self, name: u64) -> Option<usize> {
+        let before = self.by_name.remove(&name);
+        self.bytes -= before.unwrap_or_default();
+        before
+    }
+
+    /// Gives an object the size back that it had.
+    fn restore(&mut self, name: u64, before: Option<usize>) {
+        match before {
+            Some(size) => self.set(name, size),
+            None => self.remove(name),
+        };
     }
 }
 
@@ -190,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_list_of_too_many_objects_is_refused() {
-        let mut tally = Tally::new(Kind::Pod);
+        let mut tally = Tally::new(Kind::Pod, &Total::default());
         tally.take(&Event::Init).unwrap();
         for number in 0..MAX_OBJECTS {
             // Twice, which is no more than once.
@@ -213,7 +260,7 @@ mod tests {
     #[test]
     fn objects_that_are_added_one_by_one_are_counted_until_they_are_deleted() {
         const LONG: usize = 32 << 20;
-        let mut tally = Tally::new(Kind::Pod);
+        let mut tally = Tally::new(Kind::Pod, &Total::default());
         for event in [Event::Init, Event::InitDone] {
             tally.take(&event).unwrap();
         }
@@ -230,7 +277,40 @@ mod tests {
         tally.take(&Event::Delete(name("0"))).unwrap();
         tally.take(&Event::Apply(pod("other", LONG))).unwrap();
         let error = tally.take(&Event::Apply(pod("0", LONG))).unwrap_err();
-        assert!(error.contains("its pods take more than 256 MiB"), "{error}");
+        assert!(
+            error.contains("its objects take more than 128 MiB"),
+            "{error}"
+        );
+        let before = tally.counted;
+        tally.take(&Event::Delete(name("0"))).unwrap();
+        assert_eq!(tally.counted, before, "what was refused is not kept");
+    }
+
+    #[test]
+    fn all_kinds_of_a_cluster_share_its_limit() {
+        const LONG: usize = 32 << 20;
+        let total = Total::default();
+        let mut kinds = [Kind::Pod, Kind::Service].map(|kind| Tally::new(kind, &total));
+        let [pods, services] = &mut kinds;
+        pods.take(&Event::Init).unwrap();
+        for number in 0..3 {
+            let pod = pod(&number.to_string(), LONG);
+            pods.take(&Event::InitApply(pod)).unwrap();
+        }
+        pods.take(&Event::InitDone).unwrap();
+        // While they are listed again, they still count.
+        pods.take(&Event::Init).unwrap();
+        services.take(&Event::Init).unwrap();
+        let other = || Event::InitApply(pod("other", LONG));
+        assert!(services.take(&other()).is_err());
+        assert!(services.listed.is_none(), "it is not kept until the next");
+        assert_eq!(total.0.load(Relaxed), pods.counted);
+        // The pods become fewer.
+        pods.take(&Event::InitApply(pod("0", LONG))).unwrap();
+        pods.take(&Event::InitDone).unwrap();
+        services.take(&Event::Init).unwrap();
+        services.take(&other()).unwrap();
+        assert_eq!(total.0.load(Relaxed), pods.counted + services.counted);
     }
 
     #[test]
