@@ -280,7 +280,12 @@ impl Known {
             Some(kept) => objects.insert(name.clone(), kept),
             None => objects.remove(&name),
         };
-        if before.and_then(|before| before.object) == object {
+        let before = before.and_then(|before| before.object);
+        if before == object {
+            // The model has the former copy, and would keep a second one in memory.
+            if let Some(kept) = objects.get_mut(&name) {
+                kept.object = before;
+            }
             return false;
         }
         if self.is_draft {
@@ -524,6 +529,23 @@ mod tests {
         take(&mut known, Event::InitApply(seen("two", "two", "10.0.0.2")));
         assert!(take(&mut known, Event::InitDone));
         assert_eq!(pods(&mut known), ["two [10.0.0.2]"]);
+    }
+
+    #[test]
+    fn an_object_that_a_list_repeats_is_in_memory_once() {
+        let mut known = known();
+        for _ in 0..2 {
+            take(&mut known, Event::Init);
+            take(&mut known, Event::InitApply(seen("one", "1", "10.0.0.1")));
+            take(&mut known, Event::InitDone);
+        }
+        let snapshot = known.edit.snapshot();
+        let in_force = snapshot.pod("10.0.0.1".parse().unwrap()).unwrap();
+        let objects = &known.known.kinds[&Kind::Pod].current;
+        let Some(Object::Pod(kept)) = objects.values().find_map(|kept| kept.object.as_ref()) else {
+            panic!("no pod");
+        };
+        assert!(Arc::ptr_eq(in_force, kept));
     }
 
     #[test]
