@@ -100,9 +100,10 @@ pub(crate) struct Gone {
 #[derive(Debug, Default)]
 pub(crate) struct GoneAddresses {
     by_address: HashMap<IpAddr, Gone>,
+    /// Those of this daemon's time.
     oldest_first: BTreeSet<(Instant, IpAddr)>,
-    /// How many a previous daemon has left.
-    adopted: usize,
+    /// Those that a previous daemon has left.
+    adopted: BTreeSet<(Instant, IpAddr)>,
     /// How many were dropped because there were too many.
     dropped: u64,
 }
@@ -128,20 +129,17 @@ impl GoneAddresses {
     /// Adds an address that a previous daemon has left in the kernel's map. None is dropped to make room for others: after a
     /// start these may be the addresses of a whole cluster that cannot be read yet, and the map limits their number.
     pub(crate) fn adopt(&mut self, address: IpAddr, gone: Gone) {
-        self.insert(address, gone);
-        self.adopted += 1;
-    }
-
-    fn insert(&mut self, address: IpAddr, gone: Gone) {
         self.claim(address);
-        self.oldest_first.insert((gone.since, address));
+        self.adopted.insert((gone.since, address));
         self.by_address.insert(address, gone);
     }
 
-    /// Adds `address`. If there are too many, returns the oldest, which is dropped.
+    /// Adds `address`. If there are too many of this daemon's time, returns the oldest of them, which is dropped.
     pub(crate) fn add(&mut self, address: IpAddr, gone: Gone) -> Option<IpAddr> {
-        self.insert(address, gone);
-        if self.by_address.len() <= self.adopted + MAX_GONE {
+        self.claim(address);
+        self.oldest_first.insert((gone.since, address));
+        self.by_address.insert(address, gone);
+        if self.oldest_first.len() <= MAX_GONE {
             return None;
         }
         let (_, oldest) = self.oldest_first.pop_first()?;
@@ -153,18 +151,23 @@ impl GoneAddresses {
     /// Removes `address`, because an object claims it.
     pub(crate) fn claim(&mut self, address: IpAddr) {
         if let Some(gone) = self.by_address.remove(&address) {
-            self.oldest_first.remove(&(gone.since, address));
+            let entry = (gone.since, address);
+            self.adopted.remove(&entry);
+            self.oldest_first.remove(&entry);
         }
     }
 
     /// Removes and returns the addresses whose time is over at `now`.
     pub(crate) fn expire(&mut self, now: Instant) -> Vec<IpAddr> {
         let mut expired = Vec::new();
-        while let Some((since, address)) = self.oldest_first.first().copied()
-            && now.saturating_duration_since(since) >= LIFE
-        {
-            self.claim(address);
-            expired.push(address);
+        for entries in [&mut self.adopted, &mut self.oldest_first] {
+            while let Some((since, address)) = entries.first().copied()
+                && now.saturating_duration_since(since) >= LIFE
+            {
+                entries.pop_first();
+                self.by_address.remove(&address);
+                expired.push(address);
+            }
         }
         expired
     }
@@ -253,7 +256,25 @@ mod tests {
             assert_eq!(all.add(ip(number), gone(later)), None);
         }
         assert_eq!((all.len(), all.dropped()), (3 * MAX_GONE, 0));
-        assert!(all.add(ip(1 << 24), gone(later)).is_some());
-        assert_eq!(all.expire(start + LIFE).len(), 2 * MAX_GONE - 1);
+        assert_eq!(all.add(ip(1 << 24), gone(later)), Some(ip(left)));
+        assert_eq!(all.expire(start + LIFE).len(), 2 * MAX_GONE);
+    }
+
+    #[test]
+    fn those_of_a_previous_daemon_make_room_for_no_others_once_they_have_ended() {
+        let mut all = GoneAddresses::default();
+        let start = Instant::now();
+        let later = start + LIFE / 2;
+        for number in 0..4 {
+            all.adopt(ip(number), gone(start));
+        }
+        all.claim(ip(0));
+        // It is this daemon's now.
+        all.add(ip(1), gone(later));
+        assert_eq!(all.expire(start + LIFE), [ip(2), ip(3)]);
+        for number in 4..2 * MAX_GONE as u32 {
+            all.add(ip(number), gone(later));
+        }
+        assert_eq!(all.len(), MAX_GONE);
     }
 }
