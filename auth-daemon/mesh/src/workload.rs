@@ -45,7 +45,7 @@ pub struct Workload {
     pub uid: String,
     /// Identity of the pod's service account.
     pub identity: Identity,
-    /// In which reading of its remote cluster the pod was found: a number that grows, because another cluster may get the
+    /// The first reading of the remote cluster that the pod is of: a number that grows, because another cluster may get the
     /// name of a former one. 0 for a pod of the snapshot's own cluster.
     pub generation: u64,
     /// The pod's addresses, most preferred first. IPv4 addresses are never IPv4-mapped.

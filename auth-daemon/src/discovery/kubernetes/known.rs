@@ -148,6 +148,18 @@ impl Known {
         }
     }
 
+    /// Says of which reading all pods are, also those of a list in progress.
+    pub(super) fn set_generation(&mut self, generation: u64) {
+        for objects in self.kinds.values_mut() {
+            let listed = objects.listed.iter_mut().flat_map(HashMap::values_mut);
+            for kept in objects.current.values_mut().chain(listed) {
+                if let Some(Object::Pod(pod)) = &mut kept.object {
+                    Arc::make_mut(pod).generation = generation;
+                }
+            }
+        }
+    }
+
     /// Reports whether each kind has been read completely once.
     pub(in crate::discovery) fn is_complete(&self) -> bool {
         self.kinds.values().all(|objects| objects.complete)

@@ -222,7 +222,7 @@ impl Follow {
                 Ok(client) => {
                     tracing::info!(cluster = %name, secret, "remote cluster is followed");
                     cluster.read_anew(generation);
-                    let updates = watch(&client, name, generation, &cluster.trust_domain);
+                    let updates = watch(&client, name, &cluster.trust_domain);
                     self.updates.insert(name.clone(), updates);
                 }
                 // An older kubeconfig stays in use.

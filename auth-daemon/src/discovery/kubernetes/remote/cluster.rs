@@ -118,6 +118,7 @@ impl Cluster {
             tracing::info!(cluster = %name, "remote cluster can be read again");
         }
         let Some(mut draft) = self.draft.take() else {
+            let event = of_reading(event, self.generation);
             return self.known.take(kind, event, edit);
         };
         draft.known.take(kind, event, edit);
@@ -134,11 +135,12 @@ impl Cluster {
     }
 
     /// Replaces what is in force. A kubeconfig with another token leads to the same cluster, and its pods are the same.
-    fn put_in_force(&mut self, name: &ClusterName, draft: Draft, edit: &mut Edit) {
+    fn put_in_force(&mut self, name: &ClusterName, mut draft: Draft, edit: &mut Edit) {
         let before = identity(name, &self.known);
         if before.is_none() || before != identity(name, &draft.known) {
             self.generation = draft.generation;
         }
+        draft.known.set_generation(self.generation);
         self.known.replace(draft.known, edit);
     }
 
@@ -221,11 +223,10 @@ fn identity<'a>(cluster: &ClusterName, known: &'a Known) -> Option<&'a str> {
     known.uid_of(Kind::Namespace, &namespace)
 }
 
-/// Watches a remote cluster. Its pods are of the reading `generation`.
+/// Watches a remote cluster.
 pub(super) fn watch(
     client: &Client,
     cluster: &ClusterName,
-    generation: u64,
     trust_domain: &TrustDomain,
 ) -> BoxStream<'static, Update> {
     let [pods, services] = [0; 2].map(|_| trust_domain.clone());
@@ -235,19 +236,19 @@ pub(super) fn watch(
         updates(
             Api::all(client.clone()),
             (Kind::Namespace, tally(Kind::Namespace)),
-            (cluster, generation),
+            cluster,
             |read: objects::Namespace| manifest::namespace(&read),
         ),
         updates(
             Api::all(client.clone()),
             (Kind::Pod, tally(Kind::Pod)),
-            (cluster, generation),
+            cluster,
             move |read: objects::Pod| pod(read, &pods),
         ),
         updates(
             Api::all(client.clone()),
             (Kind::Service, tally(Kind::Service)),
-            (cluster, generation),
+            cluster,
             move |read: objects::Service| manifest::service(read, &services),
         ),
     ];
@@ -257,7 +258,7 @@ pub(super) fn watch(
 fn updates<K>(
     api: Api<K>,
     (kind, mut tally): (Kind, Tally),
-    (cluster, generation): (&ClusterName, u64),
+    cluster: &ClusterName,
     parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
 ) -> BoxStream<'static, Update>
 where
@@ -266,7 +267,7 @@ where
     let cluster = cluster.clone();
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let read = move |event| {
-        let event = of_cluster(&cluster, generation, kind, parsed(event, &parse));
+        let event = of_cluster(&cluster, kind, parsed(event, &parse));
         tally.take(&event)?;
         Ok(event)
     };
@@ -279,7 +280,7 @@ where
 }
 
 /// Returns what an event of `cluster` says, as the snapshot names its objects.
-fn of_cluster(cluster: &ClusterName, generation: u64, kind: Kind, event: Event) -> Event {
+fn of_cluster(cluster: &ClusterName, kind: Kind, event: Event) -> Event {
     let qualified = |mut name: ObjectName| {
         let part = match kind {
             Kind::Namespace => &mut name.name,
@@ -294,7 +295,6 @@ fn of_cluster(cluster: &ClusterName, generation: u64, kind: Kind, event: Event) 
             object.map(|object| match object {
                 Object::Pod(pod) => {
                     let mut pod = cluster.pod(Arc::unwrap_or_clone(pod));
-                    pod.generation = generation;
                     // Each has an entry in the kernel's map of the mesh's addresses, which others must not fill.
                     manifest::keep_one_of_each_family(&mut pod.addresses);
                     Object::Pod(pod.into())
@@ -314,6 +314,16 @@ fn of_cluster(cluster: &ClusterName, generation: u64, kind: Kind, event: Event) 
         Event::InitApply(object) => Event::InitApply(seen(object)),
         Event::InitDone => Event::InitDone,
     }
+}
+
+/// Says of which reading the pod in an event is.
+fn of_reading(mut event: Event, generation: u64) -> Event {
+    if let Event::Apply(seen) | Event::InitApply(seen) = &mut event
+        && let Ok(Some(Object::Pod(pod))) = &mut seen.object
+    {
+        Arc::make_mut(pod).generation = generation;
+    }
+    event
 }
 
 #[cfg(test)]
@@ -373,8 +383,7 @@ mod tests {
     fn tell(cluster: &mut Cluster, edit: &mut Edit, kind: Kind, events: Vec<Event>) -> bool {
         let mut has_changed = false;
         for event in events {
-            let generation = cluster.draft.as_ref().map_or(1, |draft| draft.generation);
-            let event = of_cluster(&east(), generation, kind, event);
+            let event = of_cluster(&east(), kind, event);
             has_changed |= cluster.take(&east(), Update::Event(kind, event), edit);
         }
         has_changed
@@ -530,11 +539,22 @@ mod tests {
         };
         let first = read(&mut cluster, &mut edit, "a", "10.2.0.1");
         assert_eq!(first, (1, Some(1)));
+        let in_force = |edit: &mut Edit| {
+            let pod = edit.snapshot().pod("10.2.0.1".parse().unwrap()).cloned();
+            pod.unwrap()
+        };
+        let before = in_force(&mut edit);
         // Another token.
         cluster.read_anew(2);
         assert_eq!(pods(&mut edit).len(), 1, "what is known holds until then");
         let same = read(&mut cluster, &mut edit, "a", "10.2.0.1");
-        assert_eq!(same, (1, Some(2)));
+        assert_eq!(same, (1, Some(1)));
+        let again = vec![Init, pod("web-0", "10.2.0.1"), InitDone];
+        assert!(!tell(&mut cluster, &mut edit, Kind::Pod, again));
+        assert!(
+            Arc::ptr_eq(&before, &in_force(&mut edit)),
+            "the pod is not applied again"
+        );
         for (generation, uid) in [(3, "b"), (4, ""), (5, "")] {
             cluster.read_anew(generation);
             let address = format!("10.3.0.{generation}");
@@ -557,7 +577,7 @@ mod tests {
         let all = all.map(|address| address.parse().unwrap()).into_iter();
         let more = (0..=u8::MAX).map(|last| [10, 3, 0, last].into());
         Arc::make_mut(workload).addresses = all.chain(more).collect();
-        let Event::Apply(seen) = of_cluster(&east(), 1, Kind::Pod, Event::Apply(seen)) else {
+        let Event::Apply(seen) = of_cluster(&east(), Kind::Pod, Event::Apply(seen)) else {
             unreachable!()
         };
         let Ok(Some(Object::Pod(workload))) = seen.object else {
