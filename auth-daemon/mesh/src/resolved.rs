@@ -169,7 +169,7 @@ impl Backends<'_> {
     ) -> Vec<Candidate> {
         // Otherwise a node could receive a part of what is meant for pods of other nodes, in plaintext.
         let needs_identity = self.any_meshed();
-        let may_serve = |pod: &Workload| !pod.finished && !(needs_identity && pod.without_identity);
+        let may_serve = |pod: &Workload| !(pod.finished || needs_identity && pod.without_identity);
         match self {
             Self::Pods(pods) => pods
                 .iter()
