@@ -2,6 +2,7 @@
 //! routes inside them.
 
 mod census;
+mod cgroup_folders;
 mod containers;
 mod events;
 mod exposed;
@@ -10,6 +11,7 @@ mod first_socket;
 mod flows;
 mod forwarding;
 mod gate;
+mod hierarchies;
 pub mod host;
 mod inbound;
 mod interfaces;

@@ -8,12 +8,16 @@ use std::{
 
 use auth_common::{MAX_POD_ROOTS, PodRoot};
 
+use super::cgroup_folders::nodes_subfolders;
+
 /// Maximum depth at which the cgroups are searched for, below the one that the daemon is attached to. The kubelet creates
 /// them in the root, or in its `--cgroup-root`.
 const MAX_DEPTH: usize = 4;
 
 /// Finds the cgroups (version 2) that contain pods, and their folders: those that the kubelet names `kubepods` (cgroupfs
-/// driver) or `kubepods.slice` (systemd driver, with the names of parent slices before it). At most [`MAX_POD_ROOTS`].
+/// driver) or `kubepods.slice` (systemd driver, with the names of parent slices before it). At most [`MAX_POD_ROOTS`]. Leaves
+/// out what users have made in cgroups of their own.
+///
 /// `cgroup` is a folder of the cgroup file system, whose root is the root of all cgroups.
 pub(super) fn pod_roots(cgroup: &Path) -> Vec<(PodRoot, PathBuf)> {
     let mut found = Vec::new();
@@ -24,29 +28,21 @@ pub(super) fn pod_roots(cgroup: &Path) -> Vec<(PodRoot, PathBuf)> {
 }
 
 fn search(folder: &Path, level: u32, depth: usize, found: &mut Vec<(PodRoot, PathBuf)>) {
-    let Ok(entries) = fs::read_dir(folder) else {
-        // Removed in the meantime.
-        return;
-    };
-    for entry in entries.flatten() {
-        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            continue;
-        }
-        let name = entry.file_name();
-        if !is_pod_root(&name.to_string_lossy()) {
+    for (name, path) in nodes_subfolders(folder) {
+        if !is_pod_root(&name) {
             if depth > 1 {
-                search(&entry.path(), level + 1, depth - 1, found);
+                search(&path, level + 1, depth - 1, found);
             }
             continue;
         }
         // A cgroup's id is the number of its inode (kernfs, on 64-bit systems).
-        if let Ok(metadata) = entry.metadata() {
+        if let Ok(metadata) = fs::symlink_metadata(&path) {
             let root = PodRoot {
                 cgroup: metadata.ino(),
                 level: level + 1,
                 padding: 0,
             };
-            found.push((root, entry.path()));
+            found.push((root, path));
         }
     }
 }
@@ -64,6 +60,8 @@ fn level(cgroup: &Path) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::chown;
+
     use super::*;
 
     #[test]
@@ -93,5 +91,25 @@ mod tests {
         });
         expected.sort_by_key(|(root, _)| root.cgroup);
         assert_eq!(pod_roots(root.path()), expected);
+    }
+
+    #[test]
+    fn what_a_user_calls_kubepods_contains_no_pods() {
+        let root = tempfile::tempdir().unwrap();
+        let user = root.path().join("user.slice/user@1000.service");
+        let nodes = root.path().join("kubepods");
+        for folder in [&user.join("kubepods"), &nodes] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        let found = || {
+            let found = pod_roots(root.path()).into_iter();
+            found.map(|(_, folder)| folder).collect::<Vec<_>>()
+        };
+        assert_eq!(found().len(), 2);
+        // Needs root.
+        chown(&user, Some(1000), None).unwrap();
+        assert_eq!(found(), [nodes.clone()]);
+        chown(&nodes, Some(1000), None).unwrap();
+        assert!(found().is_empty());
     }
 }

@@ -12,7 +12,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{PodUid, node_cgroups::pod_roots};
+use super::{
+    PodUid,
+    cgroup_folders::{nodes_subfolders, subfolders},
+    node_cgroups::pod_roots,
+};
 
 /// Interval at which the kubelet's cgroups for all pods are searched for. It creates them once, when it starts.
 const SEARCH: Duration = Duration::from_secs(10);
@@ -50,7 +54,8 @@ impl PodCgroups {
         }
     }
 
-    /// Returns the cgroups of the pods that `is_wanted` selects, from each hierarchy.
+    /// Returns the cgroups of the pods that `is_wanted` selects, from each hierarchy. Leaves out those that the node has not
+    /// made, but a user.
     pub(super) fn of(
         &self,
         is_wanted: impl Fn(PodUid) -> bool,
@@ -67,9 +72,10 @@ impl PodCgroups {
             _ => Some(path),
         };
         for root in self.roots() {
-            let classes: Vec<_> = subfolders(&root).into_iter().filter_map(&mut add).collect();
+            let classes = nodes_subfolders(&root).into_iter();
+            let classes: Vec<_> = classes.filter_map(&mut add).collect();
             for class in classes {
-                subfolders(&class).into_iter().for_each(|folder| {
+                nodes_subfolders(&class).into_iter().for_each(|folder| {
                     add(folder);
                 });
             }
@@ -125,20 +131,10 @@ fn first_lines(path: &Path) -> Vec<u32> {
     numbers.take(MAX_PROCESSES).collect()
 }
 
-/// Names and paths of the cgroups in `folder`. Empty if it has been removed.
-fn subfolders(folder: &Path) -> Vec<(String, PathBuf)> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    folders
-        .map(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            (name, entry.path())
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::chown;
+
     use super::*;
 
     const UID: &str = "0b1c2d3e-4f50-4a6b-8c7d-9e0f1a2b3c4d";
@@ -188,6 +184,28 @@ mod tests {
         ] {
             assert_eq!(found(&folder), [1, 2, 3, 4], "{folder}");
         }
+    }
+
+    #[test]
+    fn a_users_cgroup_is_no_pods() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join(format!("kubepods/burstable/pod{UID}"));
+        write(&folder, [1]);
+        let found = || {
+            let cgroups = PodCgroups {
+                hierarchies: vec![root.path().to_owned()],
+                roots: Mutex::default(),
+            };
+            cgroups.of(|_| true, &HashSet::new()).len()
+        };
+        assert_eq!(found(), 1);
+        // Needs root.
+        chown(&folder, Some(1000), None).unwrap();
+        assert_eq!(found(), 0);
+        chown(&folder, Some(0), None).unwrap();
+        assert_eq!(found(), 1);
+        chown(root.path().join("kubepods/burstable"), Some(1000), None).unwrap();
+        assert_eq!(found(), 0);
     }
 
     #[test]

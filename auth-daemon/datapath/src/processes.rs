@@ -24,6 +24,7 @@ use nix::{
 use super::{
     Netns, PodUid,
     containers::{container, pods_around},
+    hierarchies::{Hierarchies, as_the_node_sees},
     interfaces::Interfaces,
     netns::{open_the_nodes, the_nodes},
     pod_cgroups::{PodCgroups, members},
@@ -142,7 +143,7 @@ pub(super) fn find(
 /// these netns open.
 ///
 /// Also finds the pods in `sought`: those whose runtime has not put them below the kubelet's cgroup, as one that is configured
-/// for another cgroup driver than the kubelet.
+/// for another cgroup driver than the kubelet. A process in a cgroup that a user has made is no pod's, whatever its name.
 ///
 /// Uses about 20 ms of CPU time per 1,000 processes, and takes at most `limit`.
 pub(super) fn walk(
@@ -150,7 +151,17 @@ pub(super) fn walk(
     held: &HashMap<u64, Option<PodUid>>,
     limit: Duration,
 ) -> io::Result<Scan> {
+    as_the_node_sees(|| walk_here(sought, held, limit))
+}
+
+/// See [`walk`].
+fn walk_here(
+    sought: &HashMap<PodUid, Option<Arc<Netns>>>,
+    held: &HashMap<u64, Option<PodUid>>,
+    limit: Duration,
+) -> io::Result<Scan> {
     let mut search = Search::new(limit);
+    let hierarchies = Hierarchies::mounted();
     let proc = Path::new("/proc");
     let processes_folder = File::open(proc)?;
     for entry in fs::read_dir(proc)? {
@@ -165,6 +176,7 @@ pub(super) fn walk(
             continue;
         };
         let pod = container(&cgroups, &search.around).map(|(pod, _)| pod);
+        let pod = pod.filter(|pod| hierarchies.is_the_nodes(&cgroups, *pod));
         // The daemon enters pods' netns for moments.
         if !held.is_empty() && pid != std::process::id() {
             count_resident(&mut search.scan, held, &proc.join(&name), pod);
