@@ -1,9 +1,8 @@
 //! Lists the netns in which pods have processes, from the cgroups of all pods.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
-    io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -12,9 +11,11 @@ use auth_common::PodRoot;
 
 use super::{
     Netns, PodUid,
+    cgroup_folders::nodes_subfolders,
     containers::pods_around,
     netns::the_nodes,
-    processes::{Folder, Process, leads_to_node, processor_time, prove},
+    pod_cgroups::members,
+    processes::{Folder, leads_to_node, processor_time, prove},
 };
 
 /// The netns in which pods have processes, without the node's own.
@@ -24,12 +25,14 @@ pub struct Census {
     pub netns: Vec<PodNetns>,
     /// Whether there are cgroups of pods. Without them no pod is found, and none is closed.
     pub has_cgroups: bool,
+    /// Whether the time was over before all pods were read. What is missing stays as it is: closed, if it is new.
+    pub is_partial: bool,
     /// CPU time that the census used.
     pub effort: Duration,
 }
 
 impl Census {
-    /// Maximum duration.
+    /// Time after which no further pod is read.
     pub const LIMIT: Duration = Duration::from_secs(5);
 }
 
@@ -43,79 +46,171 @@ pub struct PodNetns {
     pub pods: BTreeMap<PodUid, bool>,
 }
 
-/// Takes a census of the pods below `roots`.
-pub(super) fn take(roots: &[(PodRoot, PathBuf)]) -> io::Result<Census> {
+/// Takes a census of the pods below `roots`, in not much more than `limit`. Reads a limited number of processes of each pod, and
+/// begins with the pods that have the fewest, so no pod delays one with less.
+pub(super) fn take(roots: &[(PodRoot, PathBuf)], limit: Duration) -> Census {
     let before = processor_time();
+    let started = Instant::now();
     let first = fs::read_to_string("/proc/1/cgroup").unwrap_or_default();
     let around = pods_around(&first);
-    let nodes = the_nodes();
-    let started = Instant::now();
-    let mut buffer = Vec::new();
-    let mut processes: HashMap<PodUid, Vec<Process>> = HashMap::new();
-    // Kept open until the end, because a netns keeps its inode number only while it is held.
-    let mut files: HashMap<u64, File> = HashMap::new();
-    for (_, root) in roots {
-        let mut folders = vec![(root.clone(), None)];
-        while let Some((folder, pod)) = folders.pop() {
-            if started.elapsed() > Census::LIMIT {
-                let why = format!("not through with all pods after {:?}", Census::LIMIT);
-                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
-            }
-            for (name, path) in subfolders(&folder) {
-                let inner = PodUid::of_cgroup(&name).filter(|pod| !around.contains(pod));
-                folders.push((path, pod.or(inner)));
-            }
-            let Some(pod) = pod else {
-                continue;
-            };
-            // Cannot be read if it has just been removed, or is a threaded cgroup, whose processes are in the one above.
-            let members = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-            for pid in members.lines().filter_map(|pid| pid.parse().ok()) {
-                let Some(process) = Folder::open(Path::new(&format!("/proc/{pid}"))) else {
-                    continue;
-                };
-                // Of a process whose netns cannot be read nothing is known, so its netns stays closed.
-                if let Ok(Some((file, process))) = process.look(pid, pod, &around, &mut buffer)
-                    && !nodes.contains(&process.netns)
-                {
-                    files.entry(process.netns).or_insert(file);
-                    processes.entry(pod).or_default().push(process);
-                }
-            }
+    let folders = roots.iter().map(|(_, root)| root.clone()).collect();
+    let pods = processes_below(folders, &around);
+    let mut reading = Reading::new(around);
+    let mut is_partial = false;
+    for (pod, pids) in pods {
+        // Not within a pod: its own netns is told from others by all that is read of it.
+        is_partial = started.elapsed() > limit;
+        if is_partial {
+            break;
         }
+        reading.read(pod, &pids);
     }
-    let mut found: HashMap<u64, BTreeMap<PodUid, bool>> = HashMap::new();
-    for (pod, processes) in &processes {
-        let proof = prove(processes, |netns| leads_to_node(&files, netns));
-        let own = proof.map(|(process, _)| process.netns);
-        for process in processes {
-            let pods = found.entry(process.netns).or_default();
-            pods.insert(*pod, own == Some(process.netns));
-        }
-    }
-    let netns = found.into_iter().filter_map(|(inode, pods)| {
-        let cookie = Netns::nameless(files.remove(&inode)?).ok()?.cookie();
-        Some(PodNetns { cookie, pods })
-    });
-    let mut netns: Vec<_> = netns.collect();
-    netns.sort_by_key(|netns| netns.cookie);
-    Ok(Census {
-        netns,
+    Census {
+        netns: reading.netns(),
         has_cgroups: !roots.is_empty(),
+        is_partial,
         effort: processor_time().saturating_sub(before),
-    })
+    }
 }
 
-/// Names and paths of the cgroups in `folder`. Empty if it has been removed.
-fn subfolders(folder: &Path) -> Vec<(String, PathBuf)> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    folders
-        .map(|entry| {
-            (
-                entry.file_name().to_string_lossy().into_owned(),
-                entry.path(),
-            )
-        })
-        .collect()
+/// Returns the pods below these folders and the numbers of their processes, the fewest first.
+fn processes_below(folders: Vec<PathBuf>, around: &HashSet<PodUid>) -> Vec<(PodUid, Vec<u32>)> {
+    let mut found: HashMap<PodUid, Vec<u32>> = HashMap::new();
+    for (pod, cgroup) in pods_below(folders, around) {
+        found.entry(pod).or_default().extend(members(&cgroup));
+    }
+    let mut found: Vec<_> = found.into_iter().collect();
+    found.sort_by_key(|(_, pids)| pids.len());
+    found
+}
+
+/// Returns the pods below these folders, and their cgroups.
+fn pods_below(mut folders: Vec<PathBuf>, around: &HashSet<PodUid>) -> Vec<(PodUid, PathBuf)> {
+    let mut found = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for (name, path) in nodes_subfolders(&folder) {
+            match PodUid::of_cgroup(&name).filter(|pod| !around.contains(pod)) {
+                Some(pod) => found.push((pod, path)),
+                None => folders.push(path),
+            }
+        }
+    }
+    found
+}
+
+/// A census under way.
+struct Reading {
+    /// The pods that the node itself runs in.
+    around: HashSet<PodUid>,
+    /// Inode numbers of the node's netns.
+    nodes: Vec<u64>,
+    /// Kept open until the end, because a netns keeps its inode number only while it is held.
+    files: HashMap<u64, File>,
+    /// The pods in each netns, by its inode number. See [`PodNetns::pods`].
+    found: HashMap<u64, BTreeMap<PodUid, bool>>,
+    buffer: Vec<u8>,
+}
+
+impl Reading {
+    fn new(around: HashSet<PodUid>) -> Self {
+        Self {
+            around,
+            nodes: the_nodes(),
+            files: HashMap::new(),
+            found: HashMap::new(),
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Reads in which netns these processes of a pod are.
+    fn read(&mut self, pod: PodUid, pids: &[u32]) {
+        let mut processes = Vec::new();
+        for pid in pids {
+            let Some(folder) = Folder::open(Path::new(&format!("/proc/{pid}"))) else {
+                continue;
+            };
+            // Of a process whose netns cannot be read nothing is known, so its netns stays closed.
+            if let Ok(Some((file, process))) =
+                folder.look(*pid, pod, &self.around, &mut self.buffer)
+                && !self.nodes.contains(&process.netns)
+            {
+                self.files.entry(process.netns).or_insert(file);
+                processes.push(process);
+            }
+        }
+        let proof = prove(&processes, |netns| leads_to_node(&self.files, netns));
+        let own = proof.map(|(process, _)| process.netns);
+        for process in &processes {
+            let pods = self.found.entry(process.netns).or_default();
+            pods.insert(pod, own == Some(process.netns));
+        }
+    }
+
+    /// The netns that were found.
+    fn netns(mut self) -> Vec<PodNetns> {
+        let found = self.found.into_iter().filter_map(|(inode, pods)| {
+            let cookie = Netns::nameless(self.files.remove(&inode)?).ok()?.cookie();
+            Some(PodNetns { cookie, pods })
+        });
+        let mut found: Vec<_> = found.collect();
+        found.sort_by_key(|netns| netns.cookie);
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FEW: &str = "0b1c2d3e-4f50-4a6b-8c7d-9e0f1a2b3c4d";
+    const MANY: &str = "11111111-2222-4333-8444-555555555555";
+
+    fn uid(text: &str) -> PodUid {
+        text.parse().unwrap()
+    }
+
+    /// Adds a cgroup with these processes.
+    fn add(folder: &Path, pids: impl Iterator<Item = u32>) {
+        fs::create_dir_all(folder).unwrap();
+        let lines: String = pids.map(|pid| format!("{pid}\n")).collect();
+        fs::write(folder.join("cgroup.procs"), lines).unwrap();
+    }
+
+    #[test]
+    fn a_pod_with_very_many_processes_comes_last_and_is_not_read_entirely() {
+        let root = tempfile::tempdir().unwrap();
+        let many = root.path().join(format!("burstable/pod{MANY}"));
+        for container in 0..100 {
+            add(&many.join(container.to_string()), 1..10_000);
+        }
+        add(&root.path().join(format!("pod{FEW}/c1")), 7..9);
+        let found = processes_below(vec![root.path().to_owned()], &HashSet::new());
+        assert_eq!(found[0], (uid(FEW), vec![7, 8]));
+        assert_eq!(found[1].0, uid(MANY));
+        assert!(found[1].1.len() <= 64 * 64, "{}", found[1].1.len());
+        assert_eq!(found.len(), 2);
+    }
+
+    #[test]
+    fn a_pod_around_the_node_has_no_processes_of_its_own_here() {
+        let root = tempfile::tempdir().unwrap();
+        let outer = root.path().join(format!("pod{MANY}"));
+        add(&outer, 1..3);
+        add(&outer.join(format!("c/kubepods/pod{FEW}")), 3..5);
+        let around = HashSet::from([uid(MANY)]);
+        let found = processes_below(vec![root.path().to_owned()], &around);
+        assert_eq!(found, [(uid(FEW), vec![3, 4])]);
+    }
+
+    #[test]
+    fn a_census_that_is_out_of_time_says_so() {
+        let root = tempfile::tempdir().unwrap();
+        let roots = [(PodRoot::default(), root.path().to_owned())];
+        let empty = take(&roots, Duration::ZERO);
+        assert!(!empty.is_partial, "there is nothing to read");
+        add(&root.path().join(format!("pod{FEW}")), 1..2);
+        let census = take(&roots, Duration::ZERO);
+        assert!(census.is_partial && census.has_cgroups);
+        assert!(!take(&roots, Census::LIMIT).is_partial);
+    }
 }

@@ -288,8 +288,8 @@ impl Kernel {
     }
 
     /// The netns in which pods have processes. Reads /proc, so call it on a thread that may block.
-    pub fn census(&self) -> io::Result<Census> {
-        census::take(&pod_roots(&self.cgroup))
+    pub fn census(&self) -> Census {
+        census::take(&pod_roots(&self.cgroup), Census::LIMIT)
     }
 
     /// Detaches and removes what daemons with another layout of the maps have pinned. Until then the kernel runs their

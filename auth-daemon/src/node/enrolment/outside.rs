@@ -36,11 +36,13 @@ pub(super) struct OutsidePods {
     /// The pods outside the mesh whose netns is not known.
     missing: HashSet<PodUid>,
     pauses: Pauses,
-    census: Option<JoinHandle<io::Result<Census>>>,
+    census: Option<JoinHandle<Census>>,
     /// The netns of the last census. `None` if it has failed, or there was none yet.
     last: Option<Vec<PodNetns>>,
     /// See [`Census::has_cgroups`].
     has_cgroups: bool,
+    /// See [`Census::is_partial`].
+    is_partial: bool,
     /// Whether a pod has created a socket in a closed netns since the last census began.
     is_told: bool,
     /// Whether the kernel closes what is not open.
@@ -110,6 +112,13 @@ impl OutsidePods {
         match done {
             Ok(census) => {
                 self.has_cgroups = census.has_cgroups;
+                if census.is_partial && !self.is_partial {
+                    tracing::warn!(
+                        "not through with all pods after {:?}; new pods outside the mesh that have many processes stay closed",
+                        Census::LIMIT
+                    );
+                }
+                self.is_partial = census.is_partial;
                 self.last = Some(census.netns);
             }
             Err(error) => {
@@ -122,6 +131,22 @@ impl OutsidePods {
     /// Takes a census as soon as possible, because a pod has a new sandbox.
     pub(super) fn search_now(&mut self) {
         self.is_told = true;
+    }
+
+    /// Logs each netns that stays closed for long, once.
+    fn warn_of_closed(&mut self) {
+        for netns in self.last.iter().flatten() {
+            let Some(closed) = self.closed.get_mut(&netns.cookie) else {
+                continue;
+            };
+            if closed.since.elapsed() > LATE && !std::mem::replace(&mut closed.is_logged, true) {
+                let uids: Vec<_> = netns.pods.keys().map(PodUid::to_string).collect();
+                tracing::warn!(
+                    netns_cookie = netns.cookie, pods = ?uids,
+                    "a netns of pods stays closed: it is neither enrolled nor known as outside the mesh {LATE:?} after it was found"
+                );
+            }
+        }
     }
 
     /// Time of the next census. `None`: now.
@@ -196,18 +221,25 @@ impl Enrolment {
     }
 
     /// Closes the netns that are not outside the mesh any more, after the pods in them are enrolled. From the first time on,
-    /// the kernel closes whatever is not open.
+    /// the kernel closes whatever is not open, also if no census has succeeded yet.
     pub(super) fn close_undecided(&mut self, outside: &HashSet<u64>) {
+        self.close_former(outside);
+        self.put_in_force();
+        self.outside.warn_of_closed();
+    }
+
+    fn close_former(&mut self, outside: &HashSet<u64>) {
         let pods = &mut self.outside;
         let Some(census) = &pods.last else {
             return;
         };
         let kernel = &self.node.kernel;
+        let is_partial = pods.is_partial;
         let populated: HashSet<u64> = census.iter().map(|netns| netns.cookie).collect();
         pods.open.retain(|cookie, seen| {
             let is_over = self.serving.contains_key(cookie)
                 || populated.contains(cookie)
-                || seen.elapsed() > EMPTY;
+                || !is_partial && seen.elapsed() > EMPTY;
             if outside.contains(cookie) || !is_over {
                 return true;
             }
@@ -219,24 +251,17 @@ impl Enrolment {
                 }
             }
         });
-        if !pods.is_in_force {
-            match kernel.close_undecided() {
-                Ok(()) => pods.is_in_force = true,
-                Err(error) => {
-                    tracing::error!(%error, "cannot close the netns of new pods; they are open until they are enrolled");
-                }
-            }
+    }
+
+    fn put_in_force(&mut self) {
+        let pods = &mut self.outside;
+        if pods.is_in_force {
+            return;
         }
-        for netns in census {
-            let Some(closed) = pods.closed.get_mut(&netns.cookie) else {
-                continue;
-            };
-            if closed.since.elapsed() > LATE && !std::mem::replace(&mut closed.is_logged, true) {
-                let uids: Vec<_> = netns.pods.keys().map(PodUid::to_string).collect();
-                tracing::warn!(
-                    netns_cookie = netns.cookie, pods = ?uids,
-                    "a netns of pods stays closed: it is neither enrolled nor known as outside the mesh {LATE:?} after it was found"
-                );
+        match self.node.kernel.close_undecided() {
+            Ok(()) => pods.is_in_force = true,
+            Err(error) => {
+                tracing::error!(%error, "cannot close the netns of new pods; they are open until they are enrolled");
             }
         }
     }
@@ -291,9 +316,9 @@ fn verdict(netns: &PodNetns, kinds: &HashMap<PodUid, Kind>) -> Verdict {
     }
 }
 
-async fn finished(census: &mut Option<JoinHandle<io::Result<Census>>>) -> io::Result<Census> {
+async fn finished(census: &mut Option<JoinHandle<Census>>) -> io::Result<Census> {
     match census {
-        Some(census) => census.await.map_err(io::Error::other)?,
+        Some(census) => census.await.map_err(io::Error::other),
         None => std::future::pending().await,
     }
 }
