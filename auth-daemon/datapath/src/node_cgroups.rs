@@ -108,7 +108,7 @@ mod tests {
         assert_eq!(found().len(), 2);
         // Needs root.
         chown(&user, Some(1000), None).unwrap();
-        assert_eq!(found(), [nodes.clone()]);
+        assert_eq!(found(), std::slice::from_ref(&nodes));
         chown(&nodes, Some(1000), None).unwrap();
         assert!(found().is_empty());
     }
