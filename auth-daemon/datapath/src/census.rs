@@ -14,7 +14,7 @@ use super::{
     cgroup_folders::nodes_subfolders,
     containers::pods_around,
     netns::the_nodes,
-    pod_cgroups::members,
+    pod_cgroups::{Reach, members},
     processes::{Folder, leads_to_node, processor_time, prove},
 };
 
@@ -77,7 +77,10 @@ pub(super) fn take(roots: &[(PodRoot, PathBuf)], limit: Duration) -> Census {
 fn processes_below(folders: Vec<PathBuf>, around: &HashSet<PodUid>) -> Vec<(PodUid, Vec<u32>)> {
     let mut found: HashMap<PodUid, Vec<u32>> = HashMap::new();
     for (pod, cgroup) in pods_below(folders, around) {
-        found.entry(pod).or_default().extend(members(&cgroup));
+        found
+            .entry(pod)
+            .or_default()
+            .extend(members(&cgroup, Reach::NESTED));
     }
     let mut found: Vec<_> = found.into_iter().collect();
     found.sort_by_key(|(_, pids)| pids.len());
@@ -139,10 +142,12 @@ impl Reading {
             }
         }
         let proof = prove(&processes, |netns| leads_to_node(&self.files, netns));
-        let own = proof.map(|(process, _)| process.netns);
+        // Without it, which of them the pod has created is unknown, so none is opened.
+        let Some((own, _)) = proof else { return };
+        let own = own.netns;
         for process in &processes {
             let pods = self.found.entry(process.netns).or_default();
-            pods.insert(pod, own == Some(process.netns));
+            pods.insert(pod, own == process.netns);
         }
     }
 
@@ -187,8 +192,22 @@ mod tests {
         let found = processes_below(vec![root.path().to_owned()], &HashSet::new());
         assert_eq!(found[0], (uid(FEW), vec![7, 8]));
         assert_eq!(found[1].0, uid(MANY));
-        assert!(found[1].1.len() <= 64 * 64, "{}", found[1].1.len());
+        assert_eq!(found[1].1.len(), Reach::NESTED.processes);
         assert_eq!(found.len(), 2);
+    }
+
+    #[test]
+    fn the_processes_of_a_cluster_within_a_pod_are_read() {
+        let root = tempfile::tempdir().unwrap();
+        let container = root.path().join(format!("pod{FEW}/c1"));
+        add(&container, 1..100);
+        add(
+            &container.join("docker/id/kubelet.slice/1.slice/2.slice/3.slice/x.scope"),
+            200..201,
+        );
+        let found = processes_below(vec![root.path().to_owned()], &HashSet::new());
+        let expected: Vec<u32> = (1..100).chain([200]).collect();
+        assert_eq!(found, [(uid(FEW), expected)]);
     }
 
     #[test]

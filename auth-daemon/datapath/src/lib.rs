@@ -53,3 +53,13 @@ pub use processes::{NetnsLocation, Residents};
 pub use proven_nodes::ProvenNodes;
 pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};
 pub use shares::Shares;
+
+/// Says that a unit test is skipped, if it lacks root's rights.
+#[cfg(test)]
+fn lacks_root(test: &str) -> bool {
+    let lacks_root = !nix::unistd::geteuid().is_root();
+    if lacks_root {
+        println!("SKIPPED {test}: needs root");
+    }
+    lacks_root
+}

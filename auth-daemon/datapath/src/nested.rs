@@ -1,6 +1,6 @@
 //! Connections that a pod has forwarded to network namespaces nested in it.
 
-use std::{collections::HashSet, io};
+use std::{collections::HashSet, io, net::IpAddr};
 
 use super::{
     Accepted, Enrolled, Netns, flows,
@@ -37,13 +37,18 @@ impl Enrolled {
             if netns.is_the_nodes() || netns.cookie() == self.netns.cookie() {
                 continue;
             }
-            let mut connections = match self.contains(&netns) {
-                Ok(true) => flows::accepted(&netns, &[])?,
+            let contained = match self.contains(&netns) {
                 // It may be on its way out.
-                Ok(false) | Err(_) => continue,
+                Ok(Some(false)) | Err(_) => continue,
+                Ok(contained) => contained.is_some(),
             };
-            let is_outside = |connection: &Accepted| self.is_outside(connection, &leading_out);
-            connections.retain(|connection| is_outside(connection).unwrap_or(true));
+            let mut connections = flows::accepted(&netns, &[])?;
+            let leads_out = |address: IpAddr| self.leads_out(address, &leading_out);
+            // If it may be the netns of others, these are only the ones that the pod would forward.
+            connections.retain(|connection| {
+                (contained || !leads_out(connection.local.ip()).unwrap_or(false))
+                    && leads_out(connection.peer.ip()).unwrap_or(true)
+            });
             if !connections.is_empty() {
                 found.push(Nested { netns, connections });
             }
@@ -51,20 +56,18 @@ impl Enrolled {
         Ok(Some(found))
     }
 
-    /// Whether an interface leads from `netns` to the pod's netns.
-    fn contains(&self, netns: &Netns) -> io::Result<bool> {
+    /// Whether an interface leads from `netns` to the pod's netns. `None` if it has too many to tell.
+    fn contains(&self, netns: &Netns) -> io::Result<Option<bool>> {
         let outer = [self.netns.try_clone_file()?];
         match netns.enter(|| Interfaces::list(&outer, &[]))? {
-            // One of the interfaces beyond the limit may lead there.
-            Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => Ok(true),
-            interfaces => Ok(!interfaces?.leading_out.is_empty()),
+            Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => Ok(None),
+            interfaces => Ok(Some(!interfaces?.leading_out.is_empty())),
         }
     }
 
-    /// Whether the caller is neither the pod itself nor in a netns nested in it.
-    fn is_outside(&self, connection: &Accepted, leading_out: &HashSet<u32>) -> io::Result<bool> {
-        let caller = connection.peer.ip();
-        let route = self.netns.enter(|| Netlink::open()?.route(caller))??;
+    /// Whether what the pod sends to `address` leaves it, and does not go to a netns nested in it or to the pod itself.
+    fn leads_out(&self, address: IpAddr, leading_out: &HashSet<u32>) -> io::Result<bool> {
+        let route = self.netns.enter(|| Netlink::open()?.route(address))??;
         Ok(!route.is_local
             && route
                 .interface

@@ -20,11 +20,35 @@ use super::{
 
 /// Interval at which the kubelet's cgroups for all pods are searched for. It creates them once, when it starts.
 const SEARCH: Duration = Duration::from_secs(10);
-/// Maximum depth of a cgroup below the pod's own. That of a container is at 1, and what a container creates is below.
-const MAX_DEPTH: usize = 4;
-/// Maximum number of cgroups of one pod that are read, and of processes in each.
-const MAX_CGROUPS: usize = 64;
-const MAX_PROCESSES: usize = 64;
+/// How much of a pod is read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reach {
+    /// Maximum depth of a cgroup below the pod's own. That of a container is at 1, and what a container creates is below.
+    depth: usize,
+    /// Maximum number of cgroups.
+    cgroups: usize,
+    /// Maximum number of processes in one cgroup, and in all.
+    of_cgroup: usize,
+    pub(super) processes: usize,
+}
+
+impl Reach {
+    /// Enough to find the pod's netns, in which its first processes are.
+    pub(super) const TO_FIND: Self = Self {
+        depth: 4,
+        cgroups: 64,
+        of_cgroup: 64,
+        processes: 64 * 64,
+    };
+    /// Enough to find the netns of a cluster or of builds within the pod, whose cgroups are deep, and some of whose containers
+    /// may share one.
+    pub(super) const NESTED: Self = Self {
+        depth: 16,
+        cgroups: 1024,
+        of_cgroup: 4096,
+        processes: 8192,
+    };
+}
 
 /// The hierarchies of cgroups, and where the kubelet has its pods in each.
 #[derive(Debug)]
@@ -95,21 +119,23 @@ impl PodCgroups {
     }
 }
 
-/// Returns the numbers of processes in a pod's cgroup and those below it. Of many processes in one cgroup, these are the ones
-/// that entered it first (version 2), or those with the lowest numbers (version 1).
-pub(super) fn members(cgroup: &Path) -> Vec<u32> {
+/// Returns the numbers of processes in a pod's cgroup and those below it, as far as `reach` goes. Of many processes in one cgroup,
+/// these are the ones that entered it first (version 2), or those with the lowest numbers (version 1).
+pub(super) fn members(cgroup: &Path, reach: Reach) -> Vec<u32> {
     let mut members = Vec::new();
     let (mut folders, mut next) = (vec![cgroup.to_owned()], Vec::new());
     let mut read = 0;
     // Containers before what they have created.
-    for _ in 0..=MAX_DEPTH {
+    for _ in 0..=reach.depth {
         for folder in folders.drain(..) {
-            if read == MAX_CGROUPS {
+            let left = reach.processes - members.len();
+            if read == reach.cgroups || left == 0 {
                 return members;
             }
             read += 1;
             // Fails if the cgroup has just been removed, or is a threaded one, whose processes are in the one above.
-            members.extend(first_lines(&folder.join("cgroup.procs")));
+            let most = reach.of_cgroup.min(left);
+            members.extend(first_lines(&folder.join("cgroup.procs"), most));
             next.extend(subfolders(&folder).into_iter().map(|(_, path)| path));
         }
         std::mem::swap(&mut folders, &mut next);
@@ -117,18 +143,18 @@ pub(super) fn members(cgroup: &Path) -> Vec<u32> {
     members
 }
 
-/// Reads the start of a file of numbers, one a line.
-fn first_lines(path: &Path) -> Vec<u32> {
+/// Reads the start of a file of numbers, one a line, at most so many.
+fn first_lines(path: &Path, most: usize) -> Vec<u32> {
     let mut text = String::new();
     // A number has at most 10 digits. The last line may be incomplete.
-    let limit = 11 * MAX_PROCESSES as u64;
+    let limit = 11 * most as u64;
     let read = File::open(path).and_then(|file| file.take(limit).read_to_string(&mut text));
     if read.is_err() {
         return Vec::new();
     }
     let complete = text.rsplit_once('\n').map_or("", |(lines, _)| lines);
     let numbers = complete.lines().filter_map(|line| line.parse().ok());
-    numbers.take(MAX_PROCESSES).collect()
+    numbers.take(most).collect()
 }
 
 #[cfg(test)]
@@ -167,7 +193,10 @@ mod tests {
         assert!(cgroups.of(|uid| uid != pod, &HashSet::new()).is_empty());
         assert!(cgroups.of(|_| true, &HashSet::from([pod])).is_empty());
         let found = cgroups.of(|_| true, &HashSet::new());
-        found[&pod].iter().flat_map(|path| members(path)).collect()
+        found[&pod]
+            .iter()
+            .flat_map(|path| members(path, Reach::TO_FIND))
+            .collect()
     }
 
     #[test]
@@ -188,6 +217,9 @@ mod tests {
 
     #[test]
     fn a_users_cgroup_is_no_pods() {
+        if crate::lacks_root("a_users_cgroup_is_no_pods") {
+            return;
+        }
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join(format!("kubepods/burstable/pod{UID}"));
         write(&folder, [1]);
@@ -199,7 +231,6 @@ mod tests {
             cgroups.of(|_| true, &HashSet::new()).len()
         };
         assert_eq!(found(), 1);
-        // Needs root.
         chown(&folder, Some(1000), None).unwrap();
         assert_eq!(found(), 0);
         chown(&folder, Some(0), None).unwrap();
@@ -210,15 +241,19 @@ mod tests {
 
     #[test]
     fn many_processes_and_cgroups_are_not_all_read() {
+        let Reach {
+            cgroups, of_cgroup, ..
+        } = Reach::TO_FIND;
         let root = tempfile::tempdir().unwrap();
         write(root.path(), 1..100_000);
         assert_eq!(
-            members(root.path()),
-            (1..=MAX_PROCESSES as u32).collect::<Vec<_>>()
+            members(root.path(), Reach::TO_FIND),
+            (1..=of_cgroup as u32).collect::<Vec<_>>()
         );
         for number in 0..100 {
             write(&root.path().join(number.to_string()), [7]);
         }
-        assert_eq!(members(root.path()).len(), MAX_PROCESSES + MAX_CGROUPS - 1);
+        let found = members(root.path(), Reach::TO_FIND);
+        assert_eq!(found.len(), of_cgroup + cgroups - 1);
     }
 }

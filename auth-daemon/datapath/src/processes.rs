@@ -27,7 +27,7 @@ use super::{
     hierarchies::{Hierarchies, as_the_node_sees},
     interfaces::Interfaces,
     netns::{open_the_nodes, the_nodes},
-    pod_cgroups::{PodCgroups, members},
+    pod_cgroups::{PodCgroups, Reach, members},
 };
 
 /// Where a pod's processes are.
@@ -128,7 +128,10 @@ pub(super) fn find(
     let mut search = Search::new(limit);
     let found = cgroups.of(|pod| sought.contains_key(&pod), &search.around);
     for (pod, folders) in found {
-        let pids: BTreeSet<u32> = folders.iter().flat_map(|folder| members(folder)).collect();
+        let pids: BTreeSet<u32> = folders
+            .iter()
+            .flat_map(|folder| members(folder, Reach::TO_FIND))
+            .collect();
         for pid in pids {
             search.count()?;
             search.scan.of_pods += 1;
@@ -327,13 +330,14 @@ impl Process {
 }
 
 /// Returns the process whose netns is the pod's own, from `processes`, which all belong to one pod, and why it is.
-/// `leads_to_node` tells whether an interface leads from the netns with an inode number to the node.
+/// `leads_to_node` tells whether an interface leads from the netns with an inode number to the node. If it cannot tell this of
+/// one, and no other leads to the node, none is the pod's.
 ///
 /// A runtime starts a pod's first processes in the netns that the node has connected. A container may create others and enter
 /// them, but it cannot connect them to the node, and the netns of a sandbox that was removed is no longer connected.
 pub(super) fn prove(
     processes: &[Process],
-    leads_to_node: impl Fn(u64) -> bool,
+    leads_to_node: impl Fn(u64) -> Option<bool>,
 ) -> Option<(&Process, Why)> {
     let mut by_age: Vec<&Process> = processes.iter().collect();
     by_age.sort_by_key(|process| process.age());
@@ -343,22 +347,34 @@ pub(super) fn prove(
         [] => None,
         [only] => Some((only, Why::Only)),
         [oldest, ..] => {
-            let mut all = by_age.iter();
-            let linked = all.find(|process| leads_to_node(process.netns));
-            Some(linked.map_or((oldest, Why::Oldest), |process| (process, Why::Linked)))
+            let mut all_known = true;
+            let linked = by_age.iter().find(|process| {
+                let leads = leads_to_node(process.netns);
+                all_known &= leads.is_some();
+                leads == Some(true)
+            });
+            match linked {
+                Some(process) => Some((process, Why::Linked)),
+                None => all_known.then_some((oldest, Why::Oldest)),
+            }
         }
     }
 }
 
-/// Whether an interface leads from the netns with this inode number, one of `files`, to the node.
-pub(super) fn leads_to_node(files: &HashMap<u64, File>, inode: u64) -> bool {
+/// Whether an interface leads from the netns with this inode number, one of `files`, to the node. `None` if it has too many
+/// interfaces to tell.
+pub(super) fn leads_to_node(files: &HashMap<u64, File>, inode: u64) -> Option<bool> {
     let nodes = open_the_nodes();
     let file = files.get(&inode).and_then(|file| file.try_clone().ok());
-    let netns = file.and_then(|file| Netns::nameless(file).ok());
-    netns.is_some_and(|netns| {
-        let interfaces = netns.enter(|| Interfaces::list(&nodes, &[])).flatten();
-        interfaces.is_ok_and(|interfaces| !interfaces.leading_out.is_empty())
-    })
+    let Some(netns) = file.and_then(|file| Netns::nameless(file).ok()) else {
+        return Some(false);
+    };
+    match netns.enter(|| Interfaces::list(&nodes, &[])).flatten() {
+        Ok(interfaces) => Some(!interfaces.leading_out.is_empty()),
+        // The pod could add interfaces to have another netns taken for its own.
+        Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => None,
+        Err(_) => Some(false),
+    }
 }
 
 /// CPU time that the current thread has used.
@@ -527,7 +543,8 @@ mod tests {
         const SANDBOX: u64 = 1;
         const OWN: u64 = 2;
         let netns_of = |processes: &[Process]| {
-            prove(processes, |netns| netns == SANDBOX).map(|(process, why)| (process.netns, why))
+            prove(processes, |netns| Some(netns == SANDBOX))
+                .map(|(process, why)| (process.netns, why))
         };
         let pause = process("pause", 10, SANDBOX);
         for (processes, expected) in [
@@ -669,7 +686,7 @@ mod tests {
             processes.push(process("pause", 100, 1));
             let places = processes.len();
             processes.rotate_left(rotate % places);
-            let (proof, _) = prove(&processes, |netns| netns == 1).unwrap();
+            let (proof, _) = prove(&processes, |netns| Some(netns == 1)).unwrap();
             prop_assert_eq!(proof.netns, 1);
             prop_assert!(processes.iter().all(|other| other.netns != 1 || other.age() >= proof.age()));
         }
