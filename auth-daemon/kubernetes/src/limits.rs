@@ -10,7 +10,7 @@ use std::{
 use axum::{
     BoxError,
     body::{Body, Bytes, HttpBody},
-    http::{Request, Response, request::Parts},
+    http::{Request, Response, Uri},
 };
 use futures_util::{FutureExt, StreamExt, future::BoxFuture};
 use kube::client::Body as ClientBody;
@@ -45,9 +45,8 @@ where
     }
 
     fn call(&mut self, request: Request<ClientBody>) -> Self::Future {
-        let (parts, body) = request.into_parts();
-        let is_watch = is_watch(&parts);
-        let answer = self.0.call(Request::from_parts(parts, body));
+        let is_watch = is_watch(request.uri());
+        let answer = self.0.call(request);
         answer
             .map(move |answer| {
                 let answer = answer?;
@@ -62,8 +61,8 @@ where
     }
 }
 
-fn is_watch(parts: &Parts) -> bool {
-    let mut parameters = parts.uri.query().unwrap_or_default().split('&');
+fn is_watch(uri: &Uri) -> bool {
+    let mut parameters = uri.query().unwrap_or_default().split('&');
     parameters.any(|parameter| matches!(parameter, "watch=true" | "watch=1"))
 }
 
