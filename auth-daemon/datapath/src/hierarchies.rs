@@ -170,7 +170,7 @@ mod tests {
         }
         let check = |path: &str| is_the_nodes(root.path(), "/", &format!("/{path}"));
         assert!(check(&users) && check(&nodes));
-        // Needs root. What root has made below a user's cgroup counts as little as what he has made himself.
+        // What root has made below a user's cgroup counts as little as what he has made himself.
         let delegated = root.path().join("user.slice/user@1000.service");
         chown(delegated, Some(1000), None).unwrap();
         assert!(!check(&users));

@@ -311,13 +311,21 @@ mod tests {
         added.unwrap().unwrap();
     }
 
-    #[test]
-    fn rules_that_follow_are_not_in_the_way_however_many() {
-        if crate::lacks_root("rules_that_follow_are_not_in_the_way_however_many") {
-            return;
+    /// A new netns that is set up. `None` if `test` is skipped, because it lacks root's rights.
+    fn prepared(test: &str) -> Option<Netns> {
+        if crate::lacks_root(test) {
+            return None;
         }
         let netns = Netns::create().unwrap();
         set_up(&netns).unwrap();
+        Some(netns)
+    }
+
+    #[test]
+    fn rules_that_follow_are_not_in_the_way_however_many() {
+        let Some(netns) = prepared("rules_that_follow_are_not_in_the_way_however_many") else {
+            return;
+        };
         assert!(!is_preceded(&netns).unwrap());
         add_rules(&netns, RULE_PREFERENCE + 1, libc::RT_TABLE_MAIN);
         assert!(!is_preceded(&netns).unwrap());
@@ -325,11 +333,9 @@ mod tests {
 
     #[test]
     fn one_of_many_rules_that_precede_is_enough() {
-        if crate::lacks_root("one_of_many_rules_that_precede_is_enough") {
+        let Some(netns) = prepared("one_of_many_rules_that_precede_is_enough") else {
             return;
-        }
-        let netns = Netns::create().unwrap();
-        set_up(&netns).unwrap();
+        };
         add_rules(&netns, RULE_PREFERENCE - 50, libc::RT_TABLE_MAIN);
         assert!(is_preceded(&netns).unwrap());
         assert!(set_up(&netns).unwrap().missing.is_empty());
@@ -337,11 +343,9 @@ mod tests {
 
     #[test]
     fn rules_that_hide_others_precede() {
-        if crate::lacks_root("rules_that_hide_others_precede") {
+        let Some(netns) = prepared("rules_that_hide_others_precede") else {
             return;
-        }
-        let netns = Netns::create().unwrap();
-        set_up(&netns).unwrap();
+        };
         // Each is like the kernel's own.
         add_rules(&netns, 0, libc::RT_TABLE_LOCAL);
         assert!(is_preceded(&netns).unwrap());
