@@ -218,6 +218,41 @@ fn metrics_count_connections_by_result() {
 }
 
 #[test]
+fn the_reference_names_each_metric_and_each_field_of_the_status() {
+    const PAGES: [&str; 3] = [
+        include_str!("../../../docs/OPERATIONS.md"),
+        include_str!("../../../docs/FEDERATION.md"),
+        include_str!("../../../docs/MULTICLUSTER.md"),
+    ];
+    let names = |name: &str| PAGES.iter().any(|page| page.contains(name));
+    let mesh = pair();
+    let daemon = mesh.node("a").start_daemon().unwrap();
+
+    let metrics = daemon.metrics().unwrap();
+    let families = metrics.lines().filter_map(|line| {
+        let family = line.strip_prefix("# TYPE ")?;
+        family.split(' ').next()
+    });
+    let families: Vec<_> = families.collect();
+    assert!(families.contains(&"auth_daemon_ready"), "{metrics}");
+    let unknown: Vec<_> = families.into_iter().filter(|name| !names(name)).collect();
+    assert_eq!(unknown, [""; 0], "metrics that the reference lacks");
+
+    let status = daemon.status_json().unwrap();
+    let pods = status["pods"][0].as_object().unwrap();
+    let fields = status.as_object().unwrap().keys().chain(pods.keys());
+    let fields = fields.map(|field| field.as_str());
+    // As code: `pods[]`, `pool.idle`, `ready`.
+    let lacks = |field: &&str| {
+        !["`", ".", "["]
+            .iter()
+            .any(|end| names(&format!("`{field}{end}")))
+    };
+    let unknown: Vec<_> = fields.filter(lacks).collect();
+    assert_eq!(unknown, [""; 0], "fields that the reference lacks");
+}
+
+#[test]
 fn status_reports_that_no_daemon_runs() {
     let mesh = pair();
     for arguments in [&["status"][..], &["status", "--json"]] {
