@@ -7,6 +7,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 
+use crate::PodNetwork;
 use crate::id::MeshId;
 use crate::manifests::Manifests;
 use crate::mesh::Mesh;
@@ -23,6 +24,7 @@ pub struct MeshBuilder {
     nodes: Vec<String>,
     pods: Vec<PodSpec>,
     services: Vec<ServiceSpec>,
+    network: PodNetwork,
 }
 
 impl MeshBuilder {
@@ -41,6 +43,13 @@ impl MeshBuilder {
     /// Adds a service.
     pub fn service(mut self, service: ServiceSpec) -> Self {
         self.services.push(service);
+        self
+    }
+
+    /// Connects each pod by a link of its own to its node, which routes between them. By default, pods of a node are on a
+    /// bridge, where one can take another's address, so connections between them are not left to the kernel.
+    pub fn routed(mut self) -> Self {
+        self.network = PodNetwork::Routed;
         self
     }
 
@@ -142,6 +151,7 @@ impl MeshBuilder {
             .collect();
         Ok(Mesh {
             id,
+            network: self.network,
             node_names: self.nodes.clone(),
             nodes,
             pods: Mutex::default(),

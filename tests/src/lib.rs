@@ -19,6 +19,8 @@
 //!  pod                     pod
 //! ```
 //!
+//! With [`MeshBuilder::routed`], each pod has a link of its own to its node instead of one to the node's bridge.
+//!
 //! Pods and nodes are routed, without NAT, so the outside host sees pods' own addresses. `rp_filter` stays as the
 //! kernel sets it in a new namespace (copied from the first one or 0, see `net.core.devconf_inherit_init_net`). MTU is
 //! 1500. Service addresses need no links or routes: a pod's default route sends them to its node, which has no route

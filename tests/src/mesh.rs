@@ -28,6 +28,8 @@ use crate::{cgroup, leftovers, plumbing};
 #[derive(Debug)]
 pub struct Mesh {
     pub(crate) id: MeshId,
+    /// How its pods are connected, except those of a cluster.
+    pub(crate) network: PodNetwork,
     pub(crate) node_names: Vec<String>,
     pub(crate) nodes: BTreeMap<String, Node>,
     pub(crate) pods: Mutex<BTreeMap<String, Pod>>,
@@ -155,6 +157,12 @@ impl Mesh {
         Ok((place, plumbing::NESTED_IPV4, plumbing::NESTED_IPV6))
     }
 
+    /// Lets a pod be reached at another address of its namespace. Nothing is to be done where pods are on a bridge.
+    pub fn route_to_pod(&self, pod: &Pod, address: IpAddr) -> Result<()> {
+        let (node, link) = (self.node(pod.node()), &pod.state().link);
+        plumbing::route_to_pod(node.netns(), node.number(), link, address, self.network)
+    }
+
     /// Removes a pod as Kubernetes does: first its manifest, then its processes, link, namespace name and cgroup.
     pub fn remove_pod(&self, name: &str) -> Result<()> {
         let pod = self.pod(name);
@@ -271,7 +279,14 @@ impl Mesh {
         let file = format!("pod-{}-{}", spec.namespace, spec.name);
         let netns = Netns::create(&[self.id.netns_name(&file)])?.remove(0);
         plumbing::prepare(&netns, false)?;
-        plumbing::pod(&netns, node.netns(), node.number(), &link, &addresses)?;
+        plumbing::pod(
+            &netns,
+            node.netns(),
+            node.number(),
+            &link,
+            &addresses,
+            self.network,
+        )?;
         // Named as by the kubelet. Below its cgroup for pods, the kernel closes the pod until the daemon has found it.
         let parent = if spec.by_uid {
             "kubepods/besteffort"

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::Result;
 
+use crate::PodNetwork;
 use crate::ip::ip;
 use crate::netns::Netns;
 
@@ -168,7 +169,7 @@ pub(crate) fn outside_is_default_route<'a>(nodes: impl Iterator<Item = &'a Netns
         .try_for_each(|node| ip(Some(node.name()), &commands))
 }
 
-/// Creates a pod's link to its node's bridge, its addresses and its default routes.
+/// Creates a pod's link to its node, its addresses and its default routes.
 ///
 /// The hardware address is derived from the first address, so that neighbour entries stay valid when a pod is recreated
 /// with its old address.
@@ -178,6 +179,7 @@ pub(crate) fn pod(
     node_number: u8,
     link: &str,
     addresses: &[IpAddr],
+    network: PodNetwork,
 ) -> Result<()> {
     let hardware = match addresses.first() {
         Some(IpAddr::V4(address)) => hardware_address(address.octets()),
@@ -187,36 +189,67 @@ pub(crate) fn pod(
         }
         None => hardware_address([node_number, 0, 0, 0]),
     };
-    ip(
-        Some(node.name()),
-        &[
+    let (gateway4, gateway6) = (
+        pod_ipv4(node_number, GATEWAY),
+        pod_ipv6(node_number, GATEWAY),
+    );
+    let mut on_node = vec![format!(
+        "link add {link} type veth peer name eth0 address {hardware} netns {}",
+        pod.name()
+    )];
+    match network {
+        PodNetwork::Bridge => on_node.push(format!("link set {link} master {POD_BRIDGE} up")),
+        PodNetwork::Routed => on_node.extend([
+            // That of the bridge, which has the gateway's address otherwise.
             format!(
-                "link add {link} type veth peer name eth0 address {hardware} netns {}",
-                pod.name()
+                "link set {link} address {} up",
+                hardware_address(gateway4.octets())
             ),
-            format!("link set {link} master {POD_BRIDGE} up"),
-        ],
-    )?;
+            format!("addr add {gateway4}/32 dev {link}"),
+            format!("addr add {gateway6}/128 dev {link} nodad"),
+        ]),
+    }
+    ip(Some(node.name()), &on_node)?;
     let mut commands = vec!["link set lo up".to_owned(), "link set eth0 up".to_owned()];
     for address in addresses {
-        match address {
-            IpAddr::V4(address) => {
-                commands.push(format!("addr add {address}/24 dev eth0"));
-                commands.push(format!(
-                    "route add default via {}",
-                    pod_ipv4(node_number, GATEWAY)
-                ));
+        let (length, nodad, gateway) = match address {
+            IpAddr::V4(_) => (24, "", IpAddr::V4(gateway4)),
+            IpAddr::V6(_) => (64, " nodad", IpAddr::V6(gateway6)),
+        };
+        match network {
+            PodNetwork::Bridge => {
+                commands.push(format!("addr add {address}/{length} dev eth0{nodad}"));
             }
-            IpAddr::V6(address) => {
-                commands.push(format!("addr add {address}/64 dev eth0 nodad"));
-                commands.push(format!(
-                    "route add default via {}",
-                    pod_ipv6(node_number, GATEWAY)
-                ));
-            }
+            // Only the gateway is on the link.
+            PodNetwork::Routed => commands.extend([
+                format!("addr add {address}/{length} dev eth0 noprefixroute{nodad}"),
+                format!("route add {gateway} dev eth0"),
+            ]),
         }
+        commands.push(format!("route add default via {gateway}"));
     }
-    ip(Some(pod.name()), &commands)
+    ip(Some(pod.name()), &commands)?;
+    addresses
+        .iter()
+        .try_for_each(|address| route_to_pod(node, node_number, link, *address, network))
+}
+
+/// Adds a node's route to an address of its pod with the interface `link`, if pods are routed. It replaces one to another
+/// pod.
+pub(crate) fn route_to_pod(
+    node: &Netns,
+    node_number: u8,
+    link: &str,
+    address: IpAddr,
+    network: PodNetwork,
+) -> Result<()> {
+    let gateway = match address {
+        _ if network == PodNetwork::Bridge => return Ok(()),
+        IpAddr::V4(_) => IpAddr::V4(pod_ipv4(node_number, GATEWAY)),
+        IpAddr::V6(_) => IpAddr::V6(pod_ipv6(node_number, GATEWAY)),
+    };
+    let route = format!("route replace {address} dev {link} src {gateway}");
+    ip(Some(node.name()), &[route])
 }
 
 /// Connects a namespace nested in a pod to the pod, which forwards its traffic.

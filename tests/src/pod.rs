@@ -55,6 +55,11 @@ impl Pod {
         &self.0.node
     }
 
+    /// The name of its link's end on the node.
+    pub fn link(&self) -> &str {
+        &self.0.link
+    }
+
     /// Its UID, which is also in its cgroup's name.
     pub fn uid(&self) -> &str {
         &self.0.uid

@@ -1,11 +1,17 @@
 //! Interfaces of network namespaces, and their addresses.
 
-use std::{collections::HashSet, fs::File, io, net::IpAddr, os::fd::AsRawFd};
+use std::{
+    collections::HashSet,
+    fs::File,
+    io,
+    net::IpAddr,
+    os::fd::{AsFd, AsRawFd},
+};
 
 use netlink_packet_route::{
     RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     nsid::{NsidAttribute, NsidMessage},
 };
 
@@ -14,6 +20,8 @@ use super::netlink::{self, Netlink};
 /// Maximum number of interfaces of a netns. It is far more than a pod needs; a pod with CAP_NET_ADMIN can add tens of thousands,
 /// and the daemon lists them at each change.
 const MAX_INTERFACES: usize = 1024;
+/// Maximum number of interfaces of the node's netns, which has one for each pod and those that only an administrator adds.
+const MAX_NODE_INTERFACES: usize = 65_536;
 /// Maximum number of addresses of a pod's netns, for the same reason.
 const MAX_ADDRESSES: usize = 16_384;
 
@@ -71,18 +79,22 @@ impl NodeAddresses {
 }
 
 /// An interface that leads out of a netns.
+#[derive(Debug)]
 pub(super) struct Interface {
     pub(super) index: u32,
     pub(super) name: String,
 }
 
 /// The interfaces of a netns, without the loopback.
+#[derive(Debug)]
 pub(super) struct Interfaces {
     /// Those that lead out of the netns: whose other end, or lower device, is in the node's netns; devices that are not
     /// virtual; and those with an address of the pod.
     pub(super) leading_out: Vec<Interface>,
     /// Whether there are others. They may lead to network namespaces or virtual machines nested in the pod.
     pub(super) has_nested: bool,
+    /// The pod's addresses that those that lead out have.
+    pub(super) held: HashSet<IpAddr>,
 }
 
 impl Interfaces {
@@ -91,19 +103,23 @@ impl Interfaces {
         let links = links()?;
         // The kernel assigns numbers to other namespaces when it lists the links.
         let of_the_node = numbers(nodes)?;
-        let holders = holders(pod)?;
+        let held = held_of(pod)?;
         let mut interfaces = Self {
             leading_out: Vec::new(),
             has_nested: false,
+            held: HashSet::new(),
         };
         for link in links {
             if link.flags.contains(LinkFlags::Loopback) {
                 continue;
             }
-            let leads_out = !link.is_virtual
+            let own = held.iter().filter(|(index, _)| *index == link.index);
+            let own: Vec<IpAddr> = own.map(|(_, address)| *address).collect();
+            let leads_out = !link.is_virtual()
                 || link.other.is_some_and(|other| of_the_node.contains(&other))
-                || holders.contains(&link.index);
+                || !own.is_empty();
             if leads_out {
+                interfaces.held.extend(own);
                 let (index, name) = (link.index, link.name);
                 interfaces.leading_out.push(Interface { index, name });
             } else {
@@ -114,14 +130,58 @@ impl Interfaces {
     }
 }
 
+/// The node's end of a veth pair whose other end is in another netns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct NodeEnd {
+    pub(super) name: String,
+    /// The number by which the node's netns knows the other end's.
+    pub(super) netns: i32,
+    /// The other end's index there.
+    pub(super) peer: u32,
+    /// Whether it is attached to another device, such as a bridge, Open vSwitch or a VRF.
+    pub(super) is_attached: bool,
+}
+
+/// Lists the node's ends of veth pairs. Must be called in the node's netns.
+pub(super) fn node_ends() -> io::Result<Vec<NodeEnd>> {
+    // The kernel leaves out others (NLM_F_DUMP_FILTERED).
+    let mut request = LinkMessage::default();
+    let kind = LinkInfo::Kind(InfoKind::Veth);
+    request.attributes = vec![LinkAttribute::LinkInfo(vec![kind])];
+    let request = RouteNetlinkMessage::GetLink(request);
+    let links = netlink::list(request, MAX_NODE_INTERFACES, "interfaces", link)?.into_iter();
+    let ends = links.filter_map(|link| {
+        let is_veth = link.kind == Some(InfoKind::Veth);
+        let (netns, peer) = (link.other?, link.lower?);
+        is_veth.then_some(NodeEnd {
+            name: link.name,
+            netns,
+            peer,
+            is_attached: link.is_attached,
+        })
+    });
+    Ok(ends.collect())
+}
+
 /// What the kernel tells of an interface.
 struct Link {
     index: u32,
     name: String,
     flags: LinkFlags,
-    is_virtual: bool,
+    /// What kind of virtual device it is, if it is one.
+    kind: Option<InfoKind>,
+    /// The index of its other end, or lower device.
+    lower: Option<u32>,
     /// The number of the netns that its other end, or lower device, is in, if that is not this one.
     other: Option<i32>,
+    /// Whether it has a master, such as a bridge.
+    is_attached: bool,
+}
+
+impl Link {
+    fn is_virtual(&self) -> bool {
+        self.kind.is_some()
+    }
 }
 
 /// Lists the interfaces of the current netns.
@@ -134,13 +194,19 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
     let RouteNetlinkMessage::NewLink(message) = message else {
         return None;
     };
-    let (mut name, mut is_virtual, mut other) = (None, false, None);
+    let (mut name, mut kind, mut lower, mut other) = (None, None, None, None);
+    let mut is_attached = false;
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name = Some(text),
+            LinkAttribute::Link(index) => lower = Some(index),
             LinkAttribute::LinkNetNsId(id) => other = Some(id),
+            LinkAttribute::Controller(_) => is_attached = true,
             LinkAttribute::LinkInfo(info) => {
-                is_virtual = info.iter().any(|info| matches!(info, LinkInfo::Kind(_)));
+                kind = info.into_iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind),
+                    _ => None,
+                });
             }
             _ => {}
         }
@@ -149,19 +215,21 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
         index: message.header.index,
         name: name?,
         flags: message.header.flags,
-        is_virtual,
+        kind,
+        lower,
         other,
+        is_attached,
     })
 }
 
-/// Returns the indices of the interfaces of the current netns that have one of `addresses`.
-fn holders(addresses: &[IpAddr]) -> io::Result<HashSet<u32>> {
+/// Returns those of `addresses` that the current netns has, each with the index of its interface.
+fn held_of(addresses: &[IpAddr]) -> io::Result<Vec<(u32, IpAddr)>> {
     if addresses.is_empty() {
-        return Ok(HashSet::new());
+        return Ok(Vec::new());
     }
     let held = held()?.into_iter();
     let held = held.filter(|(_, address)| addresses.contains(address));
-    Ok(held.map(|(index, _)| index).collect())
+    Ok(held.collect())
 }
 
 /// Lists the addresses of the current netns, each with the index of its interface.
@@ -187,12 +255,12 @@ fn held_address(message: RouteNetlinkMessage) -> Option<(u32, IpAddr)> {
 }
 
 /// Returns the numbers by which the current netns knows others (`ip netns list-id`).
-fn numbers(others: &[File]) -> io::Result<HashSet<i32>> {
+pub(super) fn numbers(others: &[impl AsFd]) -> io::Result<HashSet<i32>> {
     let mut netlink = Netlink::open()?;
     let mut numbers = HashSet::new();
     for other in others {
         let mut message = NsidMessage::default();
-        message.attributes = vec![NsidAttribute::Fd(other.as_raw_fd() as u32)];
+        message.attributes = vec![NsidAttribute::Fd(other.as_fd().as_raw_fd() as u32)];
         let answer = netlink.ask(RouteNetlinkMessage::GetNsId(message))?;
         if let RouteNetlinkMessage::NewNsId(answer) = answer {
             numbers.extend(
@@ -211,11 +279,9 @@ fn numbers(others: &[File]) -> io::Result<HashSet<i32>> {
 
 #[cfg(test)]
 mod tests {
-    use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
-    use netlink_packet_route::link::InfoKind;
-
     use super::*;
     use crate::{Netns, plumbing};
+    use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 
     /// Adds `pairs` of interfaces to the current netns.
     fn add_interfaces(pairs: usize) -> io::Result<()> {

@@ -38,6 +38,11 @@ impl Netns {
         Self::new(file, Some(path.to_owned()))
     }
 
+    /// Opens the daemon's own netns, which is the node's.
+    pub(super) fn the_daemons() -> io::Result<Self> {
+        Self::nameless(home()?.try_clone()?)
+    }
+
     /// Creates a netns without a name from `file`.
     pub(super) fn nameless(file: File) -> io::Result<Self> {
         Self::new(file, None)

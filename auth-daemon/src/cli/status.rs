@@ -196,6 +196,8 @@ fn state(pod: &Value) -> String {
         format!("enrolled; TAMPERED: {tampered}")
     } else if let Some(refused) = pod["overShare"].as_u64() {
         format!("enrolled; {refused} connections over its share refused")
+    } else if let Some(shared) = pod["sharedLink"].as_str() {
+        format!("enrolled; TLS within the node: {shared}")
     } else if pod["enrolled"] == true {
         "enrolled".to_owned()
     } else {
@@ -249,6 +251,12 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn says_why_connections_within_the_node_use_tls() {
+        let pod = json!({"pod": "default/web", "enrolled": true, "sharedLink": "a bridge"});
+        assert_eq!(state(&pod), "enrolled; TLS within the node: a bridge");
+    }
 
     #[test]
     fn prints_a_table() {

@@ -20,6 +20,9 @@ pub(crate) struct LocalPod {
     pub(crate) identity: Identity,
     /// The pod's addresses. In each family, its source address comes first.
     pub(crate) addresses: Vec<IpAddr>,
+    /// Whether nobody but the node and the pod is on the pod's link. Otherwise another pod may take its address there, so its
+    /// connections with pods of the node use the tunnel.
+    pub(crate) has_private_link: bool,
 }
 
 impl LocalPod {
@@ -37,6 +40,14 @@ impl LocalPod {
 pub(crate) struct LocalPods {
     pub(crate) by_cookie: HashMap<u64, Arc<LocalPod>>,
     pub(crate) by_address: HashMap<IpAddr, Arc<LocalPod>>,
+}
+
+impl LocalPods {
+    /// Whether all of them have private links.
+    pub(crate) fn have_private_links(&self) -> bool {
+        let mut pods = self.by_cookie.values();
+        pods.all(|pod| pod.has_private_link)
+    }
 }
 
 /// Reason for which a pod may not connect to another pod of its node.

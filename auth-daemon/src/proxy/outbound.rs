@@ -108,7 +108,8 @@ pub(crate) fn serve(
             }
             Ok((Opened::SameNode(neighbour), early)) => {
                 node.same_node.remember(node, cookie, dialled);
-                return Box::pin(carry_same_node(node, app, neighbour, early, access)).await;
+                return Box::pin(carry_same_node(node, cookie, app, neighbour, early, access))
+                    .await;
             }
             Err(gone @ Refusal::App(_)) => return access.finish(Outcome::Reset, gone),
             Err(refusal) => return access.finish(Outcome::Refused, refusal),
@@ -133,9 +134,10 @@ async fn carry_plainly(
     }
 }
 
-/// Like [`carry_plainly`], to another pod of this node, until one of the two is gone.
+/// Like [`carry_plainly`], to another pod of this node, until one of the two is gone or has no private link any more.
 async fn carry_same_node(
     node: &Node,
+    client: u64,
     mut app: TcpStream,
     mut neighbour: Neighbour,
     early: Vec<u8>,
@@ -146,7 +148,10 @@ async fn carry_same_node(
     let relayed = relay_plainly(&mut app, &mut neighbour.tcp, &early, &access);
     let ended = tokio::select! {
         ended = relayed => ended,
-        () = node.same_node.gone(&neighbour.local_pod) => return,
+        link = node.same_node.gone(client, &neighbour.local_pod) => match link {
+            Some(shared) => Err(io::Error::other(shared)),
+            None => return,
+        },
     };
     for access in [access, servers_side] {
         match &ended {
@@ -523,6 +528,11 @@ impl Call<'_> {
         let node = self.node;
         let local_pods =
             (node.config.same_node == SameNode::Kernel).then(|| node.same_node.local_pods());
+        let cookie = self.pod.enrolled.netns.cookie();
+        let local_pods = local_pods.filter(|pods| {
+            let client = pods.by_cookie.get(&cookie);
+            client.is_some_and(|client| client.has_private_link)
+        });
         let snapshot = node.registry.load();
         choose_path(
             endpoint,

@@ -18,7 +18,7 @@ use super::{
 pub(super) enum ChosenPath {
     /// The endpoint is the client's own pod: over its loopback.
     Itself,
-    /// The endpoint is another pod that this node serves: directly, if both ends' checks pass.
+    /// The endpoint is another pod that this node serves, and both have private links: directly, if both ends' checks pass.
     SameNode(Arc<LocalPod>),
     /// Without TLS, for this reason.
     Plaintext(&'static str),
@@ -77,7 +77,7 @@ pub(super) struct View<'a> {
     /// What a waypoint is asked for, if the endpoint is one that the traffic goes through: what the client has dialled or, if
     /// that is where a service or pod is exposed, the service's or pod's own address.
     pub(super) through_waypoint: Option<SocketAddr>,
-    /// The pods that this node serves; `None` if connections between them use the tunnel.
+    /// The pods that this node serves; `None` if the client's connections to them use the tunnel.
     pub(super) local_pods: Option<&'a LocalPods>,
     /// The name of this node.
     pub(super) node_name: &'a str,
@@ -108,7 +108,7 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
     let local_pod = view
         .local_pods
         .and_then(|pods| pods.by_address.get(&address));
-    if let Some(local_pod) = local_pod {
+    if let Some(local_pod) = local_pod.filter(|pod| pod.has_private_link) {
         return Ok(ChosenPath::SameNode(local_pod.clone()));
     }
     // A peer of another trust domain or cluster runs this daemon too. What it is shows in the handshake.
@@ -278,6 +278,7 @@ mod tests {
                 cookie,
                 identity: pod.identity.clone(),
                 addresses: pod.addresses.clone(),
+                has_private_link: true,
             });
             local_pods.by_address.insert(pod.addresses[0], local_pod);
         }
@@ -460,7 +461,21 @@ mod tests {
             choose_path(&to_itself, &view(Some(&local))),
             Ok(ChosenPath::Itself)
         );
+        // On a shared link, TLS must prove who answers. The pod itself is reached without a link.
+        let mut shared = local_pods(&[]);
+        for (address, pod) in &local.by_address {
+            let on_shared = LocalPod {
+                has_private_link: false,
+                ..(**pod).clone()
+            };
+            shared.by_address.insert(*address, Arc::new(on_shared));
+        }
+        let chosen = choose_path(&to_server, &view(Some(&shared)));
+        assert_eq!(chosen, Ok(ChosenPath::Tunnel));
+        let chosen = choose_path(&to_itself, &view(Some(&shared)));
+        assert_eq!(chosen, Ok(ChosenPath::Itself));
     }
+
     #[test]
     fn reaches_a_waypoint_by_hbone_alone_wherever_it_is() {
         let dialled = "10.96.0.7:80".parse().unwrap();

@@ -125,6 +125,10 @@ pub struct PodStatus {
     /// What the pod has changed of the daemon's set-up in its netns, which the daemon has put back. Empty if nothing.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub tampered: String,
+    /// Why its link is not private, so that its connections with pods of this node use the tunnel. Empty if it is, or if all
+    /// use it.
+    #[serde(rename = "sharedLink", skip_serializing_if = "String::is_empty")]
+    pub shared_link: String,
     /// Number of connections that were refused because the pod had as many under way as its share of the kernel's maps.
     #[serde(rename = "overShare", skip_serializing_if = "is_zero")]
     pub over_share: u64,

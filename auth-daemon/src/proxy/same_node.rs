@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::{
     Node, Pod,
     local_pods::{LocalPod, LocalPods},
-    verdict::{Basis, Decision, Facts},
+    verdict::{Basis, Decision, Facts, SHARED},
 };
 use crate::{
     config,
@@ -23,7 +23,7 @@ use crate::{
         judgement::Judgement,
     },
 };
-use auth_datapath::{Closing, Ending, Grant, Side};
+use auth_datapath::{Closing, Ending, Grant, NodeLinks, SharedLink, Side};
 
 /// Interval at which the lease is renewed. A lease is valid for a few intervals.
 const RENEWAL: Duration = Duration::from_secs(1);
@@ -91,13 +91,27 @@ impl SameNode {
         self.lock().given.len()
     }
 
-    /// Waits until `server` has left this node or has changed.
-    pub(crate) async fn gone(&self, server: &LocalPod) {
-        let is_gone =
-            |now: &Arc<LocalPods>| now.by_cookie.get(&server.cookie).map(|r| &**r) != Some(server);
-        if self.local_pods.subscribe().wait_for(is_gone).await.is_err() {
+    /// Waits until `server` has left this node or has changed, or until the link of the client's pod or the server's is not
+    /// private any more. Returns why the link ends a connection, if that is it.
+    pub(crate) async fn gone(&self, client_cookie: u64, server: &LocalPod) -> Option<String> {
+        let is_shared = |now: &LocalPods, cookie: &u64| {
+            let local_pod = now.by_cookie.get(cookie)?;
+            let (identity, is_shared) = (&local_pod.identity, !local_pod.has_private_link);
+            is_shared.then(|| format!("the link of {identity} {SHARED}"))
+        };
+        let shared = |now: &LocalPods| {
+            is_shared(now, &client_cookie).or_else(|| is_shared(now, &server.cookie))
+        };
+        let is_gone = |now: &Arc<LocalPods>| {
+            let own = now.by_cookie.get(&server.cookie);
+            own.map(|own| &**own) != Some(server) || shared(now).is_some()
+        };
+        let mut local_pods = self.local_pods.subscribe();
+        let gone = local_pods.wait_for(is_gone).await;
+        match gone.map(|now| shared(&now)).ok() {
+            Some(shared) => shared,
             // Unreachable: `self` owns the sender.
-            std::future::pending().await
+            None => std::future::pending().await,
         }
     }
 
@@ -157,6 +171,7 @@ impl SameNode {
             && pods.len() == staying
             && basis.trust.revoked.is_empty()
             && basis.rules.is_unrestricted()
+            && basis.local_pods.have_private_links()
         {
             return;
         }
@@ -225,6 +240,11 @@ impl SameNode {
         let Some(decision) = Basis::of(node).decide(client_cookie, dialled) else {
             return;
         };
+        // The change of a link may not be reported yet. What changes from here on withdraws the verdict.
+        if let Err(error) = self.check_links([client_cookie, decision.server_cookie]) {
+            tracing::debug!(%dialled, %error, "no verdict: a pod's link is not private");
+            return;
+        }
         let id = verdicts.next;
         verdicts.next += 1;
         let granted = node.kernel.same_node.grant(&Grant {
@@ -273,6 +293,21 @@ impl SameNode {
             verdicts.facts.remove(&id);
         }
         verdicts.basis = Some(basis);
+    }
+
+    /// Checks that the links of the pods in the netns with these cookies are private at this moment.
+    fn check_links(&self, cookies: [u64; 2]) -> Result<(), SharedLink> {
+        let cookie_of = |pod: &Pod| pod.enrolled.netns.cookie();
+        let mut pods = lock(&self.pods).clone();
+        pods.retain(|pod| cookies.contains(&cookie_of(pod)));
+        if pods.len() < cookies.len() {
+            return Err(SharedLink::NoInterface);
+        }
+        let node = NodeLinks::list()?;
+        pods.iter().try_for_each(|pod| {
+            let enrolled = &pod.enrolled;
+            node.check(&enrolled.netns, enrolled.addresses())
+        })
     }
 
     fn facts(&self, closing: &Closing) -> Facts {

@@ -15,6 +15,10 @@ use auth_datapath::Grant;
 use auth_mesh::{Identity, ObjectName, Snapshot, policy::Connection};
 use auth_tunnel::tls::trust::{Revocations, Trust};
 
+/// Why connections without TLS end whose pods have no private link any more.
+pub(super) const SHARED: &str =
+    "is not private any more: others could take the pod's address; new connections use TLS";
+
 /// A decision that covers all connections of a client pod to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Decision {
@@ -53,8 +57,8 @@ impl LocalPods {
     }
 }
 
-/// Returns `None` if the kernel cannot decide alone: the server is no pod of this node, there is more than one
-/// endpoint, or the connection is not permitted.
+/// Returns `None` if the kernel cannot decide alone: the server is no pod of this node, one of the two has no private link,
+/// there is more than one endpoint, or the connection is not permitted.
 fn decide(
     snapshot: &Snapshot,
     revoked: &Revocations,
@@ -74,7 +78,7 @@ fn decide(
     let client = local_pods.by_cookie.get(&client_cookie)?;
     let server = local_pods.by_address.get(&address.ip())?;
     let source = client.address_like(address.ip())?;
-    if client.cookie == server.cookie {
+    if client.cookie == server.cookie || !client.has_private_link || !server.has_private_link {
         return None;
     }
     // A pod that has changed is not served with its new identity yet.
@@ -149,8 +153,12 @@ impl Basis {
                 return Some("a pod has left this node, or the mesh".into());
             };
             match self.local_pods.by_cookie.get(&cookie) {
-                Some(local_pod) if local_pod.identity == *identity => {}
-                _ => return Some(format!("{identity} has left this node, or the mesh")),
+                Some(local_pod) if local_pod.identity != *identity => {
+                    return Some(format!("{identity} has left this node, or the mesh"));
+                }
+                Some(local_pod) if local_pod.has_private_link => {}
+                Some(_) => return Some(format!("the link of {identity} {SHARED}")),
+                None => return Some(format!("{identity} has left this node, or the mesh")),
             }
             let revoked = &self.trust.revoked;
             let checked = revoked.check_identity(identity);
@@ -264,7 +272,7 @@ mod tests {
         (1..10).map(|cookie| (cookie, policy.clone())).collect()
     }
 
-    /// Local pods whose cookies count from 1.
+    /// Local pods whose cookies count from 1. Those called "bridged" have no private link.
     fn local_pods(pods: &[Workload]) -> LocalPods {
         let mut local_pods = LocalPods::default();
         for (cookie, pod) in (1..).zip(pods) {
@@ -272,6 +280,7 @@ mod tests {
                 cookie,
                 identity: pod.identity.clone(),
                 addresses: pod.addresses.clone(),
+                has_private_link: pod.name.name != "bridged",
             });
             local_pods.by_cookie.insert(cookie, local_pod.clone());
             for address in &pod.addresses {
@@ -333,6 +342,12 @@ mod tests {
         assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
         let became = [pod("client", "promoted", "10.1.0.1"), web.clone()];
         assert_eq!(decided(&became, &both, "10.1.0.2:8080"), None);
+        // One of the two has no private link.
+        let server = [client.clone(), pod("bridged", "web", "10.1.0.2")];
+        assert_eq!(decided(&server, &server, "10.1.0.2:8080"), None);
+        assert_eq!(decided(&server, &server, "10.96.0.7:80"), None);
+        let caller = [pod("bridged", "client", "10.1.0.1"), web.clone()];
+        assert_eq!(decided(&caller, &caller, "10.1.0.2:8080"), None);
         // The server's traffic goes through a waypoint.
         let waypoint = Waypoint {
             at: WaypointAt::Address("10.1.0.4".parse().unwrap()),

@@ -41,6 +41,8 @@ impl Stage {
         let mesh = Mesh::builder()
             .node(NODE_A)
             .node(NODE_B)
+            // On a bridge, the daemon would use TLS on one node, too.
+            .routed()
             .pod(pod(CLIENT, NODE_A))
             .pod(pod(NEAR, NODE_A))
             .pod(pod(WEB, NODE_B))

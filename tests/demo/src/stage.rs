@@ -42,6 +42,7 @@ impl Stage {
         let mesh = Mesh::builder()
             .node(NODE_A)
             .node(NODE_B)
+            .routed()
             .pod(PodSpec::new(CLIENT).on(NODE_A).service_account("client"))
             .pod(
                 PodSpec::new(NEIGHBOUR)

@@ -228,6 +228,11 @@ impl Cluster {
         &self.mesh
     }
 
+    /// How its pods are connected.
+    pub fn network(&self) -> PodNetwork {
+        self.network
+    }
+
     /// Its nodes, in order.
     pub fn nodes(&self) -> &[ClusterNode] {
         &self.nodes

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_tests::{
-    App, Daemon, DaemonOptions, Mesh, Pod, PodSpec, PodStatus, ServiceSpec, TIMEOUT, eventually_ok,
-    slowdown,
+    App, Daemon, DaemonOptions, Mesh, MeshBuilder, Pod, PodSpec, PodStatus, ServiceSpec, TIMEOUT,
+    eventually_ok, slowdown,
 };
 use serde_json::Value;
 
@@ -16,6 +16,11 @@ pub(crate) const SERVICES: [&str; 2] = ["10.96.0.7:80", "[fd96::7]:80"];
 
 /// `client` on node a and `web` on node b, each with its own service account, and a service in front of `web`.
 pub(crate) fn pair() -> Mesh {
+    builder().start().unwrap()
+}
+
+/// A [`pair`] that is not started.
+pub(crate) fn builder() -> MeshBuilder {
     Mesh::builder()
         .node("a")
         .node("b")
@@ -33,8 +38,6 @@ pub(crate) fn pair() -> Mesh {
                 .address("fd96::7")
                 .port(80, 8080),
         )
-        .start()
-        .unwrap()
 }
 
 /// Starts daemons on both nodes of a [`pair`].

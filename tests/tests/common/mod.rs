@@ -5,6 +5,7 @@ pub(crate) mod admin_port;
 pub(crate) mod authority;
 pub(crate) mod by_uid;
 pub(crate) mod early;
+pub(crate) mod frames;
 pub(crate) mod hostile;
 pub(crate) mod lifecycle_pair;
 pub(crate) mod lifecycle_traces;

@@ -30,7 +30,11 @@ impl Neighbours {
         options: &DaemonOptions,
         more: impl FnOnce(MeshBuilder) -> MeshBuilder,
     ) -> Result<Self> {
-        let mesh = more(builder()).start()?;
+        Self::on(more(builder()).start()?, options)
+    }
+
+    /// Starts the daemon of the mesh, which [`builder`] or [`bridged`] describes.
+    pub(crate) fn on(mesh: Mesh, options: &DaemonOptions) -> Result<Self> {
         let daemon = mesh.start_daemons_with(options)?.remove(0);
         Ok(Self {
             daemon,
@@ -85,8 +89,13 @@ impl Neighbours {
     }
 }
 
-/// The mesh without a daemon.
+/// The mesh without a daemon. Its node routes between the pods, so that the kernel may carry their connections.
 pub(crate) fn builder() -> MeshBuilder {
+    bridged().routed()
+}
+
+/// The mesh without a daemon, with the pods on a bridge.
+pub(crate) fn bridged() -> MeshBuilder {
     let pod = |name: &str| PodSpec::new(name).on("a").service_account(name);
     Mesh::builder()
         .node("a")

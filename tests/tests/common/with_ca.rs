@@ -44,6 +44,7 @@ impl WithCa {
         let mesh = Mesh::builder()
             .node("a")
             .node("b")
+            .routed()
             .pod(pod("client").on("a"))
             .pod(pod("other").on("a"))
             .pod(pod("web").on("b"))

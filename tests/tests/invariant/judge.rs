@@ -176,7 +176,8 @@ impl Judge<'_> {
                         goes_on(server, (address, POD_PORTS[call.port]).into())
                     }),
             };
-            let by_kernel = sighting.node.is_some() && stays && !world.same_node_tunnel;
+            let by_kernel =
+                sighting.node.is_some() && stays && world.routed && !world.same_node_tunnel;
             if !by_kernel && !goes_on && states.iter().all(private) {
                 self.violation(
                     &format!("in plaintext: {sighting:?}"),
@@ -383,7 +384,7 @@ impl Judge<'_> {
             .collect();
         let mut text = format!(
             "seed {seed}: the invariant is violated: {}\nthe same again: INVARIANT_SEED={seed} \
-             INVARIANT_CONNECTS={}\nmode {}, sameNode {}\n",
+             INVARIANT_CONNECTS={}\nmode {}, sameNode {}, pods {}\n",
             counts.join(", "),
             calls.len(),
             world.mode,
@@ -392,6 +393,7 @@ impl Judge<'_> {
             } else {
                 "kernel"
             },
+            if world.routed { "routed" } else { "bridged" },
         );
         for number in 0..world.pods.len() {
             let _ = writeln!(text, "  {}", world.describe(Site::Pod(number)));

@@ -22,6 +22,8 @@ pub(crate) struct World {
     pub(crate) mode: &'static str,
     /// Whether the daemons use TLS between pods of one node as well: `sameNode: tunnel`.
     pub(crate) same_node_tunnel: bool,
+    /// Whether the nodes route between their pods, instead of a bridge on each node.
+    pub(crate) routed: bool,
 }
 
 /// A pod, whether or not it is in the mesh.
@@ -224,6 +226,7 @@ impl World {
             outside: UNKNOWN,
             mode: random.one(&["STRICT", "PERMISSIVE"]),
             same_node_tunnel: random.chance(30),
+            routed: random.chance(50),
         };
         let mut state = State {
             pods: states,
@@ -240,6 +243,9 @@ impl World {
     /// Makes the mesh, without daemons, and enters all addresses.
     pub(crate) fn build(&mut self, state: &State) -> Result<Built> {
         let mut builder = Mesh::builder().node(NODES[0]).node(NODES[1]);
+        if self.routed {
+            builder = builder.routed();
+        }
         for (pod, state) in self.pods.iter().zip(&state.pods) {
             let mut spec = PodSpec::new(&pod.name)
                 .namespace(pod.namespace)
@@ -308,17 +314,19 @@ impl World {
     /// Gives a pod its second addresses, if it has some.
     pub(crate) fn add_second_addresses(&self, mesh: &Mesh, number: usize) -> Result<()> {
         let pod = &self.pods[number];
+        let built = mesh.pod(&pod.full_name());
         for address in pod.second.into_iter().flatten() {
+            mesh.route_to_pod(&built, address)?;
             // Never a source address: IPv4 takes the first of a network, IPv6 takes none that is deprecated.
             let more: &[&str] = if address.is_ipv6() {
-                &["nodad", "preferred_lft", "0"]
+                &["noprefixroute", "nodad", "preferred_lft", "0"]
             } else {
-                &[]
+                &["noprefixroute"]
             };
             let address = format!("{address}/{}", if address.is_ipv6() { 64 } else { 24 });
             let command = ["address", "add", &address, "dev", "eth0"];
             let command = command.iter().chain(more);
-            mesh.pod(&pod.full_name()).run("ip", command)?.ok()?;
+            built.run("ip", command)?.ok()?;
         }
         Ok(())
     }

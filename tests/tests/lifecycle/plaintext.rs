@@ -10,7 +10,7 @@ use mesh_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::common::lifecycle_pair::{MARKER, assert_reset, daemons_with, pair};
+use crate::common::lifecycle_pair::{MARKER, assert_reset, builder, daemons_with, pair};
 
 /// Within which a connection that policy would not admit must end.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -166,7 +166,7 @@ fn protected(mesh: &Mesh) -> Vec<App> {
 
 #[test]
 fn plaintext_is_reset_when_permissive_becomes_strict() {
-    let mesh = pair();
+    let mesh = builder().routed().start().unwrap();
     let web = mesh.pod("web");
     let near = mesh.add_pod(PodSpec::new("near").on("b")).unwrap();
     let _echoes = [echo(&web), echo(mesh.outside()), echo(&near)];
@@ -188,7 +188,7 @@ fn plaintext_is_reset_when_permissive_becomes_strict() {
 
 #[test]
 fn plaintext_is_reset_when_a_policy_denies_it_and_not_when_one_allows_it() {
-    let mesh = pair();
+    let mesh = builder().routed().start().unwrap();
     let web = mesh.pod("web");
     let near = mesh.add_pod(PodSpec::new("near").on("b")).unwrap();
     let _echoes = [echo(&web), echo(mesh.outside()), echo(&near)];

@@ -166,6 +166,7 @@ fn one_that_stands_by_can_go_again() -> Result<()> {
 fn what_the_kernel_carries_on_one_node_stays_and_is_logged_once() -> Result<()> {
     let mesh = Mesh::builder()
         .node("a")
+        .routed()
         .pod(PodSpec::new("client").on("a").service_account("client"))
         .pod(PodSpec::new("web").on("a").service_account("web"))
         .start()?;

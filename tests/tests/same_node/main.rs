@@ -7,5 +7,6 @@ mod changes;
 mod connections;
 mod endings;
 mod hostile;
+mod links;
 mod policy;
 mod shares;

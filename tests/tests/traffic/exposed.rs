@@ -19,7 +19,7 @@ const EXTERNAL: &str = "198.51.100.8";
 /// A pair whose service `web` is exposed in every way, and whose pod `web` has a host port. Another pod is on its node.
 fn stage() -> Result<(Pair, App)> {
     let neighbour = PodSpec::new("neighbour").on("b").service_account("client");
-    let mesh = pair::builder().pod(neighbour).start()?;
+    let mesh = pair::builder().routed().pod(neighbour).start()?;
     let manifests = mesh.manifests();
     let addresses = |name: &str| {
         let node = mesh.node(name);

@@ -267,6 +267,7 @@ impl Enrolment {
                 self.told_processes(netns.cookie())
             ),
             tampered: String::new(),
+            shared_link: String::new(),
             over_share: 0,
             idle_tunnels: 0,
             refused: BTreeMap::new(),

@@ -3,6 +3,7 @@
 
 mod addresses;
 mod ended;
+mod local_pods;
 mod outside;
 mod pod_roots;
 mod policies;
@@ -32,14 +33,10 @@ use super::{
     acceptor::{Accepting, DRAIN_POLL, Side, accept},
     remote_clusters, revocation,
 };
-use crate::proxy::{
-    Node, Pod, PodStatus,
-    local_pods::{LocalPod, LocalPods},
-    rules, same_node,
-};
+use crate::proxy::{Node, Pod, PodStatus, rules, same_node};
 use addresses::Told;
 use auth_datapath::{
-    EnrolError, Enrolled, Kernel, Netns, NetnsDiscovery, NodeAddresses, open_netns,
+    EnrolError, Enrolled, Kernel, Netns, NetnsDiscovery, NodeAddresses, PodLinks, open_netns,
     sockets::Listeners,
 };
 use auth_mesh::{ObjectName, Snapshot, Workload};
@@ -88,6 +85,7 @@ pub struct Enrolment {
     /// The mesh addresses last written to the kernel.
     told: Told,
     node_addresses: NodeAddresses,
+    pod_links: PodLinks,
     pod_roots: PodRoots,
     tampering: Tampering,
     exceeded_shares: ExceededShares,
@@ -191,6 +189,7 @@ impl Enrolment {
             owners: HashMap::new(),
             told: Told::default(),
             node_addresses: NodeAddresses::default(),
+            pod_links: PodLinks::default(),
             pod_roots: PodRoots::default(),
             tampering: Tampering::default(),
             exceeded_shares: ExceededShares::default(),
@@ -255,6 +254,7 @@ impl Enrolment {
                 () = self.netns_discovery.changed() => {}
                 () = self.outside.changed(&self.node) => {}
                 () = self.node.kernel.forwarding_changed() => {}
+                () = self.pod_links.changed() => {}
                 () = self.starting.changed() => {
                     self.netns_discovery.search_now();
                     self.outside.search_now();
@@ -568,34 +568,7 @@ impl Enrolment {
             }
             serving.admit(&self.node.kernel, mode);
         }
-        let pods = self.serving.values().map(|serving| serving.pod.clone());
-        self.node
-            .same_node
-            .settle(&self.node, self.local_pods(), pods.collect());
-    }
-
-    fn local_pods(&self) -> LocalPods {
-        let by_cookie: HashMap<_, _> = self
-            .serving
-            .values()
-            .map(|serving| {
-                let local_pod = LocalPod {
-                    cookie: serving.cookie(),
-                    identity: serving.pod.workload.identity.clone(),
-                    addresses: serving.pod.enrolled.addresses().to_vec(),
-                };
-                (local_pod.cookie, Arc::new(local_pod))
-            })
-            .collect();
-        let by_address = self
-            .owners
-            .iter()
-            .filter_map(|(address, cookie)| Some((*address, by_cookie.get(cookie)?.clone())))
-            .collect();
-        LocalPods {
-            by_cookie,
-            by_address,
-        }
+        self.publish_local_pods();
     }
 
     fn publish_status(&self) {
@@ -613,6 +586,7 @@ impl Enrolment {
                     None => self.why_served(serving),
                 },
                 tampered: self.tampering.of(serving.cookie()),
+                shared_link: self.shared_link(serving),
                 over_share: self.exceeded_shares.of(serving.cookie()),
                 idle_tunnels: pod.pool.idle(),
                 refused: self.node.refusals.of(&pod.workload.name),
@@ -631,6 +605,7 @@ impl Enrolment {
             enrolled: false,
             reason: failing.reason.clone(),
             tampered: String::new(),
+            shared_link: String::new(),
             over_share: 0,
             idle_tunnels: 0,
             refused: BTreeMap::new(),
