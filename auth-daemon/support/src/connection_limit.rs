@@ -3,36 +3,40 @@
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// A limit on concurrent connections.
+/// A limit on concurrent connections. `S` is what tells sources apart.
 #[derive(Debug)]
-pub struct ConnectionLimit {
+pub struct ConnectionLimit<S: Copy + Eq + Hash = IpAddr> {
     max: usize,
     max_per_source: usize,
-    taken: Mutex<Taken>,
+    taken: Mutex<Taken<S>>,
 }
 
-#[derive(Debug, Default)]
-struct Taken {
+#[derive(Debug)]
+struct Taken<S> {
     total: usize,
-    by_source: HashMap<IpAddr, usize>,
+    by_source: HashMap<S, usize>,
 }
 
-impl ConnectionLimit {
+impl<S: Copy + Eq + Hash> ConnectionLimit<S> {
     /// Creates a limit of `max` connections, of which one source may have at most `max_per_source`.
     pub fn new(max: usize, max_per_source: usize) -> Self {
         Self {
             max,
             max_per_source,
-            taken: Mutex::default(),
+            taken: Mutex::new(Taken {
+                total: 0,
+                by_source: HashMap::new(),
+            }),
         }
     }
 
     /// Admits a connection from `source`. It counts until the returned permit is dropped. `None` if a limit is reached.
-    pub fn admit(self: &Arc<Self>, source: IpAddr) -> Option<ConnectionPermit> {
+    pub fn admit(self: &Arc<Self>, source: S) -> Option<ConnectionPermit<S>> {
         let mut taken = self.lock();
         let by_source = taken.by_source.get(&source).copied().unwrap_or(0);
         if taken.total >= self.max || by_source >= self.max_per_source {
@@ -51,7 +55,7 @@ impl ConnectionLimit {
         self.lock().total
     }
 
-    fn lock(&self) -> MutexGuard<'_, Taken> {
+    fn lock(&self) -> MutexGuard<'_, Taken<S>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -67,12 +71,12 @@ pub fn source_of(address: IpAddr) -> IpAddr {
 
 /// Permit for one connection. See [`ConnectionLimit::admit`].
 #[derive(Debug)]
-pub struct ConnectionPermit {
-    places: Arc<ConnectionLimit>,
-    source: IpAddr,
+pub struct ConnectionPermit<S: Copy + Eq + Hash = IpAddr> {
+    places: Arc<ConnectionLimit<S>>,
+    source: S,
 }
 
-impl Drop for ConnectionPermit {
+impl<S: Copy + Eq + Hash> Drop for ConnectionPermit<S> {
     fn drop(&mut self) {
         let mut taken = self.places.lock();
         taken.total -= 1;
