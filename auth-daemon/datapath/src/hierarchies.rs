@@ -105,14 +105,19 @@ impl Mount {
 /// path would begin where the container's own ends (cgroup_namespaces(7)), and name no folder.
 pub(super) fn as_the_node_sees<T: Send>(action: impl FnOnce() -> T + Send) -> T {
     let enter = || {
-        if let Ok(first) = File::open("/proc/1/ns/cgroup") {
-            // Fails without CAP_SYS_ADMIN. What begins with `..` then counts as nobody's.
-            let _ = setns(first, CloneFlags::CLONE_NEWCGROUP);
-        }
+        see_as_the_node();
         action()
     };
     let done = thread::scope(|scope| scope.spawn(enter).join());
     done.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+/// Makes the current thread see the paths of cgroups as in [`as_the_node_sees`], for as long as it lives.
+pub(super) fn see_as_the_node() {
+    if let Ok(first) = File::open("/proc/1/ns/cgroup") {
+        // Fails without CAP_SYS_ADMIN. What begins with `..` then counts as nobody's.
+        let _ = setns(first, CloneFlags::CLONE_NEWCGROUP);
+    }
 }
 
 #[cfg(test)]

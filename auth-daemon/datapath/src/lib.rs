@@ -1,6 +1,7 @@
 //! The daemon's interface to the kernel: programs, maps and pins; the network namespaces of pods, and the sockets and
 //! routes inside them.
 
+mod callers;
 mod census;
 mod cgroup_folders;
 mod containers;
@@ -36,6 +37,7 @@ pub mod sockets;
 pub mod threads;
 pub mod unload;
 
+pub use callers::{Attestor, Caller, NotOfPod};
 pub use census::{Census, PodNetns};
 pub use containers::{NoPodUid, PodUid};
 pub use exposed::ExposedPorts;
@@ -45,7 +47,7 @@ pub use gate::Gate;
 pub use interfaces::NodeAddresses;
 pub use kernel::{Kernel, KernelError, try_load};
 pub use nested::Nested;
-pub use netns::Netns;
+pub use netns::{Netns, socket_cookie};
 pub use netns_discovery::NetnsDiscovery;
 pub use pauses::Pauses;
 pub use pin_lock::PinLock;

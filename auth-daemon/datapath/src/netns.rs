@@ -205,7 +205,12 @@ fn home() -> io::Result<&'static File> {
 
 /// Cookie of the current thread's netns.
 fn read_cookie() -> io::Result<u64> {
-    let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+    socket_cookie(Socket::new(Domain::UNIX, Type::DGRAM, None)?.as_fd())
+}
+
+/// Returns the cookie of the netns that a socket belongs to: the one that it was created in. A connection that was accepted from
+/// a Unix socket belongs to the netns of the socket that has connected. No process can change it (SO_NETNS_COOKIE, Linux 5.14).
+pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: `cookie` is eight writable bytes and `length` says so; the descriptor lives.

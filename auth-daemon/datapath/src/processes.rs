@@ -409,7 +409,7 @@ fn count_resident(
 
 /// A process's folder in /proc. It refers to that process only: after the process has exited, nothing can be opened in
 /// it, even if its PID is reused.
-pub(super) struct Folder(OwnedFd);
+pub(super) struct Folder(pub(super) OwnedFd);
 
 impl Folder {
     /// Returns `None` if the process has exited.
@@ -466,13 +466,13 @@ impl Folder {
     }
 }
 
-fn open_at(folder: &impl AsFd, name: &str) -> io::Result<OwnedFd> {
+pub(super) fn open_at(folder: &impl AsFd, name: &str) -> io::Result<OwnedFd> {
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     Ok(openat(folder, name, flags, Mode::empty())?)
 }
 
 /// Reads a file of a process. Names in it may be invalid UTF-8, but those never come from the kubelet.
-fn read_at<'a>(
+pub(super) fn read_at<'a>(
     folder: &impl AsFd,
     name: &str,
     buffer: &'a mut Vec<u8>,
