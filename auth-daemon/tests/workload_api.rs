@@ -1,6 +1,7 @@
 //! The SPIFFE Workload API as its clients see it, also those that keep no rules. A scenario has SPIFFE's own client.
 
 use std::{
+    io,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -9,18 +10,21 @@ use std::{
 use auth_ca::embedded::EmbeddedCa;
 use auth_daemon::issuer::{AppCertificate, Certificates};
 use auth_mesh::{Identity, TrustDomain};
+use auth_support::connection_limit::ConnectionLimit;
 use auth_tunnel::tls::{
     svid::Svid,
     trust::{ForeignBundles, Reason, Trust, TrustBundle},
 };
 use auth_workload_api::{
+    Attested,
     api::{
         JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, X509BundlesRequest,
         X509svidRequest, X509svidResponse, spiffe_workload_api_client::SpiffeWorkloadApiClient,
     },
-    serve,
+    refuse, serve,
 };
 use futures_util::{Stream, StreamExt};
+use hyper_util::rt::TokioIo;
 use rustls::{
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
@@ -28,8 +32,9 @@ use rustls::{
 };
 use tempfile::TempDir;
 use tokio::{
-    io::AsyncReadExt,
-    net::{TcpListener, TcpStream},
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UnixStream},
+    sync::mpsc,
     task::AbortHandle,
     time::timeout,
 };
@@ -46,6 +51,8 @@ struct Stage {
     certificates: Certificates,
     certificate: Option<AppCertificate>,
     address: SocketAddr,
+    /// For connections from elsewhere.
+    attest: mpsc::Sender<Attested>,
     serving: AbortHandle,
 }
 
@@ -58,13 +65,15 @@ impl Stage {
         let certificate = certificates.for_app(&identity(), lifetime);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let serving = tokio::spawn(serve(listener, certificate.served.clone()));
+        let (attest, attested) = mpsc::channel(32);
+        let serving = tokio::spawn(serve(listener, attested, certificate.served.clone()));
         Self {
             _folder: folder,
             ca,
             certificates,
             certificate: Some(certificate),
             address,
+            attest,
             serving: serving.abort_handle(),
         }
     }
@@ -334,4 +343,111 @@ async fn streams_end_with_the_workload() {
     drop(stage.certificate.take());
     let end = timeout(PATIENCE, answers.next()).await.unwrap();
     assert!(end.is_none(), "{end:?}");
+}
+
+/// A client on this connection.
+async fn client_on(connection: UnixStream) -> SpiffeWorkloadApiClient<Channel> {
+    let mut connection = Some(TokioIo::new(connection));
+    let connector = tower::service_fn(move |_| {
+        let connection = connection.take().ok_or(io::ErrorKind::NotConnected);
+        async move { Ok::<_, io::Error>(connection?) }
+    });
+    let endpoint = Channel::from_static("http://localhost");
+    let channel = endpoint.connect_with_connector(connector);
+    SpiffeWorkloadApiClient::new(channel.await.unwrap())
+}
+
+#[tokio::test]
+async fn connections_from_elsewhere_are_the_workloads() {
+    let stage = Stage::set(LIFETIME).await;
+    let places = Arc::new(ConnectionLimit::new(2, 1));
+    let attest = async || {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let attested = Attested {
+            connection: theirs,
+            permit: places.admit(7).unwrap(),
+        };
+        stage.attest.send(attested).await.unwrap();
+        ours
+    };
+    let mut client = client_on(attest().await).await;
+    let mut answers = open(&mut client).await.unwrap();
+    let (svid, _) = parse(next(&mut answers).await);
+    // It is the certificate that the workload gets at its own listener.
+    let mut others = open(&mut stage.client().await).await.unwrap();
+    assert_eq!(parse(next(&mut others).await).0.serial, svid.serial);
+    assert_eq!(places.taken(), 1);
+    drop((client, answers));
+    let released = async {
+        while places.taken() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, released).await.unwrap();
+
+    // They count among the workload's connections, and end with its server.
+    let mut silent = attest().await;
+    let mut held = Vec::new();
+    let refused = async {
+        for _ in 0..=16 {
+            held.push(TcpStream::connect(stage.address).await.unwrap());
+        }
+        held.pop().unwrap().read(&mut [0; 16]).await
+    };
+    let refused = timeout(Duration::from_secs(4), refused).await.unwrap();
+    assert!(matches!(refused, Ok(0) | Err(_)), "{refused:?}");
+    stage.serving.abort();
+    let mut received = Vec::new();
+    let ended = timeout(PATIENCE, silent.read_to_end(&mut received)).await;
+    assert!(ended.is_ok(), "it is still open");
+    assert_eq!(places.taken(), 0);
+}
+
+#[tokio::test]
+async fn a_refused_caller_is_told_why() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let refusing = tokio::spawn(refuse(theirs, Status::permission_denied("of no pod")));
+    let mut client = client_on(ours).await;
+    let refused = open(&mut client).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+    assert_eq!(refused.message(), "of no pod");
+    // Its connection is not kept.
+    timeout(PATIENCE, refusing).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_path_as_authority_is_served() {
+    let stage = Stage::set(LIFETIME).await;
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let places = Arc::new(ConnectionLimit::new(1, 1));
+    let attested = Attested {
+        connection: theirs,
+        permit: places.admit(7).unwrap(),
+    };
+    stage.attest.send(attested).await.unwrap();
+    // As gRPC's clients for Python and C++ begin.
+    let fields = b"\x83\x86\x40\x05:path\x20/SpiffeWorkloadAPI/FetchX509SVID\
+        \x40\x0a:authority\x0erun%2Fapi.sock\x40\x0ccontent-type\x10application/grpc\
+        \x40\x02te\x08trailers\x00\x12workload.spiffe.io\x04true";
+    let headers = [0, 0, fields.len() as u8, 1, 4, 0, 0, 0, 1];
+    let request = [
+        &b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"[..],
+        &headers[..],
+        fields,
+        b"\0\0\x05\0\x01\0\0\0\x01\0\0\0\0\0",
+    ]
+    .concat();
+    ours.write_all(&request).await.unwrap();
+    let mut received = Vec::new();
+    let id = identity().to_string();
+    let answered = async {
+        while !String::from_utf8_lossy(&received).contains(&id) {
+            assert_ne!(
+                ours.read_buf(&mut received).await.unwrap(),
+                0,
+                "{received:?}"
+            );
+        }
+    };
+    timeout(PATIENCE, answered).await.unwrap();
 }

@@ -26,6 +26,17 @@ pub fn rendered_file() -> PathBuf {
     deploy().join("auth-daemon.yaml")
 }
 
+/// The capabilities that the rendered file grants to the daemon, such as `CAP_NET_ADMIN`.
+pub fn capabilities() -> Result<Vec<String>> {
+    let rendered = fs::read_to_string(rendered_file())?;
+    let added = rendered.lines().map(str::trim);
+    let added = added.skip_while(|line| *line != "add:").skip(1);
+    let names = added
+        .filter(|line| !line.starts_with('#'))
+        .map_while(|line| line.strip_prefix("- "));
+    Ok(names.map(|name| format!("CAP_{name}")).collect())
+}
+
 /// The environment variable with the folder that holds them, instead of the workspace's `deploy`.
 pub const FOLDER: &str = "DEPLOY_FOLDER";
 

@@ -18,6 +18,7 @@ fn values() -> [(&'static str, Value); 4] {
         "daemon": {
             "config": {"nonTcp": "deny", "log": {"level": "debug"}},
             "drainSeconds": 60, "maxSurge": "5%", "nri": false, "nodeTaint": true,
+            "workloadApiSocket": true,
             "resources": {"limits": {"memory": "2Gi"}},
         },
         "ca": {

@@ -1,15 +1,21 @@
-//! What an app sends to the SPIFFE Workload API, HTTP/2 and all: never a panic, and an end for everything.
+//! What an app sends to the SPIFFE Workload API, HTTP/2 and all, at the node's socket: never a panic, and an end for everything.
 
 use std::{
     io::{Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::Shutdown,
+    os::unix::net::UnixStream,
     sync::{Arc, LazyLock},
 };
 
 use auth_mesh::TrustDomain;
+use auth_support::connection_limit::ConnectionLimit;
 use auth_tunnel::tls::trust::{Trust, TrustBundle, TrustStore};
-use auth_workload_api::Served;
-use tokio::{net::TcpListener, runtime::Runtime, sync::watch};
+use auth_workload_api::{Attested, Served};
+use tokio::{
+    net::TcpListener,
+    runtime::Runtime,
+    sync::{mpsc, watch},
+};
 
 use super::LONG;
 
@@ -17,8 +23,9 @@ use super::LONG;
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
 struct Server {
-    address: SocketAddr,
-    _runtime: Runtime,
+    attest: mpsc::Sender<Attested>,
+    places: Arc<ConnectionLimit<u64>>,
+    runtime: Runtime,
 }
 
 static SERVER: LazyLock<Server> = LazyLock::new(|| {
@@ -26,10 +33,11 @@ static SERVER: LazyLock<Server> = LazyLock::new(|| {
     let listener = runtime
         .block_on(TcpListener::bind("127.0.0.1:0"))
         .expect("a listener");
-    let address = listener.local_addr().expect("bound");
+    let (attest, attested) = mpsc::channel(1);
     let (_, svid) = watch::channel(None);
     runtime.spawn(auth_workload_api::serve(
         listener,
+        attested,
         Served {
             identity: "spiffe://cluster.local/ns/default/sa/web"
                 .parse()
@@ -43,13 +51,22 @@ static SERVER: LazyLock<Server> = LazyLock::new(|| {
         },
     ));
     Server {
-        address,
-        _runtime: runtime,
+        attest,
+        places: Arc::new(ConnectionLimit::new(usize::MAX, usize::MAX)),
+        runtime,
     }
 });
 
 pub(super) fn run(bytes: &[u8]) {
-    let mut app = TcpStream::connect(SERVER.address).expect("a connection");
+    let (mut app, accepted) = UnixStream::pair().expect("a connection");
+    accepted.set_nonblocking(true).expect("a mode");
+    let connection = {
+        let _runtime = SERVER.runtime.enter();
+        accepted.try_into().expect("within the runtime")
+    };
+    let permit = SERVER.places.admit(0).expect("no limit");
+    let attested = Attested { connection, permit };
+    SERVER.attest.blocking_send(attested).expect("a server");
     app.set_read_timeout(Some(LONG)).expect("a timeout");
     // The server may have closed the connection already.
     let _ = app.write_all(&[PREFACE, bytes].concat());

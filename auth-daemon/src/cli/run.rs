@@ -23,7 +23,7 @@ use crate::{
     discovery::{self, Sink, removal::Removal, taint::NodeTaint},
     federation::{self, Federated},
     issuer::{CaClient, Certificates, Issuer, Link},
-    node::{Enrolment, Workers, redirection},
+    node::{Enrolment, Workers, redirection, remove_socket},
     observe::log_writer,
     proxy::{Node, lookups::Lookups},
 };
@@ -67,6 +67,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         lock => Some(lock?),
     };
     let pins = config.pins.clone();
+    let socket = config.workload_api.socket.clone();
     let patience = config.drain + LAST_BREATH;
 
     // Connections run on the workers' threads; discovery, certificates and admin share this one.
@@ -183,7 +184,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     if removed {
         drop(control);
-        let pods = take_back(&pins, patience)?;
+        let pods = take_back(&pins, socket.as_deref(), patience)?;
         tracing::info!(
             pods,
             "daemon stopped and is being removed: nothing is left; pods now communicate in plaintext"
@@ -228,8 +229,8 @@ fn check_privileges(config: &Config) -> anyhow::Result<()> {
     anyhow::bail!("this node's pods cannot be served: {}", errors.join("; "))
 }
 
-/// Removes everything from the kernel. Returns the number of pods that were enrolled.
-fn take_back(pins: &Path, patience: Duration) -> anyhow::Result<usize> {
+/// Removes everything from the kernel, and the workload API's socket. Returns the number of pods that were enrolled.
+fn take_back(pins: &Path, socket: Option<&Path>, patience: Duration) -> anyhow::Result<usize> {
     let start = Instant::now();
     loop {
         match PinLock::take(pins) {
@@ -237,7 +238,12 @@ fn take_back(pins: &Path, patience: Duration) -> anyhow::Result<usize> {
             Err(KernelError::Locked(_)) if start.elapsed() < patience => {
                 thread::sleep(Duration::from_millis(10));
             }
-            lock => return unload::unload(lock?),
+            lock => {
+                let lock = lock?;
+                let socket_removed = remove_socket(socket);
+                let pods = unload::unload(lock)?;
+                return socket_removed.map(|()| pods);
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::config::Config;
+use crate::{config::Config, node};
 use auth_datapath::{self, PinLock};
 
 #[derive(Debug, clap::Args)]
@@ -14,14 +14,19 @@ pub(super) struct Arguments {
 
 pub(super) fn unload(arguments: &Arguments) -> anyhow::Result<()> {
     let config = Config::load(&arguments.config)?;
+    let socket = config.workload_api.socket.as_deref();
     if !config.pins.exists() {
+        node::remove_socket(socket)?;
         println!(
             "nothing is loaded: {} does not exist",
             config.pins.display()
         );
         return Ok(());
     }
-    let pods = auth_datapath::unload::unload(PinLock::take(&config.pins)?)?;
+    let lock = PinLock::take(&config.pins)?;
+    let socket_removed = node::remove_socket(socket);
+    let pods = auth_datapath::unload::unload(lock)?;
+    socket_removed?;
     println!(
         "unloaded: {pods} pods released, {} removed; pods now communicate in plaintext",
         config.pins.display()

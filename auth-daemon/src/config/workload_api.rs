@@ -1,9 +1,9 @@
 //! Which apps may use the workload API.
 
-use std::{str::FromStr, time::Duration};
+use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use auth_mesh::{Identity, TrustDomain};
-use auth_support::config::{Section, duration};
+use auth_support::config::{Section, absolute, duration};
 
 use super::{MAX_LIFETIME, MIN_LIFETIME};
 
@@ -15,7 +15,12 @@ pub struct WorkloadApi {
     /// Lifetime of the certificates. Defaults to an hour, between 10 seconds and 24 hours. They are not valid for longer than
     /// those of tunnels.
     pub certificate_lifetime: Duration,
+    /// A Unix socket of the node at which they reach the API, too. `None` if there is none.
+    pub socket: Option<PathBuf>,
 }
+
+/// Maximum length of a socket's path in bytes. unix(7) has 107, and the socket has a longer name until it is in place.
+const MAX_SOCKET: usize = 100;
 
 impl Default for WorkloadApi {
     /// Allows no account.
@@ -23,6 +28,7 @@ impl Default for WorkloadApi {
         Self {
             accounts: Vec::new(),
             certificate_lifetime: Duration::from_secs(60 * 60),
+            socket: None,
         }
     }
 }
@@ -35,11 +41,13 @@ impl WorkloadApi {
         let lifetime = section.parsed("certificateLifetime", errors, |text| {
             duration(text, MIN_LIFETIME, MAX_LIFETIME)
         });
+        let socket = section.parsed("socket", errors, socket);
         section.refuse_the_rest(errors);
         let defaults = Self::default();
         Self {
             accounts: accounts.unwrap_or_default(),
             certificate_lifetime: lifetime.unwrap_or(defaults.certificate_lifetime),
+            socket,
         }
     }
 
@@ -52,6 +60,17 @@ impl WorkloadApi {
                     .as_ref()
                     .is_none_or(|account| account == identity.service_account())
         })
+    }
+}
+
+fn socket(path: &str) -> Result<PathBuf, String> {
+    if path.len() > MAX_SOCKET {
+        return Err(format!("is longer than {MAX_SOCKET} bytes"));
+    }
+    let path = absolute(path)?;
+    match path.file_name() {
+        Some(_) if !path.ends_with("..") => Ok(path),
+        _ => Err("names no file".into()),
     }
 }
 
@@ -99,6 +118,16 @@ mod tests {
         assert!(
             !WorkloadApi::default().allows(&TrustDomain::default().identity("a", "b").unwrap())
         );
+    }
+
+    #[test]
+    fn a_socket_is_a_file_whose_path_the_kernel_takes() {
+        assert!(socket("/run/auth-daemon/workload-api/api.sock").is_ok());
+        let long = format!("/{}", "x".repeat(MAX_SOCKET));
+        for bad in ["", "api.sock", "/", "/run/..", &long] {
+            assert!(socket(bad).is_err(), "{bad}");
+        }
+        assert!(socket(&long[..MAX_SOCKET]).is_ok());
     }
 
     #[test]

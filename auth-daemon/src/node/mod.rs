@@ -9,7 +9,9 @@ pub mod redirection;
 mod remote_clusters;
 mod revocation;
 mod workers;
+mod workload_socket;
 
 pub use enrolment::Enrolment;
 pub use pulse::Pulse;
 pub use workers::Workers;
+pub(crate) use workload_socket::remove_socket;

@@ -1,11 +1,12 @@
 //! The SPIFFE Workload API, by which a workload gets an X.509-SVID with a key of its own, and its trust domain's bundle. Knows
-//! no pods: the caller of [`serve`] decides who can reach the listener.
+//! no pods: the caller of [`serve`] decides who can reach the listener, and attests who else is connected.
 //!
 //! The code in `src/generated` is committed, so that a build needs no protobuf compiler. `tests/generated.rs` checks that it
 //! belongs to the file in `proto`.
 
 #![forbid(unsafe_code)]
 
+mod path_authority;
 mod server;
 mod service;
 
@@ -15,5 +16,5 @@ mod service;
 #[path = "generated/_.rs"]
 pub mod api;
 
-pub use server::serve;
+pub use server::{Attested, refuse, serve};
 pub use service::{Served, X509Svid};

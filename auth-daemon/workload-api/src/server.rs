@@ -1,21 +1,23 @@
-//! Serves the API of one workload on its listener, within limits.
+//! Serves the API of one workload on its listener and on connections from elsewhere, within limits.
 
 use std::{convert::Infallible, io::ErrorKind, pin::pin, sync::Arc, time::Duration};
 
-use auth_support::connection_limit::ConnectionLimit;
-use hyper::{server::conn::http2, service::service_fn};
+use auth_support::connection_limit::{ConnectionLimit, ConnectionPermit};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Notify,
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream, UnixStream},
+    sync::{Notify, mpsc},
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tonic::{Status, codegen::http, service::Routes};
-use tower::ServiceExt;
+use tonic::{Status, body::Body, codegen::http, service::Routes};
+use tower::{Service as TowerService, ServiceExt, service_fn as tower_fn};
 
 use crate::{
     api::spiffe_workload_api_server::SpiffeWorkloadApiServer,
+    path_authority::PathAuthority,
     service::{Served, Service},
 };
 
@@ -39,8 +41,21 @@ const MAX_HEADERS: u32 = 8 << 10;
 /// Pause after a connection could not be accepted for lack of a resource.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves the API on `listener` until the listener dies. All connections end when the future is dropped.
-pub async fn serve(listener: TcpListener, served: Served) {
+/// How long a caller may stay connected whose requests are refused.
+const REFUSED: Duration = Duration::from_secs(5);
+
+/// A connection of the workload that another listener than its own has accepted.
+#[derive(Debug)]
+pub struct Attested {
+    /// The connection.
+    pub connection: UnixStream,
+    /// The connection's place among those of that listener.
+    pub permit: ConnectionPermit<u64>,
+}
+
+/// Serves the API on `listener` and on `attested` connections until the listener dies. All connections end when the future is
+/// dropped.
+pub async fn serve(listener: TcpListener, mut attested: mpsc::Receiver<Attested>, served: Served) {
     let identity = served.identity.clone();
     let service = SpiffeWorkloadApiServer::new(Service::new(served));
     let routes = Routes::new(service.max_decoding_message_size(MAX_REQUEST)).prepare();
@@ -48,10 +63,11 @@ pub async fn serve(listener: TcpListener, served: Served) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = listener.accept() => accepted.map(|(tcp, _)| Connection::Listener(tcp)),
+            Some(attested) = attested.recv() => Ok(Connection::Attested(attested)),
             Some(_) = connections.join_next() => continue,
         };
-        let (tcp, from) = match accepted {
+        let connection = match accepted {
             Ok(accepted) => accepted,
             // The workload may have the right to close sockets of its netns (SOCK_DESTROY).
             Err(error) if error.kind() == ErrorKind::InvalidInput => {
@@ -64,13 +80,22 @@ pub async fn serve(listener: TcpListener, served: Served) {
                 continue;
             }
         };
-        let Some(permit) = limit.admit(from.ip()) else {
+        let Some(permit) = limit.admit(()) else {
             tracing::debug!(%identity, "a connection to the workload API is refused: {MAX_CONNECTIONS} are open");
             continue;
         };
         let routes = routes.clone();
         connections.spawn(async move {
-            if let Err(why) = serve_connection(tcp, routes).await {
+            let served = match connection {
+                Connection::Listener(tcp) => serve_connection(tcp, routes).await,
+                Connection::Attested(attested) => {
+                    let served =
+                        serve_connection(PathAuthority::new(attested.connection), routes).await;
+                    drop(attested.permit);
+                    served
+                }
+            };
+            if let Err(why) = served {
                 tracing::debug!(why, "a connection to the workload API ended");
             }
             drop(permit);
@@ -78,15 +103,42 @@ pub async fn serve(listener: TcpListener, served: Served) {
     }
 }
 
+enum Connection {
+    Listener(TcpStream),
+    Attested(Attested),
+}
+
+/// Answers each request on a connection with `status`, for at most five seconds.
+pub async fn refuse(connection: UnixStream, status: Status) {
+    let refusal = tower_fn(move |_| {
+        let refused = status.clone().into_http();
+        async move { Ok::<_, Infallible>(refused) }
+    });
+    let _ = timeout(
+        REFUSED,
+        serve_connection(PathAuthority::new(connection), refusal),
+    )
+    .await;
+}
+
 /// Serves HTTP/2 on a connection until it ends. Returns why it ended otherwise than by the peer's close.
-async fn serve_connection(tcp: TcpStream, routes: Routes) -> Result<(), String> {
+async fn serve_connection<S>(
+    connection: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    service: S,
+) -> Result<(), String>
+where
+    S: TowerService<http::Request<Incoming>, Response = http::Response<Body>, Error = Infallible>
+        + Clone,
+    S::Future: Send + 'static,
+    S: Send + 'static,
+{
     let requested = Arc::new(Notify::new());
     let noted = requested.clone();
     let answer = service_fn(move |request: http::Request<_>| {
         noted.notify_one();
-        let routes = routes.clone();
+        let service = service.clone();
         async move {
-            let answer = timeout(REQUEST, routes.oneshot(request)).await;
+            let answer = timeout(REQUEST, service.oneshot(request)).await;
             Ok::<_, Infallible>(match answer {
                 Ok(Ok(answer)) => answer,
                 Err(_) => {
@@ -104,7 +156,7 @@ async fn serve_connection(tcp: TcpStream, routes: Routes) -> Result<(), String> 
         .max_header_list_size(MAX_HEADERS)
         .keep_alive_interval(Some(KEEPALIVE))
         .keep_alive_timeout(KEEPALIVE)
-        .serve_connection(TokioIo::new(tcp), answer);
+        .serve_connection(TokioIo::new(connection), answer);
     let mut served = pin!(served);
     tokio::select! {
         ended = served.as_mut() => return ended.map_err(|error| error.to_string()),

@@ -41,6 +41,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   "log" (dict "format" "json" "level" "info") -}}
 {{- if ne .Values.metrics "daemon" }}{{ $_ := set $config "metrics" .Values.metrics }}{{ end -}}
 {{- if .Values.daemon.nri }}{{ $_ := set $config "nri" "/run/nri/nri.sock" }}{{ end -}}
+{{- if .Values.daemon.workloadApiSocket }}
+{{- $_ := set $config "workloadApi" (dict "socket" "/run/auth-daemon/workload-api/api.sock") -}}
+{{- end -}}
 {{- with .Values.podNetworks }}{{ $_ := set $config "podNetworks" . }}{{ end -}}
 {{- with .Values.serviceNetworks }}{{ $_ := set $config "serviceNetworks" . }}{{ end -}}
 {{- mergeOverwrite $config (deepCopy .Values.daemon.config) | toYaml -}}

@@ -13,3 +13,4 @@ mod federation;
 mod naming;
 mod renewal;
 mod workload_api;
+mod workload_api_socket;

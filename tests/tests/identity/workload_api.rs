@@ -14,20 +14,28 @@ const PORT: u16 = 15082;
 /// The shortest lifetime that a daemon accepts: certificates are renewed every four to six seconds.
 const LIFETIME: Duration = Duration::from_secs(10);
 
-/// A node with two pods, of which `allowed` may use the API.
+/// A node with two pods.
 fn stage(settings: &[(&str, Value)]) -> Result<(Mesh, Daemon)> {
+    let mesh = pods()?;
+    let daemon = start(&mesh, settings)?;
+    Ok((mesh, daemon))
+}
+
+fn pods() -> Result<Mesh> {
     let pod = |name: &str| PodSpec::new(name).service_account(name);
-    let mesh = Mesh::builder()
+    Mesh::builder()
         .node("a")
         .pod(pod("allowed"))
         .pod(pod("other"))
-        .start()?;
+        .start()
+}
+
+fn start(mesh: &Mesh, settings: &[(&str, Value)]) -> Result<Daemon> {
     let mut options = DaemonOptions::default();
     for (name, value) in settings {
         options = options.setting(name, value.clone());
     }
-    let daemon = mesh.start_daemons_with(&options)?.remove(0);
-    Ok((mesh, daemon))
+    Ok(mesh.start_daemons_with(&options)?.remove(0))
 }
 
 fn allow(accounts: &[&str]) -> (&'static str, Value) {
@@ -44,13 +52,21 @@ fn spiffes_python_client_gets_certificates_as_they_are_renewed() -> Result<()> {
     let Some(packages) = Package::folders(TEST, &Package::SPIFFE) else {
         return Ok(());
     };
-    let (mesh, daemon) = stage(&[allow(&["default/allowed"])])?;
+    let mesh = pods()?;
+    let socket = mesh.node("a").place().folder().join("api/api.sock");
+    let (name, mut settings) = allow(&["default/allowed"]);
+    settings["socket"] = json!(socket);
+    let daemon = start(&mesh, &[(name, settings)])?;
     let pod = mesh.pod("allowed");
     wait_open(&daemon, "default/allowed")?;
     let mut command = pod.command("python3")?;
     command
         .args(["-c", include_str!("python/workload_api.py")])
-        .env("PYTHONPATH", std::env::join_paths(&packages)?);
+        .env("PYTHONPATH", std::env::join_paths(&packages)?)
+        .env(
+            "SPIFFE_ENDPOINT_SOCKET",
+            format!("unix://{}", socket.display()),
+        );
     let done = Process::spawn(command)?.finish(2 * TIMEOUT)?.ok()?;
     let seen = done.json_lines();
     let [first, second, others] = seen.as_slice() else {

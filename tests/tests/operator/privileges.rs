@@ -24,7 +24,7 @@ fn daemon_works_with_the_capabilities_of_the_chart() {
     let client = client.container("c1").unwrap();
     let _first = by_uid::sleep(&client);
     let start = |node| {
-        let options = DaemonOptions::default().capabilities(&capabilities_of_the_chart());
+        let options = DaemonOptions::default().capabilities(&chart::capabilities().unwrap());
         // Its programs are loaded and attached (SYS_ADMIN, NET_ADMIN).
         mesh.node(node).start_daemon_with(options).unwrap()
     };
@@ -74,7 +74,7 @@ fn daemon_without_capabilities_exits_with_the_reason() {
         );
         return;
     }
-    let granted = capabilities_of_the_chart();
+    let granted = chart::capabilities().unwrap();
     assert!(granted.len() > 3, "{granted:?}");
     // A valid configuration, as the test library writes it.
     node.start_daemon().unwrap().kill().unwrap();
@@ -109,18 +109,6 @@ fn daemon_without_capabilities_exits_with_the_reason() {
         .unwrap();
     let _b = mesh.node("b").start_daemon().unwrap();
     echoes(&mesh.pod("client"), web.at(8080));
-}
-
-/// The capabilities that the chart grants to the daemon: the list `add` in the file that is rendered from it.
-fn capabilities_of_the_chart() -> Vec<String> {
-    let rendered = std::fs::read_to_string(chart::rendered_file()).unwrap();
-    let added = rendered.lines().map(str::trim);
-    let added = added.skip_while(|line| *line != "add:").skip(1);
-    added
-        .filter(|line| !line.starts_with('#'))
-        .map_while(|line| line.strip_prefix("- "))
-        .map(|name| format!("CAP_{name}"))
-        .collect()
 }
 
 /// Runs the daemon's program without some capabilities, `-net_admin` or `-all`.

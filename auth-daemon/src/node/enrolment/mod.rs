@@ -185,6 +185,7 @@ impl Enrolment {
             ended: EndedPods::default(),
             outside: OutsidePods::default(),
             starting: StartingPods::new(node.config.nri.as_deref()),
+            workload_apis: WorkloadApis::new(node.config.workload_api.socket.as_deref()),
             node,
             owners: HashMap::new(),
             told: Told::default(),
@@ -193,7 +194,6 @@ impl Enrolment {
             pod_roots: PodRoots::default(),
             tampering: Tampering::default(),
             exceeded_shares: ExceededShares::default(),
-            workload_apis: WorkloadApis::default(),
             keepers: Vec::new(),
         }
     }

@@ -1,34 +1,39 @@
-//! Serves the SPIFFE Workload API in the pods that may use it: on a listener in the pod's own netns, so that the kernel says
-//! whose caller it is.
+//! Serves the SPIFFE Workload API to the pods that may use it: on a listener in the pod's own netns, so that the kernel says
+//! whose caller it is, and on the node's socket.
 
 use std::{
     collections::{HashMap, HashSet},
     io,
     net::TcpListener,
+    path::Path,
     sync::Arc,
     thread,
 };
 
-use auth_workload_api::serve;
+use auth_workload_api::{Attested, serve};
 use tokio::{
     runtime::{Builder, Handle},
-    sync::oneshot,
+    sync::{mpsc, oneshot},
     task::AbortHandle,
 };
 
 use super::Serving;
 use crate::{
     issuer::AppCertificate,
+    node::workload_socket::{Access, SocketPod, SocketPods, WorkloadSocket},
     proxy::{Node, Pod},
 };
 use auth_datapath::sockets::{WORKLOAD_API_PORT, open_workload_api};
 
+/// Number of connections from the node's socket that may wait for a pod's server.
+const WAITING: usize = 16;
+
 /// The pods that the API is served in, by the cookie of their netns.
-#[derive(Default)]
 pub(super) struct WorkloadApis {
     served: HashMap<u64, ServedPod>,
     /// Pods in which it cannot be served, as the log has said.
     failing: HashSet<u64>,
+    socket: Option<WorkloadSocket>,
     thread: Option<ApiThread>,
 }
 
@@ -36,6 +41,8 @@ struct ServedPod {
     pod: Arc<Pod>,
     /// A duplicate, for the next pod of the netns.
     listener: TcpListener,
+    /// For connections that the node's socket has accepted.
+    attested: mpsc::Sender<Attested>,
     task: AbortHandle,
     /// Renewed as long as the pod is served.
     _certificate: AppCertificate,
@@ -48,6 +55,16 @@ impl Drop for ServedPod {
 }
 
 impl WorkloadApis {
+    /// Creates the APIs of no pods yet. `socket` is the path of the node's socket.
+    pub(super) fn new(socket: Option<&Path>) -> Self {
+        Self {
+            served: HashMap::new(),
+            failing: HashSet::new(),
+            socket: socket.map(WorkloadSocket::at),
+            thread: None,
+        }
+    }
+
     /// Begins to serve the pods of `serving` that may use the API and are not served yet, and ends with the others.
     pub(super) fn settle(&mut self, node: &Node, serving: &HashMap<u64, Serving>) {
         let allowed = &node.config.workload_api;
@@ -93,6 +110,40 @@ impl WorkloadApis {
                 }
             }
         }
+        self.settle_socket(node, serving);
+    }
+
+    fn settle_socket(&mut self, node: &Node, serving: &HashMap<u64, Serving>) {
+        let Some(socket) = &mut self.socket else {
+            return;
+        };
+        let runtime = match ApiThread::runtime(&mut self.thread) {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                tracing::error!(%error, "cannot start the workload API's thread; retrying");
+                return;
+            }
+        };
+        let access = |cookie: &u64, serving: &Serving| {
+            if serving.ended.is_some() {
+                return Access::Ended;
+            }
+            let identity = &serving.pod.workload.identity;
+            match self.served.get(cookie) {
+                Some(served) => Access::Server(served.attested.clone()),
+                None if node.config.workload_api.allows(identity) => Access::Failing,
+                None => Access::NotListed,
+            }
+        };
+        let pods: SocketPods = serving
+            .iter()
+            .map(|(cookie, serving)| {
+                let pod = serving.pod.clone();
+                let access = access(cookie, serving);
+                (*cookie, SocketPod { pod, access })
+            })
+            .collect();
+        socket.settle(pods, runtime, &node.listening);
     }
 
     fn serve(
@@ -105,18 +156,16 @@ impl WorkloadApis {
             Some(listener) => listener,
             None => open_workload_api(&node.kernel, &pod.enrolled.netns)?,
         };
-        let runtime = match &self.thread {
-            Some(thread) => &thread.runtime,
-            None => &self.thread.insert(ApiThread::start()?).runtime,
-        };
+        let runtime = ApiThread::runtime(&mut self.thread)?;
         let lifetime = node.config.workload_api.certificate_lifetime;
         let identity = &pod.workload.identity;
         let certificate = node.certificates.for_app(identity, lifetime);
         let (served, open) = (certificate.served.clone(), node.listening.subscribe());
         let accepting = listener.try_clone()?;
+        let (attested, received) = mpsc::channel(WAITING);
         let task = runtime.spawn(async move {
             match tokio::net::TcpListener::from_std(accepting) {
-                Ok(accepting) => serve(accepting, served).await,
+                Ok(accepting) => serve(accepting, received, served).await,
                 Err(error) => tracing::error!(%error, "cannot watch the workload API's listener"),
             }
             drop(open);
@@ -124,6 +173,7 @@ impl WorkloadApis {
         Ok(ServedPod {
             pod: pod.clone(),
             listener,
+            attested,
             task: task.abort_handle(),
             _certificate: certificate,
         })
@@ -138,6 +188,14 @@ struct ApiThread {
 }
 
 impl ApiThread {
+    /// Returns the runtime of the thread, after starting it if there is none.
+    fn runtime(thread: &mut Option<Self>) -> io::Result<&Handle> {
+        Ok(match thread {
+            Some(thread) => &thread.runtime,
+            None => &thread.insert(Self::start()?).runtime,
+        })
+    }
+
     fn start() -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();

@@ -1,37 +1,15 @@
-"""An app that gets its certificate by the SPIFFE Workload API. Prints one JSON object for its first certificate, and one for
-the certificate that replaces it. SPIFFE's client for Python knows Unix sockets only, so a thread connects one to the API.
+"""An app that gets its certificate by the SPIFFE Workload API, at the address in SPIFFE_ENDPOINT_SOCKET. Prints one JSON object for
+its first certificate, and one for the certificate that replaces it.
 """
 
-import asyncio
 import json
-import os
 import threading
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from spiffe import TrustDomain, WorkloadApiClient, X509Source
 from spiffe.errors import PySpiffeError
 
-HOST, PORT = "127.0.0.1", 15082
-# In the working directory: gRPC makes an :authority of the path, which is malformed if it has slashes.
-SOCKET = "workload-api.sock"
 SECONDS = 30
-
-
-async def copy(reader, writer):
-    while data := await reader.read(1 << 16):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
-
-
-async def bridge(ready):
-    async def serve(reader, writer):
-        api_reader, api_writer = await asyncio.open_connection(HOST, PORT)
-        await asyncio.gather(copy(reader, api_writer), copy(api_reader, writer))
-
-    server = await asyncio.start_unix_server(serve, SOCKET)
-    ready.set()
-    await server.serve_forever()
 
 
 def public_bytes(key):
@@ -57,10 +35,6 @@ def serial(source):
 
 
 def main():
-    ready = threading.Event()
-    threading.Thread(target=asyncio.run, args=[bridge(ready)], daemon=True).start()
-    ready.wait(SECONDS)
-    os.environ["SPIFFE_ENDPOINT_SOCKET"] = f"unix:{SOCKET}"
     changed = threading.Event()
     with X509Source(timeout_in_seconds=SECONDS) as source:
         source.subscribe_for_updates(changed.set)
