@@ -1,5 +1,6 @@
-//! The programs that a cluster consists of (Kubernetes, etcd, containerd, the CNI plugins) and helm. Each is built from a Go
-//! module of test tools below `tests/tools`, which pins its version and the versions of all that it imports.
+//! The programs that a cluster consists of (Kubernetes, etcd, containerd, the CNI plugins), helm, istiod, and SPIRE's server.
+//! Each is built from a Go module of test tools below `tests/tools`, which pins its version and the versions of all that it
+//! imports.
 
 use std::env;
 use std::ffi::OsString;
@@ -25,6 +26,8 @@ pub struct GoModule {
     rename: Option<(&'static str, &'static str)>,
     /// The folder of its programs below [`folder`], if it is not that folder itself.
     below: Option<&'static str>,
+    /// Whether it contains C code.
+    c: bool,
 }
 
 /// A part of a version such as `v1.37.2`.
@@ -37,7 +40,7 @@ enum Stamp {
 
 impl GoModule {
     /// All modules, the quickest to build first.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self {
             name: "cni",
             programs: &["bridge", "host-local", "loopback", "portmap", "ptp"],
@@ -48,6 +51,7 @@ impl GoModule {
             )],
             rename: None,
             below: None,
+            c: false,
         },
         Self {
             name: "etcd",
@@ -56,6 +60,7 @@ impl GoModule {
             stamps: &[],
             rename: Some(("server", "etcd")),
             below: None,
+            c: false,
         },
         Self {
             name: "containerd",
@@ -67,6 +72,7 @@ impl GoModule {
             )],
             rename: None,
             below: None,
+            c: false,
         },
         Self {
             name: "helm",
@@ -75,6 +81,7 @@ impl GoModule {
             stamps: &[("helm.sh/helm/v4/internal/version.version", Stamp::Whole)],
             rename: None,
             below: None,
+            c: false,
         },
         Self {
             name: "istio",
@@ -83,6 +90,17 @@ impl GoModule {
             stamps: &[],
             rename: None,
             below: None,
+            c: false,
+        },
+        Self {
+            name: "spire",
+            programs: &["spire-server"],
+            source: "github.com/spiffe/spire",
+            stamps: &[],
+            rename: None,
+            below: None,
+            // SQLite.
+            c: true,
         },
         Self::KUBERNETES,
     ];
@@ -106,6 +124,7 @@ impl GoModule {
         ],
         rename: None,
         below: None,
+        c: false,
     };
 
     /// The environment variable with the minor version of the Kubernetes to start, if not the newest.
@@ -156,7 +175,7 @@ impl GoModule {
             .arg("tool")
             .env("GOBIN", &draft)
             .env("GOWORK", "off")
-            .env("CGO_ENABLED", "0")
+            .env("CGO_ENABLED", if self.c { "1" } else { "0" })
             .status()
             .with_context(|| format!("running {}", go.display()))?;
         if !status.success() {

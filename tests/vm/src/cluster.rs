@@ -27,7 +27,7 @@ const PROGRAMS: [&str; 9] = [
 /// The folder of the plugins of iptables.
 const IPTABLES_PLUGINS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 /// Modules of Go programs that a cluster does not run.
-const UNUSED: &str = "istio";
+const UNUSED: [&str; 2] = ["istio", "spire"];
 /// The test in the binary `cluster`, and texts in the names of its steps that run, besides those that these need.
 const TEST: &str = "chart_on_a_cluster_of_two_nodes";
 const STEPS: &str = "with TLS 1.3 between nodes,the access log names,pods outside the mesh are refused,without a daemon is closed";
@@ -61,7 +61,9 @@ pub(super) fn add(tree: &mut FileTree, kube_node: &Path) -> Result<()> {
     if Path::new(IPTABLES_PLUGINS).is_dir() {
         tree.copy(Path::new(IPTABLES_PLUGINS), Path::new(IPTABLES_PLUGINS))?;
     }
-    let modules = GoModule::ALL.iter().filter(|module| module.name != UNUSED);
+    let modules = GoModule::ALL
+        .iter()
+        .filter(|module| !UNUSED.contains(&module.name));
     for name in modules.flat_map(|module| module.programs) {
         let path = programs_folder().join(name);
         fs::metadata(&path)

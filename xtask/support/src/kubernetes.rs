@@ -1,4 +1,5 @@
-//! `cargo xtask kubernetes`: the programs of a real Kubernetes, for the tests that need an API server or a whole cluster.
+//! `cargo xtask kubernetes`: the programs of a real Kubernetes, for the tests that need an API server or a whole cluster, and
+//! others that are built the same way: istiod, and SPIRE's server.
 //!
 //! They are built from the Go modules below `tests/tools` into `$KUBE` or `/opt/kube`, once for each version.
 
@@ -53,7 +54,7 @@ pub fn build(modules: &[&GoModule]) -> Result<()> {
     // Another command may have built them while this one waited.
     for module in stale()? {
         let name = format!(
-            "build {} into {} (once; Kubernetes takes minutes)",
+            "build {} into {} (once; Kubernetes and SPIRE take minutes)",
             module.programs.join(", "),
             module.folder().display()
         );
@@ -67,8 +68,7 @@ pub fn build(modules: &[&GoModule]) -> Result<()> {
 pub fn ensure_or_say() {
     if let Err(error) = ensure() {
         eprintln!(
-            "    no Kubernetes: {error:#}\n    tests that need its API server or its nodes are skipped; `cargo xtask \
-             kubernetes` tries again"
+            "    no Kubernetes or SPIRE: {error:#}\n    tests that need one are skipped; `cargo xtask kubernetes` tries again"
         );
     }
 }
