@@ -122,7 +122,7 @@ pub use netns::Netns;
 pub use node::Node;
 pub use oidc::OidcIssuer;
 pub use packet::{Packet, Transport};
-pub use peers::{Envoy, Package, Ztunnel};
+pub use peers::{Envoy, Package, Spire, SpireOptions, Ztunnel};
 pub use place::Place;
 pub use pod::Pod;
 pub use process::{Finished, Process};

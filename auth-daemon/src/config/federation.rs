@@ -266,18 +266,19 @@ mod tests {
     }
 
     #[test]
-    fn the_documented_list_is_one() {
+    fn documented_lists_are_valid() {
         let page = include_str!("../../../docs/FEDERATION.md");
-        let (_, rest) = page.split_once("```yaml\n").unwrap();
-        let (list, _) = rest.split_once("```").unwrap();
-        let federation = read(list).unwrap();
-        let names = federation
-            .domains()
-            .iter()
-            .map(|domain| domain.trust_domain.as_str());
+        let lists = page.split("```yaml\nfederation:").skip(1);
+        let names = lists.map(|rest| {
+            let (list, _) = rest.split_once("```").unwrap();
+            let federation = read(&format!("federation:{list}")).unwrap();
+            let names = federation.domains().iter();
+            let names = names.map(|domain| domain.trust_domain.to_string());
+            names.collect::<Vec<_>>().join(", ")
+        });
         assert_eq!(
             names.collect::<Vec<_>>(),
-            ["far.example", "partner.example", "lab.example"]
+            ["far.example, partner.example, lab.example", "spire.example"]
         );
     }
 

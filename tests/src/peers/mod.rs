@@ -1,7 +1,8 @@
-//! Programs of others that our daemon meets or is compared with: Envoy, ztunnel, and HTTP/2 clients in Python.
+//! Programs of others that our daemon meets or is compared with: Envoy, SPIRE, ztunnel, and HTTP/2 clients in Python.
 
 mod envoy;
 mod package;
+mod spire;
 pub mod ztunnel;
 
 use std::fs;
@@ -12,6 +13,7 @@ use crate::place::Place;
 
 pub use envoy::Envoy;
 pub use package::Package;
+pub use spire::{Spire, SpireOptions};
 pub use ztunnel::Ztunnel;
 
 /// Loads nftables rules into a pod's namespace, with which they are removed.

@@ -50,6 +50,13 @@ impl Authority {
         Ok((Self(Issuer::new(params, key)), root))
     }
 
+    /// A CA whose certificate and key, both in PEM, another program may use, too.
+    pub(crate) fn shared() -> Result<(Self, String, String)> {
+        let (authority, root) = Self::foreign()?;
+        let key = authority.0.key().serialize_pem();
+        Ok((authority, root, key))
+    }
+
     /// A workload with a valid certificate that signs other certificates with it. Also returns the certificate.
     pub(crate) fn below(&self) -> Result<(Self, CertificateDer<'static>)> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
@@ -152,7 +159,7 @@ impl Presented {
         })
     }
 
-    pub(super) fn resolver(&self) -> Result<Arc<SingleCertAndKey>> {
+    pub(crate) fn resolver(&self) -> Result<Arc<SingleCertAndKey>> {
         let key = PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).context("a key")?;
         // Unlike rustls' builders, this does not verify that the certificate makes sense.
         let certified = CertifiedKey::new(self.chain.clone(), any_supported_type(&key)?);

@@ -12,5 +12,6 @@ mod connect;
 mod federation;
 mod naming;
 mod renewal;
+mod spire;
 mod workload_api;
 mod workload_api_socket;
