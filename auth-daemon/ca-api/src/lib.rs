@@ -22,3 +22,6 @@ pub mod auth;
 /// The field in a request's metadata that names the SPIFFE ID of the pod a node asks for (Istio's
 /// `security.ImpersonatedIdentity`).
 pub const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
+
+/// What each join token begins with, so that the CA, and programs that search for leaked secrets, recognise one.
+pub const JOIN_TOKEN_PREFIX: &str = "auth-daemon-join-";

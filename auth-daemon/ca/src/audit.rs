@@ -4,7 +4,11 @@
 use std::net::SocketAddr;
 
 use auth_mesh::ObjectName;
-use auth_tunnel::tls::{rfc3339, svid::Svid, unix_seconds};
+use auth_tunnel::tls::{
+    rfc3339,
+    svid::{NodeCertificate, Svid},
+    unix_seconds,
+};
 
 use crate::{attest::Caller, authority::Target, placement::Grant};
 
@@ -27,6 +31,25 @@ pub(crate) fn issued(peer: SocketAddr, caller: &Caller, grant: &Grant, leaf: Opt
         not_after = leaf.map_or_else(String::new, |leaf| rfc3339(unix_seconds(leaf.not_after))),
         "certificate issued"
     );
+}
+
+/// A machine has joined as `node` (event `nodeJoined`), or its certificate `serial` was renewed (`nodeRenewed`).
+pub(crate) fn node(event: &'static str, peer: SocketAddr, node: &str, leaf: &NodeCertificate) {
+    tracing::info!(
+        target: "audit",
+        event,
+        %peer,
+        node,
+        serial = &*leaf.serial,
+        not_after = rfc3339(unix_seconds(leaf.not_after)),
+        "certificate issued to node"
+    );
+}
+
+/// A join token was created, deleted, or has expired unused: `event` is `joinTokenCreated`, `joinTokenDeleted` or
+/// `joinTokenExpired`. `uid` is the operator's; for a token that has expired, that of its creator.
+pub(crate) fn join_token(event: &'static str, node: &str, uid: Option<u32>) {
+    tracing::warn!(target: "audit", event, node, uid, "join token changed");
 }
 
 /// A request or a TLS handshake was refused. `asked` is what it asked for.

@@ -1,5 +1,7 @@
 //! The CA of a trust domain, without a network: it issues, revokes, and rotates its root. Its callers decide who may ask.
 
+mod joining;
+
 use std::{
     fmt,
     sync::Arc,
@@ -178,6 +180,7 @@ impl Authority {
         let mut state = check_state(state, &settings, keys.intermediate())?;
         // The lists are signed anew, so what is published changes.
         state.changed(now);
+        Self::report_expired(&state.joins.expire(now));
         let view = CaView::new(&state, None, keys.intermediate(), now).map_err(UnusableCa)?;
         let written = store.replace(&state.to_json()).await;
         written.map_err(|error| UnusableCa(error.0))?;
@@ -222,7 +225,7 @@ impl Authority {
         check(&view)?;
         let key =
             RequestedKey::from_csr(csr).map_err(|error| Refusal::Request(error.to_string()))?;
-        key.check_names(identity)
+        key.check_names(identity.as_str())
             .map_err(|error| Refusal::Request(error.to_string()))?;
         if view.owns_key(&key.spki()) {
             return Err(Refusal::Request("the CSR's key is the CA's own".into()));
@@ -346,6 +349,8 @@ impl Authority {
                 .filter_map(|(index, root)| RootStatus::new(root, index == 0))
                 .collect(),
             revoked: (&published.revoked).into(),
+            join_tokens: view.joins.tokens().map(Into::into).collect(),
+            joined_nodes: view.joins.nodes().map(Into::into).collect(),
         }
     }
 
@@ -386,11 +391,13 @@ impl Authority {
             let mut next = state.clone();
             let answer = change(&mut next, &authority, now)?;
             next.changed(now);
+            let expired = next.joins.expire(now);
             let previous = authority.view.load_full();
             let view = CaView::new(&next, Some(&previous), authority.keys.intermediate(), now)
                 .map_err(Refusal::State)?;
             authority.store.replace(&next.to_json()).await?;
             *state = next;
+            Self::report_expired(&expired);
             let published = view.published.clone();
             authority.view.store(Arc::new(view));
             authority.published.send_replace(published);
@@ -460,6 +467,8 @@ impl Authority {
                 if node.is_empty() || node.len() > MAX_NODE || node.chars().any(char::is_control) {
                     return Err(Refusal::Request(format!("{node:.64?} is not a node name")));
                 }
+                // Its machine cannot come back with its key, also not after the revocation is withdrawn.
+                state.joins.forget(node);
                 revoked.nodes.entry(node.clone()).or_insert(new)
             }
         };
@@ -501,7 +510,11 @@ impl Authority {
         loop {
             let now = self.clock.now();
             let view = self.view.load_full();
-            let others = [view.rotation.due(), self.rotation_starts(&view)];
+            let others = [
+                view.rotation.due(),
+                self.rotation_starts(&view),
+                view.joins.expiry(),
+            ];
             let due = others.into_iter().flatten().fold(view.lists_due, u64::min);
             if due > now {
                 return Ok(due);

@@ -293,6 +293,7 @@ mod tests {
                 trust_domain: "far.example".parse().unwrap(),
                 root: Root::SelfSigned(RootSettings::default()),
                 max_lifetime: Duration::from_secs(3600),
+                taken_nodes: None,
             };
             let ca = Authority::open(store, settings).await.unwrap();
             let (lead, leader) = watch::channel(Some(ca.clone()));

@@ -4,6 +4,7 @@ mod attestation;
 mod bundle_endpoint;
 
 use std::{
+    collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     str::FromStr,
@@ -118,6 +119,9 @@ pub struct Settings {
     pub root: Root,
     /// Longest lifetime of a certificate.
     pub max_lifetime: Duration,
+    /// Names with which no machine can join: those of `attestation.tokens`. `None` if no machine can join at all, because the
+    /// API server tells which pods run where.
+    pub taken_nodes: Option<BTreeSet<String>>,
 }
 
 /// Where the CA keeps its state.
@@ -172,6 +176,16 @@ impl CaConfig {
                 "discovery.files: is missing: without an API server, it tells which pods run on which node".into(),
             );
         }
+        if let Some(attestation) = &attestation
+            && manifests.is_none()
+            && attestation.tokens.is_empty()
+            && attestation.jwks.is_none()
+            && attestation.kubernetes.is_none()
+        {
+            errors.push(
+                "attestation: has none of tokens, jwks and kubernetes: nobody can ask for a certificate".into(),
+            );
+        }
         let mut secrets = top.section("secrets", errors);
         let secret_namespaces = secrets.list("namespaces", errors, kubernetes_namespace);
         if secret_namespaces
@@ -213,6 +227,10 @@ impl CaConfig {
             trust_domain: self.trust_domain.clone(),
             root: self.root.clone(),
             max_lifetime: self.certificate_lifetime,
+            taken_nodes: self.manifests.as_ref().map(|_| {
+                let tokens = self.attestation.tokens.iter();
+                tokens.map(|token| token.node.clone()).collect()
+            }),
         }
     }
 }

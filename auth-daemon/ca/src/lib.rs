@@ -1,8 +1,8 @@
 //! The CA of a trust domain: it issues certificates to workloads, revokes them, and rotates its root. `docs/CA.md` is for
 //! its operators.
 //!
-//! From the bottom up: [`config`]; [`csr`], `signer`, `intermediate` and `crl` make certificates and lists; `rotation` and
-//! `state` are pure, and [`store`] keeps the state; [`authority`] does what it is asked; [`attest`] and [`placement`] decide
+//! From the bottom up: [`config`]; [`csr`], `signer`, `intermediate` and `crl` make certificates and lists; `rotation`,
+//! [`join`] and `state` are pure, and [`store`] keeps the state; [`authority`] does what it is asked; [`attest`] and [`placement`] decide
 //! who may ask for what, and [`quotas`] how much; `connection`, `service`, `operator` and [`server`] answer, and `audit`
 //! logs it. [`leader`] elects the replica that does so, `control`, [`roots`] and [`distribution`] write
 //! to the cluster, and [`embedded`] is a CA without a server.
@@ -19,8 +19,8 @@ mod crl;
 pub mod csr;
 pub mod distribution;
 pub mod embedded;
-mod files;
 mod intermediate;
+pub mod join;
 pub mod leader;
 mod operator;
 pub mod placement;
@@ -35,3 +35,5 @@ mod state;
 pub mod status;
 pub mod store;
 mod view;
+
+use auth_support::files;

@@ -10,8 +10,9 @@ use std::{
 };
 
 use auth_ca_api::auth::{
-    RevokeRequest, RevokeResponse, RotateRootRequest, RotateRootResponse, StatusRequest,
-    StatusResponse, Target as TargetMessage, UnrevokeRequest, UnrevokeResponse,
+    CreateJoinTokenRequest, CreateJoinTokenResponse, DeleteJoinTokenRequest,
+    DeleteJoinTokenResponse, RevokeRequest, RevokeResponse, RotateRootRequest, RotateRootResponse,
+    StatusRequest, StatusResponse, Target as TargetMessage, UnrevokeRequest, UnrevokeResponse,
     operator_server::{Operator, OperatorServer},
     target,
 };
@@ -223,6 +224,36 @@ impl Operator for OperatorService {
         let phase = self.authority()?.rotate_root().await.map_err(refused)?;
         audit::operator("rootRotation", None, &phase, uid);
         Ok(Response::new(RotateRootResponse { phase }))
+    }
+
+    async fn create_join_token(
+        &self,
+        request: Request<CreateJoinTokenRequest>,
+    ) -> Result<Response<CreateJoinTokenResponse>, Status> {
+        let uid = uid(&request);
+        let CreateJoinTokenRequest {
+            node,
+            lifetime_seconds,
+            replace,
+        } = request.into_inner();
+        let lifetime = Duration::from_secs(lifetime_seconds);
+        let authority = self.authority()?;
+        let created = authority.create_join_token(&node, lifetime, replace, uid);
+        let token = created.await.map_err(refused)?;
+        audit::join_token("joinTokenCreated", &node, uid);
+        Ok(Response::new(CreateJoinTokenResponse { token }))
+    }
+
+    async fn delete_join_token(
+        &self,
+        request: Request<DeleteJoinTokenRequest>,
+    ) -> Result<Response<DeleteJoinTokenResponse>, Status> {
+        let uid = uid(&request);
+        let node = request.into_inner().node;
+        let authority = self.authority()?;
+        authority.delete_join_token(&node).await.map_err(refused)?;
+        audit::join_token("joinTokenDeleted", &node, uid);
+        Ok(Response::new(DeleteJoinTokenResponse {}))
     }
 }
 

@@ -44,7 +44,7 @@ fn config(
         trust_domain: trust_domain.clone(),
         roots: roots.to_vec(),
     }));
-    let verifier = Verifier::new(Arc::new(trust), provider.clone())?.with_anonymous_clients();
+    let verifier = Verifier::new(Arc::new(trust), provider.clone())?.of_ca();
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))

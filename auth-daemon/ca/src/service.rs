@@ -1,9 +1,11 @@
 //! What the CA answers: Istio's certificate service, and the trust bundle for those who watch it.
 
+mod nodes;
+
 use std::{net::IpAddr, pin::Pin, sync::Arc, time::Duration};
 
 use auth_ca_api::{
-    IMPERSONATED_IDENTITY,
+    IMPERSONATED_IDENTITY, JOIN_TOKEN_PREFIX,
     auth::{Denial, Trust, WatchRequest, trust_service_server::TrustService},
     istio::{
         IstioCertificateRequest, IstioCertificateResponse,
@@ -181,13 +183,16 @@ impl CaService {
             self.quotas.attested(node, peer.address.ip().to_canonical());
             peer.source.set(node);
         }
-        attested.map_err(|unattested| {
-            let over = (!self.quotas.failure(source)).then(|| Over::Failures(source.to_string()));
-            Refused {
-                over: over.map(Box::new),
-                ..Refused::new(Kind::Unattested, unattested.0)
-            }
-        })
+        attested.map_err(|unattested| self.unattested(source, unattested.0))
+    }
+
+    /// A failure of `source` to prove who it is. Many of them are answered slowly.
+    fn unattested(&self, source: &str, why: String) -> Refused {
+        let over = (!self.quotas.failure(source)).then(|| Over::Failures(source.to_owned()));
+        Refused {
+            over: over.map(Box::new),
+            ..Refused::new(Kind::Unattested, why)
+        }
     }
 
     /// A token takes precedence over a certificate, which does not make up for a bad token.
@@ -198,9 +203,20 @@ impl CaService {
             bearer,
             certificate,
         };
+        if bearer.is_some_and(is_join_token) {
+            let why = "a join token is good for a node's own certificate only";
+            return Err(Unattested(why.into()));
+        }
         for attestor in &self.attestors {
             if let Some(outcome) = attestor.attest(credentials).await {
-                return outcome;
+                let caller = outcome?;
+                return match bearer.and(caller.node()) {
+                    Some(node) if self.has_joined(node) => Err(Unattested(format!(
+                        "a machine outside the cluster has joined as node {node}: revoke that node, and give the machine \
+                         another name"
+                    ))),
+                    _ => Ok(caller),
+                };
             }
         }
         let why = if bearer.is_some() {
@@ -239,30 +255,37 @@ impl CaService {
         request: &IstioCertificateRequest,
     ) -> Result<Vec<String>, Refused> {
         let authority = self.authority()?;
+        let bearer = bearer(metadata).ok().flatten();
+        if let Some(token) = bearer.filter(|token| is_join_token(token)) {
+            return self.join(peer, token, request).await;
+        }
         let caller = self.identify(peer, metadata).await?;
         let asked = impersonated(request).map_err(|refused| refused.by(&caller))?;
+        if let (Caller::Node { node }, None, None, Some(certificate)) =
+            (&caller, &asked, bearer, &peer.certificate)
+        {
+            let renewed = self.renew_node(peer, (&caller, node), certificate, request);
+            return renewed.await.map_err(|refused| {
+                remember(peer, metadata, &caller, &refused);
+                refused.by(&caller)
+            });
+        }
         let issued = self
             .issue_for(&authority, &caller, asked.as_deref(), request)
             .await;
-        if let Err(refused) = &issued
-            && let Some(Over::Quota(exceeded)) = refused.over.as_deref()
-        {
-            peer.over_rate
-                .note(authorization(metadata), &caller, *exceeded);
+        if let Err(refused) = &issued {
+            remember(peer, metadata, &caller, refused);
         }
-        let (Issued { chain, roots }, grant) = issued.map_err(|refused| Refused {
+        let (issued, grant) = issued.map_err(|refused| Refused {
             asked,
             ..refused.by(&caller)
         })?;
         // A process that was stopped meanwhile may have lost the Lease.
         self.authority()?;
-        let leaf = Svid::parse(&chain[0], &self.trust_domain).ok();
+        let leaf = Svid::parse(&issued.chain[0], &self.trust_domain).ok();
         self.counters.issued.inc();
         audit::issued(peer.address, &caller, &grant, leaf.as_ref());
-        // As Istio's clients expect it: the last element holds everything that the caller is to trust.
-        let mut answer: Vec<_> = chain.iter().map(|der| pem::certificate(der)).collect();
-        answer.push(pem::certificates(&roots));
-        Ok(answer)
+        Ok(answer(&issued))
     }
 
     async fn issue_for(
@@ -272,12 +295,13 @@ impl CaService {
         asked: Option<&str>,
         request: &IstioCertificateRequest,
     ) -> Result<(Issued, Grant), Refused> {
-        let malformed = |why: String| Refused::new(Kind::Malformed, why);
-        let csr = CertificateSigningRequestDer::from_pem_slice(request.csr.as_bytes())
-            .map_err(|_| malformed("csr: is not a CERTIFICATE REQUEST in PEM".into()))?;
+        let csr = csr(request)?;
         let parse = |asked: &str| {
             let parsed = asked.parse::<Identity>();
-            parsed.map_err(|error| malformed(format!("metadata.{IMPERSONATED_IDENTITY}: {error}")))
+            parsed.map_err(|error| {
+                let why = format!("metadata.{IMPERSONATED_IDENTITY}: {error}");
+                Refused::new(Kind::Malformed, why)
+            })
         };
         let asked = asked.map(parse).transpose()?;
         // A pod's own requests count for its identity first, so that they cannot use up the quota of its node.
@@ -304,9 +328,9 @@ impl CaService {
             ),
             _ => (self.lifetime, Holder::Node(&grant.node)),
         };
-        let lifetime = match u64::try_from(request.validity_duration) {
-            Ok(seconds @ 1..) => Duration::from_secs(seconds).min(most),
-            _ => most,
+        let lifetime = match requested(request) {
+            Duration::ZERO => most,
+            lifetime => lifetime.min(most),
         };
         let issued = authority.issue(&grant.identity, &csr, lifetime, holder)?;
         Ok((issued, grant))
@@ -358,6 +382,37 @@ impl CaService {
         }
         refused.status()
     }
+}
+
+/// Remembers a caller that is over a quota until its retry time.
+fn remember(peer: &Peer, metadata: &MetadataMap, caller: &Caller, refused: &Refused) {
+    if let Some(Over::Quota(exceeded)) = refused.over.as_deref() {
+        let credentials = authorization(metadata);
+        peer.over_rate.note(credentials, caller, *exceeded);
+    }
+}
+
+/// The CSR of a request, DER.
+fn csr(
+    request: &IstioCertificateRequest,
+) -> Result<CertificateSigningRequestDer<'static>, Refused> {
+    CertificateSigningRequestDer::from_pem_slice(request.csr.as_bytes())
+        .map_err(|_| Refused::new(Kind::Malformed, "csr: is not a CERTIFICATE REQUEST in PEM"))
+}
+
+/// The lifetime that a request asks for; zero for the longest.
+fn requested(request: &IstioCertificateRequest) -> Duration {
+    Duration::from_secs(u64::try_from(request.validity_duration).unwrap_or(0))
+}
+
+/// The answer to a request as Istio's clients expect it: the last element holds everything that the caller is to trust.
+fn answer(issued: &Issued) -> Vec<String> {
+    let chain = issued.chain.iter().map(|der| pem::certificate(der));
+    chain.chain([pem::certificates(&issued.roots)]).collect()
+}
+
+fn is_join_token(bearer: &str) -> bool {
+    bearer.starts_with(JOIN_TOKEN_PREFIX)
 }
 
 fn authorization(metadata: &MetadataMap) -> &[u8] {

@@ -3,7 +3,9 @@
 use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
 use auth_mesh::{Identity, TrustDomain};
-use auth_tunnel::tls::svid::{NODE_EXTENSION, PERSON_EXTENSION, encode_node, encode_person};
+use auth_tunnel::tls::svid::{
+    NODE_EXTENSION, NodeCertificate, PERSON_EXTENSION, encode_node, encode_person,
+};
 use rcgen::{
     BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
@@ -230,6 +232,25 @@ impl Signer {
         let uri = Ia5String::try_from(identity.as_str())?;
         let mut params = leaf_params(vec![SanType::URI(uri)], purposes);
         params.custom_extensions.extend(extension);
+        self.leaf(key, params, lifetime, now)
+    }
+
+    /// Signs the certificate of `node` itself, a client's, for `key`. It is no SVID of a workload. Its validity is that of
+    /// [`Signer::svid`].
+    pub(crate) fn node(
+        &self,
+        node: &str,
+        trust_domain: &TrustDomain,
+        key: &RequestedKey,
+        lifetime: u64,
+        now: u64,
+    ) -> Result<Leaf, SignError> {
+        let uri = NodeCertificate::uri(node, trust_domain);
+        let uri = Ia5String::try_from(uri.as_str())?;
+        let purposes = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        let mut params = leaf_params(vec![SanType::URI(uri)], purposes);
+        let name = CustomExtension::from_oid_content(&NODE_EXTENSION, encode_node(node));
+        params.custom_extensions.push(name);
         self.leaf(key, params, lifetime, now)
     }
 

@@ -15,6 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use crate::{
     config::MAX_LIFETIME,
+    join::Joins,
     rotation::{CLOCK_SKEW, Rotation},
     signer::{self, Signer},
 };
@@ -38,6 +39,9 @@ pub(crate) struct CaState {
     pub(crate) rotation: Rotation,
     pub(crate) signers: BTreeMap<u32, StoredSigner>,
     pub(crate) revoked: Revoked,
+    /// Left out while it is empty, because earlier versions do not know it.
+    #[serde(default, skip_serializing_if = "Joins::is_empty")]
+    pub(crate) joins: Joins,
 }
 
 /// A signing certificate.
@@ -95,6 +99,7 @@ impl CaState {
             rotation: Rotation::steady(1),
             signers: BTreeMap::from([(1, signer)]),
             revoked: Revoked::default(),
+            joins: Joins::default(),
         }
     }
 
@@ -395,6 +400,7 @@ mod format1 {
                 rotation: self.rotation,
                 signers: signers.collect(),
                 revoked,
+                joins: Joins::default(),
             })
         }
     }

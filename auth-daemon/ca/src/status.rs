@@ -8,7 +8,13 @@ use auth_tunnel::tls::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::signer::{self, hex};
+use crate::{
+    join::{JoinToken, JoinedNode},
+    signer::{self, hex},
+};
+
+/// Joined nodes that the text lists; the JSON has all.
+const SHOWN_NODES: usize = 50;
 
 /// The status of one replica.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +49,69 @@ pub struct AuthorityStatus {
     pub roots: Vec<RootStatus>,
     /// What is revoked.
     pub revoked: RevokedStatus,
+    /// Join tokens that are not used yet: at most 100.
+    #[serde(default)]
+    pub join_tokens: Vec<JoinTokenStatus>,
+    /// Machines that have joined: at most 1000.
+    #[serde(default)]
+    pub joined_nodes: Vec<JoinedNodeStatus>,
+}
+
+/// A join token that is not used yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JoinTokenStatus {
+    /// The name of the node that joins with it.
+    pub node: String,
+    /// RFC 3339.
+    pub expires: String,
+    /// User ID of the operator who created it.
+    pub created_by: Option<u32>,
+    /// Whether the machine replaces one that has joined under that name.
+    pub replace: bool,
+}
+
+impl From<&JoinToken> for JoinTokenStatus {
+    fn from(token: &JoinToken) -> Self {
+        Self {
+            node: token.node.clone(),
+            expires: rfc3339(token.expires),
+            created_by: token.created_by,
+            replace: token.replace,
+        }
+    }
+}
+
+impl fmt::Display for JoinTokenStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}  until {}", self.node, self.expires)?;
+        if let Some(uid) = self.created_by {
+            write!(f, "  by user {uid}")?;
+        }
+        f.write_str(if self.replace { "  replaces" } else { "" })
+    }
+}
+
+/// A machine that has joined.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JoinedNodeStatus {
+    /// Its node's name.
+    pub node: String,
+    /// RFC 3339.
+    pub at: String,
+    /// User ID of the operator who created its token.
+    pub created_by: Option<u32>,
+}
+
+impl From<(&str, &JoinedNode)> for JoinedNodeStatus {
+    fn from((node, joined): (&str, &JoinedNode)) -> Self {
+        Self {
+            node: node.to_owned(),
+            at: rfc3339(joined.at),
+            created_by: joined.created_by,
+        }
+    }
 }
 
 /// One root certificate.
@@ -219,6 +288,18 @@ impl fmt::Display for AuthorityStatus {
             for entry in entries {
                 writeln!(f, "  {}  {}", entry.name, entry.reason)?;
             }
+        }
+        writeln!(f, "\nUNUSED JOIN TOKENS ({})", self.join_tokens.len())?;
+        for token in &self.join_tokens {
+            writeln!(f, "  {token}")?;
+        }
+        writeln!(f, "\nJOINED NODES ({})", self.joined_nodes.len())?;
+        for node in self.joined_nodes.iter().take(SHOWN_NODES) {
+            writeln!(f, "  {}  since {}", node.node, node.at)?;
+        }
+        let more = self.joined_nodes.len().saturating_sub(SHOWN_NODES);
+        if more > 0 {
+            writeln!(f, "  and {more} more (--json lists all)")?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use rustls::pki_types::CertificateDer;
 use crate::{
     crl,
     intermediate::Intermediate,
+    join::Joins,
     rotation::Rotation,
     signer::{self, Signer, hex},
     state::{CaState, Serial},
@@ -38,6 +39,7 @@ pub(crate) struct CaView {
     pub(crate) published: Arc<Published>,
     /// When to sign the next revocation lists, in seconds since the Unix epoch.
     pub(crate) lists_due: u64,
+    pub(crate) joins: Joins,
     signers: BTreeMap<u32, Arc<Signer>>,
 }
 
@@ -90,6 +92,7 @@ impl CaView {
             signing,
             published: Arc::new(published),
             lists_due: now.saturating_add(crl::LIFETIME / 2),
+            joins: state.joins.clone(),
             signers,
         })
     }

@@ -1,7 +1,7 @@
 //! Certificates: never a panic, on noise and on a good one with bytes changed; and what is an SVID is one of ours.
 
 use auth_mesh::TrustDomain;
-use auth_tunnel::tls::svid::Svid;
+use auth_tunnel::tls::svid::{NodeCertificate, Svid};
 
 /// Of spiffe://cluster.local/ns/default/sa/web.
 const GOOD: &[u8] = include_bytes!("../seeds/svid/web.der");
@@ -21,8 +21,10 @@ pub(super) fn run(input: &[u8]) {
 }
 
 fn parse(der: &[u8]) {
+    let node = NodeCertificate::parse(der, &TrustDomain::default());
     match Svid::parse(der, &TrustDomain::default()) {
         Ok(svid) => {
+            assert!(node.is_err(), "a workload's and a node's");
             assert_eq!(svid.identity.trust_domain(), "cluster.local");
             assert!(svid.serial.bytes().all(|b| b.is_ascii_hexdigit()));
         }

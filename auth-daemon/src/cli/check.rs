@@ -11,7 +11,7 @@ use super::{
     daemons::{Daemons, Selection},
     manifests, policy_diff,
 };
-use crate::config::{Config, DEFAULT_PINS, Discovery, NonTcp};
+use crate::config::{CaSource, Config, DEFAULT_PINS, Discovery, NonTcp};
 use auth_datapath::features;
 use auth_mesh::{
     Membership, MeshDefault,
@@ -72,6 +72,11 @@ fn warnings(config: &Config) -> Vec<String> {
         }
     };
     let mut warnings = vec![non_tcp.to_owned()];
+    if let CaSource::Server(server) = &config.ca
+        && let Err(errors) = server.check()
+    {
+        warnings.extend(errors.lines().map(str::to_owned));
+    }
     match &config.discovery {
         Discovery::Files(folder) => match manifests::read(folder, config.policy.clone()) {
             Ok(known) => {

@@ -85,6 +85,16 @@ fn table(status: &Value) -> String {
             revoked("nodes"),
         ));
     }
+    let own = &status["ca"]["authentication"];
+    match own["by"].as_str() {
+        Some("certificate") => out.push_str(&format!(
+            "CA: known as node {} by its own certificate, until {}\n",
+            text(&own["node"]),
+            text(&own["notAfter"]),
+        )),
+        Some("joinToken") => out.push_str("CA: NOT JOINED, waits for a join token\n"),
+        _ => {}
+    }
     for domain in items(&status["federation"]) {
         out.push_str(&format!(
             "federation: {}, {}, {} from {}\n",
@@ -284,6 +294,7 @@ mod tests {
                 },
             ],
             "connections": [],
+            "ca": {"authentication": {"by": "certificate", "node": "vm-1", "notAfter": "2026-01-02T03:04:05Z"}},
         }));
         assert!(
             table.starts_with(
@@ -299,6 +310,7 @@ mod tests {
             "trust: 2 roots (retiring 5d0f); revoked: 3 certificates, 1 identities, 0 nodes\n";
         assert!(table.contains(trust), "{table}");
         for line in [
+            "CA: known as node vm-1 by its own certificate, until 2026-01-02T03:04:05Z\n",
             "federation: partner.example, 1 root, current at 2026-01-02T03:04:05Z, from /p.json\n",
             "federation: other.example, 0 roots, never read from https://o.example/\n",
             "remote cluster: east, 3 pods and 2 services of b, from Secret east-1\n",

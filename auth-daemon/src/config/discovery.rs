@@ -2,7 +2,11 @@
 
 use std::{collections::BTreeSet, path::PathBuf, str::FromStr};
 
-use super::{CaServer, RemoteClusters, cluster_id, kubernetes_namespace, server};
+use super::{
+    CaServer, Proof, RemoteClusters,
+    ca::{cluster_id, server},
+    kubernetes_namespace,
+};
 use auth_mesh::{Membership, MeshDefault};
 use auth_support::config::{Section, absolute};
 
@@ -93,7 +97,9 @@ pub(super) fn read(
             .map(Discovery::Files),
         ["istiod"] => {
             let mut control_plane = sources.section("istiod", errors);
-            let server = server("discovery.istiod", &mut control_plane, errors);
+            let proof = control_plane.required("tokenFile", errors, absolute);
+            let proof = proof.map(Proof::Token);
+            let server = server("discovery.istiod", &mut control_plane, proof, errors);
             let network = control_plane.parsed("network", errors, cluster_id);
             let on_demand = control_plane.parsed("subscribe", errors, |s| match s {
                 "all" => Ok(false),

@@ -1,6 +1,7 @@
 //! The daemon's configuration file: YAML, checked as a whole, so that one run shows every error.
 
 mod access_log;
+mod ca;
 mod discovery;
 mod federation;
 mod remote_clusters;
@@ -15,11 +16,12 @@ use std::{
 use ipnet::IpNet;
 
 pub use access_log::{AccessFields, AccessLog, Sample};
+pub use ca::{CaServer, CaSource, Join, Proof};
 pub use discovery::{Discovery, NodeTaint};
 pub use federation::{BundleSource, Federation, ForeignDomain};
 pub use remote_clusters::RemoteClusters;
 
-use auth_support::config::{self as section, Section, absolute, duration, node_name, server_name};
+use auth_support::config::{self as section, Section, absolute, duration, node_name};
 pub use auth_support::{
     config::InvalidConfig,
     log::{Log, LogFormat},
@@ -74,33 +76,6 @@ pub enum Observe {
     Nothing,
 }
 
-/// Source of certificates.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CaSource {
-    /// A folder with the trust domain's root key and certificate: this daemon signs.
-    Directory(PathBuf),
-    /// The trust domain's CA.
-    Server(CaServer),
-}
-
-/// How to reach the trust domain's CA, or istiod.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CaServer {
-    /// The section of the configuration that says so, for errors.
-    pub section: &'static str,
-    /// Host and port.
-    pub address: String,
-    /// The name in the CA's certificate. Defaults to the address's host.
-    pub server_name: String,
-    /// PEM file with the roots that the CA is verified against. Read again at each connection.
-    pub root_file: PathBuf,
-    /// File with the bearer token that says which node this is. Read again when it is used.
-    pub token_file: PathBuf,
-    /// The cluster that issued the token. istiod asks that cluster's API server about it. Defaults to `Kubernetes`, as
-    /// in Istio.
-    pub cluster_id: String,
-}
-
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -152,8 +127,6 @@ pub struct Config {
 
 /// Default folder for pins.
 pub const DEFAULT_PINS: &str = "/sys/fs/bpf/auth-daemon";
-/// The ID of a mesh's only cluster in Istio.
-const DEFAULT_CLUSTER: &str = "Kubernetes";
 const MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 const MIN_LIFETIME: Duration = Duration::from_secs(10);
 const MAX_DRAIN: Duration = Duration::from_secs(60 * 60);
@@ -216,7 +189,7 @@ impl Config {
             &mut errors,
         );
         let mut ca = root.section("ca", &mut errors);
-        let ca_source = ca_source(&mut ca, &mut errors);
+        let ca_source = ca::read(&mut ca, node_name.as_deref(), &trust_domain, &mut errors);
         let certificate_lifetime = ca.parsed("certificateLifetime", &mut errors, |s| {
             duration(s, MIN_LIFETIME, MAX_LIFETIME)
         });
@@ -288,80 +261,8 @@ impl Config {
     pub fn cluster_id(&self) -> &str {
         match (&self.discovery, &self.ca) {
             (Discovery::Istiod { server: s, .. }, _) | (_, CaSource::Server(s)) => &s.cluster_id,
-            _ => DEFAULT_CLUSTER,
+            _ => ca::DEFAULT_CLUSTER,
         }
-    }
-}
-
-/// Either a folder, or an address with what belongs to it.
-fn ca_source(ca: &mut Section, errors: &mut Vec<String>) -> Option<CaSource> {
-    let has = |field| ca.has(field);
-    match (has("directory"), has("address")) {
-        (true, true) => {
-            errors.push("ca: has directory and address; it is one or the other".into());
-            for field in [
-                "directory",
-                "address",
-                "serverName",
-                "rootFile",
-                "tokenFile",
-                "clusterId",
-            ] {
-                ca.skip(field);
-            }
-            None
-        }
-        (true, false) => ca
-            .required("directory", errors, absolute)
-            .map(CaSource::Directory),
-        (false, true) => server("ca", ca, errors).map(CaSource::Server),
-        (false, false) => {
-            errors.push(
-                "ca: has neither directory, a folder with the root key, nor address, where the CA is".into(),
-            );
-            None
-        }
-    }
-}
-
-/// How to reach the CA, or istiod.
-fn server(name: &'static str, section: &mut Section, errors: &mut Vec<String>) -> Option<CaServer> {
-    let address = section.required("address", errors, host_and_port);
-    let server_name = section.parsed("serverName", errors, server_name);
-    let root_file = section.required("rootFile", errors, absolute);
-    let token_file = section.required("tokenFile", errors, absolute);
-    let cluster_id = section.parsed("clusterId", errors, cluster_id);
-    let (host, port) = address?;
-    Some(CaServer {
-        section: name,
-        address: format!("{host}:{port}"),
-        server_name: server_name.unwrap_or_else(|| host.trim_matches(['[', ']']).to_owned()),
-        root_file: root_file?,
-        token_file: token_file?,
-        cluster_id: cluster_id.unwrap_or_else(|| DEFAULT_CLUSTER.into()),
-    })
-}
-
-/// The ID of a cluster or network in Istio, which names no length and no characters. It is sent in a header.
-fn cluster_id(text: &str) -> Result<String, &'static str> {
-    let printable = text.bytes().all(|b| b.is_ascii_graphic());
-    match text.len() {
-        1..=253 if printable => Ok(text.to_owned()),
-        _ => Err("is not an ID: 1 to 253 printable ASCII characters"),
-    }
-}
-
-/// `host:port`, with a name or an address (IPv6 in brackets) as the host.
-fn host_and_port(text: &str) -> Result<(String, u16), &'static str> {
-    let (host, port) = text.rsplit_once(':').ok_or("is not host:port")?;
-    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-    if bare.is_none() && host.contains(':') {
-        return Err("is not host:port; an IPv6 address goes in brackets");
-    }
-    server_name(bare.unwrap_or(host))?;
-    match port.parse() {
-        Ok(port) if port != 0 => Ok((host.to_owned(), port)),
-        _ => Err("has no port from 1 to 65535"),
     }
 }
 
@@ -591,63 +492,6 @@ mod tests {
             ),
         ] {
             let errors = parse(wrong, own).unwrap_err();
-            assert!(
-                errors.contains(error),
-                "{wrong}: {error:?} is not in:\n{errors}"
-            );
-        }
-    }
-
-    #[test]
-    fn certificates_come_from_a_folder_or_from_a_server() {
-        let parse = |ca: &str| {
-            Config::parse(&format!(
-                "nodeName: a\ndiscovery: {{files: /m}}\nca: {{{ca}}}\n"
-            ))
-        };
-        let folder = parse("directory: /ca").unwrap();
-        assert_eq!(folder.ca, CaSource::Directory("/ca".into()));
-        let server = |address: &str, name: &str| {
-            Ok(CaSource::Server(CaServer {
-                section: "ca",
-                address: address.into(),
-                server_name: name.into(),
-                root_file: "/r".into(),
-                token_file: "/t".into(),
-                cluster_id: "Kubernetes".into(),
-            }))
-        };
-        let source = |ca: &str| parse(ca).map(|config| config.ca);
-        let files = "rootFile: /r, tokenFile: /t";
-        assert_eq!(
-            source(&format!("address: 'ca.example:15012', {files}")),
-            server("ca.example:15012", "ca.example")
-        );
-        assert_eq!(
-            source(&format!("address: '[fd00::1]:15012', {files}")),
-            server("[fd00::1]:15012", "fd00::1")
-        );
-        assert_eq!(
-            source(&format!("address: '10.0.0.1:1', serverName: ca.x, {files}")),
-            server("10.0.0.1:1", "ca.x")
-        );
-        for (wrong, error) in [
-            (
-                "address: 'ca:1', directory: /ca",
-                "ca: has directory and address",
-            ),
-            ("address: 'ca:1'", "ca.rootFile: is missing"),
-            ("address: 'ca:1'", "ca.tokenFile: is missing"),
-            ("address: ca", "ca.address: \"ca\": is not host:port"),
-            ("address: 'fd00::1:15012'", "IPv6 address goes in brackets"),
-            ("address: 'ca:0'", "has no port"),
-            ("address: 'c a:1'", "neither a DNS name nor an IP address"),
-            (
-                "directory: /ca, tokenFile: /t",
-                "ca.tokenFile: there is no such field",
-            ),
-        ] {
-            let errors = source(wrong).unwrap_err().join("\n");
             assert!(
                 errors.contains(error),
                 "{wrong}: {error:?} is not in:\n{errors}"

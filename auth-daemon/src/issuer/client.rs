@@ -14,7 +14,10 @@ use auth_ca_api::{
     pem,
 };
 use prost_types::value::Kind as FieldKind;
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::{
+    pki_types::{CertificateDer, pem::PemObject},
+    sign::CertifiedKey,
+};
 use tokio::{
     sync::watch,
     task::AbortHandle,
@@ -27,10 +30,11 @@ use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 use super::{
     CaHealth, IssueError, IssueFuture, Issued, Issuer,
     access::Access,
-    link::{Link, ServerNames, explain_status, read_token},
+    link::{Link, ServerNames, explain_status},
+    machine::Machine,
     trust_watch,
 };
-use crate::config::CaServer;
+use crate::config::{CaServer, Proof};
 use auth_mesh::{Identity, TrustDomain};
 use auth_tunnel::tls::{
     svid::Svid,
@@ -43,7 +47,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const ATTEMPTS: u32 = 4;
 const RETRY: Duration = Duration::from_millis(100);
 /// Largest answer, in bytes, and most certificates in it.
-const MAX_ANSWER: usize = 256 << 10;
+pub(super) const MAX_ANSWER: usize = 256 << 10;
 const MAX_CHAIN: usize = 16;
 
 /// Requests certificates from the CA, and watches its trust bundle.
@@ -52,9 +56,17 @@ pub struct CaClient {
     link: Arc<Link>,
     lifetime: Duration,
     /// The connection of all requests, and its number.
-    channel: Mutex<(u64, Option<Channel>)>,
+    channel: Mutex<(u64, Option<Open>)>,
     contact: watch::Receiver<bool>,
-    watcher: AbortHandle,
+    /// Watches the trust bundle, and keeps the node's own certificate current.
+    tasks: Vec<AbortHandle>,
+}
+
+/// A connection, and the certificate that it was opened with.
+#[derive(Debug)]
+struct Open {
+    channel: Channel,
+    certificate: Option<Arc<CertifiedKey>>,
 }
 
 /// Why the configuration cannot be used. Names the field and the file.
@@ -70,8 +82,17 @@ impl CaClient {
         trust_domain: TrustDomain,
         lifetime: Duration,
     ) -> Result<Self, UnusableServer> {
-        read_token(&server).map_err(UnusableServer)?;
-        Self::start_through((&server).into(), Arc::new(server), trust_domain, lifetime)
+        server.check().map_err(UnusableServer)?;
+        let names = (&server).into();
+        let Proof::Join(join) = server.proof.clone() else {
+            return Self::start_through(names, Arc::new(server), trust_domain, lifetime);
+        };
+        let machine = Machine::open(server, join).map_err(UnusableServer)?;
+        let machine = Arc::new(machine);
+        let mut client = Self::start_through(names, machine.clone(), trust_domain, lifetime)?;
+        let task = tokio::spawn(machine.keep_current(client.link.clone(), lifetime));
+        client.tasks.push(task.abort_handle());
+        Ok(client)
     }
 
     /// The same with another way to reach the CA.
@@ -94,20 +115,28 @@ impl CaClient {
             lifetime,
             channel: Mutex::default(),
             contact,
-            watcher: watcher.abort_handle(),
+            tasks: vec![watcher.abort_handle()],
         })
     }
 
     fn channel(&self) -> Result<(u64, Channel), String> {
         let mut held = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
-        let (number, channel) = &mut *held;
-        if let Some(channel) = channel {
-            return Ok((*number, channel.clone()));
+        let (number, open) = &mut *held;
+        // The CA refuses requests on a connection whose certificate has expired since.
+        let certificate = self.link.access.certificate();
+        let current = certificate.as_ref().map(Arc::as_ptr);
+        if let Some(open) = open
+            && open.certificate.as_ref().map(Arc::as_ptr) == current
+        {
+            return Ok((*number, open.channel.clone()));
         }
-        let made = self.link.channel(|endpoint| endpoint)?;
+        let channel = self.link.channel(|endpoint| endpoint)?;
         *number += 1;
-        *channel = Some(made.clone());
-        Ok((*number, made))
+        *open = Some(Open {
+            channel: channel.clone(),
+            certificate,
+        });
+        Ok((*number, channel))
     }
 
     /// Drops connection number `failed`, unless another one has replaced it.
@@ -174,7 +203,9 @@ impl CaClient {
 
 impl Drop for CaClient {
     fn drop(&mut self) {
-        self.watcher.abort();
+        for task in &self.tasks {
+            task.abort();
+        }
     }
 }
 
@@ -234,29 +265,14 @@ fn impersonating(identity: &Identity) -> prost_types::Struct {
     }
 }
 
-/// The chain in an answer, leaf first, without the roots: for `identity`, or refused.
+/// The chain in an answer for `identity`, as [`read_chain`] returns it. Refused if it is for another one.
 fn read_answer(
     answer: &IstioCertificateResponse,
     identity: &Identity,
     trust_domain: &TrustDomain,
 ) -> Result<Vec<CertificateDer<'static>>, String> {
-    let mut chain: Vec<CertificateDer<'static>> = Vec::new();
-    for pem in &answer.cert_chain {
-        for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
-            let certificate =
-                certificate.map_err(|_| "it answers with what is not PEM".to_owned())?;
-            chain.push(certificate);
-            if chain.len() > MAX_CHAIN {
-                return Err(format!(
-                    "it answers with more than {MAX_CHAIN} certificates"
-                ));
-            }
-        }
-    }
-    let Some(leaf) = chain.first() else {
-        return Err("it answers without a certificate".into());
-    };
-    let svid = Svid::parse(leaf, trust_domain)
+    let chain = read_chain(answer)?;
+    let svid = Svid::parse(&chain[0], trust_domain)
         .map_err(|error| format!("it answers with an unusable certificate: {error}"))?;
     if svid.identity != *identity {
         return Err(format!(
@@ -264,16 +280,41 @@ fn read_answer(
             svid.identity
         ));
     }
-    // The leaf, then its intermediates. The roots after them are of no use to a peer, which has its own.
-    let mut own = Vec::new();
-    for certificate in chain {
-        let (_, parsed) = X509Certificate::from_der(&certificate)
-            .map_err(|_| "it answers with a chain that cannot be parsed".to_owned())?;
-        if own.is_empty() || parsed.subject().as_raw() != parsed.issuer().as_raw() {
-            own.push(certificate);
+    Ok(chain)
+}
+
+/// The chain in an answer, leaf first, without the roots: at least the leaf.
+pub(super) fn read_chain(
+    answer: &IstioCertificateResponse,
+) -> Result<Vec<CertificateDer<'static>>, String> {
+    let mut own: Vec<CertificateDer<'static>> = Vec::new();
+    let mut count = 0;
+    for pem in &answer.cert_chain {
+        for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+            let certificate =
+                certificate.map_err(|_| "it answers with what is not PEM".to_owned())?;
+            count += 1;
+            if count > MAX_CHAIN {
+                return Err(format!(
+                    "it answers with more than {MAX_CHAIN} certificates"
+                ));
+            }
+            // The leaf, then its intermediates. The roots after them are of no use to a peer, which has its own.
+            if own.is_empty() || !is_root(&certificate)? {
+                own.push(certificate);
+            }
         }
     }
+    if own.is_empty() {
+        return Err("it answers without a certificate".into());
+    }
     Ok(own)
+}
+
+fn is_root(certificate: &[u8]) -> Result<bool, String> {
+    let (_, parsed) = X509Certificate::from_der(certificate)
+        .map_err(|_| "it answers with a chain that cannot be parsed".to_owned())?;
+    Ok(parsed.subject().as_raw() == parsed.issuer().as_raw())
 }
 
 #[cfg(test)]

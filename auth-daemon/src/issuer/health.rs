@@ -21,6 +21,25 @@ struct State {
     watch: Option<bool>,
     /// Whether the last request for a certificate failed.
     request_failed: bool,
+    authentication: Authentication,
+}
+
+/// How the daemon proves to the CA which node it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(tag = "by", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub(super) enum Authentication {
+    /// By a token.
+    #[default]
+    Token,
+    /// By a join token: it has not joined yet.
+    JoinToken,
+    /// By the node's own certificate.
+    Certificate {
+        /// The name in it.
+        node: String,
+        /// UTC, in the format of RFC 3339.
+        not_after: String,
+    },
 }
 
 /// The CA's health, for `auth-daemon status`.
@@ -35,6 +54,8 @@ pub struct CaStatus {
     pub last_error: Option<String>,
     /// When that was.
     pub last_error_at: Option<String>,
+    /// How the daemon proves which node it is.
+    authentication: Authentication,
 }
 
 impl CaHealth {
@@ -66,6 +87,11 @@ impl CaHealth {
         state.watch = Some(false);
     }
 
+    /// Records how the daemon proves which node it is.
+    pub(super) fn authenticated_by(&self, authentication: Authentication) {
+        self.lock().authentication = authentication;
+    }
+
     /// Records that the CA has no trust watch.
     pub(super) fn has_no_watch(&self) {
         self.lock().watch = None;
@@ -79,6 +105,7 @@ impl CaHealth {
             reachable: state.watch.unwrap_or(!state.request_failed),
             answered: state.answered.as_ref().map(text),
             last_error: state.failed.as_ref().map(|(_, why)| why.clone()),
+            authentication: state.authentication.clone(),
             last_error_at: state.failed.as_ref().map(|(at, _)| text(at)),
         }
     }

@@ -68,7 +68,7 @@ impl Keeper {
         let mut trust = store.changes();
         let identity = holder.identity();
         if let Some(held) = holder.held() {
-            schedule.issued(&held, SystemTime::now(), rand::random());
+            schedule.issued(held.not_after, SystemTime::now(), rand::random());
         }
         loop {
             if trust.has_changed().unwrap_or(false) {
@@ -104,7 +104,7 @@ impl Keeper {
             match outcome {
                 Ok(svid) => {
                     self.health.issued();
-                    let delay = schedule.issued(&svid, now, rand::random());
+                    let delay = schedule.issued(svid.not_after, now, rand::random());
                     tracing::info!(
                         %identity, serial = %svid.serial, purpose = H::PURPOSE, renew_in_seconds = delay.as_secs(),
                         "certificate issued"

@@ -1,18 +1,13 @@
 //! The connection to the CA or istiod: TLS with roots that are looked up at each connection, and a token at each request.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, path::Path, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use rustls::{
     ClientConfig, RootCertStore,
     client::Resumption,
     pki_types::{CertificateDer, ServerName, pem::PemObject},
+    sign::SingleCertAndKey,
     version::TLS13,
 };
 use tokio::time::timeout;
@@ -30,6 +25,7 @@ use super::{
 };
 use crate::config::CaServer;
 use auth_mesh::TrustDomain;
+use auth_support::files;
 use auth_tunnel::tls::{
     explain, provider,
     trust::{Trust, TrustBundle, TrustStore},
@@ -79,8 +75,7 @@ impl From<&CaServer> for ServerNames {
 impl Link {
     /// Creates a link to istiod, which is verified against the roots in the file alone. Fails if its files cannot be read.
     pub fn to_istiod(server: CaServer) -> Result<Self, UnusableServer> {
-        read_roots(&server).map_err(UnusableServer)?;
-        read_token(&server).map_err(UnusableServer)?;
+        server.check().map_err(UnusableServer)?;
         let none = TrustBundle {
             trust_domain: TrustDomain::default(),
             roots: Vec::new(),
@@ -158,39 +153,31 @@ impl Link {
             }
         };
         store.add_parsable_certificates(self.trust.current().bundle.roots.iter().cloned());
-        let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
+        let config = ClientConfig::builder_with_provider(Arc::new(provider()))
             .with_protocol_versions(&[&TLS13])
             .map_err(|error| error.to_string())?
-            .with_root_certificates(store)
-            .with_no_client_auth();
+            .with_root_certificates(store);
+        let mut config = match self.access.certificate() {
+            Some(own) => config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(own))),
+            None => config.with_no_client_auth(),
+        };
         config.alpn_protocols = vec![b"h2".to_vec()];
         config.resumption = Resumption::disabled();
         Ok(config)
     }
 
-    /// `message` with the token that says who asks, and the cluster that issued it.
+    /// `message` with the token that says who asks, unless the connection's certificate does, and the cluster that issued it.
     pub(crate) async fn request<T>(&self, message: T) -> Result<Request<T>, String> {
         let mut request = Request::new(message);
         let token = self.access.token().await?;
         let cluster = MetadataValue::try_from(&self.names.cluster_id)
             .map_err(|error| format!("{}.clusterId: {error}", self.names.section))?;
-        request.metadata_mut().insert("authorization", token);
+        if let Some(token) = token {
+            request.metadata_mut().insert("authorization", token);
+        }
         request.metadata_mut().insert(CLUSTER_ID, cluster);
         Ok(request)
     }
-}
-
-fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let file = File::open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("is not a regular file"));
-    }
-    let mut content = Vec::new();
-    file.take(limit + 1).read_to_end(&mut content)?;
-    if content.len() as u64 > limit {
-        return Err(io::Error::other(format!("is larger than {limit} bytes")));
-    }
-    Ok(content)
 }
 
 /// The root certificates in the root file (PEM): at least one.
@@ -201,7 +188,7 @@ pub(super) fn read_roots(server: &CaServer) -> Result<Vec<CertificateDer<'static
 /// The root certificates in the file at `path` (PEM): at least one.
 pub(crate) fn roots_in(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let failed = |why: String| format!("{}: {why}", path.display());
-    let pem = read_at_most(path, MAX_ROOT_FILE).map_err(|error| failed(error.to_string()))?;
+    let pem = files::read(path, MAX_ROOT_FILE).map_err(|error| failed(error.to_string()))?;
     roots(&pem).map_err(failed)
 }
 
@@ -220,15 +207,10 @@ pub(crate) fn roots(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> 
     Ok(roots)
 }
 
-/// The value of `authorization`. Errors contain no part of the token.
-pub(super) fn read_token(server: &CaServer) -> Result<Bearer, String> {
-    token_in(&server.token_file).map_err(|why| format!("{}.tokenFile: {why}", server.section))
-}
-
-/// The value of `authorization` with the token in the file at `path`.
+/// The value of `authorization` with the token in the file at `path`. Errors contain no part of the token.
 pub(crate) fn token_in(path: &Path) -> Result<Bearer, String> {
     let failed = |why: String| format!("{}: {why}", path.display());
-    let content = read_at_most(path, MAX_TOKEN).map_err(|error| failed(error.to_string()))?;
+    let content = files::read(path, MAX_TOKEN).map_err(|error| failed(error.to_string()))?;
     bearer(&content).map_err(|why| failed(why.into()))
 }
 
@@ -271,6 +253,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::config::Proof;
 
     /// A server whose files are all `path`.
     fn server(path: &Path) -> CaServer {
@@ -279,7 +262,7 @@ mod tests {
             address: "ca:15012".into(),
             server_name: "ca".into(),
             root_file: path.into(),
-            token_file: path.into(),
+            proof: Proof::Token(path.into()),
             cluster_id: "Kubernetes".into(),
         }
     }
@@ -290,7 +273,7 @@ mod tests {
         let path = folder.path().join("token");
         let read = |content: &[u8]| {
             fs::write(&path, content).unwrap();
-            read_token(&server(&path))
+            token_in(&path)
         };
         let good = read(b"secret\n").unwrap();
         assert_eq!(good.to_str().unwrap(), "Bearer secret");
@@ -304,11 +287,11 @@ mod tests {
         ] {
             let error = read(bad).unwrap_err();
             assert!(
-                error.starts_with("ca.tokenFile: ") && !error.contains("ret"),
+                error.contains("token: ") && !error.contains("ret"),
                 "{error}"
             );
         }
-        assert!(read_token(&server(folder.path())).is_err());
+        assert!(token_in(folder.path()).is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod client;
 mod health;
 mod keeper;
 mod link;
+mod machine;
 mod renewal;
 mod trust_watch;
 

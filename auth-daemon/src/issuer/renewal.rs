@@ -3,7 +3,6 @@
 use std::time::{Duration, SystemTime};
 
 use auth_support::backoff;
-use auth_tunnel::tls::svid::Svid;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
@@ -42,13 +41,18 @@ impl Schedule {
             .min(LONGEST_SLEEP)
     }
 
-    /// A certificate was issued. The next is due when half of its remaining life has passed, give or take a tenth, so
+    /// A certificate that is valid until `not_after` was issued. The next is due when half of its remaining life has passed, give or take a tenth, so
     /// that a cluster that started at once does not renew at once. `chance` is between 0 and 1.
     ///
     /// Returns how long that is.
-    pub(super) fn issued(&mut self, svid: &Svid, now: SystemTime, chance: f64) -> Duration {
+    pub(super) fn issued(
+        &mut self,
+        not_after: SystemTime,
+        now: SystemTime,
+        chance: f64,
+    ) -> Duration {
         self.failures = 0;
-        let left = svid.not_after.duration_since(now).unwrap_or_default();
+        let left = not_after.duration_since(now).unwrap_or_default();
         self.after(
             left.mul_f64(0.4 + 0.2 * chance.clamp(0.0, 1.0))
                 .max(SHORTEST),
@@ -106,30 +110,19 @@ mod tests {
         START + Duration::from_secs(seconds)
     }
 
-    fn svid(not_after: SystemTime) -> Svid {
-        Svid {
-            identity: "spiffe://a/ns/b/sa/c".parse().unwrap(),
-            serial: "1".into(),
-            node: None,
-            person: None,
-            not_before: START,
-            not_after,
-        }
-    }
-
     #[test]
     fn requests_at_once_and_renews_around_half_life() {
         for (chance, expected) in [(0.0, 400), (0.5, 500), (1.0, 600)] {
             let mut schedule = Schedule::new(at(0));
             assert_eq!(schedule.sleep(at(0)), Duration::ZERO);
-            let delay = schedule.issued(&svid(at(1000)), at(0), chance);
+            let delay = schedule.issued(at(1000), at(0), chance);
             assert_eq!(delay, Duration::from_secs(expected));
             assert_eq!(schedule.sleep(at(0)), LONGEST_SLEEP);
             assert_eq!(schedule.sleep(at(expected - 1)), Duration::from_secs(1));
             assert_eq!(schedule.sleep(at(expected)), Duration::ZERO);
         }
         let mut schedule = Schedule::new(at(0));
-        assert_eq!(schedule.issued(&svid(at(10)), at(20), 0.5), SHORTEST);
+        assert_eq!(schedule.issued(at(10), at(20), 0.5), SHORTEST);
     }
 
     #[test]
@@ -143,7 +136,7 @@ mod tests {
             schedule.failed(at(0), 1.0, None);
         }
         assert_eq!(schedule.failed(at(0), 1.0, None), LAST_RETRY);
-        schedule.issued(&svid(at(1000)), at(0), 0.5);
+        schedule.issued(at(1000), at(0), 0.5);
         assert_eq!(schedule.failed(at(0), 1.0, None), FIRST_RETRY);
     }
 
@@ -171,7 +164,7 @@ mod tests {
     #[test]
     fn notices_a_clock_set_forward() {
         let mut schedule = Schedule::new(at(0));
-        schedule.issued(&svid(at(86_400)), at(0), 0.5);
+        schedule.issued(at(86_400), at(0), 0.5);
         assert_eq!(schedule.sleep(at(60)), LONGEST_SLEEP);
         assert_eq!(schedule.sleep(at(50_000)), Duration::ZERO);
     }
@@ -179,7 +172,7 @@ mod tests {
     #[test]
     fn retries_when_the_trust_bundle_changes() {
         let mut schedule = Schedule::new(at(0));
-        schedule.issued(&svid(at(1000)), at(0), 0.5);
+        schedule.issued(at(1000), at(0), 0.5);
         schedule.trust_changed(at(10), 0.5);
         assert_eq!(
             schedule.sleep(at(440)),
@@ -197,7 +190,7 @@ mod tests {
     #[test]
     fn replaces_a_revoked_certificate_at_once_unless_the_ca_refuses() {
         let mut schedule = Schedule::new(at(0));
-        schedule.issued(&svid(at(1000)), at(0), 0.5);
+        schedule.issued(at(1000), at(0), 0.5);
         schedule.revoked(at(10));
         assert_eq!(schedule.sleep(at(10)), Duration::ZERO);
         schedule.failed(at(10), 1.0, None);

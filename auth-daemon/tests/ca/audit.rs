@@ -344,3 +344,24 @@ async fn requests_of_the_operator_are_audited() {
         json!({"detail": phase.trim(), "uid": uid}),
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn says_who_created_a_join_token_and_which_machine_used_it() {
+    let ca = Audited::start();
+    let create = |node: &str| program::answer(&["token", "create", "--node", node], &ca.config);
+    let token = create("vm-1").trim().to_owned();
+    let created = ca.next("joinTokenCreated");
+    assert_eq!(created["node"], "vm-1");
+    assert_eq!(created["uid"], nix::unistd::geteuid().as_raw());
+    let caller = ca.caller().await;
+    let ask = || Ask::for_itself(Some(token.clone())).send(&caller);
+    ask().await.unwrap();
+    assert_eq!(ca.next("nodeJoined")["node"], "vm-1");
+    ask().await.unwrap_err();
+    let refused = ca.next("refused");
+    assert_eq!(refused["kind"], "unattested");
+    assert!(!refused.to_string().contains(&token), "{refused}");
+    create("vm-2");
+    program::answer(&["token", "delete", "--node", "vm-2"], &ca.config);
+    assert_eq!(ca.next("joinTokenDeleted")["node"], "vm-2");
+}

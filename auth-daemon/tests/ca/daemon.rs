@@ -21,7 +21,11 @@ use auth_ca_api::{
     },
     pem,
 };
-use auth_daemon::{config::CaServer, issuer::CaClient, issuer::Issuer as _};
+use auth_daemon::{
+    config::{CaServer, Proof},
+    issuer::CaClient,
+    issuer::Issuer as _,
+};
 use auth_tunnel::tls::{provider, svid::Svid, trust::Reason};
 use futures_util::{StreamExt as _, stream};
 use hyper_util::{
@@ -199,12 +203,12 @@ async fn refuses_bad_files_at_the_start() {
             .unwrap_err()
             .to_string()
     };
-    let error = start(|server| server.token_file = "/nonexistent/token".into());
+    let error = start(|server| server.proof = Proof::Token("/nonexistent/token".into()));
     assert!(
         error.contains("ca.tokenFile: /nonexistent/token"),
         "{error}"
     );
-    let error = start(|server| server.root_file = server.token_file.clone());
+    let error = start(|server| server.root_file = server.proof.file().to_owned());
     assert!(error.contains("ca.rootFile"), "{error}");
 }
 
@@ -324,7 +328,7 @@ impl Others {
             address: self.address.to_string(),
             server_name: NAME.into(),
             root_file: self.folder.path().join("roots"),
-            token_file: self.folder.path().join("token"),
+            proof: Proof::Token(self.folder.path().join("token")),
             cluster_id: CLUSTER.into(),
         };
         CaClient::start(server, domain(), LIFETIME).unwrap()

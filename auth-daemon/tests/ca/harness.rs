@@ -28,7 +28,7 @@ use auth_ca_api::{
     },
     pem,
 };
-use auth_daemon::config::CaServer;
+use auth_daemon::config::{CaServer, Proof};
 use auth_mesh::{Identity, Inventory, ObjectName, Registry, Snapshot, TrustDomain, Workload};
 use auth_tunnel::tls::provider;
 use hyper_util::rt::TokioIo;
@@ -302,7 +302,7 @@ impl Ca {
             address: self.address.to_string(),
             server_name: NAME.into(),
             root_file,
-            token_file: self.folder.path().join(node),
+            proof: Proof::Token(self.folder.path().join(node)),
             cluster_id: "Kubernetes".into(),
         }
     }

@@ -3,6 +3,7 @@
 mod audit;
 mod daemon;
 mod harness;
+mod joining;
 mod program;
 mod quotas;
 

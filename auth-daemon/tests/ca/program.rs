@@ -116,8 +116,21 @@ fn an_operator_asks_the_ca() {
         "the phase in words"
     );
 
+    let token = answer(&["token", "create", "--node", "vm-1"], &config);
+    assert!(token.starts_with("auth-daemon-join-") && token.lines().count() == 1);
+    let listed = answer(&["token", "list"], &config);
+    assert!(listed.starts_with("vm-1  until 2") && !listed.contains(token.trim()));
+    assert!(answer(&["status"], &config).contains("UNUSED JOIN TOKENS (1)\n  vm-1  until 2"));
+    answer(&["token", "delete", "--node", "vm-1"], &config);
+    assert_eq!(answer(&["token", "list"], &config), "");
     for (arguments, expected) in [
-        (&["revoke", "--serial", "xyz"][..], "serial"),
+        (&["token", "delete", "--node", "vm-1"][..], "no token"),
+        (&["token", "create", "--node", "a"], "attestation.tokens"),
+        (
+            &["token", "create", "--node", "vm", "--lifetime", "2h"],
+            "is not between",
+        ),
+        (&["revoke", "--serial", "xyz"], "serial"),
         (&["revoke", "--identity", "web"], "spiffe://"),
         (
             &["revoke", "--identity", "spiffe://other/ns/a/sa/b"],

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use auth_daemon::{
-    config::CaServer,
+    config::{CaServer, Proof},
     discovery::{Sink, istiod},
     issuer::{CaClient, Issuer as _, Link},
     proxy::lookups::Lookups,
@@ -77,7 +77,7 @@ impl Stage {
             address: istiod.address().to_string(),
             server_name: Istiod::SERVER_NAME.into(),
             root_file,
-            token_file,
+            proof: Proof::Token(token_file),
             cluster_id: "Kubernetes".into(),
         };
         Some(Self {

@@ -5,7 +5,7 @@ use rustls::pki_types::CertificateDer;
 use super::{Attestor, Caller, Credentials, Unattested};
 use crate::authority::Leader;
 
-/// Identifies workloads by their certificates.
+/// Identifies workloads, and machines that have joined, by their certificates.
 pub struct Certificates {
     leader: Leader,
 }
@@ -22,6 +22,10 @@ impl Certificates {
         let authority =
             authority.ok_or_else(|| Unattested("this replica is not the leader".into()))?;
         // The connection may be older than its certificate's expiry or revocation, and a root may have other issuers.
+        if authority.is_of_node(certificate) {
+            let node = authority.node(certificate).map_err(refused)?.node;
+            return Ok(Caller::Node { node });
+        }
         let svid = authority.verify(certificate).map_err(refused)?;
         let node = svid.node.filter(|node| !node.is_empty()).ok_or_else(|| {
             refused("it does not name a node where its pod runs: use a token".into())

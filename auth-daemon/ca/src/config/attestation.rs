@@ -121,11 +121,6 @@ impl Attestation {
                     .into(),
             );
         }
-        if tokens.is_empty() && jwks.is_none() && kubernetes.is_none() {
-            errors.push(
-                "attestation: has none of tokens, jwks and kubernetes: nobody can ask for a certificate".into(),
-            );
-        }
         Some(Self {
             tokens,
             jwks: all_or_none(jwks)?,

@@ -1,15 +1,17 @@
-//! `auth-daemon ca status`, `revoke`, `unrevoke` and `rotate-root`: the operator's requests, over the CA's socket.
+//! `auth-daemon ca status`, `revoke`, `unrevoke`, `rotate-root` and `token`: the operator's requests, over the CA's socket.
 
 use std::{
     fmt,
     io::ErrorKind,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, anyhow};
 use auth_ca_api::auth::{
-    RevokeRequest, RotateRootRequest, StatusRequest, Target as TargetMessage, UnrevokeRequest,
-    operator_client::OperatorClient, target,
+    CreateJoinTokenRequest, DeleteJoinTokenRequest, RevokeRequest, RotateRootRequest,
+    StatusRequest, Target as TargetMessage, UnrevokeRequest, operator_client::OperatorClient,
+    target,
 };
 use hyper_util::rt::TokioIo;
 use tokio::{net::UnixStream, runtime};
@@ -21,11 +23,12 @@ use tonic::{
 
 use auth_ca::{
     config::{CaConfig, DEFAULT_OPERATOR_SOCKET},
+    join::LIFETIMES,
     status::CaStatus,
 };
 use auth_tunnel::tls::trust::Reason;
 
-const DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(30);
 /// Largest answer: a status lists everything that is revoked.
 const MAX_ANSWER: usize = 64 << 20;
 
@@ -61,6 +64,44 @@ pub(super) enum OperatorCommand {
         #[command(flatten)]
         options: SocketOptions,
     },
+    /// Create, list and delete one-time tokens by which machines outside Kubernetes join the trust domain.
+    #[command(subcommand)]
+    Token(TokenCommand),
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum TokenCommand {
+    /// Print a token by which one machine can join. The CA keeps only its hash.
+    Create {
+        #[command(flatten)]
+        options: SocketOptions,
+        /// The name of the node: nodeName in its daemon's configuration.
+        #[arg(long)]
+        node: String,
+        /// Until the token expires, from 1m to 1h.
+        #[arg(long, default_value = "10m", value_parser = lifetime)]
+        lifetime: Duration,
+        /// Let the machine take the place of one that has joined under this name, which loses its certificate then.
+        #[arg(long)]
+        replace: bool,
+    },
+    /// List the tokens that are not used yet.
+    List {
+        #[command(flatten)]
+        options: SocketOptions,
+    },
+    /// Delete the token for a node, if it is not used yet.
+    Delete {
+        #[command(flatten)]
+        options: SocketOptions,
+        /// The name of the node.
+        #[arg(long)]
+        node: String,
+    },
+}
+
+fn lifetime(text: &str) -> Result<Duration, String> {
+    auth_support::config::duration(text, *LIFETIMES.start(), *LIFETIMES.end())
 }
 
 /// Where the CA's socket is.
@@ -96,15 +137,40 @@ pub(super) fn execute(command: OperatorCommand) -> anyhow::Result<()> {
     runtime.block_on(async {
         match command {
             OperatorCommand::Status { options, json } => {
-                let answer = connect(&options).await?.status(StatusRequest {}).await;
-                let text = answer.map_err(explain)?.into_inner().json;
-                if json {
-                    println!("{text}");
-                } else {
-                    let status: CaStatus =
-                        serde_json::from_str(&text).context("the CA's answer is not a status")?;
-                    print!("{status}");
+                let text = status(&options).await?;
+                match json {
+                    true => println!("{text}"),
+                    false => print!("{}", parse(&text)?),
                 }
+            }
+            OperatorCommand::Token(TokenCommand::Create {
+                options,
+                node,
+                lifetime,
+                replace,
+            }) => {
+                let request = CreateJoinTokenRequest {
+                    node,
+                    lifetime_seconds: lifetime.as_secs(),
+                    replace,
+                };
+                let answer = connect(&options).await?.create_join_token(request).await;
+                println!("{}", answer.map_err(explain)?.into_inner().token);
+            }
+            OperatorCommand::Token(TokenCommand::List { options }) => {
+                let status = parse(&status(&options).await?)?;
+                let authority = status
+                    .authority
+                    .context("standby: another replica is the leader, ask that one")?;
+                for token in authority.join_tokens {
+                    println!("{token}");
+                }
+            }
+            OperatorCommand::Token(TokenCommand::Delete { options, node }) => {
+                let mut operator = connect(&options).await?;
+                let request = DeleteJoinTokenRequest { node: node.clone() };
+                operator.delete_join_token(request).await.map_err(explain)?;
+                println!("the token for node {node} is deleted");
             }
             OperatorCommand::Revoke {
                 options,
@@ -141,6 +207,16 @@ pub(super) fn execute(command: OperatorCommand) -> anyhow::Result<()> {
         }
         Ok(())
     })
+}
+
+/// The CA's status, JSON.
+async fn status(options: &SocketOptions) -> anyhow::Result<String> {
+    let answer = connect(options).await?.status(StatusRequest {}).await;
+    Ok(answer.map_err(explain)?.into_inner().json)
+}
+
+fn parse(status: &str) -> anyhow::Result<CaStatus> {
+    serde_json::from_str(status).context("the CA's answer is not a status")
 }
 
 impl Target {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use futures_util::future::{BoxFuture, FutureExt};
+use futures_util::future::{BoxFuture, FutureExt, TryFutureExt};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::Client;
 use rustls::pki_types::CertificateDer;
@@ -230,8 +230,8 @@ impl Access for CaAccess {
         }
     }
 
-    fn token(&self) -> BoxFuture<'_, Result<Bearer, String>> {
-        self.token.current().boxed()
+    fn token(&self) -> BoxFuture<'_, Result<Option<Bearer>, String>> {
+        self.token.current().map_ok(Some).boxed()
     }
 
     fn prove<'a>(&'a self, csr: &'a str) -> BoxFuture<'a, ()> {

@@ -76,6 +76,9 @@ pub enum InvalidSvid {
         /// What is wrong with it.
         why: InvalidIdentity,
     },
+    /// The URI is not the name of a node of the trust domain.
+    #[error("URI SAN {0:?} does not name a node of this trust domain")]
+    NotANode(String),
     /// The SPIFFE ID belongs to another trust domain.
     #[error("identity {0} is of another trust domain")]
     TrustDomain(Identity),
@@ -122,6 +125,38 @@ impl Svid {
 /// Returns the SPIFFE ID in a leaf certificate, of whatever path. Otherwise like [`Svid::parse_of_any`].
 pub fn spiffe_id(der: &[u8]) -> Result<String, InvalidSvid> {
     Ok(Leaf::parse(der)?.uri)
+}
+
+/// A node's own certificate, with which its daemon authenticates to the CA. Its URI is no [`Identity`], so [`Svid::parse`] and
+/// whatever uses it (tunnels, policies, federation) refuse it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeCertificate {
+    /// The node's name.
+    pub node: String,
+    /// Serial number, in lower-case hexadecimal.
+    pub serial: Arc<str>,
+    /// End of the validity period.
+    pub not_after: SystemTime,
+}
+
+impl NodeCertificate {
+    /// The SPIFFE ID of `node`.
+    pub fn uri(node: &str, trust_domain: &TrustDomain) -> String {
+        format!("spiffe://{}/node/{node}", trust_domain.as_str())
+    }
+
+    /// Parses a certificate of a node of `trust_domain`. Does not verify the chain, the signature or the validity period.
+    pub fn parse(der: &[u8], trust_domain: &TrustDomain) -> Result<Self, InvalidSvid> {
+        let leaf = Leaf::parse(der)?;
+        match leaf.node {
+            Some(node) if leaf.uri == Self::uri(&node, trust_domain) => Ok(Self {
+                node: node.to_string(),
+                serial: leaf.serial,
+                not_after: leaf.not_after,
+            }),
+            _ => Err(InvalidSvid::NotANode(leaf.uri.chars().take(256).collect())),
+        }
+    }
 }
 
 /// A leaf certificate of the form of an SVID, with whatever URI.
@@ -286,6 +321,31 @@ mod tests {
         }
         let long = with(encode_node(&"a".repeat(MAX_NODE + 1)));
         assert_eq!(long, Err(InvalidSvid::Malformed));
+    }
+
+    #[test]
+    fn a_nodes_certificate_is_no_workloads() {
+        let with = |text: &str, node: &str| {
+            let extension = CustomExtension::from_oid_content(&NODE_EXTENSION, encode_node(node));
+            certificate(|params| {
+                params.subject_alt_names = vec![uri(text)];
+                params.custom_extensions = vec![extension];
+            })
+        };
+        let read = |der: &[u8]| NodeCertificate::parse(der, &TrustDomain::default());
+        let good = with("spiffe://cluster.local/node/vm-1", "vm-1");
+        assert_eq!(read(&good).unwrap().node, "vm-1");
+        let error = parse(&good).unwrap_err();
+        assert!(matches!(error, InvalidSvid::Identity { .. }), "{error}");
+        for (text, node) in [
+            ("spiffe://cluster.local/node/vm-1", "vm-2"),
+            ("spiffe://other/node/vm-1", "vm-1"),
+            (WEB, "vm-1"),
+        ] {
+            let error = read(&with(text, node)).unwrap_err();
+            assert!(matches!(error, InvalidSvid::NotANode(_)), "{error}");
+        }
+        assert!(read(&certificate(|_| {})).is_err());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use rustls::{
 use auth_mesh::TrustDomain;
 
 use super::{
-    svid::Svid,
+    svid::{NodeCertificate, Svid},
     trust::{NotFederated, TrustStore},
 };
 
@@ -44,7 +44,7 @@ pub struct Verifier {
     own: Arc<Roots>,
     /// By the name of the trust domain.
     foreign: HashMap<String, Arc<Roots>>,
-    clients_may_be_anonymous: bool,
+    is_of_ca: bool,
     provider: Arc<CryptoProvider>,
 }
 
@@ -91,15 +91,16 @@ impl Verifier {
             own: Roots::new(&bundle.roots, &provider)?,
             foreign: foreign.collect::<Result<_, Error>>()?,
             trust,
-            clients_may_be_anonymous: false,
+            is_of_ca: false,
             provider,
         })
     }
 
-    /// The same, but clients may stay without a certificate. Those that present one must pass.
-    pub fn with_anonymous_clients(self) -> Self {
+    /// The same for the CA's server: clients may stay without a certificate, or present that of a node. Those that present
+    /// one must pass. Whether a node's certificate is revoked, the CA checks itself.
+    pub fn of_ca(self) -> Self {
         Self {
-            clients_may_be_anonymous: true,
+            is_of_ca: true,
             ..self
         }
     }
@@ -112,6 +113,9 @@ impl Verifier {
     ) -> Result<Arc<Roots>, Error> {
         if intermediates.len() > MAX_INTERMEDIATES {
             return Err(refused(ChainTooLarge(intermediates.len())));
+        }
+        if self.is_of_ca && NodeCertificate::parse(leaf, &self.trust_domain).is_ok() {
+            return self.current(Some(&self.own), &self.trust.current().bundle.roots);
         }
         let svid = Svid::parse_of_any(leaf, &self.trust_domain).map_err(refused)?;
         let own = self.trust.check(&svid).map_err(refused)?;
@@ -198,7 +202,7 @@ impl ServerCertVerifier for Verifier {
 
 impl ClientCertVerifier for Verifier {
     fn client_auth_mandatory(&self) -> bool {
-        !self.clients_may_be_anonymous
+        !self.is_of_ca
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {

@@ -1,4 +1,5 @@
 mod certificates;
+mod joining;
 mod opening;
 mod revoking;
 mod rotating;
@@ -41,6 +42,7 @@ fn settings() -> Settings {
         trust_domain: "cluster.local".parse().unwrap(),
         root: Root::SelfSigned(roots()),
         max_lifetime: Duration::from_secs(DAY),
+        taken_nodes: Some(["a".to_owned()].into()),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Files that only the CA's user may change, and keys that nobody else may read.
+//! Files that only this program's user may change, and keys that nobody else may read.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -9,10 +9,12 @@ use std::{
 
 /// Who may read a file, besides its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Readers {
+pub enum Readers {
+    /// Nobody.
     Nobody,
     /// If the file is root's and this process is not, its own group: Kubernetes gives a Secret so to a pod with `fsGroup`.
     OwnGroup,
+    /// Everybody.
     Everybody,
 }
 
@@ -27,7 +29,7 @@ fn writable_by_others(metadata: &fs::Metadata) -> Option<String> {
 }
 
 /// Creates `directory` for this user alone, if it does not exist. Fails if others may write to it.
-pub(crate) fn create_own_directory(directory: &Path) -> io::Result<()> {
+pub fn create_own_directory(directory: &Path) -> io::Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -42,7 +44,7 @@ pub(crate) fn create_own_directory(directory: &Path) -> io::Result<()> {
 }
 
 /// Reads a file of at most `limit` bytes that nobody else may change, and only `readers` may read.
-pub(crate) fn read_own(path: &Path, limit: u64, readers: Readers) -> io::Result<Vec<u8>> {
+pub fn read_own(path: &Path, limit: u64, readers: Readers) -> io::Result<Vec<u8>> {
     let mut file = fs::File::open(path)?;
     // Of the open file, so that nobody can replace it meanwhile.
     let metadata = file.metadata()?;
@@ -52,7 +54,7 @@ pub(crate) fn read_own(path: &Path, limit: u64, readers: Readers) -> io::Result<
             Readers::Nobody | Readers::OwnGroup => "600",
         };
         return Err(io::Error::other(format!(
-            "{what}: somebody else could put another CA here. Give it to the user of this program and run `chmod {mode} {}`",
+            "{what}: somebody else could replace it. Give it to the user of this program and run `chmod {mode} {}`",
             path.display()
         )));
     }
@@ -91,7 +93,7 @@ fn read_at_most(file: &mut fs::File, limit: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Reads a regular file of at most `limit` bytes. Other files may never end.
-pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut file = fs::File::open(path)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("is not a regular file"));
@@ -100,7 +102,7 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Creates a file and syncs it to the disk. Fails if it exists.
-pub(crate) fn write_new(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+pub fn write_new(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
