@@ -190,7 +190,7 @@ async fn a_revoked_machine_cannot_come_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_tunnel_and_no_federated_domain_accepts_a_nodes_certificate() {
-    let ca = start().await;
+    let (ca, partners) = (start().await, start().await);
     let key = KeyPair::generate().unwrap();
     let token = new_token(&ca, "vm-1", false).await.unwrap();
     let caller = ca.caller().await;
@@ -201,7 +201,7 @@ async fn no_tunnel_and_no_federated_domain_accepts_a_nodes_certificate() {
         roots,
     };
     let own = TrustStore::new(Trust::fixed(bundle(DOMAIN, ca.roots())));
-    let partner = TrustStore::new(Trust::fixed(bundle("partner.example", vec![])));
+    let partner = TrustStore::new(Trust::fixed(bundle("partner.example", partners.roots())));
     let mut foreign = ForeignBundles::default();
     foreign.insert(bundle(DOMAIN, ca.roots()));
     partner.publish_foreign(foreign);
