@@ -27,7 +27,8 @@ const LONG: Duration = Duration::from_secs(120);
 fn a_thousand_policies_that_change_cut_no_connection_and_refuse_no_neighbour() -> Result<()> {
     let options = DaemonOptions::default().descriptors(DESCRIPTORS);
     let mut stage = Stage::set_with(&options, |mesh| {
-        mesh.pod(PodSpec::new("near").on("a").service_account("near"))
+        let near = PodSpec::new("near").on("a").service_account("near");
+        mesh.routed().pod(near)
     })?;
     let near = stage.mesh.pod("near");
     let _server = near.app("sink --port 7000")?.listening()?;

@@ -146,7 +146,10 @@ fn a_pod_made_anew_is_enrolled_within_about_a_second() {
     echoes(&web, client.at6(8080));
 
     let node = mesh.node("b");
-    assert_eq!(b.status().unwrap().kernel.pods, before.kernel.pods);
+    eventually(TIMEOUT, "the old pod to be released", || {
+        (b.status().ok()?.kernel.pods == before.kernel.pods).then_some(())
+    })
+    .unwrap();
     assert_eq!(files(&node.pins().join("v2/pods")).len(), 1);
     wait_attached_to_netns(&web, 1);
     eventually_ok(

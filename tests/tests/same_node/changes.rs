@@ -126,10 +126,11 @@ fn removed_pod_loses_its_verdicts() -> Result<()> {
     wait_for_verdicts(&stage.daemon, 0)?;
     let web = stage.mesh.pod("web");
     let _server = web.app("echo-server --port 8080")?.listening()?;
-    eventually(TIMEOUT, "the new pod to be served", || {
-        echo(&stage.client, web.at(8080)).ok()
+    // Connections use the tunnel until the daemon has seen that the new pod's link is private.
+    eventually(TIMEOUT, "a verdict on the new pod", || {
+        echo(&stage.client, web.at(8080)).ok()?;
+        (stage.verdicts().ok()? == 1).then_some(())
     })?;
-    wait_for_verdicts(&stage.daemon, 1)?;
     stage.mesh.remove_pod("web")?;
     wait_for_verdicts(&stage.daemon, 0)?;
     Ok(())
