@@ -23,6 +23,11 @@ use super::{
 
 /// Time after which a pod's own netns is read again. The node is told of changes at its end of a link, not in the pod.
 const READ_AGAIN: Duration = Duration::from_secs(10);
+/// The same while the pod's side is why the link is not private: its runtime may still be setting it up.
+const READ_UNFINISHED: Duration = Duration::from_secs(1);
+/// Maximum number of successive times that a private link may be unreadable. The kernel may lack memory for a moment, which is
+/// no reason to end connections. No verdict is given meanwhile.
+const MAX_UNREADABLE: u32 = 3;
 /// Maximum number of times that the node's interfaces are listed because they changed meanwhile.
 const MAX_LISTS: usize = 8;
 
@@ -146,7 +151,38 @@ struct Known {
     /// The number of the list that they are from.
     list: u64,
     checked: Result<(), SharedLink>,
+    /// How often it could not be read since it was found private.
+    unreadable: u32,
     read: Instant,
+}
+
+impl Known {
+    /// Whether the pod's own netns need not be read again.
+    fn is_current(&self) -> bool {
+        let for_long = match &self.checked {
+            Ok(()) => self.unreadable == 0,
+            Err(shared) => matches!(shared, SharedLink::Attached(_)),
+        };
+        let limit = if for_long {
+            READ_AGAIN
+        } else {
+            READ_UNFINISHED
+        };
+        self.read.elapsed() < limit
+    }
+
+    /// Keeps what was found `before` if this could not be read, but not more than [`MAX_UNREADABLE`] times.
+    fn after(self, before: &Self) -> Self {
+        let is_kept = before.checked.is_ok() && before.unreadable < MAX_UNREADABLE;
+        match self.checked {
+            Err(SharedLink::Unreadable(_)) if is_kept => Self {
+                checked: Ok(()),
+                unreadable: before.unreadable + 1,
+                ..self
+            },
+            _ => self,
+        }
+    }
 }
 
 impl PodLinks {
@@ -208,39 +244,46 @@ impl PodLinks {
 
     /// Whether the link of the pod with these addresses in `pod` is private, as of the last call of [`PodLinks::refresh`].
     pub fn is_private(&mut self, pod: &Netns, addresses: &[IpAddr]) -> bool {
-        let known = self.known.get_mut(&pod.cookie());
-        let mut known =
-            known.filter(|known| known.addresses == addresses && known.read.elapsed() < READ_AGAIN);
-        if let Some(known) = &known
-            && known.list == self.lists
-        {
-            return known.checked.is_ok();
-        }
+        let before = self.known.remove(&pod.cookie());
+        let before = before.filter(|known| known.addresses == addresses);
+        let known = match before {
+            Some(known) if known.list == self.lists && known.is_current() => known,
+            before => self.read(pod, addresses, before),
+        };
+        let is_private = known.checked.is_ok();
+        self.known.insert(pod.cookie(), known);
+        is_private
+    }
+
+    fn read(&self, pod: &Netns, addresses: &[IpAddr], before: Option<Known>) -> Known {
         let ends = match &self.node {
             Some(Ok(node)) => node.ends_of(pod).map_err(SharedLink::from),
             Some(Err(error)) => Err(error.clone()),
             None => Err(SharedLink::Unreadable("they are not listed yet".into())),
         };
-        if let Some(known) = &mut known
-            && known.ends == ends
-        {
-            known.list = self.lists;
-            return known.checked.is_ok();
-        }
+        let before = match before {
+            Some(known) if known.ends == ends && known.is_current() => {
+                let list = self.lists;
+                return Known { list, ..known };
+            }
+            before => before,
+        };
         let checked = match (&self.node, &ends) {
             (Some(Ok(node)), Ok(ends)) => node.check_from(ends, pod, addresses),
             (_, ends) => ends.clone().map(drop),
         };
-        let is_private = checked.is_ok();
         let known = Known {
             addresses: addresses.to_vec(),
             ends,
             list: self.lists,
             checked,
+            unreadable: 0,
             read: Instant::now(),
         };
-        self.known.insert(pod.cookie(), known);
-        is_private
+        match before {
+            Some(before) => known.after(&before),
+            None => known,
+        }
     }
 
     /// Why the link of the pod in the netns with `cookie` is not private. `None` if it is, or if that was not asked yet.
@@ -306,13 +349,14 @@ mod tests {
             ),
             // The pod's addresses are not known yet.
             (vec![end(2, false)], interfaces(&[2], &[]), vec![], Ok(())),
-            // Two links, one of which is attached to a bridge.
+            // Two links.
             (
                 vec![end(2, false), end(3, false)],
                 interfaces(&[2, 3], &[OWN]),
                 vec![OWN],
                 Ok(()),
             ),
+            // A link that is attached to a bridge, alone or beside another one.
             (
                 vec![end(2, true)],
                 interfaces(&[2], &[OWN]),
@@ -376,6 +420,32 @@ mod tests {
             let checked = check(&ends, &own, &addresses);
             assert_eq!(checked, expected, "{ends:?} {own:?} {addresses:?}");
         }
+    }
+
+    #[test]
+    fn a_private_link_that_cannot_be_read_counts_as_private_for_a_few_times() {
+        let known = |checked| Known {
+            addresses: vec![],
+            ends: Ok(vec![]),
+            list: 0,
+            checked,
+            unreadable: 0,
+            read: Instant::now(),
+        };
+        let unreadable = || known(Err(SharedLink::Unreadable("no memory".into())));
+        let mut last = known(Ok(()));
+        for _ in 0..MAX_UNREADABLE {
+            last = unreadable().after(&last);
+            assert_eq!(last.checked, Ok(()));
+        }
+        last = unreadable().after(&last);
+        assert!(matches!(last.checked, Err(SharedLink::Unreadable(_))));
+        assert!(unreadable().after(&last).checked.is_err());
+        // A read that succeeds counts at once, and the count begins anew.
+        assert_eq!(known(Ok(())).after(&last).unreadable, 0);
+        let shared = known(Err(SharedLink::NoInterface)).after(&known(Ok(())));
+        assert_eq!(shared.checked, Err(SharedLink::NoInterface));
+        assert!(unreadable().after(&shared).checked.is_err());
     }
 
     /// A node and a pod without interfaces. `None` if `test` is skipped, because it lacks root's rights.

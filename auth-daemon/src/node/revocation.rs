@@ -21,7 +21,7 @@ pub(super) async fn keep(node: Arc<Node>) {
                 .map(|untrusted| untrusted.to_string())
         });
         node.same_node.revise(&node);
-        node.same_node.end_forbidden(&node, &[]);
+        node.same_node.end_forbidden(&node);
     })
     .await;
 }

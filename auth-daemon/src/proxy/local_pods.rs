@@ -48,6 +48,15 @@ impl LocalPods {
         let mut pods = self.by_cookie.values();
         pods.all(|pod| pod.has_private_link)
     }
+
+    /// Whether any of them had a private link `before`, and has none now.
+    pub(crate) fn have_lost_links(&self, before: &Self) -> bool {
+        let mut shared = self.by_cookie.values().filter(|pod| !pod.has_private_link);
+        shared.any(|pod| {
+            let before = before.by_cookie.get(&pod.cookie);
+            before.is_some_and(|before| before.has_private_link)
+        })
+    }
 }
 
 /// Reason for which a pod may not connect to another pod of its node.

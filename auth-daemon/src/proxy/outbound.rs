@@ -107,7 +107,9 @@ pub(crate) fn serve(
                 return Box::pin(carry_plainly(app, server, early, access)).await;
             }
             Ok((Opened::SameNode(neighbour), early)) => {
-                node.same_node.remember(node, cookie, dialled);
+                if let Err(shared) = node.same_node.remember(node, cookie, dialled).await {
+                    return access.finish(Outcome::Reset, shared);
+                }
                 return Box::pin(carry_same_node(node, cookie, app, neighbour, early, access))
                     .await;
             }
@@ -147,11 +149,13 @@ async fn carry_same_node(
     let servers_side = access.servers_side(neighbour.local_pod.cookie);
     let relayed = relay_plainly(&mut app, &mut neighbour.tcp, &early, &access);
     let ended = tokio::select! {
-        ended = relayed => ended,
+        // First, so that nothing is relayed if that is known before the first byte.
+        biased;
         link = node.same_node.gone(client, &neighbour.local_pod) => match link {
             Some(shared) => Err(io::Error::other(shared)),
             None => return,
         },
+        ended = relayed => ended,
     };
     for access in [access, servers_side] {
         match &ended {

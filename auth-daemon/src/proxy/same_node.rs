@@ -119,22 +119,29 @@ impl SameNode {
     pub(crate) fn settle(&self, node: &Node, local_pods: LocalPods, pods: Vec<Arc<Pod>>) {
         // Connections of pods that have left are also found from those pods' own netns.
         let before = std::mem::replace(&mut *lock(&self.pods), pods);
+        let mut lost_links = false;
         let changed = self.local_pods.send_if_modified(|now| {
             let changed = **now != local_pods;
             if changed {
+                lost_links = local_pods.have_lost_links(now);
                 *now = Arc::new(local_pods);
             }
             changed
         });
         if changed {
             self.revise(node);
-            self.end_forbidden(node, &before);
+            self.end_all_forbidden(node, &before, lost_links);
         }
     }
 
     /// Ends the connections that the kernel carries and whose pods have left, have changed identity or are revoked, as
     /// the daemon does with those that it carries itself.
-    pub(crate) fn end_forbidden(&self, node: &Node, also_in: &[Arc<Pod>]) {
+    pub(crate) fn end_forbidden(&self, node: &Node) {
+        self.end_all_forbidden(node, &[], false);
+    }
+
+    /// Likewise. The pods of `also_in` have left; `lost_links` says whether the links of others are not private any more.
+    fn end_all_forbidden(&self, node: &Node, also_in: &[Arc<Pod>], lost_links: bool) {
         let basis = Basis::of(node);
         let mut verdicts = self.lock();
         // The daemon that manages the verdicts now has newer information.
@@ -171,7 +178,7 @@ impl SameNode {
             && pods.len() == staying
             && basis.trust.revoked.is_empty()
             && basis.rules.is_unrestricted()
-            && basis.local_pods.have_private_links()
+            && !lost_links
         {
             return;
         }
@@ -217,7 +224,8 @@ impl SameNode {
         node.kernel.same_node.withdraw(&gone);
         verdicts.adopted = true;
         drop(verdicts);
-        self.end_forbidden(node, &[]);
+        let has_shared_links = !basis.local_pods.have_private_links();
+        self.end_all_forbidden(node, &[], has_shared_links);
     }
 
     /// Leaves the verdicts to another daemon. Afterwards this one neither gives nor withdraws any.
@@ -225,26 +233,38 @@ impl SameNode {
         self.lock().released = true;
     }
 
-    /// Lets the kernel carry the client pod's later connections to `dialled`, if one verdict covers them all.
-    pub(crate) fn remember(&self, node: &Node, client_cookie: u64, dialled: SocketAddr) {
-        if node.config.same_node == config::SameNode::Tunnel {
-            return;
-        }
-        let mut verdicts = self.lock();
-        if verdicts.released
-            || verdicts.given.contains_key(&(client_cookie, dialled))
-            || verdicts.of(client_cookie) >= MAX_PER_CLIENT
+    /// Lets the kernel carry the client pod's later connections to `dialled`, if one verdict covers them all. Fails if the
+    /// link of either pod is not private any more.
+    pub(crate) async fn remember(
+        &self,
+        node: &Node,
+        client_cookie: u64,
+        dialled: SocketAddr,
+    ) -> Result<(), SharedLink> {
+        if node.config.same_node == config::SameNode::Tunnel
+            || !self.lock().has_room(client_cookie, dialled)
         {
-            return;
+            return Ok(());
         }
         let Some(decision) = Basis::of(node).decide(client_cookie, dialled) else {
-            return;
+            return Ok(());
         };
         // The change of a link may not be reported yet. What changes from here on withdraws the verdict.
-        if let Err(error) = self.check_links([client_cookie, decision.server_cookie]) {
-            tracing::debug!(%dialled, %error, "no verdict: a pod's link is not private");
-            return;
+        let cookies = [client_cookie, decision.server_cookie];
+        match self.check_links(cookies).await {
+            Ok(()) => {}
+            Err(error @ SharedLink::Unreadable(_)) => {
+                tracing::debug!(%dialled, %error, "no verdict");
+                return Ok(());
+            }
+            Err(shared) => return Err(shared),
         }
+        let mut verdicts = self.lock();
+        let again = Basis::of(node).decide(client_cookie, dialled);
+        let again = again.filter(|again| again.server_cookie == decision.server_cookie);
+        let Some(decision) = again.filter(|_| verdicts.has_room(client_cookie, dialled)) else {
+            return Ok(());
+        };
         let id = verdicts.next;
         verdicts.next += 1;
         let granted = node.kernel.same_node.grant(&Grant {
@@ -259,6 +279,7 @@ impl SameNode {
             // The daemon continues to carry them.
             Err(error) => tracing::debug!(%dialled, %error, "a verdict does not reach the kernel"),
         }
+        Ok(())
     }
 
     /// Withdraws each verdict that would not be given again. Called after every change of the verdicts' inputs.
@@ -295,19 +316,24 @@ impl SameNode {
         verdicts.basis = Some(basis);
     }
 
-    /// Checks that the links of the pods in the netns with these cookies are private at this moment.
-    fn check_links(&self, cookies: [u64; 2]) -> Result<(), SharedLink> {
+    /// Checks that the links of the pods in the netns with these cookies are private at this moment. Not on the caller's
+    /// thread: the kernel may take milliseconds to list a node's interfaces.
+    async fn check_links(&self, cookies: [u64; 2]) -> Result<(), SharedLink> {
         let cookie_of = |pod: &Pod| pod.enrolled.netns.cookie();
         let mut pods = lock(&self.pods).clone();
         pods.retain(|pod| cookies.contains(&cookie_of(pod)));
         if pods.len() < cookies.len() {
             return Err(SharedLink::NoInterface);
         }
-        let node = NodeLinks::list()?;
-        pods.iter().try_for_each(|pod| {
-            let enrolled = &pod.enrolled;
-            node.check(&enrolled.netns, enrolled.addresses())
-        })
+        let check = move || {
+            let node = NodeLinks::list()?;
+            pods.iter().try_for_each(|pod| {
+                let enrolled = &pod.enrolled;
+                node.check(&enrolled.netns, enrolled.addresses())
+            })
+        };
+        let checked = tokio::task::spawn_blocking(check).await;
+        checked.unwrap_or_else(|error| Err(SharedLink::Unreadable(error.to_string())))
     }
 
     fn facts(&self, closing: &Closing) -> Facts {
@@ -348,9 +374,10 @@ impl Verdicts {
         Some(id)
     }
 
-    /// Number of verdicts on connections of the client in the netns with `cookie`.
-    fn of(&self, cookie: u64) -> usize {
-        self.per_client.get(&cookie).copied().unwrap_or(0)
+    /// Whether a verdict on connections from the netns with `cookie` to `dialled` may be added.
+    fn has_room(&self, cookie: u64, dialled: SocketAddr) -> bool {
+        let given = self.per_client.get(&cookie).copied().unwrap_or(0);
+        !self.released && !self.given.contains_key(&(cookie, dialled)) && given < MAX_PER_CLIENT
     }
 }
 

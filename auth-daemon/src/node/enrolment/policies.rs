@@ -44,7 +44,7 @@ impl Enrolment {
     pub(super) fn end_denied(&mut self, before: &ByPod) {
         let node = &self.node;
         node.same_node.revise(node);
-        node.same_node.end_forbidden(node, &[]);
+        node.same_node.end_forbidden(node);
         let rules = node.rules.current();
         let mut revision = rules.revise(before);
         node.connections
