@@ -18,9 +18,10 @@ const PUBLISHED_PORT: u16 = 8088;
 
 pub(super) fn second_address(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     let web = stage.mesh.pod("web-1");
-    let address = format!("{SECOND}/24");
+    let address = format!("{SECOND}/32");
     web.run("ip", ["address", "add", &address, "dev", "eth0"])?
         .ok()?;
+    stage.mesh.route_to_pod(&web, SECOND.parse()?)?;
     evidence.saw(format!("web-1: ip address add {address} dev eth0"));
     let (outside, from) = (
         stage.mesh.outside().clone(),
