@@ -233,14 +233,10 @@ impl Authority {
         let now = self.clock.now();
         let signer = &view.signing;
         let leaf = signer.svid(identity, &key, Some(holder), lifetime, now)?;
-        // The state may have changed meanwhile. A root that stopped signing is only needed for what it signed before.
+        // The state may have changed meanwhile.
         let current = self.view.load();
         check(&current)?;
-        if current.rotation.signing != view.rotation.signing {
-            return Err(Refusal::State(
-                "the root was replaced while this was signed: retry".into(),
-            ));
-        }
+        check_signing(&view, &current)?;
         Ok(Issued {
             chain: signer.chain(&leaf),
             roots: current.published.roots.clone(),
@@ -389,9 +385,10 @@ impl Authority {
             let mut state = authority.state.lock().await;
             let now = authority.clock.now();
             let mut next = state.clone();
+            // First, so that an expired token stands in the way of nothing.
+            let expired = next.joins.expire(now);
             let answer = change(&mut next, &authority, now)?;
             next.changed(now);
-            let expired = next.joins.expire(now);
             let previous = authority.view.load_full();
             let view = CaView::new(&next, Some(&previous), authority.keys.intermediate(), now)
                 .map_err(Refusal::State)?;
@@ -551,6 +548,17 @@ impl Authority {
             _ => None,
         }
     }
+}
+
+/// Fails if another root signs in `current` than in `view`: one that stopped signing is only needed for what it signed
+/// before.
+fn check_signing(view: &CaView, current: &CaView) -> Result<(), Refusal> {
+    if current.rotation.signing == view.rotation.signing {
+        return Ok(());
+    }
+    Err(Refusal::State(
+        "the root was replaced while this was signed: retry".into(),
+    ))
 }
 
 /// Refuses settings that cannot work, with all errors.

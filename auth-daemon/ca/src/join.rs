@@ -13,6 +13,8 @@ pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(10 * 60);
 /// The shortest and the longest lifetime of a token.
 pub const LIFETIMES: std::ops::RangeInclusive<Duration> =
     Duration::from_secs(60)..=Duration::from_secs(3600);
+/// Why a token joins nobody. Whoever guesses learns no more than that.
+pub(crate) const GONE: &str = "the join token is unknown or expired: create another one";
 /// Most tokens that are not used yet.
 const MAX_TOKENS: usize = 100;
 /// Most machines. All of them take some 300 KB of the state.
@@ -107,21 +109,36 @@ impl Joins {
         })
     }
 
+    /// Whether the machine with the key `key` has used the token with this hash a moment ago.
+    pub(crate) fn is_used_by(&self, hash: &str, key: &str, now: u64) -> bool {
+        self.nodes
+            .values()
+            .any(|joined| joined.token == hash && joined.key == key && now < joined.token_expires)
+    }
+
     /// Uses the token with this hash for a machine with the key `key`.
     pub(crate) fn join(&mut self, hash: &str, key: String, now: u64) -> Result<(), String> {
-        let gone = || "the join token is unknown, used or expired: create another one".to_owned();
-        let node = self.node_of(hash, now).ok_or_else(gone)?.to_owned();
+        let node = self.node_of(hash, now).ok_or(GONE)?.to_owned();
         let Some(token) = self.tokens.remove(hash) else {
-            let same = self
-                .nodes
-                .get(&node)
-                .is_some_and(|joined| joined.key == key);
-            return if same { Ok(()) } else { Err(gone()) };
+            return match self.is_used_by(hash, &key, now) {
+                true => Ok(()),
+                // Whoever holds the token may know: if it was stolen, this is the first sign of that.
+                false => Err(format!(
+                    "the join token was used with another key: if this machine did not do that, revoke node {node}"
+                )),
+            };
         };
-        let known = self.nodes.contains_key(&node);
-        if known && !token.replace {
+        let before = self.has_key(&node, &key);
+        if before.is_some() && !token.replace {
             return Err(format!("node {node} has joined with another token"));
         }
+        // Who replaces a machine wants to be rid of its key.
+        if before == Some(true) {
+            return Err(format!(
+                "the key is the one with which node {node} has joined: make a new one"
+            ));
+        }
+        let known = before.is_some();
         if !known && self.nodes.len() >= MAX_NODES {
             return Err(format!(
                 "{MAX_NODES} machines have joined: revoke nodes that are gone"
@@ -147,6 +164,11 @@ impl Joins {
     /// Whether the machine with the key `key` has joined as `node`. `None` if none has.
     pub(crate) fn has_key(&self, node: &str, key: &str) -> Option<bool> {
         Some(self.nodes.get(node)?.key == key)
+    }
+
+    /// When the machine that is `node` now has joined. `None` if none has.
+    pub(crate) fn joined_at(&self, node: &str) -> Option<u64> {
+        Some(self.nodes.get(node)?.at)
     }
 
     /// Removes tokens that have expired, and returns them.
@@ -196,9 +218,16 @@ mod tests {
         joins.join("t", key("k"), 50).unwrap();
         assert_eq!(joins.has_key("vm", "k"), Some(true));
         joins.join("t", key("k"), 60).unwrap();
-        for (hash, other, now) in [("t", "stolen", 60), ("t", "k", 100), ("u", "k", 60)] {
-            assert!(joins.join(hash, key(other), now).is_err(), "{hash} {other}");
+        for (hash, other, now, why) in [
+            ("t", "stolen", 60, "with another key"),
+            ("t", "k", 100, GONE),
+            ("u", "k", 60, GONE),
+        ] {
+            let error = joins.join(hash, key(other), now).unwrap_err();
+            assert!(error.contains(why), "{hash} {other}: {error}");
+            assert!(!joins.is_used_by(hash, other, now), "{hash} {other}");
         }
+        assert!(joins.is_used_by("t", "k", 60));
         assert_eq!(joins.has_key("vm", "stolen"), Some(false));
         joins.forget("vm");
         assert!(joins.join("t", key("k"), 60).is_err(), "revoked");
@@ -215,6 +244,8 @@ mod tests {
         assert!(again.contains("--replace"), "{again}");
         joins.create("u".into(), token("vm", true)).unwrap();
         assert_eq!(joins.has_key("vm", "k"), Some(true), "until it is used");
+        let same = joins.clone().join("u", key("k"), 2).unwrap_err();
+        assert!(same.contains("make a new one"), "{same}");
         joins.join("u", key("l"), 2).unwrap();
         assert_eq!(joins.has_key("vm", "k"), Some(false));
         assert!(joins.join("t", key("k"), 3).is_err());

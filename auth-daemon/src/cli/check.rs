@@ -11,7 +11,7 @@ use super::{
     daemons::{Daemons, Selection},
     manifests, policy_diff,
 };
-use crate::config::{CaSource, Config, DEFAULT_PINS, Discovery, NonTcp};
+use crate::config::{CaSource, Config, DEFAULT_PINS, Discovery, NonTcp, Proof};
 use auth_datapath::features;
 use auth_mesh::{
     Membership, MeshDefault,
@@ -72,7 +72,9 @@ fn warnings(config: &Config) -> Vec<String> {
         }
     };
     let mut warnings = vec![non_tcp.to_owned()];
+    // A token file is often there only where the daemon runs.
     if let CaSource::Server(server) = &config.ca
+        && let Proof::Join(_) = &server.proof
         && let Err(errors) = server.check()
     {
         warnings.extend(errors.lines().map(str::to_owned));

@@ -76,7 +76,7 @@ pub struct UnusableServer(pub(super) String);
 
 impl CaClient {
     /// Starts to watch the CA's trust bundle, without waiting for it: until it arrives, the roots are those of the root
-    /// file. Requests certificates of `lifetime`. Must be called within a tokio runtime.
+    /// file. Requests certificates of `lifetime` for workloads. Must be called within a tokio runtime.
     pub fn start(
         server: CaServer,
         trust_domain: TrustDomain,
@@ -90,7 +90,7 @@ impl CaClient {
         let machine = Machine::open(server, join).map_err(UnusableServer)?;
         let machine = Arc::new(machine);
         let mut client = Self::start_through(names, machine.clone(), trust_domain, lifetime)?;
-        let task = tokio::spawn(machine.keep_current(client.link.clone(), lifetime));
+        let task = tokio::spawn(machine.keep_current(client.link.clone()));
         client.tasks.push(task.abort_handle());
         Ok(client)
     }

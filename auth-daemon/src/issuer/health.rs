@@ -73,6 +73,11 @@ impl CaHealth {
         state.request_failed = true;
     }
 
+    /// Records what went wrong on this machine, and not with the CA.
+    pub(super) fn failed_here(&self, why: &str) {
+        self.lock().failed = Some((SystemTime::now(), why.to_owned()));
+    }
+
     /// Records a message of the trust watch.
     pub(super) fn watched(&self) {
         let mut state = self.lock();

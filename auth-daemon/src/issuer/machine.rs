@@ -73,7 +73,7 @@ struct Held {
 impl Machine {
     /// Fails if the machine has neither a certificate that is valid nor a token, or if others may read its key.
     pub(super) fn check(server: &CaServer, join: &Join) -> Result<(), String> {
-        let machine = Self::open(server.clone(), join.clone())?;
+        let machine = Self::read(server.clone(), join.clone())?;
         if machine.lock().held.is_some() {
             return Ok(());
         }
@@ -82,8 +82,15 @@ impl Machine {
             .map_err(|why| server.field(format!("{why}; the node has not joined yet")))
     }
 
-    /// Reads what the machine has kept.
+    /// Reads what the machine has kept, and removes what an interruption has left. Only the daemon may do that: it could be
+    /// writing.
     pub(super) fn open(server: CaServer, join: Join) -> Result<Self, String> {
+        let machine = Self::read(server, join)?;
+        machine.remove_leftovers();
+        Ok(machine)
+    }
+
+    fn read(server: CaServer, join: Join) -> Result<Self, String> {
         let file = join.directory.join(CREDENTIALS);
         let failed = |why: String| {
             format!(
@@ -115,9 +122,32 @@ impl Machine {
         })
     }
 
-    /// Joins if the machine has no valid certificate, and renews the certificate at half of its life, for ever. `lifetime` is
-    /// the one to ask for.
-    pub(super) async fn keep_current(self: Arc<Self>, link: Arc<Link>, lifetime: Duration) {
+    /// Removes drafts, and the key of a join that has succeeded.
+    fn remove_leftovers(&self) {
+        let directory = &self.join.directory;
+        let removed = remove_drafts(directory).and_then(|()| match self.is_joining_key_used() {
+            true => remove(directory, JOINING),
+            false => Ok(()),
+        });
+        if let Err(error) = removed {
+            tracing::warn!(error = self.unwritable(&error), "leftover files remain");
+        }
+    }
+
+    /// Whether the key to join with is the one of the certificate already.
+    fn is_joining_key_used(&self) -> bool {
+        let held = self.lock().held.clone();
+        let joining = read(&self.join.directory.join(JOINING)).ok();
+        let joining =
+            joining.and_then(|pem| KeyPair::from_pem(&String::from_utf8_lossy(&pem)).ok());
+        match (held, joining) {
+            (Some(held), Some(key)) => held.key.public_key_raw() == key.public_key_raw(),
+            _ => false,
+        }
+    }
+
+    /// Joins if the machine has no valid certificate, and renews the certificate at half of its life, for ever.
+    pub(super) async fn keep_current(self: Arc<Self>, link: Arc<Link>) {
         // Renewed at the start, too: so the log says at once if the CA does not know this machine any more.
         let mut schedule = Schedule::new(SystemTime::now());
         loop {
@@ -127,11 +157,17 @@ impl Machine {
                 sleep(wait).await;
                 continue;
             }
-            let request = self.obtain(&link, lifetime);
-            let obtained = timeout(DEADLINE, request).await;
+            let obtained = self.obtain(&link).await;
             let now = SystemTime::now();
-            match obtained.unwrap_or_else(|_| Err(format!("no answer within {DEADLINE:?}"))) {
-                Ok(held) => {
+            match obtained {
+                Ok((held, unwritten)) => {
+                    if let Some(error) = unwritten {
+                        tracing::error!(
+                            error,
+                            "the new node certificate is not on the disk: after a restart, the node has the one before"
+                        );
+                        link.health.failed_here(&error);
+                    }
                     let certificate = &held.certificate;
                     let delay = schedule.issued(certificate.not_after, now, rand::random());
                     tracing::info!(
@@ -158,17 +194,26 @@ impl Machine {
         }
     }
 
-    /// Renews the certificate, or joins if there is none to renew, or the CA refuses to renew it and there is a token.
-    async fn obtain(&self, link: &Arc<Link>, lifetime: Duration) -> Result<Arc<Held>, String> {
+    /// Renews the certificate, or joins if there is none to renew, or it cannot be renewed and there is a token. Also returns
+    /// why a renewed certificate was not written.
+    async fn obtain(&self, link: &Arc<Link>) -> Result<(Arc<Held>, Option<String>), String> {
         let token = token_in(&self.join.token_file).map_err(|why| self.server.field(why));
         let held = self.lock().held.clone();
         let before = match (self.valid(), held) {
-            (Some(held), _) => match (self.request(link, &held.key, lifetime).await, &token) {
-                (Ok(chain), _) => return self.keep(&held.key, chain),
-                (Err(refused), Ok(_)) if refused.code() == Code::Unauthenticated => {
-                    format!("its certificate is refused: {}; ", refused.message())
+            (Some(held), _) => match (self.renew(link, &held.key).await, &token) {
+                (Ok((held, pem)), _) => {
+                    self.forget_joining_key();
+                    // Its key is on the disk already, so nothing is lost if this is not.
+                    return Ok((held, self.keep(&pem).err()));
                 }
-                (Err(failed), _) => return Err(self.explain(&failed)),
+                // A handshake that refuses the certificate looks like a failed connection.
+                (Err(failed), Ok(_)) => {
+                    format!(
+                        "its certificate is not renewed: {}; ",
+                        explain_status(&failed)
+                    )
+                }
+                (Err(failed), Err(_)) => return Err(self.explain(&failed)),
             },
             (None, Some(expired)) => format!(
                 "its certificate expired at {}; ",
@@ -189,12 +234,24 @@ impl Machine {
             roots: link.trust.current().bundle.roots.clone(),
         };
         let anonymous = Arc::new(Link::new((&server).into(), Arc::new(server), known));
-        let chain = self.request(&anonymous, &key, lifetime).await;
-        let chain = chain.map_err(|status| failed(self.explain(&status)))?;
-        let held = self.keep(&key, chain).map_err(failed)?;
-        // A next join has a key of its own.
-        let _ = fs::remove_file(self.join.directory.join(JOINING));
-        Ok(held)
+        let chain = self.request(&anonymous, &key).await.map_err(|status| {
+            // The CA repeats no answer to this key, and may refuse it because an earlier token was used with it.
+            if status.code() == Code::Unauthenticated {
+                self.forget_joining_key();
+            }
+            failed(self.explain(&status))
+        })?;
+        let (held, pem) = self.read_answer(&key, chain).map_err(failed)?;
+        self.keep(&pem).map_err(failed)?;
+        self.forget_joining_key();
+        Ok((held, None))
+    }
+
+    /// A next join has a key of its own.
+    fn forget_joining_key(&self) {
+        if let Err(error) = remove(&self.join.directory, JOINING) {
+            tracing::warn!(error = self.unwritable(&error), "{JOINING} remains");
+        }
     }
 
     /// The text of a failed request, with what to do if the CA does not know the caller.
@@ -217,18 +274,35 @@ impl Machine {
         )
     }
 
+    async fn renew(&self, link: &Arc<Link>, key: &KeyPair) -> Result<(Arc<Held>, String), Status> {
+        let chain = self.request(link, key).await?;
+        self.read_answer(key, chain).map_err(Status::internal)
+    }
+
     /// One request for the certificate of `key`.
     async fn request(
         &self,
         link: &Arc<Link>,
         key: &KeyPair,
-        lifetime: Duration,
+    ) -> Result<Vec<CertificateDer<'static>>, Status> {
+        let answer = timeout(DEADLINE, self.ask(link, key)).await;
+        answer.unwrap_or_else(|_| {
+            let why = format!("no answer within {DEADLINE:?}");
+            Err(Status::deadline_exceeded(why))
+        })
+    }
+
+    async fn ask(
+        &self,
+        link: &Arc<Link>,
+        key: &KeyPair,
     ) -> Result<Vec<CertificateDer<'static>>, Status> {
         let request = link.request(IstioCertificateRequest {
             csr: self
                 .csr(key)
                 .map_err(|error| Status::internal(error.to_string()))?,
-            validity_duration: i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX),
+            // The longest that the CA grants, because it is how long the machine may be off.
+            validity_duration: 0,
             metadata: None,
         });
         let request = request.await.map_err(Status::internal)?;
@@ -251,12 +325,12 @@ impl Machine {
         Ok(pem::encode("CERTIFICATE REQUEST", csr.der()))
     }
 
-    /// Writes the key and the chain to the disk, before they are used.
-    fn keep(
+    /// Checks the answer for `key`. Also returns both as PEM.
+    fn read_answer(
         &self,
         key: &KeyPair,
         chain: Vec<CertificateDer<'static>>,
-    ) -> Result<Arc<Held>, String> {
+    ) -> Result<(Arc<Held>, String), String> {
         let all = key.serialize_pem() + &pem::certificates(&chain);
         let held = Held::from_pem(all.as_bytes(), &self.join.trust_domain)?;
         let named = &held.certificate;
@@ -269,13 +343,20 @@ impl Machine {
                 rfc3339(unix_seconds(named.not_after))
             ));
         }
-        let written = write(&self.join.directory, CREDENTIALS, all.as_bytes());
-        written.map_err(|error| self.unwritable(&error))?;
-        Ok(Arc::new(held))
+        Ok((Arc::new(held), all))
+    }
+
+    /// Writes key and chain to the disk.
+    fn keep(&self, pem: &str) -> Result<(), String> {
+        let written = write(&self.join.directory, CREDENTIALS, pem.as_bytes());
+        written.map_err(|error| self.unwritable(&error))
     }
 
     /// The key to join with: that of a join that was interrupted, or a new one.
     fn joining_key(&self) -> Result<KeyPair, String> {
+        if self.is_joining_key_used() {
+            self.forget_joining_key();
+        }
         let file = self.join.directory.join(JOINING);
         match read(&file) {
             Ok(pem) => {
@@ -310,7 +391,7 @@ impl Machine {
     }
 
     fn status(&self) -> Authentication {
-        match self.lock().held.as_ref() {
+        match self.valid() {
             Some(held) => Authentication::Certificate {
                 node: held.certificate.node.clone(),
                 not_after: rfc3339(unix_seconds(held.certificate.not_after)),
@@ -392,11 +473,81 @@ fn write(directory: &Path, name: &str, content: &[u8]) -> io::Result<()> {
     fs::File::open(directory)?.sync_all()
 }
 
+/// Removes a file, if it exists, and syncs that to the disk.
+fn remove(directory: &Path, name: &str) -> io::Result<()> {
+    match fs::remove_file(directory.join(name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => fs::File::open(directory)?.sync_all(),
+    }
+}
+
+/// Removes what interrupted calls of [`write`] have left.
+fn remove_drafts(directory: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let name = entry?.file_name();
+        let name = name.to_string_lossy();
+        let is_draft = [CREDENTIALS, JOINING].iter().any(|of| {
+            let rest = name
+                .strip_prefix('.')
+                .and_then(|rest| rest.strip_prefix(of));
+            rest.is_some_and(|rest| rest.starts_with('.'))
+        });
+        if is_draft {
+            remove(directory, &name)?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use auth_tunnel::tls::svid::{NODE_EXTENSION, encode_node};
+    use rcgen::{CustomExtension, KeyUsagePurpose};
+
     use super::*;
+
+    #[test]
+    fn a_node_is_known_by_a_certificate_until_that_expires() {
+        let folder = tempfile::tempdir().unwrap();
+        let join = Join {
+            node: "vm-1".into(),
+            trust_domain: TrustDomain::default(),
+            token_file: folder.path().join("token"),
+            directory: folder.path().join("node"),
+        };
+        let server = CaServer {
+            section: "ca",
+            address: "ca:15012".into(),
+            server_name: "ca".into(),
+            root_file: folder.path().join("roots"),
+            proof: Proof::Join(join.clone()),
+            cluster_id: "Kubernetes".into(),
+        };
+        let (now, hour) = (SystemTime::now(), Duration::from_secs(3600));
+        for (not_after, known) in [(now - hour, false), (now + hour, true)] {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::default();
+            let uri = NodeCertificate::uri("vm-1", &join.trust_domain);
+            params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().unwrap())];
+            params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+            let name = CustomExtension::from_oid_content(&NODE_EXTENSION, encode_node("vm-1"));
+            params.custom_extensions.push(name);
+            params.not_after = not_after.into();
+            let pem = key.serialize_pem() + &params.self_signed(&key).unwrap().pem();
+            write(&join.directory, CREDENTIALS, pem.as_bytes()).unwrap();
+            let machine = Machine::open(server.clone(), join.clone()).unwrap();
+            let status = machine.status();
+            assert_eq!(status == Authentication::JoinToken, !known, "{status:?}");
+            assert_eq!(machine.certificate().is_some(), known);
+        }
+    }
 
     #[test]
     fn a_key_that_others_may_read_is_refused() {

@@ -100,11 +100,20 @@ async fn a_machine_joins_once_and_then_has_its_own_certificate() {
         join(&caller, "auth-daemon-join-x", &key, "vm-1").await,
         "unknown",
     );
+    // A wrong token is a failed attestation, whatever else is wrong.
+    let rubbish = Ask {
+        csr: "rubbish".into(),
+        ..Ask::for_itself(Some("auth-daemon-join-x".into()))
+    };
+    refused(rubbish.send(&caller).await, "unknown");
 
     let chain = join(&caller, &token, &key, "vm-1").await.unwrap();
     let first = NodeCertificate::parse(&chain[0], &domain()).unwrap();
     assert_eq!(first.node, "vm-1");
-    refused(join(&caller, &token, &thief, "vm-1").await, "used");
+    refused(
+        join(&caller, &token, &thief, "vm-1").await,
+        "with another key",
+    );
 
     let own = connect_as(&ca, &chain, &key).await;
     let issued = ask_for(&own, "db").await.unwrap();
@@ -183,6 +192,7 @@ async fn a_revoked_machine_cannot_come_back() {
     refused(ask_for(&own, "db").await, "new join token");
     for token in [used, unused] {
         refused(join(&caller, &token, &key, "vm-1").await, "unknown");
+        refused(ask_for(&own, "db").await, "new join token");
     }
     let token = new_token(&ca, "vm-1", false).await.unwrap();
     join(&caller, &token, &key, "vm-1").await.unwrap();
@@ -332,6 +342,86 @@ async fn a_daemon_joins_and_is_known_after_a_restart() {
     drop(daemon);
     vm.put_token(&new_token(&ca, "vm-1", true).await.unwrap());
     request(&vm.daemon().unwrap(), Result::ok).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_joins_a_ca_that_does_not_know_its_certificate() {
+    let (ca, other) = (start().await, start().await);
+    let mut vm = Vm::new(&ca);
+    vm.put_token(&new_token(&ca, "vm-1", false).await.unwrap());
+    request(&vm.daemon().unwrap(), Result::ok).await;
+    // This one has another root, so the handshake fails.
+    vm.server = CaServer {
+        proof: vm.server.proof.clone(),
+        ..other.server("a")
+    };
+    vm.put_token(&new_token(&other, "vm-1", false).await.unwrap());
+    request(&vm.daemon().unwrap(), Result::ok).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewed_certificate_that_cannot_be_written_is_used() {
+    let ca = start().await;
+    let vm = Vm::new(&ca);
+    vm.put_token(&new_token(&ca, "vm-1", false).await.unwrap());
+    let status = |daemon: &CaClient| serde_json::to_value(daemon.health()?.status()).ok();
+    let until = |status: &serde_json::Value| {
+        let until = status["authentication"]["notAfter"].as_str();
+        until.map(str::to_owned)
+    };
+    let daemon = vm.daemon().unwrap();
+    let first = eventually("it joins", || until(&status(&daemon)?)).await;
+    drop(daemon);
+    vm.remove_token();
+    let (kept, directory) = (fs::read(vm.kept()).unwrap(), vm.folder.path().join("node"));
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    fs::set_permissions(directory, everybody).unwrap();
+    // Its end is written in seconds.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let daemon = vm.daemon().unwrap();
+    eventually("it renews, and says what is wrong", || {
+        let status = status(&daemon)?;
+        let wrong = status["lastError"].as_str()?.contains("ca.nodeDirectory");
+        (wrong && until(&status)? > first).then_some(())
+    })
+    .await;
+    assert_eq!(fs::read(vm.kept()).unwrap(), kept);
+    request(&daemon, Result::ok).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_removes_what_an_interrupted_join_has_left() {
+    let ca = start().await;
+    let vm = Vm::new(&ca);
+    vm.put_token(&new_token(&ca, "vm-1", false).await.unwrap());
+    request(&vm.daemon().unwrap(), Result::ok).await;
+    vm.remove_token();
+    let joining = vm.kept().with_file_name("joining.pem");
+    for name in [".node.pem.0123", ".joining.pem.0123", "joining.pem"] {
+        fs::copy(vm.kept(), vm.kept().with_file_name(name)).unwrap();
+    }
+    drop(vm.daemon().unwrap());
+    let names = || {
+        let files = fs::read_dir(vm.kept().parent().unwrap()).unwrap();
+        let mut names: Vec<_> = files.map(|file| file.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(), ["node.pem"]);
+
+    // The CA knows the key of a join whose answer was lost, and its token is gone: it joins with a new key.
+    let lost = fs::read(vm.kept()).unwrap();
+    fs::rename(vm.kept(), &joining).unwrap();
+    vm.put_token(&new_token(&ca, "vm-1", true).await.unwrap());
+    let daemon = vm.daemon().unwrap();
+    request(&daemon, Result::ok).await;
+    assert_eq!(names(), ["node.pem"]);
+    let key = |pem: &[u8]| {
+        KeyPair::from_pem(std::str::from_utf8(pem).unwrap())
+            .unwrap()
+            .serialize_der()
+    };
+    assert_ne!(key(&fs::read(vm.kept()).unwrap()), key(&lost));
 }
 
 #[tokio::test(flavor = "multi_thread")]

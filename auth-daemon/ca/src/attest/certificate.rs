@@ -30,6 +30,9 @@ impl Certificates {
         let node = svid.node.filter(|node| !node.is_empty()).ok_or_else(|| {
             refused("it does not name a node where its pod runs: use a token".into())
         })?;
+        authority
+            .check_since_join(&node, svid.not_before)
+            .map_err(refused)?;
         Ok(Caller::Workload {
             identity: svid.identity,
             node: node.to_string(),

@@ -1,17 +1,21 @@
 //! Machines that join by a token, and the certificates with which their daemons authenticate from then on.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use auth_ca_api::JOIN_TOKEN_PREFIX;
 use auth_support::config::node_name;
 use auth_tunnel::tls::{svid::NodeCertificate, unix_seconds};
 
-use super::{Authority, Issued, Refusal};
+use super::{Authority, Issued, Refusal, check_signing};
 use crate::{
     audit,
     csr::RequestedKey,
-    join::{self, DEFAULT_LIFETIME, JoinToken, LIFETIMES},
-    signer::{self, hex},
+    join::{self, DEFAULT_LIFETIME, GONE, JoinToken, LIFETIMES},
+    signer::{self, BACKDATE, hex},
+    view::CaView,
 };
 
 impl Authority {
@@ -67,6 +71,16 @@ impl Authority {
         .await
     }
 
+    /// The node that joins with `token`, if that can be used.
+    pub(crate) fn node_of_token(&self, token: &str) -> Result<String, Refusal> {
+        let view = self.view.load();
+        let hash = join::hash(token.as_bytes());
+        let found = view.joins.node_of(&hash, self.clock.now());
+        let node = found.ok_or_else(|| Refusal::Request(GONE.into()))?;
+        self.check_name(node)?;
+        Ok(node.to_owned())
+    }
+
     /// Uses `token` for the machine that holds the key of `csr` (PKCS #10, DER). Returns its node's name and certificate.
     pub(crate) async fn join(
         self: &Arc<Self>,
@@ -74,27 +88,26 @@ impl Authority {
         csr: &[u8],
         lifetime: Duration,
     ) -> Result<(String, Issued), Refusal> {
-        let hash = join::hash(token.as_bytes());
-        let view = self.view.load_full();
-        let found = view.joins.node_of(&hash, self.clock.now());
-        let node = found.ok_or_else(|| {
-            let why = "the join token is unknown, used or expired: create another one";
-            Refusal::Request(why.into())
-        })?;
-        self.check_name(node)?;
         // Before the token is used up.
-        let key = self.node_key(node, csr)?;
-        let digest = join::hash(&key.spki());
-        self.change(move |state, _, now| {
-            let joined = state.joins.join(&hash, digest, now);
-            joined.map_err(Refusal::Request)
-        })
-        .await?;
-        let issued = self.issue_to_node(node, &key, lifetime)?;
-        Ok((node.to_owned(), issued))
+        let node = self.node_of_token(token)?;
+        let key = self.node_key(&node, csr)?;
+        let lifetime = self.lifetime(lifetime)?;
+        let (hash, digest) = (join::hash(token.as_bytes()), join::hash(&key.spki()));
+        let view = self.view.load_full();
+        // A repeated answer needs no new state, nor new revocation lists.
+        if !view.joins.is_used_by(&hash, &digest, self.clock.now()) {
+            self.change(move |state, _, now| {
+                let joined = state.joins.join(&hash, digest, now);
+                joined.map_err(Refusal::Request)
+            })
+            .await?;
+        }
+        let issued = self.issue_to_node(&node, &key, lifetime)?;
+        Ok((node, issued))
     }
 
-    /// Renews `certificate` (DER), whose key must be that of `csr` (PKCS #10, DER).
+    /// Renews `certificate` (DER), whose key must be that of `csr` (PKCS #10, DER). As [`Authority::node`], it does not
+    /// verify the chain.
     pub(crate) fn renew_node(
         &self,
         certificate: &[u8],
@@ -103,7 +116,7 @@ impl Authority {
     ) -> Result<Issued, Refusal> {
         let node = self.node(certificate).map_err(Refusal::Request)?.node;
         let key = self.node_key(&node, csr)?;
-        self.issue_to_node(&node, &key, lifetime)
+        self.issue_to_node(&node, &key, self.lifetime(lifetime)?)
     }
 
     /// Whether `certificate` (DER) is a node's own, whoever signed it, and not a workload's.
@@ -112,13 +125,13 @@ impl Authority {
     }
 
     /// The content of `certificate` (DER), if it is that of a machine that has joined, and neither expired nor revoked.
-    pub fn node(&self, certificate: &[u8]) -> Result<NodeCertificate, String> {
+    ///
+    /// The caller has verified that it leads to a published root, as a TLS handshake does. Which issuer signed it does not
+    /// matter, because the key counts: a replaced intermediate does not lock the machines out that joined before.
+    pub(crate) fn node(&self, certificate: &[u8]) -> Result<NodeCertificate, String> {
         let shown = NodeCertificate::parse(certificate, &self.settings.trust_domain)
             .map_err(|error| error.to_string())?;
         let view = self.view.load();
-        if !view.issued(certificate) {
-            return Err(format!("{} was not issued by this CA", shown.serial));
-        }
         if unix_seconds(shown.not_after) <= self.clock.now() {
             return Err("it has expired: the node needs a new join token".into());
         }
@@ -142,6 +155,22 @@ impl Authority {
                 "node {} has not joined, or was revoked since: it needs a new join token",
                 shown.node
             )),
+        }
+    }
+
+    /// Fails if a certificate of a workload on `node`, valid from `not_before` on, was issued before the machine joined that
+    /// is this node now: a machine before it got the certificate, and may be in wrong hands.
+    pub(crate) fn check_since_join(
+        &self,
+        node: &str,
+        not_before: SystemTime,
+    ) -> Result<(), String> {
+        let issued = unix_seconds(not_before).saturating_add(BACKDATE);
+        match self.view.load().joins.joined_at(node) {
+            Some(joined) if issued < joined => Err(format!(
+                "it was issued before the machine joined that is node {node} now"
+            )),
+            _ => Ok(()),
         }
     }
 
@@ -188,21 +217,29 @@ impl Authority {
         &self,
         node: &str,
         key: &RequestedKey,
-        lifetime: Duration,
+        lifetime: u64,
     ) -> Result<Issued, Refusal> {
-        let lifetime = self.lifetime(lifetime)?;
         let view = self.view.load_full();
-        view.published.revoked.check_node(node)?;
-        if view.joins.has_key(node, &join::hash(&key.spki())) != Some(true) {
-            return Err(Refusal::Request(format!(
-                "the key is not the one with which node {node} has joined"
-            )));
-        }
+        let digest = join::hash(&key.spki());
+        let check = |view: &CaView| {
+            view.published.revoked.check_node(node)?;
+            match view.joins.has_key(node, &digest) {
+                Some(true) => Ok(()),
+                _ => Err(Refusal::Request(format!(
+                    "the key is not the one with which node {node} has joined"
+                ))),
+            }
+        };
+        check(&view)?;
         let (domain, now) = (&self.settings.trust_domain, self.clock.now());
         let leaf = view.signing.node(node, domain, key, lifetime, now)?;
+        // The state may have changed meanwhile, as in `issue`.
+        let current = self.view.load();
+        check(&current)?;
+        check_signing(&view, &current)?;
         Ok(Issued {
             chain: view.signing.chain(&leaf),
-            roots: view.published.roots.clone(),
+            roots: current.published.roots.clone(),
         })
     }
 

@@ -29,12 +29,18 @@ impl CaService {
         let authority = self.authority()?;
         let source = &peer.source.get();
         let _turn = self.attestations.turn(source).await;
-        let csr = csr(request)?;
-        let joined = authority.join(token, &csr, requested(request)).await;
-        let (node, issued) = joined.map_err(|refusal| match refusal {
+        let failed = |refusal| match refusal {
             Refusal::Request(why) => self.unattested(source, why),
             refusal => refusal.into(),
-        })?;
+        };
+        // First, so that each attempt with a wrong token counts as a failed attestation, whatever else is wrong with it.
+        let node = authority.node_of_token(token).map_err(failed)?;
+        let _in_progress = self.quotas.request(&node)?;
+        let csr = csr(request)?;
+        let joined = authority.join(token, &csr, requested(request)).await;
+        let (node, issued) = joined.map_err(failed)?;
+        // A process that was stopped meanwhile may have lost the Lease.
+        self.authority()?;
         self.quotas
             .attested(&node, peer.address.ip().to_canonical());
         Ok(self.to_node("nodeJoined", peer, &node, &issued))
@@ -52,6 +58,7 @@ impl CaService {
         let issued =
             self.authority()?
                 .renew_node(certificate, &csr(request)?, requested(request))?;
+        self.authority()?;
         Ok(self.to_node("nodeRenewed", peer, node, &issued))
     }
 
