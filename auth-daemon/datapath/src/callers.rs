@@ -10,7 +10,7 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::fs::MetadataExt,
+        unix::{fs::MetadataExt, net::UnixListener},
     },
     path::Path,
     sync::Arc,
@@ -20,7 +20,10 @@ use std::{
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{getsockopt, sockopt::PeerCredentials},
+    sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket,
+        sockopt::PeerCredentials,
+    },
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -35,11 +38,50 @@ use auth_mesh::Workload;
 
 /// Number of callers that may wait for their attestation. Further ones wait for these.
 const WAITING: usize = 64;
+/// Number of connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
 /// Interval at which to read the mounts of cgroups again.
 const MOUNTS: Duration = Duration::from_secs(10);
 /// Socket option, which the libc crate does not have (Linux 6.5). Its number is the same on all architectures that the daemon
 /// is built for.
 const SO_PEERPIDFD: libc::c_int = 77;
+
+/// Socket option, which the libc crate does not have (Linux 6.16). Likewise.
+const SO_PASSRIGHTS: libc::c_int = 83;
+
+/// Listens at `path`. Callers cannot pass descriptors, if the kernel knows how to refuse them (Linux 6.16): to close one may
+/// take a caller as long as it likes, in the thread that reads the connection. Also returns whether they are refused.
+pub fn listen_at(path: &Path) -> io::Result<(UnixListener, bool)> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    // Connections inherit it, and some may be made as soon as it listens.
+    let refuses_rights = match refuse_rights(socket.as_fd()) {
+        Ok(()) => true,
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => false,
+        Err(error) => return Err(error),
+    };
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::new(BACKLOG)?)?;
+    Ok((socket.into(), refuses_rights))
+}
+
+fn refuse_rights(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let off: libc::c_int = 0;
+    // SAFETY: `off` is a readable int and the length says so; the descriptor lives.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const off).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// The other end of a connection to a Unix socket, as the kernel knew it when it connected.
 #[derive(Debug)]
@@ -272,14 +314,12 @@ fn attest(mut requests: mpsc::Receiver<Request>) {
 #[cfg(test)]
 mod tests {
     use std::{
-        os::unix::{
-            net::{UnixListener, UnixStream},
-            process::CommandExt,
-        },
+        io::IoSlice,
+        os::unix::{net::UnixStream, process::CommandExt},
         process::{Command, Stdio},
     };
 
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect};
+    use nix::sys::socket::{ControlMessage, MsgFlags, connect, sendmsg};
 
     use super::*;
 
@@ -433,5 +473,30 @@ mod tests {
         let caller = Caller::of(accepted.as_fd()).unwrap();
         assert_eq!(caller.cookie, netns.cookie());
         assert_ne!(caller.cookie, socket_cookie(listener.as_fd()).unwrap());
+    }
+
+    #[test]
+    fn callers_cannot_pass_descriptors() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let (listener, refuses_rights) = listen_at(&path).unwrap();
+        if !refuses_rights {
+            println!("SKIPPED callers_cannot_pass_descriptors: the kernel is older than 6.16");
+            return;
+        }
+        let caller = UnixStream::connect(&path).unwrap();
+        let send = |rights: &[ControlMessage<'_>]| {
+            let bytes = [IoSlice::new(b"x")];
+            let fd = caller.as_raw_fd();
+            sendmsg::<()>(fd, &bytes, rights, MsgFlags::empty(), None)
+        };
+        let passed = [caller.as_raw_fd()];
+        // Before it is accepted, and afterwards.
+        let refused = send(&[ControlMessage::ScmRights(&passed)]);
+        assert_eq!(refused, Err(nix::errno::Errno::EPERM));
+        let _accepted = listener.accept().unwrap();
+        let refused = send(&[ControlMessage::ScmRights(&passed)]);
+        assert_eq!(refused, Err(nix::errno::Errno::EPERM));
+        assert_eq!(send(&[]), Ok(1));
     }
 }

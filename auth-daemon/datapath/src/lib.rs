@@ -37,7 +37,7 @@ pub mod sockets;
 pub mod threads;
 pub mod unload;
 
-pub use callers::{Attestor, Caller, NotOfPod};
+pub use callers::{Attestor, Caller, NotOfPod, listen_at};
 pub use census::{Census, PodNetns};
 pub use containers::{NoPodUid, PodUid};
 pub use exposed::ExposedPorts;

@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use auth_datapath::listen_at;
 use nix::unistd::geteuid;
 
 /// Everybody may pass through the folder, and only its owner may change it.
@@ -37,8 +38,13 @@ impl SocketFile {
         refuse_other_file(path)?;
         let new = unfinished(path);
         remove_socket(&new)?;
-        let listener = UnixListener::bind(&new)?;
-        listener.set_nonblocking(true)?;
+        let (listener, refuses_rights) = listen_at(&new)?;
+        if !refuses_rights {
+            tracing::warn!(
+                path = %path.display(),
+                "before Linux 6.16, a pod that passes descriptors to the workload API's socket can stop the API on this node"
+            );
+        }
         fs::set_permissions(&new, Permissions::from_mode(SOCKET_MODE))?;
         let made = fs::symlink_metadata(&new)?;
         fs::rename(&new, path)?;
