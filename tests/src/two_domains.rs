@@ -12,6 +12,7 @@ use crate::ca::{Ca, CaOptions};
 use crate::daemon::Daemon;
 use crate::daemon_options::DaemonOptions;
 use crate::eventually::{TIMEOUT, eventually_ok};
+use crate::manifests::Manifests;
 use crate::mesh::Mesh;
 use crate::pod::Pod;
 use crate::spec::PodSpec;
@@ -157,9 +158,19 @@ fn start_daemon(mesh: &Mesh, node: &str, options: DaemonOptions) -> Result<Daemo
 
 /// Writes a service at `address` to the manifests of `node`, whose endpoint is a pod of another trust domain.
 fn introduce(mesh: &Mesh, node: &str, address: &str, pod: &str, trust_domain: &str) -> Result<()> {
-    let address: SocketAddr = address.parse().context("an address")?;
+    let address = address.parse().context("an address")?;
     let identity = format!("spiffe://{trust_domain}/ns/default/sa/{pod}");
-    let manifests = mesh.node(node).manifests();
+    let endpoint = (mesh.pod(pod).ipv4(), 7).into();
+    foreign_service(mesh.node(node).manifests(), address, &identity, endpoint)
+}
+
+/// Writes the service `partner` at `address`, which `identity` runs at the IPv4 address `endpoint`, outside of the cluster.
+pub fn foreign_service(
+    manifests: &Manifests,
+    address: SocketAddr,
+    identity: &str,
+    endpoint: SocketAddr,
+) -> Result<()> {
     manifests.apply(&json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": {
@@ -173,8 +184,8 @@ fn introduce(mesh: &Mesh, node: &str, address: &str, pod: &str, trust_domain: &s
         "metadata": {
             "name": "partner-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "partner"},
         },
-        "addressType": "IPv4", "ports": [{"name": "echo", "port": 7}],
-        "endpoints": [{"addresses": [mesh.pod(pod).ipv4()]}],
+        "addressType": "IPv4", "ports": [{"name": "echo", "port": endpoint.port()}],
+        "endpoints": [{"addresses": [endpoint.ip()]}],
     }))
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use mesh_tests::{
     App, Ca, CaOptions, Context, Daemon, DaemonOptions, InProcess, Mesh, Pod, PodSpec, Result,
-    Spire, SpireOptions, TIMEOUT, eventually_ok, slowdown,
+    Spire, SpireOptions, TIMEOUT, eventually_ok, slowdown, two_domains::foreign_service,
 };
 use rcgen::{CertificateParams, KeyPair};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -345,24 +345,7 @@ fn pod_calls_spire_workload() -> Result<()> {
     let file = stage.run_commands()?;
     let at = SocketAddr::from((stage.mesh.outside_ipv4(), ECHO));
     let manifests = stage.mesh.node("ours").manifests();
-    let service: SocketAddr = SERVICE.parse()?;
-    manifests.apply(&json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {
-            "name": "partner", "namespace": "default",
-            "annotations": {"auth-daemon.io/service-accounts": WORKLOAD},
-        },
-        "spec": {"clusterIP": service.ip(), "ports": [{"name": "echo", "port": service.port()}]},
-    }))?;
-    manifests.apply(&json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {
-            "name": "partner-1", "namespace": "default",
-            "labels": {"kubernetes.io/service-name": "partner"},
-        },
-        "addressType": "IPv4", "ports": [{"name": "echo", "port": ECHO}],
-        "endpoints": [{"addresses": [at.ip()]}],
-    }))?;
+    foreign_service(manifests, SERVICE.parse()?, WORKLOAD, at)?;
     // It verifies its callers with what SPIRE has fetched.
     let serve = |id: &str| -> Result<InProcess> {
         let callers = store(certificates(&stage.spire.bundle_of(OURS)?)?)?;
