@@ -9,7 +9,7 @@ use std::{
     collections::HashSet,
     fs, io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::{fs::MetadataExt, net::UnixListener},
     },
     path::Path,
@@ -19,12 +19,14 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket,
-        sockopt::PeerCredentials,
+        getsockopt,
+        sockopt::{PeerCredentials, PeerPidfd},
     },
 };
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -33,6 +35,7 @@ use super::{
     hierarchies::{Hierarchies, see_as_the_node},
     netns::socket_cookie,
     processes::{Folder, open_at, read_at},
+    sockets::set_option,
 };
 use auth_mesh::Workload;
 
@@ -42,45 +45,25 @@ const WAITING: usize = 64;
 const BACKLOG: i32 = 128;
 /// Interval at which to read the mounts of cgroups again.
 const MOUNTS: Duration = Duration::from_secs(10);
-/// Socket option, which the libc crate does not have (Linux 6.5). Its number is the same on all architectures that the daemon
+/// Socket option, which the libc crate does not have (Linux 6.16). Its number is the same on all architectures that the daemon
 /// is built for.
-const SO_PEERPIDFD: libc::c_int = 77;
-
-/// Socket option, which the libc crate does not have (Linux 6.16). Likewise.
 const SO_PASSRIGHTS: libc::c_int = 83;
 
 /// Listens at `path`. Callers cannot pass descriptors, if the kernel knows how to refuse them (Linux 6.16): to close one may
 /// take a caller as long as it likes, in the thread that reads the connection. Also returns whether they are refused.
 pub fn listen_at(path: &Path) -> io::Result<(UnixListener, bool)> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
     // Connections inherit it, and some may be made as soon as it listens.
-    let refuses_rights = match refuse_rights(socket.as_fd()) {
+    let refused = set_option(socket.as_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, 0);
+    let refuses_rights = match refused {
         Ok(()) => true,
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => false,
         Err(error) => return Err(error),
     };
-    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&socket, Backlog::new(BACKLOG)?)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(BACKLOG)?;
     Ok((socket.into(), refuses_rights))
-}
-
-fn refuse_rights(socket: BorrowedFd<'_>) -> io::Result<()> {
-    let off: libc::c_int = 0;
-    // SAFETY: `off` is a readable int and the length says so; the descriptor lives.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PASSRIGHTS,
-            (&raw const off).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// The other end of a connection to a Unix socket, as the kernel knew it when it connected.
@@ -101,10 +84,10 @@ impl Caller {
     pub fn of(connection: BorrowedFd<'_>) -> io::Result<Self> {
         let credentials = getsockopt(&connection, PeerCredentials)?;
         let pid = credentials.pid();
-        let process = match peer_process(connection) {
+        let process = match getsockopt(&connection, PeerPidfd) {
             Ok(process) => Some(process),
             // Before Linux 6.5. The number may be another process's by now, which must then prove the same as this one.
-            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => open_process(pid).ok(),
+            Err(Errno::ENOPROTOOPT) => open_process(pid).ok(),
             Err(_) => None,
         };
         Ok(Self {
@@ -155,26 +138,6 @@ impl Caller {
             Err(error) => Err(NotOfPod::Unreadable(error)),
         }
     }
-}
-
-fn peer_process(connection: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let mut fd: libc::c_int = -1;
-    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: `fd` is a writable int and `length` says so; the descriptor lives.
-    let result = unsafe {
-        libc::getsockopt(
-            connection.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PEERPIDFD,
-            (&raw mut fd).cast(),
-            &raw mut length,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just opened it for this process, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// pidfd_open(2), Linux 5.3.
@@ -315,11 +278,16 @@ fn attest(mut requests: mpsc::Receiver<Request>) {
 mod tests {
     use std::{
         io::IoSlice,
-        os::unix::{net::UnixStream, process::CommandExt},
+        os::{
+            fd::AsRawFd,
+            unix::{net::UnixStream, process::CommandExt},
+        },
         process::{Command, Stdio},
     };
 
-    use nix::sys::socket::{ControlMessage, MsgFlags, connect, sendmsg};
+    use nix::sys::socket::{
+        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg,
+    };
 
     use super::*;
 
@@ -493,10 +461,10 @@ mod tests {
         let passed = [caller.as_raw_fd()];
         // Before it is accepted, and afterwards.
         let refused = send(&[ControlMessage::ScmRights(&passed)]);
-        assert_eq!(refused, Err(nix::errno::Errno::EPERM));
+        assert_eq!(refused, Err(Errno::EPERM));
         let _accepted = listener.accept().unwrap();
         let refused = send(&[ControlMessage::ScmRights(&passed)]);
-        assert_eq!(refused, Err(nix::errno::Errno::EPERM));
+        assert_eq!(refused, Err(Errno::EPERM));
         assert_eq!(send(&[]), Ok(1));
     }
 }

@@ -4,7 +4,7 @@ use std::{
     collections::HashSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener},
-    os::fd::AsRawFd,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
@@ -397,14 +397,23 @@ pub fn original_destination(socket: SockRef<'_>) -> Option<SocketAddr> {
 
 /// Sets `IPV6_TRANSPARENT` (Linux 2.6.37), which none of the libraries in use supports.
 fn set_ipv6_transparent(socket: &Socket) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: `on` is a readable int, the length matches, and the descriptor is open.
+    set_option(socket.as_fd(), libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)
+}
+
+/// Sets an option of a socket whose value is an int, for options that none of the libraries in use supports.
+pub(super) fn set_option(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: `value` is a readable int, the length matches, and the descriptor is open.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::SOL_IPV6,
-            libc::IPV6_TRANSPARENT,
-            (&raw const on).cast(),
+            level,
+            name,
+            (&raw const value).cast(),
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
