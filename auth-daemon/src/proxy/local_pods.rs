@@ -33,6 +33,16 @@ impl LocalPod {
             .find(|own| own.is_ipv4() == address.is_ipv4())
             .copied()
     }
+
+    /// Why the pod's connections without TLS end, if its link is not private any more.
+    pub(super) fn shared_link(&self) -> Option<String> {
+        (!self.has_private_link).then(|| {
+            format!(
+                "the link of {} is not private any more: others could take the pod's address; new connections use TLS",
+                self.identity
+            )
+        })
+    }
 }
 
 /// The enrolled pods of this node.

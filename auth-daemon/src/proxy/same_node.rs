@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::{
     Node, Pod,
     local_pods::{LocalPod, LocalPods},
-    verdict::{Basis, Decision, Facts, SHARED},
+    verdict::{Basis, Decision, Facts},
 };
 use crate::{
     config,
@@ -94,13 +94,9 @@ impl SameNode {
     /// Waits until `server` has left this node or has changed, or until the link of the client's pod or the server's is not
     /// private any more. Returns why the link ends a connection, if that is it.
     pub(crate) async fn gone(&self, client_cookie: u64, server: &LocalPod) -> Option<String> {
-        let is_shared = |now: &LocalPods, cookie: &u64| {
-            let local_pod = now.by_cookie.get(cookie)?;
-            let (identity, is_shared) = (&local_pod.identity, !local_pod.has_private_link);
-            is_shared.then(|| format!("the link of {identity} {SHARED}"))
-        };
         let shared = |now: &LocalPods| {
-            is_shared(now, &client_cookie).or_else(|| is_shared(now, &server.cookie))
+            let mut pods = [client_cookie, server.cookie].into_iter();
+            pods.find_map(|cookie| now.by_cookie.get(&cookie)?.shared_link())
         };
         let is_gone = |now: &Arc<LocalPods>| {
             let own = now.by_cookie.get(&server.cookie);

@@ -15,10 +15,6 @@ use auth_datapath::Grant;
 use auth_mesh::{Identity, ObjectName, Snapshot, policy::Connection};
 use auth_tunnel::tls::trust::{Revocations, Trust};
 
-/// Why connections without TLS end whose pods have no private link any more.
-pub(super) const SHARED: &str =
-    "is not private any more: others could take the pod's address; new connections use TLS";
-
 /// A decision that covers all connections of a client pod to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Decision {
@@ -153,12 +149,12 @@ impl Basis {
                 return Some("a pod has left this node, or the mesh".into());
             };
             match self.local_pods.by_cookie.get(&cookie) {
-                Some(local_pod) if local_pod.identity != *identity => {
-                    return Some(format!("{identity} has left this node, or the mesh"));
+                Some(local_pod) if local_pod.identity == *identity => {
+                    if let Some(shared) = local_pod.shared_link() {
+                        return Some(shared);
+                    }
                 }
-                Some(local_pod) if local_pod.has_private_link => {}
-                Some(_) => return Some(format!("the link of {identity} {SHARED}")),
-                None => return Some(format!("{identity} has left this node, or the mesh")),
+                _ => return Some(format!("{identity} has left this node, or the mesh")),
             }
             let revoked = &self.trust.revoked;
             let checked = revoked.check_identity(identity);
