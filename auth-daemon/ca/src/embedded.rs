@@ -10,6 +10,7 @@ use std::{
 
 use auth_ca_api::pem;
 use auth_mesh::{Identity, TrustDomain};
+use auth_support::files::{self, Readers, write_new};
 use auth_tunnel::tls::{
     trust::{Trust, TrustBundle, TrustStore},
     unix_seconds,
@@ -19,7 +20,6 @@ use rustls::pki_types::CertificateDer;
 use crate::{
     config::RootSettings,
     csr::RequestedKey,
-    files::{self, Readers, write_new},
     signer::{self, Signer},
     store::directory::{EMBEDDED as ROOT_FILE, ROOTS as CERTIFICATE_FILE, STATE},
 };

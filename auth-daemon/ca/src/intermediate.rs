@@ -3,6 +3,7 @@
 use std::{io, path::Path, sync::Arc, time::Duration};
 
 use auth_mesh::TrustDomain;
+use auth_support::files::{self, Readers};
 use rcgen::{CertificateParams, KeyPair, PublicKeyData};
 use rustls::{
     crypto::aws_lc_rs,
@@ -13,7 +14,6 @@ use x509_parser::certificate::X509Certificate;
 
 use crate::{
     csr::RequestedKey,
-    files::{self, Readers},
     signer::{self, Holder, Life, Signer},
 };
 

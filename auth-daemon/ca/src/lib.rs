@@ -2,8 +2,8 @@
 //! its operators.
 //!
 //! From the bottom up: [`config`]; [`csr`], `signer`, `intermediate` and `crl` make certificates and lists; `rotation`,
-//! [`join`] and `state` are pure, and [`store`] keeps the state; [`authority`] does what it is asked; [`attest`] and [`placement`] decide
-//! who may ask for what, and [`quotas`] how much; `connection`, `service`, `operator` and [`server`] answer, and `audit`
+//! [`join`] and `state` are pure, and [`store`] keeps the state; [`authority`] does what it is asked; [`attest`] and
+//! [`placement`] decide who may ask for what, and [`quotas`] how much; `connection`, `service`, `operator` and [`server`] answer, and `audit`
 //! logs it. [`leader`] elects the replica that does so, `control`, [`roots`] and [`distribution`] write
 //! to the cluster, and [`embedded`] is a CA without a server.
 
@@ -35,5 +35,3 @@ mod state;
 pub mod status;
 pub mod store;
 mod view;
-
-use auth_support::files;

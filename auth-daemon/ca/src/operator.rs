@@ -16,6 +16,7 @@ use auth_ca_api::auth::{
     operator_server::{Operator, OperatorServer},
     target,
 };
+use auth_support::files;
 use auth_tunnel::tls::trust::Reason;
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -31,7 +32,6 @@ use crate::{
     audit,
     authority::{Authority, Leader, Refusal, Target},
     counters::Counters,
-    files,
     quotas::Quotas,
     service::NOT_THE_LEADER,
     status::CaStatus,

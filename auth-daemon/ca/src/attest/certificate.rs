@@ -1,5 +1,6 @@
 //! Certificates that this CA issued and has not revoked, presented over TLS for renewal.
 
+use auth_tunnel::tls::svid::NodeCertificate;
 use rustls::pki_types::CertificateDer;
 
 use super::{Attestor, Caller, Credentials, Unattested};
@@ -22,8 +23,7 @@ impl Certificates {
         let authority =
             authority.ok_or_else(|| Unattested("this replica is not the leader".into()))?;
         // The connection may be older than its certificate's expiry or revocation, and a root may have other issuers.
-        if authority.is_of_node(certificate) {
-            let node = authority.node(certificate).map_err(refused)?.node;
+        if let Some(NodeCertificate { node, .. }) = authority.node(certificate).map_err(refused)? {
             return Ok(Caller::Node { node });
         }
         let svid = authority.verify(certificate).map_err(refused)?;

@@ -18,7 +18,8 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 
 use super::fetch::fetch;
-use crate::{config::JwksSource, files};
+use crate::config::JwksSource;
+use auth_support::files;
 
 const MAX_BYTES: usize = 1 << 20;
 const MAX_KEYS: usize = 64;

@@ -9,7 +9,8 @@ use std::{
 use aws_lc_rs::{constant_time, digest};
 
 use super::{Attestor, Caller, Credentials, Unattested};
-use crate::{config::NodeToken, files};
+use crate::config::NodeToken;
+use auth_support::files;
 
 /// 32 characters of hexadecimal are 128 bits.
 const MIN_CHARACTERS: usize = 32;

@@ -114,23 +114,22 @@ impl Authority {
         csr: &[u8],
         lifetime: Duration,
     ) -> Result<Issued, Refusal> {
-        let node = self.node(certificate).map_err(Refusal::Request)?.node;
+        let shown = self.node(certificate).map_err(Refusal::Request)?;
+        let NodeCertificate { node, .. } =
+            shown.ok_or_else(|| Refusal::Request("it is no node's own certificate".into()))?;
         let key = self.node_key(&node, csr)?;
         self.issue_to_node(&node, &key, self.lifetime(lifetime)?)
     }
 
-    /// Whether `certificate` (DER) is a node's own, whoever signed it, and not a workload's.
-    pub(crate) fn is_of_node(&self, certificate: &[u8]) -> bool {
-        NodeCertificate::parse(certificate, &self.settings.trust_domain).is_ok()
-    }
-
-    /// The content of `certificate` (DER), if it is that of a machine that has joined, and neither expired nor revoked.
+    /// The content of `certificate` (DER), or none if it is not a node's own, but a workload's. Fails if it is not that of a
+    /// machine that has joined, or if it has expired or is revoked.
     ///
     /// The caller has verified that it leads to a published root, as a TLS handshake does. Which issuer signed it does not
     /// matter, because the key counts: a replaced intermediate does not lock the machines out that joined before.
-    pub(crate) fn node(&self, certificate: &[u8]) -> Result<NodeCertificate, String> {
-        let shown = NodeCertificate::parse(certificate, &self.settings.trust_domain)
-            .map_err(|error| error.to_string())?;
+    pub(crate) fn node(&self, certificate: &[u8]) -> Result<Option<NodeCertificate>, String> {
+        let Ok(shown) = NodeCertificate::parse(certificate, &self.settings.trust_domain) else {
+            return Ok(None);
+        };
         let view = self.view.load();
         if unix_seconds(shown.not_after) <= self.clock.now() {
             return Err("it has expired: the node needs a new join token".into());
@@ -149,7 +148,7 @@ impl Authority {
             .joins
             .has_key(&shown.node, &join::hash(parsed.public_key().raw))
         {
-            Some(true) => Ok(shown),
+            Some(true) => Ok(Some(shown)),
             Some(false) => Err(format!("another machine has joined as node {}", shown.node)),
             None => Err(format!(
                 "node {} has not joined, or was revoked since: it needs a new join token",

@@ -18,7 +18,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::Mutex;
 
 use super::{Store, StoreError, Stored};
-use crate::files::{self, Readers};
+use auth_support::files::{self, Readers};
 
 /// Keys and revocations. Mode 0600.
 pub(crate) const STATE: &str = "ca.json";
