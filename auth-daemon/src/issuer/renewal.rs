@@ -41,8 +41,8 @@ impl Schedule {
             .min(LONGEST_SLEEP)
     }
 
-    /// A certificate that is valid until `not_after` was issued. The next is due when half of its remaining life has passed, give or take a tenth, so
-    /// that a cluster that started at once does not renew at once. `chance` is between 0 and 1.
+    /// A certificate that is valid until `not_after` was issued. The next is due when half of its remaining life has passed,
+    /// give or take a tenth, so that a cluster that started at once does not renew at once. `chance` is between 0 and 1.
     ///
     /// Returns how long that is.
     pub(super) fn issued(

@@ -131,8 +131,8 @@ impl WorkloadSocket {
     }
 
     fn listen(&self, runtime: &Handle, listening: &watch::Sender<()>) -> io::Result<Open> {
-        let attestor = Attestor::start()?;
         let (listener, file) = SocketFile::listen(&self.path)?;
+        let attestor = Attestor::start()?;
         let acceptor = Arc::new(Acceptor {
             node: auth_datapath::socket_cookie(listener.as_fd())?,
             pods: self.pods.clone(),
