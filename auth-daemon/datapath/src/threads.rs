@@ -9,18 +9,20 @@ const NICE: i32 = -10;
 /// interrupts one with a longer slice, and others only at the end of theirs, up to a timer tick later. Before, it is ignored.
 const SLICE: u64 = 100_000;
 
-/// Has the kernel prefer the calling thread to the others of the same cgroup.
+/// Has the kernel prefer the calling thread to the others of the same cgroup, or treat it as any other.
 ///
 /// # Errors
 /// If the process may not: it lacks CAP_SYS_NICE.
-pub fn prefer() -> io::Result<()> {
+pub fn set_preferred(is_preferred: bool) -> io::Result<()> {
+    let (nice, slice) = if is_preferred { (NICE, SLICE) } else { (0, 0) };
     let attributes = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
         sched_policy: libc::SCHED_OTHER as u32,
         sched_flags: 0,
-        sched_nice: NICE,
+        sched_nice: nice,
         sched_priority: 0,
-        sched_runtime: SLICE,
+        // 0 is the kernel's default.
+        sched_runtime: slice,
         sched_deadline: 0,
         sched_period: 0,
     };

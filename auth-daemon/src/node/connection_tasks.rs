@@ -21,7 +21,7 @@ use std::{
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use tokio::{sync::mpsc, task::yield_now};
 
-use super::workers::Worker;
+use super::{precedence, workers::Worker};
 use crate::proxy::work::Work;
 
 /// Time after which a listener's connections let those of others run. One poll of a connection is not interrupted: it takes a
@@ -94,7 +94,8 @@ async fn serve(mut arriving: mpsc::UnboundedReceiver<Connection>, work: Arc<Work
                 break;
             }
         }
-        work.add_since(began);
+        let now = Instant::now();
+        precedence::turn_ended(work.add(began, now), work.is_busy_at(now), now);
         Poll::Pending
     })
     .await;

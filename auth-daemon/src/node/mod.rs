@@ -4,6 +4,7 @@
 mod acceptor;
 mod connection_tasks;
 mod enrolment;
+mod precedence;
 mod pulse;
 pub mod redirection;
 mod remote_clusters;

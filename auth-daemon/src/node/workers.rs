@@ -17,9 +17,9 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
+use super::precedence;
 use super::pulse::{BEAT, Beats, Pulse};
 use crate::proxy::handshakes::{self, Turns};
-use auth_datapath::threads;
 
 /// Number of tasks that a worker runs before it looks for new events.
 const TURNS_BETWEEN_EVENTS: u32 = 8;
@@ -109,7 +109,7 @@ impl Worker {
         let thread = thread::Builder::new()
             .name(format!("data-path-{number}"))
             .spawn(move || {
-                if is_preferred && let Err(error) = threads::prefer() {
+                if is_preferred && let Err(error) = precedence::begin() {
                     tracing::warn!(
                         number, %error,
                         "a thread for quiet pods has no precedence over those for busy pods; grant CAP_SYS_NICE"

@@ -7,7 +7,7 @@
 //!
 //! A listener moves as a whole when it becomes busy or calm: the thread that accepts a connection is of the same kind as the
 //! one that serves it. A connection stays on the thread on which it began, and so does a tunnel with all the connections
-//! that it carries.
+//! that it carries. A thread loses its precedence while it serves such connections of a busy listener (`node::precedence`).
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -49,10 +49,12 @@ impl Default for Work {
 }
 
 impl Work {
-    /// Adds what a thread has done for the listener in a turn that began at `start`.
-    pub(crate) fn add_since(&self, start: Instant) {
-        let now = Instant::now();
-        self.add_at(now.duration_since(start).min(LONGEST), now);
+    /// Adds what a thread has done for the listener in a turn that began at `start` and ends at `now`. Returns how long that
+    /// was, without interruptions.
+    pub(crate) fn add(&self, start: Instant, now: Instant) -> Duration {
+        let work = now.duration_since(start).min(LONGEST);
+        self.add_at(work, now);
+        work
     }
 
     /// Whether the listener is busy, so that it and its new connections belong on the threads for busy ones.
@@ -75,7 +77,8 @@ impl Work {
         }
     }
 
-    fn is_busy_at(&self, now: Instant) -> bool {
+    /// As [`Work::is_busy`], at `now`.
+    pub(crate) fn is_busy_at(&self, now: Instant) -> bool {
         let now = nanoseconds(now.duration_since(self.began));
         now < self.busy_until.load(Ordering::Relaxed)
     }
@@ -97,7 +100,7 @@ mod tests {
             return;
         };
         for _ in 0..10 {
-            work.add_since(long_ago);
+            work.add(long_ago, Instant::now());
         }
         assert!(!work.is_busy());
     }
