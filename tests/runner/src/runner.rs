@@ -35,7 +35,7 @@ pub(crate) enum Group {
     Unit,
     /// Tests that build meshes, which wait most of the time.
     Mesh,
-    /// Tests that start an API server, which needs a core until it serves: one at a time, beside the groups above.
+    /// Tests that start an API server, which needs a core until it serves, and then wait: one per core, beside the groups above.
     ApiServer,
     /// Tests that run a cluster, which take minutes and wait for most of them: one at a time, beside the groups above.
     Cluster,
@@ -67,9 +67,9 @@ impl Group {
     fn width(self) -> usize {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         match self {
-            Self::Unit => cores,
+            Self::Unit | Self::ApiServer => cores,
             Self::Mesh => 2 * cores,
-            Self::ApiServer | Self::Cluster | Self::Spare | Self::Alone => 1,
+            Self::Cluster | Self::Spare | Self::Alone => 1,
         }
     }
 }
@@ -85,7 +85,7 @@ const API_SERVER: [&str; 4] = [
 const CLUSTER: [&str; 2] = ["cluster::", "istio::"];
 /// Tests that search for as long as they are told, and for how long.
 const SPARE: [&str; 1] = ["fuzz_seeds::"];
-const SPARE_SECONDS: (&str, &str) = ("FUZZ_SECONDS", "60");
+const SPARE_SECONDS: (&str, &str) = ("FUZZ_SECONDS", "20");
 /// Tests that need the machine for themselves.
 const ALONE: [&str; 7] = [
     "abuse::",

@@ -76,13 +76,7 @@ const WITH_BOTH: [&str; 4] = [
     "lifecycle::unload",
 ];
 /// The modules in the short run.
-const SHORT: [&str; 5] = [
-    "traffic::redirection",
-    "lifecycle::fail_closed",
-    "hostile::oddities",
-    "lifecycle::unload",
-    "same_node::hostile",
-];
+const SHORT: [&str; 2] = ["lifecycle::fail_closed", "same_node::hostile"];
 
 /// A program to run, the row that it counts for, and how its success is told.
 struct Run {
