@@ -69,9 +69,9 @@ pub struct Issued {
 pub enum Target {
     /// One certificate.
     Serial(Serial),
-    /// An identity: all of its certificates, and it gets no more.
+    /// An identity: refuses all of its certificates, and it gets no new ones.
     Identity(Identity),
-    /// A node: all certificates that it got, all of its pods, and it gets no more.
+    /// A node: refuses all certificates that it got and all of its pods, and it gets no new ones.
     Node(String),
 }
 
@@ -305,7 +305,7 @@ impl Authority {
             };
             if found.is_none() {
                 return Err(Refusal::State(format!(
-                    "{wanted} is not revoked by itself: `auth-daemon ca status` lists revocations"
+                    "{wanted} itself is not revoked: `auth-daemon ca status` lists revocations"
                 )));
             }
             Ok(())
@@ -385,7 +385,7 @@ impl Authority {
             let mut state = authority.state.lock().await;
             let now = authority.clock.now();
             let mut next = state.clone();
-            // First, so that an expired token stands in the way of nothing.
+            // First, so that an expired token blocks nothing.
             let expired = next.joins.expire(now);
             let answer = change(&mut next, &authority, now)?;
             next.changed(now);
@@ -464,7 +464,7 @@ impl Authority {
                 if node.is_empty() || node.len() > MAX_NODE || node.chars().any(char::is_control) {
                     return Err(Refusal::Request(format!("{node:.64?} is not a node name")));
                 }
-                // Its machine cannot come back with its key, also not after the revocation is withdrawn.
+                // Its machine cannot return with its key, not even after the revocation is withdrawn.
                 state.joins.forget(node);
                 revoked.nodes.entry(node.clone()).or_insert(new)
             }
@@ -536,7 +536,7 @@ impl Authority {
         }
     }
 
-    /// When a rotation starts by itself; `None` during a rotation, and for an intermediate.
+    /// When a rotation starts automatically; `None` during a rotation, and for an intermediate.
     fn rotation_starts(&self, view: &CaView) -> Option<u64> {
         match &self.keys {
             KeySource::Own(roots) if view.rotation.phase == Phase::Steady => {

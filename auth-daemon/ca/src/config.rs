@@ -59,7 +59,7 @@ pub struct CaConfig {
     pub certificate_lifetime: Duration,
     /// How callers are identified.
     pub attestation: Attestation,
-    /// Directory of Kubernetes manifests that tell which pods run where, instead of the API server.
+    /// Directory of Kubernetes manifests that say which pods run where, instead of the API server.
     pub manifests: Option<PathBuf>,
     /// Namespaces in which each service account gets a Secret with key and certificate.
     pub secret_namespaces: Vec<String>,
@@ -119,8 +119,8 @@ pub struct Settings {
     pub root: Root,
     /// Longest lifetime of a certificate.
     pub max_lifetime: Duration,
-    /// Names with which no machine can join: those of `attestation.tokens`. `None` if no machine can join at all, because the
-    /// API server tells which pods run where.
+    /// Names with which no machine can join: those of `attestation.tokens`. `None` if no machine can join at all,
+    /// because the API server says which pods run where.
     pub taken_nodes: Option<BTreeSet<String>>,
 }
 
@@ -173,7 +173,7 @@ impl CaConfig {
         let manifests = discovery.parsed("files", errors, absolute);
         if manifests.is_none() && !matches!(state, Some(State::Kubernetes(_))) {
             errors.push(
-                "discovery.files: is missing: without an API server, it tells which pods run on which node".into(),
+                "discovery.files: is missing: without an API server, it says which pods run on which node".into(),
             );
         }
         if let Some(attestation) = &attestation
@@ -298,7 +298,7 @@ fn signing_key(top: &mut Section, errors: &mut Vec<String>) -> Option<Root> {
         for field in ["keyAlgorithm", "rootLifetime", "rotationSpread"] {
             if top.has(field) {
                 errors.push(format!(
-                    "{field}: configures new roots, but pluggedIn provides one; remove one of both"
+                    "{field}: configures new roots, but pluggedIn provides one; remove one of the two"
                 ));
                 top.skip(field);
             }

@@ -32,7 +32,7 @@ const IDLE: Duration = Duration::from_secs(300);
 /// Watches of one connection: each may hold one message that its caller is slow to read.
 const MAX_WATCHES: usize = 4;
 
-/// Where a connection comes from: the caller's node, or its address. What comes from one source has its turns together.
+/// Where a connection comes from: the caller's node, or its address. All work for one source shares its turns.
 #[derive(Debug)]
 pub(crate) struct Source(Mutex<Arc<str>>);
 

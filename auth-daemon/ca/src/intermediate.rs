@@ -110,7 +110,7 @@ impl Intermediate {
     }
 }
 
-/// What is wrong with the signing certificate by itself.
+/// What is wrong with the signing certificate itself.
 fn check_own(parsed: &X509Certificate<'_>, trust_domain: &TrustDomain, now: u64) -> Vec<String> {
     let mut errors = Vec::new();
     errors.extend(signer::check_may_sign(parsed).err());
@@ -421,7 +421,7 @@ pub(crate) mod tests {
         // The middle one as the root.
         copy(dir, &[("middle.pem", ROOTS)]);
         assert_eq!(load(dir, now()).unwrap().signer.intermediates().len(), 1);
-        // A root that signs by itself.
+        // A root that signs leaves directly.
         fs::write(dir.join(CHAIN), "").unwrap();
         copy(
             dir,

@@ -13,7 +13,7 @@ pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(10 * 60);
 /// The shortest and the longest lifetime of a token.
 pub const LIFETIMES: std::ops::RangeInclusive<Duration> =
     Duration::from_secs(60)..=Duration::from_secs(3600);
-/// Why a token joins nobody. Whoever guesses learns no more than that.
+/// Why a token cannot be used. A caller that guesses tokens learns no more than that.
 pub(crate) const GONE: &str = "the join token is unknown or expired: create another one";
 /// Most tokens that are not used yet.
 const MAX_TOKENS: usize = 100;
@@ -99,7 +99,7 @@ impl Joins {
         self.tokens.len() < before
     }
 
-    /// The node of the token with this hash: one that is not used, or was used a moment ago.
+    /// The node of the token with this hash, if the token is unused or was used a moment ago.
     pub(crate) fn node_of(&self, hash: &str, now: u64) -> Option<&str> {
         let unused = self.tokens.get(hash).filter(|token| now < token.expires);
         unused.map(|token| token.node.as_str()).or_else(|| {
@@ -122,7 +122,7 @@ impl Joins {
         let Some(token) = self.tokens.remove(hash) else {
             return match self.is_used_by(hash, &key, now) {
                 true => Ok(()),
-                // Whoever holds the token may know: if it was stolen, this is the first sign of that.
+                // The holder of the token may learn this: if the token was stolen, this is the first sign of it.
                 false => Err(format!(
                     "the join token was used with another key: if this machine did not do that, revoke node {node}"
                 )),
@@ -132,7 +132,7 @@ impl Joins {
         if before.is_some() && !token.replace {
             return Err(format!("node {node} has joined with another token"));
         }
-        // Who replaces a machine wants to be rid of its key.
+        // A machine is replaced to get rid of its key.
         if before == Some(true) {
             return Err(format!(
                 "the key is the one with which node {node} has joined: make a new one"

@@ -23,7 +23,7 @@ use crate::{attest::Caller, status::NodeQuotaStatus};
 
 /// For how long an identity counts as one of its node's distinct identities.
 const WINDOW: Duration = Duration::from_secs(3600);
-/// How often what no longer counts is forgotten: not more often, because that looks at every caller.
+/// How often expired counts are forgotten: not more often, because that reads the counts of every caller.
 const SWEEP: Duration = Duration::from_secs(60);
 /// Lines of the audit log per minute about one caller that is over its quota, or about an unknown one.
 const REPORTS: NonZeroU32 = NonZeroU32::new(6).unwrap();
@@ -319,8 +319,8 @@ impl Quotas {
     }
 }
 
-/// The last refusal on a connection because its node was over its rate. Until the retry time the rate would refuse the
-/// same credentials again, so no attestation is needed for that.
+/// The last refusal on a connection because its node was over its rate. Until the retry time, the rate would refuse the
+/// same credentials again, so they need no attestation.
 #[derive(Debug, Default)]
 pub(crate) struct OverRate {
     hasher: RandomState,

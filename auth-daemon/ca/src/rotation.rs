@@ -115,7 +115,7 @@ impl fmt::Display for Rotation {
     }
 }
 
-/// When the CA starts to replace a root by itself: when a fifth of its life is left, or earlier if a rotation with
+/// When the CA starts to replace a root automatically: when a fifth of its life is left, or earlier if a rotation with
 /// `spread` and certificates of `lifetime` seconds takes longer than that.
 pub(crate) fn starts_by_itself(life: Life, spread: u64, lifetime: u64) -> u64 {
     let made = life.begin.saturating_add(ROOT_BACKDATE);

@@ -75,7 +75,7 @@ pub(crate) async fn renew(
     make: impl Fn(&Authority, &[CertificateDer<'static>]) -> Result<(ServerConfig, SystemTime), String>,
 ) -> Infallible {
     loop {
-        // A former leader keeps its last certificate, to tell callers that it is not the leader any more.
+        // A former leader keeps its last certificate, so that it can tell callers that it is no longer the leader.
         let Ok(Some(leader)) = authority
             .wait_for(Option::is_some)
             .await

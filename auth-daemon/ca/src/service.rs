@@ -41,7 +41,7 @@ use crate::{
 
 /// Longest bearer token, in bytes.
 const MAX_TOKEN: usize = 12 << 10;
-/// Longest lifetime of a person's certificate: a person who may no longer act as an account is out after this time.
+/// Longest lifetime of a person's certificate: a person who may no longer act as an account loses access after this time.
 const PERSON_LIFETIME: Duration = Duration::from_secs(15 * 60);
 /// How long an answer is held back from a caller that is over a quota, at least. At most twice as long, so that the
 /// caller's next requests do not come all at once.
@@ -165,7 +165,7 @@ impl CaService {
         }
     }
 
-    /// Identifies the caller. One that comes back before its retry time is refused before that costs anything.
+    /// Identifies the caller. A caller that returns before its retry time is refused before it costs anything.
     async fn identify(&self, peer: &Peer, metadata: &MetadataMap) -> Result<Caller, Refused> {
         if let Some((caller, exceeded)) = peer.over_rate.still(authorization(metadata)) {
             return Err(Refused::from(exceeded).by(&caller));
@@ -204,7 +204,7 @@ impl CaService {
             certificate,
         };
         if bearer.is_some_and(is_join_token) {
-            let why = "a join token is good for a node's own certificate only";
+            let why = "a join token is accepted for a node's own certificate only";
             return Err(Unattested(why.into()));
         }
         for attestor in &self.attestors {

@@ -43,7 +43,7 @@ struct Named {
 }
 
 impl Jwks {
-    /// Accepts tokens of the issuer of `config`. `registry` tells on which node a pod runs, if its token does not.
+    /// Accepts tokens of the issuer of `config`. `registry` says on which node a pod runs, if its token does not.
     ///
     /// Fails if the file with the issuer's keys cannot be used.
     pub fn open(
@@ -93,7 +93,7 @@ fn account(claims: &Claims) -> Result<ObjectName, Unattested> {
             name: kubernetes.serviceaccount.name.clone(),
         }),
         (None, Some(subject)) => service_account(subject)
-            .ok_or_else(|| refused("the token's subject is no Kubernetes service account")),
+            .ok_or_else(|| refused("the token's subject is not a Kubernetes service account")),
         (None, None) => Err(refused("the token has no subject")),
     }
 }
@@ -109,7 +109,7 @@ enum Unplaced {
     AnotherNode,
 }
 
-/// The node where the holder of a token runs. A token that is bound to a pod is good while that very pod runs.
+/// The node where the holder of a token runs. A token that is bound to a pod is valid while that very pod runs.
 fn node_of(
     claims: Option<&KubernetesClaims>,
     identity: &Identity,
@@ -400,7 +400,7 @@ mod tests {
                     c[K8S] = Value::Null;
                     c["sub"] = "alice".into();
                 }),
-                "no Kubernetes service account",
+                "not a Kubernetes service account",
             ),
         ] {
             let refused = attest(&attestor, &token).await.unwrap().unwrap_err();

@@ -75,7 +75,7 @@ impl Keys {
     pub(super) async fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Option<DecodingKey> {
         let known = self.lookup(id, algorithm);
         match (known, self.reading.try_lock()) {
-            // Anybody can make the keys be read, with a token that names an unknown one. Others must not wait for that.
+            // Anybody can cause a read of the keys, with a token that names an unknown one. Others must not wait for that.
             (Some(known), Err(_)) => return Some(known),
             (Some(_), Ok(mut reading)) => self.read_if_due(&mut reading, false).await,
             (None, reading) => {
@@ -148,8 +148,8 @@ impl Keys {
     }
 }
 
-/// Whether to read the keys now. `tried` and `read` tell how long ago that was last tried, and done; `missed` means that
-/// a token names an unknown key.
+/// Whether to read the keys now. `tried` and `read` are the times since the last attempt and the last success; `missed`
+/// means that a token names an unknown key.
 fn due(source: &JwksSource, tried: Option<Duration>, read: Option<Duration>, missed: bool) -> bool {
     let (Some(tried), JwksSource::Url { .. }) = (tried, source) else {
         return tried.is_none_or(|tried| tried >= FIRST_AGAIN);

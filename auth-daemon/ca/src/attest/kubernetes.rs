@@ -33,11 +33,11 @@ const MAX_CACHED: usize = 4096;
 /// Most reviews in progress.
 const MAX_REVIEWS: usize = 32;
 
-/// How the name of a person begins who is known by a token's ID only.
+/// Prefix of the name of a person of whom only a token's ID is known.
 const TOKEN_PREFIX: &str = "kubernetes-token";
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
-/// The ID of the token, which the API server's audit log also has where it issued the token (Kubernetes 1.32).
+/// The ID of the token. The API server's audit log also has it, where it logs the token's issuance (Kubernetes 1.32).
 const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 /// Since Kubernetes 1.30.
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
@@ -77,7 +77,7 @@ struct Claims {
     exp: Option<u64>,
 }
 
-/// What a review tells about the caller.
+/// What a review says about the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Judged {
     Pod(Reviewed),
@@ -329,12 +329,12 @@ fn judge(status: TokenReviewStatus, audience: &str) -> Result<Judged, String> {
     } = status.user.unwrap_or_default();
     let username = username.unwrap_or_default();
     let account = service_account(&username)
-        .ok_or_else(|| format!("{:?} is no service account", printable(&username)))?;
+        .ok_or_else(|| format!("{:?} is not a service account", printable(&username)))?;
     let extra = extra.unwrap_or_default();
     let one = |key: &str| match extra.get(key).map(Vec::as_slice) {
         Some([value]) if object_name(value) => Ok(Some(value.clone())),
         None | Some([]) => Ok(None),
-        Some(_) => Err(format!("the review's {key} is no name")),
+        Some(_) => Err(format!("the review's {key} is not a name")),
     };
     let node = one(NODE_NAME)?;
     match (one(POD_NAME)?, one(POD_UID)?) {
@@ -364,7 +364,7 @@ fn credential(extra: Option<&[String]>) -> Result<Option<String>, String> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
     match (1..=128).contains(&id.len()) && id.bytes().all(allowed) {
         true => Ok(Some(id.to_owned())),
-        false => Err(format!("the review's {CREDENTIAL_ID} is no ID")),
+        false => Err(format!("the review's {CREDENTIAL_ID} is not an ID")),
     }
 }
 
@@ -397,7 +397,7 @@ fn node_of(pod: Option<Pod>, reviewed: &Reviewed) -> Result<String, &'static str
     }
     spec.node_name
         .filter(|node| !node.is_empty())
-        .ok_or("is on no node yet")
+        .ok_or("is not scheduled to a node yet")
 }
 
 #[cfg(test)]
@@ -502,17 +502,17 @@ mod tests {
                 |s| s.audiences = Some(vec!["https://kubernetes.default.svc".into()]),
                 "is not for audience \"ca\"",
             ),
-            (|s| s.user = None, "\"\" is no service account"),
+            (|s| s.user = None, "\"\" is not a service account"),
             (
                 |s| s.user.as_mut().unwrap().username = Some("system:node:a".into()),
-                "\"system:node:a\" is no service account",
+                "\"system:node:a\" is not a service account",
             ),
             (
                 |s| {
                     s.user.as_mut().unwrap().extra =
                         extra(&[(POD_NAME, "../../secrets/x"), (POD_UID, "u")]);
                 },
-                "is no name",
+                "is not a name",
             ),
         ];
         for (change, expected) in cases {

@@ -101,7 +101,7 @@ pub trait Attestor: Send + Sync {
     /// Identifies the caller that presents `credentials`. Returns `None` if they are of another kind.
     async fn attest(&self, credentials: Credentials<'_>) -> Option<Result<Caller, Unattested>>;
 
-    /// Returns who `caller` is, if the holder of the key of `csr` (PKCS #10, DER) has proved more than by the credentials.
+    /// Returns who `caller` is, if the holder of the key of `csr` (PKCS #10, DER) has proved more than the credentials do.
     async fn proved(&self, _caller: &Caller, _csr: &[u8]) -> Option<String> {
         None
     }

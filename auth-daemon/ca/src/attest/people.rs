@@ -6,7 +6,8 @@ use serde_json::{Map, Value};
 use super::{Attestor, Caller, Credentials, Unattested, oidc::Tokens};
 use crate::config::PeopleAttestation;
 
-/// Tolerated difference of the issuer's clock, in seconds. Short, so that a stolen token is worth nothing soon after its end.
+/// Tolerated difference of the issuer's clock, in seconds. Short, so that a stolen token is worthless soon after it
+/// expires.
 const LEEWAY: u64 = 30;
 /// Maximum length of a person's name in a token, in bytes.
 const MAX_NAME: usize = 200;

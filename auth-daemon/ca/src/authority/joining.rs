@@ -124,8 +124,9 @@ impl Authority {
     /// The content of `certificate` (DER), or none if it is not a node's own, but a workload's. Fails if it is not that of a
     /// machine that has joined, or if it has expired or is revoked.
     ///
-    /// The caller has verified that it leads to a published root, as a TLS handshake does. Which issuer signed it does not
-    /// matter, because the key counts: a replaced intermediate does not lock the machines out that joined before.
+    /// The caller has verified that it leads to a published root, as a TLS handshake does. It does not matter which
+    /// issuer signed it, because the key counts: replacing an intermediate does not lock out machines that joined
+    /// before.
     pub(crate) fn node(&self, certificate: &[u8]) -> Result<Option<NodeCertificate>, String> {
         let Ok(shown) = NodeCertificate::parse(certificate, &self.settings.trust_domain) else {
             return Ok(None);
@@ -157,8 +158,8 @@ impl Authority {
         }
     }
 
-    /// Fails if a certificate of a workload on `node`, valid from `not_before` on, was issued before the machine joined that
-    /// is this node now: a machine before it got the certificate, and may be in wrong hands.
+    /// Fails if a certificate of a workload on `node`, valid from `not_before` on, was issued before the node's present
+    /// machine joined: a previous machine got the certificate, and may be in the wrong hands.
     pub(crate) fn check_since_join(
         &self,
         node: &str,
@@ -167,7 +168,7 @@ impl Authority {
         let issued = unix_seconds(not_before).saturating_add(BACKDATE);
         match self.view.load().joins.joined_at(node) {
             Some(joined) if issued < joined => Err(format!(
-                "it was issued before the machine joined that is node {node} now"
+                "it was issued before the present machine of node {node} joined"
             )),
             _ => Ok(()),
         }

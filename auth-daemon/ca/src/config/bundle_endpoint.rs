@@ -17,7 +17,7 @@ pub struct BundleEndpoint {
     pub listen: SocketAddr,
     /// The certificate that it presents.
     pub certificate: EndpointCertificate,
-    /// How often others are told to look for another bundle. Defaults to 5 minutes; between a second and a day.
+    /// How often others should fetch the bundle again. Defaults to 5 minutes; between a second and a day.
     pub refresh_hint: Duration,
 }
 

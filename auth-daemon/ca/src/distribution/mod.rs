@@ -1,7 +1,7 @@
 //! A controller for apps that read a key and a certificate from a Secret (Istio's `istio.<service account>`).
 //!
 //! Each service account of the selected namespaces gets a Secret, which is renewed, and removed with its account. The CA
-//! makes the key, which is as secret as the Secret is: docs/SECRETS.md tells what that costs. Only the leader does this.
+//! makes the key, which is as secret as the Secret is: docs/SECRETS.md says what that costs. Only the leader does this.
 
 mod namespace;
 mod verdict;

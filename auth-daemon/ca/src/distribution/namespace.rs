@@ -35,7 +35,7 @@ use crate::{
 /// Precedes the service account in a Secret's name.
 const PREFIX: &str = "istio.";
 const ACCOUNT_ANNOTATION: &str = "istio.io/service-account.name";
-/// How often a Secret is checked without an event. Another one under its name may be gone.
+/// How often a Secret is checked without an event. Another Secret with its name may have been removed.
 const CHECK: Duration = Duration::from_secs(300);
 
 /// Where the Secrets are, and who signs their certificates.
@@ -49,7 +49,7 @@ pub(super) struct Issuing<'a> {
 /// Keeps the Secrets of namespace `name` up to date, for ever.
 pub(super) async fn keep(issuing: &Issuing<'_>, name: &str) {
     let client = issuing.client;
-    // Only names of Secrets: their content is read when they are due.
+    // Only the names of Secrets: their content is read when it is needed.
     let secrets = follow(
         Api::<PartialObjectMeta<Secret>>::namespaced(client.clone(), name),
         watcher::Config::default().labels(&format!("{DISTRIBUTED_LABEL}=true")),
@@ -203,7 +203,7 @@ impl Namespace<'_> {
         tracing::info!(secret = full_name, why, "Secret with a certificate written");
         match verdict(&written, &identity, &roots, now, valid) {
             Verdict::Keep(until) => Ok(Done::Until(until)),
-            _ => Err("it does not contain what was written: somebody else changes it".into()),
+            _ => Err("it does not contain what was written: something else changes it".into()),
         }
     }
 

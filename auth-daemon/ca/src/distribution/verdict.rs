@@ -45,7 +45,7 @@ pub(super) fn is_ours(secret: &Secret) -> bool {
         && labels.is_some_and(|labels| labels.get(DISTRIBUTED_LABEL).is_some_and(|v| v == "true"))
 }
 
-/// What `secret` needs at `now` to hold a certificate of `identity`, and `roots`. `valid` tells whether the CA issued a
+/// What `secret` needs at `now` to hold a certificate of `identity`, and `roots`. `valid` says whether the CA issued a
 /// certificate (DER) and has not revoked it.
 pub(super) fn verdict(
     secret: &Secret,

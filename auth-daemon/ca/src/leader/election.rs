@@ -119,7 +119,7 @@ impl Election {
         self.seen = None;
     }
 
-    /// This is not the leader any more.
+    /// This candidate is no longer the leader.
     pub fn step_down(&mut self) {
         self.renewed = None;
     }
@@ -199,7 +199,7 @@ mod tests {
         assert!(a.leads(start + 9 * SECOND));
         assert!(!a.leads(start + 10 * SECOND));
         assert_eq!(a.until(), Some(start + 10 * SECOND));
-        // Nobody took it over meanwhile: it can be taken again.
+        // No other candidate took it over meanwhile, so it can be taken again.
         assert_eq!(
             a.next(start + 11 * SECOND, Some(&lease("a", 1))),
             Move::Take

@@ -55,7 +55,7 @@ struct Known {
 }
 
 impl SecretStore {
-    /// Will keep the state in Secret `name` of `namespace`. Does nothing until [`Store::load`].
+    /// Keeps the state in Secret `name` of `namespace`. Does nothing until [`Store::load`].
     pub fn new(client: Client, namespace: &str, name: &str) -> Self {
         Self {
             secrets: Objects::of(client, namespace),
@@ -249,7 +249,7 @@ impl SecretStore {
 
     fn superseded(&self) -> StoreError {
         self.error(
-            "has been written or deleted by somebody else: another CA is active, and this one writes no more",
+            "was written or deleted by something else: another CA is active, and this one stops writing",
         )
     }
 }

@@ -136,7 +136,7 @@ async fn certificates_that_the_pods_of_a_machine_before_got_are_not_renewed() {
             .await
             .unwrap();
         let error = attest(&stolen).await.unwrap_err().0;
-        assert!(error.contains("before the machine joined"), "{error}");
+        assert!(error.contains("before the present machine"), "{error}");
         assert!(is_of(attest(&elsewhere).await, "a"));
         assert!(is_of(attest(&issue(&ca, "web", "vm").unwrap()).await, "vm"));
     }
