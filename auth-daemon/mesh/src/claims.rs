@@ -138,7 +138,7 @@ impl Claims {
         self.owner().is_none() && !self.all().iter().all(Claim::is_of_finished)
     }
 
-    /// Reports whether the own cluster has the address, and a remote cluster claims it, too.
+    /// Reports whether the snapshot's own cluster has the address, and a remote cluster claims it, too.
     pub(super) fn are_overruled(&self) -> bool {
         let mut standing = self.all().iter().filter(|claim| !claim.is_of_finished());
         self.owner().is_some_and(|owner| !owner.is_remote()) && standing.any(Claim::is_remote)
@@ -166,8 +166,8 @@ impl Claims {
     }
 }
 
-/// Returns the owner among `claims`. Pods of remote clusters count only if the own cluster has no claim, so that no remote
-/// cluster takes an address from it. Finished pods count only if there is no other claim.
+/// Returns the owner among `claims`. Pods of remote clusters count only if the snapshot's own cluster has no claim, so
+/// that no remote cluster takes an address from it. Finished pods count only if there is no other claim.
 fn owner<'a>(claims: impl Iterator<Item = &'a Claim> + Clone) -> Option<&'a Claim> {
     let standing = claims.clone().filter(|claim| !claim.is_of_finished());
     let own = standing.clone().filter(|claim| !claim.is_remote());
@@ -181,7 +181,7 @@ fn owner<'a>(claims: impl Iterator<Item = &'a Claim> + Clone) -> Option<&'a Clai
 fn owner_of_all<'a>(claims: impl Iterator<Item = &'a Claim> + Clone) -> Option<&'a Claim> {
     let mut meshed = claims.clone().filter(|claim| claim.kind().is_meshed());
     match meshed.clone().count() {
-        // Which one is of no consequence, but it must not depend on the order in which they became known.
+        // Any of them will do, but the choice must not depend on the order in which they became known.
         0 => claims.min_by_key(|claim| (claim.claimant(), claim.name())),
         1 => meshed.next(),
         _ => {

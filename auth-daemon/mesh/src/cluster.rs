@@ -421,7 +421,7 @@ mod tests {
                 let text = |found: &Snapshot| format!("{:?}", found.resolve(at));
                 prop_assert_eq!(text(&merged), text(&alone));
             }
-            // A ready endpoint of this cluster keeps all others out.
+            // If this cluster has a ready endpoint, no other is used.
             if let Ok(found) = alone.resolve(VIRTUAL.parse().unwrap())
                 && found.endpoints.iter().any(|e| e.workload.as_ref().is_some_and(|pod| pod.ready && !pod.terminating))
             {

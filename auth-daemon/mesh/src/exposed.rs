@@ -154,8 +154,8 @@ impl Snapshot {
         claims.kind() != AddressKind::Outside || !all.all(is_host)
     }
 
-    /// Resolves `port` of a service, dialled at an address of the family of `like`. The endpoints' node is of no
-    /// consequence, because `internalTrafficPolicy` is only about virtual addresses.
+    /// Resolves `port` of a service, dialled at an address of the family of `like`. The endpoints' node does not
+    /// matter, because `internalTrafficPolicy` only applies to virtual addresses.
     fn resolve_service(
         &self,
         name: &ObjectName,
@@ -281,7 +281,7 @@ impl Edit {
 }
 
 impl Exposed {
-    /// Works out whether a port is captured and disputed.
+    /// Determines whether a port is captured and disputed.
     fn settle(&mut self, at: ExposedAt) {
         let claims: Vec<_> = self.claims.get(&at).into_iter().flatten().collect();
         let is_captured = claims.iter().any(|(_, exposure)| exposure.is_meshed);

@@ -81,7 +81,7 @@ impl Snapshot {
         })
     }
 
-    /// Returns the networks that the cluster takes addresses of pods and services from, as far as its objects tell.
+    /// Returns the networks that the cluster takes addresses of pods and services from, as far as its objects say.
     pub fn networks(&self) -> &Arc<Networks> {
         &self.cluster.networks
     }

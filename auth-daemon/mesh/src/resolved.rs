@@ -302,7 +302,7 @@ impl Resolved {
         let name = || self.name.clone();
         let found = self.ports.get(&port);
         let found = found.ok_or_else(|| Unreachable::NoPort(name(), port))?;
-        // A waypoint knows by itself where to go.
+        // The waypoint itself decides where the connection goes.
         if found.endpoints.is_empty() && self.waypoint.is_none() {
             return Err(Unreachable::NoEndpoint(name(), port));
         }

@@ -99,7 +99,7 @@ pub(super) struct ServiceState {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unreachable {
     /// The address is not, or no longer, a mesh address.
-    #[error("{0} is no address of a pod or service of the mesh (any more)")]
+    #[error("{0} is not (or no longer) the address of a pod or service of the mesh")]
     Unknown(IpAddr),
     /// More than one live pod or service claims the address.
     #[error("{0} is claimed by more than one pod or service; fix the objects that claim it")]

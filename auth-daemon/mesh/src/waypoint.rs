@@ -46,7 +46,7 @@ pub enum NoWaypoint {
     )]
     Disputed(Waypoint),
     /// What is said about it cannot be used.
-    #[error("what istiod says of it is of no use: {0}")]
+    #[error("istiod describes it in a way that cannot be used: {0}")]
     Unusable(Waypoint),
     /// Its service does not have the port for HBONE.
     #[error("the service of waypoint {0} has no port {port}", port = .0.port)]

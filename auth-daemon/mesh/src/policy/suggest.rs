@@ -12,7 +12,7 @@ use std::{
 use super::diff::Pod;
 use crate::{Identity, Workload};
 
-/// Labels by which people tell workloads apart, and which outlast a new version.
+/// Labels by which people distinguish workloads, and which stay the same in a new version.
 const IDENTIFYING: [&str; 8] = [
     "app.kubernetes.io/name",
     "app.kubernetes.io/instance",
@@ -121,7 +121,7 @@ pub struct Evidence {
     pub ports: BTreeSet<u16>,
 }
 
-/// Returns those labels of a pod that tell its workload from others, and that its next version has, too.
+/// Returns those labels of a pod that distinguish its workload from others, and that its next version has, too.
 pub fn selecting_labels(labels: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let keep = |wanted: &dyn Fn(&str) -> bool| -> BTreeMap<_, _> {
         let wanted = labels.iter().filter(|(key, _)| wanted(key));

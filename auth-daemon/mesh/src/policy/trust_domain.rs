@@ -1,6 +1,6 @@
 //! The trust domain in principals: `cluster.local` stands for the mesh's own trust domain, whatever its name is, as in
-//! Istio (`istio.io/istio/pilot/pkg/security/trustdomain`). A policy that is copied from one mesh to another so keeps its
-//! meaning. The same holds for the trust domain's aliases.
+//! Istio (`istio.io/istio/pilot/pkg/security/trustdomain`). So a policy that is copied from one mesh to another keeps
+//! its meaning. The same holds for the trust domain's aliases.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -12,7 +12,7 @@ use crate::TrustDomain;
 
 /// The trust domain that stands for the mesh's own.
 const OWN: &str = "cluster.local";
-/// Maximum number of principals of a policy that are warned of by name. A policy may list 200,000.
+/// Maximum number of principals of a policy that warnings name. A policy may list 200,000.
 const MAX_NAMED: usize = 20;
 
 /// Returns the rules of `policy`, with the mesh's own trust domain in place of `cluster.local` and of its aliases.

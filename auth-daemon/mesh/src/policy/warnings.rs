@@ -1,6 +1,6 @@
 //! Warnings about policies and namespaces that have more effect than their author may expect, or none.
 //!
-//! [`Policies::warnings`](super::Policies::warnings) judges each object by itself; these depend on the pods.
+//! [`Policies::warnings`](super::Policies::warnings) judges each object alone; these depend on the pods.
 
 use super::{
     api::Action,
