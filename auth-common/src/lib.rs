@@ -81,7 +81,7 @@ pub enum MeshKind {
     /// The virtual address of a service.
     Service = 2,
     /// A network that contains pod addresses. Captured where no longer prefix says otherwise: the daemon refuses an address
-    /// that no object explains. Connections from it go to the tunnel listener of a PERMISSIVE pod.
+    /// that no object claims. Connections from it go to the tunnel listener of a PERMISSIVE pod.
     PodNetwork = 3,
     /// An address of a node, which no service claims. Connections to ports in the EXPOSED map are captured, no others. A
     /// connection from it is judged like any other, unless the kernel has recorded that a process of this node itself made

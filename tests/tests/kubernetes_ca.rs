@@ -169,7 +169,7 @@ fn replicas_hand_the_ca_over_and_nothing_is_lost() -> Result<()> {
         (labelled(&cluster) == ["ca-b"]).then_some(())
     })?;
 
-    // Stopped, it does not know that it is replaced; woken, it must not write.
+    // A suspended leader does not know that it was replaced; when it resumes, it must not write.
     drop(a);
     let a = Ca::start(&cluster, "handed", "ca-a", &none)?;
     b.process.suspend()?;
@@ -183,7 +183,7 @@ fn replicas_hand_the_ca_over_and_nothing_is_lost() -> Result<()> {
     assert_eq!(nodes.as_array().map(Vec::len), Some(1), "{nodes}");
     assert_eq!(nodes[0]["name"], "node-x");
 
-    // Asked to end, it does not let the other one wait for the lease.
+    // When it is asked to stop, it does not make the other one wait for the lease.
     let mut a = a;
     a.process.signal(Signal::SIGTERM)?;
     let status = a.process.wait(TIMEOUT)?;
@@ -313,7 +313,7 @@ fn secrets_with_certificates_follow_their_service_accounts() -> Result<()> {
     // Renewed at half of its life, without being asked.
     appears("a renewed certificate", &|_| Ok(serial(&web)? != second))?;
     openssl(&web, "verify -CAfile root-cert.pem cert-chain.pem")?;
-    // Damaged or deleted by somebody: made anew.
+    // A damaged or deleted one is created again.
     let path = "/api/v1/namespaces/legacy/secrets/istio.web";
     cluster.delete(path)?;
     appears("a deleted Secret", &|_| Ok(true))?;
@@ -322,7 +322,7 @@ fn secrets_with_certificates_follow_their_service_accounts() -> Result<()> {
         Ok(fs::read_to_string(web.join("key.pem"))?.contains("PRIVATE KEY"))
     })?;
 
-    // Somebody else's is left alone, and said to be.
+    // A Secret that something else created is left alone, and this is logged.
     let still = cluster
         .get("/api/v1/namespaces/legacy/secrets/istio.taken")?
         .context("gone")?;

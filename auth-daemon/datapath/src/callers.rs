@@ -71,7 +71,7 @@ pub fn listen_at(path: &Path) -> io::Result<(UnixListener, bool)> {
 pub struct Caller {
     /// Cookie of the netns that its socket was created in. No process can choose it for a socket.
     pub cookie: u64,
-    /// ID of the process that connected. 0 if the daemon cannot see it.
+    /// ID of the process that connected. 0 if the daemon cannot see the process.
     pub pid: u32,
     /// Its user.
     pub user: u32,
@@ -86,7 +86,7 @@ impl Caller {
         let pid = credentials.pid();
         let process = match getsockopt(&connection, PeerPidfd) {
             Ok(process) => Some(process),
-            // Before Linux 6.5. The number may be another process's by now, which must then prove the same as this one.
+            // Before Linux 6.5. The ID may belong to another process by now, which then has to meet the same conditions.
             Err(Errno::ENOPROTOOPT) => open_process(pid).ok(),
             Err(_) => None,
         };
@@ -168,7 +168,7 @@ pub enum NotOfPod {
     /// The daemon is not in the PID namespace of the node.
     #[error("the daemon cannot see its process: does it see the node's processes (hostPID: true)?")]
     Invisible,
-    /// It has exited, so nothing more is known of it.
+    /// It has exited, so nothing is known about it.
     #[error("its process has exited")]
     Exited,
     /// The process's folder in /proc cannot be read.
@@ -188,7 +188,7 @@ pub enum NotOfPod {
     Ended,
 }
 
-/// What a caller's process must be.
+/// The conditions that a caller's process must meet.
 #[derive(Clone, Debug)]
 struct Expected {
     uid: Option<PodUid>,
@@ -329,7 +329,7 @@ mod tests {
         let none = seen(None, NETNS);
         assert!(matches!(expected(false).check(none), Err(NotOfPod::NoPod)));
         assert!(expected(true).check(none).is_ok());
-        // One that a user has made, or pods of two hierarchies that differ.
+        // One that a user has created, or different pods in two hierarchies.
         let doubtful = Seen {
             is_named_pods: true,
             ..none

@@ -25,7 +25,8 @@ pub struct Census {
     pub netns: Vec<PodNetns>,
     /// Whether there are cgroups of pods. Without them no pod is found, and none is closed.
     pub has_cgroups: bool,
-    /// Whether the time was over before all pods were read. What is missing stays as it is: closed, if it is new.
+    /// Whether the time limit passed before all pods were read. A netns that was not read stays as it is: closed, if it
+    /// is new.
     pub is_partial: bool,
     /// CPU time that the census used.
     pub effort: Duration,
@@ -58,7 +59,7 @@ pub(super) fn take(roots: &[(PodRoot, PathBuf)], limit: Duration) -> Census {
     let mut reading = Reading::new(around);
     let mut is_partial = false;
     for (pod, pids) in pods {
-        // Not within a pod: its own netns is told from others by all that is read of it.
+        // Not within a pod: all of its processes are needed to tell its own netns from others.
         is_partial = started.elapsed() > limit;
         if is_partial {
             break;

@@ -1,7 +1,7 @@
 //! The folders of cgroups, and which of them the node itself has made.
 //!
-//! A user may have a cgroup of his own, as systemd gives one to each login, and make cgroups with any names in it. Those belong
-//! to him. What the kubelet and the runtimes make belongs to the user who owns the whole hierarchy: root.
+//! A user may own a cgroup, as systemd gives one to each login, and create cgroups with any names in it. Those belong
+//! to that user. Cgroups of the kubelet and the runtimes belong to the user who owns the whole hierarchy: root.
 
 use std::{
     fs,

@@ -2,9 +2,9 @@
 //!
 //! With every container runtime and cgroup driver, the kubelet names a pod's cgroup after the pod's UID, and all
 //! processes of the pod are in that cgroup or below it. A pod can neither choose that name nor move its processes to
-//! another pod's cgroup. A user with a cgroup of his own, as systemd gives one to each login, can choose any name for those
-//! that he makes in it. /proc/PID/cgroup is therefore a trustworthy statement of the node only about a cgroup that belongs to
-//! the node, with all above it: one that was found from the hierarchy's root on (`cgroup_folders`), or whose path was checked
+//! another pod's cgroup. A user who owns a cgroup, as systemd gives one to each login, can choose any name for cgroups
+//! below it. /proc/PID/cgroup is therefore trustworthy only for a cgroup that, like all of its ancestors, belongs to
+//! the node: one that was found from the hierarchy's root on (`cgroup_folders`), or whose path was checked
 //! (`hierarchies`).
 
 use std::{collections::HashSet, fmt, str::FromStr};

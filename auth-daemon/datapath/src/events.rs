@@ -25,7 +25,10 @@ impl Events {
         while let Some(event) = ring.next() {
             match parse(&event) {
                 Some(event) => take(event),
-                None => tracing::warn!(bytes = event.len(), "the kernel's side sent no event"),
+                None => tracing::warn!(
+                    bytes = event.len(),
+                    "the kernel sent a record that is no event"
+                ),
             }
         }
         ready.clear_ready();

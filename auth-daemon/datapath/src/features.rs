@@ -62,7 +62,7 @@ pub fn check(cgroup: Option<&Path>, pins: &Path) -> Vec<Finding> {
             "marks of accepted connections",
             fs::metadata("/proc/sys/net/ipv4/tcp_fwmark_accept")
                 .and(fs::metadata("/proc/sys/net/ipv4/fwmark_reflect"))
-                .map(|_| "net.ipv4.tcp_fwmark_accept and fwmark_reflect are there".to_owned())
+                .map(|_| "net.ipv4.tcp_fwmark_accept and fwmark_reflect are present".to_owned())
                 .map_err(|error| {
                     anyhow::anyhow!("net.ipv4.tcp_fwmark_accept, fwmark_reflect: {error}")
                 }),
@@ -159,7 +159,7 @@ pub fn capabilities() -> Finding {
         name: "capabilities",
         ok: missing.is_empty(),
         detail: if missing.is_empty() {
-            "all there".into()
+            "all present".into()
         } else {
             format!(
                 "missing: {}; run as root, or add them to the container",

@@ -15,7 +15,7 @@ use super::{events::Events, kernel::monotonic_nanoseconds};
 /// Stream of the events, registered with the runtime that created it.
 pub struct FirstSockets {
     events: Events,
-    /// Told of sockets that pods create.
+    /// Notified of sockets that pods create.
     of_pods: Arc<Notify>,
 }
 

@@ -174,7 +174,7 @@ fn destroy_all(family: u8, found: Vec<[u8; SOCKET_ID]>) -> io::Result<usize> {
     for id in found {
         match destroy(family, id) {
             Ok(()) => ended += 1,
-            // The connection has ended by itself.
+            // The connection has already ended.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) => return Err(error),
         }

@@ -1,4 +1,4 @@
-//! Keeps a pod from forwarding connections that nobody judged, to network namespaces nested in it: attaches the `forward`
+//! Keeps a pod from forwarding unjudged connections to network namespaces nested in it: attaches the `forward`
 //! program to the interfaces that lead out of the pod's netns, once there are others. See auth-ebpf's `forward.rs`, and the
 //! rules in `plumbing`.
 //!
@@ -64,17 +64,17 @@ pub(super) struct Forwarding {
 #[derive(Clone, Debug)]
 struct Applied {
     wanted: Wanted,
-    /// Whether there are interfaces that may lead to nested namespaces. Not known of a netns that forwards as it likes.
+    /// Whether there are interfaces that may lead to nested namespaces. Unknown for a netns that may forward anything.
     has_nested: bool,
-    /// Why the netns is not as wanted.
+    /// Why the wanted state is not in effect.
     failure: Option<Arc<KernelError>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Wanted {
-    /// The netns forwards as it likes.
+    /// The netns may forward any connection.
     Forward,
-    /// The netns forwards no connection that nobody judged. The addresses are the pod's.
+    /// The netns forwards no unjudged connection. The addresses are the pod's.
     Refuse(Vec<IpAddr>),
 }
 

@@ -26,13 +26,13 @@ pub(super) const PROGRAM: &str = "gate";
 /// Name of the map of netns outside the mesh.
 pub(super) const MAP: &str = "OUTSIDE";
 
-/// The pods' netns that are known as outside the mesh, and the cgroups whose sockets the gate's program sees.
+/// The pods' netns that are known to be outside the mesh, and the cgroups whose sockets the gate's program sees.
 #[derive(Debug)]
 pub struct Gate {
     outside: Mutex<HashMap<MapData, u64, u32>>,
     /// The ids of the cgroups that this daemon has attached the program to.
     attached: Mutex<HashSet<u64>>,
-    /// Told of sockets that pods create in closed netns.
+    /// Notified of sockets that pods create in closed netns.
     pub(super) knocks: Arc<Notify>,
 }
 
@@ -94,12 +94,12 @@ impl Gate {
         self.knocks.notified().await;
     }
 
-    /// Cookies of the netns that are known as outside the mesh, including those that a previous daemon wrote.
+    /// Cookies of the netns that are known to be outside the mesh, including those that a previous daemon wrote.
     pub fn outside(&self) -> HashSet<u64> {
         lock(&self.outside).keys().flatten().collect()
     }
 
-    /// Opens the netns with `cookie`, which is known as outside the mesh.
+    /// Opens the netns with `cookie`, which is known to be outside the mesh.
     pub fn open(&self, cookie: u64) -> Result<(), KernelError> {
         let inserted = lock(&self.outside).insert(cookie, 1, 0);
         inserted.map_err(map_error(MAP))

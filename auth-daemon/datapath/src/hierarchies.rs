@@ -115,7 +115,7 @@ pub(super) fn as_the_node_sees<T: Send>(action: impl FnOnce() -> T + Send) -> T 
 /// Makes the current thread see the paths of cgroups as in [`as_the_node_sees`], for as long as it lives.
 pub(super) fn see_as_the_node() {
     if let Ok(first) = File::open("/proc/1/ns/cgroup") {
-        // Fails without CAP_SYS_ADMIN. What begins with `..` then counts as nobody's.
+        // Fails without CAP_SYS_ADMIN. A path that begins with `..` then belongs to no pod.
         let _ = setns(first, CloneFlags::CLONE_NEWCGROUP);
     }
 }
@@ -175,7 +175,7 @@ mod tests {
         }
         let check = |path: &str| is_the_nodes(root.path(), "/", &format!("/{path}"));
         assert!(check(&users) && check(&nodes));
-        // What root has made below a user's cgroup counts as little as what he has made himself.
+        // A cgroup that root has created below a user's counts as little as one that the user has created.
         let delegated = root.path().join("user.slice/user@1000.service");
         chown(delegated, Some(1000), None).unwrap();
         assert!(!check(&users));

@@ -11,7 +11,8 @@ pub fn blind_spots(cgroup: &Path) -> Vec<String> {
     let mounts = |process: &str| Some(fs::metadata(format!("/proc/{process}/ns/mnt")).ok()?.ino());
     if process::id() == 1 || mounts("1").is_some_and(|first| mounts("self") == Some(first)) {
         errors.push(
-            "no process of the node is to be seen, and so no pod's: set hostPID: true".to_owned(),
+            "no process of the node is visible, so no pod's is either: set hostPID: true"
+                .to_owned(),
         );
     }
     match is_own(cgroup) {

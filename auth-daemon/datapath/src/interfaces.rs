@@ -163,7 +163,7 @@ pub(super) fn node_ends() -> io::Result<Vec<NodeEnd>> {
     Ok(ends.collect())
 }
 
-/// What the kernel tells of an interface.
+/// What the kernel reports about an interface.
 struct Link {
     index: u32,
     name: String,

@@ -91,7 +91,7 @@ pub struct Kernel {
     /// More handles of the maps BYPASS and OWN.
     socket_maps: SocketMaps,
     node: Mutex<Array<MapData, Node>>,
-    /// The pods' netns that are closed, and those that are known as outside the mesh.
+    /// The pods' netns that are closed, and those that are known to be outside the mesh.
     pub gate: Gate,
     /// Pods that a daemon with another layout of the maps has enrolled.
     earlier: Vec<(u64, Pod)>,
@@ -117,8 +117,8 @@ pub(super) struct SocketMaps {
 impl Kernel {
     /// Loads the programs, adopts or creates the maps, and attaches to `cgroup`.
     ///
-    /// Pods enrolled by a previous daemon stay enrolled: see [`Kernel::enrolled`]. With `non_tcp_denied`, enrolled pods may
-    /// not send anything but TCP to the mesh.
+    /// Pods enrolled by a previous daemon stay enrolled: see [`Kernel::enrolled`]. With `non_tcp_denied`, enrolled pods
+    /// may send only TCP to the mesh.
     pub fn load(lock: PinLock, cgroup: &Path, non_tcp_denied: bool) -> Result<Self, KernelError> {
         let pins = lock.folder().join(LAYOUT);
         let maps = pins.join("maps");
@@ -378,9 +378,9 @@ impl Kernel {
         node.map_or(0, |node| node.netns_cookie)
     }
 
-    /// Takes back the shares of netns that are not enrolled any more.
+    /// Removes the shares of netns that are no longer enrolled.
     pub fn sweep_shares(&self) {
-        // Locked so that no pod is enrolled meanwhile.
+        // Locked so that no pod is enrolled at the same time.
         let pods = lock(&self.pods);
         let node = self.node_cookie();
         self.shares
@@ -409,7 +409,7 @@ impl Kernel {
     }
 }
 
-/// Writes the node's settings, and what tells its processes from its pods.
+/// Writes the node's settings, and what distinguishes its processes from its pods.
 fn set_node(
     node: &mut Array<MapData, Node>,
     roots: &[(PodRoot, PathBuf)],

@@ -58,7 +58,7 @@ pub use proven_nodes::ProvenNodes;
 pub use same_node::{ClosedEvents, Closing, Ending, Grant, SameNode, Side};
 pub use shares::Shares;
 
-/// Says that a unit test is skipped, if it lacks root's rights.
+/// Prints that a unit test is skipped, if it does not run as root.
 #[cfg(test)]
 fn lacks_root(test: &str) -> bool {
     let lacks_root = !nix::unistd::geteuid().is_root();

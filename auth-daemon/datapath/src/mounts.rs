@@ -23,7 +23,7 @@ pub fn cgroup_root(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
         let kind = statfs(path).with_context(|| format!("kernel.cgroup: {}", path.display()))?;
         if kind.filesystem_type() != CGROUP2_SUPER_MAGIC {
             bail!(
-                "kernel.cgroup: {} is no cgroup v2 directory",
+                "kernel.cgroup: {} is not a cgroup v2 directory",
                 path.display()
             );
         }

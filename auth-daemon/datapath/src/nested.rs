@@ -18,7 +18,7 @@ pub struct Nested {
 }
 
 impl Enrolled {
-    /// Lists the connections from outside that the pod forwards to apps in network namespaces nested in it, whoever makes them.
+    /// Lists all connections from outside that the pod forwards to apps in network namespaces nested in it.
     /// Enters each netns of the node, unless the pod has no interface that may lead to a nested one. `None` while the pod may
     /// still forward new ones, although [`Enrolled::admit`] was called to prevent that.
     pub fn forwarded(&self) -> io::Result<Option<Vec<Nested>>> {
@@ -38,7 +38,7 @@ impl Enrolled {
                 continue;
             }
             let contained = match self.contains(&netns) {
-                // It may be on its way out.
+                // It may be about to disappear.
                 Ok(Some(false)) | Err(_) => continue,
                 Ok(contained) => contained.is_some(),
             };

@@ -142,9 +142,9 @@ impl AsRawFd for Netlink {
     }
 }
 
-/// Requests a list of the current netns, and shows its messages to `visit` until it breaks, which it must do in time: a pod
-/// decides how long the lists of its netns are. What is left of the list would be taken for the answer to another request, so
-/// the socket is used for this one only.
+/// Requests a list of the current netns, and passes its messages to `visit` until it breaks. It must break in time,
+/// because a pod decides how long the lists of its netns are. What is left of the list would be taken for the answer to
+/// another request, so the socket is used for this one only.
 pub(super) fn dump<T>(
     message: RouteNetlinkMessage,
     mut visit: impl FnMut(RouteNetlinkMessage) -> ControlFlow<T>,

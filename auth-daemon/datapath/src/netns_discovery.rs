@@ -2,7 +2,7 @@
 //! frequently while a pod is not found, immediately after the kernel reports a socket in an unknown netns, and periodically in
 //! any case, because a sandbox may have been recreated.
 //!
-//! Walks through all processes of the node only for what no pod's cgroup tells: which processes keep a netns enrolled whose pod
+//! Scans all processes of the node only for what no pod's cgroup shows: which processes keep a netns enrolled whose pod
 //! has ended, every second, and pods whose cgroups are elsewhere, every ten seconds. However long that takes, it delays no
 //! other scan.
 
@@ -58,7 +58,7 @@ struct Sought {
     found: Option<NetnsLocation>,
     /// Why what was found is the pod's own.
     proof: Option<Proof>,
-    /// Whether the pod may have no process for ever: it has finished, or its object is gone.
+    /// Whether the pod may never have a process: it has finished, or its object is gone.
     may_end: bool,
 }
 
@@ -115,7 +115,7 @@ impl NetnsDiscovery {
     /// Creates a discovery that searches for no pod. Call it once, within the control plane's runtime.
     pub fn new(kernel: &Kernel) -> Self {
         let sockets = kernel.first_sockets().map_err(|error| {
-            tracing::error!(%error, "cannot hear of new pods from the kernel; they are found a little later");
+            tracing::error!(%error, "the kernel cannot report new pods; they are found a little later");
         });
         let nodes = ["/proc/self/ns/net", "/proc/1/ns/net"];
         let nodes = nodes.map(|path| Netns::open(path.as_ref()).ok());
@@ -204,7 +204,7 @@ impl NetnsDiscovery {
             error,
         })?;
         let Some(sought) = self.sought.get(&uid) else {
-            let why = "it is not looked for yet".to_owned();
+            let why = "no scan has searched for it yet".to_owned();
             return Err(EnrolError::NoProcess { pod, why });
         };
         if let Some(other) = sought.pods.iter().find(|name| **name != pod) {
@@ -249,7 +249,7 @@ impl NetnsDiscovery {
 
     fn why_none(&self) -> String {
         match &self.last {
-            Last::None => "its processes have not been looked for yet".into(),
+            Last::None => "no scan has searched for its processes yet".into(),
             Last::Failed(error) => format!("cannot look for its processes: {error}"),
             Last::Done { pods_seen: false } => {
                 "no process on this node is any pod's: does the daemon see the node's processes (hostPID: true)?".into()
@@ -320,7 +320,7 @@ impl NetnsDiscovery {
                 () = sleep_until(walk_due), if may_walk => self.begin_walk(),
                 heard = hear(&mut self.sockets, &mut told) => {
                     if let Err(error) = heard {
-                        tracing::error!(%error, "cannot hear of new pods from the kernel any more; they are found a little later");
+                        tracing::error!(%error, "the kernel does not report new pods any more; they are found a little later");
                         self.sockets = None;
                     }
                     for (cookie, at) in told {
@@ -379,7 +379,7 @@ impl NetnsDiscovery {
         };
         tracing::debug!(
             processes = scan.processes, pods = scan.pods.len(), effort = ?scan.effort,
-            "looked for pods' processes in their cgroups"
+            "scanned the cgroups of pods for their processes"
         );
         let mut news = !matches!(self.last, Last::Done { .. });
         if news {
@@ -429,7 +429,7 @@ impl NetnsDiscovery {
         for (cookie, held) in &mut self.held {
             if self.counted.contains(cookie) {
                 let residents = scan.residents.remove(&held.netns.inode());
-                // Without a look at every process, none found does not mean that there is none.
+                // Unless every process was read, the pod may have one although none was found.
                 let residents = residents.or_else(|| (!scan.is_partial).then(Residents::default));
                 news |= held.residents != residents;
                 held.residents = residents;
@@ -443,7 +443,7 @@ impl NetnsDiscovery {
         let reason = error.to_string();
         let is_known = matches!(&self.last, Last::Failed(before) if *before == reason);
         if !is_known {
-            tracing::error!(%error, "cannot look for pods' processes; new pods may not be enrolled");
+            tracing::error!(%error, "cannot scan for pods' processes; new pods may not be enrolled");
         }
         self.last = Last::Failed(reason);
         !is_known
@@ -542,7 +542,10 @@ mod tests {
         let other = "11111111-2222-4333-8444-555555555555".parse().unwrap();
         let shared = NetnsLocation::Shared(Arc::new(Netns::imagined(1)), other);
         let now = after(Some(&found(1)), Some(shared.clone()));
-        assert!(is_same(now.as_ref(), Some(&shared)), "neither is believed");
+        assert!(
+            is_same(now.as_ref(), Some(&shared)),
+            "neither is identified"
+        );
         assert!(after(Some(&shared), None).is_none());
     }
 }

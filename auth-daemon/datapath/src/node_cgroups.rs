@@ -1,4 +1,4 @@
-//! The cgroups that contain all pods of the node. The kernel tells the node's own processes from its pods by them.
+//! The cgroups that contain all pods of the node. By them, the kernel distinguishes the node's own processes from its pods.
 
 use std::{
     fs,
@@ -14,9 +14,9 @@ use super::cgroup_folders::nodes_subfolders;
 /// them in the root, or in its `--cgroup-root`.
 const MAX_DEPTH: usize = 4;
 
-/// Finds the cgroups (version 2) that contain pods, and their folders: those that the kubelet names `kubepods` (cgroupfs
-/// driver) or `kubepods.slice` (systemd driver, with the names of parent slices before it). At most [`MAX_POD_ROOTS`]. Leaves
-/// out what users have made in cgroups of their own.
+/// Finds the cgroups (version 2) that contain pods, and their folders: those that the kubelet names `kubepods`
+/// (cgroupfs driver) or `kubepods.slice` (systemd driver, with the names of parent slices before it). At most
+/// [`MAX_POD_ROOTS`]. Leaves out cgroups that users have created.
 ///
 /// `cgroup` is a folder of the cgroup file system, whose root is the root of all cgroups.
 pub(super) fn pod_roots(cgroup: &Path) -> Vec<(PodRoot, PathBuf)> {

@@ -1,5 +1,5 @@
-//! Routes and sysctls that let the daemon connect from a client's address inside the server pod's netns, and that keep the
-//! pod from forwarding what nobody judged, without netfilter rules.
+//! Routes and sysctls that let the daemon connect from a client's address inside the server pod's netns, and that keep
+//! the pod from forwarding unjudged connections, without netfilter rules.
 //!
 //! The daemon connects to the pod's app from the client's address, with a firewall mark. The app replies to that
 //! address, which is not the pod's own. The replies inherit the mark: through `tcp_fwmark_accept` for connections, and
@@ -311,7 +311,7 @@ mod tests {
         added.unwrap().unwrap();
     }
 
-    /// A new netns that is set up. `None` if `test` is skipped, because it lacks root's rights.
+    /// A new netns that is set up. `None` if `test` is skipped, because it does not run as root.
     fn prepared(test: &str) -> Option<Netns> {
         if crate::lacks_root(test) {
             return None;

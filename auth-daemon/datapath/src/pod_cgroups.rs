@@ -78,8 +78,8 @@ impl PodCgroups {
         }
     }
 
-    /// Returns the cgroups of the pods that `is_wanted` selects, from each hierarchy. Leaves out those that the node has not
-    /// made, but a user.
+    /// Returns the cgroups of the pods that `is_wanted` selects, from each hierarchy. Leaves out those that were
+    /// created by a user instead of the node.
     pub(super) fn of(
         &self,
         is_wanted: impl Fn(PodUid) -> bool,

@@ -21,7 +21,8 @@ use super::{
     netns::open_the_nodes,
 };
 
-/// Time after which a pod's own netns is read again. The node is told of changes at its end of a link, not in the pod.
+/// Time after which a pod's own netns is read again. The kernel reports changes of the node's end of a link, but not
+/// changes in the pod.
 const READ_AGAIN: Duration = Duration::from_secs(10);
 /// The same while the pod's side is why the link is not private: its runtime may still be setting it up.
 const READ_UNFINISHED: Duration = Duration::from_secs(1);
@@ -186,8 +187,8 @@ impl Known {
 }
 
 impl PodLinks {
-    /// Lists the node's ends of links anew if they have changed. Forgets all pods but those whose cookie is `kept`. Must be
-    /// called within the control plane's runtime.
+    /// Lists the node's ends of links again if they have changed. Forgets all pods but those whose cookie is `kept`.
+    /// Must be called within the control plane's runtime.
     pub fn refresh(&mut self, kept: impl Fn(u64) -> bool) {
         self.known.retain(|cookie, _| kept(*cookie));
         for _ in 0..MAX_LISTS {
@@ -441,14 +442,14 @@ mod tests {
         last = unreadable().after(&last);
         assert!(matches!(last.checked, Err(SharedLink::Unreadable(_))));
         assert!(unreadable().after(&last).checked.is_err());
-        // A read that succeeds counts at once, and the count begins anew.
+        // A read that succeeds counts at once, and resets the count of failures.
         assert_eq!(known(Ok(())).after(&last).unreadable, 0);
         let shared = known(Err(SharedLink::NoInterface)).after(&known(Ok(())));
         assert_eq!(shared.checked, Err(SharedLink::NoInterface));
         assert!(unreadable().after(&shared).checked.is_err());
     }
 
-    /// A node and a pod without interfaces. `None` if `test` is skipped, because it lacks root's rights.
+    /// A node and a pod without interfaces. `None` if `test` is skipped, because it does not run as root.
     fn node_and_pod(test: &str) -> Option<(Netns, Netns)> {
         if crate::lacks_root(test) {
             return None;
@@ -618,7 +619,7 @@ mod tests {
         ip(&node, &pod, "link add shared type bridge");
         ip(&node, &pod, "link set p1 master shared");
         links.changed().await;
-        // Until it is told, what is known holds.
+        // Until the change is reported, the known state stays.
         assert!(links.is_private(&pod, &own));
         links.refresh(|_| true);
         assert!(!links.is_private(&pod, &own));

@@ -51,7 +51,7 @@ pub enum EnrolError {
     },
     /// The pod's processes share a netns with those of another pod.
     #[error(
-        "pod {pod}: its processes are in one network namespace with those of pod {other}: neither is believed, and both are refused; do their runtime or their privileges let them?"
+        "pod {pod}: its processes are in one network namespace with those of pod {other}: neither can be identified, so both are refused; does their runtime, or a privilege, let them share it?"
     )]
     Shared {
         /// The pod.
@@ -147,8 +147,8 @@ pub struct Enrolled {
     pub netns: Arc<Netns>,
     /// Addresses from the pod's object. Set later if the pod communicates before its object has them.
     addresses: OnceLock<Vec<IpAddr>>,
-    /// Addresses found in the netns, shown to the pod itself until its object has some. They are trusted for nothing
-    /// else, because a pod can set its own addresses.
+    /// Addresses found in the netns, shown to the pod itself until its object has some. They are used for nothing else,
+    /// because a pod can set its own addresses.
     own_addresses: Vec<IpAddr>,
     /// What the kernel admits to the netns.
     inbound: Arc<InboundProgram>,
@@ -165,8 +165,8 @@ pub struct Enrolled {
 }
 
 impl Enrolled {
-    /// Enrols `workload`, whose netns is `netns`. From now on the returned listeners receive its connections, as `mode`
-    /// tells for inbound ones.
+    /// Enrols `workload`, whose netns is `netns`. From now on, the returned listeners receive its connections; `mode`
+    /// applies to inbound ones.
     ///
     /// A pod that cannot be served is left refused in both directions, until the next attempt. It
     /// never communicates in plaintext because a port or a route is missing.
@@ -218,9 +218,9 @@ impl Enrolled {
         Ok((enrolled, listeners?))
     }
 
-    /// Sends inbound connections to the pod's tunnel listener, according to `mode`. To be called again when the mode changes,
-    /// and when [`Kernel::forwarding_changed`] returns: as long as the pod cannot be kept from forwarding connections that
-    /// nobody judged, it is refused in both directions, and this returns why.
+    /// Sends inbound connections to the pod's tunnel listener, according to `mode`. To be called again when the mode
+    /// changes, and when [`Kernel::forwarding_changed`] returns: as long as the pod cannot be kept from forwarding
+    /// unjudged connections, it is refused in both directions, and this returns why.
     pub fn admit(
         &self,
         kernel: &Kernel,
@@ -332,8 +332,8 @@ impl Enrolled {
         let _ = self.forwarding.set(self.addresses(), true);
     }
 
-    /// Puts back the sysctls, routes and rules of the daemon that are missing in the netns, and reports them. A pod with
-    /// CAP_NET_ADMIN can remove them. Takes as long as the pod likes: up to seconds if it has a million rules.
+    /// Restores the sysctls, routes and rules of the daemon that are missing in the netns, and reports them. A pod with
+    /// CAP_NET_ADMIN can remove them. The pod determines how long this takes: up to seconds if it has a million rules.
     pub fn repair(&self) -> io::Result<Tampered> {
         Ok(Tampered {
             missing: self.put_back()?,
@@ -382,7 +382,7 @@ impl Enrolled {
 /// What a pod has changed of the daemon's set-up in its netns.
 #[derive(Debug)]
 pub struct Tampered {
-    /// What was missing, and is put back.
+    /// What was missing, and has been restored.
     pub missing: Vec<&'static str>,
     /// Whether rules of the pod's own precede the daemon's. They stay, and the answers of the pod's apps may not reach the
     /// daemon.

@@ -74,7 +74,7 @@ pub(super) struct Proof {
     pub pid: u32,
     /// Name of the cgroup of that process's container.
     pub container: String,
-    /// What tells it from other netns that the pod's processes are in.
+    /// What distinguishes it from other netns that the pod's processes are in.
     pub why: Why,
 }
 
@@ -118,7 +118,7 @@ pub struct Residents {
 /// Finds the netns of the pods in `sought` by the processes in their cgroups. Each pod may come with the netns in which it was
 /// found before. A netns shared by two pods is detected only if both are sought.
 ///
-/// Reads nothing of other pods but the names of their cgroups, and of each pod a limited number of processes, so no pod delays
+/// Reads only the names of other pods' cgroups, and a limited number of processes of each pod, so no pod delays
 /// another. Takes at most `limit`.
 pub(super) fn find(
     cgroups: &PodCgroups,
@@ -141,12 +141,13 @@ pub(super) fn find(
     Ok(search.settle(sought))
 }
 
-/// Walks through all processes of the node, for what no pod's cgroup tells: counts the processes of the netns in `held`, which
+/// Scans all processes of the node, for what no pod's cgroup shows: counts the processes of the netns in `held`, which
 /// are given by inode number: those that are in the netns, and those of the given pod, wherever they are. The caller keeps
 /// these netns open.
 ///
-/// Also finds the pods in `sought`: those whose runtime has not put them below the kubelet's cgroup, as one that is configured
-/// for another cgroup driver than the kubelet. A process in a cgroup that a user has made is no pod's, whatever its name.
+/// Also finds the pods in `sought`: those whose runtime has not put them below the kubelet's cgroup, as one that is
+/// configured for another cgroup driver than the kubelet. A process in a cgroup that a user has created belongs to no
+/// pod, whatever the cgroup's name.
 ///
 /// Uses about 20 ms of CPU time per 1,000 processes, and takes at most `limit`.
 pub(super) fn walk(
@@ -234,7 +235,7 @@ impl Search {
         if self.started.elapsed() > limit {
             return Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("not through with all processes after {limit:?}, but only with {seen}"),
+                format!("only {seen} processes were read within {limit:?}"),
             ));
         }
         self.scan.processes += 1;
@@ -330,8 +331,8 @@ impl Process {
 }
 
 /// Returns the process whose netns is the pod's own, from `processes`, which all belong to one pod, and why it is.
-/// `leads_to_node` tells whether an interface leads from the netns with an inode number to the node. If it cannot tell this of
-/// one, and no other leads to the node, none is the pod's.
+/// `leads_to_node` tells whether an interface leads from the netns with an inode number to the node. If this is unknown
+/// for one, and no other leads to the node, none is the pod's.
 ///
 /// A runtime starts a pod's first processes in the netns that the node has connected. A container may create others and enter
 /// them, but it cannot connect them to the node, and the netns of a sandbox that was removed is no longer connected.
@@ -617,7 +618,7 @@ mod tests {
         count_resident(&mut scan, &held, Path::new(&folder), None);
         assert_eq!(scan.residents[&here].processes, 1);
         child.kill().unwrap();
-        // Until it is waited for it is a zombie, which counts no more.
+        // Until it is waited for, it is a zombie, which does not count.
         let died = || fs::read_to_string(format!("{folder}/stat")).is_ok_and(|s| s.contains(") Z"));
         while !died() {
             std::thread::sleep(Duration::from_millis(1));

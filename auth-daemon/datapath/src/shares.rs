@@ -18,7 +18,7 @@ pub(super) const UNREAD: &str = "UNREAD";
 /// Flag of `bpf(2)`: only insert an entry that does not exist.
 const BPF_NOEXIST: u64 = 1;
 
-/// The shares in use. The programs count, this only adds and removes entries.
+/// The shares in use. The programs count; this only adds and removes entries.
 pub struct Shares {
     shares: Mutex<BpfHashMap<MapData, u64, Share>>,
     unread: BpfHashMap<MapData, u64, Unread>,
@@ -65,7 +65,7 @@ impl Shares {
             .sum()
     }
 
-    /// Takes the shares of all netns back that `keeps` is false for and that have no connection under way. The others' counts
+    /// Removes the shares of all netns for which `keeps` is false and that have no connection under way. The others' counts
     /// are still needed: the netns may be enrolled again, and its entries are then removed.
     pub(super) fn remove_unused(&self, keeps: impl Fn(u64) -> bool) {
         let mut map = lock(&self.shares);

@@ -108,7 +108,7 @@ const TUNNEL_V6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED),
 
 /// Whether a listener still listens. A process with CAP_NET_ADMIN in its netns can end that (SOCK_DESTROY).
 pub fn is_listening<'a>(listener: impl Into<SockRef<'a>>) -> bool {
-    // If it cannot be asked, it is as good as dead.
+    // If its state cannot be read, it counts as dead.
     listener.into().is_listener().unwrap_or(false)
 }
 

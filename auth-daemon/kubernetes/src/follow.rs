@@ -64,7 +64,7 @@ where
         let event = event.inspect_err(|error| {
             tracing::error!(
                 error = %with_causes(error),
-                "cannot watch {what}; going on with what is known"
+                "cannot watch {what}; keeping the known state"
             );
         });
         std::future::ready(event.ok())

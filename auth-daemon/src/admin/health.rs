@@ -19,7 +19,7 @@ use auth_support::http_server::answer;
 
 /// Path of the health socket. While two daemons share the node's addresses, each has its own socket.
 pub const HEALTH_SOCKET: &str = "/run/auth-daemon/health.sock";
-/// Path that reports whether the daemon serves its node, or is ready to as a standby.
+/// Path that reports whether the daemon serves its node, or is ready to take over as a standby.
 pub const READY: &str = "/healthz/ready";
 /// Path that reports whether the daemon is alive. If it is not, it should be restarted.
 pub const LIVE: &str = "/healthz/live";
@@ -59,10 +59,12 @@ impl Health {
         match self.node.get() {
             Some(node) if node.is_ready() => Ok("ready\n"),
             Some(_) => Err("not ready: pods are being enrolled, or the daemon is draining\n"),
-            None if !self.stands_by.load(Ordering::Relaxed) => Err("not ready: it starts\n"),
-            None if *self.registry.changes().borrow() == 0 => {
-                Err("not ready: standing by, and it is not known yet who is who\n")
+            None if !self.stands_by.load(Ordering::Relaxed) => {
+                Err("not ready: the daemon is starting\n")
             }
+            None if *self.registry.changes().borrow() == 0 => Err(
+                "not ready: standing by, and it is not known yet which daemon serves this node\n",
+            ),
             None => Ok("standing by: another daemon serves this node\n"),
         }
     }
@@ -72,7 +74,7 @@ impl Health {
         match self.pulse.stuck(Instant::now()) {
             None => Ok("live\n"),
             Some((thread, silence)) => Err(format!(
-                "data-path-{thread} has not come round for {} s\n",
+                "data-path-{thread} has been stuck for {} s\n",
                 silence.as_secs()
             )),
         }
@@ -147,7 +149,10 @@ mod tests {
             asked.await.unwrap().unwrap()
         };
         let (ready, said) = ask(READY).await;
-        assert!(!ready && said == "not ready: it starts\n", "{said}");
+        assert!(
+            !ready && said == "not ready: the daemon is starting\n",
+            "{said}"
+        );
         health.stand_by();
         registry.publish(Snapshot::default());
         let (ready, said) = ask(READY).await;

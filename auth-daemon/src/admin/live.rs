@@ -33,7 +33,7 @@ const MAX_NAMED: usize = 20;
 /// The daemons that the page asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Nodes {
-    /// Those that can be asked.
+    /// Those that can be reached.
     pub(crate) nodes: Vec<Reachable>,
     /// Nodes that cannot.
     pub(crate) missing: Vec<Missing>,
@@ -48,7 +48,7 @@ pub(crate) struct Reachable {
     pub(crate) at: Vec<String>,
 }
 
-/// A node whose daemon cannot be asked, and why.
+/// A node whose daemon cannot be reached, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Missing {
     pub(crate) node: String,

@@ -64,7 +64,7 @@ fn collect(node: &Node) -> Registry {
     };
     gauge(
         "open_connections",
-        "Connections under way through this daemon",
+        "Open connections through this daemon",
         node.connections.count() as u64,
     );
     gauge(
@@ -74,12 +74,12 @@ fn collect(node: &Node) -> Registry {
     );
     gauge(
         "share_capacity",
-        "Connections that this daemon has room for, by its limits of open files and memory",
+        "Connections that the daemon's limits of open files and memory allow",
         node.capacity.connections() as u64,
     );
     gauge(
         "share_taken",
-        "How many of them are taken, by connections and idle tunnels",
+        "How many of them connections and idle tunnels use",
         (node.capacity.taken() / 2) as u64,
     );
     gauge(
@@ -89,7 +89,7 @@ fn collect(node: &Node) -> Registry {
     );
     gauge(
         "registry_version",
-        "How often what is known of the mesh has changed",
+        "How often the daemon's view of the mesh has changed",
         *node.registry.changes().borrow(),
     );
     gauge(
@@ -106,23 +106,23 @@ fn collect(node: &Node) -> Registry {
         let gone = node.unclaimed.gone();
         gauge(
             "gone_addresses",
-            "Addresses that were of the mesh, and are refused because no object claims them any more",
+            "Former addresses of the mesh that are refused because no object claims them any more",
             gone.len() as u64,
         );
         gauge(
             "dropped_gone_addresses",
-            "How many of those are no longer refused because there were too many of them",
+            "How many of those are no longer remembered, and so not refused, because there were too many",
             gone.dropped(),
         );
     }
     gauge(
         "trust_version",
-        "Version of the trust that the CA has published",
+        "Version of the trust bundle that the CA has published",
         node.certificates.trust().current().version,
     );
     gauge(
         "unlogged_connections",
-        "Connections within the node that left no line in the log",
+        "Connections within the node without a line in the log",
         node.kernel.same_node.lost(),
     );
     gauge(
@@ -137,7 +137,7 @@ fn collect(node: &Node) -> Registry {
         .clone();
     gauge(
         "idle_tunnels",
-        "TLS connections kept for the next connection",
+        "Idle TLS connections that are kept for reuse",
         pods.iter().map(|pod| pod.idle_tunnels as u64).sum(),
     );
     gauge(
@@ -157,7 +157,7 @@ fn collect(node: &Node) -> Registry {
             .get_or_create(&PodState { state })
             .set(i64::try_from(count).unwrap_or(i64::MAX));
     }
-    registry.register("pods", "Pods of this node that are of the mesh", states);
+    registry.register("pods", "Pods of this node that are in the mesh", states);
     let plaintext = Family::<Plaintext, Counter>::default();
     for ((namespace, refused), count) in node.connections.pairs.plaintext() {
         let result = if refused { "refused" } else { "allowed" };
@@ -191,7 +191,7 @@ fn collect(node: &Node) -> Registry {
         dropped.inc_by(istio.dropped());
         registry.register(
             "istio_dropped_label_sets",
-            "Sets of labels of Istio's metrics that were dropped, because there were too many",
+            "Sets of labels of Istio's metrics that were dropped because there were too many",
             dropped,
         );
         root.sub_registry_with_prefix("istio")

@@ -172,7 +172,7 @@ fn observed(node: &Node) -> Result<&OpenConnections, Unobserved> {
         Observe::Connections => Ok(&node.connections),
         Observe::Nothing => Err((
             StatusCode::NOT_FOUND,
-            "this daemon keeps nothing of connections: its configuration has observe: nothing",
+            "this daemon keeps no record of connections: its configuration has observe: nothing",
         )),
     }
 }

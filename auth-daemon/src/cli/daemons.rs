@@ -73,11 +73,11 @@ pub(super) struct Daemons {
     selection: Selection,
     cluster: Option<Client>,
     list: Vec<Daemon>,
-    /// Nodes whose daemons cannot be asked.
+    /// Nodes whose daemons cannot be reached.
     missing: Vec<Unanswered>,
 }
 
-/// A daemon that can be asked.
+/// A daemon that can be reached.
 #[derive(Clone, Debug)]
 pub(super) struct Daemon {
     /// The name of its node in a cluster, or its address.
@@ -103,7 +103,7 @@ pub(super) struct Unanswered {
 }
 
 impl Daemons {
-    /// Finds the daemons. Fails if the API server cannot be asked.
+    /// Finds the daemons. Fails if the API server cannot be reached.
     pub(super) fn find(selection: &Selection) -> anyhow::Result<Self> {
         let runtime = runtime::Builder::new_current_thread()
             .enable_all()
@@ -127,7 +127,7 @@ impl Daemons {
         Ok(())
     }
 
-    /// Returns the daemons that can be asked now, and the nodes whose daemons cannot. Does not change what `self` knows.
+    /// Returns the daemons that can be reached now, and the nodes whose daemons cannot. Does not change what `self` knows.
     pub(super) async fn look(&self) -> anyhow::Result<(Vec<Daemon>, Vec<Unanswered>)> {
         match &self.cluster {
             Some(client) => in_cluster(client, &self.selection).await,
@@ -140,12 +140,12 @@ impl Daemons {
         self.runtime.block_on(work)
     }
 
-    /// The daemons that can be asked, by name.
+    /// The daemons that can be reached, by name.
     pub(super) fn list(&self) -> &[Daemon] {
         &self.list
     }
 
-    /// Nodes whose daemons cannot be asked.
+    /// Nodes whose daemons cannot be reached.
     pub(super) fn missing(&self) -> &[Unanswered] {
         &self.missing
     }
@@ -175,7 +175,7 @@ impl Daemons {
             .collect())
     }
 
-    /// Asks all daemons for `path`. Returns the answers, and the nodes that cannot be asked, by name.
+    /// Asks all daemons for `path`. Returns the answers, and the nodes that cannot be reached, by name.
     pub(super) fn ask_all<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -303,7 +303,7 @@ impl Selection {
         let (file, context) = (self.kubeconfig.as_deref(), self.context.as_deref());
         let client = auth_kubernetes::connect_as_user(file, context).await;
         Ok(Some(client.context(
-            "cannot find the daemons; with --address 127.0.0.1 this node's is asked",
+            "cannot find the daemons; use --address 127.0.0.1 to ask the one of this node",
         )?))
     }
 
@@ -490,7 +490,7 @@ impl fmt::Debug for Way {
 
 impl fmt::Display for Unanswered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "node {} cannot be asked: {}", self.node, self.reason)
+        write!(f, "node {} cannot be reached: {}", self.node, self.reason)
     }
 }
 
@@ -547,7 +547,7 @@ mod tests {
         assert_eq!(rest.len(), 1);
         assert_eq!(
             rest[0].to_string(),
-            "node c cannot be asked: its daemon's pod waits is Pending"
+            "node c cannot be reached: its daemon's pod waits is Pending"
         );
     }
 }

@@ -44,7 +44,7 @@ enum Command {
     /// Query the health of the daemon in this container, for the kubelet.
     Probe(probe::Arguments),
     /// Show the status of the cluster's daemons, or of this node's. Exit code 0: all is well, 1: something is wrong or a node
-    /// cannot be asked, 2: no daemon can be asked.
+    /// cannot be reached, 2: no daemon can be reached.
     Status(status::Arguments),
     /// Show the connections of the cluster, or of this node, that ended in the last minutes, and follow new ones.
     Observe(observe::Arguments),

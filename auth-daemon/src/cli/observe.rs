@@ -87,7 +87,7 @@ pub(super) fn observe(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let daemons = Daemons::find(&arguments.daemons)?;
     let several = daemons.list().len() + daemons.missing().len() > 1;
     let mut merged = Merged::new(daemons);
-    // It removes colours if standard output is not a terminal that shows them.
+    // Removes colours if standard output is not a terminal that shows them.
     let mut out = anstream::AutoStream::auto(stdout.lock());
     loop {
         let shown = merged.show(selected, |flow| {

@@ -5,7 +5,7 @@ use anyhow::bail;
 use super::daemons::{Daemons, Unanswered};
 use crate::observe::pairs::{Answer, Party};
 
-/// Returns the daemons' answers, and the nodes that cannot be asked. Fails if no daemon answers.
+/// Returns the daemons' answers, and the nodes that cannot be reached. Fails if no daemon answers.
 pub(super) fn read(daemons: &Daemons) -> anyhow::Result<(Vec<Answer>, Vec<Unanswered>)> {
     let (answers, missing) = daemons.ask_all::<Answer>("/pairs");
     if answers.is_empty() {

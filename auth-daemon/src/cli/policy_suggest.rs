@@ -37,7 +37,7 @@ pub(super) fn answer(arguments: &Arguments) -> anyhow::Result<Answer> {
         let lost = node.uncounted + node.dropped;
         if lost > 0 {
             warnings.push(format!(
-                "node {} has not kept all that it saw ({} connections uncounted, {} pairs dropped): what was called only by \
+                "node {} has not recorded all that it saw ({} connections uncounted, {} pairs dropped): what was called only by \
                  them would be refused",
                 node.node, node.uncounted, node.dropped
             ));

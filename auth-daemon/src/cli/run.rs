@@ -289,7 +289,7 @@ struct Followed {
     follow: Follow,
     /// In a cluster: whether the daemon is being removed.
     removal: Option<Removal>,
-    /// In a cluster, if the configuration wants it: the taint of the daemon's node.
+    /// In a cluster, if the configuration says so: the taint of the daemon's node.
     taint: Option<NodeTaint>,
 }
 

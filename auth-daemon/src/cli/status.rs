@@ -19,9 +19,9 @@ pub(super) struct Arguments {
     daemons: Selection,
 }
 
-/// Exit code if something is wrong with what the daemons report, or if a node cannot be asked.
+/// Exit code if something is wrong with what the daemons report, or if a node cannot be reached.
 const PROBLEMS: u8 = 1;
-/// Exit code if no daemon can be asked.
+/// Exit code if no daemon can be reached.
 const UNKNOWN: u8 = 2;
 
 pub(super) fn status(arguments: &Arguments) -> ExitCode {

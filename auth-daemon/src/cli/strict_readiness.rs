@@ -146,7 +146,7 @@ impl Report {
         gaps.extend(answers.iter().filter(|answer| answer.uncounted + answer.dropped > 0).map(
             |answer| {
                 format!(
-                    "node {} has not kept all that it saw: {} connections uncounted, {} pairs dropped",
+                    "node {} has not recorded all that it saw: {} connections uncounted, {} pairs dropped",
                     answer.node, answer.uncounted, answer.dropped
                 )
             },
@@ -322,7 +322,7 @@ mod tests {
         assert!(
             report
                 .text()
-                .ends_with("Not known: node c cannot be asked: down\n")
+                .ends_with("Not known: node c cannot be reached: down\n")
         );
     }
 }

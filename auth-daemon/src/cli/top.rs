@@ -77,7 +77,7 @@ fn ask(mut daemons: Daemons, start: Instant, events: &Sender<Event>) {
         });
         if daemons.in_cluster() && refreshed.elapsed() >= REFRESH {
             refreshed = Instant::now();
-            // Without an answer, the daemons that are known are asked further.
+            // If that fails, the known daemons are asked again.
             let _ = daemons.refresh();
         }
         let (answers, missing) = daemons.ask_all("/pairs");
@@ -393,13 +393,13 @@ mod tests {
             state.handle(Event::Asked {
                 at: Duration::from_secs(second),
                 answers: vec![answer("a", pairs)],
-                missing: vec!["node b cannot be asked: gone".into()],
+                missing: vec!["node b cannot be reached: gone".into()],
             });
         }
         let shown = screen(&state);
         let words = |line: usize| shown[line].split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(words(0), "1 node, 1 pair, 1 open, 2.0 new/s");
-        assert_eq!(words(1), "node b cannot be asked: gone");
+        assert_eq!(words(1), "node b cannot be reached: gone");
         assert_eq!(
             words(2),
             "CLIENT SERVER PORT ENCRYPTED OPEN NEW/S▼ UP/S DOWN/S P50 P99 REFUSED"

@@ -169,7 +169,7 @@ impl Ui {
     async fn refresh(&self) {
         loop {
             tokio::time::sleep(REFRESH).await;
-            // Without an answer, the daemons that are known are asked further.
+            // If that fails, the known daemons are asked again.
             if let Ok(now) = self.daemons.look().await {
                 *self.found.lock().unwrap_or_else(PoisonError::into_inner) = now;
             }

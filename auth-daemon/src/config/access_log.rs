@@ -9,7 +9,7 @@ use auth_support::config::Section;
 pub struct AccessLog {
     /// Defaults to the daemon's own names.
     pub fields: AccessFields,
-    /// The part of the connections that ended in order that have a line. Defaults to all.
+    /// The fraction of the connections that ended in order that get a line. Defaults to all.
     pub sample: Sample,
 }
 
@@ -23,7 +23,7 @@ pub enum AccessFields {
     OpenTelemetry,
 }
 
-/// A part of a whole.
+/// A fraction, from 0 to 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sample {
     per_million: u32,
@@ -49,7 +49,7 @@ impl AccessLog {
 }
 
 impl Sample {
-    /// Draws whether one is of the sample. At random, so that no pod can choose connections that are not.
+    /// Decides at random whether a connection is in the sample, so that no pod can choose which connections are not.
     pub(crate) fn draw(self) -> bool {
         self.per_million == MILLION || rand::random_ratio(self.per_million, MILLION)
     }

@@ -1,4 +1,4 @@
-//! Where the daemon learns of the mesh.
+//! Where the daemon gets the state of the mesh from.
 
 use std::{collections::BTreeSet, path::PathBuf, str::FromStr};
 

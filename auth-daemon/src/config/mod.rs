@@ -96,10 +96,10 @@ pub struct Config {
     /// Lifetime of requested certificates. Defaults to 24 hours, between 10 seconds and 24 hours.
     pub certificate_lifetime: Duration,
     /// Networks that contain pods, in addition to those that discovery finds. Connections to an address in them that no
-    /// object explains are refused; callers of a PERMISSIVE pod from these networks may open a tunnel.
+    /// object claims are refused; callers of a PERMISSIVE pod from these networks may open a tunnel.
     pub pod_networks: Vec<IpNet>,
     /// Networks that contain virtual addresses of services, in addition to those that discovery finds. Connections to an
-    /// address in them that no object explains are refused.
+    /// address in them that no object claims are refused.
     pub service_networks: Vec<IpNet>,
     /// Defaults to the kernel.
     pub same_node: SameNode,

@@ -104,7 +104,7 @@ impl Source {
             Err(error) => {
                 tracing::error!(
                     folder = %self.folder.display(), %error,
-                    "cannot read the manifests' folder; going on with what is known"
+                    "cannot read the folder of manifests; keeping the known state"
                 );
                 return;
             }
@@ -137,7 +137,7 @@ impl Source {
             let errors: Vec<_> = snapshot.errors().collect();
             sink.registry.publish(snapshot);
             self.published = Some(objects);
-            // Last, so that they are in force for whoever reads these lines.
+            // Last, so that the manifests are in force once these lines are logged.
             for error in errors {
                 tracing::error!("{error}");
             }
@@ -190,7 +190,7 @@ impl Source {
                 match seen.entry((kind, name)) {
                     Entry::Occupied(first) => tracing::error!(
                         file = %path.display(),
-                        "{kind} {name}: stands in {} already; that one counts", first.get().display()
+                        "{kind} {name}: is already defined in {}; that definition is used", first.get().display()
                     ),
                     Entry::Vacant(free) => {
                         free.insert(path);

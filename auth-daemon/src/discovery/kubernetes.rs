@@ -358,7 +358,7 @@ fn readable(mut pod: objects::Pod, trust_domain: &TrustDomain) -> Result<Option<
             values.remove(manifest::MESH_LABEL);
         }
         let read = manifest::pod(pod, trust_domain)?;
-        tracing::error!("{error}; it counts as not said");
+        tracing::error!("{error}; the value is ignored");
         Ok(read)
     })
 }

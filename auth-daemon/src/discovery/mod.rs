@@ -42,7 +42,7 @@ impl Sink {
         }
         let errors: Vec<_> = snapshot.errors_since(&self.registry.snapshot()).collect();
         self.registry.publish(snapshot);
-        // Last, so that they are in force for whoever reads these lines.
+        // Last, so that the snapshot is in force once these lines are logged.
         for error in errors {
             tracing::error!("{error}");
         }
@@ -69,7 +69,7 @@ impl Sink {
         }
         let count = next.objects().len();
         policies.publish(next);
-        // Last, so that they are in force for whoever reads this line.
+        // Last, so that the policies are in force once this line is logged.
         tracing::info!(policies = count, "policies changed");
     }
 }

@@ -36,7 +36,7 @@ struct State {
 
 #[derive(Debug)]
 struct Domain {
-    /// Tells an entry from one before for the same trust domain.
+    /// Distinguishes an entry from an earlier one for the same trust domain.
     entry: u64,
     trust_domain: TrustDomain,
     source: BundleSource,
@@ -63,7 +63,7 @@ pub struct DomainStatus {
     pub trust_domain: String,
     /// The URL or file of the bundle.
     pub source: String,
-    /// Number of its roots that are trusted.
+    /// Number of its trusted roots.
     pub roots: usize,
     /// The bundle's sequence number.
     pub sequence: Option<u64>,
@@ -184,7 +184,7 @@ impl Federated {
         domain.error.replace(why.to_owned()).as_deref() != Some(why)
     }
 
-    /// Trusts nothing of a trust domain, because its source is gone.
+    /// Withdraws all trust in a trust domain, because its source is gone.
     pub(super) fn withdraw(&self, name: &str, entry: u64) {
         let mut state = self.lock();
         if let Some(domain) = find(&mut state, name, entry) {

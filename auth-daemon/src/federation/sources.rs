@@ -160,7 +160,7 @@ mod tests {
                 roots: vec![],
             },
         )))));
-        // Its own follower has no turn in this test.
+        // Its own follower does not run in this test.
         federated.apply(&Federation::new(vec![ForeignDomain {
             trust_domain: "far.example".parse().unwrap(),
             source: BundleSource::File(file.clone()),

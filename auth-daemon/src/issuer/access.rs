@@ -34,7 +34,8 @@ pub trait Access: fmt::Debug + Send + Sync {
     fn certificate(&self) -> Option<Arc<CertifiedKey>> {
         None
     }
-    /// Proves more to the CA about the holder of the key of `csr` (PKCS #10, PEM), before that is sent. By default nothing.
+    /// Gives the CA further proof about the holder of the key of `csr` (PKCS #10, PEM), before that is sent. By default
+    /// none.
     fn prove<'a>(&'a self, _csr: &'a str) -> BoxFuture<'a, ()> {
         ready(()).boxed()
     }

@@ -270,7 +270,7 @@ mod tests {
         "cluster.local".parse().unwrap()
     }
 
-    /// Signs after a moment, counts requests, and fails as often as it is told to, or does not answer at all.
+    /// Signs after a moment and counts requests. Fails as often as the test says, or does not answer at all.
     #[derive(Debug)]
     struct TestCa {
         _folder: tempfile::TempDir,

@@ -61,7 +61,7 @@ impl Keeper {
         }
     }
 
-    /// Requests and renews the certificate of `holder`, also when it is revoked, until the task is aborted.
+    /// Requests and renews the certificate of `holder` until the task is aborted. Also renews it when it is revoked.
     pub(super) async fn keep_current<H: Holder>(self: Arc<Self>, holder: Arc<H>) {
         let store = self.issuer.trust();
         let mut schedule = Schedule::new(SystemTime::now());

@@ -1,6 +1,6 @@
-//! How a machine outside Kubernetes proves to the CA which node it is: with a certificate of the node's own, which it gets once
-//! by a join token and renews by itself. Its key is the only private key that the daemon keeps on a disk, so that the machine
-//! is still a member of the trust domain after a reboot.
+//! How a machine outside Kubernetes proves to the CA which node it is: with a certificate of the node's own, which it
+//! gets once by a join token and then renews. Its key is the only private key that the daemon keeps on a disk, so that
+//! the machine is still a member of the trust domain after a reboot.
 
 use std::{
     fs, io,
@@ -134,7 +134,7 @@ impl Machine {
         }
     }
 
-    /// Whether the key to join with is the one of the certificate already.
+    /// Whether the key to join with is already that of the certificate.
     fn is_joining_key_used(&self) -> bool {
         let held = self.lock().held.clone();
         let joining = read(&self.join.directory.join(JOINING)).ok();
@@ -164,7 +164,7 @@ impl Machine {
                     if let Some(error) = unwritten {
                         tracing::error!(
                             error,
-                            "the new node certificate is not on the disk: after a restart, the node has the one before"
+                            "the new node certificate was not written to the disk: after a restart, the node has the previous one"
                         );
                         link.health.failed_here(&error);
                     }
@@ -247,7 +247,7 @@ impl Machine {
         Ok((held, None))
     }
 
-    /// A next join has a key of its own.
+    /// The next join uses a new key.
     fn forget_joining_key(&self) {
         if let Err(error) = remove(&self.join.directory, JOINING) {
             tracing::warn!(error = self.unwritable(&error), "{JOINING} remains");

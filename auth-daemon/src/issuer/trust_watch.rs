@@ -217,7 +217,7 @@ fn read(message: Message, trust_domain: &TrustDomain) -> Result<Trust, String> {
     })?;
     revoked.nodes = denials(message.denied_nodes, |name| match name.len() {
         1..=253 => Ok(name.to_owned()),
-        _ => Err("denied node: is no node name".to_owned()),
+        _ => Err("denied node: is not a node name".to_owned()),
     })?;
     Ok(Trust {
         version: message.version,

@@ -39,8 +39,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Number of connections that a listener accepts before the worker's other tasks run.
 const ACCEPTS_PER_TURN: u32 = 16;
 
-/// A task that serves the connections of one of a pod's listeners. It accepts no more when this is dropped, and goes on
-/// serving those that it has accepted.
+/// A task that serves the connections of one of a pod's listeners. When this is dropped, it accepts no more, and
+/// continues to serve those that it has accepted.
 pub(super) struct Accepting {
     /// Aborting the task drops all its connections.
     pub(super) task: AbortHandle,
@@ -102,7 +102,7 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts until told to drain or to stop, or until the listener dies. Then only waits for the open connections.
+    /// Accepts until it has to drain or to stop, or until the listener dies. Then only waits for the open connections.
     async fn run(
         self: Arc<Self>,
         listener: std::net::TcpListener,
@@ -209,7 +209,7 @@ impl Acceptor {
         Ok(())
     }
 
-    /// Counts a refused connection, and tells the log of it.
+    /// Counts and logs a refused connection.
     fn refuse(&self, tcp: &TcpStream, from: SocketAddr, refusal: Refusal) {
         let (node, workload) = (&self.node, &self.pod.workload);
         node.refusals.note(&workload.name, refusal, from);
@@ -268,7 +268,7 @@ impl Acceptor {
     }
 }
 
-/// What a connection is charged until it ends. Inbound, it also has a place among the handshakes until its own is complete.
+/// What a connection is charged until it ends. An inbound one also counts as a handshake until its own is complete.
 struct Admitted {
     permit: Permit,
     place: Option<Place>,

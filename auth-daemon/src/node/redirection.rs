@@ -25,8 +25,8 @@ const INTERVAL: Duration = Duration::from_millis(500);
 /// One request.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Annotates the pods of this node that are enrolled, without end, and those no more that have left the mesh. While the daemon
-/// is away, pods keep the annotation: their peers must not reach them in plaintext.
+/// Annotates the enrolled pods of this node, and removes the annotation from those that have left the mesh, without
+/// end. While no daemon runs, pods keep the annotation: their peers must not reach them in plaintext.
 pub async fn announce(client: Client, node: Arc<Node>) {
     let mut announced: HashMap<ObjectName, String> = HashMap::new();
     let mut ticks = interval(INTERVAL);
@@ -49,10 +49,10 @@ pub async fn announce(client: Client, node: Arc<Node>) {
             if let Err(error) = annotate(&client, &name, &uid, is_served).await {
                 tracing::warn!(
                     pod = %name, is_served, %error,
-                    "pod's annotation {} cannot be changed; until it is, the mesh takes the pod for what it was. Trying again",
+                    "cannot change the pod's annotation {}; until then, the mesh sees the pod's previous state; retrying",
                     REDIRECTION.0
                 );
-                // The API server may be away: the next tick begins anew.
+                // The API server may be unavailable: the next tick tries again.
                 break;
             }
             if is_served {

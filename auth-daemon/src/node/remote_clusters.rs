@@ -1,4 +1,4 @@
-//! Applies changes of remote clusters to open connections, and tells of those that cannot be reached.
+//! Applies changes of remote clusters to open connections, and logs the clusters that are not trusted.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,7 +11,7 @@ use crate::{observe::remote_clusters::check_cluster, proxy::Node};
 /// without a federation entry.
 ///
 /// Connections *from* pods of a removed cluster stay: what admits them is their certificate, trust and policies, and changes of
-/// these cut them. Nor does the end of a single pod cut anything: its last bytes may still be on their way.
+/// these cut them. The end of a single pod does not cut anything either: its last bytes may still be on their way.
 pub(super) async fn keep(node: Arc<Node>) {
     let (mut changes, mut federation) = (node.remote.changes(), node.federation.changes());
     let (mut known, mut untrusted) = (None, BTreeSet::new());

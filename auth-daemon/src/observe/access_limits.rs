@@ -19,10 +19,10 @@ use super::{
 const IN_ORDER: u32 = 100_000;
 /// The same about those that were refused or reset for one reason.
 const OF_REASON: u32 = 1000;
-/// Maximum number of reasons of a pod that are told apart. Peers write parts of some.
+/// Maximum number of reasons that are counted separately for a pod. Peers write parts of some.
 const REASONS: usize = 64;
 
-/// What the log has told of the pods' connections, by the cookie of their netns.
+/// Numbers of logged lines about the pods' connections, by the cookie of their netns.
 #[derive(Debug, Default)]
 pub(super) struct AccessLimits(Sharded<Pods>);
 

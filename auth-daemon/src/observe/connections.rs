@@ -232,7 +232,7 @@ impl OpenConnections {
             .settle_open(open, &snapshot, SystemTime::now(), istio);
     }
 
-    /// Makes what metrics tell current. Only Istio's have open connections.
+    /// Makes the metrics current. Only Istio's count open connections.
     pub(crate) fn settle_metrics(&self) {
         match self.istio {
             Some(_) => self.settle_pairs(),
@@ -411,7 +411,7 @@ impl<'a> Guard<'a> {
     fn write(&mut self, outcome: Outcome, reason: &dyn fmt::Display) {
         self.finished = true;
         let connection = &self.connection;
-        // First, so that nobody counts it as open while its details are taken.
+        // First, so that it is not counted as open while its details are taken.
         let progress = connection.progress().take();
         let (bytes_to_server, bytes_to_client) = connection.bytes();
         let mut details = connection.lock();

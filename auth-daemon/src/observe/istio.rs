@@ -30,7 +30,7 @@ const MAX_SETS: Limit = Limit {
 };
 /// What Istio writes for a label that is not known.
 const UNKNOWN: &str = "unknown";
-/// The domain of Services' names. Istio's own default; neither pods nor Services tell it.
+/// The domain of Services' names: Istio's default, because neither pods nor Services contain it.
 const CLUSTER_DOMAIN: &str = "svc.cluster.local";
 
 /// Connections under Istio's labels.

@@ -1,4 +1,4 @@
-//! Limits how often the log tells of the same thing, and counts what it leaves out.
+//! Limits how often the log reports the same thing, and counts what it leaves out.
 
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ impl LineLimit {
         Some(std::mem::take(&mut self.untold))
     }
 
-    /// Once the interval is over, returns the number of events that no line has told of.
+    /// Once the interval is over, returns the number of events that no line has reported.
     pub(crate) fn left_out(&self, now: Instant) -> Option<u64> {
         self.is_over(now).then_some(self.untold)
     }

@@ -104,7 +104,7 @@ impl Shared {
                 return;
             }
             drop(waiting);
-            // If nobody can read the log, there is nobody to tell.
+            // If the log cannot be written, there is no one to report it to.
             let _ = to.write_all(&batch);
             batch.clear();
             batch.shrink_to(KEPT);

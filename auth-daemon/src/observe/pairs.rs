@@ -40,7 +40,7 @@ const MAX_ANONYMOUS_PAIRS: Limit = Limit {
     entries: 1024,
     bytes: MAX_PAIRS.bytes / 3,
 };
-/// The most namespaces whose plaintext connections are told apart. Those of further ones count under an empty name.
+/// The most namespaces whose plaintext connections are counted separately. Those of further ones count under an empty name.
 const MAX_NAMESPACES: usize = 1024;
 
 /// The pairs of one node, in answer to `GET /pairs`. Its JSON form is stable: later versions only add fields.

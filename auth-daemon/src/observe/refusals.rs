@@ -53,7 +53,7 @@ impl Refusal {
                  or raise the daemon's limit of open files or memory"
             }
             Self::Handshakes => {
-                "too many handshakes with the pod are incomplete: find out whether the client means harm"
+                "too many handshakes with the pod are incomplete: find out whether the client is malicious"
             }
         }
     }

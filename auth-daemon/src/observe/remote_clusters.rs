@@ -1,4 +1,4 @@
-//! The remote clusters that are followed, as the status has them, and which pods are of them.
+//! The remote clusters that are followed, as the status has them, and which pods belong to them.
 
 use auth_mesh::Workload;
 use serde::Serialize;
@@ -37,7 +37,8 @@ pub(crate) enum ClusterGone {
     Replaced(String),
 }
 
-/// Fails if the remote cluster that `pod` is of is not one of `clusters` any more. A pod of the own cluster is of none.
+/// Fails if the remote cluster that `pod` is of is not one of `clusters` any more. A pod of the daemon's own cluster
+/// belongs to none.
 pub(crate) fn check_cluster(clusters: &[RemoteStatus], pod: &Workload) -> Result<(), ClusterGone> {
     let Some(name) = pod.name.cluster() else {
         return Ok(());
@@ -85,7 +86,7 @@ mod tests {
         };
         assert_eq!(check("shop", 0), Ok(()));
         assert_eq!(check("shop@east", 3), Ok(()));
-        // Read anew, and still the same cluster.
+        // Read again, and still the same cluster.
         assert_eq!(check("shop@east", 4), Ok(()));
         let replaced = "the remote cluster east was replaced by another one of that name";
         assert_eq!(check("shop@east", 2), Err(replaced.to_owned()));

@@ -13,7 +13,7 @@ use prometheus_client::{
 
 use super::access_log::Finished;
 
-/// The most policies, in each of the metrics, that are told apart. Further ones count under an empty name.
+/// The most policies that each of the metrics counts separately. Further ones count under an empty name.
 const MAX_POLICIES: usize = 1024;
 use auth_mesh::policy::{Decision, Verdict};
 

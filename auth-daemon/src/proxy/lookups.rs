@@ -1,4 +1,4 @@
-//! Names on demand: addresses that connections of this node ask the control plane about, because it tells of no others.
+//! Names on demand: addresses that connections of this node ask the control plane about, because it reports no others.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,10 +16,10 @@ use auth_xds::Answer;
 
 /// Maximum time that a connection waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long it counts that nothing has an address, or nothing that can be used: istiod does not tell when this changes.
+/// How long the answer counts that nothing, or nothing usable, has an address: istiod does not report when this changes.
 const BRIEF: Duration = Duration::from_millis(200);
-/// Age from which the answer about an address in use is asked for again, beside the connections: istiod does not tell of a
-/// service's new endpoints.
+/// Age from which an address in use is asked about again, while connections use the old answer: istiod does not report
+/// a service's new endpoints.
 const REFRESH: Duration = Duration::from_secs(5);
 /// Maximum number of addresses that wait for an answer.
 const MAX_WAITING: usize = 1024;
@@ -43,20 +43,22 @@ pub struct Lookups {
 pub enum Found {
     /// A workload or service, which the registry knows by now.
     Known,
-    /// Nothing of the mesh's.
+    /// Nothing in the mesh.
     Absent,
 }
 
 /// Why a connection to or from an address is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotFound {
-    /// The control plane is away, or slow.
+    /// The control plane is unavailable, or slow.
     #[error(
         "istiod has not said within {PATIENCE:?} what has {0}; see the daemon's log for why it does not answer"
     )]
     Late(IpAddr),
     /// Too many others wait.
-    #[error("what has {0} cannot be asked: {MAX_WAITING} other addresses wait for istiod's answer")]
+    #[error(
+        "istiod cannot be asked what has {0}: {MAX_WAITING} other addresses wait for its answer"
+    )]
     TooMany(IpAddr),
     /// The control plane's answer cannot be used.
     #[error("what istiod says of {0} cannot be used: {1}")]
@@ -81,7 +83,7 @@ struct Entry {
     used: Instant,
 }
 
-/// How a connection goes on.
+/// How a connection continues.
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     Take(Answer),

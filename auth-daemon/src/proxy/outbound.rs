@@ -47,8 +47,8 @@ use auth_tunnel::{
 
 /// Maximum time until the app's connection is established or refused.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long an address that no object claims may take to become known. A pod may be dialled a moment before the watch tells
-/// of it.
+/// How long an address that no object claims may take to become known. A pod may be dialled a moment before the watch
+/// reports it.
 const LEARN: Duration = Duration::from_secs(1);
 /// How soon istiod is asked again meanwhile.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
@@ -476,7 +476,8 @@ impl Call<'_> {
         })
     }
 
-    /// Connects to `endpoint` by the path that [`choose_path`] chooses. `others` tells whether further endpoints can be tried.
+    /// Connects to `endpoint` by the path that [`choose_path`] chooses. `others` says whether further endpoints can be
+    /// tried.
     async fn attempt(
         &mut self,
         destination: &Destination,

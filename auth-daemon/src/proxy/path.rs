@@ -41,7 +41,7 @@ pub(super) struct Hbone {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum NoPath {
     /// The endpoint is taken for one outside the mesh, but its address is the mesh's by now.
-    #[error("it is taken to be outside of the mesh, and its address is the mesh's")]
+    #[error("it counts as outside the mesh, but its address is the mesh's")]
     NotOutside,
     /// No object claims the endpoint's address.
     #[error(transparent)]
@@ -117,8 +117,8 @@ pub(super) fn choose_path(endpoint: &Endpoint, view: &View<'_>) -> Result<Chosen
         return Ok(ChosenPath::Tunnel);
     }
     let (true, Some(server)) = (endpoint.meshed, &endpoint.workload) else {
-        // Whatever an endpoint slice says: an address that is the mesh's by now is not reached without TLS, nor one that
-        // may be because nothing explains it.
+        // Whatever an endpoint slice says: an address that belongs to the mesh by now is not reached without TLS, nor
+        // one that may belong to it because no object claims it.
         return match view.snapshot.kind(address) {
             Some(AddressKind::Outside) => Ok(ChosenPath::Plaintext(NOT_IN_MESH)),
             Some(AddressKind::Pod | AddressKind::Service) => Err(NoPath::NotOutside),
@@ -228,7 +228,7 @@ mod tests {
         BeforeRestart,
         /// One was ready before an administrator disabled the node's tunnel.
         Disabled,
-        /// Nobody tells which nodes have one.
+        /// Nothing reports which nodes have one.
         Untracked,
     }
 

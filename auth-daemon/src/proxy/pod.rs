@@ -122,7 +122,7 @@ pub struct PodStatus {
     pub enrolled: bool,
     /// Why the pod is not enrolled, or why it is although it has ended. Empty otherwise.
     pub reason: String,
-    /// What the pod has changed of the daemon's set-up in its netns, which the daemon has put back. Empty if nothing.
+    /// What the pod has changed of the daemon's set-up in its netns, which the daemon has restored. Empty if nothing.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub tampered: String,
     /// Why its link is not private, so that its connections with pods of this node use the tunnel. Empty if it is, or if all

@@ -156,7 +156,7 @@ impl SameNode {
         let known: HashSet<u64> = verdicts.facts.keys().copied().collect();
         let adopted = verdicts.adopted;
         drop(verdicts);
-        // Of a verdict that a previous daemon gave and withdrew, only the pods are known.
+        // Only the pods are known of a verdict that a previous daemon granted and withdrew.
         let condition = |verdict, client, server| {
             forbidden.contains(&verdict)
                 || adopted
@@ -195,7 +195,7 @@ impl SameNode {
         }
     }
 
-    /// Adopts those verdicts of a previous daemon that this one would give too. Withdraws the others, and ends their
+    /// Adopts those verdicts of a previous daemon that this one would grant, too. Withdraws the others, and ends their
     /// connections that are not allowed. Called once, when the pods are served.
     pub(crate) fn adopt(&self, node: &Node) {
         let mut verdicts = self.lock();
@@ -224,7 +224,7 @@ impl SameNode {
         self.end_all_forbidden(node, &[], has_shared_links);
     }
 
-    /// Leaves the verdicts to another daemon. Afterwards this one neither gives nor withdraws any.
+    /// Leaves the verdicts to another daemon. Afterwards this one neither grants nor withdraws any.
     pub(crate) fn release(&self) {
         self.lock().released = true;
     }
@@ -278,7 +278,7 @@ impl SameNode {
         Ok(())
     }
 
-    /// Withdraws each verdict that would not be given again. Called after every change of the verdicts' inputs.
+    /// Withdraws each verdict that would not be granted again. Called after every change of the verdicts' inputs.
     pub(crate) fn revise(&self, node: &Node) {
         let mut verdicts = self.lock();
         let basis = Basis::of(node);

@@ -3,7 +3,7 @@
 //! The unit is a descriptor. A connection takes two, and is charged when it is accepted, before anything is done for it. It is
 //! one task, and its memory is bounded, so this one limit bounds all three.
 //!
-//! The rule: **whoever asks may hold less than what is still free.** One greedy pod gets half of the node's capacity, two get
+//! The rule: **a pod may hold less than what is still free.** One greedy pod gets half of the node's capacity, two get
 //! a third each, and n leave 1/(n+1) of it to the rest. Within a pod, the same rule holds for each source of connections to it,
 //! and within the node, for what a source holds with all pods together.
 //! Both directions of a pod are counted separately, so that its callers cannot keep it from connecting itself.

@@ -220,7 +220,7 @@ mod tests {
         }
         all.claim(ip(1));
         assert!(all.get(ip(1)).is_none());
-        // It was claimed again in between, so its time starts anew.
+        // It was claimed again in between, so its time starts again.
         all.add(ip(0), gone(start + LIFE / 2));
         assert!(all.expire(start + LIFE).is_empty());
         assert_eq!(all.expire(start + LIFE + Duration::from_secs(2)), [ip(2)]);

@@ -68,7 +68,7 @@ pub enum ChannelError {
     #[error("the tunnel broke: {0}")]
     Io(#[from] io::Error),
     /// The tunnel was closed in the middle of an app connection, or by TCP alone, which anyone on the path can forge.
-    #[error("the peer closed the tunnel in the midst of a connection")]
+    #[error("the peer closed the tunnel in the middle of a connection")]
     Closed,
     /// A record is malformed or forged.
     #[error("the peer broke TLS: {0}")]
@@ -93,8 +93,8 @@ pub enum ChannelError {
     Futile,
 }
 
-/// Whether the peer has requested an update of our sending key too (RFC 8446 §4.6.3). The receiving half tells the sending
-/// half by it.
+/// Whether the peer has requested an update of our sending key too (RFC 8446 §4.6.3). The receiving half signals this
+/// to the sending half.
 pub(super) type UpdateRequested = AtomicBool;
 
 /// What becomes of session tickets that the peer sends (RFC 8446 §4.6.1).

@@ -110,7 +110,7 @@ impl Sealer {
         Self(Keyed::new(sequence, secret))
     }
 
-    /// Replaces the key by the next one. The peer must have been told with the last record (RFC 8446 §4.6.3).
+    /// Replaces the key by the next one. The last record must have announced it to the peer (RFC 8446 §4.6.3).
     pub fn update(&mut self) {
         self.0.update();
     }
@@ -153,7 +153,7 @@ impl Opener {
         Self(Keyed::new(sequence, secret))
     }
 
-    /// Replaces the key by the next one, as the peer has told (RFC 8446 §4.6.3).
+    /// Replaces the key by the next one, as the peer has announced (RFC 8446 §4.6.3).
     pub fn update(&mut self) {
         self.0.update();
     }

@@ -98,7 +98,7 @@ pub(super) fn policy_live(stage: &mut Stage, evidence: &Evidence) -> Result<()> 
         ));
         ensure!(took < LIVE * slowdown(), "it took too long");
         let rounds = allowed.events_of("round").len();
-        eventually(LOGGED, "the neighbour's chat to go on", || {
+        eventually(LOGGED, "the neighbour's chat to continue", || {
             (allowed.events_of("round").len() > rounds + 3).then_some(())
         })?;
         evidence.saw(format!(

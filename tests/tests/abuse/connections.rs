@@ -1,4 +1,4 @@
-//! Floods and hoards of connections.
+//! Pods that flood a server with connections, or hold very many.
 
 use std::time::Duration;
 
@@ -111,7 +111,7 @@ fn refused(daemon: &Daemon, pod: &Pod, reason: &str) -> Result<()> {
         let pod = pods.iter().find(|known| known["pod"] == pod.full_name());
         let count = pod.and_then(|pod| pod["refused"][reason].as_u64());
         let count = count.with_context(|| format!("{pod:?}"))?;
-        // A line in ten seconds, not one for each refusal.
+        // One line every ten seconds, not one for each refusal.
         let logged = lines(daemon).len() as u64;
         ensure!(count > 10 * logged, "{count} refusals, {logged} lines");
         Ok(())

@@ -1,4 +1,4 @@
-//! Peers on the wire that speak TCP and TLS in bad faith, from a host that is not in the mesh.
+//! Malicious TCP and TLS peers on the wire, from a host that is not in the mesh.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -31,7 +31,7 @@ const STEP: Duration = Duration::from_secs(10);
 /// Connections that a thread of the stalling attack holds.
 const STALLED: usize = 300;
 
-/// What each attack does again and again, with the connections that it holds. Fails if it did not come to what it attempts.
+/// What each attack repeats, with the connections that it holds. Fails if it does not reach the step that it attempts.
 type Round = fn(&Attacker, &mut Vec<TcpStream>) -> Result<()>;
 
 const ATTACKS: [(&str, Round); 10] = [

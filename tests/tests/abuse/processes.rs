@@ -1,4 +1,4 @@
-//! Processes and network namespaces that a pod makes without end.
+//! Pods that create processes and network namespaces endlessly.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::stage::Stage;
 
 /// Limit of the processes of a pod with a bomb.
 const MOST: u32 = 512;
-/// Processes that the bomb has at least: it hovers below the limit.
+/// Minimum number of processes of the bomb, which stays just below the limit.
 const PROCESSES: usize = 400;
 /// More than the kernel's ring buffer of reports has room for, which is 2,048.
 const NAMESPACES: u64 = 3000;
@@ -42,7 +42,7 @@ fn a_fork_bomb_does_not_keep_a_new_pod_closed() -> Result<()> {
     let (stage, bomber, _first) = stage()?;
     let quiet = enrolled(&stage, "before")?;
     let _bomb = bomber.spawn("sh", ["-c", BOMB])?;
-    eventually_ok(TIMEOUT, "the bomb to go off", || {
+    eventually_ok(TIMEOUT, "the bomb to start", || {
         let processes = fs::read_to_string(bomber.cgroup().join("cgroup.procs"))?;
         let count = processes.lines().count();
         ensure!(count > PROCESSES, "{count} processes");
@@ -50,9 +50,9 @@ fn a_fork_bomb_does_not_keep_a_new_pod_closed() -> Result<()> {
     })?;
     let start = stage.near.log_position();
     let attacked = enrolled(&stage, "meanwhile")?;
-    // One that came before the new pod's first process has found none.
+    // A scan from before the new pod's first process has found none.
     let of_one = |line: &Value| {
-        line["message"] == "looked for pods' processes in their cgroups"
+        line["message"] == "scanned the cgroups of pods for their processes"
             && line["pods"] == 1
             && line["processes"] != 0
     };

@@ -14,8 +14,8 @@ pub(crate) const DESCRIPTORS: u64 = 8000;
 const MEASURE: u64 = 4;
 /// How long a daemon may take to return what an attack took: longer than timeouts of connections and idle tunnels.
 const RECOVERY: Duration = Duration::from_secs(100);
-/// The most that an attack may lengthen the neighbour's median. It is some two times as long; it was forty times where the
-/// threads of the attacker's connections served the neighbour's, too.
+/// The largest factor by which an attack may lengthen the neighbour's median. It is some two times as long; it was
+/// forty times where the threads of the attacker's connections served the neighbour's, too.
 const MOST: f64 = 15.0;
 /// Memory that the allocator may keep of what an attack took, in KiB.
 const MEMORY_KIB: u64 = 48 * 1024;

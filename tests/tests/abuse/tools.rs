@@ -1,4 +1,4 @@
-//! A public TLS tool against the daemon's listener: `openssl s_client`, with whatever it can be told to offer.
+//! A public TLS tool against the daemon's listener: `openssl s_client`, with every offer that it supports.
 //!
 //! It is the one that can offer the tunnel's ALPN protocol, and so gets behind the first bytes. Scanners that cannot are
 //! refused as plaintext, as the first case shows.
@@ -16,7 +16,7 @@ use crate::stage::Stage;
 const DEADLINE: Duration = Duration::from_secs(25);
 const TUNNEL: u16 = 15008;
 
-/// What the client is told beside the address.
+/// The options of the client besides the address.
 const CASES: [&str; 19] = [
     "",
     "-alpn h2,http/1.1",

@@ -74,7 +74,7 @@ pub(crate) fn roots_are_everywhere(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// What something else writes into the ConfigMap with the roots does not stay.
+/// The CA reverts what others write into the ConfigMap with the roots.
 pub(crate) fn roots_are_restored(stage: &Stage) -> Result<()> {
     let change = json!({"data": {"root-cert.pem": "none"}}).to_string();
     let patch = [

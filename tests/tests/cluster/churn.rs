@@ -63,7 +63,7 @@ impl Footprint {
         })
     }
 
-    /// Whether this is not more than `before`, apart from memory.
+    /// Whether this is at most `before`, apart from memory.
     pub(crate) fn is_within(&self, before: &Self) -> bool {
         self.files <= before.files
             && self.kernel.pods <= before.kernel.pods

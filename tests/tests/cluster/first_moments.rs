@@ -31,7 +31,7 @@ pub(crate) fn pod_without_a_daemon_is_closed(stage: &Stage) -> Result<()> {
     })?;
 
     let mut spec = server_pod("early", None);
-    // Past the scheduler, which would have it wait for a daemon.
+    // Bypasses the scheduler, which would make the pod wait for a daemon.
     spec["nodeName"] = json!("node2");
     let pod = json!({
         "apiVersion": "v1", "kind": "Pod",
@@ -46,7 +46,7 @@ pub(crate) fn pod_without_a_daemon_is_closed(stage: &Stage) -> Result<()> {
     let capture = stage.cluster.wire().capture()?;
     let outside = stage.cluster.mesh().outside();
     let node1 = stage.cluster.node("node1").node().place();
-    // Longer than until the second SYN.
+    // Longer than the time until the second SYN.
     let seconds = (3 * slowdown()).to_string();
     for caller in [outside, node1] {
         let curl = caller.run("curl", ["-sS", "--max-time", &seconds, &url])?;

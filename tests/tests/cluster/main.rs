@@ -232,7 +232,7 @@ fn chart_on_a_cluster_of_two_nodes() -> Result<()> {
         let done = step(&stage);
         let elapsed = start.elapsed();
         if let Err(error) = &done {
-            // First, because what follows is long, and now, because the cluster goes.
+            // Printed first, because what follows is long, and now, because the cluster is about to be removed.
             println!("{number:2}. {name}: FAILED after {elapsed:.1?}: {error:#}");
             stage.cluster.print_state();
             stage.print_logs();

@@ -26,7 +26,7 @@ pub(crate) fn names_pods_and_ports(stage: &Stage) -> Result<()> {
     let url = who(stage, "web-2")?;
     let answer = stage.curl("client-1", &url)?;
     ensure(answer.contains(MARKER), || answer.clone())?;
-    // A tunnel of another pod is not let through.
+    // A tunnel of another pod does not pass.
     let other = stage.pod(APPS, "app=web-1")?;
     let other = name(&other);
     eventually_ok(PATIENCE, "a packet that is dropped", || {

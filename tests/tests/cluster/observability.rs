@@ -47,7 +47,7 @@ pub(crate) fn through_the_api_server(stage: &Stage) -> Result<()> {
     let times: Vec<_> = both.iter().map(|flow| flow["time"].as_str()).collect();
     ensure(times.is_sorted(), || format!("{times:?}"))?;
 
-    // Who may list the daemons' pods but not forward their ports learns why nothing is shown.
+    // A user who may list the daemons' pods, but not forward their ports, learns why nothing is shown.
     let list = json!({"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]});
     let forward =
         json!({"apiGroups": [""], "resources": ["pods/portforward"], "verbs": ["get", "create"]});

@@ -40,8 +40,8 @@ struct Request {
     name: String,
 }
 
-/// What no step here uses, because the cluster's tokens name their node; `auth-daemon/tests/kubernetes/attestation.rs`
-/// fails without it.
+/// The right that no step here uses, because the cluster's tokens name their node;
+/// `auth-daemon/tests/kubernetes/attestation.rs` fails without it.
 const USED_ELSEWHERE: (&str, &str, &str) = ("auth-ca", "get", "pods.");
 
 fn text<'a>(value: &'a Value, field: &str) -> &'a str {

@@ -116,7 +116,7 @@ fn only_the_own_taint(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// The kubelet of node2 starts a pod from a file. Nobody vouches for its identity.
+/// The kubelet of node2 starts a pod from a file. Nothing proves its identity.
 pub(crate) fn static_pod_starts(stage: &Stage) -> Result<()> {
     let mut spec = server_pod("default", None);
     let fields = spec.as_object_mut().context("no object")?;
@@ -128,7 +128,7 @@ pub(crate) fn static_pod_starts(stage: &Stage) -> Result<()> {
     let node = stage.cluster.node("node2");
     let file = node.static_pods().join("static.json");
     fs::write(&file, manifest.to_string())?;
-    // Probes reach it from its node, and whoever dials it does so in plaintext.
+    // Probes reach it from its node, and all callers reach it in plaintext.
     let pod = eventually_ok(PATIENCE, "a ready static pod", || {
         let pod = stage.get(&format!("pod -n {APPS} static-node2"))?;
         ensure(is_ready(&pod), || pod["status"].to_string())?;

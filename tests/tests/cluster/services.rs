@@ -404,5 +404,6 @@ fn enrolled_first(stage: &Stage, node: &str, name: &str) -> Result<()> {
 }
 
 const FIRST_CONNECTS: usize = 10;
-/// How long the runtime waits for the daemon, in milliseconds. It has not waited in vain for a pod that took less to start.
+/// How long the runtime waits for the daemon, in milliseconds. For a pod that took less to start, the daemon answered
+/// in time.
 const LONGEST_WAIT: f64 = 1000.0;

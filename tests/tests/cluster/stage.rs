@@ -42,7 +42,7 @@ pub(crate) fn set() -> Result<Stage> {
     Ok(stage)
 }
 
-/// What a node's daemon says of itself.
+/// The status of a node's daemon.
 pub(crate) fn status_of(stage: &Stage, node: &str) -> Result<Value> {
     let daemon = stage.daemon_on(node)?;
     let status = stage.kubectl(&format!(

@@ -256,7 +256,7 @@ pub(crate) fn probes_have_passed(stage: &Stage) -> Result<()> {
         stage.rolled_out(APPS, &format!("deployment/{web}"))?;
         let pod = stage.pod(APPS, &format!("app={web}"))?;
         let status = &pod["status"]["containerStatuses"][0];
-        // An earlier step killed one of them. A failing probe would restart it again and again.
+        // An earlier step killed one of them. A failing probe would restart it repeatedly.
         ensure(status["restartCount"].as_u64() <= Some(1), || {
             format!("{}: {status}", name(&pod))
         })?;

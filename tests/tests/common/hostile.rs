@@ -78,8 +78,8 @@ pub(crate) fn dial(place: &Place, to: SocketAddr) -> Result<TcpStream> {
     Ok(tcp)
 }
 
-/// Opens many connections to `to` from the place, as fast as one thread can: the daemon does not wait for ever for what they
-/// send.
+/// Opens many connections to `to` from the place, as fast as one thread can: the daemon does not wait forever for what
+/// they send.
 pub(crate) fn dial_many(place: &Place, to: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
     let dial = || -> io::Result<Vec<TcpStream>> {
         (0..count)

@@ -1,5 +1,5 @@
 //! Peers with a valid certificate that abuse HTTP/2. Each is bounded: the daemon's memory and descriptors stay as they were,
-//! real traffic goes on, and what the daemon does not tolerate ends the connection.
+//! real traffic continues, and abuse that the daemon does not tolerate ends the connection.
 
 use anyhow::{Result, ensure};
 use mesh_tests::{Snapshot, TIMEOUT, eventually_ok};
@@ -25,7 +25,7 @@ fn attack(run: impl FnOnce(&Stage, &str, &Snapshot) -> Result<()>) -> Result<()>
     Ok(())
 }
 
-/// While the attack goes on: asserts that the daemon's memory has not grown by more than is allowed.
+/// During the attack, asserts that the daemon's memory has not grown by more than is allowed.
 fn bounded(stage: &Stage, before: &Snapshot) -> Result<()> {
     let now = stage.snapshot()?.resident_kib;
     ensure!(

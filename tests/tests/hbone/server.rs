@@ -191,7 +191,7 @@ fn a_client_is_told_to_connect_again_before_its_certificate_expires() -> Result<
     let mut client = Client::connect_with(&stage, &certificate, outside, &[])?;
     ensure!(client.ask(1, &echo)? == 200);
     client.wait(|frame| frame.kind == GOAWAY)?;
-    // It is told two seconds before, and hears of it later beside other tests.
+    // It gets the GOAWAY two seconds before, and later when other tests run beside this one.
     let late = Duration::from_secs(2) * (slowdown() - 1);
     ensure!(SystemTime::now() < UNIX_EPOCH + expiry + late, "too late");
     // What is open stays open.

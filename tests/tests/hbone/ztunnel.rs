@@ -22,7 +22,7 @@ const OURS: &str = "spiffe://cluster.local/ns/default/sa/ours";
 const THEIRS: &str = "spiffe://cluster.local/ns/default/sa/theirs";
 /// What ztunnel logs if a GOAWAY arrives just before it opens a stream: it does not try again on another connection.
 const GOAWAY: &str = "h2 failed: connection error received: not a result of an error";
-/// Limit for what takes seconds on an idle machine.
+/// Limit for operations that take seconds on an idle machine.
 const LONG: Duration = Duration::from_secs(180);
 
 /// Fields are dropped in this order: the proxies, the CA, then the mesh.
@@ -39,7 +39,7 @@ struct Neighbours {
     mesh: Mesh,
 }
 
-/// A connection's way: whose pod connects to whose.
+/// The direction of a connection: whose pod connects to whose.
 #[derive(Debug, Clone, Copy)]
 enum Way {
     ToTheirs,

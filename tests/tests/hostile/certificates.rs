@@ -184,7 +184,7 @@ fn cases(stolen: &Authority) -> Result<Vec<Case>> {
         let certificate = stolen.mint_with(&[], |p| {
             p.subject_alt_names = vec![uri(id).expect("ASCII")];
         })?;
-        cases.push((what, Some(certificate), "is no SPIFFE ID"));
+        cases.push((what, Some(certificate), "is not the SPIFFE ID"));
     }
     let long = format!("{web}{}", "x".repeat(3000));
     cases.push((

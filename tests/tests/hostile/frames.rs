@@ -347,7 +347,7 @@ fn protocol_violation_resets_the_app() -> Result<()> {
                 peer.send_raw(&record[..record.len() / 2])?;
                 peer.finish_tcp()
             }),
-            "closed the tunnel in the midst",
+            "closed the tunnel in the middle",
         ),
         (
             "half a frame, then close_notify",
@@ -355,17 +355,17 @@ fn protocol_violation_resets_the_app() -> Result<()> {
                 peer.send(&frame_of_length(DATA, 1000, b"half"))?;
                 peer.close_notify()
             }),
-            "closed the tunnel in the midst",
+            "closed the tunnel in the middle",
         ),
         (
             "close_notify",
             Box::new(Peer::close_notify),
-            "closed the tunnel in the midst",
+            "closed the tunnel in the middle",
         ),
         (
             "the end of TCP",
             Box::new(|peer| peer.finish_tcp()),
-            "closed the tunnel in the midst",
+            "closed the tunnel in the middle",
         ),
         (
             "a reset of TCP",

@@ -320,7 +320,7 @@ fn truncated_hello_uses_no_cpu_time() -> Result<()> {
     let used = processor_time(stage.daemon.pid())? - start.1;
     assert!(
         used < Duration::from_secs(1),
-        "20 callers that are gone cost {used:?} of processor time within {:?}",
+        "20 callers that have left cost {used:?} of processor time within {:?}",
         start.0.elapsed()
     );
     stage.assert_unharmed(&before, 16 * 1024);
@@ -369,7 +369,7 @@ fn serves_callers_beside_a_thousand_stalled_handshakes() -> Result<()> {
     }
     assert!(
         !times.is_empty(),
-        "traffic does not go on while all are held"
+        "traffic does not continue while all are held"
     );
     times.sort();
     let slow = |times: &[Duration]| times[times.len() - 2];
@@ -440,7 +440,7 @@ fn a_flood_of_handshakes_does_not_come_before_those_of_other_addresses() -> Resu
         let answered = answered.into_iter().filter(|answered| *answered).count();
         println!("{answered} of {FLOOD} were answered before the caller");
         anyhow::ensure!(count == 1, "the caller is refused");
-        // Each of the daemon's threads would come to the caller's behind its part of the flood's.
+        // Each of the daemon's threads would reach the caller's handshake only after its part of the flood's.
         anyhow::ensure!(answered < FLOOD / 10, "{answered} of {FLOOD} came before");
         Ok(())
     })?;

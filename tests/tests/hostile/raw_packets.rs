@@ -146,8 +146,8 @@ fn echo_server(place: &Place) -> Result<App> {
         .listening()
 }
 
-/// Waits until the daemon of `web` has logged that it refused plaintext from `client`, and asserts that the app has not heard
-/// of it.
+/// Waits until the daemon of `web` has logged that it refused plaintext from `client`, and asserts that none of it
+/// reached the app.
 fn assert_refused(pair: &Pair, echo: &App, client: SocketAddrV4) -> Result<()> {
     assert_logged(pair, client)?;
     assert_eq!(echo.events_of("accepted"), Vec::<Value>::new());
@@ -228,8 +228,8 @@ fn refuses_forged_syn_with_data() -> Result<()> {
     Ok(())
 }
 
-/// A delivery waits because the app's listener is full. Its addresses and ports are then known to whoever sees the wire, or is
-/// the client.
+/// A delivery waits because the app's listener is full. Its addresses and ports are then known to an observer of the
+/// wire, and to the client.
 #[test]
 fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
     /// The client's first source port.
@@ -237,7 +237,7 @@ fn a_forged_syn_of_a_waiting_delivery_is_refused() -> Result<()> {
     /// The first source port of tunnels.
     const TUNNELS: u16 = 61_000;
     let pair = stage()?;
-    // The queue takes one connection more.
+    // The queue has room for one more connection.
     pair.web
         .netns()
         .set_parameters(&[("net/core/somaxconn", "1")])?;

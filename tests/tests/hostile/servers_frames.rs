@@ -125,19 +125,19 @@ fn app_gets_an_error_from_servers_that_violate_the_protocol() -> Result<()> {
         ),
         answering(
             "half an answer, then the end",
-            reset("closed the tunnel in the midst"),
+            reset("closed the tunnel in the middle"),
             connected(&frame(DATA, b"half an ans")),
             finish,
         ),
         answering(
             "half an answer, then close_notify",
-            reset("closed the tunnel in the midst"),
+            reset("closed the tunnel in the middle"),
             connected(&frame(DATA, b"half an ans")),
             close,
         ),
         answering(
             "half a frame, then the end",
-            reset("closed the tunnel in the midst"),
+            reset("closed the tunnel in the middle"),
             connected(&frame_of_length(DATA, 100, b"half an ans")),
             finish,
         ),

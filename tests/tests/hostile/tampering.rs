@@ -43,7 +43,7 @@ fn tamper(pair: &Pair, commands: &[&str]) -> Result<()> {
             return Ok(());
         }
         ensure!(
-            is_named(pair)?.contains("put back"),
+            is_named(pair)?.contains("restored"),
             "it succeeded although nothing was repaired: {}",
             connected.stdout
         );
@@ -64,7 +64,7 @@ fn is_named(pair: &Pair) -> Result<String> {
 /// between two commands of the pod: then the next one repairs what the second command did.
 fn is_repaired(pair: &Pair) -> Result<()> {
     let tampered = is_named(pair)?;
-    ensure!(tampered.contains("put back"), "{tampered}");
+    ensure!(tampered.contains("restored"), "{tampered}");
     for server in [pair.web.at(8080), pair.web.at6(8080)] {
         eventually(PATIENCE, "a connection to the pod", || {
             (call(&pair.client, server)["event"] == "finished").then_some(())

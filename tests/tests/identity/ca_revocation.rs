@@ -30,7 +30,7 @@ fn knows(daemon: &Daemon, kind: &str, name: &str) -> Result<()> {
 /// Checks that the conversation continues.
 fn goes_on(chat: &App) -> Result<()> {
     let rounds = chat.events_of("round").len();
-    eventually_ok(TIMEOUT, "the conversation to go on", || {
+    eventually_ok(TIMEOUT, "the conversation to continue", || {
         anyhow::ensure!(chat.events_of("round").len() > rounds + 2);
         Ok(())
     })
@@ -253,7 +253,7 @@ fn revocations_stay_in_force_while_the_ca_is_down() -> Result<()> {
         Ok(events.last().is_none_or(|last| last["text"] != "hi"))
     };
     assert!(refused(&client)?, "without a CA");
-    assert!(!refused(&other)?, "others go on without a CA");
+    assert!(!refused(&other)?, "others continue without a CA");
     // The CA still has the revocation after a restart.
     let ca = mesh.start_ca(&CaOptions::default())?;
     let version = |daemon: &mesh_tests::Daemon| -> Result<u64> {
@@ -275,7 +275,7 @@ fn revocations_stay_in_force_while_the_ca_is_down() -> Result<()> {
         .node("a")
         .start_daemon_with(DaemonOptions::default().ca(&ca))?;
     near.wait_enrolled(&[client.full_name(), other.full_name()])?;
-    eventually_ok(TIMEOUT, "others to go on", || {
+    eventually_ok(TIMEOUT, "others to continue", || {
         anyhow::ensure!(!refused(&other)?);
         Ok(())
     })?;

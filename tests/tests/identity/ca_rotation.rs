@@ -95,10 +95,10 @@ fn root_is_replaced_under_load() -> Result<()> {
     println!("{count} requests during the rotation");
     // A connection opened under the old root stays open.
     let rounds = old_chat.events_of("round").len();
-    eventually(TIMEOUT, "the old conversation to go on", || {
+    eventually(TIMEOUT, "the old conversation to continue", || {
         (old_chat.events_of("round").len() > rounds + 2).then_some(())
     })?;
-    // The CA writes the file after it has told the daemons.
+    // The CA writes the file after it has notified the daemons.
     eventually_ok(TIMEOUT, "the file with the new root alone", || {
         let after = fs::read_to_string(stage.ca.roots())?;
         anyhow::ensure!(after != before && after.matches("BEGIN CERTIFICATE").count() == 1);

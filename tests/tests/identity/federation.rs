@@ -70,7 +70,7 @@ fn pods_of_two_trust_domains_reach_each_other_while_entries_say_so() -> Result<(
     let roots = format!("auth_daemon_foreign_bundle_roots{{trust_domain=\"{FAR}\"}} 1\n");
     assert!(metrics.contains(&roots), "{metrics}");
 
-    // Without its entry, a trust domain's connections end, whoever has opened them.
+    // Without its entry, a trust domain's connections end, whichever side opened them.
     let to_far = stage.chat("near", FAR_SERVICE)?;
     let to_near = stage.chat("far", NEAR_SERVICE)?;
     let start = stage.near.log_position();

@@ -98,7 +98,7 @@ fn only_pinned_accounts_may_run_a_service() -> Result<()> {
     assert_ne!(
         refused.code(),
         Some(28),
-        "curl waited in vain: {}",
+        "curl timed out: {}",
         refused.stderr
     );
     let line = daemons[0].wait_for_access("the refusal", TIMEOUT, |line| {

@@ -74,7 +74,7 @@ fn certificates_are_renewed_under_load() -> Result<()> {
                 peer.open()?;
                 peer.send(&[frame(DATA, b"x"), frame(END, b"")].concat())?;
                 anyhow::ensure!(peer.read_data(1)? == b"x", "no echo");
-                // To close the tunnel earlier would reset the connection.
+                // Closing the tunnel earlier would reset the connection.
                 anyhow::ensure!(matches!(peer.frame()?, Some((END, _))), "no end");
                 let Connection::Client(tls) = &peer.tls else {
                     unreachable!("it called");

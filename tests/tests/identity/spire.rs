@@ -31,7 +31,7 @@ const OURS: &str = "cluster.local";
 const WORKLOAD: &str = "spiffe://spire.example/ns/shop/sa/web";
 /// Port of the pod `web`, and of SPIRE's server on the host outside.
 const ECHO: u16 = 7;
-/// By which the pod `client` reaches SPIRE's server.
+/// The address at which the pod `client` reaches SPIRE's server.
 const SERVICE: &str = "10.96.0.7:7";
 const PAGE: &str = include_str!("../../../docs/FEDERATION.md");
 /// What the page calls the host of our CA.

@@ -27,7 +27,7 @@ pub(crate) enum Event {
     Object { pod: usize, object: Object },
     /// A node and its pods are ready, or not, as the API says.
     Flap { node: usize, ready: bool },
-    /// A pod's processes and network are removed and made anew, with its name and addresses.
+    /// A pod's processes and network are removed and created again, with its name and addresses.
     Recreate { pod: usize },
 }
 
@@ -87,7 +87,7 @@ impl Event {
                 Some(node) => Self::Flap { node, ready: true },
                 None => Self::Flap { node, ready: false },
             },
-            // What is nested in a pod would not be made anew.
+            // What is nested in a pod would not be created again.
             _ if world.pods[pod].nested => Self::Crash { node },
             _ => Self::Recreate { pod },
         }
@@ -113,7 +113,7 @@ impl Event {
         }
     }
 
-    /// Changes the state as it is until then: what is not there.
+    /// Changes the state as it is until then: removes what is missing.
     pub(crate) fn begin(&self, state: &mut State) {
         match self {
             Self::Crash { node } | Self::Restart { node } => state.serving[*node] = false,
@@ -148,7 +148,7 @@ impl fmt::Display for Event {
                 let not = if *ready { "" } else { "not " };
                 write!(f, "node {} is {not}ready", NODES[*node])
             }
-            Self::Recreate { pod } => write!(f, "p{pod} is made anew"),
+            Self::Recreate { pod } => write!(f, "p{pod} is recreated"),
         }
     }
 }

@@ -144,7 +144,7 @@ impl Judge<'_> {
             let states = self.outcome.history.in_force(start, end);
             let private = |state: &&State| match world.pod_at(sighting.server.ip()) {
                 Some(server) => is_private(state, call.from, Site::Pod(server)),
-                // Sent to an address that is no pod's, such as a Service's: whoever may answer counts.
+                // Sent to an address that is no pod's, such as a Service's: any server that may answer counts.
                 None => {
                     let servers = servers(world, state, call);
                     let private = |server: &Site| is_private(state, call.from, *server);
@@ -165,7 +165,7 @@ impl Judge<'_> {
             };
             let goes_on = match world.pod_at(sighting.server.ip()) {
                 Some(server) => goes_on(Site::Pod(server), sighting.server),
-                // Sent to a node port before the caller joined the mesh: the node translates it as ever.
+                // Sent to a node port before the caller joined the mesh: the node translates it as usual.
                 None => at_start
                     .iter()
                     .filter(|state| translated_by(world, state, call).is_some())
@@ -243,7 +243,7 @@ impl Judge<'_> {
                 .iter()
                 .map(|state| expected(world, state, call))
                 .collect();
-            // A pod that joins or leaves the mesh, or is made anew, loses its connections.
+            // A pod that joins or leaves the mesh, or is recreated, loses its connections.
             let involved = servers(world, states[0], call);
             let undisturbed = involved.iter().chain([&call.from]).all(|site| {
                 let (Site::Pod(pod) | Site::Nested(pod)) = site else {

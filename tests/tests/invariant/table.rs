@@ -37,8 +37,8 @@ pub(crate) fn may_read(
     allows(world, state, number, identity.as_deref(), source, local)
 }
 
-/// Whether the policies of this state admit plaintext to a server from this caller: what was open in plaintext before its
-/// pod joined the mesh goes on then.
+/// Whether the policies of this state admit plaintext to a server from this caller: what was open in plaintext before
+/// its pod joined the mesh then continues.
 pub(crate) fn admits_plaintext(
     world: &World,
     state: &State,
@@ -148,7 +148,7 @@ pub(crate) fn expected(world: &World, state: &State, call: &Call) -> Option<bool
         }
         // No endpoint is ready.
         _ if servers.is_empty() => return Some(false),
-        // Whether a pod reaches itself by such an address is not promised.
+        // It is not guaranteed that a pod reaches itself by such an address.
         _ if call.to != Target::Site(call.from) && servers.contains(&call.from) => return None,
         Target::Second(_) if is_member(state, call.from) => return Some(false),
         // Where a policy restricts the callers of a pod, it forwards nothing but the node's connections.
@@ -166,7 +166,7 @@ pub(crate) fn expected(world: &World, state: &State, call: &Call) -> Option<bool
         may_read(world, state, call, *server, local)
     });
     let first = may.next()?;
-    // What policies allow may be refused all the same: a pod forwards without looking closer.
+    // What policies allow may still be refused: the pod forwards without checking them.
     let certain = match call.to {
         Target::Nested(pod) => !first || call.from == Site::Node(world.pods[pod].node),
         _ => true,
@@ -174,7 +174,7 @@ pub(crate) fn expected(world: &World, state: &State, call: &Call) -> Option<bool
     (certain && may.all(|one| one == first)).then_some(first)
 }
 
-/// Whoever may answer a call.
+/// The servers that may answer a call.
 pub(crate) fn servers(world: &World, state: &State, call: &Call) -> Vec<Site> {
     match call.to {
         Target::Site(site) => vec![site],
@@ -193,8 +193,8 @@ pub(crate) fn servers(world: &World, state: &State, call: &Call) -> Vec<Site> {
     }
 }
 
-/// Whether a Service's cluster IP leads to its pods from here. There is no kube-proxy: nobody but the daemon knows what
-/// a cluster IP is, and it takes care only of Services with a pod of the mesh.
+/// Whether a Service's cluster IP leads to its pods from here. There is no kube-proxy: only the daemon handles cluster
+/// IPs, and only those of Services with a pod of the mesh.
 pub(crate) fn leads_somewhere(world: &World, state: &State, from: Site, service: usize) -> bool {
     let pods = selected(world, state, service);
     is_member(state, from) && pods.iter().any(|pod| is_member(state, *pod))

@@ -93,7 +93,7 @@ pub(crate) struct State {
 pub(crate) struct PodState {
     /// Whether it is in the mesh. If not, its manifest says so.
     pub(crate) member: bool,
-    /// Whether it is there. It is not while it is made anew.
+    /// Whether it exists. It does not while it is being recreated.
     pub(crate) present: bool,
     /// What its object says. Its processes run in any case.
     pub(crate) object: Object,

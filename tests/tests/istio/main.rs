@@ -323,7 +323,7 @@ fn names_on_demand(stage: &mut Stage) -> Result<()> {
         "node1",
         &[("path", "plaintext"), ("destination", outside)],
     )?;
-    // What is known goes on without istiod, and what it would have to be asked for is refused.
+    // Known names continue to work without istiod; connections that would need an answer from it are refused.
     stage.istiod.stop()?;
     answers(stage, "client-1", "web-2")?;
     let unknown = "198.51.100.10:80";

@@ -27,7 +27,7 @@ fn another_service_account_is_another_identity() {
         .edit("Pod", "default", "client", change)
         .unwrap();
 
-    // What was begun in the old name is not carried on in it.
+    // A connection that began under the old name does not continue under it.
     assert_reset(&chat.failure(Duration::from_secs(5)).unwrap());
     let other = "spiffe://cluster.local/ns/default/sa/other";
     eventually(TIMEOUT, "the pod under its new name", || {
@@ -198,7 +198,7 @@ fn address_moves(publish: impl Fn(&Mesh, &Value, &Value)) {
         })
         .unwrap();
     }
-    // And each speaks from its address under its own name.
+    // And each connects from its address under its own name.
     let _echo = client
         .app("echo-server --port 8080")
         .unwrap()
@@ -212,7 +212,7 @@ fn address_moves(publish: impl Fn(&Mesh, &Value, &Value)) {
         })
         .unwrap();
     }
-    // Nobody has this one any more.
+    // No pod has this one any more.
     let nobody = call(&client, (old, 8080).into());
     assert_eq!(nobody["event"], "failed", "{nobody}");
 }
@@ -252,7 +252,7 @@ fn a_pods_other_changes_do_not_touch_its_connections() {
     .unwrap();
     echoes(&client, web.at(8080));
     let rounds = chat.events_of("round").len();
-    eventually(TIMEOUT, "the conversation to go on", || {
+    eventually(TIMEOUT, "the conversation to continue", || {
         (chat.events_of("round").len() > rounds + 5).then_some(())
     })
     .unwrap();

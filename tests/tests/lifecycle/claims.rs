@@ -1,5 +1,5 @@
-//! Objects that claim what is another's: a pod's namespace or address, or the node's. Whoever was first keeps it, and
-//! nothing falls out of the mesh over it.
+//! Objects that claim a namespace or address of another pod or of the node. The first owner keeps it, and nothing
+//! leaves the mesh because of it.
 
 use mesh_tests::{Daemon, Mesh, Nginx, Pod, PodSpec, TIMEOUT, eventually, http_get};
 use serde_json::{Value, json};
@@ -143,7 +143,7 @@ fn a_pod_whose_path_is_gone_stays_guarded() {
         (!std::path::Path::new(&path).exists()).then_some(())
     })
     .unwrap();
-    // Any change of the registry makes the daemon look at all its pods again.
+    // Any change of the registry makes the daemon check all its pods again.
     mesh.add_pod(PodSpec::new("later").on("b")).unwrap();
     b.wait_enrolled(&["default/later"]).unwrap();
     assert_guarded(&mesh, &client, &web);

@@ -1,4 +1,4 @@
-//! The folder of manifests: what is written there takes effect, and what cannot be understood does no harm.
+//! The folder of manifests: what is written there takes effect, and what cannot be read does no harm.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -57,7 +57,7 @@ fn a_service_can_be_called_within_a_second() {
             .apply(&service.port(1000, 8080).manifest())
             .unwrap();
         let since = Instant::now();
-        // An address that nobody has yet is silent: many short tries.
+        // An address that nothing has yet does not answer: many short attempts.
         let call = format!("connect --to 10.96.0.{number}:1000 --timeout 100");
         eventually(TIMEOUT, "the service to answer", || {
             client.app(&call).unwrap().success(TIMEOUT).ok()
@@ -153,7 +153,7 @@ fn a_broken_file_keeps_its_last_good_state_and_the_log_says_what_is_wrong() {
         "the conversation goes on"
     );
 
-    // Put right, it counts again.
+    // Once corrected, it counts again.
     mesh.manifests()
         .apply(&with(web.manifest(), "/metadata/labels/app", json!("else")))
         .unwrap();
@@ -339,7 +339,7 @@ fn an_address_of_two_pods_is_refused_and_the_log_names_both() {
         "{access}"
     );
     assert_eq!(echo.events_of("accepted"), Vec::<Value>::new());
-    // What is not in dispute goes on.
+    // What is not in dispute continues.
     echoes(&client, web.at6(8080));
     echo.event("accepted", TIMEOUT).unwrap();
     mesh.manifests().remove("Pod", "default", "thief").unwrap();
@@ -461,7 +461,7 @@ fn two_thousand_pods_take_effect_in_a_few_seconds() {
     echoes(&client, web.at(8080));
     echoes(&client, SERVICES[0].parse().unwrap());
 
-    // A small edit beside them is as quick as ever.
+    // A small edit beside them takes effect as fast as without them.
     let service = ServiceSpec::new("edited")
         .selector("app", "web")
         .address("10.96.1.1");

@@ -1,4 +1,4 @@
-//! SIGTERM: what ends in time ends well, the rest is cut at the deadline, and nobody comes in any more.
+//! SIGTERM: connections that end in time end in order, the rest is cut at the deadline, and no new ones are accepted.
 
 use std::time::{Duration, Instant};
 
@@ -48,7 +48,7 @@ fn ends_cleanly(stopped: &str) {
         (&closed["errno"], &closed["bytes"]),
         (&Value::Null, &176.into())
     );
-    // With nothing left to wait for it does not wait.
+    // With nothing left to wait for, it does not wait.
     let since = Instant::now();
     let status = stopped.process().wait(Duration::from_secs(10)).unwrap();
     assert_eq!(status.code(), Some(0));
@@ -110,7 +110,7 @@ fn a_connection_that_does_not_is_reset_at_the_deadline() {
     );
 }
 
-/// Waits until a daemon that was told to stop drains: no listener of it is open any more.
+/// Waits until a daemon that was asked to stop drains: none of its listeners is open any more.
 fn drains(daemon: &Daemon) {
     let says_so = |line: &Value| line["message"] == "draining";
     daemon
@@ -140,7 +140,7 @@ fn nobody_comes_in_while_it_drains() {
         .unwrap();
     chat.event("round", TIMEOUT).unwrap();
 
-    // First the server's side: the tunnels between them are still there, and yet.
+    // First the server's side: the connection is refused although the tunnels between them are still open.
     b.process().signal(Signal::SIGTERM).unwrap();
     drains(&b);
     for to in ways(&web) {
@@ -171,7 +171,7 @@ fn nobody_comes_in_while_it_drains() {
         .unwrap();
         assert_eq!(answer.status, 503, "{}", answer.body);
         assert!(!daemon.status().unwrap().ready);
-        // Those that were refused may be on their way out.
+        // Refused connections may still be closing.
         eventually_ok(TIMEOUT, "the conversation alone", || {
             let open = daemon.status()?.connections;
             anyhow::ensure!(open.len() == 1, "{open:?}");
@@ -181,7 +181,7 @@ fn nobody_comes_in_while_it_drains() {
     }
     // The one that was there is still served.
     let rounds = chat.events_of("round").len();
-    eventually(TIMEOUT, "the conversation to go on", || {
+    eventually(TIMEOUT, "the conversation to continue", || {
         (chat.events_of("round").len() > rounds + 3).then_some(())
     })
     .unwrap();

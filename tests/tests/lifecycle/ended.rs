@@ -19,7 +19,7 @@ fn set_phase(mesh: &Mesh, pod: &str, phase: &str) {
         .unwrap();
 }
 
-/// Waits until the status says that the pod is served only because of its processes, and for which reason.
+/// Waits until the status says that the pod is served only because of its processes, and why.
 fn wait_ended(daemon: &Daemon, why: &str) {
     eventually_ok(TIMEOUT, "the reason in the status", || {
         let status = pod_status(daemon, WEB);

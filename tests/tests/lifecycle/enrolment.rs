@@ -1,4 +1,4 @@
-//! Pods that nothing names a namespace of are found by their UID, in whatever container they run.
+//! Pods whose namespace no manifest names are found by their UID, in whatever container they run.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -96,7 +96,7 @@ fn restarted_containers_keep_it() {
             .unwrap();
         echoes(&client, web.at(8080));
         if restart == 1 {
-            // The sandbox's process too: whoever holds the namespace, there is no process to find it by.
+            // The sandbox's process, too: even if something holds the namespace, there is no process by which it is found.
             web.kill_processes().unwrap();
         }
     }
@@ -135,7 +135,7 @@ fn a_sandbox_made_anew_is_the_pods() {
     assert_ne!(netns(&web), before.0);
     assert_eq!(b.status().unwrap().kernel.pods, before.1);
     assert_eq!(enrolments(&b, "default/web").len(), 2);
-    eventually_ok(TIMEOUT, "the old namespace to be let go", || {
+    eventually_ok(TIMEOUT, "the old namespace to be released", || {
         let held = fs::read_dir(format!("/proc/{}/fd", b.pid()))?
             .flatten()
             .filter(|entry| {
@@ -203,7 +203,7 @@ fn a_process_that_unshares_misleads_nobody() {
         .listening()
         .unwrap();
     echoes(&client, web.at(8080));
-    // A socket in a namespace that nobody knows has the daemon look again.
+    // A socket in an unknown namespace makes the daemon scan again.
     let inside = Path::new("/proc")
         .join(first.pid().to_string())
         .join("ns/net");
@@ -211,7 +211,7 @@ fn a_process_that_unshares_misleads_nobody() {
     enter(&mut strange, &inside);
     strange.args(["echo-server", "--port", "9"]);
     let _strange = Process::spawn(strange).unwrap();
-    // As long as such a look may wait for its turn, and more.
+    // Longer than such a scan may be delayed.
     std::thread::sleep(Duration::from_millis(2500));
     let status = pod_status(&b, "default/web").unwrap();
     assert_eq!((status.enrolled, status.netns), (true, Some(netns(&web))));
@@ -274,7 +274,7 @@ fn processes_of_other_pods_are_not_read_to_find_one() {
     let line = b
         .wait_for_log_after(start, "the scan", TIMEOUT, |line| {
             // Scans that found nothing yet say so, too.
-            line["message"] == "looked for pods' processes in their cgroups"
+            line["message"] == "scanned the cgroups of pods for their processes"
                 && line["pods"] == 1
                 && line["processes"] != 0
         })
@@ -377,7 +377,7 @@ fn of_two_objects_with_one_uid_neither_is_believed() {
         .unwrap();
     }
     assert_held(&mesh, &web, &client);
-    // The next daemon sees it the same way.
+    // The next daemon decides the same.
     b.kill().unwrap();
     let b = mesh.node("b").start_daemon().unwrap();
     eventually(TIMEOUT, "the next daemon's view", || {
@@ -429,7 +429,7 @@ fn cgroup_v1_will_do() {
     let (a, b) = daemons(&mesh);
     a.wait_enrolled(&["default/client"]).unwrap();
     let cgroup = V1::make(&hierarchy, &mesh, &web);
-    // In no cgroup v2 that says whose it is.
+    // Its cgroup of version 2 does not say which pod's it is.
     let path = web.netns().path();
     let enter = [&format!("--net={}", path.display()), "sleep", "1000"];
     let sandbox = mesh.node("b").spawn("nsenter", enter).unwrap();
@@ -482,7 +482,7 @@ fn join(procs: &Path, process: &Process) {
     fs::write(procs, process.pid().to_string()).unwrap();
 }
 
-/// Has the command run in the network namespace at `path`, after all else.
+/// Makes the command run in the network namespace at `path`, after its other preparations.
 fn enter(command: &mut std::process::Command, path: &Path) {
     let file = fs::File::open(path).unwrap();
     // SAFETY: between fork and exec only setns(2) is called, which is async-signal-safe, on a file that the closure owns.
@@ -494,7 +494,7 @@ fn enter(command: &mut std::process::Command, path: &Path) {
     }
 }
 
-/// The pod is refused, not let go: neither does it talk plainly, nor is it talked to.
+/// The pod is refused, not released: it neither sends nor receives plaintext.
 fn assert_held(mesh: &Mesh, pod: &Pod, other: &Pod) {
     let dialled = call(pod, other.at(8080));
     assert_eq!(dialled["errno"], "EPERM", "{dialled}");

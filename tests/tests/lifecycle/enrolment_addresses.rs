@@ -1,4 +1,4 @@
-//! A pod is enrolled before anybody says which addresses it has.
+//! A pod is enrolled before its addresses are known.
 
 use mesh_tests::{Mesh, Pod, TIMEOUT, eventually};
 use serde_json::{Value, json};
@@ -32,7 +32,7 @@ fn its_connections_go_on_when_its_addresses_are_known() {
     };
     let _echoes = [listen(&client), listen(&web)];
 
-    // Out it goes as ever, under its own name, and sees itself as ever.
+    // Its outbound connections work as usual, under its own name, and it sees its own address as usual.
     let capture = mesh.wire().capture().unwrap();
     for (to, own) in [
         (web.at(8080), client.at(0)),
@@ -54,7 +54,7 @@ fn its_connections_go_on_when_its_addresses_are_known() {
         }
     }
     assert!(!capture.stop().unwrap().contains(MARKER.as_bytes()));
-    // In it lets nobody, but the node's own probes.
+    // It admits no inbound connections but the node's own probes.
     for to in [client.at(8080), client.at6(8080)] {
         for from in [web.place(), mesh.outside()] {
             assert_refused(&call(from, to));
@@ -80,7 +80,7 @@ fn its_connections_go_on_when_its_addresses_are_known() {
     }
     echoes(&client, web.at(8080));
     let told = chat.events_of("round").len();
-    eventually(TIMEOUT, "the conversation to go on", || {
+    eventually(TIMEOUT, "the conversation to continue", || {
         (chat.events_of("round").len() > told + 2).then_some(())
     })
     .unwrap();
@@ -100,7 +100,7 @@ fn what_its_namespace_says_is_not_believed() {
     let _echo = app.listening().unwrap();
     a.wait_enrolled(&["default/client"]).unwrap();
     b.wait_enrolled(&["default/web"]).unwrap();
-    // It takes the address of another pod for its own, one that nobody else answers for.
+    // It takes the address of another pod, to which no other host responds.
     let stolen = "10.77.1.200";
     let mut other = client.manifest();
     other["metadata"]["name"] = "other".into();

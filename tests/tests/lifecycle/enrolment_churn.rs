@@ -1,5 +1,5 @@
-//! Many pods that only their UIDs tell of: how soon each is enrolled, and whose identity it has when numbers of processes
-//! and addresses are used again and again.
+//! Many pods that are known only by their UIDs: how soon each is enrolled, and which identity it has when process IDs
+//! and addresses are reused many times.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,8 +14,8 @@ use serde_json::Value;
 
 use crate::common::by_uid::pause;
 
-/// The sandbox and the app begin at the same moment here, which no runtime does: so what is measured is how soon the kernel's
-/// word of the first socket leads to the enrolment, while the daemon has waited for the pod for long.
+/// The sandbox and the app begin at the same moment here, which no runtime does: so this measures how soon the kernel's
+/// report of the first socket leads to the enrolment, when the daemon has long been waiting for the pod.
 #[test]
 fn pods_are_enrolled_soon_after_their_first_socket() {
     const PODS: usize = 200;
@@ -58,10 +58,10 @@ fn pods_are_enrolled_soon_after_their_first_socket() {
         at(100),
         PODS - late
     );
-    assert!(late > 0, "the kernel has told of none");
+    assert!(late > 0, "the kernel has reported none");
 }
 
-/// Each address is used by one pod after another, each of another account, and so are the numbers of their processes.
+/// Each address is used by one pod after another, each of another account, and so are their process IDs.
 #[test]
 fn nobody_gets_anothers_identity() {
     let mesh = Mesh::builder()
@@ -97,7 +97,8 @@ fn nobody_gets_anothers_identity() {
     let again = numbers.values().filter(|uses| **uses > 1).count();
     let accounts: BTreeSet<_> = dials.values().flatten().collect();
     assert_eq!(accounts.len(), ACCOUNTS as usize);
-    // Both ends' word on who called: the daemon of the pod that did, and the certificate that the other one was shown.
+    // What both ends say about the caller: the daemon of the calling pod, and the certificate that was presented to the
+    // other one.
     let seen: usize = [(near, "outbound"), (far, "inbound")]
         .into_iter()
         .map(|(daemon, direction)| check(daemon, direction, &dials))
@@ -108,11 +109,11 @@ fn nobody_gets_anothers_identity() {
         dials.len()
     );
     eprintln!(
-        "{PODS} pods in {seconds:.1} s, {:.1} a second, on {SLOTS} addresses; {again} numbers of processes had more than one pod; {} dials were answered, each under its own name",
+        "{PODS} pods in {seconds:.1} s, {:.1} a second, on {SLOTS} addresses; {again} process IDs had more than one pod; {} dials were answered, each under its own name",
         f64::from(PODS) / seconds,
         dials.len()
     );
-    assert!(again > 0, "no number of a process was used again");
+    assert!(again > 0, "no process ID was used again");
 }
 
 const PODS: u32 = 240;
@@ -127,7 +128,7 @@ struct Churn<'a> {
     next: AtomicU32,
     /// Whose the answered connections from each address and port were.
     dials: Mutex<BTreeMap<SocketAddr, BTreeSet<String>>>,
-    /// How many pods have had a process with each number.
+    /// How many pods have had a process with each ID.
     numbers: Mutex<BTreeMap<u32, u32>>,
 }
 
@@ -144,7 +145,7 @@ impl Churn<'_> {
         }
     }
 
-    /// A pod's whole life: it comes, talks until it is answered, and goes.
+    /// A pod's whole life: it starts, dials until it is answered, and is removed.
     fn live(&self, number: u32, address: IpAddr) {
         let account = format!("a{}", number % ACCOUNTS);
         let spec = PodSpec::new(&format!("p{number}"))
@@ -154,7 +155,7 @@ impl Churn<'_> {
             .ipv4_only()
             .by_uid();
         let pod = self.mesh.add_pod(spec).unwrap();
-        // The next processes get the numbers that those of the pods before had.
+        // The next processes get the IDs of the previous pods' processes.
         let _ = fs::write("/proc/sys/kernel/ns_last_pid", FIRST_NUMBER.to_string());
         let sandbox = pause(&pod);
         *self
@@ -190,10 +191,10 @@ impl Churn<'_> {
     }
 }
 
-/// Far above what else runs.
+/// Far above the IDs of other processes.
 const FIRST_NUMBER: u32 = 29_000;
 
-/// Asserts that what a daemon says of each answered connection is who made it. Returns of how many it says anything.
+/// Asserts that a daemon names the right caller of each answered connection. Returns how many it has logged.
 fn check(
     daemon: &Daemon,
     direction: &str,

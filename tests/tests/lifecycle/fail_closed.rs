@@ -1,4 +1,4 @@
-//! A daemon is killed: its pods' connections end, none is made anew, and nothing goes on in plaintext.
+//! A daemon is killed: its pods' connections end, no new ones are made, and nothing continues in plaintext.
 
 use std::time::{Duration, Instant};
 
@@ -42,7 +42,7 @@ fn captured_connects_are_refused_at_once_and_nothing_crosses_the_wire() {
             );
         }
     }
-    // Who is not of the mesh is reached as ever.
+    // Servers outside the mesh are reached as usual.
     client
         .app(&format!("connect --to {}:8080", mesh.outside_ipv4()))
         .unwrap()
@@ -86,7 +86,7 @@ fn pods_of_one_dead_node_refuse_each_other_too() {
     daemon.kill().unwrap();
     assert_refused(&call(&client, web.at(8080)));
     assert_refused(&call(&client, web.at6(8080)));
-    // With itself a pod talks as ever: that never leaves it.
+    // A pod reaches itself as usual: that never leaves it.
     echoes(&web, web.at(8080));
     echoes(&web, web.at6(8080));
     echoes(&web, "127.0.0.1:8080".parse().unwrap());
@@ -177,7 +177,7 @@ fn strict_pods_of_a_dead_node_refuse_plaintext_and_tunnels() {
         assert_refused(&call(mesh.outside(), to));
     }
     for to in ways(&web) {
-        // The client's daemon lives: it takes the connection, finds nobody behind it and says so.
+        // The client's daemon runs: it accepts the connection, finds no server and reports that.
         let failed = call(&client, to);
         let errno: &Value = &failed["errno"];
         assert!(
@@ -228,7 +228,7 @@ fn the_other_nodes_pods_are_served_on() {
     });
     let (a, _b) = daemons(&mesh);
     a.kill().unwrap();
-    // A third of the service's endpoints is dead; others are tried instead.
+    // A third of the service's endpoints do not answer; others are tried instead.
     for _ in 0..5 {
         for service in lifecycle_pair::SERVICES {
             echoes(&other, service.parse().unwrap());
@@ -289,10 +289,10 @@ fn permissive_pods_refuse_what_would_have_been_a_tunnel() {
         assert_refused(&call(&client, to));
     }
     assert!(!capture.stop().unwrap().contains(MARKER.as_bytes()));
-    // Who never was to speak the tunnel is let in, as ever.
+    // Callers that were never expected to use the tunnel are admitted, as usual.
     echoes(mesh.outside(), web.at(8080));
     echoes(mesh.outside(), web.at6(8080));
-    // What comes from a pod of the mesh, around its own node's capture, is not.
+    // A pod of the mesh that bypasses its own node's capture is not.
     let to = web.at(8080);
     let around = client.enter(|| std::net::TcpStream::connect(to)).unwrap();
     let kind = around.map(drop).map_err(|error| error.kind());

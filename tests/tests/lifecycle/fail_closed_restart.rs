@@ -1,4 +1,4 @@
-//! A daemon starts where another was killed: it adopts what is pinned, puts right what has changed since, and serves.
+//! A daemon starts where another was killed: it adopts what is pinned, corrects what has changed since, and serves.
 
 use std::collections::BTreeSet;
 use std::thread;
@@ -148,7 +148,7 @@ fn pods_that_left_while_it_was_dead_are_cleaned_up() {
     let _echo = echo(&left);
     for pod in [&left, &disabled] {
         wait_attached_to_netns(pod, 0);
-        // They are of the world outside now.
+        // They are outside the mesh now.
         echoes(mesh.outside(), pod.at(8080));
         echoes(mesh.outside(), pod.at6(8080));
     }
@@ -321,7 +321,7 @@ fn a_second_daemon_refuses_to_start_and_disturbs_nothing() {
     );
     assert_eq!(after.connections.len(), 1);
     let rounds = chat.events_of("round").len();
-    eventually(TIMEOUT, "the conversation to go on", || {
+    eventually(TIMEOUT, "the conversation to continue", || {
         (chat.events_of("round").len() > rounds + 5).then_some(())
     })
     .unwrap();

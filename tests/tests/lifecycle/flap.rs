@@ -1,4 +1,4 @@
-//! The daemon of the server's node is not ready for a while, as a real API server tells it.
+//! The daemon of the server's node is not ready for a while, as a real API server reports it.
 
 use mesh_tests::{
     Daemon, DaemonOptions, Kubernetes, Mesh, Nginx, TIMEOUT, eventually, eventually_ok,

@@ -1,5 +1,5 @@
-//! A new pod is closed until there is a verdict on it, with or without a daemon: until it is enrolled, or known as outside the
-//! mesh. The pods here are found by their UID, as the kubelet's are.
+//! A new pod is closed until there is a verdict on it, with or without a daemon: until it is enrolled, or known to be
+//! outside the mesh. The pods here are found by their UID, as the kubelet's are.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -371,7 +371,7 @@ fn first_moment_pods() -> Result<usize> {
 }
 
 /// Starts pods. Their first connects and the first to them, all at once, send and deliver no plaintext, and all that should
-/// pass does as soon as there is a daemon. The servers of these pods take whoever comes.
+/// pass does as soon as there is a daemon. The servers of these pods accept any caller.
 fn first_moments(fate: Fate) -> Result<()> {
     let Stage {
         a,

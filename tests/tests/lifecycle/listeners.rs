@@ -1,6 +1,6 @@
-//! A listener of the daemon that dies under it: a pod with CAP_NET_ADMIN can destroy sockets of its own netns. The kernel finds
-//! the one for tunnels only, because the inbound program leads there whatever is looked for. With a container's default
-//! capabilities, a pod reaches no socket of the daemon.
+//! A listener of the daemon that is closed from outside: a pod with CAP_NET_ADMIN can destroy sockets of its own netns.
+//! The kernel finds only the one for tunnels, because the inbound program leads every lookup there. With a
+//! container's default capabilities, a pod reaches no socket of the daemon.
 
 use std::net::SocketAddr;
 
@@ -82,7 +82,7 @@ fn a_pod_with_default_capabilities_reaches_no_descriptor_of_the_daemon() {
     ] {
         assert_eq!(refused[way], errno, "{way}: {refused}");
     }
-    // What it takes: the capabilities of root on the node.
+    // This takes the capabilities of root on the node.
     let root = web.run(steal[0], &steal[1..]).unwrap().ok().unwrap();
     let root = root.json_lines().pop().unwrap();
     for way in ["link", "memory", "duplicate"] {
@@ -125,7 +125,7 @@ fn a_pod_that_takes_the_daemons_port_is_refused_until_it_releases_it() {
     );
     // An open tunnel would carry a connection to the other address.
     assert!(!is_answered(&client, web.at6(8080)));
-    // Nor does the thief get what is meant for the daemon.
+    // The pod that took the port does not get what is meant for the daemon either.
     assert_eq!(thief.events_of("accepted"), Vec::<Value>::new());
     drop(thief);
     eventually(TIMEOUT, "an answer again", answered).unwrap();

@@ -32,7 +32,7 @@ fn conversation(from: &Place, to: SocketAddr) -> App {
 
 fn goes_on(chat: &App) {
     let rounds = chat.events_of("round").len();
-    eventually(TIMEOUT, "the conversation to go on", || {
+    eventually(TIMEOUT, "the conversation to continue", || {
         (chat.events_of("round").len() > rounds + 5).then_some(())
     })
     .unwrap();
@@ -230,7 +230,7 @@ fn add_unlisted_addresses(web: &Pod) -> [SocketAddr; 2] {
     })
 }
 
-/// The daemon carries these itself: in PERMISSIVE it is asked about callers of the pods' networks that no object explains,
+/// The daemon carries these itself: in PERMISSIVE it is asked about callers of the pods' networks that no object claims,
 /// and about all callers where a policy selects the pod.
 #[test]
 fn plaintext_through_the_daemon_to_an_unlisted_address_is_reset_when_policies_deny_it() {

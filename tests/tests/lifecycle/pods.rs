@@ -88,7 +88,7 @@ fn leaves_the_mesh(leave: impl Fn(&Mesh)) {
         capture.stop().unwrap().contains(MARKER.as_bytes()),
         "it talks plainly"
     );
-    // Those of the mesh are STRICT still: from web, which is not of it any more, nothing is taken.
+    // Pods of the mesh are still STRICT: they refuse web, which is no longer in it.
     let refused = call(&web, client.at(8080));
     assert_reset(&refused);
 }
@@ -154,7 +154,7 @@ fn a_pod_made_anew_is_enrolled_within_about_a_second() {
     wait_attached_to_netns(&web, 1);
     eventually_ok(
         Duration::from_secs(10),
-        "the old namespace to be let go",
+        "the old namespace to be released",
         || {
             let held: Vec<_> = fs::read_dir(format!("/proc/{}/fd", b.pid()))?
                 .flatten()
@@ -195,7 +195,7 @@ fn a_namespace_that_is_not_there_yet_is_waited_for() {
     for part in ["default/late", &path.display().to_string(), "No such file"] {
         assert!(reason.contains(part), "{reason}");
     }
-    // It is tried again each second; that nothing more is said of it takes some to see.
+    // It is retried each second; it takes some seconds to see that nothing more is logged about it.
     thread::sleep(Duration::from_millis(2500));
     let said: Vec<_> = b
         .logs()

@@ -229,7 +229,7 @@ fn a_service_of_two_clusters_is_the_own_ones_first_and_outlives_the_remote_api_s
         .collect();
     assert_eq!(pods, ["default/client"]);
 
-    // The own cluster's endpoint comes first, while it is ready.
+    // This cluster's endpoint comes first, while it is ready.
     let _web = publish(&stage.west, &stage.mesh.pod("web-west"));
     stage.a.wait_enrolled(&["default/web-west"])?;
     stage.wait_for(Some(FROM_WEST))?;
@@ -248,7 +248,7 @@ fn a_service_of_two_clusters_is_the_own_ones_first_and_outlives_the_remote_api_s
         .merge(&format!("{PODS}/web-west/status"), &unready)?;
     stage.wait_for(Some(FROM_EAST))?;
 
-    // What is known holds while the remote API server is away.
+    // The known state stays in force while the remote API server is unavailable.
     stage.east.stop_server()?;
     stage.wait_for_message("remote cluster cannot be read")?;
     assert_eq!(stage.ask(SERVICE)?.as_deref(), Some(FROM_EAST));
@@ -376,7 +376,7 @@ fn connections_stay_only_if_they_would_be_made_now() -> Result<()> {
     assert!(stage.echoes("web-east", &client)?);
     let rounds = || from_east.events_of("round").len();
     let before = rounds();
-    eventually(TIMEOUT, "the exchange to go on", || {
+    eventually(TIMEOUT, "the exchange to continue", || {
         (rounds() > before + 1).then_some(())
     })?;
 

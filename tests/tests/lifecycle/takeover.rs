@@ -1,4 +1,4 @@
-//! Two daemons on one node: one stands by, and takes over when the other one ends, which still has connections to end.
+//! Two daemons on one node: one stands by, and takes over when the other one stops, which still has open connections.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::common::lifecycle_pair::{
 use crate::common::lifecycle_traces::{attached_to_node, files, wait_attached_to_node};
 use crate::common::with_ca::{WithCa, spiffe};
 
-/// Longer than a test: what ends before, nothing cut.
+/// Longer than a test, so the drain cuts nothing.
 fn patient() -> DaemonOptions {
     DaemonOptions::default().drain(Duration::from_secs(120))
 }
@@ -42,7 +42,7 @@ fn conversation(from: &Pod, to: std::net::SocketAddr) -> Result<mesh_tests::App>
 /// Waits until it has had some more rounds.
 fn goes_on(chat: &mesh_tests::App) -> Result<()> {
     let rounds = chat.events_of("round").len();
-    eventually(TIMEOUT, "the conversation to go on", || {
+    eventually(TIMEOUT, "the conversation to continue", || {
         (chat.events_of("round").len() > rounds + 5).then_some(())
     })
 }
@@ -98,7 +98,7 @@ fn takes_over(name: &str) -> Result<()> {
     assert!(serving.is_running());
     // One program a hook, not two.
     wait_attached_to_node(mesh.node(name), &attached);
-    // Whose the pins are, with the one before still there.
+    // The new daemon owns the pins while the previous one still runs.
     assert_held(&mesh, name)?;
     let served = |line: &Value| line["result"] == "ok";
     next.wait_for_access("what it has served", TIMEOUT, served)?;
@@ -109,7 +109,7 @@ fn takes_over(name: &str) -> Result<()> {
     let lines = serving.access_log();
     let of_chat = lines.iter().filter(|line| line["client"] == ends["local"]);
     assert_eq!(of_chat.count(), 1, "the conversation: {lines:?}");
-    // What operators ask has been answered by the one before until now.
+    // Until now, the previous one answered operators' requests.
     next.wait_ready()?;
     assert_eq!(next.status()?.kernel.pods, 1);
     for to in ways(&web) {
@@ -179,7 +179,7 @@ fn what_the_kernel_carries_on_one_node_stays_and_is_logged_once() -> Result<()> 
     let ends = chat.event("connected", TIMEOUT)?;
     let mut next = standing_by(&mesh, "a", &patient())?;
     take_over(&mut serving, &next)?;
-    // Nothing of it is in the daemon's hands.
+    // The daemon carries none of it.
     assert_eq!(serving.process().wait(TIMEOUT)?.code(), Some(0));
     goes_on(&chat)?;
     echoes(&client, web.at(8080));
@@ -209,7 +209,7 @@ fn what_the_kernel_carries_on_one_node_stays_and_is_logged_once() -> Result<()> 
 
 #[test]
 fn one_that_has_let_go_still_cuts_what_is_revoked() -> Result<()> {
-    // All of it in one daemon's hands: no other one can cut it.
+    // One daemon carries all of it: no other one can cut it.
     let options = patient().same_node_tunnel();
     let mut stage = WithCa::start_with(&Default::default(), &options)?;
     let _echo = stage.other.app("echo-server --port 7")?.listening()?;
@@ -227,7 +227,7 @@ fn one_that_has_let_go_still_cuts_what_is_revoked() -> Result<()> {
     let revoked = format!("{client} is revoked");
     stage.reason(&stage.near, start, &revoked, "reset")?;
     goes_on(&bystander)?;
-    // The next one hears of it by itself.
+    // The next one learns of it without this one.
     eventually_ok(TIMEOUT, "new connections to be refused", || {
         let reaches = stage.reaches(&stage.client, to)?;
         anyhow::ensure!(!reaches, "one was served");

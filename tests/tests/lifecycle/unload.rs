@@ -1,4 +1,4 @@
-//! `auth-daemon unload` takes everything back that a daemon leaves in the kernel, and nothing from a running one.
+//! `auth-daemon unload` removes everything that a daemon leaves in the kernel, and nothing of a running one.
 
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ fn it_refuses_while_a_daemon_runs() {
         );
     }
     let rounds = chat.events_of("round").len();
-    eventually(TIMEOUT, "the conversation to go on", || {
+    eventually(TIMEOUT, "the conversation to continue", || {
         (chat.events_of("round").len() > rounds + 5).then_some(())
     })
     .unwrap();
@@ -55,7 +55,7 @@ fn it_refuses_while_a_daemon_runs() {
 fn it_leaves_nothing_and_pods_talk_plainly() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
-    // What was the pods' own before stays: here a sysctl, a rule and a route.
+    // What the pods had before stays: here a sysctl, a rule and a route.
     client
         .netns()
         .set_parameters(&[("net/ipv4/tcp_fwmark_accept", "1")])
@@ -97,7 +97,7 @@ fn it_leaves_nothing_and_pods_talk_plainly() {
     let netns = [&client, &web].map(|pod| attached_to_netns(pod));
     assert_eq!((nodes, netns), ([0, 0], [0, 0]));
     for held in &held {
-        // The kernel frees them when nobody can be using them any more.
+        // The kernel frees them when they can no longer be in use.
         let what = "programs and maps to be gone";
         eventually(Duration::from_secs(10), what, || {
             (held.alive() == 0).then_some(())
@@ -174,7 +174,7 @@ fn it_manages_when_pods_are_gone() {
     let sleeper = nameless.spawn("sleep", ["1000"]).unwrap();
     let (_a, b) = daemons(&mesh);
     b.kill().unwrap();
-    // One has ended altogether, the other's namespace is left to its last process.
+    // One has ended completely; the other's namespace remains until its last process exits.
     mesh.remove_pod("gone").unwrap();
     drop(gone);
     mesh.outside()

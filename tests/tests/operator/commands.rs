@@ -348,7 +348,7 @@ fn check_reports_missing_requirements() {
         .auth(&["check", "--config", &config.display().to_string()])
         .unwrap();
     assert_eq!(elsewhere.code(), Some(1), "{}", elsewhere.stdout);
-    for part in ["/proc is no cgroup v2", "/tmp/pins is not on one"] {
+    for part in ["/proc is not a cgroup v2", "/tmp/pins is not on one"] {
         assert!(elsewhere.stdout.contains(part), "{}", elsewhere.stdout);
     }
 }

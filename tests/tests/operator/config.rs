@@ -40,7 +40,7 @@ fn every_command_reports_all_config_errors_at_once() {
         assert_eq!(
             said.lines().count(),
             15,
-            "one line a fault, one for the file:\n{said}"
+            "one line for each error, one for the file:\n{said}"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! A verdict lasts, also over a restart of the daemon, for as long as the daemon would give it again.
+//! A verdict lasts, also across a restart of the daemon, for as long as the daemon would grant it again.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -273,7 +273,7 @@ fn restart_interrupts_no_connection() -> Result<()> {
         mesh,
         ..
     } = stage;
-    // Connections throughout, a hundred at a time, because each keeps a port busy for a minute.
+    // Connections all the time, a hundred at once, because each keeps a port busy for a minute.
     let over = AtomicBool::new(false);
     let daemon = thread::scope(|scope| {
         let dialling = [to, service].map(|to| {
@@ -415,7 +415,7 @@ fn service_in_front_of_a_remote_pod_gets_no_verdict() -> Result<()> {
 /// Waits until a conversation makes progress.
 fn goes_on(chat: &App) -> Result<()> {
     let rounds = chat.events_of("round").len();
-    eventually(TIMEOUT, "the conversation to go on", || {
+    eventually(TIMEOUT, "the conversation to continue", || {
         (chat.events_of("round").len() > rounds + 1).then_some(())
     })
 }

@@ -187,7 +187,7 @@ fn apps_that_connect_in_other_ways_are_served() -> Result<()> {
     assert_eq!(answer["peer"], mapped.to_string(), "{answer}");
     stage.lines(start, stage.web.at(8080), 2)?;
 
-    // Data in the SYN for real; then SYN cookies, with which the server's kernel keeps nothing before the last ACK.
+    // Real data in the SYN; then SYN cookies, with which the server's kernel keeps nothing before the last ACK.
     let sysctl = |name: &str, value: &str| web.set_parameters(&[(name, value)]);
     for (name, value, options) in [
         ("net/ipv4/tcp_fastopen", "1027", "--fast-open"),

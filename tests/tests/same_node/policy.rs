@@ -58,7 +58,10 @@ fn policy_change_ends_connections_that_the_kernel_carries() -> Result<()> {
         })?;
     echo(&stage.other, to)?;
     let ended = allowed.process().ended()?;
-    assert_eq!(ended, None, "who is still allowed notices nothing");
+    assert_eq!(
+        ended, None,
+        "a client that is still allowed notices nothing"
+    );
 
     stage.mesh.manifests().apply(&policy("ALLOW", "client"))?;
     let ended = allowed.event("failed", TIMEOUT)?;

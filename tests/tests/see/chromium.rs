@@ -196,7 +196,7 @@ impl Chromium {
     /// Returns what the browser complained about since the last call: errors in the console, exceptions, and violations of
     /// the page's Content-Security-Policy.
     pub(crate) fn complaints(&mut self) -> Result<Vec<String>> {
-        // Its events come in order, so those before this answer have come when it has.
+        // Its events come in order, so all events from before this answer have arrived.
         self.value("1")?;
         Ok(std::mem::take(&mut self.complaints))
     }

@@ -198,14 +198,14 @@ fn the_mesh_is_seen_in_a_browser() {
     browser.keep("daemon").unwrap();
     assert_eq!(browser.complaints().unwrap(), [""; 0]);
 
-    // A daemon that ends is named, and what was seen stays.
+    // A daemon that stops is named, and what was seen stays.
     stage.a.kill().unwrap();
-    let notice = with_text("#notices p", "Node a cannot be asked");
+    let notice = with_text("#notices p", "Node a cannot be reached");
     browser.wait("notice", &notice).unwrap();
     browser.open(&url).unwrap();
     let notice = with_text(
         "#notices p",
-        "Node 127.0.0.1:15000 cannot be asked: no daemon answers",
+        "Node 127.0.0.1:15000 cannot be reached: no daemon answers",
     );
     browser.wait("notice of one of two", &notice).unwrap();
     browser
@@ -216,7 +216,7 @@ fn the_mesh_is_seen_in_a_browser() {
         .unwrap();
     stage.b.kill().unwrap();
     browser.open(&url).unwrap();
-    let advice = with_text("#empty h2", "No daemon can be asked");
+    let advice = with_text("#empty h2", "No daemon can be reached");
     browser.wait("advice", &advice).unwrap();
     browser.keep("no-daemon").unwrap();
 

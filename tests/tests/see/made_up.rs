@@ -1,4 +1,4 @@
-//! A made-up mesh: a server that answers as a daemon of a node would, for what no test can build for real.
+//! A simulated mesh: a server that answers as a daemon of a node would, for sizes that no test can build.
 
 use std::{
     io::{Read, Write},
@@ -22,7 +22,7 @@ pub(crate) struct Call {
     pub(crate) per_second: f64,
 }
 
-/// A mesh with calls that go on.
+/// A mesh with continuing calls.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct MadeUp {
     /// As `namespace/name`, each with its Service.

@@ -22,7 +22,8 @@ fn top_shows_pairs_live_and_takes_keys() {
         web.at(8080)
     );
     let _open = client.app(&connect).unwrap();
-    // All in one look: the terminal may show a part of what is being drawn. On a busy machine, a connection takes seconds.
+    // All in one read of the screen: the terminal may show a part of what is being drawn. On a busy machine, a
+    // connection takes seconds.
     terminal.shows("the open connection", |screen| {
         let parts = [
             "1 node, 1 pair, 1 open,",
@@ -58,14 +59,14 @@ fn top_shows_pairs_live_and_takes_keys() {
         screen.contains("1 pair, 1 open") && screen.contains("of default/client /tls")
     });
 
-    // Without the daemon, the table says so, and goes on with the next.
+    // Without the daemon, the table says so, and continues with the next.
     stage.b.kill().unwrap();
     terminal.shows("that the daemon is gone", |screen| {
-        screen.contains("cannot be asked: no daemon answers")
+        screen.contains("cannot be reached: no daemon answers")
     });
     let _b = node.start_daemon().unwrap();
     terminal.shows("the next daemon", |screen| {
-        !screen.contains("cannot be asked")
+        !screen.contains("cannot be reached")
     });
     terminal.press(&["q"]);
     let screen = terminal.shows("the end", |screen| screen.contains("it ended with 0"));

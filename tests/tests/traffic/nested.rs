@@ -207,7 +207,7 @@ fn forwarded_connections_end_when_the_pod_becomes_strict() -> Result<()> {
         message.starts_with("forwarded connections ended")
     })?;
     assert_eq!(line["connections"], 2, "{line}");
-    // Another look has passed by then.
+    // Another scan has passed by then.
     std::thread::sleep(std::time::Duration::from_secs(2));
     for chat in &mut others {
         let before = chat.events_of("round").len();

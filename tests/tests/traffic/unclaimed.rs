@@ -156,7 +156,7 @@ fn a_pod_that_becomes_known_while_it_is_dialled_is_reached() -> Result<()> {
     let _echo = late.app("echo-server --port 8080")?.listening()?;
     let mut manifest = late.manifest();
     manifest["metadata"]["labels"]["auth-daemon.io/mesh"] = "disabled".into();
-    // The kernel accepts the connection, and the daemon serves it when it goes on: it waits only a second for the pod.
+    // The kernel accepts the connection, and the daemon serves it when it resumes: it waits only a second for the pod.
     pair.near.suspend()?;
     let mut dialling = pair.client.app(&format!(
         "connect --to {} --send x --shutdown --read",

@@ -49,8 +49,8 @@ impl Schedule {
         self.pauses.ended(now, effort);
     }
 
-    /// Time of the next scan, where `missing` tells whether any pod is not found. `None` if no scan has run yet, so that one is
-    /// due now.
+    /// Time of the next scan, where `missing` says whether any pod is not found. `None` if no scan has run yet, so that
+    /// one is due now.
     pub(super) fn due(&self, missing: bool) -> Option<Instant> {
         let pause = match (missing, self.told) {
             (true, true) => Duration::ZERO,
@@ -76,7 +76,7 @@ impl Walks {
         self.pauses.ended(now, effort);
     }
 
-    /// Time of the next walk, where `held` tells whether any netns is held for its processes. `None` if it is due now.
+    /// Time of the next walk, where `held` says whether any netns is held for its processes. `None` if it is due now.
     pub(super) fn due(&self, held: bool) -> Option<Instant> {
         let pause = match (self.is_due, held) {
             (true, _) => Duration::ZERO,

@@ -34,7 +34,7 @@ export class Mesh {
   /** Whether an answer says which workloads there are. */
   isKnown = false;
   leftOut = 0;
-  /** Why the page's server cannot be asked. */
+  /** Why the page's server cannot be reached. */
   trouble = "";
 
   takeNodes({ nodes, missing }) {

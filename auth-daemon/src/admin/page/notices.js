@@ -1,4 +1,4 @@
-// What the user should know before the rest: daemons that cannot be asked, and what to do when there is nothing to see.
+// What the user should know before the rest: daemons that cannot be reached, and what to do when there is nothing to see.
 
 import { h } from "./dom.js";
 import { count } from "./format.js";
@@ -8,8 +8,8 @@ export function notices(mesh, selection, place, empty) {
   const silent = [...mesh.nodes].filter(([, node]) => node.reason !== "");
   const problems = [];
   if (mesh.trouble) problems.push(`${mesh.trouble}. Start auth-daemon ui again, or look whether the daemon runs.`);
-  for (const [name, { reason }] of silent) problems.push(`Node ${name} cannot be asked: ${reason}`);
-  for (const { node, reason } of mesh.missing) problems.push(`Node ${node} cannot be asked: ${reason}`);
+  for (const [name, { reason }] of silent) problems.push(`Node ${name} cannot be reached: ${reason}`);
+  for (const { node, reason } of mesh.missing) problems.push(`Node ${node} cannot be reached: ${reason}`);
   for (const [name, { status }] of mesh.nodes) {
     const bad = (status?.pods ?? []).filter((pod) => !pod.enrolled || pod.tampered);
     if (bad.length > 0) problems.push(`Node ${name}: ${bad.map((pod) => `${pod.pod} is not protected (${pod.reason || pod.tampered})`).join("; ")}`);
@@ -38,7 +38,7 @@ function nothing(mesh, selection, silent) {
   }
   if (mesh.trouble || (silent > 0 && silent === mesh.nodes.size)) {
     return [
-      "No daemon can be asked",
+      "No daemon can be reached",
       "The reasons are above. In a cluster, see whether the daemons' pods run: kubectl -n auth-system get pods.",
       "On a node, auth-daemon check says what is missing, and auth-daemon status whether the daemon answers.",
     ];

@@ -81,7 +81,7 @@ pub(super) enum TokenCommand {
         /// Until the token expires, from 1m to 1h.
         #[arg(long, default_value = "10m", value_parser = lifetime)]
         lifetime: Duration,
-        /// Let the machine take the place of one that has joined under this name, which loses its certificate then.
+        /// Let the machine replace one that has joined under this name, whose certificate is refused from then on.
         #[arg(long)]
         replace: bool,
     },
@@ -121,10 +121,10 @@ pub(super) struct Target {
     /// A certificate's serial number, in hexadecimal.
     #[arg(long, group = "what")]
     serial: Option<String>,
-    /// A SPIFFE ID: all of its certificates, and it gets no more.
+    /// A SPIFFE ID: refuses all of its certificates, and it gets no new ones.
     #[arg(long, group = "what")]
     identity: Option<String>,
-    /// A node's name: all certificates that it got, all of its pods, and it gets no more.
+    /// A node's name: refuses all certificates that it got and all of its pods, and it gets no new ones.
     #[arg(long, group = "what")]
     node: Option<String>,
 }

@@ -56,7 +56,7 @@ pub(super) struct AccountTokens {
     audience: String,
     /// The last token, and when it was requested.
     last: Mutex<Option<(Bearer, Instant)>>,
-    /// Whether the user was told that the name cannot be proved.
+    /// Whether the user was warned that the name cannot be proved.
     told: AtomicBool,
 }
 

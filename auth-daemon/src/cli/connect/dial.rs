@@ -137,7 +137,7 @@ impl Dialer {
     }
 }
 
-/// Waits for `work` for up to `limit`. `late` says what has not happened by then.
+/// Waits for `work` for at most `limit`. `late` says what has not happened by then.
 async fn within<T, E: std::fmt::Display>(
     limit: Duration,
     late: &str,

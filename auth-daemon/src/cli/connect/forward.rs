@@ -43,7 +43,7 @@ impl Forward {
         }
     }
 
-    /// Serves `listener` for ever.
+    /// Serves `listener` forever.
     pub(super) async fn serve(self: Arc<Self>, listener: TcpListener) -> Infallible {
         loop {
             let (app, from) = match listener.accept().await {

@@ -18,7 +18,7 @@ use auth_mesh::{
     Destination, Inventory, ObjectName, Service, Snapshot, TrustDomain, Workload, policy::Settings,
 };
 
-/// What knows services.
+/// Where services are looked up.
 #[derive(Clone)]
 pub(super) enum Services {
     Files(PathBuf, TrustDomain),

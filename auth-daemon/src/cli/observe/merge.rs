@@ -86,7 +86,7 @@ impl Merged {
         });
         if self.daemons.in_cluster() && self.refreshed.elapsed() >= REFRESH {
             self.refreshed = Instant::now();
-            // Without an answer, the daemons that are known are asked further.
+            // If that fails, the known daemons are asked again.
             if self.daemons.refresh().is_ok() {
                 self.take_daemons();
             }
@@ -155,7 +155,7 @@ impl Merged {
             .is_some_and(|answered| answered.elapsed() < PATIENCE);
         if is_silent && !is_waiting {
             match failures.is_empty() {
-                true => bail!("no daemon can be asked"),
+                true => bail!("no daemon can be reached"),
                 false => bail!("{}", failures.join("; ")),
             }
         }

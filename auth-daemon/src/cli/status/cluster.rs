@@ -11,7 +11,7 @@ use super::{
 /// Number of certificates that are shown, of those that expire next.
 const CERTIFICATES: usize = 10;
 
-/// The answers of all daemons, and the nodes that cannot be asked.
+/// The answers of all daemons, and the nodes that cannot be reached.
 pub(super) struct Cluster {
     nodes: Vec<Value>,
     unanswered: Vec<Unanswered>,
@@ -43,7 +43,7 @@ impl Cluster {
             found.map(move |problem| (node.clone(), problem))
         });
         let unanswered = self.unanswered.iter().map(|unanswered| {
-            let reason = format!("cannot be asked: {}", unanswered.reason);
+            let reason = format!("cannot be reached: {}", unanswered.reason);
             (unanswered.node.clone(), reason)
         });
         of_nodes.chain(unanswered).collect()
@@ -78,7 +78,7 @@ impl Cluster {
         let unknown = self.unanswered.iter().map(|unanswered| {
             let mut row = vec!["-".to_owned(); head.len()];
             row[0] = unanswered.node.clone();
-            row[3] = "CANNOT BE ASKED".to_owned();
+            row[3] = "UNREACHABLE".to_owned();
             row
         });
         section(&mut out, "NODES", &head, known.chain(unknown));
@@ -214,12 +214,12 @@ mod tests {
         let text = cluster.text();
         assert!(text.starts_with("NODES (3)\n"), "{text}");
         for expected in [
-            "  a     1.2.3    STRICT  ready            1     0              4            2026-01-03T00:00:00Z  reachable  version 5, 1 root\n",
-            "  c     -        -       CANNOT BE ASKED",
+            "  a     1.2.3    STRICT  ready        1     0              4            2026-01-03T00:00:00Z  reachable  version 5, 1 root\n",
+            "  c     -        -       UNREACHABLE",
             "PODS NOT PROTECTED (1)\n  NODE  POD       STATE\n  b     shop/web  no netns\n",
             "CERTIFICATES BY NEXT EXPIRY, OF 2 (2)\n  NODE  IDENTITY    NOT AFTER\n  b ",
             "POLICIES WITH ERRORS, OF 1 (0)\n",
-            "PROBLEMS (2)\n  NODE  PROBLEM\n  b     pod shop/web: no netns\n  c     cannot be asked: no answer\n",
+            "PROBLEMS (2)\n  NODE  PROBLEM\n  b     pod shop/web: no netns\n  c     cannot be reached: no answer\n",
         ] {
             assert!(text.contains(expected), "{expected:?} in\n{text}");
         }

@@ -30,7 +30,7 @@ pub(super) fn problems(status: &Value) -> Vec<String> {
     let ca = &status["ca"];
     if ca["reachable"] == false {
         problems.push(format!(
-            "the CA does not answer since {}: {}",
+            "the CA has not answered since {}: {}",
             text(&ca["answered"]),
             text(&ca["lastError"])
         ));
@@ -47,7 +47,7 @@ pub(super) fn problems(status: &Value) -> Vec<String> {
     for cluster in items(&status["remoteClusters"]) {
         if let Some(error) = cluster["error"].as_str() {
             problems.push(format!(
-                "remote cluster {} cannot be read since {}: {}",
+                "remote cluster {} has been unreadable since {}: {}",
                 text(&cluster["name"]),
                 text(&cluster["since"]),
                 error.replace(char::is_control, " ")
@@ -107,9 +107,9 @@ mod tests {
                 "the daemon is not ready",
                 "pod a/b: enrolled; TAMPERED: route",
                 "the certificate of spiffe://x expired at 2026-01-02T03:04:04Z",
-                "the CA does not answer since -: once",
+                "the CA has not answered since -: once",
                 "the bundle of partner.example is not current: no answer",
-                "remote cluster east cannot be read since 2026-01-02T03:04:05Z: no route",
+                "remote cluster east has been unreadable since 2026-01-02T03:04:05Z: no route",
                 "remote cluster east is of trust domain east.example, which has no federation entry",
                 "AuthorizationPolicy a/p: spec: bad",
             ]

@@ -15,14 +15,14 @@ pub(super) enum Event {
         /// When, since a moment that stays the same.
         at: Duration,
         answers: Vec<Answer>,
-        /// The nodes that cannot be asked, and why.
+        /// The nodes that cannot be reached, and why.
         missing: Vec<String>,
     },
     /// A key was pressed.
     Key(KeyCode),
 }
 
-/// Whether the program goes on.
+/// Whether the program continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
     Continue,
@@ -267,7 +267,7 @@ mod tests {
             let next = state.handle(Event::Asked {
                 at: Duration::from_secs(second),
                 answers: vec![answer("a", pairs)],
-                missing: vec!["node b cannot be asked: gone".into()],
+                missing: vec!["node b cannot be reached: gone".into()],
             });
             assert_eq!(next, Next::Continue);
         }

@@ -41,7 +41,7 @@ pub(super) struct Row {
     pub(super) details: Details,
 }
 
-/// What tells rows apart.
+/// What distinguishes rows.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Key {
     pub(super) client: String,

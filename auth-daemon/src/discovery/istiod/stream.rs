@@ -46,8 +46,8 @@ pub(super) struct Update {
     pub(super) answered: Vec<(IpAddr, Answer)>,
 }
 
-/// Keeps the subscription until nobody wants the updates any more. After a failure, the next stream resumes with what the
-/// session holds. A session on demand asks for what is queued in `lookups`.
+/// Keeps the subscription until the receiver of the updates is dropped. After a failure, the next stream resumes with
+/// what the session holds. A session on demand asks for what is queued in `lookups`.
 pub(super) async fn keep(
     link: Arc<Link>,
     mut session: Session,

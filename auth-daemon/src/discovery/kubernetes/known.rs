@@ -78,7 +78,7 @@ pub(in crate::discovery) struct Known {
     kinds: BTreeMap<Kind, Objects>,
     /// Whether policies have changed since they were last published.
     policies_changed: bool,
-    /// Whether it is not in force yet, so that no model is told of it.
+    /// Whether it is not in force yet, so that no model gets its changes.
     is_draft: bool,
 }
 
@@ -126,7 +126,7 @@ impl Known {
         }
     }
 
-    /// Creates an empty state of the same cluster that is not in force, and of which no model is told, until
+    /// Creates an empty state of the same cluster that is not in force, and whose changes go to no model, until
     /// [`Self::replace`] has it.
     pub(super) fn draft(&self) -> Self {
         let kinds: Vec<_> = self.kinds.keys().copied().collect();
@@ -148,7 +148,7 @@ impl Known {
         }
     }
 
-    /// Says of which reading all pods are, also those of a list in progress.
+    /// Sets the reading that all pods belong to, including those of a list in progress.
     pub(super) fn set_generation(&mut self, generation: u64) {
         for objects in self.kinds.values_mut() {
             let listed = objects.listed.iter_mut().flat_map(HashMap::values_mut);
@@ -383,7 +383,7 @@ fn read(seen: Seen, known: &HashMap<ObjectName, Kept>) -> (ObjectName, Kept) {
         Err(error) => {
             tracing::error!(
                 known = before.is_some(),
-                "{error}; going on with what is known of it"
+                "{error}; keeping its last good state"
             );
             before.cloned()
         }

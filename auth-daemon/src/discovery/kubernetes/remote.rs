@@ -1,7 +1,7 @@
 //! Remote clusters: read by the kubeconfigs in Istio's remote secrets, and merged into this cluster's snapshot.
 //!
-//! Of a remote cluster only namespaces, pods and services are read. While its API server is away, the last known state of it
-//! holds; without its Secret, nothing of it does.
+//! Only namespaces, pods and services of a remote cluster are read. While its API server is unavailable, its last known
+//! state stays in force; without its Secret, nothing of it does.
 
 mod cluster;
 mod tally;

@@ -54,7 +54,10 @@ pub fn slice(slice: objects::EndpointSlice) -> Result<Option<Object>, String> {
         let address = address(text).map_err(|error| invalid(&field(), error))?;
         if address.is_ipv4() != is_v4 {
             let kind = &slice.address_type;
-            return Err(invalid(&field(), format!("{text:?} is no {kind} address")));
+            return Err(invalid(
+                &field(),
+                format!("{text:?} is not an {kind} address"),
+            ));
         }
         let pod = endpoint.target_ref.and_then(|target| {
             let is_pod = target.kind.as_deref() == Some("Pod");
@@ -165,7 +168,7 @@ mod tests {
                 endpoint("127.0.0.1"),
                 "endpoints[0].addresses[0]: \"127.0.0.1\"",
             ),
-            ("/endpoints", endpoint("fd00::1"), "is no IPv4 address"),
+            ("/endpoints", endpoint("fd00::1"), "is not an IPv4 address"),
             (
                 "/endpoints",
                 endpoint("web.example"),

@@ -78,7 +78,7 @@ impl Enrolment {
         drop(gone);
         if let Err(error) = &written {
             tracing::error!(
-                %error, "cannot tell the kernel's side the mesh's addresses; new ones are not captured"
+                %error, "cannot write the mesh's addresses to the kernel; new ones are not captured"
             );
         }
         self.told = Told {
@@ -108,13 +108,14 @@ impl Enrolment {
                 true
             }
             Err(error) => {
-                tracing::error!(%error, "cannot tell the kernel's side the exposed ports; new ones are not captured");
+                tracing::error!(%error, "cannot write the exposed ports to the kernel; new ones are not captured");
                 false
             }
         }
     }
 
-    /// Returns what an address is to the kernel when it calls a pod of this node. `None` if the MESH map says nothing of it.
+    /// Returns what an address is to the kernel when it calls a pod of this node. `None` if the MESH map has no entry
+    /// for it.
     pub(super) fn caller_kind(&self, snapshot: &Snapshot, address: IpAddr) -> Option<MeshKind> {
         let Told {
             node_addresses,
@@ -148,7 +149,7 @@ impl Enrolment {
         let services = config.service_networks.iter().chain(&found.services);
         let pods = config.pod_networks.iter().chain(&found.pods);
         let services = services.map(|net| (net.trunc(), MeshKind::ServiceNetwork));
-        // Of a network that is given as both, pods are the safe reading: they may call.
+        // A network that is listed as both counts as one of pods, which is safe: pods may call.
         let asked = self.node.lookups.iter().flat_map(|_| asked_networks());
         asked
             .chain(services)
@@ -195,7 +196,7 @@ struct Sources<'a> {
 impl Sources<'_> {
     /// Returns what `address` is by itself, regardless of the networks that contain it.
     ///
-    /// This is the rule of which claim outranks which. A service outranks the node, because a pod that dials the service
+    /// This function decides which claim outranks which. A service outranks the node, because a pod that dials the service
     /// must be captured even where the node holds the address, too (IPVS mode of kube-proxy, a virtual address on the
     /// loopback). The address stays captured when the service is gone, because the node may still forward it. The node
     /// outranks everything else. Another node outranks what is outside the mesh, and exposed ports outrank nothing.
@@ -448,7 +449,7 @@ mod tests {
             // The node may forward what was a service's.
             ("192.0.2.3", Some(MeshKind::Gone)),
             ("192.0.2.1", Some(MeshKind::Node)),
-            // It never was the mesh's.
+            // It never was in the mesh.
             ("10.1.0.2", None),
         ] {
             assert_eq!(kind(&after, &gone, address), expected, "{address}");

@@ -125,7 +125,7 @@ impl Enrolment {
             let workload = &serving.pod.workload;
             let residents = self.netns_discovery.residents(cookie);
             if self.netns_discovery.shared(workload) == Some(cookie) {
-                // More than one pod may own the netns: refuse its connections until that is resolved.
+                // More than one pod may own the netns: its connections are refused until that is resolved.
                 serving.pod.enrolled.refuse(&self.node.kernel);
                 self.end(serving);
             } else if snapshot.is_excluded(&workload.name, &workload.uid)

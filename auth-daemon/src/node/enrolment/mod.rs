@@ -164,7 +164,7 @@ impl Serving {
             Some(error) if self.refused.as_ref() != Some(error) => tracing::error!(
                 %pod, error, "a pod is refused in both directions: cannot set what it admits; retrying"
             ),
-            None if self.refused.is_some() => tracing::info!(%pod, "a pod is refused no more"),
+            None if self.refused.is_some() => tracing::info!(%pod, "a pod is no longer refused"),
             _ => {}
         }
         self.refused = refused;
@@ -292,7 +292,7 @@ impl Enrolment {
             .flat_map(|serving| serving.tasks().cloned().collect::<Vec<_>>())
             .collect();
         let started = tokio::time::Instant::now();
-        // Whoever reads that it drains is refused, and the next daemon cannot open its listeners while these are open.
+        // A caller that reads this line is refused, and the next daemon cannot open its listeners while these are open.
         if timeout(CLOSE, self.node.listening.closed()).await.is_err() {
             tracing::warn!(
                 "listeners are still open after {CLOSE:?}: the data path's threads are busy; callers are accepted, and \
@@ -411,7 +411,7 @@ impl Enrolment {
                 tracing::info!(pod = %workload.name, ?addresses, "a pod's addresses are known")
             }
             Err(error) => tracing::error!(
-                pod = %workload.name, %error, "cannot tell the kernel's side a pod's addresses; retrying"
+                pod = %workload.name, %error, "cannot write a pod's addresses to the kernel; retrying"
             ),
         }
     }
@@ -635,7 +635,7 @@ async fn release(node: &Node, keepers: Vec<JoinHandle<()>>) {
     }
     node.same_node.release();
     node.kernel.release();
-    tracing::info!("another daemon takes over; what is under way here may end");
+    tracing::info!("another daemon takes over; draining the open connections");
 }
 
 /// Which connections the listener at `index` of a pod accepts.

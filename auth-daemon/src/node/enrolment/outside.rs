@@ -1,5 +1,6 @@
-//! Pods that are not in the mesh. The kernel keeps the netns of a pod closed until it is enrolled, or known as outside the
-//! mesh: inbound connections from other netns wait, and outbound ones to the mesh are refused. This decides which are outside.
+//! Pods that are not in the mesh. The kernel keeps the netns of a pod closed until it is enrolled, or known to be
+//! outside the mesh: inbound connections from other netns wait, and outbound ones to the mesh are refused. This decides
+//! which are outside.
 //!
 //! A pod outside the mesh waits until its object is known and a census has found its netns: normally some milliseconds from
 //! its first socket, as the kernel reports it, and mostly none, because its sandbox is found before its app starts. Without a
@@ -114,7 +115,7 @@ impl OutsidePods {
                 self.has_cgroups = census.has_cgroups;
                 if census.is_partial && !self.is_partial {
                     tracing::warn!(
-                        "not through with all pods after {:?}; new pods outside the mesh that have many processes stay closed",
+                        "not all pods were read within {:?}; new pods outside the mesh that have many processes stay closed",
                         Census::LIMIT
                     );
                 }
@@ -143,7 +144,7 @@ impl OutsidePods {
                 let uids: Vec<_> = netns.pods.keys().map(PodUid::to_string).collect();
                 tracing::warn!(
                     netns_cookie = netns.cookie, pods = ?uids,
-                    "a netns of pods stays closed: it is neither enrolled nor known as outside the mesh {LATE:?} after it was found"
+                    "a netns of pods stays closed: it is neither enrolled nor known to be outside the mesh {LATE:?} after it was found"
                 );
             }
         }

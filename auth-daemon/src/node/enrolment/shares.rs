@@ -1,5 +1,5 @@
-//! Tells which pods exceed their shares of the kernel's maps, and are refused connections for it, and whether the node itself
-//! does.
+//! Reports which pods exceed their shares of the kernel's maps, so that their connections are refused, and whether the
+//! node itself does.
 
 use std::{collections::HashMap, time::Instant};
 

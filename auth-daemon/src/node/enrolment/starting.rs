@@ -87,7 +87,7 @@ impl Drop for StartingPods {
 }
 
 impl Enrolment {
-    /// Answers the runtime for pods that this node serves, and for those outside the mesh. One that no object explains
+    /// Answers the runtime for pods that this node serves, and for those outside the mesh. One that no object describes
     /// waits: discovery may be behind the kubelet.
     pub(super) fn answer_starting(&mut self, snapshot: &Snapshot) {
         let (serving, node) = (&self.serving, &self.node.config.node_name);

@@ -54,7 +54,7 @@ impl Tampering {
             .collect();
         let (done, under_way) = oneshot::channel();
         spawn_blocking(move || {
-            // It is read by nobody only if the daemon ends.
+            // It has no reader only if the daemon is ending.
             let _ = done.send(repair(pods));
         });
         self.under_way = Some(under_way);
@@ -89,7 +89,7 @@ impl Tampering {
             is_preceded,
         } = match tampered {
             Ok(tampered) => tampered,
-            // The namespace may be on its way out; the next check retries.
+            // The namespace may be about to disappear; the next check retries.
             Err(error) => {
                 tracing::debug!(%pod, %error, "cannot check a pod's routes");
                 return;
@@ -117,7 +117,7 @@ impl Tampering {
         if is_new {
             tracing::warn!(
                 %pod, ?missing,
-                "a pod has removed what the daemon set up in its network namespace; it is put back. Connections to \
+                "a pod has removed what the daemon set up in its network namespace; it is restored. Connections to \
                  the pod failed meanwhile. Does the pod need CAP_NET_ADMIN?"
             );
         }
@@ -132,7 +132,7 @@ impl Tampering {
         if found.times > 0 {
             let names: Vec<_> = found.missing.iter().copied().collect();
             let names = names.join(", ");
-            told.push(format!("removed {names}; put back {} times", found.times));
+            told.push(format!("removed {names}; restored {} times", found.times));
         }
         if found.is_preceded {
             told.push("has routing rules that precede the daemon's".to_owned());

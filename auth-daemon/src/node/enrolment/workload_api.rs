@@ -1,5 +1,5 @@
-//! Serves the SPIFFE Workload API to the pods that may use it: on a listener in the pod's own netns, so that the kernel says
-//! whose caller it is, and on the node's socket.
+//! Serves the SPIFFE Workload API to the pods that may use it: on a listener in the pod's own netns, so that the kernel
+//! identifies the calling pod, and on the node's socket.
 
 use std::{
     collections::{HashMap, HashSet},

@@ -225,7 +225,7 @@ impl Progress {
         self.key_exchange = key_exchange;
     }
 
-    /// Leaves what takes room uncounted.
+    /// Does not count the fields that take memory.
     fn forget_details(&mut self) {
         (self.connect_time, self.key_exchange) = (None, None);
     }

@@ -1,5 +1,5 @@
-//! Serves a peer that speaks HBONE: a connection to the pod's port 15008 with a stream for each app connection. Each stream
-//! is judged, delivered, cut and logged by itself, as an app connection of our own framing.
+//! Serves a peer that speaks HBONE: a connection to the pod's port 15008 with a stream for each app connection. Each
+//! stream is judged, delivered, cut and logged separately, like an app connection of our own framing.
 
 use std::{
     future::poll_fn,

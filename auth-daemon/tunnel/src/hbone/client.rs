@@ -63,7 +63,7 @@ pub async fn connect(
 ) -> Result<(Client, impl Future<Output = ()> + Send + use<>), HandshakeError> {
     let server = tcp.peer_addr()?.ip();
     let tls = shake_hands(tcp, server, config).await?;
-    // From here on, an end is told by frames. A RST could overtake them.
+    // From here on, frames signal the end. A RST could overtake them.
     socket2::SockRef::from(tls.get_ref().0).set_linger(None)?;
     begin(tls, trust_domain, window).await
 }

@@ -1,7 +1,7 @@
 //! Pool of a pod's HBONE connections, which its app connections share.
 //!
-//! The pod gives them their source identity and address; the key is the server's address, and what a destination's
-//! identities are is compared with the one that the server has proved.
+//! All have the pod's identity and address; the key is the server's address, and the identity that the server has
+//! proved must be one of the destination's.
 
 use std::{
     collections::{BTreeSet, HashMap},

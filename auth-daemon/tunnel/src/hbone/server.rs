@@ -55,7 +55,7 @@ pub async fn accept(
         .map_err(tls::explain)?;
     let peer = tls::peer(tls.get_ref().1, trust_domain)?;
     let key_exchange = key_exchange(tls.get_ref().1);
-    // From here on, an end is told by frames. A RST could overtake them.
+    // From here on, frames signal the end. A RST could overtake them.
     socket2::SockRef::from(tls.get_ref().0).set_linger(None)?;
     let mut connection = server::Builder::new()
         .initial_window_size(STREAM_WINDOW)

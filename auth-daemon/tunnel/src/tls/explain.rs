@@ -55,7 +55,7 @@ pub fn explain_alert(alert: AlertDescription) -> String {
             format!("the peer refuses our certificate ({alert:?}): is its node of another trust domain or CA?")
         }
         AlertDescription::CertificateUnknown | AlertDescription::CertificateRevoked => {
-            "the peer does not take our certificate; is it revoked? Its node's log says why".into()
+            "the peer rejects our certificate; is it revoked? Its node's log says why".into()
         }
         alert => format!("the peer refuses the handshake: {alert:?}"),
     }

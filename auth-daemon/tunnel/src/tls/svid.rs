@@ -69,7 +69,7 @@ pub enum InvalidSvid {
     #[error("certificate has {0} URI SANs; an SVID has exactly one")]
     UriSans(usize),
     /// The URI is not the SPIFFE ID of a service account.
-    #[error("URI SAN {uri:?} is no SPIFFE ID of a service account: {why}")]
+    #[error("URI SAN {uri:?} is not the SPIFFE ID of a service account: {why}")]
     Identity {
         /// The URI, truncated to 256 characters.
         uri: String,
@@ -122,7 +122,7 @@ impl Svid {
     }
 }
 
-/// Returns the SPIFFE ID in a leaf certificate, of whatever path. Otherwise like [`Svid::parse_of_any`].
+/// Returns the SPIFFE ID in a leaf certificate, with any path. Otherwise like [`Svid::parse_of_any`].
 pub fn spiffe_id(der: &[u8]) -> Result<String, InvalidSvid> {
     Ok(Leaf::parse(der)?.uri)
 }
@@ -159,7 +159,7 @@ impl NodeCertificate {
     }
 }
 
-/// A leaf certificate of the form of an SVID, with whatever URI.
+/// A leaf certificate of the form of an SVID, with any URI.
 struct Leaf {
     uri: String,
     serial: Arc<str>,

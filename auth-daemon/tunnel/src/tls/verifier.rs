@@ -176,7 +176,7 @@ impl ServerCertVerifier for Verifier {
         _certificate: &CertificateDer<'_>,
         _signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("TLS 1.2 is not spoken here".into()))
+        Err(Error::General("TLS 1.2 is not supported".into()))
     }
 
     fn verify_tls13_signature(
@@ -248,7 +248,7 @@ impl ClientCertVerifier for Verifier {
 
 /// The peer presented a certificate without holding its private key.
 #[derive(Debug, thiserror::Error)]
-#[error("the peer does not hold the key of the certificate that it shows")]
+#[error("the peer does not hold the key of the certificate that it presents")]
 struct NotTheHolder;
 
 /// Maps webpki's own chain errors (a leaf that signs, a loop, too many certificates) to an unknown issuer, because each
@@ -303,7 +303,7 @@ mod tests {
             }
         }
 
-        /// Signs a certificate of the service account `web`, in whatever trust domain.
+        /// Signs a certificate of the service account `web`, in any trust domain.
         fn sign(&self, trust_domain: &str) -> CertificateDer<'static> {
             let mut params = CertificateParams::default();
             let uri = format!("spiffe://{trust_domain}/ns/default/sa/web");

@@ -65,10 +65,10 @@ pub(super) struct Health {
     since: Option<SystemTime>,
 }
 
-/// That a kind could not be read the last time.
+/// A kind could not be read the last time.
 struct Failure {
     error: String,
-    /// Whether it could the time before.
+    /// Whether it could be read the time before.
     is_first: bool,
 }
 
@@ -316,7 +316,7 @@ fn of_cluster(cluster: &ClusterName, kind: Kind, event: Event) -> Event {
     }
 }
 
-/// Says of which reading the pod in an event is.
+/// Sets the reading that the pod in an event belongs to.
 fn of_reading(mut event: Event, generation: u64) -> Event {
     if let Event::Apply(seen) | Event::InitApply(seen) = &mut event
         && let Ok(Some(Object::Pod(pod))) = &mut seen.object
@@ -379,7 +379,7 @@ mod tests {
         })
     }
 
-    /// Tells a cluster's events, all of one kind. Returns whether the snapshot has changed.
+    /// Passes on a cluster's events, all of one kind. Returns whether the snapshot has changed.
     fn tell(cluster: &mut Cluster, edit: &mut Edit, kind: Kind, events: Vec<Event>) -> bool {
         let mut has_changed = false;
         for event in events {

@@ -142,7 +142,7 @@ impl Tally {
 }
 
 impl Sizes {
-    /// Sets the size of an object. Returns the one that it had.
+    /// Sets the size of an object. Returns its previous size.
     fn set(&mut self, name: u64, size: usize) -> Option<usize> {
         let before = self.remove(name);
         self.by_name.insert(name, size);
@@ -156,7 +156,7 @@ impl Sizes {
         before
     }
 
-    /// Gives an object the size back that it had.
+    /// Restores the previous size of an object.
     fn restore(&mut self, name: u64, before: Option<usize>) {
         match before {
             Some(size) => self.set(name, size),
