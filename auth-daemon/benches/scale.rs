@@ -79,7 +79,7 @@ fn lookups(registry: &Registry, dialled: impl Fn(u32) -> ([u8; 4], u16)) -> f64 
 /// Microseconds of one pod's change: the next snapshot, in force, and what the kernel's side is told of it.
 fn changes(registry: &Registry) -> f64 {
     let start = Instant::now();
-    let mut told = 0;
+    let mut written = 0;
     for number in 0..CHANGES {
         let mut changed = pod(number.wrapping_mul(2_654_435_761) % PODS);
         changed.ready = number % 2 == 0;
@@ -87,9 +87,9 @@ fn changes(registry: &Registry) -> f64 {
         let mut edit = Edit::from((*before).clone());
         edit.pod(changed);
         registry.publish(edit.finish());
-        told += registry.snapshot().addresses_since(&before).count();
+        written += registry.snapshot().addresses_since(&before).count();
     }
-    assert_eq!(told, 0, "no address has come or gone");
+    assert_eq!(written, 0, "no address has come or gone");
     start.elapsed().as_secs_f64() * 1e6 / f64::from(CHANGES)
 }
 

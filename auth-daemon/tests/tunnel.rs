@@ -449,8 +449,11 @@ async fn another_trust_domain_is_refused_by_both_ends() {
         refused.contains("not issued by its trust domain's CA"),
         "{refused}"
     );
-    let told = far.unwrap_err().to_string();
-    assert!(told.contains("the peer refuses our certificate"), "{told}");
+    let error = far.unwrap_err().to_string();
+    assert!(
+        error.contains("the peer refuses our certificate"),
+        "{error}"
+    );
 }
 
 async fn use_once(near: &mut Channel, far: &mut Channel) {

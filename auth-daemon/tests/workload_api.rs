@@ -404,7 +404,7 @@ async fn connections_from_elsewhere_are_the_workloads() {
 }
 
 #[tokio::test]
-async fn a_refused_caller_is_told_why() {
+async fn a_refused_caller_learns_why() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let refusing = tokio::spawn(refuse(theirs, Status::permission_denied("of no pod")));
     let mut client = client_on(ours).await;

@@ -56,9 +56,13 @@ pub fn helm_missing() -> Option<String> {
 pub fn helm<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<String> {
     let mut command = Command::new(program("helm"));
     command.args(arguments);
-    let said = Process::spawn(command)?.finish(TIMEOUT)?.ok()?;
-    anyhow::ensure!(said.stderr.is_empty(), "helm warns: {}", said.stderr);
-    Ok(said.stdout)
+    let finished = Process::spawn(command)?.finish(TIMEOUT)?.ok()?;
+    anyhow::ensure!(
+        finished.stderr.is_empty(),
+        "helm warns: {}",
+        finished.stderr
+    );
+    Ok(finished.stdout)
 }
 
 /// The content that [`rendered_file`] should have.

@@ -190,12 +190,12 @@ impl Daemon {
     pub fn wait_probed(&self, answer: &str) -> Result<()> {
         let what = format!("the daemon on {} to say {answer:?}", self.node());
         eventually_ok(TIMEOUT, &what, || {
-            let said = self.probe_ready()?;
+            let probe = self.probe_ready()?;
             ensure!(
-                said.stdout.starts_with(answer),
+                probe.stdout.starts_with(answer),
                 "{}{}",
-                said.stdout,
-                said.stderr
+                probe.stdout,
+                probe.stderr
             );
             Ok(())
         })

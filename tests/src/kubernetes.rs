@@ -314,11 +314,11 @@ impl Kubernetes {
         .and_then(|outcome| outcome);
         ready.with_context(|| {
             let server = self.server();
-            let said = server.as_ref().map(Process::stderr).unwrap_or_default();
+            let output = server.as_ref().map(Process::stderr).unwrap_or_default();
             format!(
                 "etcd: {}; API server: {}",
                 last_lines(&self.etcd_process.stderr()),
-                last_lines(&said)
+                last_lines(&output)
             )
         })
     }
@@ -615,8 +615,8 @@ impl Kubernetes {
                 &body.to_string(),
             ]);
         }
-        let said = Process::spawn(command)?.finish(START)?.ok()?.stdout;
-        let (body, status) = said.rsplit_once('\n').unwrap_or(("", &said));
+        let stdout = Process::spawn(command)?.finish(START)?.ok()?.stdout;
+        let (body, status) = stdout.rsplit_once('\n').unwrap_or(("", &stdout));
         let status = status.trim().parse().context("curl printed no status")?;
         Ok((status, body.to_owned()))
     }

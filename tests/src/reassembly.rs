@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_is_told() {
+    fn a_gap_is_reported() {
         let packets = [
             tcp(true, 0, true, b""),
             tcp(true, 1, false, b"ab"),

@@ -121,8 +121,8 @@ impl PodSpec {
 
     /// Whether it is created as a pod of the mesh.
     pub(crate) fn is_meshed(&self) -> bool {
-        let told = [&self.labels, &self.annotations].map(|of| of.get("auth-daemon.io/mesh"));
-        !told.into_iter().flatten().any(|told| told == "disabled")
+        let set = [&self.labels, &self.annotations].map(|of| of.get("auth-daemon.io/mesh"));
+        !set.into_iter().flatten().any(|set| set == "disabled")
     }
 
     pub(crate) fn manifest(

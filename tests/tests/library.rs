@@ -80,7 +80,7 @@ fn plaintext_between_nodes_is_seen_on_the_wire() -> Result<()> {
 }
 
 #[test]
-fn tls_is_told_from_plaintext() -> Result<()> {
+fn distinguishes_tls_from_plaintext() -> Result<()> {
     let mesh = two_nodes()?;
     let web = mesh.pod("web");
     let server = OpensslServer::start(&web, 8443, &[])?;
@@ -166,7 +166,7 @@ fn all_places_reach_each_other_and_services_nobody() -> Result<()> {
 }
 
 #[test]
-fn manifests_tell_what_was_declared() -> Result<()> {
+fn manifests_contain_what_was_declared() -> Result<()> {
     let mesh = two_nodes()?;
     let read = |node: &str, file: &str| -> Result<serde_json::Value> {
         let path = mesh.node(node).manifests().folder().join(file);
@@ -384,7 +384,7 @@ fn a_firewall_on_a_node_lets_one_port_through() -> Result<()> {
 }
 
 #[test]
-fn a_pod_is_made_anew_in_the_middle_of_a_conversation() -> Result<()> {
+fn a_pod_is_recreated_in_the_middle_of_a_conversation() -> Result<()> {
     let mesh = two_nodes()?;
     let (client, old) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = old.app("echo-server --port 7")?.listening()?;

@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn the_caller_is_who_connects_whoever_holds_the_descriptor() {
+    fn the_caller_is_the_process_that_connects_not_the_holder_of_the_descriptor() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
         let listener = UnixListener::bind(&path).unwrap();

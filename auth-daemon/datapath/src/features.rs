@@ -214,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_a_verifiers_story_the_ends_are_told() {
+    fn only_the_ends_of_a_verifier_log_are_shown() {
         let story = "refused: Verifier output: 0: (bf) r6 = r1\n1: (61) r1 = *(u32 *)(r6 +64)\n\
             invalid bpf_context access off=64 size=4\nprocessed 2 insns (limit 1000000)\nstack depth 0+0\n\n";
         assert_eq!(

@@ -306,7 +306,7 @@ impl NetnsDiscovery {
         loop {
             let due = self.schedule.due(self.is_missing());
             let walk_due = self.walks.due(!self.held.is_empty());
-            let mut told = Vec::new();
+            let mut reported = Vec::new();
             let may_begin = self.look.is_none() && !self.sought.is_empty();
             let may_walk = self.walk.is_none() && self.needs_walk();
             tokio::select! {
@@ -318,13 +318,13 @@ impl NetnsDiscovery {
                 },
                 () = sleep_until(due), if may_begin => self.begin(),
                 () = sleep_until(walk_due), if may_walk => self.begin_walk(),
-                heard = hear(&mut self.sockets, &mut told) => {
+                heard = hear(&mut self.sockets, &mut reported) => {
                     if let Err(error) = heard {
                         tracing::error!(%error, "the kernel does not report new pods any more; they are found a little later");
                         self.sockets = None;
                     }
-                    for (cookie, at) in told {
-                        self.told(cookie, at);
+                    for (cookie, at) in reported {
+                        self.reported(cookie, at);
                     }
                 }
             }
@@ -451,16 +451,16 @@ impl NetnsDiscovery {
 
     /// Scans as soon as possible, because a pod has a new sandbox.
     pub fn search_now(&mut self) {
-        self.schedule.told();
+        self.schedule.reported();
     }
 
     /// Handles the kernel's report of a socket in the netns with `cookie`.
-    fn told(&mut self, cookie: u64, at: Instant) {
+    fn reported(&mut self, cookie: u64, at: Instant) {
         let known = |sought: &Sought| matches!(&sought.found, Some(NetnsLocation::In(netns)) if netns.cookie() == cookie);
         if self.nodes.contains(&cookie) || self.sought.values().any(known) {
             return;
         }
-        self.schedule.told();
+        self.schedule.reported();
         if self.first_sockets.len() >= REMEMBERED {
             // The entries are only used for logging, and most are never read.
             self.first_sockets.clear();
@@ -484,10 +484,10 @@ async fn sleep_until(due: Option<Instant>) {
 
 async fn hear(
     sockets: &mut Option<FirstSockets>,
-    told: &mut Vec<(u64, Instant)>,
+    reported: &mut Vec<(u64, Instant)>,
 ) -> io::Result<()> {
     match sockets {
-        Some(sockets) => sockets.next(|cookie, at| told.push((cookie, at))).await,
+        Some(sockets) => sockets.next(|cookie, at| reported.push((cookie, at))).await,
         None => std::future::pending().await,
     }
 }

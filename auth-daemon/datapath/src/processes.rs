@@ -644,13 +644,13 @@ mod tests {
     }
 
     #[test]
-    fn a_look_has_an_end() {
+    fn a_scan_has_a_time_limit() {
         let error = walk(&HashMap::new(), &HashMap::new(), Duration::ZERO).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[test]
-    fn a_process_that_has_ended_is_nobodys_whoever_has_its_number() {
+    fn a_process_that_has_ended_belongs_to_no_pod_even_if_its_id_is_reused() {
         let mut child = std::process::Command::new("sleep")
             .arg("1000")
             .spawn()
@@ -675,7 +675,7 @@ mod tests {
     proptest! {
         /// In any order of the processes, and with any other processes beside the sandbox and its containers.
         #[test]
-        fn whoever_else_runs_the_oldest_process_in_the_connected_netns_proves_it(
+        fn the_oldest_process_in_the_connected_netns_proves_it(
             mut processes in prop::collection::vec(
                 (0..4_usize, 0..200_u64, 1..9_u64).prop_map(|(container, start, netns)| {
                     process(["pause", "a", "b", "c"][container], start, netns)

@@ -81,16 +81,16 @@ impl Health {
     }
 }
 
-fn said<T: Into<String>, E: Into<String>>(outcome: Result<T, E>) -> (StatusCode, String) {
+fn answer<T: Into<String>, E: Into<String>>(outcome: Result<T, E>) -> (StatusCode, String) {
     match outcome {
-        Ok(said) => (StatusCode::OK, said.into()),
-        Err(said) => (StatusCode::SERVICE_UNAVAILABLE, said.into()),
+        Ok(answer) => (StatusCode::OK, answer.into()),
+        Err(answer) => (StatusCode::SERVICE_UNAVAILABLE, answer.into()),
     }
 }
 
 pub(super) fn routes(health: Arc<Health>) -> Router {
-    let ready = async |State(health): State<Arc<Health>>| said(health.ready());
-    let live = async |State(health): State<Arc<Health>>| said(health.live());
+    let ready = async |State(health): State<Arc<Health>>| answer(health.ready());
+    let live = async |State(health): State<Arc<Health>>| answer(health.live());
     Router::new()
         .route(READY, get(ready))
         .route(LIVE, get(live))

@@ -34,7 +34,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// Largest answer, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
 /// How much of a daemon's error is shown, in bytes.
-const MAX_SAID: usize = 500;
+const MAX_ERROR: usize = 500;
 /// Number of daemons that are asked at the same time.
 const AT_ONCE: usize = 16;
 
@@ -275,9 +275,9 @@ impl Daemon {
             .unwrap_or_else(|_| Err(anyhow!("no answer within {DEADLINE:?}")))
             .with_context(|| self.way.to_string())?;
         if status != 200 {
-            let said = String::from_utf8_lossy(&body[..body.len().min(MAX_SAID)]);
-            let said = said.replace(char::is_control, " ");
-            bail!("it answers HTTP {status} to {path}: {said}");
+            let text = String::from_utf8_lossy(&body[..body.len().min(MAX_ERROR)]);
+            let text = text.replace(char::is_control, " ");
+            bail!("it answers HTTP {status} to {path}: {text}");
         }
         serde_json::from_slice(&body)
             .with_context(|| format!("its answer to {path} is not as expected"))

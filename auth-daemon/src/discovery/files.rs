@@ -337,9 +337,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("one.yaml");
         fs::write(&file, pod("one", "10.0.0.1")).unwrap();
-        let (told, events) = std::sync::mpsc::channel();
+        let (sender, events) = std::sync::mpsc::channel();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            let _ = told.send((may_be_an_edit(&event), event.unwrap().paths));
+            let _ = sender.send((may_be_an_edit(&event), event.unwrap().paths));
         })
         .unwrap();
         watcher

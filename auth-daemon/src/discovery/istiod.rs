@@ -115,8 +115,8 @@ pub async fn run(
             }
         };
         let is_pinned = || {
-            let told: HashSet<_> = answered.iter().map(|(address, _)| *address).collect();
-            pinned.is_subset(&told)
+            let answered_for: HashSet<_> = answered.iter().map(|(address, _)| *address).collect();
+            pinned.is_subset(&answered_for)
         };
         if changed && is_subscribed && known.is_complete() && (is_published || is_pinned()) {
             // Connections wait for answers.

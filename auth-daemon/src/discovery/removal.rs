@@ -24,7 +24,7 @@ pub struct Removal {
 impl Removal {
     /// Watches the daemon's own namespace.
     pub fn watch(client: &Client, namespace: &str) -> Self {
-        let (told, namespace_is_deleted) = watch::channel(false);
+        let (sender, namespace_is_deleted) = watch::channel(false);
         let namespaces = Api::<PartialObjectMeta<Namespace>>::all(client.clone());
         let by_name = format!("metadata.name={namespace}");
         tokio::spawn(async move {
@@ -38,7 +38,7 @@ impl Removal {
                     event
                 {
                     let deleted = namespace.metadata.deletion_timestamp.is_some();
-                    told.send_if_modified(|known| std::mem::replace(known, deleted) != deleted);
+                    sender.send_if_modified(|known| std::mem::replace(known, deleted) != deleted);
                 }
             }
         });

@@ -34,8 +34,8 @@ impl NodeTaint {
     pub fn watch(client: &Client, name: &str) -> Self {
         let by_name = watcher::Config::default().fields(&format!("metadata.name={name}"));
         let events = follow(Api::all(client.clone()), by_name, "the daemon's own node");
-        let (told, node) = watch::channel(None);
-        tokio::spawn(tell(events, told));
+        let (sender, node) = watch::channel(None);
+        tokio::spawn(forward(events, sender));
         Self {
             nodes: Objects::all(client.clone()),
             name: name.to_owned(),
@@ -114,15 +114,18 @@ impl NodeTaint {
     }
 }
 
-async fn tell(events: impl Stream<Item = watcher::Event<Node>>, told: watch::Sender<Option<Node>>) {
+async fn forward(
+    events: impl Stream<Item = watcher::Event<Node>>,
+    sender: watch::Sender<Option<Node>>,
+) {
     let mut events = pin!(events);
     while let Some(event) = events.next().await {
         match event {
             watcher::Event::Apply(node) | watcher::Event::InitApply(node) => {
-                told.send_replace(Some(node));
+                sender.send_replace(Some(node));
             }
             watcher::Event::Delete(_) => {
-                told.send_replace(None);
+                sender.send_replace(None);
             }
             watcher::Event::Init | watcher::Event::InitDone => {}
         }

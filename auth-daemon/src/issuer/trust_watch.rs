@@ -77,10 +77,10 @@ pub(super) async fn keep_current(link: Arc<Link>, contact: watch::Sender<bool>) 
             }
             End::Failed(why) => {
                 link.health.watch_failed(&why);
-                let told = logged
+                let is_logged = logged
                     .as_ref()
                     .is_some_and(|(at, before)| *before == why && at.elapsed() < LOG_INTERVAL);
-                if !told {
+                if !is_logged {
                     tracing::error!(
                         address = link.address(), %why,
                         "trust watch failed; keeping the known trust bundle"

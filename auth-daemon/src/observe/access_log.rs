@@ -142,7 +142,7 @@ impl Finished {
             duration_ms = self.duration.as_millis() as u64,
             result = self.outcome.name(),
             reason = %self.reason,
-            policy = self.judgement.told.as_deref(),
+            policy = self.judgement.policies.as_deref(),
             client_person = self.client_person.as_deref(),
             "connection"
         );

@@ -208,7 +208,7 @@ impl Ended {
             + client_identity.heap_size()
             + server_identity.heap_size()
             + reason.heap_size()
-            + judgement.told.heap_size()
+            + judgement.policies.heap_size()
             + client_person.heap_size()
             + self.client_pod.heap_size()
             + self.server_pod.heap_size()
@@ -243,7 +243,7 @@ impl Ended {
             duration_ms: finished.duration.as_millis() as u64,
             result: finished.outcome.name().to_owned(),
             reason: finished.reason.clone(),
-            policy: finished.judgement.told.clone(),
+            policy: finished.judgement.policies.clone(),
             would_be_denied: finished.would_be_denied(),
             client_person: finished.client_person.as_deref().map(str::to_owned),
         }

@@ -6,7 +6,7 @@ use auth_mesh::policy::Verdict;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Judgement {
     /// The policies that decided, or that audited it, in words. `None` if there are none.
-    pub told: Option<String>,
+    pub policies: Option<String>,
     /// Whether they denied it.
     pub is_denied: bool,
     /// Whether they allowed it, and would not if all dry-run policies were enforced.
@@ -20,7 +20,7 @@ impl From<&Verdict> for Judgement {
         let is_denied = !verdict.allowed();
         let dry_run = verdict.dry_run.as_ref();
         Self {
-            told: told(verdict),
+            policies: policies(verdict),
             is_denied,
             would_be_denied: !is_denied && dry_run.is_some_and(|dry_run| !dry_run.allowed()),
             is_audited: !verdict.audits.is_empty(),
@@ -29,20 +29,20 @@ impl From<&Verdict> for Judgement {
 }
 
 /// Formats the policies that contributed to a verdict.
-fn told(verdict: &Verdict) -> Option<String> {
-    let mut told: Vec<_> = verdict
+fn policies(verdict: &Verdict) -> Option<String> {
+    let mut parts: Vec<_> = verdict
         .decision
         .policies()
         .next()
         .map(|_| verdict.decision.to_string())
         .into_iter()
         .collect();
-    told.extend(verdict.audits.iter().map(|hit| format!("audited by {hit}")));
-    told.extend(
+    parts.extend(verdict.audits.iter().map(|hit| format!("audited by {hit}")));
+    parts.extend(
         verdict
             .dry_run
             .iter()
             .map(|decision| format!("dry run: {decision}")),
     );
-    (!told.is_empty()).then(|| told.join("; "))
+    (!parts.is_empty()).then(|| parts.join("; "))
 }

@@ -12,27 +12,27 @@ pub(crate) struct LineLimit {
     began: Option<Instant>,
     lines: u32,
     /// Number of events since the last line.
-    untold: u64,
+    unreported: u64,
 }
 
 impl LineLimit {
     /// Takes note of `events`. If a line is due, of which there are at most `most` in ten seconds, returns the number of
     /// events since the last one.
     pub(crate) fn note(&mut self, events: u64, most: u32, now: Instant) -> Option<u64> {
-        self.untold += events;
+        self.unreported += events;
         if self.is_over(now) {
             (self.began, self.lines) = (Some(now), 0);
         }
-        if self.untold == 0 || self.lines >= most {
+        if self.unreported == 0 || self.lines >= most {
             return None;
         }
         self.lines += 1;
-        Some(std::mem::take(&mut self.untold))
+        Some(std::mem::take(&mut self.unreported))
     }
 
     /// Once the interval is over, returns the number of events that no line has reported.
     pub(crate) fn left_out(&self, now: Instant) -> Option<u64> {
-        self.is_over(now).then_some(self.untold)
+        self.is_over(now).then_some(self.unreported)
     }
 
     fn is_over(&self, now: Instant) -> bool {

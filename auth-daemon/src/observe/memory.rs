@@ -125,7 +125,7 @@ fn worst(number: usize, pods: usize) -> Finished {
         outcome: Outcome::Reset,
         reason: name(number, 300),
         judgement: Judgement {
-            told: Some(name(number, 1500)),
+            policies: Some(name(number, 1500)),
             ..Judgement::default()
         },
         client_person: Some(name(number, 256).into()),

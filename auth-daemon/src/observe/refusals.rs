@@ -132,7 +132,7 @@ mod tests {
     use crate::observe::line_limit::INTERVAL;
 
     #[test]
-    fn a_line_tells_of_all_since_the_last() {
+    fn a_line_counts_all_events_since_the_last() {
         let refusals = Refusals::default();
         let pod = |name: &str| ObjectName {
             namespace: "default".into(),

@@ -287,7 +287,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn turns_are_bounded_and_given_until_nobody_waits(
+        fn turns_are_bounded_and_continue_until_nothing_waits(
             steps in prop::collection::vec((0_u8..4, 0_u8..3), 1..200),
         ) {
             let (turns, most_of_key) = (3, 2);

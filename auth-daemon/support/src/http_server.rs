@@ -126,9 +126,9 @@ mod tests {
             let mut tcp = TcpStream::connect(address).await.unwrap();
             // A connection over the limit is closed. If it has sent data by then, it is reset.
             let _ = tcp.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await;
-            let mut said = String::new();
-            let _ = tcp.read_to_string(&mut said).await;
-            said
+            let mut response = String::new();
+            let _ = tcp.read_to_string(&mut response).await;
+            response
         };
         assert!(ask().await.ends_with("here\n"), "it answers, and closes");
         let mut silent = Vec::new();

@@ -303,8 +303,8 @@ async fn refusals_for_quotas_are_audited() {
         &line,
         json!({"kind": "overQuota", "caller": NODE_A, "node": "a"}),
     );
-    let mut told = refused.iter().map(Status::message);
-    assert!(told.any(|told| line["why"] == told), "{line}");
+    let mut messages = refused.iter().map(Status::message);
+    assert!(messages.any(|message| line["why"] == message), "{line}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

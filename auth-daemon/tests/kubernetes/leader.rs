@@ -155,8 +155,9 @@ async fn one_leads_until_it_stops_dies_or_gives_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_lost_the_lease_leads_no_more() {
-    let Some((cluster, client)) = cluster("who_lost_the_lease_leads_no_more").await else {
+async fn a_replica_that_lost_the_lease_no_longer_leads() {
+    let Some((cluster, client)) = cluster("a_replica_that_lost_the_lease_no_longer_leads").await
+    else {
         return;
     };
     pods(&cluster, &["robbed"]);

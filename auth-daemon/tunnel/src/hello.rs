@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_ours_from_others() {
+    fn distinguishes_ours_from_others() {
         let ours = hello(b"auth-daemon/1");
         assert_eq!(classify(&ours, b"auth-daemon/1"), FirstBytes::Tunnel);
         assert_eq!(

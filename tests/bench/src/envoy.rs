@@ -46,8 +46,8 @@ impl Sidecar {
     }
 
     /// Its output, which is empty if there are no errors.
-    pub(super) fn said(&self) -> String {
-        self.0.said()
+    pub(super) fn output(&self) -> String {
+        self.0.output()
     }
 
     pub(super) fn counters(&self) -> Result<Counters> {

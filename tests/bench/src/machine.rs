@@ -39,7 +39,7 @@ impl Machine {
         let processor = processor
             .lines()
             .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-        let said = |program: &str, argument: &str| {
+        let printed = |program: &str, argument: &str| {
             // Some programs print it on standard error, and wrk exits with an error after it.
             let script = format!("{program} {argument} 2>&1; true");
             let text = output(Command::new("sh").args(["-c", &script])).unwrap_or_default();
@@ -64,9 +64,9 @@ impl Machine {
             .to_owned(),
             envoy: Package::ENVOY.version,
             ztunnel: ztunnel.map(version),
-            nginx: said("nginx", "-v").replace("nginx version: ", ""),
-            iperf3: words(&said("iperf3", "--version")),
-            wrk: words(&said("wrk", "--version")),
+            nginx: printed("nginx", "-v").replace("nginx version: ", ""),
+            iperf3: words(&printed("iperf3", "--version")),
+            wrk: words(&printed("wrk", "--version")),
         }
     }
 

@@ -159,9 +159,9 @@ impl Proxies {
     pub(super) fn last_words(&self) -> String {
         let logs: Vec<(&str, String)> = match self {
             Self::None => Vec::new(),
-            Self::Sidecars(all) => all.iter().map(|(pod, it)| (*pod, it.said())).collect(),
+            Self::Sidecars(all) => all.iter().map(|(pod, it)| (*pod, it.output())).collect(),
             Self::Ztunnels(all, ca) => {
-                let ztunnels = all.iter().map(|(node, it)| (*node, it.said()));
+                let ztunnels = all.iter().map(|(node, it)| (*node, it.output()));
                 ztunnels.chain([("the CA", ca.log_text())]).collect()
             }
             Self::Daemons(all, _) => all

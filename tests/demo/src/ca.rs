@@ -92,8 +92,8 @@ pub(super) fn root_rotation(stage: &mut Stage, evidence: &Evidence) -> Result<()
     let old = signing_root(&stage.ca()?.status()?)?;
     let start = Instant::now();
     let requests = under_load(stage, || {
-        let said = stage.ca()?.operate(&["rotate-root"])?.ok()?.stdout;
-        evidence.saw(format!("auth-daemon ca rotate-root: {}", said.trim()));
+        let stdout = stage.ca()?.operate(&["rotate-root"])?.ok()?.stdout;
+        evidence.saw(format!("auth-daemon ca rotate-root: {}", stdout.trim()));
         let mut phase = String::new();
         eventually_ok(ROTATION, "the new root to be the only one", || {
             let status = stage.ca()?.status()?;
@@ -152,7 +152,7 @@ pub(super) fn revoked(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     ));
     ensure!(took < LEARNT * slowdown(), "it took too long");
     // The node that learns of it first cuts the connection, and the other one sees it broken.
-    let said = eventually(LOGGED, "a line that says why it ended", || {
+    let ending = eventually(LOGGED, "a line that says why it ended", || {
         let nodes = [NODE_A, NODE_B].into_iter().zip(starts);
         nodes.into_iter().find_map(|(node, start)| {
             let lines = stage.daemon(node).ok()?.access_log_after(start);
@@ -161,7 +161,7 @@ pub(super) fn revoked(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
             Some(format!("{node} logged: {reason}"))
         })
     })?;
-    evidence.saw(said);
+    evidence.saw(ending);
     let why = stage.ask_in_vain(&client, web.at(PORT), &stage.path("revoked"))?;
     evidence.saw(format!("curl http://{}: {why}", web.at(PORT)));
     stage

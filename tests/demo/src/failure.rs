@@ -108,10 +108,10 @@ pub(super) fn unload(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     for node in [NODE_A, NODE_B] {
         let status = stage.take_daemon(node)?.terminate(STOP)?;
         ensure!(status.success(), "the daemon on {node} ended with {status}");
-        let said = stage.mesh.node(node).unload()?.ok()?.stdout;
+        let stdout = stage.mesh.node(node).unload()?.ok()?.stdout;
         evidence.saw(format!(
             "{node}: SIGTERM, exit 0; auth-daemon unload: {}",
-            said.trim()
+            stdout.trim()
         ));
         let pins = stage.mesh.node(node).pins();
         ensure!(!pins.exists(), "{} is still there", pins.display());

@@ -81,8 +81,8 @@ impl MeshedCluster {
 
     /// An object, or a list of them.
     pub fn get(&self, what: &str) -> Result<Value> {
-        let said = self.kubectl(&format!("get {what} -o json"))?;
-        serde_json::from_str(&said).with_context(|| format!("kubectl get {what}"))
+        let stdout = self.kubectl(&format!("get {what} -o json"))?;
+        serde_json::from_str(&stdout).with_context(|| format!("kubectl get {what}"))
     }
 
     /// `kubectl apply` of objects.
@@ -174,8 +174,8 @@ impl MeshedCluster {
         let target = format!("--target={process}");
         let enter = [target.as_str(), "--net"];
         // The exit code is ignored: some versions of ip fail on an empty routing table.
-        let said = node.run("nsenter", enter.into_iter().chain(command.split(' ')))?;
-        Ok(said.stdout)
+        let finished = node.run("nsenter", enter.into_iter().chain(command.split(' ')))?;
+        Ok(finished.stdout)
     }
 
     /// The ready daemon's pod on a node.

@@ -311,7 +311,10 @@ impl Cluster {
             "get events --all-namespaces --field-selector type=Warning",
         ] {
             match self.kubectl(arguments.split(' ')) {
-                Ok(said) => eprintln!("---- kubectl {arguments}\n{}{}", said.stdout, said.stderr),
+                Ok(finished) => eprintln!(
+                    "---- kubectl {arguments}\n{}{}",
+                    finished.stdout, finished.stderr
+                ),
                 Err(error) => eprintln!("---- kubectl {arguments}: {error:#}"),
             }
         }

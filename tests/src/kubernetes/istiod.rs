@@ -122,8 +122,8 @@ impl Istiod {
         })
         .and_then(|outcome| outcome);
         is_ready.with_context(|| {
-            let said = format!("{}\n{}", process.stdout(), process.stderr());
-            format!("istiod: {}", last_lines(&said))
+            let output = format!("{}\n{}", process.stdout(), process.stderr());
+            format!("istiod: {}", last_lines(&output))
         })?;
         self.process = Some(process);
         Ok(())

@@ -48,7 +48,7 @@ impl Envoy {
         };
         envoy
             .wait_ready()
-            .with_context(|| format!("Envoy in {} said: {}", place.name(), envoy.said()))?;
+            .with_context(|| format!("Envoy in {} said: {}", place.name(), envoy.output()))?;
         Ok(envoy)
     }
 
@@ -58,7 +58,7 @@ impl Envoy {
     }
 
     /// Its output, which is empty if there are no errors.
-    pub fn said(&self) -> String {
+    pub fn output(&self) -> String {
         self.process.stderr()
     }
 

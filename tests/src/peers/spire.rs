@@ -77,7 +77,7 @@ impl Spire {
         };
         spire.write_client()?;
         let ready = spire.wait_ready();
-        ready.with_context(|| format!("SPIRE said: {}", spire.said()))?;
+        ready.with_context(|| format!("SPIRE said: {}", spire.output()))?;
         Ok(spire)
     }
 
@@ -160,7 +160,7 @@ impl Spire {
     }
 
     /// Its log.
-    pub fn said(&self) -> String {
+    pub fn output(&self) -> String {
         fs::read_to_string(self.folder.join(LOG)).unwrap_or_default()
     }
 }

@@ -103,7 +103,7 @@ impl Ztunnel {
             log,
             _agent: agent,
         };
-        ready.with_context(|| format!("ztunnel on {} said: {}", node.name(), ztunnel.said()))?;
+        ready.with_context(|| format!("ztunnel on {} said: {}", node.name(), ztunnel.output()))?;
         for pod in pods {
             for port in [redirect::OUTBOUND, redirect::INBOUND, redirect::HBONE] {
                 pod.place().wait_listening(port)?;
@@ -132,7 +132,7 @@ impl Ztunnel {
     }
 
     /// Its log, and that of those before it on the node, without the lines about connections.
-    pub fn said(&self) -> String {
+    pub fn output(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
         let lines = text.lines().filter(|line| !is_access(line));
         lines.collect::<Vec<_>>().join("\n")
@@ -154,7 +154,7 @@ impl Ztunnel {
     pub fn terminate(mut self, deadline: Duration) -> Result<ExitStatus> {
         self.process.signal(Signal::SIGTERM)?;
         let ended = self.process.wait(deadline);
-        ended.with_context(|| format!("ztunnel said: {}", self.said()))
+        ended.with_context(|| format!("ztunnel said: {}", self.output()))
     }
 }
 
@@ -179,10 +179,10 @@ pub fn named() -> Result<Option<PathBuf>> {
 
 /// The version that the binary reports: the first field of its build information.
 pub fn version(binary: &Path) -> String {
-    let said = Command::new(binary).arg("version").output();
-    let said = said.map_or_else(|_| Vec::new(), |output| output.stdout);
-    let said = String::from_utf8_lossy(&said);
-    said.split('"').nth(1).unwrap_or("unknown").to_owned()
+    let stdout = Command::new(binary).arg("version").output();
+    let stdout = stdout.map_or_else(|_| Vec::new(), |output| output.stdout);
+    let stdout = String::from_utf8_lossy(&stdout);
+    stdout.split('"').nth(1).unwrap_or("unknown").to_owned()
 }
 
 /// Describes the mesh's pods and the policies, in the form of `LOCAL_XDS_PATH`.

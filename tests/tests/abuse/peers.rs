@@ -48,7 +48,7 @@ const ATTACKS: [(&str, Round); 10] = [
 ];
 
 #[test]
-fn peers_in_bad_faith_do_not_make_a_pods_neighbours_fail() -> Result<()> {
+fn malicious_peers_do_not_make_a_pods_neighbours_fail() -> Result<()> {
     let mut stage = Stage::set()?;
     let _sink = stage
         .target

@@ -177,11 +177,11 @@ impl Stage {
     pub(crate) fn measure_for(&self, seconds: u64) -> Result<Measured> {
         let to = self.echo(&self.web);
         let paced = format!("paced --to {to} --seconds {seconds}");
-        let said = self.neighbour.app(&paced)?.success(RECOVERY)?;
+        let report = self.neighbour.app(&paced)?.success(RECOVERY)?;
         Ok(Measured {
-            median: said["p50"].as_f64().unwrap_or(f64::NAN),
-            p99: said["p99"].as_f64().unwrap_or(f64::NAN),
-            per_second: said["perSecond"].as_f64().unwrap_or(f64::NAN),
+            median: report["p50"].as_f64().unwrap_or(f64::NAN),
+            p99: report["p99"].as_f64().unwrap_or(f64::NAN),
+            per_second: report["perSecond"].as_f64().unwrap_or(f64::NAN),
         })
     }
 

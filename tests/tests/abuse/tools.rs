@@ -63,8 +63,11 @@ fn openssl_neither_crashes_nor_hangs_nor_passes_a_listener() -> Result<()> {
                 .replace("{certificate}", &certificate.display().to_string())
                 .replace("{key}", &key.display().to_string());
             let started = Instant::now();
-            let said = outside.run("openssl", command.split_ascii_whitespace())?;
-            ensure!(started.elapsed() < DEADLINE, "{command} hangs: {said:?}");
+            let finished = outside.run("openssl", command.split_ascii_whitespace())?;
+            ensure!(
+                started.elapsed() < DEADLINE,
+                "{command} hangs: {finished:?}"
+            );
             let what = format!("port {port}: {case}");
             faults.expect_line(&what, &stage.far, client, ("refused", ""));
         }

@@ -25,11 +25,11 @@ fn leader(stage: &Stage) -> Result<Value> {
 
 /// The operator's view of a CA pod: `auth-daemon ca status --json`.
 fn status(stage: &Stage, pod: &Value) -> Result<Value> {
-    let said = stage.kubectl(&format!(
+    let stdout = stage.kubectl(&format!(
         "exec -n {SYSTEM} {} -- auth-daemon ca status --json",
         name(pod)
     ))?;
-    serde_json::from_str(&said).context("the CA's status")
+    serde_json::from_str(&stdout).context("the CA's status")
 }
 
 fn root(stage: &Stage, pod: &Value) -> Result<String> {

@@ -68,13 +68,13 @@ pub(crate) fn daemon_reports_what_it_lacks(stage: &Stage) -> Result<()> {
             format!("{}: {}", name(&pod), pod["status"])
         })
     })?;
-    let said = stage.kubectl(&format!("logs -n {SYSTEM} lacking"))?;
+    let stdout = stage.kubectl(&format!("logs -n {SYSTEM} lacking"))?;
     for expected in ["CAP_NET_ADMIN", "CAP_SYS_ADMIN", "hostPID: true"] {
-        ensure(said.contains(expected), || {
-            format!("{expected:?} is not in: {said}")
+        ensure(stdout.contains(expected), || {
+            format!("{expected:?} is not in: {stdout}")
         })?;
     }
-    ensure(!said.contains("CAP_SYS_PTRACE"), || said.clone())?;
+    ensure(!stdout.contains("CAP_SYS_PTRACE"), || stdout.clone())?;
     stage
         .kubectl(&format!(
             "delete -n {SYSTEM} pod/lacking --now --wait=false"
@@ -155,14 +155,14 @@ pub(crate) fn mistakes_are_reported(stage: &Stage) -> Result<()> {
             })
         },
     )?;
-    let said = stage.kubectl(&format!("logs -n {APPS} mistaken"))?;
+    let stdout = stage.kubectl(&format!("logs -n {APPS} mistaken"))?;
     for expected in [
         "/etc/auth-daemon/config.yaml",
         "mode: \"STRICTISH\"",
         "ca: ",
     ] {
-        ensure(said.contains(expected), || {
-            format!("{expected:?} is not in: {said}")
+        ensure(stdout.contains(expected), || {
+            format!("{expected:?} is not in: {stdout}")
         })?;
     }
     stage

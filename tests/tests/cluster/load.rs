@@ -294,8 +294,8 @@ fn replace_daemons(stage: &Stage, command: &str, options: &[&str]) -> Result<()>
     }
     for new in &after {
         eventually_ok(PATIENCE, "a daemon that has taken over", || {
-            let said = probed(stage, new)?;
-            ensure(said == "ready\n", || said.clone())
+            let answer = probed(stage, new)?;
+            ensure(answer == "ready\n", || answer.clone())
         })?;
     }
     load.goes_on(stage, 20)?;

@@ -54,8 +54,8 @@ pub(crate) fn pods_wait_for_the_daemon(stage: &Stage) -> Result<()> {
     label("linux")?;
     becomes_tainted(stage, "node2", false)?;
     eventually_ok(PATIENCE, "an answer", || {
-        let said = stage.kubectl(&format!("logs -n {APPS} waiting"))?;
-        ensure(said.contains(MARKER), || said.clone())
+        let log = stage.kubectl(&format!("logs -n {APPS} waiting"))?;
+        ensure(log.contains(MARKER), || log.clone())
     })?;
     stage
         .kubectl(&format!("delete pod -n {APPS} waiting --now --wait=false"))

@@ -372,9 +372,9 @@ fn connects_at_first(stage: &Stage, name: &str) -> Result<bool> {
         ensure(["Running", "Failed"].contains(&phase), || phase.to_owned())?;
         Ok(pod)
     })?;
-    let said = stage.kubectl(&format!("logs -n {APPS} {name} -c first"))?;
-    let is_answered = pod["status"]["phase"] == "Running" && said.contains(MARKER);
-    let as_it_should = ensure(is_answered, || format!("{name}: {said}{}", pod["status"]))
+    let stdout = stage.kubectl(&format!("logs -n {APPS} {name} -c first"))?;
+    let is_answered = pod["status"]["phase"] == "Running" && stdout.contains(MARKER);
+    let as_it_should = ensure(is_answered, || format!("{name}: {stdout}{}", pod["status"]))
         .and_then(|()| enrolled_first(stage, "node1", name));
     let Err(why) = as_it_should else {
         return Ok(true);

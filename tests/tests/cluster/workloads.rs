@@ -65,9 +65,9 @@ pub(crate) fn containers_of_every_kind(stage: &Stage) -> Result<()> {
         ("job/once", "once"),
     ] {
         eventually_ok(PATIENCE, "an answer", || {
-            let said = stage.kubectl(&format!("logs -n {APPS} {pod} -c {container}"))?;
-            ensure(said.contains(MARKER), || {
-                format!("{pod}, {container}: {said:?}")
+            let log = stage.kubectl(&format!("logs -n {APPS} {pod} -c {container}"))?;
+            ensure(log.contains(MARKER), || {
+                format!("{pod}, {container}: {log:?}")
             })
         })?;
     }
@@ -125,13 +125,13 @@ pub(crate) fn port_forward(stage: &Stage) -> Result<()> {
     let command = format!("port-forward -n {APPS} deployment/web-2 :{PORT}");
     let forward = stage.cluster.start_kubectl(command.split(' '))?;
     let port: u16 = eventually_ok(PATIENCE, "the local port", || {
-        let said = forward.stdout();
-        let port = said.lines().find_map(|line| {
+        let stdout = forward.stdout();
+        let port = stdout.lines().find_map(|line| {
             line.strip_prefix("Forwarding from 127.0.0.1:")?
                 .split(' ')
                 .next()
         });
-        Ok(port.with_context(|| said.clone())?.parse()?)
+        Ok(port.with_context(|| stdout.clone())?.parse()?)
     })?;
     let url = format!("http://{}:{port}/cgi-bin/who", Ipv4Addr::LOCALHOST);
     let outside = stage.cluster.mesh().outside();

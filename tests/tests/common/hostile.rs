@@ -382,15 +382,16 @@ impl Faults {
         let [line] = lines.as_slice() else {
             return self.0.push(format!("{what}: not one line but {lines:#?}"));
         };
-        let said = line["reason"].as_str().unwrap_or_default();
-        println!("{what}: {} {said}", line["result"]);
+        let logged = line["reason"].as_str().unwrap_or_default();
+        println!("{what}: {} {logged}", line["result"]);
         self.check(line["result"] == result, || {
             format!("{what}: not {result}: {line}")
         });
-        self.check(said.to_lowercase().contains(&reason.to_lowercase()), || {
-            format!("{what}: the reason is to say {reason:?}: {line}")
-        });
-        self.check(!said.chars().any(char::is_control), || {
+        self.check(
+            logged.to_lowercase().contains(&reason.to_lowercase()),
+            || format!("{what}: the reason is to say {reason:?}: {line}"),
+        );
+        self.check(!logged.chars().any(char::is_control), || {
             format!("{what}: control characters in the log: {line}")
         });
     }

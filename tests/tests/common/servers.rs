@@ -103,18 +103,19 @@ pub(crate) fn run(
             format!("{what}: the app sees {}", finished.stdout)
         });
         let line = line_to(daemon, web.at(port), what, faults)?;
-        let said = line["reason"].as_str().unwrap_or_default();
-        println!("{what}: {} {said}", line["result"]);
+        let logged = line["reason"].as_str().unwrap_or_default();
+        println!("{what}: {} {logged}", line["result"]);
         faults.check(line["result"] == result, || {
             format!("{what}: not {result}: {line}")
         });
-        faults.check(said.to_lowercase().contains(&reason.to_lowercase()), || {
-            format!("{what}: the reason is to say {reason:?}: {line}")
-        });
+        faults.check(
+            logged.to_lowercase().contains(&reason.to_lowercase()),
+            || format!("{what}: the reason is to say {reason:?}: {line}"),
+        );
         faults.check(line["client_identity"] == spiffe("client"), || {
             format!("{what}: who called? {line}")
         });
-        faults.check(!said.chars().any(char::is_control), || {
+        faults.check(!logged.chars().any(char::is_control), || {
             format!("{what}: raw: {line}")
         });
     }

@@ -182,8 +182,8 @@ fn client_reset_is_never_reported_as_end() -> Result<()> {
                 let mut taken = scene.ledger.all().into_iter();
                 if taken.any(|taken| taken.from == spoke.local()) {
                     let taken = scene.ledger.ended(name_of(SINK), spoke.local())?;
-                    let said = piece("s", 0, taken.bytes.len());
-                    if taken.end.as_deref() == Some("end") || taken.bytes != said {
+                    let expected = piece("s", 0, taken.bytes.len());
+                    if taken.end.as_deref() == Some("end") || taken.bytes != expected {
                         let count = taken.bytes.len();
                         faults.push(format!(
                             "{steps}: the server's app got {count} bytes, then {:?}",

@@ -114,7 +114,7 @@ fn a_thousand_streams_are_open_at_once() -> Result<()> {
 }
 
 #[test]
-fn a_policy_that_denies_is_told_to_the_client() -> Result<()> {
+fn a_client_learns_that_a_policy_denies_it() -> Result<()> {
     let pair = pair()?;
     let _echo = pair.web.app("echo-server --port 7 --quiet")?.listening()?;
     pair.mesh.manifests().apply(&json!({

@@ -46,7 +46,7 @@ fn answers_by_what_became_of_a_request() -> Result<()> {
 }
 
 #[test]
-fn judges_logs_and_cuts_each_stream_by_itself() -> Result<()> {
+fn judges_logs_and_cuts_each_stream_separately() -> Result<()> {
     let stage = Stage::set()?;
     let web = stage.web();
     let outside = stage.mesh.outside_ipv4().to_string();
@@ -113,7 +113,7 @@ fn a_stream_that_nobody_reads_does_not_delay_another() -> Result<()> {
 }
 
 #[test]
-fn each_direction_ends_by_itself() -> Result<()> {
+fn each_direction_ends_separately() -> Result<()> {
     let stage = Stage::set()?;
     let web = stage.web();
     let _late = web
@@ -178,7 +178,7 @@ fn a_drain_ends_no_stream() -> Result<()> {
 }
 
 #[test]
-fn a_client_is_told_to_connect_again_before_its_certificate_expires() -> Result<()> {
+fn a_client_must_reconnect_before_its_certificate_expires() -> Result<()> {
     let stage = Stage::set()?;
     let echo = stage.web().at(ECHO).to_string();
     let expiry = SystemTime::now().duration_since(UNIX_EPOCH)? + Duration::from_secs(15);

@@ -378,8 +378,8 @@ fn ztunnel_and_we_follow_the_root() -> Result<()> {
                 let last = stage.ztunnel.access_log().pop().unwrap_or_default();
                 if !last.contains(GOAWAY) {
                     // Not retried: no exchange may fail.
-                    let said = format!("{last}\n{}", stage.ztunnel.said());
-                    return Ok(Err(error.context(said)));
+                    let evidence = format!("{last}\n{}", stage.ztunnel.evidence());
+                    return Ok(Err(error.context(evidence)));
                 }
                 overtaken += 1;
             }

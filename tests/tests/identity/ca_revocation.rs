@@ -57,10 +57,10 @@ fn revoked_identity_is_refused_until_reinstated() -> Result<()> {
     eventually_ok(TIMEOUT, "a line that says why", || {
         let mut lines = stage.near.access_log_after(near);
         lines.extend(stage.far.access_log_after(far));
-        let said = lines
+        let is_logged = lines
             .iter()
             .any(|line| line["result"] == "reset" && line["reason"] == revoked);
-        anyhow::ensure!(said, "{lines:#?}");
+        anyhow::ensure!(is_logged, "{lines:#?}");
         Ok(())
     })?;
     // The client's node may be the other one.

@@ -85,14 +85,14 @@ impl Stage {
             .ca
             .connect(&self.mesh, &token, &arguments)?
             .finish(TIMEOUT)?;
-        let said = [
+        let texts = [
             &ended.stdout,
             &ended.stderr,
             &self.ca.log_text(),
             &self.far.log_text(),
         ];
         for part in token.split('.').skip(1) {
-            assert!(!said.iter().any(|said| said.contains(part)), "{said:?}");
+            assert!(!texts.iter().any(|text| text.contains(part)), "{texts:?}");
         }
         Ok(ended)
     }

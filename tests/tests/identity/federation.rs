@@ -175,14 +175,14 @@ fn documented_commands_show_the_federation() -> Result<()> {
     std::os::unix::fs::symlink(mesh_tests::auth_daemon()?, folder.join("auth-daemon"))?;
     let path = format!("{}:{}", folder.display(), std::env::var("PATH")?);
     let endpoint = format!("{}:8443", stage.mesh.outside_ipv4());
-    let mut said = Vec::new();
+    let mut outputs = Vec::new();
     for command in &commands {
         let mut shell = node.command("sh")?;
         shell.env("PATH", &path).arg("-c");
         shell.arg(command.replace("ca.far.example:8443", &endpoint));
-        said.push(Process::spawn(shell)?.finish(TIMEOUT)?.ok()?.stdout);
+        outputs.push(Process::spawn(shell)?.finish(TIMEOUT)?.ok()?.stdout);
     }
-    let [status, bundle] = &said[..] else {
+    let [status, bundle] = &outputs[..] else {
         panic!("{commands:?}");
     };
     assert!(status.contains("1 root, current at"), "{status}");

@@ -93,11 +93,14 @@ impl Stage {
         let folder = self.spire.folder();
         fs::copy(self.ca.roots(), folder.join("root-cert.pem")).context("copying our roots")?;
         let host = self.mesh.outside_ipv4().to_string();
-        let said = self.spire.shell(&block("sh")?.replace(CA_ON_PAGE, &host))?;
-        let said = said
+        let finished = self.spire.shell(&block("sh")?.replace(CA_ON_PAGE, &host))?;
+        let finished = finished
             .ok()
-            .with_context(|| format!("SPIRE's log: {}", self.spire.said()))?;
-        assert!(said.stdout.contains("-----BEGIN CERTIFICATE"), "{said:?}");
+            .with_context(|| format!("SPIRE's log: {}", self.spire.output()))?;
+        assert!(
+            finished.stdout.contains("-----BEGIN CERTIFICATE"),
+            "{finished:?}"
+        );
         Ok(folder.join("spire.example.json"))
     }
 

@@ -61,7 +61,7 @@ fn another_service_account_is_another_identity() {
 }
 
 #[test]
-fn nothing_slips_through_while_a_pod_is_enrolled_anew() {
+fn nothing_slips_through_while_a_pod_is_enrolled_again() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let nginx = Nginx::start(&web, 8080, MARKER).unwrap();
@@ -101,7 +101,7 @@ fn nothing_slips_through_while_a_pod_is_enrolled_anew() {
 }
 
 #[test]
-fn an_address_moves_when_its_old_owner_has_let_go_of_it() {
+fn an_address_moves_once_its_old_owner_has_released_it() {
     address_moves(|mesh, one, two| {
         mesh.manifests().apply(one).unwrap();
         settle(mesh, one);

@@ -156,7 +156,7 @@ fn a_pod_whose_path_is_gone_stays_guarded() {
 }
 
 #[test]
-fn a_pod_that_holds_the_daemons_port_is_refused_and_not_left_in_the_plain() {
+fn a_pod_that_holds_the_daemons_port_is_refused_and_not_left_in_plaintext() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _nginx = Nginx::start(&web, 8080, MARKER).unwrap();

@@ -66,7 +66,7 @@ fn ends_cleanly(stopped: &str) {
 }
 
 #[test]
-fn a_connection_that_does_not_is_reset_at_the_deadline() {
+fn a_connection_that_does_not_end_is_reset_at_the_deadline() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let mut echo = web
@@ -119,7 +119,7 @@ fn drains(daemon: &Daemon) {
 }
 
 #[test]
-fn nobody_comes_in_while_it_drains() {
+fn a_draining_daemon_admits_no_connection() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let mut echo = web
@@ -215,7 +215,7 @@ fn a_drain_of_nothing_cuts_at_once() {
 }
 
 #[test]
-fn an_idle_daemon_stops_at_once_and_the_next_one_goes_on() {
+fn an_idle_daemon_stops_at_once_and_the_next_one_continues() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = web

@@ -32,8 +32,10 @@ fn wait_ended(daemon: &Daemon, why: &str) {
         Ok(())
     })
     .unwrap();
-    let said = |line: &Value| line["message"].as_str().unwrap_or_default().contains(why);
-    let line = daemon.wait_for_log("why it stays", TIMEOUT, said).unwrap();
+    let is_why = |line: &Value| line["message"].as_str().unwrap_or_default().contains(why);
+    let line = daemon
+        .wait_for_log("why it stays", TIMEOUT, is_why)
+        .unwrap();
     assert_eq!(line["pod"], WEB, "{line}");
 }
 

@@ -62,7 +62,7 @@ fn a_pod_is_found_by_its_uid() {
 }
 
 #[test]
-fn a_uid_that_no_cgroup_can_have_is_said_to_be_one() {
+fn a_uid_that_no_cgroup_can_have_is_reported() {
     let mesh = pair();
     let (_a, b) = daemons(&mesh);
     let change = |pod: &mut Value| pod["metadata"]["uid"] = "web-1".into();
@@ -105,7 +105,7 @@ fn restarted_containers_keep_it() {
 }
 
 #[test]
-fn a_sandbox_made_anew_is_the_pods() {
+fn a_recreated_sandbox_belongs_to_its_pod() {
     let mesh = pair();
     let (client, old) = (mesh.pod("client"), mesh.pod("web"));
     let (_client, gone) = (pause(&client), pause(&old));
@@ -178,7 +178,7 @@ fn the_nodes_namespace_is_no_pods() {
 }
 
 #[test]
-fn a_process_that_unshares_misleads_nobody() {
+fn a_process_that_unshares_does_not_mislead_the_daemon() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _client = pause(&client);
@@ -304,7 +304,7 @@ fn a_pod_cannot_take_anothers_name_with_cgroups_of_its_own() {
 }
 
 #[test]
-fn of_two_pods_in_one_namespace_neither_is_believed() {
+fn two_pods_in_one_namespace_are_both_refused() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _client = pause(&client);
@@ -352,7 +352,7 @@ fn of_two_pods_in_one_namespace_neither_is_believed() {
 }
 
 #[test]
-fn of_two_objects_with_one_uid_neither_is_believed() {
+fn two_objects_with_one_uid_are_both_refused() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _sandboxes = [pause(&client), pause(&web)];
@@ -392,7 +392,7 @@ fn of_two_objects_with_one_uid_neither_is_believed() {
 }
 
 #[test]
-fn the_next_daemon_finds_them_before_it_lets_go_of_any() {
+fn the_next_daemon_finds_them_before_it_releases_any() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _sandboxes = [pause(&client), pause(&web)];
@@ -418,7 +418,7 @@ fn the_next_daemon_finds_them_before_it_lets_go_of_any() {
 }
 
 #[test]
-fn cgroup_v1_will_do() {
+fn cgroup_v1_alone_is_enough() {
     let Some(hierarchy) = v1_hierarchy() else {
         eprintln!("skipped: no cgroup v1 is mounted here");
         return;

@@ -15,7 +15,7 @@ fn forget_addresses(mesh: &Mesh, pod: &Pod) {
 }
 
 #[test]
-fn its_connections_go_on_when_its_addresses_are_known() {
+fn its_connections_continue_when_its_addresses_are_known() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     forget_addresses(&mesh, &client);
@@ -79,9 +79,9 @@ fn its_connections_go_on_when_its_addresses_are_known() {
         echoes(mesh.node("a"), to);
     }
     echoes(&client, web.at(8080));
-    let told = chat.events_of("round").len();
+    let rounds = chat.events_of("round").len();
     eventually(TIMEOUT, "the conversation to continue", || {
-        (chat.events_of("round").len() > told + 2).then_some(())
+        (chat.events_of("round").len() > rounds + 2).then_some(())
     })
     .unwrap();
     assert_eq!(enrolments(&a, "default/client").len(), 1);
@@ -90,7 +90,7 @@ fn its_connections_go_on_when_its_addresses_are_known() {
 }
 
 #[test]
-fn what_its_namespace_says_is_not_believed() {
+fn addresses_set_in_its_namespace_are_not_trusted() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     forget_addresses(&mesh, &client);

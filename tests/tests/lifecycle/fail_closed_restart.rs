@@ -160,7 +160,7 @@ fn pods_that_left_while_it_was_dead_are_cleaned_up() {
 }
 
 #[test]
-fn a_pod_made_anew_while_it_was_dead_is_served_both_ways() {
+fn a_pod_recreated_without_a_daemon_is_served_both_ways() {
     let mesh = pair();
     let _echo = mesh
         .pod("client")

@@ -94,7 +94,7 @@ fn leaves_the_mesh(leave: impl Fn(&Mesh)) {
 }
 
 #[test]
-fn a_pod_made_anew_is_enrolled_within_about_a_second() {
+fn a_recreated_pod_is_enrolled_within_about_a_second() {
     let mesh = pair();
     let (client, old) = (mesh.pod("client"), mesh.pod("web"));
     let _other = client
@@ -197,23 +197,23 @@ fn a_namespace_that_is_not_there_yet_is_waited_for() {
     }
     // It is retried each second; it takes some seconds to see that nothing more is logged about it.
     thread::sleep(Duration::from_millis(2500));
-    let said: Vec<_> = b
+    let lines: Vec<_> = b
         .logs()
         .into_iter()
         .filter(|line| line["message"] == reason.as_str())
         .collect();
-    assert_eq!(said.len(), 1, "{said:?}");
-    assert_eq!(said[0]["level"], "ERROR");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert_eq!(lines[0]["level"], "ERROR");
 
     symlink(late.netns().path(), &path).unwrap();
     b.wait_enrolled(&["default/late"]).unwrap();
     becomes_reachable(&mesh.pod("client"), late.at(8080));
-    let said = b
+    let count = b
         .logs()
         .into_iter()
         .filter(|line| line["message"] == reason.as_str())
         .count();
-    assert_eq!(said, 1);
+    assert_eq!(count, 1);
 }
 
 #[test]

@@ -134,8 +134,8 @@ impl Stage {
     /// Waits until the service's answer is this one. `None`: until the connection is refused.
     fn wait_for(&self, answer: Option<&str>) -> Result<()> {
         eventually_ok(TIMEOUT, &format!("the answer {answer:?}"), || {
-            let said = self.ask(SERVICE)?;
-            anyhow::ensure!(said.as_deref() == answer, "{said:?}");
+            let found = self.ask(SERVICE)?;
+            anyhow::ensure!(found.as_deref() == answer, "{found:?}");
             Ok(())
         })
     }

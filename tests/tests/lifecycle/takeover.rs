@@ -143,7 +143,7 @@ fn a_killed_daemon_is_followed_by_the_one_that_stands_by() -> Result<()> {
 }
 
 #[test]
-fn one_that_stands_by_can_go_again() -> Result<()> {
+fn a_standby_can_stop_again() -> Result<()> {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     let _echo = web.app("echo-server --port 8080")?.listening()?;
@@ -208,7 +208,7 @@ fn what_the_kernel_carries_on_one_node_stays_and_is_logged_once() -> Result<()> 
 }
 
 #[test]
-fn one_that_has_let_go_still_cuts_what_is_revoked() -> Result<()> {
+fn a_daemon_that_was_replaced_still_cuts_what_is_revoked() -> Result<()> {
     // One daemon carries all of it: no other one can cut it.
     let options = patient().same_node_tunnel();
     let mut stage = WithCa::start_with(&Default::default(), &options)?;

@@ -52,7 +52,7 @@ fn it_refuses_while_a_daemon_runs() {
 }
 
 #[test]
-fn it_leaves_nothing_and_pods_talk_plainly() {
+fn it_leaves_nothing_and_pods_communicate_in_plaintext() {
     let mesh = pair();
     let (client, web) = (mesh.pod("client"), mesh.pod("web"));
     // What the pods had before stays: here a sysctl, a rule and a route.

@@ -208,8 +208,8 @@ fn metrics_count_connections_by_result() {
         eventually_ok(TIMEOUT, "all that is counted", || {
             let metrics = daemon.metrics()?;
             for line in &expected {
-                let told = metrics.contains(line).then_some(());
-                told.with_context(|| format!("no {line} in:\n{metrics}"))?;
+                let found = metrics.contains(line).then_some(());
+                found.with_context(|| format!("no {line} in:\n{metrics}"))?;
             }
             Ok(())
         })

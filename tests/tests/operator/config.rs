@@ -15,7 +15,7 @@ fn every_command_reports_all_config_errors_at_once() {
                   ca: {certificateLifetime: 1s}\nlog: {format: xml, level: 'a=b=c'}\n\
                   kernel: {pins: pins, cgroups: /x}\n";
     for command in COMMANDS {
-        let said = refused(node, command, config);
+        let errors = refused(node, command, config);
         for fault in [
             "nodeName: \"a b\"",
             "trustDomain: \"Not/One\"",
@@ -33,14 +33,14 @@ fn every_command_reports_all_config_errors_at_once() {
             "kernel.cgroups: there is no such field",
         ] {
             assert!(
-                said.contains(fault),
-                "{command} does not say {fault:?}:\n{said}"
+                errors.contains(fault),
+                "{command} does not say {fault:?}:\n{errors}"
             );
         }
         assert_eq!(
-            said.lines().count(),
+            errors.lines().count(),
             15,
-            "one line for each error, one for the file:\n{said}"
+            "one line for each error, one for the file:\n{errors}"
         );
     }
 }
@@ -50,10 +50,10 @@ fn invalid_yaml_is_reported_with_its_position() {
     let mesh = one_node();
     let node = mesh.node("a");
     for command in COMMANDS {
-        let said = refused(node, command, "nodeName: a\nca: {directory: [\n");
+        let errors = refused(node, command, "nodeName: a\nca: {directory: [\n");
         assert!(
-            said.contains("is not YAML") && said.contains("line"),
-            "{said}"
+            errors.contains("is not YAML") && errors.contains("line"),
+            "{errors}"
         );
         assert!(refused(node, command, "- a\n- b\n").contains("is not a mapping"));
         let none = node

@@ -158,14 +158,14 @@ fn a_check_names_the_open_connections_that_a_configuration_would_end() -> Result
     };
     let config = node.folder().join("auth-daemon.yaml");
     let mut settings: Value = serde_json::from_slice(&fs::read(&config)?)?;
-    let said = check(config)?;
-    assert!(!said.contains("would end"), "{said}");
+    let stdout = check(config)?;
+    assert!(!stdout.contains("would end"), "{stdout}");
 
     settings["policy"] = json!({"rootNamespace": "elsewhere"});
-    let said = check(scene.file("changed.yaml", &settings)?)?;
+    let stdout = check(scene.file("changed.yaml", &settings)?)?;
     let ending = "WARNING open connections that would end: 1 from default/client to default/web, port 8080: denied by \
                   AuthorizationPolicy elsewhere/web rules[0]";
-    assert!(said.contains(ending), "{said}");
+    assert!(stdout.contains(ending), "{stdout}");
     Ok(())
 }
 

@@ -122,16 +122,16 @@ fn both_access_log_lines_count_bytes_however_the_connection_ends() -> Result<()>
         let has_closed = stage.web.folder().join("client-has-closed");
         let talk = || -> Result<_> {
             let start = stage.daemon.log_position();
-            let said = stage.client.app(&script)?.finish(TIMEOUT)?;
+            let finished = stage.client.app(&script)?.finish(TIMEOUT)?;
             fs::write(&has_closed, "")?;
             let lines = stage.lines(start, to, 2)?;
             fs::remove_file(&has_closed)?;
-            Ok((said, lines))
+            Ok((finished, lines))
         };
         // The daemon carries the first; other tests check its lines.
         talk()?;
         for _ in 0..2 {
-            let (said, lines) = talk()?;
+            let (finished, lines) = talk()?;
             let of = |line: &Value| {
                 (
                     line["bytes_to_server"].as_u64().unwrap_or(u64::MAX),
@@ -139,14 +139,18 @@ fn both_access_log_lines_count_bytes_however_the_connection_ends() -> Result<()>
                     line["result"].as_str().unwrap_or_default().to_owned(),
                 )
             };
-            let told = |seen: (u64, u64, &str)| (seen.0, seen.1, seen.2.to_owned());
+            let expected = |seen: (u64, u64, &str)| (seen.0, seen.1, seen.2.to_owned());
             let evidence = format!(
                 "client {:?}, server {:?}: {lines:?}, {}",
-                case.client, case.server, said.stdout
+                case.client, case.server, finished.stdout
             );
             assert_eq!(lines[0]["direction"], "inbound", "{evidence}");
-            assert_eq!(of(&lines[0]), told(case.inbound), "inbound: {evidence}");
-            assert_eq!(of(&lines[1]), told(case.outbound), "outbound: {evidence}");
+            assert_eq!(of(&lines[0]), expected(case.inbound), "inbound: {evidence}");
+            assert_eq!(
+                of(&lines[1]),
+                expected(case.outbound),
+                "outbound: {evidence}"
+            );
             assert!(lines.iter().all(|line| line["path"] == "same-node"));
         }
     }

@@ -86,9 +86,9 @@ fn plaintext_without_a_recorded_4_tuple_is_refused() -> Result<()> {
     // Bypasses the connect hooks, from the client's own namespace: the kernel saw no socket connect.
     for place in [stage.client.place(), stage.other.place()] {
         let mut stream = place.connect(to)?;
-        let said = std::io::Write::write_all(&mut stream, SAID.as_bytes())
+        let sent = std::io::Write::write_all(&mut stream, SAID.as_bytes())
             .and_then(|()| std::io::Read::read(&mut stream, &mut [0; 64]));
-        assert!(!matches!(said, Ok(1..)), "it was answered");
+        assert!(!matches!(sent, Ok(1..)), "it was answered");
     }
     assert_eq!(server.events_of("accepted").len(), heard);
     Ok(())

@@ -54,7 +54,7 @@ fn policy_change_ends_connections_that_the_kernel_carries() -> Result<()> {
             line["result"] == "refused"
                 && line["reason"]
                     .as_str()
-                    .is_some_and(|said| said.contains(reason))
+                    .is_some_and(|logged| logged.contains(reason))
         })?;
     echo(&stage.other, to)?;
     let ended = allowed.process().ended()?;

@@ -39,10 +39,10 @@ fn rules_are_valid_and_each_alert_fires_once() {
             format!("        alertname: {alert}\n        exp_alerts:\n          - exp_labels");
         assert_eq!(tests.matches(&fires).count(), 1, "a test of {alert}");
     }
-    if let Some(said) = promtool(test, &["check", "rules", "rules.yaml"]) {
-        assert!(said.contains("SUCCESS"), "{said}");
-        let said = promtool(test, &["test", "rules", "tests.yaml"]).unwrap();
-        assert!(said.contains("SUCCESS"), "{said}");
+    if let Some(output) = promtool(test, &["check", "rules", "rules.yaml"]) {
+        assert!(output.contains("SUCCESS"), "{output}");
+        let output = promtool(test, &["test", "rules", "tests.yaml"]).unwrap();
+        assert!(output.contains("SUCCESS"), "{output}");
     }
 }
 

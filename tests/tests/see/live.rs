@@ -138,8 +138,8 @@ fn the_mesh_is_seen_in_a_browser() {
     browser
         .click("document.querySelector('.sign.mtls circle')")
         .unwrap();
-    let told = with_text("#details", "A dry-run policy would refuse");
-    shows_while(&mut browser, &told, || echoes(client, web.at(8080)));
+    let notice = with_text("#details", "A dry-run policy would refuse");
+    shows_while(&mut browser, &notice, || echoes(client, web.at(8080)));
     shows(
         &mut browser,
         "dry run: denied by AuthorizationPolicy default/trial rules[0]",

@@ -203,8 +203,11 @@ fn a_daemon_that_observes_nothing_says_so() {
     ] {
         let answer = node.auth(command).unwrap();
         assert!(![Some(0), None].contains(&answer.code()), "{answer:?}");
-        let said = answer.stderr + &answer.stdout;
-        assert!(said.contains("keeps no record of connections"), "{said}");
-        assert!(!said.contains("safe:"), "{said}");
+        let output = answer.stderr + &answer.stdout;
+        assert!(
+            output.contains("keeps no record of connections"),
+            "{output}"
+        );
+        assert!(!output.contains("safe:"), "{output}");
     }
 }

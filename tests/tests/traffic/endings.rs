@@ -327,9 +327,9 @@ fn server<T: Send + 'static>(
     pair: &Pair,
     serve: impl Fn(TcpStream) -> T + Send + Sync + 'static,
 ) -> Result<(InProcess, Receiver<T>)> {
-    let (told, ends) = channel();
+    let (sender, ends) = channel();
     let server = InProcess::start(&pair.web, any(20), move |stream, _| {
-        let _ = told.send(serve(stream));
+        let _ = sender.send(serve(stream));
     })
     .context("a server in the pod")?;
     Ok((server, ends))

@@ -95,8 +95,8 @@ fn policy_refuses_callers_and_ends_open_connections() -> Result<()> {
     // The client's node logs the refusal, too.
     pair.near
         .wait_for_access("the refusal at the client", TIMEOUT, |line| {
-            let told = line["reason"].as_str().unwrap_or_default();
-            told.contains("its node forbids it") && told.contains(reason)
+            let logged = line["reason"].as_str().unwrap_or_default();
+            logged.contains("its node forbids it") && logged.contains(reason)
         })?;
     assert!(is_answered(&other, &pair)?, "others are not concerned");
     let counted =
@@ -230,13 +230,13 @@ fn audits_and_dry_runs_are_logged_and_explained() -> Result<()> {
     let mut dry = authorization("dry", "DENY", from_client());
     dry["metadata"]["annotations"] = json!({"istio.io/dry-run": "true"});
     manifests.apply(&dry)?;
-    let told = "audited by AuthorizationPolicy default/audit rules[0]; dry run: denied by AuthorizationPolicy \
+    let expected = "audited by AuthorizationPolicy default/audit rules[0]; dry run: denied by AuthorizationPolicy \
                 default/dry rules[0]";
     eventually_ok(TIMEOUT, "what is told", || {
         let answered = is_answered(&pair.client, &pair)?;
         answered.then_some(()).context("refused")?;
         let lines = pair.far.access_log();
-        let line = lines.iter().find(|line| line["policy"] == told);
+        let line = lines.iter().find(|line| line["policy"] == expected);
         line.map(drop).context("not told yet")
     })?;
 

@@ -121,12 +121,12 @@ fn tls_of_the_app_itself_is_passed_on() -> Result<()> {
                 "-verify_return_error",
                 "-brief",
             ];
-            let told = caller.run("openssl", arguments)?.ok()?;
+            let finished = caller.run("openssl", arguments)?.ok()?;
             assert!(
-                told.stderr.contains("Verification: OK"),
+                finished.stderr.contains("Verification: OK"),
                 "{} to {to}: {}",
                 caller.name(),
-                told.stderr
+                finished.stderr
             );
         }
     }

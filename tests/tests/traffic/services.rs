@@ -165,7 +165,7 @@ fn a_pod_that_reaches_itself_sees_resets_too() -> Result<()> {
         .app("connect --to 10.96.0.7:80 --send hello --read")?
         .failure(TIMEOUT)?;
     assert_eq!(refused["errno"], "ECONNRESET", "{refused}");
-    let (told, ends) = std::sync::mpsc::channel();
+    let (sender, ends) = std::sync::mpsc::channel();
     let on: SocketAddr = "[::]:8080".parse()?;
     let _server = InProcess::start(&pair.web, on, move |mut stream, _| {
         use std::io::{Read, Write};
@@ -176,7 +176,7 @@ fn a_pod_that_reaches_itself_sees_resets_too() -> Result<()> {
         let error = mesh_tests::eventually(TIMEOUT, "an error of the socket", || {
             stream.take_error().ok().flatten()
         });
-        let _ = told.send(error.map(|error| error.kind()).ok());
+        let _ = sender.send(error.map(|error| error.kind()).ok());
     })?;
     pair.web
         .app("reset --to 10.96.0.7:80 --after 1 --shutdown")?

@@ -41,8 +41,8 @@ fn refused(pair: &Pair, to: SocketAddr, reason: &str) -> Result<()> {
             line["client_identity"], "spiffe://cluster.local/ns/default/sa/client",
             "{line}"
         );
-        let said = line["reason"].as_str().unwrap_or_default();
-        anyhow::ensure!(said.contains(reason), "{line}");
+        let logged = line["reason"].as_str().unwrap_or_default();
+        anyhow::ensure!(logged.contains(reason), "{line}");
         Ok(())
     })
 }

@@ -453,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_tokens_that_are_bound_to_nothing() {
+    fn recognises_tokens_that_are_bound_to_nothing() {
         let with = |values: Option<&[(&str, &str)]>| {
             let mut status = status();
             status.user.as_mut().unwrap().extra = values.and_then(extra);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::Pauses;
 
 /// Pause before a scan if the kernel has reported a netns: it may be the new sandbox of a pod that is found.
-const TOLD: Duration = Duration::from_secs(1);
+const AFTER_REPORT: Duration = Duration::from_secs(1);
 /// Pause between walks while a netns is held for the processes in it.
 const HELD: Duration = Duration::from_secs(1);
 
@@ -14,7 +14,7 @@ const HELD: Duration = Duration::from_secs(1);
 pub(super) struct Schedule {
     pauses: Pauses,
     /// Whether the kernel has reported a netns since the last scan started.
-    told: bool,
+    reported: bool,
     /// When the last scan of all pods started. `None` if one is due now.
     full: Option<Instant>,
 }
@@ -25,8 +25,8 @@ impl Schedule {
         self.pauses.restart();
     }
 
-    pub(super) fn told(&mut self) {
-        self.told = true;
+    pub(super) fn reported(&mut self) {
+        self.reported = true;
         self.pauses.restart();
     }
 
@@ -37,7 +37,7 @@ impl Schedule {
 
     /// Call when a scan starts. Returns whether it covers all pods.
     pub(super) fn begun(&mut self, now: Instant, missing: bool) -> bool {
-        self.told = false;
+        self.reported = false;
         let is_full = !missing || self.full.is_none_or(|full| now - full >= Pauses::SLOW);
         if is_full {
             self.full = Some(now);
@@ -52,11 +52,11 @@ impl Schedule {
     /// Time of the next scan, where `missing` says whether any pod is not found. `None` if no scan has run yet, so that
     /// one is due now.
     pub(super) fn due(&self, missing: bool) -> Option<Instant> {
-        let pause = match (missing, self.told) {
+        let pause = match (missing, self.reported) {
             (true, true) => Duration::ZERO,
             _ if self.full.is_none() => Duration::ZERO,
             (true, false) => self.pauses.while_missing(),
-            (false, true) => TOLD,
+            (false, true) => AFTER_REPORT,
             (false, false) => Pauses::SLOW,
         };
         self.pauses.due(pause)
@@ -113,19 +113,19 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_tells_is_looked_at_at_once() {
+    fn a_report_of_the_kernel_causes_a_scan_at_once() {
         let mut schedule = Schedule::default();
         let now = Instant::now();
         for _ in 0..9 {
             schedule.begun(now, true);
             schedule.ended(now, MS(2));
         }
-        schedule.told();
+        schedule.reported();
         assert_eq!(schedule.due(true), Some(now + MS(8)), "but for the rest");
-        assert_eq!(schedule.due(false), Some(now + TOLD));
+        assert_eq!(schedule.due(false), Some(now + AFTER_REPORT));
         // A report during a scan, which may have started too early to find the netns.
         schedule.begun(now, true);
-        schedule.told();
+        schedule.reported();
         schedule.ended(now, MS(2));
         assert_eq!(schedule.due(true), Some(now + MS(8)));
         schedule.begun(now, true);
@@ -171,7 +171,7 @@ mod tests {
         let mut schedule = Schedule::default();
         let now = Instant::now();
         schedule.begun(now, true);
-        schedule.told();
+        schedule.reported();
         schedule.ended(now, Duration::from_secs(4));
         assert_eq!(schedule.due(true), Some(now + Duration::from_secs(16)));
     }

@@ -57,7 +57,7 @@ pub(super) struct AccountTokens {
     /// The last token, and when it was requested.
     last: Mutex<Option<(Bearer, Instant)>>,
     /// Whether the user was warned that the name cannot be proved.
-    told: AtomicBool,
+    is_warned: AtomicBool,
 }
 
 impl fmt::Debug for Token {
@@ -128,7 +128,7 @@ impl Token {
             account,
             audience: audience.to_owned(),
             last: Mutex::default(),
-            told: AtomicBool::new(false),
+            is_warned: AtomicBool::new(false),
         }))
     }
 
@@ -152,7 +152,7 @@ impl AccountTokens {
         let Err(error) = post_signing_request(&self.client, csr).await else {
             return;
         };
-        if !self.told.swap(true, Ordering::Relaxed) {
+        if !self.is_warned.swap(true, Ordering::Relaxed) {
             eprintln!(
                 "auth-daemon: access logs name the token instead of you: {error}; with the right to create \
                  certificatesigningrequests (certificates.k8s.io) they name you"

@@ -69,10 +69,10 @@ pub(super) async fn keep(
         if received {
             failures = 0;
         }
-        let told = logged
+        let is_logged = logged
             .as_ref()
             .is_some_and(|(at, before)| *before == why && at.elapsed() < LOG_INTERVAL);
-        if !told {
+        if !is_logged {
             tracing::warn!(
                 address = link.address(), resources = session.count(), %why,
                 "subscription to istiod ended; keeping the known state and resuming"

@@ -522,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_is_read_anew_loses_no_deletion_and_nothing_meanwhile() {
+    fn a_list_that_is_read_again_loses_no_deletion_and_no_change() {
         let mut known = known();
         take(&mut known, Event::Init);
         for (name, address) in [("one", "10.0.0.1"), ("two", "10.0.0.2")] {
@@ -611,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_understood_keeps_its_last_good_state_unless_made_anew() {
+    fn an_unreadable_object_keeps_its_last_good_state_unless_recreated() {
         let mut known = known();
         take(&mut known, Event::Init);
         take(&mut known, Event::InitDone);

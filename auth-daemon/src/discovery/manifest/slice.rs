@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn slices_of_nobody_are_none_and_those_beyond_the_limits_are_refused() {
+    fn slices_without_a_service_are_ignored_and_those_beyond_the_limits_are_refused() {
         let changed = |pointer: &str, value: Value| {
             let mut object = slice_object();
             *object.pointer_mut(pointer).unwrap() = value;

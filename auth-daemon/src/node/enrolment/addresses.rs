@@ -17,7 +17,7 @@ use auth_mesh::{AddressKind, Snapshot};
 
 /// What the MESH map was last written from.
 #[derive(Default)]
-pub(super) struct Told {
+pub(super) struct Written {
     /// `None` before the first write.
     pub(super) snapshot: Option<Arc<Snapshot>>,
     node_addresses: Vec<IpAddr>,
@@ -33,11 +33,11 @@ impl Enrolment {
         let node_addresses = self.node_addresses.current().to_vec();
         let mut gone = node.unclaimed.gone();
         let expired = gone.expire(Instant::now());
-        let before = self.told.snapshot.as_ref();
+        let before = self.written.snapshot.as_ref();
         let is_same = before.is_some_and(|before| Arc::ptr_eq(before, snapshot))
-            && node_addresses == self.told.node_addresses
+            && node_addresses == self.written.node_addresses
             && expired.is_empty();
-        if is_same && self.told.is_written {
+        if is_same && self.written.is_written {
             return;
         }
         let mut changed: HashSet<IpAddr> = expired.into_iter().collect();
@@ -45,14 +45,14 @@ impl Enrolment {
             Some(before) => changed.extend(note_changes(&mut gone, before, snapshot)),
             None => adopt(&mut gone, &node.kernel, snapshot, &node_addresses),
         }
-        changed.extend(self.told.node_addresses.iter().chain(&node_addresses));
+        changed.extend(self.written.node_addresses.iter().chain(&node_addresses));
         if let Some(before) = before {
             let exposed = snapshot.exposed_since(before);
             changed.extend(exposed.filter_map(|(at, _)| at.address));
         }
         let are_exposed = self.tell_exposed_ports(snapshot);
         let networks = self.networks(snapshot);
-        if networks != self.told.networks {
+        if networks != self.written.networks {
             // Before the kernel captures anything in them.
             let refused = networks.iter().filter(|(_, kind)| {
                 matches!(kind, MeshKind::PodNetwork | MeshKind::ServiceNetwork)
@@ -66,9 +66,9 @@ impl Enrolment {
             networks: &networks,
             gone: &gone,
         };
-        let written = if self.told.is_written {
+        let written = if self.written.is_written {
             let addresses = changed.into_iter().map(IpNet::from);
-            let networks = self.told.networks.keys().chain(networks.keys()).copied();
+            let networks = self.written.networks.keys().chain(networks.keys()).copied();
             let changes = addresses.chain(networks);
             node.kernel
                 .change_mesh(changes.map(|net| (net, sources.entry(net))))
@@ -81,7 +81,7 @@ impl Enrolment {
                 %error, "cannot write the mesh's addresses to the kernel; new ones are not captured"
             );
         }
-        self.told = Told {
+        self.written = Written {
             snapshot: Some(snapshot.clone()),
             node_addresses,
             networks,
@@ -92,7 +92,11 @@ impl Enrolment {
     /// Writes the ports at which pods and services of the mesh are exposed to the kernel, if they have changed. Returns
     /// whether they are written.
     fn tell_exposed_ports(&self, snapshot: &Snapshot) -> bool {
-        let before = self.told.snapshot.as_ref().filter(|_| self.told.is_written);
+        let before = self
+            .written
+            .snapshot
+            .as_ref()
+            .filter(|_| self.written.is_written);
         if before.is_some_and(|before| snapshot.exposed_since(before).next().is_none()) {
             return true;
         }
@@ -117,11 +121,11 @@ impl Enrolment {
     /// Returns what an address is to the kernel when it calls a pod of this node. `None` if the MESH map has no entry
     /// for it.
     pub(super) fn caller_kind(&self, snapshot: &Snapshot, address: IpAddr) -> Option<MeshKind> {
-        let Told {
+        let Written {
             node_addresses,
             networks,
             ..
-        } = &self.told;
+        } = &self.written;
         let sources = Sources {
             snapshot,
             node_addresses,

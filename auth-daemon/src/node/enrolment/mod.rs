@@ -34,7 +34,7 @@ use super::{
     remote_clusters, revocation,
 };
 use crate::proxy::{Node, Pod, PodStatus, rules, same_node};
-use addresses::Told;
+use addresses::Written;
 use auth_datapath::{
     EnrolError, Enrolled, Kernel, Netns, NetnsDiscovery, NodeAddresses, PodLinks, open_netns,
     sockets::Listeners,
@@ -83,7 +83,7 @@ pub struct Enrolment {
     /// The pod that owns each address, by the cookie of its netns. If two pods claim an address, the first one owns it.
     owners: HashMap<IpAddr, u64>,
     /// The mesh addresses last written to the kernel.
-    told: Told,
+    written: Written,
     node_addresses: NodeAddresses,
     pod_links: PodLinks,
     pod_roots: PodRoots,
@@ -188,7 +188,7 @@ impl Enrolment {
             workload_apis: WorkloadApis::new(node.config.workload_api.socket.as_deref()),
             node,
             owners: HashMap::new(),
-            told: Told::default(),
+            written: Written::default(),
             node_addresses: NodeAddresses::default(),
             pod_links: PodLinks::default(),
             pod_roots: PodRoots::default(),

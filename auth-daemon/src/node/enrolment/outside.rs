@@ -45,7 +45,7 @@ pub(super) struct OutsidePods {
     /// See [`Census::is_partial`].
     is_partial: bool,
     /// Whether a pod has created a socket in a closed netns since the last census began.
-    is_told: bool,
+    is_reported: bool,
     /// Whether the kernel closes what is not open.
     is_in_force: bool,
 }
@@ -92,13 +92,13 @@ impl OutsidePods {
                     return;
                 },
                 () = tokio::time::sleep_until(due.into()), if is_idle => self.begin(node),
-                () = node.kernel.gate.knocked() => self.is_told = true,
+                () = node.kernel.gate.knocked() => self.is_reported = true,
             }
         }
     }
 
     fn begin(&mut self, node: &Arc<Node>) {
-        self.is_told = false;
+        self.is_reported = false;
         let node = node.clone();
         self.census = Some(tokio::task::spawn_blocking(move || node.kernel.census()));
     }
@@ -131,7 +131,7 @@ impl OutsidePods {
 
     /// Takes a census as soon as possible, because a pod has a new sandbox.
     pub(super) fn search_now(&mut self) {
-        self.is_told = true;
+        self.is_reported = true;
     }
 
     /// Logs each netns that stays closed for long, once.
@@ -152,7 +152,7 @@ impl OutsidePods {
 
     /// Time of the next census. `None`: now.
     fn due(&self) -> Option<Instant> {
-        self.pauses.due(if self.is_told {
+        self.pauses.due(if self.is_reported {
             Duration::ZERO
         } else if !self.missing.is_empty() {
             self.pauses.while_missing()

@@ -10,7 +10,7 @@ impl Enrolment {
     /// those whose tunnel an administrator has disabled. Called before [`Enrolment::tell_addresses`].
     pub(super) fn remember_daemons(&self, snapshot: &Arc<Snapshot>) {
         let nothing = Snapshot::default();
-        let before = self.told.snapshot.as_ref();
+        let before = self.written.snapshot.as_ref();
         if before.is_some_and(|before| Arc::ptr_eq(before, snapshot)) {
             return;
         }

@@ -128,16 +128,16 @@ impl Tampering {
         let Some(found) = self.found.get(&cookie) else {
             return String::new();
         };
-        let mut told = Vec::new();
+        let mut parts = Vec::new();
         if found.times > 0 {
             let names: Vec<_> = found.missing.iter().copied().collect();
             let names = names.join(", ");
-            told.push(format!("removed {names}; restored {} times", found.times));
+            parts.push(format!("removed {names}; restored {} times", found.times));
         }
         if found.is_preceded {
-            told.push("has routing rules that precede the daemon's".to_owned());
+            parts.push("has routing rules that precede the daemon's".to_owned());
         }
-        told.join("; ")
+        parts.join("; ")
     }
 }
 

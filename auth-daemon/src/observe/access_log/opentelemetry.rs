@@ -42,7 +42,7 @@ impl Finished {
                 auth_daemon.client.person = self.client_person.as_deref(),
                 auth_daemon.server.identity = self.server_identity.as_ref().map(|id| id.as_str()),
                 auth_daemon.service = self.service.as_ref().map(ToString::to_string),
-                auth_daemon.policy = self.judgement.told.as_deref(),
+                auth_daemon.policy = self.judgement.policies.as_deref(),
                 auth_daemon.bytes_to_server = self.bytes_to_server,
                 auth_daemon.bytes_to_client = self.bytes_to_client,
                 auth_daemon.duration_ms = self.duration.as_millis() as u64,
@@ -177,7 +177,7 @@ mod tests {
             outcome: Outcome::Refused,
             reason: "denied: plaintext".into(),
             judgement: Judgement {
-                told: Some("denied by x".into()),
+                policies: Some("denied by x".into()),
                 is_denied: true,
                 ..Judgement::default()
             },

@@ -131,7 +131,7 @@ impl Counts {
             self.reason.clone_from(&finished.reason);
         }
         if self.policy.is_none() {
-            self.policy.clone_from(&finished.judgement.told);
+            self.policy.clone_from(&finished.judgement.policies);
         }
         if self.service.is_none() {
             self.service = finished.service.as_ref().map(ToString::to_string);

@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_arrived_is_read_and_errors_are_told() {
+    fn what_arrived_is_read_and_errors_are_reported() {
         let good = r#"{"start": {}, "end": {"streams": [],
             "sum_received": {"start": 0, "seconds": 5.0, "bytes": 625, "bits_per_second": 1000.0}}}"#;
         let sum = received(good).unwrap();

@@ -27,14 +27,14 @@ impl Steal {
         let memory = File::open(format!("/proc/{pid}/mem"));
         let duplicated = duplicate(&process, 0);
         Ok(json!({
-            "link": said(link.map(drop)),
-            "memory": said(memory.map(drop)),
-            "duplicate": said(duplicated.map(drop)),
+            "link": outcome(link.map(drop)),
+            "memory": outcome(memory.map(drop)),
+            "duplicate": outcome(duplicated.map(drop)),
         }))
     }
 }
 
-fn said(result: io::Result<()>) -> Value {
+fn outcome(result: io::Result<()>) -> Value {
     result.map_or_else(|error| json!(errno_name(&error)), |()| json!("done"))
 }
 

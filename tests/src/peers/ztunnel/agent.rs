@@ -213,7 +213,7 @@ mod tests {
         let mut stream = UnixStream::from(socket);
         let hello = Hello { version: VERSION };
         stream.write_all(&hello.encode_to_vec()).unwrap();
-        let mut told = Vec::new();
+        let mut packets = Vec::new();
         for error in errors {
             let (mut packet, mut space) = ([0; 1024], nix::cmsg_space!([RawFd; 2]));
             let mut slices = [IoSliceMut::new(&mut packet)];
@@ -232,14 +232,14 @@ mod tests {
             });
             let inodes = inodes.collect();
             let length = got.bytes;
-            told.push((Request::decode(&packet[..length]).unwrap(), inodes));
+            packets.push((Request::decode(&packet[..length]).unwrap(), inodes));
             let ack = Some(Ack {
                 error: (*error).to_owned(),
             });
             let answer = Response { ack }.encode_to_vec();
             stream.write_all(&answer).unwrap();
         }
-        told
+        packets
     }
 
     /// Sends two pods to such a ztunnel.
@@ -266,17 +266,17 @@ mod tests {
     }
 
     #[test]
-    fn each_pod_is_told_of_with_its_namespace_and_then_the_end() {
-        let (result, told) = introduced("all-well", &["", "", ""]);
+    fn sends_each_pod_with_its_namespace_and_then_the_end() {
+        let (result, packets) = introduced("all-well", &["", "", ""]);
         result.unwrap();
         let own = std::fs::metadata("/proc/self/ns/net").unwrap().ino();
-        for ((request, inodes), name) in told.iter().zip(["web", "near"]) {
+        for ((request, inodes), name) in packets.iter().zip(["web", "near"]) {
             let add = request.add.clone().unwrap();
             assert_eq!(add.uid, format!("uid-{name}"));
             assert_eq!(add.workload_info.unwrap().name, name);
             assert_eq!(*inodes, [own]);
         }
-        let (end, inodes) = &told[2];
+        let (end, inodes) = &packets[2];
         assert!(end.add.is_none() && end.snapshot_sent.is_some() && inodes.is_empty());
     }
 

@@ -108,7 +108,7 @@ async fn replaces_a_root_before_it_expires() {
 }
 
 #[tokio::test]
-async fn advances_by_itself() {
+async fn advances_automatically() {
     let folder = tempfile::tempdir().unwrap();
     let mut settings = settings();
     settings.root = Root::SelfSigned(RootSettings {
