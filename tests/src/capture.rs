@@ -26,11 +26,11 @@ pub struct Capture {
     reader: Option<JoinHandle<()>>,
 }
 
-/// What the reader is told, and how far it has come.
+/// Requests to the reader, and how far it has come.
 #[derive(Debug, Default)]
 struct Orders {
     stop: AtomicBool,
-    /// How often somebody has asked for all packets from before.
+    /// How often all packets from before were requested.
     asked: AtomicU64,
     /// Of these, how many the reader has heard before it last read all packets.
     answered: AtomicU64,

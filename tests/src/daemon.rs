@@ -188,7 +188,7 @@ impl Daemon {
 
     /// Waits until the output of the readiness probe begins with `answer`.
     pub fn wait_probed(&self, answer: &str) -> Result<()> {
-        let what = format!("the daemon on {} to say {answer:?}", self.node());
+        let what = format!("the daemon on {} to answer {answer:?}", self.node());
         eventually_ok(TIMEOUT, &what, || {
             let probe = self.probe_ready()?;
             ensure!(

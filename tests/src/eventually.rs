@@ -35,7 +35,7 @@ pub fn eventually_ok<T>(
         match probe() {
             Ok(value) => return Ok(value),
             Err(why) if start.elapsed() >= deadline => {
-                return Err(why.context(format!("waited {deadline:?} in vain for {what}")));
+                return Err(why.context(format!("waited {deadline:?} for {what}")));
             }
             Err(_) => thread::sleep(POLL),
         }

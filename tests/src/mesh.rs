@@ -191,9 +191,9 @@ impl Mesh {
         )
     }
 
-    /// Ends everything on a node, as a power failure does: its processes, its cgroups and its network namespace with all that
-    /// is in it. Then makes the cgroups and the namespace anew, with the same addresses on the wire. The node's pods are not
-    /// made again.
+    /// Ends everything on a node, as a power failure does: its processes, its cgroups and its network namespace with
+    /// all that is in it. Then creates the cgroups and the namespace again, with the same addresses on the wire. The
+    /// node's pods are not created again.
     pub fn reset(&self, node: &Node) -> Result<()> {
         cgroup::remove(node.cgroup())?;
         for place in [node.place(), node.daemon_place()] {

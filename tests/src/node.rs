@@ -128,8 +128,8 @@ impl Node {
         plumbing::node_ipv6(self.0.number)
     }
 
-    /// Captures all traffic on the links of its pods from now on, both ways: what its pods, and whoever reaches them,
-    /// send each other. What one pod of the node sends to another appears on both links.
+    /// Captures all traffic on the links of its pods from now on, in both directions. What one pod of the node sends to
+    /// another appears on both links.
     pub fn capture_pods(&self) -> Result<Capture> {
         Capture::of_pods(self.netns())
     }

@@ -82,8 +82,8 @@ fn link_of_node(number: u8, netns: &Netns) -> [String; 2] {
     link_to_wire(&node_link(number), node_ipv4(number), netns)
 }
 
-/// The commands that attach a namespace to the bridge. Its hardware address is derived from its address, so that neighbour
-/// entries stay valid when the namespace is made anew.
+/// The commands that attach a namespace to the bridge. Its hardware address is derived from its address, so that
+/// neighbour entries stay valid when the namespace is recreated.
 fn link_to_wire(link: &str, address: Ipv4Addr, netns: &Netns) -> [String; 2] {
     [
         format!(

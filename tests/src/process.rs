@@ -156,7 +156,8 @@ impl Process {
             .with_context(|| format!("sending {signal} to `{}`", self.what))
     }
 
-    /// Suspends it (SIGSTOP), and waits until it is: other threads go on until the one that gets the signal is scheduled.
+    /// Suspends it (SIGSTOP), and waits until it is: other threads continue until the one that gets the signal is
+    /// scheduled.
     pub fn suspend(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)?;
         let stopped = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;

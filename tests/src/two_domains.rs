@@ -17,13 +17,13 @@ use crate::mesh::Mesh;
 use crate::pod::Pod;
 use crate::spec::PodSpec;
 
-/// The trust domain of node a. Its daemon signs by itself.
+/// The trust domain of node a, whose daemon signs with the embedded CA.
 pub const NEAR: &str = "near.example";
 /// The trust domain of node b. Its CA, on the host outside, serves the trust domain's bundle.
 pub const FAR: &str = "far.example";
-/// By which pods of node a reach the pod `far-web`.
+/// The address at which pods of node a reach the pod `far-web`.
 pub const FAR_SERVICE: &str = "10.96.0.7:7";
-/// By which pods of node b reach the pod `near-web`.
+/// The address at which pods of node b reach the pod `near-web`.
 pub const NEAR_SERVICE: &str = "10.96.0.8:7";
 
 /// Node a with the pods `near`, `near-web` and `a/other`, and node b with `far`, `far-web` and `b/other`, each of the service

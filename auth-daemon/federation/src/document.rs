@@ -25,7 +25,7 @@ const MAX_ROOTS: usize = 64;
 /// Value of a key's `use` that marks a root of X.509-SVIDs.
 const X509_SVID: &str = "x509-svid";
 
-/// The bundle of a trust domain. The document does not say of which: whoever reads it knows.
+/// The bundle of a trust domain. The document does not name the trust domain: its reader knows which it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bundle {
     /// Increases with each change of the bundle. `None` if its publisher does not count.
@@ -36,7 +36,7 @@ pub struct Bundle {
     pub roots: Vec<CertificateDer<'static>>,
 }
 
-/// Why a document is no bundle.
+/// Why a document is not a bundle.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("is not a SPIFFE bundle: {0}")]
 pub struct InvalidBundle(String);

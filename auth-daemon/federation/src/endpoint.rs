@@ -53,7 +53,7 @@ pub enum Profile {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Url(Uri);
 
-/// The SPIFFE ID of a bundle endpoint's server, of whatever path.
+/// The SPIFFE ID of a bundle endpoint's server, with any path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointId {
     uri: String,

@@ -1,4 +1,4 @@
-//! Watches of objects: of the own API server, and of those that others choose.
+//! Watches of objects: at the daemon's own API server, and at those that others choose.
 
 use std::{fmt::Debug, time::Duration};
 
@@ -71,9 +71,10 @@ where
     })
 }
 
-/// As [`follow`], but for an API server that others choose (see [`connect_by`](super::connect_by)): tells why it cannot be asked, and lists the
-/// objects again after that, so that the end of the list tells that it can. `read` takes each event. What it refuses counts as
-/// a failure, and is asked for again after five minutes. Lists come in shorter pages once a response was too long.
+/// As [`follow`], but for an API server that others choose (see [`connect_by`](super::connect_by)): yields why it
+/// cannot be read, and then lists the objects again, so that the end of the list shows that it can be. `read` takes
+/// each event. An event that it refuses counts as a failure, and is requested again after five minutes. Lists come in
+/// shorter pages once a response was too long.
 pub fn follow_or_fail<K, T, R>(
     api: Api<K>,
     config: watcher::Config,

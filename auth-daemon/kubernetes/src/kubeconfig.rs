@@ -16,16 +16,16 @@ use super::{NoCluster, limits::Limited, printable, verifying, with_causes};
 pub const MAX_KUBECONFIG_BYTES: usize = 64 << 10;
 /// Time without a byte from the API server after which a connection is given up. Longer than a watch lasts.
 const SILENCE: Duration = Duration::from_secs(150);
-/// How long each watch lasts, in seconds, before the next one goes on from there: an API server that has vanished without
+/// How long each watch lasts, in seconds, before the next one continues from there: an API server that has vanished without
 /// closing its connections is noticed by then.
 pub const WATCH_SECONDS: u32 = 120;
 
-/// What may be said of a cluster, and of a user. Everything else is refused, whichever context it belongs to: programs to run
+/// The fields that a cluster and a user may have. All others are refused, whichever context they belong to: programs to run
 /// (`exec`, `auth-provider`), files of this machine, proxies, other users' names.
 const OF_CLUSTER: [&str; 3] = ["server", "certificate-authority-data", "tls-server-name"];
 const OF_USER: [&str; 3] = ["token", "client-certificate-data", "client-key-data"];
 
-/// Creates a client for the current context of `kubeconfig`, which somebody else wrote. Sends nothing yet. Errors name
+/// Creates a client for the current context of `kubeconfig`, which is not trusted. Sends nothing yet. Errors name
 /// fields, and quote no value. Responses have a limit of 16 MiB, and those of watches one of 4 MiB for each line.
 pub async fn connect_by(kubeconfig: &[u8]) -> Result<Client, NoCluster> {
     let checked = checked(kubeconfig)
@@ -40,7 +40,7 @@ pub async fn connect_by(kubeconfig: &[u8]) -> Result<Client, NoCluster> {
     Ok(builder.with_layer(&layer_fn(Limited)).build())
 }
 
-/// Returns what `kubeconfig` says of its current context, if it says nothing that is not allowed.
+/// Returns the cluster and the user of the current context of `kubeconfig`. Fails if it has a field that is not allowed.
 fn checked(kubeconfig: &[u8]) -> Result<Kubeconfig, String> {
     if kubeconfig.len() > MAX_KUBECONFIG_BYTES {
         return Err(format!("it is longer than {MAX_KUBECONFIG_BYTES} bytes"));

@@ -88,7 +88,7 @@ pub async fn connect_as_user(
     client(config)
 }
 
-/// Whether there is a kubeconfig that [`connect_as_user`] finds by itself.
+/// Whether there is a kubeconfig that [`connect_as_user`] finds without being given one.
 pub fn has_kubeconfig() -> bool {
     env::var_os("KUBECONFIG").is_some_and(|files| !files.is_empty())
         || env::home_dir().is_some_and(|home| home.join(".kube/config").is_file())

@@ -1,5 +1,5 @@
-//! CertificateSigningRequests, by which somebody proves to others who they are at the API server: it writes the user's name
-//! into the object, and nobody can change that.
+//! CertificateSigningRequests, by which a user proves its name at the API server to others: the API server writes the
+//! name into the object, and no one can change it.
 
 use std::fmt::Write;
 
@@ -12,7 +12,7 @@ use kube::{Client, api::ObjectMeta};
 
 use crate::{ApiError, Objects};
 
-/// Nobody signs for this name. Pending requests are deleted after a day.
+/// No signer has this name. Pending requests are deleted after a day.
 const SIGNER: &str = "auth-daemon.io/person";
 
 /// Posts `csr` (PKCS #10, PEM). Needs the right `create` on `certificatesigningrequests`.

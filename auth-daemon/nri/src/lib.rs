@@ -1,4 +1,4 @@
-//! A plugin of the Node Resource Interface (NRI), with which containerd 2 and CRI-O tell of each pod before its first
+//! A plugin of the Node Resource Interface (NRI), by which containerd 2 and CRI-O report each pod before its first
 //! container starts.
 //!
 //! The runtime waits for the plugin's answer. The daemon answers when the pod is enrolled, so that the first instruction
@@ -53,7 +53,7 @@ pub enum Error {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the kernel says.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The runtime did not accept the plugin.
@@ -63,7 +63,7 @@ pub enum Error {
     #[error("the container runtime closed the connection")]
     Closed,
     /// What the runtime sent is not NRI.
-    #[error("the container runtime sent what is not NRI: {0}")]
+    #[error("the container runtime sent something that is not NRI: {0}")]
     Protocol(io::Error),
 }
 

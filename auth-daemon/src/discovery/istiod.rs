@@ -1,7 +1,6 @@
-//! Discovery from istiod, the control plane of an Istio mesh: workloads, services and policies by delta ADS. The API server says
-//! which pods are on this node, which of them Istio's labels put into the mesh, where services are exposed, and which nodes have
-//! a daemon of this kind.
-//! While either is unavailable, the last known state stays in force.
+//! Discovery from istiod, the control plane of an Istio mesh: workloads, services and policies by delta ADS. The API
+//! server says which pods are on this node, which of them Istio's labels put into the mesh, where services are exposed,
+//! and which nodes have a daemon of this kind. While either is unavailable, the last known state stays in force.
 
 mod ambient;
 mod due;

@@ -104,7 +104,7 @@ pub(crate) fn serve(
                 return Box::pin(hbone::carry(app, stream, access)).await;
             }
             Ok((Opened::Plainly(server), early)) => {
-                return Box::pin(carry_plainly(app, server, early, access)).await;
+                return Box::pin(carry_plaintext(app, server, early, access)).await;
             }
             Ok((Opened::SameNode(neighbour), early)) => {
                 if let Err(shared) = node.same_node.remember(node, cookie, dialled).await {
@@ -124,19 +124,19 @@ pub(crate) fn serve(
 }
 
 /// Relays without TLS. `early` holds bytes that were read from the app for an endpoint that refused the connection.
-async fn carry_plainly(
+async fn carry_plaintext(
     mut app: TcpStream,
     mut server: TcpStream,
     early: Vec<u8>,
     access: Guard<'_>,
 ) {
-    match relay_plainly(&mut app, &mut server, &early, &access).await {
+    match relay_plaintext(&mut app, &mut server, &early, &access).await {
         Ok(()) => access.finish(Outcome::Ok, ""),
         Err(error) => access.finish(Outcome::Reset, error),
     }
 }
 
-/// Like [`carry_plainly`], to another pod of this node, until one of the two is gone or has no private link any more.
+/// Like [`carry_plaintext`], to another pod of this node, until one of the two is gone or has no private link any more.
 async fn carry_same_node(
     node: &Node,
     client: u64,
@@ -147,7 +147,7 @@ async fn carry_same_node(
 ) {
     let _load = node.balance.count(neighbour.endpoint);
     let servers_side = access.servers_side(neighbour.local_pod.cookie);
-    let relayed = relay_plainly(&mut app, &mut neighbour.tcp, &early, &access);
+    let relayed = relay_plaintext(&mut app, &mut neighbour.tcp, &early, &access);
     let ended = tokio::select! {
         // First, so that nothing is relayed if that is known before the first byte.
         biased;
@@ -165,7 +165,7 @@ async fn carry_same_node(
     }
 }
 
-async fn relay_plainly(
+async fn relay_plaintext(
     app: &mut TcpStream,
     server: &mut TcpStream,
     early: &[u8],

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// A limit on concurrent connections. `S` is what tells sources apart.
+/// A limit on concurrent connections. `S` identifies a source.
 #[derive(Debug)]
 pub struct ConnectionLimit<S: Copy + Eq + Hash = IpAddr> {
     max: usize,

@@ -26,7 +26,7 @@ impl<K: Clone + Eq + Hash> Key for K {}
 
 #[derive(Debug)]
 struct State<K: Key> {
-    /// Turns that nobody has.
+    /// Free turns.
     free: usize,
     keys: HashMap<K, Entry<K>>,
     /// Keys that wait and may have another turn, the next one first.
@@ -77,7 +77,8 @@ impl<K: Key> FairQueue<K> {
         }
     }
 
-    /// Runs `work` with a turn of what `key` returns for each of its polls: between two of them, others have theirs.
+    /// Runs `work` with a turn of the key that `key` returns for each of its polls, so that others get theirs between
+    /// two polls.
     pub async fn run<F: Future>(self: Arc<Self>, key: impl Fn() -> K, work: F) -> F::Output {
         let mut work = pin!(work);
         loop {
@@ -109,7 +110,7 @@ impl<K: Key> FairQueue<K> {
         given
     }
 
-    /// Gives free turns to those that wait. Returns turns that nobody waits for any more.
+    /// Gives free turns to those that wait. Returns turns whose receiver has stopped waiting.
     fn give(self: &Arc<Self>, state: &mut State<K>) -> Vec<Turn<K>> {
         let mut unclaimed = Vec::new();
         while state.free > 0 {
@@ -318,7 +319,7 @@ mod tests {
                     Some(turn) => { held.push(turn); false }
                     None => true,
                 });
-                prop_assert!(waiting.len() < before, "somebody waits although turns are free");
+                prop_assert!(waiting.len() < before, "a request waits although turns are free");
             }
             held.clear();
             let state = queue.lock();

@@ -46,7 +46,7 @@ pub fn create_own_directory(directory: &Path) -> io::Result<()> {
 /// Reads a file of at most `limit` bytes that nobody else may change, and only `readers` may read.
 pub fn read_own(path: &Path, limit: u64, readers: Readers) -> io::Result<Vec<u8>> {
     let mut file = fs::File::open(path)?;
-    // Of the open file, so that nobody can replace it meanwhile.
+    // Of the open file, so that it cannot be replaced in between.
     let metadata = file.metadata()?;
     if let Some(what) = writable_by_others(&metadata) {
         let mode = match readers {
@@ -54,7 +54,7 @@ pub fn read_own(path: &Path, limit: u64, readers: Readers) -> io::Result<Vec<u8>
             Readers::Nobody | Readers::OwnGroup => "600",
         };
         return Err(io::Error::other(format!(
-            "{what}: somebody else could replace it. Give it to the user of this program and run `chmod {mode} {}`",
+            "{what}: another user could replace it. Give it to the user of this program and run `chmod {mode} {}`",
             path.display()
         )));
     }

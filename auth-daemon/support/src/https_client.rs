@@ -15,7 +15,7 @@ use crate::http_client;
 
 /// Returns the body of `uri`, of at most `limit` bytes, within `deadline`. `tls` is for a URI with the scheme `https`; with any
 /// other, there is no TLS. `explain` says why a TLS handshake failed. Redirects are not followed: they could lead anywhere,
-/// and out of TLS.
+/// and away from TLS.
 pub async fn get(
     uri: &Uri,
     tls: impl FnOnce() -> Result<ClientConfig, String>,

@@ -62,7 +62,7 @@ impl Replica {
         let mut current = self.current.clone();
         let change = current.wait_for(|now| now.is_some() == leads);
         let waited = tokio::time::timeout(Duration::from_secs(60), change).await;
-        assert!(waited.is_ok(), "waited in vain for leading={leads}");
+        assert!(waited.is_ok(), "timed out waiting for leading={leads}");
     }
 }
 

@@ -1,8 +1,8 @@
 //! Names on demand: resources are subscribed to when a pod needs them, instead of all that there are.
 //!
-//! An address is asked for by name (`network/address`). istiod answers with what has the address (of a service, also the
-//! endpoints), or that nothing has it. From then on it tells of changes of what it has sent, by those resources' own names: not
-//! of a service's new endpoints, and not of an address that comes into being. So an address is asked for again once its answer
+//! An address is asked for by name (`network/address`). istiod answers with what has the address (of a service, also
+//! the endpoints), or that nothing has it. From then on, it reports changes of what it has sent, by those resources'
+//! own names, but neither a service's new endpoints nor new addresses. So an address is asked for again once its answer
 //! is old. A waypoint that an answer names is asked for with it.
 
 use std::{
@@ -126,8 +126,8 @@ impl Demand {
         requests
     }
 
-    /// Returns a request that unsubscribes from `names`. istiod takes a request that only unsubscribes for one to which all
-    /// resources are to be removed, so it also subscribes to a name that stands for nothing.
+    /// Returns a request that unsubscribes from `names`. istiod takes a request that only unsubscribes for one that
+    /// removes all resources, so this one also subscribes to a name that stands for nothing.
     fn unsubscribe(&mut self, mut names: Vec<String>, mesh: &Mesh) -> Option<Names> {
         if names.is_empty() {
             return None;

@@ -49,7 +49,7 @@ pub(crate) fn any_address(bytes: &[u8]) -> Result<IpAddr, String> {
     } else if let Ok(sixteen) = <[u8; 16]>::try_from(bytes) {
         sixteen.into()
     } else {
-        return Err(format!("{} bytes are no IP address", bytes.len()));
+        return Err(format!("{} bytes are not an IP address", bytes.len()));
     };
     Ok(address)
 }

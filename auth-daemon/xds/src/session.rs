@@ -100,7 +100,7 @@ pub struct Taken {
     pub answer: DeltaDiscoveryRequest,
     /// Why resources were rejected.
     pub rejected: Vec<String>,
-    /// What the addresses are that were asked for. They count together with the changes.
+    /// What has the requested addresses. These answers take effect together with the changes.
     pub answered: Vec<(IpAddr, Answer)>,
 }
 
@@ -181,7 +181,7 @@ impl Session {
             let held = &self.addresses.held;
             let names = demand.open(held.keys());
             second.resource_names_subscribe.extend(names);
-            // istiod's way of subscribing to nothing else.
+            // By this, istiod sends nothing else.
             second.resource_names_unsubscribe = vec!["*".into()];
             // What answers the batch is to be sent whether it has changed or not.
             let waits_for = |name: &String| {
@@ -211,7 +211,7 @@ impl Session {
         self.addresses.held.len() + self.authorizations.held.len()
     }
 
-    /// Takes a response. Each resource counts by itself: one that cannot be read keeps its last good version.
+    /// Takes a response. Each resource is handled separately: one that cannot be read keeps its last good version.
     pub fn take(&mut self, response: DeltaDiscoveryResponse) -> Taken {
         let mut answer = DeltaDiscoveryRequest {
             type_url: response.type_url.clone(),

@@ -1,6 +1,6 @@
-//! What istiod and the API server say, as one state of the mesh. The API server says which pods are on this node, what is in
-//! the mesh there, and at which ports of nodes and other addresses services are exposed; istiod says everything else, and which
-//! policies select each workload.
+//! What istiod and the API server say, as one state of the mesh. The API server says which pods are on this node, what
+//! is in the mesh there, and at which ports of nodes and other addresses services are exposed; istiod says everything
+//! else, and which policies select each workload.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -162,7 +162,7 @@ impl State {
     fn policies_have_changed(&mut self, in_number: bool) {
         self.policies_changed = true;
         if in_number {
-            // Whether all policies of a pod are known may be another now.
+            // It may have changed whether all policies of a pod are known.
             let names: Vec<_> = self.local.keys().cloned().collect();
             for name in names {
                 self.settle(&name);
@@ -220,7 +220,7 @@ impl State {
                 let known = found.map(|found| self.known_policies(found));
                 match known.flatten() {
                     Some(markers) => pod.labels.extend(markers),
-                    // Nobody has said yet which policies select the pod.
+                    // Nothing says yet which policies select the pod.
                     None => pod.labels.extend([pending_marker()]),
                 }
                 if let Some(found) = found {
@@ -229,7 +229,7 @@ impl State {
                 }
                 self.edit.pod(pod);
             }
-            // What is on this node, the API server knows better.
+            // For pods of this node, the API server takes precedence.
             (None, Some(found)) if found.workload.node != self.node => {
                 self.edit.pod(found.workload.clone());
             }

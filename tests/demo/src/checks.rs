@@ -141,7 +141,7 @@ pub(super) const AFTER: [Check; 34] = [
     },
     Check {
         name: "policy-deny",
-        claim: "a policy refuses one account and no other, and says which it was",
+        claim: "a policy refuses one account and no other, and the log names the policy",
         run: policy::policy_deny,
     },
     Check {
@@ -156,7 +156,7 @@ pub(super) const AFTER: [Check; 34] = [
     },
     Check {
         name: "strict-refuses-plaintext",
-        claim: "whether plaintext is taken is as PeerAuthentication says",
+        claim: "PeerAuthentication decides whether plaintext is accepted",
         run: policy::strict_refuses_plaintext,
     },
     Check {
@@ -191,7 +191,7 @@ pub(super) const AFTER: [Check; 34] = [
     },
     Check {
         name: "unload",
-        claim: "unloading leaves nothing behind, and the pods talk plainly again",
+        claim: "unloading leaves nothing behind, and the pods communicate in plaintext again",
         run: failure::unload,
     },
 ];

@@ -76,7 +76,7 @@ fn server_daemon(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     evidence.saw(format!(
         "bytes that packets from and to the server pod carried: {bytes}"
     ));
-    ensure!(bytes == 0, "something was said without a daemon");
+    ensure!(bytes == 0, "data was sent without a daemon");
     come_back(stage, NODE_B, evidence)?;
     ensure!(
         stage.requests("web-1", &path).is_empty(),

@@ -142,7 +142,7 @@ fn perform(evidence: &Evidence, stop: &AtomicBool) {
     });
 }
 
-/// Runs checks until told to stop. Returns whether all have run.
+/// Runs checks until it has to stop. Returns whether all have run.
 fn checks(checks: &[Check], stage: &mut Stage, evidence: &Evidence, stop: &AtomicBool) -> bool {
     for check in checks {
         if stop.load(Ordering::Relaxed) {

@@ -102,7 +102,7 @@ pub(super) fn policy_live(stage: &mut Stage, evidence: &Evidence) -> Result<()> 
             (allowed.events_of("round").len() > rounds + 3).then_some(())
         })?;
         evidence.saw(format!(
-            "{NEIGHBOUR}'s goes on: {} rounds",
+            "{NEIGHBOUR}'s continues: {} rounds",
             allowed.events_of("round").len()
         ));
         drop(allowed);

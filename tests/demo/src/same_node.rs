@@ -68,7 +68,7 @@ pub(super) fn same_node(stage: &mut Stage, evidence: &Evidence) -> Result<()> {
     ));
     ensure!(
         SocketAddr::new(request.remote_address, request.remote_port) == direct[0],
-        "nginx saw somebody else"
+        "nginx saw another client"
     );
     drop(asking);
     for direction in ["outbound", "inbound"] {

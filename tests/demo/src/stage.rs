@@ -317,17 +317,17 @@ fn curl(from: &Place, server: SocketAddr, path: &str, seconds: u32) -> Result<As
     let (body, addresses) = finished
         .stdout
         .rsplit_once('\n')
-        .context("curl did not say its addresses")?;
+        .context("curl did not report its addresses")?;
     let words: Vec<_> = addresses.split(' ').collect();
     let address = |ip: usize| -> Result<SocketAddr> {
         let [ip, port] = [words.get(ip), words.get(ip + 1)].map(|word| word.unwrap_or(&""));
         let ip: IpAddr = ip
             .parse()
-            .with_context(|| format!("curl said {addresses:?}"))?;
+            .with_context(|| format!("curl printed {addresses:?}"))?;
         Ok((
             ip,
             port.parse()
-                .with_context(|| format!("curl said {addresses:?}"))?,
+                .with_context(|| format!("curl printed {addresses:?}"))?,
         )
             .into())
     };

@@ -26,7 +26,7 @@ use crate::place::Place;
 use crate::process::Process;
 use agent::{Agent, Workload};
 
-/// What a ztunnel is told besides the mesh's pods.
+/// Settings of a ztunnel besides the mesh's pods.
 #[derive(Debug, Clone, Default)]
 pub struct ZtunnelOptions {
     /// Serve IPv6, too.
@@ -251,7 +251,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where it looks for credentials by itself, relative to its working directory.
+/// Where it looks for credentials by default, relative to its working directory.
 const SECRETS: &str = "var/run/secrets";
 /// The roots of its CA, below that.
 const ROOTS: &str = "istio/root-cert.pem";

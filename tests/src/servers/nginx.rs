@@ -22,7 +22,7 @@ pub struct Nginx {
 }
 
 impl Drop for Nginx {
-    /// Waits until it listens no more: its workers may outlive the first process for a moment.
+    /// Waits until it no longer listens: its workers may outlive the first process for a moment.
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.place.wait_listeners(self.port, |count| count == 0);

@@ -86,7 +86,7 @@ fn leaves_the_mesh(leave: impl Fn(&Mesh)) {
     }
     assert!(
         capture.stop().unwrap().contains(MARKER.as_bytes()),
-        "it talks plainly"
+        "it communicates in plaintext"
     );
     // Pods of the mesh are still STRICT: they refuse web, which is no longer in it.
     let refused = call(&web, client.at(8080));

@@ -112,7 +112,10 @@ fn it_leaves_nothing_and_pods_communicate_in_plaintext() {
         echoes(from, to);
     }
     let recording = capture.stop().unwrap();
-    assert!(recording.contains(MARKER.as_bytes()), "they talk plainly");
+    assert!(
+        recording.contains(MARKER.as_bytes()),
+        "they communicate in plaintext"
+    );
     assert!(
         recording
             .streams()

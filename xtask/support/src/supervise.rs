@@ -17,8 +17,8 @@ pub trait Event: Send + 'static {
     fn begins(&self) -> Option<&str>;
 }
 
-/// Runs `work` on a thread of its own until it ends, and calls `handle` with each of its events. Work that was told to stop
-/// must not begin another step.
+/// Runs `work` on a thread of its own until it ends, and calls `handle` with each of its events. Work that was asked to
+/// stop must not begin another step.
 ///
 /// # Errors
 /// The errors of `handle` and `work`; if the process is interrupted, or a step takes longer than `longest`. After such an

@@ -54,7 +54,7 @@ impl Toolchain {
             command.arg("-Zbuild-std=core");
         }
         if self.kind == Kind::System {
-            // The targets are unstable, whoever compiled their core.
+            // The targets are unstable, whichever compiler built their core.
             command
                 .env("RUSTC", SYSTEM_RUSTC)
                 .env("RUSTC_BOOTSTRAP", "1");

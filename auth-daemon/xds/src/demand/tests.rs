@@ -132,7 +132,7 @@ fn response(resources: Vec<Resource>, removed_resources: Vec<String>) -> DeltaDi
 struct Stage {
     session: Session,
     istiod: Istiod,
-    /// Names of the resources that the session has told of and not taken back.
+    /// Names of the resources that the session has reported and not removed.
     known: BTreeSet<String>,
 }
 
@@ -282,7 +282,7 @@ fn an_answer_counts_once_the_waypoint_is_known_too() {
     let mut stage = Stage::new();
     let web = stage.istiod.services.get_mut(WEB).unwrap();
     web.waypoint = behind("proxy.shop.svc.cluster.local");
-    // The waypoint is known from before: it is asked for all the same.
+    // The waypoint is already known: it is still requested.
     stage.ask(&["10.96.0.9"]);
     for _ in 0..2 {
         assert_eq!(stage.ask(&["10.96.0.7"]), [is("10.96.0.7", Answer::Known)]);

@@ -34,7 +34,7 @@ fn remote(state: &mut State, found: api::Workload) {
     state.take(Change::Workload(uid, Box::new(found)));
 }
 
-/// A pod as the API server tells of it.
+/// A pod as the API server reports it.
 fn local(name: &str, node: &str) -> Arc<Workload> {
     let name = ObjectName {
         namespace: "shop".into(),
@@ -207,7 +207,7 @@ fn missing(state: &State) -> Vec<String> {
 fn a_pod_admits_nothing_until_all_its_policies_are_known() {
     let mut state = state();
     state.local_pod(local("web-1", "a"));
-    assert!(!admits(&mut state), "istiod has not told of the pod");
+    assert!(!admits(&mut state), "istiod has not sent the pod");
     assert_eq!(missing(&state), [""; 0], "nor named a policy of it");
     let found = |policies: &[&str]| api::Workload {
         node: "a".into(),

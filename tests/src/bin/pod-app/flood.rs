@@ -1,4 +1,4 @@
-//! Connections as fast as possible, by a client that means harm.
+//! Connections as fast as possible, by a malicious client.
 
 use std::io::{self, Read};
 use std::net::TcpStream;

@@ -1,4 +1,4 @@
-//! Connections that carry markers, so that whoever reads one knows which connection it belongs to.
+//! Connections that carry markers, so that a reader of one knows which connection it belongs to.
 
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};

@@ -1,4 +1,4 @@
-//! Waiting until the test says to go on.
+//! Waiting until the test lets the program continue.
 
 use std::path::Path;
 use std::thread;

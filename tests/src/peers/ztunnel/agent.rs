@@ -93,7 +93,7 @@ impl Agent {
             ..Request::default()
         };
         stream.write_all(&end.encode_to_vec())?;
-        acknowledged(&mut stream).context("telling that these are all pods")?;
+        acknowledged(&mut stream).context("sending the end of the list of pods")?;
         self.stream = Some(stream);
         Ok(())
     }
@@ -127,13 +127,13 @@ fn acknowledged(stream: &mut UnixStream) -> Result<()> {
     match response.ack {
         Some(ack) if ack.error.is_empty() => Ok(()),
         Some(ack) => bail!("it says: {}", ack.error),
-        None => bail!("it says nothing that is known"),
+        None => bail!("it sent an unknown message"),
     }
 }
 
 fn receive<M: Message + Default>(stream: &mut UnixStream) -> Result<M> {
     let mut packet = [0; 4096];
-    let length = stream.read(&mut packet).context("waiting for its word")?;
+    let length = stream.read(&mut packet).context("waiting for its answer")?;
     ensure!(length > 0, "it hung up");
     Ok(M::decode(&packet[..length])?)
 }
