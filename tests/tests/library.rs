@@ -535,7 +535,7 @@ fn leftovers_of_a_killed_run_are_removed() -> Result<()> {
     child.kill()?;
     child.wait()?;
     let id: MeshId = id
-        .context("the other run told its mesh")?
+        .context("the other run reported its mesh")?
         .parse()
         .expect("an id");
     // Another test of this run may have been quicker to remove it.

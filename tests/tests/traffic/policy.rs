@@ -232,12 +232,12 @@ fn audits_and_dry_runs_are_logged_and_explained() -> Result<()> {
     manifests.apply(&dry)?;
     let expected = "audited by AuthorizationPolicy default/audit rules[0]; dry run: denied by AuthorizationPolicy \
                 default/dry rules[0]";
-    eventually_ok(TIMEOUT, "what is told", || {
+    eventually_ok(TIMEOUT, "the policies in the log", || {
         let answered = is_answered(&pair.client, &pair)?;
         answered.then_some(()).context("refused")?;
         let lines = pair.far.access_log();
         let line = lines.iter().find(|line| line["policy"] == expected);
-        line.map(drop).context("not told yet")
+        line.map(drop).context("not logged yet")
     })?;
 
     let ask = [
