@@ -2,7 +2,7 @@
 //!
 //! Both sides compile this crate, one for the kernel and one for userspace, so a layout cannot drift between them.
 //!
-//! Conventions for every type here:
+//! Conventions forevery type here:
 //! - An [`Address`] is 16 bytes in network byte order. IPv4 is stored as IPv4-mapped IPv6 (RFC 4291 §2.5.5.2), so that one
 //!   map serves both families.
 //! - A port is a number in host byte order, whatever its width.
@@ -34,7 +34,7 @@ pub const LAYOUT: &str = "v2";
 
 /// Port of the listener that accepts captured connections, on the loopback of the client pod's netns.
 pub const OUTBOUND_PORT: u16 = 15001;
-/// Port of the tunnel listener in each enrolled pod's netns. `sk_lookup` steers connections for every other port to the
+/// Port of the tunnel listener in each enrolled pod's netns. `sk_lookup` steers connections forevery other port to the
 /// same listener.
 pub const TUNNEL_PORT: u16 = 15008;
 
@@ -139,7 +139,7 @@ impl MeshKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct Exposed {
-    /// The address. All zeros for every address of every node ([`MeshKind::Node`]).
+    /// The address. All zeros forevery address of every node ([`MeshKind::Node`]).
     pub address: Address,
     /// The port in host byte order.
     pub port: u32,

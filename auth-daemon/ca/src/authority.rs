@@ -97,7 +97,7 @@ pub enum Refusal {
 #[error("{0}")]
 pub struct UnusableCa(pub String);
 
-/// Longest sleep before the clock is read again, because somebody may set it, in seconds.
+/// Longest sleep before the clock is read again, because it may be set, in seconds.
 const LONGEST_SLEEP: u64 = 3600;
 /// Longest wait after a failure, in seconds.
 const LONGEST_RETRY: u64 = 60;

@@ -97,7 +97,7 @@ impl BundleServer {
         })
     }
 
-    /// Serves for ever. While this replica is not the leader, it has no bundle.
+    /// Serves forever. While this replica is not the leader, it has no bundle.
     pub async fn run(self) {
         let tls = CurrentTls::default();
         let routes = routes(self.leader.clone(), self.refresh_hint);
@@ -149,7 +149,7 @@ fn bundle(leader: &Leader, refresh_hint: Duration) -> Response {
     }
 }
 
-/// Answers callers, for ever. Connections are limited in total and for each source, and so are their times.
+/// Answers callers, forever. Connections are limited in total and for each source, and so are their times.
 async fn accept(listener: TcpListener, tls: &CurrentTls, routes: &Router) {
     let connections = ConnectionLimit::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE);
     let connections = Arc::new(connections);
@@ -222,7 +222,7 @@ impl Files {
         Ok(config(Arc::new(certified))?)
     }
 
-    /// Keeps `current` what the files say, for ever.
+    /// Keeps `current` what the files say, forever.
     async fn keep_current(mut self, current: &CurrentTls) {
         // `bind` has checked it.
         current.store(self.config().ok().map(Arc::new));

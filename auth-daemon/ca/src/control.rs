@@ -29,7 +29,7 @@ pub(crate) const RETRY: Duration = Duration::from_secs(15);
 
 /// Calls `reconcile` for each object of `api`: at first, when it changes, when it is in `related`, when `published`
 /// changes, and when the time has passed that the last call returned. Calls `gone` with the name of an object in
-/// `related` that does not exist, and of one that has been deleted. `what` names the objects in the log. Runs for ever.
+/// `related` that does not exist, and of one that has been deleted. `what` names the objects in the log. Runs forever.
 pub(crate) async fn reconcile_all<K, Reconciled, Gone>(
     api: Api<K>,
     what: &'static str,

@@ -34,7 +34,7 @@ pub struct PublishedRoots {
 }
 
 impl PublishedRoots {
-    /// Keeps the ConfigMaps up to date while this replica is the leader. Runs for ever.
+    /// Keeps the ConfigMaps up to date while this replica is the leader. Runs forever.
     pub async fn run(self, leader: Leader) {
         let run = &self;
         while_leading(

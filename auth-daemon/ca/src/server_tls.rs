@@ -25,7 +25,7 @@ use tokio::time::sleep;
 use crate::authority::{Authority, Leader};
 
 const RETRY: Duration = Duration::from_secs(1);
-/// How often the clock is read at least, because somebody may set it.
+/// How often the clock is read at least, because it may be set.
 const CHECK: Duration = Duration::from_secs(600);
 
 /// The configuration of new handshakes; `None` before this process was the leader for the first time.
@@ -56,7 +56,7 @@ fn config(
     Ok(config)
 }
 
-/// Keeps `current` the configuration for callers, with a certificate for `names`, for ever.
+/// Keeps `current` the configuration for callers, with a certificate for `names`, forever.
 pub(crate) async fn keep_current(
     authority: Leader,
     names: &[String],
@@ -67,7 +67,7 @@ pub(crate) async fn keep_current(
     renew(authority, current, make).await
 }
 
-/// Renews `current` when this replica becomes the leader, when the roots change, and when the certificate is due, for ever.
+/// Renews `current` when this replica becomes the leader, when the roots change, and when the certificate is due, forever.
 /// `make` returns a configuration with a new certificate, and when to renew it.
 pub(crate) async fn renew(
     mut authority: Leader,

@@ -86,7 +86,7 @@ pub(super) fn pods_around(cgroups: &str) -> HashSet<PodUid> {
 /// if the process is in the pod's own cgroup.
 ///
 /// `around` contains the pods that the node itself runs in, as a node of kind does. Of all other pods the outermost
-/// counts, because cgroups below it were created by somebody in that pod. If the hierarchies (cgroup v1) of a process
+/// counts, because cgroups below it were created by a process in that pod. If the hierarchies (cgroup v1) of a process
 /// name different pods, it belongs to none.
 pub(super) fn container<'a>(
     cgroups: &'a str,

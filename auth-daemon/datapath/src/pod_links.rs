@@ -1,5 +1,6 @@
-//! Tells whether a pod's link is private: whether what others send to the pod, and what the pod sends, passes the node's own
-//! routing and nobody else's interface. On a shared link (a bridge, macvlan) another pod can take the pod's address by ARP.
+//! Determines whether a pod's link is private: whether what others send to the pod, and what the pod sends, passes the
+//! node's own routing and nobody else's interface. On a shared link (a bridge, macvlan) another pod can take the pod's
+//! address by ARP.
 //!
 //! A link is private if each interface by which the pod's netns can be left is one end of a veth pair whose other end is in
 //! the node's netns and not attached to another device. The node's side decides: a pod can change its own netns, but not the

@@ -331,7 +331,7 @@ impl Process {
 }
 
 /// Returns the process whose netns is the pod's own, from `processes`, which all belong to one pod, and why it is.
-/// `leads_to_node` tells whether an interface leads from the netns with an inode number to the node. If this is unknown
+/// `leads_to_node` says whether an interface leads from the netns with an inode number to the node. If this is unknown
 /// for one, and no other leads to the node, none is the pod's.
 ///
 /// A runtime starts a pod's first processes in the netns that the node has connected. A container may create others and enter

@@ -1,4 +1,4 @@
-//! What a container runtime sends, with the names that pods chose in it: never a panic, and an end for everything.
+//! What a container runtime sends, with the names that pods chose in it: never a panic, and an end foreverything.
 
 use std::{sync::LazyLock, time::Duration};
 

@@ -1,5 +1,5 @@
 //! What a peer sends on the tunnel's port, over a real connection: never a panic, no handshake without a certificate, and an
-//! end for everything. An even first byte: the bytes come instead of the handshake. An odd one: within TLS, from a peer of the
+//! end foreverything. An even first byte: the bytes come instead of the handshake. An odd one: within TLS, from a peer of the
 //! mesh, cut into records by it.
 
 use std::{

@@ -1,4 +1,4 @@
-//! What an app sends to the SPIFFE Workload API, HTTP/2 and all, at the node's socket: never a panic, and an end for everything.
+//! What an app sends to the SPIFFE Workload API, HTTP/2 and all, at the node's socket: never a panic, and an end foreverything.
 
 use std::{
     io::{Read, Write},

@@ -25,7 +25,7 @@ const MAX_EXTERNAL: usize = 1024;
 /// An address and port at which an object is exposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ExposedAt {
-    /// The address. `None` stands for every address of every node.
+    /// The address. `None` stands forevery address of every node.
     pub address: Option<IpAddr>,
     /// The TCP port.
     pub port: u16,

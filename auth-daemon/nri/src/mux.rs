@@ -61,7 +61,7 @@ async fn receive(
         let copied = match connection {
             PLUGIN => tokio::io::copy(&mut chunk, &mut plugin).await?,
             RUNTIME => tokio::io::copy(&mut chunk, &mut runtime).await?,
-            // Others may be added to the protocol, and are none of ours.
+            // Others may be added to the protocol; this plugin does not use them.
             _ => tokio::io::copy(&mut chunk, &mut tokio::io::sink()).await?,
         };
         if copied < length.into() {

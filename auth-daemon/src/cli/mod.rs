@@ -25,7 +25,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Mutual TLS for every pod on this node, without a sidecar.
+/// Mutual TLS forevery pod on this node, without a sidecar.
 #[derive(Debug, Parser)]
 #[command(name = "auth-daemon", version)]
 pub struct Cli {

@@ -25,7 +25,7 @@ pub struct Sink {
     pub registry: Arc<Registry>,
     /// Policies. `None` for users that do not need them.
     pub policies: Option<Arc<Published<Policies>>>,
-    /// What connections ask for, where discovery tells of nothing else. `None`: everything there is.
+    /// The names that connections need, if discovery reports nothing else. `None`: discovery reports everything.
     pub lookups: Option<Arc<Lookups>>,
     /// Number of objects that stay in force although the API server lists no object of their kind any more.
     pub unconfirmed: Arc<AtomicUsize>,

@@ -23,7 +23,7 @@ const READ_INTERVAL: Duration = Duration::from_millis(500);
 /// Largest configuration file that is read again, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
-/// Follows the `federation` list in the configuration `file`, for ever. Nothing else of the file is applied. While the file
+/// Follows the `federation` list in the configuration `file`, forever. Nothing else of the file is applied. While the file
 /// cannot be used, the list before stays in force.
 pub async fn follow(federated: Arc<Federated>, file: PathBuf) {
     let mut before = None;

@@ -243,7 +243,7 @@ pub(crate) fn explain_status(status: &Status) -> String {
     }
 }
 
-/// Shortens a text that somebody else wrote.
+/// Shortens a text from the other side.
 fn shorten(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(512).collect()
 }

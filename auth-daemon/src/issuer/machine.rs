@@ -146,7 +146,7 @@ impl Machine {
         }
     }
 
-    /// Joins if the machine has no valid certificate, and renews the certificate at half of its life, for ever.
+    /// Joins if the machine has no valid certificate, and renews the certificate at half of its life, forever.
     pub(super) async fn keep_current(self: Arc<Self>, link: Arc<Link>) {
         // Renewed at the start, too: so the log says at once if the CA does not know this machine any more.
         let mut schedule = Schedule::new(SystemTime::now());

@@ -47,7 +47,7 @@ enum End {
     Failed(String),
 }
 
-/// Keeps the trust bundle of `link` current, for ever. `contact` becomes true with the first message.
+/// Keeps the trust bundle of `link` current, forever. `contact` becomes true with the first message.
 pub(super) async fn keep_current(link: Arc<Link>, contact: watch::Sender<bool>) {
     let mut failures = 0;
     let mut logged: Option<(Instant, String)> = None;

@@ -123,7 +123,7 @@ struct Kept {
 struct Ended {
     at: SystemTime,
     finished: Finished,
-    /// As the registry had them then: a pod may be gone when somebody asks.
+    /// As the registry had them then: a pod may be gone when a query arrives.
     client_pod: Option<FullName>,
     server_pod: Option<FullName>,
 }

@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_stalls_holds_up_nobody() {
-        // A write waits until somebody receives, and nobody does.
+        // A write waits for a receiver, and there is none.
         let (sender, read) = mpsc::sync_channel(0);
         let (lines, _last) = start(Reader(sender)).unwrap();
         let lost = lost_lines();

@@ -2,7 +2,7 @@
 //!
 //! A connection that ends is counted in a shard of the thread that carried it, which no other thread locks while it carries
 //! connections. Once a second, the counts move from the shards to the pairs, where workloads have names. Connections that are
-//! open are counted when somebody asks.
+//! open are counted when a query arrives.
 
 mod entry;
 

@@ -179,6 +179,6 @@ mod tests {
                 assert!(now.address == first.address || gone.address == first.address);
             }
         }
-        assert_eq!(seen.len(), 9, "all are somebody's");
+        assert_eq!(seen.len(), 9, "each has a client");
     }
 }

@@ -38,7 +38,7 @@ pub(super) async fn strict(tcp: &TcpStream) -> io::Result<Detected> {
         FirstBytes::Plaintext => Ok(Detected::Plaintext(None)),
         FirstBytes::Undecided => Err(io::Error::new(
             io::ErrorKind::UnexpectedEof,
-            "closed before it said what it speaks",
+            "closed before its protocol was known",
         )),
     }
 }

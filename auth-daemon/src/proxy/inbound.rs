@@ -253,7 +253,7 @@ async fn idle(node: &Node, channel: &mut Channel) -> Option<Result<Option<Event>
     (!has_ended).then_some(event)
 }
 
-/// The CONNECT that has arrived, or why what has arrived is none.
+/// The CONNECT that has arrived, or why the frame that has arrived is not one.
 fn connect_of(event: Result<Option<Event>, ChannelError>) -> Result<Connect, String> {
     match event {
         Ok(Some(Event::Connect(connect))) => Ok(connect),

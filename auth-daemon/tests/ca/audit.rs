@@ -164,7 +164,7 @@ fn unattested(issuer: &Issuer) -> Vec<Case> {
         ("forged", "", forged, "signature"),
         ("expired", "", late, "expired"),
         ("from the future", "", early, "not valid yet"),
-        ("for ever", "", for_ever, "has no exp"),
+        ("forever", "", for_ever, "has no exp"),
         ("audience", "", audience, "another audience"),
         ("unbound", "", unbound, "neither a node nor a pod"),
         ("replaced pod", "", of_pod("web-1", "older"), "replaced"),

@@ -1,4 +1,4 @@
-//! Istio's own objects, and what keeps pods out of the mesh, as a real istiod tells of them.
+//! Istio's own objects, and what keeps pods out of the mesh, as a real istiod reports them.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 

@@ -142,7 +142,7 @@ async fn one_leads_until_it_stops_dies_or_gives_up() {
     cluster.freeze(false).unwrap();
     a.wait(true).await;
 
-    // Its store says that somebody else writes: it leaves the lead, for a while.
+    // Its store reports another writer: it gives up the Lease for a while.
     a.lost.send_replace(true);
     a.wait(false).await;
     eventually("a free lease", async || {

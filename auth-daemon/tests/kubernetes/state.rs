@@ -132,7 +132,7 @@ async fn refuses_damaged_foreign_deleted_and_large_states() {
     set("OTk=");
     let expected = format!("Secret {NAMESPACE}/broken: is damaged, or of another version");
     refused("broken", &expected).await;
-    // The format of earlier versions is read; the document inside tells what it is.
+    // The format of earlier versions is read; the document inside says what it is.
     set("MQ==");
     assert_eq!(load(&client, "broken").await.1, b"state");
     let foreign = json!({

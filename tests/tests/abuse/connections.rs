@@ -91,7 +91,7 @@ pub(crate) fn settled(hoard: &mut App) -> Result<u64> {
     })
 }
 
-/// Asserts that the daemon tells of refusals in its log, metrics and status.
+/// Asserts that the daemon reports refusals in its log, metrics and status.
 fn refused(daemon: &Daemon, pod: &Pod, reason: &str) -> Result<()> {
     let lines = |daemon: &Daemon| {
         let lines = daemon.logs().into_iter();

@@ -153,7 +153,7 @@ impl Held {
     }
 }
 
-/// The numeric fields of `/proc/PID/fdinfo` for every descriptor.
+/// The numeric fields of `/proc/PID/fdinfo` forevery descriptor.
 pub(crate) fn descriptors(daemon: &Daemon) -> Vec<BTreeMap<String, u64>> {
     let folder = format!("/proc/{}/fdinfo", daemon.pid());
     let mut all = Vec::new();

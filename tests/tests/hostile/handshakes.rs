@@ -383,7 +383,7 @@ fn serves_callers_beside_a_thousand_stalled_handshakes() -> Result<()> {
     for caller in callers {
         drain(caller);
     }
-    let refused = eventually_ok(PATIENCE, "a line for every caller", || {
+    let refused = eventually_ok(PATIENCE, "a line forevery caller", || {
         let lines = stage.daemon.access_log();
         let refused = lines.iter().filter(|line| {
             line["client"]

@@ -108,7 +108,7 @@ impl Judge<'_> {
             if states.iter().all(|state| private(state)) {
                 self.judged.private += 1;
             }
-            // What is none of the mesh's passes as it is. This also shows that the observer sees everything.
+            // Traffic outside the mesh passes unchanged. This also shows that the observer sees everything.
             let end = world.machine(read.server);
             let crosses = |state: &&State| {
                 let machines = [

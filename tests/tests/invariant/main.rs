@@ -2,8 +2,8 @@
 //! server reads a byte that policy denies, whatever happens meanwhile.
 //!
 //! A seed determines a mesh, a sequence of events and connections between random places. Each connection carries
-//! markers of its own both ways. Captures on all links and the servers themselves tell where a marker was readable; a
-//! plain table and the oracle of the policies, which share no code with the daemon, tell where it may be.
+//! markers of its own both ways. Captures on all links and the servers themselves show where a marker was readable; a
+//! plain table and the oracle of the policies, which share no code with the daemon, say where it may be.
 //!
 //! `INVARIANT_SEED` repeats a plan, and `INVARIANT_CONNECTS` sets the number of connections. A long run:
 //!

@@ -473,7 +473,7 @@ fn report(event: &Value) -> Result<Report> {
 
 /// How long a daemon that is stopped lets connections continue.
 const DRAIN: Duration = Duration::from_millis(500);
-/// The name of a Service that tells which manifests the daemons have read.
+/// The name of a Service that shows which manifests the daemons have read.
 const TELLING: &str = "telling";
 /// The daemon's listener in a pod that is enrolled.
 const TUNNEL_PORT: u16 = 15008;

@@ -378,7 +378,7 @@ fn a_service_of_others_is_left_alone() {
     a.wait_enrolled(&["default/client"]).unwrap();
     b.wait_enrolled(&["default/web"]).unwrap();
     let (before, position) = (addresses(&a), a.log_position());
-    // A service whose pods are not of the mesh; its address is the outside host's, so that somebody answers.
+    // A service whose pods are not of the mesh; its address is the outside host's, so that a server answers.
     let foreign = |label: &str| {
         let service = ServiceSpec::new("foreign")
             .selector("app", label)

@@ -230,7 +230,7 @@ fn a_pod_outside_the_mesh_waits_for_the_daemon() -> Result<()> {
     for to in [pod.at(PORT), pod.at6(PORT)] {
         assert!(is_answered(mesh.outside(), to, PATIENCE)?);
     }
-    // It dials the mesh as ever: a STRICT pod refuses it, and the kernel of its own node does not.
+    // It dials the mesh as before: a STRICT pod refuses it, and the kernel of its own node does not.
     let last = call(
         &pod.container("client")?,
         mesh.pod("client").at(PORT),

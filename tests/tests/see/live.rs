@@ -109,7 +109,7 @@ fn the_mesh_is_seen_in_a_browser() {
         .unwrap();
     browser.keep("map").unwrap();
 
-    // A line tells who called whom, with their certificates, and what the policies say.
+    // A line shows who called whom, with their certificates, and what the policies say.
     browser
         .click("document.querySelector('.sign.mtls circle')")
         .unwrap();

@@ -209,7 +209,7 @@ impl TokenReviewer {
         Ok(Caller::Workload { identity, node })
     }
 
-    /// The holder of a token of `account` that is bound to no pod. Who that is, only the API server's audit log tells.
+    /// The holder of a token of `account` that is bound to no pod. Only the API server's audit log says who that is.
     fn person(
         &self,
         account: &ObjectName,

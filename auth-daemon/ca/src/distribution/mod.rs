@@ -42,7 +42,7 @@ pub struct Distribution {
 }
 
 impl Distribution {
-    /// Keeps the Secrets up to date while this replica is the leader. Runs for ever.
+    /// Keeps the Secrets up to date while this replica is the leader. Runs forever.
     pub async fn run(self, leader: Leader) {
         let run = &self;
         while_leading(

@@ -46,7 +46,7 @@ pub(super) struct Issuing<'a> {
     pub(super) authority: &'a Authority,
 }
 
-/// Keeps the Secrets of namespace `name` up to date, for ever.
+/// Keeps the Secrets of namespace `name` up to date, forever.
 pub(super) async fn keep(issuing: &Issuing<'_>, name: &str) {
     let client = issuing.client;
     // Only the names of Secrets: their content is read when it is needed.
@@ -93,7 +93,7 @@ struct Namespace<'a> {
 enum Done {
     /// Nothing is due until this time.
     Until(SystemTime),
-    /// Somebody else's Secret has the name.
+    /// A Secret that this controller did not create has the name.
     Foreign,
 }
 

@@ -28,7 +28,7 @@ pub(super) const ROOTS: &str = "root-cert.pem";
 /// What a Secret needs.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Somebody else's: it is not changed.
+    /// Not created by this controller: it is not changed.
     Foreign,
     /// Nothing until this time.
     Keep(SystemTime),

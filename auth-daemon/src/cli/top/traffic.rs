@@ -118,7 +118,7 @@ impl Traffic {
             };
             self.nodes.insert(node, Sample { at, totals, first });
         }
-        // Where both ends' nodes were asked, the client's tells more: it has also waited for the network.
+        // Where both ends' nodes were asked, the client's node knows more: it has also waited for the network.
         let outbound: Vec<_> = sides
             .keys()
             .filter(|(_, direction)| *direction == Direction::Outbound)

@@ -46,7 +46,7 @@ pub(super) fn with(mut object: Object, membership: Option<Membership>) -> Object
     object
 }
 
-/// Other values are none of Istio's, and set nothing, as in Istio.
+/// Other values have no meaning in Istio, and set nothing.
 fn membership(metadata: &ObjectMeta) -> Option<Membership> {
     match metadata.labels.as_ref()?.get(DATAPLANE_MODE)?.as_str() {
         "ambient" => Some(Membership::Enabled),

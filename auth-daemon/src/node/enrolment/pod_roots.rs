@@ -1,4 +1,5 @@
-//! Keeps the kernel informed of the cgroups that contain all pods, by which it tells the node's own processes from its pods.
+//! Keeps the kernel informed of the cgroups that contain all pods, by which it distinguishes the node's own processes
+//! from its pods.
 
 use std::time::{Duration, Instant};
 

@@ -286,7 +286,7 @@ async fn deliver(
     access.learn(|details| details.endpoint = Some(server));
     let connect = Connect {
         dialled,
-        // HBONE does not tell the client's port.
+        // HBONE does not carry the client's port.
         client: SocketAddr::new(from.ip(), 0),
     };
     let app = admit(node, pod, peer, from, server, connect, access).await?;

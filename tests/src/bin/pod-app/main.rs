@@ -1,7 +1,7 @@
 //! Acts as the clients and servers of the scenarios, inside pods.
 //!
 //! Each subcommand is one behaviour. Each event is one JSON object on one line of standard output, with its kind in
-//! `event`. Servers print `listening` first, then `accepted` and `closed` for every connection (with `errno` if it
+//! `event`. Servers print `listening` first, then `accepted` and `closed` forevery connection (with `errno` if it
 //! failed), and run until they are killed. A client that fails prints `failed`, with `stage` and `errno`, and exits
 //! with 1.
 

@@ -113,7 +113,7 @@ impl Peer {
         self.to.is_some()
     }
 
-    /// Calls `behave` for every connection. Its second argument is the connection's number, 0 for a server's.
+    /// Calls `behave` forevery connection. Its second argument is the connection's number, 0 for a server's.
     ///
     /// A client reports the sums of the fields `sent` and `received`.
     pub(crate) fn run<F>(&self, behave: F) -> Outcome

@@ -114,7 +114,7 @@ async fn refuses_bad_requests() {
     let error = issue("spiffe://example.org/ns/default/sa/web", &csr());
     assert!(matches!(error, Refusal::Request(_)));
     assert!(matches!(issue(WEB, b"rubbish"), Refusal::Request(_)));
-    // The CA's own key, by somebody who stole it.
+    // The CA's own key, used by a thief.
     let json = std::fs::read(folder.path().join("ca.json")).unwrap();
     let state = CaState::from_json(&json, 0).unwrap();
     let key = signer::key_from_pem(state.signers[&1].key.as_ref().unwrap()).unwrap();

@@ -214,7 +214,7 @@ impl Health {
     }
 }
 
-/// Returns what tells a cluster from all others: the UID of a namespace that each has, and that is never deleted.
+/// Returns what distinguishes a cluster from all others: the UID of a namespace that each has, and that is never deleted.
 fn identity<'a>(cluster: &ClusterName, known: &'a Known) -> Option<&'a str> {
     let namespace = ObjectName {
         namespace: String::new(),
@@ -452,7 +452,7 @@ mod tests {
             Event::InitApply(seen) => seen,
             _ => unreachable!(),
         };
-        // The cluster's namespaces may never be readable, while its pods change for ever.
+        // The cluster's namespaces may never be readable, while its pods change forever.
         for round in 0..=u8::MAX {
             let gone = seen(&format!("gone-{round}"), 1);
             let name = gone.name.clone();
