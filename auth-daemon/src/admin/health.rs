@@ -62,9 +62,9 @@ impl Health {
             None if !self.stands_by.load(Ordering::Relaxed) => {
                 Err("not ready: the daemon is starting\n")
             }
-            None if *self.registry.changes().borrow() == 0 => Err(
-                "not ready: standing by, and it is not known yet which daemon serves this node\n",
-            ),
+            None if *self.registry.changes().borrow() == 0 => {
+                Err("not ready: standing by, and no pods are known yet\n")
+            }
             None => Ok("standing by: another daemon serves this node\n"),
         }
     }
@@ -81,7 +81,7 @@ impl Health {
     }
 }
 
-fn answer<T: Into<String>, E: Into<String>>(outcome: Result<T, E>) -> (StatusCode, String) {
+fn response<T: Into<String>, E: Into<String>>(outcome: Result<T, E>) -> (StatusCode, String) {
     match outcome {
         Ok(answer) => (StatusCode::OK, answer.into()),
         Err(answer) => (StatusCode::SERVICE_UNAVAILABLE, answer.into()),
@@ -89,8 +89,8 @@ fn answer<T: Into<String>, E: Into<String>>(outcome: Result<T, E>) -> (StatusCod
 }
 
 pub(super) fn routes(health: Arc<Health>) -> Router {
-    let ready = async |State(health): State<Arc<Health>>| answer(health.ready());
-    let live = async |State(health): State<Arc<Health>>| answer(health.live());
+    let ready = async |State(health): State<Arc<Health>>| response(health.ready());
+    let live = async |State(health): State<Arc<Health>>| response(health.live());
     Router::new()
         .route(READY, get(ready))
         .route(LIVE, get(live))
