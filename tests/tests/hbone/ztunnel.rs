@@ -378,7 +378,7 @@ fn ztunnel_and_we_follow_the_root() -> Result<()> {
                 let last = stage.ztunnel.access_log().pop().unwrap_or_default();
                 if !last.contains(GOAWAY) {
                     // Not retried: no exchange may fail.
-                    let evidence = format!("{last}\n{}", stage.ztunnel.evidence());
+                    let evidence = format!("{last}\n{}", stage.ztunnel.output());
                     return Ok(Err(error.context(evidence)));
                 }
                 overtaken += 1;
