@@ -9,7 +9,7 @@ use std::{
 };
 
 use netlink_packet_route::{
-    RouteNetlinkMessage,
+    AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     nsid::{NsidAttribute, NsidMessage},
@@ -133,6 +133,8 @@ impl Interfaces {
 /// The node's end of a veth pair whose other end is in another netns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct NodeEnd {
+    /// Its own index, in the node's netns.
+    pub(super) index: u32,
     pub(super) name: String,
     /// The number by which the node's netns knows the other end's.
     pub(super) netns: i32,
@@ -149,18 +151,54 @@ pub(super) fn node_ends() -> io::Result<Vec<NodeEnd>> {
     let kind = LinkInfo::Kind(InfoKind::Veth);
     request.attributes = vec![LinkAttribute::LinkInfo(vec![kind])];
     let request = RouteNetlinkMessage::GetLink(request);
-    let links = netlink::list(request, MAX_NODE_INTERFACES, "interfaces", link)?.into_iter();
-    let ends = links.filter_map(|link| {
-        let is_veth = link.kind == Some(InfoKind::Veth);
-        let (netns, peer) = (link.other?, link.lower?);
-        is_veth.then_some(NodeEnd {
-            name: link.name,
-            netns,
-            peer,
-            is_attached: link.is_attached,
-        })
-    });
-    Ok(ends.collect())
+    netlink::list(request, MAX_NODE_INTERFACES, "interfaces", node_end)
+}
+
+/// Returns the node's end of a veth pair that the kernel describes, if it is one.
+fn node_end(message: RouteNetlinkMessage) -> Option<NodeEnd> {
+    let link = link(message)?;
+    let (netns, peer) = (link.other?, link.lower?);
+    (link.kind == Some(InfoKind::Veth)).then_some(NodeEnd {
+        index: link.index,
+        name: link.name,
+        netns,
+        peer,
+        is_attached: link.is_attached,
+    })
+}
+
+/// What a report of the kernel means to the node's ends of veth pairs.
+pub(super) enum Report {
+    /// It is such an end, as it is now.
+    End(NodeEnd),
+    /// The interface with this index is none.
+    NoEnd(u32),
+    /// Something has changed of the interface with this index, such as its membership in a bridge.
+    Partial(u32),
+    /// It is no report of an interface.
+    Other,
+}
+
+impl Report {
+    pub(super) fn of(reported: RouteNetlinkMessage) -> Self {
+        let (message, is_gone) = match reported {
+            RouteNetlinkMessage::NewLink(message) => (message, false),
+            RouteNetlinkMessage::DelLink(message) => (message, true),
+            _ => return Self::Other,
+        };
+        let index = message.header.index;
+        let has_name = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(_));
+        // A bridge reports its ports as those of its own family, and that one leaves it as if the interface were gone.
+        if message.header.interface_family != AddressFamily::Unspec
+            || !message.attributes.iter().any(has_name)
+        {
+            return Self::Partial(index);
+        }
+        if is_gone {
+            return Self::NoEnd(index);
+        }
+        node_end(RouteNetlinkMessage::NewLink(message)).map_or(Self::NoEnd(index), Self::End)
+    }
 }
 
 /// What the kernel reports about an interface.

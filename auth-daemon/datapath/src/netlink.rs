@@ -19,6 +19,10 @@ const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
 const RTNLGRP_IPV6_IFADDR: u32 = 9;
 
+/// Maximum number of reports that are read at once. The socket's buffer holds fewer, unless they arrive as fast as they are
+/// read.
+const MAX_REPORTS: usize = 1024;
+
 /// Where the kernel sends packets.
 pub(super) struct Route {
     /// Whether the netns delivers them to itself.
@@ -77,6 +81,33 @@ impl Netlink {
         }
     }
 
+    /// Shows what was reported since the last call to `visit`: `None` stands for reports that were lost or cannot be read.
+    /// Returns whether that was all.
+    pub(super) fn reports(&mut self, mut visit: impl FnMut(Option<RouteNetlinkMessage>)) -> bool {
+        for _ in 0..MAX_REPORTS {
+            let reported = match self.socket.recv_from_full() {
+                Ok((reported, _)) => reported,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(_) => {
+                    visit(None);
+                    continue;
+                }
+            };
+            let mut rest = reported.as_slice();
+            while !rest.is_empty() {
+                let Ok(message) = parse(rest) else {
+                    visit(None);
+                    break;
+                };
+                rest = after(rest, &message);
+                if let NetlinkPayload::InnerMessage(message) = message.payload {
+                    visit(Some(message));
+                }
+            }
+        }
+        false
+    }
+
     /// Sends a request that is answered with one message, and returns it.
     pub(super) fn ask(&mut self, message: RouteNetlinkMessage) -> io::Result<RouteNetlinkMessage> {
         self.send(message, 0)?;
@@ -90,19 +121,7 @@ impl Netlink {
 
     /// Returns the route of packets to `address` that have no mark.
     pub(super) fn route(&mut self, address: IpAddr) -> io::Result<Route> {
-        let mut message = RouteMessage::default();
-        let (family, length, destination) = match address {
-            IpAddr::V4(v4) => (AddressFamily::Inet, 32, RouteAddress::Inet(v4)),
-            IpAddr::V6(v6) => (AddressFamily::Inet6, 128, RouteAddress::Inet6(v6)),
-        };
-        message.header.address_family = family;
-        message.header.destination_prefix_length = length;
-        message.attributes = vec![RouteAttribute::Destination(destination)];
-        let RouteNetlinkMessage::NewRoute(route) =
-            self.ask(RouteNetlinkMessage::GetRoute(message))?
-        else {
-            return Err(io::ErrorKind::InvalidData.into());
-        };
+        let route = self.ask_for_route(request_route(address))?;
         let mut attributes = route.attributes.iter();
         Ok(Route {
             is_local: route.header.kind == RouteType::Local,
@@ -111,6 +130,13 @@ impl Netlink {
                 _ => None,
             }),
         })
+    }
+
+    fn ask_for_route(&mut self, request: RouteMessage) -> io::Result<RouteMessage> {
+        match self.ask(RouteNetlinkMessage::GetRoute(request))? {
+            RouteNetlinkMessage::NewRoute(route) => Ok(route),
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
     }
 
     /// Sends a request that is answered with an acknowledgement.
@@ -142,9 +168,29 @@ impl AsRawFd for Netlink {
     }
 }
 
-/// Requests a list of the current netns, and passes its messages to `visit` until it breaks. It must break in time,
-/// because a pod decides how long the lists of its netns are. What is left of the list would be taken for the answer to
-/// another request, so the socket is used for this one only.
+fn request_route(destination: IpAddr) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    let (length, address) = whole(destination);
+    message.header.address_family = match destination {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    };
+    message.header.destination_prefix_length = length;
+    message.attributes = vec![RouteAttribute::Destination(address)];
+    message
+}
+
+/// The prefix that contains `address` alone.
+fn whole(address: IpAddr) -> (u8, RouteAddress) {
+    match address {
+        IpAddr::V4(v4) => (32, RouteAddress::Inet(v4)),
+        IpAddr::V6(v6) => (128, RouteAddress::Inet6(v6)),
+    }
+}
+
+/// Requests a list of the current netns, and shows its messages to `visit` until it breaks, which it must do in time: a pod
+/// decides how long the lists of its netns are. What is left of the list would be taken for the answer to another request, so
+/// the socket is used for this one only.
 pub(super) fn dump<T>(
     message: RouteNetlinkMessage,
     mut visit: impl FnMut(RouteNetlinkMessage) -> ControlFlow<T>,
@@ -156,8 +202,7 @@ pub(super) fn dump<T>(
         let mut rest = part.as_slice();
         while !rest.is_empty() {
             let message = parse(rest)?;
-            let length = (message.header.length as usize).next_multiple_of(4);
-            rest = rest.get(length..).unwrap_or_default();
+            rest = after(rest, &message);
             match message.payload {
                 NetlinkPayload::InnerMessage(message) => {
                     let visited = visit(message);
@@ -199,6 +244,12 @@ pub(super) fn list<T>(
             format!("there are more than {limit} {what}"),
         )),
     }
+}
+
+/// What follows `message`, the first one of `bytes`.
+fn after<'a>(bytes: &'a [u8], message: &NetlinkMessage<RouteNetlinkMessage>) -> &'a [u8] {
+    let length = (message.header.length as usize).next_multiple_of(4);
+    bytes.get(length..).unwrap_or_default()
 }
 
 fn parse(bytes: &[u8]) -> io::Result<NetlinkMessage<RouteNetlinkMessage>> {

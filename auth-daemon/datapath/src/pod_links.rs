@@ -6,32 +6,15 @@
 //! the node's netns and not attached to another device. The node's side decides: a pod can change its own netns, but not the
 //! node's end of its link. What is not known counts as shared.
 
-use std::{
-    collections::HashMap,
-    io,
-    net::IpAddr,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, io, net::IpAddr};
 
-use tokio::io::unix::AsyncFd;
+use netlink_packet_route::RouteNetlinkMessage;
 
 use super::{
     Netns,
-    interfaces::{Interfaces, NodeEnd, node_ends, numbers},
-    netlink::Netlink,
+    interfaces::{Interfaces, NodeEnd, Report, node_ends, numbers},
     netns::open_the_nodes,
 };
-
-/// Time after which a pod's own netns is read again. The kernel reports changes of the node's end of a link, but not
-/// changes in the pod.
-const READ_AGAIN: Duration = Duration::from_secs(10);
-/// The same while the pod's side is why the link is not private: its runtime may still be setting it up.
-const READ_UNFINISHED: Duration = Duration::from_secs(1);
-/// Maximum number of successive times that a private link may be unreadable. The kernel may lack memory for a moment, which is
-/// no reason to end connections. No verdict is given meanwhile.
-const MAX_UNREADABLE: u32 = 3;
-/// Maximum number of times that the node's interfaces are listed because they changed meanwhile.
-const MAX_LISTS: usize = 8;
 
 /// Why a pod's link is not private.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -65,7 +48,8 @@ impl From<io::Error> for SharedLink {
 #[derive(Debug)]
 pub struct NodeLinks {
     node: Netns,
-    ends: Vec<NodeEnd>,
+    /// By their index.
+    ends: BTreeMap<u32, NodeEnd>,
 }
 
 impl NodeLinks {
@@ -74,9 +58,34 @@ impl NodeLinks {
         Self::list_in(Netns::the_daemons()?)
     }
 
-    fn list_in(node: Netns) -> io::Result<Self> {
-        let ends = node.enter(node_ends)??;
-        Ok(Self { node, ends })
+    pub(super) fn list_in(node: Netns) -> io::Result<Self> {
+        let ends = node.enter(node_ends)??.into_iter();
+        Ok(Self {
+            node,
+            ends: ends.map(|end| (end.index, end)).collect(),
+        })
+    }
+
+    /// Takes over what the kernel has reported of the node's interfaces. Returns whether that has changed any end of a link.
+    ///
+    /// # Errors
+    /// [`Unclear`] if the report leaves open what has changed.
+    pub(super) fn learn(&mut self, reported: RouteNetlinkMessage) -> Result<bool, Unclear> {
+        match Report::of(reported) {
+            Report::End(end) if self.ends.get(&end.index) == Some(&end) => Ok(false),
+            Report::End(end) => {
+                self.ends.insert(end.index, end);
+                Ok(true)
+            }
+            Report::NoEnd(index) => Ok(self.ends.remove(&index).is_some()),
+            Report::Partial(index) if self.ends.contains_key(&index) => Err(Unclear),
+            Report::Partial(_) | Report::Other => Ok(false),
+        }
+    }
+
+    /// Whether the node's ends of links are the same as in `other`.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.ends == other.ends
     }
 
     /// Checks that the link of the pod with these addresses in `pod` is private.
@@ -84,15 +93,20 @@ impl NodeLinks {
         self.check_from(&self.ends_of(pod)?, pod, addresses)
     }
 
+    /// Lists the node's ends of the links to the pod in `pod`, by their indices in the node's netns.
+    pub fn indices(&self, pod: &Netns) -> io::Result<Vec<u32>> {
+        Ok(self.ends_of(pod)?.iter().map(|end| end.index).collect())
+    }
+
     /// The node's ends of the links to `pod`.
-    fn ends_of(&self, pod: &Netns) -> io::Result<Vec<NodeEnd>> {
+    pub(super) fn ends_of(&self, pod: &Netns) -> io::Result<Vec<NodeEnd>> {
         let numbers = self.node.enter(|| numbers(&[pod]))??;
-        let ends = self.ends.iter();
+        let ends = self.ends.values();
         let ends = ends.filter(|end| numbers.contains(&end.netns));
         Ok(ends.cloned().collect())
     }
 
-    fn check_from(
+    pub(super) fn check_from(
         &self,
         ends: &[NodeEnd],
         pod: &Netns,
@@ -104,6 +118,10 @@ impl NodeLinks {
         check(ends, &interfaces, addresses)
     }
 }
+
+/// A report does not say what has changed.
+#[derive(Debug)]
+pub(super) struct Unclear;
 
 /// Decides by the node's `ends` of the links to a pod, and by the `interfaces` of the pod's netns.
 fn check(
@@ -129,177 +147,13 @@ fn check(
     }
 }
 
-/// Keeps track of which pods' links are private.
-#[derive(Debug, Default)]
-pub struct PodLinks {
-    /// The node's netns, if it is not the daemon's own.
-    #[cfg(test)]
-    node_netns: Option<std::fs::File>,
-    /// Reports changes of the node's interfaces.
-    changes: Option<AsyncFd<Netlink>>,
-    /// The node's ends of links since the last change, or why they are not known.
-    node: Option<Result<NodeLinks, SharedLink>>,
-    /// How often they were listed.
-    lists: u64,
-    /// By the cookie of the pod's netns.
-    known: HashMap<u64, Known>,
-}
-
-#[derive(Debug)]
-struct Known {
-    addresses: Vec<IpAddr>,
-    /// The node's ends of the pod's links.
-    ends: Result<Vec<NodeEnd>, SharedLink>,
-    /// The number of the list that they are from.
-    list: u64,
-    checked: Result<(), SharedLink>,
-    /// How often it could not be read since it was found private.
-    unreadable: u32,
-    read: Instant,
-}
-
-impl Known {
-    /// Whether the pod's own netns need not be read again.
-    fn is_current(&self) -> bool {
-        let for_long = match &self.checked {
-            Ok(()) => self.unreadable == 0,
-            Err(shared) => matches!(shared, SharedLink::Attached(_)),
-        };
-        let limit = if for_long {
-            READ_AGAIN
-        } else {
-            READ_UNFINISHED
-        };
-        self.read.elapsed() < limit
-    }
-
-    /// Keeps what was found `before` if this could not be read, but not more than [`MAX_UNREADABLE`] times.
-    fn after(self, before: &Self) -> Self {
-        let is_kept = before.checked.is_ok() && before.unreadable < MAX_UNREADABLE;
-        match self.checked {
-            Err(SharedLink::Unreadable(_)) if is_kept => Self {
-                checked: Ok(()),
-                unreadable: before.unreadable + 1,
-                ..self
-            },
-            _ => self,
-        }
-    }
-}
-
-impl PodLinks {
-    /// Lists the node's ends of links again if they have changed. Forgets all pods but those whose cookie is `kept`.
-    /// Must be called within the control plane's runtime.
-    pub fn refresh(&mut self, kept: impl Fn(u64) -> bool) {
-        self.known.retain(|cookie, _| kept(*cookie));
-        for _ in 0..MAX_LISTS {
-            match self.drain() {
-                Ok(false) if matches!(self.node, Some(Ok(_))) => return,
-                Ok(_) => {
-                    self.lists += 1;
-                    let listed = self.node_netns().and_then(NodeLinks::list_in);
-                    self.node = Some(listed.map_err(SharedLink::from));
-                }
-                Err(error) => {
-                    self.lists += 1;
-                    self.node = Some(Err(error.into()));
-                    return;
-                }
-            }
-        }
-        // The last change is reported by [`PodLinks::changed`], too.
-    }
-
-    /// Discards what was reported since the last call. Returns whether there was anything.
-    fn drain(&mut self) -> io::Result<bool> {
-        if let Some(changes) = &mut self.changes {
-            return Ok(changes.get_mut().drain());
-        }
-        // Before the interfaces are listed, so that no change is missed.
-        let netlink = self.node_netns()?.enter(Netlink::watch_links)??;
-        // SAFETY: the socket owns its descriptor, always returns the same one, and closes it only when it is dropped.
-        let changes = unsafe { AsyncFd::register(netlink) };
-        self.changes = Some(changes.map_err(io::Error::from)?);
-        Ok(true)
-    }
-
-    fn node_netns(&self) -> io::Result<Netns> {
-        #[cfg(test)]
-        if let Some(netns) = &self.node_netns {
-            return Netns::nameless(netns.try_clone()?);
-        }
-        Netns::the_daemons()
-    }
-
-    /// Waits until the node's interfaces may have changed.
-    pub async fn changed(&self) {
-        match &self.changes {
-            Some(changes) => {
-                // An error of the descriptor is a reason to list the interfaces, too.
-                if let Ok(mut ready) = changes.readable().await {
-                    ready.clear_ready();
-                }
-            }
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Whether the link of the pod with these addresses in `pod` is private, as of the last call of [`PodLinks::refresh`].
-    pub fn is_private(&mut self, pod: &Netns, addresses: &[IpAddr]) -> bool {
-        let before = self.known.remove(&pod.cookie());
-        let before = before.filter(|known| known.addresses == addresses);
-        let known = match before {
-            Some(known) if known.list == self.lists && known.is_current() => known,
-            before => self.read(pod, addresses, before),
-        };
-        let is_private = known.checked.is_ok();
-        self.known.insert(pod.cookie(), known);
-        is_private
-    }
-
-    fn read(&self, pod: &Netns, addresses: &[IpAddr], before: Option<Known>) -> Known {
-        let ends = match &self.node {
-            Some(Ok(node)) => node.ends_of(pod).map_err(SharedLink::from),
-            Some(Err(error)) => Err(error.clone()),
-            None => Err(SharedLink::Unreadable("they are not listed yet".into())),
-        };
-        let before = match before {
-            Some(known) if known.ends == ends && known.is_current() => {
-                let list = self.lists;
-                return Known { list, ..known };
-            }
-            before => before,
-        };
-        let checked = match (&self.node, &ends) {
-            (Some(Ok(node)), Ok(ends)) => node.check_from(ends, pod, addresses),
-            (_, ends) => ends.clone().map(drop),
-        };
-        let known = Known {
-            addresses: addresses.to_vec(),
-            ends,
-            list: self.lists,
-            checked,
-            unreadable: 0,
-            read: Instant::now(),
-        };
-        match before {
-            Some(before) => known.after(&before),
-            None => known,
-        }
-    }
-
-    /// Why the link of the pod in the netns with `cookie` is not private. `None` if it is, or if that was not asked yet.
-    pub fn why_shared(&self, cookie: u64) -> Option<&SharedLink> {
-        self.known.get(&cookie)?.checked.as_ref().err()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{os::fd::AsRawFd, process::Command};
-
     use super::*;
-    use crate::interfaces::Interface;
+    use crate::{
+        interfaces::Interface,
+        test_links::{ip, node_and_pod, try_ip},
+    };
 
     const OWN: &str = "10.1.0.2";
 
@@ -310,6 +164,7 @@ mod tests {
     /// The node's end of a link to the interface of a pod with index `peer`.
     fn end(peer: u32, is_attached: bool) -> NodeEnd {
         NodeEnd {
+            index: peer,
             name: format!("p{peer}"),
             netns: 1,
             peer,
@@ -422,64 +277,6 @@ mod tests {
             let checked = check(&ends, &own, &addresses);
             assert_eq!(checked, expected, "{ends:?} {own:?} {addresses:?}");
         }
-    }
-
-    #[test]
-    fn a_private_link_that_cannot_be_read_counts_as_private_for_a_few_times() {
-        let known = |checked| Known {
-            addresses: vec![],
-            ends: Ok(vec![]),
-            list: 0,
-            checked,
-            unreadable: 0,
-            read: Instant::now(),
-        };
-        let unreadable = || known(Err(SharedLink::Unreadable("no memory".into())));
-        let mut last = known(Ok(()));
-        for _ in 0..MAX_UNREADABLE {
-            last = unreadable().after(&last);
-            assert_eq!(last.checked, Ok(()));
-        }
-        last = unreadable().after(&last);
-        assert!(matches!(last.checked, Err(SharedLink::Unreadable(_))));
-        assert!(unreadable().after(&last).checked.is_err());
-        // A read that succeeds counts at once, and resets the count of failures.
-        assert_eq!(known(Ok(())).after(&last).unreadable, 0);
-        let shared = known(Err(SharedLink::NoInterface)).after(&known(Ok(())));
-        assert_eq!(shared.checked, Err(SharedLink::NoInterface));
-        assert!(unreadable().after(&shared).checked.is_err());
-    }
-
-    /// A node and a pod without interfaces. `None` if `test` is skipped, because it does not run as root.
-    fn node_and_pod(test: &str) -> Option<(Netns, Netns)> {
-        if crate::lacks_root(test) {
-            return None;
-        }
-        Some((Netns::create().unwrap(), Netns::create().unwrap()))
-    }
-
-    /// Runs `ip` in `netns`. `POD` stands for `pod`, as a name of a network namespace.
-    fn ip(netns: &Netns, pod: &Netns, arguments: &str) {
-        assert!(try_ip(netns, pod, arguments), "ip {arguments}");
-    }
-
-    /// Like [`ip`], for a kind of device that the kernel may not know. Returns whether it does.
-    fn try_ip(netns: &Netns, pod: &Netns, arguments: &str) -> bool {
-        let file = pod.try_clone_file().unwrap();
-        let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-        let path = arguments.replace("POD", &path);
-        let output = netns.enter(|| Command::new("ip").args(path.split(' ')).output());
-        let output = output.unwrap().unwrap();
-        let error = String::from_utf8_lossy(&output.stderr);
-        let is_unknown = error.contains("Unknown device type") || error.contains("not supported");
-        assert!(
-            output.status.success() || is_unknown,
-            "ip {arguments}: {error}"
-        );
-        if is_unknown {
-            println!("SKIPPED ip {arguments}: {error}");
-        }
-        !is_unknown
     }
 
     fn asked(node: &Netns, pod: &Netns) -> Result<(), SharedLink> {
@@ -595,47 +392,5 @@ mod tests {
             asked(&node, &pod),
             Err(SharedLink::NotAPair("other".into()))
         );
-    }
-
-    #[tokio::test]
-    async fn changes_of_the_nodes_interfaces_are_seen() {
-        let name = "changes_of_the_nodes_interfaces_are_seen";
-        let Some((node, pod)) = node_and_pod(name) else {
-            return;
-        };
-        ip(
-            &node,
-            &pod,
-            "link add p1 type veth peer name eth0 netns POD",
-        );
-        address_on(&pod, "eth0");
-        let own = [address(OWN)];
-        let mut links = PodLinks {
-            node_netns: Some(node.try_clone_file().unwrap()),
-            ..PodLinks::default()
-        };
-        assert!(!links.is_private(&pod, &own));
-        links.refresh(|_| true);
-        assert!(links.is_private(&pod, &own));
-        ip(&node, &pod, "link add shared type bridge");
-        ip(&node, &pod, "link set p1 master shared");
-        links.changed().await;
-        // Until the change is reported, the known state stays.
-        assert!(links.is_private(&pod, &own));
-        links.refresh(|_| true);
-        assert!(!links.is_private(&pod, &own));
-        assert!(
-            links
-                .why_shared(pod.cookie())
-                .unwrap()
-                .to_string()
-                .contains("p1")
-        );
-        ip(&node, &pod, "link set p1 nomaster");
-        links.changed().await;
-        links.refresh(|_| true);
-        assert!(links.is_private(&pod, &own));
-        links.refresh(|_| false);
-        assert_eq!(links.why_shared(pod.cookie()), None);
     }
 }

@@ -4,6 +4,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use mesh_tests::{Daemon, DaemonOptions, Pod, PodSpec, Result, TIMEOUT, eventually, eventually_ok};
+use nix::sys::signal::Signal;
 
 use crate::common::frames::{hardware_address, send_frame};
 use crate::common::neighbours::{
@@ -155,6 +156,34 @@ fn connections_end_when_a_link_is_attached_to_a_bridge() -> Result<()> {
     }
     wait_for_path("same-node")?;
     wait_for_verdicts(&stage.daemon, 1)
+}
+
+#[test]
+fn connections_end_when_a_link_is_attached_to_a_bridge_while_the_daemon_drains() -> Result<()> {
+    let options = DaemonOptions::default().drain(TIMEOUT);
+    let mut stage = Neighbours::start_with(&options, |builder| builder)?;
+    let _server = stage.web.app("echo-server --port 8080")?.listening()?;
+    let to = stage.web.at(8080);
+    let mut chat = stage.client.app(&format!("chat --to {to} --interval 10"))?;
+    let ends = chat.event("connected", TIMEOUT)?;
+    assert!(!is_direct(&stage.client, &ends["local"])?, "{ends}");
+    let start = stage.daemon.log_position();
+    stage.daemon.process().signal(Signal::SIGTERM)?;
+    let drains = |line: &serde_json::Value| line["message"] == "draining";
+    stage
+        .daemon
+        .wait_for_log_after(start, "the drain", TIMEOUT, drains)?;
+    chat.event("round", TIMEOUT)?;
+    let attach = format!("link set {} master cni0", stage.web.link());
+    stage.mesh.node("a").run("ip", attach.split(' '))?.ok()?;
+    let ended =
+        |line: &serde_json::Value| line["target"] == "access" && line["client"] == ends["local"];
+    let line = stage
+        .daemon
+        .wait_for_log_after(start, "the end", TIMEOUT, ended)?;
+    let reason = line["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("is not private any more"), "{line}");
+    Ok(())
 }
 
 /// Why the daemon says that a pod's link is shared.

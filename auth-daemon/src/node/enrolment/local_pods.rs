@@ -1,51 +1,29 @@
 //! Publishes the pods of this node to the proxy, and whether their links are private.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use auth_datapath::PodLinks;
 
 use super::{Enrolment, Serving};
 use crate::{
     config::SameNode,
-    proxy::local_pods::{LocalPod, LocalPods},
+    proxy::{
+        Pod,
+        local_pods::{LocalPod, LocalPods},
+    },
 };
 
 impl Enrolment {
     /// Publishes the pods that are served. Connections between them that are no longer allowed end.
     pub(super) fn publish_local_pods(&mut self) {
-        let local_pods = self.local_pods();
         let pods = self.serving.values().map(|serving| serving.pod.clone());
-        let pods = pods.collect();
+        let pods: Vec<_> = pods.collect();
+        let local_pods = of(&pods, &self.owners, &mut self.pod_links);
         self.node.same_node.settle(&self.node, local_pods, pods);
-    }
-
-    fn local_pods(&mut self) -> LocalPods {
-        let Self {
-            serving,
-            pod_links,
-            owners,
-            ..
-        } = self;
-        pod_links.refresh(|cookie| serving.contains_key(&cookie));
-        let by_cookie: HashMap<_, _> = serving
-            .values()
-            .map(|serving| {
-                let enrolled = &serving.pod.enrolled;
-                let local_pod = LocalPod {
-                    cookie: serving.cookie(),
-                    identity: serving.pod.workload.identity.clone(),
-                    addresses: enrolled.addresses().to_vec(),
-                    has_private_link: pod_links.is_private(&enrolled.netns, enrolled.addresses()),
-                };
-                (local_pod.cookie, Arc::new(local_pod))
-            })
-            .collect();
-        let by_address = owners
-            .iter()
-            .filter_map(|(address, cookie)| Some((*address, by_cookie.get(cookie)?.clone())))
-            .collect();
-        LocalPods {
-            by_cookie,
-            by_address,
-        }
     }
 
     /// Why connections between the pod and others of this node use TLS although `sameNode` is `kernel`. Empty if they do not.
@@ -55,5 +33,36 @@ impl Enrolment {
         }
         let shared = self.pod_links.why_shared(serving.cookie());
         shared.map_or_else(String::new, ToString::to_string)
+    }
+}
+
+/// What the proxy needs to know of `pods`. `owners` are the cookies of those that own an address.
+pub(super) fn of(
+    pods: &[Arc<Pod>],
+    owners: &HashMap<IpAddr, u64>,
+    pod_links: &mut PodLinks,
+) -> LocalPods {
+    let cookies: HashSet<u64> = pods.iter().map(|pod| pod.enrolled.netns.cookie()).collect();
+    pod_links.refresh(|cookie| cookies.contains(&cookie));
+    let by_cookie: HashMap<_, _> = pods
+        .iter()
+        .map(|pod| {
+            let enrolled = &pod.enrolled;
+            let local_pod = LocalPod {
+                cookie: enrolled.netns.cookie(),
+                identity: pod.workload.identity.clone(),
+                addresses: enrolled.addresses().to_vec(),
+                has_private_link: pod_links.is_private(&enrolled.netns, enrolled.addresses()),
+            };
+            (local_pod.cookie, Arc::new(local_pod))
+        })
+        .collect();
+    let by_address = owners
+        .iter()
+        .filter_map(|(address, cookie)| Some((*address, by_cookie.get(cookie)?.clone())))
+        .collect();
+    LocalPods {
+        by_cookie,
+        by_address,
     }
 }

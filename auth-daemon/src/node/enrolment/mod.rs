@@ -285,6 +285,15 @@ impl Enrolment {
         // The runtime must not wait for this daemon any more.
         drop(self.starting);
         drop(self.workload_apis);
+        // The connections that are open depend on it. It ends with them.
+        let pods = self.serving.values().map(|serving| serving.pod.clone());
+        let links = links_of_open(
+            self.node.clone(),
+            pods.collect(),
+            self.owners,
+            self.pod_links,
+        );
+        let links = tokio::spawn(links);
         // The listeners close when their accepting tasks see the drain, and their duplicates are dropped here.
         let tasks: Vec<_> = self
             .serving
@@ -306,6 +315,7 @@ impl Enrolment {
         while self.node.connections.count() > 0 && started.elapsed() < self.node.config.drain {
             tokio::time::sleep(DRAIN_POLL).await;
         }
+        links.abort();
         // The pods stay enrolled, so that the kernel refuses connections that no daemon serves.
         for task in tasks {
             task.abort();
@@ -624,6 +634,25 @@ impl Enrolment {
             .pods
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = pods;
+    }
+}
+
+/// Follows the links of the pods that are served while their open connections drain.
+async fn links_of_open(
+    node: Arc<Node>,
+    pods: Vec<Arc<Pod>>,
+    owners: HashMap<IpAddr, u64>,
+    mut pod_links: PodLinks,
+) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = pod_links.changed() => {}
+            _ = ticks.tick() => {}
+        }
+        let local_pods = local_pods::of(&pods, &owners, &mut pod_links);
+        node.same_node.settle(&node, local_pods, pods.clone());
     }
 }
 
