@@ -10,18 +10,25 @@ use std::{
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
+    route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-/// Multicast groups (rtnetlink.h): changes of interfaces, and of their addresses.
+/// Multicast groups (rtnetlink.h): changes of interfaces, of their addresses, of routes, of rules, and of next hops.
 const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
+const RTNLGRP_IPV4_ROUTE: u32 = 7;
+const RTNLGRP_IPV4_RULE: u32 = 8;
 const RTNLGRP_IPV6_IFADDR: u32 = 9;
+const RTNLGRP_IPV6_ROUTE: u32 = 11;
+const RTNLGRP_IPV6_RULE: u32 = 19;
+const RTNLGRP_NEXTHOP: u32 = 32;
 
 /// Maximum number of reports that are read at once. The socket's buffer holds fewer, unless they arrive as fast as they are
 /// read.
 const MAX_REPORTS: usize = 1024;
+/// TCP's number (RFC 9293), by which rules may choose a table.
+const IPPROTO_TCP: u8 = 6;
 
 /// Where the kernel sends packets.
 pub(super) struct Route {
@@ -57,6 +64,21 @@ impl Netlink {
     /// Opens a socket that reports changes of the interfaces' addresses.
     pub(super) fn watch_addresses() -> io::Result<Self> {
         Self::watch(&[RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR])
+    }
+
+    /// Opens a socket that reports what may change where the netns sends packets. The kernel removes routes without a report if
+    /// it reports why: an interface that goes down, or an address that is removed.
+    pub(super) fn watch_routes() -> io::Result<Self> {
+        Self::watch(&[
+            RTNLGRP_LINK,
+            RTNLGRP_IPV4_IFADDR,
+            RTNLGRP_IPV4_ROUTE,
+            RTNLGRP_IPV4_RULE,
+            RTNLGRP_IPV6_IFADDR,
+            RTNLGRP_IPV6_ROUTE,
+            RTNLGRP_IPV6_RULE,
+            RTNLGRP_NEXTHOP,
+        ])
     }
 
     fn watch(groups: &[u32]) -> io::Result<Self> {
@@ -130,6 +152,27 @@ impl Netlink {
                 _ => None,
             }),
         })
+    }
+
+    /// Returns the entry of the routing tables for packets from `source` to `destination` that arrive by the interface with
+    /// index `arrives_by` and have no mark. Fails with the kernel's error if it would not forward them.
+    pub(super) fn forwarding_route(
+        &mut self,
+        source: IpAddr,
+        destination: IpAddr,
+        arrives_by: u32,
+    ) -> io::Result<RouteMessage> {
+        let mut request = request_route(destination);
+        let (length, address) = whole(source);
+        request.header.source_prefix_length = length;
+        // All of its next hops, and not the one that the kernel would choose for one packet.
+        request.header.flags = RouteFlags::FibMatch;
+        request.attributes.extend([
+            RouteAttribute::Source(address),
+            RouteAttribute::Iif(arrives_by),
+            RouteAttribute::IpProto(IPPROTO_TCP),
+        ]);
+        self.ask_for_route(request)
     }
 
     fn ask_for_route(&mut self, request: RouteMessage) -> io::Result<RouteMessage> {

@@ -69,7 +69,11 @@ fn without_connections(node: &Node) -> Value {
             "connections": node.capacity.connections(),
             "taken": node.capacity.taken().div_ceil(2),
         },
-        "sameNode": {"verdicts": node.same_node.count(), "unlogged": node.kernel.same_node.lost()},
+        "sameNode": {
+            "verdicts": node.same_node.count(),
+            "diverted": node.same_node.count_diverted(),
+            "unlogged": node.kernel.same_node.lost(),
+        },
     })
 }
 

@@ -50,6 +50,8 @@ impl LocalPod {
 pub(crate) struct LocalPods {
     pub(crate) by_cookie: HashMap<u64, Arc<LocalPod>>,
     pub(crate) by_address: HashMap<IpAddr, Arc<LocalPod>>,
+    /// The indices of the node's ends of each pod's links, by cookie.
+    pub(crate) links: HashMap<u64, Vec<u32>>,
 }
 
 impl LocalPods {

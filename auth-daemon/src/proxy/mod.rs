@@ -14,6 +14,7 @@ pub(crate) mod outbound;
 mod path;
 mod plaintext;
 mod pod;
+pub(crate) mod routes;
 pub(crate) mod rules;
 pub(crate) mod same_node;
 pub(crate) mod shares;

@@ -27,7 +27,9 @@ use super::{
     local_pods::{Forbidden, LocalPod},
     lookups::{Found, NotFound},
     path::{ChosenPath, NoPath, View, choose_path},
-    plaintext as plain, unclaimed,
+    plaintext as plain,
+    routes::Pair,
+    unclaimed,
 };
 use crate::config::SameNode;
 use crate::observe::{
@@ -107,11 +109,10 @@ pub(crate) fn serve(
                 return Box::pin(carry_plaintext(app, server, early, access)).await;
             }
             Ok((Opened::SameNode(neighbour), early)) => {
-                if let Err(shared) = node.same_node.remember(node, cookie, dialled).await {
-                    return access.finish(Outcome::Reset, shared);
+                if let Err(exposed) = node.same_node.remember(node, cookie, dialled).await {
+                    return access.finish(Outcome::Reset, exposed);
                 }
-                return Box::pin(carry_same_node(node, cookie, app, neighbour, early, access))
-                    .await;
+                return Box::pin(carry_same_node(node, app, neighbour, early, access)).await;
             }
             Err(gone @ Refusal::App(_)) => return access.finish(Outcome::Reset, gone),
             Err(refusal) => return access.finish(Outcome::Refused, refusal),
@@ -136,10 +137,10 @@ async fn carry_plaintext(
     }
 }
 
-/// Like [`carry_plaintext`], to another pod of this node, until one of the two is gone or has no private link any more.
+/// Like [`carry_plainly`], to another pod of this node, until one of the two is gone or has no private link any more, or until
+/// their packets leave these links.
 async fn carry_same_node(
     node: &Node,
-    client: u64,
     mut app: TcpStream,
     mut neighbour: Neighbour,
     early: Vec<u8>,
@@ -151,7 +152,7 @@ async fn carry_same_node(
     let ended = tokio::select! {
         // First, so that nothing is relayed if that is known before the first byte.
         biased;
-        link = node.same_node.gone(client, &neighbour.local_pod) => match link {
+        link = node.same_node.gone(&neighbour.pair, &neighbour.local_pod) => match link {
             Some(shared) => Err(io::Error::other(shared)),
             None => return,
         },
@@ -189,6 +190,7 @@ enum Opened {
 struct Neighbour {
     tcp: TcpStream,
     endpoint: SocketAddr,
+    pair: Pair,
     local_pod: Arc<LocalPod>,
 }
 
@@ -504,7 +506,17 @@ impl Call<'_> {
             source: source.ok_or(Refusal::Family(address))?,
             others,
         };
-        let path = self.choose(endpoint, through_waypoint);
+        let mut path = self.choose(endpoint, through_waypoint, true);
+        if let Ok(ChosenPath::SameNode(server)) = &path {
+            let pair = self.pair(&attempt, server);
+            let same_node = &self.node.same_node;
+            if !same_node.routes.is_direct(&pair)
+                && let Err(why) = Box::pin(same_node.check_route(pair)).await
+            {
+                tracing::debug!(client = %self.connect.client, endpoint = %address, %why, "not in the kernel");
+                path = self.choose(endpoint, through_waypoint, false);
+            }
+        }
         match path.map_err(|why| attempt.failed(why.into()))? {
             ChosenPath::Itself => self.dial_itself(&attempt).await,
             ChosenPath::SameNode(server) => self.dial_same_node(&attempt, &server).await,
@@ -525,14 +537,26 @@ impl Call<'_> {
         }
     }
 
+    /// The client's pod and `server`, another one of this node.
+    fn pair(&self, attempt: &Attempt<'_>, server: &LocalPod) -> Pair {
+        Pair {
+            client: self.pod.enrolled.netns.cookie(),
+            server: server.cookie,
+            source: attempt.source,
+            address: attempt.address.ip(),
+        }
+    }
+
+    /// Chooses the path to `endpoint`. `directly` says whether pods of this node may be reached without TLS.
     fn choose(
         &self,
         endpoint: &Endpoint,
         through_waypoint: Option<SocketAddr>,
+        directly: bool,
     ) -> Result<ChosenPath, NoPath> {
         let node = self.node;
-        let local_pods =
-            (node.config.same_node == SameNode::Kernel).then(|| node.same_node.local_pods());
+        let directly = directly && node.config.same_node == SameNode::Kernel;
+        let local_pods = directly.then(|| node.same_node.local_pods());
         let cookie = self.pod.enrolled.netns.cookie();
         let local_pods = local_pods.filter(|pods| {
             let client = pods.by_cookie.get(&cookie);

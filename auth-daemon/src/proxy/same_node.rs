@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use super::{
     Node, Pod,
     local_pods::{LocalPod, LocalPods},
+    routes::{NotDirect, Pair, Routes},
     verdict::{Basis, Decision, Facts},
 };
 use crate::{
@@ -23,7 +24,9 @@ use crate::{
         judgement::Judgement,
     },
 };
-use auth_datapath::{Closing, Ending, Grant, NodeLinks, SharedLink, Side};
+use auth_datapath::{
+    Closing, Diverted, Ending, Grant, NodeLinks, PodEnd, SharedLink, Side, check_routes,
+};
 
 /// Interval at which the lease is renewed. A lease is valid for a few intervals.
 const RENEWAL: Duration = Duration::from_secs(1);
@@ -39,8 +42,21 @@ pub struct SameNode {
     local_pods: watch::Sender<Arc<LocalPods>>,
     /// The same pods, with their netns.
     pods: Mutex<Vec<Arc<Pod>>>,
+    /// The node's routes between them.
+    pub(crate) routes: Arc<Routes>,
     /// Locked from a decision until it is applied in the kernel.
     verdicts: Mutex<Verdicts>,
+}
+
+/// Why a connection between two pods of this node must not be carried without TLS.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum Exposed {
+    /// The link of one of them is not private any more.
+    #[error(transparent)]
+    Link(#[from] SharedLink),
+    /// Packets between them leave their links.
+    #[error(transparent)]
+    Route(#[from] Diverted),
 }
 
 #[derive(Debug)]
@@ -67,6 +83,7 @@ impl SameNode {
         Self {
             local_pods: watch::Sender::default(),
             pods: Mutex::default(),
+            routes: Arc::default(),
             verdicts: Mutex::new(Verdicts {
                 released: false,
                 given: HashMap::new(),
@@ -91,12 +108,24 @@ impl SameNode {
         self.lock().given.len()
     }
 
-    /// Waits until `server` has left this node or has changed, or until the link of the client's pod or the server's is not
-    /// private any more. Returns why the link ends a connection, if that is it.
-    pub(crate) async fn gone(&self, client_cookie: u64, server: &LocalPod) -> Option<String> {
+    /// Returns the number of pairs of pods whose connections use TLS because their packets leave the node.
+    pub fn count_diverted(&self) -> usize {
+        self.routes.count_diverted()
+    }
+
+    /// Checks that packets between two pods with private links stay on these links.
+    pub(crate) async fn check_route(&self, pair: Pair) -> Result<(), NotDirect> {
+        self.routes.check(&self.local_pods(), pair).await
+    }
+
+    /// Waits until `server`, which is that of `pair`, has left this node or has changed, until the link of one of the two pods is
+    /// not private any more, or until their packets leave these links. Returns why the link or the route ends a connection, if
+    /// that is it.
+    pub(crate) async fn gone(&self, pair: &Pair, server: &LocalPod) -> Option<String> {
         let shared = |now: &LocalPods| {
-            let mut pods = [client_cookie, server.cookie].into_iter();
-            pods.find_map(|cookie| now.by_cookie.get(&cookie)?.shared_link())
+            let mut pods = [pair.client, pair.server].into_iter();
+            let shared = pods.find_map(|cookie| now.by_cookie.get(&cookie)?.shared_link());
+            shared.or_else(|| self.routes.forbids(pair))
         };
         let is_gone = |now: &Arc<LocalPods>| {
             let own = now.by_cookie.get(&server.cookie);
@@ -116,10 +145,14 @@ impl SameNode {
         // Connections of pods that have left are also found from those pods' own netns.
         let before = std::mem::replace(&mut *lock(&self.pods), pods);
         let mut lost_links = false;
+        self.routes.retain(&local_pods);
         let changed = self.local_pods.send_if_modified(|now| {
             let changed = **now != local_pods;
             if changed {
                 lost_links = local_pods.have_lost_links(now);
+                if local_pods.links != now.links {
+                    self.routes.links_changed();
+                }
                 *now = Arc::new(local_pods);
             }
             changed
@@ -130,13 +163,29 @@ impl SameNode {
         }
     }
 
+    /// Applies what has become known of the routes between pods of this node.
+    pub(super) fn apply_routes(&self, node: &Node) {
+        self.revise(node);
+        self.end_all_forbidden(node, &[], true);
+        // Wakes those that the daemon carries.
+        self.local_pods.send_modify(|_| ());
+    }
+
+    /// Counts all pairs of pods as diverted, because the kernel's routes cannot be read.
+    pub(super) fn doubt_routes(&self, node: &Node, error: &std::io::Error) {
+        if self.routes.doubt(error) {
+            self.apply_routes(node);
+        }
+    }
+
     /// Ends the connections that the kernel carries and whose pods have left, have changed identity or are revoked, as
     /// the daemon does with those that it carries itself.
     pub(crate) fn end_forbidden(&self, node: &Node) {
         self.end_all_forbidden(node, &[], false);
     }
 
-    /// Likewise. The pods of `also_in` have left; `lost_links` says whether the links of others are not private any more.
+    /// Likewise. The pods of `also_in` have left; `lost_links` says whether others have links that are not private any more, or
+    /// whose packets may leave them.
     fn end_all_forbidden(&self, node: &Node, also_in: &[Arc<Pod>], lost_links: bool) {
         let basis = Basis::of(node);
         let mut verdicts = self.lock();
@@ -197,7 +246,19 @@ impl SameNode {
 
     /// Adopts those verdicts of a previous daemon that this one would grant, too. Withdraws the others, and ends their
     /// connections that are not allowed. Called once, when the pods are served.
-    pub(crate) fn adopt(&self, node: &Node) {
+    pub(crate) async fn adopt(&self, node: &Node) {
+        if node.config.same_node == config::SameNode::Kernel {
+            let basis = Basis::of(node);
+            let pairs = node.kernel.same_node.granted().into_iter();
+            let pairs = pairs.filter_map(|grant| basis.facts_of(&grant).pair());
+            let pairs: HashSet<Pair> = pairs.collect();
+            let pairs = pairs.into_iter().collect();
+            self.routes.check_all(&basis.local_pods, pairs).await;
+        }
+        self.adopt_checked(node);
+    }
+
+    fn adopt_checked(&self, node: &Node) {
         let mut verdicts = self.lock();
         let basis = Basis::of(node);
         let mut gone = Vec::new();
@@ -221,7 +282,8 @@ impl SameNode {
         verdicts.adopted = true;
         drop(verdicts);
         let has_shared_links = !basis.local_pods.have_private_links();
-        self.end_all_forbidden(node, &[], has_shared_links);
+        let is_diverted = self.count_diverted() > 0;
+        self.end_all_forbidden(node, &[], has_shared_links || is_diverted);
     }
 
     /// Leaves the verdicts to another daemon. Afterwards this one neither grants nor withdraws any.
@@ -230,13 +292,13 @@ impl SameNode {
     }
 
     /// Lets the kernel carry the client pod's later connections to `dialled`, if one verdict covers them all. Fails if the
-    /// link of either pod is not private any more.
+    /// link of either pod is not private any more, or if packets between the two leave these links.
     pub(crate) async fn remember(
         &self,
         node: &Node,
         client_cookie: u64,
         dialled: SocketAddr,
-    ) -> Result<(), SharedLink> {
+    ) -> Result<(), Exposed> {
         if node.config.same_node == config::SameNode::Tunnel
             || !self.lock().has_room(client_cookie, dialled)
         {
@@ -245,15 +307,17 @@ impl SameNode {
         let Some(decision) = Basis::of(node).decide(client_cookie, dialled) else {
             return Ok(());
         };
-        // The change of a link may not be reported yet. What changes from here on withdraws the verdict.
-        let cookies = [client_cookie, decision.server_cookie];
-        match self.check_links(cookies).await {
+        let Some(pair) = decision.facts.pair() else {
+            return Ok(());
+        };
+        // The change of a link or of a route may not be reported yet. What changes from here on withdraws the verdict.
+        match self.check_now(pair).await {
             Ok(()) => {}
-            Err(error @ SharedLink::Unreadable(_)) => {
+            Err(Exposed::Link(error @ SharedLink::Unreadable(_))) => {
                 tracing::debug!(%dialled, %error, "no verdict");
                 return Ok(());
             }
-            Err(shared) => return Err(shared),
+            Err(exposed) => return Err(exposed),
         }
         let mut verdicts = self.lock();
         let again = Basis::of(node).decide(client_cookie, dialled);
@@ -312,24 +376,27 @@ impl SameNode {
         verdicts.basis = Some(basis);
     }
 
-    /// Checks that the links of the pods in the netns with these cookies are private at this moment. Not on the caller's
-    /// thread: the kernel may take milliseconds to list a node's interfaces.
-    async fn check_links(&self, cookies: [u64; 2]) -> Result<(), SharedLink> {
-        let cookie_of = |pod: &Pod| pod.enrolled.netns.cookie();
-        let mut pods = lock(&self.pods).clone();
-        pods.retain(|pod| cookies.contains(&cookie_of(pod)));
-        if pods.len() < cookies.len() {
-            return Err(SharedLink::NoInterface);
-        }
-        let check = move || {
-            let node = NodeLinks::list()?;
-            pods.iter().try_for_each(|pod| {
-                let enrolled = &pod.enrolled;
-                node.check(&enrolled.netns, enrolled.addresses())
-            })
+    /// Checks that at this moment the links of both pods are private, and that packets between the two stay on them. Not on the
+    /// caller's thread: the kernel may take milliseconds to list a node's interfaces.
+    async fn check_now(&self, pair: Pair) -> Result<(), Exposed> {
+        let pods = lock(&self.pods).clone();
+        let check = move || -> Result<(), Exposed> {
+            let node = NodeLinks::list().map_err(SharedLink::from)?;
+            let end = |cookie, address| {
+                let mut pods = pods.iter().map(|pod| &pod.enrolled);
+                let pod = pods.find(|pod| pod.netns.cookie() == cookie);
+                let pod = pod.ok_or(SharedLink::NoInterface)?;
+                node.check(&pod.netns, pod.addresses())?;
+                let links = node.indices(&pod.netns)?;
+                Ok::<_, SharedLink>(PodEnd { links, address })
+            };
+            let client = end(pair.client, pair.source)?;
+            let server = end(pair.server, pair.address)?;
+            let routes = check_routes([(&client, &server)]).map_err(SharedLink::from)?;
+            Ok(routes.into_iter().collect::<Result<(), Diverted>>()?)
         };
         let checked = tokio::task::spawn_blocking(check).await;
-        checked.unwrap_or_else(|error| Err(SharedLink::Unreadable(error.to_string())))
+        checked.unwrap_or_else(|error| Err(SharedLink::Unreadable(error.to_string()).into()))
     }
 
     fn facts(&self, closing: &Closing) -> Facts {

@@ -9,6 +9,7 @@ use std::{
 use super::{
     Node,
     local_pods::{LocalPods, allows, permit},
+    routes::{Pair, Routes},
     rules::{ByPod, Refused},
 };
 use auth_datapath::Grant;
@@ -35,6 +36,19 @@ pub(super) struct Facts {
     pub(super) route: Option<(IpAddr, SocketAddr)>,
     /// Why this daemon ended the connections, if it did.
     pub(super) ended_because: Option<String>,
+}
+
+impl Facts {
+    /// The two pods, if their addresses are known.
+    pub(super) fn pair(&self) -> Option<Pair> {
+        let (source, destination) = self.route?;
+        Some(Pair {
+            client: self.client_cookie,
+            server: self.server_cookie,
+            source,
+            address: destination.ip(),
+        })
+    }
 }
 
 impl LocalPods {
@@ -119,6 +133,9 @@ pub(super) struct Basis {
     pub(super) trust: Arc<Trust>,
     pub(super) rules: Arc<ByPod>,
     pub(super) node_name: String,
+    pub(super) routes: Arc<Routes>,
+    /// The version of the routes that decisions are made by, at least.
+    routes_version: u64,
 }
 
 impl Basis {
@@ -129,6 +146,8 @@ impl Basis {
             trust: node.certificates.trust().current(),
             rules: node.rules.current(),
             node_name: node.config.node_name.clone(),
+            routes: node.same_node.routes.clone(),
+            routes_version: node.same_node.routes.version(),
         }
     }
 
@@ -137,6 +156,7 @@ impl Basis {
             && Arc::ptr_eq(&self.local_pods, &other.local_pods)
             && Arc::ptr_eq(&self.trust, &other.trust)
             && Arc::ptr_eq(&self.rules, &other.rules)
+            && self.routes_version == other.routes_version
     }
 
     /// Returns why a connection with these facts may not continue, or `None` if it may.
@@ -163,7 +183,8 @@ impl Basis {
                 return Some(revoked.to_string());
             }
         }
-        self.denies(facts).map(|refused| refused.to_string())
+        let diverted = facts.pair().and_then(|pair| self.routes.forbids(&pair));
+        diverted.or_else(|| Some(self.denies(facts)?.to_string()))
     }
 
     /// Returns what is known about the connections of a previous daemon's verdict.
@@ -201,15 +222,19 @@ impl Basis {
         }
     }
 
+    /// Decides whether the kernel alone may carry connections from the netns with `client_cookie` to `dialled`. It may if their
+    /// packets are known to stay on the pods' links.
     pub(super) fn decide(&self, client_cookie: u64, dialled: SocketAddr) -> Option<Decision> {
-        decide(
+        let decision = decide(
             &self.snapshot,
             &self.trust.revoked,
             &self.local_pods,
             &self.rules,
             client_cookie,
             dialled,
-        )
+        )?;
+        let pair = decision.facts.pair()?;
+        self.routes.is_direct(&pair).then_some(decision)
     }
 }
 

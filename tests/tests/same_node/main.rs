@@ -9,4 +9,5 @@ mod endings;
 mod hostile;
 mod links;
 mod policy;
+mod routes;
 mod shares;

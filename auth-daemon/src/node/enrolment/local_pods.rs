@@ -57,6 +57,10 @@ pub(super) fn of(
             (local_pod.cookie, Arc::new(local_pod))
         })
         .collect();
+    let links = by_cookie
+        .keys()
+        .map(|cookie| (*cookie, pod_links.indices(*cookie)))
+        .collect();
     let by_address = owners
         .iter()
         .filter_map(|(address, cookie)| Some((*address, by_cookie.get(cookie)?.clone())))
@@ -64,5 +68,6 @@ pub(super) fn of(
     LocalPods {
         by_cookie,
         by_address,
+        links,
     }
 }

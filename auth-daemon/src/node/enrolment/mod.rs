@@ -33,8 +33,8 @@ use super::{
     acceptor::{Accepting, DRAIN_POLL, Side, accept},
     remote_clusters, revocation,
 };
-use crate::proxy::{Node, Pod, PodStatus, rules, same_node};
-use addresses::Written;
+use crate::proxy::{Node, Pod, PodStatus, routes, rules, same_node};
+use addresses::Told;
 use auth_datapath::{
     EnrolError, Enrolled, Kernel, Netns, NetnsDiscovery, NodeAddresses, PodLinks, open_netns,
     sockets::Listeners,
@@ -212,6 +212,8 @@ impl Enrolment {
                 _ = stop.changed() => {}
             }
         }
+        // Before a pod is served, so that no change is missed.
+        let mut route_watch = Some(self.node.same_node.routes.watch());
         let mut first = true;
         while !*stop.borrow() {
             let started = Instant::now();
@@ -232,7 +234,10 @@ impl Enrolment {
             if first {
                 first = false;
                 self.node.kernel.remove_other_layouts();
-                self.node.same_node.adopt(&self.node);
+                self.node.same_node.adopt(&self.node).await;
+                if let Some(watch) = route_watch.take() {
+                    tokio::spawn(routes::keep(self.node.clone(), watch));
+                }
                 let keep = tokio::spawn(same_node::keep(self.node.clone()));
                 tokio::spawn(revocation::keep(self.node.clone()));
                 tokio::spawn(remote_clusters::keep(self.node.clone()));

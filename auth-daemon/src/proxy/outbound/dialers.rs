@@ -84,6 +84,7 @@ impl Call<'_> {
         Ok(Opened::SameNode(Neighbour {
             tcp: tcp.map_err(|why| attempt.failed(why))?,
             endpoint: address,
+            pair: self.pair(attempt, server),
             local_pod: server.clone(),
         }))
     }
