@@ -75,8 +75,8 @@ pub struct Caller {
     pub pid: u32,
     /// Its user.
     pub user: u32,
-    /// The process. `None` if it has exited.
-    process: Option<OwnedFd>,
+    /// The process, or why it cannot be examined.
+    process: Result<OwnedFd, Errno>,
 }
 
 impl Caller {
@@ -85,10 +85,9 @@ impl Caller {
         let credentials = getsockopt(&connection, PeerCredentials)?;
         let pid = credentials.pid();
         let process = match getsockopt(&connection, PeerPidfd) {
-            Ok(process) => Some(process),
-            // Before Linux 6.5. The ID may belong to another process by now, which then has to meet the same conditions.
-            Err(Errno::ENOPROTOOPT) => open_process(pid).ok(),
-            Err(_) => None,
+            // Before Linux 6.5. The number may be another process's by now, which must then prove the same as this one.
+            Err(Errno::ENOPROTOOPT) => open_process(pid),
+            opened => opened,
         };
         Ok(Self {
             cookie: socket_cookie(connection)?,
@@ -99,7 +98,7 @@ impl Caller {
     }
 
     fn is_running(&self) -> bool {
-        let Some(process) = &self.process else {
+        let Ok(process) = &self.process else {
             return false;
         };
         // A descriptor of a process becomes readable when the process ends (pidfd_open(2)).
@@ -111,6 +110,9 @@ impl Caller {
     fn see(&self, hierarchies: &Hierarchies, around: &HashSet<PodUid>) -> Result<Seen, NotOfPod> {
         if self.pid == 0 {
             return Err(NotOfPod::Invisible);
+        }
+        if let Err(error) = self.process {
+            return Err(unopened(error));
         }
         let folder = Path::new("/proc").join(self.pid.to_string());
         let folder = Folder::open(&folder).ok_or(NotOfPod::Exited)?;
@@ -140,14 +142,24 @@ impl Caller {
     }
 }
 
+/// Why a caller is not attested whose process the kernel opens only with an error.
+fn unopened(error: Errno) -> NotOfPod {
+    match error {
+        // What the versions of Linux answer for a process that is gone. The last one is that of a socket without a process.
+        Errno::ESRCH | Errno::EINVAL | Errno::ENODATA => NotOfPod::Exited,
+        // For example no more descriptors.
+        error => NotOfPod::Unreadable(error.into()),
+    }
+}
+
 /// pidfd_open(2), Linux 5.3.
-fn open_process(pid: libc::pid_t) -> io::Result<OwnedFd> {
+fn open_process(pid: libc::pid_t) -> Result<OwnedFd, Errno> {
     // SAFETY: the call takes two numbers and returns a descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     match libc::c_int::try_from(fd) {
         // SAFETY: the kernel has just opened it for this process, and nothing else owns it.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
+        _ => Err(Errno::last()),
     }
 }
 
@@ -312,6 +324,17 @@ mod tests {
     }
 
     #[test]
+    fn a_process_that_cannot_be_opened_has_not_exited() {
+        for gone in [Errno::ESRCH, Errno::EINVAL, Errno::ENODATA] {
+            assert!(matches!(unopened(gone), NotOfPod::Exited), "{gone}");
+        }
+        for lack in [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM] {
+            let why = unopened(lack).to_string();
+            assert!(why.contains("cannot be examined"), "{why}");
+        }
+    }
+
+    #[test]
     fn a_process_must_be_in_the_pods_cgroup_and_netns() {
         for is_netns_named in [false, true] {
             let expected = expected(is_netns_named);
@@ -414,7 +437,7 @@ mod tests {
             cookie: 0,
             pid: child.id(),
             user: 0,
-            process: Some(process),
+            process: Ok(process),
         };
         let see = || caller.see(&Hierarchies::mounted(), &HashSet::new());
         assert!(see().is_ok());

@@ -67,11 +67,12 @@ fn socket(path: &str) -> Result<PathBuf, String> {
     if path.len() > MAX_SOCKET {
         return Err(format!("is longer than {MAX_SOCKET} bytes"));
     }
-    let path = absolute(path)?;
-    match path.file_name() {
-        Some(_) if !path.ends_with("..") => Ok(path),
-        _ => Err("names no file".into()),
+    // `Path` ignores what ends in a slash or a dot, and the kernel does not.
+    let mut parts = path.split('/').skip(1);
+    if parts.any(|part| matches!(part, "" | "." | "..")) {
+        return Err("names no file, or has a part that is empty, . or ..".into());
     }
+    Ok(absolute(path)?)
 }
 
 /// A service account, `namespace/account`, or all of a namespace, `namespace/*`.
@@ -124,7 +125,18 @@ mod tests {
     fn a_socket_is_a_file_whose_path_the_kernel_takes() {
         assert!(socket("/run/auth-daemon/workload-api/api.sock").is_ok());
         let long = format!("/{}", "x".repeat(MAX_SOCKET));
-        for bad in ["", "api.sock", "/", "/run/..", &long] {
+        for bad in [
+            "",
+            "api.sock",
+            "/",
+            "/run/..",
+            "/run/api.sock/",
+            "/run/api.sock/.",
+            "/run//api.sock",
+            "/run/./api.sock",
+            "/run/../api.sock",
+            &long,
+        ] {
             assert!(socket(bad).is_err(), "{bad}");
         }
         assert!(socket(&long[..MAX_SOCKET]).is_ok());

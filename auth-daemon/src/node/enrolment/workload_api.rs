@@ -34,7 +34,10 @@ pub(super) struct WorkloadApis {
     /// Pods in which it cannot be served, as the log has said.
     failing: HashSet<u64>,
     socket: Option<WorkloadSocket>,
+    /// Serves the pods.
     thread: Option<ApiThread>,
+    /// Accepts and refuses the socket's callers, who need not be pods: they delay no pod that is served.
+    socket_thread: Option<ApiThread>,
 }
 
 struct ServedPod {
@@ -62,6 +65,7 @@ impl WorkloadApis {
             failing: HashSet::new(),
             socket: socket.map(WorkloadSocket::at),
             thread: None,
+            socket_thread: None,
         }
     }
 
@@ -117,10 +121,10 @@ impl WorkloadApis {
         let Some(socket) = &mut self.socket else {
             return;
         };
-        let runtime = match ApiThread::runtime(&mut self.thread) {
+        let runtime = match ApiThread::runtime(&mut self.socket_thread, "workload-socket") {
             Ok(runtime) => runtime,
             Err(error) => {
-                tracing::error!(%error, "cannot start the workload API's thread; retrying");
+                tracing::error!(%error, "cannot start the thread of the workload API's socket; retrying");
                 return;
             }
         };
@@ -156,7 +160,7 @@ impl WorkloadApis {
             Some(listener) => listener,
             None => open_workload_api(&node.kernel, &pod.enrolled.netns)?,
         };
-        let runtime = ApiThread::runtime(&mut self.thread)?;
+        let runtime = ApiThread::runtime(&mut self.thread, "workload-api")?;
         let lifetime = node.config.workload_api.certificate_lifetime;
         let identity = &pod.workload.identity;
         let certificate = node.certificates.for_app(identity, lifetime);
@@ -180,7 +184,7 @@ impl WorkloadApis {
     }
 }
 
-/// A thread for the API of all pods, so that a flood of requests delays neither connections nor enrolment.
+/// A thread of the API, so that a flood of requests delays neither connections nor enrolment.
 struct ApiThread {
     runtime: Handle,
     /// Ends the thread when it is dropped.
@@ -188,23 +192,21 @@ struct ApiThread {
 }
 
 impl ApiThread {
-    /// Returns the runtime of the thread, after starting it if there is none.
-    fn runtime(thread: &mut Option<Self>) -> io::Result<&Handle> {
+    /// Returns the runtime of the thread, after starting it with this name if there is none.
+    fn runtime<'a>(thread: &'a mut Option<Self>, name: &str) -> io::Result<&'a Handle> {
         Ok(match thread {
             Some(thread) => &thread.runtime,
-            None => &thread.insert(Self::start()?).runtime,
+            None => &thread.insert(Self::start(name)?).runtime,
         })
     }
 
-    fn start() -> io::Result<Self> {
+    fn start(name: &str) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel();
-        thread::Builder::new()
-            .name("workload-api".into())
-            .spawn(move || {
-                let _ = runtime.block_on(stopped);
-            })?;
+        thread::Builder::new().name(name.into()).spawn(move || {
+            let _ = runtime.block_on(stopped);
+        })?;
         Ok(Self {
             runtime: handle,
             _stop: stop,

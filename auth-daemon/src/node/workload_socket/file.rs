@@ -20,6 +20,8 @@ const FOLDER_MODE: u32 = 0o755;
 const SOCKET_MODE: u32 = 0o666;
 /// Write permission of the group and of others.
 const WRITABLE: u32 = 0o022;
+/// In a folder with this bit, only the owner of a file may rename it.
+const STICKY: u32 = 0o1000;
 
 /// A socket's file, which the daemon has made.
 #[derive(Debug)]
@@ -31,8 +33,8 @@ pub(super) struct SocketFile {
 
 impl SocketFile {
     /// Listens at `path`. What an earlier daemon left there is replaced at once, so that clients find the old socket or the new
-    /// one. Creates the folder if it is missing. Fails if others than the daemon's user may write to the folder, because they
-    /// could put a socket of their own there.
+    /// one. Creates the folder if it is missing. Fails if others than the daemon's user may write to the folder, or rename it or
+    /// one above it, because they could put a socket of their own there.
     pub(super) fn listen(path: &Path) -> io::Result<(UnixListener, Self)> {
         prepare_folder(path.parent().unwrap_or(Path::new("/")))?;
         refuse_other_file(path)?;
@@ -87,18 +89,53 @@ fn prepare_folder(folder: &Path) -> io::Result<()> {
         fs::set_permissions(folder, Permissions::from_mode(FOLDER_MODE))?;
     }
     let found = fs::symlink_metadata(folder)?;
-    if !is_private(&found, geteuid().as_raw()) {
-        let (user, mode) = (found.uid(), found.mode() & 0o7777);
+    let user = geteuid().as_raw();
+    if !is_private(&found, user) {
         return Err(io::Error::other(format!(
-            "{} must be a folder of the daemon's user that nobody else may write to, and is user {user}'s with mode {mode:o}",
-            folder.display()
+            "{} must be a folder of the daemon's user that nobody else may write to, and is {}",
+            folder.display(),
+            described(&found)
         )));
+    }
+    // Whoever may rename one of the folders above can put another one in place of this one.
+    let real = folder.canonicalize()?;
+    for above in [folder, real.as_path()]
+        .into_iter()
+        .flat_map(|path| path.ancestors().skip(1))
+    {
+        if above.as_os_str().is_empty() {
+            continue;
+        }
+        let found = fs::metadata(above)?;
+        if !keeps_names(&found, user) {
+            return Err(io::Error::other(format!(
+                "{}, which {} is in, must be a folder of root or the daemon's user in which nobody else may rename files, and \
+                 is {}",
+                above.display(),
+                folder.display(),
+                described(&found)
+            )));
+        }
     }
     Ok(())
 }
 
+fn described(found: &Metadata) -> String {
+    format!(
+        "user {}'s with mode {:o}",
+        found.uid(),
+        found.mode() & 0o7777
+    )
+}
+
 fn is_private(folder: &Metadata, user: u32) -> bool {
     folder.is_dir() && folder.uid() == user && folder.mode() & WRITABLE == 0
+}
+
+/// Whether nobody but root and `user` can rename what is theirs in the folder.
+fn keeps_names(folder: &Metadata, user: u32) -> bool {
+    let is_own = folder.uid() == user || folder.uid() == 0;
+    is_own && (folder.mode() & WRITABLE == 0 || folder.mode() & STICKY != 0)
 }
 
 fn refuse_other_file(path: &Path) -> io::Result<()> {
@@ -162,6 +199,37 @@ mod tests {
         assert!(!path.exists());
         let own = fs::symlink_metadata(root.path()).unwrap();
         assert!(!is_private(&own, own.uid() + 1));
+    }
+
+    #[test]
+    fn refuses_a_folder_that_others_may_replace() {
+        let root = tempfile::tempdir().unwrap();
+        let (above, elsewhere) = (root.path().join("above"), root.path().join("elsewhere"));
+        fs::create_dir_all(above.join("folder")).unwrap();
+        fs::create_dir(&elsewhere).unwrap();
+        let link = elsewhere.join("link");
+        std::os::unix::fs::symlink(&above, &link).unwrap();
+        let paths = [&above, &link].map(|folder| folder.join("folder/api.sock"));
+        let listen = |mode, at: &Path| {
+            fs::set_permissions(at, Permissions::from_mode(mode)).unwrap();
+            let heard = paths.each_ref().map(|path| SocketFile::listen(path).err());
+            fs::set_permissions(at, Permissions::from_mode(0o755)).unwrap();
+            heard.map(|error| error.map(|error| error.to_string()))
+        };
+        for mode in [0o777, 0o775] {
+            for refused in listen(mode, &above) {
+                let refused = refused.unwrap();
+                assert!(refused.contains("above, which"), "{refused}");
+            }
+            // Only by the symbolic link.
+            let [direct, linked] = listen(mode, &elsewhere);
+            assert_eq!(direct, None);
+            let linked = linked.unwrap();
+            assert!(linked.contains("elsewhere, which"), "{linked}");
+        }
+        assert_eq!(listen(0o1777, &above), [None, None]);
+        let own = fs::metadata(&above).unwrap();
+        assert!(own.uid() == 0 || !keeps_names(&own, own.uid() + 1));
     }
 
     #[test]

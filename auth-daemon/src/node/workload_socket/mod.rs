@@ -20,7 +20,7 @@ use auth_workload_api::{Attested, refuse};
 use tokio::{
     net::{UnixListener, UnixStream},
     runtime::Handle,
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     task::{AbortHandle, JoinSet},
     time::sleep,
 };
@@ -32,10 +32,15 @@ use file::SocketFile;
 /// Maximum number of connections at once, of all pods and of one.
 const MAX_CONNECTIONS: usize = 1024;
 const MAX_PER_POD: usize = 16;
-/// Maximum number of callers at once that are told why they are refused. Further ones are only refused.
+/// Maximum number of callers at once that are told why they are refused, in all and of one pod. The callers in network
+/// namespaces of no pod count as those of one, because a process may make such namespaces as it likes. Further ones are only
+/// refused.
 const MAX_REFUSED: usize = 64;
-/// Pause between two log lines about refused callers of one pod, or of no pod.
+const MAX_REFUSED_PER_POD: usize = 8;
+/// Pause between two log lines about refused callers of one network namespace.
 const LOG_PAUSE: Duration = Duration::from_secs(10);
+/// Maximum number of such lines in this time about network namespaces of no pod.
+const MAX_LOGGED: usize = 16;
 /// Pause after a connection could not be accepted for lack of a resource.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -138,7 +143,7 @@ impl WorkloadSocket {
             pods: self.pods.clone(),
             attestor,
             places: Arc::new(ConnectionLimit::new(MAX_CONNECTIONS, MAX_PER_POD)),
-            refused: Semaphore::new(MAX_REFUSED),
+            refused: Arc::new(ConnectionLimit::new(MAX_REFUSED, MAX_REFUSED_PER_POD)),
             logged: Mutex::default(),
         });
         let open = listening.subscribe();
@@ -175,9 +180,41 @@ struct Acceptor {
     attestor: Attestor,
     /// By cookie.
     places: Arc<ConnectionLimit<u64>>,
-    refused: Semaphore,
-    /// When callers of a pod were last logged, by cookie. 0 stands for callers of no pod.
-    logged: Mutex<HashMap<u64, Instant>>,
+    /// By cookie. [`NO_POD`] stands for all network namespaces of no pod.
+    refused: Arc<ConnectionLimit<u64>>,
+    logged: Mutex<Logged>,
+}
+
+/// No netns has this cookie.
+const NO_POD: u64 = 0;
+
+/// Which refused callers were logged a moment ago.
+#[derive(Debug, Default)]
+struct Logged {
+    /// When, by the cookie of their netns, and whether that is a pod's or the node's.
+    at: HashMap<u64, (Instant, bool)>,
+    /// Number of refused callers of no pod that were not logged since one was.
+    left_out: u64,
+}
+
+impl Logged {
+    /// Whether to log a caller in the netns with `cookie`, and how many others of no pod were not logged before it.
+    fn may_log(&mut self, cookie: u64, is_known: bool) -> Option<u64> {
+        self.at.retain(|_, (at, _)| at.elapsed() < LOG_PAUSE);
+        if self.at.contains_key(&cookie) {
+            return None;
+        }
+        let unknown = self.at.values().filter(|(_, is_known)| !is_known);
+        if !is_known && unknown.count() >= MAX_LOGGED {
+            self.left_out += 1;
+            return None;
+        }
+        self.at.insert(cookie, (Instant::now(), is_known));
+        Some(match is_known {
+            true => 0,
+            false => std::mem::take(&mut self.left_out),
+        })
+    }
 }
 
 /// Why a caller is refused.
@@ -222,9 +259,7 @@ impl Acceptor {
                     pod = %pod.workload.name, "a connection to the workload API's socket is refused: too many are open"
                 ),
                 (Err(refusal), _) => {
-                    let refused =
-                        self.clone()
-                            .refuse(connection, (caller.pid, caller.user), refusal);
+                    let refused = self.clone().refuse(connection, Who::of(&caller), refusal);
                     callers.spawn(refused);
                 }
             }
@@ -271,7 +306,7 @@ impl Acceptor {
         server: mpsc::Sender<Attested>,
         permit: ConnectionPermit<u64>,
     ) {
-        let who = (caller.pid, caller.user);
+        let who = Who::of(&caller);
         let netns = &pod.enrolled.netns;
         let checked = self.attestor.check(caller, &pod.workload, netns).await;
         match checked {
@@ -293,35 +328,75 @@ impl Acceptor {
     }
 
     /// Tells the caller and the log why it is refused.
-    async fn refuse(
-        self: Arc<Self>,
-        connection: UnixStream,
-        (pid, user): (u32, u32),
-        refusal: Refusal,
-    ) {
+    async fn refuse(self: Arc<Self>, connection: UnixStream, who: Who, refusal: Refusal) {
         let Refusal { pod, status } = refusal;
-        let cookie = pod.as_ref().map_or(0, |pod| pod.enrolled.netns.cookie());
-        if self.may_log(cookie) {
+        let is_known = pod.is_some() || who.cookie == self.node;
+        if let Some(left_out) = self.may_log(who.cookie, is_known) {
             let pod = pod.map(|pod| pod.workload.name.to_string());
             tracing::warn!(
-                pid,
-                user,
+                pid = who.pid,
+                user = who.user,
                 pod = pod.as_deref().unwrap_or_default(),
+                left_out = (left_out > 0).then_some(left_out),
                 reason = status.message(),
                 "caller of the workload API refused"
             );
         }
-        let Ok(_place) = self.refused.try_acquire() else {
+        let source = if is_known { who.cookie } else { NO_POD };
+        let Some(_place) = self.refused.admit(source) else {
             return;
         };
         refuse(connection, status).await;
     }
 
-    fn may_log(&self, cookie: u64) -> bool {
+    fn may_log(&self, cookie: u64, is_known: bool) -> Option<u64> {
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
-        logged.retain(|_, at| at.elapsed() < LOG_PAUSE);
-        let is_first = !logged.contains_key(&cookie);
-        logged.entry(cookie).or_insert_with(Instant::now);
-        is_first
+        logged.may_log(cookie, is_known)
+    }
+}
+
+/// A caller that is refused.
+#[derive(Clone, Copy, Debug)]
+struct Who {
+    /// Cookie of its netns.
+    cookie: u64,
+    pid: u32,
+    user: u32,
+}
+
+impl Who {
+    fn of(caller: &Caller) -> Self {
+        Self {
+            cookie: caller.cookie,
+            pid: caller.pid,
+            user: caller.user,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn callers_of_no_pod_keep_no_others_from_being_logged() {
+        let mut logged = Logged::default();
+        // Each of them once, and no more than the limit.
+        for cookie in 1..=100 {
+            let expected = (cookie <= MAX_LOGGED as u64).then_some(0);
+            assert_eq!(logged.may_log(cookie, false), expected, "{cookie}");
+            assert_eq!(logged.may_log(1, false), None);
+        }
+        assert_eq!(logged.may_log(1000, true), Some(0));
+        assert_eq!(logged.may_log(1000, true), None);
+        assert_eq!(logged.may_log(1001, true), Some(0));
+        // Later, the next one tells of those that were left out.
+        let long_ago = Instant::now().checked_sub(LOG_PAUSE).unwrap();
+        for (at, _) in logged.at.values_mut() {
+            *at = long_ago;
+        }
+        assert_eq!(logged.may_log(1001, true), Some(0));
+        assert_eq!(logged.may_log(2000, false), Some(100 - MAX_LOGGED as u64));
+        assert_eq!(logged.may_log(2001, false), Some(0));
     }
 }
