@@ -20,6 +20,7 @@ use auth_tunnel::tls::{
 use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
 use tokio::sync::{Notify, watch};
 
+use self::joining::NodeCertificates;
 use crate::{
     config::{MIN_LIFETIME, Root, RootSettings, Settings},
     csr::RequestedKey,
@@ -115,6 +116,7 @@ pub struct Authority {
     /// The view of it, for readers.
     view: ArcSwap<CaView>,
     published: watch::Sender<Arc<Published>>,
+    node_certificates: NodeCertificates,
     /// Wakes [`Authority::run`] when something becomes due at another time.
     changed: Notify,
 }
@@ -192,6 +194,7 @@ impl Authority {
             state: tokio::sync::Mutex::new(state),
             published: watch::Sender::new(view.published.clone()),
             view: ArcSwap::from_pointee(view),
+            node_certificates: NodeCertificates::default(),
             changed: Notify::new(),
         };
         authority.write_published().await;
@@ -346,7 +349,7 @@ impl Authority {
                 .collect(),
             revoked: (&published.revoked).into(),
             join_tokens: view.joins.tokens().map(Into::into).collect(),
-            joined_nodes: view.joins.nodes().map(Into::into).collect(),
+            joined_nodes: self.node_certificates.status(&view),
         }
     }
 

@@ -102,6 +102,9 @@ pub struct JoinedNodeStatus {
     pub at: String,
     /// User ID of the operator who created its token.
     pub created_by: Option<u32>,
+    /// Until when its certificate is valid (RFC 3339), if this replica has issued or renewed it since it leads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_until: Option<String>,
 }
 
 impl From<(&str, &JoinedNode)> for JoinedNodeStatus {
@@ -110,6 +113,7 @@ impl From<(&str, &JoinedNode)> for JoinedNodeStatus {
             node: node.to_owned(),
             at: rfc3339(joined.at),
             created_by: joined.created_by,
+            certificate_until: None,
         }
     }
 }
@@ -295,7 +299,13 @@ impl fmt::Display for AuthorityStatus {
         }
         writeln!(f, "\nJOINED NODES ({})", self.joined_nodes.len())?;
         for node in self.joined_nodes.iter().take(SHOWN_NODES) {
-            writeln!(f, "  {}  since {}", node.node, node.at)?;
+            let until = node.certificate_until.as_deref();
+            let until = until.unwrap_or("not known: it was not renewed since this replica leads");
+            writeln!(
+                f,
+                "  {}  since {}  certificate until {until}",
+                node.node, node.at
+            )?;
         }
         let more = self.joined_nodes.len().saturating_sub(SHOWN_NODES);
         if more > 0 {

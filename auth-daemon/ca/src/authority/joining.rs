@@ -1,13 +1,14 @@
 //! Machines that join by a token, and the certificates with which their daemons authenticate from then on.
 
 use std::{
-    sync::Arc,
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use auth_ca_api::JOIN_TOKEN_PREFIX;
 use auth_support::config::node_name;
-use auth_tunnel::tls::{svid::NodeCertificate, unix_seconds};
+use auth_tunnel::tls::{rfc3339, svid::NodeCertificate, unix_seconds};
 
 use super::{Authority, Issued, Refusal, check_signing};
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
     csr::RequestedKey,
     join::{self, DEFAULT_LIFETIME, GONE, JoinToken, LIFETIMES},
     signer::{self, BACKDATE, hex},
+    status::JoinedNodeStatus,
     view::CaView,
 };
 
@@ -237,6 +239,8 @@ impl Authority {
         let current = self.view.load();
         check(&current)?;
         check_signing(&view, &current)?;
+        self.node_certificates
+            .issued(node, leaf.not_after, &current);
         Ok(Issued {
             chain: view.signing.chain(&leaf),
             roots: current.published.roots.clone(),
@@ -248,5 +252,32 @@ impl Authority {
         for token in expired {
             audit::join_token("joinTokenExpired", &token.node, token.created_by);
         }
+    }
+}
+
+/// Until when the last certificates of joined machines are valid that this replica has issued since it leads, in seconds since
+/// the Unix epoch, by node. In memory alone: a renewal writes nothing to the state.
+#[derive(Debug, Default)]
+pub(super) struct NodeCertificates(Mutex<HashMap<String, u64>>);
+
+impl NodeCertificates {
+    fn issued(&self, node: &str, until: u64, view: &CaView) {
+        let mut known = self.lock();
+        known.retain(|node, _| view.joins.joined_at(node).is_some());
+        known.insert(node.to_owned(), until);
+    }
+
+    /// The status of the machines that have joined.
+    pub(super) fn status(&self, view: &CaView) -> Vec<JoinedNodeStatus> {
+        let known = self.lock();
+        let nodes = view.joins.nodes().map(|(node, joined)| JoinedNodeStatus {
+            certificate_until: known.get(node).copied().map(rfc3339),
+            ..(node, joined).into()
+        });
+        nodes.collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

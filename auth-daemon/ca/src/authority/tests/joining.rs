@@ -37,9 +37,12 @@ async fn an_expired_token_joins_nobody_and_an_expired_certificate_is_not_renewed
     assert_eq!(ca.status().join_tokens.len(), 0, "and audited");
 
     let certificate = join(&ca, &token(&ca).await, &key).await.unwrap();
+    let until = || ca.status().joined_nodes[0].certificate_until.clone();
+    assert_eq!(until(), Some(rfc3339(clock.now() + DAY)));
     clock.pass(DAY - 1);
     let renewed = ca.renew_node(&certificate, &csr_of(&key), Duration::ZERO);
     let renewed = renewed.unwrap().chain[0].to_vec();
+    assert_eq!(until(), Some(rfc3339(clock.now() + DAY)));
     clock.pass(1);
     let expired = ca.renew_node(&certificate, &csr_of(&key), Duration::ZERO);
     let error = expired.unwrap_err().to_string();
