@@ -77,18 +77,26 @@ impl Follower<'_> {
         }
     }
 
-    /// Polls `endpoint`. Until the file `first` has been read or the endpoint has answered, the file is read, too.
-    async fn endpoint(&self, endpoint: &Endpoint, mut first: Option<&Path>) {
+    /// Polls `endpoint`. Until it has answered, the file `first` is read, too, and again while it fails later: so an operator can
+    /// replace a bundle that does not verify the endpoint any more. What the file held while the endpoint answered is older
+    /// than the answer, and does not count.
+    async fn endpoint(&self, endpoint: &Endpoint, first: Option<&Path>) {
         let mut failures = 0;
+        let (mut has_answered, mut seen) = (false, None);
         loop {
-            first = first.filter(|file| !self.take(named(of_file(file), file)));
+            if let Some(file) = first.filter(|_| !has_answered || failures > 0) {
+                self.read_changed(file, &mut seen);
+            }
             let trust = &self.federated.trust;
             let fetched = fetch(endpoint, |domain| trust.roots(domain.as_str())).await;
             let hint = fetched.as_ref().ok().and_then(|bundle| bundle.refresh_hint);
             let hint = hint.unwrap_or(DEFAULT_HINT).clamp(MIN_HINT, MAX_HINT);
             let pause = match self.take(fetched) {
                 true => {
-                    (failures, first) = (0, None);
+                    (failures, has_answered) = (0, true);
+                    seen = first
+                        .and_then(|file| read(file, MAX_BYTES as u64).ok())
+                        .or(seen);
                     // Not all nodes at once.
                     hint.mul_f64(1.0 - 0.1 * rand::random::<f64>())
                 }
@@ -99,6 +107,23 @@ impl Follower<'_> {
                 }
             };
             sleep(pause).await;
+        }
+    }
+
+    /// Takes the bundle in `file`, unless the file holds what has been `seen`, and notes what it holds.
+    fn read_changed(&self, file: &Path, seen: &mut Option<Vec<u8>>) {
+        match read(file, MAX_BYTES as u64) {
+            Ok(content) if seen.as_ref() == Some(&content) => {}
+            Ok(content) => {
+                if self.take(named(parse(&content), file)) {
+                    *seen = Some(content);
+                }
+            }
+            // A bundle that was taken stays in force.
+            Err(_) if seen.is_some() => {}
+            Err(error) => {
+                self.take(named(Err(error), file));
+            }
         }
     }
 
@@ -130,10 +155,6 @@ fn named(bundle: io::Result<Bundle>, file: &Path) -> Result<Bundle, String> {
     bundle.map_err(|error| format!("{}: {error}", file.display()))
 }
 
-fn of_file(file: &Path) -> io::Result<Bundle> {
-    parse(&read(file, MAX_BYTES as u64)?)
-}
-
 fn parse(content: &[u8]) -> io::Result<Bundle> {
     Bundle::of_file(content).map_err(io::Error::other)
 }
@@ -142,6 +163,7 @@ fn parse(content: &[u8]) -> io::Result<Bundle> {
 mod tests {
     use std::{fs, time::SystemTime};
 
+    use auth_federation::Profile;
     use auth_tunnel::tls::trust::{Trust, TrustBundle, TrustStore};
 
     use super::*;
@@ -150,17 +172,54 @@ mod tests {
         federation::DomainStatus,
     };
 
+    fn federated() -> Arc<Federated> {
+        let own = TrustBundle {
+            trust_domain: "own.example".parse().unwrap(),
+            roots: vec![],
+        };
+        let trust = TrustStore::new(Trust::fixed(own));
+        Arc::new(Federated::new(Arc::new(trust)))
+    }
+
+    fn document(sequence: u64) -> String {
+        format!(r#"{{"keys": [], "spiffe_sequence": {sequence}, "spiffe_refresh_hint": 60}}"#)
+    }
+
+    #[tokio::test]
+    async fn a_changed_file_counts_while_the_endpoint_fails() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("far.json");
+        fs::write(&file, document(1)).unwrap();
+        let federated = federated();
+        federated.apply(&Federation::new(vec![ForeignDomain {
+            trust_domain: "far.example".parse().unwrap(),
+            source: BundleSource::Endpoint {
+                endpoint: Endpoint {
+                    // Nobody listens there.
+                    url: "https://127.0.0.1:1/".parse().unwrap(),
+                    profile: Profile::Web { root_file: None },
+                },
+                first: Some(file.clone()),
+            },
+        }]));
+        for sequence in [1, 2] {
+            fs::write(&file, document(sequence)).unwrap();
+            let taken = async {
+                while federated.list()[0].sequence != Some(sequence) {
+                    sleep(Duration::from_millis(10)).await;
+                }
+            };
+            let taken = tokio::time::timeout(Duration::from_secs(30), taken).await;
+            taken.unwrap_or_else(|_| panic!("sequence {sequence} in {:?}", federated.list()));
+        }
+    }
+
     #[tokio::test]
     async fn an_unchanged_file_is_not_taken_again() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("far.json");
-        let federated = Arc::new(Federated::new(Arc::new(TrustStore::new(Trust::fixed(
-            TrustBundle {
-                trust_domain: "own.example".parse().unwrap(),
-                roots: vec![],
-            },
-        )))));
-        // Its own follower does not run in this test.
+        let federated = federated();
+        // Its own follower has no turn in this test.
         federated.apply(&Federation::new(vec![ForeignDomain {
             trust_domain: "far.example".parse().unwrap(),
             source: BundleSource::File(file.clone()),
@@ -171,9 +230,6 @@ mod tests {
             entry: 1,
         };
         let status = || -> DomainStatus { federated.list().remove(0) };
-        let document = |sequence: u64| {
-            format!(r#"{{"keys": [], "spiffe_sequence": {sequence}, "spiffe_refresh_hint": 60}}"#)
-        };
 
         fs::write(&file, "neither").unwrap();
         let seen = follower.read_again(&file, None);
