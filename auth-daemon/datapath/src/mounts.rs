@@ -16,6 +16,8 @@ use nix::{
 
 const BPFFS: &str = "/sys/fs/bpf";
 const SYSCTLS: &str = "/proc/sys";
+/// The folder of all that the daemon sets in pods' netns. A service may have only this one writable.
+const NETWORK_SYSCTLS: &str = "/proc/sys/net";
 
 /// Returns the cgroup v2 mount point: `configured`, or the first one in /proc/mounts.
 pub fn cgroup_root(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
@@ -47,7 +49,7 @@ pub fn cgroup_root(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
 /// Makes the sysctls of the pods' netns writable for the daemon, because a container initially sees them read-only.
 /// Only changes the daemon's own view.
 pub fn ensure_sysctls() -> anyhow::Result<()> {
-    let flags = statvfs(SYSCTLS).context(SYSCTLS)?.flags();
+    let flags = statvfs(NETWORK_SYSCTLS).context(NETWORK_SYSCTLS)?.flags();
     if !flags.contains(FsFlags::ST_RDONLY) {
         return Ok(());
     }
@@ -59,7 +61,7 @@ pub fn ensure_sysctls() -> anyhow::Result<()> {
         None::<&str>,
     )
     .with_context(|| {
-        format!("{SYSCTLS} is read-only, and cannot be made writable; the container needs CAP_SYS_ADMIN and no profile that forbids mounts")
+        format!("{NETWORK_SYSCTLS} is read-only, and cannot be made writable; the container needs CAP_SYS_ADMIN and no profile that forbids mounts")
     })
 }
 

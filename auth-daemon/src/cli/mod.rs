@@ -13,6 +13,7 @@ mod policy_diff;
 mod policy_suggest;
 pub(crate) mod probe;
 mod run;
+mod service_manager;
 mod standby;
 mod status;
 mod strict_readiness;

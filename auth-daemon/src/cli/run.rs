@@ -32,13 +32,16 @@ use auth_datapath::{Kernel, KernelError, PinLock, features, host, mounts, try_lo
 use auth_mesh::{Published, Registry, policy::Policies};
 use auth_xds::{Caller, Mesh};
 
-use super::standby::{EarlyCertificates, stand_by};
+use super::{
+    service_manager::ServiceManager,
+    standby::{EarlyCertificates, stand_by},
+};
 
 /// Maximum time for the ending data path threads to release the lock on the pins.
 const LAST_BREATH: Duration = Duration::from_secs(5);
 /// How long what pods have asked for is known after its last use, with names on demand.
 const IDLE: Duration = Duration::from_secs(10 * 60);
-/// Interval at which to check whether the daemon serves its node, before it removes the node's taint.
+/// Interval at which to check whether the daemon serves its node.
 const READY_POLL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, clap::Args)]
@@ -69,6 +72,7 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let pins = config.pins.clone();
     let socket = config.workload_api.socket.clone();
     let patience = config.drain + LAST_BREATH;
+    let service_manager = ServiceManager::of_environment();
 
     // Connections run on the workers' threads; discovery, certificates and admin share this one.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -119,10 +123,12 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         } = follow(&config, sink).await?;
         tokio::spawn(follow);
         let (stop, stopped) = watch::channel(false);
+        let stopping = service_manager.clone();
         tokio::spawn(async move {
             if let Err(error) = asked_to_stop().await {
                 tracing::error!(%error, "cannot wait for signals");
             }
+            stopping.stopping(patience);
             stop.send_replace(true);
         });
         let mut early = EarlyCertificates::default();
@@ -160,6 +166,11 @@ pub(super) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         );
         let node = Arc::new(node.with_federation(federated).with_remote_clusters(remote));
         health.serve(node.clone());
+        let ready = node.clone();
+        tokio::spawn(async move {
+            until_ready(&ready).await;
+            service_manager.ready();
+        });
         if matches!(node.config.discovery, Discovery::Istiod { .. }) {
             let client = auth_kubernetes::connect().await?;
             tokio::spawn(redirection::announce(client, node.clone()));
@@ -259,6 +270,12 @@ async fn is_removed(removal: Option<&Removal>) -> bool {
     }
 }
 
+async fn until_ready(node: &Node) {
+    while !node.is_ready() {
+        tokio::time::sleep(READY_POLL).await;
+    }
+}
+
 /// Removes the node's taint once this daemon serves the node. Puts it back when this daemon stops, unless another one takes
 /// over or the daemons are being removed.
 async fn keep_taint(
@@ -268,9 +285,7 @@ async fn keep_taint(
     mut stopped: watch::Receiver<bool>,
 ) {
     let keep_removed = async {
-        while !node.is_ready() {
-            tokio::time::sleep(READY_POLL).await;
-        }
+        until_ready(node).await;
         taint.keep_removed().await;
     };
     tokio::select! {

@@ -64,6 +64,17 @@ impl Proof {
     }
 }
 
+/// The fields that are read, or not, according to the source.
+const FIELDS: [&str; 8] = [
+    "directory",
+    "address",
+    "serverName",
+    "rootFile",
+    "tokenFile",
+    "joinTokenFile",
+    "nodeDirectory",
+    "clusterId",
+];
 const DEFAULT_NODE_DIRECTORY: &str = "/var/lib/auth-daemon/node";
 /// The ID of a mesh's only cluster in Istio.
 pub(super) const DEFAULT_CLUSTER: &str = "Kubernetes";
@@ -79,18 +90,7 @@ pub(super) fn read(
     match (has("directory"), has("address")) {
         (true, true) => {
             errors.push("ca: has directory and address; it is one or the other".into());
-            for field in [
-                "directory",
-                "address",
-                "serverName",
-                "rootFile",
-                "tokenFile",
-                "joinTokenFile",
-                "nodeDirectory",
-                "clusterId",
-            ] {
-                ca.skip(field);
-            }
+            FIELDS.into_iter().for_each(|field| ca.skip(field));
             None
         }
         (true, false) => ca
@@ -104,6 +104,7 @@ pub(super) fn read(
             errors.push(
                 "ca: has neither directory, a folder with the root key, nor address, where the CA is".into(),
             );
+            FIELDS.into_iter().for_each(|field| ca.skip(field));
             None
         }
     }
@@ -233,6 +234,14 @@ mod tests {
             "/../deploy/example/machine.yaml"
         );
         Config::load(Path::new(example)).unwrap();
+        // The Debian package's asks for one thing, and for nothing else.
+        let packaged = include_str!("../../../deploy/debian/config.yaml");
+        let errors = Config::parse(packaged).unwrap_err();
+        assert!(
+            errors.len() == 1 && errors[0].starts_with("ca: has neither directory"),
+            "{errors:?}"
+        );
+        Config::parse(&packaged.replace("# address:", "address:")).unwrap();
         let joined = source("address: 'ca:1', rootFile: /r, joinTokenFile: /j").unwrap();
         let CaSource::Server(joined) = joined else {
             panic!("{joined:?}");
