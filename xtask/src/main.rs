@@ -5,6 +5,7 @@
 mod chart;
 mod ci;
 mod clippy_ebpf;
+mod deb;
 mod deny;
 mod fuzz;
 mod image;
@@ -39,6 +40,8 @@ enum Command {
     Bench(mesh_bench::Arguments),
     /// Write a container image of the daemon as an OCI archive, without Docker
     Image(image::Arguments),
+    /// Write a Debian package of the daemon, for machines outside Kubernetes
+    Deb(deb::Arguments),
     /// Render deploy/auth-daemon.yaml from the Helm chart
     Chart,
     /// Show the Helm chart on a real Kubernetes of two nodes on this machine; `test` runs the same
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => mesh_demo::run(&arguments),
         Command::Bench(arguments) => mesh_bench::run(&arguments),
         Command::Image(arguments) => image::run(&arguments),
+        Command::Deb(arguments) => deb::run(&arguments),
         Command::Chart => chart::run(),
         Command::KubeTest(arguments) => kube_test::run(&arguments),
         Command::VmTest(arguments) => vm_tests::run(&arguments),

@@ -11,7 +11,7 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use xtask_support::step::{cargo, programs, root, step};
-use xtask_support::{build, kubernetes, peers, setup};
+use xtask_support::{build, deb, kubernetes, peers, setup};
 
 use binaries::Binary;
 use output::{read, temporary_file};
@@ -46,6 +46,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         setup::run()?;
         peers::ensure_or_say();
         kubernetes::ensure_or_say();
+        deb::ensure_or_say();
         build::programs()?;
     }
     // The scenarios run the daemon but do not link it: without the other crates' tests, they build in seconds.

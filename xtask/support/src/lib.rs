@@ -6,6 +6,7 @@ pub mod apt;
 pub mod build;
 pub mod build_ebpf;
 pub mod cargo_install;
+pub mod deb;
 pub mod kubernetes;
 pub mod page;
 pub mod peers;

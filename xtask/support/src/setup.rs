@@ -23,6 +23,22 @@ pub fn for_machines() -> Result<()> {
     ensure(&FOR_MACHINES)
 }
 
+/// Installs the programs that make Debian packages, where they are missing.
+///
+/// # Errors
+/// As [`run`].
+pub fn for_packages() -> Result<()> {
+    ensure(&FOR_PACKAGES)
+}
+
+/// Installs the programs that check Debian packages and their units, where they are missing.
+///
+/// # Errors
+/// As [`run`].
+pub fn for_checks_of_packages() -> Result<()> {
+    ensure(&FOR_CHECKS_OF_PACKAGES)
+}
+
 fn ensure(programs: &[Program]) -> Result<()> {
     let missing: Vec<&Program> = programs
         .iter()
@@ -89,6 +105,22 @@ const FOR_MACHINES: [Program; 4] = [
         package: "iputils-ping",
     },
 ];
+
+const FOR_PACKAGES: [Program; 2] = [
+    Program {
+        command: "dpkg-shlibdeps",
+        package: "dpkg-dev",
+    },
+    Program {
+        command: "strip",
+        package: "binutils",
+    },
+];
+
+const FOR_CHECKS_OF_PACKAGES: [Program; 1] = [Program {
+    command: "systemd-analyze",
+    package: "systemd",
+}];
 
 const PROGRAMS: [Program; 15] = [
     Program {
