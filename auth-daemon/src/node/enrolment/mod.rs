@@ -34,7 +34,7 @@ use super::{
     remote_clusters, revocation,
 };
 use crate::proxy::{Node, Pod, PodStatus, routes, rules, same_node};
-use addresses::Told;
+use addresses::Written;
 use auth_datapath::{
     EnrolError, Enrolled, Kernel, Netns, NetnsDiscovery, NodeAddresses, PodLinks, open_netns,
     sockets::Listeners,
