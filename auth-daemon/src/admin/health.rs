@@ -121,13 +121,18 @@ mod tests {
     use auth_mesh::Snapshot;
 
     #[tokio::test]
-    async fn who_stands_by_is_ready_once_it_is_known_who_is_who() {
+    async fn a_standby_is_ready_once_pods_are_known() {
         let workers = Workers::start(2).unwrap();
         let registry = Arc::new(Registry::new());
         let health = Health::new(workers.pulse(), registry.clone());
         assert!(health.ready().is_err());
         health.stand_by();
-        assert!(health.ready().unwrap_err().contains("not known yet"));
+        assert!(
+            health
+                .ready()
+                .unwrap_err()
+                .contains("no pods are known yet")
+        );
         registry.publish(Snapshot::default());
         assert!(health.ready().unwrap().starts_with("standing by"));
         assert_eq!(health.live(), Ok("live\n"));

@@ -478,8 +478,8 @@ mod tests {
             );
         }
         for (values, why) in [
-            (&[(CREDENTIAL_ID, "JTI=a b")][..], "is no ID"),
-            (&[(CREDENTIAL_ID, "JTI=")], "is no ID"),
+            (&[(CREDENTIAL_ID, "JTI=a b")][..], "is not an ID"),
+            (&[(CREDENTIAL_ID, "JTI=")], "is not an ID"),
             (&[(NODE_NAME, "a")], "bound to a node"),
             (&[(POD_NAME, "web-1")], "half to a pod"),
         ] {
