@@ -227,7 +227,10 @@ async fn no_tunnel_and_no_federated_domain_accepts_a_nodes_certificate() {
         assert_eq!(verify(&workload[0]), [Ok(()), Ok(())]);
         for refused in verify(&node[0]) {
             let why = refused.unwrap_err();
-            assert!(why.contains("not the SPIFFE ID of a service account"), "{why}");
+            assert!(
+                why.contains("not the SPIFFE ID of a service account"),
+                "{why}"
+            );
         }
     }
 }
