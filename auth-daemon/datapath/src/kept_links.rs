@@ -152,7 +152,7 @@ impl PodLinks {
         Netns::the_daemons()
     }
 
-    /// Waits until the node's ends of links may have changed. Reads reports at most once per [`PAUSE`].
+    /// Waits until the node's ends of links may have changed. Reads reports at most ten times a second.
     pub async fn changed(&mut self) {
         let Some(changes) = &mut self.changes else {
             return std::future::pending().await;
