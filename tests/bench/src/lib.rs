@@ -8,6 +8,7 @@ mod built_in;
 mod ca;
 mod chart;
 mod counters;
+mod endurance;
 mod envoy;
 mod loads;
 mod machine;
@@ -81,6 +82,10 @@ enum Part {
     Ca,
     /// What a large cluster costs a daemon
     Scale,
+    /// 50,000 connections at the same time
+    Hold,
+    /// A million short connections beside 10,000 idle ones
+    Churn,
 }
 
 /// Installs and builds what is needed, runs the benchmark, and prints the results.
@@ -92,11 +97,14 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     match arguments.what {
         Some(Part::Ca) => return ca::run(arguments.json),
         Some(Part::Scale) => return scale::run(arguments.json),
-        None => {}
+        Some(Part::Hold | Part::Churn) | None => {}
     }
     let plan = prepare(arguments)?;
     if env::var_os(AUTH_DAEMON).is_none() {
         return again_with_shipped_daemon(arguments.no_build);
+    }
+    if let Some(part) = arguments.what {
+        return endurance::run(part, arguments.json);
     }
     let mut report = Report::new(plan, arguments.json);
     let measured = measure(&mut report);
@@ -171,7 +179,7 @@ fn prepare(arguments: &Arguments) -> Result<Plan> {
         setup::run()?;
         build::helpers()?;
     }
-    if plan.systems.contains(&System::Envoy) {
+    if arguments.what.is_none() && plan.systems.contains(&System::Envoy) {
         peers::ensure(&Package::ENVOY)?;
     }
     Ok(plan)

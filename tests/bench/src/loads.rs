@@ -1,5 +1,6 @@
 //! The loads and the rows of the table that each fills.
 
+mod beside;
 mod iperf3;
 mod list;
 mod load;

@@ -83,23 +83,34 @@ const fn no_more(key: &'static str, value: f64) -> Target {
     }
 }
 
-pub(super) const TARGETS: [Target; 16] = [
+pub(super) const TARGETS: [Target; 27] = [
     at_least("stream", 1.6, System::Envoy),
+    at_least("stream", 1.83, System::Ztunnel),
     at_least("stream", 0.55, System::Direct),
     at_least("streams-8", 1.6, System::Envoy),
+    at_least("streams-8", 2.0, System::Ztunnel),
     at_least("streams-8", 0.45, System::Direct),
-    at_least("keep-alive-32", 1.6, System::Envoy),
-    at_most("keep-alive-1-p50", 0.75, System::Envoy),
+    at_least("keep-alive-32", 1.7, System::Envoy),
+    at_least("keep-alive-32", 1.7, System::Ztunnel),
+    at_least("keep-alive-32", 0.5, System::Direct),
+    at_most("keep-alive-1-p50", 0.65, System::Envoy),
+    at_most("keep-alive-1-p50", 0.65, System::Ztunnel),
     at_least("connections-32", 4.0, System::Envoy),
-    at_least("connections-32", 0.5, System::Direct),
+    at_least("connections-32", 1.8, System::Ztunnel),
+    at_least("connections-32", 0.55, System::Direct),
+    at_most("set-up-p50", 0.6, System::Ztunnel),
+    at_least("beside-share", 1.0, System::Envoy),
+    at_most("beside-p99", 1.0, System::Envoy),
     at_least("node-stream", 0.95, System::Direct),
-    at_most("node-keep-alive-1-p50", 1.0 / 0.95, System::Direct),
+    at_most("node-keep-alive-1-p50", 1.05, System::Direct),
     at_least("outside-stream", 0.98, System::Direct),
-    at_most("outside-keep-alive-1-p50", 1.0 / 0.98, System::Direct),
-    no_more("idle-client", 16.0),
-    no_more("idle-server", 16.0),
-    at_most("memory-client", 0.3, System::Envoy),
-    at_most("memory-server", 0.3, System::Envoy),
+    at_most("outside-keep-alive-1-p50", 1.02, System::Direct),
+    no_more("idle-client", 4.0),
+    no_more("idle-server", 4.0),
+    no_more("memory-client", 15.0),
+    no_more("memory-client-peak", 25.0),
+    no_more("memory-server", 15.0),
+    no_more("memory-server-peak", 25.0),
 ];
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The loads, in the order of the table.
 
 use super::load::{Better, Group, Load, Row, When};
-use super::{iperf3, memory, pod_app, wrk};
+use super::{beside, iperf3, memory, pod_app, wrk};
 use crate::system::Way;
 
 const fn rate(key: &'static str, name: &'static str, unit: &'static str) -> Row {
@@ -22,7 +22,7 @@ const fn price(key: &'static str, name: &'static str, unit: &'static str) -> Row
     }
 }
 
-pub(crate) static LOADS: [Load; 15] = [
+pub(crate) static LOADS: [Load; 16] = [
     Load {
         group: Group::Across,
         way: Way::Across,
@@ -95,6 +95,22 @@ pub(crate) static LOADS: [Load; 15] = [
             price("set-up-cpu", "  proxies' CPU per 1,000", SECONDS),
         ],
         run: pod_app::set_up,
+    },
+    Load {
+        group: Group::Across,
+        way: Way::Across,
+        when: When::EachRound,
+        rows: &[
+            rate(
+                "beside-keep-alive-32",
+                "HTTP keep-alive, 32 connections beside a stream",
+                REQUESTS,
+            ),
+            rate("beside-share", "  of the rate alone", PERCENT),
+            price("beside-p99", "  p99", MICROSECONDS),
+            rate("beside-stream", "  the stream", GBIT),
+        ],
+        run: |stage, way, time| beside::run(stage, way, time, 32),
     },
     Load {
         group: Group::OneNode,
@@ -228,5 +244,6 @@ const GBIT: &str = "Gbit/s";
 const REQUESTS: &str = "/s";
 const MICROSECONDS: &str = "µs";
 const SECONDS: &str = "s";
+const PERCENT: &str = "%";
 const KIB: &str = "KiB";
 const MIB: &str = "MiB";

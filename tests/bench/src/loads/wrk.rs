@@ -13,20 +13,20 @@ use crate::topology::NGINX_PORT;
 
 /// Whether each request has its own connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Connections {
+enum Connections {
     Kept,
     ForEachRequest,
 }
 
 /// Requests on persistent connections: requests per second.
 pub(super) fn rate(stage: &Stage, way: Way, time: Duration, connections: u32) -> Result<Measured> {
-    let report = run(stage, way, time, connections, Connections::Kept)?;
+    let report = kept(stage, way, time, connections)?;
     Ok(report.measured(way, stage, vec![Some(report.rate)]))
 }
 
 /// Requests on one connection: latency, median and 99th percentile, in microseconds.
 pub(super) fn latency(stage: &Stage, way: Way, time: Duration) -> Result<Measured> {
-    let report = run(stage, way, time, 1, Connections::Kept)?;
+    let report = kept(stage, way, time, 1)?;
     Ok(report.measured(way, stage, vec![Some(report.p50), Some(report.p99)]))
 }
 
@@ -39,6 +39,11 @@ pub(super) fn each(stage: &Stage, way: Way, time: Duration, at_a_time: u32) -> R
     let mut measured = report.measured(way, stage, vec![Some(report.rate), cpu]);
     measured.moved.connections = report.requests;
     Ok(measured)
+}
+
+/// Requests on persistent connections.
+pub(super) fn kept(stage: &Stage, way: Way, time: Duration, connections: u32) -> Result<Report> {
+    run(stage, way, time, connections, Connections::Kept)
 }
 
 fn run(
@@ -74,16 +79,17 @@ fn run(
 
 /// The summary that wrk prints.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Report {
+pub(super) struct Report {
     connections: u64,
     requests: u64,
     /// Requests per second.
-    rate: f64,
+    pub(super) rate: f64,
     /// Microseconds.
     p50: f64,
-    p99: f64,
+    /// Microseconds.
+    pub(super) p99: f64,
     /// Lines that report errors.
-    complaints: Vec<String>,
+    pub(super) complaints: Vec<String>,
 }
 
 impl Report {
@@ -108,7 +114,7 @@ impl Report {
         })
     }
 
-    fn measured(&self, way: Way, stage: &Stage, values: Vec<Option<f64>>) -> Measured {
+    pub(super) fn measured(&self, way: Way, stage: &Stage, values: Vec<Option<f64>>) -> Measured {
         Measured {
             values,
             moved: Moved {

@@ -16,6 +16,7 @@ mod given;
 mod greeter;
 mod half_close;
 mod half_open;
+mod idle_server;
 mod many;
 mod markers;
 mod namespaces;
@@ -57,6 +58,7 @@ enum Behaviour {
     Bidi(bidi::Bidi),
     HalfClose(half_close::HalfClose),
     HalfOpen(half_open::HalfOpen),
+    IdleServer(idle_server::IdleServer),
     Reset(reset::Reset),
     Script(script::Script),
     Steps(steps::Steps),
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Behaviour::Bidi(it) => it.run(),
         Behaviour::HalfClose(it) => it.run(),
         Behaviour::HalfOpen(it) => it.run(),
+        Behaviour::IdleServer(it) => it.run(),
         Behaviour::Reset(it) => it.run(),
         Behaviour::Script(it) => it.run(),
         Behaviour::Steps(it) => it.run(),

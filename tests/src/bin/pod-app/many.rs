@@ -1,9 +1,10 @@
 //! Many connections at the same time.
 
-use std::io;
+use std::net::TcpStream;
 use std::path::PathBuf;
-use std::thread;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use std::{io, iter, thread};
 
 use clap::Args;
 use serde_json::json;
@@ -14,7 +15,7 @@ use crate::report::{At, Failure, Outcome, event};
 use crate::server::STACK;
 use crate::wait::wait_for_file;
 
-/// Opens many connections to an `echo-server` at once and exchanges a few bytes on each. When all are open, prints
+/// Opens many connections to an `echo-server` and exchanges a few bytes on each. When all are open, prints
 /// `open`, holds them, exchanges again on each, and closes them.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Many {
@@ -23,6 +24,9 @@ pub(crate) struct Many {
     /// Number of connections
     #[arg(long)]
     connections: u64,
+    /// How many to open at the same time; all by default
+    #[arg(long)]
+    at_a_time: Option<u64>,
     /// Milliseconds to hold the connections open
     #[arg(long, default_value_t = 0)]
     hold: u64,
@@ -34,27 +38,32 @@ pub(crate) struct Many {
 impl Many {
     pub(crate) fn run(self) -> Outcome {
         let start = Instant::now();
-        let openers: Vec<_> = (0..self.connections)
-            .map(|number| {
-                let target = self.target.clone();
-                let open = move || {
-                    let mut stream = target.connect()?;
-                    exchange(&mut stream, number)?;
-                    Ok::<_, Failure>(stream)
-                };
-                thread::Builder::new()
-                    .stack_size(STACK)
-                    .spawn(open)
-                    .at("starting a thread")
-            })
-            .collect::<Result<_, _>>()?;
+        let next = AtomicU64::new(0);
+        let openers = self
+            .at_a_time
+            .unwrap_or(self.connections)
+            .min(self.connections);
+        let opened = thread::scope(|scope| {
+            let openers: Vec<_> = (0..openers)
+                .map(|_| {
+                    thread::Builder::new()
+                        .stack_size(STACK)
+                        .spawn_scoped(scope, || self.open(&next))
+                        .at("starting a thread")
+                })
+                .collect::<Result<_, _>>()?;
+            openers
+                .into_iter()
+                .map(|opener| {
+                    let panicked = |_| Failure::new("thread", io::Error::other("it panicked"));
+                    opener.join().map_err(panicked)
+                })
+                .collect::<Result<Vec<_>, _>>()
+        })?;
         let mut streams = Vec::new();
         let mut failures = 0;
-        for opener in openers {
-            match opener
-                .join()
-                .map_err(|_| Failure::new("thread", io::Error::other("it panicked")))?
-            {
+        for outcome in opened.into_iter().flatten() {
+            match outcome {
                 Ok(stream) => streams.push(stream),
                 Err(failure) => {
                     failures += 1;
@@ -82,5 +91,20 @@ impl Many {
             0 => Ok(fields),
             _ => Err(Failure::new("connections", io::Error::other("some failed")).with(fields)),
         }
+    }
+
+    /// Opens one connection after the other, until enough are open together with those of other threads.
+    fn open(&self, next: &AtomicU64) -> Vec<Result<TcpStream, Failure>> {
+        let numbers = iter::from_fn(|| {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            (number < self.connections).then_some(number)
+        });
+        numbers
+            .map(|number| {
+                let mut stream = self.target.connect()?;
+                exchange(&mut stream, number)?;
+                Ok(stream)
+            })
+            .collect()
     }
 }

@@ -1,7 +1,7 @@
 //! Accepting connections, with one thread per connection.
 
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread;
 
@@ -47,11 +47,7 @@ impl Listen {
     where
         F: Fn(&mut TcpStream) -> Outcome + Send + Sync + 'static,
     {
-        let listener = self.listener().at("listen")?;
-        event(
-            "listening",
-            json!({"address": self.address(), "port": self.port}),
-        );
+        let listener = self.start()?;
         let serve = Arc::new(serve);
         let quiet = self.quiet;
         loop {
@@ -64,7 +60,17 @@ impl Listen {
         }
     }
 
-    fn listener(&self) -> io::Result<std::net::TcpListener> {
+    /// Listens, and prints `listening`.
+    pub(crate) fn start(&self) -> Result<TcpListener, Failure> {
+        let listener = self.listener().at("listen")?;
+        event(
+            "listening",
+            json!({"address": self.address(), "port": self.port}),
+        );
+        Ok(listener)
+    }
+
+    fn listener(&self) -> io::Result<TcpListener> {
         let address = self.address();
         let protocol = if self.multipath {
             Protocol::MPTCP
