@@ -24,12 +24,17 @@ use super::usage::memory;
 /// # Errors
 /// If the mesh does not start, a connection fails, or Ctrl-C ends it.
 pub(super) fn run(part: Part, as_json: bool) -> Result<()> {
-    raise_descriptor_limit()?;
+    let capacity = capacity()?;
     let mut measured = Vec::new();
     supervise(
         LONGEST,
         move |events, stop| {
-            let run = Run { events, stop };
+            let run = Run {
+                events,
+                stop,
+                held: HELD.min(capacity * 3 / 5) / PAIRS * PAIRS,
+                idle: IDLE.min(capacity * 2 / 5),
+            };
             match part {
                 Part::Churn => run.churn(),
                 _ => run.hold(),
@@ -82,6 +87,10 @@ struct Measured {
 struct Run<'a> {
     events: Sender<Event>,
     stop: &'a AtomicBool,
+    /// How many connections to hold, which a lower limit of open files makes fewer.
+    held: u64,
+    /// How many to hold beside short ones.
+    idle: u64,
 }
 
 impl Run<'_> {
@@ -92,16 +101,17 @@ impl Run<'_> {
         self.begins("connections without others beside them".to_owned())?;
         let alone = stage.set_up()?;
         let before = stage.resident()?;
-        self.begins(format!("{HELD} connections"))?;
+        self.begins(format!("{} connections", self.held))?;
         let start = Instant::now();
-        let held = stage.hold(HELD / PAIRS)?;
+        let held = stage.hold(self.held / PAIRS)?;
         let seconds = start.elapsed().as_secs_f64();
         for daemon in &stage.daemons {
             let taken = daemon.status_json()?["capacity"]["taken"].as_u64();
             ensure!(
-                taken >= Some(HELD),
-                "the daemon of {} carries {taken:?} connections, not {HELD}",
-                daemon.node()
+                taken >= Some(self.held),
+                "the daemon of {} carries {taken:?} connections, not {}",
+                daemon.node(),
+                self.held
             );
         }
         let after = stage.resident()?;
@@ -109,8 +119,14 @@ impl Run<'_> {
         let beside = stage.set_up()?;
         self.begins("an exchange on each, and its end".to_owned())?;
         held.release()?;
-        let each = |index: usize| (after[index] - before[index]) as f64 / HELD as f64;
-        self.measured("opened", "opened, per second", HELD as f64 / seconds, "/s");
+        let each = |index: usize| (after[index] - before[index]) as f64 / self.held as f64;
+        self.measured("held", "held at the same time", self.held as f64, "");
+        self.measured(
+            "opened",
+            "opened, per second",
+            self.held as f64 / seconds,
+            "/s",
+        );
         self.measured("memory-client", "client's daemon", mib(after[0]), "MiB");
         self.measured("memory-server", "server's daemon", mib(after[1]), "MiB");
         self.measured("each-client", "  for each connection", each(0), "KiB");
@@ -141,8 +157,8 @@ impl Run<'_> {
     fn churn(&self) -> Result<()> {
         self.begins("two nodes and their pods".to_owned())?;
         let stage = Stage::set(1)?;
-        self.begins(format!("{IDLE} idle connections"))?;
-        let idle = stage.hold(IDLE)?;
+        self.begins(format!("{} idle connections", self.idle))?;
+        let idle = stage.hold(self.idle)?;
         let mut seconds = 0.0;
         let mut all = Vec::new();
         // The first ones are not counted: they leave the memory that the later ones use again.
@@ -172,6 +188,7 @@ impl Run<'_> {
         let most = |index: usize| all[1..].iter().map(|one| one[index]).max().unwrap_or(0);
         let growth = |index: usize| 100.0 * (last[index] as f64 / first[index] as f64 - 1.0);
         let rate = (PART * PARTS) as f64 / seconds;
+        self.measured("idle", "idle beside them", self.idle as f64, "");
         self.measured("rate", "short connections, per second", rate, "/s");
         self.measured(
             "client-first",
@@ -335,13 +352,16 @@ fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
 }
 
-/// Raises the limit of open files, soft and hard, of this process and of those that it starts.
-fn raise_descriptor_limit() -> Result<()> {
+/// Raises the limit of open files of this process and of those that it starts, as far as it may. Returns how many connections
+/// a daemon takes with it.
+fn capacity() -> Result<u64> {
     let (_, hard) =
         getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open files")?;
-    let limit = hard.max(DESCRIPTORS);
-    setrlimit(Resource::RLIMIT_NOFILE, limit, limit)
-        .with_context(|| format!("cannot raise the limit of open files to {limit}"))
+    // Only with CAP_SYS_RESOURCE.
+    let raised = hard.max(DESCRIPTORS);
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, raised, raised).map(|()| raised);
+    let limit = raised.unwrap_or(hard);
+    Ok((limit - (limit / 4).min(RESERVE)) / 2)
 }
 
 /// Connections that are held at the same time.
@@ -355,8 +375,10 @@ const IDLE: u64 = 10_000;
 /// Short connections of each part.
 const PART: u64 = 100_000;
 const PARTS: u64 = 10;
-/// A daemon keeps 8,192 for itself, and takes two for a connection.
+/// The limit of open files that is tried.
 const DESCRIPTORS: u64 = 1 << 18;
+/// A daemon keeps a quarter of its files for itself, but at most so many, and takes two of the others for a connection.
+const RESERVE: u64 = 8192;
 /// How long connections are set up one by one.
 const SET_UP: Duration = Duration::from_secs(10);
 /// How long a step may take.
