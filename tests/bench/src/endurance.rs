@@ -33,7 +33,8 @@ pub(super) fn run(part: Part, as_json: bool) -> Result<()> {
                 events,
                 stop,
                 held: HELD.min(capacity * 3 / 5) / PAIRS * PAIRS,
-                idle: IDLE.min(capacity * 2 / 5),
+                // One caller may hold a third of it with one pod.
+                idle: IDLE.min(capacity * 3 / 10),
             };
             match part {
                 Part::Churn => run.churn(),
