@@ -1,5 +1,8 @@
 //! The SPIFFE Workload API as its clients see it, also those that keep no rules. A scenario has SPIFFE's own client.
 
+#[path = "workload_api/jwt.rs"]
+mod jwt;
+
 use std::{
     io,
     net::SocketAddr,
@@ -16,10 +19,10 @@ use auth_tunnel::tls::{
     trust::{ForeignBundles, Reason, Trust, TrustBundle},
 };
 use auth_workload_api::{
-    Attested,
+    Attested, Served,
     api::{
-        JwtBundlesRequest, JwtsvidRequest, ValidateJwtsvidRequest, X509BundlesRequest,
-        X509svidRequest, X509svidResponse, spiffe_workload_api_client::SpiffeWorkloadApiClient,
+        X509BundlesRequest, X509svidRequest, X509svidResponse,
+        spiffe_workload_api_client::SpiffeWorkloadApiClient,
     },
     refuse, serve,
 };
@@ -58,6 +61,11 @@ struct Stage {
 
 impl Stage {
     async fn set(lifetime: Duration) -> Self {
+        Self::set_with(lifetime, |_| {}).await
+    }
+
+    /// The same, but for a change of what is served.
+    async fn set_with(lifetime: Duration, change: impl FnOnce(&mut Served)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let ca = EmbeddedCa::open(folder.path(), &TrustDomain::default(), LIFETIME);
         let ca = Arc::new(ca.unwrap());
@@ -66,7 +74,9 @@ impl Stage {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (attest, attested) = mpsc::channel(32);
-        let serving = tokio::spawn(serve(listener, attested, certificate.served.clone()));
+        let mut served = certificate.served.clone();
+        change(&mut served);
+        let serving = tokio::spawn(serve(listener, attested, served));
         Self {
             _folder: folder,
             ca,
@@ -204,10 +214,10 @@ async fn streams_follow_the_bundles_of_foreign_trust_domains() {
     let own = stage.ca.trust().current().bundle.roots[0].to_vec();
     let root = CertificateDer::from(vec![1, 2, 3]);
     let mut foreign = ForeignBundles::default();
-    foreign.insert(TrustBundle {
-        trust_domain: "far.example".parse().unwrap(),
-        roots: vec![root.clone(), root],
-    });
+    foreign.insert(TrustBundle::of_roots(
+        "far.example".parse().unwrap(),
+        vec![root.clone(), root],
+    ));
     stage.ca.trust().publish_foreign(foreign);
     let far = ("spiffe://far.example".to_owned(), vec![1, 2, 3, 1, 2, 3]);
     let answer = next(&mut answers).await.unwrap();
@@ -262,28 +272,6 @@ async fn requests_need_the_metadata() {
     metadata.insert("workload.spiffe.io", "True".parse().unwrap());
     let other = client.fetch_x509_bundles(other).await.unwrap_err();
     assert_eq!(other.code(), Code::InvalidArgument, "{other}");
-}
-
-#[tokio::test]
-async fn jwts_are_not_implemented_and_the_answer_says_why() {
-    let stage = Stage::set(LIFETIME).await;
-    let mut client = stage.client().await;
-    let validate = with_metadata(ValidateJwtsvidRequest {});
-    for refused in [
-        client
-            .fetch_jwtsvid(with_metadata(JwtsvidRequest {}))
-            .await
-            .err(),
-        client
-            .fetch_jwt_bundles(with_metadata(JwtBundlesRequest {}))
-            .await
-            .err(),
-        client.validate_jwtsvid(validate).await.err(),
-    ] {
-        let refused = refused.unwrap();
-        assert_eq!(refused.code(), Code::Unimplemented);
-        assert!(refused.message().contains("X.509"), "{refused}");
-    }
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 
+use auth_jwt::Audience;
 use auth_mesh::ObjectName;
 use auth_tunnel::tls::{
     rfc3339,
@@ -17,20 +18,46 @@ const MAX_TEXT: usize = 256;
 
 /// A certificate was issued.
 pub(crate) fn issued(peer: SocketAddr, caller: &Caller, grant: &Grant, leaf: Option<&Svid>) {
-    let pods: Vec<_> = grant.pods.iter().map(ObjectName::to_string).collect();
     tracing::info!(
         target: "audit",
         event = "issued",
         %peer,
         %caller,
         node = grant.node,
-        pods = pods.join(","),
+        pods = names(grant),
         identity = %grant.identity,
         person = leaf.and_then(|leaf| leaf.person.as_deref()),
         serial = leaf.map_or("", |leaf| &*leaf.serial),
         not_after = leaf.map_or_else(String::new, |leaf| rfc3339(unix_seconds(leaf.not_after))),
         "certificate issued"
     );
+}
+
+/// A JWT-SVID was issued for `audience`, until `expires`, in seconds since the Unix epoch.
+pub(crate) fn issued_jwt(
+    peer: SocketAddr,
+    caller: &Caller,
+    grant: &Grant,
+    audience: &Audience,
+    expires: u64,
+) {
+    tracing::info!(
+        target: "audit",
+        event = "jwtIssued",
+        %peer,
+        %caller,
+        node = grant.node,
+        pods = names(grant),
+        identity = %grant.identity,
+        audience = audience.to_vec().join(","),
+        not_after = rfc3339(expires),
+        "JWT-SVID issued"
+    );
+}
+
+fn names(grant: &Grant) -> String {
+    let pods: Vec<_> = grant.pods.iter().map(ObjectName::to_string).collect();
+    pods.join(",")
 }
 
 /// A machine has joined as `node` (event `nodeJoined`), or its certificate `serial` was renewed (`nodeRenewed`).

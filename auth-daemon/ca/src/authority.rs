@@ -1,6 +1,7 @@
 //! The CA of a trust domain, without a network: it issues, revokes, and rotates its root. Its callers decide who may ask.
 
 mod joining;
+mod jwt;
 
 use std::{
     fmt,
@@ -9,8 +10,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use auth_federation::EndpointId;
-use auth_mesh::Identity;
+use auth_mesh::{Identity, SpiffeId};
 use auth_tunnel::tls::{
     rfc3339,
     svid::Svid,
@@ -21,6 +21,7 @@ use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
 use tokio::sync::{Notify, watch};
 
 use self::joining::NodeCertificates;
+pub(crate) use self::jwt::IssuedJwt;
 use crate::{
     config::{MIN_LIFETIME, Root, RootSettings, Settings},
     csr::RequestedKey,
@@ -180,6 +181,8 @@ impl Authority {
             Stored::Nothing => new_state(&settings, &keys, now)?,
         };
         let mut state = check_state(state, &settings, keys.intermediate())?;
+        let made = state.make_jwt_keys();
+        made.map_err(|error| UnusableCa(error.to_string()))?;
         // The lists are signed anew, so what is published changes.
         state.changed(now);
         Self::report_expired(&state.joins.expire(now));
@@ -217,15 +220,7 @@ impl Authority {
         self.check_trust_domain(identity)?;
         let lifetime = self.lifetime(lifetime)?;
         let view = self.view.load_full();
-        let check = |view: &CaView| {
-            let revoked = &view.published.revoked;
-            revoked.check_identity(identity)?;
-            match holder {
-                Holder::Node(node) => revoked.check_node(node),
-                Holder::Person(_) => Ok(()),
-            }
-        };
-        check(&view)?;
+        view.check(identity, holder)?;
         let key =
             RequestedKey::from_csr(csr).map_err(|error| Refusal::Request(error.to_string()))?;
         key.check_names(identity.as_str())
@@ -238,7 +233,7 @@ impl Authority {
         let leaf = signer.svid(identity, &key, Some(holder), lifetime, now)?;
         // The state may have changed meanwhile.
         let current = self.view.load();
-        check(&current)?;
+        current.check(identity, holder)?;
         check_signing(&view, &current)?;
         Ok(Issued {
             chain: signer.chain(&leaf),
@@ -261,7 +256,7 @@ impl Authority {
 
     /// Key and X.509-SVID for a server of the CA's own, with the SPIFFE ID `id`. Otherwise like
     /// [`Authority::server_certificate`].
-    pub fn server_svid(&self, id: &EndpointId) -> Result<(Arc<CertifiedKey>, SystemTime), Refusal> {
+    pub fn server_svid(&self, id: &SpiffeId) -> Result<(Arc<CertifiedKey>, SystemTime), Refusal> {
         let now = self.clock.now();
         let lifetime = self.settings.max_lifetime.as_secs();
         let view = self.view.load();
@@ -498,6 +493,7 @@ impl Authority {
         let end = self.view.load().signing.life().end;
         let lifetime = self.settings.max_lifetime.as_secs();
         let next = state.add_signer(StoredSigner::root(&root, lifetime));
+        state.make_jwt_keys()?;
         state.rotation = rotation
             .start(next, now, roots.spread.as_secs(), end)
             .ok_or_else(in_progress)?;
@@ -642,8 +638,11 @@ fn check_state(
         (true, None) => Ok(state),
         (false, Some(intermediate)) => {
             let certificate = intermediate.signer.certificate();
-            if state.signers[&state.rotation.signing].certificate != *certificate {
-                let signer = StoredSigner::intermediate(&intermediate.signer, longest);
+            let before = &state.signers[&state.rotation.signing];
+            if before.certificate != *certificate {
+                let mut signer = StoredSigner::intermediate(&intermediate.signer, longest);
+                // A new key would sign before everybody knows it.
+                signer.jwt_key.clone_from(&before.jwt_key);
                 let number = state.add_signer(signer);
                 state.rotate(Rotation::steady(number));
                 tracing::info!("another intermediate is configured");

@@ -10,8 +10,8 @@ use std::{
 };
 
 use anyhow::Context;
-use auth_federation::{Bundle, EndpointId};
-use auth_mesh::TrustDomain;
+use auth_federation::Bundle;
+use auth_mesh::{SpiffeId, TrustDomain};
 use auth_support::{
     connection_limit::{ConnectionLimit, ConnectionPermit, source_of},
     http_server::answer_one,
@@ -61,7 +61,7 @@ pub struct BundleServer {
 }
 
 enum Certificate {
-    Svid(EndpointId),
+    Svid(SpiffeId),
     Files(Files),
 }
 
@@ -78,7 +78,7 @@ impl BundleServer {
             .with_context(|| format!("bundleEndpoint.listen: cannot listen on {address}"))?;
         let certificate = match &endpoint.certificate {
             EndpointCertificate::Svid => {
-                let id = EndpointId::new(trust_domain, ID_PATH).map_err(anyhow::Error::msg)?;
+                let id = SpiffeId::new(trust_domain, ID_PATH)?;
                 tracing::info!(%address, spiffe_id = id.as_str(), "bundle endpoint opened, profile https_spiffe");
                 Certificate::Svid(id)
             }
@@ -139,6 +139,7 @@ fn bundle(leader: &Leader, refresh_hint: Duration) -> Response {
         sequence: Some(published.version),
         refresh_hint: Some(refresh_hint),
         roots: published.roots.clone(),
+        jwt_keys: published.jwt_keys.clone(),
     };
     match bundle.to_json() {
         Ok(document) => ([(CONTENT_TYPE, "application/json")], document).into_response(),

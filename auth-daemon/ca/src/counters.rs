@@ -61,6 +61,7 @@ type Labelled = Family<[(&'static str, &'static str); 1], Counter>;
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) issued: Counter,
+    pub(crate) issued_jwts: Counter,
     pub(crate) failed_handshakes: Counter,
     pub(crate) refused_connections: Counter,
     refused: Labelled,
@@ -91,6 +92,7 @@ impl Counters {
         let _ = Kind::ALL.map(|kind| self.of(kind));
         let _ = Quota::ALL.map(|quota| self.of_quota(quota));
         registry.register("issued", "Certificates issued", self.issued.clone());
+        registry.register("issued_jwts", "JWT-SVIDs issued", self.issued_jwts.clone());
         registry.register(
             "failed_handshakes",
             "TLS handshakes of callers that failed",

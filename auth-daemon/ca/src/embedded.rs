@@ -89,10 +89,8 @@ impl EmbeddedCa {
                 trust_domain.as_str()
             ));
         }
-        let bundle = TrustBundle {
-            trust_domain: trust_domain.clone(),
-            roots: vec![signer.certificate().clone()],
-        };
+        let bundle =
+            TrustBundle::of_roots(trust_domain.clone(), vec![signer.certificate().clone()]);
         Ok(Self {
             trust_domain: trust_domain.clone(),
             signer,

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context;
 use auth_ca_api::{
-    auth::trust_service_server::TrustServiceServer,
+    auth::{jwt_service_server::JwtServiceServer, trust_service_server::TrustServiceServer},
     istio::istio_certificate_service_server::IstioCertificateServiceServer,
 };
 use auth_mesh::Registry;
@@ -162,8 +162,10 @@ fn routes(service: &Arc<CaService>, stopped: &watch::Receiver<bool>) -> Routes {
         service: service.clone(),
         stopped: stopped.clone(),
     });
+    let jwts = JwtServiceServer::from_arc(service.clone());
     let requests = IstioCertificateServiceServer::from_arc(service.clone());
     Routes::new(requests.max_decoding_message_size(MAX_REQUEST))
+        .add_service(jwts.max_decoding_message_size(MAX_REQUEST))
         .add_service(watches.max_decoding_message_size(MAX_REQUEST))
         .prepare()
 }

@@ -40,10 +40,10 @@ fn config(
 ) -> Result<ServerConfig, Error> {
     let provider = Arc::new(provider());
     // Revocations are checked for each request, because they change while a connection is open.
-    let trust = TrustStore::new(Trust::fixed(TrustBundle {
-        trust_domain: trust_domain.clone(),
-        roots: roots.to_vec(),
-    }));
+    let trust = TrustStore::new(Trust::fixed(TrustBundle::of_roots(
+        trust_domain.clone(),
+        roots.to_vec(),
+    )));
     let verifier = Verifier::new(Arc::new(trust), provider.clone())?.of_ca();
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])?

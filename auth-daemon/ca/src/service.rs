@@ -1,5 +1,6 @@
 //! What the CA answers: Istio's certificate service, and the trust bundle for those who watch it.
 
+mod jwt;
 mod nodes;
 
 use std::{net::IpAddr, pin::Pin, sync::Arc, time::Duration};
@@ -36,7 +37,7 @@ use crate::{
     connection::{Peer, WatchGuard},
     counters::{Counters, Kind},
     placement::{self, Denied, Grant},
-    quotas::{Exceeded, Quotas},
+    quotas::{Exceeded, InProgress, Quotas},
 };
 
 /// Longest bearer token, in bytes.
@@ -296,30 +297,7 @@ impl CaService {
         request: &IstioCertificateRequest,
     ) -> Result<(Issued, Grant), Refused> {
         let csr = csr(request)?;
-        let parse = |asked: &str| {
-            let parsed = asked.parse::<Identity>();
-            parsed.map_err(|error| {
-                let why = format!("metadata.{IMPERSONATED_IDENTITY}: {error}");
-                Refused::new(Kind::Malformed, why)
-            })
-        };
-        let asked = asked.map(parse).transpose()?;
-        // A pod's own requests count for its identity first, so that they cannot use up the quota of its node.
-        if let Caller::Workload { identity, node } = caller {
-            self.quotas.certificate(node, identity)?;
-        }
-        let _in_progress = self.quotas.request(caller.counts_for())?;
-        let grant = self.place(caller, asked.as_ref()).await.map_err(|denied| {
-            let kind = match denied {
-                Denied::Unnamed(_) => Kind::Malformed,
-                _ => Kind::Denied,
-            };
-            Refused::new(kind, denied.to_string())
-        })?;
-        if let Caller::Node { .. } | Caller::Person { .. } = caller {
-            self.quotas
-                .certificate(caller.counts_for(), &grant.identity)?;
-        }
+        let (grant, _in_progress) = self.grant(caller, asked).await?;
         let proved = self.proved(caller, &csr).await;
         let (most, holder) = match caller {
             Caller::Person { person, .. } => (
@@ -334,6 +312,37 @@ impl CaService {
         };
         let issued = authority.issue(&grant.identity, &csr, lifetime, holder)?;
         Ok((issued, grant))
+    }
+
+    /// What `caller` gets, within its quotas: the identity `asked`, or its own. Counts as a request until the second value is
+    /// dropped.
+    async fn grant(
+        &self,
+        caller: &Caller,
+        asked: Option<&str>,
+    ) -> Result<(Grant, InProgress), Refused> {
+        let parse = |asked: &str| {
+            let parsed = asked.parse::<Identity>();
+            parsed.map_err(|error| Refused::new(Kind::Malformed, format!("{asked:.256?}: {error}")))
+        };
+        let asked = asked.map(parse).transpose()?;
+        // A pod's own requests count for its identity first, so that they cannot use up the quota of its node.
+        if let Caller::Workload { identity, node } = caller {
+            self.quotas.certificate(node, identity)?;
+        }
+        let in_progress = self.quotas.request(caller.counts_for())?;
+        let grant = self.place(caller, asked.as_ref()).await.map_err(|denied| {
+            let kind = match denied {
+                Denied::Unnamed(_) => Kind::Malformed,
+                _ => Kind::Denied,
+            };
+            Refused::new(kind, denied.to_string())
+        })?;
+        if let Caller::Node { .. } | Caller::Person { .. } = caller {
+            self.quotas
+                .certificate(caller.counts_for(), &grant.identity)?;
+        }
+        Ok((grant, in_progress))
     }
 
     /// Admits a watch of the trust bundle, which counts as a request while it is opened.
@@ -569,6 +578,7 @@ fn message(published: &Published) -> Trust {
             .collect(),
         phase: published.phase.clone(),
         intermediates: ders(&published.intermediates),
+        jwt_keys: published.jwt_keys.to_json(),
     }
 }
 

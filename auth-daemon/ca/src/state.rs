@@ -10,6 +10,7 @@ use std::{
 use auth_ca_api::pem;
 use auth_mesh::{Identity, TrustDomain};
 use auth_tunnel::tls::trust::{Reason, Revocations};
+use rcgen::KeyPair;
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
@@ -17,7 +18,7 @@ use crate::{
     config::MAX_LIFETIME,
     join::Joins,
     rotation::{CLOCK_SKEW, Rotation},
-    signer::{self, Signer},
+    signer::{self, SignError, Signer},
 };
 
 /// Version of the document. The CA refuses newer ones, because it would lose what it does not know.
@@ -53,6 +54,10 @@ pub(crate) struct StoredSigner {
     /// PKCS #8, PEM. An intermediate's key is not stored here.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) key: Option<String>,
+    /// The key that signs JWT-SVIDs while this signer is the one that signs, so that it rotates with it: P-256, PKCS #8, PEM.
+    /// Left out by versions that had none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) jwt_key: Option<String>,
     /// Longest lifetime, in seconds, of the certificates that it may have signed.
     pub(crate) max_lifetime: u64,
 }
@@ -108,6 +113,16 @@ impl CaState {
         self.last_signer += 1;
         self.signers.insert(self.last_signer, signer);
         self.last_signer
+    }
+
+    /// Makes the keys of JWT-SVIDs that are missing.
+    pub(crate) fn make_jwt_keys(&mut self) -> Result<(), SignError> {
+        for signer in self.signers.values_mut() {
+            if signer.jwt_key.is_none() {
+                signer.jwt_key = Some(KeyPair::generate()?.serialize_pem());
+            }
+        }
+        Ok(())
     }
 
     /// Continues with `rotation`, and deletes keys that are no longer trusted.
@@ -214,6 +229,7 @@ impl StoredSigner {
         Self {
             certificate: signer.certificate().clone(),
             key: None,
+            jwt_key: None,
             max_lifetime,
         }
     }
@@ -387,6 +403,7 @@ mod format1 {
                 let stored = StoredSigner {
                     certificate: signer.certificate,
                     key: signer.key,
+                    jwt_key: None,
                     max_lifetime: MAX_LIFETIME.as_secs(),
                 };
                 (signer.number, stored)
@@ -420,7 +437,9 @@ mod tests {
     fn state() -> CaState {
         let domain: TrustDomain = "cluster.local".parse().unwrap();
         let root = signer::make_root(&domain, &RootSettings::default(), NOW).unwrap();
-        CaState::new(&domain, StoredSigner::root(&root, DAY))
+        let mut state = CaState::new(&domain, StoredSigner::root(&root, DAY));
+        state.make_jwt_keys().unwrap();
+        state
     }
 
     fn read(json: &[u8]) -> Result<CaState, String> {
@@ -501,7 +520,8 @@ mod tests {
 
     #[test]
     fn migrates_format_1() {
-        let state = read(&format1(json!([["a", "unspecified", NOW - 2 * DAY]]))).unwrap();
+        let mut state = read(&format1(json!([["a", "unspecified", NOW - 2 * DAY]]))).unwrap();
+        state.make_jwt_keys().unwrap();
         assert_eq!((state.version, state.crl_number), (7, 8));
         assert_eq!(state.longest_lifetime(), DAY);
         let revoked = state.revocations();

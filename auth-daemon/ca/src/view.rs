@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use auth_tunnel::tls::trust::Revocations;
+use auth_jwt::{JwtKeys, SigningKey};
+use auth_mesh::Identity;
+use auth_tunnel::tls::trust::{Revocations, Revoked};
 use rustls::pki_types::CertificateDer;
 
 use crate::{
@@ -10,7 +12,7 @@ use crate::{
     intermediate::Intermediate,
     join::Joins,
     rotation::Rotation,
-    signer::{self, Signer, hex},
+    signer::{self, Holder, Signer, hex},
     state::{CaState, Serial},
 };
 
@@ -29,6 +31,8 @@ pub struct Published {
     pub revoked: Revocations,
     /// The phase of the root's rotation, for people.
     pub phase: String,
+    /// Keys that verify JWT-SVIDs.
+    pub jwt_keys: JwtKeys,
 }
 
 /// A read-only view of one [`CaState`].
@@ -36,6 +40,8 @@ pub(crate) struct CaView {
     pub(crate) rotation: Rotation,
     /// The signer of new certificates.
     pub(crate) signing: Arc<Signer>,
+    /// The signer of new JWT-SVIDs.
+    pub(crate) jwt: SigningKey,
     pub(crate) published: Arc<Published>,
     /// When to sign the next revocation lists, in seconds since the Unix epoch.
     pub(crate) lists_due: u64,
@@ -52,7 +58,7 @@ impl CaView {
         intermediate: Option<&Intermediate>,
         now: u64,
     ) -> Result<Self, String> {
-        let mut signers = BTreeMap::new();
+        let (mut signers, mut jwt) = (BTreeMap::new(), Vec::new());
         let (mut own_roots, mut crls) = (Vec::new(), Vec::new());
         for number in state.rotation.trusted() {
             let stored = state
@@ -70,6 +76,11 @@ impl CaView {
                 (None, None, Some(intermediate)) => intermediate.signer.clone(),
                 (None, None, None) => return Err(format!("signer {number} has no key")),
             };
+            let jwt_key = stored.jwt_key.as_deref().unwrap_or_default();
+            let jwt_key = SigningKey::from_pem(jwt_key).map_err(|error| {
+                format!("the JWT key of signer {number} in the CA's state {error}")
+            })?;
+            jwt.push(jwt_key);
             own_roots.push(signer.certificate().clone());
             let list = crl::write(state, &signer, now);
             crls.push(list.map_err(|error| format!("a revocation list cannot be made: {error}"))?);
@@ -86,15 +97,29 @@ impl CaView {
             intermediates: signing.intermediates().to_vec(),
             revoked: state.revocations(),
             phase: state.rotation.to_string(),
+            jwt_keys: jwt.iter().collect(),
         };
+        // The signing one is the first of those that are trusted.
+        let jwt = jwt.into_iter().next().ok_or("there is no JWT key")?;
         Ok(Self {
             rotation: state.rotation,
             signing,
+            jwt,
             published: Arc::new(published),
             lists_due: now.saturating_add(crl::LIFETIME / 2),
             joins: state.joins.clone(),
             signers,
         })
+    }
+
+    /// Fails if `identity`, or the node that asks for it, is revoked.
+    pub(crate) fn check(&self, identity: &Identity, holder: Holder<'_>) -> Result<(), Revoked> {
+        let revoked = &self.published.revoked;
+        revoked.check_identity(identity)?;
+        match holder {
+            Holder::Node(node) => revoked.check_node(node),
+            Holder::Person(_) => Ok(()),
+        }
     }
 
     /// Whether `spki` is a key of the CA itself.

@@ -1,8 +1,9 @@
-//! The SPIFFE bundle document: a JWK Set with the roots of a trust domain (SPIFFE Trust Domain and Bundle §4, X509-SVID
-//! §6).
+//! The SPIFFE bundle document: a JWK Set with the roots of a trust domain, and the keys of its JWT-SVIDs (SPIFFE Trust Domain
+//! and Bundle §4, X509-SVID §6, JWT-SVID §6).
 
 use std::time::Duration;
 
+use auth_jwt::{JwtKeys, KEY_USE as JWT_SVID};
 use base64::{
     Engine,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
@@ -12,7 +13,7 @@ use rustls::{
     pki_types::{CertificateDer, pem::PemObject},
 };
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value, json, value::RawValue};
 use x509_parser::{
     certificate::X509Certificate, prelude::FromDer, public_key::PublicKey,
     x509::SubjectPublicKeyInfo,
@@ -34,6 +35,8 @@ pub struct Bundle {
     pub refresh_hint: Option<Duration>,
     /// Roots of X.509-SVIDs, DER, each once. None says that nothing of the trust domain is to be trusted.
     pub roots: Vec<CertificateDer<'static>>,
+    /// Keys of JWT-SVIDs.
+    pub jwt_keys: JwtKeys,
 }
 
 /// Why a document is not a bundle.
@@ -46,7 +49,7 @@ pub struct InvalidBundle(String);
 struct Document {
     spiffe_sequence: Option<u64>,
     spiffe_refresh_hint: Option<u64>,
-    keys: Vec<Key>,
+    keys: Vec<Box<RawValue>>,
 }
 
 /// A key of any kind. What its kind does not have is ignored.
@@ -59,8 +62,8 @@ struct Key {
 }
 
 impl Bundle {
-    /// Reads a document. Keys for other uses than X.509-SVIDs are ignored, as the specification has it; of the others, all
-    /// must be usable roots, because a part could be the wrong part.
+    /// Reads a document. Keys for unknown uses are ignored, as the specification has it, and so are keys of JWT-SVIDs that
+    /// cannot be used. All keys of X.509-SVIDs must be usable roots, because a part could be the wrong part.
     pub fn parse(document: &[u8]) -> Result<Self, InvalidBundle> {
         if document.len() > MAX_BYTES {
             let bytes = document.len();
@@ -73,10 +76,21 @@ impl Bundle {
         let mut bundle = Self {
             sequence: document.spiffe_sequence,
             refresh_hint: document.spiffe_refresh_hint.map(Duration::from_secs),
-            roots: Vec::new(),
+            ..Self::default()
         };
-        for (index, key) in document.keys.into_iter().enumerate() {
+        for (index, raw) in document.keys.into_iter().enumerate() {
             let invalid = |what: &str| InvalidBundle(format!("keys[{index}]{what}"));
+            let key: Key =
+                serde_json::from_str(raw.get()).map_err(|error| invalid(&format!(": {error}")))?;
+            if key
+                .purpose
+                .as_ref()
+                .is_some_and(|purpose| purpose == JWT_SVID)
+            {
+                let added = bundle.jwt_keys.add(raw.get());
+                added.map_err(|error| InvalidBundle(error.to_string()))?;
+                continue;
+            }
             let is_x509 = key.purpose.is_some_and(|purpose| purpose == X509_SVID);
             if !is_x509 || !key.kty.is_some_and(|kind| kind.is_string()) {
                 continue;
@@ -146,7 +160,9 @@ impl Bundle {
     pub fn to_json(&self) -> Result<String, String> {
         let keys = self.roots.iter().map(key);
         let mut document = Map::new();
-        document.insert("keys".into(), keys.collect::<Result<Vec<_>, _>>()?.into());
+        let mut keys = keys.collect::<Result<Vec<_>, _>>()?;
+        keys.extend(self.jwt_keys.to_values());
+        document.insert("keys".into(), keys.into());
         if let Some(sequence) = self.sequence {
             document.insert("spiffe_sequence".into(), sequence.into());
         }
@@ -238,6 +254,10 @@ mod tests {
                 sequence: Some(u64::MAX),
                 refresh_hint: Some(Duration::from_secs(300)),
                 roots: vec![certificate(any(), algorithm), root()],
+                jwt_keys: JwtKeys::parse(
+                    r#"{"keys": [{"kty": "RSA", "kid": "a", "n": "AQAB", "e": "AQAB"}]}"#,
+                )
+                .unwrap(),
             };
             let document = bundle.to_json().unwrap();
             assert_eq!(Bundle::parse(document.as_bytes()), Ok(bundle.clone()));
@@ -248,6 +268,7 @@ mod tests {
             assert_eq!(key["crv"].as_str(), curve);
             assert_eq!(key["x"].as_str().unwrap().len(), characters);
             assert!(key["kid"].is_null(), "X509-SVID §6.1");
+            assert_eq!(read["keys"][2]["use"], JWT_SVID);
         }
         assert_eq!(Bundle::default().to_json().unwrap(), r#"{"keys":[]}"#);
     }
@@ -271,6 +292,7 @@ mod tests {
         let bundle = bundle.unwrap();
         assert_eq!((bundle.sequence, bundle.refresh_hint), (Some(12), None));
         assert_eq!(bundle.roots, [one]);
+        assert!(bundle.jwt_keys.is_empty());
         let empty = parse(&json!({"keys": []})).unwrap();
         assert_eq!(empty.roots, []);
     }

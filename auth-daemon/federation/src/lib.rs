@@ -4,4 +4,4 @@ mod document;
 mod endpoint;
 
 pub use document::{Bundle, InvalidBundle, MAX_BYTES};
-pub use endpoint::{Endpoint, EndpointId, Profile, Url, fetch};
+pub use endpoint::{Endpoint, Profile, Url, fetch};

@@ -10,6 +10,7 @@ mod frame;
 mod hello;
 mod identity;
 mod istiod;
+mod jwt;
 mod kubeconfig;
 mod manifest;
 mod nri;
@@ -28,7 +29,7 @@ const LONG: Duration = Duration::from_secs(300);
 pub(crate) type Target = fn(&[u8]);
 
 /// The targets, by name. Their seeds are in `seeds/<name>`.
-pub(crate) const TARGETS: [(&str, Target); 17] = [
+pub(crate) const TARGETS: [(&str, Target); 18] = [
     ("authority", authority::run),
     ("bundle", bundle::run),
     ("config", config::run),
@@ -38,6 +39,7 @@ pub(crate) const TARGETS: [(&str, Target); 17] = [
     ("hello", hello::run),
     ("identity", identity::run),
     ("istiod", istiod::run),
+    ("jwt", jwt::run),
     ("kubeconfig", kubeconfig::run),
     ("manifest", manifest::run),
     ("nri", nri::run),

@@ -7,9 +7,10 @@ use std::{
     sync::{Arc, LazyLock},
 };
 
+use auth_ca::embedded::EmbeddedCa;
+use auth_daemon::issuer::Certificates;
 use auth_mesh::TrustDomain;
 use auth_support::connection_limit::ConnectionLimit;
-use auth_tunnel::tls::trust::{Trust, TrustBundle, TrustStore};
 use auth_workload_api::{Attested, Served};
 use tokio::{
     net::TcpListener,
@@ -34,22 +35,23 @@ static SERVER: LazyLock<Server> = LazyLock::new(|| {
         .block_on(TcpListener::bind("127.0.0.1:0"))
         .expect("a listener");
     let (attest, attested) = mpsc::channel(1);
+    let folder = tempfile::tempdir().expect("a folder");
+    let trust_domain = TrustDomain::default();
+    let ca = EmbeddedCa::open(folder.path(), &trust_domain, LONG).expect("a CA");
+    let identity = trust_domain
+        .identity("default", "web")
+        .expect("an identity");
+    // Without a certificate, streams end.
     let (_, svid) = watch::channel(None);
-    runtime.spawn(auth_workload_api::serve(
-        listener,
-        attested,
+    let served = {
+        let _runtime = runtime.enter();
+        let app = Certificates::new(Arc::new(ca)).for_app(&identity, LONG);
         Served {
-            identity: "spiffe://cluster.local/ns/default/sa/web"
-                .parse()
-                .expect("an identity"),
             svid,
-            wanted: Arc::default(),
-            trust: Arc::new(TrustStore::new(Trust::fixed(TrustBundle {
-                trust_domain: TrustDomain::default(),
-                roots: Vec::new(),
-            }))),
-        },
-    ));
+            ..app.served.clone()
+        }
+    };
+    runtime.spawn(auth_workload_api::serve(listener, attested, served));
     Server {
         attest,
         places: Arc::new(ConnectionLimit::new(usize::MAX, usize::MAX)),

@@ -1,4 +1,4 @@
-//! SPIFFE IDs of Kubernetes service accounts.
+//! SPIFFE IDs: of Kubernetes service accounts, and of whatever path.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -34,7 +34,14 @@ pub struct Identity {
     namespace_end: u16,
 }
 
-/// Reason why a text is not the SPIFFE ID of a service account.
+/// The SPIFFE ID of a workload of whatever path, such as one of a foreign trust domain (SPIFFE-ID §2).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpiffeId {
+    uri: String,
+    trust_domain: TrustDomain,
+}
+
+/// Reason why a text is not the SPIFFE ID of a service account, or of a workload.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidIdentity {
     /// The text is longer than 2048 bytes.
@@ -49,6 +56,9 @@ pub enum InvalidIdentity {
     /// The path does not have the form `/ns/<namespace>/sa/<service account>`.
     #[error("path is not /ns/<namespace>/sa/<service account>")]
     Path,
+    /// The path has an empty segment, one of dots, or a character that no segment may have (SPIFFE-ID §2.2).
+    #[error("path is not segments of A-Z, a-z, 0-9, '.', '-', '_'")]
+    Segments,
     /// The namespace or service account is not a valid Kubernetes name.
     #[error("{0:?} is not a Kubernetes name")]
     Name(String),
@@ -205,6 +215,46 @@ impl fmt::Debug for Identity {
     }
 }
 
+impl SpiffeId {
+    /// Returns the ID with this path of one or more segments, such as `/a/b`, in `trust_domain`.
+    pub fn new(trust_domain: &TrustDomain, path: &str) -> Result<Self, InvalidIdentity> {
+        format!("{SCHEME}{trust_domain}{path}").parse()
+    }
+
+    /// Returns the whole ID.
+    pub fn as_str(&self) -> &str {
+        &self.uri
+    }
+
+    /// Returns the trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+}
+
+impl FromStr for SpiffeId {
+    type Err = InvalidIdentity;
+
+    fn from_str(uri: &str) -> Result<Self, InvalidIdentity> {
+        if uri.len() > MAX_BYTES {
+            return Err(InvalidIdentity::TooLong);
+        }
+        let rest = uri.strip_prefix(SCHEME).ok_or(InvalidIdentity::Scheme)?;
+        let (trust_domain, path) = rest.split_once('/').ok_or(InvalidIdentity::Segments)?;
+        let is_segment = |segment: &str| {
+            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+            !matches!(segment, "" | "." | "..") && segment.bytes().all(allowed)
+        };
+        if !path.split('/').all(is_segment) {
+            return Err(InvalidIdentity::Segments);
+        }
+        Ok(Self {
+            trust_domain: trust_domain.parse()?,
+            uri: uri.to_owned(),
+        })
+    }
+}
+
 /// Reports whether `name` is an RFC 1123 label, or, if `dots` is true, an RFC 1123 subdomain.
 fn kubernetes_name(name: &str, longest: usize, dots: bool) -> bool {
     let alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
@@ -287,10 +337,35 @@ mod tests {
         assert_eq!(long.parse::<Identity>(), Err(E::TooLong));
     }
 
+    #[test]
+    fn ids_of_whatever_path() {
+        for good in ["spiffe://example.org/spire/server", "spiffe://a/B_c.d-1"] {
+            let id: SpiffeId = good.parse().unwrap();
+            assert_eq!(id.as_str(), good);
+        }
+        for bad in [
+            "spiffe://example.org",
+            "spiffe://example.org/",
+            "spiffe://example.org/a/",
+            "spiffe://example.org//a",
+            "spiffe://example.org/..",
+            "spiffe://example.org/a%20",
+            "spiffe://Example.org/a",
+            "https://example.org/a",
+            "spiffe:///a",
+            "spiffe://user@example.org/a",
+        ] {
+            assert!(bad.parse::<SpiffeId>().is_err(), "{bad}");
+        }
+    }
+
     proptest! {
         #[test]
         fn never_panics(text in "(spiffe://)?[a-z./]{0,12}(/ns/)?[a-z0-9./-]{0,8}(/sa/)?\\PC{0,8}") {
+            let any = text.parse::<SpiffeId>();
             if let Ok(id) = text.parse::<Identity>() {
+                let domain = any.unwrap().trust_domain().clone();
+                prop_assert_eq!(domain.as_str(), id.trust_domain());
                 prop_assert_eq!(id.as_str(), &text);
                 let whole = format!(
                     "spiffe://{}/ns/{}/sa/{}", id.trust_domain(), id.namespace(), id.service_account()

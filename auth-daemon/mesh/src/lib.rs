@@ -20,7 +20,7 @@ pub use claims::AddressKind;
 pub use cluster::ClusterName;
 pub use edit::Edit;
 pub use exposed::{ExposedAt, HostPort};
-pub use identity::{Identity, InvalidIdentity, TrustDomain};
+pub use identity::{Identity, InvalidIdentity, SpiffeId, TrustDomain};
 pub use membership::{Membership, Memberships, MeshDefault};
 pub use node::{Networks, Node};
 pub use registry::{Published, Registry};

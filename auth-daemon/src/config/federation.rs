@@ -2,8 +2,8 @@
 
 use std::{collections::BTreeSet, fmt, path::PathBuf, str::FromStr};
 
-use auth_federation::{Endpoint, EndpointId, Profile, Url};
-use auth_mesh::TrustDomain;
+use auth_federation::{Endpoint, Profile, Url};
+use auth_mesh::{SpiffeId, TrustDomain};
 use auth_support::config::{Section, absolute};
 
 /// Name that stands for the mesh's own trust domain in policies.
@@ -161,7 +161,7 @@ impl BundleSource {
                 root_file: section.parsed("rootFile", errors, absolute),
             }),
             Some(true) => {
-                let id = section.required("spiffeId", errors, EndpointId::from_str);
+                let id = section.required("spiffeId", errors, SpiffeId::from_str);
                 let serves_itself = id
                     .as_ref()
                     .is_some_and(|id| Some(id.trust_domain()) == trust_domain);
@@ -185,7 +185,7 @@ impl BundleSource {
     }
 
     /// The SPIFFE ID that authenticates the endpoint, if it is one of `https_spiffe`.
-    fn endpoint_id(&self) -> Option<&EndpointId> {
+    fn endpoint_id(&self) -> Option<&SpiffeId> {
         match self {
             Self::Endpoint {
                 endpoint:

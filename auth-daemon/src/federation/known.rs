@@ -149,7 +149,8 @@ impl Federated {
         if let Some(known) = &domain.bundle {
             check_order(known, &bundle)?;
         }
-        let is_new = domain.bundle.as_ref().map(|known| &known.roots) != Some(&bundle.roots);
+        let verifies = |bundle: &Bundle| (bundle.roots.clone(), bundle.jwt_keys.clone());
+        let is_new = domain.bundle.as_ref().map(verifies) != Some(verifies(&bundle));
         let (roots, sequence) = (bundle.roots.len(), bundle.sequence);
         domain.bundle = Some(bundle);
         domain.refreshed = Some(SystemTime::now());
@@ -227,6 +228,7 @@ impl Federated {
                 bundles.insert(TrustBundle {
                     trust_domain: domain.trust_domain.clone(),
                     roots: bundle.roots.clone(),
+                    jwt_keys: bundle.jwt_keys.clone(),
                 });
             }
         }
@@ -265,10 +267,7 @@ mod tests {
     use crate::config::ForeignDomain;
 
     fn federated() -> Arc<Federated> {
-        let own = TrustBundle {
-            trust_domain: "own.example".parse().unwrap(),
-            roots: vec![],
-        };
+        let own = TrustBundle::of_roots("own.example".parse().unwrap(), vec![]);
         let trust = TrustStore::new(Trust::fixed(own));
         Arc::new(Federated::new(Arc::new(trust)))
     }
@@ -284,8 +283,8 @@ mod tests {
     fn bundle(sequence: u64, root: u8) -> Bundle {
         Bundle {
             sequence: Some(sequence),
-            refresh_hint: None,
             roots: vec![CertificateDer::from(vec![root])],
+            ..Bundle::default()
         }
     }
 

@@ -173,10 +173,7 @@ mod tests {
     };
 
     fn federated() -> Arc<Federated> {
-        let own = TrustBundle {
-            trust_domain: "own.example".parse().unwrap(),
-            roots: vec![],
-        };
+        let own = TrustBundle::of_roots("own.example".parse().unwrap(), vec![]);
         let trust = TrustStore::new(Trust::fixed(own));
         Arc::new(Federated::new(Arc::new(trust)))
     }

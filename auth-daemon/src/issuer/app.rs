@@ -34,6 +34,7 @@ impl Certificates {
             svid,
             wanted: Arc::new(Notify::new()),
             trust: self.trust().clone(),
+            jwts: self.jwts.clone(),
         };
         let handed_over = Arc::new(HandedOver {
             identity: identity.clone(),

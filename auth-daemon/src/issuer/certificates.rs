@@ -13,6 +13,7 @@ use tokio::{sync::Notify, task::AbortHandle};
 
 use super::{
     CaHealth, IssueError, Issuer,
+    jwt::JwtSvids,
     keeper::{Holder, Keeper, certified_key},
 };
 use auth_mesh::Identity;
@@ -27,6 +28,7 @@ use auth_workload_api::X509Svid;
 #[derive(Debug)]
 pub struct Certificates {
     pub(super) keeper: Arc<Keeper>,
+    pub(super) jwts: Arc<JwtSvids>,
     held: Mutex<HashMap<Identity, Held>>,
 }
 
@@ -166,6 +168,7 @@ impl Certificates {
     /// Holds no certificate yet.
     pub fn new(issuer: Arc<dyn Issuer>) -> Self {
         Self {
+            jwts: Arc::new(JwtSvids::new(issuer.clone())),
             keeper: Arc::new(Keeper::new(issuer)),
             held: Mutex::default(),
         }

@@ -7,6 +7,7 @@ use std::{
 
 use auth_ca_api::{
     IMPERSONATED_IDENTITY,
+    auth::{IssueJwtRequest, jwt_service_client::JwtServiceClient},
     istio::{
         IstioCertificateRequest, IstioCertificateResponse,
         istio_certificate_service_client::IstioCertificateServiceClient,
@@ -23,7 +24,7 @@ use tokio::{
     task::AbortHandle,
     time::{sleep, timeout},
 };
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Request, Response, Status, transport::Channel};
 use tonic_types::StatusExt;
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
@@ -35,6 +36,7 @@ use super::{
     trust_watch,
 };
 use crate::config::{CaServer, Proof};
+use auth_jwt::Audience;
 use auth_mesh::{Identity, TrustDomain};
 use auth_tunnel::tls::{
     svid::Svid,
@@ -103,10 +105,7 @@ impl CaClient {
         lifetime: Duration,
     ) -> Result<Self, UnusableServer> {
         let roots = access.roots().map_err(UnusableServer)?;
-        let known = TrustBundle {
-            trust_domain,
-            roots,
-        };
+        let known = TrustBundle::of_roots(trust_domain, roots);
         let link = Arc::new(Link::new(names, access, known));
         let (contacted, contact) = watch::channel(false);
         let watcher = tokio::spawn(trust_watch::keep_current(link.clone(), contacted));
@@ -156,48 +155,121 @@ impl CaClient {
         let lifetime = lifetime.min(self.lifetime);
         let csr = pem::encode("CERTIFICATE REQUEST", csr);
         self.link.access.prove(&csr).await;
-        let mut attempt = 1;
-        let answer = loop {
-            let request = self.link.request(IstioCertificateRequest {
-                csr: csr.clone(),
-                validity_duration: i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX),
-                metadata: Some(impersonating(identity)),
-            });
-            let request = request.await?;
-            let (number, channel) = self.channel()?;
-            let mut client =
-                IstioCertificateServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
-            match client.create_certificate(request).await {
-                Ok(answer) => break answer.into_inner(),
-                Err(status) if status.code() == Code::Unavailable && attempt < ATTEMPTS => {
-                    self.forget(number);
-                    tracing::debug!(%identity, why = explain_status(&status), attempt, "certificate request retried");
-                    sleep(RETRY.mul_f64(f64::from(attempt) * (0.5 + rand::random::<f64>()))).await;
-                    attempt += 1;
-                }
-                Err(status) => {
-                    if matches!(
-                        status.code(),
-                        Code::Unavailable | Code::Unknown | Code::Cancelled
-                    ) {
-                        self.forget(number);
-                    }
-                    return Err(IssueError {
-                        why: explain_status(&status),
-                        retry_after: retry_after(&status),
-                    });
-                }
-            }
+        let request = IstioCertificateRequest {
+            csr,
+            validity_duration: i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX),
+            metadata: Some(impersonating(identity)),
         };
+        let answer = self.call(request, |channel, request| async move {
+            let client = IstioCertificateServiceClient::new(channel);
+            let mut client = client.max_decoding_message_size(MAX_ANSWER);
+            client.create_certificate(request).await
+        });
+        let answer = answer.await?;
         let trust_domain = &self.link.trust.current().bundle.trust_domain;
         let chain = read_answer(&answer, identity, trust_domain)?;
         // Revocations and new roots must be known before the certificate is used.
-        let mut contact = self.contact.clone();
-        contact
-            .wait_for(|contact| *contact)
-            .await
-            .map_err(|_| "the CA's trust bundle is not watched any more".to_owned())?;
+        self.contacted().await?;
         Ok(Issued { chain })
+    }
+
+    async fn ask_jwt(
+        &self,
+        identity: &Identity,
+        audience: &Audience,
+    ) -> Result<String, IssueError> {
+        let request = IssueJwtRequest {
+            identity: identity.to_string(),
+            audience: audience.to_vec(),
+        };
+        let answer = self.call(request, |channel, request| async move {
+            let client = JwtServiceClient::new(channel);
+            let mut client = client.max_decoding_message_size(MAX_ANSWER);
+            client.issue(request).await
+        });
+        let answer = answer.await.map_err(|error| match error.unsupported {
+            true => IssueError::unsupported(),
+            false => error,
+        })?;
+        // The key must be known before the token is used.
+        self.contacted().await?;
+        Ok(answer.token)
+    }
+
+    /// Makes a request, and again while the CA has no leader.
+    async fn call<M: Clone, T, F>(
+        &self,
+        message: M,
+        call: impl Fn(Channel, Request<M>) -> F,
+    ) -> Result<T, IssueError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let mut attempt = 1;
+        loop {
+            let request = self.link.request(message.clone()).await?;
+            let (number, channel) = self.channel()?;
+            let status = match call(channel, request).await {
+                Ok(answer) => return Ok(answer.into_inner()),
+                Err(status) => status,
+            };
+            match status.code() {
+                Code::Unavailable if attempt < ATTEMPTS => {
+                    self.forget(number);
+                    tracing::debug!(
+                        why = explain_status(&status),
+                        attempt,
+                        "request to the CA retried"
+                    );
+                    sleep(RETRY.mul_f64(f64::from(attempt) * (0.5 + rand::random::<f64>()))).await;
+                    attempt += 1;
+                    continue;
+                }
+                Code::Unavailable | Code::Unknown | Code::Cancelled => self.forget(number),
+                _ => {}
+            }
+            return Err(IssueError {
+                why: explain_status(&status),
+                retry_after: retry_after(&status),
+                unsupported: status.code() == Code::Unimplemented,
+            });
+        }
+    }
+
+    /// Waits until the CA has sent its trust bundle, or is known to send none.
+    async fn contacted(&self) -> Result<(), String> {
+        let mut contact = self.contact.clone();
+        let contacted = contact.wait_for(|contact| *contact).await;
+        contacted.map_err(|_| "the CA's trust bundle is not watched any more".to_owned())?;
+        Ok(())
+    }
+
+    /// The answer to a request, within the deadline. Errors name the CA.
+    async fn in_time<T>(
+        &self,
+        asked: impl Future<Output = Result<T, IssueError>>,
+    ) -> Result<T, IssueError> {
+        let asked = timeout(DEADLINE, asked).await;
+        asked
+            .unwrap_or_else(|_| {
+                // The connection may be dead without a sign of it.
+                let held = self
+                    .channel
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0;
+                self.forget(held);
+                let missing = if *self.contact.borrow() {
+                    ""
+                } else {
+                    ", or does not send its trust bundle"
+                };
+                Err(format!("it does not answer within {DEADLINE:?}{missing}").into())
+            })
+            .map_err(|error| IssueError {
+                why: format!("the CA at {}: {}", self.link.address(), error.why),
+                ..error
+            })
     }
 }
 
@@ -216,30 +288,15 @@ impl Issuer for CaClient {
         csr: &'a [u8],
         lifetime: Duration,
     ) -> IssueFuture<'a> {
-        Box::pin(async move {
-            let failed = |error: IssueError| IssueError {
-                why: format!("the CA at {}: {}", self.link.address(), error.why),
-                ..error
-            };
-            let asked = timeout(DEADLINE, self.ask(identity, csr, lifetime)).await;
-            let number = self
-                .channel
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-            asked
-                .unwrap_or_else(|_| {
-                    // The connection may be dead without a sign of it.
-                    self.forget(number);
-                    let missing = if *self.contact.borrow() {
-                        ""
-                    } else {
-                        ", or does not send its trust bundle"
-                    };
-                    Err(format!("it does not answer within {DEADLINE:?}{missing}").into())
-                })
-                .map_err(failed)
-        })
+        Box::pin(self.in_time(self.ask(identity, csr, lifetime)))
+    }
+
+    fn issue_jwt<'a>(
+        &'a self,
+        identity: &'a Identity,
+        audience: &'a Audience,
+    ) -> IssueFuture<'a, String> {
+        Box::pin(self.in_time(self.ask_jwt(identity, audience)))
     }
 
     fn trust(&self) -> &Arc<TrustStore> {

@@ -76,10 +76,7 @@ impl Link {
     /// Creates a link to istiod, which is verified against the roots in the file alone. Fails if its files cannot be read.
     pub fn to_istiod(server: CaServer) -> Result<Self, UnusableServer> {
         server.check().map_err(UnusableServer)?;
-        let none = TrustBundle {
-            trust_domain: TrustDomain::default(),
-            roots: Vec::new(),
-        };
+        let none = TrustBundle::of_roots(TrustDomain::default(), Vec::new());
         Ok(Self::new((&server).into(), Arc::new(server), none))
     }
 

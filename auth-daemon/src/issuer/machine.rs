@@ -229,10 +229,10 @@ impl Machine {
             proof: Proof::Token(self.join.token_file.clone()),
             ..self.server.clone()
         };
-        let known = TrustBundle {
-            trust_domain: self.join.trust_domain.clone(),
-            roots: link.trust.current().bundle.roots.clone(),
-        };
+        let known = TrustBundle::of_roots(
+            self.join.trust_domain.clone(),
+            link.trust.current().bundle.roots.clone(),
+        );
         let anonymous = Arc::new(Link::new((&server).into(), Arc::new(server), known));
         let chain = self.request(&anonymous, &key).await.map_err(|status| {
             // The CA repeats no answer to this key, and may refuse it because an earlier token was used with it.

@@ -5,6 +5,7 @@ mod app;
 mod certificates;
 mod client;
 mod health;
+mod jwt;
 mod keeper;
 mod link;
 mod machine;
@@ -23,6 +24,7 @@ pub use health::{CaHealth, CaStatus};
 pub use link::{Link, ServerNames};
 pub(crate) use link::{bearer, explain_status, roots, roots_in, token_in};
 
+use auth_jwt::Audience;
 use auth_mesh::Identity;
 use auth_tunnel::tls::trust::TrustStore;
 
@@ -41,6 +43,15 @@ pub trait Issuer: Send + Sync + fmt::Debug {
         lifetime: Duration,
     ) -> IssueFuture<'a>;
 
+    /// Requests a JWT-SVID of `identity` for `audience`, in compact form. Only the CA's server issues any.
+    fn issue_jwt<'a>(
+        &'a self,
+        _identity: &'a Identity,
+        _audience: &'a Audience,
+    ) -> IssueFuture<'a, String> {
+        Box::pin(async { Err(IssueError::unsupported()) })
+    }
+
     /// The trust bundle, kept up to date for as long as the issuer exists.
     fn trust(&self) -> &Arc<TrustStore>;
 
@@ -50,8 +61,9 @@ pub trait Issuer: Send + Sync + fmt::Debug {
     }
 }
 
-/// The result of [`Issuer::issue_for`].
-pub type IssueFuture<'a> = Pin<Box<dyn Future<Output = Result<Issued, IssueError>> + Send + 'a>>;
+/// The result of a request to an [`Issuer`].
+pub type IssueFuture<'a, T = Issued> =
+    Pin<Box<dyn Future<Output = Result<T, IssueError>> + Send + 'a>>;
 
 /// A signed certificate with its intermediates.
 #[derive(Clone, Debug)]
@@ -60,7 +72,7 @@ pub struct Issued {
     pub chain: Vec<CertificateDer<'static>>,
 }
 
-/// Why no certificate was issued.
+/// Why no certificate or token was issued.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{why}")]
 pub struct IssueError {
@@ -68,6 +80,18 @@ pub struct IssueError {
     pub why: String,
     /// How long the CA asks its caller to wait before the next request.
     pub retry_after: Option<Duration>,
+    /// Whether the issuer never issues what was asked for.
+    pub unsupported: bool,
+}
+
+impl IssueError {
+    fn unsupported() -> Self {
+        let why = "the mesh's CA issues no JWT-SVIDs; `auth-daemon ca` does, but istiod and a CA in a directory do not";
+        Self {
+            unsupported: true,
+            ..Self::from(why.to_owned())
+        }
+    }
 }
 
 impl From<String> for IssueError {
@@ -75,6 +99,7 @@ impl From<String> for IssueError {
         Self {
             why,
             retry_after: None,
+            unsupported: false,
         }
     }
 }

@@ -14,6 +14,7 @@ use tonic::{Code, Streaming};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer, time::ASN1Time};
 
 use super::link::{Link, explain_status};
+use auth_jwt::JwtKeys;
 use auth_mesh::{Identity, TrustDomain};
 use auth_support::backoff;
 use auth_tunnel::tls::{
@@ -203,6 +204,10 @@ fn read(message: Message, trust_domain: &TrustDomain) -> Result<Trust, String> {
     // The CA names its intermediates itself, on a connection where it has proven its identity.
     let intermediates = message.intermediates.into_iter().map(CertificateDer::from);
     let signers: Vec<_> = roots.iter().cloned().chain(intermediates).collect();
+    let jwt_keys = match message.jwt_keys.is_empty() {
+        true => JwtKeys::default(),
+        false => JwtKeys::parse(&message.jwt_keys).map_err(|error| format!("jwt_keys {error}"))?,
+    };
     let mut revoked = Revocations::default();
     for der in &message.crls {
         let entries = crl::read(der, &signers).map_err(|error| error.to_string())?;
@@ -224,6 +229,7 @@ fn read(message: Message, trust_domain: &TrustDomain) -> Result<Trust, String> {
         bundle: TrustBundle {
             trust_domain: trust_domain.clone(),
             roots,
+            jwt_keys,
         },
         revoked,
         phase: message
@@ -283,10 +289,7 @@ fn take_root_file(link: &Link) {
         Ok(roots) => {
             let count = roots.len();
             link.trust.publish(Trust {
-                bundle: TrustBundle {
-                    trust_domain: known.bundle.trust_domain.clone(),
-                    roots,
-                },
+                bundle: TrustBundle::of_roots(known.bundle.trust_domain.clone(), roots),
                 ..(*known).clone()
             });
             tracing::info!(roots = count, "roots updated from the root file");
@@ -338,6 +341,7 @@ mod tests {
                     vec![denial("spiffe://cluster.local/ns/a/sa/b", "keyCompromise")];
                 m.denied_nodes = vec![denial("a", "news of tomorrow")];
                 m.phase = "steady".into();
+                m.jwt_keys = r#"{"keys": [{"kty": "new"}]}"#.into();
             }),
             &domain(),
         )
@@ -365,6 +369,7 @@ mod tests {
                 "at most 64",
             ),
             (message(|m| m.crls = vec![vec![0x30, 0]]), "CRL"),
+            (message(|m| m.jwt_keys = "x".into()), "jwt_keys is not"),
             (
                 message(|m| m.denied_identities = vec![denial("web", "")]),
                 "denied identity",

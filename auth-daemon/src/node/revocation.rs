@@ -74,10 +74,10 @@ mod tests {
 
     #[test]
     fn no_change_of_trust_is_missed() {
-        let trust = TrustStore::new(Trust::fixed(TrustBundle {
-            trust_domain: auth_mesh::TrustDomain::default(),
-            roots: vec![],
-        }));
+        let trust = TrustStore::new(Trust::fixed(TrustBundle::of_roots(
+            auth_mesh::TrustDomain::default(),
+            vec![],
+        )));
         let revised = Cell::new(0);
         let change = || trust.publish_foreign(ForeignBundles::default());
         let mut applied = pin!(apply(&trust, || revised.set(revised.get() + 1)));

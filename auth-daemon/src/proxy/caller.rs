@@ -151,10 +151,10 @@ mod tests {
         let check = |revoked: &Revocations, address: &str| {
             let trust = TrustStore::new(Trust {
                 revoked: revoked.clone(),
-                ..Trust::fixed(TrustBundle {
-                    trust_domain: auth_mesh::TrustDomain::default(),
-                    roots: vec![],
-                })
+                ..Trust::fixed(TrustBundle::of_roots(
+                    auth_mesh::TrustDomain::default(),
+                    vec![],
+                ))
             });
             let address = address.parse().unwrap();
             let checked = check_trusted(&snapshot, &trust, &svid, address);

@@ -131,6 +131,17 @@ async fn issuances_say_who_got_what() {
     let renewal = Ask::for_itself(None);
     let chain = renewal.send(&holder.unwrap()).await.unwrap();
     check(&ca.next("issued"), &chain[0], &workload);
+    let jwt = crate::jwt::ask(&caller, Some(token("a")), web.as_str(), &["db", "queue"]);
+    let jwt = jwt.await.unwrap();
+    let line = ca.next("jwtIssued");
+    assert_fields(
+        &line,
+        json!({
+            "caller": "node a", "node": "a", "pods": "default/web-1", "identity": web.as_str(),
+            "audience": "db,queue",
+        }),
+    );
+    assert!(!line.to_string().contains(&jwt), "{line}");
 }
 
 const NODE_A: &str = "node a";

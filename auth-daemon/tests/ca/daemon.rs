@@ -26,6 +26,7 @@ use auth_daemon::{
     issuer::CaClient,
     issuer::Issuer as _,
 };
+use auth_jwt::Audience;
 use auth_tunnel::tls::{provider, svid::Svid, trust::Reason};
 use futures_util::{StreamExt as _, stream};
 use hyper_util::{
@@ -368,6 +369,13 @@ async fn uses_a_ca_without_a_watch_like_istiod() {
     assert_eq!(
         (trust.version, &trust.bundle.roots),
         (0, &vec![other.root.clone()])
+    );
+    let audience = Audience::try_from(vec!["db".to_owned()]).unwrap();
+    let refused = daemon.issue_jwt(&identity("web"), &audience).await;
+    let refused = refused.unwrap_err();
+    assert!(
+        refused.unsupported && refused.why.contains("istiod"),
+        "{refused}"
     );
 }
 

@@ -206,10 +206,7 @@ async fn no_tunnel_and_no_federated_domain_accepts_a_nodes_certificate() {
     let caller = ca.caller().await;
     let node = join(&caller, &token, &key, "vm-1").await.unwrap();
     let workload = Ask::good().send(&caller).await.unwrap();
-    let bundle = |domain: &str, roots| TrustBundle {
-        trust_domain: domain.parse().unwrap(),
-        roots,
-    };
+    let bundle = |domain: &str, roots| TrustBundle::of_roots(domain.parse().unwrap(), roots);
     let own = TrustStore::new(Trust::fixed(bundle(DOMAIN, ca.roots())));
     let partner = TrustStore::new(Trust::fixed(bundle("partner.example", partners.roots())));
     let mut foreign = ForeignBundles::default();

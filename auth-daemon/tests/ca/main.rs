@@ -4,6 +4,7 @@ mod audit;
 mod daemon;
 mod harness;
 mod joining;
+mod jwt;
 mod program;
 mod quotas;
 

@@ -1,4 +1,4 @@
-//! The SPIFFE Workload API, by which a workload gets an X.509-SVID with a key of its own, and its trust domain's bundle. Knows
+//! The SPIFFE Workload API, by which a workload gets SVIDs of its own, and what verifies those of others. Knows
 //! no pods: the caller of [`serve`] decides who can reach the listener, and attests who else is connected.
 //!
 //! The code in `src/generated` is committed, so that a build needs no protobuf compiler. `tests/generated.rs` checks that it
@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod jwt;
 mod path_authority;
 mod server;
 mod service;
@@ -16,5 +17,6 @@ mod service;
 #[path = "generated/_.rs"]
 pub mod api;
 
+pub use jwt::JwtIssuer;
 pub use server::{Attested, refuse, serve};
 pub use service::{Served, X509Svid};

@@ -29,8 +29,8 @@ const FIRST_REQUEST: Duration = Duration::from_secs(5);
 const REQUEST: Duration = Duration::from_secs(15);
 /// A peer that does not react is detected within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(30);
-/// Largest request, in bytes: the requests that are served have no fields.
-const MAX_REQUEST: usize = 4 << 10;
+/// Largest request, in bytes: a token and an audience.
+const MAX_REQUEST: usize = 16 << 10;
 /// Requests and streams of a connection at once.
 const MAX_STREAMS: u32 = 16;
 /// Unread bytes that are accepted on a stream and on a connection.

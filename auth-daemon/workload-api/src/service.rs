@@ -1,6 +1,7 @@
 //! What the API answers to one workload.
 
 use std::{
+    collections::BTreeMap,
     pin::Pin,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -9,7 +10,7 @@ use std::{
 use auth_mesh::Identity;
 use auth_tunnel::tls::{
     svid::Svid,
-    trust::{ForeignBundles, Trust, TrustStore},
+    trust::{Trust, TrustStore},
 };
 use futures_util::{Stream, stream};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
@@ -24,6 +25,7 @@ use crate::api::{
     ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svidRequest,
     X509svidResponse, spiffe_workload_api_server::SpiffeWorkloadApi,
 };
+use crate::{JwtIssuer, jwt};
 
 /// Maximum number of open streams of a workload.
 const MAX_STREAMS: usize = 32;
@@ -32,8 +34,8 @@ const FIRST_CERTIFICATE: Duration = Duration::from_secs(10);
 /// Every request must have this in its metadata, which a browser or a forged HTTP request cannot add (SPIFFE Workload
 /// Endpoint §5).
 const REQUIRED: (&str, &str) = ("workload.spiffe.io", "true");
-const NO_JWT: &str =
-    "the mesh's CA signs X.509 certificates only, so there are no JWT-SVIDs: use the X.509-SVID";
+const NO_KEYS: &str = "no key of JWT-SVIDs is known: the mesh's CA issues none, like istiod and the CA in a directory, or it has not \
+                       answered yet, and no federated trust domain has any";
 
 /// A certificate with its key.
 #[derive(Debug)]
@@ -57,9 +59,23 @@ pub struct Served {
     pub wanted: Arc<Notify>,
     /// The trust bundle.
     pub trust: Arc<TrustStore>,
+    /// Where its JWT-SVIDs come from.
+    pub jwts: Arc<dyn JwtIssuer>,
 }
 
 impl Served {
+    /// The roots of all trust domains.
+    fn roots(&self) -> BTreeMap<String, Vec<u8>> {
+        let (own, foreign) = (self.trust.current(), self.trust.foreign());
+        let mut roots: BTreeMap<_, _> = foreign
+            .iter()
+            .map(|(name, roots)| (id(name), concat(roots)))
+            .collect();
+        let bundle = &own.bundle;
+        roots.insert(id(bundle.trust_domain.as_str()), concat(&bundle.roots));
+        roots
+    }
+
     /// Returns the certificate, unless it has expired or is revoked.
     fn current(&mut self, trust: &Trust) -> Option<Arc<X509Svid>> {
         let current = self.svid.borrow_and_update().clone();
@@ -147,32 +163,51 @@ impl SpiffeWorkloadApi for Service {
         let permit = self.open(&request)?;
         let state = Following::new(self.served.clone(), permit);
         let answers = stream::unfold(state, async |mut state| {
-            Some((state.next_bundles().await?, state))
+            let answer = X509BundlesResponse {
+                bundles: state.next_bundles(Served::roots).await?,
+            };
+            Some((Ok(answer), state))
         });
         Ok(Response::new(Box::pin(answers)))
     }
 
     async fn fetch_jwtsvid(
         &self,
-        _: Request<JwtsvidRequest>,
+        request: Request<JwtsvidRequest>,
     ) -> Result<Response<JwtsvidResponse>, Status> {
-        Err(Status::unimplemented(NO_JWT))
+        let _permit = self.open(&request)?;
+        let answer = jwt::fetch(&self.served, request.into_inner()).await?;
+        Ok(Response::new(answer))
     }
 
     type FetchJWTBundlesStream = Answers<JwtBundlesResponse>;
 
     async fn fetch_jwt_bundles(
         &self,
-        _: Request<JwtBundlesRequest>,
+        request: Request<JwtBundlesRequest>,
     ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
-        Err(Status::unimplemented(NO_JWT))
+        let permit = self.open(&request)?;
+        if jwt::bundles(&self.served.trust).is_empty() {
+            return Err(Status::unavailable(NO_KEYS));
+        }
+        let state = Following::new(self.served.clone(), permit);
+        let answers = stream::unfold(state, async |mut state| {
+            let bundles = state.next_bundles(|served| jwt::bundles(&served.trust));
+            let answer = JwtBundlesResponse {
+                bundles: bundles.await?,
+            };
+            Some((Ok(answer), state))
+        });
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn validate_jwtsvid(
         &self,
-        _: Request<ValidateJwtsvidRequest>,
+        request: Request<ValidateJwtsvidRequest>,
     ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
-        Err(Status::unimplemented(NO_JWT))
+        let _permit = self.open(&request)?;
+        let answer = jwt::validate(&self.served.trust, request.get_ref())?;
+        Ok(Response::new(answer))
     }
 }
 
@@ -183,14 +218,8 @@ fn concat(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
 }
 
 /// The SPIFFE ID of a trust domain, by which the API names bundles.
-fn id(trust_domain: &str) -> String {
+pub(crate) fn id(trust_domain: &str) -> String {
     format!("spiffe://{trust_domain}")
-}
-
-fn by_trust_domain(bundles: &ForeignBundles) -> impl Iterator<Item = (String, Vec<u8>)> {
-    bundles
-        .iter()
-        .map(|(name, roots)| (id(name), concat(roots)))
 }
 
 fn ended() -> Status {
@@ -203,8 +232,8 @@ struct Following {
     trust_changes: watch::Receiver<u64>,
     /// The serial number of the last certificate sent.
     sent_serial: Option<Arc<str>>,
-    /// The last bundles sent: the mesh's own, and the foreign ones.
-    sent_bundles: Option<(Vec<CertificateDer<'static>>, Arc<ForeignBundles>)>,
+    /// The last bundles sent, by the trust domain's SPIFFE ID.
+    sent_bundles: Option<BTreeMap<String, Vec<u8>>>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -228,40 +257,39 @@ impl Following {
             if let Err(revoked) = trust.revoked.check_identity(&self.served.identity) {
                 return Some(Err(Status::permission_denied(revoked.to_string())));
             }
-            let bundles = (trust.bundle.roots.clone(), self.served.trust.foreign());
+            let roots = self.served.roots();
             if let Some(current) = self.served.current(&trust)
                 && (self.sent_serial.as_ref() != Some(&current.svid.serial)
-                    || self.sent_bundles.as_ref() != Some(&bundles))
+                    || self.sent_bundles.as_ref() != Some(&roots))
             {
-                let (roots, foreign) = &*self.sent_bundles.insert(bundles);
+                let mut federated_bundles = roots.clone();
+                let own = federated_bundles.remove(&id(trust.bundle.trust_domain.as_str()));
+                self.sent_bundles = Some(roots);
                 self.sent_serial = Some(current.svid.serial.clone());
                 return Some(Ok(X509svidResponse {
                     svids: vec![crate::api::X509svid {
                         spiffe_id: current.svid.identity.to_string(),
                         x509_svid: concat(&current.chain),
                         x509_svid_key: current.key.secret_pkcs8_der().to_vec(),
-                        bundle: concat(roots),
+                        bundle: own.unwrap_or_default(),
                     }],
-                    federated_bundles: by_trust_domain(foreign).collect(),
+                    federated_bundles,
                 }));
             }
             self.changed().await?;
         }
     }
 
-    /// Returns the bundle as soon as it differs from what was sent. `None` when the workload is served no more.
-    async fn next_bundles(&mut self) -> Option<Result<X509BundlesResponse, Status>> {
+    /// Returns the bundles as soon as they differ from what was sent. `None` when the workload is served no more.
+    async fn next_bundles(
+        &mut self,
+        bundles: impl Fn(&Served) -> BTreeMap<String, Vec<u8>>,
+    ) -> Option<BTreeMap<String, Vec<u8>>> {
         loop {
             self.trust_changes.borrow_and_update();
-            let trust = self.served.trust.current();
-            let bundles = (trust.bundle.roots.clone(), self.served.trust.foreign());
+            let bundles = bundles(&self.served);
             if self.sent_bundles.as_ref() != Some(&bundles) {
-                let (roots, foreign) = &*self.sent_bundles.insert(bundles);
-                let own = id(trust.bundle.trust_domain.as_str());
-                let all = by_trust_domain(foreign).chain([(own, concat(roots))]);
-                return Some(Ok(X509BundlesResponse {
-                    bundles: all.collect(),
-                }));
+                return Some(self.sent_bundles.insert(bundles).clone());
             }
             self.changed().await?;
         }

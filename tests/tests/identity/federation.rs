@@ -187,12 +187,12 @@ fn documented_commands_show_the_federation() -> Result<()> {
     };
     assert!(status.contains("1 root, current at"), "{status}");
     let bundle: Value = serde_json::from_str(bundle)?;
-    let [key] = bundle["keys"].as_array().context("no keys")?.as_slice() else {
+    let [root, jwt] = bundle["keys"].as_array().context("no keys")?.as_slice() else {
         panic!("{bundle}");
     };
     assert_eq!(
-        (&key["use"], &bundle["spiffe_refresh_hint"]),
-        (&json!("x509-svid"), &json!(1))
+        (&root["use"], &jwt["use"], &bundle["spiffe_refresh_hint"]),
+        (&json!("x509-svid"), &json!("jwt-svid"), &json!(1))
     );
     Ok(())
 }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_tests::{
-    App, Ca, CaOptions, Context, Daemon, DaemonOptions, InProcess, Mesh, Pod, PodSpec, Result,
-    Spire, SpireOptions, TIMEOUT, eventually_ok, slowdown, two_domains::foreign_service,
+    App, Ca, CaOptions, Context, Daemon, DaemonOptions, InProcess, Mesh, Package, Pod, PodSpec,
+    Process, Result, Spire, SpireOptions, TIMEOUT, eventually_ok, slowdown,
+    two_domains::foreign_service,
 };
 use rcgen::{CertificateParams, KeyPair};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -23,7 +24,7 @@ use crate::common::hostile::{
     ALPN, Authority, CONNECT, CONNECTED, DATA, END, Peer, Presented, RESET, client_config,
     connect_frame, dial, frame, lines_of,
 };
-use crate::common::with_ca::wait_certified;
+use crate::common::with_ca::{spiffe, wait_certified};
 
 /// The trust domain of our CA.
 const OURS: &str = "cluster.local";
@@ -70,9 +71,9 @@ impl Stage {
         // A minute is the least that SPIRE recommends, and more than a test should wait.
         let federation = block("hcl")?.replace("\"1m\"", "\"1s\"");
         let spire = Spire::start(mesh.node("spire").place(), &federation, &options.spire)?;
-        let mut daemon = mesh
-            .node("ours")
-            .spawn_daemon(DaemonOptions::default().ca(&ca))?;
+        let workload_api = json!({"accounts": ["default/client"], "socket": socket(&mesh)});
+        let daemon_options = DaemonOptions::default().setting("workloadApi", workload_api);
+        let mut daemon = mesh.node("ours").spawn_daemon(daemon_options.ca(&ca))?;
         daemon.wait_ready()?;
         daemon.wait_enrolled(&["default/client", "default/web"])?;
         wait_certified(&daemon)?;
@@ -213,6 +214,11 @@ enum Verdict {
     Forbidden,
     /// By its certificate: the reason in the log.
     Untrusted(String),
+}
+
+/// The socket of the Workload API on our node.
+fn socket(mesh: &Mesh) -> PathBuf {
+    mesh.node("ours").place().folder().join("api/api.sock")
 }
 
 /// The code of a RESET.
@@ -407,6 +413,39 @@ fn pod_calls_spire_workload() -> Result<()> {
 }
 
 #[test]
+fn jwts_are_valid_in_both_trust_domains() -> Result<()> {
+    const TEST: &str = "jwts_are_valid_in_both_trust_domains";
+    let Some(packages) = Package::folders(TEST, &Package::SPIFFE) else {
+        return Ok(());
+    };
+    let Some(stage) = Stage::start(TEST, |_| Ok(Options::default()))? else {
+        return Ok(());
+    };
+    let file = stage.run_commands()?;
+    stage.trust_spire(&file)?;
+    stage.wait_bundle("SPIRE's bundle", |shown| shown["roots"] == 1)?;
+    let mint = ["jwt", "mint", "-spiffeID", WORKLOAD, "-audience", "ours"];
+    let token = stage.spire.run(&mint)?;
+    let known = stage.spire.folder().join("ours.json");
+    let bundle = ["bundle", "list", "-id", OURS, "-format", "spiffe"];
+    fs::write(&known, stage.spire.run(&bundle)?)?;
+    let mut command = stage.mesh.pod("client").command("python3")?;
+    command
+        .args(["-c", include_str!("python/spire_jwt.py"), token.trim()])
+        .arg(&known)
+        .env("PYTHONPATH", std::env::join_paths(&packages)?)
+        .env(
+            "SPIFFE_ENDPOINT_SOCKET",
+            format!("unix://{}", socket(&stage.mesh).display()),
+        );
+    let done = Process::spawn(command)?.finish(TIMEOUT)?.ok()?;
+    let shown = &done.json_lines()[0];
+    assert_eq!(shown["foreign"], WORKLOAD, "{shown}");
+    assert_eq!(shown["own"], spiffe("client"), "{shown}");
+    Ok(())
+}
+
+#[test]
 fn both_follow_rotations() -> Result<()> {
     let Some(stage) = Stage::start("both_follow_rotations", |_| Ok(Options::default()))? else {
         return Ok(());
@@ -470,6 +509,10 @@ fn both_follow_rotations() -> Result<()> {
         let known = certificates(&stage.spire.bundle_of(OURS)?)?;
         let ours = certificates(&fs::read_to_string(stage.ca.roots())?)?;
         anyhow::ensure!(known.len() == 2 && known == ours, "{} roots", known.len());
+        let list = ["bundle", "list", "-id", OURS, "-format", "spiffe"];
+        let document = stage.spire.run(&list)?;
+        let keys = document.matches("jwt-svid").count();
+        anyhow::ensure!(keys == 2, "{keys} keys of JWT-SVIDs: {document}");
         Ok(())
     })
 }

@@ -5,7 +5,9 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use mesh_tests::{Daemon, DaemonOptions, Mesh, Package, Place, PodSpec, Process, TIMEOUT};
+use mesh_tests::{
+    CaOptions, Daemon, DaemonOptions, Mesh, Package, Place, PodSpec, Process, TIMEOUT,
+};
 use serde_json::{Value, json};
 
 use crate::common::with_ca::spiffe;
@@ -17,7 +19,7 @@ const LIFETIME: Duration = Duration::from_secs(10);
 /// A node with two pods.
 fn stage(settings: &[(&str, Value)]) -> Result<(Mesh, Daemon)> {
     let mesh = pods()?;
-    let daemon = start(&mesh, settings)?;
+    let daemon = start(&mesh, settings, DaemonOptions::default())?;
     Ok((mesh, daemon))
 }
 
@@ -30,8 +32,7 @@ fn pods() -> Result<Mesh> {
         .start()
 }
 
-fn start(mesh: &Mesh, settings: &[(&str, Value)]) -> Result<Daemon> {
-    let mut options = DaemonOptions::default();
+fn start(mesh: &Mesh, settings: &[(&str, Value)], mut options: DaemonOptions) -> Result<Daemon> {
     for (name, value) in settings {
         options = options.setting(name, value.clone());
     }
@@ -47,8 +48,8 @@ fn allow(accounts: &[&str]) -> (&'static str, Value) {
 }
 
 #[test]
-fn spiffes_python_client_gets_certificates_as_they_are_renewed() -> Result<()> {
-    const TEST: &str = "spiffes_python_client_gets_certificates_as_they_are_renewed";
+fn spiffes_python_client_gets_certificates_as_they_are_renewed_and_tokens() -> Result<()> {
+    const TEST: &str = "spiffes_python_client_gets_certificates_as_they_are_renewed_and_tokens";
     let Some(packages) = Package::folders(TEST, &Package::SPIFFE) else {
         return Ok(());
     };
@@ -56,7 +57,8 @@ fn spiffes_python_client_gets_certificates_as_they_are_renewed() -> Result<()> {
     let socket = mesh.node("a").place().folder().join("api/api.sock");
     let (name, mut settings) = allow(&["default/allowed"]);
     settings["socket"] = json!(socket);
-    let daemon = start(&mesh, &[(name, settings)])?;
+    let ca = mesh.start_ca(&CaOptions::default())?;
+    let daemon = start(&mesh, &[(name, settings)], DaemonOptions::default().ca(&ca))?;
     let pod = mesh.pod("allowed");
     wait_open(&daemon, "default/allowed")?;
     let mut command = pod.command("python3")?;
@@ -77,8 +79,12 @@ fn spiffes_python_client_gets_certificates_as_they_are_renewed() -> Result<()> {
     }
     ensure!(first["serial"] != second["serial"], "{first} {second}");
     ensure!(others["roots"] == 1, "{others}");
-    let jwt = others["jwt"].as_str().unwrap_or_default();
-    ensure!(jwt.contains("X.509"), "{jwt}");
+    ensure!(
+        others["jwt"] == spiffe("allowed") && others["keys"] == 1,
+        "{others}"
+    );
+    let refused = others["refused"].as_str().unwrap_or_default();
+    ensure!(refused.contains("another audience"), "{others}");
     // Those of the tunnels are others.
     let issued = |purpose: &str| {
         let lines = daemon.logs().into_iter().filter(|line| {

@@ -11,15 +11,29 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
 use super::svid::Svid;
+use auth_jwt::JwtKeys;
 use auth_mesh::{Identity, TrustDomain};
 
-/// Root certificates of a trust domain.
+/// What verifies the SVIDs of a trust domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrustBundle {
-    /// Trust domain that the roots belong to.
+    /// Trust domain that the roots and keys belong to.
     pub trust_domain: TrustDomain,
     /// Root certificates, DER.
     pub roots: Vec<CertificateDer<'static>>,
+    /// Keys of its JWT-SVIDs.
+    pub jwt_keys: JwtKeys,
+}
+
+impl TrustBundle {
+    /// Creates a bundle without keys of JWT-SVIDs.
+    pub fn of_roots(trust_domain: TrustDomain, roots: Vec<CertificateDer<'static>>) -> Self {
+        Self {
+            trust_domain,
+            roots,
+            jwt_keys: JwtKeys::default(),
+        }
+    }
 }
 
 /// Trust published by the CA at one moment.
@@ -47,10 +61,10 @@ impl Trust {
     }
 }
 
-/// Roots of foreign trust domains, by the trust domain's name. Bundles are never merged: the roots of a trust domain verify
-/// its own names alone (SPIFFE Federation §4.2).
+/// Bundles of foreign trust domains, by the trust domain's name. They are never merged: the roots and keys of a trust domain
+/// verify its own names alone (SPIFFE Federation §4.2).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ForeignBundles(BTreeMap<String, Vec<CertificateDer<'static>>>);
+pub struct ForeignBundles(BTreeMap<String, TrustBundle>);
 
 /// The identity's trust domain is foreign, and none of its roots is trusted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,26 +74,23 @@ pub struct ForeignBundles(BTreeMap<String, Vec<CertificateDer<'static>>>);
 pub struct NotFederated(pub Identity);
 
 impl ForeignBundles {
-    /// Adds the bundle of a trust domain, or replaces it. A bundle without roots says that nothing of the trust domain is to
-    /// be trusted (SPIFFE Trust Domain and Bundle §4.1.3), as if there were none.
+    /// Adds the bundle of a trust domain, or replaces it. A bundle without roots and keys says that nothing of the trust
+    /// domain is to be trusted (SPIFFE Trust Domain and Bundle §4.1.3), as if there were none.
     pub fn insert(&mut self, bundle: TrustBundle) {
-        let name = bundle.trust_domain.to_string();
-        match bundle.roots.is_empty() {
-            true => drop(self.0.remove(&name)),
-            false => drop(self.0.insert(name, bundle.roots)),
-        }
+        self.0.insert(bundle.trust_domain.to_string(), bundle);
     }
 
-    /// Returns the roots of a trust domain. `None` if the trust domain is not trusted.
+    /// Returns the roots of a trust domain. `None` if none of its certificates is trusted.
     pub fn roots(&self, trust_domain: &str) -> Option<&[CertificateDer<'static>]> {
-        self.0.get(trust_domain).map(Vec::as_slice)
+        let bundle = self.0.get(trust_domain)?;
+        Some(&bundle.roots[..]).filter(|roots| !roots.is_empty())
     }
 
-    /// Returns all trust domains with their roots, in order.
+    /// Returns all trust domains whose certificates are trusted with their roots, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[CertificateDer<'static>])> {
-        self.0
-            .iter()
-            .map(|(name, roots)| (name.as_str(), roots.as_slice()))
+        let all = self.0.iter();
+        all.map(|(name, bundle)| (name.as_str(), &bundle.roots[..]))
+            .filter(|(_, roots)| !roots.is_empty())
     }
 }
 
@@ -284,6 +295,15 @@ impl TrustStore {
             true => Some(own.bundle.roots.clone()),
             false => self.foreign().roots(trust_domain).map(<[_]>::to_vec),
         }
+    }
+
+    /// Returns the keys that verify JWT-SVIDs of each trust domain that has any, the mesh's own among them, by its name.
+    pub fn jwt_keys(&self) -> BTreeMap<String, JwtKeys> {
+        let (own, foreign) = (self.current(), self.foreign());
+        let all = foreign.0.values().chain([&own.bundle]);
+        all.filter(|bundle| !bundle.jwt_keys.is_empty())
+            .map(|bundle| (bundle.trust_domain.to_string(), bundle.jwt_keys.clone()))
+            .collect()
     }
 
     /// Fails if `svid` is revoked, or of a foreign trust domain that is not trusted (any more). Returns the trust in the mesh's

@@ -297,10 +297,7 @@ mod tests {
         }
 
         fn bundle(&self, trust_domain: &str) -> TrustBundle {
-            TrustBundle {
-                trust_domain: trust_domain.parse().unwrap(),
-                roots: vec![self.root.clone()],
-            }
+            TrustBundle::of_roots(trust_domain.parse().unwrap(), vec![self.root.clone()])
         }
 
         /// Signs a certificate of the service account `web`, in any trust domain.
@@ -376,10 +373,10 @@ mod tests {
         let [old, new] = [Authority::new(), Authority::new()];
         let trust = trust(&own);
         let publish = |trust_domain: &str, authorities: &[&Authority]| {
-            let bundle = TrustBundle {
-                trust_domain: trust_domain.parse().unwrap(),
-                roots: authorities.iter().map(|one| one.root.clone()).collect(),
-            };
+            let bundle = TrustBundle::of_roots(
+                trust_domain.parse().unwrap(),
+                authorities.iter().map(|one| one.root.clone()).collect(),
+            );
             if trust_domain == OWN {
                 return trust.publish(Trust::fixed(bundle));
             }

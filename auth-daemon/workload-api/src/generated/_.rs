@@ -37,18 +37,53 @@ pub struct X509BundlesResponse {
         ::prost::alloc::vec::Vec<u8>,
     >,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct JwtsvidRequest {}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct JwtsvidResponse {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JwtsvidRequest {
+    #[prost(string, repeated, tag = "1")]
+    pub audience: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The identity that is wanted. Empty: the workload's.
+    #[prost(string, tag = "2")]
+    pub spiffe_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JwtsvidResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub svids: ::prost::alloc::vec::Vec<Jwtsvid>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Jwtsvid {
+    #[prost(string, tag = "1")]
+    pub spiffe_id: ::prost::alloc::string::String,
+    /// In compact form (RFC 7515 §3.1).
+    #[prost(string, tag = "2")]
+    pub svid: ::prost::alloc::string::String,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct JwtBundlesRequest {}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct JwtBundlesResponse {}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ValidateJwtsvidRequest {}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ValidateJwtsvidResponse {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JwtBundlesResponse {
+    /// By the trust domain's SPIFFE ID: a JWK Set (RFC 7517 §5).
+    #[prost(btree_map = "string, bytes", tag = "1")]
+    pub bundles: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::vec::Vec<u8>,
+    >,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ValidateJwtsvidRequest {
+    /// The workload's own name: one of those that the token is for.
+    #[prost(string, tag = "1")]
+    pub audience: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub svid: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ValidateJwtsvidResponse {
+    #[prost(string, tag = "1")]
+    pub spiffe_id: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub claims: ::core::option::Option<::prost_types::Struct>,
+}
 /// Generated client implementations.
 pub mod spiffe_workload_api_client {
     #![allow(

@@ -1,12 +1,12 @@
 """An app that gets its certificate by the SPIFFE Workload API, at the address in SPIFFE_ENDPOINT_SOCKET. Prints one JSON object for
-its first certificate, and one for the certificate that replaces it.
+its first certificate, one for the certificate that replaces it, and one for the roots and a JWT-SVID.
 """
 
 import json
 import threading
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from spiffe import TrustDomain, WorkloadApiClient, X509Source
+from spiffe import JwtSvid, TrustDomain, WorkloadApiClient, X509Source
 from spiffe.errors import PySpiffeError
 
 SECONDS = 30
@@ -48,12 +48,23 @@ def main():
     with WorkloadApiClient() as client:
         domain = TrustDomain("cluster.local")
         roots = client.fetch_x509_bundles().get_bundle_for_trust_domain(domain)
+        jwt = client.fetch_jwt_svid(audience={"db", "queue"})
+        keys = client.fetch_jwt_bundles().get_bundle_for_trust_domain(domain)
+        # Both raise an exception unless the token is valid.
+        JwtSvid.parse_and_validate(jwt.token, keys, {"db"})
+        valid = client.validate_jwt_svid(jwt.token, "queue")
         try:
-            client.fetch_jwt_svid(audience={"x"})
-            jwt = "issued"
+            client.validate_jwt_svid(jwt.token, "other")
+            refused = "nothing"
         except PySpiffeError as error:
-            jwt = str(error)
-    print(json.dumps({"roots": len(roots.x509_authorities), "jwt": jwt}))
+            refused = str(error)
+    shown = {
+        "roots": len(roots.x509_authorities),
+        "keys": len(keys.jwt_authorities),
+        "jwt": str(valid.spiffe_id),
+        "refused": refused,
+    }
+    print(json.dumps(shown))
 
 
 main()

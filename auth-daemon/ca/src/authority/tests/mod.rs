@@ -1,5 +1,6 @@
 mod certificates;
 mod joining;
+mod jwt;
 mod opening;
 mod revoking;
 mod rotating;

@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn intermediate(directory: &Path) -> Settings {
+pub(super) fn intermediate(directory: &Path) -> Settings {
     crate::intermediate::tests::istio(directory);
     Settings {
         root: Root::Intermediate(directory.to_owned()),

@@ -75,7 +75,11 @@ async fn rotates_the_root_over_restarts_and_knows_when_the_last_certificate_expi
     assert_eq!(last.crls.len(), 1);
     let state = folder.path().join("ca.json");
     let text = std::fs::read_to_string(&state).unwrap();
-    assert_eq!(text.matches("PRIVATE KEY").count(), 2, "one key remains");
+    assert_eq!(
+        text.matches("PRIVATE KEY").count(),
+        4,
+        "the keys of one signer"
+    );
     let roots = folder.path().join("root-cert.pem");
     let written = std::fs::read_to_string(&roots).unwrap();
     assert_eq!(written, pem::certificates(&last.roots));
