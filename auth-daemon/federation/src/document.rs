@@ -1,5 +1,5 @@
-//! The SPIFFE bundle document: a JWK Set with the roots of a trust domain, and the keys of its JWT-SVIDs (SPIFFE Trust Domain
-//! and Bundle §4, X509-SVID §6, JWT-SVID §6).
+//! The SPIFFE bundle document: a JWK Set with the roots of a trust domain, and the keys that verify its JWT-SVIDs (SPIFFE Trust
+//! Domain and Bundle §4, X509-SVID §6, JWT-SVID §6).
 
 use std::time::Duration;
 
@@ -33,9 +33,9 @@ pub struct Bundle {
     pub sequence: Option<u64>,
     /// How often to look for another bundle.
     pub refresh_hint: Option<Duration>,
-    /// Roots of X.509-SVIDs, DER, each once. None says that nothing of the trust domain is to be trusted.
+    /// Roots of X.509-SVIDs, DER, each once. If there are none, no certificate of the trust domain is to be trusted.
     pub roots: Vec<CertificateDer<'static>>,
-    /// Keys of JWT-SVIDs.
+    /// Keys that verify JWT-SVIDs.
     pub jwt_keys: JwtKeys,
 }
 
@@ -63,7 +63,8 @@ struct Key {
 
 impl Bundle {
     /// Reads a document. Keys for unknown uses are ignored, as the specification has it, and so are keys of JWT-SVIDs that
-    /// cannot be used. All keys of X.509-SVIDs must be usable roots, because a part could be the wrong part.
+    /// cannot be used ([`JwtKeys::add`]). Of those for X.509-SVIDs, all must be usable roots, because a part could be the wrong
+    /// part.
     pub fn parse(document: &[u8]) -> Result<Self, InvalidBundle> {
         if document.len() > MAX_BYTES {
             let bytes = document.len();
@@ -82,17 +83,11 @@ impl Bundle {
             let invalid = |what: &str| InvalidBundle(format!("keys[{index}]{what}"));
             let key: Key =
                 serde_json::from_str(raw.get()).map_err(|error| invalid(&format!(": {error}")))?;
-            if key
-                .purpose
-                .as_ref()
-                .is_some_and(|purpose| purpose == JWT_SVID)
-            {
-                let added = bundle.jwt_keys.add(raw.get());
-                added.map_err(|error| InvalidBundle(error.to_string()))?;
-                continue;
+            let is_for = |what: &str| key.purpose.as_ref().is_some_and(|purpose| purpose == what);
+            if is_for(JWT_SVID) {
+                bundle.jwt_keys.add(raw.get());
             }
-            let is_x509 = key.purpose.is_some_and(|purpose| purpose == X509_SVID);
-            if !is_x509 || !key.kty.is_some_and(|kind| kind.is_string()) {
+            if !is_for(X509_SVID) || !key.kty.is_some_and(|kind| kind.is_string()) {
                 continue;
             }
             let first = match key.x5c {
@@ -237,6 +232,14 @@ mod tests {
         STANDARD.encode(der)
     }
 
+    fn jwt_key(id: &str) -> Value {
+        json!({
+            "kty": "EC", "use": "jwt-svid", "kid": id, "crv": "P-256",
+            "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+            "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0",
+        })
+    }
+
     fn parse(document: &Value) -> Result<Bundle, String> {
         Bundle::parse(document.to_string().as_bytes()).map_err(|error| error.to_string())
     }
@@ -254,10 +257,7 @@ mod tests {
                 sequence: Some(u64::MAX),
                 refresh_hint: Some(Duration::from_secs(300)),
                 roots: vec![certificate(any(), algorithm), root()],
-                jwt_keys: JwtKeys::parse(
-                    r#"{"keys": [{"kty": "RSA", "kid": "a", "n": "AQAB", "e": "AQAB"}]}"#,
-                )
-                .unwrap(),
+                jwt_keys: JwtKeys::parse(&json!({"keys": [jwt_key("a")]}).to_string()).unwrap(),
             };
             let document = bundle.to_json().unwrap();
             assert_eq!(Bundle::parse(document.as_bytes()), Ok(bundle.clone()));
@@ -293,6 +293,10 @@ mod tests {
         assert_eq!((bundle.sequence, bundle.refresh_hint), (Some(12), None));
         assert_eq!(bundle.roots, [one]);
         assert!(bundle.jwt_keys.is_empty());
+        let jwt_keys = (0..100).map(|id| jwt_key(&id.to_string()));
+        let keys = jwt_keys.chain([json!({"kty": "EC", "use": "x509-svid", "x5c": [text(&two)]})]);
+        let many = parse(&json!({"keys": keys.collect::<Vec<_>>()})).unwrap();
+        assert_eq!((many.roots, many.jwt_keys.len()), (vec![two], 64));
         let empty = parse(&json!({"keys": []})).unwrap();
         assert_eq!(empty.roots, []);
     }

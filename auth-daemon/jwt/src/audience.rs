@@ -7,20 +7,20 @@ const MAX_AUDIENCES: usize = 8;
 /// Maximum length of an audience, in bytes.
 const MAX_BYTES: usize = 256;
 
-/// The audiences of a token: one to eight, each once, of at most 256 bytes.
+/// The audiences of a token: one to eight different ones, of at most 256 bytes each.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Audience(BTreeSet<String>);
 
-/// Why these are not the audiences of a token.
+/// Why these cannot be the audiences of a token.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAudience {
-    /// There is none: the token would be good for everybody (JWT-SVID §3.2).
-    #[error("there is no audience: name who the token is for")]
+    /// There is none. A token must have one (JWT-SVID §3.2).
+    #[error("no audience is given: name the recipient of the token")]
     None,
     /// There are too many.
     #[error("there are {0} audiences; a token has at most {MAX_AUDIENCES}")]
     TooMany(usize),
-    /// One is not text of a usable length.
+    /// One is empty, too long, or has control characters.
     #[error("an audience is empty, longer than {MAX_BYTES} bytes, or has control characters")]
     Text,
 }
@@ -31,7 +31,7 @@ impl Audience {
         self.0.iter().cloned().collect()
     }
 
-    /// Returns one of them.
+    /// Returns the first audience in alphabetical order.
     pub fn first(&self) -> &str {
         self.0.first().map(String::as_str).unwrap_or_default()
     }

@@ -1,7 +1,10 @@
-//! The public keys of JWT-SVIDs, as bundles have them (SPIFFE JWT-SVID §6).
+//! The public keys that verify JWT-SVIDs, in the form in which bundles contain them (SPIFFE JWT-SVID §6).
 
+use std::ops::RangeInclusive;
+
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ParsedPublicKey};
 use jsonwebtoken::{
-    Algorithm, DecodingKey,
+    Algorithm, DecodingKey, DecodingKeyKind,
     jwk::{
         AlgorithmParameters, CommonParameters, EllipticCurve, Jwk, JwkSet, KeyAlgorithm,
         PublicKeyUse,
@@ -12,13 +15,16 @@ use serde_json::value::RawValue;
 
 use crate::SigningKey;
 
-/// Value of a key's `use` that marks a key of JWT-SVIDs.
+/// Value of `use` in a key that verifies JWT-SVIDs.
 pub const KEY_USE: &str = "jwt-svid";
-/// Maximum number of keys of a trust domain.
+/// Maximum number of keys that are kept of a trust domain.
 const MAX_KEYS: usize = 64;
 /// Maximum length of a key's ID, in bytes.
 const MAX_ID: usize = 256;
-/// Algorithms of JWT-SVIDs (JWT-SVID §2.1) that are supported: none with a shared secret, and not `none`.
+/// Sizes of RSA keys that verify, in bits.
+const RSA_BITS: RangeInclusive<usize> = 2048..=8192;
+/// Supported algorithms (JWT-SVID §2.1): all of those with a public key but ES512, so neither `none` nor any with a shared
+/// secret.
 const ALGORITHMS: [Algorithm; 8] = [
     Algorithm::ES256,
     Algorithm::ES384,
@@ -30,59 +36,54 @@ const ALGORITHMS: [Algorithm; 8] = [
     Algorithm::PS512,
 ];
 
-/// The public keys of a trust domain that verify its JWT-SVIDs, each with an ID of its own. Without keys, none of its
+/// The public keys that verify the JWT-SVIDs of a trust domain, each with an ID of its own. Without keys, none of its
 /// tokens is trusted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JwtKeys(Vec<Jwk>);
 
-/// Why a document is no set of keys.
+/// A document is not a JSON Web Key Set. Contains the reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidKeys {
-    /// It is not a JSON Web Key Set.
-    #[error("is not a JSON Web Key Set: {0}")]
-    Syntax(String),
-    /// It has too many keys.
-    #[error("has more than {MAX_KEYS} keys of JWT-SVIDs")]
-    TooMany,
-}
+#[error("is not a JSON Web Key Set: {0}")]
+pub struct InvalidKeys(String);
 
 impl JwtKeys {
-    /// Reads a JWK Set (RFC 7517 §5) of keys of JWT-SVIDs.
+    /// Reads a JWK Set (RFC 7517 §5) whose keys all are for JWT-SVIDs. See [`Self::add`] for those that are ignored.
     pub fn parse(set: &str) -> Result<Self, InvalidKeys> {
         #[derive(Deserialize)]
         struct Set {
             keys: Vec<Box<RawValue>>,
         }
-        let set: Set =
-            serde_json::from_str(set).map_err(|error| InvalidKeys::Syntax(error.to_string()))?;
+        let set: Set = serde_json::from_str(set).map_err(|error| InvalidKeys(error.to_string()))?;
         let mut keys = Self::default();
         for key in set.keys {
-            keys.add(key.get())?;
+            keys.add(key.get());
         }
         Ok(keys)
     }
 
-    /// Adds a key, which is JSON. One that cannot be used is ignored (JWT-SVID §6.2), and so is another one with an ID that
-    /// is taken: a trust domain may have keys of kinds that this version does not know.
-    pub fn add(&mut self, key: &str) -> Result<(), InvalidKeys> {
-        let Some(key) = usable(key) else {
-            return Ok(());
-        };
-        if self
-            .0
-            .iter()
-            .any(|known| known.common.key_id == key.common.key_id)
+    /// Adds a key, a JSON Web Key. A key that cannot be used is ignored (JWT-SVID §6.2), because a trust domain may have
+    /// keys of kinds that this version does not know. So is a second key with the same ID, and every key after the 64th.
+    pub fn add(&mut self, key: &str) {
+        if self.len() == MAX_KEYS {
+            return;
+        }
+        if let Some(key) = usable(key)
+            && !self.has(&key.common.key_id)
         {
-            return Ok(());
+            self.0.push(key);
         }
-        if self.0.len() == MAX_KEYS {
-            return Err(InvalidKeys::TooMany);
-        }
-        self.0.push(key);
-        Ok(())
     }
 
-    /// Whether there is none.
+    fn has(&self, id: &Option<String>) -> bool {
+        self.0.iter().any(|known| known.common.key_id == *id)
+    }
+
+    /// Returns the number of keys.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Reports whether there are no keys.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -100,8 +101,7 @@ impl JwtKeys {
         serde_json::to_string(&JwkSet { keys }).unwrap_or_default()
     }
 
-    /// The key with this ID, if tokens with `algorithm` can be signed with it: the key determines the algorithm, not the
-    /// token.
+    /// Returns the key with this ID if it verifies signatures of `algorithm`: the key decides on the algorithm, not the token.
     pub(crate) fn find(&self, id: &str, algorithm: Algorithm) -> Option<DecodingKey> {
         let mut keys = self.0.iter();
         let key = keys.find(|key| key.common.key_id.as_deref() == Some(id))?;
@@ -115,7 +115,7 @@ impl<'a> FromIterator<&'a SigningKey> for JwtKeys {
     }
 }
 
-/// The key in its usual form, without what is not needed.
+/// Returns the key with its ID and use, and without members that verification does not need.
 pub(crate) fn published(id: &str, key: Jwk) -> Jwk {
     Jwk {
         common: CommonParameters {
@@ -133,9 +133,41 @@ fn usable(key: &str) -> Option<Jwk> {
     let id = key.common.key_id.clone()?;
     let named = (1..=MAX_ID).contains(&id.len()) && !id.chars().any(char::is_control);
     let can_sign = ALGORITHMS.iter().any(|algorithm| signs(&key, *algorithm));
-    (named && can_sign && DecodingKey::from_jwk(&key).is_ok()).then(|| published(&id, key))
+    (named && can_sign && is_valid(&key)).then(|| published(&id, key))
 }
 
+/// Reports whether the public key itself is valid. Apps receive it together with the keys of all other trust domains, and
+/// some of their libraries reject all of them because of one that is not.
+fn is_valid(key: &Jwk) -> bool {
+    let Ok(decoded) = DecodingKey::from_jwk(key) else {
+        return false;
+    };
+    match (&key.algorithm, decoded.kind()) {
+        (AlgorithmParameters::EllipticCurve(ec), DecodingKeyKind::SecretOrDer(point)) => {
+            let algorithm = match ec.curve {
+                EllipticCurve::P256 => &ECDSA_P256_SHA256_FIXED,
+                _ => &ECDSA_P384_SHA384_FIXED,
+            };
+            ParsedPublicKey::new(algorithm, point).is_ok()
+        }
+        (AlgorithmParameters::RSA(_), DecodingKeyKind::RsaModulusExponent { n, e }) => {
+            let is_odd = |number: &[u8]| number.last().is_some_and(|last| last % 2 == 1);
+            // Common libraries have exponents of at most 31 bits.
+            RSA_BITS.contains(&bits(n)) && (2..=31).contains(&bits(e)) && is_odd(n) && is_odd(e)
+        }
+        _ => false,
+    }
+}
+
+/// Returns the length in bits of a big-endian number, or 0 if it starts with a zero byte, which RFC 7518 §6.3.1 forbids.
+fn bits(number: &[u8]) -> usize {
+    match number {
+        [first, ..] if *first != 0 => 8 * number.len() - first.leading_zeros() as usize,
+        _ => 0,
+    }
+}
+
+/// Reports whether tokens with `algorithm` can be signed with a key of this kind.
 fn signs(key: &Jwk, algorithm: Algorithm) -> bool {
     let named = key.common.key_algorithm;
     let fits = match (&key.algorithm, algorithm) {
@@ -163,13 +195,23 @@ mod tests {
     const X: &str = "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU";
     const Y: &str = "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0";
 
+    /// A modulus of as many bytes, all of them 0xff: a third of the bytes are left over.
+    fn modulus(bytes: usize) -> String {
+        assert_eq!(bytes % 3, 1);
+        format!("{}w", "_".repeat(bytes / 3 * 4 + 1))
+    }
+
+    fn rsa(n: &str, e: &str) -> serde_json::Value {
+        json!({"kty": "RSA", "kid": "r", "n": n, "e": e})
+    }
+
     fn ec(id: &str) -> serde_json::Value {
         json!({"kty": "EC", "crv": "P-256", "kid": id, "x": X, "y": Y})
     }
 
     #[test]
     fn keys_are_read_as_they_are_written() {
-        let rsa = json!({"kty": "RSA", "kid": "r", "n": X, "e": "AQAB"});
+        let rsa = rsa(&modulus(256), "AQAB");
         let set = json!({"keys": [ec("a"), rsa], "spiffe_sequence": 3}).to_string();
         let keys = JwtKeys::parse(&set).unwrap();
         assert_eq!(JwtKeys::parse(&keys.to_json()), Ok(keys.clone()));
@@ -213,6 +255,17 @@ mod tests {
             with("alg", "HS256".into()),
             with("alg", "ES384".into()),
             with("x", "?".into()),
+            with("x", Y.into()), // Not on the curve.
+            with("x", "A".repeat(43).into()),
+            rsa("", ""),
+            rsa(&modulus(256), ""),
+            rsa(&modulus(256), "AQ"),                      // 1
+            rsa(&modulus(256), "AQAA"),                    // Even.
+            rsa(&modulus(256), "AAED"),                    // With a leading zero.
+            rsa(&modulus(256), "_____w"),                  // 32 bits.
+            rsa(&modulus(253), "AQAB"),                    // Short.
+            rsa(&modulus(1027), "AQAB"),                   // Long.
+            rsa(&format!("{}A", "_".repeat(341)), "AQAB"), // Even.
             json!({"kty": "oct", "kid": "a", "k": "c2VjcmV0", "alg": "HS256"}),
             json!({"kty": "OKP", "crv": "Ed25519", "kid": "a", "x": X}),
             json!({"kty": "new", "kid": "a"}),
@@ -224,16 +277,21 @@ mod tests {
             };
             assert_eq!(kept["kid"], "b");
         }
-        let other = json!({"kty": "RSA", "kid": "a", "n": X, "e": "AQAB"});
-        let keys = JwtKeys::parse(&json!({"keys": [ec("a"), other]}).to_string());
-        assert_eq!(keys.unwrap().to_values()[0]["kty"], "EC", "the first");
+        let keys =
+            JwtKeys::parse(&json!({"keys": [ec("r"), rsa(&modulus(256), "Aw")]}).to_string());
+        let keys = keys.unwrap();
+        assert_eq!((keys.len(), &keys.to_values()[0]["kty"]), (1, &json!("EC")));
         for bad in ["", "{}", "[]", "{\"keys\": {}}"] {
-            let refused = JwtKeys::parse(bad).unwrap_err();
-            assert!(matches!(refused, InvalidKeys::Syntax(_)), "{bad}");
+            assert!(JwtKeys::parse(bad).is_err(), "{bad}");
         }
         let many: Vec<_> = (0..=MAX_KEYS).map(|n| ec(&n.to_string())).collect();
-        let refused = JwtKeys::parse(&json!({"keys": many}).to_string());
-        assert_eq!(refused, Err(InvalidKeys::TooMany));
+        let keys = JwtKeys::parse(&json!({"keys": many}).to_string()).unwrap();
+        assert_eq!(keys.len(), MAX_KEYS);
+        assert_eq!(
+            keys.to_values()[MAX_KEYS - 1]["kid"],
+            "63",
+            "the first ones"
+        );
     }
 
     proptest! {

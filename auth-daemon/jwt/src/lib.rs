@@ -1,5 +1,4 @@
-//! JWT-SVIDs (SPIFFE JWT-SVID): tokens that prove a SPIFFE ID to whoever they name as their audience, and expire within
-//! minutes. No I/O.
+//! JWT-SVIDs (SPIFFE JWT-SVID): short-lived tokens that prove a SPIFFE ID to the audiences that they name. No I/O.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! The CA's side: signs tokens.
+//! Signing of tokens, by the CA.
 
 use auth_mesh::Identity;
 use jsonwebtoken::{
@@ -19,7 +19,7 @@ pub struct SigningKey {
 /// Why a key cannot sign. Contains no part of the key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unsignable {
-    /// It is not a P-256 key, PKCS #8 in PEM.
+    /// It is not a P-256 key in PEM (PKCS #8).
     #[error("is not a P-256 key in PEM (PKCS #8)")]
     Key,
     /// Signing failed.
@@ -28,7 +28,7 @@ pub enum Unsignable {
 }
 
 impl SigningKey {
-    /// Reads a P-256 key, PKCS #8 in PEM. Its ID is the key's thumbprint (RFC 7638).
+    /// Reads a P-256 key in PEM (PKCS #8). The key's ID is its thumbprint (RFC 7638).
     pub fn from_pem(pem: &str) -> Result<Self, Unsignable> {
         let key = EncodingKey::from_ec_pem(pem.as_bytes()).map_err(|_| Unsignable::Key)?;
         let public = Jwk::from_encoding_key(&key, Algorithm::ES256);
@@ -47,7 +47,7 @@ impl SigningKey {
         &self.public
     }
 
-    /// Signs a token of `identity` for `audience`, from `issued` to `expires`, in seconds since the Unix epoch.
+    /// Signs a token that proves `identity` to `audience`. `issued` and `expires` are in seconds since the Unix epoch.
     pub fn sign(
         &self,
         identity: &Identity,

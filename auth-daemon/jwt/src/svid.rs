@@ -1,4 +1,4 @@
-//! Validates tokens that anybody may have written.
+//! Validation of tokens, which anybody may have written.
 
 use auth_mesh::{InvalidIdentity, SpiffeId, TrustDomain};
 use jsonwebtoken::{
@@ -10,9 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::JwtKeys;
 
-/// Longest token that is read, in bytes.
+/// Maximum length of a token, in bytes.
 pub const MAX_TOKEN: usize = 8 << 10;
-/// Seconds after its expiry for which a token is accepted, because clocks differ a little.
+/// How far clocks may differ, in seconds: a token is accepted for so long after its expiry, and before it becomes valid.
 const LEEWAY: u64 = 5;
 
 /// A token that was valid when it was read.
@@ -22,11 +22,11 @@ pub struct JwtSvid {
     pub id: SpiffeId,
     /// When it expires, in seconds since the Unix epoch.
     pub expires: u64,
-    /// All claims, the ID and the expiry among them.
+    /// All claims, including the ID and the expiry.
     pub claims: Map<String, Value>,
 }
 
-/// Why a token is not accepted. Contains no part of the token but names that are public.
+/// Why a token is not accepted. Contains no secret: of the token itself only the names of trust domains and claims.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Untrusted {
     /// It is too long.
@@ -35,29 +35,29 @@ pub enum Untrusted {
     /// It is not a signed JWT, or is signed with an algorithm that no JWT-SVID has, such as `none` or one with a shared
     /// secret.
     #[error(
-        "the token is not a JWT in compact form that is signed with ES256, ES384, RS or PS of 256, 384 or 512 bits"
+        "the token is not a JWT in compact form that is signed with ES256, ES384, RS256 to RS512 or PS256 to PS512"
     )]
     Malformed,
-    /// It is something else than a JWT, or has a header that must be understood and is not (RFC 7515 §4.1.11).
+    /// Its header has another type than JWT, or demands an extension that must be understood (RFC 7515 §4.1.11).
     #[error("the token's header has {0}, which no JWT-SVID has")]
     Header(&'static str),
-    /// A claim is missing, or has another form than JWT-SVIDs have it in.
-    #[error("the token has no usable claim {0}")]
+    /// A claim is missing, or does not have the form that JWT-SVIDs require.
+    #[error("the token's claim {0} is missing or malformed")]
     Claim(String),
-    /// Its subject is no SPIFFE ID.
-    #[error("the token's subject is no SPIFFE ID: {0}")]
+    /// Its subject is not a SPIFFE ID.
+    #[error("the token's subject is not a SPIFFE ID: {0}")]
     Subject(#[from] InvalidIdentity),
     /// No key of its trust domain is known.
-    #[error("the token is of trust domain {0}, of which no key of JWT-SVIDs is known")]
+    #[error("the token is of trust domain {0}, and no key that verifies its JWT-SVIDs is known")]
     TrustDomain(TrustDomain),
     /// It names no key, or one that its trust domain does not publish for this algorithm.
     #[error("the token is not signed with a key that trust domain {0} publishes")]
     Key(TrustDomain),
-    /// The key did not sign it.
+    /// The signature does not match.
     #[error("the token's signature is wrong")]
     Signature,
     /// It has expired.
-    #[error("the token has expired")]
+    #[error("the token has expired; request a new one, and check the clocks (NTP)")]
     Expired,
     /// It is not valid yet.
     #[error("the token is not valid yet; check the clocks (NTP)")]
@@ -67,15 +67,15 @@ pub enum Untrusted {
     Audience,
 }
 
-/// The only claim that is read before the signature is verified: it says whose keys to verify it with.
+/// The only claim that is read before the signature is verified, because it selects the keys.
 #[derive(Deserialize)]
 struct Unverified {
     sub: String,
 }
 
 impl JwtSvid {
-    /// Validates `token` for the caller whose name is `audience` (JWT-SVID §5). `keys` returns those of a trust domain, if
-    /// it is trusted.
+    /// Validates `token` for a recipient with the name `audience` (JWT-SVID §5). `keys` returns the keys of a trust domain, or
+    /// `None` if the trust domain is not trusted.
     pub fn validate(
         token: &str,
         audience: &str,
@@ -139,9 +139,9 @@ impl From<&Error> for Untrusted {
 #[cfg(test)]
 mod tests {
     use auth_mesh::Identity;
-    use jsonwebtoken::{Algorithm, EncodingKey, Header, get_current_timestamp as now};
+    use jsonwebtoken::{Algorithm, EncodingKey, Header, get_current_timestamp as now, jwk::Jwk};
     use proptest::prelude::*;
-    use rcgen::KeyPair;
+    use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ECDSA_P384_SHA384, PKCS_RSA_SHA256};
     use serde_json::json;
 
     use super::*;
@@ -149,7 +149,7 @@ mod tests {
 
     const WEB: &str = "spiffe://cluster.local/ns/default/sa/web";
 
-    /// A key as the CA has it, and as a forger would use it.
+    /// A key, in the form that the CA uses, and in the form that signs anything.
     struct Signer {
         key: SigningKey,
         raw: EncodingKey,
@@ -175,7 +175,7 @@ mod tests {
             }
         }
 
-        /// A good token, but for a change of its header and claims.
+        /// A valid token, except for a change of its header and claims.
         fn changed(&self, change: impl FnOnce(&mut Header, &mut Value)) -> String {
             let mut header = self.header();
             let mut claims = json!({"sub": WEB, "aud": ["x", "y"], "exp": now() + 300});
@@ -270,6 +270,10 @@ mod tests {
                 signer.changed(|header, _| header.typ = Some("at+jwt".into())),
                 Untrusted::Header("another typ"),
             ),
+            (
+                signer.changed(|header, _| header.crit = Some(vec!["exp".into()])),
+                Untrusted::Header("crit"),
+            ),
             (without("sub"), claim("sub")),
             (without("exp"), claim("exp")),
             (without("aud"), claim("aud")),
@@ -297,6 +301,51 @@ mod tests {
         let signer = Signer::new();
         let token = signer.changed(|_, claims| claims["exp"] = json!(4_000_000_000.5));
         assert_eq!(signer.validate(&token).unwrap().expires, 4_000_000_000);
+    }
+
+    #[test]
+    fn tokens_of_other_issuers_are_valid_with_each_algorithm() {
+        let (p256, p384) = (&PKCS_ECDSA_P256_SHA256, &PKCS_ECDSA_P384_SHA384);
+        for (algorithm, kind) in [
+            (Algorithm::ES256, p256),
+            (Algorithm::ES384, p384),
+            (Algorithm::RS256, &PKCS_RSA_SHA256),
+            (Algorithm::RS384, &PKCS_RSA_SHA256),
+            (Algorithm::RS512, &PKCS_RSA_SHA256),
+            (Algorithm::PS256, &PKCS_RSA_SHA256),
+            (Algorithm::PS384, &PKCS_RSA_SHA256),
+            (Algorithm::PS512, &PKCS_RSA_SHA256),
+        ] {
+            let pem = KeyPair::generate_for(kind).unwrap().serialize_pem();
+            let raw = match kind == &PKCS_RSA_SHA256 {
+                true => EncodingKey::from_rsa_pem(pem.as_bytes()),
+                false => EncodingKey::from_ec_pem(pem.as_bytes()),
+            };
+            let raw = raw.unwrap();
+            let mut key = serde_json::to_value(Jwk::from_encoding_key(&raw, algorithm).unwrap());
+            key.as_mut().unwrap()["kid"] = "k".into();
+            let mut keys = JwtKeys::default();
+            keys.add(&key.unwrap().to_string());
+            let header = Header {
+                typ: Some("JOSE".into()),
+                kid: Some("k".into()),
+                ..Header::new(algorithm)
+            };
+            let claims = json!({"sub": "spiffe://far/x", "aud": "x", "exp": now() + 300});
+            let token = jsonwebtoken::encode(&header, &claims, &raw).unwrap();
+            let validate = |token: &str| JwtSvid::validate(token, "x", |_| Some(keys.clone()));
+            assert_eq!(validate(&token).unwrap().id.as_str(), "spiffe://far/x");
+            let other = json!({"sub": "spiffe://far/y", "aud": "x", "exp": now() + 300});
+            let other = jsonwebtoken::encode(&header, &other, &raw).unwrap();
+            let (signed, signature) = (
+                token.rsplit_once('.').unwrap().0,
+                other.rsplit_once('.').unwrap().1,
+            );
+            assert_eq!(
+                validate(&format!("{signed}.{signature}")),
+                Err(Untrusted::Signature)
+            );
+        }
     }
 
     proptest! {

@@ -1,4 +1,4 @@
-//! SPIFFE IDs: of Kubernetes service accounts, and of whatever path.
+//! SPIFFE IDs: those of Kubernetes service accounts, and those with any other path.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -34,14 +34,14 @@ pub struct Identity {
     namespace_end: u16,
 }
 
-/// The SPIFFE ID of a workload of whatever path, such as one of a foreign trust domain (SPIFFE-ID §2).
+/// A SPIFFE ID with any path, such as that of a workload of a foreign trust domain (SPIFFE-ID §2).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpiffeId {
     uri: String,
     trust_domain: TrustDomain,
 }
 
-/// Reason why a text is not the SPIFFE ID of a service account, or of a workload.
+/// Reason why a text is not a SPIFFE ID, or not that of a service account.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidIdentity {
     /// The text is longer than 2048 bytes.
@@ -56,8 +56,8 @@ pub enum InvalidIdentity {
     /// The path does not have the form `/ns/<namespace>/sa/<service account>`.
     #[error("path is not /ns/<namespace>/sa/<service account>")]
     Path,
-    /// The path has an empty segment, one of dots, or a character that no segment may have (SPIFFE-ID §2.2).
-    #[error("path is not segments of A-Z, a-z, 0-9, '.', '-', '_'")]
+    /// The path is missing, or has an empty segment, `.` or `..`, or a forbidden character (SPIFFE-ID §2.2).
+    #[error("path does not consist of segments of A-Z, a-z, 0-9, '.', '-', '_'")]
     Segments,
     /// The namespace or service account is not a valid Kubernetes name.
     #[error("{0:?} is not a Kubernetes name")]
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_of_whatever_path() {
+    fn ids_with_any_path() {
         for good in ["spiffe://example.org/spire/server", "spiffe://a/B_c.d-1"] {
             let id: SpiffeId = good.parse().unwrap();
             assert_eq!(id.as_str(), good);

@@ -151,7 +151,8 @@ impl Federated {
         }
         let verifies = |bundle: &Bundle| (bundle.roots.clone(), bundle.jwt_keys.clone());
         let is_new = domain.bundle.as_ref().map(verifies) != Some(verifies(&bundle));
-        let (roots, sequence) = (bundle.roots.len(), bundle.sequence);
+        let (roots, jwt_keys) = (bundle.roots.len(), bundle.jwt_keys.len());
+        let sequence = bundle.sequence;
         domain.bundle = Some(bundle);
         domain.refreshed = Some(SystemTime::now());
         domain.error = None;
@@ -160,6 +161,7 @@ impl Federated {
             tracing::info!(
                 trust_domain = name,
                 roots,
+                jwt_keys,
                 sequence,
                 "bundle of a foreign trust domain updated"
             );

@@ -129,7 +129,7 @@ async fn each_trust_domain_vouches_for_its_own_names_alone() {
     let domain: TrustDomain = "far.example".parse().unwrap();
     let foreign = domain.identity("shop", "web").unwrap();
     let token = far.sign(&foreign, &db);
-    refused(&mut client, "db", &token, "of which no key").await;
+    refused(&mut client, "db", &token, "no key that verifies").await;
     let mut bundles = ForeignBundles::default();
     bundles.insert(TrustBundle {
         jwt_keys: far.keys(),
@@ -154,7 +154,7 @@ async fn each_trust_domain_vouches_for_its_own_names_alone() {
     });
     refused(&mut client, "db", &own, "is revoked").await;
     stage.ca.trust().publish_foreign(ForeignBundles::default());
-    refused(&mut client, "db", &token, "of which no key").await;
+    refused(&mut client, "db", &token, "no key that verifies").await;
 }
 
 #[tokio::test]

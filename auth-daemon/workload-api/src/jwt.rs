@@ -29,7 +29,7 @@ pub(crate) async fn fetch(
     let identity = &served.identity;
     if !["", identity.as_str()].contains(&&*request.spiffe_id) {
         return Err(Status::permission_denied(format!(
-            "the workload is {identity}, and gets no other identity"
+            "the workload is {identity}: request no other identity, or leave the SPIFFE ID empty"
         )));
     }
     let revoked = served.trust.current().revoked.check_identity(identity);
@@ -43,7 +43,7 @@ pub(crate) async fn fetch(
     })
 }
 
-/// The keys of all trust domains.
+/// Returns the keys of all trust domains, as JWK Sets.
 pub(crate) fn bundles(trust: &TrustStore) -> BTreeMap<String, Vec<u8>> {
     let keys = trust.jwt_keys().into_iter();
     keys.map(|(name, keys)| (id(&name), keys.to_json().into_bytes()))
@@ -56,14 +56,14 @@ pub(crate) fn validate(
 ) -> Result<ValidateJwtsvidResponse, Status> {
     if request.audience.is_empty() {
         return Err(Status::invalid_argument(
-            "there is no audience: name who the token must be for",
+            "no audience is given: name the recipient that the token must name",
         ));
     }
     let svid = JwtSvid::validate(&request.svid, &request.audience, |domain| {
-        trust.jwt_keys().remove(domain.as_str())
+        trust.jwt_keys_of(domain.as_str())
     })
     .map_err(|untrusted| Status::invalid_argument(untrusted.to_string()))?;
-    // Foreign trust domains have their own.
+    // The identities of foreign trust domains are not in the list.
     if let Ok(identity) = svid.id.as_str().parse::<Identity>() {
         let revoked = trust.current().revoked.check_identity(&identity);
         revoked.map_err(|revoked| Status::invalid_argument(revoked.to_string()))?;
@@ -74,7 +74,7 @@ pub(crate) fn validate(
     })
 }
 
-/// Claims as protobuf has them. A token is short, and JSON is not read deeper than 128 levels, so this ends soon.
+/// Converts claims to protobuf. The recursion is bounded: serde_json reads at most 128 levels.
 fn fields(claims: Map<String, Value>) -> prost_types::Struct {
     prost_types::Struct {
         fields: claims

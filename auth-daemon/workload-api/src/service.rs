@@ -34,8 +34,8 @@ const FIRST_CERTIFICATE: Duration = Duration::from_secs(10);
 /// Every request must have this in its metadata, which a browser or a forged HTTP request cannot add (SPIFFE Workload
 /// Endpoint §5).
 const REQUIRED: (&str, &str) = ("workload.spiffe.io", "true");
-const NO_KEYS: &str = "no key of JWT-SVIDs is known: the mesh's CA issues none, like istiod and the CA in a directory, or it has not \
-                       answered yet, and no federated trust domain has any";
+const NO_KEYS: &str = "no key that verifies JWT-SVIDs is known: the mesh's CA issues none (istiod, or a CA in a directory) or has not \
+                       answered yet, and no federated trust domain publishes one";
 
 /// A certificate with its key.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ pub struct Served {
 }
 
 impl Served {
-    /// The roots of all trust domains.
+    /// Returns the roots of all trust domains, by their SPIFFE IDs.
     fn roots(&self) -> BTreeMap<String, Vec<u8>> {
         let (own, foreign) = (self.trust.current(), self.trust.foreign());
         let mut roots: BTreeMap<_, _> = foreign

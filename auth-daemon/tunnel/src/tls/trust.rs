@@ -21,12 +21,12 @@ pub struct TrustBundle {
     pub trust_domain: TrustDomain,
     /// Root certificates, DER.
     pub roots: Vec<CertificateDer<'static>>,
-    /// Keys of its JWT-SVIDs.
+    /// Keys that verify its JWT-SVIDs.
     pub jwt_keys: JwtKeys,
 }
 
 impl TrustBundle {
-    /// Creates a bundle without keys of JWT-SVIDs.
+    /// Creates a bundle without keys for JWT-SVIDs.
     pub fn of_roots(trust_domain: TrustDomain, roots: Vec<CertificateDer<'static>>) -> Self {
         Self {
             trust_domain,
@@ -297,13 +297,25 @@ impl TrustStore {
         }
     }
 
-    /// Returns the keys that verify JWT-SVIDs of each trust domain that has any, the mesh's own among them, by its name.
+    /// Returns the keys that verify JWT-SVIDs, by the names of the trust domains, the mesh's own and foreign ones. A trust
+    /// domain without such keys is left out.
     pub fn jwt_keys(&self) -> BTreeMap<String, JwtKeys> {
         let (own, foreign) = (self.current(), self.foreign());
         let all = foreign.0.values().chain([&own.bundle]);
         all.filter(|bundle| !bundle.jwt_keys.is_empty())
             .map(|bundle| (bundle.trust_domain.to_string(), bundle.jwt_keys.clone()))
             .collect()
+    }
+
+    /// Returns the keys that verify JWT-SVIDs of the trust domain of that name. `None` if there are none.
+    pub fn jwt_keys_of(&self, trust_domain: &str) -> Option<JwtKeys> {
+        let (own, foreign) = (self.current(), self.foreign());
+        let bundle = match own.bundle.trust_domain.is_named(trust_domain) {
+            true => Some(&own.bundle),
+            false => foreign.0.get(trust_domain),
+        };
+        let keys = bundle.map(|bundle| bundle.jwt_keys.clone());
+        keys.filter(|keys| !keys.is_empty())
     }
 
     /// Fails if `svid` is revoked, or of a foreign trust domain that is not trusted (any more). Returns the trust in the mesh's
