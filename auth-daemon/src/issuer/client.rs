@@ -187,16 +187,16 @@ impl CaClient {
             let mut client = client.max_decoding_message_size(MAX_ANSWER);
             client.issue(request).await
         });
-        let answer = answer.await.map_err(|error| match error.unsupported {
-            true => IssueError::unsupported(),
-            false => error,
+        let answer = answer.await.map_err(|error| match error.code {
+            Code::Unimplemented => IssueError::unsupported(),
+            _ => error,
         })?;
-        // The key must be known before the token is used.
+        // Without the keys, the token cannot be verified.
         self.contacted().await?;
         Ok(answer.token)
     }
 
-    /// Makes a request, and again while the CA has no leader.
+    /// Sends a request, and repeats it a few times while the CA is unavailable, such as between two leaders.
     async fn call<M: Clone, T, F>(
         &self,
         message: M,
@@ -231,12 +231,12 @@ impl CaClient {
             return Err(IssueError {
                 why: explain_status(&status),
                 retry_after: retry_after(&status),
-                unsupported: status.code() == Code::Unimplemented,
+                code: status.code(),
             });
         }
     }
 
-    /// Waits until the CA has sent its trust bundle, or is known to send none.
+    /// Waits until the first trust bundle of the CA has been applied, or the CA is known to send none.
     async fn contacted(&self) -> Result<(), String> {
         let mut contact = self.contact.clone();
         let contacted = contact.wait_for(|contact| *contact).await;
@@ -244,7 +244,7 @@ impl CaClient {
         Ok(())
     }
 
-    /// The answer to a request, within the deadline. Errors name the CA.
+    /// Returns the answer to a request, or fails at the deadline. Errors name the CA.
     async fn in_time<T>(
         &self,
         asked: impl Future<Output = Result<T, IssueError>>,

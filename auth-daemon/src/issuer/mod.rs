@@ -15,6 +15,7 @@ mod trust_watch;
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use rustls::pki_types::CertificateDer;
+use tonic::Code;
 
 pub use access::{Access, Bearer, Stream};
 pub use app::AppCertificate;
@@ -43,7 +44,7 @@ pub trait Issuer: Send + Sync + fmt::Debug {
         lifetime: Duration,
     ) -> IssueFuture<'a>;
 
-    /// Requests a JWT-SVID of `identity` for `audience`, in compact form. Only the CA's server issues any.
+    /// Requests a JWT-SVID that proves `identity` to `audience`, in compact form. Only the CA's server issues them.
     fn issue_jwt<'a>(
         &'a self,
         _identity: &'a Identity,
@@ -80,15 +81,16 @@ pub struct IssueError {
     pub why: String,
     /// How long the CA asks its caller to wait before the next request.
     pub retry_after: Option<Duration>,
-    /// Whether the issuer never issues what was asked for.
-    pub unsupported: bool,
+    /// The code of the CA's answer. [`Code::Unavailable`] if there was no usable answer.
+    pub code: Code,
 }
 
 impl IssueError {
     fn unsupported() -> Self {
-        let why = "the mesh's CA issues no JWT-SVIDs; `auth-daemon ca` does, but istiod and a CA in a directory do not";
+        let why = "the mesh's CA issues no JWT-SVIDs: this version of `auth-daemon ca` does; istiod, a CA in a directory and \
+                   earlier versions do not";
         Self {
-            unsupported: true,
+            code: Code::Unimplemented,
             ..Self::from(why.to_owned())
         }
     }
@@ -99,7 +101,7 @@ impl From<String> for IssueError {
         Self {
             why,
             retry_after: None,
-            unsupported: false,
+            code: Code::Unavailable,
         }
     }
 }

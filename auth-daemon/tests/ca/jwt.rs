@@ -178,7 +178,7 @@ async fn a_daemon_keeps_tokens_and_asks_no_more_than_it_may() {
     assert!(tunnels.is_some());
     let elsewhere = token_of(&daemon, &identity("api"), "db").await;
     let refused = elsewhere.unwrap_err();
-    assert_eq!(refused.code(), Code::Unavailable);
+    assert_eq!(refused.code(), Code::PermissionDenied);
     assert!(refused.message().contains("no pod"), "{refused}");
 }
 
