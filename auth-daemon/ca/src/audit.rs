@@ -33,7 +33,7 @@ pub(crate) fn issued(peer: SocketAddr, caller: &Caller, grant: &Grant, leaf: Opt
     );
 }
 
-/// A JWT-SVID was issued for `audience`, until `expires`, in seconds since the Unix epoch.
+/// A JWT-SVID was issued for `audience`. It expires at `expires`, in seconds since the Unix epoch.
 pub(crate) fn issued_jwt(
     peer: SocketAddr,
     caller: &Caller,
@@ -49,7 +49,7 @@ pub(crate) fn issued_jwt(
         node = grant.node,
         pods = names(grant),
         identity = %grant.identity,
-        audience = audience.to_vec().join(","),
+        audience = ?audience.to_vec(),
         not_after = rfc3339(expires),
         "JWT-SVID issued"
     );

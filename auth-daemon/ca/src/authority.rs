@@ -641,7 +641,7 @@ fn check_state(
             let before = &state.signers[&state.rotation.signing];
             if before.certificate != *certificate {
                 let mut signer = StoredSigner::intermediate(&intermediate.signer, longest);
-                // A new key would sign before everybody knows it.
+                // A new key would sign before all recipients know it.
                 signer.jwt_key.clone_from(&before.jwt_key);
                 let number = state.add_signer(signer);
                 state.rotate(Rotation::steady(number));

@@ -348,6 +348,10 @@ mod tests {
         let bundle = served.fetch(right()).await.unwrap();
         let published = served.ca.published().borrow().clone();
         assert_eq!(bundle.roots, published.roots);
+        assert_eq!(
+            (&bundle.jwt_keys, bundle.jwt_keys.len()),
+            (&published.jwt_keys, 1)
+        );
         assert_eq!(bundle.sequence, Some(published.version));
         assert_eq!(bundle.refresh_hint, Some(HINT));
 
@@ -368,7 +372,7 @@ mod tests {
 
         served.ca.rotate_root().await.unwrap();
         let rotated = served.fetch(right()).await.unwrap();
-        assert_eq!(rotated.roots.len(), 2);
+        assert_eq!((rotated.roots.len(), rotated.jwt_keys.len()), (2, 2));
         assert!(rotated.sequence > bundle.sequence);
         served.lead.send_replace(None);
         let why = served.fetch(right()).await.unwrap_err();

@@ -28,7 +28,7 @@ pub struct Grant {
 pub enum Denied {
     /// A node, or a person with more than one identity, that names none.
     #[error(
-        "{0} does not name an identity: metadata.ImpersonatedIdentity must contain a SPIFFE ID"
+        "{0} does not name an identity: set metadata.ImpersonatedIdentity (for a JWT-SVID: identity) to a SPIFFE ID"
     )]
     Unnamed(String),
     /// A person who asks for an identity that no configuration or token allows.

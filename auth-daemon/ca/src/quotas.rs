@@ -41,7 +41,7 @@ pub struct Limits {
     pub node: Rate,
     /// Requests of one node in progress.
     pub concurrent: usize,
-    /// Certificates of one identity on one node.
+    /// Certificates and JWT-SVIDs of one identity on one node.
     pub identity: Rate,
     /// Distinct identities of one node in an hour.
     pub identities: usize,
@@ -126,7 +126,9 @@ impl fmt::Display for Exceeded {
             Quota::NodeRate => "requests per second of one node",
             Quota::NodeConcurrent => "requests of one node in progress",
             Quota::NodeIdentities => "distinct identities of one node in an hour",
-            Quota::IdentityRate => "certificates per second of one identity on one node",
+            Quota::IdentityRate => {
+                "certificates and JWT-SVIDs per second of one identity on one node"
+            }
         };
         let seconds = retry.as_secs_f64().ceil();
         write!(

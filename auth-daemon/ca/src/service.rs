@@ -1,4 +1,4 @@
-//! What the CA answers: Istio's certificate service, and the trust bundle for those who watch it.
+//! What the CA answers: Istio's certificate service, JWT-SVIDs, and the trust bundle for those who watch it.
 
 mod jwt;
 mod nodes;
@@ -314,8 +314,8 @@ impl CaService {
         Ok((issued, grant))
     }
 
-    /// What `caller` gets, within its quotas: the identity `asked`, or its own. Counts as a request until the second value is
-    /// dropped.
+    /// Decides what `caller` gets, within its quotas: the identity `asked`, or its own. The request counts as in progress until
+    /// the second value is dropped.
     async fn grant(
         &self,
         caller: &Caller,

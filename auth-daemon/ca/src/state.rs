@@ -22,7 +22,9 @@ use crate::{
 };
 
 /// Version of the document. The CA refuses newer ones, because it would lose what it does not know.
-const FORMAT: u64 = 2;
+const FORMAT: u64 = 3;
+/// The same document without keys for JWT-SVIDs.
+const WITHOUT_JWT_KEYS: u64 = 2;
 
 /// The CA's state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,7 +42,7 @@ pub(crate) struct CaState {
     pub(crate) rotation: Rotation,
     pub(crate) signers: BTreeMap<u32, StoredSigner>,
     pub(crate) revoked: Revoked,
-    /// Left out while it is empty, because earlier versions do not know it.
+    /// Left out while it is empty. Earlier versions did not have it.
     #[serde(default, skip_serializing_if = "Joins::is_empty")]
     pub(crate) joins: Joins,
 }
@@ -54,8 +56,8 @@ pub(crate) struct StoredSigner {
     /// PKCS #8, PEM. An intermediate's key is not stored here.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) key: Option<String>,
-    /// The key that signs JWT-SVIDs while this signer is the one that signs, so that it rotates with it: P-256, PKCS #8, PEM.
-    /// Left out by versions that had none.
+    /// The key that signs JWT-SVIDs while this signer signs certificates, so that both rotate together: P-256, PKCS #8, PEM.
+    /// Missing in documents of earlier versions, and where an operator removed it, so that the CA makes a new one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) jwt_key: Option<String>,
     /// Longest lifetime, in seconds, of the certificates that it may have signed.
@@ -115,7 +117,7 @@ impl CaState {
         self.last_signer
     }
 
-    /// Makes the keys of JWT-SVIDs that are missing.
+    /// Makes the keys for JWT-SVIDs that are missing.
     pub(crate) fn make_jwt_keys(&mut self) -> Result<(), SignError> {
         for signer in self.signers.values_mut() {
             if signer.jwt_key.is_none() {
@@ -179,7 +181,7 @@ impl CaState {
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// Reads a document of this format or of format 1, at `now`. Errors contain no part of a key.
+    /// Reads a document of this format or of an earlier one, at `now`. Errors contain no part of a key.
     pub(crate) fn from_json(json: &[u8], now: u64) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Head {
@@ -193,7 +195,10 @@ impl CaState {
             .map_err(|error| format!("is not the state of this CA ({})", at(error)))?;
         let damaged = |what: String| format!("is damaged: {what}");
         let state = match head.format {
-            FORMAT => serde_json::from_slice(json).map_err(|error| damaged(at(error)))?,
+            FORMAT | WITHOUT_JWT_KEYS => Self {
+                format: FORMAT,
+                ..serde_json::from_slice(json).map_err(|error| damaged(at(error)))?
+            },
             1 => {
                 let old: format1::State =
                     serde_json::from_slice(json).map_err(|error| damaged(at(error)))?;
@@ -201,8 +206,8 @@ impl CaState {
             }
             other => {
                 return Err(format!(
-                    "has format {other}, but this version reads formats 1 and {FORMAT}: run the version that wrote \
-                     it, or a newer one"
+                    "has format {other}, but this version reads formats 1 to {FORMAT}: run the version that wrote it, or \
+                     a newer one"
                 ));
             }
         };
@@ -451,8 +456,8 @@ mod tests {
         let json = String::from_utf8(state().to_json()).unwrap();
         assert_eq!(read(json.as_bytes()).unwrap().to_json(), json.as_bytes());
         let refused = |json: String| read(json.as_bytes()).unwrap_err();
-        let newer = refused(json.replace("\"format\":2", "\"format\":3"));
-        assert!(newer.contains("format 3") && newer.contains("newer"));
+        let newer = refused(json.replace("\"format\":3", "\"format\":4"));
+        assert!(newer.contains("format 4") && newer.contains("newer"));
         let unknown = refused(json.replace("\"version\"", "\"wersion\""));
         assert!(unknown.contains("damaged"), "{unknown}");
         let gone = refused(json.replace("\"signing\":1", "\"signing\":2"));
@@ -516,6 +521,19 @@ mod tests {
             "revokedNodes": nodes,
         });
         serde_json::to_vec(&document).unwrap()
+    }
+
+    #[test]
+    fn reads_format_2_which_has_no_keys_for_jwts() {
+        let mut old: Value = serde_json::from_slice(&state().to_json()).unwrap();
+        old["format"] = 2.into();
+        let signer = old["signers"]["1"].as_object_mut().unwrap();
+        assert!(signer.remove("jwtKey").is_some());
+        let mut state = read(old.to_string().as_bytes()).unwrap();
+        assert!(state.signers[&1].jwt_key.is_none());
+        state.make_jwt_keys().unwrap();
+        assert!(state.signers[&1].jwt_key.is_some());
+        assert_eq!(read(&state.to_json()), Ok(state), "written as format 3");
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub(crate) struct CaView {
     pub(crate) rotation: Rotation,
     /// The signer of new certificates.
     pub(crate) signing: Arc<Signer>,
-    /// The signer of new JWT-SVIDs.
+    /// The key that signs new JWT-SVIDs.
     pub(crate) jwt: SigningKey,
     pub(crate) published: Arc<Published>,
     /// When to sign the next revocation lists, in seconds since the Unix epoch.
@@ -99,7 +99,7 @@ impl CaView {
             phase: state.rotation.to_string(),
             jwt_keys: jwt.iter().collect(),
         };
-        // The signing one is the first of those that are trusted.
+        // The signer that signs is the first of those that are trusted.
         let jwt = jwt.into_iter().next().ok_or("there is no JWT key")?;
         Ok(Self {
             rotation: state.rotation,
@@ -112,7 +112,7 @@ impl CaView {
         })
     }
 
-    /// Fails if `identity`, or the node that asks for it, is revoked.
+    /// Fails if `identity`, or the node that requests it, is revoked.
     pub(crate) fn check(&self, identity: &Identity, holder: Holder<'_>) -> Result<(), Revoked> {
         let revoked = &self.published.revoked;
         revoked.check_identity(identity)?;

@@ -138,7 +138,7 @@ async fn issuances_say_who_got_what() {
         &line,
         json!({
             "caller": "node a", "node": "a", "pods": "default/web-1", "identity": web.as_str(),
-            "audience": "db,queue",
+            "audience": r#"["db", "queue"]"#,
         }),
     );
     assert!(!line.to_string().contains(&jwt), "{line}");

@@ -1,4 +1,4 @@
-//! JWT-SVIDs.
+//! Issuance of JWT-SVIDs.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use auth_mesh::Identity;
 
 use super::{Authority, Holder, Refusal, check_signing};
 
-/// Lifetime of a token: nothing revokes one before it expires, except that daemons refuse those of a revoked identity.
+/// Lifetime of a token. It is short because a token cannot be revoked; only daemons refuse those of a revoked identity.
 const LIFETIME: Duration = Duration::from_secs(5 * 60);
 
 /// What [`Authority::issue_jwt`] returns.
@@ -20,8 +20,8 @@ pub(crate) struct IssuedJwt {
 }
 
 impl Authority {
-    /// Signs a JWT-SVID of `identity`, which runs on `node`, for `audience`. It is valid for five minutes, or for the longest
-    /// lifetime of a certificate if that is shorter.
+    /// Signs a JWT-SVID that proves `identity`, which runs on `node`, to `audience`. The token is valid for five minutes, or for
+    /// the longest lifetime of a certificate if that is shorter.
     pub(crate) fn issue_jwt(
         &self,
         identity: &Identity,

@@ -1,4 +1,4 @@
-//! JWT-SVIDs for nodes and pods.
+//! The service that issues JWT-SVIDs to nodes and pods.
 
 use auth_ca_api::auth::{IssueJwtRequest, IssueJwtResponse, jwt_service_server::JwtService};
 use auth_jwt::Audience;
@@ -51,9 +51,12 @@ impl CaService {
         asked: Option<&str>,
         audience: &Audience,
     ) -> Result<(IssuedJwt, Grant), Refused> {
-        // Nothing in a token would say that a person acts as the account.
+        // A token would not say that a person acts as the account.
         if let Caller::Person { .. } = caller {
-            return Err(Refused::new(Kind::Denied, "a person gets no JWT-SVID"));
+            return Err(Refused::new(
+                Kind::Denied,
+                "the CA issues no JWT-SVIDs to a person: request a certificate",
+            ));
         }
         let (grant, _in_progress) = self.grant(caller, asked).await?;
         let issued = authority.issue_jwt(&grant.identity, audience, &grant.node)?;
