@@ -53,7 +53,7 @@ enum Command {
     Kind(kind::Action),
     /// Install what tests, demo and bench run (nginx, iperf3, Kubernetes, …), where it is missing
     Setup,
-    /// Build Kubernetes into $KUBE or /opt/kube, for the tests that need an API server or nodes
+    /// Build Kubernetes, istiod and SPIRE into $KUBE or /opt/kube, for the tests that need them
     Kubernetes,
     /// Run clippy on the eBPF programs
     ClippyEbpf(build_ebpf::Arguments),

@@ -318,8 +318,8 @@ impl NetnsDiscovery {
                 },
                 () = sleep_until(due), if may_begin => self.begin(),
                 () = sleep_until(walk_due), if may_walk => self.begin_walk(),
-                heard = hear(&mut self.sockets, &mut reported) => {
-                    if let Err(error) = heard {
+                received = receive(&mut self.sockets, &mut reported) => {
+                    if let Err(error) = received {
                         tracing::error!(%error, "the kernel does not report new pods any more; they are found a little later");
                         self.sockets = None;
                     }
@@ -482,7 +482,7 @@ async fn sleep_until(due: Option<Instant>) {
     }
 }
 
-async fn hear(
+async fn receive(
     sockets: &mut Option<FirstSockets>,
     reported: &mut Vec<(u64, Instant)>,
 ) -> io::Result<()> {

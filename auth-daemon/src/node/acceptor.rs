@@ -135,7 +135,7 @@ impl Acceptor {
     }
 
     /// Accepts on this worker, which is one of those for busy listeners if `of_busy`. Returns the listener when it becomes busy,
-    /// or calm, and belongs on another worker. Returns `None` when it has died.
+    /// or quiet, and belongs on another worker. Returns `None` when it has died.
     async fn accept(
         self: Arc<Self>,
         listener: std::net::TcpListener,

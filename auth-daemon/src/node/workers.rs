@@ -27,7 +27,7 @@ const TURNS_BETWEEN_EVENTS: u32 = 8;
 /// The worker threads.
 #[derive(Debug)]
 pub struct Workers {
-    calm: Vec<Worker>,
+    quiet: Vec<Worker>,
     /// Those for busy listeners.
     busy: Vec<Worker>,
     /// Index of the worker that gets the next listener.
@@ -57,7 +57,7 @@ impl Workers {
         let count = count.max(1);
         let start = |number| Worker::start(number, number < count, stopped.clone());
         Ok(Self {
-            calm: (0..count).map(start).collect::<io::Result<_>>()?,
+            quiet: (0..count).map(start).collect::<io::Result<_>>()?,
             busy: (count..2 * count).map(start).collect::<io::Result<_>>()?,
             next: AtomicUsize::new(0),
             _stop: stop,
@@ -66,13 +66,13 @@ impl Workers {
 
     /// Returns the threads' heartbeats.
     pub fn pulse(&self) -> Pulse {
-        let workers = self.calm.iter().chain(&self.busy);
+        let workers = self.quiet.iter().chain(&self.busy);
         Pulse::of(workers.map(|worker| worker.beats.clone()))
     }
 
     /// Returns a worker for a long-lived task, round-robin, of those for busy listeners or of the others.
     pub(super) fn next(&self, of_busy: bool) -> &Worker {
-        let workers = if of_busy { &self.busy } else { &self.calm };
+        let workers = if of_busy { &self.busy } else { &self.quiet };
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         &workers[number % workers.len()]
     }
@@ -80,7 +80,7 @@ impl Workers {
     /// Returns the worker with the fewest connections, of those for busy listeners or of the others. On a tie, prefers the
     /// calling thread's worker.
     pub(super) fn idlest(&self, of_busy: bool) -> &Worker {
-        let workers = if of_busy { &self.busy } else { &self.calm };
+        let workers = if of_busy { &self.busy } else { &self.quiet };
         let load = |worker: &Worker| {
             let elsewhere = !worker.is_current();
             (worker.load.load(Ordering::Relaxed), elsewhere)

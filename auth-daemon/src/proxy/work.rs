@@ -5,7 +5,7 @@
 //! pods' connections as threads do, and the kernel prefers the threads of quiet listeners. In one thread, each of a
 //! connection's steps would wait for a turn of the busy listener, and for the thread.
 //!
-//! A listener moves as a whole when it becomes busy or calm: the thread that accepts a connection is of the same kind as the
+//! A listener moves as a whole when it becomes busy or quiet: the thread that accepts a connection is of the same kind as the
 //! one that serves it. A connection stays on the thread on which it began, and so does a tunnel with all the connections
 //! that it carries. A thread loses its precedence while it serves such connections of a busy listener (`node::precedence`).
 

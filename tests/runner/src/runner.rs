@@ -51,7 +51,7 @@ impl Group {
         let name = test.full_name();
         if ALONE.iter().any(|prefix| name.starts_with(prefix)) {
             Self::Alone
-        } else if SPARE.iter().any(|prefix| name.starts_with(prefix)) {
+        } else if SEARCHES.iter().any(|prefix| name.starts_with(prefix)) {
             Self::Spare
         } else if CLUSTER.iter().any(|prefix| name.starts_with(prefix)) {
             Self::Cluster
@@ -84,8 +84,8 @@ const API_SERVER: [&str; 4] = [
 /// Tests that run a cluster of two nodes.
 const CLUSTER: [&str; 2] = ["cluster::", "istio::"];
 /// Tests that search for as long as they are told, and for how long.
-const SPARE: [&str; 1] = ["fuzz_seeds::"];
-const SPARE_SECONDS: (&str, &str) = ("FUZZ_SECONDS", "20");
+const SEARCHES: [&str; 1] = ["fuzz_seeds::"];
+const SEARCH_SECONDS: (&str, &str) = ("FUZZ_SECONDS", "20");
 /// Tests that need the machine for themselves.
 const ALONE: [&str; 7] = [
     "abuse::",
@@ -194,7 +194,7 @@ fn execute(test: &Test<'_>) -> Result<Ended> {
     let start = Instant::now();
     let mut command = match Group::of(test) {
         Group::Spare => {
-            let (variable, seconds) = SPARE_SECONDS;
+            let (variable, seconds) = SEARCH_SECONDS;
             let mut command = test.binary.command_for_spare_time();
             command.env(variable, seconds);
             command

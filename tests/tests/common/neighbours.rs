@@ -127,15 +127,15 @@ pub(crate) fn wait_for_verdicts(daemon: &Daemon, count: u64) -> Result<()> {
 
 /// Sends text to an `echo-server` and reads it back. Returns the last event.
 pub(crate) fn echo(from: &Place, to: SocketAddr) -> Result<Value> {
-    let client = format!("connect --to {to} --send {SAID} --shutdown --read");
+    let client = format!("connect --to {to} --send {MESSAGE} --shutdown --read");
     let answer = from.app(&client)?.success(TIMEOUT)?;
-    assert_eq!(answer["text"], SAID, "{answer}");
+    assert_eq!(answer["text"], MESSAGE, "{answer}");
     Ok(answer)
 }
 
 /// Like [`echo`], but must be refused. Returns the last event.
 pub(crate) fn refused(from: &Place, to: SocketAddr) -> Result<Value> {
-    let client = format!("connect --to {to} --send {SAID} --shutdown --read");
+    let client = format!("connect --to {to} --send {MESSAGE} --shutdown --read");
     let answer = from.app(&client)?.failure(TIMEOUT)?;
     assert!(
         answer["errno"] == "ECONNREFUSED" || answer["errno"] == "ECONNRESET",
@@ -160,4 +160,4 @@ pub(crate) fn is_direct(pod: &Pod, local: &Value) -> Result<bool> {
     Ok(!captured)
 }
 
-pub(crate) const SAID: &str = "what-neighbours-say";
+pub(crate) const MESSAGE: &str = "what-neighbours-say";

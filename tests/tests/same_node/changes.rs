@@ -201,14 +201,14 @@ fn verdicts_hold_until_the_lease_of_a_dead_daemon_expires() -> Result<()> {
     let go = client.folder().join("go");
     let mut dial = client.app(&format!(
         "dial --to {to} --send {} --after {}",
-        neighbours::SAID,
+        neighbours::MESSAGE,
         go.display()
     ))?;
     dial.event("socket", TIMEOUT)?;
     daemon.kill()?;
     let died = Instant::now();
     fs::write(&go, "")?;
-    assert_eq!(dial.success(TIMEOUT)?["text"], neighbours::SAID);
+    assert_eq!(dial.success(TIMEOUT)?["text"], neighbours::MESSAGE);
     // Destinations without a verdict are refused at once, and all others after the lease.
     refused(&client, web.at6(8080))?;
     eventually(TIMEOUT, "the end of the lease", || {
@@ -405,7 +405,7 @@ fn service_in_front_of_a_remote_pod_gets_no_verdict() -> Result<()> {
             echo(&client, to)?;
         }
     }
-    assert!(!capture.stop()?.contains(neighbours::SAID.as_bytes()));
+    assert!(!capture.stop()?.contains(neighbours::MESSAGE.as_bytes()));
     for daemon in &daemons {
         assert_eq!(verdicts(daemon)?, 0);
     }

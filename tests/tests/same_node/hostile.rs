@@ -9,7 +9,7 @@ use mesh_tests::{App, Firewall, PodSpec, Result, TIMEOUT, TcpState, eventually};
 use serde_json::Value;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::common::neighbours::{Neighbours, SAID, echo, is_direct, refused};
+use crate::common::neighbours::{MESSAGE, Neighbours, echo, is_direct, refused};
 
 #[test]
 fn forged_source_address_is_not_admitted() -> Result<()> {
@@ -86,7 +86,7 @@ fn plaintext_without_a_recorded_4_tuple_is_refused() -> Result<()> {
     // Bypasses the connect hooks, from the client's own namespace: the kernel saw no socket connect.
     for place in [stage.client.place(), stage.other.place()] {
         let mut stream = place.connect(to)?;
-        let sent = std::io::Write::write_all(&mut stream, SAID.as_bytes())
+        let sent = std::io::Write::write_all(&mut stream, MESSAGE.as_bytes())
             .and_then(|()| std::io::Read::read(&mut stream, &mut [0; 64]));
         assert!(!matches!(sent, Ok(1..)), "it was answered");
     }
@@ -159,14 +159,14 @@ fn apps_that_connect_in_other_ways_are_served() -> Result<()> {
             ("--multipath".into(), !service),
         ] {
             let start = stage.daemon.log_position();
-            let dial = format!("dial --to {to} --send {SAID} {options}");
+            let dial = format!("dial --to {to} --send {MESSAGE} {options}");
             let answer = stage.client.app(&dial)?.finish(TIMEOUT)?.json_lines();
             let answer = answer.last().cloned().unwrap_or_default();
             if options == "--multipath" && answer["stage"] == "socket" {
                 println!("no multipath TCP here: {answer}");
                 continue;
             }
-            assert_eq!(answer["text"], SAID, "{options} to {to}: {answer}");
+            assert_eq!(answer["text"], MESSAGE, "{options} to {to}: {answer}");
             if seen {
                 assert_eq!(answer["peer"], to.to_string(), "{options}: {answer}");
             }
@@ -182,7 +182,7 @@ fn apps_that_connect_in_other_ways_are_served() -> Result<()> {
     let start = stage.daemon.log_position();
     let answer = stage
         .client
-        .app(&format!("dial --to {mapped} --send {SAID}"))?
+        .app(&format!("dial --to {mapped} --send {MESSAGE}"))?
         .success(TIMEOUT)?;
     assert_eq!(answer["peer"], mapped.to_string(), "{answer}");
     stage.lines(start, stage.web.at(8080), 2)?;
@@ -200,7 +200,7 @@ fn apps_that_connect_in_other_ways_are_served() -> Result<()> {
                 let start = stage.daemon.log_position();
                 stage
                     .client
-                    .app(&format!("dial --to {to} --send {SAID} {options}"))?
+                    .app(&format!("dial --to {to} --send {MESSAGE} {options}"))?
                     .success(TIMEOUT)?;
                 for line in stage.lines(start, to, 2)? {
                     let bytes = (&line["bytes_to_server"], &line["bytes_to_client"]);

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::common::frames::{hardware_address, send_frame};
 use crate::common::neighbours::{
-    self, Neighbours, SAID, bridged, echo, is_direct, refused, wait_for_verdicts,
+    self, MESSAGE, Neighbours, bridged, echo, is_direct, refused, wait_for_verdicts,
 };
 
 #[test]
@@ -36,7 +36,7 @@ fn pods_on_a_bridge_use_tls() -> Result<()> {
             }
         }
         assert_eq!(stage.verdicts()?, 0);
-        assert!(!capture.stop()?.contains(SAID.as_bytes()));
+        assert!(!capture.stop()?.contains(MESSAGE.as_bytes()));
         // A pod that reaches itself needs no link.
         for service in neighbours::SERVICES {
             let to: SocketAddr = service.parse()?;
@@ -91,7 +91,7 @@ fn a_pod_that_takes_the_servers_address_on_a_bridge_receives_no_plaintext() -> R
             // The connection did lead to the attacker.
             theirs.event("accepted", TIMEOUT)?;
         }
-        assert!(!capture.stop()?.contains(SAID.as_bytes()));
+        assert!(!capture.stop()?.contains(MESSAGE.as_bytes()));
     }
     Ok(())
 }

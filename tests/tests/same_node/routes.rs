@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use mesh_tests::{DaemonOptions, Mesh, Pod, Result, TIMEOUT, eventually_ok};
 
 use crate::common::neighbours::{
-    Neighbours, SAID, builder, echo, is_direct, verdicts, wait_for_verdicts,
+    MESSAGE, Neighbours, builder, echo, is_direct, verdicts, wait_for_verdicts,
 };
 
 /// The table of routes that lead out of the node.
@@ -40,7 +40,7 @@ fn pods_whose_packets_leave_the_node_use_tls() -> Result<()> {
         // One for each address family.
         assert_eq!(stage.daemon.status_json()?["sameNode"]["diverted"], 2);
         let recording = capture.stop()?;
-        assert!(!recording.contains(SAID.as_bytes()));
+        assert!(!recording.contains(MESSAGE.as_bytes()));
         let (client, web) = (stage.client.ipv4().into(), stage.web.ipv4().into());
         let outside = recording.tcp_between(client, web);
         assert!(!outside.packets().is_empty(), "nothing has left the node");

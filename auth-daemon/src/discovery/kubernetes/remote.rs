@@ -4,7 +4,7 @@
 //! state stays in force; without its Secret, nothing of it does.
 
 mod cluster;
-mod tally;
+mod usage;
 
 use std::{collections::BTreeMap, future::pending, sync::Arc};
 

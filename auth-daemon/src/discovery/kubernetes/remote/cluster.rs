@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use super::{
     super::{Event, Kind, Known, Seen, Settings, manifest, parsed, pod},
-    tally::{Tally, Total},
+    usage::{Total, Usage},
 };
 use crate::{discovery::manifest::Object, observe::remote_clusters::RemoteStatus};
 use auth_kubernetes::{WATCH_SECONDS, follow_or_fail, objects};
@@ -231,23 +231,23 @@ pub(super) fn watch(
 ) -> BoxStream<'static, Update> {
     let [pods, services] = [0; 2].map(|_| trust_domain.clone());
     let total = Total::default();
-    let tally = |kind| Tally::new(kind, &total);
+    let usage = |kind| Usage::new(kind, &total);
     let watches = [
         updates(
             Api::all(client.clone()),
-            (Kind::Namespace, tally(Kind::Namespace)),
+            (Kind::Namespace, usage(Kind::Namespace)),
             cluster,
             |read: objects::Namespace| manifest::namespace(&read),
         ),
         updates(
             Api::all(client.clone()),
-            (Kind::Pod, tally(Kind::Pod)),
+            (Kind::Pod, usage(Kind::Pod)),
             cluster,
             move |read: objects::Pod| pod(read, &pods),
         ),
         updates(
             Api::all(client.clone()),
-            (Kind::Service, tally(Kind::Service)),
+            (Kind::Service, usage(Kind::Service)),
             cluster,
             move |read: objects::Service| manifest::service(read, &services),
         ),
@@ -257,7 +257,7 @@ pub(super) fn watch(
 
 fn updates<K>(
     api: Api<K>,
-    (kind, mut tally): (Kind, Tally),
+    (kind, mut usage): (Kind, Usage),
     cluster: &ClusterName,
     parse: impl Fn(K) -> Result<Option<Object>, String> + Send + 'static,
 ) -> BoxStream<'static, Update>
@@ -268,7 +268,7 @@ where
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let read = move |event| {
         let event = of_cluster(&cluster, kind, parsed(event, &parse));
-        tally.take(&event)?;
+        usage.take(&event)?;
         Ok(event)
     };
     follow_or_fail(api, config, read)

@@ -26,7 +26,7 @@ const TEXT: usize = 64;
 pub(super) struct Total(Arc<AtomicUsize>);
 
 /// What is kept of the objects of one kind.
-pub(super) struct Tally {
+pub(super) struct Usage {
     kind: Kind,
     names: RandomState,
     current: Sizes,
@@ -45,7 +45,7 @@ struct Sizes {
     bytes: usize,
 }
 
-impl Tally {
+impl Usage {
     /// Counts nothing yet of a kind of the cluster that `total` is of.
     pub(super) fn new(kind: Kind, total: &Total) -> Self {
         Self {
@@ -237,60 +237,60 @@ mod tests {
 
     #[test]
     fn a_list_of_too_many_objects_is_refused() {
-        let mut tally = Tally::new(Kind::Pod, &Total::default());
-        tally.take(&Event::Init).unwrap();
+        let mut usage = Usage::new(Kind::Pod, &Total::default());
+        usage.take(&Event::Init).unwrap();
         for number in 0..MAX_OBJECTS {
             // Twice, which is no more than once.
             for _ in 0..2 {
                 let pod = unreadable(&number.to_string());
-                tally.take(&Event::InitApply(pod)).unwrap();
+                usage.take(&Event::InitApply(pod)).unwrap();
             }
         }
-        let error = tally
+        let error = usage
             .take(&Event::InitApply(unreadable("last")))
             .unwrap_err();
         assert!(error.contains("more than 100000 pods"), "{error}");
         // The next list has fewer.
-        tally.take(&Event::Init).unwrap();
-        tally.take(&Event::InitApply(pod("one", 1))).unwrap();
-        tally.take(&Event::InitDone).unwrap();
-        assert_eq!(tally.current.by_name.len(), 1);
+        usage.take(&Event::Init).unwrap();
+        usage.take(&Event::InitApply(pod("one", 1))).unwrap();
+        usage.take(&Event::InitDone).unwrap();
+        assert_eq!(usage.current.by_name.len(), 1);
     }
 
     #[test]
     fn objects_that_are_added_one_by_one_are_counted_until_they_are_deleted() {
         const LONG: usize = 32 << 20;
-        let mut tally = Tally::new(Kind::Pod, &Total::default());
+        let mut usage = Usage::new(Kind::Pod, &Total::default());
         for event in [Event::Init, Event::InitDone] {
-            tally.take(&event).unwrap();
+            usage.take(&event).unwrap();
         }
         let fitting = MAX_BYTES / LONG - 1;
         for number in 0..20 {
             let number = (number % fitting).to_string();
-            tally.take(&Event::Apply(pod(&number, LONG))).unwrap();
+            usage.take(&Event::Apply(pod(&number, LONG))).unwrap();
             // It is kept as it was.
-            tally.take(&Event::Apply(unreadable(&number))).unwrap();
+            usage.take(&Event::Apply(unreadable(&number))).unwrap();
         }
         for event in [Event::Init, Event::InitDone] {
-            tally.take(&event).unwrap();
+            usage.take(&event).unwrap();
         }
-        tally.take(&Event::Delete(name("0"))).unwrap();
-        tally.take(&Event::Apply(pod("other", LONG))).unwrap();
-        let error = tally.take(&Event::Apply(pod("0", LONG))).unwrap_err();
+        usage.take(&Event::Delete(name("0"))).unwrap();
+        usage.take(&Event::Apply(pod("other", LONG))).unwrap();
+        let error = usage.take(&Event::Apply(pod("0", LONG))).unwrap_err();
         assert!(
             error.contains("its objects take more than 128 MiB"),
             "{error}"
         );
-        let before = tally.counted;
-        tally.take(&Event::Delete(name("0"))).unwrap();
-        assert_eq!(tally.counted, before, "what was refused is not kept");
+        let before = usage.counted;
+        usage.take(&Event::Delete(name("0"))).unwrap();
+        assert_eq!(usage.counted, before, "what was refused is not kept");
     }
 
     #[test]
     fn all_kinds_of_a_cluster_share_its_limit() {
         const LONG: usize = 32 << 20;
         let total = Total::default();
-        let mut kinds = [Kind::Pod, Kind::Service].map(|kind| Tally::new(kind, &total));
+        let mut kinds = [Kind::Pod, Kind::Service].map(|kind| Usage::new(kind, &total));
         let [pods, services] = &mut kinds;
         pods.take(&Event::Init).unwrap();
         for number in 0..3 {
