@@ -133,8 +133,11 @@ fn a_recreated_sandbox_belongs_to_its_pod() {
         echoes(&client, to);
     }
     assert_ne!(netns(&web), before.0);
-    assert_eq!(b.status().unwrap().kernel.pods, before.1);
     assert_eq!(enrolments(&b, "default/web").len(), 2);
+    eventually(TIMEOUT, "the kernel to forget the old sandbox", || {
+        (b.status().ok()?.kernel.pods == before.1).then_some(())
+    })
+    .unwrap();
     eventually_ok(TIMEOUT, "the old namespace to be released", || {
         let held = fs::read_dir(format!("/proc/{}/fd", b.pid()))?
             .flatten()
