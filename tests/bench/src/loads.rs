@@ -11,12 +11,15 @@ mod wrk;
 pub(super) use list::LOADS;
 pub(super) use load::{Better, Load, Measured, Row, When};
 
-/// A row's name with its group's; a row that continues the first one of its load has that one's name, too.
+/// A row's name with its group's; a row that continues another one has that one's name, too.
 pub(super) fn title(load: &Load, row: &Row) -> String {
-    match row.name.strip_prefix("  ") {
-        Some(more) => format!("{}: {}: {more}", load.group, load.rows[0].name),
-        None => format!("{}: {}", load.group, row.name),
-    }
+    let Some(more) = row.name.strip_prefix("  ") else {
+        return format!("{}: {}", load.group, row.name);
+    };
+    let before = load.rows.iter().take_while(|other| other.key != row.key);
+    let continued = before.filter(|other| !other.name.starts_with(' ')).last();
+    let continued = continued.map_or("", |continued| continued.name);
+    format!("{}: {continued}: {more}", load.group)
 }
 
 /// Likewise, by the row's key.
@@ -52,11 +55,15 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_continues_has_the_first_ones_name() {
+    fn a_row_that_continues_another_has_its_name() {
         assert_eq!(
             title_of("node-keep-alive-1-p99"),
             "on one node: HTTP keep-alive, 1 connection, p50: p99"
         );
         assert_eq!(title_of("node-stream"), "on one node: iperf3, 1 stream");
+        assert_eq!(
+            title_of("memory-server-peak"),
+            "what the proxies take: memory after all loads, server's proxy: at most"
+        );
     }
 }
