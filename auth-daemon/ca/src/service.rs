@@ -266,21 +266,14 @@ impl CaService {
             (&caller, &asked, bearer, &peer.certificate)
         {
             let renewed = self.renew_node(peer, (&caller, node), certificate, request);
-            return renewed.await.map_err(|refused| {
-                remember(peer, metadata, &caller, &refused);
-                refused.by(&caller)
-            });
+            let renewed = renewed.await;
+            return renewed.map_err(|refused| attribute(refused, peer, metadata, &caller, None));
         }
         let issued = self
             .issue_for(&authority, &caller, asked.as_deref(), request)
             .await;
-        if let Err(refused) = &issued {
-            remember(peer, metadata, &caller, refused);
-        }
-        let (issued, grant) = issued.map_err(|refused| Refused {
-            asked,
-            ..refused.by(&caller)
-        })?;
+        let (issued, grant) =
+            issued.map_err(|refused| attribute(refused, peer, metadata, &caller, asked))?;
         // A process that was stopped meanwhile may have lost the Lease.
         self.authority()?;
         let leaf = Svid::parse(&issued.chain[0], &self.trust_domain).ok();
@@ -393,11 +386,21 @@ impl CaService {
     }
 }
 
-/// Remembers a caller that is over a quota until its retry time.
-fn remember(peer: &Peer, metadata: &MetadataMap, caller: &Caller, refused: &Refused) {
+/// Adds the caller and what it `asked` for to a refusal. A caller that is over a quota is remembered until its retry time.
+fn attribute(
+    refused: Refused,
+    peer: &Peer,
+    metadata: &MetadataMap,
+    caller: &Caller,
+    asked: Option<String>,
+) -> Refused {
     if let Some(Over::Quota(exceeded)) = refused.over.as_deref() {
         let credentials = authorization(metadata);
         peer.over_rate.note(credentials, caller, *exceeded);
+    }
+    Refused {
+        asked,
+        ..refused.by(caller)
     }
 }
 

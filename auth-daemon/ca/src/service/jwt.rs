@@ -4,7 +4,7 @@ use auth_ca_api::auth::{IssueJwtRequest, IssueJwtResponse, jwt_service_server::J
 use auth_jwt::Audience;
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
-use super::{CaService, Refused, peer, remember};
+use super::{CaService, Refused, attribute, peer};
 use crate::{
     attest::Caller,
     audit,
@@ -30,13 +30,8 @@ impl CaService {
         let issued = self
             .jwt_for(&authority, &caller, asked.as_deref(), &audience)
             .await;
-        if let Err(refused) = &issued {
-            remember(peer, metadata, &caller, refused);
-        }
-        let (issued, grant) = issued.map_err(|refused| Refused {
-            asked,
-            ..refused.by(&caller)
-        })?;
+        let (issued, grant) =
+            issued.map_err(|refused| attribute(refused, peer, metadata, &caller, asked))?;
         // A process that was stopped meanwhile may have lost the Lease.
         self.authority()?;
         self.counters.issued_jwts.inc();
