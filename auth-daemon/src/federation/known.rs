@@ -149,8 +149,9 @@ impl Federated {
         if let Some(known) = &domain.bundle {
             check_order(known, &bundle)?;
         }
-        let verifies = |bundle: &Bundle| (bundle.roots.clone(), bundle.jwt_keys.clone());
-        let is_new = domain.bundle.as_ref().map(verifies) != Some(verifies(&bundle));
+        let is_new = domain.bundle.as_ref().is_none_or(|known| {
+            (&known.roots, &known.jwt_keys) != (&bundle.roots, &bundle.jwt_keys)
+        });
         let (roots, jwt_keys) = (bundle.roots.len(), bundle.jwt_keys.len());
         let sequence = bundle.sequence;
         domain.bundle = Some(bundle);

@@ -187,7 +187,7 @@ impl SpiffeWorkloadApi for Service {
         request: Request<JwtBundlesRequest>,
     ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
         let permit = self.open(&request)?;
-        if jwt::bundles(&self.served.trust).is_empty() {
+        if self.served.trust.jwt_keys().is_empty() {
             return Err(Status::unavailable(NO_KEYS));
         }
         let state = Following::new(self.served.clone(), permit);
