@@ -24,18 +24,12 @@ use super::usage::memory;
 /// # Errors
 /// If the mesh does not start, a connection fails, or Ctrl-C ends it.
 pub(super) fn run(part: Part, as_json: bool) -> Result<()> {
-    let capacity = capacity()?;
+    raise_descriptor_limit();
     let mut measured = Vec::new();
     supervise(
         LONGEST,
         move |events, stop| {
-            let run = Run {
-                events,
-                stop,
-                held: HELD.min(capacity * 3 / 5) / PAIRS * PAIRS,
-                // One caller may hold a third of it with one pod.
-                idle: IDLE.min(capacity * 3 / 10),
-            };
+            let run = Run { events, stop };
             match part {
                 Part::Churn => run.churn(),
                 _ => run.hold(),
@@ -88,10 +82,6 @@ struct Measured {
 struct Run<'a> {
     events: Sender<Event>,
     stop: &'a AtomicBool,
-    /// How many connections to hold, which a lower limit of open files makes fewer.
-    held: u64,
-    /// How many to hold beside short ones.
-    idle: u64,
 }
 
 impl Run<'_> {
@@ -99,20 +89,20 @@ impl Run<'_> {
     fn hold(&self) -> Result<()> {
         self.begins("two nodes and their pods".to_owned())?;
         let stage = Stage::set(PAIRS)?;
+        let count = HELD.min(stage.capacity()? * 3 / 5) / PAIRS * PAIRS;
         self.begins("connections without others beside them".to_owned())?;
         let alone = stage.set_up()?;
         let before = stage.resident()?;
-        self.begins(format!("{} connections", self.held))?;
+        self.begins(format!("{count} connections"))?;
         let start = Instant::now();
-        let held = stage.hold(self.held / PAIRS)?;
+        let held = stage.hold(count / PAIRS)?;
         let seconds = start.elapsed().as_secs_f64();
         for daemon in &stage.daemons {
-            let taken = daemon.status_json()?["capacity"]["taken"].as_u64();
+            let taken = capacity(daemon, "taken")?;
             ensure!(
-                taken >= Some(self.held),
-                "the daemon of {} carries {taken:?} connections, not {}",
-                daemon.node(),
-                self.held
+                taken >= count,
+                "the daemon of {} carries {taken} connections, not {count}",
+                daemon.node()
             );
         }
         let after = stage.resident()?;
@@ -120,14 +110,9 @@ impl Run<'_> {
         let beside = stage.set_up()?;
         self.begins("an exchange on each, and its end".to_owned())?;
         held.release()?;
-        let each = |index: usize| (after[index] - before[index]) as f64 / self.held as f64;
-        self.measured("held", "held at the same time", self.held as f64, "");
-        self.measured(
-            "opened",
-            "opened, per second",
-            self.held as f64 / seconds,
-            "/s",
-        );
+        let each = |index: usize| (after[index] - before[index]) as f64 / count as f64;
+        self.measured("held", "held at the same time", count as f64, "");
+        self.measured("opened", "opened, per second", count as f64 / seconds, "/s");
         self.measured("memory-client", "client's daemon", mib(after[0]), "MiB");
         self.measured("memory-server", "server's daemon", mib(after[1]), "MiB");
         self.measured("each-client", "  for each connection", each(0), "KiB");
@@ -158,8 +143,10 @@ impl Run<'_> {
     fn churn(&self) -> Result<()> {
         self.begins("two nodes and their pods".to_owned())?;
         let stage = Stage::set(1)?;
-        self.begins(format!("{} idle connections", self.idle))?;
-        let idle = stage.hold(self.idle)?;
+        // One caller may hold a third of the capacity with one pod.
+        let count = IDLE.min(stage.capacity()? * 3 / 10);
+        self.begins(format!("{count} idle connections"))?;
+        let idle = stage.hold(count)?;
         let mut seconds = 0.0;
         let mut all = Vec::new();
         // The first ones are not counted: they leave the memory that the later ones use again.
@@ -189,7 +176,7 @@ impl Run<'_> {
         let most = |index: usize| all[1..].iter().map(|one| one[index]).max().unwrap_or(0);
         let growth = |index: usize| 100.0 * (last[index] as f64 / first[index] as f64 - 1.0);
         let rate = (PART * PARTS) as f64 / seconds;
-        self.measured("idle", "idle beside them", self.idle as f64, "");
+        self.measured("idle", "idle beside them", count as f64, "");
         self.measured("rate", "short connections, per second", rate, "/s");
         self.measured(
             "client-first",
@@ -316,6 +303,13 @@ impl Stage {
         SocketAddr::new(server.ipv4().into(), ECHO_PORT)
     }
 
+    /// How many connections both daemons can take.
+    fn capacity(&self) -> Result<u64> {
+        let capacities = self.daemons.iter().map(|one| capacity(one, "connections"));
+        let least = capacities.collect::<Result<Vec<_>>>()?.into_iter().min();
+        least.context("there is no daemon")
+    }
+
     /// Resident memory of the client's and the server's daemon, in KiB.
     fn resident(&self) -> Result<[u64; 2]> {
         let of = |index: usize| anyhow::Ok(memory(self.daemons[index].pid())?.resident);
@@ -353,16 +347,20 @@ fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
 }
 
-/// Raises the limit of open files of this process and of those that it starts, as far as it may. Returns how many connections
-/// a daemon takes with it.
-fn capacity() -> Result<u64> {
-    let (_, hard) =
-        getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open files")?;
-    // Only with CAP_SYS_RESOURCE.
-    let raised = hard.max(DESCRIPTORS);
-    let raised = setrlimit(Resource::RLIMIT_NOFILE, raised, raised).map(|()| raised);
-    let limit = raised.unwrap_or(hard);
-    Ok((limit - (limit / 4).min(RESERVE)) / 2)
+/// A number of the daemon's capacity, in connections.
+fn capacity(daemon: &Daemon, name: &str) -> Result<u64> {
+    let status = daemon.status_json()?;
+    let number = status["capacity"][name].as_u64();
+    number.with_context(|| format!("the daemon's status has no capacity.{name}"))
+}
+
+/// Raises the limit of open files, soft and hard, of this process and of those that it starts. Only CAP_SYS_RESOURCE allows
+/// that; without it, the daemons have less capacity.
+fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let limit = hard.max(DESCRIPTORS);
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, limit, limit);
+    }
 }
 
 /// Connections that are held at the same time.
@@ -376,10 +374,8 @@ const IDLE: u64 = 10_000;
 /// Short connections of each part.
 const PART: u64 = 100_000;
 const PARTS: u64 = 10;
-/// The limit of open files that is tried.
+/// The limit of open files that is tried: a daemon takes two for a connection, and pods hold three fifths of its capacity.
 const DESCRIPTORS: u64 = 1 << 18;
-/// A daemon keeps a quarter of its files for itself, but at most so many, and takes two of the others for a connection.
-const RESERVE: u64 = 8192;
 /// How long connections are set up one by one.
 const SET_UP: Duration = Duration::from_secs(10);
 /// How long a step may take.
